@@ -129,7 +129,8 @@ import threading
 import time
 import urllib.parse
 import uuid
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type)
 
 try:
     from dispy import Driver
@@ -364,12 +365,13 @@ class History:
 # --------------------------------------------------------------------------------------------------
 
 class ClusterView(Monitor):
-    """A cluster of this program that is shown. `output` and `live_from` belong to the driver's
-    thread."""
+    """A cluster that is shown: `given` is what the program has, `cluster` what its driver knows of
+    it. `output` and `live_from` belong to the driver's thread."""
 
-    def __init__(self, number: int, cluster: Any) -> None:
+    def __init__(self, number: int, given: Any) -> None:
         self.number = number
-        self.cluster = cluster
+        self.given = given
+        self.cluster = dispy.core_of(given)
         self.history = History()
         self.failed_jobs = FailedJobs()
         # Job -> the end of what it has printed to stdout and to stderr
@@ -422,7 +424,7 @@ class ClusterView(Monitor):
             for peer in self._peers():
                 if peer.uses[cluster.comp].offered:
                     self.live_from[peer.key] = peer.link
-        cluster.add_monitor(self)
+        cluster.live_output.add_monitor(self)
 
     def _peers(self) -> List[Any]:
         return self.cluster.driver.nodes.of(self.cluster.comp)  # type: ignore[no-any-return]
@@ -505,7 +507,7 @@ class SharedClusterView(ClusterView):
         cluster = self.cluster
         driver = cluster.driver
         sent: SentTo = {}
-        for job, place in cluster._places.copy().items():
+        for job, place in cluster.delivery.places.copy().items():
             there = sent.setdefault((place.ip_addr, place.name), {})
             there[job.serial] = job
         self._sent = sent
@@ -689,19 +691,20 @@ class ClusterSource:
         closed."""
         if not isinstance(cluster, (JobCluster, NodeMonitor)):
             raise TypeError('%.80r is no cluster' % (cluster,))
-        kind = ClusterView
+        kind: Type[ClusterView] = ClusterView
         if isinstance(cluster, SharedJobCluster):
             kind = SharedClusterView
         with self._lock:
-            if any(watched.cluster is cluster for watched in self._watched):
+            if any(watched.given is cluster for watched in self._watched):
                 return
             self._count += 1
             watched = kind(self._count, cluster)
             watched.page = self.page
-            cluster.driver.ask(watched.attach)
+            driver = watched.cluster.driver
+            driver.ask(watched.attach)
             self._watched.append(watched)
-            if cluster.driver not in self._drivers:
-                self._drivers.append(cluster.driver)
+            if driver not in self._drivers:
+                self._drivers.append(driver)
 
     def publish(self, page: str) -> None:
         """Tell the clusters that this is the link of their page."""
@@ -714,18 +717,19 @@ class ClusterSource:
         """Stop watching a cluster. Nothing happens if it was not watched."""
         with self._lock:
             for watched in list(self._watched):
-                if watched.cluster is not cluster:
+                if watched.given is not cluster:
                     continue
                 self._watched.remove(watched)
                 if not watched.looks_only:
-                    detach = functools.partial(cluster.remove_monitor, watched)
+                    core = watched.cluster
+                    detach = functools.partial(core.live_output.remove_monitor, watched)
                     with contextlib.suppress(RuntimeError):   # its driver has ended
-                        cluster.driver.ask(detach)
+                        core.driver.ask(detach)
 
     def close(self) -> None:
         """Stop watching all clusters."""
         for watched in self.watched():
-            self.remove(watched.cluster)
+            self.remove(watched.given)
 
     def watched(self) -> List[ClusterView]:
         """Return a copy of the list. Any thread."""
@@ -786,7 +790,7 @@ class ClusterSource:
         row['cpus'] = sum(row['cpus'] for row in ready)
         row['nodes'] = len(ready)
         until = watched.ended or time.time()
-        row['elapsed'] = until - cluster.start_time
+        row['elapsed'] = until - cluster.book.began
         counted = cluster.jobs_at_nodes().values()
         row['job_seconds'] = sum(seconds for _, _, seconds in counted)
         return cluster_row(row, watched.history, bool(watched.ended))
@@ -940,13 +944,13 @@ class ClusterSource:
                  port: Optional[int] = None,
                  cpus: Optional[int] = None) -> int:
         """Look for a node."""
-        self._cluster(cluster).cluster.discover_nodes([(host, port, cpus)])
+        self._cluster(cluster).given.discover_nodes([(host, port, cpus)])
         return 1
 
     def _each(self, node: str, cluster: Optional[int], call: Callable[..., Any]) -> int:
         uses = self._uses(node, cluster)
         for watched, key in uses:
-            call(watched.cluster, key)
+            call(watched.given, key)
         return len(uses)
 
     def use(self, node: str, cluster: Optional[int] = None) -> int:
@@ -1072,7 +1076,7 @@ class NodesSource(ClusterSource):
     def close(self) -> None:
         """Let the nodes go."""
         for watched in self.watched():
-            watched.cluster.close()
+            watched.given.close()
         super().close()
 
 
@@ -2290,7 +2294,7 @@ class DispyHTTPServer:
     def _clusters(self) -> Dict[str, Any]:
         """The clusters that are shown, by name, which scripts for dispy 4 pass to
         cluster_status."""
-        return {watched.cluster.name: watched.cluster for watched in list(self._source.watched())}
+        return {watched.given.name: watched.given for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
         """Show this cluster too. Nothing happens if it is shown already. Raises TypeError,

@@ -105,11 +105,10 @@ def hold(directory, name):
     while not os.path.exists(os.path.join(directory, 'end')):
         time.sleep(0.01)
     return name
-reach_by = dispy.SharedJobCluster._reach_by
-def changed(cluster, probe):
-    cluster._recovers = tells == 'recovers'
-    reach_by(cluster, probe)
-dispy.SharedJobCluster._reach_by = changed
+tell_scheduler = dispy.SharedProgramCluster.tell_scheduler
+def changed(core, nodes, recovers):
+    tell_scheduler(core, nodes, tells == 'recovers')
+dispy.SharedProgramCluster.tell_scheduler = changed
 cluster = dispy.SharedJobCluster(hold, scheduler_port=scheduler, recover_file=recover)
 jobs = [cluster.submit_job_id(n, directory, n) for n in range(30)]
 while sum(job.status == dispy.DispyJob.Running for job in jobs) < 2:
