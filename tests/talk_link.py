@@ -26,10 +26,10 @@ class Talk:
         """The next message of these kinds; EOFError when the link ends."""
         while True:
             while not self._units:
-                count = self.sock.recv_into(self._opener.room())
+                count = self.sock.recv_into(self._opener.get_buffer())
                 if not count:
                     raise EOFError
-                self._units += self._opener.took(count)
+                self._units += self._opener.buffer_updated(count)
             message = self._opener.open(*self._units.pop(0))
             if not kinds or isinstance(message, kinds):
                 return message
@@ -44,7 +44,7 @@ class Talk:
 def spec(**changes):
     """A computation as a client of this version sends it."""
     cluster = dispy.SharedJobCluster(answer, scheduler_port=1, loglevel=logging.CRITICAL)
-    made = dict(cluster.cargo.spec, modules=[], code=bytes(cluster.cargo.spec['code']), files=[])
+    made = dict(dispy.core_of(cluster).cargo.spec, modules=[], code=bytes(dispy.core_of(cluster).cargo.spec['code']), files=[])
     made['shared'] = dict(made['shared'])
     cluster.close(terminate=True)
     return dict(made, **changes)
