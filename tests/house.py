@@ -34,15 +34,13 @@ WIDTH = 100
 
 # What does not keep its limit yet. These figures may only fall: a line goes when its limit is kept.
 NOT_YET = {
-    'dispynode.py': {'mean': 7.44, 'large': 1.29, 'nested': 3, 'wide': 78, 'class': 421, 'classes':
+    'dispynode.py': {'mean': 7.43, 'large': 1.28, 'nested': 3, 'wide': 78, 'class': 421, 'classes':
                      2},
-    'dispy.py': {'mean': 7.57, 'large': 1.31, 'nested': 1, 'wide': 71, 'class': 1064, 'classes': 3,
-                 'branches': 43, 'functions': 17},
-    'dispyscheduler.py': {'mean': 8.26, 'large': 1.78, 'wide': 39, 'branches': 26, 'functions': 4},
-    'dispy_httpd.py': {'mean': 8.57, 'large': 3.12, 'nested': 3, 'wide': 173, 'branches': 19,
-                       'functions': 2},
+    'dispy.py': {'mean': 7.34, 'large': 0.96, 'nested': 1, 'wide': 63, 'branches': 23, 'functions':
+                 13},
+    'dispyscheduler.py': {'mean': 6.97, 'wide': 1},
 }
-FOREIGN_YET = 146      # the same for FOREIGN
+FOREIGN_YET = 112      # the same for FOREIGN
 # Complaints of flake8 by their codes, in the whole tree.
 FLAKE8_YET = {}
 

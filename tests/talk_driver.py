@@ -102,7 +102,7 @@ class FakeDriver:
         self.access = types.SimpleNamespace(redial=30.0)
         self.connector = FakeConnector()
         self.recoveries = types.SimpleNamespace(by_comp={})
-        self.queries = self
+        self.queries = self.lost_nodes = self
         self.jobs = FakeJobs()
         self.answers, self.told, self.parted, self.broken = [], [], [], []
         self._said, self._decided = [], []
@@ -123,6 +123,12 @@ class FakeDriver:
 
     def is_over(self, comp):
         return comp not in self.clusters and comp not in self.recoveries.by_comp
+
+    def doubt(self, event):
+        self.decide(event)
+
+    def back(self, peer):
+        pass
 
     def soon(self):
         pass
