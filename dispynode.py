@@ -91,6 +91,7 @@ import pickle
 import platform
 import queue
 import re
+import reprlib
 import selectors
 import shutil
 import signal
@@ -687,6 +688,17 @@ def may_reclaim(digest: bytes, key: bytes) -> bool:
 
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
                               for kind in message.__annotations__.values()) for message in OPS}
+
+
+def job_number(serial: int) -> int:
+    """The number of a job, by the serial number of one of its attempts."""
+    return serial >> 16
+
+
+def attempt_number(serial: int) -> int:
+    """Which attempt of its job has this serial number. The first is 1; 0 stands for none."""
+    return serial & 0xffff
+
 
 Buffer = Union[bytes, bytearray, memoryview]
 Payload = Union[Buffer, Tuple[Buffer, ...]]
@@ -4542,8 +4554,13 @@ LEASE_TABLE = {
     (Lease.HELD, 'ended'): Lease.FREE,
     (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
+# (before, after) -> what is logged
 LEASE_TEXT = {
-    Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'
+    (Lease.FREE, Lease.HELD): 'this node is held by {}',
+    (Lease.HELD, Lease.ORPHANED): 'the connection of {} has ended; it holds this node still',
+    (Lease.ORPHANED, Lease.HELD): 'this node is held by {}, which is back',
+    (Lease.HELD, Lease.FREE): 'this node is free: {} has no computation here any more',
+    (Lease.ORPHANED, Lease.FREE): 'this node is free: {} has no computation here any more',
 }
 
 
@@ -5277,12 +5294,15 @@ class _Claim:
 class _Computation:
     """A computation of a client on this node."""
 
-    def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
+    def __init__(self, comp: str, instance: bytes, link: int, spec: dict,
+                 now: float = 0.0) -> None:
         self.comp = comp
         self.instance = instance
         self.link = link
         self.spec = spec
+        self.since = now        # when it came here
         self.client_name = str(spec.get('client', comp))[:NAME_MOST]
+        self.user = self.client_name   # whose it is, for people
         self.stage = Stage.PREPARING
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
@@ -5318,8 +5338,14 @@ class _Computation:
         self.served = 0
         self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
         self.done = 0                          # attempts that have ended
+        self.failed = 0                        # attempts that have ended without a value
+        self.cpu_seconds = 0.0                 # that its jobs have occupied CPUs
         # Notes of what has begun do not reach back far enough
         self.overrun = False
+
+    def __str__(self) -> str:
+        """What the log calls it."""
+        return 'computation %s (%s)' % (self.spec['name'], self.comp)
 
     def move(self, event: str) -> None:
         """Go to the next stage."""
@@ -5498,10 +5524,11 @@ class NodeLease:
     def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
         before = self.state
         self.state = LEASE_TABLE[self.state, event]
+        if before is not self.state:
+            text_of_move = LEASE_TEXT[before, self.state]
+            logger.info('%s', text_of_move.format(text or self.holder_text or 'a client'))
         self.holder = holder
         self.holder_text = text
-        if before is not self.state:
-            logger.info('%s', LEASE_TEXT[self.state].format(text or 'a client'))
 
     def take(self, holder: bytes, text: str, now: float) -> None:
         """A client has the node from now on, or has it still and is connected."""
@@ -5863,6 +5890,8 @@ class Attempts:
         """An attempt has ended, with this row of Results."""
         attempt = comp.attempts.pop(row[0], None)
         comp.done += 1
+        if row[1] not in VALUES:
+            comp.failed += 1
         if attempt is not None and attempt.counted:
             self.count(attempt, False)
         if attempt is not None and attempt.values:
@@ -6390,6 +6419,7 @@ class CpuScheduler:
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
+        comp.cpu_seconds += sum(durations) * ended.cpus
         self._share.charge(comp, sum(durations[worker.pardoned:]) * ended.cpus)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
@@ -6525,8 +6555,10 @@ class CpuScheduler:
             return
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
-            self._share.charge(comp,
-                               (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
+            used = (now - worker.since) * worker.queue[0].cpus
+            comp.cpu_seconds += used
+            if not worker.pardoned:
+                self._share.charge(comp, used)
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED
@@ -6706,7 +6738,11 @@ class Computations:
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
         up = self._tables.links[link]
-        comp = _Computation(message.comp, up.instance, link, message.spec)
+        comp = _Computation(message.comp, up.instance, link, message.spec, self._tables.now)
+        if comp.client_name == comp.comp:   # no scheduler has said for whom it is
+            comp.user = self._tables.client_at(link)
+        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
+                    len(message.spec['files']))
         self._share.joins(comp)
         self._tables.comps[message.comp] = comp
         self.resize()
@@ -6717,6 +6753,8 @@ class Computations:
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
+        if comp.link != link:
+            logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
             self._tables.do(WantAgain(comp.comp))
@@ -6780,6 +6818,7 @@ class Computations:
 
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
+        logger.info('%s: its files are here, its runner is started', comp)
         self._tables.do(StartRunner(comp.comp, comp.spec, comp.link))
         self._set_timer(now + SETUP_TIME, comp, self._setup_late)
 
@@ -6799,6 +6838,8 @@ class Computations:
         comp = self._tables.comps[event.comp]
         if comp.stage is Stage.STARTING:
             comp.move('up')
+            logger.info('%s: its runner is ready for jobs, %.1f s after the computation came',
+                        comp, now - comp.since)
             self._tables.reply(comp, self._ready(comp))
             for note in event.notes:
                 self._tables.reply(comp, Said(comp.comp, 'node %s: %s' % (self._tables.name, note)))
@@ -6812,7 +6853,7 @@ class Computations:
     def refuse(self, comp: _Computation, code: str, text: str) -> None:
         """A computation cannot be used here, or not any more; its client is told why."""
         text = shorten(text)
-        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        logger.warning('%s is refused (%s): %s', comp, code, text)
         self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
@@ -6878,6 +6919,8 @@ class Computations:
                     WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
             self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
+        logger.info('%s: its runner has ended%s', comp,
+                    event.text and ' (%s)' % event.text)
         self._scheduler.remove_workers(comp)
         del self._tables.comps[event.comp]
         self.resize()
@@ -6942,6 +6985,10 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         comp.move('close')
+        logger.info('%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them without '
+                    'a value, and %d had not; they used %.1f CPU seconds',
+                    comp, comp.user, self._tables.now - comp.since, comp.done, comp.failed,
+                    len(comp.attempts), comp.cpu_seconds)
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
@@ -7122,6 +7169,9 @@ class Node:
         self.tables.links[event.link] = event
 
     def _link_down(self, event: LinkDown, now: float) -> None:
+        if event.link in self.tables.links:
+            logger.info('%s has %s', self.tables.client_at(event.link),
+                        'disconnected' if event.on_purpose else 'lost its connection')
         gone = self.tables.remove_link(event.link)
         self.lease.forget_link(event.link)
         self.results.forget_link(event.link)
@@ -7165,6 +7215,8 @@ class Node:
 
     def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
         self.tables.name_client(link, message.name[:200])
+        logger.info('%s has connected from %s', self.tables.client_at(link),
+                    self.tables.links[link].address)
         spooled = self.results.spooled_of(self.tables.links[link].instance)
         kept = {name: self.results.known_attempts(name) for name in spooled}
         self.tables.do(Send(link, Welcome(self.name, self.cpus.offered, dict(
@@ -7370,6 +7422,106 @@ class Node:
                          (comp.spec['name'], comp.stage.value, running,
                           len(comp.attempts) - running, comp.done))
         self.tables.do(Show('\n'.join(lines)))
+
+
+class EventText(reprlib.Repr):
+    """Writes an event, an action or a message for the log in one short line: fields that are empty
+    are left out, of long lists the beginning is shown, and of what users have sent only the number
+    of bytes, so that the log holds neither their data nor a key."""
+    # Names of fields that hold the serial number of an attempt, or a list of them
+    SERIALS = frozenset(('serial', 'serials', 'held', 'begun'))
+    # Messages and events whose rows begin with the serial number of an attempt; behind it, results
+    # have their outcome
+    ROWS = frozenset((Jobs, Results, Started, WorkerResults))
+    RESULTS = frozenset((Results, WorkerResults))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = 5
+        self.maxstring = self.maxother = 120
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """What has no method of its own here."""
+        if isinstance(x, Attempt):
+            return self._attempt(x.serial)
+        if isinstance(x, enum.Enum):
+            return x.name
+        if isinstance(x, (bytes, bytearray, memoryview)):
+            return '<%d bytes>' % len(x)
+        if isinstance(x, pickle.PickleBuffer):
+            return '<%d bytes>' % x.raw().nbytes
+        if isinstance(x, tuple) and hasattr(x, '_fields'):
+            return self._fields(x, level)
+        return str(super().repr_instance(x, level))
+
+    repr_bytes = repr_bytearray = repr_memoryview = repr_instance
+
+    def _fields(self, x: Any, level: int) -> str:
+        shown = ['%s=%s' % (name, self._field(type(x), name, value, level))
+                 for name, value in zip(x._fields, x) if value or type(value) in (int, float)]
+        return '%s(%s)' % (type(x).__name__, ', '.join(shown))
+
+    def _field(self, kind: type, name: str, value: Any, level: int) -> str:
+        if name == 'spec':
+            return '<%s %s>' % (value.get('kind'), value.get('name'))
+        if name in self.SERIALS and isinstance(value, int):
+            return self._attempt(value)
+        if name in self.SERIALS:
+            return self._list(sorted(value), self._attempt)
+        if kind in self.ROWS and name == 'rows':
+            return self._list(value, lambda row: self._row(kind, row, level))
+        return self.repr1(value, level - 1)
+
+    def _row(self, kind: type, row: tuple, level: int) -> str:
+        words = [self.repr1(value, level - 2)
+                 for value in row[1:] if value or type(value) in (int, float)]
+        if kind in self.RESULTS:
+            words[0] = Outcome(row[1]).name
+        return '%s: %s' % (self._attempt(row[0]), ' '.join(words))
+
+    def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
+        texts = list(map(text_of, values[:self.maxlist]))
+        if len(values) > self.maxlist:
+            texts.append('and %d more' % (len(values) - self.maxlist))
+        return '[%s]' % ', '.join(texts)
+
+    @staticmethod
+    def _attempt(serial: int) -> str:
+        if attempt_number(serial) > 1:
+            return 'job %d, attempt %d' % (job_number(serial), attempt_number(serial))
+        return 'job %d' % job_number(serial)
+
+
+class LoggedNode(Node):
+    """A Node that logs each event that it is told and each action that it decides, at level DEBUG.
+    Where that level is off, a Node takes its place, which spends no time on it."""
+    _text = EventText()
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event, as Node does, and log it."""
+        logger.debug('event: %s', self._text.repr(event))
+        return self._log_actions(super().handle(event, now))
+
+    def flush(self, now: float) -> List[Any]:
+        """End a turn, as Node does, and log what is decided then."""
+        return self._log_actions(super().flush(now))
+
+    def decided(self) -> List[Any]:
+        """Return what was decided before an exception, as Node does, and log it."""
+        return self._log_actions(super().decided())
+
+    def _log_actions(self, actions: List[Any]) -> List[Any]:
+        for action in actions:
+            logger.debug('  decision: %s', self._text.repr(action))
+        return actions
+
+
+def node_type() -> Type[Node]:
+    """The class of a node by the level of the log."""
+    if logger.isEnabledFor(logging.DEBUG):
+        return LoggedNode
+    return Node
 
 
 def _duration(seconds: float) -> str:
@@ -10681,9 +10833,9 @@ class Refusals:
         over = []
         for first, last, comp, serials in self._sent.get(link.number, ()):
             for serial in serials if first <= number <= last else ():
-                self._counts[comp, serial >> 16] += 1
-                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
-                    del self._counts[comp, serial >> 16]
+                self._counts[comp, job_number(serial)] += 1
+                if self._counts[comp, job_number(serial)] >= REFUSED_MOST:
+                    del self._counts[comp, job_number(serial)]
                     over.append((comp, serial))
         return over
 
@@ -13030,8 +13182,8 @@ class Daemon(Loop):
         super().__init__()
         self._options = options
         name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve,
-                         options.client_shutdown, self.now)
+        self.node = node_type()(name, options.cpus, node_facts(), options.zombie, options.serve,
+                                options.client_shutdown, self.now)
         self.values.where = 'on node %s' % name
         self._phase = Phase.SERVING
         # When to look at the clock on the wall
