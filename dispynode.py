@@ -111,7 +111,7 @@ import warnings
 import weakref
 import zlib
 from typing import (AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable,
-                    Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+                    Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 __all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
@@ -14260,25 +14260,171 @@ class OldConfig:
         return ['%s=%s' % (option, item) for item in items]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispynode',
-                                     description='Run jobs of dispy clients on this host.',
-                                     epilog='''
-        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
-        ''' + EXIT_STATUSES)
+class OptionParser(argparse.ArgumentParser):
+    """The parser of a daemon's command line. The same options may stand in a file (--config), which
+    is turned into a command line, so that there is one judge of both."""
+    # Type of an option -> types of its values in a JSON file; where none is given here, text.
+    JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
+        int: (int,), serve_option: (int,), size_option: (int, str), positive: (int, float),
+        seconds_option: (int, float), minutes_option: (int, float)}
+    # Options that cannot stand in a file, with those that end in "secret"
+    NOT_IN_FILES = frozenset(('help', 'version', 'config', 'save_config', 'embedded', 'obsolete'))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._file = ''    # that is being read
+
+    def error(self, message: str) -> NoReturn:
+        """A wrong option ends the program; one in a file raises StartError, which names the file."""
+        if self._file:
+            raise StartError('--config %s: %s' % (self._file, message))
+        super().error(message)
+
+    def options_of_files(self) -> Dict[str, argparse.Action]:
+        """Options that may stand in a configuration file, by long name."""
+        return {
+            action.dest.replace('_', '-'): action
+            for action in self._actions
+            if action.dest not in self.NOT_IN_FILES and not action.dest.endswith('secret')
+        }
+
+    def take_defaults(self, path: str) -> None:
+        """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises
+        StartError naming file and key."""
+        try:
+            with open(path, encoding='utf-8') as file:
+                text = file.read()
+            if text.lstrip().startswith('[DEFAULT]'):
+                words = OldConfig.words(text, self)
+            else:
+                words = self._words_of_json(path, json.loads(text))
+        except (OSError, ValueError, RecursionError) as exc:
+            raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
+        self._file = path
+        try:
+            given = self.parse_args(words)
+        finally:
+            self._file = ''
+        self.set_defaults(**{name: value for name, value in vars(given).items()
+                             if value != self.get_default(name)})
+
+    def _words_of_json(self, path: str, found: Any) -> List[str]:
+        """The command line that says the same as a JSON file."""
+        if not isinstance(found, dict):
+            raise StartError('--config %s: it holds no {"option": value, ...}' % path)
+        known = self.options_of_files()
+        words: List[str] = []
+        for key, value in found.items():
+            action = known.get(key.replace('_', '-'))
+            if action is None:
+                raise StartError('--config %s: %r is no option that can stand there' % (path, key))
+            text = self._wrong_type(action, value)
+            if text:
+                raise StartError('--config %s: %s %s' % (path, key, text))
+            words += self._words_of_value(action, value)
+        return words
+
+    def _wrong_type(self, action: argparse.Action, value: Any) -> str:
+        """Why a value of a JSON file cannot be that of an option; empty if it can."""
+        if isinstance(action, Each):
+            kinds: Tuple[type, ...] = (list,)
+            right = all(isinstance(item, str)
+                        for item in (value if isinstance(value, list) else [value]))
+        elif action.nargs == 0:
+            kinds = (bool,)
+            right = isinstance(value, bool)
+        else:
+            kinds = self.JSON_TYPES.get(action.type, (str,))
+            right = isinstance(value, kinds) and not isinstance(value, bool)
+        if right:
+            return ''
+        names = ' or '.join(kind.__name__ for kind in kinds)
+        return 'may not be %.100r: %s is wanted' % (value, names)
+
+    @staticmethod
+    def _words_of_value(action: argparse.Action, value: Any) -> List[str]:
+        """The words of the command line that give an option this value."""
+        option = next(option for option in action.option_strings if option.startswith('--'))
+        if isinstance(value, bool):
+            return [option] * value
+        if isinstance(value, list):
+            return ['%s=%s' % (option, item) for item in value]
+        return ['%s=%s' % (option, value)]
+
+
+def save_config(parser: OptionParser, args: argparse.Namespace, path: str) -> None:
+    options = {name: getattr(args, action.dest)
+               for name, action in parser.options_of_files().items()}
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(
+            {
+                name: value
+                for name, value in options.items()
+                if value not in (None, '', []) and value is not False
+            },
+            file,
+            indent=2)
+        file.write('\n')
+
+
+def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a daemon on top of the file that it may name. Raises StartError for the
+    file."""
+    argv = [
+        arg.partition('=')[0].replace('_', '-') +
+        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
+    ]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--config')
+    path = first.parse_known_args(argv)[0].config
+    if path is not None:
+        parser.take_defaults(path)
+    return parser.parse_args(argv)
+
+
+def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
+    """A parser with the first of the options that a node and a scheduler have in common; the others
+    are added by `add_daemon_options`, behind their own."""
+    parser = OptionParser(prog=prog, description=description, epilog=epilog)
+    parser.add_argument('-d', '--debug', action='store_true', help='log what is done in detail')
+    parser.add_argument('-i', '--host', '--ip-addr', action=Each, metavar='ADDR',
+                        help='address to listen at; may be repeated (default: all)')
+    return parser
+
+
+def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str]]) -> None:
+    """Add the last of the options that a node and a scheduler have in common. `obsolete` are those
+    of dispy 4 that are accepted and have no meaning any more."""
     add = parser.add_argument
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
+    add('--max-file-size', type=size_option, metavar='N[kmgt]',
+        help='larger files, of programs and of jobs, are refused (default: no limit)')
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which there is '
+             'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    add('--log-file', metavar='FILE', help='log there instead of to stderr')
+    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
+    add('--clean', action='store_true',
+        help='remove what earlier runs have left in the directory')
+    add('--config', metavar='FILE',
+        help='read options from this JSON file; the command line overrides it')
+    add('--save-config', metavar='FILE',
+        help='write these options, without secrets, to a JSON file, and end')
+    add('--version', action='version', version='%(prog)s ' + __version__)
+    accept_obsolete(parser, obsolete)
+
+
+NODE_EPILOG = '''dispy 4's spellings with underscores are understood. --config knows every long
+    option but the secret, as {"cpus": 4, "host": ["::1"]}. ''' + EXIT_STATUSES
+
+
+def _parser() -> OptionParser:
+    parser = daemon_parser('dispynode', 'Run jobs of dispy clients on this host.', NODE_EPILOG)
+    add = parser.add_argument
     add('-c',
         '--cpus',
         type=int,
         metavar='N',
         help='CPUs to offer; negative: leave so many free (default, and 0: all)')
-    add('-i',
-        '--host',
-        '--ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='address to listen at; may be repeated (default: all)')
     add('--ext-host',
         '--ext-ip-addr',
         action=Each,
@@ -14341,16 +14487,6 @@ def _parser() -> argparse.ArgumentParser:
     add('--force-cleanup',
         action='store_true',
         help='remove the files of a client also if it gives cleanup=False')
-    add('--max-file-size',
-        type=size_option,
-        metavar='N[kmgt]',
-        help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--max-value',
-        type=size_option,
-        default=VALUE_MOST,
-        metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which no memory '
-             'is free (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval',
         type=minutes_option,
         metavar='MIN',
@@ -14365,109 +14501,10 @@ def _parser() -> argparse.ArgumentParser:
         type=seconds_option,
         metavar='S',
         help='seconds between searches for clients')
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
-    add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
-    add('--config',
-        metavar='FILE',
-        help='take options from this JSON file; those given here count more')
-    add('--save-config',
-        metavar='FILE',
-        help='write these options to a JSON file, without the secret, and end')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
-    accept_obsolete(parser, OBSOLETE_NODE)
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    add_daemon_options(parser, OBSOLETE_NODE)
     return parser
-
-
-def _configurable(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
-    """Options that may stand in a configuration file, by long name."""
-    return {
-        action.dest.replace('_', '-'): action
-        for action in parser._actions
-        if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded',
-                               'obsolete') and not action.dest.endswith('secret')
-    }
-
-
-def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises StartError
-    naming file and key."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            text = file.read()
-        if text.lstrip().startswith('[DEFAULT]'):
-            given = parser.parse_args(OldConfig.words(text, parser))
-            parser.set_defaults(**{name: value for name, value in vars(given).items()
-                                   if value != parser.get_default(name)})
-            return
-        found = json.loads(text)
-    except (OSError, ValueError, RecursionError) as exc:
-        raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
-    if not isinstance(found, dict):
-        raise StartError('--config %s: it holds no {"option": value, ...}' % path)
-    known = _configurable(parser)
-    for key, value in found.items():
-        action = known.get(key.replace('_', '-'))
-        if action is None:
-            raise StartError('--config %s: %r is no option that can stand there' % (path, key))
-        parser.set_defaults(
-            **{action.dest: _configured(action, value, '--config %s: %s' % (path, key))})
-
-
-def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    times = dict.fromkeys((positive, seconds_option, minutes_option), (int, float))
-    kinds: Dict[Any, Any] = {int: int, serve_option: int, **times, size_option: (int, str)}
-    if isinstance(action, Each):
-        kind: Any = list
-        if isinstance(value, str):
-            value = [value]
-        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    else:
-        if action.nargs == 0:
-            kind = bool
-        else:
-            kind = kinds.get(action.type, str)
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not right:
-        raise StartError('%s may not be %.100r: %s is wanted' % (where, value, ' or '.join(
-            each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))))
-    if action.type in (None, int):
-        return value
-    try:
-        return action.type(str(value))  # type: ignore[operator]
-    except argparse.ArgumentTypeError as exc:
-        raise StartError('%s: %s' % (where, exc)) from exc
-
-
-def save_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: str) -> None:
-    options = {name: getattr(args, action.dest) for name, action in _configurable(parser).items()}
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump(
-            {
-                name: value
-                for name, value in options.items()
-                if value not in (None, '', []) and value is not False
-            },
-            file,
-            indent=2)
-        file.write('\n')
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of a daemon on top of the file that it may name. Raises StartError for the
-    file."""
-    argv = [
-        arg.partition('=')[0].replace('_', '-') +
-        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
-    ]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--config')
-    path = first.parse_known_args(argv)[0].config
-    if path is not None:
-        _load_config(parser, path)
-    return parser.parse_args(argv)
 
 
 class LogFormatter(logging.Formatter):

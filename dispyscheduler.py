@@ -38,7 +38,6 @@ the disk, but by `open_plain`, which opens builtins only.
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
 
-import argparse
 import bisect
 import collections
 import concurrent.futures
@@ -79,9 +78,9 @@ from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelA
                    WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
-    VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
+    Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
     OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of, OBSOLETE_SCHEDULER,
-    accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
+    OptionParser, add_daemon_options, daemon_parser, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
     Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece, FileReceiver,
     FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer, Outcome,
     Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
@@ -3037,19 +3036,11 @@ def default_state_dir(port: int) -> str:
                         'scheduler-%d' % port)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='dispyscheduler',
-        description='Share nodes between several programs (dispy.SharedJobCluster).',
-        epilog=EXIT_STATUSES)
+def _parser() -> OptionParser:
+    parser = daemon_parser('dispyscheduler',
+                           'Share nodes between several programs (dispy.SharedJobCluster).',
+                           EXIT_STATUSES)
     add = parser.add_argument
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('-i',
-        '--host',
-        '--ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='address to listen at; may be repeated (default: all)')
     add('-p',
         '--port',
         '--scheduler-port',
@@ -3125,16 +3116,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar='S',
         help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
-    add('--max-file-size',
-        type=size_option,
-        metavar='N[kmgt]',
-        help='larger files of programs are refused (default: no limit)')
-    add('--max-value',
-        type=size_option,
-        default=VALUE_MOST,
-        metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which the disk '
-             'has no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval',
         type=minutes_option,
         default=ZOMBIE_TIME / 60,
@@ -3165,20 +3146,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar='PORT',
         help='show all this in a browser (needs dispy_httpd.py), at this port of '
         '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT)
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='outlive the terminal')
     add('--cleanup-nodes',
         action='store_true',
         help='nodes remove the files of a program also if it gives cleanup=False')
-    add('--clean', action='store_true', help='forget what earlier runs have left')
-    add('--config',
-        metavar='FILE',
-        help='take options from this JSON file; those given here count more')
-    add('--save-config',
-        metavar='FILE',
-        help='write these options to a JSON file, without secrets, and end')
-    add('--version', action='version', version='%(prog)s ' + __version__)
-    accept_obsolete(parser, OBSOLETE_SCHEDULER)
+    add_daemon_options(parser, OBSOLETE_SCHEDULER)
     return parser
 
 
