@@ -131,7 +131,7 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 import dispy
 from dispy import SHORT, Access, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError,
-                       __version__, find_secret, host_and_port, _no_password, _write_private,
+                       __version__, find_secret, host_and_port, _no_password, write_private,
                        size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
 __all__ = ['DispyHTTPServer']
@@ -2118,7 +2118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with server:
         try:
             if args.token_file is not None:
-                _write_private(os.path.abspath(args.token_file), server._server.token.encode())
+                write_private(os.path.abspath(args.token_file), server._server.token.encode())
         except OSError as exc:
             print('dispy-httpd: --token-file %s cannot be written: %s' %
                   (args.token_file, exc.strerror or exc),

@@ -142,7 +142,6 @@ FLAP_TIME = 10.0
 FLAPS = 4
 # S for which a client from which the node was taken is not served, so that another comes first
 RELEASED_TIME = 10.0
-QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
 CREDIT_TIME = 2.0             # s for each CPU, of what who has had less than others gets back
@@ -188,9 +187,7 @@ RESULTS_COPIED = 1
 SHORTEST = 1e-3
 LONGEST = 10 * 365.25 * 86400
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
-DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 NO_MEMORY = 'there is no memory for what was sent'
-DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 SERIALS_MOST = 50000          # of jobs in one message
 ROWS_MOST = 20000             # of jobs or results in one message
 NAME_MOST = 1000              # characters of a name from outside that are kept
@@ -510,22 +507,6 @@ class Report(NamedTuple):
     available: dict
 
 
-class Where(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
-    (empty)."""
-    comp: str
-    node: tuple
-    serials: list
-
-
-class News(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
-    `NodeQueries.rows_of`."""
-    comp: str
-    status: int
-    node: tuple
-
-
 class Said(NamedTuple):
     """Scheduler: a warning for the client's log."""
     comp: str
@@ -651,8 +632,6 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     43: (Report, MIDDLE),
     44: (Held, LIST),
     45: (Started, MIDDLE),
-    48: (Where, MIDDLE),
-    49: (News, MIDDLE),
     50: (Said, MIDDLE),
     65: (Pulse, SMALL),
     66: (Bye, SMALL),
@@ -664,12 +643,11 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
-# What a process takes from the other side of a link.
+# What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
-OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
-SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))  # type: ignore[attr-defined]
+SPEAK_OF_COMPS = {message for message in OPS if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
 # Some fields of these hold values whose shape nothing else checks.
-LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
+LOOSE = {Compute, Welcome, Call, Return, Report}
 KEY_SIZE = 32    # bytes of the digest of a computation's key
 DIGEST_SIZE = 32
 
@@ -686,8 +664,16 @@ def may_reclaim(digest: bytes, key: bytes) -> bool:
     return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
 
 
-FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
-                              for kind in message.__annotations__.values()) for message in OPS}
+_TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
+
+
+def _field_types(message: type) -> Tuple[Any, ...]:
+    """The types that the fields of a message have when it has come."""
+    return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in message.__annotations__.values())
+
+
+FIELD_TYPES = {message: _field_types(message) for message in OPS}
+
 
 
 def job_number(serial: int) -> int:
@@ -1118,7 +1104,7 @@ def _is_payload(value: Any) -> bool:
     return _is_buffer(value) or (type(value) is tuple and all(map(_is_buffer, value)))
 
 
-def _is_serial(value: Any) -> bool:
+def is_serial(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -1150,7 +1136,7 @@ def _is_key(value: Any) -> bool:
 
 
 def _is_job(row: Any) -> bool:
-    return type(row) is tuple and len(row) == 3 and _is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
+    return type(row) is tuple and len(row) == 3 and is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
         and (row[2] is None or _is_options(row[2]))
 
 
@@ -1212,22 +1198,22 @@ def _is_file_wanted(fields: Any) -> bool:
     """Purpose, key and row of a file."""
     if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
         return False
-    return fields[0] in PURPOSES and _is_serial(fields[1]) and _is_file(fields[2])
+    return fields[0] in PURPOSES and is_serial(fields[1]) and _is_file(fields[2])
 
 
 def _is_kept(kept: Any) -> bool:
     return type(kept) is dict and all(
-        type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
+        type(serials) is list and all(map(is_serial, serials)) for serials in kept.values())
 
 
 def _is_past(row: tuple) -> bool:
     """A row of Past, or nothing."""
     return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
-        type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
+        type(serials) is list and all(map(is_serial, serials)) for serials in row[1:4]))
 
 
 def _is_running(pair: Any) -> bool:
-    return type(pair) is tuple and len(pair) == 2 and _is_serial(pair[0]) and _is_number(pair[1])
+    return type(pair) is tuple and len(pair) == 2 and is_serial(pair[0]) and _is_number(pair[1])
 
 
 OUTCOMES = frozenset(map(int, Outcome))
@@ -1262,12 +1248,12 @@ def _is_spec(spec: dict) -> bool:
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
-        and type(spec.get('initializer', False)) is bool and _is_serial(spec.get('most', 0)) \
+        and type(spec.get('initializer', False)) is bool and is_serial(spec.get('most', 0)) \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
 
 def _all_serials(fields: tuple) -> bool:
-    return all(map(_is_serial, fields[1]))
+    return all(map(is_serial, fields[1]))
 
 
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
@@ -1277,17 +1263,15 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
         2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
-    FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
+    FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
     Part: _is_part,
     Limit: lambda fields: fields[1] >= 1,
-    Wrong: lambda fields: _is_serial(fields[1]),
-    Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
-    News: lambda fields: len(fields[2]) == 10,
+    Wrong: lambda fields: is_serial(fields[1]),
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
-    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and fields[2] in
-    (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
+    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(is_serial, fields[2])),
+    Output: lambda fields: is_serial(fields[1]) and fields[2] in
+    (0, 1, 2) and is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
@@ -1298,6 +1282,19 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
     Held: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
+
+
+def add_messages(messages: Dict[int, Tuple[type, int]],
+                 checks: Dict[type, Callable[[tuple], bool]]) -> None:
+    """Let links carry messages that nodes do not know; as in MESSAGES and in CHECKS."""
+    MESSAGES.update(messages)
+    CHECKS.update(checks)
+    for op, (message, _) in messages.items():
+        OPS[message] = op
+        FIELD_TYPES[message] = _field_types(message)
+        LOOSE.add(message)
+        if message._fields[:1] == ('comp',):  # type: ignore[attr-defined]
+            SPEAK_OF_COMPS.add(message)
 
 
 BOUNDS = Bounds(MIDDLE, 500_000, 50_000)
@@ -2821,7 +2818,7 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
         raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
     if not secret and path:
-        return _read_secret(path)
+        return read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
     if given:
         if isinstance(given, str):
@@ -2841,10 +2838,10 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
             'entry in the password file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
         make_secret(path)
-    return _read_secret(path)
+    return read_secret(path)
 
 
-def _read_secret(path: str) -> bytes:
+def read_secret(path: str) -> bytes:
     try:
         with open(path, 'rb') as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -11980,7 +11977,7 @@ class NodeDirectory:
             self._take_above(os.path.dirname(root), mode)
         take_own_directory(root, NODE_MARK, ('lock', ) if _was_ours(root) else (),
                            '--dest-path-prefix', mode)
-        self._lock_file = _lock(os.path.join(root, 'lock'), self._port, self._instance)
+        self._lock_file = take_lock(os.path.join(root, 'lock'), self._port, self._instance)
         self.base = os.path.realpath(root)
         if self._options.clean:
             for name in os.listdir(root):
@@ -12888,7 +12885,7 @@ class ProcessHost:
                 WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == Kind.FILE:
             row = open_envelope(record.bodies[0])
-            if not _is_file(row) or not _is_serial(record.serial):
+            if not _is_file(row) or not is_serial(record.serial):
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
                               record.number * FILE_PIECE, beside(record.bodies[1]))
@@ -12897,7 +12894,7 @@ class ProcessHost:
         elif record.kind == Kind.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int
-                                                   and not _is_serial(request)):
+                                                   and not is_serial(request)):
                 raise PeerError('modules that are none')
             self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == Kind.INITIALIZED:
@@ -13689,7 +13686,7 @@ def lock_file(file: Any) -> None:
             time.sleep(0.02)
 
 
-def _lock(path: str, port: int, instance: bytes = b'') -> Any:
+def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
     """Take the lock file or raise StartError naming who has it. Released by the system when the
     process ends."""
     file = open(path, 'a+')
@@ -13707,6 +13704,19 @@ def _lock(path: str, port: int, instance: bytes = b'') -> Any:
                (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
     file.flush()
     return file
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 class Remains:
@@ -13761,246 +13771,6 @@ class Remains:
             ]
         except OSError:   # none, as a rule
             return []
-
-
-# --------------------------------------------------------------------------------------------------
-# Deployment: the half of `python -m dispy deploy` and `stop` that runs on the host, by ssh
-# --------------------------------------------------------------------------------------------------
-
-class Deployment:
-    """The node that was deployed on this host for this user: its file, its log, and a note of how
-    it was started.
-
-    The directory has the host's name, since hosts may share a home. A context, so that one deploy
-    or stop is at work at a time; at its end the directory goes unless something is deployed.
-    """
-
-    def __init__(self) -> None:
-        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
-        self._script, self._noted, self._log = (os.path.join(self._directory, name)
-                                                for name in ('dispynode.py', 'note', 'log'))
-        self._note: dict = {}
-
-    def __enter__(self) -> 'Deployment':
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        try:
-            self._lock = _lock(os.path.join(self._directory, 'lock'), 0)
-        except StartError:
-            raise StartError('another deploy or stop is at work on this host') from None
-        try:
-            if os.path.exists(self._noted):
-                with open(self._noted) as file:
-                    self._note = json.load(file)
-        except ValueError as exc:
-            self._lock.close()
-            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
-                             (self._noted, exc)) from exc
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        if not self._note:
-            shutil.rmtree(self._directory)
-            with contextlib.suppress(OSError):   # other hosts have theirs there
-                os.rmdir(os.path.dirname(self._directory))
-        self._lock.close()
-
-    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
-               restart: bool) -> str:
-        """Have a node run from this source with these options and, if one is given, this secret.
-        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
-        of a node that does not run."""
-        path = secret_path()
-        if secret:
-            have = self._present_secret(path)
-        else:
-            have = b''
-        if have not in (b'', secret) and not replace_secret:
-            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
-        wanted = {
-            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
-        }
-        pid = self._running()
-        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
-            return 'runs already: port %(port)d, PID %(pid)d' % self._note
-        if pid and not restart and self._busy():
-            raise StartError(
-                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
-                'again when it is idle, or with --restart' % pid)
-        # A secret that deploy has not put there
-        if self._digest(have) == self._note.get('secret'):
-            foreign = b''
-        else:
-            foreign = have
-        put = self._digest_put(secret, foreign)
-        try:
-            self._end(pid)
-            self._note = {'wanted': wanted, 'secret': put}
-            _write_private(self._script, source)
-            if secret != have:
-                _write_private(path, secret + b'\n')
-            self._start(options, ['--secret-file', path] if secret else [])
-        except (OSError, StartError) as exc:
-            if self._running():   # it does not end, or has not been touched
-                raise
-            self._undo(path, put, foreign)
-            raise StartError('%s%s' %
-                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
-        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
-                                        self._note['pid'])
-
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
-        if not self._note:
-            return 'nothing was deployed here'
-        pid = self._running()
-        self._end(pid)
-        self._remove()
-        if pid:
-            return 'stopped'
-        return 'ran no more; its files are removed'
-
-    def _start(self, options: List[str], more: List[str]) -> None:
-        """Start the daemon, in a session of its own, and wait until it listens."""
-        args = _parser().parse_args(options)
-        log = os.path.abspath(args.log_file or self._log)
-        if os.path.exists(log):
-            begin = os.path.getsize(log)
-        else:
-            begin = 0
-        with open(self._log, 'ab') as output:
-            said = output.tell()
-            process = subprocess.Popen(
-                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True)
-        self._note['pid'] = process.pid
-        _write_private(self._noted, json.dumps(self._note).encode())
-        until = time.monotonic() + DEPLOY_TIME
-        found = None
-        while found is None:
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                # Main logs it
-                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
-            if process.returncode is not None or time.monotonic() > until:
-                process.kill()
-                code = process.wait()
-                raise StartError(
-                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
-                    or 'it ' + exit_text(code))
-        port = int(found.group(1))
-        self._note.update(port=port,
-                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
-        _write_private(self._noted, json.dumps(self._note).encode())
-
-    def _running(self) -> int:
-        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
-        not taken for it."""
-        pid = self._note.get('pid', 0)
-        if not pid:
-            return 0
-        if os.path.isdir('/proc/self'):
-            command = _since('/proc/%d/cmdline' % pid)
-        else:
-            command = subprocess.run(
-                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
-        if os.fsencode(self._script) in command:
-            return pid
-        return 0
-
-    def _busy(self) -> bool:
-        """Whether a computation is there."""
-        root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
-
-    def _end(self, pid: int) -> None:
-        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
-        is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
-            if self._running():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            while self._running() and time.monotonic() < until:
-                time.sleep(0.02)
-        if self._running():
-            raise StartError('PID %d does not end after SIGTERM' % pid)
-        root = self._note.get('root', '')
-        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
-            if set(os.listdir(root)) <= KEEPING_FILES:
-                shutil.rmtree(root)
-                os.rmdir(os.path.dirname(default_directory(0)))
-
-    def _undo(self, path: str, put: str, foreign: bytes) -> None:
-        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
-        self._remove()
-        if put and foreign:
-            _write_private(path, foreign + b'\n')
-
-    def _remove(self) -> None:
-        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
-        path = secret_path()
-        if os.path.lexists(path) and self._digest(_read_secret(path)) == self._note.get('secret'):
-            os.unlink(path)
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))
-        self._note = {}
-
-    @staticmethod
-    def _digest(secret: bytes) -> str:
-        return hashlib.sha256(secret).hexdigest()
-
-    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
-        """The digest of the secret that will have been put here; empty if it was here before."""
-        if not secret:
-            return self._note.get('secret', '')  # type: ignore[no-any-return]
-        if secret != foreign:
-            return self._digest(secret)
-        return ''
-
-    @staticmethod
-    def _present_secret(path: str) -> bytes:
-        if os.path.lexists(path):
-            return _read_secret(path)
-        return b''
-
-
-def _since(path: str, begin: int = 0) -> bytes:
-    """What a file has from there on; nothing if there is no such file."""
-    try:
-        with open(path, 'rb') as file:
-            file.seek(begin)
-            return file.read()
-    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
-        return b''
-
-
-def _write_private(path: str, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def deployment(source: bytes, task: str, *request: Any) -> None:
-    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
-    done, on stdout after DEPLOYED, or why not, on stderr."""
-    try:
-        if os.name == 'nt':
-            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
-        with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
-    except (StartError, SecretError, OSError) as exc:
-        sys.exit(str(exc))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -14177,11 +13947,6 @@ OBSOLETE_NODE = {
     '--init': (True, 'give setup= to the cluster'),
     '--unsafe-setup': (False, 'setup() runs in a process of its computation'),
     '--admin-secret': (True, 'there is no dispyadmin'),
-}
-OBSOLETE_SCHEDULER = {
-    '--msg-timeout': (True, 'connections are kept'),
-    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
-    '--cooperative': (False, 'each program limits its own CPUs of a node'),
 }
 
 

@@ -72,20 +72,20 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo,
+from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, News, Where, Access, Allocation, CancelAsked, Cargo,
                    Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
                    NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
                    WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
     Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
-    OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of, OBSOLETE_SCHEDULER,
+    OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
     OptionParser, add_daemon_options, daemon_parser, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
     Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece, FileReceiver,
-    FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer, Outcome,
+    FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, Offer, Outcome,
     Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
-    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong,
-    __version__, _write_private, beside, check_name, derive_key, digest_of, discovery_reach,
+    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Wrong,
+    __version__, write_private, beside, check_name, derive_key, digest_of, discovery_reach,
     find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
     over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
     open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
@@ -3036,6 +3036,14 @@ def default_state_dir(port: int) -> str:
                         'scheduler-%d' % port)
 
 
+# Options of dispy 4 without a meaning, as OBSOLETE_NODE
+OBSOLETE_SCHEDULER = {
+    '--msg-timeout': (True, 'connections are kept'),
+    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
+    '--cooperative': (False, 'each program limits its own CPUs of a node'),
+}
+
+
 def _parser() -> OptionParser:
     parser = daemon_parser('dispyscheduler',
                            'Share nodes between several programs (dispy.SharedJobCluster).',
@@ -3275,7 +3283,7 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
         # Others would have the token
         if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:
             path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
-            _write_private(path, text.encode() + b'\n')
+            write_private(path, text.encode() + b'\n')
             text = 'the link of the monitor is in %s, since others can read this log' % path
         logger.info('%s', text)
     try:

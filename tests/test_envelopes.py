@@ -11,9 +11,9 @@ import pytest
 
 import dispynode
 from conftest import ROOT
-from dispy import NodeSpec, matches
+from dispy import OF_NODES, NodeSpec, Where, matches
 from dispynode import (
-    BOUNDS, FrameOpener, FrameSealer, ITEMS_MOST, MESSAGES, OF_CLIENTS, OF_NODES, PeerError, Ready, Welcome, Where, decode, encode,
+    BOUNDS, FrameOpener, FrameSealer, ITEMS_MOST, MESSAGES, OF_CLIENTS, PeerError, Ready, Welcome, decode, encode,
     is_shallow, open_envelope, open_regular)
 
 

@@ -14,11 +14,12 @@ import tracemalloc
 import pytest
 
 import dispynode
+from dispy import News, Where
 from dispynode import (
     Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored, FrameOpener, FrameSealer,
-    HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, News, Offer, open_envelope, OPS, OUT_OF_BAND,
+    HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, Offer, open_envelope, OPS, OUT_OF_BAND,
     Output, pack_record, PeerError, Pulse, Query, Ready, Recall, Reclaim, RecordIntake, Refused, Report,
-    Results, Return, Part, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Where, Wrong)
+    Results, Return, Part, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Wrong)
 
 KEY = bytes(range(32))
 LARGE = random.Random(1).getrandbits(8 * (OUT_OF_BAND + 7)).to_bytes(OUT_OF_BAND + 7, 'big')
