@@ -9020,7 +9020,7 @@ class Connector:
                             access.cafile,
                             refused=self._turned_away)
             except OSError as exc:
-                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
+                taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
                     raise OSError(
                         exc.errno,

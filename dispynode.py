@@ -3050,12 +3050,18 @@ CLOSED_AT_ONCE = (
     'failures?')
 
 
+def is_of_tls(exc: BaseException) -> bool:
+    """Whether an exception is one of TLS. Where `ssl` was not imported, there is none."""
+    ssl = sys.modules.get('ssl')
+    return ssl is not None and isinstance(exc, ssl.SSLError)
+
+
 def tls_text(exc: BaseException) -> str:
-    """What a failure of TLS means and what mends it."""
+    """Return what a failure of TLS means and how to mend it."""
     reason = str(getattr(exc, 'reason', None) or exc)
     if isinstance(exc, ConnectionError) or 'EOF' in reason:
         return CLOSED_AT_ONCE
-    if type(exc).__name__ == 'SSLCertVerificationError':
+    if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
         text = 'nothing here vouches for its certificate (--certfile, in programs certfile= or cafile=)'
     elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith(
             'WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
@@ -3065,6 +3071,18 @@ def tls_text(exc: BaseException) -> str:
     else:
         text = 'both sides need a certificate, or neither (--certfile, in programs certfile=)'
     return 'TLS failed: %s: %s' % (text, exc)
+
+
+def _begin_handshake(sock: Any, binding: bytes, deadline: Optional[float],
+                     clock: Callable[[], float]) -> Tuple[int, Callable[[int], bytes]]:
+    """Begin as both sides do. Returns the flags to send, and a function that receives so many bytes
+    before the deadline."""
+    if deadline is None:
+        deadline = clock() + HANDSHAKE_TIME
+    flags = 0
+    if binding != NO_TLS:
+        flags |= _SEES_TLS
+    return flags, lambda size: _receive_exactly(sock, size, deadline, clock)
 
 
 def handshake_dial(sock: Any,
@@ -3077,16 +3095,11 @@ def handshake_dial(sock: Any,
                    clock: Callable[[], float] = time.monotonic) -> Session:
     """C's side. Raises HandshakeError with the reason and what mends it; OSError when the
     connection breaks."""
-    if deadline is None:
-        deadline = clock() + HANDSHAKE_TIME
-    if binding != NO_TLS:
-        tls = _SEES_TLS
-    else:
-        tls = 0
+    tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     sock.sendall(hello)
     try:
-        challenge = _receive_exactly(sock, _CHALLENGE.size, deadline, clock)
+        challenge = receive(_CHALLENGE.size)
     except (EOFError, ConnectionError):
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
@@ -3104,7 +3117,7 @@ def handshake_dial(sock: Any,
     keys = _Keys(psk, hello, challenge, binding)
     sock.sendall(_PROOF.pack(MAGIC, keys.client))
     try:
-        finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
+        finished = receive(_PROOF.size)
     except (EOFError, ConnectionError):
         raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
@@ -3122,13 +3135,8 @@ def handshake_accept(sock: Any,
                      clock: Callable[[], float] = time.monotonic) -> Session:
     """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the
     proof is checked."""
-    if deadline is None:
-        deadline = clock() + HANDSHAKE_TIME
-    if binding != NO_TLS:
-        tls = _SEES_TLS
-    else:
-        tls = 0
-    hello = _receive_exactly(sock, _HELLO.size, deadline, clock)
+    tls, receive = _begin_handshake(sock, binding, deadline, clock)
+    hello = receive(_HELLO.size)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
     if hello[:2] == b'\x16\x03':   # the first bytes of TLS
         raise HandshakeError(
@@ -3147,7 +3155,7 @@ def handshake_accept(sock: Any,
                              (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
+    proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
         keys = _Keys(one, hello, challenge, binding)
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
@@ -11296,7 +11304,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             sock, where = super().get_request()
             return sock, (address_in(where), *where[1:])
         except OSError as exc:
-            if exc.errno in (23, 24):   # ENFILE, EMFILE
+            if exc.errno in (errno.ENFILE, errno.EMFILE):
                 if self._spare >= 0:
                     os.close(self._spare)
                 self._spare = -1
@@ -11376,7 +11384,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
             self._log(
                 address,
-                tls_text(exc) if type(exc).__name__.startswith('SSL') else str(exc) or 'it hung up')
+                tls_text(exc) if is_of_tls(exc) else str(exc) or 'it hung up')
         finally:
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
@@ -11505,7 +11513,7 @@ def dial_text(exc: BaseException) -> str:
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     # With TLS 1.3 a rejected certificate comes to light in the handshake
-    if type(exc).__name__.startswith('SSL'):
+    if is_of_tls(exc):
         return tls_text(exc)
     if isinstance(exc, OSError) and exc.errno in NO_WAY:
         return 'it cannot be reached: %s' % exc.strerror
@@ -11531,7 +11539,7 @@ def why_unreached(exc: BaseException) -> Unreached:
             return Unreached.NAME_SERVICE
         return Unreached.NO_SUCH_NAME
     if (isinstance(exc, HandshakeError)
-            and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
+            and not isinstance(exc, Silence)) or is_of_tls(exc):
         return Unreached.REFUSED
     return Unreached.UNREACHABLE
 
@@ -13270,7 +13278,7 @@ class Daemon(Loop):
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
             where = place(host, port)
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+            if exc.errno == errno.EADDRINUSE:
                 raise StartError(
                     'port %d is in use (%s), perhaps by another dispynode; choose another port '
                     'with -p/--port'

@@ -2854,7 +2854,7 @@ class Scheduler(Driver):
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+            if exc.errno == errno.EADDRINUSE:
                 raise StartError(
                     'port %d is in use: another dispyscheduler? Choose another with -p/--port' %
                     port) from exc
