@@ -261,7 +261,7 @@ class NoNodes(DispyError):
 # Messages that only a scheduler sends, to programs
 # --------------------------------------------------------------------------------------------------
 
-class Where(NamedTuple):
+class JobsAssigned(NamedTuple):
     """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
     (empty)."""
     comp: str
@@ -269,7 +269,7 @@ class Where(NamedTuple):
     serials: list
 
 
-class News(NamedTuple):
+class NodeChanged(NamedTuple):
     """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
     `NodeQueries.rows_of`."""
     comp: str
@@ -278,12 +278,12 @@ class News(NamedTuple):
 
 
 SCHEDULER_MESSAGES: Dict[int, Tuple[type, int]] = {
-    48: (Where, MIDDLE),
-    49: (News, MIDDLE),
+    48: (JobsAssigned, MIDDLE),
+    49: (NodeChanged, MIDDLE),
 }
 SCHEDULER_CHECKS: Dict[type, Callable[[tuple], bool]] = {
-    Where: lambda fields: len(fields[1]) in (0, 3) and all(map(is_serial, fields[2])),
-    News: lambda fields: len(fields[2]) == 10,
+    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(is_serial, fields[2])),
+    NodeChanged: lambda fields: len(fields[2]) == 10,
 }
 add_messages(SCHEDULER_MESSAGES, SCHEDULER_CHECKS)
 # What a program takes from the other side of a link
@@ -10345,7 +10345,7 @@ class SchedulerCalls:
         if cluster is not None:
             cluster.asked(peer, message)
 
-    def on_where(self, peer: Peer, message: Where) -> None:
+    def on_where(self, peer: Peer, message: JobsAssigned) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
         if message.comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials,
@@ -10363,7 +10363,7 @@ class SchedulerCalls:
                 self._driver.files.abort_attempt((message.comp, job.serial))
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
 
-    def on_news(self, peer: Peer, message: News) -> None:
+    def on_news(self, peer: Peer, message: NodeChanged) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.node_told(message.status, NodeRow(*message.node))
@@ -10649,8 +10649,8 @@ class Driver(Loop):
             Output: self.jobs.on_output,
             Held: self.recoveries.on_held,
             Report: self.queries.on_report,
-            Where: self.calls.on_where,
-            News: self.calls.on_news,
+            JobsAssigned: self.calls.on_where,
+            NodeChanged: self.calls.on_news,
             Said: self.calls.on_said,
             Call: self.calls.on_call,
             Return: self.calls.on_return,

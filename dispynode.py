@@ -4,17 +4,18 @@
 Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python
 dispynode.py`. It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
 
-What a node shares with its clients (messages, frames, handshake, link, loop) lives here too,
-because this file must be able to travel alone; dispy.py imports it by name.
+What a node shares with its clients (messages, frames, handshake, link, loop) is here too, because
+this file must be able to travel alone; dispy.py imports it by name.
 
-    client                      this process                                  its children
-    +--------+   TCP (+TLS)   +---------------------------------------+      +---------------------------------+
-    | driver | <============> | accept threads  TLS and handshake     |      | runner, one a computation:      |
-    +--------+   frames       |      | post()                         |      |   loads code, runs setup() once |
-                              | node thread     Loop: links, pipes,   | <==> |      | fork                     |
-                              |      |          timers                | pipes| worker, one a CPU:              |
-                              | Node            pure state: decides   | <==> |   job after job                 |
-                              +---------------------------------------+      +---------------------------------+
+  client                    this process                               its children
+  +--------+  TCP (+TLS)  +------------------------------------+      +--------------------------+
+  | driver | <==========> | accept threads  TLS and handshake  |      | runner, one for each     |
+  +--------+   frames     |      | post()                      |      | computation: loads code, |
+                          | node thread     Loop: links,       | <==> | runs setup() once        |
+                          |      |          pipes, timers      | pipes|      | fork              |
+                          | Node            pure state:        | <==> | worker, one for each     |
+                          |                 decides            |      | CPU: job after job       |
+                          +------------------------------------+      +--------------------------+
 
 The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
 a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries
@@ -23,14 +24,13 @@ which forks and reaps them, reports births and deaths. The daemon never unpickle
 it forwards bytes.
 
 Each of these has parts, which own their state and know one another by their methods:
-  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler
-  (what runs),
-             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of
-             clients),
-             UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
-  Daemon     NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
-  Runner     ComputationCode (what was loaded), WorkerProcesses
-  Worker     WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
+  Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
+          Attempts (what waits), CpuScheduler (what runs), FairShare (who is next), Interruptions
+          (what is ended), JobRequests (what jobs ask of clients), UndeliveredResults, PastAttempts,
+          Timers
+  Daemon  NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
+  Runner  ComputationCode (what was loaded), WorkerProcesses
+  Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
 
 The life of a job here:
   1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
@@ -38,15 +38,13 @@ The life of a job here:
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before
-     it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20
-     ms the
-     client is told that it has begun (`Started`), and its worker gives back what stands behind it.
+     it looks at the next one. Output is caught at descriptor level in a file of the worker's. After
+     about 20 ms the client is told that the job has begun (`Started`), and the worker gives back
+     the attempts that stand behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
   6. A worker that dies is reported by the runner with the attempt it was running; that one has
-     failed, those
-     behind it go back to the queue, and a new worker is forked.
-  7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
+     failed, those behind it go back to the queue, and a new worker is forked.
+  7. `Done` ends the computation: cleanup runs, processes end, the directory is removed.
 """
 
 import sys
@@ -121,6 +119,33 @@ __version__ = '5.0.0.dev0'
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
+# Glossary
+#   client       a program that uses nodes, or a scheduler that uses them for programs
+#   computation  (comp) what one cluster of a program runs on a node: its code, files and jobs
+#   job          one call that the user has submitted; it has a number
+#   attempt      one try to run a job on some node. Its serial number has the job's number in the
+#                upper bits and the count of the try in the lower 16: see job_number, attempt_number
+#   outcome      how an attempt ended; with times, value and output it is a row of Results
+#   acknowledge  (Ack) the client has a result: nobody else needs to keep it
+#   spool        results on a node's disk, while their client is away
+#   lease        a client's hold on a node; a node serves one client at a time
+#   orphaned     without a connection to its client
+#   runner       the process that has loaded the code of a computation and starts its workers
+#   worker       the process that runs the jobs of a computation, one after the other
+#   slot         memory that all processes of a computation share, where a worker notes which
+#                attempts it has begun, so that this is known when it dies
+#   link         an authenticated connection between two processes, with heartbeats
+#   uplink       a link that a node has made itself, to a scheduler or to a client that listens
+#   frame        one message on a link, with its length, number and authentication code
+#   record       one message on a pipe between a daemon, its runners and its workers
+#   part         a piece of a message that is too large for a frame
+#   envelope     the plain values of a message; large payloads are beside it, out of band
+#   payload      what a user sent (arguments, code) or a job returned: bytes that daemons never open
+#   bundle       the files of a group of modules, and what the program has set in them
+#   event        what the loop tells the pure state; an action is what the state then decides
+#   turn         one round of a loop: what has come is handled, then what follows is sent
+#   heartbeat    (Pulse) a sign of life on a link that has nothing else to send
+#   instance     16 random bytes that tell one process from all others
 NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
@@ -200,8 +225,8 @@ logger = logging.getLogger('dispynode')
 
 
 class Listed(type):
-    """The type of public tuples and exceptions: dir() of such a class, and with it help() and
-    pydoc, lists what this project says of it, and not what every tuple or exception has. The
+    """This is the type of public tuples and exceptions: dir() of such a class, and with it help()
+    and pydoc, lists what this project says of it, and not what every tuple or exception has. The
     standard library's `enum` does the same."""
 
     def __dir__(cls) -> List[str]:
@@ -221,11 +246,11 @@ class PeerError(DispyError):
 
 
 class LinkBroken(DispyError):
-    """The connection ended without a word."""
+    """The connection was closed without a Bye."""
 
 
 class HandshakeError(DispyError):
-    """No link came of a connection; the text says why and what mends it."""
+    """The handshake failed; the text says why and how to mend it."""
 
 
 class Silence(HandshakeError):
@@ -254,8 +279,8 @@ class LoopFailed(DispyError):
 # --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """Who speaks on a link. Whoever is dialled by nodes (--scheduler-host), a client that listens
-    too, is a SCHEDULER there."""
+    """The role of a process on a link. A process to which nodes connect (--scheduler-host) is a
+    SCHEDULER there, also a client that listens."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
@@ -287,20 +312,20 @@ class Past(NamedTuple):
     text: str = ''                         # why it was given up
 
     def row(self) -> tuple:
-        """As messages carry it; empty where there is nothing to tell."""
+        """Return it as messages carry it; empty where there is nothing to tell."""
         if self == Past():
             return ()
         return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> 'Past':
-        """The inverse."""
+        """Read what `row` has made."""
         if not row:
             return cls()
         return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
 
     def and_also(self, other: 'Past') -> 'Past':
-        """What both say."""
+        """Return what both say."""
         return Past(self.whole and other.whole, self.unbegun | other.unbegun,
                     self.lost | other.lost, self.given_up | other.given_up, other.text or self.text)
 
@@ -348,134 +373,136 @@ def reason_of(exc: BaseException) -> str:
 
 
 class Introduce(NamedTuple):
-    """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by
-    Welcome."""
+    """A client says first on a link who it is (the name is shown to others) and how many seconds
+    its pulse is. Welcome answers it."""
     name: str
     pulse: float
 
 
 class Compute(NamedTuple):
-    """Client: a computation. May come again after a link broke. Answered by Need, Ready or
-    Refused."""
+    """A client sends a computation. It may come again after a link broke. Need, Ready or Refused
+    answers it."""
     comp: str
     spec: dict
 
 
 class Jobs(NamedTuple):
-    """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results. The
-    option `values` has rows (size, digest) of the parts of the payload that do not stand in it; a
-    node that lacks one asks for it (Need)."""
+    """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
+    them. The option `values` has rows (size, digest) of the parts of the payload that do not stand
+    in it; a node that lacks one asks for it (Need)."""
     comp: str
     rows: list
 
 
 class Cancel(NamedTuple):
-    """Client: end these attempts. Each is answered by its result, whatever it became."""
+    """A client wants these attempts to be ended. Each is answered by its result, whatever it
+    became."""
     comp: str
     serials: list
 
 
 class Recall(NamedTuple):
-    """Client: give back those of these attempts that have not begun. Each is answered by Returned,
-    Started or Results. A scheduler cancels those of these jobs that have not begun; each is
-    answered by Started or Results."""
+    """A client wants those of these attempts back that have not begun. Each is answered by
+    Returned, Started or Results. A scheduler cancels those of these jobs that have not begun; each
+    is answered by Started or Results."""
     comp: str
     serials: list
 
 
 class Ack(NamedTuple):
-    """Client: results it has; the node forgets them."""
+    """A client has these results; the node forgets them."""
     comp: str
     serials: list
 
 
 class Done(NamedTuple):
-    """Client: the computation is over; what still runs is killed."""
+    """A client has no more use for a computation; what still runs is killed."""
     comp: str
 
 
 class Limit(NamedTuple):
-    """Client: how many CPUs a computation that is set up may use at once from now on."""
+    """A client says how many CPUs a computation that is set up may use at once from now on."""
     comp: str
     cpus: int
 
 
 class Shutdown(NamedTuple):
-    """Client: end when this client has let you go, if you were started with --client-shutdown."""
+    """A client wants the node to end with its lease; the node does if it was started with
+    --client-shutdown."""
     comp: str
 
 
 class Query(NamedTuple):
-    """Client: what of this computation is there? Answered by Report."""
+    """A client asks what of this computation is there. Report answers it."""
     comp: str
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this
-    computation is mine now. `key` shows that it is: only the program and its recovery file have
-    it, `spec['key']` is its digest. Answered by Held and Results. Without `take` it is only asked,
-    nothing becomes another's, and no results come."""
+    """A client, perhaps another process than the one that began the computation, says that what is
+    there of it belongs to this client now. `key` shows that it is: only the program and its
+    recovery file have it, `spec['key']` is its digest. Answered by Held and Results. Without `take`
+    it is only asked, nothing becomes another's, and no results come."""
     comp: str
     key: bytes = b''
     take: bool = True
 
 
 class Welcome(NamedTuple):
-    """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle,
-    ...)."""
+    """A node answers Introduce with its name, the CPUs that it offers, and facts (python, platform,
+    cloudpickle, ...)."""
     name: str
     cpus: int
     facts: dict
 
 
 class Refused(NamedTuple):
-    """Node: this computation (or, with an empty name, this client) is not served; code for
-    programs, text for people."""
+    """A node does not serve this computation (or, with an empty name, this client); the code is for
+    programs, the text for people."""
     comp: str
     code: str
     text: str
 
 
 class Need(NamedTuple):
-    """Node: send these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
+    """A node wants these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
     Answers Compute, and comes when a job needs modules."""
     comp: str
     files: list
 
 
 class Ready(NamedTuple):
-    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past`
-    is a row of Past."""
+    """A node has set up the computation. `held` are the serials it knows, running, waiting or ended
+    without Ack; `past` is a row of Past."""
     comp: str
     held: list
     past: tuple = ()
 
 
 class Results(NamedTuple):
-    """Node: rows of (serial, outcome, start, end, payload, stdout, stderr), times in s since the
-    epoch. Answered by Ack."""
+    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr), with
+    times in s since the epoch. Ack answers them."""
     comp: str
     rows: list
 
 
 class Returned(NamedTuple):
-    """Node, answers Recall or comes when it stops: these attempts were never started here."""
+    """A node has never started these attempts. It answers Recall, and comes when a node stops."""
     comp: str
     serials: list
 
 
 class Started(NamedTuple):
-    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for
-    those that have run for about 20 ms and for those that were recalled too late; of others the
-    result tells."""
+    """A node or scheduler says that these attempts have begun, as rows of (serial, s that it has
+    run). Comes for those that have run for about 20 ms and for those that were recalled too late;
+    of others the result tells."""
     comp: str
     rows: list
 
 
 class Output(NamedTuple):
-    """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from
-    byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of level, logger
-    and text)."""
+    """A node sends what a running job has printed, if the computation wants it live (stream 1 or
+    2), from byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of
+    level, logger and text)."""
     comp: str
     serial: int
     stream: int
@@ -484,23 +511,23 @@ class Output(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who
-    were refused because another client held the node, when it is free."""
+    """A node says how many CPUs it offers from now on; 0 when it takes no new jobs. Also sent to
+    those who were refused because another client held the node, when it is free."""
     cpus: int
 
 
 class Held(NamedTuple):
-    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a
-    row of Past."""
+    """A node answers Reclaim with the serials that it knows: of attempts that run, wait, or have
+    ended without Ack; `past` is a row of Past."""
     comp: str
     serials: list
     past: tuple = ()
 
 
 class Report(NamedTuple):
-    """Node, answers Query: pairs of (serial, s that it has run), serials that wait, what is free
-    there (as `availability`), with `busy`, the jobs of all computations that run, and `holder`, for
-    people, empty when it is free."""
+    """A node answers Query with pairs of (serial, s that it has run), serials that wait, what is
+    free there (as `availability`), with `busy`, the jobs of all computations that run, and
+    `holder`, for people, empty when it is free."""
     comp: str
     running: list
     waiting: list
@@ -508,14 +535,13 @@ class Report(NamedTuple):
 
 
 class Said(NamedTuple):
-    """Scheduler: a warning for the client's log."""
+    """A node or scheduler has a warning for the client's log."""
     comp: str
     text: str
 
 
 class Call(NamedTuple):
-    """Client or scheduler: a question to the other; `name` is what it is about. Answered by
-    Return."""
+    """Either side asks the other a question; `name` is what it is about. Return answers it."""
     comp: str
     number: int
     name: str
@@ -523,7 +549,7 @@ class Call(NamedTuple):
 
 
 class Return(NamedTuple):
-    """Answers Call: a value, or the type and the text of an error."""
+    """This answers Call with a value, or with the type and the text of an error."""
     comp: str
     number: int
     error: tuple
@@ -544,9 +570,9 @@ ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 
 class FilePiece(NamedTuple):
-    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row`
-    is the file's name, size, digest and mode. FileStored answers the last piece, or the first that
-    cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    """Either side sends a piece of a file, in order of offset; an empty file is one empty piece.
+    `row` is the file's name, size, digest and mode. FileStored answers the last piece, or the first
+    that cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
     comp: str
     purpose: int
     key: int
@@ -566,12 +592,12 @@ class FileStored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of
-    offset. The first brings the row, with `HOLLOW` in the place of its payload, and all say how
-    large that is; when it is whole, it is as if the message had come with this row alone. Other
-    messages may come between parts, but no parts of another row of the same computation. A first
-    part replaces what has come before of a row of its computation; one with a total of 0 is none,
-    but says that the rest will not come. `data` is a buffer, or a tuple of some."""
+    """Either side sends a part of one row of Jobs or Results that is too large for a frame, in
+    order of offset. The first brings the row, with `HOLLOW` in the place of its payload, and all
+    say how large that is; when it is whole, it is as if the message had come with this row alone.
+    Other messages may come between parts, but no parts of another row of the same computation. A
+    first part replaces what has come before of a row of its computation; one with a total of 0 is
+    none, but says that the rest will not come. `data` is a buffer, or a tuple of some."""
     comp: str
     row: tuple
     total: int
@@ -587,18 +613,18 @@ class Unfit(NamedTuple):
 
 
 class Pulse(NamedTuple):
-    """Either side: alive."""
+    """Either side shows that it is alive."""
 
 
 class Bye(NamedTuple):
-    """Either side: this link ends on purpose. A link that ends without it is broken, not closed.
+    """Either side ends this link on purpose. A link that ends without it is broken, not closed.
     After a node's Bye every attempt it has not answered for was never started."""
     text: str
 
 
 class Wrong(NamedTuple):
-    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The
-    same is not to be sent again at once. Nothing is said by it of what came before."""
+    """Either side says last on a link that it cannot use the frame of this number, counted from 0.
+    The same is not to be sent again at once. Nothing is said by it of what came before."""
     text: str
     frame: int
 
@@ -677,12 +703,12 @@ FIELD_TYPES = {message: _field_types(message) for message in OPS}
 
 
 def job_number(serial: int) -> int:
-    """The number of a job, by the serial number of one of its attempts."""
+    """Return the number of a job, by the serial number of one of its attempts."""
     return serial >> 16
 
 
 def attempt_number(serial: int) -> int:
-    """Which attempt of its job has this serial number. The first is 1; 0 stands for none."""
+    """Return which attempt of its job has this serial number. The first is 1; 0 stands for none."""
     return serial & 0xffff
 
 
@@ -701,7 +727,7 @@ def in_one_piece(payload: Payload) -> bytes:
 
 
 def size_of(payload: Payload) -> int:
-    """Bytes in a payload."""
+    """Return the number of bytes of a payload."""
     if type(payload) is tuple:
         return sum(len(piece) for piece in payload)
     return len(payload)  # type: ignore[arg-type]
@@ -761,7 +787,7 @@ def sized(row: tuple) -> Tuple[tuple, int]:
 
 def frames(kind: Callable[[str, list], Any], comp: str,
            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Messages `kind(comp, rows)` of about FRAME_FILL bytes each. Every row comes with its
+    """Make messages `kind(comp, rows)` of about FRAME_FILL bytes each. Every row comes with its
     bytes."""
     some = []
     filled = 0
@@ -799,7 +825,7 @@ class InParts:
         self._parts = self._made()
 
     def next(self) -> Optional[Part]:
-        """The next part; None behind the last."""
+        """Return the next part; None behind the last."""
         return next(self._parts, None)
 
     def _made(self) -> Iterator[Part]:
@@ -830,7 +856,7 @@ def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
-    """Messages `kind(comp, serials)` of bounded length."""
+    """Make messages `kind(comp, serials)` of bounded length."""
     for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
@@ -1021,8 +1047,8 @@ def open_envelope(data: Buffer,
 
 
 def open_plain(data: Buffer) -> Any:
-    """The same without bounds, where a process of the user's own opens what the user sent. Raises
-    PeerError."""
+    """Unpickle plain builtins as open_envelope does, but without bounds, where a process of the
+    user's own opens what the user sent. Raises PeerError."""
     try:
         return _Plain(io.BytesIO(data)).load()
     except Exception as exc:  # as above
@@ -1045,8 +1071,8 @@ _INDEX = struct.Struct('>II')
 
 
 def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Message -> (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is u32
-    number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    """Turn a message into (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is
+    u32 number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
     buffers: List[pickle.PickleBuffer] = []
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
@@ -1057,7 +1083,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
-    """The inverse of `encode`, for a payload whose MAC was verified. Raises PeerError."""
+    """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
+    PeerError."""
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
@@ -1120,7 +1147,7 @@ def _is_options(value: Any) -> bool:
 
 
 def _are_values(rows: Any) -> bool:
-    """Sizes and digests of values."""
+    """Whether these are sizes and digests of values."""
     return type(rows) is tuple and len(rows) <= BUFFERS_MOST and all(map(_is_value, rows))
 
 
@@ -1130,7 +1157,7 @@ def _is_value(row: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """What a scheduler knows a node by."""
+    """Whether a scheduler can know a node by this."""
     return type(value) is str or (type(value) is tuple
                                   and all(type(part) in (str, int) for part in value))
 
@@ -1189,13 +1216,13 @@ def _is_part(fields: tuple) -> bool:
 
 
 def _is_file(row: Any) -> bool:
-    """A row of a computation's files: name, size, digest, mode."""
+    """Whether this is a row of a computation's files: name, size, digest, mode."""
     return type(row) is tuple and [type(field)
                                    for field in row] == [str, int, bytes, int] and row[1] >= 0
 
 
 def _is_file_wanted(fields: Any) -> bool:
-    """Purpose, key and row of a file."""
+    """Whether these are purpose, key and row of a file."""
     if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
         return False
     return fields[0] in PURPOSES and is_serial(fields[1]) and _is_file(fields[2])
@@ -1207,7 +1234,7 @@ def _is_kept(kept: Any) -> bool:
 
 
 def _is_past(row: tuple) -> bool:
-    """A row of Past, or nothing."""
+    """Whether this is a row of Past, or nothing."""
     return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
         type(serials) is list and all(map(is_serial, serials)) for serials in row[1:4]))
 
@@ -1343,8 +1370,8 @@ class _Pieces(list):
     them."""
 
     def write(self, piece: Any) -> None:
-        """As of a file. No method of `list`: so other threads of the process, which speak to nodes,
-        can go on between pieces."""
+        """Do as the method of a file. No method of `list`: so other threads of the process, which
+        speak to nodes, can go on between pieces."""
         self.append(piece)
 
 
@@ -1352,7 +1379,7 @@ _NO_MODULES: AbstractSet[str] = frozenset()
 
 
 class Sealed(NamedTuple):
-    """A pickled value."""
+    """A value that was pickled."""
     payload: Payload
     plain: bool           # whether it holds builtin values only, so that opening it runs no code
     modules: AbstractSet[str]   # names of the modules that opening it imports
@@ -1420,7 +1447,7 @@ class _Segments:
         self._pieces = collections.deque(memoryview(piece).cast('B') for piece in pieces)
 
     def readinto(self, target: Any) -> int:
-        """As of a file."""
+        """Do as the method of a file."""
         view = memoryview(target).cast('B')
         filled = 0
         while filled < len(view) and self._pieces:
@@ -1434,14 +1461,14 @@ class _Segments:
         return filled
 
     def read(self, size: int) -> bytes:
-        """As of a file."""
+        """Do as the method of a file."""
         left = sum(map(len, self._pieces))
         data = bytearray(left if size < 0 else min(size, left))
         self.readinto(data)
         return bytes(data)
 
     def readline(self) -> bytes:
-        """As of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols have lines."""
         raise pickle.UnpicklingError('a pickle of protocol 5 has no lines')
 
 
@@ -1486,7 +1513,7 @@ def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
-    """The inverse: numbers of bundles, and the payload itself."""
+    """Take apart what `with_needs` has made: numbers of bundles, and the payload itself."""
     if payload[0] != 2:
         return (), payload
     _, length = _NEEDS.unpack_from(payload)
@@ -1520,7 +1547,7 @@ class _Source:
         self._end = at + size
 
     def readinto(self, target: Any) -> int:
-        """As of a file."""
+        """Do as the method of a file."""
         view = memoryview(target)
         size = min(len(view), self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
@@ -1530,13 +1557,13 @@ class _Source:
         return size
 
     def read(self, size: int) -> bytes:
-        """As of a file."""
+        """Do as the method of a file."""
         data = bytes(self._view[self._at:min(self._at + size, self._end)])
         self._went(len(data))
         return data
 
     def readline(self) -> bytes:
-        """As of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols have lines."""
         line = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)]).readline()
         self._went(len(line))
         return line
@@ -1605,20 +1632,16 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
 
 # --------------------------------------------------------------------------------------------------
 # Objects by value: what has no module that could be imported. Used by clients and by workers alike.
-#
-# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
-# and those
-# that only a running function has, are pickled by value with cloudpickle's reducers. Three
-# additions keep them
-# what they are in the program:
-# - A class has one identity in each process, by the number that cloudpickle's class tracker gives
-# to it.
-#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
-# - A variable or class attribute travels with a version. A process applies a version once, so that
-# what
-#     setup() or a job has changed stays until the program itself changes the same thing.
 # --------------------------------------------------------------------------------------------------
 
+# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
+# and those that only a running function has, are pickled by value with cloudpickle's reducers.
+# Three additions keep them what they are in the program:
+#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives
+#     it.
+#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
+#   - A variable or class attribute travels with a version. A process applies a version once, so
+#     that what setup() or a job has changed stays until the program itself changes the same thing.
 MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
 
 
@@ -1630,7 +1653,7 @@ class Versions:
         self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
 
     def of(self, name: str, value: Any) -> bytes:
-        """The version of this value. A value that can change in place is told by its pickled
+        """Return the version of this value. A value that can change in place is told by its pickled
         form."""
         known = self._known.get(name)
         if type(value) in ATOMS:
@@ -1726,7 +1749,7 @@ class Space:
 
 
 class Spaces:
-    """All spaces of this process."""
+    """The spaces that this process has."""
 
     def __init__(self) -> None:
         self.instance = os.urandom(8)     # of the process that makes tokens
@@ -1761,7 +1784,7 @@ class Spaces:
                     space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """The space of a function's global variables. None for those of no __main__."""
+        """Return the space of a function's global variables. None for those of no __main__."""
         space = self._by_id.get(id(variables))
         if space is None and variables.get('__name__') in MAIN_NAMES:
             space = self._add(Space((self.instance, len(self._by_id)), variables, True))
@@ -1845,7 +1868,7 @@ _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threa
 
 
 def empty_cell() -> Any:
-    """A cell of a closure, without contents."""
+    """Make a cell of a closure, without contents."""
     return types.CellType()
 
 
@@ -1860,7 +1883,7 @@ def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def variables_of_module(name: str) -> Dict[str, Any]:
-    """The global variables of an importable module."""
+    """Return the global variables of an importable module."""
     return vars(importlib.import_module(name))
 
 
@@ -1874,9 +1897,9 @@ class ForeignCode:
 
 
 def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
-    """The code of this Python for a function inside of another: found by its name and line in the
-    module's own source, which has travelled. None if there is no such source, or the function is
-    not there."""
+    """Find the code of this Python for a function inside of another: found by its name and line in
+    the module's own source, which has travelled. None if there is no such source, or the function
+    is not there."""
     if isinstance(module, str):
         imported = sys.modules.get(module)
     else:
@@ -1945,7 +1968,7 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
 
 
 def fill_function(function: Any, state: tuple) -> None:
-    """The state of a function: attributes, slots, contents of its cells, variables that it uses,
+    """Give a function its state: attributes, slots, contents of its cells, variables that it uses,
     its version."""
     attributes, slots, contents, variables, name, version, _ = state
     if not isinstance(function, types.FunctionType):
@@ -2024,7 +2047,7 @@ class Referent(weakref.ref):
 
 
 def make_reference(obj: Any) -> Any:
-    """A weak reference in a job."""
+    """Make a weak reference in a job."""
     reference = Referent(obj)
     reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
@@ -2061,7 +2084,7 @@ def make_cached(function: Callable[..., Any], most: Optional[int], typed: bool) 
 
 
 def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
-    """A function of functools.singledispatch, from its implementations."""
+    """Make a function of functools.singledispatch from its implementations."""
     implementations = dict(rows)
     made = functools.singledispatch(implementations.pop(object))
     for kind, implementation in implementations.items():
@@ -2082,7 +2105,7 @@ def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
 
 
 def make_typed(kind: type, args: tuple, options: dict) -> Any:
-    """A type variable and the like."""
+    """Make a type variable or the like."""
     return kind(*args, **options)
 
 
@@ -2138,7 +2161,7 @@ def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
 
 
 def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
-    """A context with these values of its variables."""
+    """Make a context with these values of its variables."""
     made = contextvars.Context()
     for variable, value in items:
         made.run(variable.set, value)
@@ -2189,7 +2212,7 @@ def _reduce_dispatcher(function: Any) -> tuple:
 
 
 def _reduce_typed(variable: Any) -> tuple:
-    """TypeVar, ParamSpec, TypeVarTuple, NewType: what their constructors take."""
+    """Reduce TypeVar, ParamSpec, TypeVarTuple and NewType to what their constructors take."""
     if hasattr(variable, '__supertype__'):
         return make_typed, (type(variable), (variable.__name__, variable.__supertype__), {})
     names = (('bound', '__bound__'), ('covariant', '__covariant__'), ('contravariant',
@@ -2642,7 +2665,7 @@ def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
 
 def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
               members: List[Tuple[str, tuple, dict]]) -> Any:
-    """An enum class with its members, without running their constructor again."""
+    """Make an enum class with its members, without running their constructor again."""
     space = meta.__prepare__(name, bases)
     space['__module__'], space['__qualname__'] = module, qualname
     made = meta.__new__(meta, name, bases, space)
@@ -2774,7 +2797,7 @@ def _value_pickler(known: int) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
-    """Where the secret of this user lies when nothing else is said."""
+    """Return where the secret of this user lies when nothing else is said."""
     if os.name == 'nt':
         base = os.environ.get('APPDATA') or os.path.expanduser('~')
     else:
@@ -2809,8 +2832,9 @@ def same_secret(key: Any) -> str:
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
-    """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET,
-    the user's secret file, which is made (256 random bits, mode 0600) when it does not exist.
+    """Return the secret's bytes, from the first of: `secret`, the file `path`, environment
+    DISPY_SECRET, the user's secret file, which is made (256 random bits, mode 0600) when it does
+    not exist.
 
     Raises SecretError for a file that others can read, that is empty or that cannot be read;
     TypeError.
@@ -2880,9 +2904,9 @@ def make_secret(path: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def derive_key(secret: bytes) -> bytes:
-    """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough
-    for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8,
-    p=1; about 50 ms)."""
+    """Return the pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random
+    enough for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14,
+    r=8, p=1; about 50 ms)."""
     secret = secret.strip()
     key = _derived_key(secret)
     _keys_from[key] = secret
@@ -2903,7 +2927,7 @@ def tls_context(server: bool,
                 certfile: str,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> Any:
-    """An ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
+    """Make an ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
     `cafile` (or `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
     import ssl  # 15 ms that only those pay who use TLS
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -2964,8 +2988,8 @@ def _no_password() -> str:
 
 
 def certificate_digest(certfile: str) -> bytes:
-    """SHA-256 of the first certificate in a PEM file, in DER: what the handshake binds the channel
-    to."""
+    """Return the SHA-256 of the first certificate in a PEM file, in DER, to which the handshake
+    binds the channel."""
     import ssl
     with open(certfile) as file:
         text = file.read()
@@ -2976,21 +3000,17 @@ def certificate_digest(certfile: str) -> bytes:
 
 # --------------------------------------------------------------------------------------------------
 # Handshake: blocking, before a socket is handed to a loop. Two mirror functions.
-#
-#   C, who dialled                                   S, who accepted
-#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
-# 2. checks                                <-      CHALLENGE magic, version, nonce: nothing of the
-# secret
-# 3. PROOF   HMAC("c finished")            ->      compared in constant time; wrong: closed, no
-# answer
-#   4. compared; connected                   <-      FINISHED HMAC("s finished")
-#
-# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
-# TLS 1.3's
-# construction (RFC 8446, section 4.4): finished keys and one frame key a direction are derived from
-# psk and TH.
 # --------------------------------------------------------------------------------------------------
 
+#   C, who dialled                                   S, who accepted
+#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
+#   2. checks                                <-      CHALLENGE magic, version, nonce: no secret
+#   3. PROOF   HMAC("c finished")            ->      compares in constant time; closes if wrong
+#   4. compares; connected                   <-      FINISHED HMAC("s finished")
+#
+# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
+# TLS 1.3's construction (RFC 8446, section 4.4), finished keys and one frame key for each direction
+# are derived from psk and TH.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
@@ -3002,7 +3022,7 @@ NO_TLS = bytes(32)
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on; `secret`: which of several the peer has."""
+    """What a handshake agreed on; `secret` tells which of several the peer has."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
@@ -3093,8 +3113,8 @@ def handshake_dial(sock: Any,
                    binding: bytes = NO_TLS,
                    deadline: Optional[float] = None,
                    clock: Callable[[], float] = time.monotonic) -> Session:
-    """C's side. Raises HandshakeError with the reason and what mends it; OSError when the
-    connection breaks."""
+    """Carry out C's side. Raises HandshakeError with the reason and how to mend it; OSError when
+    the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     sock.sendall(hello)
@@ -3133,8 +3153,8 @@ def handshake_accept(sock: Any,
                      binding: bytes = NO_TLS,
                      deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
-    """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the
-    proof is checked."""
+    """Carry out S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read
+    before the proof is checked."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = receive(_HELLO.size)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
@@ -3325,8 +3345,8 @@ TAIL_TAG = 32
 
 
 class FrameSealer:
-    """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the
-    number not sent."""
+    """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
+    numbered, the number not sent."""
 
     @property
     def sealed(self) -> int:
@@ -3364,9 +3384,9 @@ class FrameSealer:
 
 
 class FrameOpener(Intake):
-    """Frames of one direction to messages. The length is believed only after the header's tag was
-    verified, and nothing is decoded before the payload's was. Raises PeerError; the link is of no
-    use then."""
+    """Turns frames of one direction into messages. The length is believed only after the header's
+    tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
+    of no use then."""
 
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
@@ -3398,7 +3418,7 @@ class FrameOpener(Intake):
         return size + TAIL_TAG
 
     def open(self, head: bytes, body: memoryview) -> Any:
-        """The message of a whole frame."""
+        """Return the message of a whole frame."""
         header = head[:_FRAME.size]
         mac = self._mac.copy()
         mac.update(_SEQ.pack(self._seq, 1) + header)
@@ -3586,7 +3606,7 @@ def open_regular(path: str) -> Any:
 
 
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Size and SHA-256 of a file. Raises as `open_regular`."""
+    """Return size and SHA-256 of a file. Raises what `open_regular` raises."""
     digest = hashlib.sha256()
     size = 0
     with open_regular(path) as file:
@@ -3611,7 +3631,7 @@ class Digests:
 
     @classmethod
     def of(cls, path: str) -> bytes:
-        """The digest of a file. Raises OSError."""
+        """Return the digest of a file. Raises OSError."""
         state = cls._state(path)
         known = cls._known.get(path)
         if known is not None and known[0] == state:
@@ -3644,7 +3664,7 @@ class Digests:
 
     @classmethod
     def learn(cls, paths: Sequence[str]) -> None:
-        """Digest these. A thread of its own."""
+        """Find out the digests of these. Runs in a thread of its own."""
         for path in paths:
             with contextlib.suppress(OSError):   # who compares it will find out
                 cls.of(path)
@@ -4032,7 +4052,7 @@ class Shelf:
         return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
-        """They are not needed any more."""
+        """Remove the file: its results are not needed any more."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
@@ -4281,7 +4301,7 @@ class Doorkeeper:
             del self._open[address]
 
     def may_log(self, address: str, now: float) -> bool:
-        """One line an address and 10 s."""
+        """Whether a line may be logged: one for each address in 10 s."""
         if now - self._logged.get(address, -10.0) < 10.0:
             return False
         self._remember(self._logged, address, now)
@@ -4295,7 +4315,7 @@ class Doorkeeper:
 
 
 def network_of(address: str) -> str:
-    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
+    """Return the network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
     addresses."""
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
@@ -4305,7 +4325,7 @@ def network_of(address: str) -> str:
 
 
 class Cry(enum.IntEnum):
-    """Kinds of datagram."""
+    """What a datagram says."""
     QUESTION = 1   # client or scheduler, to all: who is there?
     ANSWER = 2     # node, to the asker
     HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
@@ -4333,9 +4353,9 @@ DATAGRAM = _DATAGRAM.size
 
 
 class Discovery:
-    """Datagrams of one process: packs its own, believes those of others that are signed and new.
-    Who is found by them is dialled, and only the handshake decides; so a forged or repeated
-    datagram costs a connection at most.
+    """The datagrams of one process: it packs its own, and believes those of others that are signed
+    and new. Who is found by them is dialled, and only the handshake decides; so a forged or
+    repeated datagram costs a connection at most.
 
     LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS
     others, so that nobody is flooded through us and strangers take nothing from those who have the
@@ -4514,7 +4534,7 @@ def is_own_address(address: str) -> bool:
 
 
 def place(host: str, port: int) -> str:
-    """A host and a port for people: IPv6 addresses in brackets."""
+    """Write a host and a port for people: IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
 
 
@@ -4570,7 +4590,7 @@ LEASE_TEXT = {
 
 
 class Stage(enum.Enum):
-    """A computation on this node."""
+    """How far a computation on this node has come."""
     PREPARING = 'preparing'    # its directory is made, files are compared
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
@@ -4684,13 +4704,13 @@ class RunnerGone(NamedTuple):
 
 
 class WorkerResults(NamedTuple):
-    """Rows of Results from one worker."""
+    """One worker has results: rows as in Results."""
     worker: int
     rows: list
 
 
 class WorkerFile(NamedTuple):
-    """A piece of a file from a job."""
+    """A job sends a piece of a file."""
     worker: int
     piece: FilePiece
 
@@ -4888,7 +4908,7 @@ class StopRunner(NamedTuple):
 
 
 class StartWorker(NamedTuple):
-    """Fork a worker. It may be fed at once. Fed back as WorkerGone some day."""
+    """Fork a worker. It may be fed at once. WorkerGone tells some day that it has ended."""
     worker: int
     comp: str
 
@@ -4934,7 +4954,7 @@ class Retire(NamedTuple):
 
 
 class Show(NamedTuple):
-    """A text for whoever sits at the terminal."""
+    """Show a text to whoever sits at the terminal."""
     text: str
 
 
@@ -5041,7 +5061,7 @@ class Allowance:
     __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
-        """`unknown`: the allowance before any job has ended; `most`: what it never exceeds."""
+        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
         self._estimate = estimate
         self._unknown = unknown
         self._most = most
@@ -5273,8 +5293,8 @@ class _Worker:
 
 
 class Spooled(NamedTuple):
-    """Results on the disk: whose they are, which, and when they are given up if their computation
-    is over here."""
+    """Results on the disk: whose they are, which are there, and when they are given up if their
+    computation is over here."""
     owner: bytes
     serials: Set[int]
     until: float
@@ -5297,7 +5317,7 @@ class _Claim:
 
 
 class _Computation:
-    """A computation of a client on this node."""
+    """A computation that a client has on this node."""
 
     def __init__(self, comp: str, instance: bytes, link: int, spec: dict,
                  now: float = 0.0) -> None:
@@ -5353,7 +5373,7 @@ class _Computation:
         return 'computation %s (%s)' % (self.spec['name'], self.comp)
 
     def move(self, event: str) -> None:
-        """Go to the next stage."""
+        """Enter the next stage."""
         self.stage = STAGE_TABLE[self.stage, event]
 
     def cpus_used(self) -> int:
@@ -6276,7 +6296,7 @@ class CpuScheduler:
     # -- CPUs to attempts that wait ----------------------------------------------------------------
 
     def assign_cpus(self, now: float) -> None:
-        """CPUs to computations."""
+        """Give CPUs to computations."""
         ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
         crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
@@ -7356,7 +7376,7 @@ class Node:
             self.results.deliver(comp)
 
     def _leave(self, now: float) -> None:
-        """Account for every attempt, then go."""
+        """Account for every attempt, then leave."""
         self._account()
         for comp in self.tables.comps.values():
             self.results.spool(comp)
@@ -7530,7 +7550,7 @@ def node_type() -> Type[Node]:
 
 
 def _duration(seconds: float) -> str:
-    """In hours, minutes and seconds."""
+    """Write a number of seconds as hours, minutes and seconds."""
     return '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
 
 
@@ -7549,8 +7569,8 @@ class Hours(NamedTuple):
     end: Optional[int]
 
     def phase(self, minute: int) -> Phase:
-        """At this minute of the day: jobs are taken from `start` on, no new ones from `stop` on;
-        those that still run at `end` are ended."""
+        """Return what is allowed at this minute of the day: jobs are taken from `start` on, no new
+        ones from `stop` on; those that still run at `end` are ended."""
         gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440
                            for when in (minute, self.stop, self.end))
         if gone < min(stop, end):
@@ -7571,13 +7591,12 @@ ENDING_TEXT = {   # with what the job's options say
 
 
 # --------------------------------------------------------------------------------------------------
-# Modules of the user's, on the node: imported by their names from where the client's files were
-# put, then given
-# what the program has set in them. A `bundle` is what travels for a group of modules; a computation
-# begins with
-# bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+# Modules of the user, on the node
 # --------------------------------------------------------------------------------------------------
 
+# They are imported by their names from where the client's files were put, and then given what the
+# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
+# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
 class StateRow(NamedTuple):
     """A variable of a module, or an attribute of a class in it, as the program had it."""
     module: str
@@ -8004,8 +8023,8 @@ _dict_of_module: Any = vars(types.ModuleType)['__dict__']
 
 
 def module_dict(module: Any) -> Dict[str, Any]:
-    """The globals of a module. Nothing of the user's runs for that: the class of a module may have
-    a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
+    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
@@ -8033,7 +8052,7 @@ def package_version(name: str) -> str:
 
 
 def compare_packages(packages: Dict[str, str]) -> List[str]:
-    """What differs between the program and this node in major or minor versions, in words."""
+    """Say what differs between the program and this node in major or minor versions."""
     notes = []
     for name, there in sorted(packages.items()):
         if there:
@@ -8103,7 +8122,7 @@ class MainFile:
 
 
 def load_main(variables: Dict[str, Any], path: str) -> None:
-    """In a child of a job: define what the job's main module defines."""
+    """Define what the job's main module defines. Called in a child of a job."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
     SharedMemoryTracker().install()
@@ -8159,7 +8178,8 @@ def _libc() -> Any:
 
 
 def _prctl(libc: Any, option: int, value: int) -> None:
-    """Linux: die with the parent, adopt orphans. Elsewhere these are done without."""
+    """Set what Linux knows of a process: to die with the parent, to adopt orphans. Elsewhere
+    nothing is done."""
     if libc is not None and sys.platform.startswith('linux'):
         libc.prctl(option, value, 0, 0, 0)
 
@@ -8202,8 +8222,8 @@ def _out_of_reach(handle: int) -> int:
 
 
 def output_stream(number: int, buffering: int) -> TextIO:
-    """A text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job writes
-    them, on Windows too, since the output may be shown on another system."""
+    """Make a text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job
+    writes them, on Windows too, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
 
@@ -8257,8 +8277,8 @@ class Slots:
 
     @classmethod
     def make(cls, directory: str, number: int) -> List[Any]:
-        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that
-        nobody knows what was begun. Raises OSError where no file can be made."""
+        """Make slots for TOGETHER workers. Without room for the file it is left empty, which says
+        that nobody knows what was begun. Raises OSError where no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -8276,15 +8296,15 @@ class Slots:
 
     @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
-        """Worker: this attempt begins."""
+        """Note that this attempt begins. Called by a worker."""
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
-        """Daemon: the attempts that were begun by the workers of a directory; None if that is not
-        known. Raises OSError."""
+        """Return the attempts that were begun by the workers of a directory; None if that is not
+        known. Called by the daemon. Raises OSError."""
         begun: Set[int] = set()
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
@@ -8301,7 +8321,8 @@ class Slots:
 
     @classmethod
     def mark_unknown(cls, directory: str) -> None:
-        """Daemon: from now on nobody knows what was begun. Raises OSError."""
+        """Note that from now on nobody knows what was begun. Called by the daemon. Raises
+        OSError."""
         os.close(
             os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
 
@@ -8333,7 +8354,8 @@ class Catch:
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
     def take(self, size: int) -> bytes:
-        """Worker: all that was written, clipped; empty the file for the next job."""
+        """Return all that was written, clipped, and empty the file for the next job. Called by a
+        worker."""
         if size < OUTPUT_KEPT:
             return self._empty(size)
         with self._alone():   # the runner may be shortening it
@@ -8362,13 +8384,14 @@ class Catch:
         return clip(self._read(0, OUTPUT_KEPT), self._read(size - OUTPUT_KEPT, OUTPUT_KEPT), size)
 
     def since(self, at: int) -> bytes:
-        """Runner: what was written from byte `at` on, up to OUTPUT_KEPT bytes."""
+        """Return what was written from byte `at` on, up to OUTPUT_KEPT bytes. Called by the
+        runner."""
         return self._read(at, OUTPUT_KEPT)
 
     def shorten(self, libc: Any) -> None:
-        """Runner: give back the disk blocks in the middle of a file that has grown large; what a
-        job prints meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the
-        job has ended."""
+        """Give back the disk blocks in the middle of a file that has grown large; what a job prints
+        meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the job has
+        ended."""
         if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
             self._hole = OUTPUT_KEPT
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
@@ -8403,7 +8426,8 @@ class Catch:
 
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
-    """The payload of a job that raised: the text, and the exception when it survives pickling."""
+    """Make the payload of a job that raised: the text, and the exception when it survives
+    pickling."""
     body: bytes = b''
     if exc is not None:
         try:
@@ -8426,7 +8450,7 @@ def cut_error(exc: BaseException, skip: int = 0) -> Payload:
 
 
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
-    """The inverse, without opening the exception."""
+    """Take apart what `pack_error` has made, without opening the exception."""
     length, = struct.unpack_from('>I', payload)
     return bytes(payload[4:4 + length]).decode('utf-8', 'replace'), payload[4 + length:]
 
@@ -8582,8 +8606,9 @@ def _name_of(path: str, directory: str) -> str:
 
 
 class Calls:
-    """The computation of an executor: any function a call. Each worker process calls an initializer
-    first, if there is one. `most`: CPUs that the calls may use at once over all nodes."""
+    """The computation of an executor, where each call names its function. Each worker process calls
+    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
+    nodes."""
     __name__ = 'executor'
 
     def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
@@ -8621,8 +8646,8 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
 
 def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
               batch: Callable[[], Any]) -> Any:
-    """The computation of the backend for joblib: some calls in one job. `initializer` is called
-    once in each worker process, which `token` tells."""
+    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
+    is called once in each worker process, which `token` tells."""
     offer_to_joblib(joblib_backend_in_job)
     if initializer is not None and token not in _initialized:
         initializer(*initargs)
@@ -8653,8 +8678,8 @@ def joblib_backend_in_job(parallel: Any) -> Any:
 
 
 def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """setup of the backend for joblib: what limits the threads of numerical libraries, which are
-    not loaded yet."""
+    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
+    backend for joblib."""
     os.environ.update(variables)
 
 
@@ -8705,7 +8730,8 @@ class NumericThreads:
             os.environ.setdefault(name, '1')
 
     def use(self, cpus: int, surroundings: 'Surroundings') -> None:
-        """Worker: the next job has so many CPUs."""
+        """Let numerical libraries use so many threads, as the next job has CPUs. Called by a
+        worker."""
         self.cpus = cpus
         for name in self.VARIABLES:
             if name not in self._of_user:
@@ -8758,7 +8784,7 @@ class SharedMemoryTracker:
         self._unregister = resource_tracker.unregister
 
     def install(self) -> None:
-        """From now on, and in all forked children."""
+        """Track shared memory from now on, and in all forked children."""
         if os.name != 'nt':   # there memory goes with the last process that has it
             self._tracker.register = self._register_own
             self._tracker.unregister = self._unregister_any
@@ -10235,8 +10261,8 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
 
 
 def tune(sock: socket.socket) -> None:
-    """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be
-    set."""
+    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
+    can be set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
     for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
@@ -10366,7 +10392,7 @@ class Channel:
         return self.sock.sendmsg([view for view, _ in plain])
 
     def receive(self, room: memoryview) -> int:
-        """As a socket's recv_into."""
+        """Do as a socket's recv_into does."""
         return self.sock.recv_into(room)
 
     def read(self, now: float) -> List[Any]:
@@ -10467,7 +10493,7 @@ class Coming:
 
 
 class InMemory:
-    """A place for a value: memory that is taken as the value comes."""
+    """Memory for a value, which is taken as the value comes."""
 
     def __init__(self, size: int) -> None:
         """Raises MemoryError."""
@@ -10713,7 +10739,8 @@ class Link(Channel):
 
     @property
     def owes(self) -> bool:
-        """Whether results go in parts: a Bye would say that their jobs had never begun."""
+        """Whether results are on their way in parts: a Bye would say that their jobs had never
+        begun."""
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
 
@@ -10997,7 +11024,7 @@ class Loop:
         self._selector.register(sock, selectors.EVENT_READ, call)
 
     def unwatch(self, sock: Any) -> None:
-        """The inverse."""
+        """Watch a socket no more."""
         self._selector.unregister(sock)
 
     def say(self, link: Link, message: Any) -> None:
@@ -11230,7 +11257,7 @@ class Loop:
 
 
 class Arrival(NamedTuple):
-    """Posted by a gate: a peer that proved itself."""
+    """A peer has proved itself. Posted by a gate."""
     sock: socket.socket
     session: Session
     address: str
@@ -11359,7 +11386,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """TLS and handshake. The connection's own thread."""
+        """Carry out TLS and handshake. Runs in the connection's own thread."""
         address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
         deadline = time.monotonic() + self._patience
         sock = request
@@ -11529,7 +11556,7 @@ def told_once(text: str) -> str:
 
 
 def why_unreached(exc: BaseException) -> Unreached:
-    """The same in a word."""
+    """Return why no connection came about, as one of few cases."""
     if isinstance(exc, ConnectionRefusedError):
         return Unreached.DOWN
     if isinstance(exc, UnicodeError):
@@ -11545,7 +11572,7 @@ def why_unreached(exc: BaseException) -> Unreached:
 
 
 class Dialled(NamedTuple):
-    """Posted by the thread of a Dialling: `peer` was reached."""
+    """`peer` was reached. Posted by the thread of a Dialling."""
     peer: Any
     sock: Any
     session: Session
@@ -11553,7 +11580,7 @@ class Dialled(NamedTuple):
 
 
 class DialFailed(NamedTuple):
-    """Posted by the thread of a Dialling: it was not."""
+    """`peer` was not reached. Posted by the thread of a Dialling."""
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
@@ -11630,7 +11657,7 @@ class Dialling:
 
 
 class _Attempt:
-    """One thread of a Dialling."""
+    """One attempt of a Dialling, which has a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
                  reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
@@ -11722,8 +11749,8 @@ REACHES = ('lan', 'loopback', 'off')
 
 
 def discovery_reach() -> str:
-    """How far datagrams go, from the environment: 'lan', 'loopback' (this machine) or 'off'. Raises
-    ValueError."""
+    """Return how far datagrams go, by the environment: 'lan', 'loopback' (this machine) or 'off'.
+    Raises ValueError."""
     reach = os.environ.get('DISPY_DISCOVERY') or 'lan'
     if reach not in REACHES:
         raise ValueError(
@@ -11733,8 +11760,8 @@ def discovery_reach() -> str:
 
 
 class Ear(socketserver.UDPServer):
-    """One UDP socket. A loop watches it and calls `knock`; what comes is given to `hear(data,
-    source, reply)`."""
+    """A UDP socket. A loop watches it and calls `knock`; what comes is given to `hear(data, source,
+    reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
@@ -11749,7 +11776,7 @@ class Ear(socketserver.UDPServer):
         super().__init__((host, port), None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Options, address, groups."""
+        """Set options, bind the address, join groups."""
         sock = self.socket
         if sys.platform != 'linux':   # on Linux it would bar other users' nodes
             set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
@@ -11775,7 +11802,7 @@ class Ear(socketserver.UDPServer):
                                     socket.inet_aton(GROUP4) + socket.inet_aton(address))
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """One datagram."""
+        """Take one datagram."""
         data, sock = request
 
         def reply(answer: bytes) -> None:
@@ -11892,7 +11919,7 @@ class Ears:
                     ear.socket.sendto(data, (GROUP4, port))
 
     def close(self) -> None:
-        """Listen no more. Does nothing the second time."""
+        """Stop listening. Does nothing the second time."""
         for ear in self.ears:
             self._loop.unwatch(ear.socket)
             ear.server_close()
@@ -11936,7 +11963,7 @@ class ChildEnded(NamedTuple):
 
 
 class Digested(NamedTuple):
-    """Posted by a thread: digests of files that were there are known."""
+    """The digests of files that were there are known. Posted by a thread."""
     action: Prepare
 
 
@@ -12036,8 +12063,8 @@ class NodeDirectory:
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
-        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is
-        in the way of the lock."""
+        """Make the directory of --user in ours. Ours stays root's, so that nothing that a job
+        plants is in the way of the lock."""
         root = os.path.join(root, 'user-' + user.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(root, 0o700)
@@ -12145,8 +12172,8 @@ class ComputationDirectory:
 
 
 class ComputationFiles:
-    """Files of computations: makes their directories, finds out what is missing, stores what comes.
-    The loop's thread."""
+    """The files of computations: this makes their directories, finds out what is missing, stores
+    what comes. The loop's thread."""
 
     def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
         self._daemon = daemon
@@ -12370,7 +12397,7 @@ class ResultStore:
                                  self._kept_rows(action.link, action.comp))
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Results from the disk. Those that are not there any more have been lost, which their
+        """Read results from the disk. Those that are not there any more have been lost, which their
         client is told; when there is no descriptor to read them with they are tried again."""
         missing = set(self._daemon.node.results.spooled_serials(comp))
         text = 'the file ends before it'
@@ -13793,7 +13820,7 @@ def available_cpus() -> int:
 
 
 def serve_option(text: str) -> Optional[int]:
-    """A number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
+    """Read a number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
     try:
         number = int(text)
     except ValueError:
@@ -13818,7 +13845,7 @@ def count_cpus(wanted: Optional[int]) -> int:
 
 
 def size_option(text: str) -> int:
-    """Bytes: a number, with k, m, g or t behind it for powers of 1024."""
+    """Read a number of bytes, with k, m, g or t behind it for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
         number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
     else:
@@ -13829,7 +13856,7 @@ def size_option(text: str) -> int:
 
 
 def _time_of_day(text: str) -> str:
-    """HH:MM."""
+    """Read a time of day, HH:MM."""
     hour, _, minute = text.partition(':')
     if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
         raise argparse.ArgumentTypeError('%r is no time of day such as 08:30' % text)
@@ -13837,7 +13864,7 @@ def _time_of_day(text: str) -> str:
 
 
 def positive(text: str) -> float:
-    """A number above 0."""
+    """Read a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -13845,7 +13872,7 @@ def positive(text: str) -> float:
 
 
 def seconds_option(text: str) -> float:
-    """A time in seconds."""
+    """Read a time in seconds."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
@@ -13854,7 +13881,7 @@ def seconds_option(text: str) -> float:
 
 
 def minutes_option(text: str) -> float:
-    """A time in minutes."""
+    """Read a time in minutes."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
@@ -13863,7 +13890,8 @@ def minutes_option(text: str) -> float:
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
-    """Hours of service from their options. Raises ValueError for those that make no sense."""
+    """Return the hours of service that options give. Raises ValueError for those that make no
+    sense."""
     if start is None and stop is None and end is None:
         return None
     if start is None or (stop is None and end is None):
@@ -14305,7 +14333,7 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
 
 
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
-    """Logging of a daemon: one line an event, to stderr or a file."""
+    """Set up the log of a daemon: one line for each event, to stderr or a file."""
     if log_file:
         handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8')
     else:
@@ -14318,7 +14346,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
-    """HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    """Read HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -14335,7 +14363,7 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 
 def own_host(word: str) -> str:
-    """The address meant by a word for an address of this host: itself, or by the name of its
+    """Return the address meant by a word for an address of this host: itself, or by the name of its
     interface. Raises StartError."""
     interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
     families = (socket.AF_INET, socket.AF_INET6)
@@ -14351,8 +14379,9 @@ def own_host(word: str) -> str:
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
-    """Addresses to listen at, each once. A wildcard address means all there are, of both families,
-    as when none is given, and is told to nobody: who dials it reaches itself. Raises StartError."""
+    """Return addresses to listen at, each once. A wildcard address means all there are, of both
+    families, as when none is given, and is told to nobody: who dials it reaches itself. Raises
+    StartError."""
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
@@ -14382,8 +14411,8 @@ def clear_environment() -> None:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """A node that a client started: stdin is its lifeline, whatever way the client ends. It is read
-    as in `_prompt`."""
+    """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
+    read as in `_prompt`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -14524,7 +14553,7 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns its exit status: see EXIT_STATUSES."""
+    """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:

@@ -24,7 +24,7 @@ The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn
      has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has
+  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it has
      begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
      disk.
@@ -72,7 +72,7 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, News, Where, Access, Allocation, CancelAsked, Cargo,
+from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, NodeChanged, JobsAssigned, Access, Allocation, CancelAsked, Cargo,
                    Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
                    NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
                    WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
@@ -1005,7 +1005,7 @@ class Remote(NodeUser):
         if self.link in self._scheduler.links and self.comp in peer.uses:
             row = self._scheduler.queries.row_of(*self._scheduler.queries.node_of(self.comp, peer))
             row = row._replace(state='closed' if status == DispyNode.Closed else 'ready')
-            self.say(News(self.comp, status, tuple(row)))
+            self.say(NodeChanged(self.comp, status, tuple(row)))
 
     def ask_source(self, peer: Peer, link: Link) -> None:
         """The program is asked."""
@@ -1056,7 +1056,7 @@ class Remote(NodeUser):
         link = scheduler.links.get(self.link)
         if link is not None:
             node = (peer.ip_addr, peer.port, peer.name)
-            scheduler.say(link, Where(self.comp, node, [work.client_serial for work in works]))
+            scheduler.say(link, JobsAssigned(self.comp, node, [work.client_serial for work in works]))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
@@ -1096,7 +1096,7 @@ class Remote(NodeUser):
         """The program is told."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        self.say(Where(self.comp, (), [work.client_serial]))
+        self.say(JobsAssigned(self.comp, (), [work.client_serial]))
 
     def job_parked(self, work: Any, text: str) -> None:
         """The program is told."""
@@ -2559,7 +2559,7 @@ class ProgramJobs:
             if serials and peer is not None:
                 self._scheduler.say(
                     self._scheduler.links[remote.link],
-                    Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+                    JobsAssigned(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
             rows = [(node.flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
                     for serial, since in node.begun[remote.comp].items()]
             if rows:

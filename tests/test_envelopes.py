@@ -11,7 +11,7 @@ import pytest
 
 import dispynode
 from conftest import ROOT
-from dispy import OF_NODES, NodeSpec, Where, matches
+from dispy import OF_NODES, NodeSpec, JobsAssigned, matches
 from dispynode import (
     BOUNDS, FrameOpener, FrameSealer, ITEMS_MOST, MESSAGES, OF_CLIENTS, PeerError, Ready, Welcome, decode, encode,
     is_shallow, open_envelope, open_regular)
@@ -118,7 +118,7 @@ def test_what_is_deep_is_not_loosely_passed_on():
     for _ in range(700):   # Python itself allows 1000 less those of the callers
         deep = (deep,)
     assert not is_shallow(deep) and is_shallow((1, [2, {'a': (3, [])}]))
-    for message in (Welcome('n', 1, {'platform': deep}), Where('c', (deep, 1, 2), [])):
+    for message in (Welcome('n', 1, {'platform': deep}), JobsAssigned('c', (deep, 1, 2), [])):
         op, _, pieces = encode(message)
         with pytest.raises(PeerError):
             decode(op, 0, pieces[0])

@@ -45,4 +45,4 @@ def test_a_node_alone_does_not_know_what_only_schedulers_say():
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, check=True, universal_newlines=True)
     alone = [op for op in sorted(dispynode.MESSAGES) if op not in dispy.SCHEDULER_MESSAGES]
     assert done.stdout.split('\n')[0] == '%s False' % alone
-    assert dispy.SCHEDULER_MESSAGES.keys() == {48, 49} and dispynode.OPS[dispy.Where] == 48
+    assert dispy.SCHEDULER_MESSAGES.keys() == {48, 49} and dispynode.OPS[dispy.JobsAssigned] == 48

@@ -14,7 +14,7 @@ import tracemalloc
 import pytest
 
 import dispynode
-from dispy import News, Where
+from dispy import NodeChanged, JobsAssigned
 from dispynode import (
     Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored, FrameOpener, FrameSealer,
     HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, Offer, open_envelope, OPS, OUT_OF_BAND,
@@ -37,7 +37,7 @@ EXAMPLES = [
     Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
     Returned('c1', [9]), Offer(3), FilePiece('c1', 4, 5, ROW, 0, beside(LARGE)), FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
     FilePiece('c1', 3, 0, ROW, 0, beside(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
-    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
+    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), JobsAssigned('c1', ('10.0.0.1', 9701, 'host'), [1]), JobsAssigned('c1', (), [1]), NodeChanged('c1', 2, tuple('0123456789')),
     Part('c1', (5, dispynode.HOLLOW, None), 8 << 30, 0, beside((LARGE, b'small'))), Part('c1', (), 8 << 30, 1 << 32, (beside(LARGE),)),
     Part('c1', (5, 1, 0.5, 1.5, dispynode.HOLLOW, b'out', b''), 5, 0, b'small'), Part('c1', (), 0, 0, b''),
     Said('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'), Wrong('text', 7),
