@@ -68,7 +68,6 @@ import html
 import importlib.machinery
 import importlib.util
 import inspect
-import io
 import ipaddress
 import itertools
 import json
@@ -148,7 +147,7 @@ from dispynode import (
     ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
     SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
     has_place, lock_file, old_spelling, told_once, Each, FILES_LEFT,
-    KEEPING_FILES, MESSAGES, MIDDLE, add_messages, default_directory, exit_text, is_serial,
+    KEEPING_FILES, MESSAGES, MIDDLE, RecordLog, add_messages, default_directory, exit_text, is_serial,
     read_secret, secret_path, take_lock, write_private)
 
 __all__ = [
@@ -6767,9 +6766,9 @@ class Journal(Database):
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
         'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
-    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
-    # arguments
-    _HEAD = struct.Struct('>IBQdIIII')
+    # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
+    _HEAD = struct.Struct('>BQdIIII')
+    _LOG = RecordLog(_HEAD, 4)
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
@@ -6818,16 +6817,8 @@ class Journal(Database):
         one was never returned."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
-            while True:
-                head = file.read(self._HEAD.size)
-                if len(head) < self._HEAD.size:
-                    break
-                crc, kind, number, submitted, *sizes = self._HEAD.unpack(head)
-                body = io.BytesIO(file.read(sum(sizes)))
-                found = zlib.crc32(body.getbuffer(), zlib.crc32(head[4:]))
-                if len(body.getbuffer()) < sum(sizes) or found != crc:
-                    break
-                ident, payload, options, arguments = map(body.read, sizes)
+            for (kind, number, submitted), parts, _ in self._LOG.read(file):
+                ident, payload, options, arguments = parts
                 if kind == self.VALUE:
                     self._add(kind, (ident, payload))
                     continue
@@ -6917,9 +6908,8 @@ class Journal(Database):
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
         sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
-        head = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:]
-        body = b''.join(parts)
-        data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
+        head = self._HEAD.pack(kind, number, submitted, *sizes)
+        data = memoryview(b''.join(self._LOG.record(head, parts)))
         start = os.fstat(self._new).st_size
         try:
             while data:

@@ -3986,12 +3986,52 @@ class ModuleStore:
                 os.unlink(path)
 
 
+class RecordLog:
+    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
+    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
+    record that is torn, at the end of the file, was never reported as kept and is not read."""
+    _CRC = struct.Struct('>I')
+
+    def __init__(self, head: struct.Struct, pieces: int) -> None:
+        self._head = head
+        self._pieces = pieces
+
+    def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
+        """Return a record as the file has it; to be written in one go, or not at all."""
+        pieces = (head, *pieces)
+        return [self._CRC.pack(self._crc_of(pieces)), *pieces]
+
+    def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
+        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
+        record). Ends before one that is torn."""
+        first = self._CRC.size
+        while True:
+            head = file.read(first + self._head.size)
+            if len(head) < first + self._head.size:
+                return
+            numbers = self._head.unpack_from(head, first)
+            sizes = numbers[-self._pieces:]
+            pieces = [file.read(size) for size in sizes]
+            is_whole = all(len(piece) == size for piece, size in zip(pieces, sizes))
+            crc = self._crc_of((memoryview(head)[first:], *pieces))
+            if not is_whole or self._CRC.pack(crc) != head[:first]:
+                return
+            yield numbers[:-self._pieces], pieces, len(head) + sum(sizes)
+
+    @staticmethod
+    def _crc_of(pieces: Iterable[Buffer]) -> int:
+        crc = 0
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+
 class Shelf:
     """Results of one computation on disk, while its client is away: a file of a header (magic,
-    instance of the client) and of records (CRC-32, then a record as workers write them). What is
-    torn at its end was never reported as kept."""
+    instance of the client) and of records as workers write them (see RecordLog)."""
     MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
+    _LOG = RecordLog(_RECORD, 3)
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -4006,9 +4046,9 @@ class Shelf:
                 if not start:
                     file.write(self.MAGIC + owner + digest)
                 for row in rows:
-                    pieces = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3], *row[4:])
-                    crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
-                    file.writelines((_CRC.pack(crc), *pieces))
+                    head, *bodies = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3],
+                                                *row[4:])
+                    file.writelines(self._LOG.record(head, bodies))
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
@@ -4021,20 +4061,15 @@ class Shelf:
                 raise
 
     def rows(self) -> Iterator[tuple]:
-        """What is kept, row after row; ends before what is torn."""
+        """Return what is kept, row after row; ends before what is torn."""
+        return (row for row, _ in self._rows())
+
+    def _rows(self) -> Iterator[Tuple[tuple, int]]:
+        """Rows, and how many bytes of the file each takes."""
         with open(self.path, 'rb') as file:
             file.seek(self.HEAD)
-            while True:
-                head = file.read(_CRC.size + _RECORD.size)
-                if len(head) < _CRC.size + _RECORD.size:
-                    return
-                _, _, number, serial, start, end, *sizes = _RECORD.unpack(head[_CRC.size:])
-                bodies = [file.read(size) for size in sizes]
-                crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), bodies,
-                                       zlib.crc32(head[_CRC.size:]))
-                if [len(body) for body in bodies] != sizes or _CRC.pack(crc) != head[:_CRC.size]:
-                    return
-                yield (serial, number, start, end, *bodies)
+            for (_, _, number, serial, start, end), bodies, size in self._LOG.read(file):
+                yield (serial, number, start, end, *bodies), size
 
     def scan(self) -> Tuple[bytes, bytes, List[int]]:
         """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
@@ -4045,8 +4080,8 @@ class Shelf:
             raise ValueError('%s holds no results' % self.path)
         size = len(head)
         serials = []
-        for row in self.rows():
-            size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
+        for row, more in self._rows():
+            size += more
             serials.append(row[0])
         os.truncate(self.path, size)
         return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
@@ -4055,9 +4090,6 @@ class Shelf:
         """Remove the file: its results are not needed any more."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-
-
-_CRC = struct.Struct('>I')
 
 
 class Memory:
@@ -5237,29 +5269,22 @@ class Attempt:
         self.serial = serial
         self.payload = payload
         self.comp = comp
+        self.cpus = 1
+        self.timeout: Optional[float] = None
+        self.memory: Optional[float] = None
+        self.priority: float = 0
+        self.values: Sequence[Tuple[int, bytes]] = ()   # sizes and digests
         if options:
-            self.cpus = options.get('cpus', 1)
-        else:
-            self.cpus = 1
-        if options:
-            self.timeout = options.get('timeout')
-        else:
-            self.timeout = None
-        if options:
-            self.memory = options.get('memory')
-        else:
-            self.memory = None
-        if options:
-            self.priority = options.get('priority', 0)
-        else:
-            self.priority = 0
-        # Rows (size, digest)
-        if options:
-            self.values = options.get('values', ())
-        else:
-            self.values = ()
+            self._take(options)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
+
+    def _take(self, options: dict) -> None:
+        self.cpus = options.get('cpus', 1)
+        self.timeout = options.get('timeout')
+        self.memory = options.get('memory')
+        self.priority = options.get('priority', 0)
+        self.values = options.get('values', ())
 
     def ending_text(self, ending: Outcome) -> str:
         """Why it was ended, with the number that it has exceeded."""
