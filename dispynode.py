@@ -27,7 +27,7 @@ Each of these has parts, which own their state and know one another by their met
   Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
           Attempts (what waits), CpuScheduler (what runs), FairShare (who is next), Interruptions
           (what is ended), JobRequests (what jobs ask of clients), UndeliveredResults, PastAttempts,
-          Timers
+          Inquiries (what is asked of the node), Timers
   Daemon  NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
   Runner  ComputationCode (what was loaded), WorkerProcesses
   Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
@@ -7045,6 +7045,63 @@ class Computations:
         self._tables.do(StopRunner(comp.comp, at_once))
 
 
+class Inquiries:
+    """Answers what is asked of a node: by clients, what of a computation is here; by its operator,
+    what it does."""
+
+    def __init__(self, tables: NodeTables, lease: NodeLease, cpus: Cpus, facts: dict,
+                 now: float) -> None:
+        self._tables = tables
+        self._lease = lease
+        self._cpus = cpus
+        self._facts = facts
+        self._born = now
+        self._queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+
+    def on_query(self, link: int, message: Query, now: float) -> None:
+        """A client asks. It is answered at the end of the turn, when what came in it has been
+        handed out."""
+        self._tables.comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def answer(self, now: float) -> None:
+        """Answer all that was asked in this turn."""
+        while self._queries:
+            link, name = self._queries.pop()
+            if link in self._tables.links:
+                self._tables.do(Send(link, self._report(link, name, now)))
+
+    def _report(self, link: int, name: str, now: float) -> Report:
+        running = []
+        waiting = []
+        comp = self._tables.comps.get(name)
+        is_its_own = comp is not None and comp.instance == self._tables.links[link].instance
+        if comp is not None and is_its_own and comp.stage is not Stage.CLOSING:
+            running = [(worker.queue[0].serial, now - worker.since)
+                       for worker in comp.workers.values() if worker.queue]
+            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
+        busy = sum(bool(worker.queue) for worker in self._tables.workers.values())
+        available = dict(self._facts.get('available', {}), busy=busy,
+                         holder=self._lease.held_by(now))
+        return Report(name, running, waiting, available)
+
+    def status(self, state: str, now: float) -> str:
+        """Return what the node does, for people; `state`: whether it takes jobs."""
+        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
+            self._tables.name, self._cpus.total - self._cpus.free, self._cpus.offered, state,
+            _duration(now - self._born))]
+        if self._lease.state is Lease.FREE:
+            lines.append('held by no client, %d served' % self._lease.served)
+        else:
+            lines.append('held by %s' % self._lease.held_by(now))
+        for comp in self._tables.comps.values():
+            running = sum(1 for worker in comp.workers.values() if worker.queue)
+            waiting = len(comp.attempts) - running
+            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' % (
+                comp.spec['name'], comp.stage.value, running, waiting, comp.done))
+        return '\n'.join(lines)
+
+
 class Node:
     """What a node decides. Events in, actions out; `flush` once a turn, after all events of the
     turn. Its parts decide what is theirs: see their classes."""
@@ -7061,12 +7118,11 @@ class Node:
         self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
-        self._born = now
-        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
         self.tables = NodeTables(name)
         self.timers = Timers()
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
+        self.inquiries = Inquiries(self.tables, self.lease, self.cpus, facts, now)
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
@@ -7121,7 +7177,7 @@ class Node:
             Cancel: self.interruptions.on_cancel,
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
-            Query: self._on_query,
+            Query: self.inquiries.on_query,
             Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim,
@@ -7158,8 +7214,7 @@ class Node:
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 tables.do(NoteOverrun(comp.comp))
-        while self._queries:
-            self._report(*self._queries.pop(), now)
+        self.inquiries.answer(now)
         if self.stopping and not self._has_work():
             self._leave(now)
         return tables.actions
@@ -7337,31 +7392,6 @@ class Node:
         if message.take:
             self.results.resend(message.comp, link)
 
-    def _on_query(self, link: int, message: Query, now: float) -> None:
-        """Answered at the end of the turn, when what came in it has been handed out."""
-        self.tables.comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
-
-    def _report(self, link: int, name: str, now: float) -> None:
-        if link not in self.tables.links:
-            return
-        comp = self.tables.comps.get(name)
-        if comp is not None and comp.instance != self.tables.links[link].instance:
-            comp = None
-        if comp is not None and comp.stage is Stage.CLOSING:
-            comp = None
-        running = []
-        waiting = []
-        if comp is not None:
-            running = [(worker.queue[0].serial, now - worker.since)
-                       for worker in comp.workers.values() if worker.queue]
-            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(
-            bool(worker.queue) for other in self.tables.comps.values()
-            for worker in other.workers.values())
-        available = dict(self.facts.get('available', {}), busy=busy, holder=self.lease.held_by(now))
-        self.tables.do(Send(link, Report(name, running, waiting, available)))
-
     def _on_limit(self, link: int, message: Limit, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
         if comp is not None:
@@ -7452,26 +7482,13 @@ class Node:
         self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
-        if self.stopping or self.paused:
-            state = 'no new jobs: ' + ('being stopped'
-                                       if self.stopping else ', '.join(self.paused.values()))
+        if self.stopping:
+            state = 'no new jobs: being stopped'
+        elif self.paused:
+            state = 'no new jobs: %s' % ', '.join(self.paused.values())
         else:
             state = 'takes jobs'
-        lines = [
-            '%s: %d of %d CPUs used, %s, up %s' %
-            (self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state,
-             _duration(now - self._born))
-        ]
-        if self.lease.state is Lease.FREE:
-            lines.append('held by no client, %d served' % self.lease.served)
-        else:
-            lines.append('held by %s' % self.lease.held_by(now))
-        for comp in self.tables.comps.values():
-            running = sum(1 for worker in comp.workers.values() if worker.queue)
-            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' %
-                         (comp.spec['name'], comp.stage.value, running,
-                          len(comp.attempts) - running, comp.done))
-        self.tables.do(Show('\n'.join(lines)))
+        self.tables.do(Show(self.inquiries.status(state, now)))
 
 
 class EventText(reprlib.Repr):
