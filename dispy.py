@@ -147,7 +147,7 @@ from dispynode import (
     ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
     SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
     has_place, lock_file, old_spelling, told_once, Each, FILES_LEFT,
-    KEEPING_FILES, MESSAGES, MIDDLE, RecordLog, add_messages, default_directory, exit_text, is_serial,
+    KEEPING_FILES, MESSAGES, MIDDLE, PAYLOAD, RecordLog, add_messages, default_directory, exit_text, is_serial,
     read_secret, secret_path, take_lock, write_private)
 
 __all__ = [
@@ -11326,7 +11326,7 @@ class ProgramCluster(NodeUser):
     def _show_rest(self, job: Any, row: tuple) -> None:
         """What of a job's output came with its result and has not been shown."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show_output(job, stream, row[4 + stream][at:])
+            self._show_output(job, stream, row[PAYLOAD + stream][at:])
 
     def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
         """What a job has logged; or that it has left files behind, which is said once. The driver's

@@ -485,6 +485,10 @@ class Results(NamedTuple):
     rows: list
 
 
+# Places in a row of Results, which is a plain tuple on the wire and stays one: each job has one
+SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
+
+
 class Returned(NamedTuple):
     """A node has never started these attempts. It answers Recall, and comes when a node stops."""
     comp: str
@@ -780,9 +784,10 @@ def beside(payload: Payload) -> Any:
 
 def sized(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
-    size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
-    return (row if size < OUT_OF_BAND and type(row[4]) is bytes else
-            (*row[:4], *map(beside, row[4:]))), size
+    size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
+    if size < OUT_OF_BAND and type(row[PAYLOAD]) is bytes:
+        return row, size
+    return (*row[:PAYLOAD], *map(beside, row[PAYLOAD:])), size
 
 
 def frames(kind: Callable[[str, list], Any], comp: str,
@@ -1183,7 +1188,8 @@ def refused_row(row: tuple, text: str) -> tuple:
     printed goes with it."""
     size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
-    return (*row[:1], int(Outcome.DIED), *row[2:4], text.encode('utf-8', 'replace'), b'', b'')
+    return (row[SERIAL], int(Outcome.DIED), row[START], row[END], text.encode('utf-8', 'replace'),
+            b'', b'')
 
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
@@ -4046,8 +4052,8 @@ class Shelf:
                 if not start:
                     file.write(self.MAGIC + owner + digest)
                 for row in rows:
-                    head, *bodies = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3],
-                                                *row[4:])
+                    head, *bodies = pack_record(Kind.RESULT, row[OUTCOME], row[SERIAL], row[START],
+                                                row[END], *row[PAYLOAD:])
                     file.writelines(self._LOG.record(head, bodies))
                 file.flush()
                 os.fsync(file.fileno())
@@ -4082,7 +4088,7 @@ class Shelf:
         serials = []
         for row, more in self._rows():
             size += more
-            serials.append(row[0])
+            serials.append(row[SERIAL])
         os.truncate(self.path, size)
         return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
@@ -4254,6 +4260,25 @@ class Backlog:
 # or touches a file.
 # --------------------------------------------------------------------------------------------------
 
+_Key = typing.TypeVar('_Key')
+_Value = typing.TypeVar('_Value')
+
+
+class Recent(typing.OrderedDict[_Key, _Value]):
+    """A dict of at most so many entries: the one that was set longest ago makes place for another,
+    so that others cannot fill the memory."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
+
 class Doorkeeper:
     """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
     address. When there are more, one of them makes way: of the same address, or else the oldest of
@@ -4272,10 +4297,12 @@ class Doorkeeper:
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
-        self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
-        self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        # Address -> failures, and until when it is shut
+        self._failed: Recent[str, Tuple[int, float]] = Recent(self.REMEMBERED)
+        # Address -> when a line was logged
+        self._logged: Recent[str, float] = Recent(self.REMEMBERED)
         # Address -> when somebody has
-        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        self._proved: Recent[str, float] = Recent(self.REMEMBERED)
 
     def is_shut(self, address: str, now: float) -> bool:
         """Whether nobody from this address is heard at present."""
@@ -4313,7 +4340,7 @@ class Doorkeeper:
         try: silence guesses nothing, and is bounded by the number of handshakes."""
         self.leave(address)
         if proved:
-            self._remember(self._proved, address, now)
+            self._proved[address] = now
         if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
             return   # one that began before the others failed
         if proved:
@@ -4324,7 +4351,7 @@ class Doorkeeper:
             shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST)
         else:
             shut = 0.0
-        self._remember(self._failed, address, (count, now + shut))
+        self._failed[address] = count, now + shut
 
     def leave(self, address: str) -> None:
         """Give back the place of an admitted connection."""
@@ -4336,14 +4363,8 @@ class Doorkeeper:
         """Whether a line may be logged: one for each address in 10 s."""
         if now - self._logged.get(address, -10.0) < 10.0:
             return False
-        self._remember(self._logged, address, now)
+        self._logged[address] = now
         return True
-
-    def _remember(self, table: Any, address: str, value: Any) -> None:
-        table[address] = value
-        table.move_to_end(address)
-        if len(table) > self.REMEMBERED:
-            table.popitem(last=False)
 
 
 def network_of(address: str) -> str:
@@ -4415,13 +4436,13 @@ class Discovery:
         self._addresses = tuple(addresses)
         # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams
         # overtake one another
-        self._seen: 'collections.OrderedDict[bytes, Tuple[int, int]]' = collections.OrderedDict()
+        self._seen: Recent[bytes, Tuple[int, int]] = Recent(self.REMEMBERED)
         # (address, instance) -> when it got NOT_MINE; a program that is started once more is told
         # once more
-        self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
+        self._told: Recent[Tuple[str, bytes], float] = Recent(self.REMEMBERED)
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
         # Address -> when
-        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()
+        self._told_there: Recent[str, Deque[float]] = Recent(self.REMEMBERED)
         self._second = 0
         self._answered = 0
         self._strangers = 0
@@ -4490,9 +4511,6 @@ class Discovery:
         else:
             bits |= 1 << -ahead
         self._seen[instance] = highest, bits
-        self._seen.move_to_end(instance)
-        if len(self._seen) > self.REMEMBERED:
-            self._seen.popitem(last=False)
         return True
 
     def _of_stranger(self, heard: Datagram, source: str,
@@ -4504,9 +4522,6 @@ class Discovery:
                 or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
-        self._told.move_to_end(asker)
-        if len(self._told) > self.REMEMBERED:
-            self._told.popitem(last=False)
         return None, self.say(Cry.NOT_MINE, source, heard.nonce)
 
     def _next_second(self, now: float) -> None:
@@ -4530,8 +4545,6 @@ class Discovery:
         self._strangers += 1
         if times is None:
             times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
-            if len(self._told_there) > self.REMEMBERED:
-                self._told_there.popitem(last=False)
         times.append(now)
         return True
 
@@ -5938,15 +5951,15 @@ class Attempts:
 
     def finish(self, comp: _Computation, row: tuple) -> None:
         """An attempt has ended, with this row of Results."""
-        attempt = comp.attempts.pop(row[0], None)
+        attempt = comp.attempts.pop(row[SERIAL], None)
         comp.done += 1
-        if row[1] not in VALUES:
+        if row[OUTCOME] not in VALUES:
             comp.failed += 1
         if attempt is not None and attempt.counted:
             self.count(attempt, False)
         if attempt is not None and attempt.values:
             self._done_with_values(comp, attempt)
-        comp.unacknowledged[row[0]] = row
+        comp.unacknowledged[row[SERIAL]] = row
         comp.outbox.append(row)
 
     def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
@@ -6453,16 +6466,16 @@ class CpuScheduler:
         place = 0
         ended = None
         for row in event.rows:
-            if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
-                raise PeerError('a worker answered for %d, which it did not run' % row[0])
-            place += row[1] not in GOES_ON
+            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
+                raise PeerError('a worker answered for %d, which it did not run' % row[SERIAL])
+            place += row[OUTCOME] not in GOES_ON
         comp.startup_failures = 0
         for row in event.rows:
-            if row[1] in GOES_ON:
+            if row[OUTCOME] in GOES_ON:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
-            durations.append(row[3] - row[2])
+            durations.append(row[END] - row[START])
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._attempts.finish(comp, row)
@@ -6484,10 +6497,10 @@ class CpuScheduler:
         """The result of an attempt that was interrupted. One that was cancelled and returned all
         the same counts."""
         assert attempt.ending is not None   # ours
-        if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
+        if attempt.ending is Outcome.CANCELLED and row[OUTCOME] in RETURNED:
             return row
-        return (row[0], int(attempt.ending), row[2], row[3],
-                attempt.ending_text(attempt.ending).encode(), *row[5:])
+        return (row[SERIAL], int(attempt.ending), row[START], row[END],
+                attempt.ending_text(attempt.ending).encode(), *row[STDOUT:])
 
     def on_returned(self, event: WorkerReturned, now: float) -> None:
         """A worker has given back what it had not started."""
@@ -7544,7 +7557,7 @@ class EventText(reprlib.Repr):
         words = [self.repr1(value, level - 2)
                  for value in row[1:] if value or type(value) in (int, float)]
         if kind in self.RESULTS:
-            words[0] = Outcome(row[1]).name
+            words[0] = Outcome(row[OUTCOME]).name
         return '%s: %s' % (self._attempt(row[0]), ' '.join(words))
 
     def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
@@ -10630,10 +10643,11 @@ class Values:
             return Unfit(comp, row, unfit_text(value.total, text))
         text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
             '(dispy_send_file)' % (value.total, text)
-        if row[1] in GOES_ON:
+        if row[OUTCOME] in GOES_ON:
             self._log.error('provisional: %s', text)
             return None
-        refused = (row[0], int(Outcome.RAISED), *row[2:4], pack_error(text, None), *row[5:])
+        refused = (row[SERIAL], int(Outcome.RAISED), *row[START:PAYLOAD], pack_error(text, None),
+                   *row[STDOUT:])
         return Results(comp, [refused])
 
     def drop(self, link: int, comp: Optional[str] = None) -> None:
@@ -12417,7 +12431,7 @@ class ResultStore:
             self._daemon.post(Kept(action.comp, [], str(exc)))
         else:
             self._unkept.discard(action.comp)
-            self._daemon.tell(Kept(action.comp, [row[0] for row in action.rows]))
+            self._daemon.tell(Kept(action.comp, [row[SERIAL] for row in action.rows]))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
@@ -12428,7 +12442,7 @@ class ResultStore:
 
     def usable(self, comp: str, row: tuple) -> tuple:
         """A row of Results, or what is told in the place of one that its client could not take."""
-        text = self.refused.get((comp, row[0]))
+        text = self.refused.get((comp, row[SERIAL]))
         if text is None:
             return row
         return refused_row(row, text)
@@ -12445,7 +12459,7 @@ class ResultStore:
         text = 'the file ends before it'
         try:
             for row in self._directory.spool(comp).rows():
-                missing.discard(row[0])
+                missing.discard(row[SERIAL])
                 yield self.usable(comp, row)
         except FileNotFoundError as exc:
             text = str(exc)
