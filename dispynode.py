@@ -7335,8 +7335,13 @@ class Node:
         self.tables.name_client(link, message.name[:200])
         logger.info('%s has connected from %s', self.tables.client_at(link),
                     self.tables.links[link].address)
-        spooled = self.results.spooled_of(self.tables.links[link].instance)
-        kept = {name: self.results.known_attempts(name) for name in spooled}
+        instance = self.tables.links[link].instance
+        # Of what it has here, also what has no results on the disk: it may be done with that
+        kept: Dict[str, List[int]] = {
+            comp.comp: [] for comp in self.tables.comps.values()
+            if comp.instance == instance and comp.stage is not Stage.CLOSING}
+        for name in self.results.spooled_of(instance):
+            kept[name] = self.results.known_attempts(name)
         self.tables.do(Send(link, Welcome(self.name, self.cpus.offered, dict(
             self.facts, holder=self.lease.held_by(now), kept=kept))))
         if self.paused:
