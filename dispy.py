@@ -5,8 +5,7 @@
     cluster = dispy.JobCluster(compute)          # any function; or the path of a program
     jobs = [cluster.submit(n) for n in range(100)]
     for job in jobs:
-        print(job(), job.ip_addr)                # waits; None if it failed, then job.exception says
-        why
+        print(job(), job.ip_addr)                # waits; if it failed, None: see job.exception
     cluster.close()
 
 Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and
@@ -32,17 +31,14 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as
-     the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle, or when
-     jobs turn
-     out to be longer. A node tells which have begun (`Started`); until then they are Created to the
-     user.
+     the node will have done in 100 ms. What a node does not come to is called back when another is
+     idle, or when jobs turn out to be longer. A node tells which have begun (`Started`); until then
+     they are Created to the user.
   4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened
-     at once; what
-     may run the user's code when it is unpickled goes through an opener thread.
+     at once; what may run the user's code when it is unpickled goes through an opener thread.
   5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback
      is called.
-  6. A node that is lost: its jobs are queued again if the computation is reentrant, otherwise they
+  6. When a node is lost, its jobs are queued again if the computation is reentrant; otherwise they
      are Abandoned.
 
 Files this program needs: this one, dispynode.py, cloudpickle.

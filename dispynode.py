@@ -150,30 +150,37 @@ NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
-SECOND_APART = 0.5            # s between the beginnings of such attempts at least
-# Silent pulses after which a second connection is tried while the first still counts
+# Silent pulses after which a second connection is tried while the first still counts, and the
+# seconds between the beginnings of such attempts at least
 PULSES_SILENT = 2
+SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
-TRIPS = 10                    # to a peer and back, which these take at most
+TRIPS = 10                    # round trips to a peer that these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
-# S that a computation without jobs waits for a client whose link broke
+# Seconds that a computation without jobs waits for a client whose link broke
 ORPHAN_TIME = 3.0
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-# S that a link must have lived for not being one of several that end at once
+# Seconds that a link must have lived for not being one of several that end at once
 FLAP_TIME = 10.0
 # Links in a row that ended at once, after which the next attempts come later and later
 FLAPS = 4
-# S for which a client from which the node was taken is not served, so that another comes first
+# Seconds for which a client from which the node was taken is not served, so that others come first
 RELEASED_TIME = 10.0
-AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
-AHEAD_MOST = 64               # jobs, the same
-CREDIT_TIME = 2.0             # s for each CPU, of what who has had less than others gets back
-ABSENT_TIME = 1.0             # s without jobs here after which nobody gets anything back
+# What a worker may hold beyond what it runs, in seconds of work and in jobs. With some at hand it
+# does not wait for the daemon after each short job; but what it holds must be taken back before
+# another worker can run it, so that it is little.
+AHEAD_TIME = 0.02
+AHEAD_MOST = 64
+# CPU seconds, for each CPU of the node, that a client which has had less than others gets back at
+# most; without a limit one that was idle for an hour would then have the node alone for as long.
+CREDIT_TIME = 2.0
+ABSENT_TIME = 1.0             # s without jobs here after which a client gets nothing back
 ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
 UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
-# S after which the client is told that a job runs, and its worker holds nothing behind it
+# Seconds after which a job counts as long: its client is told that it runs, and its worker gives
+# back what stands behind it. Of shorter jobs the client hears by their results alone.
 BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 # Bytes of one stream of a job, with the mark where its middle was
@@ -188,7 +195,7 @@ UNDEAD_TIME = 0.5             # s that a killed stray process is waited for befo
 RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
 WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
-# Bytes from which a payload travels beside its envelope instead of inside
+# Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 # Bytes after which a batch is a frame: the other side can begin with it
@@ -201,14 +208,16 @@ VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
-HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+# Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
+# its client takes does not fill the memory of the node
+HELD_BACK = 16 << 20
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
 # Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
 # and that a program has a result, which is opened in place too.
 ARGUMENTS_COPIED = 2
 RESULTS_COPIED = 1
-# S that an interval of an option may have
+# Seconds that an interval of an option may have
 SHORTEST = 1e-3
 LONGEST = 10 * 365.25 * 86400
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
@@ -219,7 +228,8 @@ NAME_MOST = 1000              # characters of a name from outside that are kept
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
 SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
 VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
-RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
+# Bytes of jobs that wait here, after which links are not read, so that clients are held back
+RECEIVE_BUDGET = 256 << 20
 
 logger = logging.getLogger('dispynode')
 
@@ -892,8 +902,7 @@ class PlainReader:
     A message of thousands of rows is read here: one loop, and a table for what most operations do.
     """
     # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
-    # length and those that look
-    # at the stack stand below.
+    # length and those that look at the stack stand below.
     FIXED = {
         pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1),
         pickle.NEWFALSE: (1, 1), pickle.BININT: (5, 1), pickle.BININT1: (2, 1),
@@ -1257,8 +1266,7 @@ _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enume
 # Those that are not the end of an attempt
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
-# arguments of load_source
-# in an envelope, for any; 'program': nothing.
+# arguments of load_source in an envelope, for any; 'program': nothing.
 SPEC_FIELDS: Dict[str, Any] = {
     'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
     'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str,
@@ -3481,8 +3489,8 @@ class Kind(enum.IntEnum):
 
 
 # Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
-# they are checked as what
-# comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
+# they are checked as what comes from outside is: a record that is not in the table, or is larger,
+# ends its worker or runner.
 FROM_WORKER = {
     Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
     Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.WANT: (SMALL, 0, 0),
@@ -4256,8 +4264,7 @@ class Backlog:
 
 # --------------------------------------------------------------------------------------------------
 # Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock,
-# takes a lock
-# or touches a file.
+# takes a lock or touches a file.
 # --------------------------------------------------------------------------------------------------
 
 _Key = typing.TypeVar('_Key')
@@ -8620,8 +8627,7 @@ class Program:
     def __init__(self, path: str) -> None:
         self.path = path
         # An interrupt goes to the whole process group and so to the program. Here it is noted and
-        # not raised: raised
-        # in the moment in which waitpid returns, it would lose the status.
+        # not raised: raised in the moment in which waitpid returns, it would lose the status.
         self.interrupted = False
         # Told the names of the files that the program leaves in its directory, once; None: no more
         self.tell: Optional[Callable[[List[str]], None]] = None
@@ -10191,8 +10197,7 @@ class Runner:
             self._tell_failure(failure)
         self._workers.drop_children()
         # This process ends without exit handlers, those of the user's modules; shared variables
-        # that setup has made leave
-        # named semaphores behind unless they are finalized.
+        # that setup has made leave named semaphores behind unless they are finalized.
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
         if finalize is not None:
             finalize(0)
@@ -11802,8 +11807,8 @@ class Second:
 
 
 # Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
-# would be asked from link-local
-# addresses, and no node could be meant by the address that people know.
+# would be asked from link-local addresses, and no node could be meant by the address that people
+# know.
 GROUP6 = 'ff15::d159:5'
 GROUP4 = '239.255.97.1'
 REACHES = ('lan', 'loopback', 'off')
@@ -14647,8 +14652,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == '__main__':
     # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__,
-    # `spawn` does not run this file a third time as the runner's __main__.
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
     del __file__
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     sys.exit(importlib.import_module('dispynode').main())
