@@ -7040,9 +7040,9 @@ class Computations:
         comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
             self.close(comp, at_once=False)
-        if comp is not None or message.comp not in self._tables.comps:
-            self._results.forget(message.comp)
-            self._past.forget(message.comp)
+        # Also of one that is being closed, as it was an orphan
+        self._results.forget(message.comp)
+        self._past.forget(message.comp)
 
     def give_up(self, comp: _Computation) -> None:
         """The client has left on purpose."""
