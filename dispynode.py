@@ -716,6 +716,11 @@ FIELD_TYPES = {message: _field_types(message) for message in OPS}
 
 
 
+def serial_of(job: int, attempt: int = 0) -> int:
+    """Return the serial number of an attempt of the job with this number."""
+    return job << 16 | attempt
+
+
 def job_number(serial: int) -> int:
     """Return the number of a job, by the serial number of one of its attempts."""
     return serial >> 16

@@ -8,7 +8,8 @@ import pytest
 import dispynode
 from dispynode import (
     Compute, EventText, Feed, FilePiece, Introduce, Jobs, LinkDown, LinkUp, LoggedNode, Node, Outcome, Prepared, Received, Results, RunnerGone,
-    RunnerUp, Send, StartWorker, Status, WorkerResults, attempt_number, job_number, node_type)
+    RunnerUp, Send, StartWorker, Status, WorkerResults, attempt_number, job_number, node_type,
+    serial_of)
 from test_node_state import Talk, result, spec
 
 FIRST, SECOND = 1 << 16 | 1, 2 << 16 | 3    # the first attempt of job 1, the third of job 2
@@ -38,7 +39,7 @@ def lines(caplog, level):
 
 
 def test_numbers_of_a_serial():
-    assert (job_number(SECOND), attempt_number(SECOND)) == (2, 3)
+    assert (job_number(SECOND), attempt_number(SECOND)) == (2, 3) and serial_of(2, 3) == SECOND and serial_of(2) == 2 << 16
 
 
 def test_every_event_and_every_decision(caplog):
