@@ -7,9 +7,9 @@ import pytest
 
 import dispynode
 from dispynode import (
-    Compute, EventText, Feed, FilePiece, Introduce, Jobs, LinkDown, LinkUp, LoggedNode, Node, Outcome, Prepared, Received, Results, RunnerGone,
-    RunnerUp, Send, StartWorker, Status, WorkerResults, attempt_number, job_number, node_type,
-    serial_of)
+    Compute, EventText, SendToWorker, FilePiece, ClientHello, Jobs, LinkDown, LinkUp, LoggedNode,
+    Node, Outcome, DirectoryReady, Received, Results, RunnerGone, RunnerUp, Send, StartWorker,
+    Status, WorkerResults, attempt_number, job_number, node_type, serial_of)
 from test_node_state import Talk, result, spec
 
 FIRST, SECOND = 1 << 16 | 1, 2 << 16 | 3    # the first attempt of job 1, the third of job 2
@@ -25,8 +25,8 @@ class LoggedTalk(Talk):
 
 def one_job(talk, last=LinkDown(1, True)):
     """A computation with two jobs, one of which fails; then its client leaves. Returns all that the node decided."""
-    said = [*talk.tell(LinkUp(1, b'me', '10.0.0.9')), *talk.say(Introduce('me@here PID 7', 2.0)), *talk.say(Compute('c', spec(name='square'))),
-            *talk.tell(Prepared('c', [])), *talk.tell(RunnerUp('c')),
+    said = [*talk.tell(LinkUp(1, b'me', '10.0.0.9')), *talk.say(ClientHello('me@here PID 7', 2.0)), *talk.say(Compute('c', spec(name='square'))),
+            *talk.tell(DirectoryReady('c', [])), *talk.tell(RunnerUp('c')),
             *talk.say(Jobs('c', [(FIRST, b'arguments of the user', None), (SECOND, b'others', {'cpus': 1})]))]
     said += talk.tell(WorkerResults(1, [result(FIRST, took=2.0)]))
     said += talk.tell(WorkerResults(1, [result(SECOND, Outcome.RAISED, took=3.5)]))
@@ -108,15 +108,15 @@ def test_a_client_that_is_lost_and_comes_back(caplog):
     caplog.set_level(logging.INFO, 'dispynode')
     talk = Talk(1)
     talk.tell(LinkUp(1, b'me', 'address'))
-    talk.say(Introduce('me', 2.0))
+    talk.say(ClientHello('me', 2.0))
     talk.say(Compute('c', spec()))
-    talk.tell(Prepared('c', []))
+    talk.tell(DirectoryReady('c', []))
     talk.tell(RunnerUp('c'))
     talk.say(Jobs('c', [(FIRST, b'1', None)]))
     caplog.clear()
     talk.tell(LinkDown(1, False))
     talk.tell(LinkUp(2, b'me', 'address'))
-    talk.say(Introduce('me', 2.0), 2)
+    talk.say(ClientHello('me', 2.0), 2)
     talk.say(Compute('c', spec()), 2)
     assert lines(caplog, logging.INFO) == [
         'me has lost its connection', 'the connection of me has ended; it holds this node still', 'me has connected from address',
@@ -132,6 +132,6 @@ def test_a_client_that_is_lost_and_comes_back(caplog):
      "FilePiece(comp='c', purpose=1, key=0, row=('name', 3, <32 bytes>, 384), offset=0, data=<3 bytes>)"),
     (Send(1, Results('c', [result(FIRST, Outcome.DIED)])),
      "Send(link=1, message=Results(comp='c', rows=[job 1: DIED 0.0 1.0 <5 bytes> <3 bytes> <3 bytes>]))"),
-    (Feed(1, [dispynode.Attempt(SECOND, b'', None, None)]), 'Feed(worker=1, attempts=[job 2, attempt 3])')])
+    (SendToWorker(1, [dispynode.Attempt(SECOND, b'', None, None)]), 'Feed(worker=1, attempts=[job 2, attempt 3])')])
 def test_texts_of_events(value, text):
     assert EventText().repr(value) == text
