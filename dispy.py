@@ -7747,11 +7747,11 @@ class NodeConnection:
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
-        self.trip = 0.0                            # s from Introduce to Welcome
+        self.trip = 0.0                            # s from ClientHello to NodeHello
         self.instance = b''
         # It could not use what was sent: it is not reached again at once
         self.wrong = False
-        # Another process than before; told when it says Welcome
+        # Another process than before; told when it says NodeHello
         self.restarted = False
         # What its memory is known by, see dispynode.Memory
         self.memory = ''

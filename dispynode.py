@@ -195,7 +195,8 @@ BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which
 UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
 RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
-MEMORY_CHECK_INTERVAL = 0.05                # s between looks at the memory of jobs that may not use more
+# Seconds between looks at the memory of jobs that may not use more
+MEMORY_CHECK_INTERVAL = 0.05
 # Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
@@ -385,7 +386,7 @@ def reason_of(exc: BaseException) -> str:
 
 class ClientHello(NamedTuple):
     """A client says first on a link who it is (the name is shown to others) and how many seconds
-    its pulse is. Welcome answers it."""
+    its pulse is. NodeHello answers it."""
     name: str
     pulse: float
 
@@ -459,8 +460,8 @@ class Reclaim(NamedTuple):
 
 
 class NodeHello(NamedTuple):
-    """A node answers Introduce with its name, the CPUs that it offers, and facts (python, platform,
-    cloudpickle, ...)."""
+    """A node answers ClientHello with its name, the CPUs that it offers, and facts (python,
+    platform, cloudpickle, ...)."""
     name: str
     cpus: int
     facts: dict
@@ -483,7 +484,7 @@ class Need(NamedTuple):
 
 class Ready(NamedTuple):
     """A node has set up the computation. `held` are the serials it knows, running, waiting or ended
-    without Ack; `past` is a row of Past."""
+    without Ack; `past` is a row of AttemptHistory."""
     comp: str
     held: list
     past: tuple = ()
@@ -501,7 +502,8 @@ SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
 
 
 class JobsReturned(NamedTuple):
-    """A node has never started these attempts. It answers Recall, and comes when a node stops."""
+    """A node has never started these attempts. It answers ReturnJobs, and comes when a node
+    stops."""
     comp: str
     serials: list
 
@@ -533,7 +535,7 @@ class CpusChanged(NamedTuple):
 
 class KnownAttempts(NamedTuple):
     """A node answers Reclaim with the serials that it knows: of attempts that run, wait, or have
-    ended without Ack; `past` is a row of Past."""
+    ended without Ack; `past` is a row of AttemptHistory."""
     comp: str
     serials: list
     past: tuple = ()
@@ -1255,7 +1257,7 @@ def _is_kept(kept: Any) -> bool:
 
 
 def _is_past(row: tuple) -> bool:
-    """Whether this is a row of Past, or nothing."""
+    """Whether this is a row of AttemptHistory, or nothing."""
     return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
         type(serials) is list and all(map(is_serial, serials)) for serials in row[1:4]))
 
@@ -4879,7 +4881,7 @@ class Broken(NamedTuple):
 
 
 class SpoolResults(NamedTuple):
-    """Write results, rows of a client, to the disk. Fed back as Kept."""
+    """Write results, rows of a client, to the disk. Fed back as ResultsSpooled."""
     comp: str
     owner: bytes
     rows: list
@@ -4917,7 +4919,7 @@ class Drop(NamedTuple):
 
 
 class PrepareDirectory(NamedTuple):
-    """Make the computation's directory and compare its files. Fed back as Prepared."""
+    """Make the computation's directory and compare its files. Fed back as DirectoryReady."""
     comp: str
     spec: dict
 
@@ -4928,7 +4930,8 @@ class WantAgain(NamedTuple):
 
 
 class WriteFile(NamedTuple):
-    """Write a piece of a file. Fed back as Stored when its file is there or cannot be stored."""
+    """Write a piece of a file. Fed back as FileWritten when its file is there or cannot be
+    stored."""
     piece: FilePiece
 
 
@@ -10591,7 +10594,8 @@ class Values:
         """`where` tells whose memory it is, for people."""
         self.where = where
         self._log = log
-        self._coming: Dict[Tuple[int, str], IncomingValue] = {}   # (link, computation) -> what comes
+        # (link, computation) -> what comes
+        self._coming: Dict[Tuple[int, str], IncomingValue] = {}
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
         """The message that is whole with this part; what stands for one for which there is no room;
@@ -11832,8 +11836,8 @@ def discovery_reach() -> str:
 
 
 class UdpListener(socketserver.UDPServer):
-    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data, source,
-    reply)`."""
+    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
+    source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
@@ -13717,7 +13721,8 @@ def installed_version(package: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or not hasattr(spec.loader, 'get_data'):
         return ''
-    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]   # it may lie in an archive
+    # It may lie in an archive
+    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
     if found:
         return found.group(1).decode()
@@ -14148,7 +14153,8 @@ class OptionParser(argparse.ArgumentParser):
         self._file = ''    # that is being read
 
     def error(self, message: str) -> NoReturn:
-        """A wrong option ends the program; one in a file raises StartError, which names the file."""
+        """A wrong option ends the program; one in a file raises StartError, which names the
+        file."""
         if self._file:
             raise StartError('--config %s: %s' % (self._file, message))
         super().error(message)

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 import dispy
-import dispynode
 from conftest import ROOT, eventually, lives
 from nodes import NodeProcess
 

@@ -53,7 +53,7 @@ def test_every_event_and_every_decision(caplog):
     for expected in ("event: LinkUp(link=1, instance=<2 bytes>, address='10.0.0.9')",
                      "event: Received(link=1, message=Compute(comp='c', spec=<function square>))",
                      "event: Received(link=1, message=Jobs(comp='c', rows=[job 1: <21 bytes>, job 2, attempt 3: <6 bytes> {'cpus': 1}]))",
-                     "  decision: StartWorker(worker=1, comp='c')", '  decision: Feed(worker=1, attempts=[job 1])',
+                     "  decision: StartWorker(worker=1, comp='c')", '  decision: SendToWorker(worker=1, attempts=[job 1])',
                      'event: WorkerResults(worker=1, rows=[job 1: RETURNED 0.0 2.0 <5 bytes> <3 bytes> <3 bytes>])',
                      'event: LinkDown(link=1, on_purpose=True)', "event: RunnerGone(comp='c', text='ended with exit code 0', code='setup')"):
         assert expected in story, (expected, shown)
@@ -132,6 +132,6 @@ def test_a_client_that_is_lost_and_comes_back(caplog):
      "FilePiece(comp='c', purpose=1, key=0, row=('name', 3, <32 bytes>, 384), offset=0, data=<3 bytes>)"),
     (Send(1, Results('c', [result(FIRST, Outcome.DIED)])),
      "Send(link=1, message=Results(comp='c', rows=[job 1: DIED 0.0 1.0 <5 bytes> <3 bytes> <3 bytes>]))"),
-    (SendToWorker(1, [dispynode.Attempt(SECOND, b'', None, None)]), 'Feed(worker=1, attempts=[job 2, attempt 3])')])
+    (SendToWorker(1, [dispynode.Attempt(SECOND, b'', None, None)]), 'SendToWorker(worker=1, attempts=[job 2, attempt 3])')])
 def test_texts_of_events(value, text):
     assert EventText().repr(value) == text
