@@ -142,7 +142,8 @@ from dispynode import (
     same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal,
     value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing,
     contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs,
-    check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces,
+    check_fork, FORK, SPAWN, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib,
+    open_pieces,
     run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
     ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
     SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
@@ -11525,6 +11526,13 @@ class OldCluster(ProgramCluster):
 # Public class
 # --------------------------------------------------------------------------------------------------
 
+def _start_method(method: Any) -> str:
+    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    if method not in (None, FORK, SPAWN):
+        raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
+    return method or ''
+
+
 class JobCluster(OldCluster):
     """Nodes that run one computation for this program.
 
@@ -11592,6 +11600,10 @@ class JobCluster(OldCluster):
         end it has had all that is kept. `text` is str for functions, bytes for programs
     forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
         job's id
+    start_method - how a node starts worker processes. 'fork': after it has loaded the computation
+        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
+        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
+        fork on Linux and spawn elsewhere. A node that cannot is refused
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -11632,6 +11644,7 @@ class JobCluster(OldCluster):
                  max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
                  forward_logs: bool = False,
+                 start_method: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -11693,6 +11706,7 @@ class JobCluster(OldCluster):
         if not callable(cleanup):
             cleanup = _flag('cleanup', cleanup)
         forward_logs = _flag('forward_logs', forward_logs)
+        start_method = _start_method(start_method)
         self.bundles = ModuleBundles(self.name)
         self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most,
                                       self.name, self.bundles)
@@ -11706,7 +11720,8 @@ class JobCluster(OldCluster):
         self.cargo.spec['key'] = digest_of(self.key)
         if isinstance(computation, Calls):
             self.cargo.spec.update(computation.spec)
-        self.cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
+        self.cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1,
+                               start_method=start_method)
         # That files of modules have changed; an executor runs the new text
         self._told_of_change = isinstance(computation, Calls)
         if job_status is None:
@@ -13527,8 +13542,8 @@ class DispyExecutor(concurrent.futures.Executor):
         first call. A node where it fails is not used; if there is no other, all futures and
         `submit` raise BrokenExecutor
     max_tasks_per_child - a worker process is replaced after so many calls (default: never)
-    mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
-        by fork; another method is named in the log, once
+    mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
+        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
 
     A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
     executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
@@ -13548,7 +13563,8 @@ class DispyExecutor(concurrent.futures.Executor):
             most = _positive('max_workers', max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
-        _note_start_method(mp_context)
+        if mp_context is not None:
+            options['start_method'] = _method_of(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
         self._pool = _ExecutorClusters(functools.partial(
             self._cluster_class, calls, nodes, job_status=_settle_future, **options))
@@ -13667,15 +13683,19 @@ def _positive(name: str, value: Any) -> int:
     return number  # type: ignore[no-any-return]
 
 
-def _note_start_method(context: Any) -> None:
-    """Workers are started by fork; say so to who asks for another method."""
-    if context is None or isinstance(context, str):
+def _method_of(context: Any) -> str:
+    """The start method of workers that a context of `multiprocessing` stands for. One that there is
+    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    if isinstance(context, str):
         method = context
     else:
         method = context.get_start_method()
-    if method not in (None, 'fork') and method not in _methods_noted:
+    if method in (FORK, SPAWN):
+        return method  # type: ignore[no-any-return]
+    if method not in _methods_noted:
         _methods_noted.add(method)
-        logger.info('mp_context: workers are started by fork, not by %s', method)
+        logger.info('mp_context: workers are started by spawn, as there is no %s', method)
+    return SPAWN
 
 
 _methods_noted: Set[str] = set()

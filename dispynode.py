@@ -128,6 +128,7 @@ SECOND_APART = 0.5            # s between the beginnings of such attempts at lea
 # Silent pulses after which a second connection is tried while the first still counts
 PULSES_SILENT = 2
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
+CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # to a peer and back, which these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
@@ -197,6 +198,10 @@ MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for ot
 SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
 VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
+
+# How worker processes are started
+FORK = 'fork'
+SPAWN = 'spawn'
 
 logger = logging.getLogger('dispynode')
 
@@ -1250,6 +1255,7 @@ def _is_spec(spec: dict) -> bool:
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
+        and spec.get('start_method', '') in ('', FORK, SPAWN) \
         and type(spec.get('initializer', False)) is bool and _is_serial(spec.get('most', 0)) \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
@@ -3402,16 +3408,16 @@ _RECORD = struct.Struct('>BBIQddQII')
 
 class Kind(enum.IntEnum):
     """Kinds of record."""
-    # daemon to runner
+    # daemon to runner; FORK and CLOSE also from a runner to a worker that it has not forked
     INIT = 1        # bodies: pickled spec, code, -
-    FORK = 2        # number: worker; its socket travels along
+    FORK = 2        # number: worker, which is to be made; its socket travels along
     INTERRUPT = 3   # number: worker, serial: only if it runs this one
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
     WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
     ASK = 8         # is it alive?
-    # runner to daemon
+    # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not forked
     UP = 16
     FAILED = 17     # body: text
     BORN = 18       # number: worker, serial: its pid
@@ -3434,7 +3440,9 @@ class Kind(enum.IntEnum):
     # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
     WANT = 52
     HERE = 53       # first of all: the kernel tells by it which process has this pipe
-    INITIALIZED = 54   # body: text, empty if the initializer of an executor has returned
+    # Body: text, empty if the worker is ready for work: the initializer of an executor has
+    # returned, and one that is not forked has loaded the computation
+    INITIALIZED = 54
 
 
 # Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
@@ -3450,6 +3458,8 @@ FROM_RUNNER = {
     Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0),
     Kind.END_NODE: (0, 0, 0)
 }
+# From a worker that loads the computation itself, beside what it sends to the daemon
+FROM_LOADING = {kind: FROM_RUNNER[kind] for kind in (Kind.UP, Kind.FAILED, Kind.END_NODE)}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
@@ -3490,7 +3500,7 @@ class RecordIntake(Intake):
         return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
-        """Note `count` received bytes; return the records that are whole now."""
+        """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
         return [self._record(head, body) for head, body in self.took(count)]
 
     @staticmethod
@@ -4718,7 +4728,8 @@ class WorkerUnborn(NamedTuple):
 
 
 class WorkerInitialized(NamedTuple):
-    """The initializer has returned in a worker, or failed with this text."""
+    """A worker is ready for work: the initializer has returned in it. Or that has failed with this
+    text."""
     worker: int
     error: str
 
@@ -5277,7 +5288,8 @@ class _Claim:
 class _Computation:
     """A computation of a client on this node."""
 
-    def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
+    def __init__(self, comp: str, instance: bytes, link: int, spec: dict,
+                 start_method: str = FORK) -> None:
         self.comp = comp
         self.instance = instance
         self.link = link
@@ -5302,9 +5314,10 @@ class _Computation:
         self.begun: List[Tuple[int, float]] = []
         # Workers in a row that died before their first job
         self.startup_failures = 0
-        # Keys of workers in which the initializer runs, and whether there is one
+        # Keys of workers that are not ready for work yet, as the initializer runs in them or they
+        # load the computation; and whether there are such
         self.starting: Set[int] = set()
-        self.initializer = spec.get('initializer', False)
+        self.initializer = bool(spec.get('initializer')) or start_method == SPAWN
         self.digest = result_key(spec)
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
@@ -5349,8 +5362,9 @@ class NodeTables:
     """The links, computations and workers of a node, which all of its parts look up, and the
     actions that they have decided in this call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, start_method: str = FORK) -> None:
         self.name = name        # of the node, for texts
+        self.start_method = start_method   # of workers, for computations that do not say
         self.now = 0.0          # the time of this call
         self.actions: List[Any] = []
         self.links: Dict[int, LinkUp] = {}
@@ -6463,14 +6477,14 @@ class CpuScheduler:
         return worker
 
     def _initialize(self, comp: _Computation, now: float) -> None:
-        """Make workers for what waits. They get work when their initializer has returned."""
+        """Make workers for what waits. They get work when they are ready for it."""
         most = min(self._cpus.free, len(comp.waiting))
         while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
                 and now >= self._workers_at:
             comp.starting.add(self._new_worker(comp).key)
 
     def initialized(self, worker: _Worker) -> None:
-        """The initializer has returned in a worker."""
+        """A worker is ready for work: the initializer has returned in it."""
         self._idle(worker, 0)
 
     def _idle(self, worker: _Worker, cpus: int) -> None:
@@ -6706,7 +6720,8 @@ class Computations:
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
         up = self._tables.links[link]
-        comp = _Computation(message.comp, up.instance, link, message.spec)
+        start_method = message.spec.get('start_method') or self._tables.start_method
+        comp = _Computation(message.comp, up.instance, link, message.spec, start_method)
         self._share.joins(comp)
         self._tables.comps[message.comp] = comp
         self.resize()
@@ -6854,8 +6869,12 @@ class Computations:
         initializing = worker.key in comp.starting
         self._scheduler.worker_gone(worker, event, now)
         if comp.stage is not Stage.CLOSING and comp.startup_failures > 3:
-            self.refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
-                'in the initializer' if initializing else 'before they run anything', event.text))
+            code, when = 'worker', 'before they run anything'
+            if initializing and comp.spec.get('initializer'):
+                code, when = 'initializer', 'in the initializer'
+            elif initializing:
+                code, when = 'setup', 'while they load the computation or run setup'
+            self.refuse(comp, code, 'workers die %s: %s' % (when, event.text))
 
     def on_runner_gone(self, event: RunnerGone, now: float) -> None:
         """The runner has ended, as it was to, or by itself."""
@@ -6966,7 +6985,7 @@ class Node:
         self.stopping = False
         self._born = now
         self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
-        self.tables = NodeTables(name)
+        self.tables = NodeTables(name, facts.get('start_method', FORK))
         self.timers = Timers()
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
@@ -7180,7 +7199,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.client_back(comp, link)
             return
-        refusal = self._refusal(link, message.comp, now)
+        refusal = self._refusal(link, message.comp, now, message.spec.get('start_method', ''))
         if refusal is not None:
             self.tables.do(Send(link, refusal))
         elif self.lease.is_of_another(self.tables.links[link].instance):
@@ -7192,7 +7211,8 @@ class Node:
             self._take_lease(link, now)
             self.computations.begin(link, message)
 
-    def _refusal(self, link: int, name: str, now: float) -> Optional[Refused]:
+    def _refusal(self, link: int, name: str, now: float,
+                 start_method: str = '') -> Optional[Refused]:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
         if self.stopping:
@@ -7204,6 +7224,8 @@ class Node:
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in self.tables.comps:
             return Refused(name, 'closing', 'the same computation is still being closed')
+        if start_method == FORK and not can_fork():
+            return Refused(name, 'start_method', NO_FORK)
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
@@ -7404,6 +7426,29 @@ class Hours(NamedTuple):
 
 
 RELEASED_TEXT = 'its operator has taken it from this client'
+NO_FORK = 'worker processes cannot be started with fork here: this system does not have it. Use ' \
+    "start_method='spawn', or no start_method"
+
+
+def can_fork() -> bool:
+    """Whether worker processes can be forked here."""
+    return hasattr(os, 'fork')
+
+
+def default_start_method() -> str:
+    """How workers are started where nobody says it. Forking a process that has used frameworks of
+    macOS kills the child. Raises StartError."""
+    given = os.environ.get('DISPY_START_METHOD', '')
+    if given not in ('', FORK, SPAWN):
+        raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
+                         % given)
+    if given:
+        return given
+    if can_fork() and sys.platform != 'darwin':
+        return FORK
+    return SPAWN
+
+
 ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
     Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
@@ -7983,6 +8028,8 @@ _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
 # Ignored by default and used by hardly anything
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)
+# Windows translates line ends in files that are not opened with it
+_O_BINARY = getattr(os, 'O_BINARY', 0)
 # Linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -8084,6 +8131,13 @@ def was_importing(exc: BaseException) -> bool:
     return False
 
 
+def write_whole(handle: int, data: bytes) -> None:
+    """Write all of it to a descriptor. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view):]
+
+
 class Slots:
     """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in
     a file that is mapped into memory. [0] the serial that runs now, [1] the serial that shall be
@@ -8099,23 +8153,43 @@ class Slots:
     NAME = 'begun-'
 
     @classmethod
-    def make(cls, directory: str, number: int) -> List[Any]:
+    def make(cls, directory: str, number: int, by_name: bool = False) -> List[Any]:
         """Slots for TOGETHER workers. Without room for the file it is left empty, which says that
-        nobody knows what was begun. Raises OSError where no file can be made."""
+        nobody knows what was begun; processes that map the file `by_name` cannot do without it.
+        Raises OSError where no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_BINARY, 0o600)
         try:
             # To write to a page without room on the disk kills the process
-            os.posix_fallocate(handle, 0, size)
+            if hasattr(os, 'posix_fallocate'):
+                os.posix_fallocate(handle, 0, size)
+            else:
+                write_whole(handle, bytes(size))
             shared = mmap.mmap(handle, size)
-        except (OSError, AttributeError):   # no room, or no such call on this system
+        except OSError:   # no room
             os.ftruncate(handle, 0)
+            if by_name:
+                raise
             shared = mmap.mmap(-1, size)
         finally:
             os.close(handle)
+        return cls._parts(shared)
+
+    @classmethod
+    def _parts(cls, shared: mmap.mmap) -> List[Any]:
         view = memoryview(shared).cast('Q')
         return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
+
+    @classmethod
+    def open(cls, directory: str, number: int, index: int) -> Any:
+        """Worker: the slots with this index in a file that the runner has made. Raises OSError."""
+        handle = os.open(os.path.join(directory, '%s%d' % (cls.NAME, number)),
+                         os.O_RDWR | _O_BINARY)
+        try:
+            return cls._parts(mmap.mmap(handle, 8 * cls.SIZE * cls.TOGETHER))[index]
+        finally:
+            os.close(handle)
 
     @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
@@ -8160,18 +8234,24 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
 
 class Catch:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
+    Where the worker is not forked, a file with a name, which runner and worker open each.
 
     A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the
     worker cannot while C code prints with the interpreter lock held. The runner lets go of the
     middle of files that grow.
     """
 
-    def __init__(self, directory: str) -> None:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            self.handle = _out_of_reach(os.dup(file.fileno()))
-        if hasattr(os, 'O_APPEND') and os.name != 'nt':
-            import fcntl
-            fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
+    def __init__(self, directory: str, name: str = '') -> None:
+        self._path = os.path.join(directory, name) if name else ''
+        if name:
+            self.handle = _out_of_reach(
+                os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600))
+        else:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                self.handle = _out_of_reach(os.dup(file.fileno()))
+            if os.name != 'nt':
+                import fcntl
+                fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
         self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
@@ -8240,9 +8320,16 @@ class Catch:
             size = size - len(part)
         return b''.join(parts)
 
+    def empty(self) -> None:
+        """Worker: what was printed before its first job is no job's."""
+        os.ftruncate(self.handle, 0)
+
     def close(self) -> None:
         """Forget the file."""
         os.close(self.handle)
+        if self._path:
+            with contextlib.suppress(OSError):   # the directory may be gone
+                os.unlink(self._path)
 
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
@@ -8825,6 +8912,7 @@ class WorkerPipe:
     Processes that a job has forked may send as well."""
 
     def __init__(self, sock: socket.socket, private: str) -> None:
+        sock.setblocking(True)   # setup may have set a time limit for all new sockets
         self._sock = sock
         self._intake = RecordIntake()
         self.jobs: Deque[Record] = collections.deque()
@@ -8833,12 +8921,14 @@ class WorkerPipe:
         self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
         self._turn = _Turn(private)
+        self.at_end: Callable[[], Any] = _not_here   # called before this process ends
 
     def receive(self, flags: int) -> None:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         count = self._sock.recv_into(self._intake.room(), 0, flags)
         if count == 0:
+            self.at_end()
             os._exit(0)
         for record in self._intake.records(count):
             if record.kind == Kind.KEPT:
@@ -9209,8 +9299,11 @@ class Worker:
         self._pipe.after_fork()
         self._services.after_fork()
 
-    def serve(self) -> None:
-        """Until the daemon closes the pipe, or this process is not fit for another job."""
+    def serve(self, clean_up: Optional[Callable[[], None]] = None) -> None:
+        """Until the daemon closes the pipe, or this process is not fit for another job. Where
+        `clean_up` is given it is called before this process ends in good order."""
+        if clean_up is not None:
+            self._pipe.at_end = functools.partial(self._end_well, clean_up)
         self._pipe.send(Kind.HERE)
         self._prepare()
         if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
@@ -9226,6 +9319,13 @@ class Worker:
                 self._run(record)
                 self._slots[0] = 0
                 fit = self._tidy()
+        if clean_up is not None:
+            self._end_well(clean_up)
+
+    def _end_well(self, clean_up: Callable[[], None]) -> None:
+        """Clean up if no job runs, and not in a child that a job has forked."""
+        if not self._slots[0] and os.getpid() == self._pid:
+            clean_up()
 
     def _prepare(self) -> None:
         self._pid = os.getpid()
@@ -9237,7 +9337,10 @@ class Worker:
             sys.modules['numpy'].random.seed()
         if isinstance(self._function, Calls) and self._function.initializer is not None:
             self._initialize(self._function)
+        elif self._spec['start_method'] == SPAWN:
+            self._pipe.send(Kind.INITIALIZED)
         self._threads = threading.active_count()
+        self._own_children = frozenset(children_here())   # which setup has started
         self._surroundings = Surroundings(self._spec['directory'])
 
     def _initialize(self, calls: Calls) -> None:
@@ -9348,16 +9451,34 @@ class Worker:
                    for thread in threading.enumerate()
                    if thread is not threading.main_thread())
 
-    @staticmethod
-    def _has_children() -> bool:
+    def _has_children(self) -> bool:
         if not hasattr(os, 'WNOHANG'):
             return False
+        if self._own_children:   # whose exit statuses are not ours to take
+            return any(not has_ended(pid) for pid in set(children_here()) - self._own_children)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
             return True
         except ChildProcessError:
             return False
+
+
+def children_here() -> List[int]:
+    """The children of this process by /proc; none where there is no such thing."""
+    try:
+        with open('/proc/self/task/%d/children' % os.getpid()) as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child of ours is no more; it is waited for if so."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:   # somebody else has waited for it
+        return True
 
 
 _SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-packages'))
@@ -9439,11 +9560,24 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
     return give_back
 
 
+class SlotPlace(NamedTuple):
+    """Slots of one worker, and where they are."""
+    slots: Any
+    file: int     # its number
+    index: int    # in the file
+
+
 class _Child(NamedTuple):
     process: Any
-    slots: Any
+    place: SlotPlace
     out: Catch
     err: Catch
+    line: Any     # a LoadingLine, to a worker that loads the computation itself
+
+    @property
+    def slots(self) -> Any:
+        """See Slots."""
+        return self.place.slots
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
@@ -9456,8 +9590,22 @@ def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> Non
             variables.setdefault(name, value)
 
 
+def support_of(spec: dict) -> str:
+    """The directory of the client's cloudpickle, where this host has none or another version."""
+    return os.path.join(spec['private'], 'support')
+
+
+def unpack_support(spec: dict) -> None:
+    """Put the client's cloudpickle into its directory."""
+    for name, source in spec['support'].items():
+        path = os.path.join(support_of(spec), *check_name(name))
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(source)
+
+
 class ComputationCode:
-    """The user's code in a runner: loads the computation, runs its setup and in the end its
+    """The user's code in a process that loads it: the computation, its setup and in the end its
     cleanup."""
 
     def __init__(self, spec: dict) -> None:
@@ -9475,7 +9623,8 @@ class ComputationCode:
         SharedMemoryTracker().install()
         if self._spec['authkey']:
             multiprocessing.current_process().authkey = self._spec['authkey']
-        self._unpack_support()
+        if self._spec['support']:
+            sys.path.insert(0, support_of(self._spec))
         loader = self._loader()
         offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
@@ -9489,7 +9638,8 @@ class ComputationCode:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
-                self._warn_of_threads(loader)
+                if self._spec['start_method'] == FORK:
+                    self._warn_of_threads(loader)
         loader.loaded()
 
     @staticmethod
@@ -9536,17 +9686,6 @@ class ComputationCode:
                 variables.setdefault(name, value)
         return setup
 
-    def _unpack_support(self) -> None:
-        """The client's cloudpickle, where this host has none or another version."""
-        if self._spec['support']:
-            root = os.path.join(self._spec['private'], 'support')
-            for name, source in self._spec['support'].items():
-                path = os.path.join(root, *check_name(name))
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-                with open(path, 'wb') as file:
-                    file.write(source)
-            sys.path.insert(0, root)
-
     def clean_up(self, end_node: Callable[[], None]) -> str:
         """Run cleanup. Returns what it has raised, for people, or ''."""
         if self._cleanup is None:
@@ -9564,6 +9703,7 @@ class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
     `send`, as to pack_record."""
+    failed = False   # there can be no workers; it was told
 
     def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any,
                  send: Callable[..., None]) -> None:
@@ -9576,14 +9716,17 @@ class WorkerProcesses:
         self._own: Set[int] = set()   # children that setup left on purpose
         # Killed, and they have not ended: they sleep and cannot be interrupted
         self._undead: Set[int] = set()
-        self._slots: List[Any] = []      # free ones
+        self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
         self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
 
+    def begin(self) -> None:
+        """Called once, before the runner serves. Sets `failed` where there can be no workers."""
+
     def keep_children(self) -> None:
         """Children that there are now were left by setup on purpose."""
-        self._own = set(self._descendants())
+        self._own = set(children_here())
 
     def drop_children(self) -> None:
         """What setup has started ends with its computation."""
@@ -9607,39 +9750,45 @@ class WorkerProcesses:
         self._shorten()
         self._check_memory()
 
-    def fork(self, record: Record, handle: int) -> None:
+    def start(self, record: Record, handle: int) -> None:
         """A worker that cannot be made is told with the reason; those that there are go on.
         `handle`: the descriptor of its pipe, or -1."""
-        with contextlib.ExitStack() as made:
-            try:
-                if handle < 0:
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-                sock = socket.socket(fileno=_out_of_reach(handle))
-                made.callback(sock.close)
-                child = self._make_child(made)
-                process = multiprocessing.get_context('fork').Process(
-                    target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
-                process.start()
-            except (OSError, MemoryError) as exc:
-                self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0,
-                           shortage(exc).encode('utf-8', 'replace'))
-                return
-            made.pop_all()
-        sock.close()
-        self._children[record.number] = child._replace(process=process)
-        self._send(Kind.BORN, record.number, process.pid)
+        try:
+            if handle < 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            with socket.socket(fileno=_out_of_reach(handle)) as sock:
+                process = self._start(record.number, sock)
+        except (OSError, MemoryError) as exc:
+            self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0,
+                       shortage(exc).encode('utf-8', 'replace'))
+        else:
+            self._send(Kind.BORN, record.number, process.pid)
 
-    def _make_child(self, made: contextlib.ExitStack) -> _Child:
-        """What a worker shares with us; `made` lets go of it if there will be no worker."""
+    def _start(self, number: int, sock: socket.socket) -> Any:
+        """The process of a worker with this pipe. Raises OSError, MemoryError."""
+        with contextlib.ExitStack() as made:
+            child = self._make_child(made)
+            process = multiprocessing.get_context('fork').Process(
+                target=self._work, args=(sock, child), name='dispy-worker-%d' % number)
+            process.start()
+            made.pop_all()
+        self._children[number] = child._replace(process=process)
+        return process
+
+    def _make_child(self, made: contextlib.ExitStack, *names: str) -> _Child:
+        """What a worker shares with us; `made` lets go of it if there will be no worker. `names`:
+        of files for its output, which it is to open by itself."""
         catches = []
-        for _ in range(2):
-            catches.append(Catch(self._spec['private']))
+        for name in names or ('', ''):
+            catches.append(Catch(self._spec['private'], name))
             made.callback(catches[-1].close)
         if not self._slots:
-            self._slots += Slots.make(self._spec['private'], next(self._slot_files))
-        slots = self._slots.pop()
-        made.callback(self._slots.append, slots)
-        return _Child(None, slots, *catches)
+            number = next(self._slot_files)
+            slots = Slots.make(self._spec['private'], number, bool(names))
+            self._slots += [SlotPlace(one, number, index) for index, one in enumerate(slots)]
+        place = self._slots.pop()
+        made.callback(self._slots.append, place)
+        return _Child(None, place, *catches, None)
 
     def _work(self, sock: socket.socket, child: _Child) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
@@ -9711,14 +9860,17 @@ class WorkerProcesses:
                 remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
-                self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'',
-                           out, err)
+                self._tell_end(key, child, out, err)
                 child.out.close()
                 child.err.close()
                 child.process.close()
                 child.slots[0] = child.slots[1] = 0
-                self._slots.append(child.slots)
-        self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
+                self._slots.append(child.place)
+        self._undead = {pid for pid in self._undead if not has_ended(pid)}
+
+    def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out,
+                   err)
 
     def kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux).
@@ -9730,35 +9882,18 @@ class WorkerProcesses:
         while True:
             known = {child.process.pid
                      for child in self._children.values()} | self._own | self._undead
-            strays = {pid for pid in self._descendants() if pid not in known}
+            strays = {pid for pid in children_here() if pid not in known}
             found |= strays
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-            strays = {pid for pid in strays if not self._has_ended(pid)}
-            if not strays and not any(pid not in known for pid in self._descendants()):
+            strays = {pid for pid in strays if not has_ended(pid)}
+            if not strays and not any(pid not in known for pid in children_here()):
                 return found
             if time.monotonic() > until:
                 self._undead |= strays
                 return found
             time.sleep(0.002)
-
-    @staticmethod
-    def _has_ended(pid: int) -> bool:
-        """Whether a child of ours is no more; it is waited for if so."""
-        try:
-            return os.waitpid(pid, os.WNOHANG)[0] != 0
-        except ChildProcessError:   # somebody else has waited for it
-            return True
-
-    @staticmethod
-    def _descendants() -> List[int]:
-        """Our children by /proc; none where there is no such thing."""
-        try:
-            with open('/proc/self/task/%d/children' % os.getpid()) as file:
-                return [int(pid) for pid in file.read().split()]
-        except OSError:
-            return []
 
     def _show_output(self) -> None:
         """What running jobs have printed since the last look. What comes between this and their end
@@ -9804,6 +9939,7 @@ class WorkerProcesses:
         else:
             mask = ()
         try:
+            self._end_in_order()
             for child in self._children.values():
                 self._signal(child, signal.SIGKILL)
             until = time.monotonic() + GRACE
@@ -9816,104 +9952,338 @@ class WorkerProcesses:
             if _sigmask is not None:
                 _sigmask(signal.SIG_SETMASK, mask)
 
+    def _end_in_order(self) -> None:
+        """Let workers end that have something to do then: those that are forked have not."""
 
-class Runner:
-    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of
-    it."""
+
+def stderr_tail(printed: bytes) -> str:
+    """The end of what was printed, to stand below a text for people."""
+    tail = printed.decode('utf-8', 'replace')[-2000:]
+    if tail:
+        return '\nstderr:\n' + tail
+    return ''
+
+
+def send_with(sock: socket.socket, data: bytes, passing: Sequence[socket.socket]) -> None:
+    """Send few bytes, and sockets with them. Raises OSError."""
+    if passing:
+        handles = array.array('i', [one.fileno() for one in passing])
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    else:
+        sock.sendall(data)
+
+
+def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
+    """Raise RuntimeError for what setup has made for all jobs of a node to share: it is shared by
+    forked processes only, and each worker would have one of its own."""
+    for variables in spaces_:
+        for name, value in list(variables.items()):
+            kind = shared_kind(value)
+            if kind:
+                raise RuntimeError(
+                    'the global variable %s is %s, which only forked processes share: workers '
+                    "that are started with start_method='spawn' run setup each and would have one "
+                    "each. Use start_method='fork', or multiprocessing.Manager in the program, "
+                    'whose proxies can be arguments' % (name, kind))
+
+
+_SHARED_KINDS = (
+    ('multiprocessing.synchronize', ('SemLock', 'Condition', 'Event', 'Barrier')),
+    ('multiprocessing.sharedctypes', ('SynchronizedBase', )),
+    ('multiprocessing.queues', ('Queue', 'SimpleQueue')),
+    ('multiprocessing.connection', ('_ConnectionBase', 'Listener')),
+    ('multiprocessing.pool', ('Pool', )))
+
+
+def shared_kind(value: Any, deep: bool = True) -> str:
+    """What a value is that only forked processes share, or ''. Contents of containers and
+    attributes of instances are looked at too."""
+    for module, names in _SHARED_KINDS:
+        kinds = tuple(
+            kind for kind in (getattr(sys.modules.get(module), name, None) for name in names)
+            if isinstance(kind, type))
+        if isinstance(value, kinds):
+            return 'a %s of multiprocessing' % type(value).__name__
+    if type(getattr(value, '_wrapper', None)).__module__ == 'multiprocessing.heap':
+        return 'a shared array or value of multiprocessing'
+    managers = sys.modules.get('multiprocessing.managers')
+    if managers is not None and isinstance(value, (managers.BaseProxy, managers.BaseManager)):
+        manager = getattr(value, '_manager', None) or value
+        if hasattr(manager, '_process'):   # started here, and not only connected to
+            return 'of a manager of multiprocessing that was started here'
+        return ''
+    if not deep:
+        return ''
+    if type(value) in (list, tuple, set, frozenset):
+        contents: Iterable[Any] = value
+    elif type(value) is dict:
+        contents = value.values()
+    elif isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        contents = ()
+    else:
+        contents = getattr(value, '__dict__', {}).values()
+    for one in itertools.islice(contents, 1000):
+        kind = shared_kind(one, False)
+        if kind:
+            return 'or has in it ' + kind
+    return ''
+
+
+class LoadingLine:
+    """A runner's end of the line to a worker that is not forked and loads the computation
+    itself."""
+
+    def __init__(self, sock: socket.socket, call: Callable[[], None]) -> None:
+        self.sock = sock
+        self.call = call          # when there is something to read
+        self.is_up = False        # the worker has loaded the computation
+        self.text = ''            # why it could not
+        self.until = time.monotonic() + SETUP_TIME
+        self._intake = RecordIntake(FROM_LOADING)
+
+    def receive(self) -> Optional[List[Record]]:
+        """Records that have come; none if there are no more yet, None at the end. Raises
+        PeerError."""
+        records: List[Record] = []
+        while not records:
+            try:
+                count = self.sock.recv_into(self._intake.room())
+            except _WOULD_BLOCK:
+                break
+            except OSError:
+                return None
+            if not count:
+                return None
+            records = self._intake.records(count)
+        return records
+
+    def send(self, kind: Kind, *passing: socket.socket) -> None:
+        """An order, perhaps with a socket. Raises OSError."""
+        data, = pack_record(kind)
+        send_with(self.sock, data, passing)
+
+
+class SpawnedWorkers(WorkerProcesses):
+    """Worker processes that are started anew and load the computation themselves; the runner loads
+    nothing of the user's. One is started at once, so that a computation that cannot be used here
+    is refused before there is a job. It waits, like any that is not wanted yet, under a number
+    below 0 until it gets a pipe."""
+    FILE = 'computation'   # what workers load
+
+    def __init__(self, spec: dict, code: Buffer, libc: Any, send: Callable[..., None],
+                 selector: selectors.BaseSelector) -> None:
+        super().__init__(spec, None, libc, send)
+        self._selector = selector
+        self._numbers = itertools.count(1)
+        self._is_up = False
+        _write_private(os.path.join(spec['private'], self.FILE), pickle.dumps((spec, bytes(code))))
+
+    def begin(self) -> None:
+        from multiprocessing import resource_tracker
+        try:
+            if os.name != 'nt':
+                resource_tracker.ensure_running()   # of which each worker would start one
+            self.keep_children()
+            self._spawn()
+        except (OSError, MemoryError) as exc:
+            text = 'the first worker cannot be started: %s' % shortage(exc)
+            self._fail(0, text.encode('utf-8', 'replace'))
+
+    def _start(self, number: int, sock: socket.socket) -> Any:
+        for key, child in list(self._children.items()):
+            if key < 0:
+                with contextlib.suppress(OSError):   # it has just died
+                    return self._give_pipe(key, child, number, sock)
+        key = self._spawn()
+        return self._give_pipe(key, self._children[key], number, sock)
+
+    def _give_pipe(self, key: int, child: _Child, number: int, sock: socket.socket) -> Any:
+        child.line.send(Kind.FORK, sock)
+        self._children[number] = self._children.pop(key)
+        return child.process
+
+    def _spawn(self) -> int:
+        """Start a process that loads the computation; the number that it has for the time being.
+        Raises OSError, MemoryError."""
+        number = next(self._numbers)
+        names = ('out-%d' % number, 'err-%d' % number)
+        with contextlib.ExitStack() as made:
+            child = self._make_child(made, *names)
+            ours, theirs = socket.socketpair()
+            made.callback(ours.close)
+            with theirs:
+                process = multiprocessing.get_context('spawn').Process(
+                    target=worker_main, name='dispy-worker',
+                    args=(theirs, self._spec['private'], names, child.place[1:], os.getpid()))
+                process.start()
+            made.pop_all()
+        ours.setblocking(False)
+        line = LoadingLine(ours, functools.partial(self._hear, process))
+        self._selector.register(ours, selectors.EVENT_READ, line.call)
+        self._children[-number] = child._replace(process=process, line=line)
+        return -number
+
+    def _hear(self, process: Any) -> None:
+        """A worker says something, or its line has ended."""
+        for key, child in self._children.items():
+            if child.process is process:
+                self._listen(key, child)
+                return
+
+    def _listen(self, key: int, child: _Child) -> None:
+        try:
+            records = child.line.receive()
+            while records:
+                for record in records:
+                    self._on_record(key, child.line, record)
+                records = child.line.receive()
+        except PeerError as exc:   # a job has written into it
+            logger.error('a worker is killed: it sent nonsense to its runner: %s', exc)
+            self._signal(child, signal.SIGKILL)
+            records = None
+        if records is None:
+            self._forget(child.line)
+
+    def _forget(self, line: LoadingLine) -> None:
+        with contextlib.suppress(KeyError):   # it was read to its end before
+            self._selector.unregister(line.sock)
+
+    def _on_record(self, key: int, line: LoadingLine, record: Record) -> None:
+        if record.kind == Kind.UP:
+            line.is_up = True
+            if not self._is_up:
+                self._is_up = True
+                self._send(Kind.UP, 0, 0, 0.0, 0.0, record.bodies[0])
+        elif record.kind == Kind.END_NODE:
+            if self._spec['client_shutdown']:
+                self._send(Kind.END_NODE)
+        elif not self._is_up:
+            self._fail(record.number, bytes(record.bodies[0]))
+        elif line.is_up:   # its cleanup has failed
+            self._send(Kind.FAILED, 0, 0, 0.0, 0.0, record.bodies[0])
+        else:
+            line.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+
+    def _fail(self, unloadable: int, text: bytes) -> None:
+        """The computation cannot be used here."""
+        if not self.failed:
+            self.failed = True
+            self._send(Kind.FAILED, unloadable, 0, 0.0, 0.0, text)
+
+    def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        self._listen(key, child)   # what it said before
+        self._forget(child.line)
+        child.line.sock.close()
+        if not self._is_up:
+            text = 'the worker process %s while it loaded the computation or ran setup%s' % (
+                exit_text(int(child.process.exitcode)), stderr_tail(err))
+            self._fail(0, text.encode('utf-8', 'replace'))
+        elif key > 0:
+            err += child.line.text.encode('utf-8', 'replace')
+            super()._tell_end(key, child, out, err)
+
+    def look(self) -> None:
+        super().look()
+        now = time.monotonic()
+        for child in self._children.values():
+            if self._is_up and not child.line.is_up and now > child.line.until:
+                child.line.text = 'setup did not end within %d s' % SETUP_TIME
+                self._signal(child, signal.SIGKILL)
+
+    def _end_in_order(self) -> None:
+        """Workers that have loaded the computation and run no job run cleanup."""
+        until = time.monotonic() + CLEANUP_TIME
+        ending = []
+        for child in self._children.values():
+            if child.line.is_up and not child.slots[0]:
+                ending.append(child)
+                with contextlib.suppress(OSError):   # it has ended
+                    child.line.send(Kind.CLOSE)
+            else:
+                self._signal(child, signal.SIGKILL)
+        for child in ending:
+            child.process.join(max(0.0, until - time.monotonic()))
+        self.reap()
+
+
+class LoadingProcess:
+    """A process that may load a computation, and its line to the process that has started it: a
+    runner, and a worker that is not forked."""
+    _spec: dict
+    _code: ComputationCode
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._intake = RecordIntake()
         self._records: Deque[Record] = collections.deque()
         self._handles: Deque[int] = collections.deque()
-        self._shall_end = False
 
-    def run(self) -> None:
-        """Until told to close, or the daemon is gone."""
-        libc = _libc()
-        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
-        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._receive()
-        init = self._records.popleft()
-        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
-        limit_values(self._spec['max_value'])
-        self._code = ComputationCode(self._spec)
-        self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
-        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
+    def _catch_output(self, out: Catch, err: Catch) -> None:
+        """Have what is printed while it loads come into files."""
+        self._out = out
+        self._err = err
+        os.dup2(out.handle, 1)
+        os.dup2(err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
-        # What setup forks must not hold the line by which the daemon sees our end
+        # What setup forks must not hold the line by which the other side sees our end
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(after_in_child=self._control.close)
+
+    def _load(self, code: Buffer) -> bool:
+        """Load the computation and run its setup; whether that went well. The other side is told
+        why not."""
         try:
-            self._code.load(init.bodies[1])
-            self._workers.keep_children()
-            gc.collect()
-            gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+            self._code.load(memoryview(code))
+            self._loaded()
         except BaseException as exc:  # the user's modules and setup may raise anything
-            self._workers.kill_strays()
-            # Nobody wants it any more, and what that has interrupted is no fault
-            if self._shall_end:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
+            self._not_loaded()
             if self._code.is_loaded:
                 hint = ''
             else:
                 hint = explain_import(exc, self._spec['name'])
             self._tell_failure(hint + '\n' * bool(hint) +
                                describe_exception(exc, frames_of_ours(exc)))
-            return
+            return False
+        return True
+
+    def _loaded(self) -> None:
+        """All is well so far. May raise what setup may."""
+
+    def _not_loaded(self) -> None:
+        """It is about to be told that the computation cannot be used here."""
+
+    def _tell_up(self) -> None:
         self._send(Kind.UP, 0, 0, 0.0, 0.0,
                    pickle.dumps(modules.notes if modules is not None else []))
-        self._serve()
-
-    def _told_to_end(self, number: int, frame: Any) -> None:
-        self._shall_end = True
-        sys.exit(0)
 
     def _tell_failure(self, text: str) -> None:
         """The computation cannot be used here; the record's number is 1 if its code cannot even be
         loaded."""
         sys.stdout.flush()
         sys.stderr.flush()
-        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        printed = self._err.peek(os.fstat(2).st_size)
+        text = shorten(text) + stderr_tail(printed)
         self._send(Kind.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0,
                    text.encode('utf-8', 'replace'))
 
-    def _serve(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        self._workers.closed_in_workers = (reader, writer)
-        if hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        selector = selectors.DefaultSelector()
-        selector.register(self._control, selectors.EVENT_READ)
-        selector.register(reader, selectors.EVENT_READ)
-        workers = self._workers
-        handlers = {Kind.FORK: lambda record: workers.fork(record, self._handles.popleft()),
-                    Kind.INTERRUPT: workers.interrupt, Kind.KILL: workers.kill,
-                    Kind.RECALL: workers.recall, Kind.WATCH: workers.watch,
-                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
-        try:
-            while True:
-                ready = selector.select(self._workers.patience())
-                if any(key.fileobj == reader for key, _ in ready):
-                    os.read(reader, 4096)
-                if any(key.fileobj is self._control for key, _ in ready):
-                    self._receive()
-                while self._records:
-                    record = self._records.popleft()
-                    if record.kind == Kind.CLOSE:
-                        return
-                    handlers[Kind(record.kind)](record)
-                workers.look()
-        finally:
-            self._end()
+    def _clean_up(self) -> None:
+        """Run the computation's cleanup, and tell if it fails."""
+        failure = self._code.clean_up(self._end_node)
+        if failure:
+            self._tell_failure(failure)
+
+    @staticmethod
+    def _finalize() -> None:
+        """This process ends without exit handlers, those of the user's modules; shared variables
+        that setup has made leave named semaphores behind unless they are finalized."""
+        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
+        if finalize is not None:
+            finalize(0)
+
+    def _end_node(self) -> None:
+        """dispynode_shutdown, which a cleanup finds where the node was started with
+        --client-shutdown: the node ends when its client lets go of it."""
+        self._send(Kind.END_NODE)
 
     def _receive(self) -> None:
         while True:
@@ -9932,7 +10302,7 @@ class Runner:
             else:
                 data = self._control.recv_into(self._intake.room())
             if not data:
-                sys.exit(0)   # the daemon is gone
+                sys.exit(0)   # the other side is gone
             self._records.extend(self._intake.records(data))
             if self._records:
                 return
@@ -9941,23 +10311,130 @@ class Runner:
         for buffer in pack_record(*args):
             self._control.sendall(buffer)
 
+
+class Runner(LoadingProcess):
+    """Has workers made, reaps them and tells the daemon of it. Where workers are forked, it loads
+    the computation before and runs its setup once."""
+
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(control)
+        self._shall_end = False
+
+    def run(self) -> None:
+        """Until told to close, or the daemon is gone."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._receive()
+        init = self._records.popleft()
+        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        private = self._spec['private']
+        selector = selectors.DefaultSelector()
+        forks = self._spec['start_method'] == FORK
+        if forks:
+            self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
+        else:
+            self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
+        self._catch_output(Catch(private), Catch(private))
+        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
+        unpack_support(self._spec)
+        if forks:
+            if not self._load(init.bodies[1]):
+                return
+            self._tell_up()
+        self._serve(selector)
+
+    def _loaded(self) -> None:
+        self._workers.keep_children()
+        gc.collect()
+        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    def _not_loaded(self) -> None:
+        self._workers.kill_strays()
+        # Nobody wants it any more, and what that has interrupted is no fault
+        if self._shall_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _told_to_end(self, number: int, frame: Any) -> None:
+        self._shall_end = True
+        sys.exit(0)
+
+    def _serve(self, selector: selectors.BaseSelector) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        workers = self._workers
+        workers.closed_in_workers = (reader, writer)
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        selector.register(self._control, selectors.EVENT_READ, self._receive)
+        selector.register(reader, selectors.EVENT_READ, functools.partial(os.read, reader, 4096))
+        handlers = {Kind.FORK: lambda record: workers.start(record, self._handles.popleft()),
+                    Kind.INTERRUPT: workers.interrupt, Kind.KILL: workers.kill,
+                    Kind.RECALL: workers.recall, Kind.WATCH: workers.watch,
+                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
+        try:
+            workers.begin()
+            while not workers.failed:
+                for key, _ in selector.select(workers.patience()):
+                    key.data()
+                while self._records:
+                    record = self._records.popleft()
+                    if record.kind == Kind.CLOSE:
+                        return
+                    handlers[Kind(record.kind)](record)
+                workers.look()
+        finally:
+            self._end()
+
     def _end(self) -> None:
         self._workers.end()
-        failure = self._code.clean_up(self._end_node)
-        if failure:
-            self._tell_failure(failure)
+        self._clean_up()
         self._workers.drop_children()
-        # This process ends without exit handlers, those of the user's modules; shared variables
-        # that setup has made leave
-        # named semaphores behind unless they are finalized.
-        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
-        if finalize is not None:
-            finalize(0)
+        self._finalize()
 
-    def _end_node(self) -> None:
-        """dispynode_shutdown, which a cleanup finds where the node was started with
-        --client-shutdown: the node ends when its client lets go of it."""
-        self._send(Kind.END_NODE)
+
+class SpawnedWorker(LoadingProcess):
+    """A worker that is not forked: loads the computation by itself and waits for its pipe."""
+
+    def run(self, private: str, names: Tuple[str, str], place: Tuple[int, int]) -> None:
+        """Until its pipe is closed, or it is not fit for another job. `names` are those of the
+        files for its output, `place` is that of its slots."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._catch_output(*(Catch(private, name) for name in names))
+        slots = Slots.open(private, *place)
+        with open(os.path.join(private, SpawnedWorkers.FILE), 'rb') as file:
+            self._spec, code = pickle.load(file)   # from the runner that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        if not self._load(code):
+            os._exit(1)
+        self._tell_up()
+        self._receive()
+        if self._records.popleft().kind == Kind.FORK:
+            handle = self._handles.popleft()
+            if handle < 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            for output in (self._out, self._err):
+                output.empty()
+            sock = socket.socket(fileno=_out_of_reach(handle))
+            Worker(sock, slots, self._code.function, self._out, self._err, self._spec, libc,
+                   self._code.threads, self._code.globals).serve(self._leave)
+        else:
+            self._leave()
+
+    def _loaded(self) -> None:
+        check_not_shared(self._code.globals)
+
+    def _leave(self) -> None:
+        self._clean_up()
+        self._finalize()
 
 
 class User(NamedTuple):
@@ -10059,6 +10536,27 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
         else:
             code = 1
     os._exit(code)   # threads and exit handlers of the user's modules are not waited for
+
+
+def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
+                place: Tuple[int, int], runner: int) -> None:
+    """A worker process that is not forked, started by the runner with `spawn`."""
+    if hasattr(os, 'setsid'):
+        os.setsid()   # a group of its own, for signals to the job and all it starts
+    _no_stdin()
+    try:
+        worker = SpawnedWorker(socket.socket(fileno=_out_of_reach(control.detach())))
+        if os.getppid() != runner:
+            os._exit(1)   # nobody is there who could end this process
+        worker.run(private, names, place)
+    except (ConnectionError, EOFError, SystemExit):
+        os._exit(1)   # the other side is gone, and with it whoever could be told
+    except BaseException:
+        # No descriptors, or our own fault: the runner reads it from the file and tells
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(70)
+    os._exit(0)   # as a runner
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11771,6 +12269,7 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
+    start_method: str = FORK               # of workers, for clients that do not say
 
 
 class ChildEnded(NamedTuple):
@@ -12320,6 +12819,7 @@ class ComputationProcesses:
         self.files = files
         self.comp = files.comp
         self.process: Any = None
+        self.start_method = FORK
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
         self.text = ''
@@ -12414,6 +12914,7 @@ class ProcessHost:
         """Start the process that loads the code of a computation."""
         run = ComputationProcesses(self._files.of(action.comp))
         spec = action.spec
+        run.start_method = spec.get('start_method') or self._options.start_method
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
@@ -12454,6 +12955,7 @@ class ProcessHost:
             'support': {name: bytes(source)
                         for name, source in spec['support'].items()
                         }, 'max_file': self._options.max_file, 'max_value': VALUE_MOST,
+            'start_method': run.start_method,
             'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
             'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'], 'names': {
                 'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
@@ -12473,6 +12975,10 @@ class ProcessHost:
         run.closing = True
         run.kill_at = self._daemon.now + GRACE
         if run.up and run.control is not None:
+            if run.start_method == SPAWN:   # then workers run cleanup, and are waited for
+                for pipe in run.pipes.values():
+                    self._daemon.detach(pipe)
+                run.pipes.clear()
             run.control.push(pack_record(Kind.CLOSE))
         else:
             run.process.terminate()
@@ -13030,7 +13536,8 @@ class Daemon(Loop):
         super().__init__()
         self._options = options
         name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve,
+        facts = dict(node_facts(), start_method=options.start_method)
+        self.node = Node(name, options.cpus, facts, options.zombie, options.serve,
                          options.client_shutdown, self.now)
         self.values.where = 'on node %s' % name
         self._phase = Phase.SERVING
@@ -14213,6 +14720,11 @@ def _parser() -> argparse.ArgumentParser:
         type=seconds_option,
         metavar='S',
         help='seconds between searches for clients')
+    add('--start-method', choices=(FORK, SPAWN),
+        help='how worker processes are started for clients that do not say: fork, after the '
+             'computation was loaded and its setup has run once, or spawn: anew, and each loads the '
+             'computation and runs its setup (default: what DISPY_START_METHOD in the environment '
+             'says, otherwise fork on Linux and spawn elsewhere)')
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
@@ -14544,7 +15056,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    'off' if args.embedded else discovery_reach(), args.ping_interval, user, hours,
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
-                   args.msg_timeout, args.force_cleanup)
+                   args.msg_timeout, args.force_cleanup,
+                   args.start_method or default_start_method())
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,

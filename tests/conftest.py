@@ -67,6 +67,9 @@ KINDS = ['JobCluster', 'SharedJobCluster']
 
 
 def pytest_configure(config):
+    config.addinivalue_line('markers', 'fork(reason): workers must be forked, and the reason')
+    if config.option.start_method:
+        os.environ['DISPY_START_METHOD'] = config.option.start_method
     if hasattr(config, 'workerinput'):   # a worker itself, and not a program that it has started
         take_network()
         os.environ['TMPDIR'] = tempfile.mkdtemp(prefix=OURS + 'tmp-')
@@ -77,6 +80,13 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption('--long', action='store_true', help='tests that can be longer are: a million inputs, not a hundred thousand')
+    parser.addoption('--start-method', choices=('fork', 'spawn'), help='how nodes start workers in tests that do not say it')
+
+
+def pytest_runtest_setup(item):
+    mark = item.get_closest_marker('fork')
+    if mark is not None and os.environ.get('DISPY_START_METHOD') == 'spawn':
+        pytest.skip('workers are not forked: %s' % mark.args[0])
 
 
 _of_session = set()   # processes that outlive a test on purpose
