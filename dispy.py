@@ -142,7 +142,7 @@ from dispynode import (
     same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal,
     value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing,
     contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs,
-    check_fork, FORK, SPAWN, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib,
+    FORK, SPAWN, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib,
     open_pieces,
     run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
     ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
@@ -5793,8 +5793,18 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     return rows
 
 
+def is_executable(path: str, start: bytes) -> bool:
+    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
+    files are executable there."""
+    if os.name != 'nt':
+        return os.access(path, os.X_OK)
+    suffixes = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD').lower().split(';')
+    end = os.path.splitext(path)[1].lower()
+    return start == b'MZ' or end in ('.py', '.pyw') or (bool(end) and end in suffixes)
+
+
 def _program_path(program: str) -> str:
-    if os.path.exists(program) or os.sep in program:
+    if os.path.exists(program) or os.sep in program or (os.altsep or os.sep) in program:
         path = program
     else:
         path = shutil.which(program) or program
@@ -5806,7 +5816,7 @@ def _program_path(program: str) -> str:
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start != b'#!' and not os.access(path, os.X_OK):
+    if start != b'#!' and not is_executable(path, start):
         raise ValueError('computation: %s is not executable and does not begin with #!' % program)
     return path
 
@@ -11085,7 +11095,6 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     which would run the user's main program again."""
     import tempfile
     import dispynode
-    check_fork()
     python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
@@ -11097,6 +11106,7 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     with _starting:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours
             env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
@@ -11675,7 +11685,6 @@ class JobCluster(OldCluster):
             self.specs = parse_nodes(nodes, self.port, self.remote or host is not None
                                      or ip_addr is not None)
         if not self.specs and not self.remote:
-            check_fork()
             own_python()
         host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
         first, *others = map(_own_host, (host, *more_hosts))

@@ -91,6 +91,7 @@ import pickle
 import platform
 import queue
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -109,6 +110,7 @@ import unicodedata
 import warnings
 import weakref
 import zlib
+import _thread
 from typing import (AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable,
                     Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
@@ -177,6 +179,7 @@ VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
+SELECT_MOST = 500             # sockets that a loop has where it must use select()
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
@@ -2893,6 +2896,11 @@ def _derived_key(secret: bytes) -> bytes:
         logger.warning(
             'the secret is short (%d characters): it can be guessed by anybody on the network',
             len(secret))
+    if not hasattr(hashlib, 'scrypt'):
+        raise SecretError(
+            'this Python cannot use a phrase as secret: its hashlib has no scrypt (as where it was '
+            'built with LibreSSL). Use a secret of 64 hexadecimal digits, such as dispy makes by '
+            'itself, or another Python')
     return hashlib.scrypt(secret, salt=b'dispy 5 secret', n=1 << 14, r=8, p=1, dklen=32)
 
 
@@ -3459,7 +3467,8 @@ FROM_RUNNER = {
     Kind.END_NODE: (0, 0, 0)
 }
 # From a worker that loads the computation itself, beside what it sends to the daemon
-FROM_LOADING = {kind: FROM_RUNNER[kind] for kind in (Kind.UP, Kind.FAILED, Kind.END_NODE)}
+FROM_LOADING = {kind: FROM_RUNNER[kind]
+                for kind in (Kind.UP, Kind.FAILED, Kind.END_NODE, Kind.ALIVE)}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
@@ -3515,6 +3524,25 @@ class RecordIntake(Intake):
 # planted links.
 # --------------------------------------------------------------------------------------------------
 
+# Names of devices on Windows, in each directory and with any extension
+_DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name in ('COM', 'LPT')
+                                                    for number in range(1, 10))))
+IS_WINDOWS = os.name == 'nt'
+# Whether names that differ only in case, or in how letters with accents are composed, are one file
+NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
+
+
+def check_apart(names: Iterable[str]) -> None:
+    """Raise ValueError for two names that would be one file here."""
+    seen: Dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize('NFC', name).casefold()
+        other = seen.setdefault(folded, name)
+        if other != name:
+            raise ValueError('files %.60r and %.60r would be one file on this system, which takes '
+                             'no notice of case: rename one of them' % (other, name))
+
+
 def check_name(name: str) -> Tuple[str, ...]:
     """The parts of a file name from outside. Raises ValueError for one that could climb out or
     surprise."""
@@ -3525,6 +3553,10 @@ def check_name(name: str) -> Tuple[str, ...]:
         if part in ('', '.', '..') or '\\' in part or ':' in part or any(
                 unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in part):
             raise ValueError('file name %.60r is refused: part %.60r' % (name, part))
+        if IS_WINDOWS and (set(part) & set('<>"|?*') or part[-1] in ' .' or part.partition(
+                '.')[0].rstrip().upper() in _DEVICES):
+            raise ValueError('file name %.60r is refused: part %.60r means something else on '
+                             'Windows, or cannot be there' % (name, part))
         try:
             if len(part.encode('utf-8')) > 255:
                 raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
@@ -3790,6 +3822,8 @@ class FileReceiver:
         """What Need has to say to get these files. Those of this purpose that were wanted before
         are not wanted any more. Raises ValueError or OSError."""
         root = self._roots[purpose]
+        if NAMES_ARE_FOLDED and isinstance(rows, (list, tuple)):
+            check_apart(row[0] for row in rows if _is_file(row))
         wanted = {}
         for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
@@ -8026,8 +8060,11 @@ _digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
 _locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
-# Ignored by default and used by hardly anything
-TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)
+# Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
+# the worker raises there.
+TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
+# Windows has no signal that cannot be handled; to send this one there ends a process likewise
+SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 # Windows translates line ends in files that are not opened with it
 _O_BINARY = getattr(os, 'O_BINARY', 0)
 # Linux/prctl.h
@@ -8264,13 +8301,16 @@ class Catch:
 
     def _empty(self, size: int) -> bytes:
         data = self.peek(size)
-        os.ftruncate(self.handle, 0)
+        self.empty()
         return data
 
     @contextlib.contextmanager
     def _alone(self) -> Any:
         """Runner and worker take turns. A lock of the process (lockf): flock's would be the same
-        lock in both."""
+        lock in both. On Windows no file is shortened."""
+        if IS_WINDOWS:
+            yield
+            return
         import fcntl
         fcntl.lockf(self.handle, fcntl.LOCK_EX)
         try:
@@ -8309,10 +8349,14 @@ class Catch:
                     self._hole = end - end % 4096
 
     def _read(self, at: int, size: int) -> bytes:
-        """Without moving the descriptor's position, which runner and worker share."""
+        """Without moving the descriptor's position, which forked workers share with the runner."""
         parts = []
         while size > 0:
-            part = os.pread(self.handle, size, at)
+            if hasattr(os, 'pread'):
+                part = os.pread(self.handle, size, at)
+            else:
+                os.lseek(self.handle, at, os.SEEK_SET)
+                part = os.read(self.handle, size)
             if not part:
                 break
             parts.append(part)
@@ -8321,8 +8365,10 @@ class Catch:
         return b''.join(parts)
 
     def empty(self) -> None:
-        """Worker: what was printed before its first job is no job's."""
+        """Worker: what is in it is not of the next job."""
         os.ftruncate(self.handle, 0)
+        if IS_WINDOWS:   # children of jobs write at the position that they share with us
+            os.lseek(self.handle, 0, os.SEEK_SET)
 
     def close(self) -> None:
         """Forget the file."""
@@ -8460,6 +8506,31 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
 FILES_LEFT = 'dispy.files_left'
 
 
+def interpreter_of(path: str) -> List[str]:
+    """What runs a script on Windows, which does not read its first line: Python for one that names
+    Python there or has no such line and ends in .py, else what it names. Elsewhere the system knows."""
+    if not IS_WINDOWS:
+        return []
+    try:
+        with open(path, 'rb') as file:
+            first = file.readline(1000)
+    except OSError:   # to start it will say why
+        return []
+    if not first.startswith(b'#!'):
+        return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
+    words = first[2:].decode('utf-8', 'replace').split()
+    if words and words[0].endswith('/env'):
+        del words[0]
+        while words and words[0].startswith('-'):
+            del words[0]
+    if not words:
+        return []
+    program = words[0].rpartition('/')[2]
+    if program.startswith('python'):
+        return [sys.executable, *words[1:]]
+    return [shutil.which(program) or program, *words[1:]]
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -8478,7 +8549,7 @@ class Program:
             before = self._names_here()
         else:
             before = set()
-        status = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL).wait()
+        status = self._run([*interpreter_of(self.path), self.path, *map(str, args)])
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # one that ends by itself has returned
         if self.tell is not None:
@@ -8487,6 +8558,22 @@ class Program:
                 self.tell(left)
                 self.tell = None
         return status
+
+    def _run(self, command: List[str]) -> int:
+        if not IS_WINDOWS:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
+        # A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=1, stderr=2,
+                                   creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
+        told = False
+        while True:
+            try:
+                return process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                if self.interrupted and not told:
+                    told = True
+                    with contextlib.suppress(OSError):   # it has no console: it will be killed
+                        process.send_signal(getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM))
 
     @staticmethod
     def _names_here() -> Set[str]:
@@ -8870,7 +8957,7 @@ class Surroundings:
             for number, now, was in zip(self._signals, handlers, self._handlers):
                 if now != was:
                     signal.signal(number, was)   # raises for one that C code had made
-            if TAKE_BACK_SIGNAL is not None:
+            if hasattr(signal, 'siginterrupt'):
                 signal.siginterrupt(TAKE_BACK_SIGNAL, False)
         signal.set_wakeup_fd(-1)
         if hasattr(signal, 'setitimer'):
@@ -8938,9 +9025,13 @@ class WorkerPipe:
 
     def give_back(self) -> None:
         """Return all that has not started, from this process and from the pipe."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.receive(socket.MSG_DONTWAIT)
+        if hasattr(socket, 'MSG_DONTWAIT'):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self.receive(socket.MSG_DONTWAIT)
+        else:   # Windows; there a descriptor may have any number for select()
+            while select.select([self._sock], (), (), 0)[0]:
+                self.receive(0)
         serials = [record.serial for record in self.jobs]
         self.jobs.clear()
         self.send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
@@ -9069,8 +9160,8 @@ class JobInterrupts:
         """Handle the signals from now on."""
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if TAKE_BACK_SIGNAL is not None:
-            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+        signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+        if hasattr(signal, 'siginterrupt'):
             signal.siginterrupt(TAKE_BACK_SIGNAL, False)
 
     @contextlib.contextmanager
@@ -9224,6 +9315,24 @@ class JobServices:
         return self._pipe.answers.popleft()
 
 
+def link_to(path: str, link: str) -> None:
+    """Make a file or directory known under another name. Symbolic links take a privilege on
+    Windows: there files have a second name, and directories are made once more. Raises OSError."""
+    if not IS_WINDOWS:
+        os.symlink(path, link)
+    elif os.path.isdir(path):
+        shutil.copytree(path, link, copy_function=_hard_link)
+    else:
+        _hard_link(path, link)
+
+
+def _hard_link(path: str, link: str) -> None:
+    try:
+        os.link(path, link)
+    except OSError:   # a file system without them
+        shutil.copy2(path, link)
+
+
 class JobDirectory:
     """The directory of a job that has files or names of its own (dispy_job_depends)."""
 
@@ -9243,12 +9352,12 @@ class JobDirectory:
         self.is_entered = True
         self._give_back = lend_names(objects, self._globals)
         for name in os.listdir(self._directory):
-            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
+            link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
             check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
-            if os.path.islink(path):
-                os.unlink(path)
+            if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
+                os.unlink(path)   # of the link alone
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, 'wb') as file:
                 file.write(data)
@@ -9341,6 +9450,8 @@ class Worker:
             self._pipe.send(Kind.INITIALIZED)
         self._threads = threading.active_count()
         self._own_children = frozenset(children_here())   # which setup has started
+        if IS_WINDOWS:
+            self._own_processes = processes_in_tree()
         self._surroundings = Surroundings(self._spec['directory'])
 
     def _initialize(self, calls: Calls) -> None:
@@ -9452,8 +9563,8 @@ class Worker:
                    if thread is not threading.main_thread())
 
     def _has_children(self) -> bool:
-        if not hasattr(os, 'WNOHANG'):
-            return False
+        if IS_WINDOWS:
+            return processes_in_tree() > self._own_processes
         if self._own_children:   # whose exit statuses are not ours to take
             return any(not has_ended(pid) for pid in set(children_here()) - self._own_children)
         try:
@@ -9563,8 +9674,8 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
 class SlotPlace(NamedTuple):
     """Slots of one worker, and where they are."""
     slots: Any
-    file: int     # its number
-    index: int    # in the file
+    file: int      # its number
+    number: int    # of the slots in the file
 
 
 class _Child(NamedTuple):
@@ -9572,7 +9683,8 @@ class _Child(NamedTuple):
     place: SlotPlace
     out: Catch
     err: Catch
-    line: Any     # a LoadingLine, to a worker that loads the computation itself
+    line: Any = None   # a LoadingLine, to a worker that loads the computation itself
+    tree: Optional['ProcessTree'] = None
 
     @property
     def slots(self) -> Any:
@@ -9699,6 +9811,79 @@ class ComputationCode:
         return ''
 
 
+def _job_objects() -> Any:
+    """Windows: the library that has the functions for job objects, with their types set."""
+    import ctypes
+    library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
+    handle = ctypes.c_void_p
+    number = ctypes.c_uint32
+    library.CreateJobObjectW.restype = handle
+    library.CreateJobObjectW.argtypes = (handle, handle)
+    library.SetInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number)
+    library.QueryInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number, handle)
+    library.AssignProcessToJobObject.argtypes = (handle, handle)
+    library.TerminateJobObject.argtypes = (handle, number)
+    library.CloseHandle.argtypes = (handle, )
+    return library
+
+
+# JOBOBJECT_EXTENDED_LIMIT_INFORMATION and JOBOBJECT_BASIC_ACCOUNTING_INFORMATION of winnt.h
+_JOB_LIMITS = struct.Struct('@qqIPPIPII6QPPPP')
+_JOB_LIMITS_CLASS = 9
+_JOB_KILL_ON_CLOSE = 0x2000
+_JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
+_JOB_ACCOUNTING_CLASS = 1
+_ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
+
+
+class ProcessTree:
+    """Windows: a process and all that it starts from now on, as a job object. All of them end when
+    the process that has made this one ends, whatever way."""
+
+    def __init__(self, process: Any) -> None:
+        """Raises OSError."""
+        self._library = _job_objects()
+        self._handle: Any = self._library.CreateJobObjectW(None, None)
+        limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
+        if not (self._handle and self._library.SetInformationJobObject(
+                self._handle, _JOB_LIMITS_CLASS, limits, len(limits))
+                and self._library.AssignProcessToJobObject(self._handle, int(process.sentinel))):
+            import ctypes
+            error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
+            self.close()
+            raise error
+
+    def kill(self) -> None:
+        """End all of them."""
+        if self._handle:
+            self._library.TerminateJobObject(self._handle, _ENDED_BY_US)
+
+    def close(self) -> None:
+        """End all of them, and forget them."""
+        if self._handle:
+            self.kill()
+            self._library.CloseHandle(self._handle)
+            self._handle = None
+
+
+def tree_of(process: Any) -> Optional[ProcessTree]:
+    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do."""
+    if IS_WINDOWS:
+        return ProcessTree(process)
+    return None
+
+
+def processes_in_tree() -> int:
+    """Windows: how many processes there are in the job object of this one."""
+    import ctypes
+    told = ctypes.create_string_buffer(_JOB_ACCOUNTING.size)
+    if _job_objects().QueryInformationJobObject(None, _JOB_ACCOUNTING_CLASS, told,
+                                                _JOB_ACCOUNTING.size, None):
+        return int(_JOB_ACCOUNTING.unpack(told.raw)[6])
+    children = ask_psutil(lambda psutil: psutil.Process().children(recursive=True))   # in Wine
+    return 1 + len(children or ())
+
+
 class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
@@ -9750,13 +9935,11 @@ class WorkerProcesses:
         self._shorten()
         self._check_memory()
 
-    def start(self, record: Record, handle: int) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on.
-        `handle`: the descriptor of its pipe, or -1."""
+    def start(self, record: Record, take: Callable[[Record], socket.socket]) -> None:
+        """A worker that cannot be made is told with the reason; those that there are go on. `take`
+        takes its pipe."""
         try:
-            if handle < 0:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            with socket.socket(fileno=_out_of_reach(handle)) as sock:
+            with take(record) as sock:
                 process = self._start(record.number, sock)
         except (OSError, MemoryError) as exc:
             self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0,
@@ -9785,10 +9968,11 @@ class WorkerProcesses:
         if not self._slots:
             number = next(self._slot_files)
             slots = Slots.make(self._spec['private'], number, bool(names))
-            self._slots += [SlotPlace(one, number, index) for index, one in enumerate(slots)]
+            self._slots += [SlotPlace(one, number, at) for at, one in enumerate(slots)]
         place = self._slots.pop()
         made.callback(self._slots.append, place)
-        return _Child(None, place, *catches, None)
+        out, err = catches
+        return _Child(None, place, out, err)
 
     def _work(self, sock: socket.socket, child: _Child) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
@@ -9796,7 +9980,7 @@ class WorkerProcesses:
             os.setsid()   # a group of its own, for signals to the job and all it starts
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
+            _prctl(self._libc, _PR_SET_PDEATHSIG, SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
             for handle in self.closed_in_workers:
                 os.close(handle)
@@ -9822,20 +10006,32 @@ class WorkerProcesses:
         if child is not None:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
-                self._signal(child, signal.SIGINT)
+                self._interrupt(child)
 
     def kill(self, record: Record) -> None:
         """Kill a worker."""
         child = self._children.get(record.number)
         if child is not None:
-            self._signal(child, signal.SIGKILL)
+            self._kill(child)
 
     def recall(self, record: Record) -> None:
         """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
-        if child is not None and TAKE_BACK_SIGNAL is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+        if child is not None:
+            self._take_back(child)
+
+    def _interrupt(self, child: _Child) -> None:
+        self._signal(child, signal.SIGINT)
+
+    def _take_back(self, child: _Child) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+
+    def _kill(self, child: _Child) -> None:
+        if child.tree is not None:
+            child.tree.kill()
+        else:
+            self._signal(child, SIGKILL)
 
     def watch(self, record: Record) -> None:
         """Limit the memory of a job."""
@@ -9855,8 +10051,11 @@ class WorkerProcesses:
         for key, child in list(self._children.items()):
             if child.process.exitcode is not None:
                 del self._children[key]
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.process.pid, signal.SIGKILL)
+                if child.tree is not None:
+                    child.tree.close()
+                else:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(child.process.pid, SIGKILL)
                 remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
@@ -9886,7 +10085,7 @@ class WorkerProcesses:
             found |= strays
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, SIGKILL)
             strays = {pid for pid in strays if not has_ended(pid)}
             if not strays and not any(pid not in known for pid in children_here()):
                 return found
@@ -9924,7 +10123,7 @@ class WorkerProcesses:
                     child.process.pid) > most and child.slots[0] == serial:
                 del self._watched[key]
                 self._send(Kind.TOO_BIG, key, serial)
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
 
     def _shorten(self) -> None:
         for child in self._children.values():
@@ -9941,7 +10140,7 @@ class WorkerProcesses:
         try:
             self._end_in_order()
             for child in self._children.values():
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
             until = time.monotonic() + GRACE
             for child in self._children.values():
                 child.process.join(max(0.0, until - time.monotonic()))
@@ -9962,15 +10161,6 @@ def stderr_tail(printed: bytes) -> str:
     if tail:
         return '\nstderr:\n' + tail
     return ''
-
-
-def send_with(sock: socket.socket, data: bytes, passing: Sequence[socket.socket]) -> None:
-    """Send few bytes, and sockets with them. Raises OSError."""
-    if passing:
-        handles = array.array('i', [one.fileno() for one in passing])
-        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
-    else:
-        sock.sendall(data)
 
 
 def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
@@ -10039,6 +10229,7 @@ class LoadingLine:
         self.is_up = False        # the worker has loaded the computation
         self.text = ''            # why it could not
         self.until = time.monotonic() + SETUP_TIME
+        self.passed: Optional[socket.socket] = None   # until it has arrived
         self._intake = RecordIntake(FROM_LOADING)
 
     def receive(self) -> Optional[List[Record]]:
@@ -10057,10 +10248,26 @@ class LoadingLine:
             records = self._intake.records(count)
         return records
 
-    def send(self, kind: Kind, *passing: socket.socket) -> None:
-        """An order, perhaps with a socket. Raises OSError."""
-        data, = pack_record(kind)
-        send_with(self.sock, data, passing)
+    def forget_passed(self) -> None:
+        """What was passed has arrived, or never will."""
+        if self.passed is not None:
+            self.passed.close()
+            self.passed = None
+
+    def tell(self, kind: Kind) -> None:
+        """Give an order, if it still lives."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(pack_record(kind)[0])
+
+    def give(self, sock: socket.socket, pid: int) -> None:
+        """Give it its pipe. Raises OSError."""
+        data, passing = pack_socket(sock, pid, Kind.FORK)
+        if passing is None:
+            self.sock.sendall(data)
+        else:
+            send_with(self.sock, [data], passing)
+            if LATE_PASSING:
+                self.passed = sock.dup()
 
 
 class SpawnedWorkers(WorkerProcesses):
@@ -10097,8 +10304,20 @@ class SpawnedWorkers(WorkerProcesses):
         key = self._spawn()
         return self._give_pipe(key, self._children[key], number, sock)
 
+    def _interrupt(self, child: _Child) -> None:
+        if IS_WINDOWS:
+            child.line.tell(Kind.INTERRUPT)
+        else:
+            super()._interrupt(child)
+
+    def _take_back(self, child: _Child) -> None:
+        if IS_WINDOWS:
+            child.line.tell(Kind.RECALL)
+        else:
+            super()._take_back(child)
+
     def _give_pipe(self, key: int, child: _Child, number: int, sock: socket.socket) -> Any:
-        child.line.send(Kind.FORK, sock)
+        child.line.give(sock, child.process.pid)
         self._children[number] = self._children.pop(key)
         return child.process
 
@@ -10109,18 +10328,21 @@ class SpawnedWorkers(WorkerProcesses):
         names = ('out-%d' % number, 'err-%d' % number)
         with contextlib.ExitStack() as made:
             child = self._make_child(made, *names)
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
             made.callback(ours.close)
             with theirs:
                 process = multiprocessing.get_context('spawn').Process(
                     target=worker_main, name='dispy-worker',
                     args=(theirs, self._spec['private'], names, child.place[1:], os.getpid()))
                 process.start()
+            made.callback(process.kill)
+            child = child._replace(process=process, tree=tree_of(process),
+                                   line=LoadingLine(ours, functools.partial(self._hear, process)))
             made.pop_all()
         ours.setblocking(False)
-        line = LoadingLine(ours, functools.partial(self._hear, process))
-        self._selector.register(ours, selectors.EVENT_READ, line.call)
-        self._children[-number] = child._replace(process=process, line=line)
+        self._selector.register(ours, selectors.EVENT_READ, child.line.call)
+        self._children[-number] = child
+        child.line.tell(Kind.INIT)   # all that it starts ends with it from now on
         return -number
 
     def _hear(self, process: Any) -> None:
@@ -10139,17 +10361,21 @@ class SpawnedWorkers(WorkerProcesses):
                 records = child.line.receive()
         except PeerError as exc:   # a job has written into it
             logger.error('a worker is killed: it sent nonsense to its runner: %s', exc)
-            self._signal(child, signal.SIGKILL)
+            self._kill(child)
             records = None
         if records is None:
             self._forget(child.line)
+            if IS_WINDOWS:   # nothing else tells that it has ended, which takes a little more
+                child.process.join(0.1)
 
     def _forget(self, line: LoadingLine) -> None:
         with contextlib.suppress(KeyError):   # it was read to its end before
             self._selector.unregister(line.sock)
 
     def _on_record(self, key: int, line: LoadingLine, record: Record) -> None:
-        if record.kind == Kind.UP:
+        if record.kind == Kind.ALIVE:
+            line.forget_passed()
+        elif record.kind == Kind.UP:
             line.is_up = True
             if not self._is_up:
                 self._is_up = True
@@ -10173,6 +10399,7 @@ class SpawnedWorkers(WorkerProcesses):
     def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
         self._listen(key, child)   # what it said before
         self._forget(child.line)
+        child.line.forget_passed()
         child.line.sock.close()
         if not self._is_up:
             text = 'the worker process %s while it loaded the computation or ran setup%s' % (
@@ -10188,7 +10415,7 @@ class SpawnedWorkers(WorkerProcesses):
         for child in self._children.values():
             if self._is_up and not child.line.is_up and now > child.line.until:
                 child.line.text = 'setup did not end within %d s' % SETUP_TIME
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
 
     def _end_in_order(self) -> None:
         """Workers that have loaded the computation and run no job run cleanup."""
@@ -10197,10 +10424,9 @@ class SpawnedWorkers(WorkerProcesses):
         for child in self._children.values():
             if child.line.is_up and not child.slots[0]:
                 ending.append(child)
-                with contextlib.suppress(OSError):   # it has ended
-                    child.line.send(Kind.CLOSE)
+                child.line.tell(Kind.CLOSE)
             else:
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
         for child in ending:
             child.process.join(max(0.0, until - time.monotonic()))
         self.reap()
@@ -10307,6 +10533,9 @@ class LoadingProcess:
             if self._records:
                 return
 
+    def _take_socket(self, record: Record) -> socket.socket:
+        return take_socket(record, self._handles)
+
     def _send(self, *args: Any) -> None:
         for buffer in pack_record(*args):
             self._control.sendall(buffer)
@@ -10363,17 +10592,17 @@ class Runner(LoadingProcess):
         sys.exit(0)
 
     def _serve(self, selector: selectors.BaseSelector) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
+        reader, writer = socket_pair()
+        reader.setblocking(False)
+        writer.setblocking(False)
         workers = self._workers
-        workers.closed_in_workers = (reader, writer)
+        workers.closed_in_workers = (reader.fileno(), writer.fileno())
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         selector.register(self._control, selectors.EVENT_READ, self._receive)
-        selector.register(reader, selectors.EVENT_READ, functools.partial(os.read, reader, 4096))
-        handlers = {Kind.FORK: lambda record: workers.start(record, self._handles.popleft()),
+        selector.register(reader, selectors.EVENT_READ, functools.partial(reader.recv, 4096))
+        handlers = {Kind.FORK: lambda record: workers.start(record, self._take_socket),
                     Kind.INTERRUPT: workers.interrupt, Kind.KILL: workers.kill,
                     Kind.RECALL: workers.recall, Kind.WATCH: workers.watch,
                     Kind.ASK: lambda record: self._send(Kind.ALIVE)}
@@ -10405,8 +10634,9 @@ class SpawnedWorker(LoadingProcess):
         """Until its pipe is closed, or it is not fit for another job. `names` are those of the
         files for its output, `place` is that of its slots."""
         libc = _libc()
-        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
+        _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
         _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._next_order()   # INIT: the runner sees to what this process starts
         self._catch_output(*(Catch(private, name) for name in names))
         slots = Slots.open(private, *place)
         with open(os.path.join(private, SpawnedWorkers.FILE), 'rb') as file:
@@ -10416,18 +10646,28 @@ class SpawnedWorker(LoadingProcess):
         if not self._load(code):
             os._exit(1)
         self._tell_up()
-        self._receive()
-        if self._records.popleft().kind == Kind.FORK:
-            handle = self._handles.popleft()
-            if handle < 0:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        record = self._next_order()
+        if record.kind == Kind.FORK:
+            sock = self._take_socket(record)
+            self._send(Kind.ALIVE)   # it has arrived
             for output in (self._out, self._err):
                 output.empty()
-            sock = socket.socket(fileno=_out_of_reach(handle))
+            if IS_WINDOWS:
+                _thread.start_new_thread(self._hear_orders, ())
             Worker(sock, slots, self._code.function, self._out, self._err, self._spec, libc,
                    self._code.threads, self._code.globals).serve(self._leave)
         else:
             self._leave()
+
+    def tell_fault(self, text: str) -> None:
+        """What is no fault of the computation keeps this worker from running jobs."""
+        with contextlib.suppress(OSError):   # the runner is gone
+            self._send(Kind.FAILED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+
+    def _next_order(self) -> Record:
+        if not self._records:
+            self._receive()
+        return self._records.popleft()
 
     def _loaded(self) -> None:
         check_not_shared(self._code.globals)
@@ -10435,6 +10675,20 @@ class SpawnedWorker(LoadingProcess):
     def _leave(self) -> None:
         self._clean_up()
         self._finalize()
+
+    def _hear_orders(self) -> None:
+        """Windows, a thread: what are signals elsewhere. Their handlers run in the main thread. It
+        is none of `threading`, which would show it to jobs."""
+        signals = {Kind.INTERRUPT: signal.SIGINT, Kind.RECALL: TAKE_BACK_SIGNAL}
+        while True:
+            try:
+                self._receive()
+            except (OSError, SystemExit):   # the runner is gone, and this process will be
+                return
+            while self._records:
+                number = signals.get(Kind(self._records.popleft().kind))
+                if number is not None:
+                    signal.raise_signal(number)
 
 
 class User(NamedTuple):
@@ -10544,17 +10798,15 @@ def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
     if hasattr(os, 'setsid'):
         os.setsid()   # a group of its own, for signals to the job and all it starts
     _no_stdin()
+    worker = SpawnedWorker(socket.socket(fileno=_out_of_reach(control.detach())))
     try:
-        worker = SpawnedWorker(socket.socket(fileno=_out_of_reach(control.detach())))
         if os.getppid() != runner:
             os._exit(1)   # nobody is there who could end this process
         worker.run(private, names, place)
     except (ConnectionError, EOFError, SystemExit):
         os._exit(1)   # the other side is gone, and with it whoever could be told
-    except BaseException:
-        # No descriptors, or our own fault: the runner reads it from the file and tells
-        traceback.print_exc()
-        sys.stderr.flush()
+    except BaseException:   # no descriptors, or our own fault
+        worker.tell_fault(traceback.format_exc())
         os._exit(70)
     os._exit(0)   # as a runner
 
@@ -10565,6 +10817,42 @@ def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
 # --------------------------------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+# macOS may give the receiver a dead socket if it is closed here before it has arrived there
+LATE_PASSING = sys.platform == 'darwin'
+
+
+def socket_pair() -> Tuple[socket.socket, socket.socket]:
+    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
+    pair = socket.socketpair()
+    for sock in pair:
+        set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    return pair
+
+
+def pack_socket(sock: socket.socket, pid: int, kind: Kind, number: int = 0) -> Tuple[
+        bytes, Optional[socket.socket]]:
+    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
+    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
+    if hasattr(socket, 'SCM_RIGHTS'):
+        return pack_record(kind, number)[0], sock  # type: ignore[return-value]
+    shared = sock.share(pid)  # type: ignore[attr-defined]
+    return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
+
+
+def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
+    """Send bytes and a socket with the first of them. Raises OSError."""
+    handles = array.array('i', [passing.fileno()])
+    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+
+
+def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
+    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
+    if not hasattr(socket, 'SCM_RIGHTS'):
+        return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
+    handle = handles.popleft()
+    if handle < 0:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return socket.socket(fileno=_out_of_reach(handle))
 
 
 def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
@@ -10695,9 +10983,7 @@ class Channel:
     def _send_some(self) -> int:
         view, passing = self._out[0]
         if passing is not None:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
-                          array.array('i', [passing.fileno()]))]
-            sent = self.sock.sendmsg([view], ancillary)
+            sent = send_with(self.sock, [view], passing)
             passing.close()
             self._out[0] = (view, None)
             return sent
@@ -11310,8 +11596,19 @@ class Loop:
             self.links[channel.number] = channel
             channel.values = self.values
             self.set_pulse(channel, channel.pulse)
+            self._bound(channel)
         if channel.wants_write:
             self._dirty.add(channel)
+
+    def _bound(self, link: 'Link') -> None:
+        """Where only select() can wait for sockets, which is on Windows, it cannot for more than
+        512, and the loop would end. The link is ended, and both sides are told why."""
+        if isinstance(self._selector, selectors.SelectSelector) and len(
+                self._selector.get_map()) > SELECT_MOST:
+            text = 'there are more than %d connections, which this system cannot wait for' \
+                % SELECT_MOST
+            self.say(link, Bye(text))
+            self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
         """The other side gives a link up when it hears nothing for several of these."""
@@ -12165,6 +12462,11 @@ def interfaces() -> List[int]:
         return []
 
 
+# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
+# address of it, which has no broadcast: then one of those who listen hears it.
+LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
+
+
 class Ears:
     """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
     and speaks to `there`, from the first of its ports, where the answers come. The loop's
@@ -12188,7 +12490,7 @@ class Ears:
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             hosts = [(socket.AF_INET,
-                      '' if reach == 'lan' else '127.255.255.255' if number else '127.0.0.1')]
+                      '' if reach == 'lan' else LOOPBACK if number else '127.0.0.1')]
             if reach == 'lan' and socket.has_ipv6:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
@@ -12216,7 +12518,7 @@ class Ears:
         if ear.address_family == socket.AF_INET6:
             targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
-            hosts = {'127.255.255.255'}
+            hosts = {LOOPBACK}
             if self._reach == 'lan':
                 hosts |= {broadcast
                           for broadcast in own_addresses().values()
@@ -12819,6 +13121,8 @@ class ComputationProcesses:
         self.files = files
         self.comp = files.comp
         self.process: Any = None
+        self.tree: Optional[ProcessTree] = None
+        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until it has arrived
         self.start_method = FORK
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
@@ -12828,6 +13132,11 @@ class ComputationProcesses:
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def arrived(self, worker: int) -> None:
+        """The runner has taken the pipe of a worker, or never will."""
+        if worker in self.passed:
+            self.passed.pop(worker).close()
 
     def known(self, worker: int, pid: int) -> None:
         """A worker's process: from the kernel, never by its own word."""
@@ -12839,9 +13148,11 @@ class ComputationProcesses:
         pid, start = self.pids.get(worker, (0, ''))
         if not pid or start_of(pid) != start:
             return
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, 'killpg'):
+                os.killpg(pid, SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, SIGKILL)
 
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
@@ -12916,7 +13227,7 @@ class ProcessHost:
         spec = action.spec
         run.start_method = spec.get('start_method') or self._options.start_method
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
             self._daemon.post(
                 RunnerGone(action.comp,
@@ -12931,8 +13242,11 @@ class ProcessHost:
             run.process = multiprocessing.get_context('spawn').Process(
                 target=runner_main, args=(theirs, self._options.user), name='dispy-runner')
             run.process.start()
+            run.tree = tree_of(run.process)
         except OSError as exc:
             ours.close()
+            if run.process.pid is not None:
+                run.process.kill()
             self._daemon.post(
                 RunnerGone(action.comp,
                            'its process cannot be started: %s' % shortage(exc),
@@ -13043,6 +13357,8 @@ class ProcessHost:
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
             begun = Slots.read(run.files.private)
+        for worker in list(run.passed):
+            run.arrived(worker)
         for pipe in (*run.pipes.values(), run.control):
             if pipe is not None:
                 self._daemon.detach(pipe)
@@ -13055,8 +13371,7 @@ class ProcessHost:
             self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        passes = not run.text and code in (None, -signal.SIGTERM,
-                                           -getattr(signal, 'SIGKILL', signal.SIGTERM))
+        passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
         self._daemon.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
@@ -13082,9 +13397,11 @@ class ProcessHost:
     def _kill_workers(run: ComputationProcesses) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
         of their groups, and for that of a runner that was killed in a setup that hung."""
-        if hasattr(os, 'killpg'):
+        if run.tree is not None:
+            run.tree.close()
+        elif hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(run.process.pid, signal.SIGKILL)
+                os.killpg(run.process.pid, SIGKILL)
             for worker in list(run.pids):
                 run.kill(worker)
 
@@ -13143,10 +13460,12 @@ class ProcessHost:
             logger.warning('%s', run.text)
 
     def _on_worker_started(self, run: ComputationProcesses, record: Record) -> None:
+        run.arrived(record.number)
         if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
             run.known(record.number, record.serial)
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
+        run.arrived(record.number)
         self._daemon.detach(run.pipes.pop(record.number))
         self._daemon.tell(
             WorkerUnborn(record.number,
@@ -13277,7 +13596,7 @@ class ProcessHost:
         """Have a worker forked."""
         run = self._runs[action.comp]
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
             self._daemon.tell(WorkerUnborn(action.worker, shortage(exc)))
             return
@@ -13286,7 +13605,12 @@ class ProcessHost:
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
         self._daemon.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
-        run.control.push(pack_record(Kind.FORK, action.worker), theirs)
+        data, passing = pack_socket(theirs, run.process.pid, Kind.FORK, action.worker)
+        if LATE_PASSING:
+            run.passed[action.worker] = theirs.dup()
+        run.control.push([data], passing)
+        if passing is None:
+            theirs.close()
 
     def feed(self, action: Feed) -> None:
         """Write attempts to a worker."""
@@ -13928,8 +14252,18 @@ def _cgroup_pids() -> List[int]:
     return found
 
 
+# Exit codes of Windows that people meet
+NT_STATUS = {
+    0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
+    0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
+    0xC0000409: 'abort, or a stack buffer overrun'}
+
+
 def exit_text(code: Optional[int]) -> str:
     """What an exit code says, in words."""
+    if code is not None and code >= 1 << 31:   # Windows: an exception that nothing has handled
+        name = NT_STATUS.get(code, 'see "NTSTATUS values"')
+        return 'ended with exit code %d (0x%X, %s)' % (code, code, name)
     if code is None or code >= 0:
         return 'ended with exit code %s' % code
     try:
@@ -14975,14 +15309,6 @@ def _prompt(post: Callable[[Any], None]) -> None:
                 print(exc, flush=True)
 
 
-def check_fork() -> None:
-    """Raises StartError where a node cannot run jobs."""
-    if not hasattr(os, 'fork'):
-        raise StartError('no node can run here: its worker processes are started with fork, which '
-                         'Windows does not have. Run dispynode on Linux or macOS; clients and '
-                         'dispyscheduler also run on Windows')
-
-
 def _standard_files() -> None:
     """Where 0, 1 or 2 is closed, the null device: a socket must not get such a number."""
     handle = os.open(os.devnull, os.O_RDWR)
@@ -14995,10 +15321,14 @@ def _standard_files() -> None:
             setattr(sys, name, open(number, 'w', closefd=False))
 
 
+# SIGBREAK: Windows, when its window is closed, too
+ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
+
+
 def _on_signals(daemon: Daemon, stay: bool) -> None:
     """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
     handlers, and none ignored: programs that jobs start would inherit that."""
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+    for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
         if number is not None and (name != 'SIGHUP'
@@ -15038,7 +15368,6 @@ def _make_ready_for(user: Optional[User]) -> None:
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                 schedulers: Tuple[Tuple[str, int], ...]) -> Options:
     """What the command line says, of which some has been looked at. The log is set up."""
-    check_fork()
     set_up_log('dispynode', args.debug, args.log_file)
     tell_obsolete(args, OBSOLETE_NODE)
     limit_values(args.max_value)

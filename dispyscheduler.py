@@ -78,7 +78,7 @@ from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelA
                    NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
                    WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
+    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, ENDING_SIGNALS, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
     VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
     OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of, OBSOLETE_SCHEDULER,
     accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
@@ -1178,6 +1178,24 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
     if allowed or found is None:
         return False
     return found.is_private or found.is_loopback or found.is_link_local
+
+
+def raise_descriptors() -> None:
+    """Each connection takes a descriptor, and the soft limit is low by default: 1024 on Linux, 256
+    on macOS, which allows no more than 10240 whatever the hard limit says."""
+    try:
+        import resource
+    except ImportError:   # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 10240 if sys.platform == 'darwin' else 1 << 16
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (OSError, ValueError) as exc:
+            logger.debug('the limit of descriptors stays at %d: %s', soft, exc)
 
 
 def links_of_one() -> int:
@@ -3193,6 +3211,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             save_config(parser, args, args.save_config)
             return 0
         limit_values(args.max_value)
+        raise_descriptors()
         set_up_log('dispyscheduler', args.debug, args.log_file)
         set_up_log('dispy', args.debug, args.log_file)
         set_up_log('dispynode', args.debug, args.log_file)
@@ -3248,7 +3267,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (DispyError, OSError, ValueError) as exc:
         print('dispyscheduler: %s' % exc, file=sys.stderr)
         return 1
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+    for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         if number is not None and not (name == 'SIGHUP' and args.daemon):
             signal.signal(number, lambda number, frame: scheduler.post(Stop()))
