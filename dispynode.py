@@ -2996,9 +2996,23 @@ def certificate_digest(certfile: str) -> bytes:
 # psk and TH.
 # --------------------------------------------------------------------------------------------------
 
+# Which releases talk to which. All releases that begin with the same number (5.x) do: each speaks
+# every minor version of the wire from 1 to its own, and the two sides use the highest that both
+# have, which is Session.version.
+#   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
+#     meanings. tests/releases has it as it was recorded from each release.
+#   - A new message, field, kind of value or order of messages takes a new minor version, and is sent
+#     only where Session.version has it.
+#   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
+#     new keys at any time, as a release takes no notice of those that it does not know: so only for
+#     what may be left undone.
+#   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
+#     the last byte of MAGIC, and with the first number of the release.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+# At the end of ALERT, for people only
+_RELEASE = __version__.encode('ascii')[:16].ljust(16, b'\0')
 _HELLO = struct.Struct('>8sHHBBH16s32s16x')
 _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
@@ -3013,6 +3027,19 @@ class Session(NamedTuple):
     peer_instance: bytes
     peer_role: int
     secret: int = 0
+    version: int = VERSIONS[1]   # minor, of the wire
+
+
+def _other_version(name: str, low: int, high: int) -> str:
+    """That the peer speaks other versions of the wire, for people. `name` is its release, or empty
+    if it does not tell."""
+    if name and name.isprintable():
+        who = 'it is dispy %s and speaks' % name
+    else:
+        who = 'it speaks'
+    return ('it speaks another version of the protocol: %s minor versions %d to %d, and dispy %s '
+            'here speaks %d to %d. Update the older one' %
+            (who, low, high, __version__, *VERSIONS))
 
 
 def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
@@ -3096,9 +3123,8 @@ def handshake_dial(sock: Any,
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        raise HandshakeError(
-            'it speaks another version of the protocol than dispy %s here: update the older one' %
-            __version__)
+        name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
+        raise HandshakeError(_other_version(name, 1, version))
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
     if not VERSIONS[0] <= version <= VERSIONS[1] or peer_role != wanted or flags != tls:
@@ -3114,7 +3140,7 @@ def handshake_dial(sock: Any,
         raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
-    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
+    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role, version=version)
 
 
 def handshake_accept(sock: Any,
@@ -3144,8 +3170,9 @@ def handshake_accept(sock: Any,
         raise HandshakeError('the peer does not speak this protocol')
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
-        sock.sendall(_CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32)))
-        raise HandshakeError('the peer speaks another version of the protocol')
+        alert = _CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32))
+        sock.sendall(alert[:-len(_RELEASE)] + _RELEASE)
+        raise HandshakeError(_other_version('', low, high))
     if wanted != role or peer_role not in tuple(
             allowed) or flags != tls or peer_instance == instance:
         raise HandshakeError('the peer is a %s that wants a %s' %
@@ -3157,7 +3184,8 @@ def handshake_accept(sock: Any,
         keys = _Keys(one, hello, challenge, binding)
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
             sock.sendall(_PROOF.pack(MAGIC, keys.server))
-            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
+            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number,
+                           version)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 

@@ -4,9 +4,7 @@
 import os
 import re
 import subprocess
-import sys
 import threading
-import time
 import urllib.request
 
 import pytest
@@ -15,7 +13,7 @@ import dispy
 import windows_jobs
 from conftest import ROOT, eventually
 from dispy import DispyJob
-from nodes import NodeProcess, SchedulerProcess
+from nodes import NodeProcess
 
 WINE = os.environ.get('DISPY_WINE', '')
 pytestmark = [
