@@ -17,6 +17,10 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests', 'faults')]   # the tools there are for others too
 os.environ['DISPY_DISCOVERY'] = 'loopback'
+# What a later Python will not do any more is an error in our modules; for this process setup.cfg says it.
+os.environ['PYTHONWARNINGS'] = ','.join(
+    'error::%s:%s' % (kind, module) for kind in ('DeprecationWarning', 'PendingDeprecationWarning')
+    for module in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd'))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
