@@ -124,7 +124,7 @@ def rows():
     import dispynode
     import test_wire
     found = []
-    result = (1, 1, 0.5, 1.5, dispynode.beside(b'value'), b'out', b'err')
+    result = (1, 1, 0.5, 1.5, dispynode.out_of_band(b'value'), b'out', b'err')
     for message in [*test_wire.EXAMPLES, dispynode.Results('c1', [result])]:
         op, encoding, pieces = dispynode.encode(message)
         payload = b''.join(map(bytes, pieces))

@@ -55,7 +55,7 @@ def spec(code):
 
 def sealed(value):
     """As release 5.0 seals what has no large parts: a number of them, which is 0, and the pickle."""
-    return dispynode.in_one_piece(dispynode.seal(value).payload)
+    return dispynode.in_one_piece(dispynode.dumps(value).payload)
 
 
 @pytest.mark.parametrize('versions', [(1, 1), (1, 7)])
@@ -108,7 +108,7 @@ def test_a_client_of_this_release_uses_a_node_of_that_one():
             pass
         finally:
             peer.close()
-    peer_past = dispynode.Past().row()
+    peer_past = dispynode.AttemptHistory().row()
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         listener.listen(1)

@@ -266,7 +266,7 @@ def test_a_node_that_cannot_fork_says_so(monkeypatch):
     talk.link()
     refused, = said(talk.compute(start_method='fork'), dispynode.Refused)
     assert (refused.code, "start_method='spawn'" in refused.text) == ('start_method', True)
-    assert only(talk.compute(start_method='spawn'), dispynode.Prepare)
+    assert only(talk.compute(start_method='spawn'), dispynode.PrepareDirectory)
 
 
 def test_jobs_wait_for_workers_that_load():
