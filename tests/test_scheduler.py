@@ -321,7 +321,7 @@ WRONG = {
     'timeout': [Compute('c0', SPEC), Jobs('c0', [(1, b'x', {'timeout': 10 ** 400})])],
     'serial': [Compute('c0', SPEC), Jobs('c0', [(1 << 63, b'x', None)])],
     'unpicklable': [Compute('c0', dict(SPEC, extra=pickle.PickleBuffer(b'x')))],
-    'house': [Compute('house', SPEC), Done('house')],
+    'own': [Compute('keepconnected', SPEC), Done('keepconnected')],
 }
 
 
