@@ -9826,7 +9826,7 @@ class SlotPlace(NamedTuple):
 
 class _Child(NamedTuple):
     process: Any
-    format_address: SlotPlace
+    where: SlotPlace
     out: CapturedOutput
     err: CapturedOutput
     line: Any = None   # a LoadingLine, to a worker that loads the computation itself
@@ -9835,7 +9835,7 @@ class _Child(NamedTuple):
     @property
     def slots(self) -> Any:
         """See Slots."""
-        return self.place.slots
+        return self.where.slots
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
@@ -10215,7 +10215,7 @@ class WorkerProcesses:
                 child.err.close()
                 child.process.close()
                 child.slots[0] = child.slots[1] = 0
-                self._slots.append(child.place)
+                self._slots.append(child.where)
         self._undead = {pid for pid in self._undead if not has_ended(pid)}
 
     def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
@@ -10484,7 +10484,7 @@ class SpawnedWorkers(WorkerProcesses):
             with theirs:
                 process = multiprocessing.get_context('spawn').Process(
                     target=worker_main, name='dispy-worker',
-                    args=(theirs, self._spec['private'], names, child.place[1:], os.getpid()))
+                    args=(theirs, self._spec['private'], names, child.where[1:], os.getpid()))
                 process.start()
             made.callback(process.kill)
             child = child._replace(process=process, tree=tree_of(process),
