@@ -13,7 +13,7 @@ import dispy
 import dispynode
 from conftest import eventually, lives
 from nodes import NodeProcess
-from test_node_state import Talk, fed, only, said
+from talk_node import Talk, fed, only, said
 
 
 @pytest.fixture
