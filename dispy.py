@@ -12043,20 +12043,22 @@ class ResultDelivery:
                        peer: Union[NodeConnection, NodeInfo, None] = None) -> None:
         """Tell the threads that wait for these jobs, and the program's functions, that the jobs
         have ended."""
-        if self._callbacks.cluster_status is not None:
+        callbacks = self._callbacks
+        driver = self.driver
+        if callbacks.cluster_status is not None:
             for job in jobs:
-                self.driver.post(StatusCallback(self._callbacks, job.status, peer, job))
+                driver.post(StatusCallback(callbacks, job.status, peer, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
-        if self._callbacks.job_status is None:
+        if callbacks.job_status is None:
             self._book.settle(len(jobs))
-            return
-        for job in jobs:
-            if self.driver.broken:
-                self._callbacks.call_back(job)   # the pool has ended with the driver
-            else:
-                self.driver.post(JobCallback(self._callbacks, job))
+        elif driver.broken:   # the pool has ended with the driver
+            for job in jobs:
+                callbacks.call_back(job)
+        else:
+            for job in jobs:
+                driver.post(JobCallback(callbacks, job))
 
 
 class Submitter:
