@@ -5,8 +5,7 @@
     cluster = dispy.JobCluster(compute)          # any function; or the path of a program
     jobs = [cluster.submit(n) for n in range(100)]
     for job in jobs:
-        print(job(), job.ip_addr)                # waits; None if it failed, then job.exception says
-        why
+        print(job(), job.ip_addr)                # waits; if it failed, None: see job.exception
     cluster.close()
 
 Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and
@@ -36,21 +35,25 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as
-     the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle, or when
-     jobs turn
-     out to be longer. A node tells which have begun (`Started`); until then they are Created to the
-     user.
+     the node will have done in 100 ms. What a node does not come to is called back when another is
+     idle, or when jobs turn out to be longer. A node tells which have begun (`Started`); until then
+     they are Created to the user.
   4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened
-     at once; what
-     may run the user's code when it is unpickled goes through an opener thread.
+     at once; what may run the user's code when it is unpickled goes through an opener thread.
   5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback
      is called.
-  6. A node that is lost: its jobs are queued again if the computation is reentrant, otherwise they
+  6. When a node is lost, its jobs are queued again if the computation is reentrant; otherwise they
      are Abandoned.
 
 Files this program needs: this one, dispynode.py, cloudpickle.
 """
+
+if __name__ == '__main__':
+    # The module is imported once more under its own name, so that classes have one identity. Here,
+    # and not at the end: all that follows would be made for nothing.
+    import importlib
+    import sys
+    sys.exit(importlib.import_module('dispy').main())
 
 import argparse
 import ast
@@ -67,6 +70,7 @@ import dis
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import heapq
 import html
@@ -86,6 +90,7 @@ import numbers
 import operator
 import pickle
 import pkgutil
+import platform
 import queue
 import re
 import reprlib
@@ -107,7 +112,7 @@ import weakref
 import zlib
 from typing import (
     AbstractSet, Any, Callable, Collection, Container, Deque, Dict, FrozenSet, Iterable, Iterator,
-    List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
+    List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import cloudpickle
@@ -134,26 +139,27 @@ except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import (
-    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES,
-    PULSE, PULSES_LOST, QUEUED_TIME, NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST,
-    Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed,
-    Connected, Reconnector, Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver,
-    FileStored, Acceptor, HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link,
-    LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query,
-    Ready, ReturnJobs, Reclaim, Refused, Report, Results, Return, JobsReturned, Role, Notice,
-    SecretError, Shutdown, StartError, NodeHello, JobsAssigned, Wrong, __version__, out_of_band,
-    call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of, discovery_reach,
-    file_digest, find_secret, batches, host_and_port, in_one_piece, is_outcome, log_record_of,
-    open_plain, open_regular, path_option, plain_text, format_address, python_of, in_parts,
-    same_secret, dumps, seconds_option, size_of, tls_files, tls_context, unpack_error, loads,
-    value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing,
-    contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs,
-    check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces,
-    run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
-    ROW_FIRST, Started, PULSES_SILENT, AttemptHistory, REASONS, RETURNED, DirectoryRemains,
-    SecondConnection, machine, STALLS, SEGMENT, Unreached, is_own_address, module_dict,
-    package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once,
-    Each, FILES_LEFT)
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
+    PULSES_LOST, NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Authenticated,
+    SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed, Connected, Reconnector,
+    Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
+    HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link, LinkBroken, Need,
+    CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim,
+    Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown,
+    StartError, NodeHello, Wrong, __version__, out_of_band, call_chunk, Calls, check_name,
+    derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret,
+    batches, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, plain_text, format_address, python_of, in_parts, same_secret, dumps,
+    seconds_option, size_of, tls_files, tls_context, unpack_error, loads, value_pickler, BUNDLE,
+    BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named,
+    globals_of, is_named, keeps_identity, plain_form, with_needs, Listed, OUT_OF_BAND, SHARED_FROM,
+    available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
+    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory,
+    REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached,
+    is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
+    lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
+    add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
+    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -166,6 +172,7 @@ __all__ = [
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
+QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 # Jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_MOST = 512
 # Further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
@@ -218,6 +225,13 @@ ACK_AFTER = 0.05
 CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
 CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
+HTTPD_PORT = 8181             # of the web monitor
+REPORTS_APART = 5.0           # s between two questions to a node for what is free there
+FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
+FAILURES_PAGE = 100           # of these in one answer
+FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
+ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
+DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
 # S of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
@@ -285,6 +299,39 @@ class NothingToRecover(DispyError, FileNotFoundError):
 
 class NoNodes(DispyError):
     """No node can be used; the text names every address tried and every refusal with its reason."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages that only a scheduler sends, to programs
+# --------------------------------------------------------------------------------------------------
+
+class JobsAssigned(NamedTuple):
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
+    (empty)."""
+    comp: str
+    node: tuple
+    serials: list
+
+
+class NodeChanged(NamedTuple):
+    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
+    `NodeQueries.rows_of`."""
+    comp: str
+    status: int
+    node: tuple
+
+
+SCHEDULER_MESSAGES: Dict[int, Tuple[type, int]] = {
+    48: (JobsAssigned, MAX_LIST),
+    49: (NodeChanged, MAX_LIST),
+}
+SCHEDULER_CHECKS: Dict[type, Callable[[tuple], bool]] = {
+    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(is_serial, fields[2])),
+    NodeChanged: lambda fields: len(fields[2]) == 10,
+}
+add_messages(SCHEDULER_MESSAGES, SCHEDULER_CHECKS)
+# What a program takes from the other side of a link
+OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5702,6 +5749,19 @@ def own_memory(payload: Any) -> Any:
     return payload
 
 
+class JobFile(NamedTuple):
+    """A file of a job, and what the job knows it by: a path below its directory."""
+    path: str
+    name: str
+
+
+class OwnDirectory(List[JobFile]):
+    """The files of a job that has a directory of its own, also if it has no files."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 def _job_depends(
         depends: Sequence[Any],
         globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
@@ -5711,7 +5771,9 @@ def _job_depends(
     paths: Dict[str, str] = {}
     objects: Dict[str, Any] = {}
     for item in depends:
-        if isinstance(item, (str, os.PathLike)):
+        if isinstance(item, JobFile):
+            paths[item.name] = item.path
+        elif isinstance(item, (str, os.PathLike)):
             _add_path(os.fspath(item), paths)
         else:
             objects.update(_names_of(item, globals_, 'dispy_job_depends'))
@@ -5777,10 +5839,15 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     paths: Dict[str, str] = {}
     program, code, objects, cleaner = '', b'', {}, cleanup if callable(
         cleanup) else None   # type: Tuple[str, bytes, Dict[str, Any], Any]
-    if isinstance(computation, (str, os.PathLike)):
+    is_program = isinstance(computation, (str, os.PathLike, CommandLines))
+    runnable = ''
+    if isinstance(computation, CommandLines):
+        _sort_depends(depends, paths, ())
+        runnable = computation.program
+    elif isinstance(computation, (str, os.PathLike)):
         _sort_depends(depends, paths, ())
         path = _program_path(os.fspath(computation))
-        program = os.path.basename(path)
+        program = runnable = os.path.basename(path)
         paths[program] = path
     elif callable(computation):
         for label, function in (('setup', setup), ('cleanup', cleaner)):
@@ -5792,14 +5859,14 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     else:
         raise TypeError('computation must be a function or the path of a program, not %s' %
                         type(computation).__name__)
-    files = _file_rows(paths, program)
+    files = _file_rows(paths, runnable)
     spec: Dict[str, Any] = {
-        'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
+        'name': name, 'kind': 'program' if is_program else 'function', 'code': code, 'files': files,
         'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
         'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0,
         'setup_args': b'', 'portable': bundles.portable, 'sys_path': [], 'argv': []
     }
-    return PackedComputation(spec, paths, bool(program), functools.partial(
+    return PackedComputation(spec, paths, is_program, functools.partial(
         pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
 
 
@@ -5828,8 +5895,18 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     return rows
 
 
+def is_executable(path: str, start: bytes) -> bool:
+    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
+    files are executable there."""
+    if os.name != 'nt':
+        return os.access(path, os.X_OK)
+    suffixes = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD').lower().split(';')
+    end = os.path.splitext(path)[1].lower()
+    return start == b'MZ' or end in ('.py', '.pyw') or (bool(end) and end in suffixes)
+
+
 def _program_path(program: str) -> str:
-    if os.path.exists(program) or os.sep in program:
+    if os.path.exists(program) or os.sep in program or (os.altsep or os.sep) in program:
         path = program
     else:
         path = shutil.which(program) or program
@@ -5841,7 +5918,7 @@ def _program_path(program: str) -> str:
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start != b'#!' and not os.access(path, os.X_OK):
+    if start != b'#!' and not is_executable(path, start):
         raise ValueError('computation: %s is not executable and does not begin with #!' % program)
     return path
 
@@ -6766,9 +6843,9 @@ class Journal(Database):
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
         'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
-    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
-    # arguments
-    _HEAD = struct.Struct('>IBQdIIII')
+    # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
+    _HEAD = struct.Struct('>BQdIIII')
+    _LOG = RecordLog(_HEAD, 4)
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
@@ -6817,16 +6894,8 @@ class Journal(Database):
         one was never returned."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
-            while True:
-                head = file.read(self._HEAD.size)
-                if len(head) < self._HEAD.size:
-                    break
-                crc, kind, number, submitted, *sizes = self._HEAD.unpack(head)
-                body = io.BytesIO(file.read(sum(sizes)))
-                found = zlib.crc32(body.getbuffer(), zlib.crc32(head[4:]))
-                if len(body.getbuffer()) < sum(sizes) or found != crc:
-                    break
-                ident, payload, options, arguments = map(body.read, sizes)
+            for (kind, number, submitted), parts, _ in self._LOG.read(file):
+                ident, payload, options, arguments = parts
                 if kind == self.VALUE:
                     self._add(kind, (ident, payload))
                     continue
@@ -6916,9 +6985,8 @@ class Journal(Database):
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
         sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
-        head = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:]
-        body = b''.join(parts)
-        data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
+        head = self._HEAD.pack(kind, number, submitted, *sizes)
+        data = memoryview(b''.join(self._LOG.record(head, parts)))
         start = os.fstat(self._new).st_size
         try:
             while data:
@@ -7759,11 +7827,11 @@ class NodeConnection:
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
-        self.trip = 0.0                            # s from Introduce to Welcome
+        self.trip = 0.0                            # s from ClientHello to NodeHello
         self.instance = b''
         # It could not use what was sent: it is not reached again at once
         self.wrong = False
-        # Another process than before; told when it says Welcome
+        # Another process than before; told when it says NodeHello
         self.restarted = False
         # What its memory is known by, see dispynode.Memory
         self.memory = ''
@@ -8509,7 +8577,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return _recover(journal, seconds, terminate_pending, access)
+        return JournalRecovery(journal, terminate_pending).run(seconds, access)
     finally:
         journal.close()
 
@@ -8728,67 +8796,105 @@ def cancel_lost(access: ConnectionSettings) -> int:
     return min(rest, 100)
 
 
-def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
-             access: 'ConnectionSettings') -> List[DispyJob]:
-    lock = threading.Lock()
-    jobs: List[DispyJob] = []
-    sent: List[Tuple[DispyJob, str]] = []
-    ended: List[DispyJob] = []
-    with journal.damages():
-        is_program = journal.is_program()
-        again = {row[0] for row in journal.comps() if row[2]}
-        holders = journal.holders()
-    rows = journal.known()
+class RestoredJobs:
+    """The jobs of a program that has crashed, as its journal knows them. Those that have ended are
+    completed.
 
-    def done(job: DispyJob, row: tuple, peer: Optional[NodeConnection]) -> None:
-        with lock:
-            if peer is not None:
-                job.ip_addr = peer.ip_addr
+    jobs - all of them
+    ended - those that have ended
+    sent - those that were sent, and to which nodes
+    unsent - the others
+    holders - nodes that may keep results which are in the journal
+    """
+
+    def __init__(self, journal: Journal, rows: Sequence[tuple], is_program: bool) -> None:
+        """`rows` are as of `Journal.known`. Raises DispyError."""
+        self.jobs: List[DispyJob] = []
+        self.ended: List[DispyJob] = []
+        self.sent: List[Tuple[DispyJob, str]] = []
+        self.unsent: List[DispyJob] = []
+        with journal.damages():
+            self.holders = journal.holders()
+        for job, state, node, result in rows:
+            self.jobs.append(job)
+            if state == Journal.ENDED:
+                self.ended.append(job)
+                if isinstance(result, str):   # why it has no result
+                    end_without(job, result)
+                else:
+                    fill_in(job, (job.serial, *result), is_program)
+            elif state == Journal.SENT:
+                job.state = JobState.RUNNING
+                self.sent.append((job, node))
             else:
-                job.ip_addr = None
-            fill_in(job, row, is_program)
-            ended.append(job)
+                self.unsent.append(job)
 
-    def lost(job: DispyJob, text: str) -> None:
-        with lock:
-            if job.comp in again and not cancel:
+    @property
+    def are_at_nodes(self) -> bool:
+        """Whether nodes are to be asked."""
+        return bool(self.sent or self.holders)
+
+
+class JournalRecovery:
+    """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
+    with an underscore are called by the driver's thread."""
+
+    def __init__(self, journal: Journal, cancel: bool) -> None:
+        self._journal = journal
+        self._cancel = cancel
+        self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
+        with journal.damages():
+            self._is_program = journal.is_program()
+            # Computations whose jobs may run again
+            self._reentrant = {row[0] for row in journal.comps() if row[2]}
+        self._restored = RestoredJobs(journal, journal.known(), self._is_program)
+
+    def run(self, timeout: Optional[float], access: ConnectionSettings) -> List[DispyJob]:
+        """Return the jobs when all has been collected, at the latest after `timeout` seconds."""
+        restored = self._restored
+        for job, node in restored.sent:
+            job.status = DispyJob.Running
+            if node.startswith('@'):   # a scheduler tells which of them are on a node
                 job.status = DispyJob.Created
-                journal.waits(job)
-            else:
-                job.state = JobState.ABANDONED
-                end_without(job, text)
-                ended.append(job)
+        if restored.are_at_nodes:
+            self._collect(timeout, access)
+        with self._lock:
+            self._journal.delivered(restored.ended)
+            return restored.jobs
 
-    def wait_again(job: DispyJob) -> None:
-        with lock:
-            job.status = DispyJob.Created
-            journal.waits(job)
-    for job, state, node, result in rows:
-        jobs.append(job)
-        if state == Journal.SENT:   # a scheduler tells which of them are on a node
-            if node.startswith('@'):
-                job.status = DispyJob.Created
-            else:
-                job.status = DispyJob.Running
-            sent.append((job, node))
-        elif state == Journal.ENDED and isinstance(result, str):
-            end_without(job, result)
-            ended.append(job)
-        elif state == Journal.ENDED:
-            done(job, (job.serial, *result), None)
-    if sent or holders:
+    def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
+        restored = self._restored
         driver = Driver.alone(access)
         try:
             over = threading.Event()
-            recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
+            recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
+                                self._lost, self._wait_again, over.set, self._cancel)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
-            driver.ask(lambda: driver.recoveries.give_up(recovery, recovery.collected.is_set()))
+            is_whole = recovery.collected.is_set()
+            driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
             driver.release()
-    with lock:
-        journal.delivered(ended)
-        return jobs
+
+    def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
+        with self._lock:
+            job.ip_addr = peer.ip_addr
+            fill_in(job, row, self._is_program)
+            self._restored.ended.append(job)
+
+    def _lost(self, job: DispyJob, text: str) -> None:
+        if job.comp in self._reentrant and not self._cancel:
+            self._wait_again(job)
+            return
+        with self._lock:
+            job.state = JobState.ABANDONED
+            end_without(job, text)
+            self._restored.ended.append(job)
+
+    def _wait_again(self, job: DispyJob) -> None:
+        with self._lock:
+            job.status = DispyJob.Created
+            self._journal.waits(job)
 
 
 class DiscoveryProbe:
@@ -9088,7 +9194,7 @@ class Connector:
                             access.cafile,
                             refused=self._on_rejected)
             except OSError as exc:
-                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
+                taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
                     raise OSError(
                         exc.errno,
@@ -10480,7 +10586,7 @@ class NodeQueries:
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is AssignmentState.READY:
-            reason = 'deallocated'
+            reason = DEALLOCATED
         return peer, state, reason, peer.limit(comp), busy
 
     def nodes_of(self, comp: str) -> List[Tuple[NodeConnection, str, str, int, int]]:
@@ -10625,6 +10731,197 @@ class NodeQueries:
         return {key: count for key, count in found.items() if count}
 
 
+class FailedJob(NamedTuple):
+    """A job that has failed, as monitors are told of it."""
+    number: int    # of the failure, from 1
+    time: float    # when the job ended, in s since the epoch
+    cluster: int
+    job: Any       # its id
+    payload: Any   # its packed arguments, or the number of their bytes if these are many
+    status: int
+    node: str
+    text: str      # the end of its traceback
+
+
+class FailedJobs:
+    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any may read."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._rows: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
+
+    def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
+            text: str) -> None:
+        """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
+        self._count += 1
+        self._rows.append(FailedJob(self._count, time_ended or time.time(), cluster, job,
+                                    shown_arguments(payload), status, node, text[-FAILURE_TEXT:]))
+
+    def all(self) -> List[FailedJob]:
+        """All of them, the oldest first."""
+        return list(self._rows)
+
+    def since(self, known: int) -> List[FailedJob]:
+        """The oldest of those with a larger number than `known`, at most FAILURES_PAGE. A number
+        that was not given yet comes from an earlier process, and then all of them are new."""
+        rows = self.all()
+        if known <= self._count:
+            rows = [row for row in rows if row.number > known]
+        return rows[:FAILURES_PAGE]
+
+
+def shown_arguments(payload: Any) -> Any:
+    """Packed arguments as monitors get them: of large ones only the number of their bytes."""
+    if payload is None:
+        return None
+    size = size_of(payload)
+    if size > ARGUMENTS_MOST:
+        return size
+    return payload
+
+
+def shown_state(state: str, reason: str) -> str:
+    """The state of a node for monitors, which show one that is given no jobs as drained."""
+    if reason == DEALLOCATED:
+        return 'drained'
+    return state
+
+
+class NodeUse(NamedTuple):
+    """How a cluster uses a node, as monitors are told of it."""
+    number: int      # of the cluster
+    state: str
+    reason: str
+    cpus: int        # that it may use there
+    running: int     # jobs that run there
+    used: int        # CPUs of these
+    jobs: int        # that have ended there
+    seconds: float   # that they have run
+
+
+def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
+                heard: Optional[float]) -> Dict[str, Any]:
+    """What monitors are told of a node, whoever uses it. `free` is by the node, `heard` in seconds
+    since its last sign of life, if it is connected."""
+    return {
+        'key': node.key,
+        'name': node.name,
+        'address': node.ip_addr,
+        'port': node.port,
+        'offered': node.offered,
+        'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+        'platform': str(node.facts.get('platform', ''))[:200],
+        'heard': heard,
+    }
+
+
+class JobAtNode(NamedTuple):
+    """A job that was sent to a node."""
+    serial: int
+    work: Any
+    is_running: bool
+    seconds: Optional[float]   # that it has run; None: not known
+
+
+class Overview:
+    """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
+    answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
+    with the number of jobs. The driver's thread."""
+    JOBS_APART = 1.0   # s between two questions to a node for the jobs that run there
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (node, computation) -> when the node was asked
+        self._asked: Dict[Tuple[Any, str], float] = {}
+        # -> when it answered, and what
+        self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+
+    def forget(self, comp: str) -> None:
+        """A computation is over. What is known of nodes that are gone is forgotten as well."""
+        peers = self._driver.nodes.by_key
+        self._asked = {where: at for where, at in self._asked.items()
+                       if where[1] != comp and where[0] in peers}
+        self._reports = {where: report for where, report in self._reports.items()
+                         if where in self._asked}
+
+    def ask_node(self, peer: NodeConnection, comp: str, apart: float) -> bool:
+        """Ask a node what is free there and which jobs of a computation run, unless it was asked
+        less than `apart` seconds ago. Returns whether it was asked."""
+        where = (peer.key, comp)
+        now = self._driver.now
+        if peer.link is None or not peer.name:
+            return False
+        if now - self._asked.get(where, -math.inf) < apart:
+            return False
+        self._asked[where] = now
+        future = peer.answers.get((comp, ''))
+        if future is None:
+            future = concurrent.futures.Future()
+            peer.answers[comp, ''] = future
+            self._driver.send(peer.link, Query(comp))
+        future.add_done_callback(functools.partial(self._answered, where))
+        return True
+
+    def _answered(self, where: Tuple[Any, str], future: Any) -> None:
+        if future.exception() is None:
+            self._reports[where] = (self._driver.now, future.result())
+
+    def free_at(self, peer: NodeConnection, comp: str) -> Dict[str, Any]:
+        """What is free at a node, by its last answer."""
+        free = dict(peer.facts.get('available', {}))
+        report = self._reports.get((peer.key, comp))
+        if report is not None:
+            free.update(report[1].available)
+        return free
+
+    def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
+        """What is known of a node, whoever uses it."""
+        heard = None
+        if peer.link is not None:
+            heard = max(0.0, self._driver.clock() - peer.link.heard)
+        return row_of_node(peer, free, heard)
+
+    def running_at(self, key: Any) -> Dict[str, Tuple[int, int]]:
+        """Computation -> how many of its jobs run at a node, and their CPUs."""
+        schedule = self._driver.schedule
+        found = {}
+        for comp, serials in schedule.runs(key).items():
+            sent = schedule.nodes[key].in_flight[comp]
+            found[comp] = (len(serials), sum(cpus_of(sent[serial]) for serial in serials))
+        return found
+
+    def sent_to(self, key: Any, comp: str) -> Dict[int, Any]:
+        """Serial -> job of a computation's jobs that were sent to a node and have not ended."""
+        node = self._driver.schedule.nodes.get(key)
+        if node is None:
+            return {}
+        return node.in_flight.get(comp, {})
+
+    def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
+        """The same, with what is known of how long they have run; the first `most` of them. The
+        node is asked, and what it answers is known the next time."""
+        sent = self.sent_to(key, comp)
+        if not sent:
+            return []
+        self.ask_node(self._driver.nodes.by_key[key], comp, self.JOBS_APART)
+        seconds = self._seconds_run(key, comp)
+        running = set(self._driver.schedule.runs(key).get(comp, ()))
+        running.update(seconds)
+        return [JobAtNode(serial, work, serial in running, seconds.get(serial))
+                for serial, work in itertools.islice(sent.items(), most)]
+
+    def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
+        """Serial -> seconds, of jobs at a node that are known to have begun."""
+        now = self._driver.now
+        seconds = {}
+        if (key, comp) in self._reports:
+            at, report = self._reports[key, comp]
+            for serial, ran in report.running:
+                seconds[serial] = ran + now - at
+        begun = self._driver.schedule.nodes[key].begun[comp]
+        for serial, since in begun.items():
+            seconds[serial] = now - since
+        return seconds
 class LostNodes:
     """What follows when the link to a node ends, and what the log tells of nodes that are lost and
     come back. The driver's thread.
@@ -10835,7 +11132,8 @@ class Driver(Loop):
     decisions - the log of what the Schedule decides
     recoveries - what nodes have of programs that have crashed
     calls - questions to a scheduler and from it
-    queries - what clusters and monitors ask about nodes
+    queries - what clusters ask about nodes
+    overview - what monitors ask about nodes and jobs
     """
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
@@ -10876,6 +11174,7 @@ class Driver(Loop):
         self.recoveries = Recoveries(self)
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
+        self.overview = Overview(self)
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
@@ -11060,6 +11359,7 @@ class Driver(Loop):
         self.jobs.outgoing.forget(comp)
         del self._warn_at[comp]
         self.nodes.misfits.forget(comp)
+        self.overview.forget(comp)
         self.selection.probes.pop(comp, None)
         self.files.abort(lambda number, name: name == comp)
         self.files.backlog.drop(comp)
@@ -11370,7 +11670,6 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     which would run the user's main program again."""
     import tempfile
     import dispynode
-    check_fork()
     python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
@@ -11382,6 +11681,7 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     with _starting:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours
             env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
@@ -11412,6 +11712,13 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
 # but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
 # --------------------------------------------------------------------------------------------------
+
+def _start_method(method: Any) -> str:
+    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    if method not in (None, FORK, SPAWN):
+        raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
+    return method or ''
+
 
 INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
              'poll_interval': (0.1, 3600)}   # the range of each, in seconds
@@ -11452,6 +11759,7 @@ class ClusterOptions:
     jobs_per_worker: Optional[int]
     reentrant: bool
     forward_logs: bool
+    start_method: str
     loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
@@ -11476,7 +11784,6 @@ class ClusterOptions:
             host = given['ip_addr']
         probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
         if not specs and not remote:
-            check_fork()
             own_python()
         options['probes'] = probes
         options['specs'] = specs
@@ -11496,6 +11803,7 @@ class ClusterOptions:
         options['reentrant'] = _flag('reentrant', given['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        options['start_method'] = _start_method(given['start_method'])
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
         options['keeps_trail'] = path is None and given['recover_file'] is not False
@@ -11901,11 +12209,15 @@ class LiveOutput:
                            extra={'job_id': job.id, 'job_logger': name})
             elif not self._told_of_files:
                 self._told_of_files = True
+                if self._cargo.spec['program']:
+                    remedy = ('Call the program in a function, by subprocess, which then calls '
+                              'dispy_send_file(name)')
+                else:
+                    remedy = 'Name the file with --return, or run the commands in --workdir'
                 logger.warning(
                     '%s: job %r has left a file in its directory: %s. What a program leaves '
-                    'there does not come back, and is removed when the cluster is closed. '
-                    'Call the program in a function, by subprocess, which then calls '
-                    'dispy_send_file(name)', self._name, job.id, text)
+                    'there does not come back, and is removed when the cluster is closed. %s',
+                    self._name, job.id, text, remedy)
         except Exception:  # a handler of the user's; the link is not to blame
             logger.exception('a handler of logging has failed')
 
@@ -12548,13 +12860,14 @@ class ProgramCluster(ComputationUser):
                 packed = self.bundles.packed((tuple(spec.allocator.setup_args), []), [])
                 check_setup_args(size_of(packed), self.remote)
         self.cargo.spec['key'] = digest_of(self.key)
-        if isinstance(computation, Calls):
+        if isinstance(computation, (Calls, CommandLines)):
             self.cargo.spec.update(computation.spec)
         if options.forward_logs:
             logs = logger.getEffectiveLevel()
         else:
             logs = -1
-        self.cargo.spec.update(live=options.on_output is not None, logs=logs)
+        self.cargo.spec.update(live=options.on_output is not None, logs=logs,
+                               start_method=options.start_method)
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
@@ -13167,6 +13480,10 @@ class JobCluster(OldCluster):
         end it has had all that is kept. `text` is str for functions, bytes for programs
     forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
         job's id
+    start_method - how a node starts worker processes. 'fork': after it has loaded the computation
+        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
+        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
+        fork on Linux and spawn elsewhere. A node that cannot is refused
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -13207,6 +13524,7 @@ class JobCluster(OldCluster):
                  max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
                  forward_logs: bool = False,
+                 start_method: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -14520,8 +14838,8 @@ class DispyExecutor(concurrent.futures.Executor):
         first call. A node where it fails is not used; if there is no other, all futures and
         `submit` raise BrokenExecutor
     max_tasks_per_child - a worker process is replaced after so many calls (default: never)
-    mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
-        by fork; another method is named in the log, once
+    mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
+        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
 
     A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
     executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
@@ -14541,7 +14859,8 @@ class DispyExecutor(concurrent.futures.Executor):
             most = _positive('max_workers', max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
-        _note_start_method(mp_context)
+        if mp_context is not None:
+            options['start_method'] = _method_of(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
         self._pool = _ExecutorClusters(functools.partial(
             self._cluster_class, calls, nodes, job_status=_settle_future, **options))
@@ -14663,15 +14982,19 @@ def _positive(name: str, value: Any) -> int:
     return number  # type: ignore[no-any-return]
 
 
-def _note_start_method(context: Any) -> None:
-    """Tell a program that asks for another start method, once, that workers are started by fork."""
-    if context is None or isinstance(context, str):
+def _method_of(context: Any) -> str:
+    """The start method of workers that a context of `multiprocessing` stands for. One that there is
+    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    if isinstance(context, str):
         method = context
     else:
         method = context.get_start_method()
-    if method not in (None, 'fork') and method not in _methods_noted:
+    if method in (FORK, SPAWN):
+        return method  # type: ignore[no-any-return]
+    if method not in _methods_noted:
         _methods_noted.add(method)
-        logger.info('mp_context: workers are started by fork, not by %s', method)
+        logger.info('mp_context: workers are started by spawn, as there is no %s', method)
+    return SPAWN
 
 
 _methods_noted: Set[str] = set()
@@ -15321,134 +15644,2216 @@ def _ended_by_error() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line: a program over many arguments; nodes by ssh
+# The shell: commands, their arguments and what is written of them. Nothing here runs a command;
+# what reads or writes a file says so
 # --------------------------------------------------------------------------------------------------
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+EXTENSION = re.compile(r'\.[^/.]+\Z')
+
+
+def without_extension(path: str) -> str:
+    """What {.} stands for: a path without the extension of its last part."""
+    return EXTENSION.sub('', path)
+
+
+def last_part(path: str) -> str:
+    """What {/} stands for."""
+    return path.rpartition('/')[2]
+
+
+def directory_of(path: str) -> str:
+    """What {//} stands for."""
+    return os.path.dirname(path) or '.'
+
+
+def last_part_without_extension(path: str) -> str:
+    """What {/.} stands for."""
+    return without_extension(last_part(path))
+
+
+# What follows the number in a replacement string -> what is made of the value
+FORMS: Dict[str, Callable[[str], str]] = {
+    '': str,
+    '.': without_extension,
+    '/': last_part,
+    '//': directory_of,
+    '/.': last_part_without_extension,
+}
+REPLACEMENT = re.compile(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
+
+
+class Replacement(NamedTuple):
+    """A replacement string of a template."""
+    is_number: bool                 # {#}: the number of the job
+    which: int                      # of the value, from 1 or from the end; 0: all values
+    form: Callable[[str], str]
+
+    @classmethod
+    def parse(cls, match: Any) -> 'Replacement':
+        """Of a match of REPLACEMENT."""
+        number, which, form = match.groups()
+        is_number = number is not None
+        index = int(which or 0)
+        return cls(is_number, index, FORMS[form or ''])
+
+    def texts(self, values: Sequence[str], number: int) -> List[str]:
+        """What it stands for. A value that is not there is empty."""
+        if self.is_number:
+            return [str(number)]
+        if self.which == 0:
+            return [self.form(value) for value in values]
+        index = self.which
+        if index > 0:
+            index -= 1
+        if -len(values) <= index < len(values):
+            return [self.form(values[index])]
+        return ['']
+
+
+class Template:
+    """A text with replacement strings, such as {} or {1.}. `quotes`: what they stand for is quoted
+    for a shell, except at the beginning of the text, where it is the name of a program or a whole
+    command line, as with GNU parallel."""
+
+    def __init__(self, text: str, quotes: bool = False) -> None:
+        self.text = text
+        self._quotes = quotes
+        self._pieces: List[Union[str, Replacement]] = []
+        end = 0
+        for match in REPLACEMENT.finditer(text):
+            if match.start() > end:
+                self._pieces.append(text[end:match.start()])
+            self._pieces.append(Replacement.parse(match))
+            end = match.end()
+        if end < len(text):
+            self._pieces.append(text[end:])
+        self.replaces = any(isinstance(piece, Replacement) for piece in self._pieces)
+
+    def expand(self, values: Sequence[str], number: int) -> str:
+        """The text for a job."""
+        if not self.replaces:
+            return self.text
+        return ''.join(self._texts(values, number))
+
+    def _texts(self, values: Sequence[str], number: int) -> Iterator[str]:
+        for index, piece in enumerate(self._pieces):
+            if isinstance(piece, str):
+                yield piece
+                continue
+            texts = piece.texts(values, number)
+            if self._quotes and index:
+                texts = list(map(shlex.quote, texts))
+            yield ' '.join(texts)
+
+    def words(self, values: Sequence[str], number: int) -> List[str]:
+        """The words of a command for which this stands: one, or, where it is a lone {}, as many as
+        there are values."""
+        first, *others = self._pieces or ['']
+        if isinstance(first, Replacement) and not others:
+            return first.texts(values, number)
+        return [self.expand(values, number)]
+
+
+class ProgramFile(NamedTuple):
+    """Where the program of a command comes from."""
+    word: str                   # what a node runs
+    path: Optional[str] = None  # the file that travels; None: the nodes have the program
+    by_python: bool = False     # a node's Python runs the file
+
+    @classmethod
+    def find(cls, word: str) -> 'ProgramFile':
+        """Of the first word of a command. Looks at files. Raises FileNotFoundError, and ValueError
+        for a file that cannot be run.
+
+        A path travels, unless it is what PATH finds for its name; so does a file in the working
+        directory that PATH does not find.
+        """
+        name = os.path.basename(word)
+        installed = shutil.which(name)
+        if os.sep not in word:
+            if installed is not None or not os.path.isfile(word):
+                return cls(word)
+        elif not os.path.isfile(word):
+            raise FileNotFoundError(
+                'there is no program %s here. If the nodes have it, write `env %s`' % (word, word))
+        if installed is not None and os.path.samefile(installed, word):
+            return cls(name)
+        if is_python_script(word):
+            return cls('./' + name, word, True)
+        return cls('./' + name, _program_path(word))
+
+
+def is_python_script(path: str) -> bool:
+    """Whether a file is one that Python runs, by its name or its first line."""
+    if path.endswith('.py'):
+        return True
+    with open(path, 'rb') as file:
+        line = file.readline(200)
+    return line.startswith(b'#!') and b'python' in line
+
+
+# What makes one word a line for a shell
+SHELL_SIGNS = re.compile(r'[\s|&;<>()$`\\"\'*?\[~]')
+FIRST_WORD = re.compile(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
+
+
+class Command:
+    """What is run for each input: words, of which the first is a program, or one line for `sh`.
+    `travels`: a program that is not installed goes to the nodes."""
+
+    def __init__(self, words: Sequence[str], travels: bool = True) -> None:
+        self.is_given = bool(words)
+        self.is_line = not words
+        if len(words) == 1:
+            self.is_line = self._is_line(words[0])
+        self.program = ProgramFile('')
+        texts = list(words) or ['{}']
+        if travels and self.is_line:
+            self._find_program_of_line(texts)
+        elif travels:
+            self._find_program(texts)
+        if not any(REPLACEMENT.search(text) for text in texts):
+            if self.is_line:
+                texts[0] += ' {}'
+            else:
+                texts.append('{}')
+        self._templates = [Template(text, self.is_line) for text in texts]
+
+    @staticmethod
+    def _is_line(word: str) -> bool:
+        if os.path.isfile(word):
+            return False
+        if REPLACEMENT.match(word):
+            return True
+        return SHELL_SIGNS.search(word) is not None
+
+    def _find_program(self, texts: List[str]) -> None:
+        if REPLACEMENT.search(texts[0]):
+            return
+        if re.search(r'\s', texts[0]) and not os.path.isfile(texts[0]):
+            raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
+                             'word, and options stand before the command' % texts[0])
+        self.program = ProgramFile.find(texts[0])
+        texts[0] = self.program.word
+
+    def _find_program_of_line(self, texts: List[str]) -> None:
+        """A line may begin with anything; what is no program here is left to the shell there."""
+        match = FIRST_WORD.match(texts[0])
+        if match is None:
+            return
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            program = ProgramFile.find(match.group(1))
+            if program.path is not None:
+                self.program = program
+                rest = texts[0][match.end():]
+                texts[0] = self._word_of_line() + rest
+
+    def _word_of_line(self) -> str:
+        if self.program.by_python:
+            return '"$DISPY_PYTHON" ' + self.program.word
+        return self.program.word
+
+    def words(self, values: Sequence[str], number: int) -> List[str]:
+        """What a node runs, as CommandLines takes it."""
+        if self.is_line:
+            return ['sh', '-c', self._templates[0].expand(values, number)]
+        words = self._words(values, number)
+        if self.program.by_python:
+            words.insert(0, RUN_BY_PYTHON)
+        return words
+
+    def _words(self, values: Sequence[str], number: int) -> List[str]:
+        words: List[str] = []
+        for template in self._templates:
+            words += template.words(values, number)
+        return words
+
+    def text(self, values: Sequence[str], number: int) -> str:
+        """The command of a job as people read it, and as a shell would take it."""
+        if self.is_line:
+            return self._templates[0].expand(values, number)
+        return ' '.join(map(shlex.quote, self._words(values, number)))
+
+    @property
+    def name(self) -> str:
+        """Of the computation, for people."""
+        words = self._templates[0].text.split(None, 1)
+        if not words:
+            return 'commands'
+        name = os.path.basename(words[0])
+        return name[:60] or 'commands'
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+Values = Tuple[str, ...]    # what the replacement strings of one job stand for
+RECORDS_READ = 1 << 16      # bytes read at once
+
+
+def records(read: Callable[[int], bytes], delimiter: bytes) -> Iterator[str]:
+    """Records that are ended by a delimiter, each as soon as it has come, and as it is."""
+    rest = b''
+    while True:
+        data = read(RECORDS_READ)
+        if not data:
+            break
+        *whole, rest = (rest + data).split(delimiter)
+        yield from map(os.fsdecode, whole)
+    if rest:
+        yield os.fsdecode(rest)
+
+
+def records_of(path: str, delimiter: bytes) -> Iterator[str]:
+    """Records of a file, or of standard input ('-'), which is read without Python's buffer: a
+    thread that waits in it holds a lock without which the interpreter cannot end."""
+    if path == '-':
+        yield from records(functools.partial(os.read, 0), delimiter)
+        return
+    with open(path, 'rb', buffering=0) as file:
+        yield from records(file.read, delimiter)  # type: ignore[arg-type]
+
+
+def split_as_shell(line: str) -> Union[Values, ValueError]:
+    """The words of a line of --args-file; what is wrong with one that cannot be split."""
+    try:
+        return tuple(shlex.split(line))
+    except ValueError as exc:
+        return ValueError('the line %.80r cannot be split as a shell does: %s' % (line, exc))
+
+
+def linked(sources: Sequence[Iterable[str]]) -> Iterator[Values]:
+    """One value of each source, as long as all have one."""
+    return zip(*sources)
+
+
+def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
+    """Each combination of the values of groups; the sources of a group are linked. The first group
+    is read as it comes."""
+    first, *others = groups
+    rest = [list(linked(group)) for group in others]
+    for head in linked(first):
+        for tails in itertools.product(*rest):
+            yield tuple(itertools.chain(head, *tails))
+
+
+def in_columns(values: Values, separator: Any) -> Values:
+    """The columns of all values, without the space around them."""
+    columns: List[str] = []
+    for value in values:
+        columns += separator.split(value)
+    return tuple(column.strip() for column in columns)
+
+
+SOURCE_MARKS = (':::', '::::', ':::+', '::::+')
+
+
+def split_sources(words: Sequence[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
+    """The words of a command, and what follows each of the marks behind it."""
+    command: List[str] = []
+    groups: List[Tuple[str, List[str]]] = []
+    here = command
+    for word in words:
+        if word in SOURCE_MARKS:
+            here = []
+            groups.append((word, here))
+        else:
+            here.append(word)
+    return command, groups
+
+
+class Inputs:
+    """The arguments of the jobs, read as they are wanted. Iterating yields, for each job, its
+    values, or a ValueError for a line that has none."""
+
+    def __init__(self, args: argparse.Namespace, marked: Sequence[Tuple[str, List[str]]]) -> None:
+        self._own = list(map(split_as_shell, args.args))
+        self._file = args.args_file
+        if self._file:
+            self._check(self._file)
+        self._delimiter = b'\0' if args.null else args.delimiter
+        self._skips_empty = args.no_run_if_empty
+        self._columns = args.colsep
+        self._groups: List[List[Any]] = [[self._records(path)] for path in args.arg_file]
+        for mark, words in marked:
+            self._add(mark, words)
+        if self.is_old and self._groups:
+            raise ValueError('-a and --args-file have the arguments of whole jobs: they do not go '
+                             'together with %s' % ', '.join((*SOURCE_MARKS, '--arg-file')))
+        # Whether standard input is where the arguments come from, for want of anything else
+        self.is_stdin = not self.is_old and not self._groups
+        if self.is_stdin:
+            self._groups.append([self._records('-')])
+
+    @property
+    def is_old(self) -> bool:
+        """Whether whole argument lists are given, each split as a shell does."""
+        return bool(self._own or self._file)
+
+    def _records(self, path: str) -> Iterator[str]:
+        self._check(path)
+        return records_of(path, self._delimiter)
+
+    @staticmethod
+    def _check(path: str) -> None:
+        """One that cannot be read is told before anything runs. A pipe can be opened only once."""
+        is_pipe = os.path.exists(path) and not os.path.isfile(path)
+        if path != '-' and not is_pipe:
+            open(path, 'rb').close()
+
+    def _add(self, mark: str, words: List[str]) -> None:
+        """What follows a mark: values, or files of values."""
+        if mark.startswith('::::'):
+            sources = list(map(self._records, words))
+        else:
+            sources = [iter(words)]
+        if not mark.endswith('+'):
+            self._groups += ([source] for source in sources)
+        elif self._groups:
+            self._groups[-1] += sources
+        else:
+            raise ValueError('%s is linked to the source before it, and there is none' % mark)
+
+    def __iter__(self) -> Iterator[Union[Values, ValueError]]:
+        if not self.is_old:
+            yield from self._combined()
+            return
+        yield from self._own
+        if self._file:
+            for line in records_of(self._file, b'\n'):
+                if line.strip():
+                    yield split_as_shell(line)
+
+    def _combined(self) -> Iterator[Values]:
+        for values in combinations(self._groups):
+            if self._skips_empty and not any(map(str.strip, values)):
+                continue
+            if self._columns is None:
+                yield values
+            else:
+                yield in_columns(values, self._columns)
+
+
+# -- when to stop ----------------------------------------------------------------------------------
+
+HALT_TEXT = re.compile(r'(now|soon),(fail|success|done)=([0-9]+)(%?)\Z')
+OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,success=1',
+             '-2': 'now,success=1'}
+
+
+class HaltRule(NamedTuple):
+    """When no more jobs are started."""
+    is_now: bool        # those that run are cancelled
+    why: str            # what is counted: 'fail', 'success' or 'done'
+    limit: int
+    is_percent: bool    # of all jobs
+
+    @classmethod
+    def parse(cls, text: str) -> Optional['HaltRule']:
+        """A rule as GNU parallel has it; None for 'never'. Raises ArgumentTypeError."""
+        text = OLD_HALTS.get(text, text)
+        if text == 'never':
+            return None
+        if re.match(r'[0-9]+%\Z', text):
+            text = 'soon,fail=' + text
+        match = HALT_TEXT.match(text)
+        if match is None or int(match.group(3)) < 1:
+            raise argparse.ArgumentTypeError(
+                '%r is no rule such as never, soon,fail=1, now,fail=10%% or now,success=1' % text)
+        when, why, limit, percent = match.groups()
+        return cls(when == 'now', why, int(limit), bool(percent))
+
+    def __str__(self) -> str:
+        when = 'now' if self.is_now else 'soon'
+        return '%s,%s=%d%s' % (when, self.why, self.limit, '%' * self.is_percent)
+
+    def is_reached(self, done: int, failed: int, total: int) -> bool:
+        """Whether to stop, after so many jobs of all."""
+        counts = {'fail': failed, 'success': done - failed, 'done': done}
+        counted = counts[self.why]
+        if self.is_percent:
+            return counted * 100 >= self.limit * total
+        return counted >= self.limit
+
+    def exit_status(self, last: int, failed: int, total: int) -> int:
+        """When it has been reached; `last`: exit status of the job that did that."""
+        if self.why == 'success':
+            return 0
+        if self.is_percent:
+            return -(-100 * failed // total)
+        if self.limit == 1:
+            return last
+        return min(failed, FAILED_MOST)
+
+
+# -- what is written of jobs -----------------------------------------------------------------------
+
+FAILED_MOST = 101        # the exit status for more failed jobs than 100
+EXIT_USAGE = 255         # wrong usage, or no node
+NO_STATUS = -1           # in the log: the job has no exit status
+
+
+class Ended(NamedTuple):
+    """A job that has ended, as the shell speaks of it."""
+    number: int
+    values: Values
+    command: str
+    node: str = ''           # the name of the node, if that is known
+    address: str = ''
+    start: float = 0.0       # s since the epoch
+    seconds: float = 0.0     # how long it ran
+    sent: int = 0            # bytes of its files
+    status: int = 0          # exit status, or NO_STATUS
+    signal: int = 0          # that has ended it
+    reason: str = ''         # why it has failed; empty if it has not
+    stdout: bytes = b''
+    stderr: bytes = b''
+
+    @property
+    def shell_status(self) -> int:
+        """What a shell would call its exit status."""
+        if self.signal:
+            return 128 + self.signal
+        return self.status & 255
+
+    @property
+    def tag(self) -> str:
+        """Its arguments in one text."""
+        return ' '.join(self.values)
+
+    def message(self) -> str:
+        """A line on its failure."""
+        if self.values:
+            about = ' (%s)' % shown(self.tag)
+        else:
+            about = ''
+        if self.node:
+            where = ' on ' + self.node
+        else:
+            where = ''
+        return 'job %d%s failed%s: %s' % (self.number, about, where, self.reason)
+
+
+def shown(text: str) -> str:
+    """Arguments in a message: one line, not too long for it."""
+    text = ' '.join(text.split())
+    if len(text) > 100:
+        return text[:97] + '...'
+    return text
+
+
+def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
+    """A file of lines with columns, of which each is written as soon as it is there; new, or one
+    that is added to."""
+    if appends:
+        mode = 'a'
+    else:
+        mode = 'w'
+    file = open(path, mode, 1, encoding='utf-8', errors='surrogateescape')
+    if file.tell() == 0:
+        write_row(file, columns)
+    return file
+
+
+def write_row(file: Any, columns: Iterable[Any]) -> None:
+    """Add a line to a table. What is empty is a dash."""
+    words = [JobLog.one_line(str(column)) or '-' for column in columns]
+    file.write('\t'.join(words) + '\n')
+
+
+class JobLog:
+    """--joblog: a line for each job that has ended, in GNU parallel's columns, and the node's name
+    behind them. Appends to a file, or writes a new one."""
+    COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
+               'Command', 'Node')
+    ROW = re.compile(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
+
+    def __init__(self, path: str, appends: bool) -> None:
+        self._file = open_table(path, appends, self.COLUMNS)
+
+    def write(self, ended: Ended) -> None:
+        """Add a job."""
+        printed = len(ended.stdout) + len(ended.stderr)
+        begin = '%.3f' % ended.start
+        seconds = '%10.3f' % ended.seconds
+        command = self.one_line(ended.command)
+        columns = [ended.number, ended.address, begin, seconds, ended.sent, printed, ended.status,
+                   ended.signal, command, ended.node]
+        write_row(self._file, columns)
+
+    def close(self) -> None:
+        """All is in the file."""
+        self._file.close()
+
+    @staticmethod
+    def one_line(command: str) -> str:
+        """A command without what separates columns and lines."""
+        return re.sub(r'[\t\r\n]', ' ', command)
+
+    @classmethod
+    def read(cls, path: str) -> Dict[int, Tuple[bool, str]]:
+        """Number -> whether the job has gone well, and its command; of the last line on each job.
+        Reads the file; one that is not there is empty."""
+        found: Dict[int, Tuple[bool, str]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            with open(path, encoding='utf-8', errors='surrogateescape') as file:
+                for row in filter(None, map(cls.ROW.match, file)):
+                    number, status, by_signal, command = row.groups()
+                    is_well = not int(status) and not int(by_signal)
+                    found[int(number)] = is_well, command
+        return found
+
+
+class Resume:
+    """Which jobs an earlier run has done, by its log."""
+
+    def __init__(self, path: str, again: bool) -> None:
+        self._path = path
+        self._again = again                # those that failed
+        self._known = JobLog.read(path)
+        self.changed = ''                  # what is to be said of a log that does not fit
+
+    def skips(self, number: int, command: str) -> bool:
+        """Whether a job is not run. Notes the first whose command is another now."""
+        if number not in self._known:
+            return False
+        is_well, known = self._known[number]
+        if known != JobLog.one_line(command) and not self.changed:
+            self.changed = ('job %d is now `%s`, and was `%s` when %s was written. Jobs are known '
+                            'by their numbers alone: --resume needs the same command and the same '
+                            'arguments in the same order'
+                            % (number, shown(command), shown(known), self._path))
+        return is_well or not self._again
+
+
+def write_file(path: str, data: bytes) -> None:
+    """A file with this content."""
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
+ESCAPES = {'\\': '\\\\', '/': '\\_', '\t': '\\t', '\n': '\\n', '\0': '\\0'}
+NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
+
+
+def as_file_name(value: str) -> str:
+    """An argument as the name of a directory, as GNU parallel writes it."""
+    signs = [ESCAPES.get(sign, sign) for sign in value]
+    name = ''.join(signs)
+    if name in ('', '.', '..'):
+        name = '\\' + name   # no argument gives this otherwise
+    data = os.fsencode(name)
+    if len(data) > NAME_LONGEST:
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        begin = os.fsdecode(data[:NAME_LONGEST - 20])
+        name = '%s~%s' % (begin, digest)
+    return name
+
+
+def results_path(values: Values) -> str:
+    """Below --results, the directory for a job with these arguments."""
+    parts: List[str] = []
+    for number, value in enumerate(values, 1):
+        parts += [str(number), as_file_name(value)]
+    return os.path.join('', *parts)
+
+
+class ResultFiles:
+    """--results: the output of each job in a directory by its arguments, and a table."""
+    TABLE = 'jobs.tsv'
+    COLUMNS = ('Seq', 'Arguments', 'Node', 'Status', 'Directory')
+
+    def __init__(self, root: str, appends: bool) -> None:
+        self._root = root
+        self._used: Set[str] = set()
+        os.makedirs(root, exist_ok=True)
+        path = os.path.join(root, self.TABLE)
+        self._table = open_table(path, appends, self.COLUMNS)
+
+    def write(self, ended: Ended) -> None:
+        """Write the files of a job. Raises OSError."""
+        name = self._free_name(ended)
+        directory = os.path.join(self._root, name)
+        os.makedirs(directory, exist_ok=True)
+        write_file(os.path.join(directory, 'stdout'), ended.stdout)
+        write_file(os.path.join(directory, 'stderr'), ended.stderr)
+        write_file(os.path.join(directory, 'seq'), b'%d' % ended.number)
+        reason = ended.reason or 'ok'
+        write_row(self._table, [ended.number, ended.tag, ended.node, reason, name])
+
+    def _free_name(self, ended: Ended) -> str:
+        """Jobs with the same arguments have a directory each."""
+        name = results_path(ended.values)
+        if not name or name in self._used:
+            name = '%s~%d' % (name, ended.number)
+        self._used.add(name)
+        return name
+
+    def close(self) -> None:
+        """All is in the files."""
+        self._table.close()
+
+
+class NumberedFiles:
+    """--output: the output of each job in two files by its number."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        os.makedirs(directory, exist_ok=True)
+
+    def write(self, ended: Ended) -> None:
+        """Write the files of a job. Raises OSError."""
+        path = os.path.join(self._directory, '%d' % ended.number)
+        write_file(path + '.out', ended.stdout)
+        write_file(path + '.err', ended.stderr)
+
+    def close(self) -> None:
+        """Each file has been closed."""
+
+
+LINES = re.compile(rb'[^\n]*\n|[^\n]+')
+
+
+def tagged(data: bytes, tag: str) -> bytes:
+    """Lines with the arguments of their job before each."""
+    prefix = os.fsencode(tag) + b'\t'
+    lines = LINES.findall(data)
+    return b''.join(prefix + line for line in lines)
+
+
+class ShownOutput:
+    """--line-buffer: how much of the output of jobs that run has been shown."""
+
+    def __init__(self) -> None:
+        self._held: Dict[Tuple[int, str], bytearray] = {}   # not shown yet
+        self._shown: Dict[Tuple[int, str], int] = {}        # bytes
+
+    def add(self, number: int, stream: str, data: bytes) -> None:
+        """A job has printed this."""
+        self._held.setdefault((number, stream), bytearray()).extend(data)
+
+    def take(self, number: int, stream: str) -> bytes:
+        """The whole lines that are to be shown now."""
+        held = self._held.get((number, stream), bytearray())
+        end = held.rfind(b'\n') + 1
+        data = bytes(held[:end])
+        del held[:end]
+        before = self._shown.get((number, stream), 0)
+        self._shown[number, stream] = before + end
+        return data
+
+    def rest(self, number: int, stream: str, whole: bytes) -> bytes:
+        """What has not been shown of the output of a job that has ended."""
+        self._held.pop((number, stream), None)
+        return whole[self._shown.pop((number, stream), 0):]
+
+
+# -- hosts -----------------------------------------------------------------------------------------
+
+HOST_WITH_CPUS = re.compile(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
+
+
+def cpus_and_host(word: str) -> Tuple[int, str]:
+    """'4/host': at most 4 CPUs of a host; without a number 0, which means all."""
+    match = HOST_WITH_CPUS.match(word)
+    if match is None:
+        raise ValueError('%r is not HOST, HOST:PORT or either with CPUS/ before it' % word)
+    cpus, host = match.groups()
+    return int(cpus or 0), host
+
+
+def hosts_in(path: str) -> List[str]:
+    """The hosts of a file for --hosts, as written there. Reads the file."""
+    words: List[str] = []
+    with open(path) as file:
+        for line in file:
+            words += line.partition('#')[0].split()
+    return words
+
+
+def as_node(word: str) -> Any:
+    """An element of `nodes` for a host as -n and --hosts have it. What is for ssh alone, a user and
+    ssh's port, is left out."""
+    cpus, host = cpus_and_host(word)
+    if host.startswith('ssh://'):
+        host = host[len('ssh://'):]
+        host = host.rpartition(':')[0] or host
+    host = host.rpartition('@')[2]
+    name, port = host_and_port(host, NODE_PORT)
+    if cpus:
+        return name, port, cpus
+    return name, port
+
+
+# --------------------------------------------------------------------------------------------------
+# The shell: options
+# --------------------------------------------------------------------------------------------------
+
+UNITS = {'s': 1.0, 'm': 60.0, 'h': 3600.0, 'd': 86400.0}
+DURATION = re.compile(r'(?:\d+(?:\.\d+)?[smhd])*(?:\d*\.?\d+)?\Z')
+DURATION_PART = re.compile(r'(\d*\.?\d+)([smhd]?)')
+
+
+def duration_option(text: str) -> float:
+    """Seconds, or such as 1m30s or 2h."""
+    if not text or DURATION.match(text) is None:
+        raise argparse.ArgumentTypeError('%r is no time such as 10, 1.5, 90s or 1h30m' % text)
+    seconds = 0.0
+    for number, unit in DURATION_PART.findall(text):
+        factor = UNITS[unit or 's']
+        seconds += float(number) * factor
+    return seconds
+
+
+def count_option(text: str) -> int:
+    """A number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
+    return int(text)
+
+
+def slots_option(text: str) -> int:
+    """How many jobs at once; 0: as many as the nodes have CPUs."""
+    if text in ('0', '100%'):
+        return 0
+    return count_option(text)
+
+
+def delimiter_option(text: str) -> bytes:
+    """What ends a record, with escapes such as \\n, \\0 and \\x1f."""
+    try:
+        data = os.fsencode(text).decode('unicode_escape').encode('latin-1')
+    except UnicodeError:
+        data = os.fsencode(text)   # no escapes, but signs beyond Latin-1
+    if not data:
+        raise argparse.ArgumentTypeError('it is empty; -0 has records that end with NUL')
+    return data
+
+
+def pattern_option(text: str) -> Any:
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as exc:
+        raise argparse.ArgumentTypeError('%r is no regular expression: %s' % (text, exc)) from None
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Options that end where a command begins, as of `env` and GNU parallel: what follows the first
+    word that is no option is not looked at. Values may begin with a dash. Wrong usage ends the
+    program with the exit status 255."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, '%s: error: %s\n' % (self.prog, message))
+
+    def split(self, argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+        """Options, each in one word, and what follows them."""
+        left = collections.deque(argv)
+        options: List[str] = []
+        while left and left[0][:1] == '-' and left[0] != '-':
+            word = left.popleft()
+            if word == '--':
+                break
+            if word.startswith('--'):
+                options.append(self._long(word, left))
+            else:
+                options += self._short(word, left)
+        return options, list(left)
+
+    def _long(self, word: str, left: Deque[str]) -> str:
+        """An option with its value behind a sign, which may be the next word."""
+        name, sign, value = word.partition('=')
+        name = self._whole_name(name)
+        if self._option_string_actions[name].nargs == 0:
+            return name + sign + value
+        if not sign:
+            value = self._next(name, left)
+        return '%s=%s' % (name, value)
+
+    def _whole_name(self, name: str) -> str:
+        """An option from its beginning, or in dispy 4's spelling with underscores."""
+        known = self._option_string_actions
+        name = name.replace('_', '-')
+        if name in known:
+            return name
+        found = [other for other in known if other.startswith(name)]
+        actions = {id(known[other]) for other in found}
+        if len(actions) == 1:
+            return found[0]
+        if found:
+            self.error('%s may be any of %s' % (name, ', '.join(found)))
+        self.error('there is no option %s' % name)
+
+    def _next(self, name: str, left: Deque[str]) -> str:
+        if not left:
+            self.error('%s needs a value' % name)
+        return left.popleft()
+
+    def _short(self, word: str, left: Deque[str]) -> Iterator[str]:
+        """Options of one letter, several of which may stand in one word."""
+        for index, letter in enumerate(word[1:], 2):
+            action = self._option_string_actions.get('-' + letter)
+            if action is None:
+                self.error('there is no option -%s' % letter)
+            value = word[index:]
+            if letter == 'd' and not value and not self._is_delimiter(left):
+                yield '--debug'   # dispy 4's meaning
+            elif action.nargs == 0:
+                yield '-' + letter
+            else:
+                value = value or self._next('-' + letter, left)
+                yield '%s=%s' % (self._long_name(action), value)
+                return
+
+    @staticmethod
+    def _is_delimiter(left: Deque[str]) -> bool:
+        if not left:
+            return False
+        word = left[0]
+        return len(word) == 1 or word.startswith('\\')
+
+    @staticmethod
+    def _long_name(action: argparse.Action) -> str:
+        return next(name for name in action.option_strings if name.startswith('--'))
+
+
+SHELL_HELP = '''Run a command once for each argument, on all CPUs of the nodes. The arguments follow
+the command (::: a b, :::: FILE) or come from standard input, a line each. {} in the command stands
+for the argument, {.} for it without extension, {/} for its last part, {//} for its directory, {/.}
+for both, {1} for the first of several, {#} for the number of the job; without any of these the
+argument is appended. A command in one quoted word is a line for `sh`; separate words are run
+without a shell.'''
+SHELL_EPILOG = '''Commands run in a directory on the node. A program whose path is given, or that is
+a file in the working directory and not in PATH, travels there; any other is taken from the node's
+PATH. A Python script that travels is run by the Python of the node. Other files travel by -f,
+--transferfile and --return, or are reached by --workdir. The exit status is the number of jobs
+that failed, 101 for more than 100, and 255 if the command line is wrong or no node can be used.
+`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends them, and
+`dispy report` writes a file for a report of a fault: each has a --help of its own. A program of
+such a name is run as ./deploy.'''
+
+
+# Title of a group -> its options: how they are written, and what argparse is told of them
+OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
+    'instead of running a command': [
+        (('--list-nodes',), {
+            'action': 'store_true',
+            'help': 'show the nodes (-n, --hosts; default: all that answer) and whether they can '
+                    'be used; the exit status is 0 if any can'}),
+        (('--cancel-lost',), {
+            'action': 'store_true',
+            'help': 'end what programs of yours that were killed or ended by an exception have '
+                    'left on nodes; the exit status is the number of those of which something '
+                    'may be left'}),
+        (('--dry-run',), {
+            'action': 'store_true',
+            'help': 'print the command of each job'}),
+        (('--version',), {
+            'action': 'version', 'version': '%(prog)s ' + __version__}),
+    ],
+    'nodes': [
+        (('-n', '--node', '--nodes'), {
+            'action': Each, 'default': [], 'dest': 'nodes', 'metavar': '[CPUS/]HOST[:PORT]',
+            'help': "a node, or several in quotes; may be repeated; 'local': this machine "
+                    '(default: a dispynode on this machine, or one started for this run)'}),
+        (('--hosts',), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'file with a node on each line; # begins a comment; may be repeated'}),
+        (('--scheduler-host', '--scheduler-node'), {
+            'metavar': 'HOST[:PORT]',
+            'help': 'the jobs go to this dispyscheduler; -n then says which of its nodes they '
+                    'may use'}),
+        (('--host', '--ip-addr'), {
+            'metavar': 'ADDR',
+            'help': 'also wait at this address for nodes that connect by themselves'}),
+        (('--wait-nodes',), {
+            'type': seconds_option, 'metavar': 'S',
+            'help': 'give up if no node can be used within so many seconds (default: wait for '
+                    'one)'}),
+        (('--secret',), {
+            'metavar': 'SECRET',
+            'help': 'the secret; it can be seen in the list of processes, so better:'}),
+        (('--secret-file',), {
+            'metavar': 'FILE',
+            'help': 'file with the secret (default: that of this user)'}),
+        (('--certfile',), {
+            'metavar': 'FILE',
+            'help': 'certificate for TLS'}),
+        (('--keyfile',), {
+            'metavar': 'FILE',
+            'help': "the certificate's key, if not in the same file"}),
+        (('--debug',), {
+            'action': 'store_true',
+            'help': 'log what is done in detail'}),
+    ],
+    'arguments': [
+        (('--arg-file',), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'as ":::: FILE": an argument on each line; -: standard input'}),
+        (('-0', '--null'), {
+            'action': 'store_true',
+            'help': 'arguments in files end with NUL'}),
+        (('-d', '--delimiter'), {
+            'type': delimiter_option, 'default': b'\n', 'metavar': 'CHARACTERS',
+            'help': 'arguments in files end with these; escapes such as \\t are known. A bare -d '
+                    'is --debug'}),
+        (('-C', '--colsep'), {
+            'type': pattern_option, 'metavar': 'REGEX',
+            'help': 'split each argument into columns, which are {1}, {2} and so on'}),
+        (('-r', '--no-run-if-empty'), {
+            'action': 'store_true',
+            'help': 'leave out empty arguments'}),
+        (('-a', '--args'), {
+            'action': 'append', 'default': [], 'metavar': '"ARGS"',
+            'help': 'all arguments of one job, split as a shell does; may be repeated'}),
+        (('--args-file',), {
+            'metavar': 'FILE',
+            'help': 'all arguments of a job on each line, split as a shell does; -: standard '
+                    'input'}),
+    ],
+    'how jobs run': [
+        (('-j', '--jobs', '-P', '--max-procs'), {
+            'type': slots_option, 'default': 0, 'metavar': 'N',
+            'help': 'at most so many jobs at once, on all nodes together (default: one a CPU)'}),
+        (('--delay',), {
+            'type': duration_option, 'default': 0.0, 'metavar': 'TIME',
+            'help': 'wait so long between the starts of two jobs; 1m30s is known'}),
+        (('--timeout',), {
+            'type': duration_option, 'metavar': 'TIME',
+            'help': 'end a job that runs for longer'}),
+        (('--retries',), {
+            'type': count_option, 'default': 1, 'metavar': 'N',
+            'help': 'try a job that fails, or whose node is lost, so often in all'}),
+        (('--halt', '--halt-on-error'), {
+            'type': HaltRule.parse, 'metavar': 'WHEN',
+            'help': 'soon,fail=N: start no more jobs when N have failed; now: also cancel those '
+                    'that run; N%%: of all; success and done are counted, too'}),
+        (('--memory',), {
+            'type': size_option, 'metavar': 'N[kmgt]',
+            'help': 'memory that a job may use; it is killed when it takes more'}),
+        (('--cpus',), {
+            'type': count_option, 'metavar': 'N',
+            'help': 'CPUs that a job takes (default: 1)'}),
+        (('--priority',), {
+            'type': int, 'metavar': 'N',
+            'help': 'jobs with a higher one go first (default: 0)'}),
+        (('--resume',), {
+            'action': 'store_true',
+            'help': 'leave out the jobs that are in --joblog, of an earlier run of the same '
+                    'command'}),
+        (('--resume-failed',), {
+            'action': 'store_true',
+            'help': 'the same, but run those again that failed'}),
+    ],
+    'files': [
+        (('-f', '--depends', '--basefile', '--bf'), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'file or directory that the jobs find in their directory; may be repeated'}),
+        (('--transferfile', '--tf'), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'a file of one job, such as {}; the job gets a directory of its own, and the '
+                    'file has the same relative path there; may be repeated'}),
+        (('--transfer',), {
+            'dest': 'transferfile', 'action': 'append_const', 'const': '{}',
+            'help': 'as --transferfile {}'}),
+        (('--return',), {
+            'dest': 'returns', 'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'a file that a job makes in its directory, such as {.}.out; it comes to the '
+                    'same relative path here; may be repeated'}),
+        (('--cleanup',), {
+            'action': 'store_true',
+            'help': 'files of jobs are always removed; it says no more'}),
+        (('--workdir', '--wd'), {
+            'metavar': 'DIR',
+            'help': 'run the commands in this directory of the nodes; .: the one where you are'}),
+        (('-c', '--keep-files'), {
+            'action': 'store_true',
+            'help': 'leave the files on the nodes'}),
+    ],
+    'output': [
+        (('-k', '--keep-order'), {
+            'action': 'store_true',
+            'help': 'output in the order of the arguments'}),
+        (('--tag',), {
+            'action': 'store_true',
+            'help': 'begin each line of output with the argument and a tab'}),
+        (('--line-buffer', '--lb'), {
+            'action': 'store_true',
+            'help': 'print lines while the job runs; those of several jobs mix'}),
+        (('-o', '--output'), {
+            'metavar': 'DIR',
+            'help': 'write the output of job N to DIR/N.out and DIR/N.err instead of printing it'}),
+        (('--results', '--res'), {
+            'metavar': 'DIR',
+            'help': 'also write it to DIR/1/ARGUMENT/stdout and stderr, with a table in '
+                    'DIR/jobs.tsv'}),
+        (('--joblog', '--jl'), {
+            'metavar': 'FILE',
+            'help': 'write a line on each job that has ended; +FILE: append'}),
+        (('--eta',), {
+            'action': 'store_true',
+            'help': 'at a terminal: how much time is left'}),
+        (('--bar',), {
+            'action': 'store_true',
+            'help': 'at a terminal: a bar'}),
+        (('--progress',), {
+            'action': 'store_true',
+            'help': 'at a terminal: how many jobs have ended (the default)'}),
+    ],
+}
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog='dispy',
-        description='Run a program once for each line of arguments, on all CPUs of '
-        'the nodes. The exit status is the number of jobs that failed, at most 101.',
-        epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` '
-               'ends them: each has a --help of its own. A program of such a name is run as '
-               './deploy.')
-    add = parser.add_argument
-    add('program',
-        metavar='PROGRAM',
-        nargs='?',
-        help='path of a program or script; it is copied to the nodes')
-    add('--list-nodes',
-        action='store_true',
-        help='instead of running a program show the nodes (-n; default: all that answer) and '
-             'whether they can be used; the exit status is 0 if any can')
-    add('--cancel-lost',
-        action='store_true',
-        help='instead of running a program end what programs of yours that were killed or ended by '
-             'an exception have left on nodes; the exit status is the number of those of which '
-             'something may be left')
-    add('-n', '--node', '--nodes', action=Each, default=[], dest='nodes', metavar='HOST[:PORT]',
-        help="a node, or several in quotes; may be repeated; 'local': this machine "
-        '(default: a dispynode on this machine, or one started for this run)')
-    add('--scheduler-host',
-        '--scheduler-node',
-        metavar='HOST[:PORT]',
-        help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
-    add('--host',
-        '--ip-addr',
-        metavar='ADDR',
-        help='also wait at this address for nodes that connect by themselves')
-    add('-f',
-        '--depends',
-        action='append',
-        default=[],
-        metavar='FILE',
-        help='file that the program needs beside it; may be repeated')
-    add('-a',
-        '--args',
-        action='append',
-        default=[],
-        metavar='"ARGS"',
-        help='arguments of one job, split as a shell does; may be repeated')
-    add('--args-file',
-        metavar='FILE',
-        help='file with the arguments of a job on each line; -: standard input')
-    add('-o',
-        '--output',
-        metavar='DIR',
-        help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--wait-nodes',
-        type=seconds_option,
-        metavar='S',
-        help=
-        'give up, with exit status 2, if no node can be used within so many seconds (default: wait '
-        'for one)'
-        )
-    add('-c', '--keep-files', action='store_true', help='leave the files on the nodes')
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('--secret',
-        metavar='SECRET',
-        help='the secret; it can be seen in the list of processes, so better:')
-    add('--secret-file',
-        metavar='FILE',
-        help='file with the secret (default: the one of this user)')
-    add('--certfile', metavar='FILE', help='certificate for TLS')
-    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--version', action='version', version='%(prog)s ' + __version__)
+        usage='%(prog)s [options] COMMAND [WORD...] [::: ARGUMENT... | :::: FILE...]...',
+        description=SHELL_HELP,
+        epilog=SHELL_EPILOG)
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, kinds in rows:
+            group.add_argument(*names, **kinds)
     return parser
 
 
-def _lines_of(args: argparse.Namespace) -> Iterator[List[str]]:
-    """Argument lists of jobs, read as they are wanted. Raises ValueError for a line that a shell
-    could not split."""
-    yield from map(shlex.split, args.args)
-    if args.args_file == '-':
-        yield from (shlex.split(line) for line in sys.stdin if line.strip())
-    elif args.args_file:
-        with open(args.args_file) as file:
-            yield from (shlex.split(line) for line in file if line.strip())
-    elif not args.args:
-        yield []
+class Plan:
+    """What a command line asks for. It does not change."""
+
+    def __init__(self, args: argparse.Namespace, words: Sequence[str]) -> None:
+        """Looks at files. Raises ValueError, OSError."""
+        command, marked = split_sources(words)
+        self.args = args
+        self.command = Command(command, args.workdir is None)
+        inputs = Inputs(args, marked)
+        self.inputs: Iterable[Any] = inputs
+        self.reads_stdin = inputs.is_stdin
+        self.transfers = tuple(map(Template, args.transferfile))
+        self.returns = tuple(map(Template, args.returns))
+        self.has_directory = bool(self.transfers or self.returns)
+        self.directory = self._directory()
+        self.options = self._options()
+        self._check()
+        if not self.command.is_given:
+            self._check_commands(inputs)
+
+    def _check_commands(self, inputs: Inputs) -> None:
+        """The arguments are the commands: wait for the first."""
+        first = list(itertools.islice(inputs, 1))
+        if not first or inputs.is_old:
+            raise ValueError('PROGRAM is missing, and there are no command lines as arguments')
+        self.inputs = itertools.chain(first, inputs)
+
+    def _check(self) -> None:
+        if self.is_resumed and not self.args.joblog:
+            raise ValueError('--resume and --resume-failed need --joblog FILE, of an earlier run')
+        if self.has_directory and self.directory is not None:
+            raise ValueError('--workdir is a directory that jobs share; with --transferfile and '
+                             '--return each has one of its own')
+
+    def _directory(self) -> Optional[str]:
+        """Where commands run, on the nodes; None: in the directory of the job's files."""
+        if self.args.workdir is None:
+            return None
+        return os.path.abspath(os.path.expanduser(self.args.workdir))
+
+    def _options(self) -> Dict[str, Any]:
+        """What `submit` is told of each job."""
+        args = self.args
+        found = {'dispy_timeout': args.timeout, 'dispy_memory': args.memory,
+                 'dispy_cpus': args.cpus, 'dispy_priority': args.priority}
+        if args.retries > 1:
+            found.update(dispy_retries=args.retries - 1, dispy_retry_on=True)
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def paces(self) -> bool:
+        """Whether no job may wait behind others at a node."""
+        return bool(self.args.delay or self.args.halt)
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether all arguments are read before the first job, to know how many there are."""
+        rule = self.args.halt
+        if rule is not None and rule.is_percent:
+            return True
+        return bool(self.args.eta or self.args.bar)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether what an earlier run has written is added to."""
+        return bool(self.args.resume or self.args.resume_failed)
+
+    def words(self, values: Values, number: int) -> List[str]:
+        """The arguments of a job."""
+        words = self.command.words(values, number)
+        if self.directory is not None:
+            words.append(RUN_IN + self.directory)
+        for template in self.returns:
+            name = self._below(template.expand(values, number), '--return')
+            words.append(BRING_BACK + name)
+        return words
+
+    def files(self, values: Values, number: int) -> OwnDirectory:
+        """The files of a job alone."""
+        files = OwnDirectory()
+        for template in self.transfers:
+            path = template.expand(values, number)
+            files.append(JobFile(path, self._below(path, '--transferfile')))
+        return files
+
+    @staticmethod
+    def _below(path: str, option: str) -> str:
+        """A path as the job has it: below its directory, as it is below ours."""
+        name = os.path.normpath(path)
+        if os.path.isabs(name):
+            name = os.path.relpath(name)
+        if name.startswith(os.pardir):
+            raise ValueError('%s %s: the path is not below the working directory, %s' % (
+                option, path, os.getcwd()))
+        return name.replace(os.sep, '/')
 
 
-class _Printer:
-    """Shows what has ended, as it comes; keeps count."""
+# --------------------------------------------------------------------------------------------------
+# The shell: jobs and the terminal
+# --------------------------------------------------------------------------------------------------
 
-    def __init__(self, directory: Optional[str]) -> None:
-        self._directory = directory
-        self.done = self.failed = 0
+JOBS_AHEAD = 1000          # jobs that have been read and have not ended
+BYTES_AHEAD = 256 << 20    # the same of the files of jobs, which are in memory
+CPUS_ASKED = 0.5           # s between two looks at how many CPUs there are
+LINE_EVERY = 0.1           # s between two lines with the progress
+OUTPUT_HELD = 1 << 16      # bytes of output that are written at once
+LATE = 1.0                 # s without a job that has ended, after which the line is written anew
+
+
+class Window:
+    """How many jobs are under way, and whether another may start. Any thread."""
+
+    def __init__(self, most: Callable[[], int], changes: bool) -> None:
+        self._most = most
+        self._changes = changes         # what `most` returns
+        self._is_full = False           # jobs are let in again when a part of them has ended
+        self._changed = threading.Condition()
+        self.count = 0
+        self._bytes = 0
+        self.is_closed = False
+
+    def enter(self, size: int) -> bool:
+        """Wait until a job with so many bytes of files may start; False: none may any more."""
+        with self._changed:
+            while not self.is_closed and not self._has_room(size):
+                self._changed.wait(CPUS_ASKED if self._changes else None)
+            if self.is_closed:
+                return False
+            self.count += 1
+            self._bytes += size
+            return True
+
+    def _has_room(self, size: int) -> bool:
+        most = self._most()
+        if self._is_full and not self._changes:
+            most -= most // 4   # several at once take less time than one by one
+        self._is_full = self.count >= most
+        if self._is_full:
+            return False
+        return self.count == 0 or self._bytes + size <= BYTES_AHEAD
+
+    def leave(self, size: int) -> None:
+        """A job has ended."""
+        with self._changed:
+            self.count -= 1
+            self._bytes -= size
+            if self._has_room(0):
+                self._changed.notify()
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or until no job may start any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_closed, seconds)
 
     def close(self) -> None:
-        """Leave the line with the count."""
-        if self.done and sys.stderr.isatty():
-            print(file=sys.stderr)
+        """No more jobs start."""
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()
 
-    def show(self, job: DispyJob, total: int) -> None:
-        """Output and fate of one job. The main thread."""
+
+class Terminal:
+    """Standard output and error: what jobs print, messages, and at a terminal a line with the
+    progress, which never stands between them. The main thread. Raises BrokenPipeError when nobody
+    reads any more."""
+
+    def __init__(self) -> None:
+        self._shows = sys.stderr.isatty()
+        self._line = ''                # that stands there
+        self._next = 0.0               # when another may, by the monotonic clock
+        self._held: List[bytes] = []   # of standard output, not written yet
+        self._size = 0
+
+    def out(self, data: bytes) -> None:
+        """Of a job's standard output."""
+        if data:
+            self._held.append(data)
+            self._size += len(data)
+            if self._size > OUTPUT_HELD:
+                self.flush()
+
+    def err(self, data: bytes) -> None:
+        """Of a job's standard error, behind all that has been printed before."""
+        if data:
+            self.flush()
+            self._erase()
+            self._write(sys.stderr.buffer, data)
+
+    def message(self, text: str) -> None:
+        """A line of ours."""
+        self.err((text + '\n').encode(errors='backslashreplace'))
+
+    def flush(self) -> None:
+        """All that has been printed is written."""
+        if self._held:
+            self._erase()
+            data = b''.join(self._held)
+            self._held = []
+            self._size = 0
+            self._write(sys.stdout.buffer, data)
+
+    @staticmethod
+    def _write(stream: Any, data: bytes) -> None:
+        stream.write(data)
+        stream.flush()
+
+    def _erase(self) -> None:
+        if self._line:
+            self._line = ''
+            self._write(sys.stderr.buffer, b'\r\033[K')
+
+    def progress(self, line: Callable[[], str], at_once: bool = False) -> None:
+        """Show how far it is, if it is time for that."""
+        if not self._shows:
+            return
+        now = time.monotonic()
+        if now < self._next and not at_once:
+            return
+        self._next = now + LINE_EVERY
+        self.flush()
+        width = shutil.get_terminal_size().columns
+        self._line = line()[:width - 1]
+        data = self._line.encode(errors='replace')
+        self._write(sys.stderr.buffer, b'\r%s\033[K' % data)
+
+    def close(self) -> None:
+        """What is shown stays there, in a line of its own."""
+        self.flush()
+        if self._line:
+            self._line = ''
+            self._write(sys.stderr.buffer, b'\n')
+
+
+class Tally:
+    """How many jobs there are, and how many have ended. The main thread."""
+
+    def __init__(self, display: str) -> None:
+        self._display = display        # 'eta', 'bar' or ''
+        self._began = time.monotonic()
+        self.total: Optional[int] = None   # if that is known
+        self.read = 0
+        self.skipped = 0                   # that an earlier run has done
+        self.done = 0
+        self.failed = 0
+        self.last_status = 0           # exit status of the job that ended last
+
+    def count(self, ended: Ended) -> None:
+        """A job has ended."""
         self.done += 1
-        for data, end, stream in ((job.stdout, 'out', sys.stdout), (job.stderr, 'err', sys.stderr)):
-            if self._directory is not None:
-                with open(os.path.join(self._directory, '%s.%s' % (job.id, end)), 'wb') as file:
-                    file.write(data or b'')  # type: ignore[arg-type]
-            elif data:
-                stream.buffer.write(data)  # type: ignore[arg-type]
-                stream.flush()
-        if job.status != JobState.FINISHED or job.result:
+        self.last_status = ended.shell_status
+        if ended.reason:
             self.failed += 1
-            words, where, reason = state_of(job)
-            if job._failure is not None and not job.exception:
-                values = job._failure.values()
+
+    @property
+    def all(self) -> int:
+        """How many jobs there are, as far as that is known."""
+        if self.total is None:
+            return self.read
+        return self.total - self.skipped
+
+    def line(self) -> str:
+        """For people."""
+        text = '%d of %d done, %d failed' % (self.done, self.all, self.failed)
+        if self._display == 'bar':
+            return '%s %s' % (self._bar(), text)
+        return text + self._time_left()
+
+    def _time_left(self) -> str:
+        left = self.all - self.done
+        if self._display != 'eta' or not left or not self.done:
+            return ''
+        rate = self.done / (time.monotonic() - self._began)
+        return ', about %.0f s left' % (left / rate)
+
+    def _bar(self) -> str:
+        part = self.done / max(1, self.all)
+        marks = '#' * int(40 * part)
+        return '%3.0f %% [%-40s]' % (100 * part, marks)
+
+
+class Names:
+    """The names of nodes by their addresses. The main thread."""
+
+    def __init__(self, cluster: JobCluster) -> None:
+        self._cluster = cluster
+        self._known: Dict[str, str] = {}
+
+    def of(self, address: str) -> str:
+        """The name of the node at an address; the address if there are several."""
+        if address and address not in self._known:
+            self._look(address)
+        return self._known.get(address, '')
+
+    def _look(self, address: str) -> None:
+        nodes = self._cluster.status().nodes
+        names = {node.name for node in nodes if node.ip_addr == address}
+        names.discard('')
+        if len(names) != 1:
+            names = {address}
+        self._known[address] = names.pop()
+
+
+class PendingJob(NamedTuple):
+    """A job on its way."""
+    values: Values
+    command: str
+    size: int = 0            # bytes of its files
+
+
+class NotSubmitted(NamedTuple):
+    """A job that could not be started."""
+    number: int
+    values: Values
+    reason: str
+
+
+class InputEnd(NamedTuple):
+    """There are no more arguments, or they cannot be read."""
+    error: str
+
+
+class TotalKnown(NamedTuple):
+    """All arguments have been read."""
+    jobs: int
+
+
+class Printed(NamedTuple):
+    """A job that runs has printed this."""
+    number: int
+    stream: str
+    data: bytes
+
+
+class Feeder:
+    """Reads arguments and submits jobs, in a thread of its own: they may come slowly. The main
+    thread is told by `events`."""
+
+    def __init__(self, plan: Plan, cluster: JobCluster, window: Window,
+                 events: 'queue.SimpleQueue[Any]', resume: Optional[Resume]) -> None:
+        self._plan = plan
+        self._cluster = cluster
+        self._window = window
+        self._events = events
+        self._resume = resume
+        self._last = -math.inf                     # when a job was started
+        self.skipped = 0                           # jobs that an earlier run has done
+        self.jobs: Dict[int, PendingJob] = {}       # under way
+        self.order: Deque[int] = collections.deque()   # numbers of jobs, as they were submitted
+
+    def start(self) -> None:
+        """Begin. The thread does not keep the interpreter from ending."""
+        threading.Thread(target=self._run, name='dispy-arguments', daemon=True).start()
+
+    def _run(self) -> None:
+        error = ''
+        try:
+            inputs: Iterable[Any] = self._plan.inputs
+            if self._plan.counts_first:
+                inputs = list(inputs)
+                self._events.put(TotalKnown(len(inputs)))
+            self._submit_all(inputs)
+        except (OSError, ValueError, RuntimeError) as exc:   # files, and a cluster that has ended
+            error = str(exc)
+        self._events.put(InputEnd(error))
+
+    def _submit_all(self, inputs: Iterable[Any]) -> None:
+        for number, values in enumerate(inputs, 1):
+            if isinstance(values, ValueError):
+                self._refuse(number, (), values)
+            elif self._is_done(number, values):
+                self.skipped += 1
             else:
-                values = None
-            print('%s %s%s: %s' % (job_in_words(job.id, values), words, where
-                                   and ' on ' + where, job.exception or reason),
-                  file=sys.stderr)
-        if sys.stderr.isatty():
-            print('%d of %d done, %d failed' % (self.done, total, self.failed),
-                  end='\r',
-                  file=sys.stderr,
-                  flush=True)
+                self._submit(number, values)
+            if self._window.is_closed:
+                return
+
+    def _is_done(self, number: int, values: Values) -> bool:
+        if self._resume is None:
+            return False
+        return self._resume.skips(number, self._plan.command.text(values, number))
+
+    def _refuse(self, number: int, values: Values, exc: Exception) -> None:
+        if self._window.enter(0):
+            self.jobs[number] = PendingJob(values, '')
+            self.order.append(number)
+            self._events.put(NotSubmitted(number, values, str(exc)))
+
+    def _submit(self, number: int, values: Values) -> None:
+        try:
+            words = self._plan.words(values, number)
+            options = self._plan.options
+            size = 0
+            if self._plan.has_directory:
+                files = self._plan.files(values, number)
+                size = sum(os.path.getsize(file.path) for file in files)
+                options = dict(options, dispy_job_depends=files)
+        except (OSError, ValueError) as exc:
+            self._refuse(number, values, exc)
+            return
+        if not self._window.enter(size):
+            return
+        self._wait_for_turn()
+        command = self._plan.command.text(values, number)
+        self.jobs[number] = PendingJob(values, command, size)
+        self.order.append(number)
+        try:
+            job = self._cluster.submit_job_id(number, *words, **options)
+        except (OSError, ValueError) as exc:
+            self._events.put(NotSubmitted(number, values, str(exc)))
+        else:
+            job._call_when_ended(self._events.put)   # by way of the callbacks it takes longer
+
+    def _wait_for_turn(self) -> None:
+        delay = self._plan.args.delay
+        if delay:
+            now = time.monotonic()
+            self._window.pause(self._last + delay - now)
+            self._last = time.monotonic()
 
 
+class Halted(Exception):
+    """No more jobs are wanted, and those that run neither."""
+
+
+class Shell:
+    """Runs what a plan says: owns the cluster, the terminal and the files that are written. The
+    main thread; only `_cpus` is called by another."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Opens the files. Raises OSError."""
+        self._plan = plan
+        self._args = plan.args
+        self._events: 'queue.SimpleQueue[Any]' = queue.SimpleQueue()
+        self._terminal = Terminal()
+        self._tally = Tally(self._display())
+        self._window = Window(self._most, plan.paces)
+        self._live = ShownOutput()
+        self._waiting: Dict[int, Ended] = {}   # have ended before an earlier one (--keep-order)
+        self._input_ended = False
+        self._input_failed = False
+        self._halted = False
+        self._cpus_known = (0, -math.inf)      # how many, and when that was asked
+        self._resume = self._open_resume()
+        self._log: Optional[JobLog] = None
+        self._files: List[Any] = []
+        self._open_files()
+
+    def _display(self) -> str:
+        if self._args.bar:
+            return 'bar'
+        return 'eta' if self._args.eta else ''
+
+    def _open_resume(self) -> Optional[Resume]:
+        if not self._plan.is_resumed:
+            return None
+        return Resume(self._args.joblog.lstrip('+'), self._args.resume_failed)
+
+    def _open_files(self) -> None:
+        is_resumed = self._plan.is_resumed
+        if self._args.joblog:
+            path = self._args.joblog
+            appends = is_resumed or path.startswith('+')
+            self._log = JobLog(path.lstrip('+'), appends)
+        if self._args.output:
+            self._files.append(NumberedFiles(self._args.output))
+        if self._args.results:
+            self._files.append(ResultFiles(self._args.results, is_resumed))
+
+    # -- the cluster -------------------------------------------------------------------------------
+
+    def open(self, nodes: Any, access: Dict[str, Any]) -> None:
+        """Make the cluster that runs the jobs. Raises what making one raises."""
+        args = self._args
+        path = self._plan.command.program.path
+        options: Dict[str, Any] = dict(access,
+                                       depends=list(args.depends),
+                                       host=args.host,
+                                       cleanup=not args.keep_files)
+        if args.debug:
+            options['loglevel'] = logging.DEBUG
+        else:
+            options['loglevel'] = logging.WARNING
+        if path is not None:
+            options['depends'].append(path)
+        if args.line_buffer:
+            options['on_output'] = self._printed
+        program = os.path.basename(path or '')
+        commands = CommandLines(self._plan.command.name, program, args.jobs)
+        self._cluster = self._make(commands, nodes, options)
+        self._names = Names(self._cluster)
+        self._feeder = Feeder(self._plan, self._cluster, self._window, self._events, self._resume)
+
+    def _make(self, commands: CommandLines, nodes: Any, options: Dict[str, Any]) -> JobCluster:
+        if self._args.scheduler_host is None:
+            return JobCluster(commands, nodes, **options)
+        if nodes == LOCAL:
+            raise ValueError(
+                "-n local is a node of this program alone, and --scheduler-host a scheduler's: "
+                'give one of them')
+        host, port = host_and_port(self._args.scheduler_host, SCHEDULER_PORT)
+        options.update(scheduler_host=host, scheduler_port=port)
+        return SharedJobCluster(commands, nodes, **options)
+
+    def _printed(self, job: DispyJob, stream: str, data: bytes) -> None:
+        """A callback thread."""
+        self._events.put(Printed(job.id, stream, data))
+
+    def _most(self) -> int:
+        """How many jobs may be under way. The thread that submits."""
+        if not self._plan.paces:
+            return JOBS_AHEAD
+        cpus, when = self._cpus_known
+        now = time.monotonic()
+        if now >= when + CPUS_ASKED:
+            nodes = self._cluster.status().nodes
+            ready = [node.cpus for node in nodes if node.state == 'ready']
+            cpus = sum(ready)
+            self._cpus_known = (cpus, now)
+        return max(1, cpus // (self._args.cpus or 1))
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run all; it has been opened. Returns the exit status. Raises OSError for what cannot be
+        written."""
+        try:
+            with self._cluster:
+                self._run()
+        except Halted:
+            pass
+        except NoNodes as exc:
+            self._terminal.message('dispy: %s' % exc)
+            return EXIT_USAGE
+        except KeyboardInterrupt:
+            done = self._tally.done
+            self._terminal.message(
+                'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
+                (done, done + len(self._feeder.jobs)))
+            return 130   # as a shell has it: 128 and the signal's number
+        finally:
+            self._close_files()
+        self._show_progress(True)
+        self._terminal.close()
+        return self._exit_status()
+
+    def _exit_status(self) -> int:
+        tally = self._tally
+        if self._input_failed:
+            return EXIT_USAGE
+        if self._halted:
+            return self._args.halt.exit_status(tally.last_status, tally.failed, tally.all)
+        return min(tally.failed, FAILED_MOST)
+
+    def _close_files(self) -> None:
+        for file in (*self._files, self._log):
+            if file is not None:
+                file.close()
+
+    def _run(self) -> None:
+        if self._args.wait_nodes is not None:
+            self._cluster.wait_nodes(1, self._args.wait_nodes)
+        self._feeder.start()
+        while not self._is_over():
+            self._on_event(self._next_event())
+        if self._resume is not None and self._resume.changed:
+            self._terminal.message('dispy: ' + self._resume.changed)
+
+    def _is_over(self) -> bool:
+        if self._window.count:
+            return False
+        return self._input_ended or self._window.is_closed
+
+    def _next_event(self) -> Any:
+        """What comes next. While nothing does, all that has been printed can be seen."""
+        with contextlib.suppress(queue.Empty):
+            return self._events.get_nowait()
+        self._terminal.flush()
+        self._show_progress()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return next_of(self._events, LATE)
+            self._show_progress(True)
+
+    def _show_progress(self, at_once: bool = False) -> None:
+        self._tally.read = len(self._feeder.jobs) + self._tally.done
+        self._tally.skipped = self._feeder.skipped
+        if self._tally.read:
+            self._terminal.progress(self._tally.line, at_once)
+
+    def _on_event(self, event: Any) -> None:
+        if isinstance(event, DispyJob):
+            if event.id in self._feeder.jobs:   # an end may be told twice
+                self._on_ended(self._ended_of(event))
+        elif isinstance(event, Printed):
+            self._on_printed(event)
+        elif isinstance(event, NotSubmitted):
+            ended = Ended(event.number, event.values, '', status=NO_STATUS, reason=event.reason)
+            self._on_ended(ended)
+        elif isinstance(event, TotalKnown):
+            self._tally.total = event.jobs
+        else:
+            self._on_input_end(event)
+
+    def _on_input_end(self, event: InputEnd) -> None:
+        self._input_ended = True
+        if event.error and not self._window.is_closed:
+            self._input_failed = True
+            self._terminal.message('dispy: the arguments cannot be read: %s; no more jobs are '
+                                   'started' % event.error)
+
+    def _ended_of(self, job: DispyJob) -> Ended:
+        """What is said of a job that has ended."""
+        submitted = self._feeder.jobs[job.id]
+        address = job.ip_addr or ''
+        status = NO_STATUS
+        by_signal = 0
+        reason = ''
+        node = self._names.of(address)
+        if job.status == JobState.FINISHED and job.result is not None:
+            status = max(job.result, 0)
+            by_signal = max(-job.result, 0)
+        if job.status != JobState.FINISHED or job.result:
+            word, where, reason = state_of(job)
+            reason = reason or job.exception or word   # also of one that somebody has cancelled
+            node = node or where
+        seconds = 0.0
+        if job.start_time and job.end_time:
+            seconds = job.end_time - job.start_time
+        begin = job.start_time or job.end_time or 0.0
+        stdout: Any = job.stdout or b''   # of a program they are bytes
+        stderr: Any = job.stderr or b''
+        return Ended(job.id, submitted.values, submitted.command, node, address, begin, seconds,
+                     submitted.size, status, by_signal, reason, stdout, stderr)
+
+    def _on_ended(self, ended: Ended) -> None:
+        self._tally.count(ended)
+        if self._log is not None:
+            self._log.write(ended)
+        for files in self._files:
+            files.write(ended)
+        if self._args.keep_order:
+            self._waiting[ended.number] = ended
+            self._show_in_order()
+        else:
+            self._show(ended)
+        self._window.leave(self._feeder.jobs.pop(ended.number).size)
+        self._show_progress()
+        self._halt_if_due()
+
+    def _halt_if_due(self) -> None:
+        rule = self._args.halt
+        tally = self._tally
+        if rule is None or self._halted:
+            return
+        if rule.is_reached(tally.done, tally.failed, tally.all):
+            self._halted = True
+            self._window.close()
+            self._terminal.message('dispy: no more jobs are started (--halt %s)' % (rule,))
+            if rule.is_now:
+                raise Halted
+
+    # -- output ------------------------------------------------------------------------------------
+
+    def _show_in_order(self) -> None:
+        order = self._feeder.order
+        while order and order[0] in self._waiting:
+            self._show(self._waiting.pop(order.popleft()))
+        if order:
+            self._show_lines(order[0])
+
+    def _show(self, ended: Ended) -> None:
+        """The output and the fate of a job."""
+        for stream, data in (('stdout', ended.stdout), ('stderr', ended.stderr)):
+            if self._args.line_buffer:
+                data = self._live.rest(ended.number, stream, data)
+            self._print(stream, data, ended.tag)
+        if ended.reason:
+            self._terminal.message(ended.message())
+
+    def _print(self, stream: str, data: bytes, tag: str) -> None:
+        if self._args.output:
+            return
+        if self._args.tag:
+            data = tagged(data, tag)
+        if stream == 'stdout':
+            self._terminal.out(data)
+        else:
+            self._terminal.err(data)
+
+    def _on_printed(self, event: Printed) -> None:
+        """Of a job that runs; if it has ended meanwhile, it has been shown."""
+        if event.number in self._feeder.jobs:
+            self._live.add(event.number, event.stream, event.data)
+            first = self._feeder.order[0]
+            if first == event.number or not self._args.keep_order:
+                self._show_lines(event.number)
+
+    def _show_lines(self, number: int) -> None:
+        """The whole lines that a job has printed."""
+        submitted = self._feeder.jobs.get(number)
+        if submitted is None or not self._args.line_buffer:
+            return
+        for stream in ('stdout', 'stderr'):
+            data = self._live.take(number, stream)
+            self._print(stream, data, ' '.join(submitted.values))
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: a file for a report of a fault
+# --------------------------------------------------------------------------------------------------
+
+LOG_LINES = 200           # of each log, from its end
+LOG_BYTES = 1 << 16       # that are looked at for these
+DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
+# Options of daemons whose values are told; of the others only their names are
+PLAIN_OPTIONS = frozenset((
+    '-c', '--cpus', '-i', '--host', '--ip-addr', '--ext-host', '-p', '--port', '--name',
+    '--dest-path-prefix', '--scheduler-host', '-n', '--node', '--node-port', '--log-file',
+    '--state-dir', '--max-file-size', '--zombie-interval', '--ping-interval', '--pulse-interval',
+    '--httpd', '--msg-timeout', '--serve'))
+# What is left out of texts -> what stands there instead
+LEFT_OUT = [
+    (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
+    (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
+    (re.compile(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
+    (re.compile(r'with the arguments? .*'), 'with arguments'),
+]
+
+
+class BugReport:
+    """The text of a report: sections, without secrets, tokens and arguments of jobs."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = [secret for secret in secrets if secret]
+        self._lines: List[str] = []
+
+    def add(self, title: str, find: Callable[[], Iterable[str]]) -> None:
+        """A section with the lines that are found."""
+        self._lines += ['', '== %s' % title]
+        try:
+            self._lines += map(self.plain, find())
+        except Exception as exc:  # whatever is wrong here, the other sections are wanted all the more
+            self._lines.append(self.plain('it cannot be found: %s: %s' % (type(exc).__name__, exc)))
+
+    def plain(self, line: str) -> str:
+        """A line without what nobody else may see."""
+        for secret in self._secrets:
+            line = line.replace(secret, '<left out>')
+        for pattern, words in LEFT_OUT:
+            line = pattern.sub(words, line)
+        return line
+
+    def text(self) -> str:
+        """All of it."""
+        return '\n'.join(self._lines[1:]) + '\n'
+
+
+def versions() -> Iterator[str]:
+    """What runs here."""
+    yield 'dispy %s, %s' % (__version__, os.path.dirname(os.path.abspath(__file__)))
+    yield 'Python %s' % sys.version.replace('\n', ' ')
+    yield 'system %s' % ' '.join(platform.uname()[:5])
+    yield 'CPUs %d' % available_cpus()
+    for name in ('cloudpickle', 'psutil', 'joblib', 'numpy'):
+        yield '%s %s' % (name, package_version(name) or 'is not installed')
+
+
+def surroundings() -> Iterator[str]:
+    """Variables and files that dispy reads."""
+    for name in sorted(os.environ):
+        if name.startswith('DISPY_') and name != 'DISPY_SECRET':
+            yield '%s=%s' % (name, os.environ[name])
+    yield 'DISPY_SECRET is %s' % ('set' if 'DISPY_SECRET' in os.environ else 'not set')
+    path = dispynode.secret_path()
+    if os.path.exists(path):
+        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(os.stat(path).st_mode))
+    else:
+        yield 'there is no secret file %s' % path
+
+
+def told_words(words: Sequence[str]) -> Iterator[str]:
+    """A daemon's command line, without the values of options that may be secret."""
+    tells = True
+    for word in words:
+        name, sign, _ = word.partition('=')
+        if not word.startswith('-'):
+            yield word if tells else '<left out>'
+            continue
+        tells = name in PLAIN_OPTIONS
+        yield name + sign + '<left out>' if sign and not tells else word
+
+
+def daemons() -> List[Any]:
+    """The processes of dispy's daemons that belong to this user."""
+    import psutil
+    found = []
+    for process in psutil.process_iter(['cmdline', 'username', 'pid']):
+        words = process.info['cmdline'] or []
+        names = [os.path.basename(word).partition('.')[0] for word in words[:4]]
+        if any(name in DAEMONS for name in names) and process.info['username'] == _own_name():
+            found.append(process)
+    return found
+
+
+def _own_name() -> str:
+    import psutil
+    return str(psutil.Process().username())
+
+
+def processes() -> Iterator[str]:
+    """The daemons on this machine: what they are, and what each thread of them waits in."""
+    import psutil
+    for process in daemons():
+        with contextlib.suppress(psutil.Error):
+            began = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(process.create_time()))
+            memory = process.memory_info().rss >> 20
+            yield 'PID %d since %s, %d MiB, %d threads, %s: %s' % (
+                process.pid, began, memory, process.num_threads(), process.status(),
+                ' '.join(told_words(process.info['cmdline'])))
+            yield from waits_of(process.pid)
+
+
+def waits_of(process: int) -> Iterator[str]:
+    """For each thread of a process, its name and the function of the kernel that it is in."""
+    root = '/proc/%d/task' % process
+    if not os.path.isdir(root):   # another system
+        return
+    for thread in sorted(os.listdir(root), key=int):
+        with contextlib.suppress(OSError):   # it has ended meanwhile, or belongs to root
+            words = []
+            for name in ('comm', 'wchan'):
+                with open(os.path.join(root, thread, name)) as file:
+                    words.append(file.read().strip() or '-')
+            yield '  thread %s %s in %s' % (thread, *words)
+
+
+def logs() -> Iterator[str]:
+    """The last lines of the logs of daemons on this machine."""
+    found = set(glob.glob(os.path.expanduser('~/.dispy/*/log')))
+    for process in daemons():
+        words = process.info['cmdline']
+        for word, value in zip(words, words[1:]):
+            if word == '--log-file':
+                found.add(value)
+    for path in sorted(found):
+        yield '-- %s' % path
+        with contextlib.suppress(OSError):
+            with open(path, 'rb') as file:
+                file.seek(max(0, os.path.getsize(path) - LOG_BYTES))
+                lines = file.read().decode(errors='replace').splitlines()
+            yield from lines[-LOG_LINES:]
+
+
+def nodes_seen(args: argparse.Namespace) -> Iterator[str]:
+    """The table of nodes, as of --list-nodes."""
+    table = io.StringIO()
+    with contextlib.redirect_stdout(table), contextlib.redirect_stderr(table):
+        _look_at_nodes(args)
+    yield from table.getvalue().splitlines()
+
+
+def _known_secrets(args: argparse.Namespace) -> Iterator[str]:
+    yield os.environ.get('DISPY_SECRET', '')
+    with contextlib.suppress(DispyError, OSError):
+        yield find_secret(args.secret, args.secret_file).decode(errors='replace').strip()
+
+
+def _report(argv: Sequence[str]) -> int:
+    """`dispy report`. Returns the exit status."""
+    parser = OptionParser(prog='dispy report', description=(
+        'Write a file for a report of a fault: versions, settings, daemons of this machine with '
+        'the last lines of their logs, and the nodes. Secrets, tokens and arguments of jobs are '
+        'left out.'))
+    parser.add_argument('-o', '--output', metavar='FILE', default=time.strftime(
+        'dispy-report-%Y%m%d-%H%M%S.txt'), help='-: standard output (default: %(default)s)')
+    for names, kinds in OPTIONS['nodes']:
+        parser.add_argument(*names, **kinds)
+    args = parser.parse_args(argv)
+    report = BugReport(_known_secrets(args))
+    report.add('versions', versions)
+    report.add('settings', surroundings)
+    report.add('daemons on this machine', processes)
+    report.add('nodes', functools.partial(nodes_seen, args))
+    report.add('logs', logs)
+    if args.output == '-':
+        sys.stdout.write(report.text())
+        return 0
+    try:
+        handle = os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as exc:
+        parser.error(str(exc))
+    with open(handle, 'w', encoding='utf-8') as file:
+        file.write(report.text())
+    print('%s is written. Read it before you send it.' % args.output)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: nodes by ssh, nodes in a table, commands over many arguments
+# --------------------------------------------------------------------------------------------------
+
+DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
+DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+
+
+class Deployment:
+    """The node that was deployed on this host for this user: its file, its log, and a note of how
+    it was started.
+
+    The directory has the host's name, since hosts may share a home. A context, so that one deploy
+    or stop is at work at a time; at its end the directory goes unless something is deployed.
+    """
+
+    def __init__(self) -> None:
+        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
+        self._script, self._noted, self._log = (os.path.join(self._directory, name)
+                                                for name in ('dispynode.py', 'note', 'log'))
+        self._note: dict = {}
+
+    def __enter__(self) -> 'Deployment':
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self._directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work on this host') from None
+        try:
+            if os.path.exists(self._noted):
+                with open(self._noted) as file:
+                    self._note = json.load(file)
+        except ValueError as exc:
+            self._lock.close()
+            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
+                             (self._noted, exc)) from exc
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if not self._note:
+            shutil.rmtree(self._directory)
+            with contextlib.suppress(OSError):   # other hosts have theirs there
+                os.rmdir(os.path.dirname(self._directory))
+        self._lock.close()
+
+    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
+               restart: bool) -> str:
+        """Have a node run from this source with these options and, if one is given, this secret.
+        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
+        of a node that does not run."""
+        path = secret_path()
+        if secret:
+            have = self._present_secret(path)
+        else:
+            have = b''
+        if have not in (b'', secret) and not replace_secret:
+            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
+        wanted = {
+            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
+        }
+        pid = self._running()
+        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
+            return 'runs already: port %(port)d, PID %(pid)d' % self._note
+        if pid and not restart and self._busy():
+            raise StartError(
+                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
+                'again when it is idle, or with --restart' % pid)
+        # A secret that deploy has not put there
+        if self._digest(have) == self._note.get('secret'):
+            foreign = b''
+        else:
+            foreign = have
+        put = self._digest_put(secret, foreign)
+        try:
+            self._end(pid)
+            self._note = {'wanted': wanted, 'secret': put}
+            write_private(self._script, source)
+            if secret != have:
+                write_private(path, secret + b'\n')
+            self._start(options, ['--secret-file', path] if secret else [])
+        except (OSError, StartError) as exc:
+            if self._running():   # it does not end, or has not been touched
+                raise
+            self._undo(path, put, foreign)
+            raise StartError('%s%s' %
+                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
+        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
+                                        self._note['pid'])
+
+    def stop(self) -> str:
+        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+        if not self._note:
+            return 'nothing was deployed here'
+        pid = self._running()
+        self._end(pid)
+        self._remove()
+        if pid:
+            return 'stopped'
+        return 'ran no more; its files are removed'
+
+    def _start(self, options: List[str], more: List[str]) -> None:
+        """Start the daemon, in a session of its own, and wait until it listens."""
+        args = dispynode._parser().parse_args(options)
+        log = os.path.abspath(args.log_file or self._log)
+        if os.path.exists(log):
+            begin = os.path.getsize(log)
+        else:
+            begin = 0
+        with open(self._log, 'ab') as output:
+            said = output.tell()
+            process = subprocess.Popen(
+                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True)
+        self._note['pid'] = process.pid
+        write_private(self._noted, json.dumps(self._note).encode())
+        until = time.monotonic() + DEPLOY_TIME
+        found = None
+        while found is None:
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                # Main logs it
+                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
+            if process.returncode is not None or time.monotonic() > until:
+                process.kill()
+                code = process.wait()
+                raise StartError(
+                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
+                    or 'it ' + exit_text(code))
+        port = int(found.group(1))
+        self._note.update(port=port,
+                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
+        write_private(self._noted, json.dumps(self._note).encode())
+
+    def _running(self) -> int:
+        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
+        not taken for it."""
+        pid = self._note.get('pid', 0)
+        if not pid:
+            return 0
+        if os.path.isdir('/proc/self'):
+            command = _since('/proc/%d/cmdline' % pid)
+        else:
+            command = subprocess.run(
+                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
+        if os.fsencode(self._script) in command:
+            return pid
+        return 0
+
+    def _busy(self) -> bool:
+        """Whether a computation is there."""
+        root = self._note.get('root', '')
+        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+
+    def _end(self, pid: int) -> None:
+        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
+        is in it."""
+        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+            if self._running():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            while self._running() and time.monotonic() < until:
+                time.sleep(0.02)
+        if self._running():
+            raise StartError('PID %d does not end after SIGTERM' % pid)
+        root = self._note.get('root', '')
+        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
+            if set(os.listdir(root)) <= KEEPING_FILES:
+                shutil.rmtree(root)
+                os.rmdir(os.path.dirname(default_directory(0)))
+
+    def _undo(self, path: str, put: str, foreign: bytes) -> None:
+        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        self._remove()
+        if put and foreign:
+            write_private(path, foreign + b'\n')
+
+    def _remove(self) -> None:
+        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
+        path = secret_path()
+        if os.path.lexists(path) and self._digest(read_secret(path)) == self._note.get('secret'):
+            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(path))
+        self._note = {}
+
+    @staticmethod
+    def _digest(secret: bytes) -> str:
+        return hashlib.sha256(secret).hexdigest()
+
+    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
+        """The digest of the secret that will have been put here; empty if it was here before."""
+        if not secret:
+            return self._note.get('secret', '')  # type: ignore[no-any-return]
+        if secret != foreign:
+            return self._digest(secret)
+        return ''
+
+    @staticmethod
+    def _present_secret(path: str) -> bytes:
+        if os.path.lexists(path):
+            return read_secret(path)
+        return b''
+
+
+def _since(path: str, begin: int = 0) -> bytes:
+    """What a file has from there on; nothing if there is no such file."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(begin)
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
+        return b''
+
+
+def deployment(source: bytes, task: str, *request: Any) -> None:
+    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
+    done, on stdout after DEPLOYED, or why not, on stderr."""
+    try:
+        if os.name == 'nt':
+            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
+        with Deployment() as deployed:
+            print(DEPLOYED +
+                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+    except (StartError, SecretError, OSError) as exc:
+        sys.exit(str(exc))
+
+
+# What the parts that run on a host need there: nothing of this module.
+HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess, sys, time
+from typing import Any, List
+import dispynode
+from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
+                       read_secret, secret_path, take_lock, write_private)
+DEPLOY_TIME = %r
+DEPLOYED = %r
+''' % (DEPLOY_TIME, DEPLOYED)
 # What a host's Python is given to run. It says itself if it is too old, and takes no module from
 # the directory it is in.
 REMOTE = """import sys
@@ -15458,8 +17863,17 @@ import base64, types, zlib
 source = zlib.decompress(base64.b64decode(%a))
 dispynode = sys.modules['dispynode'] = types.ModuleType('dispynode')
 exec(compile(source, 'dispynode.py', 'exec'), dispynode.__dict__)
-dispynode.deployment(source, *%a)
+exec(compile(%a, 'dispy.py', 'exec'))
+deployment(source, *%a)
 """
+
+
+def program_of_host() -> str:
+    """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
+    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
+    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+
+
 SSH_OPTIONS = [
     '-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o',
     'ControlMaster=no'
@@ -15486,7 +17900,8 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
     add('--hosts',
         dest='file',
         metavar='FILE',
-        help='file with a host on each line; # begins a comment')
+        help='file with a host on each line; # begins a comment, and a number of CPUs before a '
+             'host, as for running commands (4/host), is left out')
     add('--python',
         default='python3',
         metavar='PATH',
@@ -15534,7 +17949,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     with open(os.path.abspath(dispynode.__file__), 'rb') as source:
-        request: Tuple[Any, ...] = base64.b64encode(zlib.compress(source.read())), (task,)
+        packed = base64.b64encode(zlib.compress(source.read()))
+    request: Tuple[Any, ...] = (task,)
     try:
         ssh = shlex.split(args.ssh)
         if not ssh or not shutil.which(ssh[0]):
@@ -15555,18 +17971,19 @@ def _deploy(task: str, argv: List[str]) -> int:
                 secret = b''
             else:
                 secret = find_secret(None, args.secret_file).strip()
-            request = request[0], (task, secret, options, args.replace_secret, args.restart)
+            request = (task, secret, options, args.replace_secret, args.restart)
         elif options:
             raise ValueError('stop takes no options of dispynode')
     except (ValueError, OSError, DispyError) as exc:
         parser.error(str(exc))
     hosts = list(dict.fromkeys(args.hosts))
     commands = [[*ssh, *SSH_OPTIONS, '--', host, args.python + ' -'] for host in hosts]
+    program = (REMOTE % (packed, program_of_host(), request)).encode()
     failed = 0
     width = max(map(len, hosts))
     with concurrent.futures.ThreadPoolExecutor(min(32, len(hosts))) as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat((REMOTE % request).encode()))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
             print('%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text), flush=True)
             failed += not done
     return min(failed, 101)
@@ -15606,95 +18023,125 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     return 1
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the number of jobs that failed, at most 101; 2 for wrong usage
-    comes from argparse."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ('deploy', 'stop'):
-        return _deploy(argv[0], argv[1:])
-    if argv == ['states']:
-        print(known_table())
-        return 0
-    parser = _parser()
-    args = parser.parse_args(old_spelling(parser, argv))
-    ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+def _nodes_of(args: argparse.Namespace) -> Any:
+    """The nodes that a command line names, as `nodes` of a cluster. Reads files."""
+    words = list(args.nodes)
+    for path in args.hosts:
+        words += hosts_in(path)
+    if not words:
+        return None
+    if words == [LOCAL]:
+        return LOCAL
+    return list(map(as_node, words))
+
+
+def _access_of(args: argparse.Namespace) -> Dict[str, Any]:
+    """Secret and certificate, as options of a cluster."""
+    if args.secret or args.secret_file:
+        secret: Optional[bytes] = find_secret(args.secret, args.secret_file)
+    else:
+        secret = None
+    return {'secret': secret, 'certfile': args.certfile, 'keyfile': args.keyfile}
+
+
+def _cancel_lost(args: argparse.Namespace) -> int:
+    """--cancel-lost."""
+    access = _access_of(args)
+    files = tls_files(args.certfile, args.keyfile, None)
+    return cancel_lost(ConnectionSettings(find_secret(access['secret']), *files, PULSE, REDIAL_MOST))
+
+
+def _look_at_nodes(args: argparse.Namespace) -> int:
+    """--list-nodes."""
+    if args.scheduler_host is not None:
+        raise ValueError('--list-nodes asks the nodes themselves; '
+                         '`python -m dispyscheduler nodes` asks a scheduler')
+    logger.setLevel(logging.ERROR)   # the table says it
+    with NodeScan(_nodes_of(args), **_access_of(args)) as survey:
+        return _list_nodes(survey.look())
+
+
+def _dry_run(plan: Plan) -> int:
+    """--dry-run: the commands of the jobs."""
+    terminal = Terminal()
+    for number, values in enumerate(plan.inputs, 1):
+        if isinstance(values, ValueError):
+            terminal.message('job %d: %s' % (number, values))
+        else:
+            text = plan.command.text(values, number)
+            terminal.out(os.fsencode(text + '\n'))
+    terminal.close()
+    return 0
+
+
+def _tell_of_terminal(plan: Plan) -> None:
+    """Whoever has forgotten the arguments would wait for ever."""
+    if plan.reads_stdin and os.isatty(0):
+        print('dispy: the arguments are read from the terminal, a line each, until Ctrl-D',
+              file=sys.stderr)
+
+
+def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Everything but the modes with an option of their own. Returns the exit status."""
     try:
-        if not args.nodes:
-            nodes: Any = None
-        elif args.nodes == [LOCAL]:
-            nodes = LOCAL
-        else:
-            nodes = [host_and_port(text, NODE_PORT) for text in args.nodes]
-        if args.output:
-            os.makedirs(args.output, exist_ok=True)
-        if args.secret or args.secret_file:
-            secret = find_secret(args.secret, args.secret_file)
-        else:
-            secret = None
-        if args.cancel_lost:
-            files = tls_files(args.certfile, args.keyfile, None)
-            return cancel_lost(ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST))
-        if args.list_nodes:
-            logger.setLevel(logging.ERROR)   # the table says it
-            with NodeScan(nodes, secret=secret, certfile=args.certfile,
-                        keyfile=args.keyfile) as survey:
-                return _list_nodes(survey.look())
-        if args.program is None:
-            raise ValueError('PROGRAM is missing')
-        options: Dict[str, Any] = dict(depends=args.depends,
-                                       job_status=ended.put,
-                                       secret=secret,
-                                       certfile=args.certfile,
-                                       keyfile=args.keyfile,
-                                       host=args.host,
-                                       cleanup=not args.keep_files,
-                                       loglevel=logging.DEBUG if args.debug else logging.WARNING)
-        if args.scheduler_host is not None:
-            if nodes == LOCAL:
-                raise ValueError(
-                    "-n local is a node of this program alone, and --scheduler-host a scheduler's: "
-                    "give one of them"
-                )
-            host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
-            cluster: JobCluster = SharedJobCluster(args.program,
-                                                   nodes,
-                                                   scheduler_host=host,
-                                                   scheduler_port=port,
-                                                   **options)
-        else:
-            cluster = JobCluster(args.program, nodes, **options)
+        plan = Plan(args, words)
+        if args.dry_run:
+            return _dry_run(plan)
+        _tell_of_terminal(plan)
+        shell = Shell(plan)
+        shell.open(_nodes_of(args), _access_of(args))
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
-    printer = _Printer(args.output)
-    total = 0
     try:
-        with cluster:
-            if args.wait_nodes is not None:
-                cluster.wait_nodes(1, args.wait_nodes)
-            try:
-                for line in _lines_of(args):
-                    cluster.submit(*line)
-                    total += 1
-                    while total - printer.done >= 1000 or not ended.empty():
-                        printer.show(next_of(ended), total)
-            except (ValueError, OSError) as exc:
-                print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc),
-                      file=sys.stderr)
-                printer.failed += 1
-            while printer.done < total:
-                printer.show(next_of(ended), total)
-    except NoNodes as exc:
+        return shell.run()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:   # what is written has no room, for instance
         print('dispy: %s' % exc, file=sys.stderr)
-        return 2
+        return EXIT_USAGE
+
+
+def _choose(argv: List[str]) -> int:
+    parser = _parser()
+    options, words = parser.split(argv)
+    args = parser.parse_args(options)
+    modes = {'cancel_lost': _cancel_lost, 'list_nodes': _look_at_nodes}
+    for name, run in modes.items():
+        if getattr(args, name):
+            try:
+                return run(args)
+            except (ValueError, TypeError, OSError, DispyError) as exc:
+                parser.error(str(exc))
+    return _run_commands(parser, args, words)
+
+
+def _end_quietly() -> int:
+    """Whoever reads our output has gone, as `head` does. What is still to be written goes nowhere:
+    otherwise the interpreter would complain of it at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    return 141   # as a shell has it: 128 and the number of SIGPIPE
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line. Returns the number of jobs that failed, at most 101; wrong usage ends the
+    program with 255."""
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
+    if words and words[0] in ('deploy', 'stop'):
+        return _deploy(words[0], words[1:])
+    if words and words[0] == 'report':
+        return _report(words[1:])
+    if words == ['states']:
+        print(known_table())
+        return 0
+    try:
+        return _choose(words)
+    except BrokenPipeError:
+        return _end_quietly()
     except KeyboardInterrupt:
-        print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
-              (printer.done, total),
-              file=sys.stderr)
         return 130   # as a shell has it: 128 and the signal's number
-    printer.close()
-    return min(printer.failed, 101)
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity.
-    sys.exit(importlib.import_module('dispy').main())
