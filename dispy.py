@@ -6479,7 +6479,8 @@ class Allocation(NamedTuple):
 
 def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnection',
                                                                      'NodeInfo']) -> Allocation:
-    """Runs the user's code; raises what that raises, TypeError for what is no number."""
+    """Ask the user's allocator for a JobCluster. Raises what it raises, and TypeError if what it
+    returns is no number."""
     available = DispyNodeAvailInfo(
         *map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster,
@@ -6496,13 +6497,14 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
     else:
         cpus = number
     paths: Dict[str, str] = {}
-    bundles = cluster.bundles
+    core = core_of(cluster)
+    bundles = core.bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
     labels = [('setup argument %d' % place, value)
               for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = in_one_piece(payload)
-    check_setup_args(len(blob), cluster.remote)
+    check_setup_args(len(blob), core.remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
