@@ -6479,7 +6479,8 @@ class Allocation(NamedTuple):
 
 def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnection',
                                                                      'NodeInfo']) -> Allocation:
-    """Runs the user's code; raises what that raises, TypeError for what is no number."""
+    """Ask the user's allocator for a JobCluster. Raises what it raises, and TypeError if what it
+    returns is no number."""
     available = DispyNodeAvailInfo(
         *map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster,
@@ -6496,13 +6497,14 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
     else:
         cpus = number
     paths: Dict[str, str] = {}
-    bundles = cluster.bundles
+    core = core_of(cluster)
+    bundles = core.bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
     labels = [('setup argument %d' % place, value)
               for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = in_one_piece(payload)
-    check_setup_args(len(blob), cluster.remote)
+    check_setup_args(len(blob), core.remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
@@ -12355,20 +12357,22 @@ class ResultDelivery:
                        peer: Union[NodeConnection, NodeInfo, None] = None) -> None:
         """Tell the threads that wait for these jobs, and the program's functions, that the jobs
         have ended."""
-        if self._callbacks.cluster_status is not None:
+        callbacks = self._callbacks
+        driver = self.driver
+        if callbacks.cluster_status is not None:
             for job in jobs:
-                self.driver.post(StatusCallback(self._callbacks, job.status, peer, job))
+                driver.post(StatusCallback(callbacks, job.status, peer, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
-        if self._callbacks.job_status is None:
+        if callbacks.job_status is None:
             self._book.settle(len(jobs))
-            return
-        for job in jobs:
-            if self.driver.broken:
-                self._callbacks.call_back(job)   # the pool has ended with the driver
-            else:
-                self.driver.post(JobCallback(self._callbacks, job))
+        elif driver.broken:   # the pool has ended with the driver
+            for job in jobs:
+                callbacks.call_back(job)
+        else:
+            for job in jobs:
+                driver.post(JobCallback(callbacks, job))
 
 
 class Submitter:
