@@ -10,7 +10,7 @@ import pytest
 
 import dispy
 from dispy import (
-    Command, Ended, HaltRule, JobLog, LiveOutput, Resume, Template, Window, as_file_name, as_node, combinations, delimiter_option,
+    Command, Ended, HaltRule, JobLog, ShownOutput, Resume, Template, Window, as_file_name, as_node, combinations, delimiter_option,
     duration_option, hosts_in, records, results_path, split_sources, tagged)
 
 
@@ -331,7 +331,7 @@ def test_tags_stand_before_each_line():
 
 
 def test_lines_are_shown_once():
-    live = LiveOutput()
+    live = ShownOutput()
     live.add(1, 'stdout', b'a\nb')
     assert live.take(1, 'stdout') == b'a\n' and live.take(1, 'stdout') == b''
     live.add(1, 'stdout', b'c\nd')
