@@ -1,4 +1,4 @@
-"""`python -m dispy COMMAND`: a command over many arguments. What of it runs nothing is in test_shell.py."""
+"""`python -m dispy COMMAND`: a command over many arguments. What of it runs nothing is in tests/unit/test_shell.py."""
 
 import os
 import re
@@ -95,7 +95,7 @@ def test_a_line_that_cannot_be_split():
     assert code == 1 and out == '2\n3\n5\n' and 'job 2' in err and 'Traceback' not in err
 
 
-NASTY = ["it's", ' a  b ', '$HOME', '`id`', '-x', '"', '\\', '*', '', '~;&']
+NASTY = ["it's", ' a  b ', '$HOME', '`id`', '-x', '"', '\\', '*', '', '~;&', '#x!']
 
 
 def test_lines_are_taken_literally(node, tmp_path):

@@ -4,7 +4,6 @@ import argparse
 import io
 import os
 import shlex
-import subprocess
 
 import pytest
 
@@ -52,8 +51,7 @@ def test_a_line_quotes_what_it_is_given():
     text = line.expand(NASTY[:1], 1)
     assert shlex.split(text) == ['printf', '%s|', "it's", "it'sx", "yit's"]
     for value in NASTY:
-        done = subprocess.run(['sh', '-c', 'printf "[%s]" ' + Template('x{}', True).expand((value,), 1)], stdout=subprocess.PIPE)
-        assert done.stdout == b'[x' + os.fsencode(value) + b']'
+        assert shlex.split(Template('x{}', True).expand((value,), 1)) == ['x' + value]
 
 
 def test_what_a_line_begins_with_is_not_quoted():
