@@ -15830,11 +15830,11 @@ class Command:
         return SHELL_SIGNS.search(word) is not None
 
     def _find_program(self, texts: List[str]) -> None:
-        if REPLACEMENT.search(texts[0]):
-            return
         if re.search(r'\s', texts[0]) and not os.path.isfile(texts[0]):
             raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
                              'word, and options stand before the command' % texts[0])
+        if REPLACEMENT.search(texts[0]):
+            return
         self.program = ProgramFile.find(texts[0])
         texts[0] = self.program.word
 
@@ -17236,6 +17236,8 @@ class Shell:
             nodes = self._cluster.status().nodes
             ready = [node.cpus for node in nodes if node.state == 'ready']
             cpus = sum(ready)
+            if self._args.jobs:
+                cpus = min(cpus, self._args.jobs)
             self._cpus_known = (cpus, now)
         return max(1, cpus // (self._args.cpus or 1))
 
