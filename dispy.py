@@ -5,8 +5,7 @@
     cluster = dispy.JobCluster(compute)          # any function; or the path of a program
     jobs = [cluster.submit(n) for n in range(100)]
     for job in jobs:
-        print(job(), job.ip_addr)                # waits; None if it failed, then job.exception says
-        why
+        print(job(), job.ip_addr)                # waits; if it failed, None: see job.exception
     cluster.close()
 
 Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and
@@ -36,17 +35,14 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as
-     the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle, or when
-     jobs turn
-     out to be longer. A node tells which have begun (`Started`); until then they are Created to the
-     user.
+     the node will have done in 100 ms. What a node does not come to is called back when another is
+     idle, or when jobs turn out to be longer. A node tells which have begun (`Started`); until then
+     they are Created to the user.
   4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened
-     at once; what
-     may run the user's code when it is unpickled goes through an opener thread.
+     at once; what may run the user's code when it is unpickled goes through an opener thread.
   5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback
      is called.
-  6. A node that is lost: its jobs are queued again if the computation is reentrant, otherwise they
+  6. When a node is lost, its jobs are queued again if the computation is reentrant; otherwise they
      are Abandoned.
 
 Files this program needs: this one, dispynode.py, cloudpickle.
@@ -143,26 +139,27 @@ except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import (
-    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES,
-    PULSE, PULSES_LOST, QUEUED_TIME, NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST,
-    Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed,
-    Connected, Reconnector, Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver,
-    FileStored, Acceptor, HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link,
-    LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query,
-    Ready, ReturnJobs, Reclaim, Refused, Report, Results, Return, JobsReturned, Role, Notice,
-    SecretError, Shutdown, StartError, NodeHello, JobsAssigned, Wrong, __version__, out_of_band,
-    call_chunk, Calls, CommandLines, check_name, derive_key, describe_exception, dial, digest_of,
-    discovery_reach, file_digest, find_secret, batches, host_and_port, in_one_piece, is_outcome,
-    log_record_of, open_plain, open_regular, path_option, plain_text, format_address, python_of,
-    in_parts, same_secret, dumps, seconds_option, size_of, tls_files, tls_context, unpack_error,
-    loads, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
-    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form,
-    with_needs, check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib,
-    open_pieces, run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate,
-    OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory, REASONS, RETURNED,
-    DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached, is_own_address,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, told_once,
-    Each, FILES_LEFT, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN)
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
+    PULSES_LOST, NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Authenticated,
+    SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed, Connected, Reconnector,
+    Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
+    HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link, LinkBroken, Need,
+    CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim,
+    Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown,
+    StartError, NodeHello, Wrong, __version__, out_of_band, call_chunk, Calls, check_name,
+    derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret,
+    batches, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, plain_text, format_address, python_of, in_parts, same_secret, dumps,
+    seconds_option, size_of, tls_files, tls_context, unpack_error, loads, value_pickler, BUNDLE,
+    BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named,
+    globals_of, is_named, keeps_identity, plain_form, with_needs, Listed, OUT_OF_BAND, SHARED_FROM,
+    available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
+    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory,
+    REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached,
+    is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
+    lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
+    add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
+    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -175,6 +172,7 @@ __all__ = [
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
+QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 # Jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_MOST = 512
 # Further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
@@ -301,6 +299,39 @@ class NothingToRecover(DispyError, FileNotFoundError):
 
 class NoNodes(DispyError):
     """No node can be used; the text names every address tried and every refusal with its reason."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages that only a scheduler sends, to programs
+# --------------------------------------------------------------------------------------------------
+
+class JobsAssigned(NamedTuple):
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
+    (empty)."""
+    comp: str
+    node: tuple
+    serials: list
+
+
+class NodeChanged(NamedTuple):
+    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
+    `NodeQueries.rows_of`."""
+    comp: str
+    status: int
+    node: tuple
+
+
+SCHEDULER_MESSAGES: Dict[int, Tuple[type, int]] = {
+    48: (JobsAssigned, MAX_LIST),
+    49: (NodeChanged, MAX_LIST),
+}
+SCHEDULER_CHECKS: Dict[type, Callable[[tuple], bool]] = {
+    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(is_serial, fields[2])),
+    NodeChanged: lambda fields: len(fields[2]) == 10,
+}
+add_messages(SCHEDULER_MESSAGES, SCHEDULER_CHECKS)
+# What a program takes from the other side of a link
+OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5864,8 +5895,18 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     return rows
 
 
+def is_executable(path: str, start: bytes) -> bool:
+    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
+    files are executable there."""
+    if os.name != 'nt':
+        return os.access(path, os.X_OK)
+    suffixes = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD').lower().split(';')
+    end = os.path.splitext(path)[1].lower()
+    return start == b'MZ' or end in ('.py', '.pyw') or (bool(end) and end in suffixes)
+
+
 def _program_path(program: str) -> str:
-    if os.path.exists(program) or os.sep in program:
+    if os.path.exists(program) or os.sep in program or (os.altsep or os.sep) in program:
         path = program
     else:
         path = shutil.which(program) or program
@@ -5877,7 +5918,7 @@ def _program_path(program: str) -> str:
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start != b'#!' and not os.access(path, os.X_OK):
+    if start != b'#!' and not is_executable(path, start):
         raise ValueError('computation: %s is not executable and does not begin with #!' % program)
     return path
 
@@ -6802,9 +6843,9 @@ class Journal(Database):
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
         'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
-    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
-    # arguments
-    _HEAD = struct.Struct('>IBQdIIII')
+    # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
+    _HEAD = struct.Struct('>BQdIIII')
+    _LOG = RecordLog(_HEAD, 4)
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
@@ -6853,16 +6894,8 @@ class Journal(Database):
         one was never returned."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
-            while True:
-                head = file.read(self._HEAD.size)
-                if len(head) < self._HEAD.size:
-                    break
-                crc, kind, number, submitted, *sizes = self._HEAD.unpack(head)
-                body = io.BytesIO(file.read(sum(sizes)))
-                found = zlib.crc32(body.getbuffer(), zlib.crc32(head[4:]))
-                if len(body.getbuffer()) < sum(sizes) or found != crc:
-                    break
-                ident, payload, options, arguments = map(body.read, sizes)
+            for (kind, number, submitted), parts, _ in self._LOG.read(file):
+                ident, payload, options, arguments = parts
                 if kind == self.VALUE:
                     self._add(kind, (ident, payload))
                     continue
@@ -6952,9 +6985,8 @@ class Journal(Database):
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
         sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
-        head = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:]
-        body = b''.join(parts)
-        data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
+        head = self._HEAD.pack(kind, number, submitted, *sizes)
+        data = memoryview(b''.join(self._LOG.record(head, parts)))
         start = os.fstat(self._new).st_size
         try:
             while data:
@@ -7795,11 +7827,11 @@ class NodeConnection:
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
-        self.trip = 0.0                            # s from Introduce to Welcome
+        self.trip = 0.0                            # s from ClientHello to NodeHello
         self.instance = b''
         # It could not use what was sent: it is not reached again at once
         self.wrong = False
-        # Another process than before; told when it says Welcome
+        # Another process than before; told when it says NodeHello
         self.restarted = False
         # What its memory is known by, see dispynode.Memory
         self.memory = ''
@@ -9162,7 +9194,7 @@ class Connector:
                             access.cafile,
                             refused=self._on_rejected)
             except OSError as exc:
-                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
+                taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
                     raise OSError(
                         exc.errno,
@@ -11640,7 +11672,6 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     which would run the user's main program again."""
     import tempfile
     import dispynode
-    check_fork()
     python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
@@ -11652,6 +11683,7 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     with _starting:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours
             env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
@@ -11682,6 +11714,13 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
 # but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
 # --------------------------------------------------------------------------------------------------
+
+def _start_method(method: Any) -> str:
+    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    if method not in (None, FORK, SPAWN):
+        raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
+    return method or ''
+
 
 INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
              'poll_interval': (0.1, 3600)}   # the range of each, in seconds
@@ -11722,6 +11761,7 @@ class ClusterOptions:
     jobs_per_worker: Optional[int]
     reentrant: bool
     forward_logs: bool
+    start_method: str
     loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
@@ -11746,7 +11786,6 @@ class ClusterOptions:
             host = given['ip_addr']
         probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
         if not specs and not remote:
-            check_fork()
             own_python()
         options['probes'] = probes
         options['specs'] = specs
@@ -11766,6 +11805,7 @@ class ClusterOptions:
         options['reentrant'] = _flag('reentrant', given['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        options['start_method'] = _start_method(given['start_method'])
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
         options['keeps_trail'] = path is None and given['recover_file'] is not False
@@ -12808,7 +12848,8 @@ class ProgramCluster(ComputationUser):
             logs = logger.getEffectiveLevel()
         else:
             logs = -1
-        self.cargo.spec.update(live=options.on_output is not None, logs=logs)
+        self.cargo.spec.update(live=options.on_output is not None, logs=logs,
+                               start_method=options.start_method)
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
@@ -13421,6 +13462,10 @@ class JobCluster(OldCluster):
         end it has had all that is kept. `text` is str for functions, bytes for programs
     forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
         job's id
+    start_method - how a node starts worker processes. 'fork': after it has loaded the computation
+        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
+        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
+        fork on Linux and spawn elsewhere. A node that cannot is refused
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -13461,6 +13506,7 @@ class JobCluster(OldCluster):
                  max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
                  forward_logs: bool = False,
+                 start_method: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -14774,8 +14820,8 @@ class DispyExecutor(concurrent.futures.Executor):
         first call. A node where it fails is not used; if there is no other, all futures and
         `submit` raise BrokenExecutor
     max_tasks_per_child - a worker process is replaced after so many calls (default: never)
-    mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
-        by fork; another method is named in the log, once
+    mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
+        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
 
     A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
     executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
@@ -14795,7 +14841,8 @@ class DispyExecutor(concurrent.futures.Executor):
             most = _positive('max_workers', max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
-        _note_start_method(mp_context)
+        if mp_context is not None:
+            options['start_method'] = _method_of(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
         self._pool = _ExecutorClusters(functools.partial(
             self._cluster_class, calls, nodes, job_status=_settle_future, **options))
@@ -14917,15 +14964,19 @@ def _positive(name: str, value: Any) -> int:
     return number  # type: ignore[no-any-return]
 
 
-def _note_start_method(context: Any) -> None:
-    """Tell a program that asks for another start method, once, that workers are started by fork."""
-    if context is None or isinstance(context, str):
+def _method_of(context: Any) -> str:
+    """The start method of workers that a context of `multiprocessing` stands for. One that there is
+    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    if isinstance(context, str):
         method = context
     else:
         method = context.get_start_method()
-    if method not in (None, 'fork') and method not in _methods_noted:
+    if method in (FORK, SPAWN):
+        return method  # type: ignore[no-any-return]
+    if method not in _methods_noted:
         _methods_noted.add(method)
-        logger.info('mp_context: workers are started by fork, not by %s', method)
+        logger.info('mp_context: workers are started by spawn, as there is no %s', method)
+    return SPAWN
 
 
 _methods_noted: Set[str] = set()
@@ -17549,6 +17600,242 @@ def _report(argv: Sequence[str]) -> int:
 # Command line: nodes by ssh, nodes in a table, commands over many arguments
 # --------------------------------------------------------------------------------------------------
 
+DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
+DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+
+
+class Deployment:
+    """The node that was deployed on this host for this user: its file, its log, and a note of how
+    it was started.
+
+    The directory has the host's name, since hosts may share a home. A context, so that one deploy
+    or stop is at work at a time; at its end the directory goes unless something is deployed.
+    """
+
+    def __init__(self) -> None:
+        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
+        self._script, self._noted, self._log = (os.path.join(self._directory, name)
+                                                for name in ('dispynode.py', 'note', 'log'))
+        self._note: dict = {}
+
+    def __enter__(self) -> 'Deployment':
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self._directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work on this host') from None
+        try:
+            if os.path.exists(self._noted):
+                with open(self._noted) as file:
+                    self._note = json.load(file)
+        except ValueError as exc:
+            self._lock.close()
+            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
+                             (self._noted, exc)) from exc
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if not self._note:
+            shutil.rmtree(self._directory)
+            with contextlib.suppress(OSError):   # other hosts have theirs there
+                os.rmdir(os.path.dirname(self._directory))
+        self._lock.close()
+
+    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
+               restart: bool) -> str:
+        """Have a node run from this source with these options and, if one is given, this secret.
+        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
+        of a node that does not run."""
+        path = secret_path()
+        if secret:
+            have = self._present_secret(path)
+        else:
+            have = b''
+        if have not in (b'', secret) and not replace_secret:
+            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
+        wanted = {
+            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
+        }
+        pid = self._running()
+        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
+            return 'runs already: port %(port)d, PID %(pid)d' % self._note
+        if pid and not restart and self._busy():
+            raise StartError(
+                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
+                'again when it is idle, or with --restart' % pid)
+        # A secret that deploy has not put there
+        if self._digest(have) == self._note.get('secret'):
+            foreign = b''
+        else:
+            foreign = have
+        put = self._digest_put(secret, foreign)
+        try:
+            self._end(pid)
+            self._note = {'wanted': wanted, 'secret': put}
+            write_private(self._script, source)
+            if secret != have:
+                write_private(path, secret + b'\n')
+            self._start(options, ['--secret-file', path] if secret else [])
+        except (OSError, StartError) as exc:
+            if self._running():   # it does not end, or has not been touched
+                raise
+            self._undo(path, put, foreign)
+            raise StartError('%s%s' %
+                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
+        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
+                                        self._note['pid'])
+
+    def stop(self) -> str:
+        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+        if not self._note:
+            return 'nothing was deployed here'
+        pid = self._running()
+        self._end(pid)
+        self._remove()
+        if pid:
+            return 'stopped'
+        return 'ran no more; its files are removed'
+
+    def _start(self, options: List[str], more: List[str]) -> None:
+        """Start the daemon, in a session of its own, and wait until it listens."""
+        args = dispynode._parser().parse_args(options)
+        log = os.path.abspath(args.log_file or self._log)
+        if os.path.exists(log):
+            begin = os.path.getsize(log)
+        else:
+            begin = 0
+        with open(self._log, 'ab') as output:
+            said = output.tell()
+            process = subprocess.Popen(
+                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True)
+        self._note['pid'] = process.pid
+        write_private(self._noted, json.dumps(self._note).encode())
+        until = time.monotonic() + DEPLOY_TIME
+        found = None
+        while found is None:
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                # Main logs it
+                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
+            if process.returncode is not None or time.monotonic() > until:
+                process.kill()
+                code = process.wait()
+                raise StartError(
+                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
+                    or 'it ' + exit_text(code))
+        port = int(found.group(1))
+        self._note.update(port=port,
+                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
+        write_private(self._noted, json.dumps(self._note).encode())
+
+    def _running(self) -> int:
+        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
+        not taken for it."""
+        pid = self._note.get('pid', 0)
+        if not pid:
+            return 0
+        if os.path.isdir('/proc/self'):
+            command = _since('/proc/%d/cmdline' % pid)
+        else:
+            command = subprocess.run(
+                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
+        if os.fsencode(self._script) in command:
+            return pid
+        return 0
+
+    def _busy(self) -> bool:
+        """Whether a computation is there."""
+        root = self._note.get('root', '')
+        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+
+    def _end(self, pid: int) -> None:
+        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
+        is in it."""
+        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+            if self._running():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            while self._running() and time.monotonic() < until:
+                time.sleep(0.02)
+        if self._running():
+            raise StartError('PID %d does not end after SIGTERM' % pid)
+        root = self._note.get('root', '')
+        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
+            if set(os.listdir(root)) <= KEEPING_FILES:
+                shutil.rmtree(root)
+                os.rmdir(os.path.dirname(default_directory(0)))
+
+    def _undo(self, path: str, put: str, foreign: bytes) -> None:
+        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        self._remove()
+        if put and foreign:
+            write_private(path, foreign + b'\n')
+
+    def _remove(self) -> None:
+        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
+        path = secret_path()
+        if os.path.lexists(path) and self._digest(read_secret(path)) == self._note.get('secret'):
+            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(path))
+        self._note = {}
+
+    @staticmethod
+    def _digest(secret: bytes) -> str:
+        return hashlib.sha256(secret).hexdigest()
+
+    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
+        """The digest of the secret that will have been put here; empty if it was here before."""
+        if not secret:
+            return self._note.get('secret', '')  # type: ignore[no-any-return]
+        if secret != foreign:
+            return self._digest(secret)
+        return ''
+
+    @staticmethod
+    def _present_secret(path: str) -> bytes:
+        if os.path.lexists(path):
+            return read_secret(path)
+        return b''
+
+
+def _since(path: str, begin: int = 0) -> bytes:
+    """What a file has from there on; nothing if there is no such file."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(begin)
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
+        return b''
+
+
+def deployment(source: bytes, task: str, *request: Any) -> None:
+    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
+    done, on stdout after DEPLOYED, or why not, on stderr."""
+    try:
+        if os.name == 'nt':
+            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
+        with Deployment() as deployed:
+            print(DEPLOYED +
+                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+    except (StartError, SecretError, OSError) as exc:
+        sys.exit(str(exc))
+
+
+# What the parts that run on a host need there: nothing of this module.
+HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess, sys, time
+from typing import Any, List
+import dispynode
+from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
+                       read_secret, secret_path, take_lock, write_private)
+DEPLOY_TIME = %r
+DEPLOYED = %r
+''' % (DEPLOY_TIME, DEPLOYED)
 # What a host's Python is given to run. It says itself if it is too old, and takes no module from
 # the directory it is in.
 REMOTE = """import sys
@@ -17558,8 +17845,17 @@ import base64, types, zlib
 source = zlib.decompress(base64.b64decode(%a))
 dispynode = sys.modules['dispynode'] = types.ModuleType('dispynode')
 exec(compile(source, 'dispynode.py', 'exec'), dispynode.__dict__)
-dispynode.deployment(source, *%a)
+exec(compile(%a, 'dispy.py', 'exec'))
+deployment(source, *%a)
 """
+
+
+def program_of_host() -> str:
+    """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
+    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
+    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+
+
 SSH_OPTIONS = [
     '-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o',
     'ControlMaster=no'
@@ -17635,7 +17931,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     with open(os.path.abspath(dispynode.__file__), 'rb') as source:
-        request: Tuple[Any, ...] = base64.b64encode(zlib.compress(source.read())), (task,)
+        packed = base64.b64encode(zlib.compress(source.read()))
+    request: Tuple[Any, ...] = (task,)
     try:
         ssh = shlex.split(args.ssh)
         if not ssh or not shutil.which(ssh[0]):
@@ -17656,18 +17953,19 @@ def _deploy(task: str, argv: List[str]) -> int:
                 secret = b''
             else:
                 secret = find_secret(None, args.secret_file).strip()
-            request = request[0], (task, secret, options, args.replace_secret, args.restart)
+            request = (task, secret, options, args.replace_secret, args.restart)
         elif options:
             raise ValueError('stop takes no options of dispynode')
     except (ValueError, OSError, DispyError) as exc:
         parser.error(str(exc))
     hosts = list(dict.fromkeys(args.hosts))
     commands = [[*ssh, *SSH_OPTIONS, '--', host, args.python + ' -'] for host in hosts]
+    program = (REMOTE % (packed, program_of_host(), request)).encode()
     failed = 0
     width = max(map(len, hosts))
     with concurrent.futures.ThreadPoolExecutor(min(32, len(hosts))) as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat((REMOTE % request).encode()))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
             print('%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text), flush=True)
             failed += not done
     return min(failed, 101)
