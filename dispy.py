@@ -10924,6 +10924,8 @@ class Overview:
         for serial, since in begun.items():
             seconds[serial] = now - since
         return seconds
+
+
 class LostNodes:
     """What follows when the link to a node ends, and what the log tells of nodes that are lost and
     come back. The driver's thread.
@@ -12612,44 +12614,26 @@ class JobTakeover:
     def begin(self, journal: Journal, rows: List[tuple]) -> None:
         """Take over the jobs of the journal, which are rows of `Journal.known`. The user's thread.
         """
-        sent: List[Tuple[DispyJob, str]] = []
-        again: List[DispyJob] = []
-        ended: List[DispyJob] = []
-        with journal.damages():
-            holders = journal.holders()
-        for job, state, node, result in rows:
-            job._journal = journal
-            self.recovered.append(job)
-            if state == Journal.ENDED:
-                self._fill_in(job, result)
-                ended.append(job)
-            elif state == Journal.SENT:
-                job.status = DispyJob.Running
-                job.state = JobState.RUNNING
-                sent.append((job, node))
-            else:
-                again.append(job)
-        journal.delivered(ended)
-        self._book.take_over(len(sent) + len(again))
-        for job in again:
+        for row in rows:
+            row[0]._journal = journal
+        restored = RestoredJobs(journal, rows, self._is_program)
+        self.recovered += restored.jobs
+        journal.delivered(restored.ended)
+        for job, _ in restored.sent:
+            job.status = DispyJob.Running
+        at_nodes = len(restored.sent)
+        self._book.take_over(at_nodes + len(restored.unsent))
+        for job in restored.unsent:
             self._renew(job)
             self.driver.post(job)
-        if sent or holders:
+        if restored.are_at_nodes:
             logger.info('%d jobs of an earlier run are on nodes: their results are collected',
-                        len(sent))
+                        at_nodes)
             lost = functools.partial(self._lost, journal)
-            recovery = Recovery(journal, sent, holders, self._done, lost, self._submit_again,
-                                self._over)
+            recovery = Recovery(journal, restored.sent, restored.holders, self._done, lost,
+                                self._submit_again, self._over)
             self.recovery = recovery
             self.driver.ask(lambda: recovery.begin(self.driver))
-
-    def _fill_in(self, job: DispyJob, result: Union[str, tuple]) -> None:
-        """Complete a job that had ended. `result` is the reason why it has none, or its row of
-        Results without the serial number."""
-        if isinstance(result, str):
-            end_without(job, result)
-        else:
-            fill_in(job, (job.serial, *result), self._is_program)
 
     def _renew(self, job: DispyJob) -> None:
         """Make a job that has not begun one of this cluster."""

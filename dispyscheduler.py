@@ -3773,7 +3773,8 @@ def operate(task: str, argv: Sequence[str]) -> int:
         files = tls_files(args.certfile, args.keyfile, None)
         secret = find_secret(None, args.secret_file)
         logging.getLogger('dispy').setLevel(logging.ERROR)   # what is wrong is said below
-        link = dispy_httpd.SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, REDIAL_MOST))
+        access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
+        link = dispy_httpd.SchedulerLink(host, port, access)
         try:
             why = link.why_not()
             if why:
