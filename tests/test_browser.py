@@ -139,7 +139,8 @@ def test_two_browsers_show_the_numbers_of_500_jobs(browse):
             for browser in browsers:
                 shown = browser.figures()
                 total = sum(shown[word] for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting'))
-                ended = cluster._finished + sum(cluster._unfinished.values())
+                submitted, *ended = dispy.core_of(cluster).jobs_counted()
+                ended = sum(ended)
                 assert total in (0, 500) and shown['Done'] + shown['Failed'] <= ended and shown['CPUs used'] <= cluster.status().nodes[0].cpus
         done = sum(job.status == dispy.DispyJob.Finished for job in jobs)
         for browser in browsers:
@@ -286,7 +287,7 @@ def test_pictures_of_every_page(browse, tmp_path, look, width, height, dark):
                 cluster.submit(n, end)
             cluster.set_node_cpus('attic', 1)
             browser = browse(server, width=width, height=height, dark=dark)
-            eventually(lambda: cluster._finished > 30, seconds=40)
+            eventually(lambda: dispy.core_of(cluster).book.finished > 30, seconds=40)
             for page in ('clusters', 'nodes', 'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
                 browser.page(page).see(lambda: browser.all('main h1') and 'Loading' not in browser.text())
                 if page == 'failures':
@@ -316,7 +317,7 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
         assert second.wait(60)   # the same program: what comes first is first
         for n in range(60):
             first.submit(n, end)
-        eventually(lambda: first._finished > 30, seconds=40)
+        eventually(lambda: dispy.core_of(first).book.finished > 30, seconds=40)
 
         def shown(name):
             return browser.script('const card = document.querySelector(`section[aria-label="cluster ${arguments[0]}"]`); return card && Object.fromEntries('

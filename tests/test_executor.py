@@ -357,11 +357,11 @@ def test_an_executor_that_is_dropped_ends_its_workers(tmp_path):
     future = executor.submit(wait_for, str(flag))
     other, cluster = executor.with_options(priority=1), executor.cluster
     del executor
-    assert not cluster.closed and lives(pid)
+    assert not dispy.core_of(cluster).closed and lives(pid)
     del other
     flag.write_text('')
     assert future.result(30)   # what was submitted is done
-    eventually(lambda: cluster.closed and not lives(pid))
+    eventually(lambda: dispy.core_of(cluster).closed and not lives(pid))
 
 
 def test_asyncio(executor, tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -74,6 +75,10 @@ class Overview:
         found = [row for row in rows if pid in (None, int(row['program'].rpartition(' ')[2]))]
         return found[0]
 
+    def programs(self):
+        """The programs that have a cluster."""
+        return [row['program'] for row in self._link.ask('clusters', 0, 100)[1]]
+
     def __enter__(self):
         return self
 
@@ -100,11 +105,10 @@ def hold(directory, name):
     while not os.path.exists(os.path.join(directory, 'end')):
         time.sleep(0.01)
     return name
-reach_by = dispy.SharedJobCluster._reach_by
-def changed(cluster, probe):
-    cluster._recovers = tells == 'recovers'
-    reach_by(cluster, probe)
-dispy.SharedJobCluster._reach_by = changed
+tell_scheduler = dispy.SharedProgramCluster.tell_scheduler
+def changed(core, nodes, recovers):
+    tell_scheduler(core, nodes, tells == 'recovers')
+dispy.SharedProgramCluster.tell_scheduler = changed
 cluster = dispy.SharedJobCluster(hold, scheduler_port=scheduler, recover_file=recover)
 jobs = [cluster.submit_job_id(n, directory, n) for n in range(30)]
 while sum(job.status == dispy.DispyJob.Running for job in jobs) < 2:
@@ -125,15 +129,27 @@ def killed(scheduler, begun, recover='', tells='nothing'):
 
 
 def test_what_waits_is_cancelled_at_once_when_the_process_is_gone(serve, begun):
+    """And the log tells the story of both programs, and of the node."""
     scheduler = serve('--gone-after', '3600')
     pid = killed(scheduler, begun)
-    with Overview(scheduler) as overview, dispy.SharedJobCluster(hold, scheduler_port=scheduler.port) as cluster:
-        eventually(lambda: overview.of(pid)['cancelled'] == 28)
-        jobs = [cluster.submit(str(begun), 'mine-%d' % n) for n in range(3)]
-        end(begun)
-        assert all(job.wait(30) for job in jobs)
-        eventually(lambda: overview.of(pid)['done'] == 2, what='the end of what ran')
+    with Overview(scheduler) as overview:
+        with dispy.SharedJobCluster(hold, scheduler_port=scheduler.port) as cluster:
+            eventually(lambda: overview.of(pid)['cancelled'] == 28)
+            jobs = [cluster.submit(str(begun), 'mine-%d' % n) for n in range(3)]
+            end(begun)
+            assert all(job.wait(30) for job in jobs)
+            eventually(lambda: overview.of(pid)['done'] == 2, what='the end of what ran')
+        eventually(lambda: len(overview.programs()) == 1)
     assert len([name for name in names(begun) if not name.startswith('mine')]) == 2
+    scheduler.stop()
+    log = scheduler.log()
+    for pattern in (r'INFO: node \S+ \(127.0.0.1:\d+\) is connected, and offers 2 CPUs\n',
+                    r'INFO: \S+ PID %d is connected from 127.0.0.1\n' % pid, r'INFO: hold: begins \(computation 1 of \S+ PID %d\)\n' % pid,
+                    r'INFO: \S+: node \S+ \(127.0.0.1:\d+\) is used, with 2 CPUs\n',
+                    r'WARNING: the link of \S+ PID %d ended: .*; 30 jobs of it have not ended\n' % pid, r'its 28 jobs that have not begun are cancelled',
+                    r'INFO: hold: begins \(computation 2 of \S+ PID %d\)\n' % os.getpid(),
+                    r'is over: 3 jobs, 3 done, 0 failed, 0 cancelled, 0 not ended; \d+\.\d CPU seconds \(computation 2 of \S+ PID %d\)\n' % os.getpid()):
+        assert re.search(pattern, log), (pattern, log)
 
 
 def test_with_a_recover_file_everything_goes_on(serve, begun, tmp_path):

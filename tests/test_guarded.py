@@ -216,12 +216,12 @@ def test_after_a_fault_in_the_driver_every_job_ends(monkeypatch, name):
         assert cluster.submit(2)(30) == 4
         real = getattr(dispy.JobExchange, name)
         monkeypatch.setattr(dispy.JobExchange, name, broken)
-        for action, method in list(cluster.driver._acts.items()):
+        for action, method in list(dispy.core_of(cluster).driver._acts.items()):
             if method.__name__ == name:
-                cluster.driver._acts[action] = lambda action: broken(cluster.driver.jobs, action)
-        for message, method in list(cluster.driver._messages.items()):
+                dispy.core_of(cluster).driver._acts[action] = lambda action: broken(dispy.core_of(cluster).driver.jobs, action)
+        for message, method in list(dispy.core_of(cluster).driver._messages.items()):
             if method.__name__ == name:
-                cluster.driver._messages[message] = lambda peer, message: broken(cluster.driver.jobs, peer, message)
+                dispy.core_of(cluster).driver._messages[message] = lambda peer, message: broken(dispy.core_of(cluster).driver.jobs, peer, message)
         jobs = [cluster.submit(n) for n in range(5)]
         assert cluster.wait(30), [job.status_text() for job in jobs]
         assert times
@@ -235,8 +235,8 @@ def test_when_the_driver_ends_every_job_ends(monkeypatch):
 
         def broken(*args):
             raise ZeroDivisionError('on purpose')
-        monkeypatch.setattr(cluster.driver.schedule, 'flush', broken)
-        monkeypatch.setattr(cluster.driver.schedule, 'handle', broken)
+        monkeypatch.setattr(dispy.core_of(cluster).driver.schedule, 'flush', broken)
+        monkeypatch.setattr(dispy.core_of(cluster).driver.schedule, 'handle', broken)
         jobs = []
         with contextlib.suppress(RuntimeError):   # it has ended already
             for n in range(5):

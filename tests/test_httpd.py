@@ -165,12 +165,12 @@ def test_the_numbers_are_the_clusters(make_cluster, capsys):
 def test_what_was_before_the_server_was_made_is_counted(make_cluster):
     with make_cluster(fail, nodes='local') as cluster:
         jobs = [cluster.submit(n) for n in range(10)]
-        assert cluster.wait(20) and len(jobs) == 10 and cluster._monitors == ()
+        assert cluster.wait(20) and len(jobs) == 10 and dispy.core_of(cluster).live_output.monitors == ()
         with serve(cluster) as site:
             row, = site.rows('/api/clusters')
             assert (row['done'], row['failed'], row['state']) == (5, 5, 'idle')
             assert site.rows('/api/failures') == []
-        assert cluster._monitors == () and cluster.cargo.spec['live'] is False
+        assert dispy.core_of(cluster).live_output.monitors == () and dispy.core_of(cluster).cargo.spec['live'] is False
 
 
 def test_several_clusters_one_server(tmp_path):
@@ -294,7 +294,7 @@ class Idle:
 
 def test_a_snapshot_costs_the_same_with_many_jobs(site):
     """Not a time: what the driver's thread calls for it is counted, with 2 jobs and with 20,000, on one node and on 200."""
-    driver, (watched,) = site.cluster.driver, site.server._source.watched()
+    driver, (watched,) = dispy.core_of(site.cluster).driver, site.server._source.watched()
 
     def calls():
         seen = [0]
@@ -316,13 +316,13 @@ def test_a_snapshot_costs_the_same_with_many_jobs(site):
         site.cluster.submit(str(site.end))
     driver.ask(lambda: None)
     many, _ = driver.ask(calls)
-    assert nodes == 1 and many <= few + 2 and len(site.cluster.driver.schedule.comps[site.cluster.comp].queue._levels[0]) > 19000
+    assert nodes == 1 and many <= few + 2 and len(dispy.core_of(site.cluster).driver.schedule.comps[dispy.core_of(site.cluster).comp].queue._levels[0]) > 19000
 
     peers = [dispy.NodeConnection('10.0.0.%d' % n, 9701) for n in range(200)]
 
     def add():
         for n, peer in enumerate(peers):
-            peer.name, peer.link, peer.uses[site.cluster.comp] = 'node%03d' % n, Idle(), dispy.NodeAssignment(dispy.NodeSpec('x', 1))
+            peer.name, peer.link, peer.uses[dispy.core_of(site.cluster).comp] = 'node%03d' % n, Idle(), dispy.NodeAssignment(dispy.NodeSpec('x', 1))
             driver.nodes.by_key[peer.key] = peer
     driver.ask(add)
     try:

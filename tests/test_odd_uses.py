@@ -59,7 +59,7 @@ def test_asked_after_close(make_cluster, node):
     with pytest.raises(RuntimeError):
         cluster.wait_nodes(1, 0.2)
     with pytest.raises(RuntimeError):
-        cluster.driver.ask(lambda: None)
+        dispy.core_of(cluster).driver.ask(lambda: None)
     assert time.monotonic() - began < 3
 
 

@@ -590,3 +590,117 @@ def test_files_that_a_program_leaves_behind_are_told_once(make_cluster, tmp_path
     with make_cluster(str(program), nodes='local', cleanup=False, depends=[str(tmp_path / 'conv.input')]) as cluster:
         assert cluster.submit(7)(30) == 0   # what shall stay there is not missed
     assert len(told_of()) == 1
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------------------
+
+class Unshown:
+    """An object of the user's, of which the log may call nothing."""
+
+    def __repr__(self):
+        raise AssertionError('the log has called code of the user')
+
+    __str__ = __len__ = __iter__ = __format__ = __repr__
+
+
+def test_the_log_shows_values_and_runs_none_of_the_user_s_code():
+    job = DispyJob('comp', b'packed', {'values': Unshown()}, Unshown())
+    job.serial = (3 << 16) + 1
+    assert dispy.logged(dispy.Submitted([job])) == 'Submitted(works=[job  (serial %d)])' % job.serial
+    job.id = 'first'
+    row = (job.serial, 1, 2.5, 1e9 / 3, b'secret', b'', memoryview(b'ab'))
+    assert dispy.logged(dispy.JobsEnded(('host', 1), 'c', [(job, row)])) == (
+        "JobsEnded(node=['host', 1], comp='c', pairs=[[job first (serial 196609), "
+        "[196609, 1, 2.5, 333333333, <6 bytes>, <0 bytes>, <2 bytes>]]])")
+    assert dispy.logged(list(range(100))) == '[0, 1, 2, 3, 4, 5, 6, 7, 92 more]'
+    assert dispy.logged({'a': Unshown()}) == "[['a', <Unshown>]]"
+    assert len(dispy.logged('x' * 100000)) < 200
+
+
+def test_the_log_of_decisions_costs_nothing_when_it_is_off(make_cluster, monkeypatch):
+    """No text is made."""
+    made = []
+    monkeypatch.setattr(dispy, 'logged', lambda value: made.append(value) or '')
+    with make_cluster(abs, nodes='local') as cluster:
+        assert list(cluster.map(range(20))) == list(range(20))
+        assert made == [] and not dispy.core_of(cluster).driver.decisions.is_on
+    with make_cluster(abs, nodes='local', loglevel=dispy.logger.DEBUG) as cluster:
+        assert cluster.submit(-1)(30) == 1
+        assert {dispy.Submitted, dispy.NodeReady, dispy.SendJobs, dispy.NodeResults, dispy.JobsEnded} <= set(map(type, made))
+
+
+def test_the_level_that_the_program_has_set_stays():
+    nowhere = [('127.0.0.1', 9)]
+    dispy.logger.setLevel(dispy.logger.ERROR)
+    for level, expected in ((None, 'ERROR'), (20, 'ERROR'), ('DEBUG', 'DEBUG'), ('INFO', 'INFO'), ('WARNING', 'WARNING'), (None, 'INFO')):
+        options = {} if level is None else {'loglevel': level}
+        with dispy.JobCluster(abs, nodes=nowhere, **options):
+            assert dispy.logger.level == getattr(dispy.logger, expected)
+    for level in ('none', 1.5, object()):
+        with pytest.raises((TypeError, ValueError)):
+            dispy.JobCluster(abs, nodes=nowhere, loglevel=level)
+    assert dispy.logger.level == dispy.logger.INFO
+
+
+LOGGING = '''
+import dispy, logging, sys
+exec(sys.argv[2])
+def compute(n):
+    return n + 1
+with dispy.JobCluster(compute, nodes='local', **eval(sys.argv[1])) as cluster:
+    assert list(cluster.map(range(3))) == [1, 2, 3]
+'''
+
+
+STORY = ['compute: the computation begins', 'is used, with', 'has ended after', ': 3 done']
+DECISIONS = ['event Submitted(', 'end of a turn: SendJobs(', 'event NodeResults(']
+
+
+@pytest.mark.parametrize('options, configured, shown, hidden', [
+    ({}, '', [], ['compute']),
+    ({'loglevel': 40}, '', [], ['compute']),
+    ({'loglevel': 10}, '', STORY + DECISIONS, []),
+    ({}, 'logging.basicConfig(level=logging.INFO)', STORY, ['event ', 'end of a turn']),
+    ({'loglevel': 10}, 'logging.basicConfig(level=logging.INFO)', STORY + DECISIONS, []),
+    ({}, 'dispy.logger.setLevel(logging.DEBUG)', STORY + DECISIONS, [])])
+def test_what_a_program_shows_of_its_log(tmp_path, options, configured, shown, hidden):
+    """A program that goes well shows nothing where it neither asks for that nor configures logging."""
+    script = tmp_path / 'script.py'
+    script.write_text(LOGGING)
+    done = subprocess.run([sys.executable, str(script), repr(options), configured], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60, universal_newlines=True)
+    assert done.returncode == 0 and done.stdout == ''
+    assert [text for text in shown if text not in done.stderr] == [], done.stderr
+    assert [text for text in hidden if text in done.stderr] == [], done.stderr
+
+
+def in_turn(path):
+    """A job that runs until its file is there."""
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    return path
+
+
+def test_the_log_tells_of_nodes_that_are_used_lost_and_back(tmp_path, caplog):
+    """And of the jobs that were there: reentrant ones wait again, others are abandoned."""
+    caplog.set_level('INFO', 'dispy')
+    end = str(tmp_path / 'end')
+    with NodeProcess(tmp_path / 'one', '--name', 'one', cpus=2) as node:
+        where = 'one (127.0.0.1:%d)' % node.port
+        options = {'nodes': [node.address], 'pulse_interval': 0.5, 'ping_interval': 0.5}
+        with dispy.JobCluster(in_turn, reentrant=True, **options) as cluster, dispy.JobCluster(in_turn, **options) as other:
+            jobs = [cluster.submit(end), other.submit(end)]
+            eventually(lambda: all(job.status == DispyJob.Running for job in jobs))
+            node.kill()
+            eventually(lambda: [job.status for job in jobs] == [DispyJob.Created, DispyJob.Abandoned])
+            with NodeProcess(tmp_path / 'one', '--name', 'one', port=node.port, cpus=2):
+                open(end, 'w').close()
+                assert jobs[0](60) == end
+    texts = '\n'.join(caplog.messages)
+    assert re.search(r'in_turn: node %s is used, with [12] CPU' % re.escape(where), texts), texts
+    assert re.search(r'lost the connection to node %s: .*; the 2 jobs that it has are lost if it is not back within \d'
+                     % re.escape(where), texts), texts
+    assert 'node %s is lost: 1 job waits again, 1 job was abandoned' % where in texts, texts
+    assert re.search(r'node %s is connected again after \d' % re.escape(where), texts), texts
+    assert re.search(r'in_turn: the computation has ended after [\d.]+ s: 1 done; they ran for [\d.]+ s on 1 node', texts), texts
+    assert re.search(r'in_turn: the computation has ended after [\d.]+ s: 1 failed; they ran for 0.0 s on 0 nodes', texts), texts

@@ -122,12 +122,11 @@ def test_what_a_node_cannot_use_is_not_sent_for_ever(tmp_path, caplog):
     caplog.set_level(logging.WARNING, 'dispy')
     with NodeProcess(tmp_path) as node, dispy.JobCluster(square, nodes=[node.address]) as cluster:
         assert cluster.submit(2)(20) == 4
-        job = dispy.DispyJob(cluster.comp, pickle.dumps(((3,), {}), 5), {'timeout': Odd(5.0)}, 'odd')
-        with cluster._lock:
-            cluster._pending += 1
-            cluster._count += 1
-            cluster._owed.add(job)
-            cluster.driver.post(job)
+        job = dispy.DispyJob(dispy.core_of(cluster).comp, pickle.dumps(((3,), {}), 5), {'timeout': Odd(5.0)}, 'odd')
+        core = dispy.core_of(cluster)
+        with core.book.lock:
+            core.book.enter(job)
+            core.driver.post(job)
         assert job.wait(60) and job.status == job.Terminated and 'cannot use what was sent' in job.exception, job.exception
         assert cluster.submit(5)(60) == 25
         assert node.log().count('cannot be used') <= REFUSED_MOST + 1
@@ -139,10 +138,10 @@ def test_a_shared_cluster_ends_such_a_job_too(tmp_path):
     with NodeProcess(tmp_path / 'n') as node, SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port) as scheduler:
         with dispy.SharedJobCluster(square, scheduler_port=scheduler.port) as cluster:
             assert cluster.submit(2)(20) == 4
-            job = dispy.DispyJob(cluster.comp, pickle.dumps(((3,), {}), 5), {'timeout': Odd(5.0)}, 'odd')
-            with cluster._lock:
-                cluster._pending += 1
-                cluster._owed.add(job)
-                cluster.driver.post(job)
+            job = dispy.DispyJob(dispy.core_of(cluster).comp, pickle.dumps(((3,), {}), 5), {'timeout': Odd(5.0)}, 'odd')
+            core = dispy.core_of(cluster)
+            with core.book.lock:
+                core.book.enter(job)
+                core.driver.post(job)
             assert job.wait(60) and 'cannot use what was sent' in job.exception, job.exception
             assert cluster.submit(5)(60) == 25

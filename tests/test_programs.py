@@ -58,7 +58,7 @@ class Talk:
 def spec(**changes):
     """A computation as a client of this version sends it."""
     cluster = dispy.SharedJobCluster(answer, scheduler_port=1, loglevel=logging.CRITICAL)
-    made = dict(cluster.cargo.spec, modules=[], code=bytes(cluster.cargo.spec['code']), files=[])
+    made = dict(dispy.core_of(cluster).cargo.spec, modules=[], code=bytes(dispy.core_of(cluster).cargo.spec['code']), files=[])
     made['shared'] = dict(made['shared'])
     cluster.close(terminate=True)
     return dict(made, **changes)
@@ -289,7 +289,7 @@ def test_programs_with_a_secret_of_their_own(tmp_path):
                     key = ask('nodes', 0, 10, False).value[1][0]['key']
                     for order in (('cancel_waiting', row['number']), ('cpus', key, 1), ('use', key)):
                         assert bool(ask(*order).error) is not sees
-                    comp = cluster.comp
+                    comp = dispy.core_of(cluster).comp
                     talk.say(Reclaim(comp, b'guess'))
                     assert talk.hear(KnownAttempts, Refused)[:2] == (comp, [])
             hold.write_text('')

@@ -285,10 +285,10 @@ import dispy
 from dispynode import Ack, Call, Cancel, Done, Jobs, Reclaim
 cluster = dispy.SharedJobCluster(lambda: 1, scheduler_port=int(sys.argv[1]), loglevel=60)
 assert cluster.submit()(20) == 1
-driver, comp = cluster.driver, sys.argv[2]
+driver, comp = dispy.core_of(cluster).driver, sys.argv[2]
 number = 1 << 16 | 1
 def forge():
-    peer = driver.nodes.of(cluster.comp)[0]
+    peer = driver.nodes.of(dispy.core_of(cluster).comp)[0]
     messages = {'cancel': Cancel(comp, [number]), 'done': Done(comp), 'ack': Ack(comp, [number]), 'jobs': Jobs(comp, [(9 << 16, b'', None)]),
                 'reclaim': Reclaim(comp), 'call': Call(comp, 1, 'leave', (('127.0.0.1', 1), 'close', True))}
     driver.send(peer.link, messages[sys.argv[3]])
@@ -304,7 +304,7 @@ def test_a_program_cannot_touch_what_another_has(scheduler, gate, message):
     with shared(hold, scheduler) as cluster:
         jobs = [cluster.submit(gate.path, n) for n in range(3)]
         eventually(lambda: len(gate.started()) == 2)
-        program = start_here([sys.executable, '-c', FORGED, str(scheduler.port), cluster.comp, message], stderr=subprocess.PIPE)
+        program = start_here([sys.executable, '-c', FORGED, str(scheduler.port), dispy.core_of(cluster).comp, message], stderr=subprocess.PIPE)
         gate.open()
         assert [job(20) for job in jobs] == [0, 1, 2]
         assert program.wait(60) == 0, program.stderr.read().decode()
@@ -321,7 +321,7 @@ WRONG = {
     'timeout': [Compute('c0', SPEC), Jobs('c0', [(1, b'x', {'timeout': 10 ** 400})])],
     'serial': [Compute('c0', SPEC), Jobs('c0', [(1 << 63, b'x', None)])],
     'unpicklable': [Compute('c0', dict(SPEC, extra=pickle.PickleBuffer(b'x')))],
-    'house': [Compute('house', SPEC), Done('house')],
+    'own': [Compute('keepconnected', SPEC), Done('keepconnected')],
 }
 
 

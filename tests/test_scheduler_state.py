@@ -104,13 +104,13 @@ def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
     state.commit()
     number = large.serial >> 16
     files = ['%d.%s' % (number, end) for end in 'pr']
-    assert sorted(os.listdir(state.large)) == files and list(state.results([number], [])) == [row]
+    assert sorted(os.listdir(state.files.directory)) == files and list(state.results([number], [])) == [row]
     for name in ('9.p', '9.r', '%d.p.part' % (number + 1)):   # of transactions that were not written
-        open(os.path.join(state.large, name), 'w').close()
+        open(os.path.join(state.files.directory, name), 'w').close()
     again = after_a_crash(state, root)
-    assert sorted(os.listdir(again.large)) == files
+    assert sorted(os.listdir(again.files.directory)) == files
     again.removed([number, small.serial >> 16])
-    assert again.commit() and os.listdir(again.large) == [] and not again._files
+    assert again.commit() and os.listdir(again.files.directory) == [] and not again.files.numbers
     again.close()
 
 
@@ -120,7 +120,7 @@ def test_large_files_of_jobs_that_go_in_the_same_turn_are_not_written(root):
     work = submit(state, b'x' * FILE_BYTES)
     end(state, work, b'y' * FILE_BYTES)
     state.removed([work.serial >> 16])
-    assert state.commit() and os.listdir(state.large) == []
+    assert state.commit() and os.listdir(state.files.directory) == []
     state.close()
 
 

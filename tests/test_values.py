@@ -395,7 +395,7 @@ def test_values_outlive_the_program_with_a_recover_file(tmp_path):
             assert sorted(job(60) for job in cluster.recovered) == [1.0] * 8 + [3.0]
             assert len(cluster.recovered[0].arguments) < 300
             assert cluster.submit([1.0])(30) == 1.0
-            left = cluster.journal._db.execute('SELECT count(*) FROM vals').fetchone()[0]
+            left = dispy.core_of(cluster).journal._db.execute('SELECT count(*) FROM vals').fetchone()[0]
             assert left == 0
 
 
