@@ -10,7 +10,7 @@ from dispynode import (
     Compute, EventText, SendToWorker, FilePiece, ClientHello, Jobs, LinkDown, LinkUp, LoggedNode,
     Node, Outcome, DirectoryReady, Received, Results, RunnerGone, RunnerUp, Send, StartWorker,
     Status, WorkerResults, attempt_number, job_number, node_type, serial_of)
-from test_node_state import Talk, result, spec
+from talk_node import Talk, result, spec
 
 FIRST, SECOND = 1 << 16 | 1, 2 << 16 | 3    # the first attempt of job 1, the third of job 2
 
