@@ -145,21 +145,21 @@ from dispynode import (
     Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
     HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link, LinkBroken, Need,
     CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim,
-    Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown, StartError,
-    NodeHello, Wrong, __version__, out_of_band, call_chunk, Calls, CommandLines, check_name,
+    Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown,
+    StartError, NodeHello, Wrong, __version__, out_of_band, call_chunk, Calls, check_name,
     derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret,
     batches, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
     path_option, plain_text, format_address, python_of, in_parts, same_secret, dumps,
     seconds_option, size_of, tls_files, tls_context, unpack_error, loads, value_pickler, BUNDLE,
     BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named,
-    globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork, Listed, OUT_OF_BAND,
-    SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads,
-    shared_payload, Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT,
-    AttemptHistory, REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT,
-    Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
-    lock_file, told_once, Each, FILES_LEFT, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN,
-    KEEPING_FILES, MESSAGES, MAX_LIST, PAYLOAD, RecordLog, add_messages, default_directory,
-    exit_text, is_serial, read_secret, secret_path, take_lock, write_private)
+    globals_of, is_named, keeps_identity, plain_form, with_needs, Listed, OUT_OF_BAND, SHARED_FROM,
+    available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
+    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory,
+    REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached,
+    is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
+    lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
+    add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
+    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -5895,8 +5895,18 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     return rows
 
 
+def is_executable(path: str, start: bytes) -> bool:
+    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
+    files are executable there."""
+    if os.name != 'nt':
+        return os.access(path, os.X_OK)
+    suffixes = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD').lower().split(';')
+    end = os.path.splitext(path)[1].lower()
+    return start == b'MZ' or end in ('.py', '.pyw') or (bool(end) and end in suffixes)
+
+
 def _program_path(program: str) -> str:
-    if os.path.exists(program) or os.sep in program:
+    if os.path.exists(program) or os.sep in program or (os.altsep or os.sep) in program:
         path = program
     else:
         path = shutil.which(program) or program
@@ -5908,7 +5918,7 @@ def _program_path(program: str) -> str:
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start != b'#!' and not os.access(path, os.X_OK):
+    if start != b'#!' and not is_executable(path, start):
         raise ValueError('computation: %s is not executable and does not begin with #!' % program)
     return path
 
@@ -11660,7 +11670,6 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     which would run the user's main program again."""
     import tempfile
     import dispynode
-    check_fork()
     python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
@@ -11672,6 +11681,7 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     with _starting:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours
             env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
@@ -11702,6 +11712,13 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
 # but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
 # --------------------------------------------------------------------------------------------------
+
+def _start_method(method: Any) -> str:
+    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    if method not in (None, FORK, SPAWN):
+        raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
+    return method or ''
+
 
 INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
              'poll_interval': (0.1, 3600)}   # the range of each, in seconds
@@ -11742,6 +11759,7 @@ class ClusterOptions:
     jobs_per_worker: Optional[int]
     reentrant: bool
     forward_logs: bool
+    start_method: str
     loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
@@ -11766,7 +11784,6 @@ class ClusterOptions:
             host = given['ip_addr']
         probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
         if not specs and not remote:
-            check_fork()
             own_python()
         options['probes'] = probes
         options['specs'] = specs
@@ -11786,6 +11803,7 @@ class ClusterOptions:
         options['reentrant'] = _flag('reentrant', given['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        options['start_method'] = _start_method(given['start_method'])
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
         options['keeps_trail'] = path is None and given['recover_file'] is not False
@@ -12846,7 +12864,8 @@ class ProgramCluster(ComputationUser):
             logs = logger.getEffectiveLevel()
         else:
             logs = -1
-        self.cargo.spec.update(live=options.on_output is not None, logs=logs)
+        self.cargo.spec.update(live=options.on_output is not None, logs=logs,
+                               start_method=options.start_method)
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
@@ -13459,6 +13478,10 @@ class JobCluster(OldCluster):
         end it has had all that is kept. `text` is str for functions, bytes for programs
     forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
         job's id
+    start_method - how a node starts worker processes. 'fork': after it has loaded the computation
+        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
+        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
+        fork on Linux and spawn elsewhere. A node that cannot is refused
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -13499,6 +13522,7 @@ class JobCluster(OldCluster):
                  max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
                  forward_logs: bool = False,
+                 start_method: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -14812,8 +14836,8 @@ class DispyExecutor(concurrent.futures.Executor):
         first call. A node where it fails is not used; if there is no other, all futures and
         `submit` raise BrokenExecutor
     max_tasks_per_child - a worker process is replaced after so many calls (default: never)
-    mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
-        by fork; another method is named in the log, once
+    mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
+        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
 
     A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
     executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
@@ -14833,7 +14857,8 @@ class DispyExecutor(concurrent.futures.Executor):
             most = _positive('max_workers', max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
-        _note_start_method(mp_context)
+        if mp_context is not None:
+            options['start_method'] = _method_of(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
         self._pool = _ExecutorClusters(functools.partial(
             self._cluster_class, calls, nodes, job_status=_settle_future, **options))
@@ -14955,15 +14980,19 @@ def _positive(name: str, value: Any) -> int:
     return number  # type: ignore[no-any-return]
 
 
-def _note_start_method(context: Any) -> None:
-    """Tell a program that asks for another start method, once, that workers are started by fork."""
-    if context is None or isinstance(context, str):
+def _method_of(context: Any) -> str:
+    """The start method of workers that a context of `multiprocessing` stands for. One that there is
+    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    if isinstance(context, str):
         method = context
     else:
         method = context.get_start_method()
-    if method not in (None, 'fork') and method not in _methods_noted:
+    if method in (FORK, SPAWN):
+        return method  # type: ignore[no-any-return]
+    if method not in _methods_noted:
         _methods_noted.add(method)
-        logger.info('mp_context: workers are started by fork, not by %s', method)
+        logger.info('mp_context: workers are started by spawn, as there is no %s', method)
+    return SPAWN
 
 
 _methods_noted: Set[str] = set()
