@@ -3926,14 +3926,6 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
 ]
 
 
-# Options of dispy 4 without a meaning, as OBSOLETE_NODE
-OBSOLETE_SCHEDULER = {
-    '--msg-timeout': (True, 'connections are kept'),
-    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
-    '--cooperative': (False, 'each program limits its own CPUs of a node'),
-}
-
-
 def _parser() -> OptionParser:
     parser = daemon_parser('dispyscheduler',
                            'Share nodes between several programs (dispy.SharedJobCluster).',
