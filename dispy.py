@@ -159,7 +159,8 @@ from dispynode import (
     is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
     lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
     add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
-    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN)
+    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN,
+    PAYLOAD)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -12195,7 +12196,7 @@ class LiveOutput:
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show(job, stream, row[4 + stream][at:])
+            self._show(job, stream, row[PAYLOAD + stream][at:])
 
     def _show(self, job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and self.on_output is not None:

@@ -15067,16 +15067,6 @@ def tell_obsolete(args: argparse.Namespace, options: Dict[str, Tuple[bool, str]]
         logger.info('%s has no meaning any more: %s', option, options[option][1])
 
 
-def old_spelling(parser: argparse.ArgumentParser, argv: Sequence[str]) -> List[str]:
-    """A command line with dispy 4's spellings, underscores, of the options that a parser knows."""
-    words = []
-    for word in argv:
-        name, sign, value = word.partition('=')
-        known = name.startswith('--') and name.replace('_', '-') in parser._option_string_actions
-        words.append(name.replace('_', '-') + sign + value if known else word)
-    return words
-
-
 class OldConfig:
     """A configuration that dispy 4 has saved: one section, [DEFAULT], in which every option has a
     value, also those that were not given."""

@@ -3802,6 +3802,13 @@ def default_state_dir(port: int) -> str:
     return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
+# Options of dispy 4 without a meaning, as OBSOLETE_NODE
+OBSOLETE_SCHEDULER = {
+    '--msg-timeout': (True, 'connections are kept'),
+    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
+    '--cooperative': (False, 'each program limits its own CPUs of a node'),
+}
+# What a node does not have as well
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('-p', '--port', '--scheduler-port'), {
         'type': int,
@@ -3918,14 +3925,6 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'action': 'store_true',
         'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
 ]
-
-
-# Options of dispy 4 without a meaning, as OBSOLETE_NODE
-OBSOLETE_SCHEDULER = {
-    '--msg-timeout': (True, 'connections are kept'),
-    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
-    '--cooperative': (False, 'each program limits its own CPUs of a node'),
-}
 
 
 def _parser() -> OptionParser:
