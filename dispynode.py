@@ -10592,14 +10592,23 @@ _SHARED_KINDS = (
     ('multiprocessing.pool', ('Pool', )))
 
 
-def shared_kind(value: Any, deep: bool = True) -> str:
+def shared_kind(value: Any) -> str:
     """What a value is that only forked processes share, or ''. Contents of containers and
     attributes of instances are looked at too."""
+    kind = _shared_itself(value)
+    if kind:
+        return kind
+    for one in itertools.islice(_parts_of(value), 1000):
+        kind = _shared_itself(one)
+        if kind:
+            return 'or has in it ' + kind
+    return ''
+
+
+def _shared_itself(value: Any) -> str:
     for module, names in _SHARED_KINDS:
-        kinds = tuple(
-            kind for kind in (getattr(sys.modules.get(module), name, None) for name in names)
-            if isinstance(kind, type))
-        if isinstance(value, kinds):
+        kinds = [getattr(sys.modules.get(module), name, None) for name in names]
+        if isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
             return 'a %s of multiprocessing' % type(value).__name__
     if type(getattr(value, '_wrapper', None)).__module__ == 'multiprocessing.heap':
         return 'a shared array or value of multiprocessing'
@@ -10608,22 +10617,17 @@ def shared_kind(value: Any, deep: bool = True) -> str:
         manager = getattr(value, '_manager', None) or value
         if hasattr(manager, '_process'):   # started here, and not only connected to
             return 'of a manager of multiprocessing that was started here'
-        return ''
-    if not deep:
-        return ''
-    if type(value) in (list, tuple, set, frozenset):
-        contents: Iterable[Any] = value
-    elif type(value) is dict:
-        contents = value.values()
-    elif isinstance(value, (type, types.ModuleType, types.FunctionType)):
-        contents = ()
-    else:
-        contents = getattr(value, '__dict__', {}).values()
-    for one in itertools.islice(contents, 1000):
-        kind = shared_kind(one, False)
-        if kind:
-            return 'or has in it ' + kind
     return ''
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if type(value) in (list, tuple, set, frozenset):
+        return value  # type: ignore[no-any-return]
+    if type(value) is dict:
+        return list(value.values())
+    if isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        return ()
+    return list(getattr(value, '__dict__', {}).values())
 
 
 class LoadingLine:
@@ -13543,6 +13547,30 @@ class ComputationProcesses:
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
 
+    def spec_for_runner(self, spec: dict, options: 'Options', names: Dict[str, str]) -> dict:
+        """What the runner, and a worker that loads the computation itself, has to know. `names`
+        need no import in jobs."""
+        given = ('name', 'sys_path', 'argv', 'kind', 'program', 'live', 'logs', 'cleanup')
+        found = {name: spec[name] for name in given}
+        found.update(
+            authkey=bytes(spec.get('authkey', b'')), setup_args=bytes(spec['setup_args']),
+            bundles=any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']),
+            support={name: bytes(source) for name, source in spec['support'].items()},
+            directory=self.files.directory, private=self.files.private, names=names,
+            max_file=options.max_file, max_value=VALUE_MOST, start_method=self.start_method,
+            client_shutdown=options.client_shutdown)
+        return found
+
+    def pass_pipe(self, worker: int, theirs: socket.socket) -> None:
+        """Give the runner the pipe of a worker that it is to start. Raises OSError."""
+        assert self.control is not None   # ours: the state starts workers of runners that are up
+        data, passing = pack_socket(theirs, self.process.pid, RecordType.FORK, worker)
+        if LATE_PASSING:
+            self.passed[worker] = theirs.dup()
+        self.control.push([data], passing)
+        if passing is None:
+            theirs.close()
+
     def arrived(self, worker: int) -> None:
         """The runner has taken the pipe of a worker, or never will."""
         if worker in self.passed:
@@ -13669,24 +13697,11 @@ class ProcessHost:
         self._daemon.attach(run.control)
         run.watch = RunnerWatch(self._daemon, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
-        init = {
-            'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
-            'authkey': bytes(spec.get('authkey',
-                                      b'')), 'bundles': any(row[0] == BUNDLES + BUNDLE % 0
-                                                            for row in spec['modules']),
-            'kind': spec['kind'], 'directory': run.files.directory, 'private': run.files.private,
-            'program': spec['program'],
-            'support': {name: bytes(source)
-                        for name, source in spec['support'].items()
-                        }, 'max_file': self._options.max_file, 'max_value': VALUE_MOST,
-            'start_method': run.start_method,
-            'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
-            'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'], 'names': {
-                'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
-                'dispy_job_path': run.files.directory
-            }
-        }
-        run.control.push(pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
+        names = {
+            'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
+            'dispy_job_path': run.files.directory}
+        init = pickle.dumps(run.spec_for_runner(spec, self._options, names))
+        run.control.push(pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, init, spec['code']))
 
     def stop_runner(self, action: StopRunner) -> None:
         """End the runner of a computation, and with it its workers."""
@@ -14014,13 +14029,7 @@ class ProcessHost:
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
         self._daemon.attach(pipe)
-        assert run.control is not None   # ours: the state starts workers of runners that are up
-        data, passing = pack_socket(theirs, run.process.pid, RecordType.FORK, action.worker)
-        if LATE_PASSING:
-            run.passed[action.worker] = theirs.dup()
-        run.control.push([data], passing)
-        if passing is None:
-            theirs.close()
+        run.pass_pipe(action.worker, theirs)
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
