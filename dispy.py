@@ -135,7 +135,7 @@ from dispynode import (
     DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
     Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, PeerError,
     Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    Role, Said, SecretError, Shutdown, StartError, Welcome, Where, Wrong, __version__,
+    Role, Said, SecretError, Shutdown, StartError, Welcome, Where, Wrong, __version__, Datagram,
     beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome,
     log_record_of, open_plain, open_regular, path_option, plain_text, place, python_of, in_parts,
@@ -782,14 +782,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
     elif outcome == Outcome.RAISED:
         job._outcome = outcome
-        job.result = None   # a provisional one may stand there
-        job.exception, body = unpack_error(payload)
-        if len(body):
-            try:
-                job.error = unseal(body)
-            except BaseException as exc:  # as above; the text is there
-                logger.debug('an exception of job %r could not be opened: %s', job.id,
-                             type(exc).__name__)
+        _fill_in_error(job, payload)
     else:
         job._outcome = outcome
         job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
@@ -814,6 +807,18 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         failures.add(job, node)
     job.payload = None
     job.status = status   # last: whoever sees it sees all of the above
+
+
+def _fill_in_error(job: DispyJob, payload: Any) -> None:
+    """Give a job the exception that its function raised."""
+    job.result = None   # a provisional one may stand there
+    job.exception, body = unpack_error(payload)
+    if not len(body):
+        return
+    try:
+        job.error = unseal(body)
+    except BaseException as exc:  # unpickling runs the user's code; the text is there
+        logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
 
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
@@ -2884,6 +2889,12 @@ class Losses:
                 self._books.answer(comp, work)
 
 
+def _check_outcomes(rows: Sequence[tuple]) -> None:
+    """Raises PeerError for a result whose outcome this version does not know."""
+    if any(row[1] not in OUTCOMES for row in rows):
+        raise PeerError('a result with an unknown outcome')
+
+
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
@@ -3181,8 +3192,7 @@ class Schedule:
                 self._books.do(SendAck(event.node, event.comp, serials))
             return
         node, comp = pair
-        if any(row[1] not in OUTCOMES for row in event.rows):
-            raise PeerError('a result with an unknown outcome')
+        _check_outcomes(event.rows)
         landed = self._books.take_off(node, comp, serials)
         ended = [row for row in event.rows if row[0] in landed and row[1] not in GOES_ON]
         node.learn(comp, ended, self._books.now)
@@ -3190,11 +3200,7 @@ class Schedule:
         for row in event.rows:
             outcome = row[1]
             if outcome in GOES_ON:
-                # Its end may be in the same message
-                work = landed.get(row[0]) or node.flight[comp.comp].get(row[0])
-                if work is not None:
-                    self._goes_on(node, comp, work)
-                    pairs.append((work, row))
+                pairs += self._provisional(node, comp, landed, row)
                 continue
             work = landed.pop(row[0], None)
             if work is None:
@@ -3211,6 +3217,16 @@ class Schedule:
         self._books.do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._books.do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _provisional(self, node: _Node, comp: _Comp, landed: Dict[int, Work],
+                     row: tuple) -> List[Tuple[Work, tuple]]:
+        """The job that a provisional result is of, with its row; none if the job is not known."""
+        # Its end may be in the same message
+        work = landed.get(row[0]) or node.flight[comp.comp].get(row[0])
+        if work is None:
+            return []
+        self._goes_on(node, comp, work)
+        return [(work, row)]
 
     def _goes_on(self, node: _Node, comp: _Comp, work: Work) -> None:
         """A job has a provisional result."""
@@ -6102,34 +6118,59 @@ class SourcePicker:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
                 continue
             nodes.extend(ast.iter_child_nodes(node))
-            for alias in node.names if isinstance(node, ast.Import) else ():
-                first = alias.name.partition('.')[0]
-                if alias.asname:
-                    whole = alias.name
-                else:
-                    whole = first
-                if name == (alias.asname or first) and self._is_there(
-                        alias.name) and sys.modules.get(whole) is value:
-                    yield name, alias.name, ''
-                    if whole != alias.name:   # import a.b: loads b, binds a
-                        yield name, first, ''
-            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-                if node.level:
-                    origin = importlib.util.resolve_name('.' * node.level + (node.module or ''),
-                                                         sys.modules[module].__package__ or '')
-                else:
-                    origin = node.module
-                if name == (alias.asname or alias.name) or alias.name == '*':
-                    if alias.name == '*':
-                        bound = name
-                    else:
-                        bound = alias.name
-                    if sys.modules.get('%s.%s' % (origin, bound)) is value and self._is_there(
-                            '%s.%s' % (origin, bound)):
-                        yield name, '%s.%s' % (origin, bound), ''
-                    elif self._is_there(origin) and getattr(sys.modules.get(origin), bound,
-                                                            nodes) is value:
-                        yield name, origin, bound
+            if isinstance(node, ast.Import):
+                yield from self._links_of_import(node, name, value)
+            elif isinstance(node, ast.ImportFrom):
+                yield from self._links_of_import_from(module, node, name, value)
+
+    def _links_of_import(self, node: ast.Import, name: str,
+                         value: Any) -> Iterator[Tuple[str, str, str]]:
+        """Links for `import a`, `import a.b` and `import a.b as c`."""
+        for alias in node.names:
+            first = alias.name.partition('.')[0]
+            if name != (alias.asname or first) or not self._is_there(alias.name):
+                continue
+            if alias.asname:
+                bound = alias.name
+            else:
+                bound = first
+            if sys.modules.get(bound) is not value:
+                continue
+            yield name, alias.name, ''
+            if bound != alias.name:   # import a.b: loads b, binds a
+                yield name, first, ''
+
+    def _links_of_import_from(self, module: str, node: ast.ImportFrom, name: str,
+                              value: Any) -> Iterator[Tuple[str, str, str]]:
+        """Links for `from a import b`, `from a import b as c` and `from a import *`."""
+        origin = self._origin_of(module, node)
+        for alias in node.names:
+            if alias.name == '*':
+                bound = name
+            elif name == (alias.asname or alias.name):
+                bound = alias.name
+            else:
+                continue
+            submodule = '%s.%s' % (origin, bound)
+            if sys.modules.get(submodule) is value and self._is_there(submodule):
+                yield name, submodule, ''
+            elif self._is_there(origin) and _attribute_of(origin, bound) is value:
+                yield name, origin, bound
+
+    @staticmethod
+    def _origin_of(module: str, node: ast.ImportFrom) -> str:
+        """The module that `from ... import` names; relative ones are resolved."""
+        if not node.level:
+            return node.module or ''
+        package = sys.modules[module].__package__ or ''
+        return importlib.util.resolve_name('.' * node.level + (node.module or ''), package)
+
+
+def _attribute_of(module: str, name: str) -> Any:
+    """An attribute of a module that has been imported; an object that nothing else is if there is
+    none."""
+    missing = object()
+    return getattr(sys.modules.get(module), name, missing)
 
 
 def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
@@ -6443,29 +6484,51 @@ def _allocator_of(node: Any) -> Optional[NodeAllocate]:
 
 
 def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
-    allocator = None
     if isinstance(node, DispyNode):
         return NodeSpec(node.ip_addr, node.port)
     node = _allocator_of(node) or node
     if isinstance(node, NodeAllocate):
-        parts: Sequence[Any] = (node.host, node.port, node.cpus)
         allocator = node
-    elif isinstance(node, str):
-        if node.startswith('[') or node.count(':') == 1:
-            parts = host_and_port(node, port)
-        else:
-            parts = (node,)
-    elif isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
-        parts = (node['host'], node.get('port'), node.get('cpus'))
-    elif isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
-        parts = node
     else:
-        raise TypeError(
-            "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
-            "'port':, 'cpus':}"
-            % (node, ))
-    host, its_port, cpus = (*parts, None, None)[:3]
-    if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
+        allocator = None
+    host, its_port, cpus = (*_parts_of_node(node, port), None, None)[:3]
+    host = _check_host(host, elsewhere)
+    number = number_in(port if its_port is None else its_port, True)
+    if number is None or not 1 <= number <= 65535:
+        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' %
+                         (its_port, host))
+    if cpus is not None and number_in(cpus, True) is None:
+        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+    return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
+
+
+def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
+    """Host and, where they are given, port and CPUs of an element of `nodes`."""
+    if isinstance(node, NodeAllocate):
+        return node.host, node.port, node.cpus
+    if isinstance(node, str):
+        if node.startswith('[') or node.count(':') == 1:
+            return host_and_port(node, port)
+        return (node,)
+    if isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
+        return node['host'], node.get('port'), node.get('cpus')
+    if isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
+        return node
+    raise TypeError(
+        "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
+        "'port':, 'cpus':}"
+        % (node, ))
+
+
+def _is_one_word(text: Any) -> bool:
+    if not isinstance(text, str) or not text:
+        return False
+    return not any(character.isspace() or character in ',\0' for character in text)
+
+
+def _check_host(host: Any, elsewhere: bool) -> str:
+    """The host of an element of `nodes`. Raises ValueError."""
+    if not _is_one_word(host):
         raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
     host = plain_text(host)
     if host == LOCAL:
@@ -6478,13 +6541,7 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
             "nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY "
             "forbids; name the hosts, or let nodes connect by themselves (host=, and "
             "dispynode --scheduler-host there)" % host)
-    number = number_in(port if its_port is None else its_port, True)
-    if number is None or not 1 <= number <= 65535:
-        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' %
-                         (its_port, host))
-    if cpus is not None and number_in(cpus, True) is None:
-        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
-    return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
+    return host
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7738,6 +7795,15 @@ class Peer:
         """The one place where a node's state changes."""
         self.state = NODE_TABLE[self.state, event]
 
+    def is_better_called(self, host: str) -> bool:
+        """Whether a node that was found by its IPv6 address, and not dialled yet, is dialled at
+        this IPv4 address instead."""
+        if self.state is not NodeState.FOUND or self.listed:
+            return False
+        if ':' not in self.host or ':' in host:
+            return False
+        return all(use.spec.may_fit(host) for use in self.uses.values())
+
     @property
     def state_word(self) -> str:
         """Its state for people: for one that was not reached, why, also while it is tried again."""
@@ -8451,6 +8517,18 @@ def is_trail(path: str) -> bool:
         return False
 
 
+def _left_nothing(script: str, lefts: Sequence[Left]) -> str:
+    """Says that a script has left no jobs, and which programs have left some."""
+    others = '; '.join(str(left.row) for left in lefts[:20])
+    if others:
+        hint = 'Others have, each of which may be given as recover_file ' \
+            '(see dispy.recoverable()): ' + others
+    else:
+        hint = 'Nor has any other program of this user'
+    whose = script or 'this program, which is no script,'
+    return 'recover_jobs: %s has left no jobs on nodes. %s' % (whose, hint)
+
+
 def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> List[DispyJob]:
     """What the newest program of this script has left that has left anything."""
     script = own_script()
@@ -8464,11 +8542,7 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
         if left not in mine:
             left.close()
     if not mine:
-        rows = '; '.join(str(left.row) for left in lefts[:20])
-        raise NothingToRecover('recover_jobs: %s has left no jobs on nodes. %s' % (
-            script or 'this program, which is no script,',
-            'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s'
-            % rows if rows else 'Nor has any other program of this user'))
+        raise NothingToRecover(_left_nothing(script, lefts))
     try:
         while mine:
             run = [left for left in mine if left.process == mine[0].process]   # its clusters
@@ -8798,6 +8872,11 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
               if state in SILENT]
     if len(silent) < len([state for state, _, _ in attempts if state not in NOT_TRIED]):
         return ''   # somebody has answered
+    return _remedy_for_silence(silent, start)
+
+
+def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: str) -> str:
+    """What to do where nobody has answered, of (why, port, whether it is a scheduler) of each."""
     words = []
     down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
     if True in down:
@@ -8839,6 +8918,43 @@ class NodeTable:
                              ('no node is' if not found else 'several nodes are', node,
                               ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
         return found[0]
+
+    def heard_before(self, instance: bytes, address: Tuple[str, int]) -> Optional[Peer]:
+        """The node that an answer to a broadcast comes from, if it is known."""
+        for peer in self.by_key.values():
+            if peer.instance == instance or peer.key == address:
+                return peer
+        return None
+
+    def linked_to(self, instance: bytes) -> List[Peer]:
+        """Nodes that are connected to this instance."""
+        return [peer for peer in self.by_key.values()
+                if peer.link is not None and peer.link.instance == instance]
+
+    def twin_of(self, peer: Peer, instance: bytes) -> Optional[Peer]:
+        """Another node that is connected, and is the same instance."""
+        for other in self.linked_to(instance):
+            if other is not peer:
+                return other
+        return None
+
+    def away_with(self, instance: bytes) -> List[Peer]:
+        """Nodes that are not connected and were this instance, without the embedded one."""
+        return [peer for peer in self.by_key.values()
+                if peer.instance == instance and peer.link is None and not peer.embedded]
+
+    def dialling_from(self, address: str) -> List[Peer]:
+        """Nodes that connect by themselves, from this address."""
+        return [peer for peer in self.by_key.values()
+                if not peer.port and peer.ip_addr == address]
+
+    def move(self, peer: Peer, host: str, port: int) -> None:
+        """A node is known by another address from now on."""
+        del self.by_key[peer.key]
+        peer.host = host
+        peer.ip_addr = host
+        peer.key = (host, port)
+        self.by_key[peer.key] = peer
 
     def words_of(self, comp: str) -> Dict[str, List[Peer]]:
         """Nodes of a cluster by their names and addresses, so that a list of thousands is not
@@ -8924,43 +9040,46 @@ class Connector:
                 heard.instance, source,
                 'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
             return
-        if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
-            for asker in self._ears.values():
-                asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
-            self._driver.soon()
+        if heard.kind == Cry.HELLO:
+            self._ask_soon()
             return
         host = heard.address or source
         for comp, cluster in list(self._clusters.items()):
             spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
-            if spec is None:
-                if any(spec.wild for spec in cluster.specs):
-                    self._nodes.misfits.add(comp, heard.instance, place(host, heard.port))
-                continue
-            known = next((peer for peer in self._nodes.by_key.values()
-                          if peer.instance == heard.instance or peer.key == (host, heard.port)),
-                         None)
-            if known is None:
-                known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
-                known.dialling.due = self._driver.now + (IPV6_LATER if ':' in host else 0.0)
-            elif known.link is not None:
-                self._driver.selection.consider(known, comp)
-            else:
-                if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
-                        and all(use.spec.may_fit(host) for use in known.uses.values()):
-                    del self._nodes.by_key[known.key]
-                    known.host = host
-                    known.ip_addr = host
-                    known.key = (host, heard.port)
-                    known.dialling.due = self._driver.now
-                    self._nodes.by_key[known.key] = known
-                # It is there again
-                if not known.dialling.busy and (known.instance != heard.instance
-                                                or known.state is NodeState.LOST):
-                    known.dialling.due = self._driver.now
-                self._driver.selection.take(known, comp, spec)
-            known.instance = heard.instance
-            known.heard = self._driver.now
+            if spec is not None:
+                self._use_found(comp, spec, heard, host)
+            elif any(spec.wild for spec in cluster.specs):
+                self._nodes.misfits.add(comp, heard.instance, place(host, heard.port))
         self._driver.soon()
+
+    def _ask_soon(self) -> None:
+        """A node has started. Which of its addresses is best depends on who asks."""
+        for asker in self._ears.values():
+            asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
+        self._driver.soon()
+
+    def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
+        """A node that a computation may use says that it is there."""
+        now = self._driver.now
+        known = self._nodes.heard_before(heard.instance, (host, heard.port))
+        if known is None:
+            known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
+            if ':' in host:
+                known.dialling.due = now + IPV6_LATER
+            else:
+                known.dialling.due = now
+        elif known.link is not None:
+            self._driver.selection.consider(known, comp)
+        else:
+            if known.is_better_called(host):
+                self._nodes.move(known, host, heard.port)
+                known.dialling.due = now
+            is_back = known.instance != heard.instance or known.state is NodeState.LOST
+            if is_back and not known.dialling.busy:
+                known.dialling.due = now
+            self._driver.selection.take(known, comp, spec)
+        known.instance = heard.instance
+        known.heard = now
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
@@ -9067,45 +9186,53 @@ class Connector:
             event.sock.close()
             return
         instance = event.session.peer_instance
-        twin = next(
-            (other for other in self._nodes.by_key.values()
-             if other is not peer and other.link is not None and other.link.instance == instance),
-            None)
+        twin = self._nodes.twin_of(peer, instance)
         if twin is not None:   # one node by two names or addresses: one link is enough
             event.sock.close()
-            twin.aliases.add(peer.place)
-            for comp, use in peer.uses.items():
-                known = comp in twin.uses
-                self._driver.selection.take(twin, comp, use.spec)
-                if known and twin.name and self._clusters[comp].cargo is None:
-                    # It may look for something by this name.
-                    self._clusters[comp].node_connected(twin)
-            # It has dialled us; when that ends, we dial it
-            if peer.listed and not twin.port and not twin.embedded:
-                peer.move('fail')
-                peer.reason = 'it has connected by itself'
-                peer.dialling.again(self._driver.now)
-                self._driver.soon()
-                return
-            twin.listed = twin.listed or peer.listed
-            peer.uses.clear()
-            self._driver.selection.drop_unused(peer)
+            self._keep_twin(peer, twin)
             return
-        elder = next((other for other in self._nodes.by_key.values()
-                      if other is not peer and other.link is None and not other.embedded
-                      and other.instance == instance and other.key in self._driver.schedule.nodes),
-                     None)
+        elder = self._elder_of(peer, instance)
         if elder is not None:   # one node by two names: its jobs are known by the other
-            for comp, use in peer.uses.items():
-                self._driver.selection.take(elder, comp, use.spec)
-            elder.listed = elder.listed or peer.listed
-            if not elder.port:
-                elder.host = peer.host
-                elder.port = peer.port
-            peer.uses.clear()
-            self._driver.selection.drop_unused(peer)
+            self._merge_into_elder(peer, elder)
             peer = elder
         self._connected(peer, event)
+
+    def _keep_twin(self, peer: Peer, twin: Peer) -> None:
+        """A node was dialled that is connected by another name: what was to use it uses that."""
+        twin.aliases.add(peer.place)
+        for comp, use in peer.uses.items():
+            known = comp in twin.uses
+            self._driver.selection.take(twin, comp, use.spec)
+            if known and twin.name and self._clusters[comp].cargo is None:
+                # It may look for something by this name.
+                self._clusters[comp].node_connected(twin)
+        # It has dialled us; when that ends, we dial it
+        if peer.listed and not twin.port and not twin.embedded:
+            peer.move('fail')
+            peer.reason = 'it has connected by itself'
+            peer.dialling.again(self._driver.now)
+            self._driver.soon()
+            return
+        twin.listed = twin.listed or peer.listed
+        peer.uses.clear()
+        self._driver.selection.drop_unused(peer)
+
+    def _elder_of(self, peer: Peer, instance: bytes) -> Optional[Peer]:
+        """A node that is not connected, has jobs, and is the same as one that was just reached."""
+        for other in self._nodes.away_with(instance):
+            if other is not peer and other.key in self._driver.schedule.nodes:
+                return other
+        return None
+
+    def _merge_into_elder(self, peer: Peer, elder: Peer) -> None:
+        for comp, use in peer.uses.items():
+            self._driver.selection.take(elder, comp, use.spec)
+        elder.listed = elder.listed or peer.listed
+        if not elder.port:
+            elder.host = peer.host
+            elder.port = peer.port
+        peer.uses.clear()
+        self._driver.selection.drop_unused(peer)
 
     def _connected(self, peer: Peer, event: Any) -> None:
         peer.move('connect')
@@ -9128,39 +9255,35 @@ class Connector:
     def arrived(self, event: Arrival) -> None:
         """A node has dialled."""
         instance = event.session.peer_instance
-        for other in [
-                other for other in self._nodes.by_key.values()
-                if other.link is not None and other.link.instance == instance
-        ]:
+        for other in self._nodes.linked_to(instance):
             if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock,
-                            event.session,
-                            event.address,
-                            self._driver.now,
-                            takes=OF_NODES)
-                self._driver.attach(link)
-                self._driver.part(link, 'this program has connected to it already')
+                self._send_away(event)
                 return
             self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
-        idle = [
-            other for other in self._nodes.by_key.values()
-            if other.link is None and not other.embedded
-        ]
-        peer = next((other for other in idle if other.instance == instance and (
-            not other.port or other.key in self._driver.schedule.nodes)), None)
-        there = [
-            other for other in self._nodes.by_key.values()
-            if not other.port and other.ip_addr == event.address
-        ]
-        # Of several behind one address it may be another
-        if peer is None and len(there) == 1 and there[0] in idle:
-            peer = there[0]
+        peer = self._known_arrival(instance, event.address)
         if peer is None:
             peer = Peer(event.address, 0)
             peer.key = instance.hex()
             peer.dialling.due = None
             self._nodes.by_key[peer.key] = peer
         self._connected(peer, event)
+
+    def _send_away(self, event: Arrival) -> None:
+        """A node has dialled that is connected."""
+        link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+        self._driver.attach(link)
+        self._driver.part(link, 'this program has connected to it already')
+
+    def _known_arrival(self, instance: bytes, address: str) -> Optional[Peer]:
+        """The node that has dialled, if it was here before."""
+        for other in self._nodes.away_with(instance):
+            if not other.port or other.key in self._driver.schedule.nodes:
+                return other
+        there = self._nodes.dialling_from(address)
+        # Of several behind one address it may be another
+        if len(there) == 1 and there[0].link is None and not there[0].embedded:
+            return there[0]
+        return None
 
     def try_second(self, link: Link) -> None:
         """Dial a node that is silent once more. What dials us does so itself."""
@@ -9524,6 +9647,14 @@ class NodeSelection:
                     words.setdefault(_plain_host(spec.host), []).append(peer)
 
 
+def _needs_source(spec: dict, peer: Peer) -> bool:
+    """Whether a computation goes to a node as source: its Python is another than here."""
+    if spec['kind'] != 'function' or spec['portable'] or peer.scheduler:
+        return False
+    there = peer.facts.get('python', ())
+    return bool(there[:2] != spec['python'][:2])
+
+
 class ComputationSetup:
     """Sets computations up at nodes: what is offered to them, and what they answer. The driver's
     thread."""
@@ -9549,13 +9680,7 @@ class ComputationSetup:
         else:
             sent = []
         if peer.restarted and not peer.whole:
-            known = {
-                comp: Account(frozenset(serials), Past(whole=False))
-                for comp, serials in kept.items()
-            }
-            self._driver.decide(NodeDoubted(
-                peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind,
-                known=known))
+            self._doubt(peer, kept)
         peer.restarted = False
         # What it has from before comes first, also if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
@@ -9564,20 +9689,36 @@ class ComputationSetup:
         # Recoveries first
         for comp, cluster in sorted(self._clusters.items(),
                                     key=lambda item: item[1].cargo is not None):
-            use = peer.uses.get(comp)
-            if use is None:
-                self._driver.selection.consider(peer, comp)
-            elif use.spec.wild and cluster.spec_of(peer) is None:
-                self._nodes.misfits.add(comp, peer.instance, str(peer))
-                # At its address might have been one that is meant, but it has another name
-                del peer.uses[comp]
-            else:
-                if use.spec.wild:
-                    use.spec = cluster.spec_of(peer) or use.spec
-                self.set_up(peer, comp)
+            self._set_up_named(peer, comp, cluster)
         self._driver.selection.drop_unused(peer)
         if peer.key in self._nodes.by_key:
             self._driver.policy.node_met(peer)
+
+    def _set_up_named(self, peer: Peer, comp: str, cluster: NodeUser) -> None:
+        """A computation may use a node, whose name is known now, if its wildcard means it."""
+        use = peer.uses.get(comp)
+        if use is None:
+            self._driver.selection.consider(peer, comp)
+            return
+        if use.spec.wild:
+            spec = cluster.spec_of(peer)
+            if spec is None:
+                self._nodes.misfits.add(comp, peer.instance, str(peer))
+                # At its address might have been one that is meant, but it has another name
+                del peer.uses[comp]
+                return
+            use.spec = spec
+        self.set_up(peer, comp)
+
+    def _doubt(self, peer: Peer, kept: Dict[str, Any]) -> None:
+        """A node was started anew and has lost its memory. `kept` has the serials of results that
+        it has on its disk, by computations."""
+        known = {}
+        for comp, serials in kept.items():
+            known[comp] = Account(frozenset(serials), Past(whole=False))
+        doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew',
+                              peer.kind, known=known)
+        self._driver.decide(doubted)
 
     def on_offer(self, peer: Peer, message: Offer) -> None:
         """Its CPUs have changed, or it has become free."""
@@ -9606,33 +9747,10 @@ class ComputationSetup:
                 use.move('ask')
                 cluster.ask_allocator(use.spec.allocator, peer, peer.link)
             return
-        spec = cluster.cargo.spec
-        there = peer.facts.get('python', ())
-        allocation = use.allocation
-        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec[
-                'python'][:2] and not peer.scheduler:
-            if cluster.source is None:
-                if use.state is not UseState.ASKING or allocation is not None:
-                    use.move('ask')
-                    cluster.ask_source(peer, peer.link)
-                return
-            code, obstacle = cluster.source
-            if obstacle:
-                self._refusal(
-                    peer, comp,
-                    'it runs %s, this program %s, where functions go as source only: %s. %s' %
-                    (python_of(there), python_of(
-                        spec['python']), obstacle, remedy_for_source(spec)), 'version')
-                return
-            spec = dict(spec, kind='source', code=code)
-        if peer.allowed(comp) < 1 and use.wanted is None:
-            if not peer.offered and use.state is UseState.REFUSED and use.reason:
-                return   # the node has said why it offers none, and offers them when it does again
-            self._refusal(
-                peer, comp, 'it has no CPU to use: %d offered, limit %d' %
-                (peer.offered, use.spec.cpus) if allocation is None else 'allocate() returned %d' %
-                allocation.cpus, 'cpus' if allocation is None else 'allocate')
+        spec = self._code_for(peer, comp, cluster)
+        if spec is None or not self._has_cpu(peer, comp):
             return
+        allocation = use.allocation
         if allocation is not None:
             spec = dict(spec,
                         cpus=allocation.cpus,
@@ -9652,6 +9770,42 @@ class ComputationSetup:
         spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
                     client=cluster.client)   # whose claims on the node's CPUs it shares
         self._driver.say(peer.link, Compute(comp, spec))
+
+    def _code_for(self, peer: Peer, comp: str, cluster: NodeUser) -> Optional[dict]:
+        """What a computation is, in a form that this node can load; None if there is none, or if it
+        is being found out."""
+        spec = cluster.cargo.spec  # type: ignore[union-attr]
+        if not _needs_source(spec, peer):
+            return spec
+        use = peer.uses[comp]
+        if cluster.source is None:
+            if use.state is not UseState.ASKING or use.allocation is not None:
+                use.move('ask')
+                cluster.ask_source(peer, peer.link)  # type: ignore[arg-type]
+            return None
+        code, obstacle = cluster.source
+        if obstacle:
+            there = python_of(peer.facts.get('python', ()))
+            text = 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
+                there, python_of(spec['python']), obstacle, remedy_for_source(spec))
+            self._refusal(peer, comp, text, 'version')
+            return None
+        return dict(spec, kind='source', code=code)
+
+    def _has_cpu(self, peer: Peer, comp: str) -> bool:
+        """Whether a computation may use a CPU of a node, or has to set it up none the less."""
+        use = peer.uses[comp]
+        if peer.allowed(comp) >= 1 or use.wanted is not None:
+            return True
+        if not peer.offered and use.state is UseState.REFUSED and use.reason:
+            return False   # the node has said why it offers none, and offers them when it does again
+        if use.allocation is None:
+            text = 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
+            self._refusal(peer, comp, text, 'cpus')
+        else:
+            text = 'allocate() returned %d' % use.allocation.cpus
+            self._refusal(peer, comp, text, 'allocate')
+        return False
 
     def _managers(self, peer: Peer) -> Dict[str, Any]:
         """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
@@ -10420,16 +10574,9 @@ class NodeQueries:
         else:
             wild = [spec for spec in cluster.specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
-            lines.append('all that answer at UDP port %d %s' %
-                         (port, 'of this machine' if self._driver.connector.reach == 'loopback' else
-                          'of the local network') if self._driver.connector.searches_at(
-                              port) else 'those of the scheduler, whose nodes are all named (-n)')
+            lines.append(self._search_at(port))
         if cluster.hosts:
-            host, port = cluster.hosts[0]
-            lines.append('waited for nodes to connect to %s' %
-                         place(host, port) if self._driver.connector.
-                         listens_at(host, port) else 'no node can connect, port %d was taken' %
-                         port)
+            lines.append(self._listening_at(*cluster.hosts[0]))
         peers = self._nodes.of(comp)
         others = self._nodes.misfits.text(comp, {peer.instance for peer in peers})
         if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
@@ -10440,6 +10587,22 @@ class NodeQueries:
         attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
         todo = remedy(attempts, bool(others), self._driver.policy.start_node)
         return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
+
+    def _search_at(self, port: int) -> str:
+        """Which nodes are asked for at a UDP port, for `complaint`."""
+        if not self._driver.connector.searches_at(port):
+            return 'those of the scheduler, whose nodes are all named (-n)'
+        if self._driver.connector.reach == 'loopback':
+            whose = 'of this machine'
+        else:
+            whose = 'of the local network'
+        return 'all that answer at UDP port %d %s' % (port, whose)
+
+    def _listening_at(self, host: str, port: int) -> str:
+        """Whether nodes can connect to this process, for `complaint`."""
+        if self._driver.connector.listens_at(host, port):
+            return 'waited for nodes to connect to ' + place(host, port)
+        return 'no node can connect, port %d was taken' % port
 
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
         """For a job that is submitted to a node: the key of the node and, once until it is ready,
