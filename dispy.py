@@ -8980,24 +8980,20 @@ class NodeTable:
                            '%s cannot be used: %s', address, text)
 
 
-class Connector:
-    """Finds nodes and connects to them: asks by UDP, dials, lets nodes dial, and starts one here.
-    The driver's thread."""
+class NodeSearch:
+    """Asks for nodes by UDP, and has those used that answer. The driver's thread."""
 
-    def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
+    def __init__(self, driver: 'Driver', psk: bytes) -> None:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self._psk = psk
-        self._tls = tls
         self.reach = discovery_reach()               # how far nodes are asked for
-        self._discovery = Discovery(self._psk, Role.CLIENT, driver.instance)
+        self._discovery = Discovery(psk, Role.CLIENT, driver.instance)
         # (UDP port, multicast) -> who asks there
         self._ears: Dict[Tuple[int, bool], _Asker] = {}
-        self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self._dials: Set[Peer] = set()               # with a dial thread at work
 
-    def search(self, port: int, multicast: bool) -> None:
+    def begin(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
         asker = self._ears.get((port, multicast))
         if asker is None:
@@ -9008,19 +9004,19 @@ class Connector:
         asker.due = self._driver.now
         asker.wait = ASK_FIRST
 
-    def searches_at(self, port: int) -> bool:
+    def is_at(self, port: int) -> bool:
         """Whether nodes are asked for at a UDP port."""
         return any(asked == port for asked, _ in self._ears)
 
-    def end_searches(self) -> None:
-        """Those that no cluster needs any more."""
+    def end_unwanted(self) -> None:
+        """Do not ask any more where no cluster needs it."""
         wanted = {(spec.port, other.multicast)
                   for other in self._clusters.values()
                   for spec in other.specs if spec.wild}
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
 
-    def search_when_due(self, due: List[float]) -> None:
+    def ask_when_due(self, due: List[float]) -> None:
         """Ask for nodes; appends when to do so next."""
         for asker in self._ears.values():
             if self._driver.now >= asker.due:
@@ -9080,6 +9076,29 @@ class Connector:
             self._driver.selection.take(known, comp, spec)
         known.instance = heard.instance
         known.heard = now
+
+    def close(self) -> None:
+        """Ask nowhere any more."""
+        for asker in self._ears.values():
+            asker.ears.close()
+
+    def sockets(self) -> List[Any]:
+        """Those by which nodes are asked for."""
+        return [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+
+
+class Connector:
+    """Connects to nodes: dials, lets nodes dial, and starts one here. The driver's thread."""
+
+    def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
+        self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
+        self._psk = psk
+        self._tls = tls
+        self.searches = NodeSearch(driver, psk)
+        self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
+        self._dials: Set[Peer] = set()               # with a dial thread at work
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
@@ -9418,8 +9437,7 @@ class Connector:
         """End all of it."""
         for gate in self._gates.values():
             gate.server_close()
-        for asker in self._ears.values():
-            asker.ears.close()
+        self.searches.close()
         # Also those that no cluster uses any more
         for peer in {*self._dials, *self._nodes.by_key.values()}:
             peer.dialling.abort(peer.embedded)
@@ -9428,8 +9446,7 @@ class Connector:
 
     def sockets(self) -> List[Any]:
         """All that listen."""
-        return [gate.socket for gate in self._gates.values()] \
-            + [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+        return [gate.socket for gate in self._gates.values()] + self.searches.sockets()
 
 
 class NodeSelection:
@@ -9449,7 +9466,7 @@ class NodeSelection:
                     if peer.link is not None:
                         self.consider(peer, comp)
                 if self._clusters[comp].searches:
-                    self._driver.connector.search(spec.port, self._clusters[comp].multicast)
+                    self._driver.connector.searches.begin(spec.port, self._clusters[comp].multicast)
             else:
                 self.use_address(comp, spec.host, spec.port, spec, True)
         self._driver.soon()
@@ -10569,7 +10586,7 @@ class NodeQueries:
             for peer, state, reason, _, _ in rows
         ]
         cluster = self._clusters[comp]
-        if self._driver.connector.reach == 'off':
+        if self._driver.connector.searches.reach == 'off':
             wild = []
         else:
             wild = [spec for spec in cluster.specs if spec.wild]
@@ -10590,9 +10607,9 @@ class NodeQueries:
 
     def _search_at(self, port: int) -> str:
         """Which nodes are asked for at a UDP port, for `complaint`."""
-        if not self._driver.connector.searches_at(port):
+        if not self._driver.connector.searches.is_at(port):
             return 'those of the scheduler, whose nodes are all named (-n)'
-        if self._driver.connector.reach == 'loopback':
+        if self._driver.connector.searches.reach == 'loopback':
             whose = 'of this machine'
         else:
             whose = 'of the local network'
@@ -10932,7 +10949,7 @@ class Driver(Loop):
             self.selection.done(peer, comp, shutdown)
             del peer.uses[comp]
             self.selection.drop_unused(peer)
-        self.connector.end_searches()
+        self.connector.searches.end_unwanted()
         self.connector.end_listening(cluster)
 
     # -- loop --------------------------------------------------------------------------------------
@@ -11038,7 +11055,7 @@ class Driver(Loop):
         """Dial, ask, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
         self.jobs.end_lost_when_due(due)
-        self.connector.search_when_due(due)
+        self.connector.searches.ask_when_due(due)
         self.connector.dial_when_due(due)
         self.selection.start_embedded_when_due(due)
         for comp, when in list(self._warn_at.items()):
