@@ -385,15 +385,16 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
-    JOB_TABLE.update({
-        (_running, 'finish'): JobState.FINISHED, (_running, 'fail'): JobState.TERMINATED,
-        (_running, 'cancelled'): JobState.CANCELLED, (_running, 'back'): JobState.REQUEUED,
-        (_running, 'give up'): JobState.ABANDONED})
-JOB_TABLE.update({(JobState.CANCELLING, 'finish'): JobState.FINISHED,
-                  (JobState.CANCELLING, 'fail'): JobState.TERMINATED,
-                  (JobState.CANCELLING, 'cancelled'): JobState.CANCELLED,
-                  (JobState.CANCELLING, 'back'): JobState.CANCELLED,
-                  (JobState.CANCELLING, 'give up'): JobState.CANCELLED})
+    JOB_TABLE[_running, 'finish'] = JobState.FINISHED
+    JOB_TABLE[_running, 'fail'] = JobState.TERMINATED
+    JOB_TABLE[_running, 'cancelled'] = JobState.CANCELLED
+    JOB_TABLE[_running, 'back'] = JobState.REQUEUED
+    JOB_TABLE[_running, 'give up'] = JobState.ABANDONED
+JOB_TABLE[JobState.CANCELLING, 'finish'] = JobState.FINISHED
+JOB_TABLE[JobState.CANCELLING, 'fail'] = JobState.TERMINATED
+JOB_TABLE[JobState.CANCELLING, 'cancelled'] = JobState.CANCELLED
+JOB_TABLE[JobState.CANCELLING, 'back'] = JobState.CANCELLED
+JOB_TABLE[JobState.CANCELLING, 'give up'] = JobState.CANCELLED
 
 ENDED = frozenset((JobState.CANCELLED, JobState.TERMINATED, JobState.ABANDONED, JobState.FINISHED))
 FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
@@ -940,11 +941,23 @@ class DispyNode:
             where = place(self.ip_addr, self.port)
         else:
             where = self.ip_addr
-        words = [self.state and self.state + (self.reason and ' (%s)' % reason_of(self.reason)),
-                 self.cpus and many(self.cpus, 'CPU'), self.busy and '%d running' % self.busy,
-                 self.jobs_done and many(self.jobs_done, 'job') + ' done']
-        told = ', '.join(word for word in words if word)
-        return '<DispyNode %s%s%s>' % (where, self.name and ' ' + self.name, told and ': ' + told)
+        words = []
+        if self.state and self.reason:
+            words.append('%s (%s)' % (self.state, reason_of(self.reason)))
+        elif self.state:
+            words.append(self.state)
+        if self.cpus:
+            words.append(many(self.cpus, 'CPU'))
+        if self.busy:
+            words.append('%d running' % self.busy)
+        if self.jobs_done:
+            words.append(many(self.jobs_done, 'job') + ' done')
+        text = where
+        if self.name:
+            text += ' ' + self.name
+        if words:
+            text += ': ' + ', '.join(words)
+        return '<DispyNode %s>' % text
 
     def _repr_html_(self) -> str:
         """For notebooks: a table."""
@@ -1214,13 +1227,13 @@ def with_hint_for_module(text: str, node: str) -> str:
         hint = hint_for_module(told.group(1), node, told.group(2)) or told.group()
         return text[:told.start()] + hint + text[told.end():]
     missing = list(_NO_MODULE.finditer(text))
-    if missing:
-        hint = hint_for_module(missing[-1].group(1), node, 'python')
-    else:
-        hint = ''
-    if hint:
-        return '%s. To mend that, %s%s' % (text[:missing[-1].end()], hint, text[missing[-1].end():])
-    return text
+    if not missing:
+        return text
+    last = missing[-1]
+    hint = hint_for_module(last.group(1), node, 'python')
+    if not hint:
+        return text
+    return '%s. To mend that, %s%s' % (text[:last.end()], hint, text[last.end():])
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -1379,8 +1392,9 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
             where = place(node.ip_addr, node.port)
         else:
             where = node.ip_addr
+        seconds = '%.3f' % node.cpu_time
         rows.append((node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done,
-                     '%.3f' % node.cpu_time, reason_of(node.reason)))
+                     seconds, reason_of(node.reason)))
     head = ('Node', 'Address', 'State', 'CPUs', 'Running', 'Jobs done', 'Job time s', 'Reason')
     return html_table(head, rows, max(0, len(nodes) - SHOWN_MOST))
 
@@ -1389,8 +1403,11 @@ def html_bar(counts: Counts) -> str:
     """How far the jobs are: a bar with a part for each state."""
     whole = max(1, sum(counts))
     colours = {'done': '#2e7d32', 'failed': '#c62828', 'cancelled': '#9e9e9e', 'running': '#1565c0'}
-    parts = ['<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
-        name, 100.0 * getattr(counts, name) / whole, colour) for name, colour in colours.items()]
+    parts = []
+    for name, colour in colours.items():
+        width = 100.0 * getattr(counts, name) / whole
+        parts.append('<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
+            name, width, colour))
     style = 'display:flex;height:10px;max-width:40em;background:#e0e0e0'
     return '<div style="%s">%s</div>' % (style, ''.join(parts))
 
@@ -1399,8 +1416,9 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
                     page: str) -> str:
     """State, progress, counts, nodes, and a link to the web page, if there is one."""
     ended = counts.done + counts.failed + counts.cancelled
-    lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state)), html_bar(counts),
-             '%d of %s: %s' % (ended, many(sum(counts), 'job'), counts)]
+    lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
+    lines.append(html_bar(counts))
+    lines.append('%d of %s: %s' % (ended, many(sum(counts), 'job'), counts))
     if page:
         lines.append('<a href="%s" target="_blank">web page</a>' % html.escape(page))
     if nodes:
@@ -2030,9 +2048,11 @@ class _Comp:
 
     def not_begun(self) -> List[Work]:
         """All that wait, and those on nodes that are not known to have begun."""
-        return self.waiting() + [work for node in self.nodes.values()
-                                 for work in node.flight[self.comp].values()
-                                 if work.state is JobState.SENT]
+        found = self.waiting()
+        for node in self.nodes.values():
+            flight = node.flight[self.comp].values()
+            found += [work for work in flight if work.state is JobState.SENT]
+        return found
 
     def may_wait_there(self, work: Work, times: int = RECALLS_MOST) -> bool:
         """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
@@ -2148,9 +2168,12 @@ class _Node:
 
     def is_shared(self, comp: _Comp) -> bool:
         """Whether others have jobs here, or jobs that may come here."""
-        return len(self.comps) > 1 and any(
-            self.parts[name] or other.length()
-            for name, other in self.comps.items() if other is not comp)
+        if len(self.comps) < 2:
+            return False
+        for name, other in self.comps.items():
+            if other is not comp and (self.parts[name] or other.length()):
+                return True
+        return False
 
     def runs(self) -> Dict[str, List[int]]:
         """Computation -> serials of its jobs that run here: those that have said so, then the first
@@ -2455,8 +2478,10 @@ class Placement:
         picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
         is_filled = False
         for node in list(changed.values()):
-            if node.away is None and (not picky or all(
-                    comp.comp not in node.comps or node.is_shared(comp) for comp in picky)):
+            if node.away is not None:
+                continue
+            alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
+            if not alone:
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
@@ -6027,9 +6052,15 @@ class SourcePicker:
         lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
-        text = ''.join(line if number in wanted else '\n'
-                       for number, line in enumerate(lines[:max(wanted, default=0)], 1))
-        return (module, cell or sys.modules[module].__file__ or '', text, *_values_and_links(taken))
+        # What is not taken is left empty, so that the others keep their numbers
+        kept = []
+        for number, line in enumerate(lines[:max(wanted, default=0)], 1):
+            if number in wanted:
+                kept.append(line)
+            else:
+                kept.append('\n')
+        file = cell or sys.modules[module].__file__ or ''
+        return (module, file, ''.join(kept), *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
         return module in self._shipped or own_modules.kind(module) not in _NOT_BY_NAME
@@ -6080,7 +6111,8 @@ class SourcePicker:
             raise NoSource(
                 '%s: %s in the file of module %s is not what runs: was the file changed?' %
                 (what, name, module))
-        taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
+        first = min(node.lineno for node in (found[-1], *found[-1].decorator_list))
+        taken[name] = range(first, found[-1].end_lineno + 1)  # type: ignore[operator]
         for used in sorted({used for code in codes for used in _names_used(code)}):
             if used in vars(
                     sys.modules[module]) and used not in taken and used not in _OF_EVERY_MODULE:
@@ -6175,8 +6207,14 @@ def _attribute_of(module: str, name: str) -> Any:
 
 def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
     """Of what a SourcePicker has taken of a module."""
-    return ({name: value[0] for name, value in taken.items() if isinstance(value, tuple)},
-            [link for links in taken.values() if isinstance(links, list) for link in links])
+    values = {}
+    links = []
+    for name, found in taken.items():
+        if isinstance(found, tuple):
+            values[name] = found[0]
+        elif isinstance(found, list):
+            links += found
+    return values, links
 
 
 def cell_of(module: str, name: str) -> str:
@@ -6194,8 +6232,10 @@ def cell_of(module: str, name: str) -> str:
     if not isinstance(obj, type) or (has_file and module not in _MAIN_NAMES):
         return ''
     start = re.compile(r'^class %s\b' % re.escape(name), re.M)
-    return next((file for file in reversed(list(linecache.cache))
-                 if is_cell(file) and start.search(''.join(linecache.getlines(file)))), '')
+    for file in reversed(list(linecache.cache)):
+        if is_cell(file) and start.search(''.join(linecache.getlines(file))):
+            return file
+    return ''
 
 
 _OF_EVERY_MODULE = frozenset(('__builtins__', '__file__', *vars(types.ModuleType(''))))
@@ -6225,18 +6265,25 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
     """Whether a function, or the methods of a class, can have come of these code objects. They need
     not be equal: test and coverage tools write more into what runs."""
     functions = [inspect.unwrap(obj), *(vars(obj).values() if isinstance(obj, type) else ())]
-    for running in [
-            function.__code__ for function in functions if isinstance(function, types.FunctionType)
-    ]:
-        if running.co_filename == file and not any(
-            (code.co_name, code.co_firstlineno) == (running.co_name, running.co_firstlineno)
-                and set(code.co_names) <= set(running.co_names)
-                and {const
-                     for const in code.co_consts
-                     if not isinstance(const, types.CodeType)} <= set(running.co_consts)
-                for code in codes):
+    for function in functions:
+        if not isinstance(function, types.FunctionType):
+            continue
+        running = function.__code__
+        if running.co_filename != file:
+            continue
+        if not any(_may_have_become(code, running) for code in codes):
             return False
     return True
+
+
+def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
+    """Whether the code object of a function that runs can have come of another."""
+    if code.co_name != running.co_name or code.co_firstlineno != running.co_firstlineno:
+        return False
+    if not set(code.co_names) <= set(running.co_names):
+        return False
+    constants = {const for const in code.co_consts if not isinstance(const, types.CodeType)}
+    return constants <= set(running.co_consts)
 
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],
@@ -6247,12 +6294,13 @@ def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, A
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
-        wanted = (picker.refer(computation, 'the computation'), setup
-                  and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
-                  {name: _refer_depend(picker, name, obj)
-                   for name, obj in objects.items()})
-        return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted),
-                            5), ''
+        functions = (picker.refer(computation, 'the computation'), setup
+                     and picker.refer(setup, 'setup'), cleanup
+                     and picker.refer(cleanup, 'cleanup'))
+        depends = {name: _refer_depend(picker, name, obj) for name, obj in objects.items()}
+        rows = picker.rows({})
+        source = (sys.version_info[:2], rows, picker.classes(), (*functions, depends))
+        return pickle.dumps(source, 5), ''
     except NoSource as exc:
         return b'', str(exc)
 
@@ -6350,7 +6398,9 @@ def matches(pattern: str, word: str) -> bool:
     if not parts:
         return word == pattern
     last = parts.pop()
-    if len(word) < len(first) + len(last) or not word.startswith(first) or not word.endswith(last):
+    if len(word) < len(first) + len(last):
+        return False
+    if not word.startswith(first) or not word.endswith(last):
         return False
     at = len(first)
     end = len(word) - len(last)
@@ -6470,15 +6520,20 @@ def _is_one_node(nodes: Any) -> bool:
         return isinstance(nodes, (str, dict, DispyNode, NodeAllocate))
     if not nodes or not isinstance(nodes[0], str):
         return False
-    return len(nodes) == 1 or not isinstance(nodes[1], str) or number_in(nodes[1], True) is not None
+    if len(nodes) == 1 or not isinstance(nodes[1], str):
+        return True
+    return number_in(nodes[1], True) is not None
 
 
 def _allocator_of(node: Any) -> Optional[NodeAllocate]:
     """Of an element with `depends` or `setup_args`, as dispy 4 took it; None for another."""
     if isinstance(node, (tuple, list)) and 4 <= len(node) <= 5:
         return NodeAllocate(*node)
-    if isinstance(node, dict) and node and ('host' not in node or set(node) & {'depends', 'setup_args'}) \
-            and not set(node) - {'host', 'port', 'cpus', 'depends', 'setup_args'}:
+    if not isinstance(node, dict) or not node:
+        return None
+    if set(node) - {'host', 'port', 'cpus', 'depends', 'setup_args'}:
+        return None
+    if 'host' not in node or set(node) & {'depends', 'setup_args'}:
         return NodeAllocate(**{'host': '*', **node})
     return None
 
@@ -6575,9 +6630,11 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
     """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
     followed. Returns the descriptor. Raises DispyError, OSError."""
-    flags |= os.O_CREAT if make else 0
-    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(
-        os, 'O_BINARY', 0)
+    flags |= os.O_RDWR
+    if make:
+        flags |= os.O_CREAT
+    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
+        flags |= getattr(os, name, 0)
     check_own_file(path, what)
     handle = os.open(path, flags, 0o600)
     try:
@@ -6626,9 +6683,10 @@ class Database:
         for people."""
         self.path = os.path.abspath(path)
         self._what = what
-        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(
-                self.path).st_uid in (0, os.geteuid()):
-            self.path = os.path.realpath(self.path)   # the user's own link, or the system's
+        if os.path.islink(self.path) and hasattr(os, 'geteuid'):
+            owner = os.lstat(self.path).st_uid
+            if owner in (0, os.geteuid()):
+                self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
         self.broken = False    # the last transaction failed; its notes are still here
         import sqlite3   # 10 ms that only those pay who need it
@@ -6746,8 +6804,8 @@ class Database:
                     continue
                 else:
                     fit.append(row)
-            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(
-                    self._notes[:number]):
+            is_last = number == len(self._notes) - 1
+            if rows and len(fit) == len(rows) and is_last and not any(self._notes[:number]):
                 fit = []   # nothing was found: better without them than never again
             self._notes[number] = fit
 
@@ -6756,6 +6814,14 @@ class Database:
             logger.error('%s %s cannot be written: %s', self._what, self.path, exc)
         self.broken = True
         return False
+
+
+def _is_end(found: Any) -> bool:
+    """Whether an object is what a Journal says of a job that has ended: a text, or most of a row of
+    Results."""
+    if isinstance(found, str):
+        return True
+    return found is not None and len(found) == 6 and is_outcome(*found)
 
 
 class Journal(Database):
@@ -7056,8 +7122,7 @@ class Journal(Database):
                 found = None
             if state == self.ENDED:
                 job.state = JobState(status)
-                if not isinstance(found, str) and (found is None or len(found) != 6
-                                                   or not is_outcome(*found)):
+                if not _is_end(found):
                     raise ValueError('job %d has no result' % number)
             elif state not in (self.WAITING, self.SENT) or not isinstance(payload, bytes):
                 raise ValueError('job %d is in no state' % number)
@@ -7846,11 +7911,13 @@ class Peer:
             return True
         if isinstance(node, DispyNode):
             node = (node.ip_addr, node.port)
+        names = (self.name, self.ip_addr, self.host)
         if isinstance(node, (tuple, list)):
-            return len(node) == 2 and node[0] in (self.host, self.ip_addr,
-                                                  self.name) and node[1] == self.port
-        return bool(node) and node in (self.name, self.ip_addr, self.host,
-                                       place(self.ip_addr, self.port), place(self.host, self.port))
+            return len(node) == 2 and node[0] in names and node[1] == self.port
+        if not node:
+            return False
+        places = (place(self.ip_addr, self.port), place(self.host, self.port))
+        return node in names or node in places
 
     @property
     def kind(self) -> str:
@@ -8092,6 +8159,17 @@ class NodePolicy:
         """A computation has left a node, or was refused there."""
 
 
+def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
+    """Nodes to dial, of places as `Peer.place` has them; not those that will dial us."""
+    specs = []
+    for where in sorted(places):
+        if where.startswith(' '):
+            continue
+        host, port = host_and_port(where.lstrip('@'), NODE_PORT)
+        specs.append(NodeSpec(host, port, scheduler=where.startswith('@')))
+    return specs
+
+
 class Recovery(NodeUser):
     """Collects what nodes have of computations whose program has crashed. To the driver it is a
     cluster that only looks. `done(job, row, peer)` is told a result, `lost(job, text)` a job that
@@ -8126,13 +8204,10 @@ class Recovery(NodeUser):
         self.comp = uuid.uuid4().hex
         self.port = NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.specs = [
-            NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
-            for node in sorted({node.rpartition('#')[0]
-                                for _, node in sent} | self._unmet) if not node.startswith(' ')
-        ]
+        places = {node.rpartition('#')[0] for _, node in sent}
+        self.specs = _specs_of_places(places | self._unmet)
         # Names of nodes that will dial us
-        self.callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
+        self.callers = {where[1:] for where in places if where.startswith(' ')}
         hosts = [row[4] for row in rows if row[4]]
         if hosts and any(node.startswith(' ') for _, node in sent):
             self.hosts = [(hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))]
@@ -8268,10 +8343,7 @@ class Gathering(NodeUser):
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
         places = {where for left in lefts for where in left.places}
-        self.specs = [
-            NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
-            for where in sorted(places) if not where.startswith(' ')
-        ]
+        self.specs = _specs_of_places(places)
         # That will dial us
         self.callers = {where[1:] for where in places if where.startswith(' ')}
         hosts = [left.listen.rpartition(':') for left in lefts
@@ -8393,8 +8465,8 @@ class Gathering(NodeUser):
                 number = row[0] >> 16
                 if row[1] in GOES_ON:
                     continue
-                before = self.rows.get((comp, number))
-                if before is None or (before[0][1] not in RETURNED and row[0] >= before[0][0]):
+                before, _ = self.rows.get((comp, number), (None, ''))
+                if before is None or (before[1] not in RETURNED and row[0] >= before[0]):
                     self.rows[comp, number] = (row, peer.ip_addr)
                     self.gone.pop((comp, number), None)
                 for key in self._places_of(peer, comp):
@@ -8426,16 +8498,20 @@ class Gathering(NodeUser):
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
-        return not any(
-            self._stages.get(key) in ('take', 'taking') or
-            (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
+        for key in self.taken:
+            stage = self._stages.get(key)
+            if stage in ('take', 'taking') or (stage == 'done' and self.there.get(key)):
+                return False
+        return True
 
     def is_whole(self, comp: str) -> bool:
         """Nothing of a computation is left anywhere, once nodes were told that it is over."""
         with self._changed:
-            keys = [key for key in self._stages if key[1] == comp]
-            return bool(keys) and all(
-                self._stages[key] in ('seen', 'done') and not self.there.get(key) for key in keys)
+            stages = {key: stage for key, stage in self._stages.items() if key[1] == comp}
+            for key, stage in stages.items():
+                if stage not in ('seen', 'done') or self.there.get(key):
+                    return False
+            return bool(stages)
 
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
@@ -8919,6 +8995,10 @@ class NodeTable:
                               ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
         return found[0]
 
+    def has(self, peer: Peer) -> bool:
+        """Whether a node is still one of these, under its key."""
+        return self.by_key.get(peer.key) is peer
+
     def heard_before(self, instance: bytes, address: Tuple[str, int]) -> Optional[Peer]:
         """The node that an answer to a broadcast comes from, if it is known."""
         for peer in self.by_key.values():
@@ -9317,8 +9397,11 @@ class Connector:
         peer = event.peer.peer
         event.peer.ended()
         old = peer.link
-        if peer.key not in self._nodes.by_key or self._nodes.by_key[peer.key] is not peer or (
-                peer.state not in _MAY_DIAL if old is None else not self._driver.is_silent(old)):
+        if old is None:
+            is_wanted = peer.state in _MAY_DIAL
+        else:
+            is_wanted = self._driver.is_silent(old)
+        if not is_wanted or not self._nodes.has(peer):
             event.sock.close()
             return
         if old is not None:
@@ -9327,7 +9410,7 @@ class Connector:
             peer.replacing = True
             self._driver.break_link(old, 'it was reached anew')
             peer.replacing = False
-        if self._nodes.by_key.get(peer.key) is not peer:   # nobody wants it any more
+        if not self._nodes.has(peer):   # nobody wants it any more
             event.sock.close()
             return
         peer.move('dial')
@@ -9371,8 +9454,10 @@ class Connector:
         remains = Remains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
             return unreached
-        known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
-                 for comp in self._driver.schedule.nodes[peer.key].comps}
+        known = {}
+        for comp in self._driver.schedule.nodes[peer.key].comps:
+            kept = frozenset(remains.kept(comp))
+            known[comp] = Account(kept, remains.past(comp, peer.memory))
         return NodeDoubted(peer.key,
                            str(peer),
                            Evidence.PROCESS_ENDED,
@@ -9447,6 +9532,16 @@ class Connector:
     def sockets(self) -> List[Any]:
         """All that listen."""
         return [gate.socket for gate in self._gates.values()] + self.searches.sockets()
+
+
+def _is_named_by(spec: NodeSpec, peer: Peer, port: int) -> bool:
+    """Whether a node is one of those that were named; `port` is the cluster's, which stands for that
+    of a node which was named without one."""
+    if spec.wild and spec.fits(peer.ip_addr, peer.host, peer.name):
+        return True
+    if not peer.is_meant(spec.host):
+        return False
+    return peer.port in (0, spec.port) or (peer.name, port) == (spec.host, spec.port)
 
 
 class NodeSelection:
@@ -9638,12 +9733,7 @@ class NodeSelection:
                 candidates: Sequence[Peer] = self._nodes.of(comp)
             else:
                 candidates = words.get(_plain_host(spec.host), ())
-            known = [
-                peer for peer in candidates
-                if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
-                or peer.is_meant(spec.host) and
-                (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))
-            ]
+            known = [peer for peer in candidates if _is_named_by(spec, peer, cluster.port)]
             for peer in known:
                 use = peer.uses[comp]
                 if not spec.wild:
@@ -10417,8 +10507,8 @@ class Recoveries:
         for comp in found.lefts:
             self.by_comp.pop(comp, None)
         for peer in found.met:
-            left = any(comp not in whole and where in (peer.place, *peer.aliases)
-                       for where, comp in found.taken)
+            places = (peer.place, *peer.aliases)
+            left = [comp for where, comp in found.taken if where in places and comp not in whole]
             if peer.link is not None and left:
                 peer.replacing = True   # not to be told
                 self._driver.break_link(peer.link, 'the recovery has ended')
@@ -10563,10 +10653,13 @@ class NodeQueries:
         found = [self.node_of(comp, peer) for peer in self._nodes.of(comp)]
         cluster = self._clusters[comp]
         linked = {peer.ip_addr for peer in self._nodes.by_key.values() if peer.link is not None}
-        return found + [(peer, 'refused', peer.reason, 0, 0)
-                        for peer in self._nodes.unusable.values() if peer.host not in linked and
-                        (cluster.hosts or any(spec.wild and spec.may_fit(peer.host)
-                                              for spec in cluster.specs))]
+        wild = [spec for spec in cluster.specs if spec.wild]
+        for peer in self._nodes.unusable.values():
+            if peer.host in linked:
+                continue
+            if cluster.hosts or any(spec.may_fit(peer.host) for spec in wild):
+                found.append((peer, 'refused', peer.reason, 0, 0))
+        return found
 
     def rows_of(self, comp: str) -> List[NodeRow]:
         """Nodes of a cluster, to be told to others."""
@@ -10581,10 +10674,12 @@ class NodeQueries:
     def complaint(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
         rows = self.nodes_of(comp)
-        lines = [
-            '%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-            for peer, state, reason, _, _ in rows
-        ]
+        lines = []
+        for peer, state, reason, _, _ in rows:
+            line = '%s: %s' % (peer, state)
+            if reason:
+                line += ': ' + reason.strip().splitlines()[-1]
+            lines.append(line)
         cluster = self._clusters[comp]
         if self._driver.connector.searches.reach == 'off':
             wild = []
@@ -10699,12 +10794,13 @@ class NodeQueries:
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs of a computation they have."""
-        found = {
-            key: len(node.flight.get(comp, ()))
-            for key, node in self._driver.schedule.nodes.items()
-            if key in self._nodes.by_key and not self._nodes.by_key[key].embedded
-        }
-        return {key: count for key, count in found.items() if count}
+        found = {}
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            count = len(node.flight.get(comp, ()))
+            if peer is not None and not peer.embedded and count:
+                found[key] = count
+        return found
 
 
 class Driver(Loop):
