@@ -4,17 +4,18 @@
 Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python
 dispynode.py`. It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
 
-What a node shares with its clients (messages, frames, handshake, link, loop) lives here too,
-because this file must be able to travel alone; dispy.py imports it by name.
+What a node shares with its clients (messages, frames, handshake, link, loop) is here too, because
+this file must be able to travel alone; dispy.py imports it by name.
 
-    client                      this process                                  its children
-    +--------+   TCP (+TLS)   +---------------------------------------+      +---------------------------------+
-    | driver | <============> | accept threads  TLS and handshake     |      | runner, one a computation:      |
-    +--------+   frames       |      | post()                         |      |   loads code, runs setup() once |
-                              | node thread     Loop: links, pipes,   | <==> |      | fork                     |
-                              |      |          timers                | pipes| worker, one a CPU:              |
-                              | Node            pure state: decides   | <==> |   job after job                 |
-                              +---------------------------------------+      +---------------------------------+
+  client                    this process                               its children
+  +--------+  TCP (+TLS)  +------------------------------------+      +--------------------------+
+  | driver | <==========> | accept threads  TLS and handshake  |      | runner, one for each     |
+  +--------+   frames     |      | post()                      |      | computation: loads code, |
+                          | node thread     Loop: links,       | <==> | runs setup() once        |
+                          |      |          pipes, timers      | pipes|      | fork              |
+                          | Node            pure state:        | <==> | worker, one for each     |
+                          |                 decides            |      | CPU: job after job       |
+                          +------------------------------------+      +--------------------------+
 
 The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
 a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries
@@ -23,14 +24,13 @@ which forks and reaps them, reports births and deaths. The daemon never unpickle
 it forwards bytes.
 
 Each of these has parts, which own their state and know one another by their methods:
-  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler
-  (what runs),
-             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of
-             clients),
-             UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
-  Daemon     NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
-  Runner     ComputationCode (what was loaded), WorkerProcesses
-  Worker     WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
+  Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
+          Attempts (what waits), CpuScheduler (what runs), FairShare (who is next), Interruptions
+          (what is ended), JobRequests (what jobs ask of clients), UndeliveredResults, PastAttempts,
+          Inquiries (what is asked of the node), Timers
+  Daemon  NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
+  Runner  ComputationCode (what was loaded), WorkerProcesses
+  Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
 
 The life of a job here:
   1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
@@ -38,15 +38,13 @@ The life of a job here:
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before
-     it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20
-     ms the
-     client is told that it has begun (`Started`), and its worker gives back what stands behind it.
+     it looks at the next one. Output is caught at descriptor level in a file of the worker's. After
+     about 20 ms the client is told that the job has begun (`Started`), and the worker gives back
+     the attempts that stand behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
   6. A worker that dies is reported by the runner with the attempt it was running; that one has
-     failed, those
-     behind it go back to the queue, and a new worker is forked.
-  7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
+     failed, those behind it go back to the queue, and a new worker is forked.
+  7. `Done` ends the computation: cleanup runs, processes end, the directory is removed.
 """
 
 import sys
@@ -91,6 +89,8 @@ import pickle
 import platform
 import queue
 import re
+import reprlib
+import select
 import selectors
 import shutil
 import signal
@@ -109,8 +109,10 @@ import unicodedata
 import warnings
 import weakref
 import zlib
-from typing import (AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable,
-                    Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+import _thread
+from typing import (
+    AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
+    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 __all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
@@ -120,35 +122,69 @@ __version__ = '5.0.0.dev0'
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
+# Glossary
+#   client       a program that uses nodes, or a scheduler that uses them for programs
+#   computation  (comp) what one cluster of a program runs on a node: its code, files and jobs
+#   job          one call that the user has submitted; it has a number
+#   attempt      one try to run a job on some node. Its serial number has the job's number in the
+#                upper bits and the count of the try in the lower 16: see job_number, attempt_number
+#   outcome      how an attempt ended; with times, value and output it is a row of Results
+#   acknowledge  (Ack) the client has a result: nobody else needs to keep it
+#   spool        results on a node's disk, while their client is away
+#   lease        a client's hold on a node; a node serves one client at a time
+#   orphaned     without a connection to its client
+#   runner       the process that has loaded the code of a computation and starts its workers
+#   worker       the process that runs the jobs of a computation, one after the other
+#   slot         memory that all processes of a computation share, where a worker notes which
+#                attempts it has begun, so that this is known when it dies
+#   link         an authenticated connection between two processes, with heartbeats
+#   uplink       a link that a node has made itself, to a scheduler or to a client that listens
+#   frame        one message on a link, with its length, number and authentication code
+#   record       one message on a pipe between a daemon, its runners and its workers
+#   part         a piece of a message that is too large for a frame
+#   envelope     the plain values of a message; large payloads are beside it, out of band
+#   payload      what a user sent (arguments, code) or a job returned: bytes that daemons never open
+#   bundle       the files of a group of modules, and what the program has set in them
+#   event        what the loop tells the pure state; an action is what the state then decides
+#   turn         one round of a loop: what has come is handled, then what follows is sent
+#   heartbeat    (Pulse) a sign of life on a link that has nothing else to send
+#   instance     16 random bytes that tell one process from all others
 NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
-SECOND_APART = 0.5            # s between the beginnings of such attempts at least
-# Silent pulses after which a second connection is tried while the first still counts
+# Silent pulses after which a second connection is tried while the first still counts, and the
+# seconds between the beginnings of such attempts at least
 PULSES_SILENT = 2
+SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
+CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
-TRIPS = 10                    # to a peer and back, which these take at most
+TRIPS = 10                    # round trips to a peer that these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
-# S that a computation without jobs waits for a client whose link broke
+# Seconds that a computation without jobs waits for a client whose link broke
 ORPHAN_TIME = 3.0
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-# S that a link must have lived for not being one of several that end at once
+# Seconds that a link must have lived for not being one of several that end at once
 FLAP_TIME = 10.0
 # Links in a row that ended at once, after which the next attempts come later and later
 FLAPS = 4
-# S for which a client from which the node was taken is not served, so that another comes first
+# Seconds for which a client from which the node was taken is not served, so that others come first
 RELEASE_COOLDOWN = 10.0
-QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
-AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
-AHEAD_MOST = 64               # jobs, the same
-CREDIT_TIME = 2.0             # s for each CPU, of what who has had less than others gets back
-ABSENT_TIME = 1.0             # s without jobs here after which nobody gets anything back
+# What a worker may hold beyond what it runs, in seconds of work and in jobs. With some at hand it
+# does not wait for the daemon after each short job; but what it holds must be taken back before
+# another worker can run it, so that it is little.
+AHEAD_TIME = 0.02
+AHEAD_MOST = 64
+# CPU seconds, for each CPU of the node, that a client which has had less than others gets back at
+# most; without a limit one that was idle for an hour would then have the node alone for as long.
+CREDIT_TIME = 2.0
+ABSENT_TIME = 1.0             # s without jobs here after which a client gets nothing back
 ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
 UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
-# S after which the client is told that a job runs, and its worker holds nothing behind it
+# Seconds after which a job counts as long: its client is told that it runs, and its worker gives
+# back what stands behind it. Of shorter jobs the client hears by their results alone.
 BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 # Bytes of one stream of a job, with the mark where its middle was
@@ -162,8 +198,9 @@ BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which
 UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
 RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
-MEMORY_CHECK_INTERVAL = 0.05                # s between looks at the memory of jobs that may not use more
-# Bytes from which a payload travels beside its envelope instead of inside
+# Seconds between looks at the memory of jobs that may not use more
+MEMORY_CHECK_INTERVAL = 0.05
+# Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 # Bytes after which a batch is a frame: the other side can begin with it
@@ -176,34 +213,41 @@ VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
-BACKPRESSURE_BYTES = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+# Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
+# its client takes does not fill the memory of the node
+BACKPRESSURE_BYTES = 16 << 20
+# Sockets that a loop has where it must use select()
+SELECT_MOST = 500
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
 # Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
 # and that a program has a result, which is opened in place too.
 ARGUMENTS_COPIED = 2
 RESULTS_COPIED = 1
-# S that an interval of an option may have
+# Seconds that an interval of an option may have
 SHORTEST = 1e-3
 LONGEST = 10 * 365.25 * 86400
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
-DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 NO_MEMORY = 'there is no memory for what was sent'
-DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 SERIALS_MOST = 50000          # of jobs in one message
 ROWS_MOST = 20000             # of jobs or results in one message
 NAME_MOST = 1000              # characters of a name from outside that are kept
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
 SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
 VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
-RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
+# Bytes of jobs that wait here, after which links are not read, so that clients are held back
+RECEIVE_BUDGET = 256 << 20
+
+# How worker processes are started
+FORK = 'fork'
+SPAWN = 'spawn'
 
 logger = logging.getLogger('dispynode')
 
 
 class Listed(type):
-    """The type of public tuples and exceptions: dir() of such a class, and with it help() and
-    pydoc, lists what this project says of it, and not what every tuple or exception has. The
+    """This is the type of public tuples and exceptions: dir() of such a class, and with it help()
+    and pydoc, lists what this project says of it, and not what every tuple or exception has. The
     standard library's `enum` does the same."""
 
     def __dir__(cls) -> List[str]:
@@ -223,11 +267,11 @@ class PeerError(DispyError):
 
 
 class LinkBroken(DispyError):
-    """The connection ended without a word."""
+    """The connection was closed without a Bye."""
 
 
 class HandshakeError(DispyError):
-    """No link came of a connection; the text says why and what mends it."""
+    """The handshake failed; the text says why and how to mend it."""
 
 
 class Silence(HandshakeError):
@@ -256,8 +300,8 @@ class LoopFailed(DispyError):
 # --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """Who speaks on a link. Whoever is dialled by nodes (--scheduler-host), a client that listens
-    too, is a SCHEDULER there."""
+    """The role of a process on a link. A process to which nodes connect (--scheduler-host) is a
+    SCHEDULER there, also a client that listens."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
@@ -289,20 +333,20 @@ class AttemptHistory(NamedTuple):
     text: str = ''                         # why it was given up
 
     def row(self) -> tuple:
-        """As messages carry it; empty where there is nothing to tell."""
+        """Return it as messages carry it; empty where there is nothing to tell."""
         if self == AttemptHistory():
             return ()
         return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> 'AttemptHistory':
-        """The inverse."""
+        """Read what `row` has made."""
         if not row:
             return cls()
         return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
 
     def and_also(self, other: 'AttemptHistory') -> 'AttemptHistory':
-        """What both say."""
+        """Return what both say."""
         return AttemptHistory(self.whole and other.whole, self.unbegun | other.unbegun,
                     self.lost | other.lost, self.given_up | other.given_up, other.text or self.text)
 
@@ -350,134 +394,141 @@ def reason_of(exc: BaseException) -> str:
 
 
 class ClientHello(NamedTuple):
-    """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by
-    Welcome."""
+    """A client says first on a link who it is (the name is shown to others) and how many seconds
+    its pulse is. NodeHello answers it."""
     name: str
     pulse: float
 
 
 class Compute(NamedTuple):
-    """Client: a computation. May come again after a link broke. Answered by Need, Ready or
-    Refused."""
+    """A client sends a computation. It may come again after a link broke. Need, Ready or Refused
+    answers it."""
     comp: str
     spec: dict
 
 
 class Jobs(NamedTuple):
-    """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results. The
-    option `values` has rows (size, digest) of the parts of the payload that do not stand in it; a
-    node that lacks one asks for it (Need)."""
+    """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
+    them. The option `values` has rows (size, digest) of the parts of the payload that do not stand
+    in it; a node that lacks one asks for it (Need)."""
     comp: str
     rows: list
 
 
 class Cancel(NamedTuple):
-    """Client: end these attempts. Each is answered by its result, whatever it became."""
+    """A client wants these attempts to be ended. Each is answered by its result, whatever it
+    became."""
     comp: str
     serials: list
 
 
 class ReturnJobs(NamedTuple):
-    """Client: give back those of these attempts that have not begun. Each is answered by Returned,
-    Started or Results. A scheduler cancels those of these jobs that have not begun; each is
-    answered by Started or Results."""
+    """A client wants those of these attempts back that have not begun. Each is answered by
+    Returned, Started or Results. A scheduler cancels those of these jobs that have not begun; each
+    is answered by Started or Results."""
     comp: str
     serials: list
 
 
 class Ack(NamedTuple):
-    """Client: results it has; the node forgets them."""
+    """A client has these results; the node forgets them."""
     comp: str
     serials: list
 
 
 class Done(NamedTuple):
-    """Client: the computation is over; what still runs is killed."""
+    """A client has no more use for a computation; what still runs is killed."""
     comp: str
 
 
 class Limit(NamedTuple):
-    """Client: how many CPUs a computation that is set up may use at once from now on."""
+    """A client says how many CPUs a computation that is set up may use at once from now on."""
     comp: str
     cpus: int
 
 
 class Shutdown(NamedTuple):
-    """Client: end when this client has let you go, if you were started with --client-shutdown."""
+    """A client wants the node to end with its lease; the node does if it was started with
+    --client-shutdown."""
     comp: str
 
 
 class Query(NamedTuple):
-    """Client: what of this computation is there? Answered by Report."""
+    """A client asks what of this computation is there. Report answers it."""
     comp: str
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this
-    computation is mine now. `key` shows that it is: only the program and its recovery file have
-    it, `spec['key']` is its digest. Answered by Held and Results. Without `take` it is only asked,
-    nothing becomes another's, and no results come."""
+    """A client, perhaps another process than the one that began the computation, says that what is
+    there of it belongs to this client now. `key` shows that it is: only the program and its
+    recovery file have it, `spec['key']` is its digest. Answered by Held and Results. Without `take`
+    it is only asked, nothing becomes another's, and no results come."""
     comp: str
     key: bytes = b''
     take: bool = True
 
 
 class NodeHello(NamedTuple):
-    """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle,
-    ...)."""
+    """A node answers ClientHello with its name, the CPUs that it offers, and facts (python,
+    platform, cloudpickle, ...)."""
     name: str
     cpus: int
     facts: dict
 
 
 class Refused(NamedTuple):
-    """Node: this computation (or, with an empty name, this client) is not served; code for
-    programs, text for people."""
+    """A node does not serve this computation (or, with an empty name, this client); the code is for
+    programs, the text for people."""
     comp: str
     code: str
     text: str
 
 
 class Need(NamedTuple):
-    """Node: send these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
+    """A node wants these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
     Answers Compute, and comes when a job needs modules."""
     comp: str
     files: list
 
 
 class Ready(NamedTuple):
-    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past`
-    is a row of Past."""
+    """A node has set up the computation. `held` are the serials it knows, running, waiting or ended
+    without Ack; `past` is a row of AttemptHistory."""
     comp: str
     held: list
     past: tuple = ()
 
 
 class Results(NamedTuple):
-    """Node: rows of (serial, outcome, start, end, payload, stdout, stderr), times in s since the
-    epoch. Answered by Ack."""
+    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr), with
+    times in s since the epoch. Ack answers them."""
     comp: str
     rows: list
 
 
+# Places in a row of Results, which is a plain tuple on the wire and stays one: each job has one
+SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
+
+
 class JobsReturned(NamedTuple):
-    """Node, answers Recall or comes when it stops: these attempts were never started here."""
+    """A node has never started these attempts. It answers ReturnJobs, and comes when a node
+    stops."""
     comp: str
     serials: list
 
 
 class Started(NamedTuple):
-    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for
-    those that have run for about 20 ms and for those that were recalled too late; of others the
-    result tells."""
+    """A node or scheduler says that these attempts have begun, as rows of (serial, s that it has
+    run). Comes for those that have run for about 20 ms and for those that were recalled too late;
+    of others the result tells."""
     comp: str
     rows: list
 
 
 class Output(NamedTuple):
-    """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from
-    byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of level, logger
-    and text)."""
+    """A node sends what a running job has printed, if the computation wants it live (stream 1 or
+    2), from byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of
+    level, logger and text)."""
     comp: str
     serial: int
     stream: int
@@ -486,54 +537,37 @@ class Output(NamedTuple):
 
 
 class CpusChanged(NamedTuple):
-    """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who
-    were refused because another client held the node, when it is free."""
+    """A node says how many CPUs it offers from now on; 0 when it takes no new jobs. Also sent to
+    those who were refused because another client held the node, when it is free."""
     cpus: int
 
 
 class KnownAttempts(NamedTuple):
-    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a
-    row of Past."""
+    """A node answers Reclaim with the serials that it knows: of attempts that run, wait, or have
+    ended without Ack; `past` is a row of AttemptHistory."""
     comp: str
     serials: list
     past: tuple = ()
 
 
 class Report(NamedTuple):
-    """Node, answers Query: pairs of (serial, s that it has run), serials that wait, what is free
-    there (as `availability`), with `busy`, the jobs of all computations that run, and `holder`, for
-    people, empty when it is free."""
+    """A node answers Query with pairs of (serial, s that it has run), serials that wait, what is
+    free there (as `availability`), with `busy`, the jobs of all computations that run, and
+    `holder`, for people, empty when it is free."""
     comp: str
     running: list
     waiting: list
     available: dict
 
 
-class JobsAssigned(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
-    (empty)."""
-    comp: str
-    node: tuple
-    serials: list
-
-
-class NodeChanged(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
-    `NodeQueries.rows_of`."""
-    comp: str
-    status: int
-    node: tuple
-
-
 class Notice(NamedTuple):
-    """Scheduler: a warning for the client's log."""
+    """A node or scheduler has a warning for the client's log."""
     comp: str
     text: str
 
 
 class Call(NamedTuple):
-    """Client or scheduler: a question to the other; `name` is what it is about. Answered by
-    Return."""
+    """Either side asks the other a question; `name` is what it is about. Return answers it."""
     comp: str
     number: int
     name: str
@@ -541,7 +575,7 @@ class Call(NamedTuple):
 
 
 class Return(NamedTuple):
-    """Answers Call: a value, or the type and the text of an error."""
+    """This answers Call with a value, or with the type and the text of an error."""
     comp: str
     number: int
     error: tuple
@@ -562,9 +596,9 @@ ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 
 class FilePiece(NamedTuple):
-    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row`
-    is the file's name, size, digest and mode. FileStored answers the last piece, or the first that
-    cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    """Either side sends a piece of a file, in order of offset; an empty file is one empty piece.
+    `row` is the file's name, size, digest and mode. FileStored answers the last piece, or the first
+    that cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
     comp: str
     purpose: int
     key: int
@@ -584,12 +618,12 @@ class FileStored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of
-    offset. The first brings the row, with `HOLLOW` in the place of its payload, and all say how
-    large that is; when it is whole, it is as if the message had come with this row alone. Other
-    messages may come between parts, but no parts of another row of the same computation. A first
-    part replaces what has come before of a row of its computation; one with a total of 0 is none,
-    but says that the rest will not come. `data` is a buffer, or a tuple of some."""
+    """Either side sends a part of one row of Jobs or Results that is too large for a frame, in
+    order of offset. The first brings the row, with `HOLLOW` in the place of its payload, and all
+    say how large that is; when it is whole, it is as if the message had come with this row alone.
+    Other messages may come between parts, but no parts of another row of the same computation. A
+    first part replaces what has come before of a row of its computation; one with a total of 0 is
+    none, but says that the rest will not come. `data` is a buffer, or a tuple of some."""
     comp: str
     row: tuple
     total: int
@@ -605,18 +639,18 @@ class Unfit(NamedTuple):
 
 
 class Pulse(NamedTuple):
-    """Either side: alive."""
+    """Either side shows that it is alive."""
 
 
 class Bye(NamedTuple):
-    """Either side: this link ends on purpose. A link that ends without it is broken, not closed.
+    """Either side ends this link on purpose. A link that ends without it is broken, not closed.
     After a node's Bye every attempt it has not answered for was never started."""
     text: str
 
 
 class Wrong(NamedTuple):
-    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The
-    same is not to be sent again at once. Nothing is said by it of what came before."""
+    """Either side says last on a link that it cannot use the frame of this number, counted from 0.
+    The same is not to be sent again at once. Nothing is said by it of what came before."""
     text: str
     frame: int
 
@@ -650,8 +684,6 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     43: (Report, MAX_LIST),
     44: (KnownAttempts, LIST),
     45: (Started, MAX_LIST),
-    48: (JobsAssigned, MAX_LIST),
-    49: (NodeChanged, MAX_LIST),
     50: (Notice, MAX_LIST),
     65: (Pulse, MAX_CONTROL),
     66: (Bye, MAX_CONTROL),
@@ -663,12 +695,11 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
-# What a process takes from the other side of a link.
+# What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
-OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
-SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))  # type: ignore[attr-defined]
+SPEAK_OF_COMPS = {message for message in OPS if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
 # Some fields of these hold values whose shape nothing else checks.
-LOOSE = frozenset((Compute, NodeHello, Call, Return, Report, JobsAssigned, NodeChanged))
+LOOSE = {Compute, NodeHello, Call, Return, Report}
 KEY_SIZE = 32    # bytes of the digest of a computation's key
 DIGEST_SIZE = 32
 
@@ -685,8 +716,32 @@ def may_reclaim(digest: bytes, key: bytes) -> bool:
     return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
 
 
-FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
-                              for kind in message.__annotations__.values()) for message in OPS}
+_TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
+
+
+def _field_types(message: type) -> Tuple[Any, ...]:
+    """The types that the fields of a message have when it has come."""
+    return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in message.__annotations__.values())
+
+
+FIELD_TYPES = {message: _field_types(message) for message in OPS}
+
+
+
+def serial_of(job: int, attempt: int = 0) -> int:
+    """Return the serial number of an attempt of the job with this number."""
+    return job << 16 | attempt
+
+
+def job_number(serial: int) -> int:
+    """Return the number of a job, by the serial number of one of its attempts."""
+    return serial >> 16
+
+
+def attempt_number(serial: int) -> int:
+    """Return which attempt of its job has this serial number. The first is 1; 0 stands for none."""
+    return serial & 0xffff
+
 
 Buffer = Union[bytes, bytearray, memoryview]
 Payload = Union[Buffer, Tuple[Buffer, ...]]
@@ -703,7 +758,7 @@ def in_one_piece(payload: Payload) -> bytes:
 
 
 def size_of(payload: Payload) -> int:
-    """Bytes in a payload."""
+    """Return the number of bytes of a payload."""
     if type(payload) is tuple:
         return sum(len(piece) for piece in payload)
     return len(payload)  # type: ignore[arg-type]
@@ -756,14 +811,15 @@ def out_of_band(payload: Payload) -> Any:
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
-    size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
-    return (row if size < OUT_OF_BAND and type(row[4]) is bytes else
-            (*row[:4], *map(out_of_band, row[4:]))), size
+    size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
+    if size < OUT_OF_BAND and type(row[PAYLOAD]) is bytes:
+        return row, size
+    return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
 
 def batches(kind: Callable[[str, list], Any], comp: str,
            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
+    """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
     bytes."""
     some = []
     filled = 0
@@ -801,7 +857,7 @@ class InParts:
         self._parts = self._made()
 
     def next(self) -> Optional[Part]:
-        """The next part; None behind the last."""
+        """Return the next part; None behind the last."""
         return next(self._parts, None)
 
     def _made(self) -> Iterator[Part]:
@@ -832,7 +888,7 @@ def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
-    """Messages `kind(comp, serials)` of bounded length."""
+    """Make messages `kind(comp, serials)` of bounded length."""
     for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
@@ -863,8 +919,7 @@ class PlainReader:
     A message of thousands of rows is read here: one loop, and a table for what most operations do.
     """
     # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
-    # length and those that look
-    # at the stack stand below.
+    # length and those that look at the stack stand below.
     FIXED = {
         pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1),
         pickle.NEWFALSE: (1, 1), pickle.BININT: (5, 1), pickle.BININT1: (2, 1),
@@ -1023,8 +1078,8 @@ def open_envelope(data: Buffer,
 
 
 def open_plain(data: Buffer) -> Any:
-    """The same without bounds, where a process of the user's own opens what the user sent. Raises
-    PeerError."""
+    """Unpickle plain builtins as open_envelope does, but without bounds, where a process of the
+    user's own opens what the user sent. Raises PeerError."""
     try:
         return _Plain(io.BytesIO(data)).load()
     except Exception as exc:  # as above
@@ -1047,8 +1102,8 @@ _INDEX = struct.Struct('>II')
 
 
 def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Message -> (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is u32
-    number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    """Turn a message into (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is
+    u32 number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
     buffers: List[pickle.PickleBuffer] = []
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
@@ -1059,7 +1114,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
-    """The inverse of `encode`, for a payload whose MAC was verified. Raises PeerError."""
+    """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
+    PeerError."""
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
@@ -1106,7 +1162,7 @@ def _is_payload(value: Any) -> bool:
     return _is_buffer(value) or (type(value) is tuple and all(map(_is_buffer, value)))
 
 
-def _is_serial(value: Any) -> bool:
+def is_serial(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -1122,7 +1178,7 @@ def _is_options(value: Any) -> bool:
 
 
 def _are_values(rows: Any) -> bool:
-    """Sizes and digests of values."""
+    """Whether these are sizes and digests of values."""
     return type(rows) is tuple and len(rows) <= BUFFERS_MOST and all(map(_is_value, rows))
 
 
@@ -1132,13 +1188,13 @@ def _is_value(row: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """What a scheduler knows a node by."""
+    """Whether a scheduler can know a node by this."""
     return type(value) is str or (type(value) is tuple
                                   and all(type(part) in (str, int) for part in value))
 
 
 def _is_job(row: Any) -> bool:
-    return type(row) is tuple and len(row) == 3 and _is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
+    return type(row) is tuple and len(row) == 3 and is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
         and (row[2] is None or _is_options(row[2]))
 
 
@@ -1158,7 +1214,8 @@ def refused_row(row: tuple, text: str) -> tuple:
     printed goes with it."""
     size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
-    return (*row[:1], int(Outcome.DIED), *row[2:4], text.encode('utf-8', 'replace'), b'', b'')
+    return (row[SERIAL], int(Outcome.DIED), row[START], row[END], text.encode('utf-8', 'replace'),
+            b'', b'')
 
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
@@ -1191,31 +1248,31 @@ def _is_part(fields: tuple) -> bool:
 
 
 def _is_file(row: Any) -> bool:
-    """A row of a computation's files: name, size, digest, mode."""
+    """Whether this is a row of a computation's files: name, size, digest, mode."""
     return type(row) is tuple and [type(field)
                                    for field in row] == [str, int, bytes, int] and row[1] >= 0
 
 
 def _is_file_wanted(fields: Any) -> bool:
-    """Purpose, key and row of a file."""
+    """Whether these are purpose, key and row of a file."""
     if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
         return False
-    return fields[0] in PURPOSES and _is_serial(fields[1]) and _is_file(fields[2])
+    return fields[0] in PURPOSES and is_serial(fields[1]) and _is_file(fields[2])
 
 
 def _is_kept(kept: Any) -> bool:
     return type(kept) is dict and all(
-        type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
+        type(serials) is list and all(map(is_serial, serials)) for serials in kept.values())
 
 
 def _is_past(row: tuple) -> bool:
-    """A row of Past, or nothing."""
+    """Whether this is a row of AttemptHistory, or nothing."""
     return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
-        type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
+        type(serials) is list and all(map(is_serial, serials)) for serials in row[1:4]))
 
 
 def _is_running(pair: Any) -> bool:
-    return type(pair) is tuple and len(pair) == 2 and _is_serial(pair[0]) and _is_number(pair[1])
+    return type(pair) is tuple and len(pair) == 2 and is_serial(pair[0]) and _is_number(pair[1])
 
 
 OUTCOMES = frozenset(map(int, Outcome))
@@ -1226,8 +1283,8 @@ _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enume
 # Those that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
-# arguments of load_source
-# in an envelope, for any; 'program': nothing.
+# arguments of load_source in an envelope, for any; 'program': nothing. `program` is the name of its file;
+# if that is empty, the arguments of each job are a command line (CommandLines).
 SPEC_FIELDS: Dict[str, Any] = {
     'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
     'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str,
@@ -1250,12 +1307,13 @@ def _is_spec(spec: dict) -> bool:
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
-        and type(spec.get('initializer', False)) is bool and _is_serial(spec.get('most', 0)) \
+        and spec.get('start_method', '') in ('', FORK, SPAWN) \
+        and type(spec.get('initializer', False)) is bool and is_serial(spec.get('most', 0)) \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
 
 def _all_serials(fields: tuple) -> bool:
-    return all(map(_is_serial, fields[1]))
+    return all(map(is_serial, fields[1]))
 
 
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
@@ -1265,17 +1323,15 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
         2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
-    FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
+    FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
     Part: _is_part,
     Limit: lambda fields: fields[1] >= 1,
-    Wrong: lambda fields: _is_serial(fields[1]),
-    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
-    NodeChanged: lambda fields: len(fields[2]) == 10,
+    Wrong: lambda fields: is_serial(fields[1]),
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
-    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and fields[2] in
-    (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
+    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(is_serial, fields[2])),
+    Output: lambda fields: is_serial(fields[1]) and fields[2] in
+    (0, 1, 2) and is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
@@ -1286,6 +1342,19 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
     KnownAttempts: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
+
+
+def add_messages(messages: Dict[int, Tuple[type, int]],
+                 checks: Dict[type, Callable[[tuple], bool]]) -> None:
+    """Let links carry messages that nodes do not know; as in MESSAGES and in CHECKS."""
+    MESSAGES.update(messages)
+    CHECKS.update(checks)
+    for op, (message, _) in messages.items():
+        OPS[message] = op
+        FIELD_TYPES[message] = _field_types(message)
+        LOOSE.add(message)
+        if message._fields[:1] == ('comp',):  # type: ignore[attr-defined]
+            SPEAK_OF_COMPS.add(message)
 
 
 BOUNDS = Bounds(MAX_LIST, 500_000, 50_000)
@@ -1334,8 +1403,8 @@ class _Pieces(list):
     them."""
 
     def write(self, piece: Any) -> None:
-        """As of a file. No method of `list`: so other threads of the process, which speak to nodes,
-        can go on between pieces."""
+        """Do as the method of a file. No method of `list`: so other threads of the process, which
+        speak to nodes, can go on between pieces."""
         self.append(piece)
 
 
@@ -1343,7 +1412,7 @@ _NO_MODULES: AbstractSet[str] = frozenset()
 
 
 class Sealed(NamedTuple):
-    """A pickled value."""
+    """A value that was pickled."""
     payload: Payload
     plain: bool           # whether it holds builtin values only, so that opening it runs no code
     modules: AbstractSet[str]   # names of the modules that opening it imports
@@ -1411,7 +1480,7 @@ class _Segments:
         self._pieces = collections.deque(memoryview(piece).cast('B') for piece in pieces)
 
     def readinto(self, target: Any) -> int:
-        """As of a file."""
+        """Do as the method of a file."""
         view = memoryview(target).cast('B')
         filled = 0
         while filled < len(view) and self._pieces:
@@ -1425,14 +1494,14 @@ class _Segments:
         return filled
 
     def read(self, size: int) -> bytes:
-        """As of a file."""
+        """Do as the method of a file."""
         left = sum(map(len, self._pieces))
         data = bytearray(left if size < 0 else min(size, left))
         self.readinto(data)
         return bytes(data)
 
     def readline(self) -> bytes:
-        """As of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols have lines."""
         raise pickle.UnpicklingError('a pickle of protocol 5 has no lines')
 
 
@@ -1477,7 +1546,7 @@ def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
-    """The inverse: numbers of bundles, and the payload itself."""
+    """Take apart what `with_needs` has made: numbers of bundles, and the payload itself."""
     if payload[0] != 2:
         return (), payload
     _, length = _NEEDS.unpack_from(payload)
@@ -1511,7 +1580,7 @@ class _Source:
         self._end = at + size
 
     def readinto(self, target: Any) -> int:
-        """As of a file."""
+        """Do as the method of a file."""
         view = memoryview(target)
         size = min(len(view), self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
@@ -1521,13 +1590,13 @@ class _Source:
         return size
 
     def read(self, size: int) -> bytes:
-        """As of a file."""
+        """Do as the method of a file."""
         data = bytes(self._view[self._at:min(self._at + size, self._end)])
         self._went(len(data))
         return data
 
     def readline(self) -> bytes:
-        """As of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols have lines."""
         line = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)]).readline()
         self._went(len(line))
         return line
@@ -1596,20 +1665,16 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
 
 # --------------------------------------------------------------------------------------------------
 # Objects by value: what has no module that could be imported. Used by clients and by workers alike.
-#
-# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
-# and those
-# that only a running function has, are pickled by value with cloudpickle's reducers. Three
-# additions keep them
-# what they are in the program:
-# - A class has one identity in each process, by the number that cloudpickle's class tracker gives
-# to it.
-#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
-# - A variable or class attribute travels with a version. A process applies a version once, so that
-# what
-#     setup() or a job has changed stays until the program itself changes the same thing.
 # --------------------------------------------------------------------------------------------------
 
+# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
+# and those that only a running function has, are pickled by value with cloudpickle's reducers.
+# Three additions keep them what they are in the program:
+#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives
+#     it.
+#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
+#   - A variable or class attribute travels with a version. A process applies a version once, so
+#     that what setup() or a job has changed stays until the program itself changes the same thing.
 MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
 
 
@@ -1621,7 +1686,7 @@ class Versions:
         self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
 
     def of(self, name: str, value: Any) -> bytes:
-        """The version of this value. A value that can change in place is told by its pickled
+        """Return the version of this value. A value that can change in place is told by its pickled
         form."""
         known = self._known.get(name)
         if type(value) in ATOMS:
@@ -1717,7 +1782,7 @@ class Space:
 
 
 class Spaces:
-    """All spaces of this process."""
+    """The spaces that this process has."""
 
     def __init__(self) -> None:
         self.instance = os.urandom(8)     # of the process that makes tokens
@@ -1752,7 +1817,7 @@ class Spaces:
                     space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """The space of a function's global variables. None for those of no __main__."""
+        """Return the space of a function's global variables. None for those of no __main__."""
         space = self._by_id.get(id(variables))
         if space is None and variables.get('__name__') in MAIN_NAMES:
             space = self._add(Space((self.instance, len(self._by_id)), variables, True))
@@ -1836,7 +1901,7 @@ _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threa
 
 
 def empty_cell() -> Any:
-    """A cell of a closure, without contents."""
+    """Make a cell of a closure, without contents."""
     return types.CellType()
 
 
@@ -1851,7 +1916,7 @@ def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def variables_of_module(name: str) -> Dict[str, Any]:
-    """The global variables of an importable module."""
+    """Return the global variables of an importable module."""
     return vars(importlib.import_module(name))
 
 
@@ -1865,9 +1930,9 @@ class ForeignCode:
 
 
 def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
-    """The code of this Python for a function inside of another: found by its name and line in the
-    module's own source, which has travelled. None if there is no such source, or the function is
-    not there."""
+    """Find the code of this Python for a function inside of another: found by its name and line in
+    the module's own source, which has travelled. None if there is no such source, or the function
+    is not there."""
     if isinstance(module, str):
         imported = sys.modules.get(module)
     else:
@@ -1936,7 +2001,7 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
 
 
 def fill_function(function: Any, state: tuple) -> None:
-    """The state of a function: attributes, slots, contents of its cells, variables that it uses,
+    """Give a function its state: attributes, slots, contents of its cells, variables that it uses,
     its version."""
     attributes, slots, contents, variables, name, version, _ = state
     if not isinstance(function, types.FunctionType):
@@ -2015,7 +2080,7 @@ class Referent(weakref.ref):
 
 
 def make_reference(obj: Any) -> Any:
-    """A weak reference in a job."""
+    """Make a weak reference in a job."""
     reference = Referent(obj)
     reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
@@ -2052,7 +2117,7 @@ def make_cached(function: Callable[..., Any], most: Optional[int], typed: bool) 
 
 
 def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
-    """A function of functools.singledispatch, from its implementations."""
+    """Make a function of functools.singledispatch from its implementations."""
     implementations = dict(rows)
     made = functools.singledispatch(implementations.pop(object))
     for kind, implementation in implementations.items():
@@ -2073,7 +2138,7 @@ def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
 
 
 def make_typed(kind: type, args: tuple, options: dict) -> Any:
-    """A type variable and the like."""
+    """Make a type variable or the like."""
     return kind(*args, **options)
 
 
@@ -2129,7 +2194,7 @@ def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
 
 
 def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
-    """A context with these values of its variables."""
+    """Make a context with these values of its variables."""
     made = contextvars.Context()
     for variable, value in items:
         made.run(variable.set, value)
@@ -2180,7 +2245,7 @@ def _reduce_dispatcher(function: Any) -> tuple:
 
 
 def _reduce_typed(variable: Any) -> tuple:
-    """TypeVar, ParamSpec, TypeVarTuple, NewType: what their constructors take."""
+    """Reduce TypeVar, ParamSpec, TypeVarTuple and NewType to what their constructors take."""
     if hasattr(variable, '__supertype__'):
         return make_typed, (type(variable), (variable.__name__, variable.__supertype__), {})
     names = (('bound', '__bound__'), ('covariant', '__covariant__'), ('contravariant',
@@ -2633,7 +2698,7 @@ def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
 
 def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
               members: List[Tuple[str, tuple, dict]]) -> Any:
-    """An enum class with its members, without running their constructor again."""
+    """Make an enum class with its members, without running their constructor again."""
     space = meta.__prepare__(name, bases)
     space['__module__'], space['__qualname__'] = module, qualname
     made = meta.__new__(meta, name, bases, space)
@@ -2765,7 +2830,7 @@ def _value_pickler(known: int) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
-    """Where the secret of this user lies when nothing else is said."""
+    """Return where the secret of this user lies when nothing else is said."""
     if os.name == 'nt':
         base = os.environ.get('APPDATA') or os.path.expanduser('~')
     else:
@@ -2800,8 +2865,9 @@ def same_secret(key: Any) -> str:
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
-    """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET,
-    the user's secret file, which is made (256 random bits, mode 0600) when it does not exist.
+    """Return the secret's bytes, from the first of: `secret`, the file `path`, environment
+    DISPY_SECRET, the user's secret file, which is made (256 random bits, mode 0600) when it does
+    not exist.
 
     Raises SecretError for a file that others can read, that is empty or that cannot be read;
     TypeError.
@@ -2809,7 +2875,7 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
         raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
     if not secret and path:
-        return _read_secret(path)
+        return read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
     if given:
         if isinstance(given, str):
@@ -2829,10 +2895,10 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
             'entry in the password file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
         make_secret(path)
-    return _read_secret(path)
+    return read_secret(path)
 
 
-def _read_secret(path: str) -> bytes:
+def read_secret(path: str) -> bytes:
     try:
         with open(path, 'rb') as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -2871,9 +2937,9 @@ def make_secret(path: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def derive_key(secret: bytes) -> bytes:
-    """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough
-    for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8,
-    p=1; about 50 ms)."""
+    """Return the pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random
+    enough for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14,
+    r=8, p=1; about 50 ms)."""
     secret = secret.strip()
     key = _derived_key(secret)
     _keys_from[key] = secret
@@ -2887,6 +2953,11 @@ def _derived_key(secret: bytes) -> bytes:
         logger.warning(
             'the secret is short (%d characters): it can be guessed by anybody on the network',
             len(secret))
+    if not hasattr(hashlib, 'scrypt'):
+        raise SecretError(
+            'this Python cannot use a phrase as secret: its hashlib has no scrypt (as where it was '
+            'built with LibreSSL). Use a secret of 64 hexadecimal digits, such as dispy makes by '
+            'itself, or another Python')
     return hashlib.scrypt(secret, salt=b'dispy 5 secret', n=1 << 14, r=8, p=1, dklen=32)
 
 
@@ -2894,7 +2965,7 @@ def tls_context(server: bool,
                 certfile: str,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> Any:
-    """An ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
+    """Make an ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
     `cafile` (or `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
     import ssl  # 15 ms that only those pay who use TLS
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -2955,8 +3026,8 @@ def _no_password() -> str:
 
 
 def certificate_digest(certfile: str) -> bytes:
-    """SHA-256 of the first certificate in a PEM file, in DER: what the handshake binds the channel
-    to."""
+    """Return the SHA-256 of the first certificate in a PEM file, in DER, to which the handshake
+    binds the channel."""
     import ssl
     with open(certfile) as file:
         text = file.read()
@@ -2967,24 +3038,35 @@ def certificate_digest(certfile: str) -> bytes:
 
 # --------------------------------------------------------------------------------------------------
 # Handshake: blocking, before a socket is handed to a loop. Two mirror functions.
-#
-#   C, who dialled                                   S, who accepted
-#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
-# 2. checks                                <-      CHALLENGE magic, version, nonce: nothing of the
-# secret
-# 3. PROOF   HMAC("c finished")            ->      compared in constant time; wrong: closed, no
-# answer
-#   4. compared; connected                   <-      FINISHED HMAC("s finished")
-#
-# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
-# TLS 1.3's
-# construction (RFC 8446, section 4.4): finished keys and one frame key a direction are derived from
-# psk and TH.
 # --------------------------------------------------------------------------------------------------
 
+#   C, who dialled                                   S, who accepted
+#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
+#   2. checks                                <-      CHALLENGE magic, version, nonce: no secret
+#   3. PROOF   HMAC("c finished")            ->      compares in constant time; closes if wrong
+#   4. compares; connected                   <-      FINISHED HMAC("s finished")
+#
+# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
+# TLS 1.3's construction (RFC 8446, section 4.4), finished keys and one frame key for each direction
+# are derived from psk and TH.
+#
+# Which releases talk to which. All releases that begin with the same number (5.x) do: each speaks
+# every minor version of the wire from 1 to its own, and the two sides use the highest that both
+# have, which is Session.version.
+#   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
+#     meanings. tests/releases has it as it was recorded from each release.
+#   - A new message, field, kind of value or order of messages takes a new minor version, and is sent
+#     only where Session.version has it.
+#   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
+#     new keys at any time, as a release takes no notice of those that it does not know: so only for
+#     what may be left undone.
+#   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
+#     the last byte of MAGIC, and with the first number of the release.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+# At the end of ALERT, for people only
+_RELEASE = __version__.encode('ascii')[:16].ljust(16, b'\0')
 _HELLO = struct.Struct('>8sHHBBH16s32s16x')
 _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
@@ -2993,12 +3075,25 @@ NO_TLS = bytes(32)
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on; `secret`: which of several the peer has."""
+    """What a handshake agreed on; `secret` tells which of several the peer has."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
     peer_role: int
     secret: int = 0
+    version: int = VERSIONS[1]   # minor, of the wire
+
+
+def _other_version(name: str, low: int, high: int) -> str:
+    """That the peer speaks other versions of the wire, for people. `name` is its release, or empty
+    if it does not tell."""
+    if name and name.isprintable():
+        who = 'it is dispy %s and speaks' % name
+    else:
+        who = 'it speaks'
+    return ('it speaks another version of the protocol: %s minor versions %d to %d, and dispy %s '
+            'here speaks %d to %d. Update the older one' %
+            (who, low, high, __version__, *VERSIONS))
 
 
 def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
@@ -3041,12 +3136,18 @@ CLOSED_AT_ONCE = (
     'failures?')
 
 
+def is_of_tls(exc: BaseException) -> bool:
+    """Whether an exception is one of TLS. Where `ssl` was not imported, there is none."""
+    ssl = sys.modules.get('ssl')
+    return ssl is not None and isinstance(exc, ssl.SSLError)
+
+
 def tls_text(exc: BaseException) -> str:
-    """What a failure of TLS means and what mends it."""
+    """Return what a failure of TLS means and how to mend it."""
     reason = str(getattr(exc, 'reason', None) or exc)
     if isinstance(exc, ConnectionError) or 'EOF' in reason:
         return CLOSED_AT_ONCE
-    if type(exc).__name__ == 'SSLCertVerificationError':
+    if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
         text = 'nothing here vouches for its certificate (--certfile, in programs certfile= or cafile=)'
     elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith(
             'WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
@@ -3058,6 +3159,18 @@ def tls_text(exc: BaseException) -> str:
     return 'TLS failed: %s: %s' % (text, exc)
 
 
+def _begin_handshake(sock: Any, binding: bytes, deadline: Optional[float],
+                     clock: Callable[[], float]) -> Tuple[int, Callable[[int], bytes]]:
+    """Begin as both sides do. Returns the flags to send, and a function that receives so many bytes
+    before the deadline."""
+    if deadline is None:
+        deadline = clock() + HANDSHAKE_TIME
+    flags = 0
+    if binding != NO_TLS:
+        flags |= _SEES_TLS
+    return flags, lambda size: _receive_exactly(sock, size, deadline, clock)
+
+
 def handshake_dial(sock: Any,
                    psk: bytes,
                    role: Role,
@@ -3066,25 +3179,19 @@ def handshake_dial(sock: Any,
                    binding: bytes = NO_TLS,
                    deadline: Optional[float] = None,
                    clock: Callable[[], float] = time.monotonic) -> Session:
-    """C's side. Raises HandshakeError with the reason and what mends it; OSError when the
-    connection breaks."""
-    if deadline is None:
-        deadline = clock() + HANDSHAKE_TIME
-    if binding != NO_TLS:
-        tls = _SEES_TLS
-    else:
-        tls = 0
+    """Carry out C's side. Raises HandshakeError with the reason and how to mend it; OSError when
+    the connection breaks."""
+    tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     sock.sendall(hello)
     try:
-        challenge = _receive_exactly(sock, _CHALLENGE.size, deadline, clock)
+        challenge = receive(_CHALLENGE.size)
     except (EOFError, ConnectionError):
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        raise HandshakeError(
-            'it speaks another version of the protocol than dispy %s here: update the older one' %
-            __version__)
+        name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
+        raise HandshakeError(_other_version(name, 1, version))
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
     if not VERSIONS[0] <= version <= VERSIONS[1] or peer_role != wanted or flags != tls:
@@ -3095,12 +3202,12 @@ def handshake_dial(sock: Any,
     keys = _Keys(psk, hello, challenge, binding)
     sock.sendall(_PROOF.pack(MAGIC, keys.client))
     try:
-        finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
+        finished = receive(_PROOF.size)
     except (EOFError, ConnectionError):
         raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
-    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
+    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role, version=version)
 
 
 def handshake_accept(sock: Any,
@@ -3111,15 +3218,10 @@ def handshake_accept(sock: Any,
                      binding: bytes = NO_TLS,
                      deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
-    """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the
-    proof is checked."""
-    if deadline is None:
-        deadline = clock() + HANDSHAKE_TIME
-    if binding != NO_TLS:
-        tls = _SEES_TLS
-    else:
-        tls = 0
-    hello = _receive_exactly(sock, _HELLO.size, deadline, clock)
+    """Carry out S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read
+    before the proof is checked."""
+    tls, receive = _begin_handshake(sock, binding, deadline, clock)
+    hello = receive(_HELLO.size)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
     if hello[:2] == b'\x16\x03':   # the first bytes of TLS
         raise HandshakeError(
@@ -3130,20 +3232,22 @@ def handshake_accept(sock: Any,
         raise HandshakeError('the peer does not speak this protocol')
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
-        sock.sendall(_CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32)))
-        raise HandshakeError('the peer speaks another version of the protocol')
+        alert = _CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32))
+        sock.sendall(alert[:-len(_RELEASE)] + _RELEASE)
+        raise HandshakeError(_other_version('', low, high))
     if wanted != role or peer_role not in tuple(
             allowed) or flags != tls or peer_instance == instance:
         raise HandshakeError('the peer is a %s that wants a %s' %
                              (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
+    proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
         keys = _Keys(one, hello, challenge, binding)
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
             sock.sendall(_PROOF.pack(MAGIC, keys.server))
-            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
+            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number,
+                           version)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -3308,8 +3412,8 @@ TAIL_TAG = 32
 
 
 class FrameEncoder:
-    """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the
-    number not sent."""
+    """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
+    numbered, the number not sent."""
 
     @property
     def sealed(self) -> int:
@@ -3347,9 +3451,9 @@ class FrameEncoder:
 
 
 class FrameDecoder(ReceiveBuffer):
-    """Frames of one direction to messages. The length is believed only after the header's tag was
-    verified, and nothing is decoded before the payload's was. Raises PeerError; the link is of no
-    use then."""
+    """Turns frames of one direction into messages. The length is believed only after the header's
+    tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
+    of no use then."""
 
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
@@ -3381,7 +3485,7 @@ class FrameDecoder(ReceiveBuffer):
         return size + TAIL_TAG
 
     def open(self, head: bytes, body: memoryview) -> Any:
-        """The message of a whole frame."""
+        """Return the message of a whole frame."""
         header = head[:_FRAME.size]
         mac = self._mac.copy()
         mac.update(_SEQ.pack(self._seq, 1) + header)
@@ -3402,16 +3506,16 @@ _RECORD = struct.Struct('>BBIQddQII')
 
 class RecordType(enum.IntEnum):
     """Kinds of record."""
-    # daemon to runner
+    # daemon to runner; FORK and CLOSE also from a runner to a worker that it has not forked
     INIT = 1        # bodies: pickled spec, code, -
-    FORK = 2        # number: worker; its socket travels along
+    FORK = 2        # number: worker, which is to be made; its socket travels along
     INTERRUPT = 3   # number: worker, serial: only if it runs this one
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
     WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
     ASK = 8         # is it alive?
-    # runner to daemon
+    # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not forked
     READY = 16
     FAILED = 17     # body: text
     WORKER_STARTED = 18       # number: worker, serial: its pid
@@ -3434,12 +3538,14 @@ class RecordType(enum.IntEnum):
     # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
     WANT = 52
     HERE = 53       # first of all: the kernel tells by it which process has this pipe
-    INITIALIZED = 54   # body: text, empty if the initializer of an executor has returned
+    # Body: text, empty if the worker is ready for work: the initializer of an executor has
+    # returned, and one that is not forked has loaded the computation
+    INITIALIZED = 54
 
 
 # Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
-# they are checked as what
-# comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
+# they are checked as what comes from outside is: a record that is not in the table, or is larger,
+# ends its worker or runner.
 FROM_WORKER = {
     RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0),
     RecordType.LOGGED: (8 * TEXT_MOST, 0, 0), RecordType.FILE: (MAX_CONTROL, FILE_PIECE, 0), RecordType.WANT: (MAX_CONTROL, 0, 0),
@@ -3450,6 +3556,9 @@ FROM_RUNNER = {
     RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0), RecordType.ALIVE: (0, 0, 0),
     RecordType.END_NODE: (0, 0, 0)
 }
+# From a worker that loads the computation itself, beside what it sends to the daemon
+FROM_LOADING = {kind: FROM_RUNNER[kind]
+                for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
@@ -3490,7 +3599,7 @@ class RecordBuffer(ReceiveBuffer):
         return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
-        """Note `count` received bytes; return the records that are whole now."""
+        """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
         return [self._record(head, body) for head, body in self.buffer_updated(count)]
 
     @staticmethod
@@ -3505,6 +3614,25 @@ class RecordBuffer(ReceiveBuffer):
 # planted links.
 # --------------------------------------------------------------------------------------------------
 
+# Names of devices on Windows, in each directory and with any extension
+_DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name in ('COM', 'LPT')
+                                                    for number in range(1, 10))))
+IS_WINDOWS = os.name == 'nt'
+# Whether names that differ only in case, or in how letters with accents are composed, are one file
+NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
+
+
+def check_apart(names: Iterable[str]) -> None:
+    """Raise ValueError for two names that would be one file here."""
+    seen: Dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize('NFC', name).casefold()
+        other = seen.setdefault(folded, name)
+        if other != name:
+            raise ValueError('files %.60r and %.60r would be one file on this system, which takes '
+                             'no notice of case: rename one of them' % (other, name))
+
+
 def check_name(name: str) -> Tuple[str, ...]:
     """The parts of a file name from outside. Raises ValueError for one that could climb out or
     surprise."""
@@ -3515,6 +3643,10 @@ def check_name(name: str) -> Tuple[str, ...]:
         if part in ('', '.', '..') or '\\' in part or ':' in part or any(
                 unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in part):
             raise ValueError('file name %.60r is refused: part %.60r' % (name, part))
+        if IS_WINDOWS and (set(part) & set('<>"|?*') or part[-1] in ' .' or part.partition(
+                '.')[0].rstrip().upper() in _DEVICES):
+            raise ValueError('file name %.60r is refused: part %.60r means something else on '
+                             'Windows, or cannot be there' % (name, part))
         try:
             if len(part.encode('utf-8')) > 255:
                 raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
@@ -3569,7 +3701,7 @@ def open_regular(path: str) -> Any:
 
 
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Size and SHA-256 of a file. Raises as `open_regular`."""
+    """Return size and SHA-256 of a file. Raises what `open_regular` raises."""
     digest = hashlib.sha256()
     size = 0
     with open_regular(path) as file:
@@ -3594,7 +3726,7 @@ class Digests:
 
     @classmethod
     def of(cls, path: str) -> bytes:
-        """The digest of a file. Raises OSError."""
+        """Return the digest of a file. Raises OSError."""
         state = cls._state(path)
         known = cls._known.get(path)
         if known is not None and known[0] == state:
@@ -3627,7 +3759,7 @@ class Digests:
 
     @classmethod
     def learn(cls, paths: Sequence[str]) -> None:
-        """Digest these. A thread of its own."""
+        """Find out the digests of these. Runs in a thread of its own."""
         for path in paths:
             with contextlib.suppress(OSError):   # who compares it will find out
                 cls.of(path)
@@ -3780,6 +3912,8 @@ class FileReceiver:
         """What Need has to say to get these files. Those of this purpose that were wanted before
         are not wanted any more. Raises ValueError or OSError."""
         root = self._roots[purpose]
+        if NAMES_ARE_FOLDED and isinstance(rows, (list, tuple)):
+            check_apart(row[0] for row in rows if _is_file(row))
         wanted = {}
         for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
@@ -3949,12 +4083,52 @@ class ModuleStore:
                 os.unlink(path)
 
 
+class RecordLog:
+    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
+    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
+    record that is torn, at the end of the file, was never reported as kept and is not read."""
+    _CRC = struct.Struct('>I')
+
+    def __init__(self, head: struct.Struct, pieces: int) -> None:
+        self._head = head
+        self._pieces = pieces
+
+    def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
+        """Return a record as the file has it; to be written in one go, or not at all."""
+        pieces = (head, *pieces)
+        return [self._CRC.pack(self._crc_of(pieces)), *pieces]
+
+    def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
+        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
+        record). Ends before one that is torn."""
+        first = self._CRC.size
+        while True:
+            head = file.read(first + self._head.size)
+            if len(head) < first + self._head.size:
+                return
+            numbers = self._head.unpack_from(head, first)
+            sizes = numbers[-self._pieces:]
+            pieces = [file.read(size) for size in sizes]
+            is_whole = all(len(piece) == size for piece, size in zip(pieces, sizes))
+            crc = self._crc_of((memoryview(head)[first:], *pieces))
+            if not is_whole or self._CRC.pack(crc) != head[:first]:
+                return
+            yield numbers[:-self._pieces], pieces, len(head) + sum(sizes)
+
+    @staticmethod
+    def _crc_of(pieces: Iterable[Buffer]) -> int:
+        crc = 0
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+
 class ResultSpool:
     """Results of one computation on disk, while its client is away: a file of a header (magic,
-    instance of the client) and of records (CRC-32, then a record as workers write them). What is
-    torn at its end was never reported as kept."""
+    instance of the client) and of records as workers write them (see RecordLog)."""
     MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
+    _LOG = RecordLog(_RECORD, 3)
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -3969,9 +4143,9 @@ class ResultSpool:
                 if not start:
                     file.write(self.MAGIC + owner + digest)
                 for row in rows:
-                    pieces = pack_record(RecordType.RESULT, row[1], row[0], row[2], row[3], *row[4:])
-                    crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
-                    file.writelines((_CRC.pack(crc), *pieces))
+                    head, *bodies = pack_record(RecordType.RESULT, row[OUTCOME], row[SERIAL], row[START],
+                                                row[END], *row[PAYLOAD:])
+                    file.writelines(self._LOG.record(head, bodies))
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
@@ -3984,20 +4158,15 @@ class ResultSpool:
                 raise
 
     def rows(self) -> Iterator[tuple]:
-        """What is kept, row after row; ends before what is torn."""
+        """Return what is kept, row after row; ends before what is torn."""
+        return (row for row, _ in self._rows())
+
+    def _rows(self) -> Iterator[Tuple[tuple, int]]:
+        """Rows, and how many bytes of the file each takes."""
         with open(self.path, 'rb') as file:
             file.seek(self.HEAD)
-            while True:
-                head = file.read(_CRC.size + _RECORD.size)
-                if len(head) < _CRC.size + _RECORD.size:
-                    return
-                _, _, number, serial, start, end, *sizes = _RECORD.unpack(head[_CRC.size:])
-                bodies = [file.read(size) for size in sizes]
-                crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), bodies,
-                                       zlib.crc32(head[_CRC.size:]))
-                if [len(body) for body in bodies] != sizes or _CRC.pack(crc) != head[:_CRC.size]:
-                    return
-                yield (serial, number, start, end, *bodies)
+            for (_, _, number, serial, start, end), bodies, size in self._LOG.read(file):
+                yield (serial, number, start, end, *bodies), size
 
     def scan(self) -> Tuple[bytes, bytes, List[int]]:
         """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
@@ -4008,19 +4177,16 @@ class ResultSpool:
             raise ValueError('%s holds no results' % self.path)
         size = len(head)
         serials = []
-        for row in self.rows():
-            size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
-            serials.append(row[0])
+        for row, more in self._rows():
+            size += more
+            serials.append(row[SERIAL])
         os.truncate(self.path, size)
         return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
-        """They are not needed any more."""
+        """Remove the file: its results are not needed any more."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-
-
-_CRC = struct.Struct('>I')
 
 
 class Memory:
@@ -4181,9 +4347,27 @@ class SpoolSender:
 
 # --------------------------------------------------------------------------------------------------
 # Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock,
-# takes a lock
-# or touches a file.
+# takes a lock or touches a file.
 # --------------------------------------------------------------------------------------------------
+
+_Key = typing.TypeVar('_Key')
+_Value = typing.TypeVar('_Value')
+
+
+class Recent(typing.OrderedDict[_Key, _Value]):
+    """A dict of at most so many entries: the one that was set longest ago makes place for another,
+    so that others cannot fill the memory."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
 
 class HandshakeLimiter:
     """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
@@ -4203,10 +4387,12 @@ class HandshakeLimiter:
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
-        self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
-        self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        # Address -> failures, and until when it is shut
+        self._failed: Recent[str, Tuple[int, float]] = Recent(self.REMEMBERED)
+        # Address -> when a line was logged
+        self._logged: Recent[str, float] = Recent(self.REMEMBERED)
         # Address -> when somebody has
-        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        self._proved: Recent[str, float] = Recent(self.REMEMBERED)
 
     def is_shut(self, address: str, now: float) -> bool:
         """Whether nobody from this address is heard at present."""
@@ -4244,7 +4430,7 @@ class HandshakeLimiter:
         try: silence guesses nothing, and is bounded by the number of handshakes."""
         self.leave(address)
         if proved:
-            self._remember(self._proved, address, now)
+            self._proved[address] = now
         if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
             return   # one that began before the others failed
         if proved:
@@ -4255,7 +4441,7 @@ class HandshakeLimiter:
             shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST)
         else:
             shut = 0.0
-        self._remember(self._failed, address, (count, now + shut))
+        self._failed[address] = count, now + shut
 
     def leave(self, address: str) -> None:
         """Give back the place of an admitted connection."""
@@ -4264,21 +4450,15 @@ class HandshakeLimiter:
             del self._open[address]
 
     def may_log(self, address: str, now: float) -> bool:
-        """One line an address and 10 s."""
+        """Whether a line may be logged: one for each address in 10 s."""
         if now - self._logged.get(address, -10.0) < 10.0:
             return False
-        self._remember(self._logged, address, now)
+        self._logged[address] = now
         return True
-
-    def _remember(self, table: Any, address: str, value: Any) -> None:
-        table[address] = value
-        table.move_to_end(address)
-        if len(table) > self.REMEMBERED:
-            table.popitem(last=False)
 
 
 def network_of(address: str) -> str:
-    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
+    """Return the network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
     addresses."""
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
@@ -4288,7 +4468,7 @@ def network_of(address: str) -> str:
 
 
 class DatagramType(enum.IntEnum):
-    """Kinds of datagram."""
+    """What a datagram says."""
     QUESTION = 1   # client or scheduler, to all: who is there?
     ANSWER = 2     # node, to the asker
     HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
@@ -4316,9 +4496,9 @@ DATAGRAM = _DATAGRAM.size
 
 
 class Discovery:
-    """Datagrams of one process: packs its own, believes those of others that are signed and new.
-    Who is found by them is dialled, and only the handshake decides; so a forged or repeated
-    datagram costs a connection at most.
+    """The datagrams of one process: it packs its own, and believes those of others that are signed
+    and new. Who is found by them is dialled, and only the handshake decides; so a forged or
+    repeated datagram costs a connection at most.
 
     LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS
     others, so that nobody is flooded through us and strangers take nothing from those who have the
@@ -4346,13 +4526,13 @@ class Discovery:
         self._addresses = tuple(addresses)
         # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams
         # overtake one another
-        self._seen: 'collections.OrderedDict[bytes, Tuple[int, int]]' = collections.OrderedDict()
+        self._seen: Recent[bytes, Tuple[int, int]] = Recent(self.REMEMBERED)
         # (address, instance) -> when it got NOT_MINE; a program that is started once more is told
         # once more
-        self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
+        self._told: Recent[Tuple[str, bytes], float] = Recent(self.REMEMBERED)
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
         # Address -> when
-        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()
+        self._told_there: Recent[str, Deque[float]] = Recent(self.REMEMBERED)
         self._second = 0
         self._answered = 0
         self._unknown_answers = 0
@@ -4421,9 +4601,6 @@ class Discovery:
         else:
             bits |= 1 << -ahead
         self._seen[instance] = highest, bits
-        self._seen.move_to_end(instance)
-        if len(self._seen) > self.REMEMBERED:
-            self._seen.popitem(last=False)
         return True
 
     def _of_stranger(self, heard: Datagram, source: str,
@@ -4435,9 +4612,6 @@ class Discovery:
                 or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
-        self._told.move_to_end(asker)
-        if len(self._told) > self.REMEMBERED:
-            self._told.popitem(last=False)
         return None, self.build(DatagramType.NOT_MINE, source, heard.nonce)
 
     def _next_second(self, now: float) -> None:
@@ -4461,8 +4635,6 @@ class Discovery:
         self._unknown_answers += 1
         if times is None:
             times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
-            if len(self._told_there) > self.REMEMBERED:
-                self._told_there.popitem(last=False)
         times.append(now)
         return True
 
@@ -4497,7 +4669,7 @@ def is_own_address(address: str) -> bool:
 
 
 def format_address(host: str, port: int) -> str:
-    """A host and a port for people: IPv6 addresses in brackets."""
+    """Write a host and a port for people: IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
 
 
@@ -4542,13 +4714,18 @@ LEASE_TABLE = {
     (Lease.HELD, 'ended'): Lease.FREE,
     (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
+# (before, after) -> what is logged
 LEASE_TEXT = {
-    Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'
+    (Lease.FREE, Lease.HELD): 'this node is held by {}',
+    (Lease.HELD, Lease.ORPHANED): 'the connection of {} has ended; it holds this node still',
+    (Lease.ORPHANED, Lease.HELD): 'this node is held by {}, which is back',
+    (Lease.HELD, Lease.FREE): 'this node is free: {} has no computation here any more',
+    (Lease.ORPHANED, Lease.FREE): 'this node is free: {} has no computation here any more',
 }
 
 
 class Stage(enum.Enum):
-    """A computation on this node."""
+    """How far a computation on this node has come."""
     PREPARING = 'preparing'    # its directory is made, files are compared
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
@@ -4662,13 +4839,13 @@ class RunnerGone(NamedTuple):
 
 
 class WorkerResults(NamedTuple):
-    """Rows of Results from one worker."""
+    """One worker has results: rows as in Results."""
     worker: int
     rows: list
 
 
 class WorkerFile(NamedTuple):
-    """A piece of a file from a job."""
+    """A job sends a piece of a file."""
     worker: int
     piece: FilePiece
 
@@ -4718,7 +4895,8 @@ class WorkerStartFailed(NamedTuple):
 
 
 class WorkerInitialized(NamedTuple):
-    """The initializer has returned in a worker, or failed with this text."""
+    """A worker is ready for work: the initializer has returned in it. Or that has failed with this
+    text."""
     worker: int
     error: str
 
@@ -4779,7 +4957,7 @@ class Broken(NamedTuple):
 
 
 class SpoolResults(NamedTuple):
-    """Write results, rows of a client, to the disk. Fed back as Kept."""
+    """Write results, rows of a client, to the disk. Fed back as ResultsSpooled."""
     comp: str
     owner: bytes
     rows: list
@@ -4817,7 +4995,7 @@ class Drop(NamedTuple):
 
 
 class PrepareDirectory(NamedTuple):
-    """Make the computation's directory and compare its files. Fed back as Prepared."""
+    """Make the computation's directory and compare its files. Fed back as DirectoryReady."""
     comp: str
     spec: dict
 
@@ -4828,7 +5006,8 @@ class WantAgain(NamedTuple):
 
 
 class WriteFile(NamedTuple):
-    """Write a piece of a file. Fed back as Stored when its file is there or cannot be stored."""
+    """Write a piece of a file. Fed back as FileWritten when its file is there or cannot be
+    stored."""
     piece: FilePiece
 
 
@@ -4866,7 +5045,7 @@ class StopRunner(NamedTuple):
 
 
 class StartWorker(NamedTuple):
-    """Fork a worker. It may be fed at once. Fed back as WorkerGone some day."""
+    """Fork a worker. It may be fed at once. WorkerGone tells some day that it has ended."""
     worker: int
     comp: str
 
@@ -4912,7 +5091,7 @@ class Retire(NamedTuple):
 
 
 class PrintStatus(NamedTuple):
-    """A text for whoever sits at the terminal."""
+    """Show a text to whoever sits at the terminal."""
     text: str
 
 
@@ -5019,7 +5198,7 @@ class Allowance:
     __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
-        """`unknown`: the allowance before any job has ended; `most`: what it never exceeds."""
+        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
         self._estimate = estimate
         self._unknown = unknown
         self._most = most
@@ -5195,29 +5374,22 @@ class Attempt:
         self.serial = serial
         self.payload = payload
         self.comp = comp
+        self.cpus = 1
+        self.timeout: Optional[float] = None
+        self.memory: Optional[float] = None
+        self.priority: float = 0
+        self.values: Sequence[Tuple[int, bytes]] = ()   # sizes and digests
         if options:
-            self.cpus = options.get('cpus', 1)
-        else:
-            self.cpus = 1
-        if options:
-            self.timeout = options.get('timeout')
-        else:
-            self.timeout = None
-        if options:
-            self.memory = options.get('memory')
-        else:
-            self.memory = None
-        if options:
-            self.priority = options.get('priority', 0)
-        else:
-            self.priority = 0
-        # Rows (size, digest)
-        if options:
-            self.values = options.get('values', ())
-        else:
-            self.values = ()
+            self._take(options)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
+
+    def _take(self, options: dict) -> None:
+        self.cpus = options.get('cpus', 1)
+        self.timeout = options.get('timeout')
+        self.memory = options.get('memory')
+        self.priority = options.get('priority', 0)
+        self.values = options.get('values', ())
 
     def ending_text(self, ending: Outcome) -> str:
         """Why it was ended, with the number that it has exceeded."""
@@ -5251,8 +5423,8 @@ class _Worker:
 
 
 class Spooled(NamedTuple):
-    """Results on the disk: whose they are, which, and when they are given up if their computation
-    is over here."""
+    """Results on the disk: whose they are, which are there, and when they are given up if their
+    computation is over here."""
     owner: bytes
     serials: Set[int]
     until: float
@@ -5275,14 +5447,18 @@ class _Claim:
 
 
 class _Computation:
-    """A computation of a client on this node."""
+    """A computation that a client has on this node."""
 
-    def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
+    def __init__(self, comp: str, instance: bytes, link: int, spec: dict,
+                 now: float = 0.0,
+                 start_method: str = FORK) -> None:
         self.comp = comp
         self.instance = instance
         self.link = link
         self.spec = spec
+        self.since = now        # when it came here
         self.client_name = str(spec.get('client', comp))[:NAME_MOST]
+        self.user = self.client_name   # whose it is, for people
         self.stage = Stage.PREPARING
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
@@ -5302,9 +5478,10 @@ class _Computation:
         self.begun: List[Tuple[int, float]] = []
         # Workers in a row that died before their first job
         self.startup_failures = 0
-        # Keys of workers in which the initializer runs, and whether there is one
+        # Keys of workers that are not ready for work yet, as the initializer runs in them or they
+        # load the computation; and whether there are such
         self.starting: Set[int] = set()
-        self.initializer = spec.get('initializer', False)
+        self.initializer = bool(spec.get('initializer')) or start_method == SPAWN
         self.digest = result_key(spec)
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
@@ -5318,11 +5495,17 @@ class _Computation:
         self.served = 0
         self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
         self.done = 0                          # attempts that have ended
+        self.failed = 0                        # attempts that have ended without a value
+        self.cpu_seconds = 0.0                 # that its jobs have occupied CPUs
         # Notes of what has begun do not reach back far enough
         self.overrun = False
 
+    def __str__(self) -> str:
+        """What the log calls it."""
+        return 'computation %s (%s)' % (self.spec['name'], self.comp)
+
     def move(self, event: str) -> None:
-        """Go to the next stage."""
+        """Enter the next stage."""
         self.stage = STAGE_TABLE[self.stage, event]
 
     def cpus_used(self) -> int:
@@ -5349,8 +5532,9 @@ class NodeTables:
     """The links, computations and workers of a node, which all of its parts look up, and the
     actions that they have decided in this call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, start_method: str = FORK) -> None:
         self.name = name        # of the node, for texts
+        self.start_method = start_method   # of workers, for computations that do not say
         self.now = 0.0          # the time of this call
         self.actions: List[Any] = []
         self.links: Dict[int, LinkUp] = {}
@@ -5498,10 +5682,11 @@ class NodeLease:
     def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
         before = self.state
         self.state = LEASE_TABLE[self.state, event]
+        if before is not self.state:
+            text_of_move = LEASE_TEXT[before, self.state]
+            logger.info('%s', text_of_move.format(text or self.holder_text or 'a client'))
         self.holder = holder
         self.holder_text = text
-        if before is not self.state:
-            logger.info('%s', LEASE_TEXT[self.state].format(text or 'a client'))
 
     def take(self, holder: bytes, text: str, now: float) -> None:
         """A client has the node from now on, or has it still and is connected."""
@@ -5861,13 +6046,15 @@ class Attempts:
 
     def finish(self, comp: _Computation, row: tuple) -> None:
         """An attempt has ended, with this row of Results."""
-        attempt = comp.attempts.pop(row[0], None)
+        attempt = comp.attempts.pop(row[SERIAL], None)
         comp.done += 1
+        if row[OUTCOME] not in VALUES:
+            comp.failed += 1
         if attempt is not None and attempt.counted:
             self.count(attempt, False)
         if attempt is not None and attempt.values:
             self._done_with_values(comp, attempt)
-        comp.unacknowledged[row[0]] = row
+        comp.unacknowledged[row[SERIAL]] = row
         comp.outbox.append(row)
 
     def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
@@ -6242,7 +6429,7 @@ class CpuScheduler:
     # -- CPUs to attempts that wait ----------------------------------------------------------------
 
     def assign_cpus(self, now: float) -> None:
-        """CPUs to computations."""
+        """Give CPUs to computations."""
         ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
         crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
@@ -6374,22 +6561,23 @@ class CpuScheduler:
         place = 0
         ended = None
         for row in event.rows:
-            if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
-                raise PeerError('a worker answered for %d, which it did not run' % row[0])
-            place += row[1] not in PROVISIONAL
+            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
+                raise PeerError('a worker answered for %d, which it did not run' % row[SERIAL])
+            place += row[OUTCOME] not in PROVISIONAL
         comp.startup_failures = 0
         for row in event.rows:
-            if row[1] in PROVISIONAL:
+            if row[OUTCOME] in PROVISIONAL:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
-            durations.append(row[3] - row[2])
+            durations.append(row[END] - row[START])
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._attempts.finish(comp, row)
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
+        comp.cpu_seconds += sum(durations) * ended.cpus
         self._share.charge(comp, sum(durations[worker.pardoned:]) * ended.cpus)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
@@ -6404,10 +6592,10 @@ class CpuScheduler:
         """The result of an attempt that was interrupted. One that was cancelled and returned all
         the same counts."""
         assert attempt.ending is not None   # ours
-        if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
+        if attempt.ending is Outcome.CANCELLED and row[OUTCOME] in RETURNED:
             return row
-        return (row[0], int(attempt.ending), row[2], row[3],
-                attempt.ending_text(attempt.ending).encode(), *row[5:])
+        return (row[SERIAL], int(attempt.ending), row[START], row[END],
+                attempt.ending_text(attempt.ending).encode(), *row[STDOUT:])
 
     def on_returned(self, event: WorkerReturnedJobs, now: float) -> None:
         """A worker has given back what it had not started."""
@@ -6463,14 +6651,14 @@ class CpuScheduler:
         return worker
 
     def _initialize(self, comp: _Computation, now: float) -> None:
-        """Make workers for what waits. They get work when their initializer has returned."""
+        """Make workers for what waits. They get work when they are ready for it."""
         most = min(self._cpus.free, len(comp.waiting))
         while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
                 and now >= self._workers_at:
             comp.starting.add(self._new_worker(comp).key)
 
     def initialized(self, worker: _Worker) -> None:
-        """The initializer has returned in a worker."""
+        """A worker is ready for work: the initializer has returned in it."""
         self._idle(worker, 0)
 
     def _idle(self, worker: _Worker, cpus: int) -> None:
@@ -6525,8 +6713,10 @@ class CpuScheduler:
             return
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
-            self._share.charge(comp,
-                               (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
+            used = (now - worker.since) * worker.queue[0].cpus
+            comp.cpu_seconds += used
+            if not worker.pardoned:
+                self._share.charge(comp, used)
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED
@@ -6706,7 +6896,13 @@ class Computations:
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
         up = self._tables.links[link]
-        comp = _Computation(message.comp, up.instance, link, message.spec)
+        start_method = message.spec.get('start_method') or self._tables.start_method
+        comp = _Computation(message.comp, up.instance, link, message.spec, self._tables.now,
+                            start_method)
+        if comp.client_name == comp.comp:   # no scheduler has said for whom it is
+            comp.user = self._tables.client_at(link)
+        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
+                    len(message.spec['files']))
         self._share.joins(comp)
         self._tables.comps[message.comp] = comp
         self.resize()
@@ -6717,6 +6913,8 @@ class Computations:
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
+        if comp.link != link:
+            logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
             self._tables.do(WantAgain(comp.comp))
@@ -6780,6 +6978,7 @@ class Computations:
 
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
+        logger.info('%s: its files are here, its runner is started', comp)
         self._tables.do(StartRunner(comp.comp, comp.spec, comp.link))
         self._set_timer(now + SETUP_TIME, comp, self._setup_late)
 
@@ -6799,6 +6998,8 @@ class Computations:
         comp = self._tables.comps[event.comp]
         if comp.stage is Stage.STARTING:
             comp.move('up')
+            logger.info('%s: its runner is ready for jobs, %.1f s after the computation came',
+                        comp, now - comp.since)
             self._tables.reply(comp, self._ready(comp))
             for note in event.notes:
                 self._tables.reply(comp, Notice(comp.comp, 'node %s: %s' % (self._tables.name, note)))
@@ -6812,7 +7013,7 @@ class Computations:
     def refuse(self, comp: _Computation, code: str, text: str) -> None:
         """A computation cannot be used here, or not any more; its client is told why."""
         text = shorten(text)
-        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        logger.warning('%s is refused (%s): %s', comp, code, text)
         self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
@@ -6854,8 +7055,12 @@ class Computations:
         initializing = worker.key in comp.starting
         self._scheduler.worker_gone(worker, event, now)
         if comp.stage is not Stage.CLOSING and comp.startup_failures > 3:
-            self.refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
-                'in the initializer' if initializing else 'before they run anything', event.text))
+            code, when = 'worker', 'before they run anything'
+            if initializing and comp.spec.get('initializer'):
+                code, when = 'initializer', 'in the initializer'
+            elif initializing:
+                code, when = 'setup', 'while they load the computation or run setup'
+            self.refuse(comp, code, 'workers die %s: %s' % (when, event.text))
 
     def on_runner_gone(self, event: RunnerGone, now: float) -> None:
         """The runner has ended, as it was to, or by itself."""
@@ -6878,6 +7083,8 @@ class Computations:
                     WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
             self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
+        logger.info('%s: its runner has ended%s', comp,
+                    event.text and ' (%s)' % event.text)
         self._scheduler.remove_workers(comp)
         del self._tables.comps[event.comp]
         self.resize()
@@ -6927,9 +7134,9 @@ class Computations:
         comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
             self.close(comp, at_once=False)
-        if comp is not None or message.comp not in self._tables.comps:
-            self._results.forget(message.comp)
-            self._past.forget(message.comp)
+        # Also of one that is being closed, as it was an orphan
+        self._results.forget(message.comp)
+        self._past.forget(message.comp)
 
     def give_up(self, comp: _Computation) -> None:
         """The client has left on purpose."""
@@ -6942,10 +7149,71 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         comp.move('close')
+        logger.info('%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them without '
+                    'a value, and %d had not; they used %.1f CPU seconds',
+                    comp, comp.user, self._tables.now - comp.since, comp.done, comp.failed,
+                    len(comp.attempts), comp.cpu_seconds)
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
         self._tables.do(StopRunner(comp.comp, at_once))
+
+
+class Inquiries:
+    """Answers what is asked of a node: by clients, what of a computation is here; by its operator,
+    what it does."""
+
+    def __init__(self, tables: NodeTables, lease: NodeLease, cpus: Cpus, facts: dict,
+                 now: float) -> None:
+        self._tables = tables
+        self._lease = lease
+        self._cpus = cpus
+        self._facts = facts
+        self._born = now
+        self._queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+
+    def on_query(self, link: int, message: Query, now: float) -> None:
+        """A client asks. It is answered at the end of the turn, when what came in it has been
+        handed out."""
+        self._tables.comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def answer(self, now: float) -> None:
+        """Answer all that was asked in this turn."""
+        while self._queries:
+            link, name = self._queries.pop()
+            if link in self._tables.links:
+                self._tables.do(Send(link, self._report(link, name, now)))
+
+    def _report(self, link: int, name: str, now: float) -> Report:
+        running = []
+        waiting = []
+        comp = self._tables.comps.get(name)
+        is_its_own = comp is not None and comp.instance == self._tables.links[link].instance
+        if comp is not None and is_its_own and comp.stage is not Stage.CLOSING:
+            running = [(worker.queue[0].serial, now - worker.since)
+                       for worker in comp.workers.values() if worker.queue]
+            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
+        busy = sum(bool(worker.queue) for worker in self._tables.workers.values())
+        available = dict(self._facts.get('available', {}), busy=busy,
+                         holder=self._lease.held_by(now))
+        return Report(name, running, waiting, available)
+
+    def status(self, state: str, now: float) -> str:
+        """Return what the node does, for people; `state`: whether it takes jobs."""
+        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
+            self._tables.name, self._cpus.total - self._cpus.free, self._cpus.offered, state,
+            _duration(now - self._born))]
+        if self._lease.state is Lease.FREE:
+            lines.append('held by no client, %d served' % self._lease.served)
+        else:
+            lines.append('held by %s' % self._lease.held_by(now))
+        for comp in self._tables.comps.values():
+            running = sum(1 for worker in comp.workers.values() if worker.queue)
+            waiting = len(comp.attempts) - running
+            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' % (
+                comp.spec['name'], comp.stage.value, running, waiting, comp.done))
+        return '\n'.join(lines)
 
 
 class Node:
@@ -6964,12 +7232,11 @@ class Node:
         self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
-        self._born = now
-        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
-        self.tables = NodeTables(name)
+        self.tables = NodeTables(name, facts.get('start_method', FORK))
         self.timers = Timers()
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
+        self.inquiries = Inquiries(self.tables, self.lease, self.cpus, facts, now)
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
@@ -7024,7 +7291,7 @@ class Node:
             Cancel: self.interruptions.on_cancel,
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
-            Query: self._on_query,
+            Query: self.inquiries.on_query,
             Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim,
@@ -7061,8 +7328,7 @@ class Node:
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 tables.do(NoteOverrun(comp.comp))
-        while self._queries:
-            self._report(*self._queries.pop(), now)
+        self.inquiries.answer(now)
         if self.stopping and not self._has_work():
             self._leave(now)
         return tables.actions
@@ -7122,6 +7388,9 @@ class Node:
         self.tables.links[event.link] = event
 
     def _link_down(self, event: LinkDown, now: float) -> None:
+        if event.link in self.tables.links:
+            logger.info('%s has %s', self.tables.client_at(event.link),
+                        'disconnected' if event.on_purpose else 'lost its connection')
         gone = self.tables.remove_link(event.link)
         self.lease.forget_link(event.link)
         self.results.forget_link(event.link)
@@ -7165,8 +7434,15 @@ class Node:
 
     def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
         self.tables.name_client(link, message.name[:200])
-        spooled = self.results.spooled_of(self.tables.links[link].instance)
-        kept = {name: self.results.known_attempts(name) for name in spooled}
+        logger.info('%s has connected from %s', self.tables.client_at(link),
+                    self.tables.links[link].address)
+        instance = self.tables.links[link].instance
+        # Of what it has here, also what has no results on the disk: it may be done with that
+        kept: Dict[str, List[int]] = {
+            comp.comp: [] for comp in self.tables.comps.values()
+            if comp.instance == instance and comp.stage is not Stage.CLOSING}
+        for name in self.results.spooled_of(instance):
+            kept[name] = self.results.known_attempts(name)
         self.tables.do(Send(link, NodeHello(self.name, self.cpus.offered, dict(
             self.facts, holder=self.lease.held_by(now), kept=kept))))
         if self.paused:
@@ -7180,7 +7456,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.client_back(comp, link)
             return
-        refusal = self._refusal(link, message.comp, now)
+        refusal = self._refusal(link, message.comp, now, message.spec.get('start_method', ''))
         if refusal is not None:
             self.tables.do(Send(link, refusal))
         elif self.lease.is_of_another(self.tables.links[link].instance):
@@ -7192,7 +7468,8 @@ class Node:
             self._take_lease(link, now)
             self.computations.begin(link, message)
 
-    def _refusal(self, link: int, name: str, now: float) -> Optional[Refused]:
+    def _refusal(self, link: int, name: str, now: float,
+                 start_method: str = '') -> Optional[Refused]:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
         if self.stopping:
@@ -7204,6 +7481,8 @@ class Node:
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in self.tables.comps:
             return Refused(name, 'closing', 'the same computation is still being closed')
+        if start_method == FORK and not can_fork():
+            return Refused(name, 'start_method', NO_FORK)
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
@@ -7234,31 +7513,6 @@ class Node:
             message.comp, self.results.known_attempts(message.comp), self.past.row(message.comp))))
         if message.take:
             self.results.resend(message.comp, link)
-
-    def _on_query(self, link: int, message: Query, now: float) -> None:
-        """Answered at the end of the turn, when what came in it has been handed out."""
-        self.tables.comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
-
-    def _report(self, link: int, name: str, now: float) -> None:
-        if link not in self.tables.links:
-            return
-        comp = self.tables.comps.get(name)
-        if comp is not None and comp.instance != self.tables.links[link].instance:
-            comp = None
-        if comp is not None and comp.stage is Stage.CLOSING:
-            comp = None
-        running = []
-        waiting = []
-        if comp is not None:
-            running = [(worker.queue[0].serial, now - worker.since)
-                       for worker in comp.workers.values() if worker.queue]
-            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(
-            bool(worker.queue) for other in self.tables.comps.values()
-            for worker in other.workers.values())
-        available = dict(self.facts.get('available', {}), busy=busy, holder=self.lease.held_by(now))
-        self.tables.do(Send(link, Report(name, running, waiting, available)))
 
     def _on_limit(self, link: int, message: Limit, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
@@ -7299,7 +7553,7 @@ class Node:
             self.results.deliver(comp)
 
     def _leave(self, now: float) -> None:
-        """Account for every attempt, then go."""
+        """Account for every attempt, then leave."""
         self._account()
         for comp in self.tables.comps.values():
             self.results.spool(comp)
@@ -7350,30 +7604,117 @@ class Node:
         self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
-        if self.stopping or self.paused:
-            state = 'no new jobs: ' + ('being stopped'
-                                       if self.stopping else ', '.join(self.paused.values()))
+        if self.stopping:
+            state = 'no new jobs: being stopped'
+        elif self.paused:
+            state = 'no new jobs: %s' % ', '.join(self.paused.values())
         else:
             state = 'takes jobs'
-        lines = [
-            '%s: %d of %d CPUs used, %s, up %s' %
-            (self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state,
-             _duration(now - self._born))
-        ]
-        if self.lease.state is Lease.FREE:
-            lines.append('held by no client, %d served' % self.lease.served)
-        else:
-            lines.append('held by %s' % self.lease.held_by(now))
-        for comp in self.tables.comps.values():
-            running = sum(1 for worker in comp.workers.values() if worker.queue)
-            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' %
-                         (comp.spec['name'], comp.stage.value, running,
-                          len(comp.attempts) - running, comp.done))
-        self.tables.do(PrintStatus('\n'.join(lines)))
+        self.tables.do(PrintStatus(self.inquiries.status(state, now)))
+
+
+class EventText(reprlib.Repr):
+    """Writes an event, an action or a message for the log in one short line: fields that are empty
+    are left out, of long lists the beginning is shown, and of what users have sent only the number
+    of bytes, so that the log holds neither their data nor a key."""
+    # Names of fields that hold the serial number of an attempt, or a list of them
+    SERIALS = frozenset(('serial', 'serials', 'held', 'begun'))
+    # Messages and events whose rows begin with the serial number of an attempt; behind it, results
+    # have their outcome
+    ROWS = frozenset((Jobs, Results, Started, WorkerResults))
+    RESULTS = frozenset((Results, WorkerResults))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = 5
+        self.maxstring = self.maxother = 120
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """What has no method of its own here."""
+        if isinstance(x, Attempt):
+            return self._attempt(x.serial)
+        if isinstance(x, enum.Enum):
+            return x.name
+        if isinstance(x, (bytes, bytearray, memoryview)):
+            return '<%d bytes>' % len(x)
+        if isinstance(x, pickle.PickleBuffer):
+            return '<%d bytes>' % x.raw().nbytes
+        if isinstance(x, tuple) and hasattr(x, '_fields'):
+            return self._fields(x, level)
+        return str(super().repr_instance(x, level))
+
+    repr_bytes = repr_bytearray = repr_memoryview = repr_instance
+
+    def _fields(self, x: Any, level: int) -> str:
+        shown = ['%s=%s' % (name, self._field(type(x), name, value, level))
+                 for name, value in zip(x._fields, x) if value or type(value) in (int, float)]
+        return '%s(%s)' % (type(x).__name__, ', '.join(shown))
+
+    def _field(self, kind: type, name: str, value: Any, level: int) -> str:
+        if name == 'spec':
+            return '<%s %s>' % (value.get('kind'), value.get('name'))
+        if name in self.SERIALS and isinstance(value, int):
+            return self._attempt(value)
+        if name in self.SERIALS:
+            return self._list(sorted(value), self._attempt)
+        if kind in self.ROWS and name == 'rows':
+            return self._list(value, lambda row: self._row(kind, row, level))
+        return self.repr1(value, level - 1)
+
+    def _row(self, kind: type, row: tuple, level: int) -> str:
+        words = [self.repr1(value, level - 2)
+                 for value in row[1:] if value or type(value) in (int, float)]
+        if kind in self.RESULTS:
+            words[0] = Outcome(row[OUTCOME]).name
+        return '%s: %s' % (self._attempt(row[0]), ' '.join(words))
+
+    def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
+        texts = list(map(text_of, values[:self.maxlist]))
+        if len(values) > self.maxlist:
+            texts.append('and %d more' % (len(values) - self.maxlist))
+        return '[%s]' % ', '.join(texts)
+
+    @staticmethod
+    def _attempt(serial: int) -> str:
+        if attempt_number(serial) > 1:
+            return 'job %d, attempt %d' % (job_number(serial), attempt_number(serial))
+        return 'job %d' % job_number(serial)
+
+
+class LoggedNode(Node):
+    """A Node that logs each event that it is told and each action that it decides, at level DEBUG.
+    Where that level is off, a Node takes its place, which spends no time on it."""
+    _text = EventText()
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event, as Node does, and log it."""
+        logger.debug('event: %s', self._text.repr(event))
+        return self._log_actions(super().handle(event, now))
+
+    def flush(self, now: float) -> List[Any]:
+        """End a turn, as Node does, and log what is decided then."""
+        return self._log_actions(super().flush(now))
+
+    def decided(self) -> List[Any]:
+        """Return what was decided before an exception, as Node does, and log it."""
+        return self._log_actions(super().decided())
+
+    def _log_actions(self, actions: List[Any]) -> List[Any]:
+        for action in actions:
+            logger.debug('  decision: %s', self._text.repr(action))
+        return actions
+
+
+def node_type() -> Type[Node]:
+    """The class of a node by the level of the log."""
+    if logger.isEnabledFor(logging.DEBUG):
+        return LoggedNode
+    return Node
 
 
 def _duration(seconds: float) -> str:
-    """In hours, minutes and seconds."""
+    """Write a number of seconds as hours, minutes and seconds."""
     return '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
 
 
@@ -7392,8 +7733,8 @@ class Hours(NamedTuple):
     end: Optional[int]
 
     def phase(self, minute: int) -> Phase:
-        """At this minute of the day: jobs are taken from `start` on, no new ones from `stop` on;
-        those that still run at `end` are ended."""
+        """Return what is allowed at this minute of the day: jobs are taken from `start` on, no new
+        ones from `stop` on; those that still run at `end` are ended."""
         gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440
                            for when in (minute, self.stop, self.end))
         if gone < min(stop, end):
@@ -7404,6 +7745,29 @@ class Hours(NamedTuple):
 
 
 RELEASED_TEXT = 'its operator has taken it from this client'
+NO_FORK = 'worker processes cannot be started with fork here: this system does not have it. Use ' \
+    "start_method='spawn', or no start_method"
+
+
+def can_fork() -> bool:
+    """Whether worker processes can be forked here."""
+    return hasattr(os, 'fork')
+
+
+def default_start_method() -> str:
+    """How workers are started where nobody says it. Forking a process that has used frameworks of
+    macOS kills the child. Raises StartError."""
+    given = os.environ.get('DISPY_START_METHOD', '')
+    if given not in ('', FORK, SPAWN):
+        raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
+                         % given)
+    if given:
+        return given
+    if can_fork() and sys.platform != 'darwin':
+        return FORK
+    return SPAWN
+
+
 ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
     Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
@@ -7414,13 +7778,12 @@ ENDING_TEXT = {   # with what the job's options say
 
 
 # --------------------------------------------------------------------------------------------------
-# Modules of the user's, on the node: imported by their names from where the client's files were
-# put, then given
-# what the program has set in them. A `bundle` is what travels for a group of modules; a computation
-# begins with
-# bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+# Modules of the user, on the node
 # --------------------------------------------------------------------------------------------------
 
+# They are imported by their names from where the client's files were put, and then given what the
+# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
+# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
 class StateRow(NamedTuple):
     """A variable of a module, or an attribute of a class in it, as the program had it."""
     module: str
@@ -7847,8 +8210,8 @@ _dict_of_module: Any = vars(types.ModuleType)['__dict__']
 
 
 def module_dict(module: Any) -> Dict[str, Any]:
-    """The globals of a module. Nothing of the user's runs for that: the class of a module may have
-    a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
+    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
@@ -7876,7 +8239,7 @@ def package_version(name: str) -> str:
 
 
 def compare_packages(packages: Dict[str, str]) -> List[str]:
-    """What differs between the program and this node in major or minor versions, in words."""
+    """Say what differs between the program and this node in major or minor versions."""
     notes = []
     for name, there in sorted(packages.items()):
         if there:
@@ -7946,7 +8309,7 @@ class MainFile:
 
 
 def load_main(variables: Dict[str, Any], path: str) -> None:
-    """In a child of a job: define what the job's main module defines."""
+    """Define what the job's main module defines. Called in a child of a job."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
     SharedMemoryTracker().install()
@@ -7981,8 +8344,13 @@ _digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
 _locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
-# Ignored by default and used by hardly anything
-TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)
+# Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
+# the worker raises there.
+TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
+# Windows has no signal that cannot be handled; to send this one there ends a process likewise
+SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
+# Windows translates line ends in files that are not opened with it
+_O_BINARY = getattr(os, 'O_BINARY', 0)
 # Linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -8002,7 +8370,8 @@ def _libc() -> Any:
 
 
 def _prctl(libc: Any, option: int, value: int) -> None:
-    """Linux: die with the parent, adopt orphans. Elsewhere these are done without."""
+    """Set what Linux knows of a process: to die with the parent, to adopt orphans. Elsewhere
+    nothing is done."""
     if libc is not None and sys.platform.startswith('linux'):
         libc.prctl(option, value, 0, 0, 0)
 
@@ -8045,8 +8414,8 @@ def _out_of_reach(handle: int) -> int:
 
 
 def output_stream(number: int, buffering: int) -> TextIO:
-    """A text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job writes
-    them, on Windows too, since the output may be shown on another system."""
+    """Make a text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job
+    writes them, on Windows too, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
 
@@ -8060,6 +8429,18 @@ def buffer_lines(libc: Any) -> None:
         with contextlib.suppress(ValueError):   # there is no such variable
             stream = ctypes.c_void_p.in_dll(libc, name)
             libc.setvbuf(stream, None, ctypes.c_int(1), ctypes.c_size_t(0))
+            return
+
+
+def keep_descriptors() -> None:
+    """No process that is started from here on inherits a descriptor but the first three; whoever
+    started the node may have left some open."""
+    for directory in ('/proc/self/fd', '/dev/fd'):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(directory):
+                if int(name) > 2:
+                    with contextlib.suppress(OSError):   # that of the listing itself
+                        os.set_inheritable(int(name), False)
             return
 
 
@@ -8084,6 +8465,13 @@ def was_importing(exc: BaseException) -> bool:
     return False
 
 
+def write_whole(handle: int, data: bytes) -> None:
+    """Write all of it to a descriptor. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view):]
+
+
 class Slots:
     """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in
     a file that is mapped into memory. [0] the serial that runs now, [1] the serial that shall be
@@ -8099,35 +8487,55 @@ class Slots:
     NAME = 'begun-'
 
     @classmethod
-    def make(cls, directory: str, number: int) -> List[Any]:
-        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that
-        nobody knows what was begun. Raises OSError where no file can be made."""
+    def make(cls, directory: str, number: int, by_name: bool = False) -> List[Any]:
+        """Make slots for TOGETHER workers. Without room for the file it is left empty, which says
+        that nobody knows what was begun; processes that map the file `by_name` cannot do without
+        it. Raises OSError where no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_BINARY, 0o600)
         try:
             # To write to a page without room on the disk kills the process
-            os.posix_fallocate(handle, 0, size)
+            if hasattr(os, 'posix_fallocate'):
+                os.posix_fallocate(handle, 0, size)
+            else:
+                write_whole(handle, bytes(size))
             shared = mmap.mmap(handle, size)
-        except (OSError, AttributeError):   # no room, or no such call on this system
+        except OSError:   # no room
             os.ftruncate(handle, 0)
+            if by_name:
+                raise
             shared = mmap.mmap(-1, size)
         finally:
             os.close(handle)
+        return cls._parts(shared)
+
+    @classmethod
+    def _parts(cls, shared: mmap.mmap) -> List[Any]:
         view = memoryview(shared).cast('Q')
         return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
 
     @classmethod
+    def open(cls, directory: str, number: int, index: int) -> Any:
+        """Worker: the slots with this index in a file that the runner has made. Raises OSError."""
+        handle = os.open(os.path.join(directory, '%s%d' % (cls.NAME, number)),
+                         os.O_RDWR | _O_BINARY)
+        try:
+            return cls._parts(mmap.mmap(handle, 8 * cls.SIZE * cls.TOGETHER))[index]
+        finally:
+            os.close(handle)
+
+    @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
-        """Worker: this attempt begins."""
+        """Note that this attempt begins. Called by a worker."""
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
-        """Daemon: the attempts that were begun by the workers of a directory; None if that is not
-        known. Raises OSError."""
+        """Return the attempts that were begun by the workers of a directory; None if that is not
+        known. Called by the daemon. Raises OSError."""
         begun: Set[int] = set()
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
@@ -8144,7 +8552,8 @@ class Slots:
 
     @classmethod
     def mark_unknown(cls, directory: str) -> None:
-        """Daemon: from now on nobody knows what was begun. Raises OSError."""
+        """Note that from now on nobody knows what was begun. Called by the daemon. Raises
+        OSError."""
         os.close(
             os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
 
@@ -8160,23 +8569,30 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
 
 class CapturedOutput:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
+    Where the worker is not forked, a file with a name, which runner and worker open each.
 
     A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the
     worker cannot while C code prints with the interpreter lock held. The runner lets go of the
     middle of files that grow.
     """
 
-    def __init__(self, directory: str) -> None:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            self.handle = _out_of_reach(os.dup(file.fileno()))
-        if hasattr(os, 'O_APPEND') and os.name != 'nt':
-            import fcntl
-            fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
+    def __init__(self, directory: str, name: str = '') -> None:
+        self._path = os.path.join(directory, name) if name else ''
+        if name:
+            self.handle = _out_of_reach(
+                os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600))
+        else:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                self.handle = _out_of_reach(os.dup(file.fileno()))
+            if os.name != 'nt':
+                import fcntl
+                fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
         self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
     def take(self, size: int) -> bytes:
-        """Worker: all that was written, clipped; empty the file for the next job."""
+        """Return all that was written, clipped, and empty the file for the next job. Called by a
+        worker."""
         if size < OUTPUT_KEPT:
             return self._empty(size)
         with self._alone():   # the runner may be shortening it
@@ -8184,13 +8600,16 @@ class CapturedOutput:
 
     def _empty(self, size: int) -> bytes:
         data = self.peek(size)
-        os.ftruncate(self.handle, 0)
+        self.empty()
         return data
 
     @contextlib.contextmanager
     def _alone(self) -> Any:
         """Runner and worker take turns. A lock of the process (lockf): flock's would be the same
-        lock in both."""
+        lock in both. On Windows no file is shortened."""
+        if IS_WINDOWS:
+            yield
+            return
         import fcntl
         fcntl.lockf(self.handle, fcntl.LOCK_EX)
         try:
@@ -8205,13 +8624,14 @@ class CapturedOutput:
         return clip(self._read(0, OUTPUT_KEPT), self._read(size - OUTPUT_KEPT, OUTPUT_KEPT), size)
 
     def since(self, at: int) -> bytes:
-        """Runner: what was written from byte `at` on, up to OUTPUT_KEPT bytes."""
+        """Return what was written from byte `at` on, up to OUTPUT_KEPT bytes. Called by the
+        runner."""
         return self._read(at, OUTPUT_KEPT)
 
     def shorten(self, libc: Any) -> None:
-        """Runner: give back the disk blocks in the middle of a file that has grown large; what a
-        job prints meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the
-        job has ended."""
+        """Give back the disk blocks in the middle of a file that has grown large; what a job prints
+        meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the job has
+        ended."""
         if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
             self._hole = OUTPUT_KEPT
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
@@ -8229,10 +8649,14 @@ class CapturedOutput:
                     self._hole = end - end % 4096
 
     def _read(self, at: int, size: int) -> bytes:
-        """Without moving the descriptor's position, which runner and worker share."""
+        """Without moving the descriptor's position, which forked workers share with the runner."""
         parts = []
         while size > 0:
-            part = os.pread(self.handle, size, at)
+            if hasattr(os, 'pread'):
+                part = os.pread(self.handle, size, at)
+            else:
+                os.lseek(self.handle, at, os.SEEK_SET)
+                part = os.read(self.handle, size)
             if not part:
                 break
             parts.append(part)
@@ -8240,13 +8664,23 @@ class CapturedOutput:
             size = size - len(part)
         return b''.join(parts)
 
+    def empty(self) -> None:
+        """Worker: what is in it is not of the next job."""
+        os.ftruncate(self.handle, 0)
+        if IS_WINDOWS:   # children of jobs write at the position that they share with us
+            os.lseek(self.handle, 0, os.SEEK_SET)
+
     def close(self) -> None:
         """Forget the file."""
         os.close(self.handle)
+        if self._path:
+            with contextlib.suppress(OSError):   # the directory may be gone
+                os.unlink(self._path)
 
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
-    """The payload of a job that raised: the text, and the exception when it survives pickling."""
+    """Make the payload of a job that raised: the text, and the exception when it survives
+    pickling."""
     body: bytes = b''
     if exc is not None:
         try:
@@ -8269,7 +8703,7 @@ def cut_error(exc: BaseException, skip: int = 0) -> Payload:
 
 
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
-    """The inverse, without opening the exception."""
+    """Take apart what `pack_error` has made, without opening the exception."""
     length, = struct.unpack_from('>I', payload)
     return bytes(payload[4:4 + length]).decode('utf-8', 'replace'), payload[4 + length:]
 
@@ -8373,33 +8807,99 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
 FILES_LEFT = 'dispy.files_left'
 
 
+def interpreter_of(path: str) -> List[str]:
+    """What runs a script on Windows, which does not read its first line: Python for one that names
+    Python there or has no such line and ends in .py, else what it names. Elsewhere the system knows."""
+    if not IS_WINDOWS:
+        return []
+    try:
+        with open(path, 'rb') as file:
+            first = file.readline(1000)
+    except OSError:   # to start it will say why
+        return []
+    if not first.startswith(b'#!'):
+        return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
+    words = first[2:].decode('utf-8', 'replace').split()
+    if words and words[0].endswith('/env'):
+        del words[0]
+        while words and words[0].startswith('-'):
+            del words[0]
+    if not words:
+        return []
+    program = words[0].rpartition('/')[2]
+    if program.startswith('python'):
+        return [sys.executable, *words[1:]]
+    return [shutil.which(program) or program, *words[1:]]
+
+
+# Signals that Python ignores, and programs do not
+_IGNORED_BY_PYTHON = [
+    getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         # An interrupt goes to the whole process group and so to the program. Here it is noted and
-        # not raised: raised
-        # in the moment in which waitpid returns, it would lose the status.
+        # not raised: raised in the moment in which waitpid returns, it would lose the status.
         self.interrupted = False
         # Told the names of the files that the program leaves in its directory, once; None: no more
         self.tell: Optional[Callable[[List[str]], None]] = None
 
     def __call__(self, *args: Any) -> int:
+        if self.tell is None:
+            return self.run([self.path, *map(str, args)])
+        before = self._names_here()
+        status = self.run([self.path, *map(str, args)])
+        self._tell_left(before)
+        return status
+
+    def run(self, words: List[str], directory: Optional[str] = None) -> int:
+        """Run a command in a directory. Returns its exit status. Raises OSError if it cannot be
+        started, KeyboardInterrupt if an interrupt has ended it."""
         self.interrupted = False
-        if self.tell is not None:
-            before = self._names_here()
+        if IS_WINDOWS:
+            status = self._run_on_windows([*interpreter_of(words[0]), *words], directory)
+        elif directory is None and hasattr(os, 'posix_spawnp'):
+            status = self._spawn(words)
         else:
-            before = set()
-        status = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL).wait()
+            status = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory).wait()
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # one that ends by itself has returned
-        if self.tell is not None:
-            left = sorted(self._names_here() - before)
-            if left:
-                self.tell(left)
-                self.tell = None
         return status
+
+    def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
+        """A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes."""
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=1, stderr=2,
+                                   cwd=directory,
+                                   creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
+        told = False
+        while True:
+            try:
+                return process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                if self.interrupted and not told:
+                    told = True
+                    with contextlib.suppress(OSError):   # it has no console: it will be killed
+                        process.send_signal(getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM))
+
+    @staticmethod
+    def _spawn(words: List[str]) -> int:
+        """As subprocess.Popen, in half of the time that this takes here. Standard input is nothing
+        in a worker, and the other descriptors are not inherited."""
+        process = os.posix_spawnp(words[0], words, _ENVIRON, setsigdef=_IGNORED_BY_PYTHON)
+        status = os.waitpid(process, 0)[1]
+        if os.WIFSIGNALED(status):
+            return -os.WTERMSIG(status)
+        return os.WEXITSTATUS(status)
+
+    def _tell_left(self, before: Set[str]) -> None:
+        left = sorted(self._names_here() - before)
+        if left and self.tell is not None:
+            self.tell(left)
+            self.tell = None
 
     @staticmethod
     def _names_here() -> Set[str]:
@@ -8408,6 +8908,76 @@ class Program:
             return {name for name in os.listdir('.') if not name.startswith(('.', '__'))}
         except OSError:   # a job has removed the directory
             return set()
+
+
+# What begins with NUL, which no argument of a program contains, is no word of a job's command line,
+# but says how the node is to run it.
+RUN_BY_PYTHON = '\0python'   # as the first word: the Python that runs the node
+RUN_IN = '\0in '             # and a directory: the command runs there
+BRING_BACK = '\0back '       # and the name of a file: the job's client gets it
+
+
+class CommandLines(Program):
+    """A computation that is whatever each job says: the arguments of a job are the words of a
+    command line, the first of which is a path, or the name of a program that the node's PATH has.
+
+    name - of the computation, for people; program - a file among those of the computation that the
+    jobs run, if they run one; most - CPUs that they may use at once over all nodes, 0 for all
+    """
+
+    def __init__(self, name: str, program: str = '', most: int = 0) -> None:
+        super().__init__('')
+        self.__name__ = name
+        self.program = program
+        self.most = most
+        # Brings a file to the client; set by the worker
+        self.send: Callable[[str], Any] = _not_here
+
+    @property
+    def spec(self) -> Dict[str, Any]:
+        """What nodes and schedulers have to know of it."""
+        if self.most:
+            return {'most': self.most}
+        return {}
+
+    def __call__(self, *args: Any) -> int:
+        words = [word for word in args if word[:1] != '\0' or word == RUN_BY_PYTHON]
+        if words[0] == RUN_BY_PYTHON:
+            words[0] = sys.executable
+        if len(words) < len(args):
+            return self._run_as_told(words, args[len(words):])
+        if self.tell is None:
+            return self._run_here(words)
+        before = self._names_here()
+        status = self._run_here(words)
+        self._tell_left(before)
+        return status
+
+    def _run_as_told(self, words: List[str], orders: Sequence[str]) -> int:
+        """Run a command in another directory, or bring files of it to the client."""
+        directory = None
+        names = []
+        for order in orders:
+            if order.startswith(RUN_IN):
+                directory = order[len(RUN_IN):]
+            else:
+                names.append(order[len(BRING_BACK):])
+        status = self._run_here(words, directory)
+        for name in names:
+            if status == 0 or os.path.exists(name):   # one that has failed may not have made it
+                self.send(name)
+        return status
+
+    def _run_here(self, words: List[str], directory: Optional[str] = None) -> int:
+        try:
+            return self.run(words, directory)
+        except FileNotFoundError:
+            if directory is not None and not os.path.isdir(directory):
+                raise FileNotFoundError('this node has no directory %s' % directory) from None
+            if os.sep in words[0]:
+                raise
+            raise FileNotFoundError('this node has no program %s in its PATH, which is %s' % (
+                words[0], os.environ.get('PATH', 'empty'))) from None
 
 
 def _name_of(path: str, directory: str) -> str:
@@ -8425,8 +8995,9 @@ def _name_of(path: str, directory: str) -> str:
 
 
 class Calls:
-    """The computation of an executor: any function a call. Each worker process calls an initializer
-    first, if there is one. `most`: CPUs that the calls may use at once over all nodes."""
+    """The computation of an executor, where each call names its function. Each worker process calls
+    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
+    nodes."""
     __name__ = 'executor'
 
     def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
@@ -8464,8 +9035,8 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
 
 def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
               batch: Callable[[], Any]) -> Any:
-    """The computation of the backend for joblib: some calls in one job. `initializer` is called
-    once in each worker process, which `token` tells."""
+    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
+    is called once in each worker process, which `token` tells."""
     offer_to_joblib(joblib_backend_in_job)
     if initializer is not None and token not in _initialized:
         initializer(*initargs)
@@ -8496,8 +9067,8 @@ def joblib_backend_in_job(parallel: Any) -> Any:
 
 
 def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """setup of the backend for joblib: what limits the threads of numerical libraries, which are
-    not loaded yet."""
+    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
+    backend for joblib."""
     os.environ.update(variables)
 
 
@@ -8548,7 +9119,8 @@ class NumericThreads:
             os.environ.setdefault(name, '1')
 
     def use(self, cpus: int, surroundings: 'Surroundings') -> None:
-        """Worker: the next job has so many CPUs."""
+        """Let numerical libraries use so many threads, as the next job has CPUs. Called by a
+        worker."""
         self.cpus = cpus
         for name in self.VARIABLES:
             if name not in self._of_user:
@@ -8601,7 +9173,7 @@ class SharedMemoryTracker:
         self._unregister = resource_tracker.unregister
 
     def install(self) -> None:
-        """From now on, and in all forked children."""
+        """Track shared memory from now on, and in all forked children."""
         if os.name != 'nt':   # there memory goes with the last process that has it
             self._tracker.register = self._register_own
             self._tracker.unregister = self._unregister_any
@@ -8783,7 +9355,7 @@ class Surroundings:
             for number, now, was in zip(self._signals, handlers, self._handlers):
                 if now != was:
                     signal.signal(number, was)   # raises for one that C code had made
-            if TAKE_BACK_SIGNAL is not None:
+            if hasattr(signal, 'siginterrupt'):
                 signal.siginterrupt(TAKE_BACK_SIGNAL, False)
         signal.set_wakeup_fd(-1)
         if hasattr(signal, 'setitimer'):
@@ -8825,6 +9397,7 @@ class WorkerPipe:
     Processes that a job has forked may send as well."""
 
     def __init__(self, sock: socket.socket, private: str) -> None:
+        sock.setblocking(True)   # setup may have set a time limit for all new sockets
         self._sock = sock
         self._intake = RecordBuffer()
         self.jobs: Deque[Record] = collections.deque()
@@ -8833,12 +9406,14 @@ class WorkerPipe:
         self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
         self._turn = _CallTurn(private)
+        self.at_end: Callable[[], Any] = _not_here   # called before this process ends
 
     def receive(self, flags: int) -> None:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         count = self._sock.recv_into(self._intake.get_buffer(), 0, flags)
         if count == 0:
+            self.at_end()
             os._exit(0)
         for record in self._intake.records(count):
             if record.kind == RecordType.FILE_STORED:
@@ -8848,9 +9423,13 @@ class WorkerPipe:
 
     def give_back(self) -> None:
         """Return all that has not started, from this process and from the pipe."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.receive(socket.MSG_DONTWAIT)
+        if hasattr(socket, 'MSG_DONTWAIT'):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self.receive(socket.MSG_DONTWAIT)
+        else:   # Windows; there a descriptor may have any number for select()
+            while select.select([self._sock], (), (), 0)[0]:
+                self.receive(0)
         serials = [record.serial for record in self.jobs]
         self.jobs.clear()
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
@@ -8979,8 +9558,8 @@ class JobInterrupts:
         """Handle the signals from now on."""
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if TAKE_BACK_SIGNAL is not None:
-            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+        signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+        if hasattr(signal, 'siginterrupt'):
             signal.siginterrupt(TAKE_BACK_SIGNAL, False)
 
     @contextlib.contextmanager
@@ -9045,7 +9624,7 @@ class JobServices:
     def install(self, globals_: Sequence[Dict[str, Any]]) -> None:
         """Offer them to jobs, in the global variables of the computation too."""
         offer_names(
-            {'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file},
+            {'dispy_provisional_result': self._provisional, 'dispy_send_file': self.send_file},
             globals_)
         if modules is not None:
             modules.ask = self._ask_client
@@ -9100,7 +9679,7 @@ class JobServices:
         with self._interrupts.beside_job():
             self._pipe.send(RecordType.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
-    def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
+    def send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name,
         when this returns 0. `relay` and `timeout` are accepted, as in dispy 4, and have no meaning
         any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here
@@ -9134,6 +9713,24 @@ class JobServices:
         return self._pipe.answers.popleft()
 
 
+def link_to(path: str, link: str) -> None:
+    """Make a file or directory known under another name. Symbolic links take a privilege on
+    Windows: there files have a second name, and directories are made once more. Raises OSError."""
+    if not IS_WINDOWS:
+        os.symlink(path, link)
+    elif os.path.isdir(path):
+        shutil.copytree(path, link, copy_function=_hard_link)
+    else:
+        _hard_link(path, link)
+
+
+def _hard_link(path: str, link: str) -> None:
+    try:
+        os.link(path, link)
+    except OSError:   # a file system without them
+        shutil.copy2(path, link)
+
+
 class JobDirectory:
     """The directory of a job that has files or names of its own (dispy_job_depends)."""
 
@@ -9153,12 +9750,12 @@ class JobDirectory:
         self.is_entered = True
         self._give_back = lend_names(objects, self._globals)
         for name in os.listdir(self._directory):
-            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
+            link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
             check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
-            if os.path.islink(path):
-                os.unlink(path)
+            if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
+                os.unlink(path)   # of the link alone
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, 'wb') as file:
                 file.write(data)
@@ -9209,12 +9806,19 @@ class Worker:
         self._pipe.after_fork()
         self._services.after_fork()
 
-    def serve(self) -> None:
-        """Until the daemon closes the pipe, or this process is not fit for another job."""
+    def serve(self, clean_up: Optional[Callable[[], None]] = None) -> None:
+        """Until the daemon closes the pipe, or this process is not fit for another job. Where
+        `clean_up` is given it is called before this process ends in good order."""
+        if clean_up is not None:
+            self._pipe.at_end = functools.partial(self._end_well, clean_up)
         self._pipe.send(RecordType.HERE)
         self._prepare()
         if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
             self._function.tell = self._services.tell_left
+        if isinstance(self._function, Program):
+            keep_descriptors()
+        if isinstance(self._function, CommandLines):
+            self._function.send = self._services.send_file
         fit = True
         while fit:
             if self._interrupts.recalled:
@@ -9226,6 +9830,13 @@ class Worker:
                 self._run(record)
                 self._slots[0] = 0
                 fit = self._tidy()
+        if clean_up is not None:
+            self._end_well(clean_up)
+
+    def _end_well(self, clean_up: Callable[[], None]) -> None:
+        """Clean up if no job runs, and not in a child that a job has forked."""
+        if not self._slots[0] and os.getpid() == self._pid:
+            clean_up()
 
     def _prepare(self) -> None:
         self._pid = os.getpid()
@@ -9237,7 +9848,12 @@ class Worker:
             sys.modules['numpy'].random.seed()
         if isinstance(self._function, Calls) and self._function.initializer is not None:
             self._initialize(self._function)
+        elif self._spec['start_method'] == SPAWN:
+            self._pipe.send(RecordType.INITIALIZED)
         self._threads = threading.active_count()
+        self._own_children = frozenset(children_here())   # which setup has started
+        if IS_WINDOWS:
+            self._own_processes = processes_in_tree()
         self._surroundings = Surroundings(self._spec['directory'])
 
     def _initialize(self, calls: Calls) -> None:
@@ -9348,16 +9964,34 @@ class Worker:
                    for thread in threading.enumerate()
                    if thread is not threading.main_thread())
 
-    @staticmethod
-    def _has_children() -> bool:
-        if not hasattr(os, 'WNOHANG'):
-            return False
+    def _has_children(self) -> bool:
+        if IS_WINDOWS:
+            return processes_in_tree() > self._own_processes
+        if self._own_children:   # whose exit statuses are not ours to take
+            return any(not has_ended(pid) for pid in set(children_here()) - self._own_children)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
             return True
         except ChildProcessError:
             return False
+
+
+def children_here() -> List[int]:
+    """The children of this process by /proc; none where there is no such thing."""
+    try:
+        with open('/proc/self/task/%d/children' % os.getpid()) as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child of ours is no more; it is waited for if so."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:   # somebody else has waited for it
+        return True
 
 
 _SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-packages'))
@@ -9439,11 +10073,25 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
     return give_back
 
 
+class SlotPlace(NamedTuple):
+    """Slots of one worker, and where they are."""
+    slots: Any
+    file: int      # its number
+    number: int    # of the slots in the file
+
+
 class _Child(NamedTuple):
     process: Any
-    slots: Any
+    where: SlotPlace
     out: CapturedOutput
     err: CapturedOutput
+    line: Any = None   # a LoadingLine, to a worker that loads the computation itself
+    tree: Optional['ProcessTree'] = None
+
+    @property
+    def slots(self) -> Any:
+        """See Slots."""
+        return self.where.slots
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
@@ -9456,8 +10104,22 @@ def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> Non
             variables.setdefault(name, value)
 
 
+def support_of(spec: dict) -> str:
+    """The directory of the client's cloudpickle, where this host has none or another version."""
+    return os.path.join(spec['private'], 'support')
+
+
+def unpack_support(spec: dict) -> None:
+    """Put the client's cloudpickle into its directory."""
+    for name, source in spec['support'].items():
+        path = os.path.join(support_of(spec), *check_name(name))
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(source)
+
+
 class ComputationCode:
-    """The user's code in a runner: loads the computation, runs its setup and in the end its
+    """The user's code in a process that loads it: the computation, its setup and in the end its
     cleanup."""
 
     def __init__(self, spec: dict) -> None:
@@ -9475,12 +10137,12 @@ class ComputationCode:
         SharedMemoryTracker().install()
         if self._spec['authkey']:
             multiprocessing.current_process().authkey = self._spec['authkey']
-        self._unpack_support()
+        if self._spec['support']:
+            sys.path.insert(0, support_of(self._spec))
         loader = self._loader()
         offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
-            self.function: Callable[..., Any] = Program(
-                os.path.join(self._directory, self._spec['program']))
+            self.function: Callable[..., Any] = self._program()
             self.is_loaded = True
         else:
             setup = self._load_functions(code, loader)
@@ -9489,8 +10151,15 @@ class ComputationCode:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
-                self._warn_of_threads(loader)
+                if self._spec['start_method'] == FORK:
+                    self._warn_of_threads(loader)
         loader.loaded()
+
+    def _program(self) -> Program:
+        os.environ['DISPY_PYTHON'] = sys.executable
+        if self._spec['program']:
+            return Program(os.path.join(self._directory, self._spec['program']))
+        return CommandLines(self._spec['name'])
 
     @staticmethod
     def _warn_of_threads(loader: ModuleLoader) -> None:
@@ -9536,17 +10205,6 @@ class ComputationCode:
                 variables.setdefault(name, value)
         return setup
 
-    def _unpack_support(self) -> None:
-        """The client's cloudpickle, where this host has none or another version."""
-        if self._spec['support']:
-            root = os.path.join(self._spec['private'], 'support')
-            for name, source in self._spec['support'].items():
-                path = os.path.join(root, *check_name(name))
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-                with open(path, 'wb') as file:
-                    file.write(source)
-            sys.path.insert(0, root)
-
     def clean_up(self, end_node: Callable[[], None]) -> str:
         """Run cleanup. Returns what it has raised, for people, or ''."""
         if self._cleanup is None:
@@ -9560,10 +10218,84 @@ class ComputationCode:
         return ''
 
 
+def _job_objects() -> Any:
+    """Windows: the library that has the functions for job objects, with their types set."""
+    import ctypes
+    library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
+    handle = ctypes.c_void_p
+    number = ctypes.c_uint32
+    library.CreateJobObjectW.restype = handle
+    library.CreateJobObjectW.argtypes = (handle, handle)
+    library.SetInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number)
+    library.QueryInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number, handle)
+    library.AssignProcessToJobObject.argtypes = (handle, handle)
+    library.TerminateJobObject.argtypes = (handle, number)
+    library.CloseHandle.argtypes = (handle, )
+    return library
+
+
+# JOBOBJECT_EXTENDED_LIMIT_INFORMATION and JOBOBJECT_BASIC_ACCOUNTING_INFORMATION of winnt.h
+_JOB_LIMITS = struct.Struct('@qqIPPIPII6QPPPP')
+_JOB_LIMITS_CLASS = 9
+_JOB_KILL_ON_CLOSE = 0x2000
+_JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
+_JOB_ACCOUNTING_CLASS = 1
+_ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
+
+
+class ProcessTree:
+    """Windows: a process and all that it starts from now on, as a job object. All of them end when
+    the process that has made this one ends, whatever way."""
+
+    def __init__(self, process: Any) -> None:
+        """Raises OSError."""
+        self._library = _job_objects()
+        self._handle: Any = self._library.CreateJobObjectW(None, None)
+        limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
+        if not (self._handle and self._library.SetInformationJobObject(
+                self._handle, _JOB_LIMITS_CLASS, limits, len(limits))
+                and self._library.AssignProcessToJobObject(self._handle, int(process.sentinel))):
+            import ctypes
+            error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
+            self.close()
+            raise error
+
+    def kill(self) -> None:
+        """End all of them."""
+        if self._handle:
+            self._library.TerminateJobObject(self._handle, _ENDED_BY_US)
+
+    def close(self) -> None:
+        """End all of them, and forget them."""
+        if self._handle:
+            self.kill()
+            self._library.CloseHandle(self._handle)
+            self._handle = None
+
+
+def tree_of(process: Any) -> Optional[ProcessTree]:
+    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do."""
+    if IS_WINDOWS:
+        return ProcessTree(process)
+    return None
+
+
+def processes_in_tree() -> int:
+    """Windows: how many processes there are in the job object of this one."""
+    import ctypes
+    told = ctypes.create_string_buffer(_JOB_ACCOUNTING.size)
+    if _job_objects().QueryInformationJobObject(None, _JOB_ACCOUNTING_CLASS, told,
+                                                _JOB_ACCOUNTING.size, None):
+        return int(_JOB_ACCOUNTING.unpack(told.raw)[6])
+    children = ask_psutil(lambda psutil: psutil.Process().children(recursive=True))   # in Wine
+    return 1 + len(children or ())
+
+
 class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
     `send`, as to pack_record."""
+    failed = False   # there can be no workers; it was told
 
     def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any,
                  send: Callable[..., None]) -> None:
@@ -9576,14 +10308,17 @@ class WorkerProcesses:
         self._own: Set[int] = set()   # children that setup left on purpose
         # Killed, and they have not ended: they sleep and cannot be interrupted
         self._undead: Set[int] = set()
-        self._slots: List[Any] = []      # free ones
+        self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
         self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
 
+    def begin(self) -> None:
+        """Called once, before the runner serves. Sets `failed` where there can be no workers."""
+
     def keep_children(self) -> None:
         """Children that there are now were left by setup on purpose."""
-        self._own = set(self._descendants())
+        self._own = set(children_here())
 
     def drop_children(self) -> None:
         """What setup has started ends with its computation."""
@@ -9607,39 +10342,44 @@ class WorkerProcesses:
         self._shorten()
         self._check_memory()
 
-    def fork(self, record: Record, handle: int) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on.
-        `handle`: the descriptor of its pipe, or -1."""
-        with contextlib.ExitStack() as made:
-            try:
-                if handle < 0:
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-                sock = socket.socket(fileno=_out_of_reach(handle))
-                made.callback(sock.close)
-                child = self._make_child(made)
-                process = multiprocessing.get_context('fork').Process(
-                    target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
-                process.start()
-            except (OSError, MemoryError) as exc:
-                self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0,
-                           shortage(exc).encode('utf-8', 'replace'))
-                return
-            made.pop_all()
-        sock.close()
-        self._children[record.number] = child._replace(process=process)
-        self._send(RecordType.WORKER_STARTED, record.number, process.pid)
+    def start(self, record: Record, take: Callable[[Record], socket.socket]) -> None:
+        """A worker that cannot be made is told with the reason; those that there are go on. `take`
+        takes its pipe."""
+        try:
+            with take(record) as sock:
+                process = self._start(record.number, sock)
+        except (OSError, MemoryError) as exc:
+            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0,
+                       shortage(exc).encode('utf-8', 'replace'))
+        else:
+            self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
-    def _make_child(self, made: contextlib.ExitStack) -> _Child:
-        """What a worker shares with us; `made` lets go of it if there will be no worker."""
+    def _start(self, number: int, sock: socket.socket) -> Any:
+        """The process of a worker with this pipe. Raises OSError, MemoryError."""
+        with contextlib.ExitStack() as made:
+            child = self._make_child(made)
+            process = multiprocessing.get_context('fork').Process(
+                target=self._work, args=(sock, child), name='dispy-worker-%d' % number)
+            process.start()
+            made.pop_all()
+        self._children[number] = child._replace(process=process)
+        return process
+
+    def _make_child(self, made: contextlib.ExitStack, *names: str) -> _Child:
+        """What a worker shares with us; `made` lets go of it if there will be no worker. `names`:
+        of files for its output, which it is to open by itself."""
         catches = []
-        for _ in range(2):
-            catches.append(CapturedOutput(self._spec['private']))
+        for name in names or ('', ''):
+            catches.append(CapturedOutput(self._spec['private'], name))
             made.callback(catches[-1].close)
         if not self._slots:
-            self._slots += Slots.make(self._spec['private'], next(self._slot_files))
-        slots = self._slots.pop()
-        made.callback(self._slots.append, slots)
-        return _Child(None, slots, *catches)
+            number = next(self._slot_files)
+            slots = Slots.make(self._spec['private'], number, bool(names))
+            self._slots += [SlotPlace(one, number, at) for at, one in enumerate(slots)]
+        place = self._slots.pop()
+        made.callback(self._slots.append, place)
+        out, err = catches
+        return _Child(None, place, out, err)
 
     def _work(self, sock: socket.socket, child: _Child) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
@@ -9647,7 +10387,7 @@ class WorkerProcesses:
             os.setsid()   # a group of its own, for signals to the job and all it starts
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
+            _prctl(self._libc, _PR_SET_PDEATHSIG, SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
             for handle in self.closed_in_workers:
                 os.close(handle)
@@ -9673,20 +10413,32 @@ class WorkerProcesses:
         if child is not None:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
-                self._signal(child, signal.SIGINT)
+                self._interrupt(child)
 
     def kill(self, record: Record) -> None:
         """Kill a worker."""
         child = self._children.get(record.number)
         if child is not None:
-            self._signal(child, signal.SIGKILL)
+            self._kill(child)
 
     def recall(self, record: Record) -> None:
         """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
-        if child is not None and TAKE_BACK_SIGNAL is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+        if child is not None:
+            self._take_back(child)
+
+    def _interrupt(self, child: _Child) -> None:
+        self._signal(child, signal.SIGINT)
+
+    def _take_back(self, child: _Child) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+
+    def _kill(self, child: _Child) -> None:
+        if child.tree is not None:
+            child.tree.kill()
+        else:
+            self._signal(child, SIGKILL)
 
     def watch(self, record: Record) -> None:
         """Limit the memory of a job."""
@@ -9706,19 +10458,25 @@ class WorkerProcesses:
         for key, child in list(self._children.items()):
             if child.process.exitcode is not None:
                 del self._children[key]
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.process.pid, signal.SIGKILL)
+                if child.tree is not None:
+                    child.tree.close()
+                else:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(child.process.pid, SIGKILL)
                 remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
-                self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode), 0.0, b'',
-                           out, err)
+                self._tell_end(key, child, out, err)
                 child.out.close()
                 child.err.close()
                 child.process.close()
                 child.slots[0] = child.slots[1] = 0
-                self._slots.append(child.slots)
-        self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
+                self._slots.append(child.where)
+        self._undead = {pid for pid in self._undead if not has_ended(pid)}
+
+    def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out,
+                   err)
 
     def kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux).
@@ -9730,35 +10488,18 @@ class WorkerProcesses:
         while True:
             known = {child.process.pid
                      for child in self._children.values()} | self._own | self._undead
-            strays = {pid for pid in self._descendants() if pid not in known}
+            strays = {pid for pid in children_here() if pid not in known}
             found |= strays
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            strays = {pid for pid in strays if not self._has_ended(pid)}
-            if not strays and not any(pid not in known for pid in self._descendants()):
+                    os.kill(pid, SIGKILL)
+            strays = {pid for pid in strays if not has_ended(pid)}
+            if not strays and not any(pid not in known for pid in children_here()):
                 return found
             if time.monotonic() > until:
                 self._undead |= strays
                 return found
             time.sleep(0.002)
-
-    @staticmethod
-    def _has_ended(pid: int) -> bool:
-        """Whether a child of ours is no more; it is waited for if so."""
-        try:
-            return os.waitpid(pid, os.WNOHANG)[0] != 0
-        except ChildProcessError:   # somebody else has waited for it
-            return True
-
-    @staticmethod
-    def _descendants() -> List[int]:
-        """Our children by /proc; none where there is no such thing."""
-        try:
-            with open('/proc/self/task/%d/children' % os.getpid()) as file:
-                return [int(pid) for pid in file.read().split()]
-        except OSError:
-            return []
 
     def _show_output(self) -> None:
         """What running jobs have printed since the last look. What comes between this and their end
@@ -9789,7 +10530,7 @@ class WorkerProcesses:
                     child.process.pid) > most and child.slots[0] == serial:
                 del self._watched[key]
                 self._send(RecordType.MEMORY_EXCEEDED, key, serial)
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
 
     def _shorten(self) -> None:
         for child in self._children.values():
@@ -9804,8 +10545,9 @@ class WorkerProcesses:
         else:
             mask = ()
         try:
+            self._end_in_order()
             for child in self._children.values():
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
             until = time.monotonic() + GRACE
             for child in self._children.values():
                 child.process.join(max(0.0, until - time.monotonic()))
@@ -9816,104 +10558,365 @@ class WorkerProcesses:
             if _sigmask is not None:
                 _sigmask(signal.SIG_SETMASK, mask)
 
+    def _end_in_order(self) -> None:
+        """Let workers end that have something to do then: those that are forked have not."""
 
-class Runner:
-    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of
-    it."""
+
+def stderr_tail(printed: bytes) -> str:
+    """The end of what was printed, to stand below a text for people."""
+    tail = printed.decode('utf-8', 'replace')[-2000:]
+    if tail:
+        return '\nstderr:\n' + tail
+    return ''
+
+
+def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
+    """Raise RuntimeError for what setup has made for all jobs of a node to share: it is shared by
+    forked processes only, and each worker would have one of its own."""
+    for variables in spaces_:
+        for name, value in list(variables.items()):
+            kind = shared_kind(value)
+            if kind:
+                raise RuntimeError(
+                    'the global variable %s is %s, which only forked processes share: workers '
+                    "that are started with start_method='spawn' run setup each and would have one "
+                    "each. Use start_method='fork', or multiprocessing.Manager in the program, "
+                    'whose proxies can be arguments' % (name, kind))
+
+
+_SHARED_KINDS = (
+    ('multiprocessing.synchronize', ('SemLock', 'Condition', 'Event', 'Barrier')),
+    ('multiprocessing.sharedctypes', ('SynchronizedBase', )),
+    ('multiprocessing.queues', ('Queue', 'SimpleQueue')),
+    ('multiprocessing.connection', ('_ConnectionBase', 'Listener')),
+    ('multiprocessing.pool', ('Pool', )))
+
+
+def shared_kind(value: Any, deep: bool = True) -> str:
+    """What a value is that only forked processes share, or ''. Contents of containers and
+    attributes of instances are looked at too."""
+    for module, names in _SHARED_KINDS:
+        kinds = tuple(
+            kind for kind in (getattr(sys.modules.get(module), name, None) for name in names)
+            if isinstance(kind, type))
+        if isinstance(value, kinds):
+            return 'a %s of multiprocessing' % type(value).__name__
+    if type(getattr(value, '_wrapper', None)).__module__ == 'multiprocessing.heap':
+        return 'a shared array or value of multiprocessing'
+    managers = sys.modules.get('multiprocessing.managers')
+    if managers is not None and isinstance(value, (managers.BaseProxy, managers.BaseManager)):
+        manager = getattr(value, '_manager', None) or value
+        if hasattr(manager, '_process'):   # started here, and not only connected to
+            return 'of a manager of multiprocessing that was started here'
+        return ''
+    if not deep:
+        return ''
+    if type(value) in (list, tuple, set, frozenset):
+        contents: Iterable[Any] = value
+    elif type(value) is dict:
+        contents = value.values()
+    elif isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        contents = ()
+    else:
+        contents = getattr(value, '__dict__', {}).values()
+    for one in itertools.islice(contents, 1000):
+        kind = shared_kind(one, False)
+        if kind:
+            return 'or has in it ' + kind
+    return ''
+
+
+class LoadingLine:
+    """A runner's end of the line to a worker that is not forked and loads the computation
+    itself."""
+
+    def __init__(self, sock: socket.socket, call: Callable[[], None]) -> None:
+        self.sock = sock
+        self.call = call          # when there is something to read
+        self.is_up = False        # the worker has loaded the computation
+        self.text = ''            # why it could not
+        self.until = time.monotonic() + SETUP_TIME
+        self.passed: Optional[socket.socket] = None   # until it has arrived
+        self._intake = RecordBuffer(FROM_LOADING)
+
+    def receive(self) -> Optional[List[Record]]:
+        """Records that have come; none if there are no more yet, None at the end. Raises
+        PeerError."""
+        records: List[Record] = []
+        while not records:
+            try:
+                count = self.sock.recv_into(self._intake.get_buffer())
+            except _WOULD_BLOCK:
+                break
+            except OSError:
+                return None
+            if not count:
+                return None
+            records = self._intake.records(count)
+        return records
+
+    def forget_passed(self) -> None:
+        """What was passed has arrived, or never will."""
+        if self.passed is not None:
+            self.passed.close()
+            self.passed = None
+
+    def tell(self, kind: RecordType) -> None:
+        """Give an order, if it still lives."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(pack_record(kind)[0])
+
+    def give(self, sock: socket.socket, pid: int) -> None:
+        """Give it its pipe. Raises OSError."""
+        data, passing = pack_socket(sock, pid, RecordType.FORK)
+        if passing is None:
+            self.sock.sendall(data)
+        else:
+            send_with(self.sock, [data], passing)
+            if LATE_PASSING:
+                self.passed = sock.dup()
+
+
+class SpawnedWorkers(WorkerProcesses):
+    """Worker processes that are started anew and load the computation themselves; the runner loads
+    nothing of the user's. One is started at once, so that a computation that cannot be used here
+    is refused before there is a job. It waits, like any that is not wanted yet, under a number
+    below 0 until it gets a pipe."""
+    FILE = 'computation'   # what workers load
+
+    def __init__(self, spec: dict, code: Buffer, libc: Any, send: Callable[..., None],
+                 selector: selectors.BaseSelector) -> None:
+        super().__init__(spec, None, libc, send)
+        self._selector = selector
+        self._numbers = itertools.count(1)
+        self._is_up = False
+        write_private(os.path.join(spec['private'], self.FILE), pickle.dumps((spec, bytes(code))))
+
+    def begin(self) -> None:
+        from multiprocessing import resource_tracker
+        try:
+            if os.name != 'nt':
+                resource_tracker.ensure_running()   # of which each worker would start one
+            self.keep_children()
+            self._spawn()
+        except (OSError, MemoryError) as exc:
+            text = 'the first worker cannot be started: %s' % shortage(exc)
+            self._fail(0, text.encode('utf-8', 'replace'))
+
+    def _start(self, number: int, sock: socket.socket) -> Any:
+        for key, child in list(self._children.items()):
+            if key < 0:
+                with contextlib.suppress(OSError):   # it has just died
+                    return self._give_pipe(key, child, number, sock)
+        key = self._spawn()
+        return self._give_pipe(key, self._children[key], number, sock)
+
+    def _interrupt(self, child: _Child) -> None:
+        if IS_WINDOWS:
+            child.line.tell(RecordType.INTERRUPT)
+        else:
+            super()._interrupt(child)
+
+    def _take_back(self, child: _Child) -> None:
+        if IS_WINDOWS:
+            child.line.tell(RecordType.RECALL)
+        else:
+            super()._take_back(child)
+
+    def _give_pipe(self, key: int, child: _Child, number: int, sock: socket.socket) -> Any:
+        child.line.give(sock, child.process.pid)
+        self._children[number] = self._children.pop(key)
+        return child.process
+
+    def _spawn(self) -> int:
+        """Start a process that loads the computation; the number that it has for the time being.
+        Raises OSError, MemoryError."""
+        number = next(self._numbers)
+        names = ('out-%d' % number, 'err-%d' % number)
+        with contextlib.ExitStack() as made:
+            child = self._make_child(made, *names)
+            ours, theirs = socket_pair()
+            made.callback(ours.close)
+            with theirs:
+                process = multiprocessing.get_context('spawn').Process(
+                    target=worker_main, name='dispy-worker',
+                    args=(theirs, self._spec['private'], names, child.where[1:], os.getpid()))
+                process.start()
+            made.callback(process.kill)
+            child = child._replace(process=process, tree=tree_of(process),
+                                   line=LoadingLine(ours, functools.partial(self._hear, process)))
+            made.pop_all()
+        ours.setblocking(False)
+        self._selector.register(ours, selectors.EVENT_READ, child.line.call)
+        self._children[-number] = child
+        child.line.tell(RecordType.INIT)   # all that it starts ends with it from now on
+        return -number
+
+    def _hear(self, process: Any) -> None:
+        """A worker says something, or its line has ended."""
+        for key, child in self._children.items():
+            if child.process is process:
+                self._listen(key, child)
+                return
+
+    def _listen(self, key: int, child: _Child) -> None:
+        try:
+            records = child.line.receive()
+            while records:
+                for record in records:
+                    self._on_record(key, child.line, record)
+                records = child.line.receive()
+        except PeerError as exc:   # a job has written into it
+            logger.error('a worker is killed: it sent nonsense to its runner: %s', exc)
+            self._kill(child)
+            records = None
+        if records is None:
+            self._forget(child.line)
+            if IS_WINDOWS:   # nothing else tells that it has ended, which takes a little more
+                child.process.join(0.1)
+
+    def _forget(self, line: LoadingLine) -> None:
+        with contextlib.suppress(KeyError):   # it was read to its end before
+            self._selector.unregister(line.sock)
+
+    def _on_record(self, key: int, line: LoadingLine, record: Record) -> None:
+        if record.kind == RecordType.ALIVE:
+            line.forget_passed()
+        elif record.kind == RecordType.READY:
+            line.is_up = True
+            if not self._is_up:
+                self._is_up = True
+                self._send(RecordType.READY, 0, 0, 0.0, 0.0, record.bodies[0])
+        elif record.kind == RecordType.END_NODE:
+            if self._spec['client_shutdown']:
+                self._send(RecordType.END_NODE)
+        elif not self._is_up:
+            self._fail(record.number, bytes(record.bodies[0]))
+        elif line.is_up:   # its cleanup has failed
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, record.bodies[0])
+        else:
+            line.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+
+    def _fail(self, unloadable: int, text: bytes) -> None:
+        """The computation cannot be used here."""
+        if not self.failed:
+            self.failed = True
+            self._send(RecordType.FAILED, unloadable, 0, 0.0, 0.0, text)
+
+    def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        self._listen(key, child)   # what it said before
+        self._forget(child.line)
+        child.line.forget_passed()
+        child.line.sock.close()
+        if not self._is_up:
+            text = 'the worker process %s while it loaded the computation or ran setup%s' % (
+                exit_text(int(child.process.exitcode)), stderr_tail(err))
+            self._fail(0, text.encode('utf-8', 'replace'))
+        elif key > 0:
+            err += child.line.text.encode('utf-8', 'replace')
+            super()._tell_end(key, child, out, err)
+
+    def look(self) -> None:
+        super().look()
+        now = time.monotonic()
+        for child in self._children.values():
+            if self._is_up and not child.line.is_up and now > child.line.until:
+                child.line.text = 'setup did not end within %d s' % SETUP_TIME
+                self._kill(child)
+
+    def _end_in_order(self) -> None:
+        """Workers that have loaded the computation and run no job run cleanup."""
+        until = time.monotonic() + CLEANUP_TIME
+        ending = []
+        for child in self._children.values():
+            if child.line.is_up and not child.slots[0]:
+                ending.append(child)
+                child.line.tell(RecordType.CLOSE)
+            else:
+                self._kill(child)
+        for child in ending:
+            child.process.join(max(0.0, until - time.monotonic()))
+        self.reap()
+
+
+class LoadingProcess:
+    """A process that may load a computation, and its line to the process that has started it: a
+    runner, and a worker that is not forked."""
+    _spec: dict
+    _code: ComputationCode
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._intake = RecordBuffer()
         self._records: Deque[Record] = collections.deque()
         self._handles: Deque[int] = collections.deque()
-        self._shall_end = False
 
-    def run(self) -> None:
-        """Until told to close, or the daemon is gone."""
-        libc = _libc()
-        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
-        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._receive()
-        init = self._records.popleft()
-        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
-        limit_values(self._spec['max_value'])
-        self._code = ComputationCode(self._spec)
-        self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
-        self._out, self._err = CapturedOutput(self._spec['private']), CapturedOutput(self._spec['private'])
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
+    def _catch_output(self, out: CapturedOutput, err: CapturedOutput) -> None:
+        """Have what is printed while it loads come into files."""
+        self._out = out
+        self._err = err
+        os.dup2(out.handle, 1)
+        os.dup2(err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
-        # What setup forks must not hold the line by which the daemon sees our end
+        # What setup forks must not hold the line by which the other side sees our end
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(after_in_child=self._control.close)
+
+    def _load(self, code: Buffer) -> bool:
+        """Load the computation and run its setup; whether that went well. The other side is told
+        why not."""
         try:
-            self._code.load(init.bodies[1])
-            self._workers.keep_children()
-            gc.collect()
-            gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+            self._code.load(memoryview(code))
+            self._loaded()
         except BaseException as exc:  # the user's modules and setup may raise anything
-            self._workers.kill_strays()
-            # Nobody wants it any more, and what that has interrupted is no fault
-            if self._shall_end:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
+            self._not_loaded()
             if self._code.is_loaded:
                 hint = ''
             else:
                 hint = explain_import(exc, self._spec['name'])
             self._tell_failure(hint + '\n' * bool(hint) +
                                describe_exception(exc, frames_of_ours(exc)))
-            return
+            return False
+        return True
+
+    def _loaded(self) -> None:
+        """All is well so far. May raise what setup may."""
+
+    def _not_loaded(self) -> None:
+        """It is about to be told that the computation cannot be used here."""
+
+    def _tell_up(self) -> None:
         self._send(RecordType.READY, 0, 0, 0.0, 0.0,
                    pickle.dumps(modules.notes if modules is not None else []))
-        self._serve()
-
-    def _told_to_end(self, number: int, frame: Any) -> None:
-        self._shall_end = True
-        sys.exit(0)
 
     def _tell_failure(self, text: str) -> None:
         """The computation cannot be used here; the record's number is 1 if its code cannot even be
         loaded."""
         sys.stdout.flush()
         sys.stderr.flush()
-        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        printed = self._err.peek(os.fstat(2).st_size)
+        text = shorten(text) + stderr_tail(printed)
         self._send(RecordType.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0,
                    text.encode('utf-8', 'replace'))
 
-    def _serve(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        self._workers.closed_in_workers = (reader, writer)
-        if hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        selector = selectors.DefaultSelector()
-        selector.register(self._control, selectors.EVENT_READ)
-        selector.register(reader, selectors.EVENT_READ)
-        workers = self._workers
-        handlers = {RecordType.FORK: lambda record: workers.fork(record, self._handles.popleft()),
-                    RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
-                    RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
-                    RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
-        try:
-            while True:
-                ready = selector.select(self._workers.patience())
-                if any(key.fileobj == reader for key, _ in ready):
-                    os.read(reader, 4096)
-                if any(key.fileobj is self._control for key, _ in ready):
-                    self._receive()
-                while self._records:
-                    record = self._records.popleft()
-                    if record.kind == RecordType.CLOSE:
-                        return
-                    handlers[RecordType(record.kind)](record)
-                workers.look()
-        finally:
-            self._end()
+    def _clean_up(self) -> None:
+        """Run the computation's cleanup, and tell if it fails."""
+        failure = self._code.clean_up(self._end_node)
+        if failure:
+            self._tell_failure(failure)
+
+    @staticmethod
+    def _finalize() -> None:
+        """This process ends without exit handlers, those of the user's modules; shared variables
+        that setup has made leave named semaphores behind unless they are finalized."""
+        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
+        if finalize is not None:
+            finalize(0)
+
+    def _end_node(self) -> None:
+        """dispynode_shutdown, which a cleanup finds where the node was started with
+        --client-shutdown: the node ends when its client lets go of it."""
+        self._send(RecordType.END_NODE)
 
     def _receive(self) -> None:
         while True:
@@ -9932,32 +10935,167 @@ class Runner:
             else:
                 data = self._control.recv_into(self._intake.get_buffer())
             if not data:
-                sys.exit(0)   # the daemon is gone
+                sys.exit(0)   # the other side is gone
             self._records.extend(self._intake.records(data))
             if self._records:
                 return
+
+    def _take_socket(self, record: Record) -> socket.socket:
+        return take_socket(record, self._handles)
 
     def _send(self, *args: Any) -> None:
         for buffer in pack_record(*args):
             self._control.sendall(buffer)
 
+
+class Runner(LoadingProcess):
+    """Has workers made, reaps them and tells the daemon of it. Where workers are forked, it loads
+    the computation before and runs its setup once."""
+
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(control)
+        self._shall_end = False
+
+    def run(self) -> None:
+        """Until told to close, or the daemon is gone."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._receive()
+        init = self._records.popleft()
+        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        private = self._spec['private']
+        selector = selectors.DefaultSelector()
+        forks = self._spec['start_method'] == FORK
+        if forks:
+            self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
+        else:
+            self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
+        self._catch_output(CapturedOutput(private), CapturedOutput(private))
+        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
+        unpack_support(self._spec)
+        if forks:
+            if not self._load(init.bodies[1]):
+                return
+            self._tell_up()
+        self._serve(selector)
+
+    def _loaded(self) -> None:
+        self._workers.keep_children()
+        gc.collect()
+        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    def _not_loaded(self) -> None:
+        self._workers.kill_strays()
+        # Nobody wants it any more, and what that has interrupted is no fault
+        if self._shall_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _told_to_end(self, number: int, frame: Any) -> None:
+        self._shall_end = True
+        sys.exit(0)
+
+    def _serve(self, selector: selectors.BaseSelector) -> None:
+        reader, writer = socket_pair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        workers = self._workers
+        workers.closed_in_workers = (reader.fileno(), writer.fileno())
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        selector.register(self._control, selectors.EVENT_READ, self._receive)
+        selector.register(reader, selectors.EVENT_READ, functools.partial(reader.recv, 4096))
+        handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
+                    RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
+                    RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
+                    RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
+        try:
+            workers.begin()
+            while not workers.failed:
+                for key, _ in selector.select(workers.patience()):
+                    key.data()
+                while self._records:
+                    record = self._records.popleft()
+                    if record.kind == RecordType.CLOSE:
+                        return
+                    handlers[RecordType(record.kind)](record)
+                workers.look()
+        finally:
+            self._end()
+
     def _end(self) -> None:
         self._workers.end()
-        failure = self._code.clean_up(self._end_node)
-        if failure:
-            self._tell_failure(failure)
+        self._clean_up()
         self._workers.drop_children()
-        # This process ends without exit handlers, those of the user's modules; shared variables
-        # that setup has made leave
-        # named semaphores behind unless they are finalized.
-        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
-        if finalize is not None:
-            finalize(0)
+        self._finalize()
 
-    def _end_node(self) -> None:
-        """dispynode_shutdown, which a cleanup finds where the node was started with
-        --client-shutdown: the node ends when its client lets go of it."""
-        self._send(RecordType.END_NODE)
+
+class SpawnedWorker(LoadingProcess):
+    """A worker that is not forked: loads the computation by itself and waits for its pipe."""
+
+    def run(self, private: str, names: Tuple[str, str], place: Tuple[int, int]) -> None:
+        """Until its pipe is closed, or it is not fit for another job. `names` are those of the
+        files for its output, `place` is that of its slots."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._next_order()   # INIT: the runner sees to what this process starts
+        self._catch_output(*(CapturedOutput(private, name) for name in names))
+        slots = Slots.open(private, *place)
+        with open(os.path.join(private, SpawnedWorkers.FILE), 'rb') as file:
+            self._spec, code = pickle.load(file)   # from the runner that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        if not self._load(code):
+            os._exit(1)
+        self._tell_up()
+        record = self._next_order()
+        if record.kind == RecordType.FORK:
+            sock = self._take_socket(record)
+            self._send(RecordType.ALIVE)   # it has arrived
+            for output in (self._out, self._err):
+                output.empty()
+            if IS_WINDOWS:
+                _thread.start_new_thread(self._hear_orders, ())
+            Worker(sock, slots, self._code.function, self._out, self._err, self._spec, libc,
+                   self._code.threads, self._code.globals).serve(self._leave)
+        else:
+            self._leave()
+
+    def tell_fault(self, text: str) -> None:
+        """What is no fault of the computation keeps this worker from running jobs."""
+        with contextlib.suppress(OSError):   # the runner is gone
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+
+    def _next_order(self) -> Record:
+        if not self._records:
+            self._receive()
+        return self._records.popleft()
+
+    def _loaded(self) -> None:
+        check_not_shared(self._code.globals)
+
+    def _leave(self) -> None:
+        self._clean_up()
+        self._finalize()
+
+    def _hear_orders(self) -> None:
+        """Windows, a thread: what are signals elsewhere. Their handlers run in the main thread. It
+        is none of `threading`, which would show it to jobs."""
+        signals = {RecordType.INTERRUPT: signal.SIGINT, RecordType.RECALL: TAKE_BACK_SIGNAL}
+        while True:
+            try:
+                self._receive()
+            except (OSError, SystemExit):   # the runner is gone, and this process will be
+                return
+            while self._records:
+                number = signals.get(RecordType(self._records.popleft().kind))
+                if number is not None:
+                    signal.raise_signal(number)
 
 
 class User(NamedTuple):
@@ -10061,12 +11199,67 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     os._exit(code)   # threads and exit handlers of the user's modules are not waited for
 
 
+def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
+                place: Tuple[int, int], runner: int) -> None:
+    """A worker process that is not forked, started by the runner with `spawn`."""
+    if hasattr(os, 'setsid'):
+        os.setsid()   # a group of its own, for signals to the job and all it starts
+    _no_stdin()
+    worker = SpawnedWorker(socket.socket(fileno=_out_of_reach(control.detach())))
+    try:
+        if os.getppid() != runner:
+            os._exit(1)   # nobody is there who could end this process
+        worker.run(private, names, place)
+    except (ConnectionError, EOFError, SystemExit):
+        os._exit(1)   # the other side is gone, and with it whoever could be told
+    except BaseException:   # no descriptors, or our own fault
+        worker.tell_fault(traceback.format_exc())
+        os._exit(70)
+    os._exit(0)   # as a runner
+
+
 # --------------------------------------------------------------------------------------------------
 # Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and
 # scheduler alike.
 # --------------------------------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+# macOS may give the receiver a dead socket if it is closed here before it has arrived there
+LATE_PASSING = sys.platform == 'darwin'
+
+
+def socket_pair() -> Tuple[socket.socket, socket.socket]:
+    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
+    pair = socket.socketpair()
+    for sock in pair:
+        set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    return pair
+
+
+def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0) -> Tuple[
+        bytes, Optional[socket.socket]]:
+    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
+    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
+    if hasattr(socket, 'SCM_RIGHTS'):
+        return pack_record(kind, number)[0], sock  # type: ignore[return-value]
+    shared = sock.share(pid)  # type: ignore[attr-defined]
+    return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
+
+
+def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
+    """Send bytes and a socket with the first of them. Raises OSError."""
+    handles = array.array('i', [passing.fileno()])
+    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+
+
+def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
+    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
+    if not hasattr(socket, 'SCM_RIGHTS'):
+        return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
+    handle = handles.popleft()
+    if handle < 0:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return socket.socket(fileno=_out_of_reach(handle))
 
 
 def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
@@ -10078,8 +11271,8 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be
-    set."""
+    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
+    can be set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
     for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
@@ -10197,9 +11390,7 @@ class Channel:
     def _send_some(self) -> int:
         view, passing = self._out[0]
         if passing is not None:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
-                          array.array('i', [passing.fileno()]))]
-            sent = self.sock.sendmsg([view], ancillary)
+            sent = send_with(self.sock, [view], passing)
             passing.close()
             self._out[0] = (view, None)
             return sent
@@ -10209,7 +11400,7 @@ class Channel:
         return self.sock.sendmsg([view for view, _ in plain])
 
     def receive(self, room: memoryview) -> int:
-        """As a socket's recv_into."""
+        """Do as a socket's recv_into does."""
         return self.sock.recv_into(room)
 
     def read(self, now: float) -> List[Any]:
@@ -10310,7 +11501,7 @@ class IncomingValue:
 
 
 class InMemory:
-    """A place for a value: memory that is taken as the value comes."""
+    """Memory for a value, which is taken as the value comes."""
 
     def __init__(self, size: int) -> None:
         """Raises MemoryError."""
@@ -10337,7 +11528,8 @@ class Values:
         """`where` tells whose memory it is, for people."""
         self.where = where
         self._log = log
-        self._coming: Dict[Tuple[int, str], IncomingValue] = {}   # (link, computation) -> what comes
+        # (link, computation) -> what comes
+        self._coming: Dict[Tuple[int, str], IncomingValue] = {}
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
         """The message that is whole with this part; what stands for one for which there is no room;
@@ -10405,10 +11597,11 @@ class Values:
             return Unfit(comp, row, unfit_text(value.total, text))
         text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
             '(dispy_send_file)' % (value.total, text)
-        if row[1] in PROVISIONAL:
+        if row[OUTCOME] in PROVISIONAL:
             self._log.error('provisional: %s', text)
             return None
-        refused = (row[0], int(Outcome.RAISED), *row[2:4], pack_error(text, None), *row[5:])
+        refused = (row[SERIAL], int(Outcome.RAISED), *row[START:PAYLOAD], pack_error(text, None),
+                   *row[STDOUT:])
         return Results(comp, [refused])
 
     def drop(self, link: int, comp: Optional[str] = None) -> None:
@@ -10556,7 +11749,8 @@ class Link(Channel):
 
     @property
     def owes(self) -> bool:
-        """Whether results go in parts: a Bye would say that their jobs had never begun."""
+        """Whether results are on their way in parts: a Bye would say that their jobs had never
+        begun."""
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
 
@@ -10681,9 +11875,9 @@ class Refusals:
         over = []
         for first, last, comp, serials in self._sent.get(link.number, ()):
             for serial in serials if first <= number <= last else ():
-                self._counts[comp, serial >> 16] += 1
-                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
-                    del self._counts[comp, serial >> 16]
+                self._counts[comp, job_number(serial)] += 1
+                if self._counts[comp, job_number(serial)] >= REFUSED_MOST:
+                    del self._counts[comp, job_number(serial)]
                     over.append((comp, serial))
         return over
 
@@ -10812,8 +12006,19 @@ class Loop:
             self.links[channel.number] = channel
             channel.values = self.values
             self.set_pulse(channel, channel.pulse)
+            self._bound(channel)
         if channel.wants_write:
             self._dirty.add(channel)
+
+    def _bound(self, link: 'Link') -> None:
+        """Where only select() can wait for sockets, which is on Windows, it cannot for more than
+        512, and the loop would end. The link is ended, and both sides are told why."""
+        if isinstance(self._selector, selectors.SelectSelector) and len(
+                self._selector.get_map()) > SELECT_MOST:
+            text = 'there are more than %d connections, which this system cannot wait for' \
+                % SELECT_MOST
+            self.send(link, Bye(text))
+            self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
         """The other side gives a link up when it hears nothing for several of these."""
@@ -10840,7 +12045,7 @@ class Loop:
         self._selector.register(sock, selectors.EVENT_READ, call)
 
     def remove_reader(self, sock: Any) -> None:
-        """The inverse."""
+        """Watch a socket no more."""
         self._selector.unregister(sock)
 
     def send(self, link: Link, message: Any) -> None:
@@ -11073,7 +12278,7 @@ class Loop:
 
 
 class Authenticated(NamedTuple):
-    """Posted by a gate: a peer that proved itself."""
+    """A peer has proved itself. Posted by a gate."""
     sock: socket.socket
     session: Session
     address: str
@@ -11147,7 +12352,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             sock, where = super().get_request()
             return sock, (address_in(where), *where[1:])
         except OSError as exc:
-            if exc.errno in (23, 24):   # ENFILE, EMFILE
+            if exc.errno in (errno.ENFILE, errno.EMFILE):
                 if self._spare >= 0:
                     os.close(self._spare)
                 self._spare = -1
@@ -11202,7 +12407,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """TLS and handshake. The connection's own thread."""
+        """Carry out TLS and handshake. Runs in the connection's own thread."""
         address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
         deadline = time.monotonic() + self._patience
         sock = request
@@ -11227,7 +12432,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
             self._log(
                 address,
-                tls_text(exc) if type(exc).__name__.startswith('SSL') else str(exc) or 'it hung up')
+                tls_text(exc) if is_of_tls(exc) else str(exc) or 'it hung up')
         finally:
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
@@ -11356,7 +12561,7 @@ def dial_text(exc: BaseException) -> str:
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     # With TLS 1.3 a rejected certificate comes to light in the handshake
-    if type(exc).__name__.startswith('SSL'):
+    if is_of_tls(exc):
         return tls_text(exc)
     if isinstance(exc, OSError) and exc.errno in NO_WAY:
         return 'it cannot be reached: %s' % exc.strerror
@@ -11372,7 +12577,7 @@ def told_once(text: str) -> str:
 
 
 def why_unreached(exc: BaseException) -> Unreached:
-    """The same in a word."""
+    """Return why no connection came about, as one of few cases."""
     if isinstance(exc, ConnectionRefusedError):
         return Unreached.DOWN
     if isinstance(exc, UnicodeError):
@@ -11382,13 +12587,13 @@ def why_unreached(exc: BaseException) -> Unreached:
             return Unreached.NAME_SERVICE
         return Unreached.NO_SUCH_NAME
     if (isinstance(exc, HandshakeError)
-            and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
+            and not isinstance(exc, Silence)) or is_of_tls(exc):
         return Unreached.REFUSED
     return Unreached.UNREACHABLE
 
 
 class Connected(NamedTuple):
-    """Posted by the thread of a Reconnector: `peer` was reached."""
+    """`peer` was reached. Posted by the thread of a Reconnector."""
     peer: Any
     sock: Any
     session: Session
@@ -11396,7 +12601,7 @@ class Connected(NamedTuple):
 
 
 class ConnectFailed(NamedTuple):
-    """Posted by the thread of a Reconnector: it was not."""
+    """`peer` was not reached. Posted by the thread of a Reconnector."""
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
@@ -11473,7 +12678,7 @@ class Reconnector:
 
 
 class _Connecting:
-    """One thread of a Reconnector."""
+    """One attempt of a Reconnector, which has a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
                  reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
@@ -11557,16 +12762,16 @@ class SecondConnection:
 
 
 # Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
-# would be asked from link-local
-# addresses, and no node could be meant by the address that people know.
+# would be asked from link-local addresses, and no node could be meant by the address that people
+# know.
 GROUP6 = 'ff15::d159:5'
 GROUP4 = '239.255.97.1'
 REACHES = ('lan', 'loopback', 'off')
 
 
 def discovery_reach() -> str:
-    """How far datagrams go, from the environment: 'lan', 'loopback' (this machine) or 'off'. Raises
-    ValueError."""
+    """Return how far datagrams go, by the environment: 'lan', 'loopback' (this machine) or 'off'.
+    Raises ValueError."""
     reach = os.environ.get('DISPY_DISCOVERY') or 'lan'
     if reach not in REACHES:
         raise ValueError(
@@ -11576,7 +12781,7 @@ def discovery_reach() -> str:
 
 
 class UdpListener(socketserver.UDPServer):
-    """One UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
+    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
     source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
@@ -11592,7 +12797,7 @@ class UdpListener(socketserver.UDPServer):
         super().__init__((host, port), None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Options, address, groups."""
+        """Set options, bind the address, join groups."""
         sock = self.socket
         if sys.platform != 'linux':   # on Linux it would bar other users' nodes
             set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
@@ -11618,7 +12823,7 @@ class UdpListener(socketserver.UDPServer):
                                     socket.inet_aton(GROUP4) + socket.inet_aton(address))
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """One datagram."""
+        """Take one datagram."""
         data, sock = request
 
         def reply(answer: bytes) -> None:
@@ -11667,6 +12872,11 @@ def interfaces() -> List[int]:
         return []
 
 
+# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
+# address of it, which has no broadcast: then one of those who listen hears it.
+LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
+
+
 class DiscoverySockets:
     """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
     and speaks to `there`, from the first of its ports, where the answers come. The loop's
@@ -11690,7 +12900,7 @@ class DiscoverySockets:
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             hosts = [(socket.AF_INET,
-                      '' if reach == 'lan' else '127.255.255.255' if number else '127.0.0.1')]
+                      '' if reach == 'lan' else LOOPBACK if number else '127.0.0.1')]
             if reach == 'lan' and socket.has_ipv6:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
@@ -11718,7 +12928,7 @@ class DiscoverySockets:
         if ear.address_family == socket.AF_INET6:
             targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
-            hosts = {'127.255.255.255'}
+            hosts = {LOOPBACK}
             if self._reach == 'lan':
                 hosts |= {broadcast
                           for broadcast in own_addresses().values()
@@ -11735,7 +12945,7 @@ class DiscoverySockets:
                     ear.socket.sendto(data, (GROUP4, port))
 
     def close(self) -> None:
-        """Listen no more. Does nothing the second time."""
+        """Stop listening. Does nothing the second time."""
         for ear in self.ears:
             self._loop.remove_reader(ear.socket)
             ear.server_close()
@@ -11771,6 +12981,7 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
+    start_method: str = FORK               # of workers, for clients that do not say
 
 
 class ChildEnded(NamedTuple):
@@ -11779,7 +12990,7 @@ class ChildEnded(NamedTuple):
 
 
 class Digested(NamedTuple):
-    """Posted by a thread: digests of files that were there are known."""
+    """The digests of files that were there are known. Posted by a thread."""
     action: PrepareDirectory
 
 
@@ -11828,7 +13039,7 @@ class NodeDirectory:
             self._take_above(os.path.dirname(root), mode)
         take_own_directory(root, NODE_MARK, ('lock', ) if _was_ours(root) else (),
                            '--dest-path-prefix', mode)
-        self._lock_file = _lock(os.path.join(root, 'lock'), self._port, self._instance)
+        self._lock_file = take_lock(os.path.join(root, 'lock'), self._port, self._instance)
         self.base = os.path.realpath(root)
         if self._options.clean:
             for name in os.listdir(root):
@@ -11879,8 +13090,8 @@ class NodeDirectory:
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
-        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is
-        in the way of the lock."""
+        """Make the directory of --user in ours. Ours stays root's, so that nothing that a job
+        plants is in the way of the lock."""
         root = os.path.join(root, 'user-' + user.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(root, 0o700)
@@ -11988,8 +13199,8 @@ class ComputationDirectory:
 
 
 class ComputationFiles:
-    """Files of computations: makes their directories, finds out what is missing, stores what comes.
-    The loop's thread."""
+    """The files of computations: this makes their directories, finds out what is missing, stores
+    what comes. The loop's thread."""
 
     def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
         self._daemon = daemon
@@ -12191,7 +13402,7 @@ class ResultStore:
             self._daemon.post(ResultsSpooled(action.comp, [], str(exc)))
         else:
             self._unkept.discard(action.comp)
-            self._daemon.tell(ResultsSpooled(action.comp, [row[0] for row in action.rows]))
+            self._daemon.tell(ResultsSpooled(action.comp, [row[SERIAL] for row in action.rows]))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
@@ -12202,7 +13413,7 @@ class ResultStore:
 
     def usable(self, comp: str, row: tuple) -> tuple:
         """A row of Results, or what is told in the place of one that its client could not take."""
-        text = self.refused.get((comp, row[0]))
+        text = self.refused.get((comp, row[SERIAL]))
         if text is None:
             return row
         return refused_row(row, text)
@@ -12213,13 +13424,13 @@ class ResultStore:
                                  self._kept_rows(action.link, action.comp))
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Results from the disk. Those that are not there any more have been lost, which their
+        """Read results from the disk. Those that are not there any more have been lost, which their
         client is told; when there is no descriptor to read them with they are tried again."""
         missing = set(self._daemon.node.results.spooled_serials(comp))
         text = 'the file ends before it'
         try:
             for row in self._directory.spool(comp).rows():
-                missing.discard(row[0])
+                missing.discard(row[SERIAL])
                 yield self.usable(comp, row)
         except FileNotFoundError as exc:
             text = str(exc)
@@ -12320,6 +13531,9 @@ class ComputationProcesses:
         self.files = files
         self.comp = files.comp
         self.process: Any = None
+        self.tree: Optional[ProcessTree] = None
+        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until it has arrived
+        self.start_method = FORK
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
         self.text = ''
@@ -12328,6 +13542,11 @@ class ComputationProcesses:
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def arrived(self, worker: int) -> None:
+        """The runner has taken the pipe of a worker, or never will."""
+        if worker in self.passed:
+            self.passed.pop(worker).close()
 
     def known(self, worker: int, pid: int) -> None:
         """A worker's process: from the kernel, never by its own word."""
@@ -12339,9 +13558,11 @@ class ComputationProcesses:
         pid, start = self.pids.get(worker, (0, ''))
         if not pid or start_of(pid) != start:
             return
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, 'killpg'):
+                os.killpg(pid, SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, SIGKILL)
 
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
@@ -12414,8 +13635,9 @@ class ProcessHost:
         """Start the process that loads the code of a computation."""
         run = ComputationProcesses(self._files.of(action.comp))
         spec = action.spec
+        run.start_method = spec.get('start_method') or self._options.start_method
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
             self._daemon.post(
                 RunnerGone(action.comp,
@@ -12430,8 +13652,11 @@ class ProcessHost:
             run.process = multiprocessing.get_context('spawn').Process(
                 target=runner_main, args=(theirs, self._options.user), name='dispy-runner')
             run.process.start()
+            run.tree = tree_of(run.process)
         except OSError as exc:
             ours.close()
+            if run.process.pid is not None:
+                run.process.kill()
             self._daemon.post(
                 RunnerGone(action.comp,
                            'its process cannot be started: %s' % shortage(exc),
@@ -12454,6 +13679,7 @@ class ProcessHost:
             'support': {name: bytes(source)
                         for name, source in spec['support'].items()
                         }, 'max_file': self._options.max_file, 'max_value': VALUE_MOST,
+            'start_method': run.start_method,
             'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
             'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'], 'names': {
                 'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
@@ -12473,6 +13699,10 @@ class ProcessHost:
         run.closing = True
         run.kill_at = self._daemon.now + GRACE
         if run.up and run.control is not None:
+            if run.start_method == SPAWN:   # then workers run cleanup, and are waited for
+                for pipe in run.pipes.values():
+                    self._daemon.detach(pipe)
+                run.pipes.clear()
             run.control.push(pack_record(RecordType.CLOSE))
         else:
             run.process.terminate()
@@ -12537,6 +13767,8 @@ class ProcessHost:
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
             begun = Slots.read(run.files.private)
+        for worker in list(run.passed):
+            run.arrived(worker)
         for pipe in (*run.pipes.values(), run.control):
             if pipe is not None:
                 self._daemon.detach(pipe)
@@ -12549,8 +13781,7 @@ class ProcessHost:
             self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        passes = not run.text and code in (None, -signal.SIGTERM,
-                                           -getattr(signal, 'SIGKILL', signal.SIGTERM))
+        passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
         self._daemon.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
@@ -12576,9 +13807,11 @@ class ProcessHost:
     def _kill_workers(run: ComputationProcesses) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
         of their groups, and for that of a runner that was killed in a setup that hung."""
-        if hasattr(os, 'killpg'):
+        if run.tree is not None:
+            run.tree.close()
+        elif hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(run.process.pid, signal.SIGKILL)
+                os.killpg(run.process.pid, SIGKILL)
             for worker in list(run.pids):
                 run.kill(worker)
 
@@ -12637,10 +13870,12 @@ class ProcessHost:
             logger.warning('%s', run.text)
 
     def _on_worker_started(self, run: ComputationProcesses, record: Record) -> None:
+        run.arrived(record.number)
         if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
             run.known(record.number, record.serial)
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
+        run.arrived(record.number)
         self._daemon.detach(run.pipes.pop(record.number))
         self._daemon.tell(
             WorkerStartFailed(record.number,
@@ -12736,7 +13971,7 @@ class ProcessHost:
                 WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == RecordType.FILE:
             row = open_envelope(record.bodies[0])
-            if not _is_file(row) or not _is_serial(record.serial):
+            if not _is_file(row) or not is_serial(record.serial):
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
                               record.number * FILE_PIECE, out_of_band(record.bodies[1]))
@@ -12745,7 +13980,7 @@ class ProcessHost:
         elif record.kind == RecordType.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int
-                                                   and not _is_serial(request)):
+                                                   and not is_serial(request)):
                 raise PeerError('modules that are none')
             self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == RecordType.INITIALIZED:
@@ -12771,7 +14006,7 @@ class ProcessHost:
         """Have a worker forked."""
         run = self._runs[action.comp]
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
             self._daemon.tell(WorkerStartFailed(action.worker, shortage(exc)))
             return
@@ -12780,7 +14015,12 @@ class ProcessHost:
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
         self._daemon.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
-        run.control.push(pack_record(RecordType.FORK, action.worker), theirs)
+        data, passing = pack_socket(theirs, run.process.pid, RecordType.FORK, action.worker)
+        if LATE_PASSING:
+            run.passed[action.worker] = theirs.dup()
+        run.control.push([data], passing)
+        if passing is None:
+            theirs.close()
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
@@ -13030,8 +14270,9 @@ class Daemon(Loop):
         super().__init__()
         self._options = options
         name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve,
-                         options.client_shutdown, self.now)
+        facts = dict(node_facts(), start_method=options.start_method)
+        self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
+                                options.client_shutdown, self.now)
         self.values.where = 'on node %s' % name
         self._phase = Phase.SERVING
         # When to look at the clock on the wall
@@ -13121,7 +14362,7 @@ class Daemon(Loop):
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
             where = format_address(host, port)
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+            if exc.errno == errno.EADDRINUSE:
                 raise StartError(
                     'port %d is in use (%s), perhaps by another dispynode; choose another port '
                     'with -p/--port'
@@ -13421,8 +14662,18 @@ def _cgroup_pids() -> List[int]:
     return found
 
 
+# Exit codes of Windows that people meet
+NT_STATUS = {
+    0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
+    0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
+    0xC0000409: 'abort, or a stack buffer overrun'}
+
+
 def exit_text(code: Optional[int]) -> str:
     """What an exit code says, in words."""
+    if code is not None and code >= 1 << 31:   # Windows: an exception that nothing has handled
+        name = NT_STATUS.get(code, 'see "NTSTATUS values"')
+        return 'ended with exit code %d (0x%X, %s)' % (code, code, name)
     if code is None or code >= 0:
         return 'ended with exit code %s' % code
     try:
@@ -13461,7 +14712,8 @@ def installed_version(package: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or not hasattr(spec.loader, 'get_data'):
         return ''
-    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]   # it may lie in an archive
+    # It may lie in an archive
+    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
     if found:
         return found.group(1).decode()
@@ -13537,7 +14789,7 @@ def lock_file(file: Any) -> None:
             time.sleep(0.02)
 
 
-def _lock(path: str, port: int, instance: bytes = b'') -> Any:
+def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
     """Take the lock file or raise StartError naming who has it. Released by the system when the
     process ends."""
     file = open(path, 'a+')
@@ -13555,6 +14807,19 @@ def _lock(path: str, port: int, instance: bytes = b'') -> Any:
                (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
     file.flush()
     return file
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 class DirectoryRemains:
@@ -13612,246 +14877,6 @@ class DirectoryRemains:
 
 
 # --------------------------------------------------------------------------------------------------
-# Deployment: the half of `python -m dispy deploy` and `stop` that runs on the host, by ssh
-# --------------------------------------------------------------------------------------------------
-
-class Deployment:
-    """The node that was deployed on this host for this user: its file, its log, and a note of how
-    it was started.
-
-    The directory has the host's name, since hosts may share a home. A context, so that one deploy
-    or stop is at work at a time; at its end the directory goes unless something is deployed.
-    """
-
-    def __init__(self) -> None:
-        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
-        self._script, self._noted, self._log = (os.path.join(self._directory, name)
-                                                for name in ('dispynode.py', 'note', 'log'))
-        self._note: dict = {}
-
-    def __enter__(self) -> 'Deployment':
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        try:
-            self._lock = _lock(os.path.join(self._directory, 'lock'), 0)
-        except StartError:
-            raise StartError('another deploy or stop is at work on this host') from None
-        try:
-            if os.path.exists(self._noted):
-                with open(self._noted) as file:
-                    self._note = json.load(file)
-        except ValueError as exc:
-            self._lock.close()
-            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
-                             (self._noted, exc)) from exc
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        if not self._note:
-            shutil.rmtree(self._directory)
-            with contextlib.suppress(OSError):   # other hosts have theirs there
-                os.rmdir(os.path.dirname(self._directory))
-        self._lock.close()
-
-    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
-               restart: bool) -> str:
-        """Have a node run from this source with these options and, if one is given, this secret.
-        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
-        of a node that does not run."""
-        path = secret_path()
-        if secret:
-            have = self._present_secret(path)
-        else:
-            have = b''
-        if have not in (b'', secret) and not replace_secret:
-            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
-        wanted = {
-            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
-        }
-        pid = self._running()
-        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
-            return 'runs already: port %(port)d, PID %(pid)d' % self._note
-        if pid and not restart and self._busy():
-            raise StartError(
-                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
-                'again when it is idle, or with --restart' % pid)
-        # A secret that deploy has not put there
-        if self._digest(have) == self._note.get('secret'):
-            foreign = b''
-        else:
-            foreign = have
-        put = self._digest_put(secret, foreign)
-        try:
-            self._end(pid)
-            self._note = {'wanted': wanted, 'secret': put}
-            _write_private(self._script, source)
-            if secret != have:
-                _write_private(path, secret + b'\n')
-            self._start(options, ['--secret-file', path] if secret else [])
-        except (OSError, StartError) as exc:
-            if self._running():   # it does not end, or has not been touched
-                raise
-            self._undo(path, put, foreign)
-            raise StartError('%s%s' %
-                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
-        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
-                                        self._note['pid'])
-
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
-        if not self._note:
-            return 'nothing was deployed here'
-        pid = self._running()
-        self._end(pid)
-        self._remove()
-        if pid:
-            return 'stopped'
-        return 'ran no more; its files are removed'
-
-    def _start(self, options: List[str], more: List[str]) -> None:
-        """Start the daemon, in a session of its own, and wait until it listens."""
-        args = _parser().parse_args(options)
-        log = os.path.abspath(args.log_file or self._log)
-        if os.path.exists(log):
-            begin = os.path.getsize(log)
-        else:
-            begin = 0
-        with open(self._log, 'ab') as output:
-            said = output.tell()
-            process = subprocess.Popen(
-                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True)
-        self._note['pid'] = process.pid
-        _write_private(self._noted, json.dumps(self._note).encode())
-        until = time.monotonic() + DEPLOY_TIME
-        found = None
-        while found is None:
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                # Main logs it
-                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
-            if process.returncode is not None or time.monotonic() > until:
-                process.kill()
-                code = process.wait()
-                raise StartError(
-                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
-                    or 'it ' + exit_text(code))
-        port = int(found.group(1))
-        self._note.update(port=port,
-                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
-        _write_private(self._noted, json.dumps(self._note).encode())
-
-    def _running(self) -> int:
-        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
-        not taken for it."""
-        pid = self._note.get('pid', 0)
-        if not pid:
-            return 0
-        if os.path.isdir('/proc/self'):
-            command = _since('/proc/%d/cmdline' % pid)
-        else:
-            command = subprocess.run(
-                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
-        if os.fsencode(self._script) in command:
-            return pid
-        return 0
-
-    def _busy(self) -> bool:
-        """Whether a computation is there."""
-        root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
-
-    def _end(self, pid: int) -> None:
-        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
-        is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
-            if self._running():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            while self._running() and time.monotonic() < until:
-                time.sleep(0.02)
-        if self._running():
-            raise StartError('PID %d does not end after SIGTERM' % pid)
-        root = self._note.get('root', '')
-        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
-            if set(os.listdir(root)) <= KEEPING_FILES:
-                shutil.rmtree(root)
-                os.rmdir(os.path.dirname(default_directory(0)))
-
-    def _undo(self, path: str, put: str, foreign: bytes) -> None:
-        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
-        self._remove()
-        if put and foreign:
-            _write_private(path, foreign + b'\n')
-
-    def _remove(self) -> None:
-        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
-        path = secret_path()
-        if os.path.lexists(path) and self._digest(_read_secret(path)) == self._note.get('secret'):
-            os.unlink(path)
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))
-        self._note = {}
-
-    @staticmethod
-    def _digest(secret: bytes) -> str:
-        return hashlib.sha256(secret).hexdigest()
-
-    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
-        """The digest of the secret that will have been put here; empty if it was here before."""
-        if not secret:
-            return self._note.get('secret', '')  # type: ignore[no-any-return]
-        if secret != foreign:
-            return self._digest(secret)
-        return ''
-
-    @staticmethod
-    def _present_secret(path: str) -> bytes:
-        if os.path.lexists(path):
-            return _read_secret(path)
-        return b''
-
-
-def _since(path: str, begin: int = 0) -> bytes:
-    """What a file has from there on; nothing if there is no such file."""
-    try:
-        with open(path, 'rb') as file:
-            file.seek(begin)
-            return file.read()
-    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
-        return b''
-
-
-def _write_private(path: str, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def deployment(source: bytes, task: str, *request: Any) -> None:
-    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
-    done, on stdout after DEPLOYED, or why not, on stderr."""
-    try:
-        if os.name == 'nt':
-            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
-        with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
-    except (StartError, SecretError, OSError) as exc:
-        sys.exit(str(exc))
-
-
-# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -13863,7 +14888,7 @@ def available_cpus() -> int:
 
 
 def serve_option(text: str) -> Optional[int]:
-    """A number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
+    """Read a number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
     try:
         number = int(text)
     except ValueError:
@@ -13888,7 +14913,7 @@ def count_cpus(wanted: Optional[int]) -> int:
 
 
 def size_option(text: str) -> int:
-    """Bytes: a number, with k, m, g or t behind it for powers of 1024."""
+    """Read a number of bytes, with k, m, g or t behind it for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
         number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
     else:
@@ -13899,7 +14924,7 @@ def size_option(text: str) -> int:
 
 
 def _time_of_day(text: str) -> str:
-    """HH:MM."""
+    """Read a time of day, HH:MM."""
     hour, _, minute = text.partition(':')
     if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
         raise argparse.ArgumentTypeError('%r is no time of day such as 08:30' % text)
@@ -13907,7 +14932,7 @@ def _time_of_day(text: str) -> str:
 
 
 def positive_number(text: str) -> float:
-    """A number above 0."""
+    """Read a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -13915,7 +14940,7 @@ def positive_number(text: str) -> float:
 
 
 def seconds_option(text: str) -> float:
-    """A time in seconds."""
+    """Read a time in seconds."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
@@ -13924,7 +14949,7 @@ def seconds_option(text: str) -> float:
 
 
 def minutes_option(text: str) -> float:
-    """A time in minutes."""
+    """Read a time in minutes."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
@@ -13933,7 +14958,8 @@ def minutes_option(text: str) -> float:
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
-    """Hours of service from their options. Raises ValueError for those that make no sense."""
+    """Return the hours of service that options give. Raises ValueError for those that make no
+    sense."""
     if start is None and stop is None and end is None:
         return None
     if start is None or (stop is None and end is None):
@@ -14026,11 +15052,6 @@ OBSOLETE_NODE = {
     '--unsafe-setup': (False, 'setup() runs in a process of its computation'),
     '--admin-secret': (True, 'there is no dispyadmin'),
 }
-OBSOLETE_SCHEDULER = {
-    '--msg-timeout': (True, 'connections are kept'),
-    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
-    '--cooperative': (False, 'each program limits its own CPUs of a node'),
-}
 
 
 def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bool, str]]) -> None:
@@ -14108,25 +15129,172 @@ class OldConfig:
         return ['%s=%s' % (option, item) for item in items]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispynode',
-                                     description='Run jobs of dispy clients on this host.',
-                                     epilog='''
-        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
-        ''' + EXIT_STATUSES)
+class OptionParser(argparse.ArgumentParser):
+    """The parser of a daemon's command line. The same options may stand in a file (--config), which
+    is turned into a command line, so that there is one judge of both."""
+    # Type of an option -> types of its values in a JSON file; where none is given here, text.
+    JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
+        int: (int,), serve_option: (int,), size_option: (int, str), positive_number: (int, float),
+        seconds_option: (int, float), minutes_option: (int, float)}
+    # Options that cannot stand in a file, with those that end in "secret"
+    NOT_IN_FILES = frozenset(('help', 'version', 'config', 'save_config', 'embedded', 'obsolete'))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._file = ''    # that is being read
+
+    def error(self, message: str) -> NoReturn:
+        """A wrong option ends the program; one in a file raises StartError, which names the
+        file."""
+        if self._file:
+            raise StartError('--config %s: %s' % (self._file, message))
+        super().error(message)
+
+    def options_of_files(self) -> Dict[str, argparse.Action]:
+        """Options that may stand in a configuration file, by long name."""
+        return {
+            action.dest.replace('_', '-'): action
+            for action in self._actions
+            if action.dest not in self.NOT_IN_FILES and not action.dest.endswith('secret')
+        }
+
+    def take_defaults(self, path: str) -> None:
+        """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises
+        StartError naming file and key."""
+        try:
+            with open(path, encoding='utf-8') as file:
+                text = file.read()
+            if text.lstrip().startswith('[DEFAULT]'):
+                words = OldConfig.words(text, self)
+            else:
+                words = self._words_of_json(path, json.loads(text))
+        except (OSError, ValueError, RecursionError) as exc:
+            raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
+        self._file = path
+        try:
+            given = self.parse_args(words)
+        finally:
+            self._file = ''
+        self.set_defaults(**{name: value for name, value in vars(given).items()
+                             if value != self.get_default(name)})
+
+    def _words_of_json(self, path: str, found: Any) -> List[str]:
+        """The command line that says the same as a JSON file."""
+        if not isinstance(found, dict):
+            raise StartError('--config %s: it holds no {"option": value, ...}' % path)
+        known = self.options_of_files()
+        words: List[str] = []
+        for key, value in found.items():
+            action = known.get(key.replace('_', '-'))
+            if action is None:
+                raise StartError('--config %s: %r is no option that can stand there' % (path, key))
+            text = self._wrong_type(action, value)
+            if text:
+                raise StartError('--config %s: %s %s' % (path, key, text))
+            words += self._words_of_value(action, value)
+        return words
+
+    def _wrong_type(self, action: argparse.Action, value: Any) -> str:
+        """Why a value of a JSON file cannot be that of an option; empty if it can."""
+        if isinstance(action, Each):
+            kinds: Tuple[type, ...] = (list,)
+            right = all(isinstance(item, str)
+                        for item in (value if isinstance(value, list) else [value]))
+        elif action.nargs == 0:
+            kinds = (bool,)
+            right = isinstance(value, bool)
+        else:
+            kinds = self.JSON_TYPES.get(action.type, (str,))
+            right = isinstance(value, kinds) and not isinstance(value, bool)
+        if right:
+            return ''
+        names = ' or '.join(kind.__name__ for kind in kinds)
+        return 'may not be %.100r: %s is wanted' % (value, names)
+
+    @staticmethod
+    def _words_of_value(action: argparse.Action, value: Any) -> List[str]:
+        """The words of the command line that give an option this value."""
+        option = next(option for option in action.option_strings if option.startswith('--'))
+        if isinstance(value, bool):
+            return [option] * value
+        if isinstance(value, list):
+            return ['%s=%s' % (option, item) for item in value]
+        return ['%s=%s' % (option, value)]
+
+
+def save_config(parser: OptionParser, args: argparse.Namespace, path: str) -> None:
+    options = {name: getattr(args, action.dest)
+               for name, action in parser.options_of_files().items()}
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(
+            {
+                name: value
+                for name, value in options.items()
+                if value not in (None, '', []) and value is not False
+            },
+            file,
+            indent=2)
+        file.write('\n')
+
+
+def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a daemon on top of the file that it may name. Raises StartError for the
+    file."""
+    argv = [
+        arg.partition('=')[0].replace('_', '-') +
+        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
+    ]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--config')
+    path = first.parse_known_args(argv)[0].config
+    if path is not None:
+        parser.take_defaults(path)
+    return parser.parse_args(argv)
+
+
+def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
+    """A parser with the first of the options that a node and a scheduler have in common; the others
+    are added by `add_daemon_options`, behind their own."""
+    parser = OptionParser(prog=prog, description=description, epilog=epilog)
+    parser.add_argument('-d', '--debug', action='store_true', help='log what is done in detail')
+    parser.add_argument('-i', '--host', '--ip-addr', action=Each, metavar='ADDR',
+                        help='address to listen at; may be repeated (default: all)')
+    return parser
+
+
+def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str]]) -> None:
+    """Add the last of the options that a node and a scheduler have in common. `obsolete` are those
+    of dispy 4 that are accepted and have no meaning any more."""
     add = parser.add_argument
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
+    add('--max-file-size', type=size_option, metavar='N[kmgt]',
+        help='larger files, of programs and of jobs, are refused (default: no limit)')
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which there is '
+             'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    add('--log-file', metavar='FILE', help='log there instead of to stderr')
+    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
+    add('--clean', action='store_true',
+        help='remove what earlier runs have left in the directory')
+    add('--config', metavar='FILE',
+        help='read options from this JSON file; the command line overrides it')
+    add('--save-config', metavar='FILE',
+        help='write these options, without secrets, to a JSON file, and end')
+    add('--version', action='version', version='%(prog)s ' + __version__)
+    accept_obsolete(parser, obsolete)
+
+
+NODE_EPILOG = '''dispy 4's spellings with underscores are understood. --config knows every long
+    option but the secret, as {"cpus": 4, "host": ["::1"]}. ''' + EXIT_STATUSES
+
+
+def _parser() -> OptionParser:
+    parser = daemon_parser('dispynode', 'Run jobs of dispy clients on this host.', NODE_EPILOG)
+    add = parser.add_argument
     add('-c',
         '--cpus',
         type=int,
         metavar='N',
         help='CPUs to offer; negative: leave so many free (default, and 0: all)')
-    add('-i',
-        '--host',
-        '--ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='address to listen at; may be repeated (default: all)')
     add('--ext-host',
         '--ext-ip-addr',
         action=Each,
@@ -14189,16 +15357,6 @@ def _parser() -> argparse.ArgumentParser:
     add('--force-cleanup',
         action='store_true',
         help='remove the files of a client also if it gives cleanup=False')
-    add('--max-file-size',
-        type=size_option,
-        metavar='N[kmgt]',
-        help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--max-value',
-        type=size_option,
-        default=VALUE_MOST,
-        metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which no memory '
-             'is free (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval',
         type=minutes_option,
         metavar='MIN',
@@ -14213,109 +15371,15 @@ def _parser() -> argparse.ArgumentParser:
         type=seconds_option,
         metavar='S',
         help='seconds between searches for clients')
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
-    add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
-    add('--config',
-        metavar='FILE',
-        help='take options from this JSON file; those given here count more')
-    add('--save-config',
-        metavar='FILE',
-        help='write these options to a JSON file, without the secret, and end')
+    add('--start-method', choices=(FORK, SPAWN),
+        help='how worker processes are started for clients that do not say: fork, after the '
+             'computation was loaded and its setup has run once, or spawn: anew, and each loads the '
+             'computation and runs its setup (default: what DISPY_START_METHOD in the environment '
+             'says, otherwise fork on Linux and spawn elsewhere)')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
-    accept_obsolete(parser, OBSOLETE_NODE)
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    add_daemon_options(parser, OBSOLETE_NODE)
     return parser
-
-
-def _configurable(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
-    """Options that may stand in a configuration file, by long name."""
-    return {
-        action.dest.replace('_', '-'): action
-        for action in parser._actions
-        if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded',
-                               'obsolete') and not action.dest.endswith('secret')
-    }
-
-
-def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises StartError
-    naming file and key."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            text = file.read()
-        if text.lstrip().startswith('[DEFAULT]'):
-            given = parser.parse_args(OldConfig.words(text, parser))
-            parser.set_defaults(**{name: value for name, value in vars(given).items()
-                                   if value != parser.get_default(name)})
-            return
-        found = json.loads(text)
-    except (OSError, ValueError, RecursionError) as exc:
-        raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
-    if not isinstance(found, dict):
-        raise StartError('--config %s: it holds no {"option": value, ...}' % path)
-    known = _configurable(parser)
-    for key, value in found.items():
-        action = known.get(key.replace('_', '-'))
-        if action is None:
-            raise StartError('--config %s: %r is no option that can stand there' % (path, key))
-        parser.set_defaults(
-            **{action.dest: _configured(action, value, '--config %s: %s' % (path, key))})
-
-
-def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    times = dict.fromkeys((positive_number, seconds_option, minutes_option), (int, float))
-    kinds: Dict[Any, Any] = {int: int, serve_option: int, **times, size_option: (int, str)}
-    if isinstance(action, Each):
-        kind: Any = list
-        if isinstance(value, str):
-            value = [value]
-        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    else:
-        if action.nargs == 0:
-            kind = bool
-        else:
-            kind = kinds.get(action.type, str)
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not right:
-        raise StartError('%s may not be %.100r: %s is wanted' % (where, value, ' or '.join(
-            each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))))
-    if action.type in (None, int):
-        return value
-    try:
-        return action.type(str(value))  # type: ignore[operator]
-    except argparse.ArgumentTypeError as exc:
-        raise StartError('%s: %s' % (where, exc)) from exc
-
-
-def save_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: str) -> None:
-    options = {name: getattr(args, action.dest) for name, action in _configurable(parser).items()}
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump(
-            {
-                name: value
-                for name, value in options.items()
-                if value not in (None, '', []) and value is not False
-            },
-            file,
-            indent=2)
-        file.write('\n')
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of a daemon on top of the file that it may name. Raises StartError for the
-    file."""
-    argv = [
-        arg.partition('=')[0].replace('_', '-') +
-        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
-    ]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--config')
-    path = first.parse_known_args(argv)[0].config
-    if path is not None:
-        _load_config(parser, path)
-    return parser.parse_args(argv)
 
 
 class LogFormatter(logging.Formatter):
@@ -14343,7 +15407,7 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
 
 
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
-    """Logging of a daemon: one line an event, to stderr or a file."""
+    """Set up the log of a daemon: one line for each event, to stderr or a file."""
     if log_file:
         handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8')
     else:
@@ -14356,7 +15420,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
-    """HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    """Read HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -14373,7 +15437,7 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 
 def own_host(word: str) -> str:
-    """The address meant by a word for an address of this host: itself, or by the name of its
+    """Return the address meant by a word for an address of this host: itself, or by the name of its
     interface. Raises StartError."""
     interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
     families = (socket.AF_INET, socket.AF_INET6)
@@ -14389,8 +15453,9 @@ def own_host(word: str) -> str:
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
-    """Addresses to listen at, each once. A wildcard address means all there are, of both families,
-    as when none is given, and is told to nobody: who dials it reaches itself. Raises StartError."""
+    """Return addresses to listen at, each once. A wildcard address means all there are, of both
+    families, as when none is given, and is told to nobody: who dials it reaches itself. Raises
+    StartError."""
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
@@ -14420,8 +15485,8 @@ def clear_environment() -> None:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """A node that a client started: stdin is its lifeline, whatever way the client ends. It is read
-    as in `_prompt`."""
+    """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
+    read as in `_prompt`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -14463,14 +15528,6 @@ def _prompt(post: Callable[[Any], None]) -> None:
                 print(exc, flush=True)
 
 
-def check_fork() -> None:
-    """Raises StartError where a node cannot run jobs."""
-    if not hasattr(os, 'fork'):
-        raise StartError('no node can run here: its worker processes are started with fork, which '
-                         'Windows does not have. Run dispynode on Linux or macOS; clients and '
-                         'dispyscheduler also run on Windows')
-
-
 def _standard_files() -> None:
     """Where 0, 1 or 2 is closed, the null device: a socket must not get such a number."""
     handle = os.open(os.devnull, os.O_RDWR)
@@ -14483,10 +15540,14 @@ def _standard_files() -> None:
             setattr(sys, name, open(number, 'w', closefd=False))
 
 
+# SIGBREAK: Windows, when its window is closed, too
+ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
+
+
 def _on_signals(daemon: Daemon, stay: bool) -> None:
     """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
     handlers, and none ignored: programs that jobs start would inherit that."""
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+    for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
         if number is not None and (name != 'SIGHUP'
@@ -14526,7 +15587,6 @@ def _make_ready_for(user: Optional[User]) -> None:
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                 schedulers: Tuple[Tuple[str, int], ...]) -> Options:
     """What the command line says, of which some has been looked at. The log is set up."""
-    check_fork()
     set_up_log('dispynode', args.debug, args.log_file)
     tell_obsolete(args, OBSOLETE_NODE)
     limit_values(args.max_value)
@@ -14544,7 +15604,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    'off' if args.embedded else discovery_reach(), args.ping_interval, user, hours,
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
-                   args.msg_timeout, args.force_cleanup)
+                   args.msg_timeout, args.force_cleanup,
+                   args.start_method or default_start_method())
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
@@ -14562,7 +15623,7 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns its exit status: see EXIT_STATUSES."""
+    """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
@@ -14595,8 +15656,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == '__main__':
     # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__,
-    # `spawn` does not run this file a third time as the runner's __main__.
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
     del __file__
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     sys.exit(importlib.import_module('dispynode').main())

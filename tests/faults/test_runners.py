@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 
 import dispy
@@ -18,7 +17,7 @@ import dispynode
 from conftest import eventually, lives
 from dispy import DispyJob
 from ledger import Ledger, enter
-from nodes import NodeProcess
+from nodes import NodeProcess, runner_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='workers are forked here')
 
@@ -26,23 +25,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='workers are for
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')
-
-
-def runners_of(node):
-    """The runners of a node, one a computation."""
-    found = []
-    for child in psutil.Process(node.process.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):   # a zombie too
-            if any('spawn_main' in word for word in child.cmdline()):
-                found.append(child)
-    return found
-
-
-def runner_of(node):
-    """The runner of a node that serves one computation."""
-    found = runners_of(node)
-    assert len(found) == 1, found
-    return found[0]
 
 
 def compute(path, number, seconds):
@@ -173,7 +155,7 @@ class Deaf:
         self.workers = dispynode.WorkerProcesses({}, None, None, print)
         self.child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
         monkeypatch.setattr(dispynode.os, 'kill', lambda pid, number: None)
-        monkeypatch.setattr(self.workers, '_descendants', lambda: [self.child.pid] if self.child.returncode is None else [])
+        monkeypatch.setattr(dispynode, 'children_here', lambda: [self.child.pid] if self.child.returncode is None else [])
 
 
 def test_nobody_waits_for_a_stray_process_that_cannot_be_killed(monkeypatch):
