@@ -18214,6 +18214,25 @@ def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
     return False, why or 'exit status %d and no word of what was done (--python?)' % done.returncode
 
 
+def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[Any, ...]:
+    """What the program at the other end of ssh is to do; `options` are dispynode's. Raises
+    ValueError, OSError, DispyError."""
+    import dispynode
+    if task != 'deploy':
+        if options:
+            raise ValueError('stop takes no options of dispynode')
+        return (task,)
+    node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
+    if node.secret:
+        raise ValueError('-s/--secret can be seen in the list of processes of every host: '
+                         '--secret-file before the --')
+    if node.secret_file:
+        secret = b''
+    else:
+        secret = find_secret(None, args.secret_file).strip()
+    return (task, secret, options, args.replace_secret, args.restart)
+
+
 def _deploy(task: str, argv: List[str]) -> int:
     """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
     import dispynode
@@ -18225,7 +18244,6 @@ def _deploy(task: str, argv: List[str]) -> int:
     args = parser.parse_intermixed_args(ours)
     with open(os.path.abspath(dispynode.__file__), 'rb') as source:
         packed = base64.b64encode(zlib.compress(source.read()))
-    request: Tuple[Any, ...] = (task,)
     try:
         ssh = shlex.split(args.ssh)
         if not ssh or not shutil.which(ssh[0]):
@@ -18235,20 +18253,7 @@ def _deploy(task: str, argv: List[str]) -> int:
                 args.hosts += ' '.join(line.partition('#')[0] for line in file).split()
         if not args.hosts:
             raise ValueError('no HOST is given')
-        if task == 'deploy':
-            node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
-            if node.secret:
-                raise ValueError(
-                    '-s/--secret can be seen in the list of processes of every host: --secret-file '
-                    'before the --'
-                )
-            if node.secret_file:
-                secret = b''
-            else:
-                secret = find_secret(None, args.secret_file).strip()
-            request = (task, secret, options, args.replace_secret, args.restart)
-        elif options:
-            raise ValueError('stop takes no options of dispynode')
+        request = _request(task, args, options)
     except (ValueError, OSError, DispyError) as exc:
         parser.error(str(exc))
     hosts = list(dict.fromkeys(args.hosts))
