@@ -33,14 +33,21 @@ class FakeLink:
         return ('127.0.0.2', 2)
 
 
-class FakeConnector:
+class FakeSearch:
     """Notes where nodes are asked for."""
 
     def __init__(self):
-        self.searches = []
+        self.begun = []
 
-    def search(self, port, multicast):
-        self.searches.append((port, multicast))
+    def begin(self, port, multicast):
+        self.begun.append((port, multicast))
+
+
+class FakeConnector:
+    """Has searches, and connects to nothing."""
+
+    def __init__(self):
+        self.searches = FakeSearch()
 
 
 class Cluster(NodeUser):

@@ -36,7 +36,7 @@ def test_a_named_node_is_known_at_once_and_a_wildcard_is_asked_for(driver):
     driver.open(Cluster('c', [NodeSpec('10.0.0.1', 9701), NodeSpec('10.*', 9801)]))
     peer = driver.one()
     assert peer.key == ('10.0.0.1', 9701) and peer.listed
-    assert driver.connector.searches == [(9801, False)]
+    assert driver.connector.searches.begun == [(9801, False)]
     assert driver.said() == []
 
 
