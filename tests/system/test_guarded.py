@@ -96,10 +96,10 @@ def test_a_fault_while_a_channel_is_read_ends_the_channel_alone(loop, also):
     others.close()
 
 
-def test_say_never_raises_and_breaks_the_link(loop):
+def test_send_never_raises_and_breaks_the_link(loop):
     link, theirs = link_of(loop)
-    loop.say(link, dispynode.Bye('x' * dispynode.MAX_CONTROL))
-    loop.say(link, dispynode.Bye(lambda: None))
+    loop.send(link, dispynode.Bye('x' * dispynode.MAX_CONTROL))
+    loop.send(link, dispynode.Bye(lambda: None))
     loop.turn(0)
     assert link.dirty is None and 'limit' in loop.broken[0]
     theirs.close()
