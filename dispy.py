@@ -10548,7 +10548,6 @@ class Driver(Loop):
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
     # For the parts
     act = Loop._act
-    break_link = Loop._break
 
     def __init__(self, access: Access, instance: bytes = b'',
                  policy: Optional[NodePolicy] = None) -> None:

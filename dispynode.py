@@ -10137,6 +10137,7 @@ class Channel:
         self.bytes_out = self.bytes_in = 0   # since it was made
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
+        self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
         self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
         self.interest = 0
         self._intake = intake
@@ -10715,6 +10716,7 @@ class Loop:
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
+        self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self._ended = False
         self._faults = Faults()
@@ -10778,7 +10780,12 @@ class Loop:
     def post(self, event: Any) -> None:
         """Hand an event to the loop's thread. Any thread, also from a signal handler."""
         self._inbox.append(event)
-        if not self._signalled:
+        self.nudge()
+
+    def nudge(self) -> None:
+        """End the wait of a turn, after something was put where the loop looks before it waits. A
+        loop that does not wait looks there by itself. Any thread."""
+        if self._waits and not self._signalled:
             self._signalled = True
             try:
                 self._waker.send(b'\0')
@@ -10887,7 +10894,11 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """One round: wait, read, take events, decide, write."""
-        for key, mask in self._selector.select(self._patience(timeout)):
+        # Set before `_patience` looks at what was posted: who posts after that sees it
+        self._waits = True
+        ready = self._selector.select(self._patience(timeout))
+        self._waits = False
+        for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
                 self.guard(None, key.data)
@@ -10930,16 +10941,18 @@ class Loop:
             except Exception as exc:  # the other actions are carried out all the same
                 self.fault(action, exc)
 
-    def fault(self, subject: Any, exc: BaseException) -> None:
-        """Log an unexpected exception and end what it concerns."""
+    def fault(self, subject: Any, exc: BaseException, owner: Any = None) -> None:
+        """Log an unexpected exception and end what it concerns: `owner` finds that out, a part of
+        this loop, or that of the channel which is the subject."""
         if subject is not None:
             name = type(subject).__name__
         else:
             name = 'a turn'
         self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
         concerned = False
+        judge = owner or getattr(subject, 'owner', None) or self
         try:
-            concerned = self.on_fault(
+            concerned = judge.on_fault(
                 subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
         except Exception:  # one more; the first stands in the log already
             self.log.exception('a fault of dispy while it ended what the last one concerned')
@@ -10977,7 +10990,7 @@ class Loop:
     def _guarded(self, channel: Channel, mask: int) -> None:
         try:
             if mask & selectors.EVENT_READ:
-                self.on_channel(channel)
+                (channel.owner or self).on_channel(channel)
             if mask & selectors.EVENT_WRITE:
                 self._dirty.add(channel)
         except (LinkBroken, OSError) as exc:
@@ -11033,7 +11046,9 @@ class Loop:
         if channel.dirty is not None:
             channel.breaks(self.now)
             self.detach(channel)
-            self.guard(None, self.on_broken, channel, text)
+            self.guard(None, (channel.owner or self).on_broken, channel, text)
+
+    break_link = _break    # for the parts
 
     def _beat(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
@@ -11059,6 +11074,7 @@ class Loop:
     def close(self) -> None:
         """Close all that is owned."""
         self._ended = True
+        self._waits = True        # who posts from now on finds the waker closed
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
                 self.detach(key.data)
@@ -11991,8 +12007,8 @@ class ComputationFiles:
     """Files of computations: makes their directories, finds out what is missing, stores what comes.
     The loop's thread."""
 
-    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
-        self._daemon = daemon
+    def __init__(self, host: 'NodeHost', directory: NodeDirectory, options: Options) -> None:
+        self._host = host
         self._directory = directory
         self._options = options
         self._known: Dict[str, ComputationDirectory] = {}
@@ -12035,23 +12051,23 @@ class ComputationFiles:
                 missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(files, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
-            self._daemon.post(Prepared(comp, [], 'files cannot be stored: %s' % exc,
+            self._host.post(Prepared(comp, [], 'files cannot be stored: %s' % exc,
                                        reason_of(exc)))
         else:
-            self._daemon.post(Prepared(comp, missing))
+            self._host.post(Prepared(comp, missing))
 
     def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
         """Large files are there from before: whether they are the same is found out beside the
         loop."""
         def work() -> None:
             Digests.learn(paths)
-            self._daemon.post(Digested(action))
+            self._host.post(Digested(action))
         self._digesting.add(action.comp)
         threading.Thread(target=work, name='dispy-digest', daemon=True).start()
 
     def on_digested(self, event: Digested) -> None:
         """Digests of files that were there are known."""
-        if self._daemon.node.is_preparing(event.action.comp):
+        if self._host.node.is_preparing(event.action.comp):
             self.prepare(event.action)
         else:
             self._digesting.discard(event.action.comp)
@@ -12070,9 +12086,9 @@ class ComputationFiles:
             with self._directory.as_user():
                 missing = self._want_modules(self._known[action.comp], action.rows)
         except (OSError, ValueError) as exc:
-            self._daemon.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
+            self._host.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
         else:
-            self._daemon.post(Fetched(action.comp, missing))
+            self._host.post(Fetched(action.comp, missing))
 
     def fetch_value(self, action: FetchValue) -> None:
         """Post whether a value is missing."""
@@ -12092,7 +12108,7 @@ class ComputationFiles:
                     missing = files.receiver.want(Purpose.VALUES, [row])
         except (OSError, ValueError) as exc:
             error = str(exc)
-        self._daemon.post(ValueSought(action.comp, action.digest, missing, error))
+        self._host.post(ValueSought(action.comp, action.digest, missing, error))
 
     def drop_value(self, action: DropValue) -> None:
         """Remove a value."""
@@ -12106,7 +12122,7 @@ class ComputationFiles:
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user():
-                self._daemon.post(Wanted(action.comp, files.receiver.again()))
+                self._host.post(Wanted(action.comp, files.receiver.again()))
 
     def store(self, action: Store) -> None:
         """Write a piece of a file."""
@@ -12119,7 +12135,7 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        self._daemon.post(Stored(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
+        self._host.post(Stored(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -12153,14 +12169,14 @@ class ResultStore:
     """Results on the disk, whose clients are away or have come back, and results that their clients
     could not take. The loop's thread."""
 
-    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, zombie: float) -> None:
-        self._daemon = daemon
+    def __init__(self, host: 'NodeHost', directory: NodeDirectory, zombie: float) -> None:
+        self._host = host
         self._directory = directory
         self._zombie = zombie
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         # Results that their clients could not take, and why
         self.refused: Dict[Tuple[str, int], str] = {}
-        self.backlog = Backlog(daemon.links)
+        self.backlog = Backlog(host.links)
         # Kept results, of a link and a computation, and when they are read again
         self.read_later: Dict[Tuple[int, str], float] = {}
 
@@ -12173,8 +12189,8 @@ class ResultStore:
                 if not serials:
                     raise ValueError('%s is empty' % spool.path)
                 left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
-                self._daemon.tell(
-                    Found(comp, owner, serials, self._daemon.now + max(0.0, left), digest))
+                self._host.tell(
+                    Found(comp, owner, serials, self._host.now + max(0.0, left), digest))
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
@@ -12188,10 +12204,10 @@ class ResultStore:
             self._directory.spool(action.comp).append(action.owner, action.rows, action.digest)
         except (OSError, ValueError, StartError) as exc:
             self._unkept.add(action.comp)
-            self._daemon.post(Kept(action.comp, [], str(exc)))
+            self._host.post(Kept(action.comp, [], str(exc)))
         else:
             self._unkept.discard(action.comp)
-            self._daemon.tell(Kept(action.comp, [row[0] for row in action.rows]))
+            self._host.tell(Kept(action.comp, [row[0] for row in action.rows]))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
@@ -12215,7 +12231,7 @@ class ResultStore:
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
         """Results from the disk. Those that are not there any more have been lost, which their
         client is told; when there is no descriptor to read them with they are tried again."""
-        missing = set(self._daemon.node.results.spooled_serials(comp))
+        missing = set(self._host.node.results.spooled_serials(comp))
         text = 'the file ends before it'
         try:
             for row in self._directory.spool(comp).rows():
@@ -12225,7 +12241,7 @@ class ResultStore:
             text = str(exc)
         except OSError as exc:
             logger.error('kept results cannot be read now: %s', exc)
-            self.read_later[link, comp] = self._daemon.now + WORKER_AGAIN
+            self.read_later[link, comp] = self._host.now + WORKER_AGAIN
             return
         for serial in sorted(missing):
             yield (serial, int(Outcome.DIED), 0.0, 0.0,
@@ -12235,9 +12251,9 @@ class ResultStore:
     def read_again(self) -> None:
         """Read what could not be read before."""
         for (link, comp), when in list(self.read_later.items()):
-            if self._daemon.now >= when:
+            if self._host.now >= when:
                 del self.read_later[link, comp]
-                if link in self._daemon.links:
+                if link in self._host.links:
                     self.backlog.add_results(link, comp, self._kept_rows(link, comp))
 
     def close(self) -> None:
@@ -12254,8 +12270,8 @@ class RunnerWatch:
     SOON = 0.02
     OFTEN = 1.0
 
-    def __init__(self, loop: Loop, pid: int, ended: Callable[[], None]) -> None:
-        self._loop = loop
+    def __init__(self, host: 'NodeHost', pid: int, ended: Callable[[], None]) -> None:
+        self._host = host
         self._handle = -1
         self.look_at: Optional[float] = None     # when to look at the process
         self.killed_at: Optional[float] = None
@@ -12264,9 +12280,9 @@ class RunnerWatch:
         self._asked_at: Optional[float] = None   # of the question that has not been answered
         try:
             self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
-            loop.watch(self._handle, ended)
+            host.watch(self._handle, ended)
         except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
-            self.look_at = loop.now + self.OFTEN
+            self.look_at = host.now + self.OFTEN
 
     def next_look(self, now: float) -> Optional[float]:
         """When to look again."""
@@ -12308,7 +12324,7 @@ class RunnerWatch:
     def close(self) -> None:
         """Watch no more."""
         if self._handle >= 0:
-            self._loop.unwatch(self._handle)
+            self._host.unwatch(self._handle)
             os.close(self._handle)
             self._handle = -1
 
@@ -12352,30 +12368,30 @@ class HeldPipes:
     """Pipes of workers that are not read for a while, because files or results come faster than the
     client takes them. The loop's thread."""
 
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, host: 'NodeHost') -> None:
+        self._host = host
         self._held: Set[Pipe] = set()     # not read until links have room
 
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self._loop.links.values()) \
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self._host.links.values()) \
                 and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
             self._held.add(pipe)
-            self._loop.interest(pipe)
+            self._host.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
         """Whether more than so much waits on a link. A large result on its way keeps others back
         that are large, of which memory should hold no two, and not those that are small."""
         return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
-                   for link in self._loop.links.values())
+                   for link in self._host.links.values())
 
     def let_go(self) -> None:
         """Read again those for which links have room."""
         for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
             pipe.paused = False
-            self._loop.interest(pipe)
+            self._host.interest(pipe)
             self._held.remove(pipe)
 
     def may_let_go(self) -> bool:
@@ -12387,12 +12403,12 @@ class ProcessHost:
     """Runners and workers of all computations: starts them, reads what they send, carries out what
     is to be done with them, and tells the state what becomes of them. The loop's thread."""
 
-    def __init__(self, daemon: 'Daemon', files: ComputationFiles, options: Options) -> None:
-        self._daemon = daemon
+    def __init__(self, host: 'NodeHost', files: ComputationFiles, options: Options) -> None:
+        self._host = host
         self._files = files
         self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
-        self.held = HeldPipes(daemon)
+        self.held = HeldPipes(host)
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             Kind.ALIVE: self._on_alive,
@@ -12417,12 +12433,12 @@ class ProcessHost:
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._daemon.post(
+            self._host.post(
                 RunnerGone(action.comp,
                            'its process cannot be started: %s' % shortage(exc),
                            code='process'))
             return
-        link = self._daemon.links.get(action.link)
+        link = self._host.links.get(action.link)
         address = (
             self._options.ext_hosts[:1] or
             (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1', ))[0]
@@ -12432,7 +12448,7 @@ class ProcessHost:
             run.process.start()
         except OSError as exc:
             ours.close()
-            self._daemon.post(
+            self._host.post(
                 RunnerGone(action.comp,
                            'its process cannot be started: %s' % shortage(exc),
                            code='process'))
@@ -12441,8 +12457,8 @@ class ProcessHost:
             theirs.close()
         self._runs[action.comp] = run
         run.control = Pipe(ours, action.comp)
-        self._daemon.attach(run.control)
-        run.watch = RunnerWatch(self._daemon, run.process.pid,
+        self._host.attach(run.control)
+        run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
         init = {
             'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
@@ -12456,7 +12472,7 @@ class ProcessHost:
                         }, 'max_file': self._options.max_file, 'max_value': VALUE_MOST,
             'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
             'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'], 'names': {
-                'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
+                'dispy_node_name': self._host.node.name, 'dispy_node_ip_addr': address,
                 'dispy_job_path': run.files.directory
             }
         }
@@ -12468,10 +12484,10 @@ class ProcessHost:
         if run is None or run.process is None:
             self._runs.pop(action.comp, None)
             self._files.discard(action.comp)
-            self._daemon.post(RunnerGone(action.comp, ''))
+            self._host.post(RunnerGone(action.comp, ''))
             return
         run.closing = True
-        run.kill_at = self._daemon.now + GRACE
+        run.kill_at = self._host.now + GRACE
         if run.up and run.control is not None:
             run.control.push(pack_record(Kind.CLOSE))
         else:
@@ -12490,14 +12506,14 @@ class ProcessHost:
             self._runner_ended(run)
             return
         if run.control is not None and run.control.dirty is None and run.kill_at is None:
-            run.kill_at = self._daemon.now + GRACE
+            run.kill_at = self._host.now + GRACE
         if run.watch is not None:
-            run.watch.look_at = self._daemon.now + RunnerWatch.SOON
+            run.watch.look_at = self._host.now + RunnerWatch.SOON
 
     def see_to_runners(self) -> None:
         """Look after all runners, once a turn."""
         for run in list(self._runs.values()):
-            self._daemon.guard(run, self._see_to_runner, run)
+            self._host.guard(run, self._see_to_runner, run)
 
     def times(self) -> Iterator[Optional[float]]:
         """When there is something to do."""
@@ -12509,23 +12525,23 @@ class ProcessHost:
         otherwise."""
         if run.process is None or run.watch is None:
             return
-        if run.kill_at is not None and self._daemon.now >= run.kill_at:
+        if run.kill_at is not None and self._host.now >= run.kill_at:
             run.kill_at = None
             run.process.kill()
-            run.watch.killed_at = self._daemon.now
-        if run.watch.is_silent(self._daemon.now, run.up and not run.closing
-                               and self._daemon.node.has_jobs(run.comp)):
+            run.watch.killed_at = self._host.now
+        if run.watch.is_silent(self._host.now, run.up and not run.closing
+                               and self._host.node.has_jobs(run.comp)):
             run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
             run.process.kill()
-            run.watch.killed_at = self._daemon.now
+            run.watch.killed_at = self._host.now
         elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(Kind.ASK))
-        if run.watch.is_undead(self._daemon.now):
+        if run.watch.is_undead(self._host.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)',
                          run.process.pid)
             self._runner_ended(run)
-        elif run.watch.look_at is not None and self._daemon.now >= run.watch.look_at:
-            run.watch.look_at = run.watch.next_look(self._daemon.now)
+        elif run.watch.look_at is not None and self._host.now >= run.watch.look_at:
+            run.watch.look_at = run.watch.next_look(self._host.now)
             self._look_at_runner(run)
 
     def _runner_ended(self, run: ComputationProcesses) -> None:
@@ -12539,7 +12555,7 @@ class ProcessHost:
             begun = Slots.read(run.files.private)
         for pipe in (*run.pipes.values(), run.control):
             if pipe is not None:
-                self._daemon.detach(pipe)
+                self._host.detach(pipe)
         if run.watch is not None:
             run.watch.close()
         if code is not None:
@@ -12551,14 +12567,14 @@ class ProcessHost:
         self._files.discard(run.comp)
         passes = not run.text and code in (None, -signal.SIGTERM,
                                            -getattr(signal, 'SIGKILL', signal.SIGTERM))
-        self._daemon.tell(
+        self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
 
     def _read_out(self, run: ComputationProcesses) -> None:
         try:
             while run.control is not None and run.control.dirty is not None:
-                records = run.control.records(self._daemon.now)
+                records = run.control.records(self._host.now)
                 for record in records:
                     self._from_runner(run, record)
                 if not records:
@@ -12602,7 +12618,7 @@ class ProcessHost:
             if pipe.worker:
                 self._from_worker(pipe)
             else:
-                for record in pipe.records(self._daemon.now):
+                for record in pipe.records(self._host.now):
                     self._from_runner(self._runs[pipe.comp], record)
         except PeerError as exc:   # its user's code wrote into what it should not have
             self._nonsense(pipe, str(exc))
@@ -12624,11 +12640,11 @@ class ProcessHost:
         """The runner answers, which is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
-        self._daemon.tell(EndWanted(run.comp))
+        self._host.tell(EndWanted(run.comp))
 
     def _on_up(self, run: ComputationProcesses, record: Record) -> None:
         run.up = True
-        self._daemon.tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
+        self._host.tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
 
     def _on_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
@@ -12641,18 +12657,18 @@ class ProcessHost:
             run.known(record.number, record.serial)
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
-        self._daemon.detach(run.pipes.pop(record.number))
-        self._daemon.tell(
+        self._host.detach(run.pipes.pop(record.number))
+        self._host.tell(
             WorkerUnborn(record.number,
                          bytes(record.bodies[0]).decode('utf-8', 'replace')))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        self._daemon.tell(WorkerTooBig(record.number, record.serial))
+        self._host.tell(WorkerTooBig(record.number, record.serial))
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
             raise PeerError('output of no stream')
-        self._daemon.tell(
+        self._host.tell(
             WorkerPrinted(record.number, record.serial, int(record.start), int(record.end),
                           beside(_keep(record.bodies[0]))))
 
@@ -12670,15 +12686,15 @@ class ProcessHost:
                 self.end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
-            self._daemon.detach(pipe)
+            self._host.detach(pipe)
         run.pids.pop(record.number, None)
         del run.pipes[record.number]
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self._daemon.node.name, said,
+        text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        self._daemon.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+        self._host.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
 
     def _nonsense(self, pipe: Pipe, text: str) -> None:
         """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
@@ -12693,19 +12709,19 @@ class ProcessHost:
             run.text = text
             run.process.kill()
             if pipe.dirty is not None:
-                self._daemon.detach(pipe)
-                self._daemon.guard(None, self._look_at_runner, run)
+                self._host.detach(pipe)
+                self._host.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
         self.kill(Kill(pipe.worker))
         run.kill(pipe.worker)
-        self._daemon.detach(pipe)
+        self._host.detach(pipe)
 
     # -- what workers send -------------------------------------------------------------------------
 
     def _from_worker(self, pipe: Pipe) -> int:
         rows = []
-        records = pipe.records(self._daemon.now)
+        records = pipe.records(self._host.now)
         if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
             self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
@@ -12718,11 +12734,11 @@ class ProcessHost:
                              *map(_keep, record.bodies)))
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                self._daemon.tell(WorkerResults(pipe.worker, rows))
+                self._host.tell(WorkerResults(pipe.worker, rows))
                 rows = []
             self._from_job(pipe, record)
         if rows:
-            self._daemon.tell(WorkerResults(pipe.worker, rows))
+            self._host.tell(WorkerResults(pipe.worker, rows))
             self.held.hold_back(pipe)
         elif pipe.is_large:
             self.held.hold_back(pipe)
@@ -12732,7 +12748,7 @@ class ProcessHost:
         """What a worker sends that is no result."""
         if record.kind == Kind.LOGGED:
             log_record_of(record.bodies[0])
-            self._daemon.tell(
+            self._host.tell(
                 WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == Kind.FILE:
             row = open_envelope(record.bodies[0])
@@ -12740,23 +12756,23 @@ class ProcessHost:
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
                               record.number * FILE_PIECE, beside(record.bodies[1]))
-            self._daemon.tell(WorkerFile(pipe.worker, piece))
+            self._host.tell(WorkerFile(pipe.worker, piece))
             self.held.hold_back(pipe)
         elif record.kind == Kind.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int
                                                    and not _is_serial(request)):
                 raise PeerError('modules that are none')
-            self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
+            self._host.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == Kind.INITIALIZED:
             text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            error = text and 'on node %s %s' % (self._daemon.node.name, text)
-            self._daemon.tell(WorkerInitialized(pipe.worker, error))
+            error = text and 'on node %s %s' % (self._host.node.name, text)
+            self._host.tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == Kind.UNSTARTED:
             body = record.bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._daemon.tell(
+            self._host.tell(
                 WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
     # -- what is done with workers -----------------------------------------------------------------
@@ -12773,12 +12789,12 @@ class ProcessHost:
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._daemon.tell(WorkerUnborn(action.worker, shortage(exc)))
+            self._host.tell(WorkerUnborn(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
-        self._daemon.attach(pipe)
+        self._host.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
         run.control.push(pack_record(Kind.FORK, action.worker), theirs)
 
@@ -12823,7 +12839,7 @@ class ProcessHost:
         run = self._run_of(action.worker)
         if run is not None:
             # The worker reads the end and leaves
-            self._daemon.detach(run.pipes.pop(action.worker))
+            self._host.detach(run.pipes.pop(action.worker))
 
     def close(self) -> None:
         """End all processes."""
@@ -13017,44 +13033,45 @@ class NodeDiscovery:
             self._sockets.close()
 
 
-class Daemon(Loop):
-    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides. Its
-    parts carry out what Node decides: see their classes."""
+class NodeHost:
+    """A node but for its way to clients: the Node that decides, and the parts that carry out what
+    it decides, with all that has to do with files and processes. It runs in any loop; see `Daemon`.
+
+    The loop tells it of its links to clients and of what comes on them (`link_up`, `link_down`,
+    `take`), and gives it a turn in each of its own (`turn`). Pipes to runners and workers are
+    channels of the loop whose owner it is. The loop's thread, but for `post`.
+    """
 
     def __init__(self,
+                 loop: Loop,
                  options: Options,
                  directory: Type[NodeDirectory] = NodeDirectory,
                  files: Type[ComputationFiles] = ComputationFiles,
                  processes: Type[ProcessHost] = ProcessHost) -> None:
         """The classes are those of the parts that have to do with files and processes."""
-        super().__init__()
-        self._options = options
+        self.loop = loop
+        self.options = options
+        self.instance = os.urandom(16)
+        self.links: Dict[int, Link] = {}     # to clients
+        self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
         self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve,
-                         options.client_shutdown, self.now)
-        self.values.where = 'on node %s' % name
-        self._phase = Phase.SERVING
-        # When to look at the clock on the wall
-        if options.hours:
-            self._clock_at: Optional[float] = self.now
-        else:
-            self._clock_at = None
-        self._instance = os.urandom(16)
-        self._gates: List[Gate] = []
-        self.directory = directory(options, self._instance, self._directory_taken)
+                         options.client_shutdown, loop.now)
+        self._posted: Deque[Any] = collections.deque()
+        self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
         self.processes = processes(self, self.files, options)
-        self.uplinks = Uplinks(self, options, self._instance, self._break)
-        self.discovery = NodeDiscovery(self, options, self._instance)
+        # For the parts
+        self.detach = loop.detach
+        self.interest = loop.interest
+        self.watch = loop.watch
+        self.unwatch = loop.unwatch
         self._events: Dict[type, Callable[[Any], Any]] = {
             ChildEnded: lambda event: self.processes.reap(),
             Digested: self.files.on_digested,
-            DialFailed: self.uplinks.failed,
-            Dialled: self._dialled,
-            Arrival: self._arrived,
         }
-        self._acts = {
+        self._acts: Dict[type, Callable[[Any], Any]] = {
             Send: self._send,
             Drop: self._drop,
             Prepare: self.files.prepare,
@@ -13078,117 +13095,92 @@ class Daemon(Loop):
             TakeBack: self.processes.take_back,
             TellKept: self.processes.tell_kept,
             Retire: self.processes.retire,
-            Broken: lambda action: self.fault(action, action.error),
+            Broken: lambda action: loop.fault(action, action.error, self),
             Show: self._show,
-            Exit: lambda action: self.stop(),
+            Exit: self._exit,
         }
 
     # -- start and end -----------------------------------------------------------------------------
 
-    def start(self) -> int:
-        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
-        options = self._options
-        port = self._options.port
-        try:
-            for host in options.hosts:
-                self._gates.append(self._listen(host, port))
-                port = self._gates[0].server_address[1]
-            self.directory.take(port)
-            self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
-            self.files.start()
-            self.results.find_kept()
-            self.uplinks.start()
-        except BaseException:
-            self.close()
-            raise
-        for gate in self._gates:
-            self.watch(gate.socket, gate.knock)
-        self.discovery.start(port)
-        return port
-
-    def _listen(self, host: str, port: int) -> Gate:
-        options = self._options
-        try:
-            return Gate((host, port),
-                        derive_key(options.secret),
-                        Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self._instance,
-                        self.post,
-                        options.certfile,
-                        options.keyfile,
-                        patience=options.msg_timeout)
-        except OverflowError as exc:
-            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
-        except OSError as exc:
-            where = place(host, port)
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError(
-                    'port %d is in use (%s), perhaps by another dispynode; choose another port '
-                    'with -p/--port'
-                    % (port, where)) from exc
-            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
-                             (where, exc)) from exc
+    def start(self, port: int) -> None:
+        """Take the directory. Raises StartError."""
+        self.directory.take(port)
+        self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
+        self.files.start()
+        self.results.find_kept()
 
     def _directory_taken(self, memory: Memory, past: Dict[str, Past]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
             self.tell(Remembered(comp, known))
 
+    def _exit(self, action: Exit) -> None:
+        self.has_ended = True
+
     def close(self) -> None:
         """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._gates:
-            with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.unwatch(gate.socket)
-            gate.server_close()
-        self._gates = []
-        self.discovery.close()
-        self.uplinks.close()
         self.processes.close()
         self.files.close()
         self.results.close()
         self.directory.close()
-        super().close()
 
-    def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end; at once when held pipes can be
-        read again."""
-        if self.processes.held.may_let_go() or self.results.backlog.has_room():
-            return self.now
-        times = [
-            self.node.next_timer(), self.discovery.hello_at, self._clock_at,
-            *self.processes.times(), *self.results.read_later.values(), *self.uplinks.times()
-        ]
-        return min((when for when in times if when is not None), default=None)
+    # -- for the parts -----------------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """The time of this turn."""
+        return self.loop.now
+
+    def attach(self, pipe: 'Pipe') -> None:
+        """Read a pipe from now on."""
+        pipe.owner = self
+        self.loop.attach(pipe)
+
+    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
+        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        try:
+            call(*args)
+        except Exception as exc:  # whatever it is, others are served all the same
+            self.loop.fault(subject, exc, self)
+
+    def post(self, event: Any) -> None:
+        """Hand over an event, which is handled before this turn ends or in the next one. Any
+        thread."""
+        self._posted.append(event)
+        self.loop.nudge()
 
     # -- events ------------------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
-        """Arrivals from the gate, and what actions brought about."""
-        handler = self._events.get(type(event), self.tell)
-        handler(event)
+        """What actions brought about, and what others have posted for the state."""
+        self._events.get(type(event), self.tell)(event)
 
-    def _arrived(self, event: Union[Arrival, Dialled]) -> Link:
-        """A peer has proved itself."""
-        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
-        self.attach(link)
+    def link_up(self, link: Link) -> None:
+        """A client has proved itself."""
+        self.links[link.number] = link
         self.node.facts['available'] = availability(self.directory.root)
         self.tell(LinkUp(link.number, link.instance, link.address))
-        return link
 
-    def _dialled(self, event: Dialled) -> None:
-        """A scheduler was reached."""
-        if isinstance(event.peer, Second):
-            reached = self.uplinks.second_reached(event)
-            if reached is None:
-                return
-            event = reached
-        link = self._arrived(event)
-        self.uplinks.connected(event.peer, link)
+    def link_down(self, link: Link) -> None:
+        """A link has ended."""
+        self.links.pop(link.number, None)
+        self.tell(LinkDown(link.number, link.on_purpose))
 
-    def on_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial
-        us."""
-        self.uplinks.link_silent(link)
+    def take(self, link: Link, message: Any) -> None:
+        """A message of a client. Raises LinkBroken or PeerError if the link ends with it."""
+        if isinstance(message, Bye):
+            link.on_purpose = True
+            raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
+            for comp, serial in self.loop.refusals.refused(link, message.frame):
+                self.results.refused[
+                    comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+            raise LinkBroken(text)
+        if not isinstance(message, Pulse):
+            if type(message) is Query:
+                self.node.facts['available'] = availability(self.directory.root)
+            self.tell(Received(link.number, message))
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
@@ -13208,78 +13200,70 @@ class Daemon(Loop):
             raise
         self._act(actions)
 
+    def _act(self, actions: List[Any]) -> None:
+        for action in actions:
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.loop.fault(action, exc, self)
+
+    def on_channel(self, pipe: Any) -> None:
+        """The pipe of a runner or worker has something."""
+        self.processes.on_readable(pipe)
+
+    def on_broken(self, pipe: Any, text: str) -> None:
+        """The pipe of a runner or worker came to its end. That of a worker says nothing yet: the
+        runner tells what became of the process."""
+        if not pipe.worker:
+            self.processes.runner_silent(pipe)
+
     def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, a worker, a computation."""
+        """End what the fault concerns: a link, a worker, a computation; whether there was such a
+        thing."""
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
         comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(
             getattr(subject, 'worker', 0))
-        link = self.links.get(getattr(subject, 'link', 0))
-        if isinstance(subject, Channel) or not comp:
-            if link is None:
-                return super().on_fault(subject, text)
-            self._break(link, text)
-            return True
-        self.tell(Faulted(comp, text))
-        return True
-
-    def on_channel(self, channel: Any) -> None:
-        """A link or a pipe has something."""
-        if isinstance(channel, Link):
-            for message in channel.messages(self.now):
-                self._message(channel, message)
+        if isinstance(subject, Link):
+            link: Optional[Link] = subject
         else:
-            self.processes.on_readable(channel)
+            link = self.links.get(getattr(subject, 'link', 0))
+        if comp and not isinstance(subject, Link):
+            self.tell(Faulted(comp, text))
+        elif link is not None:
+            self.loop.break_link(link, text)
+        return bool(comp) or link is not None
 
-    def _message(self, link: Link, message: Any) -> None:
-        if isinstance(message, Bye):
-            link.on_purpose = True
-            raise LinkBroken('bye: %s' % message.text[:200])
-        if isinstance(message, Wrong):
-            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
-            for comp, serial in self.refusals.refused(link, message.frame):
-                self.results.refused[
-                    comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
-            raise LinkBroken(text)
-        if isinstance(message, Introduce):
-            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        if not isinstance(message, Pulse):
-            if type(message) is Query:
-                self.node.facts['available'] = availability(self.directory.root)
-            self.tell(Received(link.number, message))
+    # -- turns -------------------------------------------------------------------------------------
 
-    def on_broken(self, channel: Any, text: str) -> None:
-        """A link or a pipe came to its end."""
-        if isinstance(channel, Link):
-            is_missed = not channel.on_purpose and self.node.serves(channel.number)
-            if is_missed:
-                log = logger.warning
-            else:
-                log = logger.info
-            log('link to %s ended: %s%s', channel.address, text, channel.stall
-                and ': ' + STALLS[channel.stall])
-            self.tell(LinkDown(channel.number, channel.on_purpose))
-            self.uplinks.link_ended(channel)
-        elif not channel.worker:
-            self.processes.runner_silent(channel)
-        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
+    def next_timer(self) -> Optional[float]:
+        """The state's, or the end of a runner that does not end; at once when something was posted
+        or held pipes can be read again."""
+        if self._posted or self.processes.held.may_let_go() or self.results.backlog.has_room():
+            return self.now
+        times = [self.node.next_timer(), *self.processes.times(),
+                 *self.results.read_later.values()]
+        return min((when for when in times if when is not None), default=None)
 
-    def end_of_turn(self) -> None:
+    def take_posted(self) -> None:
+        """Handle what was posted, and what comes of that."""
+        while self._posted:
+            event = self._posted.popleft()
+            try:
+                self.on_event(event)
+            except Exception as exc:  # as in `guard`
+                self.loop.fault(event, exc, self)
+
+    def turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
-        while self._inbox:
-            self.take_events(len(self._inbox))
+        self.take_posted()
         self.processes.see_to_runners()
-        if self._clock_at is not None and self.now >= self._clock_at:
-            self._look_at_clock(time.localtime())
         self.guard(None, self._flush)
         if self.results.read_later:
             self.results.read_again()
         if self.results.backlog:
             self.guard(None, self._send_waiting)
-        self.uplinks.connect()
-        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
-            self.discovery.hello()
         if self.processes.held.may_let_go():
             self.processes.held.let_go()
         full = self.node.attempts.is_full()
@@ -13288,6 +13272,195 @@ class Daemon(Loop):
                 link.paused = full
                 link.heard = self.now
                 self.interest(link)
+
+    # -- actions on links --------------------------------------------------------------------------
+
+    def _send(self, action: Send) -> None:
+        link = self.links.get(action.link)
+        if link is None:
+            return
+        message = action.message
+        if type(message) is not Results:
+            self.loop.say(link, message)
+            return
+        rows: Iterable[tuple] = message.rows
+        if self.results.refused:
+            rows = map(functools.partial(self.results.usable, message.comp), rows)
+        for frame in frames(Results, message.comp, map(sized, rows)):
+            self.loop.say(link, frame)
+
+    def _drop(self, action: Drop) -> None:
+        link = self.links.pop(action.link, None)
+        if link is not None:
+            self.loop.part(link, action.text)
+
+    def _show(self, action: Show) -> None:
+        with contextlib.suppress(OSError):   # the terminal may have gone
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
+
+    def _send_waiting(self) -> None:
+        """Files and kept results into links that have room."""
+        for link, _, text in self.results.backlog.send(self.loop.say):
+            # Its client comes back and gets them then.
+            self.loop.break_link(link, 'results cannot be read: %s' % text)
+
+
+class Daemon(Loop):
+    """The loop of a dispynode: a NodeHost behind the links of clients that were let in at its gates,
+    or that it has made itself."""
+
+    def __init__(self, options: Options,
+                 host: Callable[[Loop, Options], NodeHost] = NodeHost) -> None:
+        super().__init__()
+        self._options = options
+        self.node_host = host(self, options)
+        self.node = self.node_host.node
+        self.tell = self.node_host.tell
+        self.values.where = 'on node %s' % self.node.name
+        self._phase = Phase.SERVING
+        # When to look at the clock on the wall
+        if options.hours:
+            self._clock_at: Optional[float] = self.now
+        else:
+            self._clock_at = None
+        self._gates: List[Gate] = []
+        self.uplinks = Uplinks(self, options, self.node_host.instance, self._break)
+        self.discovery = NodeDiscovery(self, options, self.node_host.instance)
+        self._events: Dict[type, Callable[[Any], Any]] = {
+            DialFailed: self.uplinks.failed,
+            Dialled: self._dialled,
+            Arrival: self._arrived,
+        }
+
+    # -- start and end -----------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
+        options = self._options
+        port = self._options.port
+        try:
+            for host in options.hosts:
+                self._gates.append(self._listen(host, port))
+                port = self._gates[0].server_address[1]
+            self.node_host.start(port)
+            self.uplinks.start()
+        except BaseException:
+            self.close()
+            raise
+        for gate in self._gates:
+            self.watch(gate.socket, gate.knock)
+        self.discovery.start(port)
+        return port
+
+    def _listen(self, host: str, port: int) -> Gate:
+        options = self._options
+        try:
+            return Gate((host, port),
+                        derive_key(options.secret),
+                        Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                        self.node_host.instance,
+                        self.post,
+                        options.certfile,
+                        options.keyfile,
+                        patience=options.msg_timeout)
+        except OverflowError as exc:
+            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
+        except OSError as exc:
+            where = place(host, port)
+            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+                raise StartError(
+                    'port %d is in use (%s), perhaps by another dispynode; choose another port '
+                    'with -p/--port'
+                    % (port, where)) from exc
+            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
+                             (where, exc)) from exc
+
+    def close(self) -> None:
+        """End all processes, remove what is to be removed. Does nothing the second time."""
+        for gate in self._gates:
+            with contextlib.suppress(KeyError, ValueError):   # not watched yet
+                self.unwatch(gate.socket)
+            gate.server_close()
+        self._gates = []
+        self.discovery.close()
+        self.uplinks.close()
+        self.node_host.close()
+        super().close()
+
+    def next_timer(self) -> Optional[float]:
+        """That of the node, or what else there is to do."""
+        times = [self.node_host.next_timer(), self.discovery.hello_at, self._clock_at,
+                 *self.uplinks.times()]
+        return min((when for when in times if when is not None), default=None)
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Arrivals from the gate, and what is for the node."""
+        handler = self._events.get(type(event), self.node_host.on_event)
+        handler(event)
+
+    def _arrived(self, event: Union[Arrival, Dialled]) -> Link:
+        """A peer has proved itself."""
+        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        self.attach(link)
+        self.node_host.link_up(link)
+        return link
+
+    def _dialled(self, event: Dialled) -> None:
+        """A scheduler was reached."""
+        if isinstance(event.peer, Second):
+            reached = self.uplinks.second_reached(event)
+            if reached is None:
+                return
+            event = reached
+        link = self._arrived(event)
+        self.uplinks.connected(event.peer, link)
+
+    def on_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial
+        us."""
+        self.uplinks.link_silent(link)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, or what the node knows of."""
+        return self.node_host.on_fault(subject, text) or super().on_fault(subject, text)
+
+    def on_channel(self, channel: Any) -> None:
+        """A link has something."""
+        for message in channel.messages(self.now):
+            self._message(channel, message)
+
+    def _message(self, link: Link, message: Any) -> None:
+        if isinstance(message, Introduce):
+            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+        self.node_host.take(link, message)
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A link came to its end."""
+        is_missed = not channel.on_purpose and self.node.serves(channel.number)
+        if is_missed:
+            log = logger.warning
+        else:
+            log = logger.info
+        log('link to %s ended: %s%s', channel.address, text, channel.stall
+            and ': ' + STALLS[channel.stall])
+        self.node_host.link_down(channel)
+        self.uplinks.link_ended(channel)
+
+    def end_of_turn(self) -> None:
+        """What came of this turn's actions, then the node's own turn."""
+        while self._inbox:
+            self.take_events(len(self._inbox))
+        self.node_host.take_posted()
+        if self._clock_at is not None and self.now >= self._clock_at:
+            self._look_at_clock(time.localtime())
+        self.node_host.turn()
+        self.uplinks.connect()
+        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
+            self.discovery.hello()
+        if self.node_host.has_ended:
+            self.stop()
 
     def _look_at_clock(self, local: time.struct_time) -> None:
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
@@ -13300,37 +13473,6 @@ class Daemon(Loop):
                 Resume('hours') if phase is Phase.SERVING else Pause(
                     'hours', 'its hours of service begin at %02d:%02d' %
                     divmod(self._options.hours.start, 60), phase is Phase.CLOSED))
-
-    # -- actions on links --------------------------------------------------------------------------
-
-    def _send(self, action: Send) -> None:
-        link = self.links.get(action.link)
-        if link is None:
-            return
-        message = action.message
-        if type(message) is not Results:
-            self.say(link, message)
-            return
-        rows: Iterable[tuple] = message.rows
-        if self.results.refused:
-            rows = map(functools.partial(self.results.usable, message.comp), rows)
-        for frame in frames(Results, message.comp, map(sized, rows)):
-            self.say(link, frame)
-
-    def _drop(self, action: Drop) -> None:
-        link = self.links.get(action.link)
-        if link is not None:
-            self.part(link, action.text)
-
-    def _show(self, action: Show) -> None:
-        with contextlib.suppress(OSError):   # the terminal may have gone
-            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
-
-    def _send_waiting(self) -> None:
-        """Files and kept results into links that have room."""
-        for link, _, text in self.results.backlog.send(self.say):
-            # Its client comes back and gets them then.
-            self._break(link, 'results cannot be read: %s' % text)
 
 
 NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
