@@ -3409,7 +3409,8 @@ class Kind(enum.IntEnum):
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
-    WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
+    # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
+    WATCH = 7
     ASK = 8         # is it alive?
     # runner to daemon
     UP = 16
@@ -3418,6 +3419,7 @@ class Kind(enum.IntEnum):
     # Number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     GONE = 19
     TOO_BIG = 21    # number: worker, serial: it is being killed
+    OVERDUE = 25    # number: worker, serial: it has run past its time and is being ended
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
@@ -3447,6 +3449,7 @@ FROM_WORKER = {
 FROM_RUNNER = {
     Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0),
     Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST), Kind.TOO_BIG: (0, 0, 0),
+    Kind.OVERDUE: (0, 0, 0),
     Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0),
     Kind.END_NODE: (0, 0, 0)
 }
@@ -4031,9 +4034,10 @@ class Memory:
     or something could not be written down.
     """
 
-    def __init__(self, directory: str) -> None:
-        """Raises OSError."""
+    def __init__(self, directory: str, lasting: bool = True) -> None:
+        """`lasting`: it is to outlive the machine. Raises OSError."""
         self._directory, self._path = directory, os.path.join(directory, 'memory')
+        self._lasting = lasting
         self._known: Dict[str, Past] = {}
         self.ident = ''
         try:
@@ -4051,7 +4055,8 @@ class Memory:
         with replaced(path) as temporary, open(temporary, 'w') as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if self._lasting:
+                os.fsync(file.fileno())
 
     def _file(self, comp: str) -> str:
         return os.path.join(self._directory, 'g-' + comp)
@@ -4735,6 +4740,12 @@ class WorkerTooBig(NamedTuple):
     serial: int
 
 
+class WorkerOverdue(NamedTuple):
+    """What a worker runs has run past its time, and its runner ends it: this loop had no time to."""
+    worker: int
+    serial: int
+
+
 class Stop(NamedTuple):
     """The daemon shall end."""
 
@@ -4884,10 +4895,12 @@ class Interrupt(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Kill the worker if this job uses more bytes of memory. Fed back as WorkerTooBig."""
+    """Kill the worker if this job uses more bytes of memory, and end the job if it runs for more
+    seconds; 0: as it likes. Fed back as WorkerTooBig and WorkerOverdue."""
     worker: int
     serial: int
     most: int
+    seconds: float = 0.0
 
 
 class Kill(NamedTuple):
@@ -6110,9 +6123,19 @@ class Interruptions:
 
     def on_too_big(self, event: WorkerTooBig, now: float) -> None:
         """What a worker runs uses too much memory, and the worker is killed for it."""
-        worker = self._tables.workers.get(event.worker)
-        if worker is not None and self._is_running(worker, event.serial):
-            worker.queue[0].ending = Outcome.OUT_OF_MEMORY
+        self._note_ending(event.worker, event.serial, Outcome.OUT_OF_MEMORY)
+
+    def on_overdue(self, event: WorkerOverdue, now: float) -> None:
+        """What a worker runs is ended by its runner, as its time has passed."""
+        self._note_ending(event.worker, event.serial, Outcome.TIMED_OUT)
+
+    def _note_ending(self, key: int, serial: int, ending: Outcome) -> None:
+        """Results of jobs before this one may not have been read yet: it need not be the head."""
+        worker = self._tables.workers.get(key)
+        for attempt in worker.queue if worker is not None else ():
+            if attempt.serial == serial and (attempt.ending is None
+                                             or ending is Outcome.OUT_OF_MEMORY):
+                attempt.ending = ending
 
 
 class FairShare:
@@ -6324,8 +6347,16 @@ class CpuScheduler:
         if attempts:
             if attempts[0] is worker.queue[0]:
                 self._on_job_started(worker, now)
+            else:   # it may begin before this is told
+                self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
             self._tables.do(Feed(worker.key, attempts))
+
+    def _watch(self, worker: _Worker, attempt: Attempt) -> None:
+        """Limits that hold also while this loop has no time, as in a program that is busy."""
+        if attempt.memory or attempt.timeout:
+            self._tables.do(Watch(worker.key, attempt.serial, int(attempt.memory or 0),
+                                  attempt.timeout or 0.0))
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since = now
@@ -6340,8 +6371,7 @@ class CpuScheduler:
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
             self._interruptions.set_timeout(worker, now + head.timeout)
-        if head.memory:
-            self._tables.do(Watch(worker.key, head.serial, int(head.memory)))
+        self._watch(worker, head)
         if head.ending is not None:   # cancelled while it stood behind another
             self._interruptions.interrupt(worker, head, now)
 
@@ -6384,6 +6414,8 @@ class CpuScheduler:
                 continue
             attempt = ended = worker.queue.popleft()
             durations.append(row[3] - row[2])
+            if attempt.timeout and row[1] is not Outcome.RETURNED:
+                self._note_overdue(attempt, row)
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._attempts.finish(comp, row)
@@ -6398,6 +6430,13 @@ class CpuScheduler:
             self._on_job_started(worker, now)
         else:
             self._idle(worker, ended.cpus)
+
+    @staticmethod
+    def _note_overdue(attempt: Attempt, row: tuple) -> None:
+        """Its runner may have ended it, before this loop has looked whether its time has passed."""
+        if attempt.ending is None and row[1] == Outcome.RAISED \
+                and row[3] - row[2] >= attempt.timeout:
+            attempt.ending = Outcome.TIMED_OUT
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
@@ -7001,6 +7040,7 @@ class Node:
             WorkerInitialized: self.computations.on_worker_initialized,
             WorkerGone: self.computations.on_worker_gone,
             WorkerTooBig: self.interruptions.on_too_big,
+            WorkerOverdue: self.interruptions.on_overdue,
             WorkerFile: self.requests.on_file,
             WorkerWants: self.requests.on_wants,
             WorkerPrinted: self.requests.on_printed,
@@ -8587,6 +8627,37 @@ class NumericThreads:
                 function(cpus)
 
 
+class TrackerProcess:
+    """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
+    have left behind. It is started by the runner, so that its workers share it: one that a worker
+    started would be a process that its job has left running."""
+
+    def __init__(self) -> None:
+        from multiprocessing import resource_tracker
+        self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+        self.pid = 0
+
+    def start(self) -> None:
+        """Start it. What it removes is a convenience, so that jobs run without it, too."""
+        try:
+            self._tracker.ensure_running()
+            self.pid = self._tracker._pid or 0
+        except (OSError, AttributeError) as exc:   # no room for a process; another Python
+            logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+
+    def stop(self) -> None:
+        """Let it remove what is left and end; the workers have ended."""
+        handle = getattr(self._tracker, '_fd', None)
+        if not self.pid or handle is None:
+            return
+        os.close(handle)
+        self._tracker._fd = self._tracker._pid = None
+        until = time.monotonic() + GRACE
+        with contextlib.suppress(ChildProcessError):   # somebody else has waited for it
+            while os.waitpid(self.pid, os.WNOHANG)[0] == 0 and time.monotonic() < until:
+                time.sleep(0.002)
+
+
 class SharedMemoryTracker:
     """Keeps the resource tracker of a node away from shared memory that a job only attaches to.
 
@@ -9560,6 +9631,74 @@ class ComputationCode:
         return ''
 
 
+_NO_BODIES = (memoryview(b''),) * 3
+
+
+class RunningLimit:
+    """What one job may use. `ended_at` is when it was ended for that, if it was."""
+    __slots__ = ('most', 'seconds', 'began', 'ended_at')
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most = most
+        self.seconds = seconds
+        self.began: Optional[float] = None     # when it was seen to run
+        self.ended_at: Optional[float] = None
+
+    def is_over(self, now: float) -> bool:
+        """Whether its time has passed, and nothing was done yet."""
+        return bool(self.seconds) and self.began is not None and self.ended_at is None \
+            and now - self.began >= self.seconds
+
+    def is_to_be_killed(self, now: float) -> bool:
+        """Whether it was interrupted and goes on all the same."""
+        return self.ended_at is not None and now - self.ended_at >= GRACE
+
+
+class RunningLimits:
+    """What jobs of workers may use, by worker and job. The node sees to the time itself, to the
+    moment; here it is seen to once more, some tenths of a second later, for a node that is part of a
+    program and has to wait for that."""
+
+    def __init__(self) -> None:
+        self._known: Dict[int, Dict[int, RunningLimit]] = {}
+        self.of_memory = False     # there may be some
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def add(self, record: Record) -> None:
+        """A job will run in a worker, or runs already."""
+        jobs = self._known.setdefault(record.number, {})
+        if record.serial not in jobs:
+            jobs[record.serial] = RunningLimit(int(record.start), record.end)
+            self.of_memory = self.of_memory or bool(record.start)
+
+    def find(self, worker: int, serial: int, now: float) -> Optional[RunningLimit]:
+        """The limit of what a worker runs now."""
+        jobs = self._known.get(worker, {})
+        for other in [other for other, before in jobs.items()
+                      if before.began is not None and other != serial]:   # it has ended
+            del jobs[other]
+        limit = jobs.get(serial)
+        if limit is not None and limit.began is None:
+            limit.began = now
+        return limit
+
+    def keep(self, worker: int, serial: int) -> None:
+        """Of what a worker has, nothing else is left."""
+        jobs = self._known.get(worker, {})
+        for other in [other for other in jobs if other != serial]:
+            del jobs[other]
+
+    def forget_all_but(self, workers: Container[int]) -> None:
+        """Others have ended."""
+        for worker in [worker for worker, jobs in self._known.items()
+                       if worker not in workers or not jobs]:
+            del self._known[worker]
+        self.of_memory = any(limit.most for jobs in self._known.values()
+                             for limit in jobs.values())
+
+
 class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
@@ -9574,11 +9713,12 @@ class WorkerProcesses:
         self._children: Dict[int, _Child] = {}
         self._born = time.time() - 1.0   # clocks of file systems are a little behind
         self._own: Set[int] = set()   # children that setup left on purpose
+        self.spared: Set[int] = set()   # children of ours that are no workers
         # Killed, and they have not ended: they sleep and cannot be interrupted
         self._undead: Set[int] = set()
         self._slots: List[Any] = []      # free ones
         self._slot_files = itertools.count(1)
-        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
+        self._limits = RunningLimits()
         self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
 
     def keep_children(self) -> None:
@@ -9592,7 +9732,7 @@ class WorkerProcesses:
 
     def patience(self) -> Optional[float]:
         """Seconds after which workers are to be looked at."""
-        if self._watched:
+        if self._limits.of_memory:
             return WEIGHED
         if self._children:
             return OUTPUT_CHECKED
@@ -9605,7 +9745,8 @@ class WorkerProcesses:
         if self._spec['live']:
             self._show_output()
         self._shorten()
-        self._check_memory()
+        if self._limits:
+            self._check_limits()
 
     def fork(self, record: Record, handle: int) -> None:
         """A worker that cannot be made is told with the reason; those that there are go on.
@@ -9670,7 +9811,8 @@ class WorkerProcesses:
     def interrupt(self, record: Record) -> None:
         """Interrupt a job if its worker still runs it."""
         child = self._children.get(record.number)
-        if child is not None:
+        # Not twice: its time may have passed for both of us
+        if child is not None and child.slots[1] != record.serial:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
                 self._signal(child, signal.SIGINT)
@@ -9684,13 +9826,15 @@ class WorkerProcesses:
     def recall(self, record: Record) -> None:
         """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
+        if child is not None:
+            self._limits.keep(record.number, child.slots[0])
         if child is not None and TAKE_BACK_SIGNAL is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.process.pid, TAKE_BACK_SIGNAL)
 
     def watch(self, record: Record) -> None:
-        """Limit the memory of a job."""
-        self._watched[record.number] = (record.serial, int(record.start))
+        """Limit the memory and the time of a job."""
+        self._limits.add(record)
 
     @staticmethod
     def _signal(child: _Child, number: int) -> None:
@@ -9729,7 +9873,7 @@ class WorkerProcesses:
         found: Set[int] = set()
         while True:
             known = {child.process.pid
-                     for child in self._children.values()} | self._own | self._undead
+                     for child in self._children.values()} | self._own | self.spared | self._undead
             strays = {pid for pid in self._descendants() if pid not in known}
             found |= strays
             for pid in strays:
@@ -9779,17 +9923,28 @@ class WorkerProcesses:
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
-    def _check_memory(self) -> None:
-        """Kill workers whose jobs use more memory than they may."""
-        for key, (serial, most) in list(self._watched.items()):
-            child = self._children.get(key)
-            if child is None or (child.slots[0] != serial and child.slots[0]):
-                del self._watched[key]
-            elif child.slots[0] == serial and memory_of(
-                    child.process.pid) > most and child.slots[0] == serial:
-                del self._watched[key]
+    def _check_limits(self) -> None:
+        """End jobs that have run past their time, and kill workers whose jobs use more memory than
+        they may."""
+        now = time.monotonic()
+        for key, child in self._children.items():
+            serial = child.slots[0]
+            limit = self._limits.find(key, serial, now)
+            if limit is None:
+                continue
+            if limit.most and memory_of(child.process.pid) > limit.most \
+                    and child.slots[0] == serial:
+                self._limits.keep(key, 0)
                 self._send(Kind.TOO_BIG, key, serial)
                 self._signal(child, signal.SIGKILL)
+            elif limit.is_to_be_killed(now):
+                limit.ended_at = math.inf
+                self._signal(child, signal.SIGKILL)
+            elif limit.is_over(now):
+                limit.ended_at = now
+                self._send(Kind.OVERDUE, key, serial)
+                self.interrupt(Record(Kind.INTERRUPT, key, serial, 0.0, 0.0, _NO_BODIES))
+        self._limits.forget_all_but(self._children)
 
     def _shorten(self) -> None:
         for child in self._children.values():
@@ -9826,7 +9981,7 @@ class Runner:
         self._intake = RecordIntake()
         self._records: Deque[Record] = collections.deque()
         self._handles: Deque[int] = collections.deque()
-        self._shall_end = False
+        self._shall_end = self._is_ending = self._is_closed = False
 
     def run(self) -> None:
         """Until told to close, or the daemon is gone."""
@@ -9839,10 +9994,14 @@ class Runner:
         limit_values(self._spec['max_value'])
         self._code = ComputationCode(self._spec)
         self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
+        self._tracker = TrackerProcess()
         self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
+        if os.name == 'posix':
+            self._tracker.start()
+            self._workers.spared.add(self._tracker.pid)
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         # What setup forks must not hold the line by which the daemon sees our end
         if hasattr(os, 'register_at_fork'):
@@ -9854,8 +10013,10 @@ class Runner:
             gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._workers.kill_strays()
+            self._tracker.stop()
             # Nobody wants it any more, and what that has interrupted is no fault
             if self._shall_end:
+                self._remove_forsaken()
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
             if self._code.is_loaded:
@@ -9871,7 +10032,8 @@ class Runner:
 
     def _told_to_end(self, number: int, frame: Any) -> None:
         self._shall_end = True
-        sys.exit(0)
+        if not self._is_ending:   # it is on its way out, and has to remove what is left
+            sys.exit(0)
 
     def _tell_failure(self, text: str) -> None:
         """The computation cannot be used here; the record's number is 1 if its code cannot even be
@@ -9909,6 +10071,7 @@ class Runner:
                 while self._records:
                     record = self._records.popleft()
                     if record.kind == Kind.CLOSE:
+                        self._is_closed = True
                         return
                     handlers[Kind(record.kind)](record)
                 workers.look()
@@ -9942,6 +10105,7 @@ class Runner:
             self._control.sendall(buffer)
 
     def _end(self) -> None:
+        self._is_ending = True
         self._workers.end()
         failure = self._code.clean_up(self._end_node)
         if failure:
@@ -9953,6 +10117,15 @@ class Runner:
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
         if finalize is not None:
             finalize(0)
+        self._tracker.stop()
+        if not self._is_closed:
+            self._remove_forsaken()
+
+    def _remove_forsaken(self) -> None:
+        """Of a node that was part of a program which has ended without removing it."""
+        if self._spec['root']:
+            os.chdir(os.path.dirname(self._spec['root']))
+            remove_forsaken(self._spec['root'], self._spec['private'])
 
     def _end_node(self) -> None:
         """dispynode_shutdown, which a cleanup finds where the node was started with
@@ -10041,10 +10214,25 @@ def is_child(pid: int, parent: int) -> bool:
     return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
 
 
+RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns its `User`
+
+
+def runner_start(handle: int) -> None:
+    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
+    puts back what it has inherited of signals: a program may block or ignore them."""
+    user = os.environ.pop(RUNNER_USER, None)
+    sys.argv[:] = [os.path.abspath(__file__)]
+    if _sigmask is not None:
+        _sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    runner_main(socket.socket(fileno=handle), User(*json.loads(user)) if user else None)
+
+
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
-    """The runner process, started by the daemon with `spawn`."""
-    if hasattr(os, 'setsid'):
-        os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
+    """The runner process, with a session of its own: Ctrl-C at the terminal is no business of
+    it."""
+    if hasattr(os, 'setsid') and os.getsid(0) != os.getpid():
+        os.setsid()
     _no_stdin()       # nor are lines that are typed there meant for setup()
     del sys.argv[1:]  # among which the secret may be
     if user is not None:
@@ -10561,6 +10749,10 @@ class Link(Channel):
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
 
+    def own_address(self) -> str:
+        """Of this end."""
+        return plain_address(self.sock.getsockname()[0])
+
     def breaks(self, now: float) -> None:
         self.stall = stall_of(self.sock, now - self.heard, self.pulse)
 
@@ -10594,6 +10786,154 @@ class Link(Channel):
                     continue
             messages.append(message)
         return messages
+
+
+def _at_hand(payload: Any) -> Any:
+    """A payload that an envelope may carry, as it is when it was received."""
+    if type(payload) is bytes:
+        return payload
+    if type(payload) is tuple:
+        return tuple(map(_at_hand, payload))
+    if type(payload) is pickle.PickleBuffer:
+        return payload.raw()
+    return payload
+
+
+def _rows_at_hand(message: Any, places: slice) -> Tuple[Any, int]:
+    """A message of jobs or results as it is when it was received, and its bytes."""
+    rows = []
+    size = 0
+    for row in message.rows:
+        payloads = tuple(map(_at_hand, row[places]))
+        size += sum(map(size_of, payloads))
+        rows.append((*row[:places.start], *payloads, *row[places.stop:]))
+    return type(message)(message.comp, rows), size
+
+
+def _compute_at_hand(message: Compute) -> Tuple[Any, int]:
+    spec = dict(message.spec, code=_at_hand(message.spec['code']),
+                setup_args=_at_hand(message.spec['setup_args']))
+    size = sum(map(size_of, (spec['code'], spec['setup_args'], *spec['support'].values())))
+    return Compute(message.comp, spec), size
+
+
+def _data_at_hand(message: Any) -> Tuple[Any, int]:
+    data = _at_hand(message.data)
+    return message._replace(data=data), size_of(data)
+
+
+class NearLink(Link):
+    """One end of a link whose other end is in the same loop: messages are handed over as the objects
+    that they are, and payloads as the same buffers. There is nothing to encode or to authenticate.
+
+    A message waits until the other side takes it, so that it is never handled in its sender's turn,
+    and neither side changes it from then on. What is too large for any link is refused here, too.
+    There are no pulses: neither side can be away.
+    """
+    # Message -> what makes of it what a socket would have brought, with its bytes
+    _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
+        Jobs: functools.partial(_rows_at_hand, places=slice(1, 2)),
+        Results: functools.partial(_rows_at_hand, places=slice(4, 7)),
+        Compute: _compute_at_hand,
+        FilePiece: _data_at_hand,
+        Output: _data_at_hand,
+    }
+    SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
+
+    def __init__(self, instance: bytes, role: int, now: float) -> None:
+        """Of the other side. There is no socket, so that nothing of `Link` is set up."""
+        self.sock: Any = None
+        self.number = next(Link._numbers)
+        self.instance = instance
+        self.role = Role(role)
+        self.address = '127.0.0.1'
+        self.pulse = math.inf
+        self.heard = self.said = now
+        self.queued = self.unmade = self.bytes_out = self.bytes_in = self.interest = 0
+        self.paused = self.on_purpose = False
+        self.stall = ''
+        self.owner = self.dirty = self.values = None
+        self.later = {}
+        self.other: 'NearLink' = self
+        self._mail: Deque[Tuple[Any, int]] = collections.deque()
+        self._taken = self._handed = 0
+        self._is_over = False      # the other end was closed
+
+    @classmethod
+    def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['NearLink', 'NearLink']:
+        """The node's end, and the client's, of instances that are called so."""
+        of_node = cls(client, Role.CLIENT, now)
+        of_client = cls(node, Role.NODE, now)
+        of_node.other = of_client
+        of_client.other = of_node
+        return of_node, of_client
+
+    def send(self, message: Any) -> None:
+        """Hand a message over. Raises TooLarge."""
+        kind = type(message)
+        size = self.SMALL_SIZE
+        if kind in self._MADE:
+            message, size = self._MADE[kind](message)
+            if kind in (Jobs, Results) and len(message.rows) == 1:
+                most = VALUE_MOST
+            else:
+                most = MESSAGES[OPS[kind]][1]
+            if size > most:
+                raise TooLarge('%s of %d bytes is over the limit of %d'
+                               % (kind.__name__, size, most))
+        self.other._mail.append((message, size))
+        self.queued += size
+        self.bytes_out += size
+        self._handed += 1
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._mail or self._is_over) and self.dirty is not None and not self.paused
+
+    def messages(self, now: float) -> List[Any]:
+        if not self._mail and self._is_over:
+            raise LinkBroken('the connection was closed')
+        mail = self._mail
+        self._mail = collections.deque()
+        size = sum(size for _, size in mail)
+        self.other.queued -= size
+        self.bytes_in += size
+        self._taken += len(mail)
+        self.heard = now
+        return [message for message, _ in mail]
+
+    @property
+    def opened(self) -> int:
+        return self._taken
+
+    @property
+    def sent(self) -> int:
+        return self._handed
+
+    @property
+    def wants_write(self) -> bool:
+        return False
+
+    def own_address(self) -> str:
+        return self.address
+
+    def goes_in_parts(self, message: Any) -> bool:
+        return False
+
+    def write(self) -> None:
+        """All is there."""
+
+    def drain(self, seconds: float) -> None:
+        """As above."""
+
+    def breaks(self, now: float) -> None:
+        """There is no network to blame."""
+
+    def close(self) -> None:
+        """The other end takes what was handed to it, and then its end."""
+        self._mail.clear()
+        self.other._is_over = True
 
 
 _CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
@@ -10813,9 +11153,10 @@ class Loop:
     def attach(self, channel: Channel) -> None:
         """Own a channel from now on."""
         channel.dirty = self._dirty
-        channel.interest = selectors.EVENT_READ
-        self._selector.register(channel.sock, channel.interest, channel)
-        if isinstance(channel, Link):
+        if channel.sock is not None:
+            channel.interest = selectors.EVENT_READ
+            self._selector.register(channel.sock, channel.interest, channel)
+        if isinstance(channel, Link) and channel.owner is None:
             self.links[channel.number] = channel
             channel.values = self.values
             self.set_pulse(channel, channel.pulse)
@@ -10982,6 +11323,10 @@ class Loop:
                 wait = min(wait, time_of - self.clock())
         return max(0.0, wait)
 
+    def receive(self, channel: Channel) -> None:
+        """Handle what has come on a channel that the selector does not know."""
+        self._guarded(channel, selectors.EVENT_READ)
+
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wakened.recv(4096)
@@ -11032,7 +11377,7 @@ class Loop:
         """Bring the selector up to what the channel waits for."""
         wanted = (0 if channel.paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE
                                                                     if channel.wants_write else 0)
-        if wanted == channel.interest or channel.dirty is None:
+        if wanted == channel.interest or channel.dirty is None or channel.sock is None:
             return
         if not channel.interest:
             self._selector.register(channel.sock, wanted, channel)
@@ -11787,6 +12132,7 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
+    python: str = ''                       # what runs the runners, if not sys.executable
 
 
 class ChildEnded(NamedTuple):
@@ -11824,7 +12170,7 @@ class NodeDirectory:
         root = self._options.prefix or default_directory(port)
         try:
             self._take_base(root)
-            self.memory = Memory(self.base)
+            self.memory = Memory(self.base, not self._options.embedded)
             if user is not None:
                 self._check_reach(user)
                 root = self._user_directory(root, user)
@@ -11971,6 +12317,11 @@ class NodeDirectory:
         if self.memory is not None:
             self.memory.tear()
 
+    def after_fork(self) -> None:
+        """In a forked child: the directory is the parent's alone."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+
     def close(self) -> None:
         """Remove what is to be removed and let go of the lock. Does nothing the second time."""
         if self.memory is not None:
@@ -11987,6 +12338,33 @@ class NodeDirectory:
         elif self._options.user is not None:
             with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
                 os.rmdir(self.root)
+
+
+def is_forsaken(root: str) -> bool:
+    """Whether the node whose directory this is was part of a program, and that has ended. It has the
+    lock of the directory as long as it lives."""
+    for left in reversed(range(5)):
+        try:
+            with open_regular(os.path.join(root, 'lock')) as file:
+                _try_lock(file, True)
+                return bool(re.match(br'PID \d+, port 0\n', file.read(100)))
+        except OSError:
+            if not left:
+                return False
+            time.sleep(0.02)   # others look as well; the program may be about to end
+    return False
+
+
+def remove_forsaken(root: str, private: str = '') -> None:
+    """Remove what is in the directory of a node that was part of a program, if that has ended:
+    `private`, which was a computation's, and all of it when that was the last."""
+    if not is_forsaken(root):
+        return
+    if private:
+        shutil.rmtree(private, ignore_errors=True)
+    with contextlib.suppress(OSError):   # another runner was faster
+        if not any(_is_ours(name, 'p-') for name in os.listdir(root)) or not private:
+            shutil.rmtree(root, ignore_errors=True)
 
 
 class ComputationDirectory:
@@ -12262,6 +12640,94 @@ class ResultStore:
             self._directory.tear_memory()
 
 
+# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
+# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
+starting = threading.Lock()
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=starting.acquire, after_in_parent=starting.release,
+                        after_in_child=starting.release)
+
+
+class RunnerProcess:
+    """The process of a runner. The loop's thread.
+
+    It is started with `subprocess`: `multiprocessing`, which is used only where a descriptor cannot
+    be passed to a new program, would run a program's main module again, and share its resource
+    tracker. It inherits no descriptor but its own, and has a session of its own.
+    """
+    CODE = 'import sys; sys.path[:] = %r; import dispynode; dispynode.runner_start(%d)'
+
+    def __init__(self, control: socket.socket, user: Optional[User], python: str) -> None:
+        """`control`: its end of the socket; `python`: what runs it, if not this Python. Raises
+        OSError."""
+        self._popen: Any = None
+        self._process: Any = None
+        if os.name == 'posix':
+            self._popen = self._start(control, user, python or sys.executable)
+            self.pid: int = self._popen.pid
+        else:
+            self._process = multiprocessing.get_context('spawn').Process(
+                target=runner_main, args=(control, user), name='dispy-runner')
+            self._process.start()
+            self.pid = self._process.pid
+
+    def _start(self, control: socket.socket, user: Optional[User], python: str) -> Any:
+        places = [entry for entry in sys.path if isinstance(entry, str)]
+        home = os.path.dirname(os.path.abspath(__file__))
+        if home not in places:
+            places.append(home)
+        variables = dict(os.environ)
+        variables.pop('DISPY_SECRET', None)
+        if user is not None:
+            variables[RUNNER_USER] = json.dumps(user)
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as opened:
+            error = None
+            try:
+                os.fstat(2)
+            except OSError:   # closed: its number must not become that of something else there
+                error = opened.enter_context(open(os.devnull, 'w'))
+            with starting:
+                return subprocess.Popen(
+                    [python, *flags, '-c', self.CODE % (places, control.fileno())], env=variables,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
+                    pass_fds=(control.fileno(),), start_new_session=True)
+
+    @property
+    def exitcode(self) -> Optional[int]:
+        """None while it runs. 0 where the program has others wait for its children, and nobody
+        can tell."""
+        if self._popen is not None:
+            return self._popen.poll()  # type: ignore[no-any-return]
+        return self._process.exitcode  # type: ignore[no-any-return]
+
+    def terminate(self) -> None:
+        """Tell it to end."""
+        (self._popen or self._process).terminate()
+
+    def kill(self) -> None:
+        """Kill it."""
+        (self._popen or self._process).kill()
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end."""
+        if self._process is not None:
+            self._process.join(seconds)
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+
+    def close(self) -> None:
+        """It has ended."""
+        if self._process is not None:
+            self._process.close()
+
+    def forget(self) -> None:
+        """In a forked child: it is no child of this process."""
+        if self._popen is not None:
+            self._popen.returncode = 0
+
+
 class RunnerWatch:
     """Whether a runner lives and answers. Its process is watched, since others may hold its socket:
     a child that setup has forked in C, say. While it has jobs it is asked for a sign of life. The
@@ -12321,6 +12787,11 @@ class RunnerWatch:
         """When there is something to do."""
         return self._ask_at, self.look_at, None if self.killed_at is None else self.killed_at + GRACE
 
+    def after_fork(self) -> None:
+        """In a forked child: it is watched by the parent."""
+        if self._handle >= 0:
+            os.close(self._handle)
+
     def close(self) -> None:
         """Watch no more."""
         if self._handle >= 0:
@@ -12344,6 +12815,53 @@ class ComputationProcesses:
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def start(self, host: 'NodeHost') -> None:
+        """Start the runner. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        try:
+            self.process = RunnerProcess(theirs, host.options.user, host.options.python)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.control = Pipe(ours, self.comp)
+        host.attach(self.control)
+
+    def initialize(self, spec: dict, host: 'NodeHost', address: str) -> None:
+        """Tell the runner what to load."""
+        options = host.options
+        files = self.files
+        init = {
+            'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
+            'authkey': bytes(spec.get('authkey',
+                                      b'')), 'bundles': any(row[0] == BUNDLES + BUNDLE % 0
+                                                            for row in spec['modules']),
+            'kind': spec['kind'], 'directory': files.directory, 'private': files.private,
+            'program': spec['program'],
+            'support': {name: bytes(source)
+                        for name, source in spec['support'].items()
+                        }, 'max_file': options.max_file, 'max_value': VALUE_MOST,
+            'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
+            'client_shutdown': options.client_shutdown, 'cleanup': spec['cleanup'],
+            'root': host.directory.root if options.embedded else '', 'names': {
+                'dispy_node_name': host.node.name, 'dispy_node_ip_addr': address,
+                'dispy_job_path': files.directory
+            }
+        }
+        self.control.push(  # type: ignore[union-attr]
+            pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
+
+    def after_fork(self) -> None:
+        """In a forked child: these are the parent's."""
+        for pipe in (self.control, *self.pipes.values()):
+            if pipe is not None:
+                pipe.close()
+        if self.watch is not None:
+            self.watch.after_fork()
+        if self.process is not None:
+            self.process.forget()
 
     def known(self, worker: int, pid: int) -> None:
         """A worker's process: from the kernel, never by its own word."""
@@ -12421,6 +12939,7 @@ class ProcessHost:
             Kind.GONE: self._on_worker_exited,
             Kind.UNBORN: self._on_worker_start_failed,
             Kind.TOO_BIG: self._on_memory_exceeded,
+            Kind.OVERDUE: self._on_overdue,
             Kind.PRINTED: self._on_printed,
         }
 
@@ -12429,54 +12948,21 @@ class ProcessHost:
     def start_runner(self, action: StartRunner) -> None:
         """Start the process that loads the code of a computation."""
         run = ComputationProcesses(self._files.of(action.comp))
-        spec = action.spec
         try:
-            ours, theirs = socket.socketpair()
-        except OSError as exc:   # no descriptors
+            run.start(self._host)
+        except OSError as exc:   # no descriptors, no processes
             self._host.post(
                 RunnerGone(action.comp,
                            'its process cannot be started: %s' % shortage(exc),
                            code='process'))
             return
-        link = self._host.links.get(action.link)
-        address = (
-            self._options.ext_hosts[:1] or
-            (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1', ))[0]
-        try:
-            run.process = multiprocessing.get_context('spawn').Process(
-                target=runner_main, args=(theirs, self._options.user), name='dispy-runner')
-            run.process.start()
-        except OSError as exc:
-            ours.close()
-            self._host.post(
-                RunnerGone(action.comp,
-                           'its process cannot be started: %s' % shortage(exc),
-                           code='process'))
-            return
-        finally:
-            theirs.close()
         self._runs[action.comp] = run
-        run.control = Pipe(ours, action.comp)
-        self._host.attach(run.control)
         run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
-        init = {
-            'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
-            'authkey': bytes(spec.get('authkey',
-                                      b'')), 'bundles': any(row[0] == BUNDLES + BUNDLE % 0
-                                                            for row in spec['modules']),
-            'kind': spec['kind'], 'directory': run.files.directory, 'private': run.files.private,
-            'program': spec['program'],
-            'support': {name: bytes(source)
-                        for name, source in spec['support'].items()
-                        }, 'max_file': self._options.max_file, 'max_value': VALUE_MOST,
-            'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
-            'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'], 'names': {
-                'dispy_node_name': self._host.node.name, 'dispy_node_ip_addr': address,
-                'dispy_job_path': run.files.directory
-            }
-        }
-        run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
+        link = self._host.links.get(action.link)
+        addresses = self._options.ext_hosts[:1] or (
+            link.own_address() if link is not None else '127.0.0.1',)
+        run.initialize(action.spec, self._host, addresses[0])
 
     def stop_runner(self, action: StopRunner) -> None:
         """End the runner of a computation, and with it its workers."""
@@ -12561,7 +13047,7 @@ class ProcessHost:
         if code is not None:
             run.process.close()
         run.process = None
-        if os.getpid() == 1:
+        if os.getpid() == 1 and not self._options.embedded:   # in a program, orphans are its own
             self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
@@ -12664,6 +13150,9 @@ class ProcessHost:
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
         self._host.tell(WorkerTooBig(record.number, record.serial))
+
+    def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
+        self._host.tell(WorkerOverdue(record.number, record.serial))
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -12806,14 +13295,15 @@ class ProcessHost:
                 run.pipes[action.worker].push(pack_record(
                     Kind.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
 
-    def _order(self, kind: Kind, worker: int, serial: int = 0, value: float = 0.0) -> None:
+    def _order(self, kind: Kind, worker: int, serial: int = 0, first: float = 0.0,
+               second: float = 0.0) -> None:
         run = self._run_of(worker)
         if run is not None and run.control is not None and run.control.dirty is not None:
-            run.control.push(pack_record(kind, worker, serial, value))
+            run.control.push(pack_record(kind, worker, serial, first, second))
 
     def watch(self, action: Watch) -> None:
-        """Limit the memory of what a worker runs."""
-        self._order(Kind.WATCH, action.worker, action.serial, float(action.most))
+        """Limit the memory and the time of what a worker runs."""
+        self._order(Kind.WATCH, action.worker, action.serial, float(action.most), action.seconds)
 
     def interrupt(self, action: Interrupt) -> None:
         """Interrupt what a worker runs."""
@@ -12841,11 +13331,19 @@ class ProcessHost:
             # The worker reads the end and leaves
             self._host.detach(run.pipes.pop(action.worker))
 
+    def after_fork(self) -> None:
+        """In a forked child: all of them are the parent's."""
+        for run in self._runs.values():
+            run.after_fork()
+
     def close(self) -> None:
         """End all processes."""
         for run in self._runs.values():
             if run.watch is not None:
                 run.watch.close()
+            if run.control is not None and run.control.dirty is not None:
+                with contextlib.suppress(OSError):   # it has ended already
+                    run.control.drain(GRACE)
             if run.process is not None:
                 run.process.join(3.0)
                 run.process.kill()
@@ -13124,6 +13622,12 @@ class NodeHost:
         self.results.close()
         self.directory.close()
 
+    def after_fork(self) -> None:
+        """In a forked child: let go of the descriptors, by which it would keep the processes of its
+        parent alive and the directory locked."""
+        self.processes.after_fork()
+        self.directory.after_fork()
+
     # -- for the parts -----------------------------------------------------------------------------
 
     @property
@@ -13207,15 +13711,21 @@ class NodeHost:
             except Exception as exc:  # the other actions are carried out all the same
                 self.loop.fault(action, exc, self)
 
-    def on_channel(self, pipe: Any) -> None:
-        """The pipe of a runner or worker has something."""
-        self.processes.on_readable(pipe)
+    def on_channel(self, channel: Any) -> None:
+        """The pipe of a runner or worker has something, or a link that is ours."""
+        if isinstance(channel, Pipe):
+            self.processes.on_readable(channel)
+        else:
+            for message in channel.messages(self.now):
+                self.take(channel, message)
 
-    def on_broken(self, pipe: Any, text: str) -> None:
-        """The pipe of a runner or worker came to its end. That of a worker says nothing yet: the
-        runner tells what became of the process."""
-        if not pipe.worker:
-            self.processes.runner_silent(pipe)
+    def on_broken(self, channel: Any, text: str) -> None:
+        """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
+        says nothing yet: the runner tells what became of the process."""
+        if not isinstance(channel, Pipe):
+            self.link_down(channel)
+        elif not channel.worker:
+            self.processes.runner_silent(channel)
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation; whether there was such a
@@ -13577,9 +14087,11 @@ def exit_text(code: Optional[int]) -> str:
 
 def node_facts() -> dict:
     """What a client may want to know of this host."""
+    with starting:   # it may start `uname`
+        system = platform.platform()
     return {
         'python': tuple(sys.version_info[:3]), 'dispy': __version__,
-        'platform': platform.platform(), 'cloudpickle': installed_version('cloudpickle'),
+        'platform': system, 'cloudpickle': installed_version('cloudpickle'),
         'pid': os.getpid()
     }
 
