@@ -9,7 +9,7 @@
         why
     cluster.close()
 
-Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and
+Without nodes on the network this program is a node itself. For others, copy `dispynode.py` and
 the secret (~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m dispy
 deploy HOST...` does it by ssh.
 
@@ -26,7 +26,8 @@ deploy HOST...` does it by ssh.
 
 One driver serves all clusters of a program that have the same secret and certificate. It owns every
 link and the Schedule; other threads post to it. A link carries everything between this program and
-a node.
+a node. The embedded node (LocalNode) has its turns in the driver's thread, and its link is memory;
+all else is as with other nodes.
 
 The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.

@@ -756,6 +756,10 @@ def beside(payload: Payload) -> Any:
 
 def sized(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
+    if type(row[4]) is bytes:
+        size = len(row[4]) + len(row[5]) + len(row[6])
+        if size < OUT_OF_BAND:
+            return row, size
     size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
     return (row if size < OUT_OF_BAND and type(row[4]) is bytes else
             (*row[:4], *map(beside, row[4:]))), size
@@ -10799,15 +10803,37 @@ def _at_hand(payload: Any) -> Any:
     return payload
 
 
-def _rows_at_hand(message: Any, places: slice) -> Tuple[Any, int]:
-    """A message of jobs or results as it is when it was received, and its bytes."""
-    rows = []
+def _jobs_at_hand(message: Jobs) -> Tuple[Any, int]:
+    rows = message.rows
     size = 0
-    for row in message.rows:
-        payloads = tuple(map(_at_hand, row[places]))
+    for place, row in enumerate(rows):
+        payload = row[1]
+        if type(payload) is not bytes:
+            if rows is message.rows:   # which is the sender's
+                rows = list(rows)
+            payload = _at_hand(payload)
+            rows[place] = (row[0], payload, *row[2:])
+        size += size_of(payload)
+    if rows is not message.rows:
+        message = Jobs(message.comp, rows)
+    return message, size
+
+
+def _results_at_hand(message: Results) -> Tuple[Any, int]:
+    rows = message.rows
+    size = 0
+    for place, row in enumerate(rows):
+        if type(row[4]) is bytes and type(row[5]) is bytes and type(row[6]) is bytes:
+            size += len(row[4])
+            continue
+        if rows is message.rows:   # as above
+            rows = list(rows)
+        payloads = tuple(map(_at_hand, row[4:]))
+        rows[place] = (*row[:4], *payloads)
         size += sum(map(size_of, payloads))
-        rows.append((*row[:places.start], *payloads, *row[places.stop:]))
-    return type(message)(message.comp, rows), size
+    if rows is not message.rows:
+        message = Results(message.comp, rows)
+    return message, size
 
 
 def _compute_at_hand(message: Compute) -> Tuple[Any, int]:
@@ -10832,8 +10858,8 @@ class NearLink(Link):
     """
     # Message -> what makes of it what a socket would have brought, with its bytes
     _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
-        Jobs: functools.partial(_rows_at_hand, places=slice(1, 2)),
-        Results: functools.partial(_rows_at_hand, places=slice(4, 7)),
+        Jobs: _jobs_at_hand,
+        Results: _results_at_hand,
         Compute: _compute_at_hand,
         FilePiece: _data_at_hand,
         Output: _data_at_hand,
@@ -12917,6 +12943,72 @@ class HeldPipes:
         return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
 
 
+class WorkerReader:
+    """Reads what workers send, and tells the node of it. The loop's thread."""
+
+    def __init__(self, host: 'NodeHost') -> None:
+        self._host = host
+        self.held = HeldPipes(host)
+
+    def read(self, run: ComputationProcesses, pipe: Pipe) -> int:
+        """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
+        OSError."""
+        rows = []
+        records = pipe.records(self._host.now)
+        if pipe.pid and pipe.worker not in run.pids:
+            run.known(pipe.worker, pipe.pid)
+        for record in records:
+            if record.kind == Kind.RESULT:
+                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
+                                                                     record.end, *record.bodies):
+                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
+                        record.number, record.start, record.end, len(record.bodies[0])))
+                rows.append((record.serial, record.number, record.start, record.end,
+                             *map(_keep, record.bodies)))
+                continue
+            if rows:   # what the next job does comes after the results of those before it
+                self._host.tell(WorkerResults(pipe.worker, rows))
+                rows = []
+            self._from_job(pipe, record)
+        if rows:
+            self._host.tell(WorkerResults(pipe.worker, rows))
+            self.held.hold_back(pipe)
+        elif pipe.is_large:
+            self.held.hold_back(pipe)
+        return len(records)
+
+    def _from_job(self, pipe: Pipe, record: Record) -> None:
+        """What a worker sends that is no result."""
+        if record.kind == Kind.LOGGED:
+            log_record_of(record.bodies[0])
+            self._host.tell(
+                WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+        elif record.kind == Kind.FILE:
+            row = open_envelope(record.bodies[0])
+            if not _is_file(row) or not _is_serial(record.serial):
+                raise PeerError('a file that is none')
+            piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
+                              record.number * FILE_PIECE, beside(record.bodies[1]))
+            self._host.tell(WorkerFile(pipe.worker, piece))
+            self.held.hold_back(pipe)
+        elif record.kind == Kind.WANT:
+            request = open_envelope(record.bodies[0])
+            if type(request) not in (int, str) or (type(request) is int
+                                                   and not _is_serial(request)):
+                raise PeerError('modules that are none')
+            self._host.tell(WorkerWants(pipe.worker, record.serial, request))
+        elif record.kind == Kind.INITIALIZED:
+            text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            error = text and 'on node %s %s' % (self._host.node.name, text)
+            self._host.tell(WorkerInitialized(pipe.worker, error))
+        elif record.kind == Kind.UNSTARTED:
+            body = record.bodies[0]
+            if len(body) % 8:
+                raise PeerError('jobs given back, %d bytes of them' % len(body))
+            self._host.tell(
+                WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+
+
 class ProcessHost:
     """Runners and workers of all computations: starts them, reads what they send, carries out what
     is to be done with them, and tells the state what becomes of them. The loop's thread."""
@@ -12926,7 +13018,9 @@ class ProcessHost:
         self._files = files
         self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
-        self.held = HeldPipes(host)
+        self._of_worker: Dict[int, ComputationProcesses] = {}
+        self._reader = WorkerReader(host)
+        self.held = self._reader.held
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             Kind.ALIVE: self._on_alive,
@@ -13039,9 +13133,10 @@ class ProcessHost:
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
             begun = Slots.read(run.files.private)
-        for pipe in (*run.pipes.values(), run.control):
-            if pipe is not None:
-                self._host.detach(pipe)
+        for worker in list(run.pipes):
+            self._let_go(run, worker)
+        if run.control is not None:
+            self._host.detach(run.control)
         if run.watch is not None:
             run.watch.close()
         if code is not None:
@@ -13111,6 +13206,9 @@ class ProcessHost:
         except MemoryError:
             self.end_writer(pipe, NO_MEMORY)
 
+    def _from_worker(self, pipe: Pipe) -> int:
+        return self._reader.read(self._runs[pipe.comp], pipe)
+
     def _from_runner(self, run: ComputationProcesses, record: Record) -> None:
         if run.watch is not None:
             run.watch.answered()
@@ -13143,7 +13241,7 @@ class ProcessHost:
             run.known(record.number, record.serial)
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
-        self._host.detach(run.pipes.pop(record.number))
+        self._let_go(run, record.number)
         self._host.tell(
             WorkerUnborn(record.number,
                          bytes(record.bodies[0]).decode('utf-8', 'replace')))
@@ -13175,15 +13273,19 @@ class ProcessHost:
                 self.end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
-            self._host.detach(pipe)
+        self._let_go(run, record.number)
         run.pids.pop(record.number, None)
-        del run.pipes[record.number]
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
         self._host.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+
+    def _let_go(self, run: ComputationProcesses, worker: int) -> None:
+        """Nothing more comes from a worker, and nothing goes there."""
+        self._host.detach(run.pipes.pop(worker))
+        del self._of_worker[worker]
 
     def _nonsense(self, pipe: Pipe, text: str) -> None:
         """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
@@ -13206,71 +13308,7 @@ class ProcessHost:
         run.kill(pipe.worker)
         self._host.detach(pipe)
 
-    # -- what workers send -------------------------------------------------------------------------
-
-    def _from_worker(self, pipe: Pipe) -> int:
-        rows = []
-        records = pipe.records(self._host.now)
-        if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
-            self._runs[pipe.comp].known(pipe.worker, pipe.pid)
-        for record in records:
-            if record.kind == Kind.RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
-                                                                     record.end, *record.bodies):
-                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0])))
-                rows.append((record.serial, record.number, record.start, record.end,
-                             *map(_keep, record.bodies)))
-                continue
-            if rows:   # what the next job does comes after the results of those before it
-                self._host.tell(WorkerResults(pipe.worker, rows))
-                rows = []
-            self._from_job(pipe, record)
-        if rows:
-            self._host.tell(WorkerResults(pipe.worker, rows))
-            self.held.hold_back(pipe)
-        elif pipe.is_large:
-            self.held.hold_back(pipe)
-        return len(records)
-
-    def _from_job(self, pipe: Pipe, record: Record) -> None:
-        """What a worker sends that is no result."""
-        if record.kind == Kind.LOGGED:
-            log_record_of(record.bodies[0])
-            self._host.tell(
-                WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
-        elif record.kind == Kind.FILE:
-            row = open_envelope(record.bodies[0])
-            if not _is_file(row) or not _is_serial(record.serial):
-                raise PeerError('a file that is none')
-            piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
-                              record.number * FILE_PIECE, beside(record.bodies[1]))
-            self._host.tell(WorkerFile(pipe.worker, piece))
-            self.held.hold_back(pipe)
-        elif record.kind == Kind.WANT:
-            request = open_envelope(record.bodies[0])
-            if type(request) not in (int, str) or (type(request) is int
-                                                   and not _is_serial(request)):
-                raise PeerError('modules that are none')
-            self._host.tell(WorkerWants(pipe.worker, record.serial, request))
-        elif record.kind == Kind.INITIALIZED:
-            text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            error = text and 'on node %s %s' % (self._host.node.name, text)
-            self._host.tell(WorkerInitialized(pipe.worker, error))
-        elif record.kind == Kind.UNSTARTED:
-            body = record.bodies[0]
-            if len(body) % 8:
-                raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._host.tell(
-                WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
-
     # -- what is done with workers -----------------------------------------------------------------
-
-    def _run_of(self, worker: int) -> Optional[ComputationProcesses]:
-        for run in self._runs.values():
-            if worker in run.pipes:
-                return run
-        return None
 
     def start_worker(self, action: StartWorker) -> None:
         """Have a worker forked."""
@@ -13283,13 +13321,14 @@ class ProcessHost:
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
+        self._of_worker[action.worker] = run
         self._host.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
         run.control.push(pack_record(Kind.FORK, action.worker), theirs)
 
     def feed(self, action: Feed) -> None:
         """Write attempts to a worker."""
-        run = self._run_of(action.worker)
+        run = self._of_worker.get(action.worker)
         if run is not None:
             for attempt in action.attempts:
                 run.pipes[action.worker].push(pack_record(
@@ -13297,7 +13336,7 @@ class ProcessHost:
 
     def _order(self, kind: Kind, worker: int, serial: int = 0, first: float = 0.0,
                second: float = 0.0) -> None:
-        run = self._run_of(worker)
+        run = self._of_worker.get(worker)
         if run is not None and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(kind, worker, serial, first, second))
 
@@ -13319,17 +13358,16 @@ class ProcessHost:
 
     def tell_kept(self, action: TellKept) -> None:
         """Tell a worker what became of what its job has sent or wanted."""
-        run = self._run_of(action.worker)
+        run = self._of_worker.get(action.worker)
         if run is not None:
             run.pipes[action.worker].push(
                 pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
-        run = self._run_of(action.worker)
+        run = self._of_worker.get(action.worker)
         if run is not None:
-            # The worker reads the end and leaves
-            self._host.detach(run.pipes.pop(action.worker))
+            self._let_go(run, action.worker)   # the worker reads the end and leaves
 
     def after_fork(self) -> None:
         """In a forked child: all of them are the parent's."""
