@@ -26,8 +26,8 @@ deploy HOST...` does it by ssh.
 
 One driver serves all clusters of a program that have the same secret and certificate. It owns every
 link and the Schedule; other threads post to it. A link carries everything between this program and
-a node. The embedded node (LocalNode) has its turns in the driver's thread, and its link is memory;
-all else is as with other nodes.
+a node. The embedded node (EmbeddedNode) has its turns in the driver's thread, and its link is in
+memory; all else is as with other nodes.
 
 The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
@@ -147,8 +147,8 @@ from dispynode import (
     run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
     ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
     SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
-    has_place, lock_file, old_spelling, told_once, Each, FILES_LEFT, starting,
-    NearLink, NodeHost, Options, Stop, dial_text, remove_forsaken, why_unreached)
+    has_place, lock_file, old_spelling, told_once, Each, FILES_LEFT, process_start_lock,
+    MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory, why_unreached)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -7733,7 +7733,7 @@ class Peer:
         # (computation, file or '') -> who asked
         self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}
         # The embedded node; where it is a process of its own, that and its directory
-        self.local: Optional[LocalNode] = None
+        self.local: Optional[EmbeddedNode] = None
         self.process: Optional['subprocess.Popen[bytes]'] = None
         self.directory = ''
 
@@ -7842,13 +7842,13 @@ class Peer:
         return where
 
 
-# Whether the embedded node runs in the program. Its runners are given descriptors, which takes POSIX
-# (see RunnerProcess); elsewhere it is a process of its own.
+# Whether the embedded node runs in the program. Its runners are given descriptors, which takes
+# POSIX (see RunnerProcess); elsewhere it is a process of its own.
 IN_PROGRAM = hasattr(os, 'fork')
 LOCAL_PREFIX = 'dispy-local-'    # of the names of directories of such nodes
 
 
-class LocalNode:
+class EmbeddedNode:
     """The node of this program: it runs in the driver's loop, behind a link in memory, and has its
     turns between those of the driver. The driver's thread."""
 
@@ -7870,7 +7870,7 @@ class LocalNode:
         if dispynode.logger.level == logging.NOTSET:
             # What a node tells its operator is nothing to the user of a program
             dispynode.logger.setLevel(logging.ERROR)
-        self._end, self.link = NearLink.pair(self._host.instance, driver.instance, driver.now)
+        self._end, self.link = MemoryLink.pair(self._host.instance, driver.instance, driver.now)
 
     def connect(self) -> None:
         """The driver has attached its end of the link."""
@@ -7879,19 +7879,19 @@ class LocalNode:
         self._host.link_up(self._end)
 
     @property
-    def has_mail(self) -> bool:
+    def has_messages(self) -> bool:
         """Whether the driver has sent something."""
-        return self._end.has_mail
+        return self._end.has_messages
 
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
-        if self._end.has_mail:
+        if self._end.has_messages:
             self._driver.receive(self._end)
         self._host.turn()
 
     def next_timer(self) -> Optional[float]:
         """When there is something to do for either side."""
-        if self._end.has_mail or self.link.has_mail:
+        if self._end.has_messages or self.link.has_messages:
             return self._host.now
         return self._host.next_timer()
 
@@ -7907,7 +7907,7 @@ class LocalNode:
         self._host.close()
 
 
-def remove_forsaken_nodes() -> None:
+def remove_abandoned_directories() -> None:
     """Remove directories of nodes whose programs were killed together with all their runners, which
     would have removed them."""
     import tempfile
@@ -7916,7 +7916,7 @@ def remove_forsaken_nodes() -> None:
         for entry in os.scandir(above):
             if entry.name.startswith(LOCAL_PREFIX) and entry.is_dir(follow_symlinks=False) \
                     and entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                remove_forsaken(entry.path)
+                remove_abandoned_directory(entry.path)
 
 
 class NodeUser:
@@ -9124,16 +9124,16 @@ class Connector:
         peer.dialling.due = None
         try:
             peer.end_process()
-            peer.local = LocalNode(self._driver)
+            peer.local = EmbeddedNode(self._driver)
         except (DispyError, OSError) as exc:
             self.dial_failed(DialFailed(peer, dial_text(exc), why_unreached(exc)))
             return
         self._connected(peer, peer.local.link)
         peer.local.connect()
-        self._driver.openers.run(remove_forsaken_nodes)
+        self._driver.openers.run(remove_abandoned_directories)
 
     @property
-    def local(self) -> Optional[LocalNode]:
+    def local(self) -> Optional[EmbeddedNode]:
         """The node of this program, if it has been started."""
         peer = self._nodes.by_key.get(LOCAL)
         if peer is not None:
@@ -10959,17 +10959,17 @@ class Driver(Loop):
                 self.clusters[comp].node_changed(status, peer)
 
     def end_of_turn(self) -> None:
-        """New jobs, jobs to nodes, and now and then what is due. A node of this program has its turns
-        before, when results have come, and after, when jobs go there: so neither waits for another
-        turn of the loop."""
+        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn before,
+        when results have come, and one after, when jobs go there: so neither waits for another turn
+        of the loop."""
         local = self.connector.local
         if local is not None:
             self.guard(None, local.turn)
-            if local.link.has_mail:
+            if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
         local = self.connector.local   # it may be another
-        if local is not None and local.has_mail:
+        if local is not None and local.has_messages:
             self.guard(None, local.turn)
 
     def _own_turn(self) -> None:
@@ -11212,7 +11212,7 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
                '--embedded', '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
     variables = dict(os.environ)
     variables.pop('DISPY_SECRET', None)   # it has a secret of its own
-    with starting:
+    with process_start_lock:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env=variables)

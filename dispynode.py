@@ -4745,7 +4745,8 @@ class WorkerTooBig(NamedTuple):
 
 
 class WorkerOverdue(NamedTuple):
-    """What a worker runs has run past its time, and its runner ends it: this loop had no time to."""
+    """What a worker runs has run past its time, and its runner ends it: this loop had no turn
+    meanwhile."""
     worker: int
     serial: int
 
@@ -9659,9 +9660,9 @@ class RunningLimit:
 
 
 class RunningLimits:
-    """What jobs of workers may use, by worker and job. The node sees to the time itself, to the
-    moment; here it is seen to once more, some tenths of a second later, for a node that is part of a
-    program and has to wait for that."""
+    """What jobs of workers may use, by worker and job. The node ends jobs in time itself; the runner
+    does it some tenths of a second later if the node has not: one that is part of a program has no
+    turn while that holds the GIL."""
 
     def __init__(self) -> None:
         self._known: Dict[int, Dict[int, RunningLimit]] = {}
@@ -9717,7 +9718,7 @@ class WorkerProcesses:
         self._children: Dict[int, _Child] = {}
         self._born = time.time() - 1.0   # clocks of file systems are a little behind
         self._own: Set[int] = set()   # children that setup left on purpose
-        self.spared: Set[int] = set()   # children of ours that are no workers
+        self.kept_alive: Set[int] = set()   # children of ours that are no workers
         # Killed, and they have not ended: they sleep and cannot be interrupted
         self._undead: Set[int] = set()
         self._slots: List[Any] = []      # free ones
@@ -9877,7 +9878,8 @@ class WorkerProcesses:
         found: Set[int] = set()
         while True:
             known = {child.process.pid
-                     for child in self._children.values()} | self._own | self.spared | self._undead
+                     for child in self._children.values()}
+            known |= self._own | self.kept_alive | self._undead
             strays = {pid for pid in self._descendants() if pid not in known}
             found |= strays
             for pid in strays:
@@ -10005,7 +10007,7 @@ class Runner:
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
         if os.name == 'posix':
             self._tracker.start()
-            self._workers.spared.add(self._tracker.pid)
+            self._workers.kept_alive.add(self._tracker.pid)
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         # What setup forks must not hold the line by which the daemon sees our end
         if hasattr(os, 'register_at_fork'):
@@ -10020,7 +10022,7 @@ class Runner:
             self._tracker.stop()
             # Nobody wants it any more, and what that has interrupted is no fault
             if self._shall_end:
-                self._remove_forsaken()
+                self._remove_abandoned()
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
             if self._code.is_loaded:
@@ -10123,13 +10125,13 @@ class Runner:
             finalize(0)
         self._tracker.stop()
         if not self._is_closed:
-            self._remove_forsaken()
+            self._remove_abandoned()
 
-    def _remove_forsaken(self) -> None:
+    def _remove_abandoned(self) -> None:
         """Of a node that was part of a program which has ended without removing it."""
         if self._spec['root']:
             os.chdir(os.path.dirname(self._spec['root']))
-            remove_forsaken(self._spec['root'], self._spec['private'])
+            remove_abandoned_directory(self._spec['root'], self._spec['private'])
 
     def _end_node(self) -> None:
         """dispynode_shutdown, which a cleanup finds where the node was started with
@@ -10792,18 +10794,18 @@ class Link(Channel):
         return messages
 
 
-def _at_hand(payload: Any) -> Any:
+def _payload_as_received(payload: Any) -> Any:
     """A payload that an envelope may carry, as it is when it was received."""
     if type(payload) is bytes:
         return payload
     if type(payload) is tuple:
-        return tuple(map(_at_hand, payload))
+        return tuple(map(_payload_as_received, payload))
     if type(payload) is pickle.PickleBuffer:
         return payload.raw()
     return payload
 
 
-def _jobs_at_hand(message: Jobs) -> Tuple[Any, int]:
+def _jobs_as_received(message: Jobs) -> Tuple[Any, int]:
     rows = message.rows
     size = 0
     for place, row in enumerate(rows):
@@ -10811,7 +10813,7 @@ def _jobs_at_hand(message: Jobs) -> Tuple[Any, int]:
         if type(payload) is not bytes:
             if rows is message.rows:   # which is the sender's
                 rows = list(rows)
-            payload = _at_hand(payload)
+            payload = _payload_as_received(payload)
             rows[place] = (row[0], payload, *row[2:])
         size += size_of(payload)
     if rows is not message.rows:
@@ -10819,7 +10821,7 @@ def _jobs_at_hand(message: Jobs) -> Tuple[Any, int]:
     return message, size
 
 
-def _results_at_hand(message: Results) -> Tuple[Any, int]:
+def _results_as_received(message: Results) -> Tuple[Any, int]:
     rows = message.rows
     size = 0
     for place, row in enumerate(rows):
@@ -10828,7 +10830,7 @@ def _results_at_hand(message: Results) -> Tuple[Any, int]:
             continue
         if rows is message.rows:   # as above
             rows = list(rows)
-        payloads = tuple(map(_at_hand, row[4:]))
+        payloads = tuple(map(_payload_as_received, row[4:]))
         rows[place] = (*row[:4], *payloads)
         size += sum(map(size_of, payloads))
     if rows is not message.rows:
@@ -10836,21 +10838,21 @@ def _results_at_hand(message: Results) -> Tuple[Any, int]:
     return message, size
 
 
-def _compute_at_hand(message: Compute) -> Tuple[Any, int]:
-    spec = dict(message.spec, code=_at_hand(message.spec['code']),
-                setup_args=_at_hand(message.spec['setup_args']))
+def _compute_as_received(message: Compute) -> Tuple[Any, int]:
+    spec = dict(message.spec, code=_payload_as_received(message.spec['code']),
+                setup_args=_payload_as_received(message.spec['setup_args']))
     size = sum(map(size_of, (spec['code'], spec['setup_args'], *spec['support'].values())))
     return Compute(message.comp, spec), size
 
 
-def _data_at_hand(message: Any) -> Tuple[Any, int]:
-    data = _at_hand(message.data)
+def _data_as_received(message: Any) -> Tuple[Any, int]:
+    data = _payload_as_received(message.data)
     return message._replace(data=data), size_of(data)
 
 
-class NearLink(Link):
-    """One end of a link whose other end is in the same loop: messages are handed over as the objects
-    that they are, and payloads as the same buffers. There is nothing to encode or to authenticate.
+class MemoryLink(Link):
+    """One end of a link whose other end is in the same loop: messages are handed over as objects,
+    and payloads as the same buffers. There is nothing to encode or to authenticate.
 
     A message waits until the other side takes it, so that it is never handled in its sender's turn,
     and neither side changes it from then on. What is too large for any link is refused here, too.
@@ -10858,11 +10860,11 @@ class NearLink(Link):
     """
     # Message -> what makes of it what a socket would have brought, with its bytes
     _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
-        Jobs: _jobs_at_hand,
-        Results: _results_at_hand,
-        Compute: _compute_at_hand,
-        FilePiece: _data_at_hand,
-        Output: _data_at_hand,
+        Jobs: _jobs_as_received,
+        Results: _results_as_received,
+        Compute: _compute_as_received,
+        FilePiece: _data_as_received,
+        Output: _data_as_received,
     }
     SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
 
@@ -10880,13 +10882,13 @@ class NearLink(Link):
         self.stall = ''
         self.owner = self.dirty = self.values = None
         self.later = {}
-        self.other: 'NearLink' = self
-        self._mail: Deque[Tuple[Any, int]] = collections.deque()
+        self.other: 'MemoryLink' = self
+        self._queue: Deque[Tuple[Any, int]] = collections.deque()
         self._taken = self._handed = 0
         self._is_over = False      # the other end was closed
 
     @classmethod
-    def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['NearLink', 'NearLink']:
+    def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
         """The node's end, and the client's, of instances that are called so."""
         of_node = cls(client, Role.CLIENT, now)
         of_client = cls(node, Role.NODE, now)
@@ -10907,27 +10909,27 @@ class NearLink(Link):
             if size > most:
                 raise TooLarge('%s of %d bytes is over the limit of %d'
                                % (kind.__name__, size, most))
-        self.other._mail.append((message, size))
+        self.other._queue.append((message, size))
         self.queued += size
         self.bytes_out += size
         self._handed += 1
 
     @property
-    def has_mail(self) -> bool:
+    def has_messages(self) -> bool:
         """Whether there is something to take."""
-        return bool(self._mail or self._is_over) and self.dirty is not None and not self.paused
+        return bool(self._queue or self._is_over) and self.dirty is not None and not self.paused
 
     def messages(self, now: float) -> List[Any]:
-        if not self._mail and self._is_over:
+        if not self._queue and self._is_over:
             raise LinkBroken('the connection was closed')
-        mail = self._mail
-        self._mail = collections.deque()
-        size = sum(size for _, size in mail)
+        taken = self._queue
+        self._queue = collections.deque()
+        size = sum(size for _, size in taken)
         self.other.queued -= size
         self.bytes_in += size
-        self._taken += len(mail)
+        self._taken += len(taken)
         self.heard = now
-        return [message for message, _ in mail]
+        return [message for message, _ in taken]
 
     @property
     def opened(self) -> int:
@@ -10958,7 +10960,7 @@ class NearLink(Link):
 
     def close(self) -> None:
         """The other end takes what was handed to it, and then its end."""
-        self._mail.clear()
+        self._queue.clear()
         self.other._is_over = True
 
 
@@ -11146,9 +11148,9 @@ class Loop:
     def post(self, event: Any) -> None:
         """Hand an event to the loop's thread. Any thread, also from a signal handler."""
         self._inbox.append(event)
-        self.nudge()
+        self.wake_up()
 
-    def nudge(self) -> None:
+    def wake_up(self) -> None:
         """End the wait of a turn, after something was put where the loop looks before it waits. A
         loop that does not wait looks there by itself. Any thread."""
         if self._waits and not self._signalled:
@@ -12366,9 +12368,9 @@ class NodeDirectory:
                 os.rmdir(self.root)
 
 
-def is_forsaken(root: str) -> bool:
-    """Whether the node whose directory this is was part of a program, and that has ended. It has the
-    lock of the directory as long as it lives."""
+def is_abandoned(root: str) -> bool:
+    """Whether the node whose directory this is was part of a program, and that has ended. It has
+    the lock of the directory as long as it lives."""
     for left in reversed(range(5)):
         try:
             with open_regular(os.path.join(root, 'lock')) as file:
@@ -12381,10 +12383,10 @@ def is_forsaken(root: str) -> bool:
     return False
 
 
-def remove_forsaken(root: str, private: str = '') -> None:
+def remove_abandoned_directory(root: str, private: str = '') -> None:
     """Remove what is in the directory of a node that was part of a program, if that has ended:
     `private`, which was a computation's, and all of it when that was the last."""
-    if not is_forsaken(root):
+    if not is_abandoned(root):
         return
     if private:
         shutil.rmtree(private, ignore_errors=True)
@@ -12668,10 +12670,11 @@ class ResultStore:
 
 # Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
 # meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
-starting = threading.Lock()
+process_start_lock = threading.Lock()
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(before=starting.acquire, after_in_parent=starting.release,
-                        after_in_child=starting.release)
+    os.register_at_fork(before=process_start_lock.acquire,
+                        after_in_parent=process_start_lock.release,
+                        after_in_child=process_start_lock.release)
 
 
 class RunnerProcess:
@@ -12713,7 +12716,7 @@ class RunnerProcess:
                 os.fstat(2)
             except OSError:   # closed: its number must not become that of something else there
                 error = opened.enter_context(open(os.devnull, 'w'))
-            with starting:
+            with process_start_lock:
                 return subprocess.Popen(
                     [python, *flags, '-c', self.CODE % (places, control.fileno())], env=variables,
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
@@ -12919,7 +12922,8 @@ class HeldPipes:
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self._host.links.values()) \
+        links = self._host.links.values()
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in links) \
                 and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
             self._held.add(pipe)
@@ -13689,7 +13693,7 @@ class NodeHost:
         """Hand over an event, which is handled before this turn ends or in the next one. Any
         thread."""
         self._posted.append(event)
-        self.loop.nudge()
+        self.loop.wake_up()
 
     # -- events ------------------------------------------------------------------------------------
 
@@ -13854,8 +13858,8 @@ class NodeHost:
 
 
 class Daemon(Loop):
-    """The loop of a dispynode: a NodeHost behind the links of clients that were let in at its gates,
-    or that it has made itself."""
+    """The loop of a dispynode: a NodeHost, and the links of clients, which were let in at its gates
+    or which it has made itself."""
 
     def __init__(self, options: Options,
                  host: Callable[[Loop, Options], NodeHost] = NodeHost) -> None:
@@ -14125,7 +14129,7 @@ def exit_text(code: Optional[int]) -> str:
 
 def node_facts() -> dict:
     """What a client may want to know of this host."""
-    with starting:   # it may start `uname`
+    with process_start_lock:   # it may start `uname`
         system = platform.platform()
     return {
         'python': tuple(sys.version_info[:3]), 'dispy': __version__,

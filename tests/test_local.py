@@ -15,7 +15,7 @@ import pytest
 import dispy
 import dispynode
 from conftest import ROOT, eventually
-from dispynode import FilePiece, Jobs, LinkBroken, NearLink, Output, Query, Results, TooLarge
+from dispynode import FilePiece, Jobs, LinkBroken, MemoryLink, Output, Query, Results, TooLarge
 
 pytestmark = pytest.mark.skipif(not dispy.IN_PROGRAM, reason='it is a process of its own here')
 
@@ -150,13 +150,13 @@ def test_no_fork_of_the_program_falls_into_the_start_of_a_runner():
         starts = dispynode.subprocess.Popen
         class Popen(starts):
             def __init__(self, *args, **options):
-                held.append(dispynode.starting.locked())
+                held.append(dispynode.process_start_lock.locked())
                 super().__init__(*args, **options)
         dispynode.subprocess.Popen = Popen
         with dispy.JobCluster(abs, nodes='local') as cluster:
             assert cluster.submit(-1)() == 1
         assert held and all(held), held
-        dispynode.starting.acquire()
+        dispynode.process_start_lock.acquire()
         forked = threading.Event()
         def fork():
             pid = os.fork()
@@ -167,7 +167,7 @@ def test_no_fork_of_the_program_falls_into_the_start_of_a_runner():
         thread = threading.Thread(target=fork)
         thread.start()
         assert not forked.wait(0.2)
-        dispynode.starting.release()
+        dispynode.process_start_lock.release()
         thread.join()
         print(forked.is_set())
     ''')
@@ -376,15 +376,15 @@ def test_limits_hold_while_the_program_holds_the_gil(tmp_path):
 # -- the link ---------------------------------------------------------------------------------------------------------
 
 def test_messages_wait_until_they_are_taken():
-    node, client = NearLink.pair(b'n' * 16, b'c' * 16, 1.0)
+    node, client = MemoryLink.pair(b'n' * 16, b'c' * 16, 1.0)
     assert (node.instance, client.instance) == (b'c' * 16, b'n' * 16)
     node.dirty = client.dirty = set()
     value = bytearray(1 << 20)
     client.send(Jobs('c', [(1, pickle.PickleBuffer(value), None), (2, b'small', {'cpus': 2})]))
     client.send(Query('c'))
-    assert node.has_mail and not client.has_mail and client.queued > 1 << 20
+    assert node.has_messages and not client.has_messages and client.queued > 1 << 20
     jobs, query = node.messages(2.0)
-    assert query == Query('c') and not client.queued and not node.has_mail
+    assert query == Query('c') and not client.queued and not node.has_messages
     assert [(row[0], len(row[1]), row[2]) for row in jobs.rows] == [(1, 1 << 20, None), (2, 5, {'cpus': 2})]
     value[0] = 7
     assert jobs.rows[0][1][0] == 7, 'it is the same buffer'
@@ -396,7 +396,7 @@ def test_messages_wait_until_they_are_taken():
 
 
 def test_the_limits_of_size_are_those_of_other_links(monkeypatch):
-    node, client = NearLink.pair(b'n' * 16, b'c' * 16, 1.0)
+    node, client = MemoryLink.pair(b'n' * 16, b'c' * 16, 1.0)
     with pytest.raises(TooLarge):
         node.send(Output('c', 1, 1, 0, bytes(3 * dispynode.FILE_PIECE)))
     monkeypatch.setattr(dispynode, 'VALUE_MOST', 1 << 20)
@@ -406,11 +406,11 @@ def test_the_limits_of_size_are_those_of_other_links(monkeypatch):
 
 
 def test_what_was_sent_before_the_end_arrives():
-    node, client = NearLink.pair(b'n' * 16, b'c' * 16, 1.0)
+    node, client = MemoryLink.pair(b'n' * 16, b'c' * 16, 1.0)
     node.dirty = client.dirty = set()
     client.send(Query('c'))
     client.close()
-    assert node.messages(2.0) == [Query('c')] and node.has_mail
+    assert node.messages(2.0) == [Query('c')] and node.has_messages
     with pytest.raises(LinkBroken):
         node.messages(3.0)
 
@@ -432,10 +432,10 @@ def test_a_fault_of_the_node_costs_its_jobs_and_not_the_program(monkeypatch, tmp
 
 
 def test_directories_of_a_node_that_lives_stay(tmp_path):
-    assert not dispynode.is_forsaken(str(tmp_path))
+    assert not dispynode.is_abandoned(str(tmp_path))
     with dispy.JobCluster(abs, nodes='local') as cluster:
         assert cluster.submit(-1)() == 1
         root = root_of(cluster)
-        dispynode.remove_forsaken(root)
-        dispy.remove_forsaken_nodes()
+        dispynode.remove_abandoned_directory(root)
+        dispy.remove_abandoned_directories()
         assert os.path.isdir(root) and cluster.submit(-2)() == 2

@@ -247,7 +247,7 @@ class SimLoop(Loop):
     def interest(self, channel):
         """There is no selector."""
 
-    def nudge(self):
+    def wake_up(self):
         """A turn ends with what was posted in it."""
 
     def fault(self, subject, exc, owner=None):
