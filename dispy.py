@@ -7902,8 +7902,8 @@ class EmbeddedNode:
     def close(self) -> None:
         """End its processes and remove its directory."""
         self._driver.detach(self._end)
-        self._host.tell(Stop())
-        self._host.tell(Stop())   # at once
+        for _ in range(2):   # the second says: at once
+            self._host.guard(None, self._host.tell, Stop())
         self._host.close()
 
 

@@ -17,8 +17,9 @@ because this file must be able to travel alone; dispy.py imports it by name.
                               +---------------------------------------+      +---------------------------------+
 
 The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
-a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries
-them out and feeds back what came of them. Workers keep a pipe each to the node thread; the runner,
+a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `NodeHost` carries
+them out and feeds back what came of them. A NodeHost runs in any loop: in that of a `Daemon`, whose
+clients come by links, or in that of a client, which is its only one (EmbeddedNode in dispy.py). Workers keep a pipe each to the node thread; the runner,
 which forks and reaps them, reports births and deaths. The daemon never unpickles what a user sent:
 it forwards bytes.
 
@@ -28,8 +29,9 @@ Each of these has parts, which own their state and know one another by their met
              FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of
              clients),
              UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
-  Daemon     NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
-  Runner     ComputationCode (what was loaded), WorkerProcesses
+  NodeHost   NodeDirectory, ComputationFiles, ResultStore, ProcessHost
+  Daemon     NodeHost, Uplinks, NodeDiscovery
+  Runner     ComputationCode (what was loaded), WorkerProcesses, RunningLimits
   Worker     WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
 
 The life of a job here:
@@ -9877,8 +9879,7 @@ class WorkerProcesses:
         until = time.monotonic() + UNDEAD_TIME
         found: Set[int] = set()
         while True:
-            known = {child.process.pid
-                     for child in self._children.values()}
+            known = {child.process.pid for child in self._children.values()}
             known |= self._own | self.kept_alive | self._undead
             strays = {pid for pid in self._descendants() if pid not in known}
             found |= strays

@@ -205,6 +205,14 @@ def test_a_program_whose_children_somebody_else_waits_for():
         assert (code, out) == (0, 'False\n'), err
 
 
+def test_without_descriptors_that_can_be_passed_the_node_is_a_process(monkeypatch):
+    """As it is where there is no fork."""
+    monkeypatch.setattr(dispy, 'IN_PROGRAM', False)
+    with dispy.JobCluster(os.getppid, nodes='local') as cluster:
+        runner = psutil.Process(cluster.submit()())
+        assert '--embedded' in runner.parent().cmdline() and runner.parent().ppid() == os.getpid()
+
+
 # -- the end --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('clusters', [1, 2])
