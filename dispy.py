@@ -7155,8 +7155,19 @@ class Trail:
             head = {}
         return json.dumps(dict(head, script=script)).encode()
 
+    def end(self, untold: Set[str]) -> None:
+        """The cluster is closed. If some nodes could not be told so, the file stays, so that they
+        are told when somebody looks for what programs have left."""
+        is_needed = self._file is not None and not self._places.isdisjoint(untold)
+        if is_needed:
+            try:
+                self._file.write(OVER_LINE)
+            except OSError as exc:
+                logger.info('%s cannot be written: %s', self.path, exc)
+        self.close(remove=not is_needed)
+
     def close(self, remove: bool = True) -> None:
-        """Let go of the file. Without `remove` it says that somebody may come for results."""
+        """Let go of the file. Without `remove` it says that nodes may have something."""
         file = self._file
         path = self.path
         self._file = None
@@ -7167,6 +7178,11 @@ class Trail:
     def after_fork(self) -> None:
         """In a forked child: the lock is the parent's, and ends with that."""
         self.close(remove=False)
+
+
+# In a trail: nobody wants what the nodes have, which could not be told so
+_OVER = {'over': True}
+OVER_LINE = b'\n' + json.dumps(_OVER).encode()
 
 
 def _close_trail(file: Any, path: str, remove: bool) -> None:
@@ -7232,9 +7248,11 @@ _HEAD_KINDS: Dict[str, Any] = {
 class Left:
     """A trail of a program that has ended, with its lock, which keeps others off until `close`."""
 
-    def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str]) -> None:
+    def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str],
+                 over: bool) -> None:
         self._file = file
         self.path = path
+        self.over = over        # its results are told, or nobody wants them
         self.places = tuple(places)
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
@@ -7243,6 +7261,15 @@ class Left:
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
                                head['began'], head['code'],
                                tuple(where.strip() for where in self.places))
+
+    def note_over(self) -> None:
+        """Its results are told; nodes that could not be told so may have them still."""
+        try:
+            file = open_own_file(self.path, 'recovery file', os.O_APPEND, make=False)
+            with os.fdopen(file, 'ab', 0) as end:
+                end.write(OVER_LINE)
+        except (OSError, DispyError) as exc:
+            logger.info('%s cannot be written: %s', self.path, exc)
 
     def close(self, remove: bool = False) -> None:
         """Let go of it; with `remove` nothing is left of it on the nodes."""
@@ -7273,14 +7300,15 @@ class Left:
                                      % path)
                 _close_trail(file, path, True)
                 return None
-            places = [place for place in map(_json, lines[1:]) if isinstance(place, str)]
-            if has_ended(tuple(head['process'])) is False:
+            rows = [_json(line) for line in lines[1:]]
+            places = [row for row in rows if isinstance(row, str)]
+            if _OVER not in rows and has_ended(tuple(head['process'])) is False:
                 file.close()
                 return None
             if is_old or not places:
                 _close_trail(file, path, True)
                 return None
-            return cls(file, path, head, sorted(set(places)))
+            return cls(file, path, head, sorted(set(places)), _OVER in rows)
         except BaseException:
             file.close()
             raise
@@ -8272,7 +8300,7 @@ class Gathering(NodeUser):
         self.met: List[Peer] = []
         # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to
         # give it; 'taking': was asked for it; 'done': the answer has come, and results come;
-        # 'lives': nothing is to be had
+        # 'lives': nothing is to be had; 'ending': is told that it is over; 'over': has heard it
         self._stages: Dict[Tuple[str, str], str] = {
             (where, left.comp): 'look' for left in lefts for where in left.places}
         self.taken: Set[Tuple[str, str]] = set()
@@ -8321,7 +8349,9 @@ class Gathering(NodeUser):
         for key, stage in list(self._stages.items()):
             if key[0] not in (peer.place, *peer.aliases) or peer.link is None:
                 continue
-            if stage == 'take' or (anew and stage in ('look', 'taking', 'done')):
+            if stage == 'ending' and anew:
+                self.driver.recoveries.dismiss(peer, key[1], self.lefts[key[1]].key)
+            elif stage == 'take' or (anew and stage in ('look', 'taking', 'done')):
                 taking = stage != 'look'
                 if taking:
                     self._stages[key] = 'taking'
@@ -8347,6 +8377,9 @@ class Gathering(NodeUser):
     def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
         """A node has told what it knows."""
         with self._changed:
+            for key in self._places_of(peer, comp):
+                if self._stages[key] == 'ending' and not serials:
+                    self._stages[key] = 'over'
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 known = self.there.get(key, set())
                 now = set(serials)
@@ -8448,11 +8481,30 @@ class Gathering(NodeUser):
             (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
 
     def is_whole(self, comp: str) -> bool:
-        """Nothing of a computation is left anywhere, once nodes were told that it is over."""
+        """Nobody wants anything of a computation that is anywhere; nodes are to be told that it is
+        over."""
+        wants_none = self.lefts[comp].over
         with self._changed:
             keys = [key for key in self._stages if key[1] == comp]
             return bool(keys) and all(
-                self._stages[key] in ('seen', 'done') and not self.there.get(key) for key in keys)
+                self._stages[key] in ('seen', 'done') and (wants_none or not self.there.get(key))
+                for key in keys)
+
+    def dismiss(self, comps: Set[str]) -> None:
+        """Tell nodes that these are over, now or when they are connected again. The driver's
+        thread."""
+        with self._changed:
+            for key in self._stages:
+                if key[1] in comps:
+                    self._stages[key] = 'ending'
+        for peer in self.met:
+            self._ask(peer, anew=True)
+
+    def is_forgotten(self, comps: Iterable[str]) -> bool:
+        """All nodes have heard that these are over."""
+        wanted = set(comps)
+        stages = [stage for key, stage in self._stages.items() if key[1] in wanted]
+        return bool(stages or not wanted) and all(stage == 'over' for stage in stages)
 
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
@@ -8542,7 +8594,7 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
         script = os.path.realpath(script)
     else:
         script = ''
-    mine = [left for left in lefts if script and left.row.script == script]
+    mine = [left for left in lefts if script and left.row.script == script and not left.over]
     for left in lefts:
         if left not in mine:
             left.close()
@@ -8573,7 +8625,8 @@ def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool,
         comps = _take(found, timeout)
         found.finish()
         for comp in comps:
-            jobs += _jobs_of(found, comp)
+            if not found.lefts[comp].over:
+                jobs += _jobs_of(found, comp)
         for left in lefts:
             if left.comp in found.alive:
                 logger.warning('%s: its program lives, and is left alone', left.row)
@@ -8603,6 +8656,7 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
     do we; others keep what they have."""
     found: Gathering = Gathering(lefts, cancel)
     whole: Set[str] = set()
+    forgotten: Set[str] = set()
     try:
         driver = Driver.alone(access)
         try:
@@ -8611,13 +8665,17 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
             found.finish()
             whole = {comp for comp in found.lefts if found.is_whole(comp)}
             driver.ask(lambda: driver.recoveries.acknowledge(found, whole))
+            found.wait(lambda: found.is_forgotten(whole), REACH_TIME)
+            forgotten = {comp for comp in whole if found.is_forgotten([comp])}
         finally:
             with contextlib.suppress(RuntimeError):   # it has failed
                 driver.ask(lambda: driver.recoveries.let_go(found, whole))
             driver.release()
     finally:
         for left in lefts:
-            left.close(remove=left.comp in whole)
+            if left.comp in whole and left.comp not in forgotten:
+                left.note_over()
+            left.close(remove=left.comp in forgotten)
 
 
 def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
@@ -8675,7 +8733,7 @@ def recoverable(timeout: float = REACH_TIME,
     with gathering(lefts, access) as found:
         found.wait(lambda: not found.unreached(), seconds)
         for left in lefts:
-            if left.comp in found.alive or found.is_whole(left.comp):
+            if left.comp in found.alive or left.over or found.is_whole(left.comp):
                 continue
             unreached = tuple(found.unreached(left.comp))
             if len(unreached) == len(left.places):
@@ -9670,8 +9728,11 @@ class ComputationSetup:
         peer.restarted = False
         # What it has from before comes first, also if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
-            if comp in self._clusters:
+            if comp in self._clusters and (kept.get(comp) or comp in sent):
                 self._driver.say(peer.link, Reclaim(comp, self._clusters[comp].key))  # type: ignore[arg-type]
+            elif self._driver.is_over(comp):
+                # It ended while the node could not be told
+                self._driver.say_to(peer, Done(comp))
         # Recoveries first
         for comp, cluster in sorted(self._clusters.items(),
                                     key=lambda item: item[1].cargo is not None):
@@ -10341,16 +10402,20 @@ class Recoveries:
 
     def acknowledge(self, found: 'Gathering', whole: Set[str]) -> None:
         """What was collected is the user's; nodes that have no more of a computation forget it."""
+        found.dismiss(whole)
         for peer in found.met:
             for where, comp in found.taken if peer.link is not None else ():
-                if where not in (peer.place, *peer.aliases):
+                if comp in whole or where not in (peer.place, *peer.aliases):
                     continue
-                if comp in whole:
-                    self._driver.say_to(peer, Done(comp))
-                else:
-                    serials = [row[0] for (name, _), (row, _) in found.rows.items() if name == comp]
-                    for ack in in_parts(Ack, comp, serials):
-                        self._driver.say_to(peer, ack)
+                serials = [row[0] for (name, _), (row, _) in found.rows.items() if name == comp]
+                for ack in in_parts(Ack, comp, serials):
+                    self._driver.say_to(peer, ack)
+
+    def dismiss(self, peer: Peer, comp: str, key: bytes) -> None:
+        """Tell a node that a computation is over. Its answer to the question after that shows
+        that it has heard it."""
+        self._driver.say_to(peer, Done(comp))
+        self._driver.say_to(peer, Reclaim(comp, key, False))
 
     def let_go(self, found: 'Gathering', whole: Set[str]) -> None:
         """A gathering is over. Nodes that have more keep it: their links end without Bye."""
@@ -10864,11 +10929,12 @@ class Driver(Loop):
         elif not cluster.specs:
             self.selection.use_embedded(comp)
 
-    def forget(self, comp: str, shutdown: bool = False) -> None:
+    def forget(self, comp: str, shutdown: bool = False) -> Set[str]:
         """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets
-        them go."""
+        them go. Returns the places of nodes that could not be told, as they are not connected."""
+        untold: Set[str] = set()
         if self.clusters.get(comp) is None:
-            return
+            return untold
         self.jobs.take_submitted()
         self.decide(Closed(comp))
         cluster = self.clusters.pop(comp)
@@ -10879,11 +10945,19 @@ class Driver(Loop):
         self.files.abort(lambda number, name: name == comp)
         self.files.backlog.drop(comp)
         for peer in [peer for peer in self.nodes.by_key.values() if comp in peer.uses]:
+            if peer.link is None:
+                untold.add(peer.place)
             self.selection.done(peer, comp, shutdown)
             del peer.uses[comp]
             self.selection.drop_unused(peer)
         self.connector.end_searches()
         self.connector.end_listening(cluster)
+        return untold
+
+    def is_over(self, comp: str) -> bool:
+        """Whether nobody here wants anything of a computation any more that a node still has for
+        this process."""
+        return comp not in self.clusters and comp not in self.recoveries.by_comp
 
     # -- loop --------------------------------------------------------------------------------------
 
@@ -12559,9 +12633,10 @@ class JobCluster(OldCluster):
             if self.trail is not None:
                 self.trail.close(remove=False)
             return
+        untold: Set[str] = set()
         try:
             driver.ask(self._recovered)
-            driver.ask(lambda: driver.forget(self.comp, shutdown))
+            untold = driver.ask(lambda: driver.forget(self.comp, shutdown))
         except RuntimeError as exc:
             # The driver has failed meanwhile, and has ended the jobs itself
             logger.debug('%s: %s', self.name, exc)
@@ -12572,7 +12647,7 @@ class JobCluster(OldCluster):
         with contextlib.suppress(RuntimeError):   # the driver has failed
             self._tell_closed(nodes)
         if self.trail is not None:
-            self.trail.close()
+            self.trail.end(untold)
         if self.journal is not None:
             self.journal.close(remove=True)
         if threading.current_thread() is not driver.thread:

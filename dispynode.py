@@ -6973,9 +6973,9 @@ class Computations:
         comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
             self.close(comp, at_once=False)
-        if comp is not None or message.comp not in self._tables.comps:
-            self._results.forget(message.comp)
-            self._past.forget(message.comp)
+        # Also of one that is being closed, as it was an orphan
+        self._results.forget(message.comp)
+        self._past.forget(message.comp)
 
     def give_up(self, comp: _Computation) -> None:
         """The client has left on purpose."""
@@ -7212,8 +7212,13 @@ class Node:
 
     def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
         self.tables.name_client(link, message.name[:200])
-        spooled = self.results.spooled_of(self.tables.links[link].instance)
-        kept = {name: self.results.known_attempts(name) for name in spooled}
+        instance = self.tables.links[link].instance
+        # Of what it has here, also what has no results on the disk: it may be done with that
+        kept: Dict[str, List[int]] = {
+            comp.comp: [] for comp in self.tables.comps.values()
+            if comp.instance == instance and comp.stage is not Stage.CLOSING}
+        for name in self.results.spooled_of(instance):
+            kept[name] = self.results.known_attempts(name)
         self.tables.do(Send(link, Welcome(self.name, self.cpus.offered, dict(
             self.facts, holder=self.lease.held_by(now), kept=kept))))
         if self.paused:

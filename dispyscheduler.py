@@ -2953,6 +2953,10 @@ class Scheduler(Driver):
 
     # -- turns: nothing leaves before the transaction ----------------------------------------------
 
+    def is_over(self, comp: str) -> bool:
+        """Whether no program wants anything of a computation that a node still has."""
+        return super().is_over(comp) and comp not in self.computations.unopened
+
     def say(self, link: Link, message: Any) -> None:
         """Send a message when the transaction of this turn is on the disk; what changes nothing
         goes at once."""

@@ -253,6 +253,32 @@ def orphaned(*serials):
     return talk
 
 
+def test_results_of_an_orphan_that_is_being_closed_go_when_its_client_is_done():
+    talk = Talk()
+    talk.link()
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(LinkDown(1, False))
+    talk.results(1, result(1))
+    talk.tell(Kept('c', [1]))
+    assert only(talk.after(ORPHAN_TIME), StopRunner)
+    assert said(talk.link(2, b'me'), Welcome)[0].facts['kept'] == {'c': [1]}
+    assert only(talk.say(Done('c'), 2), Forget) == [Forget('c')]
+
+
+def test_a_client_that_is_back_is_told_what_is_here_of_it():
+    """It may be done with that, while the node could not be told."""
+    talk = Talk()
+    talk.link()
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(LinkDown(1, False))
+    hello = said(talk.link(2, b'me'), Welcome)[0]
+    assert hello.facts['kept'] == {'c': []}
+    assert said(talk.link(3, b'you'), Welcome)[0].facts['kept'] == {}
+    assert only(talk.say(Done('c'), 2), StopRunner)
+
+
 def test_a_client_that_comes_late_gets_what_is_on_the_disk():
     talk = orphaned(1, 2)
     assert talk.link(2, b'me') == [Send(2, Welcome('host', 2, {'fact': 1, 'holder': '', 'kept': {'c': [1, 2]}}))]

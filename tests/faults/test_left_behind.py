@@ -1,5 +1,6 @@
 """A program that is gone holds no node, no process and no memory once what it may still collect has ended."""
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -14,6 +15,7 @@ from conftest import eventually
 from dispynode import Memory, ModuleStore, Outcome, Past, Shelf
 from ledger import Ledger
 from nodes import NodeProcess, SchedulerProcess
+from proxy import Proxy
 from test_resources import fill
 from test_what_is_known import There, program
 from test_runners import runners_of
@@ -144,3 +146,60 @@ def test_results_that_cannot_be_packed_leave_no_file(tmp_path):
     with pytest.raises(TypeError):
         shelf.append(b'a' * 16, [row(1, b'good'), row(2, None)])
     assert os.listdir(str(tmp_path)) == []
+
+
+def slow_answer(path):
+    import time
+    with open(path, 'w'):
+        time.sleep(1.0)
+    return 42
+
+
+def results_on(node):
+    """Files of results on a node."""
+    return [name for name in os.listdir(node.prefix) if name.startswith('r-')]
+
+
+@pytest.mark.parametrize('kind', ['JobCluster', 'SharedJobCluster'])
+def test_a_node_that_was_away_when_a_cluster_closed_keeps_nothing(tmp_path, kind):
+    """The process that used it lives on, and tells it when it is back."""
+    begun = tmp_path / 'begun'
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(NodeProcess(tmp_path / 'node', cpus=2))
+        proxy = stack.enter_context(Proxy(('127.0.0.1', node.port)))
+        options = {'nodes': [proxy.address]}
+        if kind == 'SharedJobCluster':
+            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % proxy.address[1]))
+            options = {'scheduler_host': '127.0.0.1', 'scheduler_port': scheduler.port}
+        make = getattr(dispy, kind)
+        with make(answer, **options) as other:
+            assert other.submit()(30) == 42
+            cluster = make(slow_answer, **options)
+            cluster.submit(str(begun))
+            eventually(begun.exists, 20, 'the start of the job')
+            proxy.refuse()
+            proxy.cut()
+            eventually(lambda: results_on(node), 20, 'the result on the disk')
+            cluster.close(terminate=True)
+            proxy.accept()
+            assert other.submit()(60) == 42
+            eventually(lambda: not results_on(node), 30, 'the end of the result')
+
+
+def test_a_program_that_is_gone_told_nodes_later(tmp_path):
+    """A node was away when its cluster closed, and the program has ended: who looks for what is left tells the node."""
+    begun = tmp_path / 'begun'
+    with NodeProcess(tmp_path / 'node', cpus=2) as node, Proxy(('127.0.0.1', node.port)) as proxy:
+        cluster = dispy.JobCluster(slow_answer, nodes=[proxy.address])
+        cluster.submit(str(begun))
+        eventually(begun.exists, 20, 'the start of the job')
+        path = cluster.trail.path
+        proxy.refuse()
+        proxy.cut()
+        eventually(lambda: results_on(node), 20, 'the result on the disk')
+        cluster.close(terminate=True)
+        assert os.path.exists(path)
+        proxy.accept()
+        assert dispy.recoverable() == []
+        assert not os.path.exists(path)
+        eventually(lambda: not results_on(node), 30, 'the end of the result')
