@@ -130,25 +130,27 @@ except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import (
-    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
-    PULSES_LOST, QUEUED_TIME, NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack,
-    Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery,
-    DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
-    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, PeerError,
-    Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    Role, Said, SecretError, Shutdown, StartError, Welcome, Where, Wrong, __version__,
-    beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
-    discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome,
-    log_record_of, open_plain, open_regular, path_option, plain_text, place, python_of, in_parts,
-    same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal,
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES,
+    PULSE, PULSES_LOST, QUEUED_TIME, NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST,
+    Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed,
+    Connected, Reconnector, Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver,
+    FileStored, Acceptor, HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link,
+    LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query,
+    Ready, ReturnJobs, Reclaim, Refused, Report, Results, Return, JobsReturned, Role, Notice,
+    SecretError, Shutdown, StartError, NodeHello, JobsAssigned, Wrong, __version__, out_of_band,
+    call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of, discovery_reach,
+    file_digest, find_secret, batches, host_and_port, in_one_piece, is_outcome, log_record_of,
+    open_plain, open_regular, path_option, plain_text, format_address, python_of, in_parts,
+    same_secret, dumps, seconds_option, size_of, tls_files, tls_context, unpack_error, loads,
     value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing,
     contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs,
     check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces,
     run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
-    ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
-    SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
-    has_place, lock_file, old_spelling, told_once, Each, FILES_LEFT, process_start_lock,
-    MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory, why_unreached)
+    ROW_FIRST, Started, PULSES_SILENT, AttemptHistory, REASONS, RETURNED, DirectoryRemains,
+    SecondConnection, machine, STALLS, SEGMENT, Unreached, is_own_address, module_dict,
+    package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once,
+    Each, FILES_LEFT, process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text,
+    remove_abandoned_directory, why_unreached)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -176,9 +178,9 @@ RECALLS_MOST = 2
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
-LOST_MOST = 3                 # nodes a job may be lost with before it is given up
+MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
-LOST_TIMES = 16
+MAX_ATTEMPTS = 16
 # S for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
@@ -401,7 +403,7 @@ ENDED = frozenset((JobState.CANCELLED, JobState.TERMINATED, JobState.ABANDONED, 
 FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
 
 
-class Work:
+class ScheduledJob:
     """What the Schedule knows of a job. These attributes are for this package: who uses a job reads
     those that DispyJob names."""
     __slots__ = ('state', 'comp', 'payload', 'options', 'serial', 'lost_with')
@@ -428,10 +430,10 @@ def of_kind(cls: Any, item: Any, /) -> Any:
 
 def packed_plain(args: tuple, kwargs: dict) -> bytes:
     """Arguments of a job that belongs to no cluster. Raises what pickling raises."""
-    return in_one_piece(seal((args, kwargs)).payload)
+    return in_one_piece(dumps((args, kwargs)).payload)
 
 
-class DispyJob(Work):
+class DispyJob(ScheduledJob):
     """A job; `submit` makes it. Attributes:
 
     id - the user's to set; a running number by default
@@ -631,14 +633,14 @@ class DispyJob(Work):
         """Arguments, until it has ended; then None."""
         if self.payload is None:
             return None
-        return unseal(in_one_piece(self.payload))[0]
+        return loads(in_one_piece(self.payload))[0]
 
     @property
     def kwargs(self) -> Any:
         """Keyword arguments, until it has ended; then None."""
         if self.payload is None:
             return None
-        return unseal(in_one_piece(self.payload))[1]
+        return loads(in_one_piece(self.payload))[1]
 
     def status_text(self) -> str:
         """The status as a word."""
@@ -778,7 +780,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
     status = int(job.state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
         try:
-            job.result = unseal(payload, True)
+            job.result = loads(payload, True)
         except BaseException as exc:  # unpickling runs the user's code
             status = DispyJob.Terminated
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
@@ -788,7 +790,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         job.exception, body = unpack_error(payload)
         if len(body):
             try:
-                job.error = unseal(body)
+                job.error = loads(body)
             except BaseException as exc:  # as above; the text is there
                 logger.debug('an exception of job %r could not be opened: %s', job.id,
                              type(exc).__name__)
@@ -829,7 +831,7 @@ def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None)
     job.status = int(job.state)
 
 
-class UseState(enum.Enum):
+class AssignmentState(enum.Enum):
     """What a node is to one cluster."""
     WAITING = 'waiting'         # not connected, or not offered the computation yet
     ASKING = 'asking'           # the user's NodeAllocate is asked
@@ -839,23 +841,23 @@ class UseState(enum.Enum):
     CLOSED = 'closed'           # by the user
 
 
-USE_TABLE: Dict[Tuple[UseState, str], UseState] = {
-    (UseState.WAITING, 'ask'): UseState.ASKING,
-    (UseState.REFUSED, 'ask'): UseState.ASKING,
-    (UseState.ASKING, 'ask'): UseState.ASKING,   # for its source after its allocation
-    (UseState.WAITING, 'offer'): UseState.SETTING_UP,
-    (UseState.REFUSED, 'offer'): UseState.SETTING_UP,
-    (UseState.ASKING, 'offer'): UseState.SETTING_UP,
-    (UseState.SETTING_UP, 'ready'): UseState.READY,
-    (UseState.CLOSED, 'lost'): UseState.CLOSED,
-    (UseState.CLOSED, 'open'): UseState.WAITING,
-    (UseState.READY, 'open'): UseState.WAITING,   # to be set up anew
+ASSIGNMENT_TABLE: Dict[Tuple[AssignmentState, str], AssignmentState] = {
+    (AssignmentState.WAITING, 'ask'): AssignmentState.ASKING,
+    (AssignmentState.REFUSED, 'ask'): AssignmentState.ASKING,
+    (AssignmentState.ASKING, 'ask'): AssignmentState.ASKING,   # for its source after its allocation
+    (AssignmentState.WAITING, 'offer'): AssignmentState.SETTING_UP,
+    (AssignmentState.REFUSED, 'offer'): AssignmentState.SETTING_UP,
+    (AssignmentState.ASKING, 'offer'): AssignmentState.SETTING_UP,
+    (AssignmentState.SETTING_UP, 'ready'): AssignmentState.READY,
+    (AssignmentState.CLOSED, 'lost'): AssignmentState.CLOSED,
+    (AssignmentState.CLOSED, 'open'): AssignmentState.WAITING,
+    (AssignmentState.READY, 'open'): AssignmentState.WAITING,   # to be set up anew
 }
-for _state in UseState:
-    USE_TABLE[_state, 'close'] = UseState.CLOSED
-    if _state is not UseState.CLOSED:
-        USE_TABLE[_state, 'lost'] = UseState.WAITING
-        USE_TABLE[_state, 'refuse'] = UseState.REFUSED
+for _state in AssignmentState:
+    ASSIGNMENT_TABLE[_state, 'close'] = AssignmentState.CLOSED
+    if _state is not AssignmentState.CLOSED:
+        ASSIGNMENT_TABLE[_state, 'lost'] = AssignmentState.WAITING
+        ASSIGNMENT_TABLE[_state, 'refuse'] = AssignmentState.REFUSED
 
 
 class _AvailInfo(NamedTuple):
@@ -934,7 +936,7 @@ class DispyNode:
 
     def __repr__(self) -> str:
         if self.port:
-            where = place(self.ip_addr, self.port)
+            where = format_address(self.ip_addr, self.port)
         else:
             where = self.ip_addr
         words = [self.state and self.state + (self.reason and ' (%s)' % reason_of(self.reason)),
@@ -1373,7 +1375,7 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
     rows = []
     for node in nodes[:SHOWN_MOST]:
         if node.port:
-            where = place(node.ip_addr, node.port)
+            where = format_address(node.ip_addr, node.port)
         else:
             where = node.ip_addr
         rows.append((node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done,
@@ -1480,7 +1482,7 @@ KNOWN_TEXTS = {
 class Account(NamedTuple):
     """What a node or a scheduler says of attempts of a computation."""
     held: FrozenSet[int] = frozenset()
-    past: Past = Past()
+    past: AttemptHistory = AttemptHistory()
     whole: bool = True   # its memory is the one that was there when they were sent
 
     def known(self, serial: int) -> Known:
@@ -1618,7 +1620,7 @@ class Submitted(NamedTuple):
 
 class CancelAsked(NamedTuple):
     """The user wants it ended."""
-    work: Work
+    work: ScheduledJob
 
 
 class WithdrawAsked(NamedTuple):
@@ -1637,7 +1639,7 @@ class NodeReady(NamedTuple):
     name: str = ''
     offers: int = 0   # CPUs that it has, also for others
     trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
-    past: Past = Past()
+    past: AttemptHistory = AttemptHistory()
     whole: bool = True   # as in Account
 
 
@@ -1680,13 +1682,13 @@ class NodeStarted(NamedTuple):
 
 class Repeat(NamedTuple):
     """A job that has failed, and was to be asked for, waits again: after so many seconds."""
-    work: Work
+    work: ScheduledJob
     delay: float
 
 
 class RepeatNot(NamedTuple):
     """It does not: it has ended with this outcome."""
-    work: Work
+    work: ScheduledJob
     outcome: int
 
 
@@ -1815,13 +1817,13 @@ class JobFailedOnce(NamedTuple):
     Repeat or RepeatNot."""
     node: Any
     comp: str
-    work: Work
+    work: ScheduledJob
     row: tuple
 
 
 class JobStays(NamedTuple):
     """Answers RepeatNot for a job that still waited for it."""
-    work: Work
+    work: ScheduledJob
 
 
 class JobsStarted(NamedTuple):
@@ -1897,11 +1899,11 @@ class _Queue:
     """Jobs of one computation that wait: by priority, then in order."""
 
     def __init__(self) -> None:
-        self._levels: Dict[int, Deque[Work]] = {}
+        self._levels: Dict[int, Deque[ScheduledJob]] = {}
         self._order: List[int] = []     # priorities in use, highest last
         self.length = 0
 
-    def _level(self, work: Work) -> Deque[Work]:
+    def _level(self, work: ScheduledJob) -> Deque[ScheduledJob]:
         if work.options:
             priority = work.options.get('priority', 0)
         else:
@@ -1912,17 +1914,17 @@ class _Queue:
             self._order = sorted(self._levels)
         return level
 
-    def push(self, work: Work) -> None:
+    def push(self, work: ScheduledJob) -> None:
         """Behind those of its priority."""
         self._level(work).append(work)
         self.length += 1
 
-    def push_front(self, work: Work) -> None:
+    def push_front(self, work: ScheduledJob) -> None:
         """Before those of its priority: it has waited already."""
         self._level(work).appendleft(work)
         self.length += 1
 
-    def head(self) -> Optional[Work]:
+    def head(self) -> Optional[ScheduledJob]:
         """The next one, left where it is."""
         while self._order:
             level = self._levels[self._order[-1]]
@@ -1933,7 +1935,7 @@ class _Queue:
             del self._levels[self._order.pop()]
         return None
 
-    def pop(self) -> Work:
+    def pop(self) -> ScheduledJob:
         """Take what `head` returned."""
         self.length -= 1
         return self._levels[self._order[-1]].popleft()
@@ -1942,14 +1944,14 @@ class _Queue:
         """One that is in here was cancelled; it is dropped when it comes to the front."""
         self.length -= 1
 
-    def __iter__(self) -> Iterator[Work]:
+    def __iter__(self) -> Iterator[ScheduledJob]:
         return (work for level in self._levels.values() for work in level if work.state in _WAITING)
 
 
 _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
 
 
-class _Comp:
+class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
@@ -1959,26 +1961,26 @@ class _Comp:
         self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
-        self.parked: List[Work] = []          # wanting more CPUs than any node has
+        self.too_wide: List[ScheduledJob] = []          # wanting more CPUs than any node has
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
         # Jobs that have failed and may be repeated -> when; infinite until the program has said
-        self.resting: Dict[Work, float] = {}
-        self.withdrawn: Set[Work] = set()     # on nodes, and cancelled if they have not begun
+        self.resting: Dict[ScheduledJob, float] = {}
+        self.withdrawn: Set[ScheduledJob] = set()     # on nodes, and cancelled if they have not begun
         self.ranked = False                   # some jobs have a priority
         # When a job of it was sent last, in numbers of the schedule
         self.served = 0
-        self.flying = 0                       # CPUs of jobs on nodes
-        self.running: Dict[int, '_Node'] = {}   # serial -> where
-        self.nodes: Dict[Any, '_Node'] = {}     # where it is set up; of these:
-        self.idle: Dict[Any, '_Node'] = {}      # those with a CPU for it
+        self.cpus_in_flight = 0                       # CPUs of jobs on nodes
+        self.running: Dict[int, 'NodeLoad'] = {}   # serial -> where
+        self.nodes: Dict[Any, 'NodeLoad'] = {}     # where it is set up; of these:
+        self.idle: Dict[Any, 'NodeLoad'] = {}      # those with a CPU for it
         # Those that hold more of its jobs than they have CPUs
-        self.donors: Dict[Any, '_Node'] = {}
-        self.blocked: Optional[Work] = None     # head of the queue that no idle node has room for
+        self.overloaded: Dict[Any, 'NodeLoad'] = {}
+        self.blocked_head: Optional[ScheduledJob] = None     # head of the queue that no idle node has room for
         self.unloadable = ''                    # why no node can load its code
         # Most CPUs that a node has for it, None if that is not known now
-        self.widest: Optional[int] = None
+        self.largest_node: Optional[int] = None
 
     def rank(self) -> None:
         """One of its jobs has a priority; those before it have none."""
@@ -1986,7 +1988,7 @@ class _Comp:
         for node in self.nodes.values():
             node.ranks[self.comp] = collections.Counter({0: node.parts[self.comp]})
 
-    def queue_of(self, work: Work) -> _Queue:
+    def queue_of(self, work: ScheduledJob) -> _Queue:
         """Where this job waits; which node it is for, a scheduler sees to."""
         if work.options and not self.remote:
             key = work.options.get('node')
@@ -2011,36 +2013,36 @@ class _Comp:
         return self.queue.length + (sum(queue.length
                                         for queue in self.pinned.values()) if self.pinned else 0)
 
-    def waiting(self) -> List[Work]:
+    def waiting(self) -> List[ScheduledJob]:
         """All jobs that wait."""
         queued = [work for queue in (self.queue, *self.pinned.values()) for work in queue]
-        return queued + self.parked + list(self.resting)
+        return queued + self.too_wide + list(self.resting)
 
-    def take_out(self, work: Work) -> None:
+    def take_out(self, work: ScheduledJob) -> None:
         """One of these waits no more."""
         if work in self.resting:
             del self.resting[work]
-        elif work in self.parked:
-            self.parked.remove(work)
+        elif work in self.too_wide:
+            self.too_wide.remove(work)
         else:
             self.queue_of(work).forget()
 
-    def not_begun(self) -> List[Work]:
+    def not_begun(self) -> List[ScheduledJob]:
         """All that wait, and those on nodes that are not known to have begun."""
         return self.waiting() + [work for node in self.nodes.values()
-                                 for work in node.flight[self.comp].values()
+                                 for work in node.in_flight[self.comp].values()
                                  if work.state is JobState.SENT]
 
-    def may_wait_there(self, work: Work, times: int = RECALLS_MOST) -> bool:
+    def may_wait_there(self, work: ScheduledJob, times: int = RECALLS_MOST) -> bool:
         """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
         less than so many times."""
         return not self.called or self.called.get(work.serial >> 16, 0) < times
 
 
-class _Node:
+class NodeLoad:
     """A node in the schedule."""
-    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits',
-                 'parts', 'draining', 'away', 'offers', 'taken', 'begun', 'ahead', 'ranks', 'trip',
+    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
+                 'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks', 'trip',
                  'probe', 'tried_until')
 
     def __init__(self, key: Any) -> None:
@@ -2049,7 +2051,7 @@ class _Node:
         self.offers = 0     # CPUs that it has
         self.cpus = 0       # the same, or what a computation may use if that is more
         self.used = 0       # CPUs of jobs there, run or not
-        self.taken = 0      # of these, no more of a computation than it may use
+        self.cpus_reserved = 0      # of these, no more of a computation than it may use
         self.bytes = 0      # of their arguments
         self.trip = 0.0     # s that a message to it and its answer take
         # A job that was sent to an idle CPU, and when: what is over is the trip
@@ -2057,8 +2059,8 @@ class _Node:
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
-        self.comps: Dict[str, _Comp] = {}              # set up there; of each of them:
-        self.flight: Dict[str, Dict[int, Work]] = {}   # serial -> work
+        self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
+        self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
         self.parts: Dict[str, int] = {}                # its part of `used`
         # Serial -> since when, of those that are known to run
@@ -2075,12 +2077,12 @@ class _Node:
             return math.inf
         return max(self.away.until, self.tried_until)
 
-    def begin(self, comp: _Comp) -> None:
+    def begin(self, comp: ComputationLoad) -> None:
         """A computation is set up here, perhaps not for the first time."""
         if comp.comp not in self.comps:
             name = comp.comp
             self.comps[name] = comp
-            self.flight[name], self.begun[name], self.recalled[name] = {}, {}, {}
+            self.in_flight[name], self.begun[name], self.recalled[name] = {}, {}, {}
             self.limits[name] = self.parts[name] = 0
             self.ahead[name] = Allowance(comp.estimate, 1, AHEAD_MOST)
             self.ranks[name] = collections.Counter()
@@ -2120,12 +2122,12 @@ class _Node:
             return self.limits[comp]
         # A sum, as the timer's: a difference is rounded
         horizon = self.horizon
-        flight = self.flight[comp]
+        flight = self.in_flight[comp]
         stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
                     if since + horizon <= now)
         return max(0, self.limits[comp] - stuck)
 
-    def choice(self, comp: _Comp, sharers: Sequence[_Comp]) -> int:
+    def choice(self, comp: ComputationLoad, sharers: Sequence[ComputationLoad]) -> int:
         """Jobs of a computation that shall wait here, where these share the node, so that each has
         some whenever a CPU becomes free: until others can come, however quick those are. When none
         of any has ended, its client's part of the CPUs and one behind these if all run."""
@@ -2143,7 +2145,7 @@ class _Node:
             return even - part + self.waits(comp.comp)
         return int(part <= limit and not any(self.waits(other.comp) for other in there))
 
-    def is_shared(self, comp: _Comp) -> bool:
+    def is_shared(self, comp: ComputationLoad) -> bool:
         """Whether others have jobs here, or jobs that may come here."""
         return len(self.comps) > 1 and any(
             self.parts[name] or other.length()
@@ -2160,7 +2162,7 @@ class _Node:
                        for comp, part in self.parts.items() if part)
         left = self.cpus or self.offers or sum(want for want, _ in wants)
         for index, (want, comp) in enumerate(wants):
-            flight = self.flight[comp]
+            flight = self.in_flight[comp]
             begun = self.begun[comp]
             serials = list(begun)
             used = sum(cpus_of(flight[serial]) for serial in begun)
@@ -2175,7 +2177,7 @@ class _Node:
             left = max(0, left - min(used, most))
         return found
 
-    def learn(self, comp: _Comp, ended: List[tuple], now: float) -> None:
+    def learn(self, comp: ComputationLoad, ended: List[tuple], now: float) -> None:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
@@ -2183,7 +2185,7 @@ class _Node:
         if rounds > 1 and self.is_shared(comp):
             rounds = 1
         name = comp.comp
-        self.ahead[name].ended(len(ended), len(self.flight[name]), self.limits[name], rounds)
+        self.ahead[name].ended(len(ended), len(self.in_flight[name]), self.limits[name], rounds)
         if self.probe is not None:
             serial, sent = self.probe
             for row in ended:
@@ -2193,9 +2195,9 @@ class _Node:
 
     def waits(self, comp: str) -> int:
         """Jobs of a computation here that are not known to have begun."""
-        return len(self.flight[comp]) - len(self.begun[comp])
+        return len(self.in_flight[comp]) - len(self.begun[comp])
 
-    def standing_before(self, comp: _Comp, work: Work) -> int:
+    def standing_before(self, comp: ComputationLoad, work: ScheduledJob) -> int:
         """CPUs of jobs here that come before one that would be sent now; they differ in
         priority."""
         rank = priority_of(work)
@@ -2209,7 +2211,7 @@ class _Node:
 
     def _count(self) -> None:
         self.cpus = max(self.offers, *self.limits.values(), 0)
-        self.taken = sum(min(part, self.limits[name]) for name, part in self.parts.items())
+        self.cpus_reserved = sum(min(part, self.limits[name]) for name, part in self.parts.items())
 
     def take(self, comp: str, cpus: int) -> None:
         """CPUs of one more job of a computation, negative of one less."""
@@ -2217,11 +2219,11 @@ class _Node:
         part = self.parts[comp]
         self.parts[comp] = part + cpus
         self.used += cpus
-        self.taken += min(part + cpus, limit) - min(part, limit)
+        self.cpus_reserved += min(part + cpus, limit) - min(part, limit)
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
-        for table in (self.flight, self.comps, self.limits, self.parts, self.begun, self.recalled,
+        for table in (self.in_flight, self.comps, self.limits, self.parts, self.begun, self.recalled,
                       self.ahead, self.ranks):
             table.pop(comp, None)  # type: ignore[attr-defined]
         self.draining.discard(comp)
@@ -2229,20 +2231,20 @@ class _Node:
 
     def room(self, comp: str) -> int:
         """CPUs that a computation would find idle here."""
-        return min(self.cpus - self.taken, self.limits[comp] - self.parts[comp])
+        return min(self.cpus - self.cpus_reserved, self.limits[comp] - self.parts[comp])
 
 
-def cpus_of(work: Work) -> int:
+def cpus_of(work: ScheduledJob) -> int:
     """CPUs that a job uses."""
     return work.options.get('cpus', 1) if work.options else 1  # type: ignore[no-any-return]
 
 
-def priority_of(work: Work) -> int:
+def priority_of(work: ScheduledJob) -> int:
     """Jobs of higher ones go first."""
     return work.options.get('priority', 0) if work.options else 0  # type: ignore[no-any-return]
 
 
-def move_job(work: Work, event: str) -> JobState:
+def move_job(work: ScheduledJob, event: str) -> JobState:
     """The one place where a job's state changes."""
     state = work.state = JOB_TABLE[work.state, event]
     return state
@@ -2254,16 +2256,16 @@ class Books:
     counts stay equal to what they count."""
 
     def __init__(self) -> None:
-        self.comps: Dict[str, _Comp] = {}
-        self.nodes: Dict[Any, _Node] = {}
-        self.away: Dict[Any, _Node] = {}          # nodes that cannot be reached now
-        self.waiting: Dict[str, _Comp] = {}       # with jobs that wait, and perhaps some that had
+        self.comps: Dict[str, ComputationLoad] = {}
+        self.nodes: Dict[Any, NodeLoad] = {}
+        self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
+        self.waiting: Dict[str, ComputationLoad] = {}       # with jobs that wait, and perhaps some that had
         # Client -> CPUs of its jobs on nodes
         self.client_cpus: Dict[str, int] = collections.Counter()
         # Nodes that something has happened to since the last flush
-        self.changed: Dict[Any, _Node] = {}
+        self.changed: Dict[Any, NodeLoad] = {}
         # (node, computation) -> jobs that were put there in this turn
-        self._to_send: Dict[Tuple[Any, str], List[Work]] = {}
+        self._to_send: Dict[Tuple[Any, str], List[ScheduledJob]] = {}
         self.numbers = itertools.count()          # they tell what came earlier
         self.now = 0.0
         self._actions: List[Any] = []
@@ -2278,14 +2280,14 @@ class Books:
         """An action for whoever has called the schedule."""
         self._actions.append(action)
 
-    def node(self, key: Any) -> _Node:
+    def node(self, key: Any) -> NodeLoad:
         """The node with this key, which may be new."""
         node = self.nodes.get(key)
         if node is None:
-            node = self.nodes[key] = _Node(key)
+            node = self.nodes[key] = NodeLoad(key)
         return node
 
-    def pair(self, key: Any, name: str) -> Optional[Tuple[_Node, _Comp]]:
+    def pair(self, key: Any, name: str) -> Optional[Tuple[NodeLoad, ComputationLoad]]:
         """The node and the computation of an event, if the one is set up for the other."""
         node = self.nodes.get(key)
         comp = self.comps.get(name)
@@ -2293,23 +2295,23 @@ class Books:
             return None
         return node, comp
 
-    def put_on(self, node: _Node, comp: _Comp, work: Work) -> None:
+    def put_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job goes to a node."""
         move_job(work, 'send')
-        if comp.blocked is work:
-            comp.blocked = None
+        if comp.blocked_head is work:
+            comp.blocked_head = None
         work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
         node.bytes += _bytes_of(work)
-        comp.flying += cpus
+        comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
-        node.flight[comp.comp][work.serial] = work
+        node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
             node.ranks[comp.comp][priority_of(work)] += cpus
-        if node.probe is None and node.taken == node.used:   # it will not wait there
+        if node.probe is None and node.cpus_reserved == node.used:   # it will not wait there
             node.probe = (work.serial, self.now)
         if node.key in comp.idle and node.room(comp.comp) < 1:
             self.look_at(node)
@@ -2327,28 +2329,28 @@ class Books:
             self.do(SendJobs(key, name, works))
             self.look_at(self.nodes[key])
 
-    def were_on(self, node: _Node, comp: _Comp, works: Sequence[Work]) -> None:
+    def were_on(self, node: NodeLoad, comp: ComputationLoad, works: Sequence[ScheduledJob]) -> None:
         """Jobs were sent to a node by the process before this one."""
         for work in works:
             move_job(work, 'send')
             cpus = cpus_of(work)
             node.take(comp.comp, cpus)
-            comp.flying += cpus
+            comp.cpus_in_flight += cpus
             self.client_cpus[comp.client] += cpus
-            node.flight[comp.comp][work.serial] = work
+            node.in_flight[comp.comp][work.serial] = work
             comp.running[work.serial] = node
             if work.options and 'priority' in work.options:
                 comp.ranked = True
         for there in comp.nodes.values() if comp.ranked else ():
             there.ranks[comp.comp] = collections.Counter()
-            for work in there.flight[comp.comp].values():
+            for work in there.in_flight[comp.comp].values():
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
 
-    def take_off(self, node: _Node, comp: _Comp, serials: Sequence[int]) -> Dict[int, Work]:
+    def take_off(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> Dict[int, ScheduledJob]:
         """Take attempts off a node. Those are left out that are not there: results that come twice
         or too late."""
-        landed: Dict[int, Work] = {}
-        flight = node.flight[comp.comp]
+        landed: Dict[int, ScheduledJob] = {}
+        flight = node.in_flight[comp.comp]
         cpus = 0
         size = 0
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
@@ -2366,46 +2368,46 @@ class Books:
         if landed:
             node.take(comp.comp, -cpus)
             node.bytes -= size
-            comp.flying -= cpus
+            comp.cpus_in_flight -= cpus
             self.client_cpus[comp.client] -= cpus
             self.changed[node.key] = node
             if node.draining:
                 self.tell_drained(node, comp.comp)
         return landed
 
-    def tell_drained(self, node: _Node, comp: str) -> None:
+    def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
-        if comp in node.draining and not node.flight[comp]:
+        if comp in node.draining and not node.in_flight[comp]:
             self.do(NodeDrained(node.key, comp))
 
-    def look_at(self, node: _Node) -> None:
+    def look_at(self, node: NodeLoad) -> None:
         """Note for which computations a node has an idle CPU, and of which it holds more than it
         runs."""
-        surplus = (node.used > node.cpus or node.used > node.taken) and node.away is None
+        surplus = (node.used > node.cpus or node.used > node.cpus_reserved) and node.away is None
         for name, comp in node.comps.items():
             if node.away is None and node.room(name) > 0:
                 comp.idle[node.key] = node
             else:
                 comp.idle.pop(node.key, None)
             known = len(node.begun[name]) + len(node.recalled[name])
-            if surplus and len(node.flight[name]) > known:
-                comp.donors[node.key] = node
+            if surplus and len(node.in_flight[name]) > known:
+                comp.overloaded[node.key] = node
             else:
-                comp.donors.pop(node.key, None)
+                comp.overloaded.pop(node.key, None)
 
-    def wait_again(self, comp: _Comp, work: Work) -> None:
+    def wait_again(self, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job waits before the others of its priority."""
         comp.queue_of(work).push_front(work)
         self.waiting[comp.comp] = comp
         self.do(JobWaits(work))
 
-    def answer(self, comp: _Comp, work: Work) -> None:
+    def answer(self, comp: ComputationLoad, work: ScheduledJob) -> None:
         """What was to be withdrawn has begun, ended or cannot be asked for."""
         if work in comp.withdrawn:
             comp.withdrawn.discard(work)
             self.do(Withdrawn(work, work.state is JobState.CANCELLED))
 
-    def reached(self, node: _Node) -> None:
+    def reached(self, node: NodeLoad) -> None:
         """A node can be reached, perhaps again."""
         node.away = None
         self.away.pop(node.key, None)
@@ -2433,7 +2435,7 @@ class Placement:
                 break
         self._books.send()
 
-    def _use_idle(self, rivals: List[_Comp]) -> None:
+    def _use_idle(self, rivals: List[ComputationLoad]) -> None:
         """Jobs of these computations go to idle CPUs, as long as there are both."""
         while rivals:
             if len(rivals) > 1:
@@ -2443,7 +2445,7 @@ class Placement:
             if not self._start_one(comp):
                 rivals.remove(comp)
 
-    def _fill_queues(self, waiting: List[_Comp]) -> bool:
+    def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
         """Jobs of these computations go to queues on nodes. Returns whether any did. While a job
         waits that may go to idle CPUs only, none is sent, or there would never be an idle one."""
         changed = self._books.changed
@@ -2457,42 +2459,42 @@ class Placement:
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
-    def _still_waiting(self) -> List[_Comp]:
+    def _still_waiting(self) -> List[ComputationLoad]:
         waiting = [comp for comp in self._books.waiting.values() if comp.length()]
         if len(waiting) < len(self._books.waiting):
             self._books.waiting = {comp.comp: comp for comp in waiting}
         return waiting
 
-    def _park(self, comp: _Comp) -> None:
+    def _park(self, comp: ComputationLoad) -> None:
         """What no node can take shall not stop those behind it."""
         work = comp.queue.head()
         if work is None or cpus_of(work) == 1:
             return
-        if comp.widest is None:
-            comp.widest = max((node.limits[comp.comp] for node in comp.nodes.values()
+        if comp.largest_node is None:
+            comp.largest_node = max((node.limits[comp.comp] for node in comp.nodes.values()
                                if node.away is None), default=0)
-        widest = comp.widest
+        widest = comp.largest_node
         while widest and work is not None and cpus_of(work) > widest:
-            comp.parked.append(comp.queue.pop())
+            comp.too_wide.append(comp.queue.pop())
             text = 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (
                 cpus_of(work), widest)
             self._books.do(JobParked(work, text))
             work = comp.queue.head()
 
     @staticmethod
-    def _may_be_ahead(comp: _Comp) -> bool:
+    def _may_be_ahead(comp: ComputationLoad) -> bool:
         """Whether the next job of a computation may wait on a node."""
         work = comp.queue.head()
         return work is None or comp.may_wait_there(work)
 
-    def _rank(self, comp: _Comp) -> Tuple[int, int, int]:
+    def _rank(self, comp: ComputationLoad) -> Tuple[int, int, int]:
         """Who has least of this is next: the CPUs of its client, of these its own, and the time
         when it was served last; or its place in the order of coming."""
         if self._fifo:
             return comp.order, 0, 0
-        return self._books.client_cpus[comp.client], comp.flying, comp.served
+        return self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served
 
-    def _start_one(self, comp: _Comp) -> bool:
+    def _start_one(self, comp: ComputationLoad) -> bool:
         """Send the next job to an idle CPU."""
         for key, pinned in comp.pinned.items() if comp.pinned else ():
             if pinned.length and key in comp.idle:
@@ -2505,17 +2507,17 @@ class Placement:
         if work is None:
             return False
         cpus = cpus_of(work)
-        nodes: Iterable[_Node] = comp.idle.values()
-        if comp.blocked is work:
+        nodes: Iterable[NodeLoad] = comp.idle.values()
+        if comp.blocked_head is work:
             nodes = [node for node in self._books.changed.values() if node.key in comp.idle]
         for node in nodes:
             if cpus <= node.room(comp.comp):
                 self._books.put_on(node, comp, comp.queue.pop())
                 return True
-        comp.blocked = work   # until something happens to a node
+        comp.blocked_head = work   # until something happens to a node
         return False
 
-    def _fill(self, node: _Node, shares: Dict[str, int]) -> bool:
+    def _fill(self, node: NodeLoad, shares: Dict[str, int]) -> bool:
         """Send ahead what a node will soon come to: by how long jobs take; of long ones no more
         than a client's even part, so that the node, which gives a CPU to who has fewest, has
         someone to choose from. Returns whether anything is sent."""
@@ -2547,7 +2549,7 @@ class Placement:
                 self._books.put_on(node, comp, source.pop())
         return node.used > before
 
-    def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int, choice: int) -> bool:
+    def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int, choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
         may wait."""
         limit = node.limits[comp.comp]
@@ -2559,7 +2561,7 @@ class Placement:
             return False
         if comp.called and not comp.may_wait_there(work):
             return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
-        if reserve or node.taken < node.cpus:
+        if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
             else:
@@ -2568,7 +2570,7 @@ class Placement:
                 return True
         return node.waits(comp.comp) < choice
 
-    def reduce(self, node: _Node) -> None:
+    def reduce(self, node: NodeLoad) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
         longer than those before them, or some run that will not end soon."""
         for name, comp in node.comps.items() if node.away is None else ():
@@ -2583,7 +2585,7 @@ class Placement:
                 continue
             sharers = list(node.comps.values())
             if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
-                asked = sum(cpus_of(node.flight[name][serial]) for serial in node.recalled[name])
+                asked = sum(cpus_of(node.in_flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked
                 # The last time is for an idle CPU elsewhere
                 if shared:
@@ -2595,24 +2597,24 @@ class Placement:
     def balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
         for comp in self._books.comps.values():
-            if not comp.donors or not comp.idle or comp.queue.length:
+            if not comp.overloaded or not comp.idle or comp.queue.length:
                 continue
             # More than 64 are seen to in later turns
             rooms = [node.room(comp.comp) for node in itertools.islice(comp.idle.values(), 64)]
             free = sum(rooms)
             called = 0
-            for donor in list(comp.donors.values()):
-                surplus = donor.used - min(donor.cpus, donor.taken)
+            for donor in list(comp.overloaded.values()):
+                surplus = donor.used - min(donor.cpus, donor.cpus_reserved)
                 # Of short jobs the idle CPUs get their part of all at once
                 most = max(free, surplus * free // (free + donor.cpus))
                 serials = self.movable(donor, comp, min(surplus, most), max(rooms), RECALLS_MOST)
-                del comp.donors[donor.key]   # until it is looked at again
+                del comp.overloaded[donor.key]   # until it is looked at again
                 self.call_back(donor, comp, serials, True)
                 called += len(serials)
                 if called >= free:
                     break
 
-    def movable(self, node: _Node, comp: _Comp, most: int, room: float, times: int) -> List[int]:
+    def movable(self, node: NodeLoad, comp: ComputationLoad, most: int, room: float, times: int) -> List[int]:
         """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
         those of low priority first; none that was called back so many times already (0: however
         often). Less `room` than all: for another node."""
@@ -2620,7 +2622,7 @@ class Placement:
         recalled = node.recalled[comp.comp]
         serials: List[int] = []
         if most > 0:
-            last = list(node.flight[comp.comp].items())[::-1]
+            last = list(node.in_flight[comp.comp].items())[::-1]
         else:
             last = []
         if comp.ranked:
@@ -2641,7 +2643,7 @@ class Placement:
             most -= cpus_of(work)
         return serials
 
-    def call_back(self, node: _Node, comp: _Comp, serials: List[int], own: bool) -> None:
+    def call_back(self, node: NodeLoad, comp: ComputationLoad, serials: List[int], own: bool) -> None:
         """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
         it."""
         if serials:
@@ -2656,7 +2658,7 @@ class Limits:
         self._books = books
         self._placement = placement
 
-    def limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
+    def limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
         """A node offers a computation so many CPUs."""
         if comp.most is None:
             self._set_limit(node, comp, cpus)
@@ -2664,9 +2666,9 @@ class Limits:
             comp.offers[node.key] = cpus
             self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
             self._books.do(LimitNode(node.key, comp.comp, node.limits[comp.comp]))
-            self._share_out(comp)
+            self._share_limits(comp)
 
-    def _share_out(self, comp: _Comp) -> None:
+    def _share_limits(self, comp: ComputationLoad) -> None:
         """Give a computation that may use so many CPUs over all nodes those that it has not got:
         of the node that came first, as far as that has more."""
         left = (comp.most or 0) - sum(node.limits[comp.comp] for node in comp.nodes.values())
@@ -2678,7 +2680,7 @@ class Limits:
                 self._set_limit(node, comp, limit + more)
                 self._books.do(LimitNode(key, comp.comp, limit + more))
 
-    def _set_limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
+    def _set_limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
         node.draining.discard(comp.comp)
         lowered = cpus < node.limits[comp.comp]
         node.limit(comp.comp, cpus)
@@ -2686,25 +2688,25 @@ class Limits:
             most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._books.now)
             self._placement.call_back(node, comp,
                                       self._placement.movable(node, comp, most, math.inf, 0), False)
-        comp.widest = None
+        comp.largest_node = None
         self._books.changed[node.key] = node
 
-    def forget(self, node: _Node, comp: _Comp) -> None:
+    def forget(self, node: NodeLoad, comp: ComputationLoad) -> None:
         """A computation is over on a node; nothing of it is in flight there."""
         node.forget(comp.comp)
-        for table in (comp.nodes, comp.idle, comp.donors, comp.offers):
+        for table in (comp.nodes, comp.idle, comp.overloaded, comp.offers):
             table.pop(node.key, None)  # type: ignore[attr-defined]
-        comp.widest = None
+        comp.largest_node = None
         self._books.changed[node.key] = node
         if comp.most is not None:
-            self._share_out(comp)
+            self._share_limits(comp)
 
-    def unpark(self, comp: _Comp, node: _Node) -> None:
+    def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
         """A node with more CPUs has come."""
         for work in [
-                work for work in reversed(comp.parked) if cpus_of(work) <= node.limits[comp.comp]
+                work for work in reversed(comp.too_wide) if cpus_of(work) <= node.limits[comp.comp]
         ]:
-            comp.parked.remove(work)
+            comp.too_wide.remove(work)
             comp.queue.push_front(work)
             self._books.waiting[comp.comp] = comp
 
@@ -2715,9 +2717,9 @@ class Repetitions:
     def __init__(self, books: Books) -> None:
         self._books = books
         # When a job that rests waits again, a number, the job
-        self._rests: List[Tuple[float, int, Work]] = []
+        self._rests: List[Tuple[float, int, ScheduledJob]] = []
 
-    def is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
+    def is_asked_for(self, comp: ComputationLoad, work: ScheduledJob, row: tuple) -> bool:
         """Whether the program is to say if a job is repeated that has ended so. It waits until
         then."""
         if work.options:
@@ -2759,7 +2761,7 @@ class Repetitions:
         while self._rests and self._rests[0][0] <= self._books.now:
             self._rested(*heapq.heappop(self._rests))
 
-    def _rested(self, until: float, number: int, work: Work) -> None:
+    def _rested(self, until: float, number: int, work: ScheduledJob) -> None:
         comp = self._books.comps.get(work.comp)
         if comp is not None and comp.resting.get(work) == until:
             del comp.resting[work]
@@ -2784,7 +2786,7 @@ class Losses:
             node.tried_until = -math.inf
             self._books.away[node.key] = self._books.changed[node.key] = node
             for comp in node.comps.values():
-                comp.widest = None
+                comp.largest_node = None
                 there = [work for work in comp.withdrawn if comp.running.get(work.serial) is node]
                 for work in there:
                     self._books.answer(comp, work)
@@ -2814,14 +2816,14 @@ class Losses:
             self._leave(node, event.comp, event.name, event.text)
 
     def _leave(self,
-               node: _Node,
+               node: NodeLoad,
                name: str,
                node_name: str,
                text: str,
                account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
-        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
+        for serial in sorted(node.in_flight[name], reverse=True):   # each goes to the front
             verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial),
                                   Occasion.ENDED]
             if verdict is Verdict.WAITS:
@@ -2829,10 +2831,10 @@ class Losses:
             elif verdict is Verdict.LOST:
                 for work in self._books.take_off(node, comp, [serial]).values():
                     self.lose(comp, work, node_name, text)
-        if not node.flight[name]:
+        if not node.in_flight[name]:
             self._limits.forget(node, comp)
 
-    def lose(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
+    def lose(self, comp: ComputationLoad, work: ScheduledJob, node_name: str, text: str) -> None:
         """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
@@ -2845,14 +2847,14 @@ class Losses:
         if retries:
             times = retries + 1
         elif comp.reentrant:
-            times = LOST_TIMES
+            times = MAX_ATTEMPTS
         else:
             times = 1
         nodes = list(dict.fromkeys(work.lost_with))
         tried = len(work.lost_with)
         if retries and 'repeats' in work.options:  # type: ignore[operator]
             tried += work.options['repeats'].failures  # type: ignore[index]
-        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
+        may_go_on = tried < times and (retries or len(nodes) < MAX_LOST_NODES)
         if may_go_on and work.state is not JobState.CANCELLING:
             move_job(work, 'back')
             self._books.wait_again(comp, work)
@@ -2861,9 +2863,9 @@ class Losses:
         else:
             self._books.do(JobEnded(work, _abandoned(work, nodes, text, times, bool(retries))))
 
-    def settle(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
+    def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account, occasion: Occasion) -> None:
         """What becomes of attempts that were sent to a node, by what is known there."""
-        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
+        for serial in sorted(node.in_flight[comp.comp], reverse=True):   # each goes to the front
             verdict, text = account.verdict(serial, occasion)
             if verdict is Verdict.WAITS:
                 self.give_back(node, comp, serial)
@@ -2871,7 +2873,7 @@ class Losses:
                 for work in self._books.take_off(node, comp, [serial]).values():
                     self.lose(comp, work, node.name, text)
 
-    def give_back(self, node: _Node, comp: _Comp, serial: int) -> None:
+    def give_back(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
         own = node.recalled[comp.comp].get(serial, False)
         for work in self._books.take_off(node, comp, [serial]).values():
@@ -2980,7 +2982,7 @@ class Schedule:
             return {}
         return node.runs()
 
-    def ran(self, work: Work) -> float:
+    def ran(self, work: ScheduledJob) -> float:
         """Seconds that a job has run, 0 if that is not known."""
         comp = self.comps.get(work.comp)
         if comp is not None:
@@ -2994,7 +2996,7 @@ class Schedule:
     # -- jobs --------------------------------------------------------------------------------------
 
     def _opened(self, event: Opened) -> None:
-        self.comps[event.comp] = _Comp(event, next(self._books.numbers))
+        self.comps[event.comp] = ComputationLoad(event, next(self._books.numbers))
 
     def _submitted(self, event: Submitted) -> None:
         for work in event.works:
@@ -3013,7 +3015,7 @@ class Schedule:
             self._books.waiting[comp.comp] = comp
             if work.options and 'priority' in work.options and not comp.ranked:
                 comp.rank()
-            if not comp.idle and (not comp.flying or comp.ranked):
+            if not comp.idle and (not comp.cpus_in_flight or comp.ranked):
                 # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
                 # queues. They give the next CPU to the computation that has fewest, and of its jobs
                 # to that of the highest priority.
@@ -3041,7 +3043,7 @@ class Schedule:
             move_job(work, 'cancel')
             self._books.do(SendCancel(comp.running[work.serial].key, comp.comp, [work.serial]))
 
-    def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
+    def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
         comp.take_out(work)
         self._books.do(JobEnded(work, 'cancelled before it was started'))
@@ -3067,7 +3069,7 @@ class Schedule:
         for (key, name), serials in recalls.items():
             self._books.do(SendRecall(key, name, serials))
 
-    def keep(self, work: Work) -> None:
+    def keep(self, work: ScheduledJob) -> None:
         """The inverse of WithdrawAsked, if it has not been answered."""
         if work.comp in self.comps:
             self.comps[work.comp].withdrawn.discard(work)
@@ -3079,7 +3081,7 @@ class Schedule:
         self._books.waiting.pop(comp.comp, None)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
-            for work in self._books.take_off(node, comp, list(node.flight[comp.comp])).values():
+            for work in self._books.take_off(node, comp, list(node.in_flight[comp.comp])).values():
                 if work.state is not JobState.CANCELLING:
                     move_job(work, 'cancel')
                 move_job(work, 'cancelled')
@@ -3108,7 +3110,7 @@ class Schedule:
         node.recalled[event.comp].clear()   # what was asked of it may not have arrived
         node.draining.discard(event.comp)
         held = set(event.held)
-        flight = node.flight[event.comp]
+        flight = node.in_flight[event.comp]
         account = Account(frozenset(held), event.past, event.whole)
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         self._limits.limit(node, comp, event.cpus)
@@ -3155,7 +3157,7 @@ class Schedule:
         if pair is None:
             return
         node, comp = pair
-        flight = node.flight[event.comp]
+        flight = node.in_flight[event.comp]
         begun = node.begun[event.comp]
         pairs = []
         for serial, ran in event.rows:
@@ -3177,7 +3179,7 @@ class Schedule:
 
     def _node_results(self, event: NodeResults) -> None:
         pair = self._books.pair(event.node, event.comp)
-        serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
+        serials = [row[0] for row in event.rows if row[1] not in PROVISIONAL]
         if pair is None:
             if event.comp in self.comps:   # of jobs that were given up: it need not keep them
                 self._books.do(SendAck(event.node, event.comp, serials))
@@ -3186,14 +3188,14 @@ class Schedule:
         if any(row[1] not in OUTCOMES for row in event.rows):
             raise PeerError('a result with an unknown outcome')
         landed = self._books.take_off(node, comp, serials)
-        ended = [row for row in event.rows if row[0] in landed and row[1] not in GOES_ON]
+        ended = [row for row in event.rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, self._books.now)
         pairs = []
         for row in event.rows:
             outcome = row[1]
-            if outcome in GOES_ON:
+            if outcome in PROVISIONAL:
                 # Its end may be in the same message
-                work = landed.get(row[0]) or node.flight[comp.comp].get(row[0])
+                work = landed.get(row[0]) or node.in_flight[comp.comp].get(row[0])
                 if work is not None:
                     self._goes_on(node, comp, work)
                     pairs.append((work, row))
@@ -3214,13 +3216,13 @@ class Schedule:
         if pairs:
             self._books.do(JobsEnded(node.key, comp.comp, pairs))
 
-    def _goes_on(self, node: _Node, comp: _Comp, work: Work) -> None:
+    def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
         if work.state is JobState.SENT:
             self._books.do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
         move_job(work, 'provisional')
 
-    def _is_tried_again(self, node: _Node, comp: _Comp, work: Work, row: tuple) -> bool:
+    def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, row: tuple) -> bool:
         """Whether the end of an attempt is not that of its job, or not yet."""
         options = work.options or {}
         if row[1] == Outcome.STOPPED:
@@ -3252,7 +3254,7 @@ class Schedule:
     def judge(self, event: NodeDoubted) -> Loss:
         """What follows from evidence that a node is lost."""
         node = self.nodes.get(event.node)
-        is_busy = node is not None and any(node.flight.values())
+        is_busy = node is not None and any(node.in_flight.values())
         return LOSS_TABLE[event.evidence, STANDINGS[event.kind, is_busy]]
 
     def _node_doubted(self, event: NodeDoubted) -> None:
@@ -3266,12 +3268,12 @@ class Schedule:
             self._losses.lost(NodeLost(event.node, event.name, event.text, event.known))
 
 
-def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries: bool) -> str:
+def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int, has_retries: bool) -> str:
     """Why a job is not tried again that was lost with these nodes. It might be tried so many
     times."""
     if times == 1:
         reason = 'the computation is not reentrant'
-    elif len(nodes) == LOST_MOST and not has_retries:
+    elif len(nodes) == MAX_LOST_NODES and not has_retries:
         reason = 'given up after %d nodes' % len(nodes)
     else:
         reason = 'given up after %d attempts' % len(work.lost_with)
@@ -3279,7 +3281,7 @@ def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries:
         's' * (len(nodes) > 1), ', '.join(nodes), text, reason)
 
 
-def _bytes_of(work: Work) -> int:
+def _bytes_of(work: ScheduledJob) -> int:
     """Bytes of its arguments that are in memory."""
     if work.payload is not None:
         return size_of(work.payload)
@@ -5089,7 +5091,7 @@ class StateCapture:
             return [], b'', set()
         # All there at once: their ids must differ
         contents = [contents_of(value) for value in self._objects]
-        sealed = seal((contents, self._values), _state_pickler(self._numbers))
+        sealed = dumps((contents, self._values), _state_pickler(self._numbers))
         kinds = [(type(value).__module__, type(value).__qualname__) for value in self._objects]
         body = in_one_piece(sealed.payload)
         return kinds, body, sealed.modules | {kind[0] for kind in kinds}
@@ -5144,7 +5146,7 @@ class ModuleBundles:
     def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
                share: Optional[Callable[[list, list], Any]] = None) -> Any:
         """A payload that says which bundles have to be there before it is opened; `share` as in
-        `seal`. Raises what pickling raises."""
+        `dumps`. Raises what pickling raises."""
         sealed = pack(value, labels, exact, share)
         numbers = self.numbers(sealed.modules)
         if not numbers:
@@ -5365,10 +5367,10 @@ def _code_pickler(base: Any) -> Any:
 def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle what goes to a node. Where that fails the error names the path to the culprit;
-    `labels` are the parts of the value, with what they are called; `share` as in `seal`. Raises
+    `labels` are the parts of the value, with what they are called; `share` as in `dumps`. Raises
     what pickling raises."""
     try:
-        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler(), share)
+        return dumps(value, _code_pickler(client_pickler()) if exact else client_pickler(), share)
     except _CANNOT as exc:
         text = explain_unpicklable(labels, exc)
         if not text or type(exc) not in _CANNOT:
@@ -5397,7 +5399,7 @@ def explain_unpicklable(labels: Iterable[Tuple[str, Any]], exc: BaseException) -
 
 def _can_be_packed(value: Any) -> bool:
     try:
-        seal(value, client_pickler())
+        dumps(value, client_pickler())
     except Exception:
         # The user's __reduce__ may raise anything; what it is comes with the error that is told
         return False
@@ -5710,7 +5712,7 @@ def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict
     return {type(item).__name__: type(item), **found}
 
 
-class Cargo(NamedTuple):
+class PackedComputation(NamedTuple):
     """A computation, packed: the spec of `Compute` but for what depends on the node, and where its
     files lie."""
     spec: dict
@@ -5737,7 +5739,7 @@ def _sort_depends(depends: Sequence[Any], paths: Dict[str, str],
 
 def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any,
                      dest_path: Optional[str], max_jobs: Optional[int], name: str,
-                     bundles: 'ModuleBundles') -> Cargo:
+                     bundles: 'ModuleBundles') -> PackedComputation:
     """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was
     wrong."""
     paths: Dict[str, str] = {}
@@ -5765,7 +5767,7 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
         'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0,
         'setup_args': b'', 'portable': bundles.portable, 'sys_path': [], 'argv': []
     }
-    return Cargo(spec, paths, bool(program), functools.partial(
+    return PackedComputation(spec, paths, bool(program), functools.partial(
         pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
 
 
@@ -6366,8 +6368,8 @@ class Allocation(NamedTuple):
     paths: Dict[str, str]
 
 
-def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['Peer',
-                                                                     'NodeRow']) -> Allocation:
+def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnection',
+                                                                     'NodeInfo']) -> Allocation:
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
     available = DispyNodeAvailInfo(
         *map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
@@ -6893,17 +6895,17 @@ class Journal(Database):
             os.ftruncate(self._new, start)   # what comes behind a torn one is not found
             raise
 
-    def sent(self, works: Sequence[Work], node: str, memory: str = '') -> None:
+    def sent(self, works: Sequence[ScheduledJob], node: str, memory: str = '') -> None:
         """Jobs on their way to a node, and what its memory is known by."""
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, work.serial >> 16)
 
-    def waits(self, work: Work) -> None:
+    def waits(self, work: ScheduledJob) -> None:
         """It came back without having been started, or may be run again."""
         self.note(self.MOVE, work.comp, self.WAITING, work.serial, None, work.serial >> 16)
 
-    def ended(self, work: Work, result: Any) -> None:
+    def ended(self, work: ScheduledJob, result: Any) -> None:
         """A row of Results, or the text of one that ended without. A result that is too large for
         the file is known until this program ends, and not to the next."""
         state = work.state
@@ -6920,7 +6922,7 @@ class Journal(Database):
             plain = (*result[1:4], *map(in_one_piece, result[4:]))
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work.serial >> 16)
 
-    def _needs_no_more(self, work: Work) -> None:
+    def _needs_no_more(self, work: ScheduledJob) -> None:
         """A job has ended."""
         if work.options:
             rows = work.options.get('values', ())
@@ -7100,7 +7102,7 @@ def own_script() -> str:
     return ''
 
 
-class Trail:
+class ComputationNotes:
     """The file of one cluster: whose jobs they are, the key by which nodes give their results, and
     after that a line for each node that may have some. Made with the first such node, so that a
     cluster without one has none; locked while the program lives; removed when the cluster is
@@ -7197,7 +7199,7 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
     file.close()
 
 
-class _Left(NamedTuple):
+class _RecoverableFields(NamedTuple):
     path: str
     name: str
     script: str
@@ -7210,7 +7212,7 @@ class _Left(NamedTuple):
     unreached: Tuple[str, ...] = ()
 
 
-class Recoverable(_Left, metaclass=Listed):
+class Recoverable(_RecoverableFields, metaclass=Listed):
     """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
     takes it, or its `path`.
 
@@ -7245,7 +7247,7 @@ _HEAD_KINDS: Dict[str, Any] = {
     'pid': int, 'process': list, 'began': float, 'program': bool, 'listen': str}
 
 
-class Left:
+class RecoverableFiles:
     """A trail of a program that has ended, with its lock, which keeps others off until `close`."""
 
     def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str],
@@ -7279,7 +7281,7 @@ class Left:
             _close_trail(file, self.path, remove)
 
     @classmethod
-    def find(cls, path: str) -> Optional['Left']:
+    def find(cls, path: str) -> Optional['RecoverableFiles']:
         """What such a file says; None if its program lives, or another collects it. What is old,
         or says nothing of any node, is removed. Raises DispyError for a file that others can have
         written, or that is damaged; OSError."""
@@ -7337,12 +7339,12 @@ def _paths_of_trails() -> List[str]:
         return []
 
 
-def programs_left() -> List[Left]:
+def programs_left() -> List[RecoverableFiles]:
     """All that dead programs of this user have left, newest first; each is to be closed."""
     found = []
     for path in _paths_of_trails():
         try:
-            left = Left.find(path)
+            left = RecoverableFiles.find(path)
         except (OSError, DispyError) as exc:
             logger.debug('passed over: %s', exc)
         else:
@@ -7355,7 +7357,7 @@ def remove_old_trails() -> None:
     for path in _paths_of_trails():
         with contextlib.suppress(OSError, DispyError):
             if time.time() - os.lstat(path).st_mtime > TRAIL_KEPT:
-                left = Left.find(path)
+                left = RecoverableFiles.find(path)
                 if left is not None:
                     left.close()
 
@@ -7409,7 +7411,7 @@ def who_holds(text: str, place: str) -> str:
 # threads.
 # --------------------------------------------------------------------------------------------------
 
-class Access(NamedTuple):
+class ConnectionSettings(NamedTuple):
     """How a driver speaks to nodes; clusters with the same share a driver."""
     secret: bytes
     certfile: Optional[str]
@@ -7561,28 +7563,28 @@ def report_callback(call: Any, about: str, exc: BaseException) -> None:
                  exc_info=(type(exc), exc, trace))
 
 
-class Asked(NamedTuple):
+class RunInDriver(NamedTuple):
     """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a
     helper, without one."""
     call: Callable[[], Any]
     future: Optional['concurrent.futures.Future[Any]']
 
 
-class Told(NamedTuple):
+class StatusCallback(NamedTuple):
     """Posted for cluster_status: a node or a job has changed."""
     cluster: 'JobCluster'
     status: int
-    peer: 'Union[Peer, NodeRow, None]'
+    peer: 'Union[NodeConnection, NodeInfo, None]'
     job: Optional[DispyJob]
 
 
-class CallBack(NamedTuple):
+class JobCallback(NamedTuple):
     """Posted when a job with a callback has ended."""
     cluster: 'JobCluster'
     job: DispyJob
 
 
-class NodeRow(NamedTuple):
+class NodeInfo(NamedTuple):
     """A node and a cluster as they are told to others."""
     key: Any
     ip_addr: str
@@ -7600,7 +7602,7 @@ class NodeRow(NamedTuple):
         return self.facts
 
 
-def describe_node(peer: 'Union[Peer, NodeRow]', state: str, reason: str, cpus: int, busy: int,
+def describe_node(peer: 'Union[NodeConnection, NodeInfo]', state: str, reason: str, cpus: int, busy: int,
                   done: int = 0, seconds: float = 0.0) -> DispyNode:
     """A node as users get it."""
     return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy,
@@ -7627,19 +7629,19 @@ class Outgoing:
 
     def __init__(self) -> None:
         self.journals: Dict[str, Journal] = {}   # by computation
-        self._frames: Dict[str, List[Tuple['Peer', Jobs, List[int]]]] = {}
+        self._frames: Dict[str, List[Tuple['NodeConnection', Jobs, List[int]]]] = {}
         self.held_up: Set[str] = set()           # computations whose journals cannot be written
 
     def has(self, comp: str) -> bool:
         """Whether a computation has a journal."""
         return comp in self.journals
 
-    def add(self, comp: str, peer: 'Peer', frames_: Iterable[Any]) -> None:
+    def add(self, comp: str, peer: 'NodeConnection', frames_: Iterable[Any]) -> None:
         """Frames of jobs for a node."""
         waiting = self._frames.setdefault(comp, [])
         waiting.extend((peer, frame, [row[0] for row in frame.rows]) for frame in frames_)
 
-    def drop(self, peer: 'Peer') -> List[Tuple[str, List[int]]]:
+    def drop(self, peer: 'NodeConnection') -> List[Tuple[str, List[int]]]:
         """The link to a node has ended: computations and serials of what has not left."""
         dropped = []
         for comp, frames_ in self._frames.items():
@@ -7653,11 +7655,11 @@ class Outgoing:
         self._frames.pop(comp, None)
         self.held_up.discard(comp)
 
-    def commit(self) -> Tuple[List[Tuple['Peer', Any]], List[Tuple['Peer', str, List[int]]]]:
+    def commit(self) -> Tuple[List[Tuple['NodeConnection', Any]], List[Tuple['NodeConnection', str, List[int]]]]:
         """The end of a turn: what may leave now, and what may not, as (node, computation, serials).
         Sets `held_up`."""
-        leaving: List[Tuple['Peer', Any]] = []
-        staying: List[Tuple['Peer', str, List[int]]] = []
+        leaving: List[Tuple['NodeConnection', Any]] = []
+        staying: List[Tuple['NodeConnection', str, List[int]]] = []
         for comp, journal in self.journals.items():
             written = journal.commit()
             frames_ = self._frames.pop(comp, [])
@@ -7670,13 +7672,13 @@ class Outgoing:
         return leaving, staying
 
 
-class Use:
+class NodeAssignment:
     """A node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
                  'passes', 'unloadable', 'seat_told')
 
     def __init__(self, spec: NodeSpec) -> None:
-        self.state = UseState.WAITING
+        self.state = AssignmentState.WAITING
         self.spec = spec
         self.reason = ''                             # why it was refused
         self.seat_told = False                       # to who submitted jobs to it
@@ -7690,15 +7692,15 @@ class Use:
 
     def move(self, event: str) -> None:
         """The one place where its state changes."""
-        self.state = USE_TABLE[self.state, event]
+        self.state = ASSIGNMENT_TABLE[self.state, event]
 
     @property
     def offered(self) -> bool:
         """Whether the node has been told of the computation."""
-        return self.state in (UseState.SETTING_UP, UseState.READY)
+        return self.state in (AssignmentState.SETTING_UP, AssignmentState.READY)
 
 
-class Peer:
+class NodeConnection:
     """A node as the driver sees it. Driver thread only."""
 
     def __init__(self,
@@ -7736,14 +7738,14 @@ class Peer:
         self.aliases: Set[str] = set()             # places of other names that it was dialled by
         # Its memory is the one that was there when jobs were sent
         self.whole = True
-        self.second = Second(self)                 # connection, while the first is silent
+        self.second = SecondConnection(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0   # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
         # Bytes that packets may carry; 0: as many as the system says
         self.segment = 0
-        self.dialling = Dialling(REDIAL_FIRST, redial)
+        self.dialling = Reconnector(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
         # Of links before this one
@@ -7753,7 +7755,7 @@ class Peer:
         self.retry_at: Optional[float] = None
         self.retry_wait = RETRY_FIRST
         self.told: Set[str] = set()                # reasons that were logged
-        self.uses: Dict[str, Use] = {}             # computation -> use
+        self.uses: Dict[str, NodeAssignment] = {}             # computation -> use
         # Computations that wait here for another that wants the node alone
         self.blocked: Set[str] = set()
         # CPUs of it that each computation may use at most: who runs a scheduler decides
@@ -7818,7 +7820,7 @@ class Peer:
             return len(node) == 2 and node[0] in (self.host, self.ip_addr,
                                                   self.name) and node[1] == self.port
         return bool(node) and node in (self.name, self.ip_addr, self.host,
-                                       place(self.ip_addr, self.port), place(self.host, self.port))
+                                       format_address(self.ip_addr, self.port), format_address(self.host, self.port))
 
     @property
     def kind(self) -> str:
@@ -7857,12 +7859,12 @@ class Peer:
     def place(self) -> str:
         """Where it is reached, for a journal; one that dials us is known by its name."""
         if self.port:
-            return '@' * self.scheduler + place(self.host, self.port)
+            return '@' * self.scheduler + format_address(self.host, self.port)
         return ' %s' % self.name
 
     def __str__(self) -> str:
         if self.port:
-            where = 'dispyscheduler ' * self.scheduler + place(self.host, self.port)
+            where = 'dispyscheduler ' * self.scheduler + format_address(self.host, self.port)
         else:
             where = self.host
         if self.name and self.name != self.host:
@@ -7955,7 +7957,7 @@ class NodeUser:
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
     key = b''                                   # who has it may take the results
-    cargo: Optional[Cargo] = None               # the computation; None: it only looks
+    cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
     source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
     specs: List[NodeSpec] = []                  # the nodes that are meant, replaced as a whole
     port = NODE_PORT                            # of nodes for which none is given
@@ -7976,7 +7978,7 @@ class NodeUser:
             return None
         return self.cargo.spec.get('most') or None
 
-    def spec_of(self, peer: 'Peer') -> Optional[NodeSpec]:
+    def spec_of(self, peer: 'NodeConnection') -> Optional[NodeSpec]:
         """What of `specs` means a node. One that has dialled us has no port."""
         if not peer.port and peer.name in self.callers:
             return NodeSpec(peer.host, 0)
@@ -8005,20 +8007,20 @@ class NodeUser:
 
     # -- nodes -------------------------------------------------------------------------------------
 
-    def node_connected(self, peer: 'Peer') -> None:
+    def node_connected(self, peer: 'NodeConnection') -> None:
         """A node is connected, and has told what it is. Called if this only looks."""
 
-    def node_ready(self, peer: 'Peer') -> None:
+    def node_ready(self, peer: 'NodeConnection') -> None:
         """The computation is set up at a node."""
 
-    def node_changed(self, status: int, peer: 'Peer') -> None:
+    def node_changed(self, status: int, peer: 'NodeConnection') -> None:
         """A node is ready, has told what is free there, or is used no more, by the status, which is
         one of DispyNode."""
 
-    def node_unreachable(self, peer: 'Peer', text: str) -> None:
+    def node_unreachable(self, peer: 'NodeConnection', text: str) -> None:
         """A node cannot be reached, for this reason."""
 
-    def node_told(self, status: int, row: 'NodeRow') -> None:
+    def node_told(self, status: int, row: 'NodeInfo') -> None:
         """As `node_changed`, of a node of the scheduler."""
 
     def warn(self, text: str) -> None:
@@ -8027,18 +8029,18 @@ class NodeUser:
 
     # -- setting up a node -------------------------------------------------------------------------
 
-    def ask_source(self, peer: 'Peer', link: Link) -> None:
+    def ask_source(self, peer: 'NodeConnection', link: Link) -> None:
         """Find out what the source of the computation is, and call `ComputationSetup.source_found`
         or `source_missing`."""
 
-    def ask_allocator(self, allocator: Any, peer: 'Peer', link: Link) -> None:
+    def ask_allocator(self, allocator: Any, peer: 'NodeConnection', link: Link) -> None:
         """Ask the user's allocator, and call `ComputationSetup.allocated`."""
 
-    def support_for(self, peer: 'Peer') -> Dict[str, bytes]:
+    def support_for(self, peer: 'NodeConnection') -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same."""
         return {}
 
-    def modules_for(self, peer: 'Peer') -> Dict[str, Any]:
+    def modules_for(self, peer: 'NodeConnection') -> Dict[str, Any]:
         """What a node gets of the program's modules."""
         return {}
 
@@ -8048,18 +8050,18 @@ class NodeUser:
     def value_source(self, digest: bytes) -> Any:
         """Where a value is read from: its content, or a path."""
 
-    def asked(self, peer: 'Peer', message: Call) -> None:
+    def asked(self, peer: 'NodeConnection', message: Call) -> None:
         """A node or scheduler asks what only the program can tell; it gets a Return."""
 
     # -- jobs --------------------------------------------------------------------------------------
 
-    def send_jobs(self, peer: 'Peer', works: Sequence[Any]) -> None:
+    def send_jobs(self, peer: 'NodeConnection', works: Sequence[Any]) -> None:
         """Send these to a node."""
 
-    def jobs_started(self, peer: 'Peer', pairs: Sequence[Tuple[Any, float]]) -> None:
+    def jobs_started(self, peer: 'NodeConnection', pairs: Sequence[Tuple[Any, float]]) -> None:
         """Jobs run at a node, each since so many seconds."""
 
-    def jobs_ended(self, peer: 'Peer', pairs: List[Tuple[Any, tuple]]) -> None:
+    def jobs_ended(self, peer: 'NodeConnection', pairs: List[Tuple[Any, tuple]]) -> None:
         """Jobs and their rows of Results; also those that are provisional."""
 
     def job_ended(self, work: Any, text: str) -> None:
@@ -8078,10 +8080,10 @@ class NodeUser:
     def job_goes_on(self, work: Any) -> None:
         """A job that was to be cancelled if it has not begun has begun, or has ended."""
 
-    def output(self, peer: 'Peer', work: Any, message: Output) -> None:
+    def output(self, peer: 'NodeConnection', work: Any, message: Output) -> None:
         """What a running job prints or logs."""
 
-    def file_piece(self, peer: 'Peer', work: Any, message: FilePiece) -> None:
+    def file_piece(self, peer: 'NodeConnection', work: Any, message: FilePiece) -> None:
         """A piece of a file that a running job sends."""
 
     # -- faults ------------------------------------------------------------------------------------
@@ -8116,24 +8118,24 @@ class NodePolicy:
         """What to do about a node that serves others, and says so in these words."""
         return how_to_share(text)
 
-    def addresses_of(self, peer: 'Peer') -> Optional[Callable[[str], bool]]:
+    def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
         return None
 
-    def may_set_up(self, peer: 'Peer', comp: str) -> bool:
+    def may_set_up(self, peer: 'NodeConnection', comp: str) -> bool:
         """Whether a computation may be offered to a node."""
         return True
 
-    def node_met(self, peer: 'Peer') -> None:
+    def node_met(self, peer: 'NodeConnection') -> None:
         """A node is connected, and has told what it is."""
 
-    def becomes_ready(self, peer: 'Peer', comp: str) -> None:
+    def becomes_ready(self, peer: 'NodeConnection', comp: str) -> None:
         """A computation is about to be ready at a node."""
 
-    def node_drained(self, peer: 'Peer') -> None:
+    def node_drained(self, peer: 'NodeConnection') -> None:
         """The last job of a computation that sends no more has ended there."""
 
-    def node_freed(self, peer: 'Peer') -> None:
+    def node_freed(self, peer: 'NodeConnection') -> None:
         """A computation has left a node, or was refused there."""
 
 
@@ -8149,7 +8151,7 @@ class Recovery(NodeUser):
                  journal: Journal,
                  sent: Sequence[Tuple[DispyJob, str]],
                  holders: Set[str],
-                 done: Callable[[DispyJob, tuple, Peer], None],
+                 done: Callable[[DispyJob, tuple, NodeConnection], None],
                  lost: Callable[[DispyJob, str], None],
                  again: Callable[[DispyJob], None],
                  over: Callable[[], None],
@@ -8160,7 +8162,7 @@ class Recovery(NodeUser):
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         # They may keep results that are noted
         self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}
-        self.met: List[Peer] = []
+        self.met: List[NodeConnection] = []
         self.collected = threading.Event()
         self._jobs = {job.serial >> 16: (job, node) for job, node in sent}
         self._done = done
@@ -8188,7 +8190,7 @@ class Recovery(NodeUser):
         self.driver = driver
         driver.open(self, False)
 
-    def node_connected(self, peer: Peer) -> None:
+    def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
         if peer not in self.met:
             self.met.append(peer)
@@ -8196,7 +8198,7 @@ class Recovery(NodeUser):
         self.driver.recoveries.reclaim(peer, self, self.old)
         self._check()
 
-    def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
+    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int], past: AttemptHistory) -> None:
         """A node has told what it knows."""
         for number, (job, node) in list(self._jobs.items()):
             where, _, memory = node.rpartition('#')
@@ -8212,7 +8214,7 @@ class Recovery(NodeUser):
                 del self._jobs[number]
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
-            self.driver.say(peer.link, Cancel(comp, list(serials)))
+            self.driver.send(peer.link, Cancel(comp, list(serials)))
         self._check()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
@@ -8225,7 +8227,7 @@ class Recovery(NodeUser):
                 else:
                     job.status = DispyJob.Created
 
-    def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+    def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
         for serial in serials:
             job, node = self._jobs.get(serial >> 16, (None, ''))
@@ -8234,11 +8236,11 @@ class Recovery(NodeUser):
                 self._again(job)
         self._check()
 
-    def results(self, peer: Peer, comp: str, rows: Sequence[tuple]) -> None:
+    def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
         for row in rows:
             job, _ = self._jobs.get(row[0] >> 16, (None, ''))
-            if job is None or row[1] in GOES_ON:
+            if job is None or row[1] in PROVISIONAL:
                 continue
             del self._jobs[row[0] >> 16]
             job.serial = row[0]
@@ -8255,13 +8257,13 @@ class Recovery(NodeUser):
         for peer in self.met:
             where = self._jobs.get(job.serial >> 16, (None, ''))[1].rpartition('#')[0]
             if where == peer.place and peer.link is not None:
-                self.driver.say(peer.link, Cancel(job.comp, [job.serial]))
+                self.driver.send(peer.link, Cancel(job.comp, [job.serial]))
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
         return [job for job, _ in self._jobs.values()]
 
-    def refused(self, peer: Peer, comp: str, text: str) -> None:
+    def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
         """The program is connected to the node still, or again."""
         logger.warning('node %s: nothing can be recovered: %s', peer, text)
 
@@ -8282,7 +8284,7 @@ class Recovery(NodeUser):
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
-class Gathering(NodeUser):
+class ResultCollection(NodeUser):
     """Asks nodes what they have of computations of which no jobs were written down, and collects
     it. Nodes are asked first; what is to be had is then taken, from a program that is not
     connected to any of them. To the driver it is a cluster that only looks. The driver's thread,
@@ -8292,12 +8294,12 @@ class Gathering(NodeUser):
     acknowledges = False    # at the end, when the user has them
     name = 'the recovery of programs that have ended'
 
-    def __init__(self, lefts: Sequence[Left], cancel: bool = False) -> None:
+    def __init__(self, lefts: Sequence[RecoverableFiles], cancel: bool = False) -> None:
         self.comp = uuid.uuid4().hex
         self.port = NODE_PORT
         self.lefts = {left.comp: left for left in lefts}
         self._cancel = cancel
-        self.met: List[Peer] = []
+        self.met: List[NodeConnection] = []
         # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to
         # give it; 'taking': was asked for it; 'done': the answer has come, and results come;
         # 'lives': nothing is to be had; 'ending': is told that it is over; 'over': has heard it
@@ -8343,7 +8345,7 @@ class Gathering(NodeUser):
         for peer in self.met:
             self._ask(peer)
 
-    def _ask(self, peer: Peer, anew: bool = False) -> None:
+    def _ask(self, peer: NodeConnection, anew: bool = False) -> None:
         """Ask a node; `anew` on a new link, along which no answers come to what was asked
         before."""
         for key, stage in list(self._stages.items()):
@@ -8357,7 +8359,7 @@ class Gathering(NodeUser):
                     self._stages[key] = 'taking'
                 self.driver.recoveries.reclaim(peer, self, {key[1]: self.lefts[key[1]].key}, taking)
 
-    def node_connected(self, peer: Peer) -> None:
+    def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
         if peer not in self.met:
             self.met.append(peer)
@@ -8370,11 +8372,11 @@ class Gathering(NodeUser):
             self.there.clear()
             self._changed.notify_all()
 
-    def _places_of(self, peer: Peer, comp: str) -> List[Tuple[str, str]]:
+    def _places_of(self, peer: NodeConnection, comp: str) -> List[Tuple[str, str]]:
         return [key for key in self._stages
                 if key[1] == comp and key[0] in (peer.place, *peer.aliases)]
 
-    def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
+    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int], past: AttemptHistory) -> None:
         """A node has told what it knows."""
         with self._changed:
             for key in self._places_of(peer, comp):
@@ -8396,11 +8398,11 @@ class Gathering(NodeUser):
                     for serial in known - now:
                         self._went(comp, serial, Account(frozenset(now), past), peer)
                     if self._cancel and serials:
-                        self.driver.say(peer.link, Cancel(comp, list(serials)))
+                        self.driver.send(peer.link, Cancel(comp, list(serials)))
             self._changed.notify_all()
         self._ask(peer)
 
-    def _went(self, comp: str, serial: int, account: Account, peer: Peer) -> None:
+    def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
         if (comp, serial >> 16) not in self.rows:
             verdict, text = account.verdict(serial, Occasion.RECOVERED)
@@ -8412,17 +8414,17 @@ class Gathering(NodeUser):
                                'back, and its program was gone' % peer)
             self.gone[comp, serial >> 16] = state, text
 
-    def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+    def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun: there is nobody who could send it again."""
         with self._changed:
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 gone = self.there.get(key, set()) & set(serials)
                 self.there.get(key, set()).difference_update(gone)
                 for serial in gone:
-                    self._went(comp, serial, Account(past=Past(unbegun=frozenset(gone))), peer)
+                    self._went(comp, serial, Account(past=AttemptHistory(unbegun=frozenset(gone))), peer)
             self._changed.notify_all()
 
-    def refused(self, peer: Peer, comp: str, text: str) -> None:
+    def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
         """Its program is connected there: it lives."""
         with self._changed:
             self.alive.add(comp)
@@ -8436,12 +8438,12 @@ class Gathering(NodeUser):
         with self._changed:
             self.placed.update({(comp, serial >> 16): bool(node) for serial in serials})
 
-    def results(self, peer: Peer, comp: str, rows: Sequence[tuple]) -> None:
+    def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
         with self._changed:
             for row in rows if not self._is_over else ():
                 number = row[0] >> 16
-                if row[1] in GOES_ON:
+                if row[1] in PROVISIONAL:
                     continue
                 before = self.rows.get((comp, number))
                 if before is None or (before[0][1] not in RETURNED and row[0] >= before[0][0]):
@@ -8539,7 +8541,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
-    access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
+    access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
     if path is None:
         journal = _journal_here()
     else:
@@ -8547,7 +8549,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if path is None and journal is None:
         return _recover_newest(seconds, terminate_pending, access)
     if path is not None and is_trail(path):
-        left = Left.find(path)
+        left = RecoverableFiles.find(path)
         if left is None:
             raise DispyError('recover_file %s: its program lives, or another collects its jobs'
                              % path)
@@ -8586,7 +8588,7 @@ def is_trail(path: str) -> bool:
         return False
 
 
-def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> List[DispyJob]:
+def _recover_newest(timeout: Optional[float], cancel: bool, access: ConnectionSettings) -> List[DispyJob]:
     """What the newest program of this script has left that has left anything."""
     script = own_script()
     lefts = programs_left()
@@ -8617,8 +8619,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
             left.close()
 
 
-def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool,
-             access: Access) -> Tuple[List[DispyJob], List[str]]:
+def _collect(lefts: Sequence[RecoverableFiles], timeout: Optional[float], cancel: bool,
+             access: ConnectionSettings) -> Tuple[List[DispyJob], List[str]]:
     """The jobs of dead programs, and the nodes that have not answered. Lets go of `lefts`."""
     jobs: List[DispyJob] = []
     with gathering(lefts, access, cancel) as found:
@@ -8637,7 +8639,7 @@ def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool,
     return jobs, unreached
 
 
-def _take(found: Gathering, timeout: Optional[float]) -> List[str]:
+def _take(found: ResultCollection, timeout: Optional[float]) -> List[str]:
     """Collect what belongs to no program that lives; returns whose it is."""
     if timeout is None:
         until = math.inf
@@ -8651,10 +8653,10 @@ def _take(found: Gathering, timeout: Optional[float]) -> List[str]:
 
 
 @contextlib.contextmanager
-def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> Iterator[Gathering]:
+def gathering(lefts: Sequence[RecoverableFiles], access: ConnectionSettings, cancel: bool = False) -> Iterator[ResultCollection]:
     """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
     do we; others keep what they have."""
-    found: Gathering = Gathering(lefts, cancel)
+    found: ResultCollection = ResultCollection(lefts, cancel)
     whole: Set[str] = set()
     forgotten: Set[str] = set()
     try:
@@ -8678,10 +8680,10 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
             left.close(remove=left.comp in forgotten)
 
 
-def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
+def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
     """The jobs of a computation by what nodes have told of it, in order. Opens results, which may
     run the user's code."""
-    left: Left = found.lefts[comp]
+    left: RecoverableFiles = found.lefts[comp]
     jobs: Dict[int, DispyJob] = {}
 
     def job_of(number: int, serial: int = 0) -> DispyJob:
@@ -8725,7 +8727,7 @@ def recoverable(timeout: float = REACH_TIME,
     most `timeout` seconds; files of which no node knows anything any more are removed. Raises
     SecretError, TypeError, ValueError. Any thread."""
     seconds = _seconds('timeout', timeout)
-    access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
+    access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
     lefts = programs_left()
     rows = []
     if not lefts:
@@ -8744,7 +8746,7 @@ def recoverable(timeout: float = REACH_TIME,
     return rows
 
 
-def cancel_lost(access: Access) -> int:
+def cancel_lost(access: ConnectionSettings) -> int:
     """End what programs of this user that have ended have left on nodes, and say so. Returns of
     how many of them something may be left. What belongs to a program that lives is left alone."""
     lefts = programs_left()
@@ -8775,7 +8777,7 @@ def cancel_lost(access: Access) -> int:
 
 
 def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
-             access: 'Access') -> List[DispyJob]:
+             access: 'ConnectionSettings') -> List[DispyJob]:
     lock = threading.Lock()
     jobs: List[DispyJob] = []
     sent: List[Tuple[DispyJob, str]] = []
@@ -8786,7 +8788,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
         holders = journal.holders()
     rows = journal.known()
 
-    def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
+    def done(job: DispyJob, row: tuple, peer: Optional[NodeConnection]) -> None:
         with lock:
             if peer is not None:
                 job.ip_addr = peer.ip_addr
@@ -8837,10 +8839,10 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
         return jobs
 
 
-class _Asker:
+class DiscoveryProbe:
     """Asks for nodes at one UDP port."""
 
-    def __init__(self, ears: Ears) -> None:
+    def __init__(self, ears: DiscoverySockets) -> None:
         self.ears = ears
         self.due = 0.0
         self.wait = ASK_FIRST
@@ -8960,17 +8962,17 @@ class NodeTable:
     """The nodes that a driver knows. The driver's thread."""
 
     def __init__(self) -> None:
-        self.by_key: Dict[Any, Peer] = {}
-        self.by_link: Dict[int, Peer] = {}       # those that are connected
+        self.by_key: Dict[Any, NodeConnection] = {}
+        self.by_link: Dict[int, NodeConnection] = {}       # those that are connected
         # Instance or address -> one that cannot be used, and is no node that was named
-        self.unusable: Dict[Any, Peer] = {}
+        self.unusable: Dict[Any, NodeConnection] = {}
         self.misfits = Misfits()
 
-    def of(self, comp: str) -> List[Peer]:
+    def of(self, comp: str) -> List[NodeConnection]:
         """Nodes of a cluster."""
         return [peer for peer in self.by_key.values() if comp in peer.uses]
 
-    def find(self, comp: str, node: Any) -> Peer:
+    def find(self, comp: str, node: Any) -> NodeConnection:
         """The node that a user's word means. Raises ValueError naming those there are."""
         if node is None and len(self.of(comp)) == 1:
             return self.of(comp)[0]
@@ -8981,10 +8983,10 @@ class NodeTable:
                               ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
         return found[0]
 
-    def words_of(self, comp: str) -> Dict[str, List[Peer]]:
+    def words_of(self, comp: str) -> Dict[str, List[NodeConnection]]:
         """Nodes of a cluster by their names and addresses, so that a list of thousands is not
         compared with itself."""
-        found: Dict[str, List[Peer]] = {}
+        found: Dict[str, List[NodeConnection]] = {}
         for peer in self.of(comp):
             for word in {
                     _plain_host(word)
@@ -8997,7 +8999,7 @@ class NodeTable:
         """One that cannot be used, and is no node that was named: said once."""
         if key not in self.unusable and len(self.unusable) < 1000:
             known = {(peer.host, peer.reason) for peer in self.unusable.values()}
-            peer = self.unusable[key] = Peer(address, 0)
+            peer = self.unusable[key] = NodeConnection(address, 0)
             peer.reason = text
             if (address, text) not in known:   # a host may have many of them
                 # Another user's node on this machine is no reason to worry.
@@ -9018,9 +9020,9 @@ class Connector:
         self.reach = discovery_reach()               # how far nodes are asked for
         self._discovery = Discovery(self._psk, Role.CLIENT, driver.instance)
         # (UDP port, multicast) -> who asks there
-        self._ears: Dict[Tuple[int, bool], _Asker] = {}
-        self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self._dials: Set[Peer] = set()               # with a dial thread at work
+        self._ears: Dict[Tuple[int, bool], DiscoveryProbe] = {}
+        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may dial
+        self._dials: Set[NodeConnection] = set()               # with a dial thread at work
 
     def search(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
@@ -9028,8 +9030,8 @@ class Connector:
         if asker is None:
             # Answers come to a port of our own; at the nodes' port those are heard that start
             # later.
-            asker = self._ears[port, multicast] = _Asker(
-                Ears(self._driver, self.reach, (port, ), (0, port), self._hear, multicast))
+            asker = self._ears[port, multicast] = DiscoveryProbe(
+                DiscoverySockets(self._driver, self.reach, (port, ), (0, port), self._hear, multicast))
         asker.due = self._driver.now
         asker.wait = ASK_FIRST
 
@@ -9049,7 +9051,7 @@ class Connector:
         """Ask for nodes; appends when to do so next."""
         for asker in self._ears.values():
             if self._driver.now >= asker.due:
-                asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
+                asker.ears.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
                 asker.last = self._driver.now
                 asker.due = self._driver.now + asker.wait
                 asker.wait = min(2 * asker.wait, self._driver.access.redial)
@@ -9057,15 +9059,15 @@ class Connector:
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
         """A datagram. What it says is a hint: the node is dialled, and the handshake decides."""
-        heard, _ = self._discovery.hear(data, source, self._driver.now)
+        heard, _ = self._discovery.parse(data, source, self._driver.now)
         if heard is None:
             return
-        if heard.kind == Cry.NOT_MINE:
+        if heard.kind == DatagramType.NOT_MINE:
             self._nodes.add_unusable(
                 heard.instance, source,
                 'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
             return
-        if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
+        if heard.kind == DatagramType.HELLO:   # ask, soon: which address is best depends on who asks
             for asker in self._ears.values():
                 asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
             self._driver.soon()
@@ -9075,7 +9077,7 @@ class Connector:
             spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
             if spec is None:
                 if any(spec.wild for spec in cluster.specs):
-                    self._nodes.misfits.add(comp, heard.instance, place(host, heard.port))
+                    self._nodes.misfits.add(comp, heard.instance, format_address(host, heard.port))
                 continue
             known = next((peer for peer in self._nodes.by_key.values()
                           if peer.instance == heard.instance or peer.key == (host, heard.port)),
@@ -9103,7 +9105,7 @@ class Connector:
             known.heard = self._driver.now
         self._driver.soon()
 
-    def _turned_away(self, address: str, text: str) -> None:
+    def _on_rejected(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
         self._driver.call_soon(self._nodes.add_unusable, address, address,
                                'it connected and was turned away: ' + text)
@@ -9111,10 +9113,10 @@ class Connector:
     def listen(self, host: str, port: int, may_fail: bool) -> None:
         """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that
         is taken is no error."""
-        if (host, port) not in self._gates:
+        if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
-                gate = Gate((host, port),
+                gate = Acceptor((host, port),
                             self._psk,
                             Role.SCHEDULER, (Role.NODE, ),
                             self._driver.instance,
@@ -9122,7 +9124,7 @@ class Connector:
                             access.certfile,
                             access.keyfile,
                             access.cafile,
-                            refused=self._turned_away)
+                            refused=self._on_rejected)
             except OSError as exc:
                 taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
                 if not taken or not may_fail:
@@ -9131,28 +9133,28 @@ class Connector:
                         'nodes cannot connect to %s: %s (host=%r: an address of this host, or '
                         'ADDRESS:PORT)'
                         %
-                        (place(host, port),
+                        (format_address(host, port),
                          'another program has that port' if taken else exc.strerror, host)) from exc
                 logger.warning(
                     'port %d is taken by another program, so that nodes cannot connect to this '
                     'one, which still connects to nodes (host=%r; ADDRESS:PORT gives '
                     'another port)', port, host)
                 return
-            self._gates[host, port] = gate
-            self._driver.watch(gate.socket, gate.knock)
+            self._acceptors[host, port] = gate
+            self._driver.add_reader(gate.socket, gate.on_readable)
 
     def listens_at(self, host: str, port: int) -> bool:
         """Whether nodes can connect there."""
-        return (host, port) in self._gates
+        return (host, port) in self._acceptors
 
     def end_listening(self, cluster: NodeUser) -> None:
         """A cluster is closed: where no other lets nodes connect, they cannot any more."""
         for where in cluster.hosts:
             if any(where in other.hosts for other in self._clusters.values()):
                 continue
-            gate = self._gates.pop(where, None)
+            gate = self._acceptors.pop(where, None)
             if gate is not None:   # else its port was taken
-                self._driver.unwatch(gate.socket)
+                self._driver.remove_reader(gate.socket)
                 gate.server_close()
 
     def dial_when_due(self, due: List[float]) -> None:
@@ -9166,7 +9168,7 @@ class Connector:
             elif when is not None and peer.state in _MAY_DIAL:
                 due.append(when)
 
-    def _dial(self, peer: Peer) -> None:
+    def _dial(self, peer: NodeConnection) -> None:
         peer.move('dial')
         if peer.embedded and IN_PROGRAM:
             self._start_local(peer)
@@ -9177,14 +9179,14 @@ class Connector:
         reach = functools.partial(self._reach_peer, peer, patience=patience)
         peer.dialling.start(self._driver.post, peer, reach)
 
-    def _start_local(self, peer: Peer) -> None:
+    def _start_local(self, peer: NodeConnection) -> None:
         """Start the node of this program. There is no thread, as nothing is waited for."""
         peer.dialling.due = None
         try:
             peer.end_process()
             peer.local = EmbeddedNode(self._driver)
         except (DispyError, OSError) as exc:
-            self.dial_failed(DialFailed(peer, dial_text(exc), why_unreached(exc)))
+            self.dial_failed(ConnectFailed(peer, dial_text(exc), why_unreached(exc)))
             return
         self._connected(peer, peer.local.link)
         peer.local.connect()
@@ -9198,14 +9200,14 @@ class Connector:
             return peer.local
         return None
 
-    def _tried(self, peer: Peer, lasts: float) -> None:
+    def _tried(self, peer: NodeConnection, lasts: float) -> None:
         """What is on a node that is away is not lost for so many s: it is tried to reach it."""
         self._driver.decide(NodeTried(peer.key, self._driver.now + lasts))
 
     def _reach_peer(self,
-                    peer: Peer,
+                    peer: NodeConnection,
                     note: Callable[[Any], None],
-                    patience: float = HANDSHAKE_TIME) -> Arrival:
+                    patience: float = HANDSHAKE_TIME) -> Authenticated:
         """A dial thread."""
         if not peer.embedded:
             if peer.scheduler:
@@ -9219,9 +9221,9 @@ class Connector:
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self._driver.instance, None, note)
 
-    def dialled(self, event: Dialled) -> None:
+    def dialled(self, event: Connected) -> None:
         peer = event.peer
-        if isinstance(peer, Second):
+        if isinstance(peer, SecondConnection):
             self._second_reached(event)
             return
         self._dials.discard(peer)
@@ -9277,7 +9279,7 @@ class Connector:
         return Link(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
-    def _connected(self, peer: Peer, link: Link) -> None:
+    def _connected(self, peer: NodeConnection, link: Link) -> None:
         peer.move('connect')
         peer.failures = 0
         peer.probed = False
@@ -9291,10 +9293,10 @@ class Connector:
         self._nodes.by_link[peer.link.number] = peer
         # It is about to tell what it holds
         self._tried(peer, PULSES_LOST * self._driver.access.pulse)
-        self._driver.say(peer.link,
-                         Introduce(self._driver.policy.introduction(), self._driver.access.pulse))
+        self._driver.send(peer.link,
+                         ClientHello(self._driver.policy.introduction(), self._driver.access.pulse))
 
-    def arrived(self, event: Arrival) -> None:
+    def arrived(self, event: Authenticated) -> None:
         """A node has dialled."""
         instance = event.session.peer_instance
         for other in [
@@ -9308,7 +9310,7 @@ class Connector:
                             self._driver.now,
                             takes=OF_NODES)
                 self._driver.attach(link)
-                self._driver.part(link, 'this program has connected to it already')
+                self._driver.disconnect(link, 'this program has connected to it already')
                 return
             self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
         idle = [
@@ -9325,7 +9327,7 @@ class Connector:
         if peer is None and len(there) == 1 and there[0] in idle:
             peer = there[0]
         if peer is None:
-            peer = Peer(event.address, 0)
+            peer = NodeConnection(event.address, 0)
             peer.key = instance.hex()
             peer.dialling.due = None
             self._nodes.by_key[peer.key] = peer
@@ -9339,7 +9341,7 @@ class Connector:
                 self._driver.now, self._driver.post,
                 functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
 
-    def _second_reached(self, event: Dialled) -> None:
+    def _second_reached(self, event: Connected) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
         peer = event.peer.peer
         event.peer.ended()
@@ -9361,9 +9363,9 @@ class Connector:
         peer.dialling.due = None
         self._connected(peer, self._link_of(event))
 
-    def dial_failed(self, event: DialFailed) -> None:
+    def dial_failed(self, event: ConnectFailed) -> None:
         peer = event.peer
-        if isinstance(peer, Second):
+        if isinstance(peer, SecondConnection):
             self._driver.second_failed(peer, peer.peer.link)
             return
         self._dials.discard(peer)
@@ -9381,7 +9383,7 @@ class Connector:
         if self.is_forgotten(peer):
             self.forget(peer)
 
-    def is_forgotten(self, peer: Peer) -> bool:
+    def is_forgotten(self, peer: NodeConnection) -> bool:
         """Whether a node that cannot be reached is not tried any more: one that was found and not
         named, and does not answer by UDP either. Not while jobs are there that may come back."""
         if peer.listed or self._driver.schedule.lost_at(peer.key) < math.inf:
@@ -9389,13 +9391,13 @@ class Connector:
         silent = self._driver.now - peer.heard > 2 * self._driver.access.redial
         return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
 
-    def _evidence_of(self, peer: Peer, event: DialFailed) -> NodeDoubted:
+    def _evidence_of(self, peer: NodeConnection, event: ConnectFailed) -> NodeDoubted:
         """A node cannot be reached. Where nothing listens and it was on this machine, its lock file
         tells whether its process has ended."""
         unreached = NodeDoubted(peer.key, str(peer), Evidence.UNREACHED, event.text, peer.kind)
         if event.why is not Unreached.DOWN or peer.scheduler:
             return unreached
-        remains = Remains(peer.facts.get('lock'), peer.instance)
+        remains = DirectoryRemains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
             return unreached
         known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
@@ -9407,13 +9409,13 @@ class Connector:
                            peer.kind,
                            known=known)
 
-    def forget(self, peer: Peer) -> None:
+    def forget(self, peer: NodeConnection) -> None:
         """One that was found and not named cannot be reached: it is found again when it is there
         again."""
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
-    def not_reached(self, peer: Peer, text: str, lived: float = 0.0) -> None:
+    def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0) -> None:
         """Say why, once for each reason, and try again later."""
         # It refuses this address for a while, for the reason that was told
         if text == CLOSED_AT_ONCE and peer.told:
@@ -9436,10 +9438,10 @@ class Connector:
         self._driver.soon()
 
     @staticmethod
-    def _only_probed(peer: Peer) -> bool:
+    def _only_probed(peer: NodeConnection) -> bool:
         return peer.probed and not peer.listed
 
-    def told_stall(self, peer: Peer, stall: str, text: str) -> str:
+    def told_stall(self, peer: NodeConnection, stall: str, text: str) -> str:
         """Why a link ended on which full packets have not arrived, while short ones did."""
         text += ': ' + STALLS[stall]
         # One that connects by itself says how long packets may be
@@ -9450,7 +9452,7 @@ class Connector:
                 logger.warning('node %s: %s', peer, text)
         return text
 
-    def away_until(self, peer: Peer, link: Link) -> float:
+    def away_until(self, peer: NodeConnection, link: Link) -> float:
         """Until when what is on a node is not lost. Not before a new connection has been tried in
         vain."""
         if peer.scheduler:
@@ -9462,7 +9464,7 @@ class Connector:
 
     def close(self) -> None:
         """End all of it."""
-        for gate in self._gates.values():
+        for gate in self._acceptors.values():
             gate.server_close()
         for asker in self._ears.values():
             asker.ears.close()
@@ -9474,7 +9476,7 @@ class Connector:
 
     def sockets(self) -> List[Any]:
         """All that listen."""
-        return [gate.socket for gate in self._gates.values()] \
+        return [gate.socket for gate in self._acceptors.values()] \
             + [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
 
 
@@ -9500,24 +9502,24 @@ class NodeSelection:
                 self.use_address(comp, spec.host, spec.port, spec, True)
         self._driver.soon()
 
-    def use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> Peer:
+    def use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> NodeConnection:
         """A cluster may use the node at an address; `listed`: because it names it."""
         peer = self._nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
         if peer is None:
-            peer = Peer(host, port, self._driver.access.redial, scheduler=spec.scheduler)
+            peer = NodeConnection(host, port, self._driver.access.redial, scheduler=spec.scheduler)
             self._nodes.by_key[peer.key] = peer
         peer.listed = peer.listed or listed
         self.take(peer, comp, spec)
         return peer
 
-    def take(self, peer: Peer, comp: str, spec: NodeSpec) -> None:
+    def take(self, peer: NodeConnection, comp: str, spec: NodeSpec) -> None:
         """A cluster may use a node."""
         if comp not in peer.uses:
-            peer.uses[comp] = Use(spec)
+            peer.uses[comp] = NodeAssignment(spec)
             self._driver.setup.set_up(peer, comp)
         self._driver.soon()
 
-    def consider(self, peer: Peer, comp: str) -> None:
+    def consider(self, peer: NodeConnection, comp: str) -> None:
         """Use a connected node if this cluster's specs mean it."""
         spec = self._clusters[comp].spec_of(peer)
         if spec is not None and not peer.embedded:
@@ -9533,10 +9535,10 @@ class NodeSelection:
                 '(nodes=%r does that without a search)',
                 LOCAL)
         peer = self._nodes.by_key.setdefault(
-            LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
+            LOCAL, NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True))
         most = self._clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
-            peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
+            peer.uses[comp] = NodeAssignment(NodeSpec('127.0.0.1', 0))
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
             self._driver.setup.set_up(peer, comp)
         self.take(peer, comp, NodeSpec('127.0.0.1', 0))
@@ -9549,18 +9551,18 @@ class NodeSelection:
             else:
                 due.append(when)
 
-    def done(self, peer: Peer, comp: str, shutdown: bool = False) -> None:
+    def done(self, peer: NodeConnection, comp: str, shutdown: bool = False) -> None:
         """Tell a node that a computation is over there, and that it may end."""
         if peer.uses[comp].offered and peer.link is not None:
             peer.link.abandon(comp)
             if shutdown:
-                self._driver.say(peer.link, Shutdown(comp))
-            self._driver.say(peer.link, Done(comp))
+                self._driver.send(peer.link, Shutdown(comp))
+            self._driver.send(peer.link, Done(comp))
         for key in [key for key in peer.answers if key[0] == comp]:
             peer.answers.pop(key).set_exception(
                 RuntimeError('the computation is not at node %s any more' % peer))
 
-    def drop_unused(self, peer: Peer) -> None:
+    def drop_unused(self, peer: NodeConnection) -> None:
         """When no cluster uses a node any more, the next client may have it."""
         if peer.uses or peer.embedded:
             return
@@ -9568,10 +9570,10 @@ class NodeSelection:
         peer.move('close')
         if peer.link is not None:
             link = peer.link
-            self._driver.part(link, 'no cluster uses this node any more')
+            self._driver.disconnect(link, 'no cluster uses this node any more')
             self.unlink(peer, link)
 
-    def unlink(self, peer: Peer, link: Link) -> None:
+    def unlink(self, peer: NodeConnection, link: Link) -> None:
         """A link is over: forget all that went along it."""
         del self._nodes.by_link[link.number]
         peer.count_link()
@@ -9593,40 +9595,40 @@ class NodeSelection:
         peer.answers.clear()
         self._driver.files.abort(lambda number, comp: number == link.number)
 
-    def set_cpus(self, comp: str, peer: Peer, cpus: Optional[int]) -> int:
+    def set_cpus(self, comp: str, peer: NodeConnection, cpus: Optional[int]) -> int:
         """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
         use = peer.uses[comp]
         if cpus is not None and cpus > peer.offered > 0 and not peer.embedded:
             raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
         use.wanted = cpus
-        if use.state is UseState.READY and not use.then:
+        if use.state is AssignmentState.READY and not use.then:
             limit = self.tell_limit(peer, comp)
             self._driver.decide(
                 NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp))
-        elif use.state is UseState.REFUSED and cpus != 0:
+        elif use.state is AssignmentState.REFUSED and cpus != 0:
             self._driver.setup.set_up(peer, comp)
         return peer.limit(comp)
 
-    def tell_limit(self, peer: Peer, comp: str) -> int:
+    def tell_limit(self, peer: NodeConnection, comp: str) -> int:
         """The CPUs of a node that a computation may use; the node, which has more jobs than it
         runs, is told as well."""
         limit = peer.limit(comp)
         if limit and peer.link is not None:
-            self._driver.say(peer.link, Limit(comp, limit))
+            self._driver.send(peer.link, Limit(comp, limit))
         return limit
 
     def limit_node(self, action: LimitNode) -> None:
         """The Schedule has limited what a computation may use of a node."""
         peer = self._nodes.by_key.get(action.node)
         if action.cpus and peer is not None and peer.link is not None:
-            self._driver.say(peer.link, Limit(action.comp, action.cpus))
+            self._driver.send(peer.link, Limit(action.comp, action.cpus))
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
         once."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
-        if use.state is UseState.READY and not at_once:
+        if use.state is AssignmentState.READY and not at_once:
             use.then = then
             self._driver.decide(NodeDrains(peer.key, comp))
         else:
@@ -9641,17 +9643,17 @@ class NodeSelection:
             self._left(peer, action.comp, peer.uses[action.comp].then)
         self._driver.policy.node_drained(peer)
 
-    def _left(self, peer: Peer, comp: str, then: str) -> None:
+    def _left(self, peer: NodeConnection, comp: str, then: str) -> None:
         use = peer.uses[comp]
         use.then = ''
-        if use.state is UseState.READY:
+        if use.state is AssignmentState.READY:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
         self.done(peer, comp)
         self._driver.decide(NodeLeft(peer.key, comp, str(peer), 'it was closed by the program'))
         if then == 'close':
             use.move('close')
             use.reason = 'closed by the program'
-        elif use.state is not UseState.CLOSED:
+        elif use.state is not AssignmentState.CLOSED:
             # To be set up anew; the node says 'closing' until its cleanup has run, and is asked
             # again
             use.move('lost')
@@ -9664,7 +9666,7 @@ class NodeSelection:
         words = self._nodes.words_of(comp)
         for spec in specs:
             if spec.wild:
-                candidates: Sequence[Peer] = self._nodes.of(comp)
+                candidates: Sequence[NodeConnection] = self._nodes.of(comp)
             else:
                 candidates = words.get(_plain_host(spec.host), ())
             known = [
@@ -9677,7 +9679,7 @@ class NodeSelection:
                 use = peer.uses[comp]
                 if not spec.wild:
                     use.spec = spec
-                if use.state is UseState.CLOSED:
+                if use.state is AssignmentState.CLOSED:
                     use.move('open')
                     use.wanted = None
                     use.reason = ''
@@ -9702,7 +9704,7 @@ class ComputationSetup:
         self._nodes = driver.nodes
         self._clusters = driver.clusters
 
-    def on_welcome(self, peer: Peer, message: Welcome) -> None:
+    def on_welcome(self, peer: NodeConnection, message: NodeHello) -> None:
         """A node is connected, and tells what it is."""
         peer.name = message.name
         peer.facts = message.facts
@@ -9714,12 +9716,12 @@ class ComputationSetup:
         peer.memory = memory
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
-            sent = [comp for comp, flight in node.flight.items() if flight]
+            sent = [comp for comp, flight in node.in_flight.items() if flight]
         else:
             sent = []
         if peer.restarted and not peer.whole:
             known = {
-                comp: Account(frozenset(serials), Past(whole=False))
+                comp: Account(frozenset(serials), AttemptHistory(whole=False))
                 for comp, serials in kept.items()
             }
             self._driver.decide(NodeDoubted(
@@ -9729,7 +9731,7 @@ class ComputationSetup:
         # What it has from before comes first, also if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
             if comp in self._clusters and (kept.get(comp) or comp in sent):
-                self._driver.say(peer.link, Reclaim(comp, self._clusters[comp].key))  # type: ignore[arg-type]
+                self._driver.send(peer.link, Reclaim(comp, self._clusters[comp].key))  # type: ignore[arg-type]
             elif self._driver.is_over(comp):
                 # It ended while the node could not be told
                 self._driver.say_to(peer, Done(comp))
@@ -9751,18 +9753,18 @@ class ComputationSetup:
         if peer.key in self._nodes.by_key:
             self._driver.policy.node_met(peer)
 
-    def on_offer(self, peer: Peer, message: Offer) -> None:
+    def on_offer(self, peer: NodeConnection, message: CpusChanged) -> None:
         """Its CPUs have changed, or it has become free."""
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
-            if use.state is UseState.READY and not use.then:
+            if use.state is AssignmentState.READY and not use.then:
                 self._driver.decide(
                     NodeOffers(peer.key, comp, self._driver.selection.tell_limit(peer, comp),
                                peer.offered))
-            elif use.state is UseState.REFUSED and peer.offered:
+            elif use.state is AssignmentState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
-    def set_up(self, peer: Peer, comp: str) -> None:
+    def set_up(self, peer: NodeConnection, comp: str) -> None:
         """Offer a computation to a node."""
         cluster = self._clusters[comp]
         use = peer.uses[comp]
@@ -9774,7 +9776,7 @@ class ComputationSetup:
             cluster.node_connected(peer)
             return
         if use.spec.allocator is not None and use.allocation is None:
-            if use.state is not UseState.ASKING:
+            if use.state is not AssignmentState.ASKING:
                 use.move('ask')
                 cluster.ask_allocator(use.spec.allocator, peer, peer.link)
             return
@@ -9784,7 +9786,7 @@ class ComputationSetup:
         if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec[
                 'python'][:2] and not peer.scheduler:
             if cluster.source is None:
-                if use.state is not UseState.ASKING or allocation is not None:
+                if use.state is not AssignmentState.ASKING or allocation is not None:
                     use.move('ask')
                     cluster.ask_source(peer, peer.link)
                 return
@@ -9798,7 +9800,7 @@ class ComputationSetup:
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
-            if not peer.offered and use.state is UseState.REFUSED and use.reason:
+            if not peer.offered and use.state is AssignmentState.REFUSED and use.reason:
                 return   # the node has said why it offers none, and offers them when it does again
             self._refusal(
                 peer, comp, 'it has no CPU to use: %d offered, limit %d' %
@@ -9821,11 +9823,11 @@ class ComputationSetup:
         use.unloadable = False
         self._check_unloadable(comp)
         self._driver.selection.probes.pop(comp, None)
-        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
+        spec.update(code=out_of_band(spec['code']), setup_args=out_of_band(spec['setup_args']),
                     client=cluster.client)   # whose claims on the node's CPUs it shares
-        self._driver.say(peer.link, Compute(comp, spec))
+        self._driver.send(peer.link, Compute(comp, spec))
 
-    def _managers(self, peer: Peer) -> Dict[str, Any]:
+    def _managers(self, peer: NodeConnection) -> Dict[str, Any]:
         """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
         program has made. Other machines do not reach the program's managers and get no key."""
         if peer.scheduler or peer.link is None:
@@ -9839,30 +9841,30 @@ class ComputationSetup:
             return {}
         return {'authkey': bytes(multiprocessing.current_process().authkey)}
 
-    def source_found(self, cluster: NodeUser, peer: Peer, link: Link,
+    def source_found(self, cluster: NodeUser, peer: NodeConnection, link: Link,
                      source: Tuple[bytes, str]) -> None:
         """What the source of a computation is, or why there is none."""
         cluster.source = source
         if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
             self.set_up(peer, cluster.comp)
 
-    def source_missing(self, cluster: NodeUser, peer: Peer, link: Link, text: str) -> None:
+    def source_missing(self, cluster: NodeUser, peer: NodeConnection, link: Link, text: str) -> None:
         """It could not be found out."""
         if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
             self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
 
-    def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation,
+    def allocated(self, comp: str, peer: NodeConnection, link: Link, allocation: Allocation,
                   error: str) -> None:
         """What the user's allocator has said."""
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
         if error:
             self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
-        elif peer.uses[comp].state is UseState.ASKING:
+        elif peer.uses[comp].state is AssignmentState.ASKING:
             peer.uses[comp].allocation = allocation
             self.set_up(peer, comp)
 
-    def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
+    def _refusal(self, peer: NodeConnection, comp: str, text: str, code: str) -> None:
         """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers,
         and tried again."""
         use = peer.uses[comp]
@@ -9885,7 +9887,7 @@ class ComputationSetup:
             peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
             self._driver.soon()
 
-    def on_refused(self, peer: Peer, message: Refused) -> None:
+    def on_refused(self, peer: NodeConnection, message: Refused) -> None:
         """A node does not take a computation, or cannot go on with it."""
         use = peer.uses.get(message.comp)
         if message.comp in self._driver.recoveries.by_comp:
@@ -9893,7 +9895,7 @@ class ComputationSetup:
             return
         if message.comp not in self._clusters or use is None or not use.offered:
             return
-        was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
+        was_ready = use.state is AssignmentState.READY   # its runner has died later: a new one may live
         if peer.link is not None:
             peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
@@ -9933,18 +9935,18 @@ class ComputationSetup:
             return ''
         return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
-    def retry(self, peer: Peer) -> None:
+    def retry(self, peer: NodeConnection) -> None:
         """Offer again what the node could not take, for a reason that passes."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
-            if comp in self._clusters and use.state is UseState.REFUSED and use.passes:
+            if comp in self._clusters and use.state is AssignmentState.REFUSED and use.passes:
                 self.set_up(peer, comp)
 
-    def on_ready(self, peer: Peer, message: Ready) -> None:
+    def on_ready(self, peer: NodeConnection, message: Ready) -> None:
         """A computation is set up at a node."""
         self._driver.policy.becomes_ready(peer, message.comp)
         use = peer.uses.get(message.comp)
-        if message.comp in self._clusters and use is not None and use.state is UseState.SETTING_UP:
+        if message.comp in self._clusters and use is not None and use.state is AssignmentState.SETTING_UP:
             use.move('ready')
             use.seat_told = False
             peer.retry_wait = RETRY_FIRST
@@ -9954,7 +9956,7 @@ class ComputationSetup:
                 self._driver.tell_all(DispyNode.AvailInfo, peer, [message.comp])
             limit = self._driver.selection.tell_limit(peer, message.comp)   # before the first job
             ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
-                              peer.trip, Past.of(message.past), peer.whole)
+                              peer.trip, AttemptHistory.of(message.past), peer.whole)
             self._driver.decide(ready)
 
 
@@ -9966,9 +9968,9 @@ class FileTransfers:
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self.incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
-        self.backlog = Backlog(driver.links)         # what goes to nodes
+        self.backlog = SpoolSender(driver.links)         # what goes to nodes
 
-    def on_need(self, peer: Peer, message: Need) -> None:
+    def on_need(self, peer: NodeConnection, message: Need) -> None:
         """A node asks for files."""
         cluster = self._clusters.get(message.comp)
         if cluster is None or cluster.cargo is None or peer.link is None:
@@ -9995,7 +9997,7 @@ class FileTransfers:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
             self.backlog.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
 
-    def _send_value(self, peer: Peer, cluster: NodeUser, key: int, row: tuple) -> None:
+    def _send_value(self, peer: NodeConnection, cluster: NodeUser, key: int, row: tuple) -> None:
         """A node lacks a value that jobs need."""
         source = cluster.value_source(row[2])
         if source is None:   # and its jobs have ended
@@ -10008,9 +10010,9 @@ class FileTransfers:
 
     def send(self) -> None:
         """A few pieces of files into links that have room."""
-        for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.say):
+        for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.send):
             if purpose == Purpose.VALUES:
-                self._driver.say(
+                self._driver.send(
                     link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
             elif purpose == Purpose.PLACED and link.number in self._nodes.by_link:
                 peer = self._nodes.by_link[link.number]
@@ -10018,7 +10020,7 @@ class FileTransfers:
             elif purpose in ASKED_FOR:   # the node waits for it in vain
                 self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
 
-    def on_file_piece(self, peer: Peer, message: FilePiece) -> None:
+    def on_file_piece(self, peer: NodeConnection, message: FilePiece) -> None:
         """A piece of a file that a job sends."""
         cluster = self._clusters.get(message.comp)
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
@@ -10027,7 +10029,7 @@ class FileTransfers:
         if cluster is not None and job is not None:
             cluster.file_piece(peer, job, message)
 
-    def store(self, peer: Peer, directory: str, message: FilePiece) -> None:
+    def store(self, peer: NodeConnection, directory: str, message: FilePiece) -> None:
         """A piece of a file that a job sends. After a failure the rest of the file is passed
         over."""
         if peer.link is None:
@@ -10038,9 +10040,9 @@ class FileTransfers:
             self.incoming[place] = FileReceiver(roots, where='on the client: ')
         stored = self.incoming[place].take(message)
         if stored is not None:
-            self._driver.say(peer.link, stored)
+            self._driver.send(peer.link, stored)
 
-    def on_file_stored(self, peer: Peer, message: FileStored) -> None:
+    def on_file_stored(self, peer: NodeConnection, message: FileStored) -> None:
         """A file that the program has sent is at a node, or cannot be."""
         self._driver.queries.answer(peer, (message.comp, message.name), message.error)
 
@@ -10093,14 +10095,14 @@ class JobExchange:
             if isinstance(action, SendCancel):
                 kind: Any = Cancel
             else:
-                kind = Recall
+                kind = ReturnJobs
             serials = action.serials
             stay = self._unsend(peer, action.comp, serials)
             if stay:   # they have not come there, nor will they
                 self._driver.decide(NodeReturned(peer.key, action.comp, stay))
                 serials = [serial for serial in serials if serial not in stay]
             for message in in_parts(kind, action.comp, serials):
-                self._driver.say(peer.link, message)
+                self._driver.send(peer.link, message)
 
     def send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
@@ -10114,17 +10116,17 @@ class JobExchange:
         else:
             self._driver.chores_at = min(self._driver.chores_at, self._driver.now + ACK_AFTER)
 
-    def acknowledge(self, peer: Peer) -> None:
+    def acknowledge(self, peer: NodeConnection) -> None:
         """Tell a node which results are here."""
         if peer.link is not None:
             for comp, use in peer.uses.items():
                 if use.acks and comp not in self.outgoing.held_up:
                     for message in in_parts(Ack, comp, use.acks):
-                        self._driver.say(peer.link, message)
+                        self._driver.send(peer.link, message)
                     use.acks = []
 
     @staticmethod
-    def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
+    def _unsend(peer: NodeConnection, comp: str, serials: Iterable[int]) -> List[int]:
         """Large arguments of these need not go on to a node. Returns serials of those that have not
         come there."""
         if peer.link is not None and peer.link.later:
@@ -10159,10 +10161,10 @@ class JobExchange:
                 peer.blocked.add(comp)
             else:
                 peer.blocked.discard(comp)
-            if peer.uses[comp].state is UseState.READY and not peer.uses[comp].then:
+            if peer.uses[comp].state is AssignmentState.READY and not peer.uses[comp].then:
                 self._driver.decide(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered))
 
-    def on_results(self, peer: Peer, message: Results) -> None:
+    def on_results(self, peer: NodeConnection, message: Results) -> None:
         """Jobs have ended at a node, or go on and have a provisional result."""
         if peer.link is not None and peer.link.later:
             self._unsend(peer, message.comp, [row[0] for row in message.rows])
@@ -10170,16 +10172,16 @@ class JobExchange:
             recovery = self._driver.recoveries.by_comp[message.comp]
             recovery.results(peer, message.comp, message.rows)
             serials = [
-                row[0] for row in message.rows if row[1] not in GOES_ON and recovery.acknowledges
+                row[0] for row in message.rows if row[1] not in PROVISIONAL and recovery.acknowledges
             ]
             for ack in in_parts(Ack, message.comp, serials):
-                self._driver.say(peer.link, ack)  # type: ignore[arg-type]
+                self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
         self._driver.act(
             self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows),
                                          self._driver.now))
 
-    def on_returned(self, peer: Peer, message: Returned) -> None:
+    def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
         if message.comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[message.comp].returned(peer, message.comp,
@@ -10188,25 +10190,25 @@ class JobExchange:
         self._unsend(peer, message.comp, message.serials)
         self._driver.decide(NodeReturned(peer.key, message.comp, message.serials))
 
-    def on_started(self, peer: Peer, message: Started) -> None:
+    def on_started(self, peer: NodeConnection, message: Started) -> None:
         """Jobs have begun."""
         self._driver.decide(NodeStarted(peer.key, message.comp, message.rows))
 
-    def job_of(self, peer: Peer, comp: str, serial: int) -> Any:
+    def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
-            return node.flight.get(comp, {}).get(serial)
+            return node.in_flight.get(comp, {}).get(serial)
         return None
 
-    def on_output(self, peer: Peer, message: Output) -> None:
+    def on_output(self, peer: NodeConnection, message: Output) -> None:
         """What a running job prints or logs."""
         cluster = self._clusters.get(message.comp)
         job = self.job_of(peer, message.comp, message.serial)
         if cluster is not None and job is not None:
             cluster.output(peer, job, message)
 
-    def job_started(self, peer: Peer, job: Any) -> None:
+    def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
         self._driver.decide(NodeStarted(peer.key, job.comp, [(job.serial, 0.0)]))
 
@@ -10222,7 +10224,7 @@ class JobExchange:
         peer = self._nodes.by_key[action.node]
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
-    def _think_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple) -> None:
+    def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob, row: tuple) -> None:
         """An opener."""
         delay: Optional[float] = None
         try:
@@ -10233,7 +10235,7 @@ class JobExchange:
                            job.id, describe_exception(exc, 1))
         self._driver.call_soon(self._thought_over, cluster, peer, job, row, delay)
 
-    def _thought_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple,
+    def _thought_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob, row: tuple,
                       delay: Optional[float]) -> None:
         if delay is not None:
             self._driver.decide(Repeat(job, delay))
@@ -10244,7 +10246,7 @@ class JobExchange:
         """As the Schedule knows, jobs have ended, or have a provisional result."""
         if self._driver.files.incoming:
             for _, row in action.pairs:
-                if row[1] not in GOES_ON:
+                if row[1] not in PROVISIONAL:
                     self._driver.files.abort_attempt((action.comp, row[0]))
         self._clusters[action.comp].jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
@@ -10263,7 +10265,7 @@ class JobExchange:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         self._clusters[work.comp].job_ended(work, action.text)
 
-    def refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
+    def refused_frame(self, peer: NodeConnection, link: Link, message: Wrong) -> None:
         """The other side cannot use what was sent: the jobs that were in it end after a few times,
         and it is reached again later."""
         text = 'it cannot use what was sent: %s' % message.text
@@ -10307,7 +10309,7 @@ class JobExchange:
             if comp in self._driver.schedule.comps:
                 known.update(map(id, self._driver.schedule.comps[comp].waiting()))
             for node in self._driver.schedule.nodes.values():
-                known.update(map(id, node.flight.get(comp, {}).values()))
+                known.update(map(id, node.in_flight.get(comp, {}).values()))
             for work in lost:
                 if id(work) not in known:
                     self._driver.cancels.answer(work, False)
@@ -10391,16 +10393,16 @@ class Recoveries:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
-        self.by_comp: Dict[str, Union[Recovery, Gathering]] = {}
+        self.by_comp: Dict[str, Union[Recovery, ResultCollection]] = {}
 
-    def reclaim(self, peer: Peer, recovery: Union['Recovery', 'Gathering'], keys: Dict[str, bytes],
+    def reclaim(self, peer: NodeConnection, recovery: Union['Recovery', 'ResultCollection'], keys: Dict[str, bytes],
                 take: bool = True) -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
         for comp, key in keys.items():
             self.by_comp[comp] = recovery
-            self._driver.say(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
+            self._driver.send(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
 
-    def acknowledge(self, found: 'Gathering', whole: Set[str]) -> None:
+    def acknowledge(self, found: 'ResultCollection', whole: Set[str]) -> None:
         """What was collected is the user's; nodes that have no more of a computation forget it."""
         found.dismiss(whole)
         for peer in found.met:
@@ -10411,13 +10413,13 @@ class Recoveries:
                 for ack in in_parts(Ack, comp, serials):
                     self._driver.say_to(peer, ack)
 
-    def dismiss(self, peer: Peer, comp: str, key: bytes) -> None:
+    def dismiss(self, peer: NodeConnection, comp: str, key: bytes) -> None:
         """Tell a node that a computation is over. Its answer to the question after that shows
         that it has heard it."""
         self._driver.say_to(peer, Done(comp))
         self._driver.say_to(peer, Reclaim(comp, key, False))
 
-    def let_go(self, found: 'Gathering', whole: Set[str]) -> None:
+    def let_go(self, found: 'ResultCollection', whole: Set[str]) -> None:
         """A gathering is over. Nodes that have more keep it: their links end without Bye."""
         for comp in found.lefts:
             self.by_comp.pop(comp, None)
@@ -10435,15 +10437,15 @@ class Recoveries:
             self.by_comp.pop(comp, None)
             for peer in recovery.met:
                 if peer.link is not None and whole:
-                    self._driver.say(peer.link, Done(comp))
+                    self._driver.send(peer.link, Done(comp))
                 elif peer.link is not None and not any(comp != recovery.comp for comp in peer.uses):
                     # Without Bye: they keep what they have
                     self._driver.break_link(peer.link, 'the recovery has ended')
         self._driver.forget(recovery.comp)
 
-    def on_held(self, peer: Peer, message: Held) -> None:
+    def on_held(self, peer: NodeConnection, message: KnownAttempts) -> None:
         """The results come by themselves."""
-        past = Past.of(message.past)
+        past = AttemptHistory.of(message.past)
         if message.comp in self.by_comp:
             self.by_comp[message.comp].held(peer, message.comp, message.serials, past)
         else:
@@ -10468,23 +10470,23 @@ class SchedulerCalls:
             raise ConnectionError('the scheduler is not connected')
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
-        self._driver.say(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
+        self._driver.send(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
         return future
 
-    def on_return(self, peer: Peer, message: Return) -> None:
+    def on_return(self, peer: NodeConnection, message: Return) -> None:
         future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
         if future is not None and message.error:
             future.set_exception(_ERRORS.get(message.error[0], DispyError)(message.error[1]))
         elif future is not None:
             future.set_result(message.value)
 
-    def on_call(self, peer: Peer, message: Call) -> None:
+    def on_call(self, peer: NodeConnection, message: Call) -> None:
         """A node or scheduler asks what only the program can tell."""
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.asked(peer, message)
 
-    def on_where(self, peer: Peer, message: Where) -> None:
+    def on_where(self, peer: NodeConnection, message: JobsAssigned) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
         if message.comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials,
@@ -10493,7 +10495,7 @@ class SchedulerCalls:
         cluster = self._clusters.get(message.comp)
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
-            flight = node.flight.get(message.comp, {})
+            flight = node.in_flight.get(message.comp, {})
         else:
             flight = {}
         for job in [flight[serial] for serial in message.serials
@@ -10502,12 +10504,12 @@ class SchedulerCalls:
                 self._driver.files.abort_attempt((message.comp, job.serial))
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
 
-    def on_news(self, peer: Peer, message: News) -> None:
+    def on_news(self, peer: NodeConnection, message: NodeChanged) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
-            cluster.node_told(message.status, NodeRow(*message.node))
+            cluster.node_told(message.status, NodeInfo(*message.node))
 
-    def on_said(self, peer: Peer, message: Said) -> None:
+    def on_said(self, peer: NodeConnection, message: Notice) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.warn(message.text)
@@ -10526,7 +10528,7 @@ class NodeQueries:
         selection = driver.selection
         self._commands: Dict[str, Callable[..., Any]] = {
             'nodes': self.rows_of,
-            'complaint': self.complaint,
+            'complaint': self.explain_no_nodes,
             'why_unloadable': driver.setup.why_unloadable,
             'find': lambda comp, node: nodes.find(comp, node).key,
             'seat': self.seat,
@@ -10543,7 +10545,7 @@ class NodeQueries:
         driver."""
         return self._commands[name](comp, *args)
 
-    def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
+    def node_of(self, comp: str, peer: NodeConnection) -> Tuple[NodeConnection, str, str, int, int]:
         """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
         use = peer.uses[comp]
         if not peer.scheduler:
@@ -10552,16 +10554,16 @@ class NodeQueries:
             busy = 0
         state = use.state.value
         reason = use.reason
-        if use.state is UseState.WAITING:
+        if use.state is AssignmentState.WAITING:
             state = peer.state_word
             reason = peer.reason
         elif use.then:
             state = 'draining'
-        elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
+        elif (use.wanted == 0 or peer.most == 0) and use.state is AssignmentState.READY:
             reason = 'deallocated'
         return peer, state, reason, peer.limit(comp), busy
 
-    def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
+    def nodes_of(self, comp: str) -> List[Tuple[NodeConnection, str, str, int, int]]:
         """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
         if comp not in self._clusters:
             raise RuntimeError('the cluster was closed')
@@ -10573,17 +10575,17 @@ class NodeQueries:
                         (cluster.hosts or any(spec.wild and spec.may_fit(peer.host)
                                               for spec in cluster.specs))]
 
-    def rows_of(self, comp: str) -> List[NodeRow]:
+    def rows_of(self, comp: str) -> List[NodeInfo]:
         """Nodes of a cluster, to be told to others."""
         return [self.row_of(*found) for found in self.nodes_of(comp)]
 
     @staticmethod
-    def row_of(peer: Peer, state: str, reason: str, cpus: int, busy: int) -> NodeRow:
+    def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
         """One of them."""
-        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
+        return NodeInfo(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
                        peer.offered, peer.facts_now())
 
-    def complaint(self, comp: str) -> str:
+    def explain_no_nodes(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
         rows = self.nodes_of(comp)
         lines = [
@@ -10603,7 +10605,7 @@ class NodeQueries:
         if cluster.hosts:
             host, port = cluster.hosts[0]
             lines.append('waited for nodes to connect to %s' %
-                         place(host, port) if self._driver.connector.
+                         format_address(host, port) if self._driver.connector.
                          listens_at(host, port) else 'no node can connect, port %d was taken' %
                          port)
         peers = self._nodes.of(comp)
@@ -10624,7 +10626,7 @@ class NodeQueries:
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
         _, state, reason, _, _ = self.node_of(comp, peer)
-        if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or
+        if state not in NOT_CONNECTED and use.state is not AssignmentState.CLOSED or not (use.reason or
                                                                                    peer.failures):
             return peer.key, ''
         if use.seat_told:
@@ -10645,8 +10647,8 @@ class NodeQueries:
             name = ''
         peer, future = self._nodes.find(
             comp,
-            node), concurrent.futures.Future()   # type: Tuple[Peer, concurrent.futures.Future[Any]]
-        if peer.link is None or peer.uses[comp].state is not UseState.READY:
+            node), concurrent.futures.Future()   # type: Tuple[NodeConnection, concurrent.futures.Future[Any]]
+        if peer.link is None or peer.uses[comp].state is not AssignmentState.READY:
             raise RuntimeError(
                 'node %s is not ready: %s' %
                 (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
@@ -10659,16 +10661,16 @@ class NodeQueries:
             self._driver.files.backlog.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0),
                                                 row, path)
         else:
-            self._driver.say(peer.link, Query(comp))
+            self._driver.send(peer.link, Query(comp))
         return future
 
     @staticmethod
-    def answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
+    def answer(peer: NodeConnection, key: Tuple[str, str], value: Any) -> None:
         future = peer.answers.pop(key, None)
         if future is not None:
             future.set_result(value)
 
-    def on_report(self, peer: Peer, message: Report) -> None:
+    def on_report(self, peer: NodeConnection, message: Report) -> None:
         """A node tells what is there."""
         if message.running:
             self._driver.decide(NodeStarted(peer.key, message.comp, message.running))
@@ -10682,21 +10684,21 @@ class NodeQueries:
         else:
             nodes = []
         return [
-            node.flight[comp][serial] for serial in serials for node in nodes
-            if serial in node.flight[comp]
+            node.in_flight[comp][serial] for serial in serials for node in nodes
+            if serial in node.in_flight[comp]
         ]
 
     def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
         """Serial -> job of what has been sent to a node."""
         known = self._driver.schedule.nodes.get(self._nodes.find(comp, node).key)
         if known is not None:
-            return dict(known.flight.get(comp, {}))
+            return dict(known.in_flight.get(comp, {}))
         return {}
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs of a computation they have."""
         found = {
-            key: len(node.flight.get(comp, ()))
+            key: len(node.in_flight.get(comp, ()))
             for key, node in self._driver.schedule.nodes.items()
             if key in self._nodes.by_key and not self._nodes.by_key[key].embedded
         }
@@ -10725,7 +10727,7 @@ class Driver(Loop):
     # For the parts
     act = Loop._act
 
-    def __init__(self, access: Access, instance: bytes = b'',
+    def __init__(self, access: ConnectionSettings, instance: bytes = b'',
                  policy: Optional[NodePolicy] = None) -> None:
         self.instance = instance or _instance
         self.policy = policy or NodePolicy()
@@ -10773,41 +10775,41 @@ class Driver(Loop):
             NodeDrained: self.selection.drained,
             NodeGone: self._gone,
         }
-        self._messages: Dict[type, Callable[[Peer, Any], None]] = {
-            Welcome: self.setup.on_welcome,
+        self._messages: Dict[type, Callable[[NodeConnection, Any], None]] = {
+            NodeHello: self.setup.on_welcome,
             Ready: self.setup.on_ready,
             Refused: self.setup.on_refused,
-            Offer: self.setup.on_offer,
+            CpusChanged: self.setup.on_offer,
             Need: self.files.on_need,
             FilePiece: self.files.on_file_piece,
             FileStored: self.files.on_file_stored,
             Results: self.jobs.on_results,
-            Returned: self.jobs.on_returned,
+            JobsReturned: self.jobs.on_returned,
             Started: self.jobs.on_started,
             Output: self.jobs.on_output,
-            Held: self.recoveries.on_held,
+            KnownAttempts: self.recoveries.on_held,
             Report: self.queries.on_report,
-            Where: self.calls.on_where,
-            News: self.calls.on_news,
-            Said: self.calls.on_said,
+            JobsAssigned: self.calls.on_where,
+            NodeChanged: self.calls.on_news,
+            Notice: self.calls.on_said,
             Call: self.calls.on_call,
             Return: self.calls.on_return,
         }
         self._events: Dict[type, Callable[[Any], None]] = {
             DispyJob: self.jobs.submitted.append,
             KeptJob: self.jobs.submitted.append,
-            Dialled: self.connector.dialled,
-            DialFailed: self.connector.dial_failed,
-            Arrival: self.connector.arrived,
-            Asked: self._asked,
-            Told: lambda event: event.cluster.tell(event.status, event.peer, event.job),
-            CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job),
+            Connected: self.connector.dialled,
+            ConnectFailed: self.connector.dial_failed,
+            Authenticated: self.connector.arrived,
+            RunInDriver: self._asked,
+            StatusCallback: lambda event: event.cluster.tell(event.status, event.peer, event.job),
+            JobCallback: lambda event: self.callbacks.run(event.cluster.call_back, event.job),
         }
 
     # -- life; user threads ------------------------------------------------------------------------
 
     @staticmethod
-    def acquire(access: Access) -> 'Driver':
+    def acquire(access: ConnectionSettings) -> 'Driver':
         """The running driver for this access, made if need be. Any thread. Raises SecretError."""
         with _lock:
             driver = _drivers.get(access)
@@ -10819,7 +10821,7 @@ class Driver(Loop):
             return driver
 
     @staticmethod
-    def alone(access: Access) -> 'Driver':
+    def alone(access: ConnectionSettings) -> 'Driver':
         """A driver that no cluster shares: to nodes it is another program. Any thread. Raises
         SecretError."""
         driver = Driver(access, os.urandom(16))
@@ -10852,14 +10854,14 @@ class Driver(Loop):
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         if self.broken:
             raise RuntimeError(self.broken)
-        self.post(Asked(call, future))
+        self.post(RunInDriver(call, future))
         if self.broken:   # set before the inbox is emptied for the last time
             raise RuntimeError(self.broken)
         return answer_of(future, CALL_TIME)
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in the driver's thread. Any thread."""
-        self.post(Asked(functools.partial(call, *args), None))
+        self.post(RunInDriver(functools.partial(call, *args), None))
 
     def _main(self) -> None:
         try:
@@ -10877,7 +10879,7 @@ class Driver(Loop):
     def _leave(self) -> None:
         for peer in self.nodes.by_key.values():
             if peer.link is not None:
-                self.part(peer.link, 'the program has closed its clusters')
+                self.disconnect(peer.link, 'the program has closed its clusters')
         self.stop()
 
     def _hang_up(self) -> None:
@@ -10885,7 +10887,7 @@ class Driver(Loop):
             pool.close()
         self.connector.close()
         for event in list(self._inbox):
-            if isinstance(event, Asked) and event.future is not None:
+            if isinstance(event, RunInDriver) and event.future is not None:
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
@@ -10973,7 +10975,7 @@ class Driver(Loop):
         """Jobs, answers of dial threads, questions of user threads."""
         self._events[type(event)](event)
 
-    def _asked(self, event: Asked) -> None:
+    def _asked(self, event: RunInDriver) -> None:
         try:
             answer = event.call()
         except Exception as exc:  # the asker gets it
@@ -10992,7 +10994,7 @@ class Driver(Loop):
         if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
             self.jobs.end_unsent(subject, text)
             return True
-        if isinstance(subject, (Asked, Told, JobsEnded, JobEnded)):
+        if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
             return True
         peer = self.nodes.by_key.get(getattr(subject, 'node', None))
         if peer is not None and peer.link is not None:
@@ -11000,9 +11002,9 @@ class Driver(Loop):
             return True
         return super().on_fault(subject, text)
 
-    def say(self, link: Link, message: Any) -> None:
+    def send(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
-        super().say(link, message)
+        super().send(link, message)
         if type(message) is Jobs:
             self.refusals.sent(link, message)
 
@@ -11026,7 +11028,7 @@ class Driver(Loop):
         """Whether this is the thread that calls cluster_status functions. Any thread."""
         return threading.current_thread().name.startswith(self.tellers.name + '-')
 
-    def tell_all(self, status: int, peer: Peer, comps: Iterable[str]) -> None:
+    def tell_all(self, status: int, peer: NodeConnection, comps: Iterable[str]) -> None:
         """A node has changed for these computations."""
         for comp in comps:
             if comp in self.clusters:
@@ -11101,7 +11103,7 @@ class Driver(Loop):
         self._warn_at[comp] = self.now + WARN_EVERY
         if not any(state == 'ready' for _, state, _, _, _ in self.queries.nodes_of(comp)):
             self.clusters[comp].warn('%s waits for a node. %s' %
-                                     (self.clusters[comp].name, self.queries.complaint(comp)))
+                                     (self.clusters[comp].name, self.queries.explain_no_nodes(comp)))
 
     # -- links -------------------------------------------------------------------------------------
 
@@ -11115,7 +11117,7 @@ class Driver(Loop):
             if kind is Wrong:
                 self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
-                ready = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
+                ready = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
                 self.decide(NodeDoubted(
                     peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
                 raise LinkBroken(message.text[:200])
@@ -11131,7 +11133,7 @@ class Driver(Loop):
         """A link came to its end: the node is lost until it is reached again."""
         peer = self.nodes.by_link[channel.number]
         peer.move('fail')
-        used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
+        used = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
         self.tell_all(DispyNode.Closed, peer, used)
         self.selection.unlink(peer, channel)
         if channel.stall:
@@ -11176,10 +11178,10 @@ class Driver(Loop):
         """Whether all that was said has left, where there is a link."""
         return not any(link.wants_write for link in self.links.values())
 
-    def say_to(self, peer: Peer, message: Any) -> None:
+    def say_to(self, peer: NodeConnection, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
         if peer.link is not None:
-            self.say(peer.link, message)
+            self.send(peer.link, message)
 
 
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
@@ -11201,7 +11203,7 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     """A row of Jobs, with these of its options, and its bytes."""
     options = work.options and {name: work.options[name] for name in names if name in work.options}
-    return (work.serial, beside(payload), options or None), size_of(payload)
+    return (work.serial, out_of_band(payload), options or None), size_of(payload)
 
 
 _ERRORS: Dict[str, Type[Exception]] = {
@@ -11209,7 +11211,7 @@ _ERRORS: Dict[str, Type[Exception]] = {
     for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)
 }
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
-_MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
+_MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, AssignmentState.REFUSED))
 # Results that may hold what runs code when it is opened
 _MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))
 # Options of a job that its node has to know
@@ -11217,7 +11219,7 @@ OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 # Guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _lock = threading.Lock()
-_drivers: Dict[Access, Driver] = {}
+_drivers: Dict[ConnectionSettings, Driver] = {}
 _alone: Set[Driver] = set()   # others
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
 _told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
@@ -11271,7 +11273,7 @@ def own_python() -> str:
     return python or sys.executable
 
 
-def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
+def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives
     by. Not run as a script, which would be compiled anew each time, and not by multiprocessing,
     which would run the user's main program again."""
@@ -11317,28 +11319,28 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 class ProgramCluster(NodeUser):
     """A cluster of this program, as far as its driver has to do with it and no lock is needed: how
     nodes are set up for it, how jobs go there, and what they print. JobCluster adds the rest."""
-    cargo: Cargo
+    cargo: PackedComputation
     directory: str               # files that jobs send come below it
     driver: 'Driver'
     bundles: ModuleBundles       # the program's modules
-    trail: Optional[Trail]       # where another process finds what is needed to collect its results
+    trail: Optional[ComputationNotes]       # where another process finds what is needed to collect its results
     _cluster_status: Any
     _on_output: Any
     _monitors: Tuple[Monitor, ...] = ()   # replaced as a whole
     _shown: Dict[DispyJob, List[int]]     # bytes of stdout and stderr shown live
     _told_of_files = False                # that jobs leave behind
 
-    def node_changed(self, status: int, peer: Peer) -> None:
+    def node_changed(self, status: int, peer: NodeConnection) -> None:
         """The user is told; a scheduler tells of its nodes itself."""
         if not peer.scheduler:
             self.tell(status, peer, None)
 
-    def tell(self, status: int, peer: Union[Peer, NodeRow, None], job: Optional[DispyJob]) -> None:
+    def tell(self, status: int, peer: Union[NodeConnection, NodeInfo, None], job: Optional[DispyJob]) -> None:
         """Call cluster_status for a change of a node or a job."""
         if self._cluster_status is None:
             return
         node = None
-        if isinstance(peer, NodeRow):
+        if isinstance(peer, NodeInfo):
             node = describe_node(peer, peer.state, peer.reason, peer.cpus, peer.busy)
         elif peer is not None:
             if status == DispyNode.Closed:
@@ -11349,11 +11351,11 @@ class ProgramCluster(NodeUser):
             node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
         self.driver.tellers.run(self._cluster_status, status, node, job)
 
-    def ask_allocator(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+    def ask_allocator(self, allocator: NodeAllocate, peer: NodeConnection, link: Link) -> None:
         """It is the user's code, so an opener calls it."""
         self.driver.openers.run(self._allocate, allocator, peer, link)
 
-    def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+    def _allocate(self, allocator: NodeAllocate, peer: NodeConnection, link: Link) -> None:
         """Ask the user's allocator. An opener."""
         try:
             allocation = ask_allocator(allocator, self, peer)
@@ -11363,11 +11365,11 @@ class ProgramCluster(NodeUser):
             error = describe_exception(exc, 1)
         self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
 
-    def ask_source(self, peer: Peer, link: Link) -> None:
+    def ask_source(self, peer: NodeConnection, link: Link) -> None:
         """An opener finds out."""
         self.driver.openers.run(self._pack_source, peer, link)
 
-    def _pack_source(self, peer: Peer, link: Link) -> None:
+    def _pack_source(self, peer: NodeConnection, link: Link) -> None:
         """For a node with another version of Python. An opener: files are read, and objects of the
         user's looked at."""
         try:
@@ -11376,7 +11378,7 @@ class ProgramCluster(NodeUser):
             source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
-    def support_for(self, peer: Peer) -> Dict[str, bytes]:
+    def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs
         it."""
         needs = self.cargo.spec['kind'] != 'program' and (
@@ -11385,7 +11387,7 @@ class ProgramCluster(NodeUser):
             return _support_files()
         return {}
 
-    def modules_for(self, peer: Peer) -> Dict[str, Any]:
+    def modules_for(self, peer: NodeConnection) -> Dict[str, Any]:
         """What a node gets of the program's modules. A node that is a part of the program reads
         them where they are."""
         rows = self.bundles.rows(peer.embedded)
@@ -11408,11 +11410,11 @@ class ProgramCluster(NodeUser):
             return memoryview(value.data)
         return None
 
-    def asked(self, peer: Peer, message: Call) -> None:
+    def asked(self, peer: NodeConnection, message: Call) -> None:
         """It is the user's code, so an opener finds out."""
         self.driver.openers.run(self._find_out, peer, message)
 
-    def _find_out(self, peer: Peer, message: Call) -> None:
+    def _find_out(self, peer: NodeConnection, message: Call) -> None:
         try:
             error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
         except Exception as exc:  # of the user's code
@@ -11440,19 +11442,19 @@ class ProgramCluster(NodeUser):
         self._monitors = tuple(other for other in self._monitors if other is not monitor)
         self.cargo.spec['live'] = bool(self._monitors) or self._on_output is not None
 
-    def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
+    def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
         """With a journal they leave when it has been noted that they do."""
         if peer.scheduler:
             names: Tuple[str, ...] = _OF_JOBS_THERE
         else:
             names = OF_JOBS
-        messages = frames(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
             for frame in messages:
-                self.driver.say(peer.link, frame)  # type: ignore[arg-type]
+                self.driver.send(peer.link, frame)  # type: ignore[arg-type]
 
     def job_waits(self, work: DispyJob) -> None:
         """It is as if it had not been sent."""
@@ -11466,7 +11468,7 @@ class ProgramCluster(NodeUser):
         """The user is warned."""
         logger.warning('job %r waits: %s', work.id, text)
 
-    def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
+    def output(self, peer: NodeConnection, work: DispyJob, message: Output) -> None:
         """What a running job prints or logs."""
         if work.state is JobState.SENT:
             self.driver.jobs.job_started(peer, work)
@@ -11511,7 +11513,7 @@ class ProgramCluster(NodeUser):
         except Exception:  # a handler of the user's; the link is not to blame
             logger.exception('a handler of logging has failed')
 
-    def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
+    def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
         """It comes below the directory in which the program made the cluster."""
         self.driver.files.store(peer, self.directory, message)
 
@@ -11920,7 +11922,7 @@ class JobCluster(OldCluster):
         self.closed = False
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         # Rows of jobs with provisional results, in order
-        self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}
+        self._chains: Dict[DispyJob, Deque[Tuple[tuple, NodeConnection]]] = {}
         self._numbers = itertools.count(1)
         self._finished = 0                                   # jobs that have ended as they should
         # Status -> jobs that have not; Finished: programs, by their exit status
@@ -11935,11 +11937,11 @@ class JobCluster(OldCluster):
         if path or recover_file is False:
             self.trail = None
         else:
-            self.trail = Trail(weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
+            self.trail = ComputationNotes(weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
-        access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
+        access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
         if path:
             self.journal = Journal(path)
         else:
@@ -12052,7 +12054,7 @@ class JobCluster(OldCluster):
                 journal.ended(job, text)
                 self._end(job, text)
 
-        def done(job: DispyJob, row: tuple, peer: Peer) -> None:
+        def done(job: DispyJob, row: tuple, peer: NodeConnection) -> None:
             job.ip_addr = peer.ip_addr
             self._conclude([(job, row)], peer)
 
@@ -12197,7 +12199,7 @@ class JobCluster(OldCluster):
             self._count += 1
             self._owed.add(job)
             if self._cluster_status is not None:
-                self.driver.post(Told(self, DispyJob.Created, None, job))
+                self.driver.post(StatusCallback(self, DispyJob.Created, None, job))
             # With the lock held: `close` comes after it or before the test above
             self.driver.post(job)
         return job
@@ -12454,7 +12456,7 @@ class JobCluster(OldCluster):
         with self._lock:
             counts = {name: list(count) for name, count in self._counts.items()}
             pending = self._pending
-        found: List[NodeRow] = []
+        found: List[NodeInfo] = []
         if not self.closed:
             try:
                 found = self._rows()
@@ -12480,7 +12482,7 @@ class JobCluster(OldCluster):
             raise RuntimeError('the cluster was closed')
         return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
 
-    def _rows(self) -> List[NodeRow]:
+    def _rows(self) -> List[NodeInfo]:
         return self._command('nodes')  # type: ignore[no-any-return]
 
     def discover_nodes(self, nodes: Any) -> int:
@@ -12570,7 +12572,7 @@ class JobCluster(OldCluster):
         out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
         for node in status.all_nodes:
             if node.port not in (0, NODE_PORT):
-                where = place(node.ip_addr, node.port)
+                where = format_address(node.ip_addr, node.port)
             else:
                 where = node.ip_addr
             if node.name:
@@ -12653,7 +12655,7 @@ class JobCluster(OldCluster):
         if threading.current_thread() is not driver.thread:
             driver.release()
 
-    def _rows_at_end(self) -> List[NodeRow]:
+    def _rows_at_end(self) -> List[NodeInfo]:
         """Nodes, also when the cluster counts as closed."""
         return self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))  # type: ignore[no-any-return]
 
@@ -12760,14 +12762,14 @@ class JobCluster(OldCluster):
             other._function == self._function and other._started > self._started
             for other in clusters)
 
-    def node_ready(self, peer: Peer) -> None:
+    def node_ready(self, peer: NodeConnection) -> None:
         """It is noted for recover_jobs(), and who waits for nodes looks again."""
         if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
             self.driver.remove_old_trails()
         with self._changed:
             self._changed.notify_all()
 
-    def node_told(self, status: int, row: NodeRow) -> None:
+    def node_told(self, status: int, row: NodeInfo) -> None:
         """As `node_changed`, of a node of the scheduler."""
         with self._changed:
             self._changed.notify_all()
@@ -12777,12 +12779,12 @@ class JobCluster(OldCluster):
 
     # -- called by the driver: jobs ----------------------------------------------------------------
 
-    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
+    def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
         """Users see that they run."""
         for job, ran in pairs:
             self._began(job, time.time() - ran, peer)
 
-    def jobs_ended(self, peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
+    def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[DispyJob, tuple]]) -> None:
         """Results at last. What may run the user's code when it is opened is left to an opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
@@ -12791,13 +12793,13 @@ class JobCluster(OldCluster):
         journal = self.journal
         for pair in pairs:
             outcome = pair[1][1]
-            if self._on_output is not None and outcome not in GOES_ON:
+            if self._on_output is not None and outcome not in PROVISIONAL:
                 self._show_rest(*pair)
-            if journal is not None and outcome not in GOES_ON:
+            if journal is not None and outcome not in PROVISIONAL:
                 journal.ended(*pair)
-            if outcome in GOES_ON or (self._chains and pair[0] in self._chains):
+            if outcome in PROVISIONAL or (self._chains and pair[0] in self._chains):
                 self._chain(pair, peer)
-                if outcome not in GOES_ON:
+                if outcome not in PROVISIONAL:
                     self._jobs_answered([pair[0]])
                 continue
             if large or outcome in _MAY_OPEN and (
@@ -12834,7 +12836,7 @@ class JobCluster(OldCluster):
         with self._lock:
             self._owed.difference_update(jobs)
 
-    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+    def _began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
         """A job has begun, at this time since the epoch. The driver's thread."""
         with self._lock:   # beside a provisional result, and the end
             if job.status in ENDED:
@@ -12847,7 +12849,7 @@ class JobCluster(OldCluster):
         if is_news and self._cluster_status is not None:
             self.tell(DispyJob.Running, peer, job)
 
-    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[Peer, NodeRow]) -> None:
+    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[NodeConnection, NodeInfo]) -> None:
         """Give jobs their results. The driver's thread or an opener."""
         seconds = 0.0
         finished = 0
@@ -12857,7 +12859,7 @@ class JobCluster(OldCluster):
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._cluster_status is not None:
-                    self.driver.post(Told(self, DispyJob.Running, peer, job))
+                    self.driver.post(StatusCallback(self, DispyJob.Running, peer, job))
             fill_in(job, row, self.cargo.is_program, self._failures, peer.name)
             if job.status == 11 and not (self.cargo.is_program and job.result):
                 finished += 1
@@ -12873,7 +12875,7 @@ class JobCluster(OldCluster):
             count[2] += seconds
         self._ended(jobs, peer)
 
-    def _chain(self, pair: Tuple[DispyJob, tuple], peer: Peer) -> None:
+    def _chain(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection) -> None:
         """A result that must be seen after earlier ones of its job. The driver's thread."""
         job, row = pair
         with self._lock:
@@ -12896,7 +12898,7 @@ class JobCluster(OldCluster):
                     del self._chains[job]
                     return
                 row, peer = self._chains[job].popleft()
-            if row[1] not in GOES_ON:
+            if row[1] not in PROVISIONAL:
                 self._conclude([(job, row)], peer)
             elif self._show(job, row) and self._job_status is not None:
                 try:
@@ -12908,7 +12910,7 @@ class JobCluster(OldCluster):
     def _show(self, job: DispyJob, row: tuple) -> bool:
         """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
         try:
-            value = unseal(row[4], True)
+            value = loads(row[4], True)
         except BaseException as exc:  # unpickling runs the user's code
             logger.error('a provisional result of job %r could not be opened: %s', job.id,
                          describe_exception(exc, 1))
@@ -12936,10 +12938,10 @@ class JobCluster(OldCluster):
         self._note(job, payload)
         self._ended([job])
 
-    def _ended(self, jobs: List[DispyJob], peer: Union[Peer, NodeRow, None] = None) -> None:
+    def _ended(self, jobs: List[DispyJob], peer: Union[NodeConnection, NodeInfo, None] = None) -> None:
         if self._cluster_status is not None:
             for job in jobs:
-                self.driver.post(Told(self, job.status, peer, job))
+                self.driver.post(StatusCallback(self, job.status, peer, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
@@ -12950,7 +12952,7 @@ class JobCluster(OldCluster):
             if self.driver.broken:
                 self.call_back(job)   # the pool has ended with the driver
             else:
-                self.driver.post(CallBack(self, job))
+                self.driver.post(JobCallback(self, job))
 
     def call_back(self, job: Any) -> None:
         """Call the user's function for a job that has ended. In a thread of the driver's pool."""
@@ -13002,13 +13004,13 @@ class JobCluster(OldCluster):
                 self._ended([job])
 
 
-def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeRow]:
+def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeInfo]:
     """All that a scheduler tells of its nodes; ask(first, most) gets that many rows. Raises what
     that raises."""
-    rows: List[NodeRow] = []
+    rows: List[NodeInfo] = []
     while True:
         page = ask(len(rows), NODES_PAGE)
-        rows += [NodeRow(*row) for row in page]
+        rows += [NodeInfo(*row) for row in page]
         if len(page) < NODES_PAGE:
             return rows
 
@@ -13048,7 +13050,7 @@ class SharedJobCluster(JobCluster):
         self._scheduler = NodeSpec(host, port, scheduler=True)
         self._exclusive = _flag('exclusive', exclusive)
         # Where jobs are; driver thread and openers, each job in one at a time
-        self._places: Dict[DispyJob, NodeRow] = {}
+        self._places: Dict[DispyJob, NodeInfo] = {}
         self._any = any_node(nodes)
         self._allocators: List[NodeAllocate] = []
         super().__init__(computation, nodes, *args, **options)
@@ -13120,11 +13122,11 @@ class SharedJobCluster(JobCluster):
         future.set_result(error or self._call('place', node, row))
         return future
 
-    def _pages(self) -> List[NodeRow]:
+    def _pages(self) -> List[NodeInfo]:
         """What the scheduler tells of its nodes, which may be thousands, some at a time."""
         return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
-    def _rows(self) -> List[NodeRow]:
+    def _rows(self) -> List[NodeInfo]:
         # The CPUs of its own row stand for all that it takes; it may come meanwhile
         if not self._is_connected():
             return [row._replace(cpus=0) for row in super()._command('nodes')]
@@ -13132,7 +13134,7 @@ class SharedJobCluster(JobCluster):
             [row._replace(state='connected', reason='has no node '
                                                     'for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
-    def _rows_at_end(self) -> List[NodeRow]:
+    def _rows_at_end(self) -> List[NodeInfo]:
         if self._is_connected():
             return self._pages()
         return []
@@ -13168,7 +13170,7 @@ class SharedJobCluster(JobCluster):
         host, port = self._scheduler[:2]
         if self.closed:
             return 'closed'
-        return 'scheduler %s' % place(host, port)
+        return 'scheduler %s' % format_address(host, port)
 
     # -- told by the scheduler ---------------------------------------------------------------------
 
@@ -13181,9 +13183,9 @@ class SharedJobCluster(JobCluster):
             work.start_time = None
             return
         host, port, name = node
-        self._places[work] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
+        self._places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
 
-    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+    def _began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
         super()._began(job, start, self._places.get(job, peer))
 
     def _asked(self, name: str, args: tuple) -> Any:
@@ -13191,7 +13193,7 @@ class SharedJobCluster(JobCluster):
             return self.cargo.source()
         if name == 'allocate':
             number = args[0]
-            row = NodeRow(*args[1])
+            row = NodeInfo(*args[1])
             found = ask_allocator(self._allocators[number - 1], self, row)
             self.cargo.paths.update(found.paths)
             return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
@@ -13206,7 +13208,7 @@ class SharedJobCluster(JobCluster):
         super()._end(job, text)
 
 
-class Survey(NodeUser):
+class NodeScan(NodeUser):
     """What nodes there are and whether they can be used, without using them: a cluster for the
     driver, but without a computation.
 
@@ -13227,7 +13229,7 @@ class Survey(NodeUser):
         self.specs, self.port, self.comp = parse_nodes('*' if nodes is None else nodes,
                                                        port), port, uuid.uuid4().hex
         self.driver = Driver.acquire(
-            Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
+            ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def look(self,
@@ -13249,7 +13251,7 @@ class Survey(NodeUser):
             time.sleep(0.05)
 
     @staticmethod
-    def _is_open(peer: Peer) -> bool:
+    def _is_open(peer: NodeConnection) -> bool:
         """Whether a node has neither answered nor failed yet. The driver's thread."""
         if peer.link is not None:
             return not peer.name
@@ -13257,7 +13259,7 @@ class Survey(NodeUser):
             peer.port)
 
     @staticmethod
-    def _seen(peer: Peer, state: str, reason: str) -> DispyNode:
+    def _seen(peer: NodeConnection, state: str, reason: str) -> DispyNode:
         if state == 'connected':
             holder = peer.facts.get('holder')
             if holder:
@@ -13273,7 +13275,7 @@ class Survey(NodeUser):
         self.driver.ask(lambda: self.driver.forget(self.comp))
         self.driver.release()
 
-    def __enter__(self) -> 'Survey':
+    def __enter__(self) -> 'NodeScan':
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -14127,7 +14129,7 @@ class JoblibClusters:
             name: options[name]
             for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options
         }
-        with Survey(nodes, options.get('dispy_port') or NODE_PORT, **access) as survey:
+        with NodeScan(nodes, options.get('dispy_port') or NODE_PORT, **access) as survey:
             found = survey.look(listen=PROBE_TIME)
         return sum(node.cpus for node in found if node.state == 'connected')
 
@@ -14750,7 +14752,7 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'DISPY', 'PYTHON', 'STATE')]
     usable = 0
     for node in sorted(nodes, key=lambda node: (node.name, node.ip_addr, node.port)):
-        row = [place(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-']
+        row = [format_address(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-']
         if node.state == 'connected':
             cpu, memory, _, _ = node.avail_info or (None,) * 4
             row += [
@@ -14806,10 +14808,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             secret = None
         if args.cancel_lost:
             files = tls_files(args.certfile, args.keyfile, None)
-            return cancel_lost(Access(find_secret(secret), *files, PULSE, REDIAL_MOST))
+            return cancel_lost(ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST))
         if args.list_nodes:
             logger.setLevel(logging.ERROR)   # the table says it
-            with Survey(nodes, secret=secret, certfile=args.certfile,
+            with NodeScan(nodes, secret=secret, certfile=args.certfile,
                         keyfile=args.keyfile) as survey:
                 return _list_nodes(survey.look())
         if args.program is None:

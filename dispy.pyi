@@ -196,7 +196,7 @@ class NodeAllocate:
         self, cluster: JobCluster[..., Any], ip_addr: str, name: str, cpus: int,
         avail_info: DispyNodeAvailInfo | None = None, platform: str = '') -> int: ...
 
-class _Left(NamedTuple):
+class _RecoverableFields(NamedTuple):
     path: str
     name: str
     script: str
@@ -208,7 +208,7 @@ class _Left(NamedTuple):
     jobs: int | None = None
     unreached: tuple[str, ...] = ()
 
-class Recoverable(_Left, metaclass=Listed):
+class Recoverable(_RecoverableFields, metaclass=Listed):
     def __fspath__(self) -> str: ...
 
 def recover_jobs(

@@ -129,7 +129,7 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 import dispy
-from dispy import SHORT, Access, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
+from dispy import SHORT, ConnectionSettings, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError,
                        __version__, find_secret, host_and_port, _no_password, _write_private,
                        size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
@@ -187,11 +187,11 @@ class Refusal(Exception):
 # code.
 # --------------------------------------------------------------------------------------------------
 
-class _Shown(type):
+class _Placeholder(type):
     """A class that stands for one that is no builtin: its instances take what a pickle does to
     them, and are shown as their type."""
 
-    def __new__(mcs, name: str) -> '_Shown':
+    def __new__(mcs, name: str) -> '_Placeholder':
         return super().__new__(
             mcs, name, (), {
                 '__new__': lambda cls, *args, **kwargs: object.__new__(cls),
@@ -207,16 +207,16 @@ class _Shown(type):
         return cls.__name__
 
 
-class _Opener(pickle.Unpickler):
+class _SafeUnpickler(pickle.Unpickler):
     """Opens builtins; every other name becomes a class that stands for it."""
 
     def find_class(self, module: str, name: str) -> Any:
         # How a class of the program itself travels
         if (module, name) == ('dispynode', 'class_of'):
-            return lambda tracker, version, module, name, make, args: _Shown(name)
+            return lambda tracker, version, module, name, make, args: _Placeholder(name)
         if module == 'builtins':
-            return {'complex': complex, 'range': range}.get(name, _Shown(name))
-        return _Shown('function' if (module, name) == ('dispynode',
+            return {'complex': complex, 'range': range}.get(name, _Placeholder(name))
+        return _Placeholder('function' if (module, name) == ('dispynode',
                                                        'function_of') else '%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
@@ -237,7 +237,7 @@ def arguments_text(payload: Any) -> str:
     try:
         _, body = split_needs(data)
         _check_memo(bytes(body))
-        args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
+        args, kwargs = _SafeUnpickler(io.BytesIO(body)).load()[:2]
         # As no program packs them: they might have no end
         if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
@@ -304,7 +304,7 @@ class History:
 # gives plain values.
 # --------------------------------------------------------------------------------------------------
 
-class Watched(Monitor):
+class ClusterView(Monitor):
     """A cluster that is watched. `output` and `reports` are the driver thread's."""
 
     def __init__(self, number: int, cluster: Any) -> None:
@@ -364,7 +364,7 @@ class Watched(Monitor):
         future = peer.answers.get((comp, ''))
         if future is None:
             future = peer.answers[comp, ''] = concurrent.futures.Future()
-            driver.say(peer.link, Query(comp))
+            driver.send(peer.link, Query(comp))
         future.add_done_callback(functools.partial(self._reported, peer.key))
         return True
 
@@ -379,11 +379,11 @@ class Watched(Monitor):
         """Its nodes, with their keys. The driver's thread."""
         return list(self.cluster.driver.nodes.of(self.cluster.comp))
 
-    def flight(self, key: Any) -> Dict[int, Any]:
+    def in_flight(self, key: Any) -> Dict[int, Any]:
         """Serial -> job of what was sent to a node. The driver's thread."""
         node = self.cluster.driver.schedule.nodes.get(key)
         if node is not None:
-            return node.flight.get(self.cluster.comp, {})
+            return node.in_flight.get(self.cluster.comp, {})
         return {}
 
     def runs(self, peer: Any) -> List[int]:
@@ -392,7 +392,7 @@ class Watched(Monitor):
 
     def running(self, peer: Any) -> Tuple[int, int]:
         """How many that are, and their CPUs."""
-        flight = self.flight(peer.key)
+        flight = self.in_flight(peer.key)
         serials = self.runs(peer)
         return len(serials), sum(dispy.cpus_of(flight[serial]) for serial in serials)
 
@@ -439,10 +439,10 @@ class Watched(Monitor):
         return runs, set(self.runs(peer)), peer.link is not self.live_from.get(key, False)
 
 
-class WatchedShared(Watched):
+class SharedClusterView(ClusterView):
     """A SharedJobCluster: its nodes are known to the scheduler, which is asked; where its jobs are,
     it is told."""
-    _known: Dict[Any, dispy.NodeRow] = {}                     # nodes by their keys
+    _known: Dict[Any, dispy.NodeInfo] = {}                     # nodes by their keys
     # (address, name) of a node -> serial -> job there
     _flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
 
@@ -469,7 +469,7 @@ class WatchedShared(Watched):
         """As above."""
         return list(self._known.values())
 
-    def flight(self, key: Any) -> Dict[int, Any]:
+    def in_flight(self, key: Any) -> Dict[int, Any]:
         """As above."""
         row = self._known.get(key)
         if row is not None:
@@ -479,7 +479,7 @@ class WatchedShared(Watched):
     def runs(self, peer: Any) -> List[int]:
         """As above: those that are known to have begun, then the first, as many as the scheduler
         says."""
-        flight = self.flight(peer.key)
+        flight = self.in_flight(peer.key)
         is_on = (dispy.DispyJob.Running, dispy.DispyJob.ProvisionalResult)
         begun = [serial for serial, job in flight.items() if job.status in is_on]
         more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)
@@ -530,7 +530,7 @@ def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
 
 
 class ClusterSource:
-    """Clusters of this program; or, with a `NodeSurvey`, nodes beside any program."""
+    """Clusters of this program; or, with a `NodeMonitor`, nodes beside any program."""
     text = 'clusters of this program'
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages = True
@@ -541,7 +541,7 @@ class ClusterSource:
     def __init__(self) -> None:
         # Guards the two below; user threads, requests, snapshot thread
         self._lock = threading.Lock()
-        self._watched: List[Watched] = []
+        self._watched: List[ClusterView] = []
         self._count = 0
         # A node's id begins with its driver's place here; snapshot thread and requests
         self._drivers: List[Any] = []
@@ -549,13 +549,13 @@ class ClusterSource:
     def add(self, cluster: Any) -> None:
         """Begin to watch. Raises TypeError for what is no cluster, RuntimeError if it was
         closed."""
-        if not isinstance(cluster, (JobCluster, NodeSurvey)):
+        if not isinstance(cluster, (JobCluster, NodeMonitor)):
             raise TypeError('%.80r is no cluster' % (cluster,))
         with self._lock:
             if any(watched.cluster is cluster for watched in self._watched):
                 return
             self._count += 1
-            watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(
+            watched = (SharedClusterView if isinstance(cluster, SharedJobCluster) else ClusterView)(
                 self._count, cluster)
             watched.page = self.page
             cluster.driver.ask(watched.attach)
@@ -584,7 +584,7 @@ class ClusterSource:
         for watched in self.watched():
             self.remove(watched.cluster)
 
-    def watched(self) -> List[Watched]:
+    def watched(self) -> List[ClusterView]:
         """A copy of the list. Any thread."""
         with self._lock:
             return list(self._watched)
@@ -613,7 +613,7 @@ class ClusterSource:
         return clusters, list(nodes.values()), cost
 
     @staticmethod
-    def _turn(watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
+    def _turn(watched: ClusterView, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
         """What only the driver knows, O(nodes). The driver's thread."""
         began = time.perf_counter()
         cluster = watched.cluster
@@ -624,7 +624,7 @@ class ClusterSource:
         return rows, counts, time.perf_counter() - began
 
     @staticmethod
-    def _cluster_row(watched: Watched, rows: List[dict], counts: Dict[str, int],
+    def _cluster_row(watched: ClusterView, rows: List[dict], counts: Dict[str, int],
                      closed: bool) -> dict:
         cluster = watched.cluster
         now = time.time()
@@ -644,7 +644,7 @@ class ClusterSource:
                  elapsed=(watched.ended or now) - cluster._started,
                  job_seconds=seconds), watched.history, closed)
 
-    def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
+    def _merge(self, watched: ClusterView, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Rows of one cluster's nodes into those of all."""
         cluster = watched.cluster
         prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
@@ -665,7 +665,7 @@ class ClusterSource:
                 }, watched, jobs, seconds)
 
     @staticmethod
-    def _put(nodes: Dict[str, dict], row: dict, watched: Watched, jobs: int,
+    def _put(nodes: Dict[str, dict], row: dict, watched: ClusterView, jobs: int,
              seconds: float) -> None:
         use = {
             'number': watched.number, 'name': watched.cluster.name, 'state': row['state'],
@@ -690,7 +690,7 @@ class ClusterSource:
 
     # -- one node ----------------------------------------------------------------------------------
 
-    def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[Watched, Any]]:
+    def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[ClusterView, Any]]:
         """(cluster, key of its node) of a node's id. Raises Refusal if there is none."""
         found = []
         for watched in self.watched():
@@ -719,9 +719,9 @@ class ClusterSource:
         return rows
 
     @staticmethod
-    def _jobs_turn(watched: Watched, key: Any) -> List[dict]:
+    def _jobs_turn(watched: ClusterView, key: Any) -> List[dict]:
         """The driver's thread. What takes time, opening arguments, is left to the caller."""
-        flight = watched.flight(key)
+        flight = watched.in_flight(key)
         if not flight:
             return []
         runs, there, live = watched.times(key)
@@ -759,7 +759,7 @@ class ClusterSource:
 
     # -- changes -----------------------------------------------------------------------------------
 
-    def _cluster(self, number: int) -> Watched:
+    def _cluster(self, number: int) -> ClusterView:
         for watched in self.watched():
             if watched.number == number:
                 return watched
@@ -773,7 +773,7 @@ class ClusterSource:
 
         def end() -> int:
             chosen = [
-                job for serial, job in watched.flight(key).items()
+                job for serial, job in watched.in_flight(key).items()
                 if jobs == 'all' or serial >> 16 in jobs
             ]
             for job in chosen:
@@ -864,7 +864,7 @@ _STATE_ORDER = [
 ]
 
 
-class NodeSurvey(dispy.Survey):
+class NodeMonitor(dispy.NodeScan):
     """A look at nodes that goes on, for a source. Their lease stays whose it is."""
     name = 'nodes'
 
@@ -882,7 +882,7 @@ class NodesSource(ClusterSource):
     nothing = 'Nodes are watched here, not clusters: see Nodes.'
     manages = False
 
-    def __init__(self, survey: NodeSurvey) -> None:
+    def __init__(self, survey: NodeMonitor) -> None:
         super().__init__()
         self.add(survey)
 
@@ -893,11 +893,11 @@ class NodesSource(ClusterSource):
         super().close()
 
 
-class SchedulerLink(dispy.Survey):
+class SchedulerLink(dispy.NodeScan):
     """A link to a dispyscheduler, as of a program; to the driver a cluster that only looks."""
     name = 'a web monitor'
 
-    def __init__(self, host: str, port: int, access: Access) -> None:
+    def __init__(self, host: str, port: int, access: ConnectionSettings) -> None:
         self.specs, self.port, self.comp = [NodeSpec(host, port,
                                                      scheduler=True)], port, uuid.uuid4().hex
         self.driver = Driver.acquire(access)
@@ -925,7 +925,7 @@ class SchedulerLink(dispy.Survey):
             row, = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
             raise RuntimeError(
                 'the scheduler %s is not connected: %s' %
-                (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
+                (dispy.format_address(row.key[1], row.key[2]), row.reason or row.state)) from None
 
 
 class SchedulerSource:
@@ -1311,7 +1311,7 @@ def metrics(snapshot: Snapshot) -> str:
     return '\n'.join(lines) + '\n'
 
 
-class Watch:
+class SnapshotThread:
     """The snapshot thread. Everybody looks at what it took last."""
 
     def __init__(self, source: Any, every: float) -> None:
@@ -1406,7 +1406,7 @@ ONCE = ('host', 'origin', 'authorization', 'content-length', 'content-type', 'tr
 JSON = 'application/json'
 
 
-class _Head:
+class LimitedReader:
     """The first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
 
     def __init__(self, file: Any) -> None:
@@ -1449,7 +1449,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.request.settimeout(IO_TIME)
             self.request = self.server.tls.wrap_socket(self.request, server_side=True)
         super().setup()
-        self.rfile: Any = _Head(self.rfile)
+        self.rfile: Any = LimitedReader(self.rfile)
         self.server.serving[self] = time.monotonic() + IO_TIME
 
     def finish(self) -> None:
@@ -1657,7 +1657,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
         """Server-sent events until the browser goes, or the server does."""
-        watch: Watch = self.server.watch
+        watch: SnapshotThread = self.server.watch
         plots: Dict[int, Any] = {}
         spoke: float = time.monotonic()
         view: Any = self._view(path, query, snapshot)
@@ -1745,7 +1745,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 64
 
-    def __init__(self, address: Tuple[str, int], source: Any, watch: Watch, tls: Any) -> None:
+    def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread, tls: Any) -> None:
         self.source = source
         self.watch = watch
         self.tls = tls
@@ -1900,7 +1900,7 @@ class DispyHTTPServer:
             tls = _web_tls(certfile, keyfile)
         else:
             tls = None
-        self._source, self._watch = source, Watch(source, every)
+        self._source, self._watch = source, SnapshotThread(source, every)
         try:
             self._server = Server((host, port), source, self._watch, tls)
         except OSError as exc:
@@ -2079,13 +2079,13 @@ def _source_of(args: argparse.Namespace) -> Any:
     host, port = host_and_port(where, SCHEDULER_PORT)
     if not nodes:
         files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
-        link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
+        link = SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, dispy.REDIAL_MOST))
         if args.scheduler is None:
             level = logger.level
             logger.setLevel("ERROR")   # that there is none is said below
             why = link.why_not()
             logger.setLevel(level)
-            there = dispy.place(host, port)
+            there = dispy.format_address(host, port)
             text = 'the dispyscheduler at %s is shown' % there
             if why:
                 link.close()
@@ -2094,10 +2094,10 @@ def _source_of(args: argparse.Namespace) -> Any:
                     there, why)
             print('dispy-httpd: ' + text, file=sys.stderr)
     if nodes:
-        return NodesSource(NodeSurvey(nodes, secret=secret, certfile=args.node_certfile,
+        return NodesSource(NodeMonitor(nodes, secret=secret, certfile=args.node_certfile,
                                       keyfile=args.node_keyfile))
     return SchedulerSource(link.ask,
-                           'all programs of the dispyscheduler at %s' % dispy.place(host, port),
+                           'all programs of the dispyscheduler at %s' % dispy.format_address(host, port),
                            link.close)
 
 

@@ -142,7 +142,7 @@ FLAP_TIME = 10.0
 # Links in a row that ended at once, after which the next attempts come later and later
 FLAPS = 4
 # S for which a client from which the node was taken is not served, so that another comes first
-RELEASED_TIME = 10.0
+RELEASE_COOLDOWN = 10.0
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
@@ -158,18 +158,18 @@ OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_IDLE = 300.0           # s without a job after which a worker ends
-WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
+WORKER_RETRY_DELAY = 1.0            # s until it is tried again to start a worker
 WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
 BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
 UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
 RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
-WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
+MEMORY_CHECK_INTERVAL = 0.05                # s between looks at the memory of jobs that may not use more
 # Bytes from which a payload travels beside its envelope instead of inside
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 # Bytes after which a batch is a frame: the other side can begin with it
-FRAME_FILL = 1 << 20
+BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
 # Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over
 # a frame travels in parts.
@@ -178,7 +178,7 @@ VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
-HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+BACKPRESSURE_BYTES = 16 << 20          # bytes that wait on a link after which files of jobs are not read
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
 # Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
@@ -280,7 +280,7 @@ class Outcome(enum.IntEnum):
     ABANDONED = 11         # text; of a scheduler only
 
 
-class Past(NamedTuple):
+class AttemptHistory(NamedTuple):
     """What a node or a scheduler still knows of attempts of a computation that it does not hold any
     more: numbers, not data.
     One that is in none of the lists never came, or never began - if all is known."""
@@ -292,20 +292,20 @@ class Past(NamedTuple):
 
     def row(self) -> tuple:
         """As messages carry it; empty where there is nothing to tell."""
-        if self == Past():
+        if self == AttemptHistory():
             return ()
         return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
 
     @classmethod
-    def of(cls, row: Sequence[Any]) -> 'Past':
+    def of(cls, row: Sequence[Any]) -> 'AttemptHistory':
         """The inverse."""
         if not row:
             return cls()
         return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
 
-    def and_also(self, other: 'Past') -> 'Past':
+    def and_also(self, other: 'AttemptHistory') -> 'AttemptHistory':
         """What both say."""
-        return Past(self.whole and other.whole, self.unbegun | other.unbegun,
+        return AttemptHistory(self.whole and other.whole, self.unbegun | other.unbegun,
                     self.lost | other.lost, self.given_up | other.given_up, other.text or self.text)
 
 
@@ -351,7 +351,7 @@ def reason_of(exc: BaseException) -> str:
     return 'transfer'
 
 
-class Introduce(NamedTuple):
+class ClientHello(NamedTuple):
     """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by
     Welcome."""
     name: str
@@ -379,7 +379,7 @@ class Cancel(NamedTuple):
     serials: list
 
 
-class Recall(NamedTuple):
+class ReturnJobs(NamedTuple):
     """Client: give back those of these attempts that have not begun. Each is answered by Returned,
     Started or Results. A scheduler cancels those of these jobs that have not begun; each is
     answered by Started or Results."""
@@ -424,7 +424,7 @@ class Reclaim(NamedTuple):
     take: bool = True
 
 
-class Welcome(NamedTuple):
+class NodeHello(NamedTuple):
     """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle,
     ...)."""
     name: str
@@ -462,7 +462,7 @@ class Results(NamedTuple):
     rows: list
 
 
-class Returned(NamedTuple):
+class JobsReturned(NamedTuple):
     """Node, answers Recall or comes when it stops: these attempts were never started here."""
     comp: str
     serials: list
@@ -487,13 +487,13 @@ class Output(NamedTuple):
     data: Any
 
 
-class Offer(NamedTuple):
+class CpusChanged(NamedTuple):
     """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who
     were refused because another client held the node, when it is free."""
     cpus: int
 
 
-class Held(NamedTuple):
+class KnownAttempts(NamedTuple):
     """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a
     row of Past."""
     comp: str
@@ -511,7 +511,7 @@ class Report(NamedTuple):
     available: dict
 
 
-class Where(NamedTuple):
+class JobsAssigned(NamedTuple):
     """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
     (empty)."""
     comp: str
@@ -519,7 +519,7 @@ class Where(NamedTuple):
     serials: list
 
 
-class News(NamedTuple):
+class NodeChanged(NamedTuple):
     """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
     `NodeQueries.rows_of`."""
     comp: str
@@ -527,7 +527,7 @@ class News(NamedTuple):
     node: tuple
 
 
-class Said(NamedTuple):
+class Notice(NamedTuple):
     """Scheduler: a warning for the client's log."""
     comp: str
     text: str
@@ -623,45 +623,45 @@ class Wrong(NamedTuple):
     frame: int
 
 
-SMALL = 64 * 1024
-MIDDLE = 16 << 20
-LARGE = MAX_FRAME
+MAX_CONTROL = 64 * 1024
+MAX_LIST = 16 << 20
+MAX_BULK = MAX_FRAME
 LIST = NAMES_MOST + (4 << 20)
 BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
-    1: (Introduce, SMALL),
-    2: (Compute, LARGE),
-    4: (Jobs, LARGE),
-    5: (Cancel, MIDDLE),
-    6: (Recall, MIDDLE),
-    7: (Ack, MIDDLE),
-    8: (Done, SMALL),
-    11: (Query, SMALL),
-    12: (Shutdown, SMALL),
-    13: (Reclaim, SMALL),
-    14: (Limit, SMALL),
-    33: (Welcome, MIDDLE),
-    34: (Refused, MIDDLE),
-    35: (Need, MIDDLE),
+    1: (ClientHello, MAX_CONTROL),
+    2: (Compute, MAX_BULK),
+    4: (Jobs, MAX_BULK),
+    5: (Cancel, MAX_LIST),
+    6: (ReturnJobs, MAX_LIST),
+    7: (Ack, MAX_LIST),
+    8: (Done, MAX_CONTROL),
+    11: (Query, MAX_CONTROL),
+    12: (Shutdown, MAX_CONTROL),
+    13: (Reclaim, MAX_CONTROL),
+    14: (Limit, MAX_CONTROL),
+    33: (NodeHello, MAX_LIST),
+    34: (Refused, MAX_LIST),
+    35: (Need, MAX_LIST),
     36: (Ready, LIST),
-    37: (Results, LARGE),
-    38: (Returned, MIDDLE),
-    39: (Offer, SMALL),
+    37: (Results, MAX_BULK),
+    38: (JobsReturned, MAX_LIST),
+    39: (CpusChanged, MAX_CONTROL),
     41: (Output, 2 * FILE_PIECE),
-    43: (Report, MIDDLE),
-    44: (Held, LIST),
-    45: (Started, MIDDLE),
-    48: (Where, MIDDLE),
-    49: (News, MIDDLE),
-    50: (Said, MIDDLE),
-    65: (Pulse, SMALL),
-    66: (Bye, SMALL),
-    67: (Call, MIDDLE),
-    68: (Return, MIDDLE),
-    69: (Wrong, SMALL),
+    43: (Report, MAX_LIST),
+    44: (KnownAttempts, LIST),
+    45: (Started, MAX_LIST),
+    48: (JobsAssigned, MAX_LIST),
+    49: (NodeChanged, MAX_LIST),
+    50: (Notice, MAX_LIST),
+    65: (Pulse, MAX_CONTROL),
+    66: (Bye, MAX_CONTROL),
+    67: (Call, MAX_LIST),
+    68: (Return, MAX_LIST),
+    69: (Wrong, MAX_CONTROL),
     70: (FilePiece, 2 * FILE_PIECE),
-    71: (FileStored, SMALL),
+    71: (FileStored, MAX_CONTROL),
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
@@ -670,7 +670,7 @@ OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))  # type: ignore[attr-defined]
 # Some fields of these hold values whose shape nothing else checks.
-LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
+LOOSE = frozenset((Compute, NodeHello, Call, Return, Report, JobsAssigned, NodeChanged))
 KEY_SIZE = 32    # bytes of the digest of a computation's key
 DIGEST_SIZE = 32
 
@@ -738,17 +738,17 @@ def is_over_limit(size: int) -> bool:
 def limit_values(most: int) -> None:
     """Take no larger values in this process, and make none (--max-value). Raises StartError."""
     global VALUE_MOST
-    if most < FRAME_FILL:   # less is not looked at one by one
-        raise StartError('--max-value %d: the least is %d' % (most, FRAME_FILL))
+    if most < BATCH_BYTES:   # less is not looked at one by one
+        raise StartError('--max-value %d: the least is %d' % (most, BATCH_BYTES))
     VALUE_MOST = min(most, VALUE_MOST)
-    FROM_WORKER[Kind.RESULT] = (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST)
+    FROM_WORKER[RecordType.RESULT] = (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST)
 
 
-def beside(payload: Payload) -> Any:
+def out_of_band(payload: Payload) -> Any:
     """The payload as an envelope may carry it: small ones inside it, large ones out of band and not
     copied."""
     if type(payload) is tuple:
-        return tuple(beside(piece) for piece in payload)
+        return tuple(out_of_band(piece) for piece in payload)
     if type(payload) is bytes and len(payload) < OUT_OF_BAND:
         return payload
     if isinstance(payload, bytes) and len(payload) < OUT_OF_BAND:   # of a subclass
@@ -756,7 +756,7 @@ def beside(payload: Payload) -> Any:
     return pickle.PickleBuffer(payload)  # type: ignore[arg-type]
 
 
-def sized(row: tuple) -> Tuple[tuple, int]:
+def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
     if type(row[4]) is bytes:
         size = len(row[4]) + len(row[5]) + len(row[6])
@@ -764,20 +764,20 @@ def sized(row: tuple) -> Tuple[tuple, int]:
             return row, size
     size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
     return (row if size < OUT_OF_BAND and type(row[4]) is bytes else
-            (*row[:4], *map(beside, row[4:]))), size
+            (*row[:4], *map(out_of_band, row[4:]))), size
 
 
-def frames(kind: Callable[[str, list], Any], comp: str,
+def batches(kind: Callable[[str, list], Any], comp: str,
            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Messages `kind(comp, rows)` of about FRAME_FILL bytes each. Every row comes with its
+    """Messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
     bytes."""
     some = []
     filled = 0
     for row, size in rows:
         some.append(row)
         filled += size
-        if filled >= FRAME_FILL or len(some) >= ROWS_MOST:
-            if size >= FRAME_FILL and len(some) > 1:   # alone, as it may have to go in parts
+        if filled >= BATCH_BYTES or len(some) >= ROWS_MOST:
+            if size >= BATCH_BYTES and len(some) > 1:   # alone, as it may have to go in parts
                 yield kind(comp, some[:-1])
                 some = some[-1:]
             yield kind(comp, some)
@@ -834,7 +834,7 @@ class InParts:
 
 def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
     """Messages that ask for these files, each (purpose, key, row) as in FilePiece."""
-    return frames(Need, comp, ((file, 4 * len(file[2][0]) + 128) for file in files))  # type: ignore[arg-type, misc]
+    return batches(Need, comp, ((file, 4 * len(file[2][0]) + 128) for file in files))  # type: ignore[arg-type, misc]
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
@@ -1230,7 +1230,7 @@ VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
 _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enumeration takes longer
 # Those that are not the end of an attempt
-GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
+PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
 # arguments of load_source
 # in an envelope, for any; 'program': nothing.
@@ -1266,8 +1266,8 @@ def _all_serials(fields: tuple) -> bool:
 
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
-    Introduce: lambda fields: math.isfinite(fields[1]),
-    Welcome: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[
+    ClientHello: lambda fields: math.isfinite(fields[1]),
+    NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[
         2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
@@ -1275,8 +1275,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Part: _is_part,
     Limit: lambda fields: fields[1] >= 1,
     Wrong: lambda fields: _is_serial(fields[1]),
-    Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
-    News: lambda fields: len(fields[2]) == 10,
+    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
+    NodeChanged: lambda fields: len(fields[2]) == 10,
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
     Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
@@ -1286,19 +1286,19 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
     Cancel: _all_serials,
-    Recall: _all_serials,
+    ReturnJobs: _all_serials,
     Ack: _all_serials,
-    Returned: _all_serials,
+    JobsReturned: _all_serials,
     Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
-    Held: lambda fields: _all_serials(fields) and _is_past(fields[2]),
+    KnownAttempts: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
 
 
-BOUNDS = Bounds(MIDDLE, 500_000, 50_000)
+BOUNDS = Bounds(MAX_LIST, 500_000, 50_000)
 BOUNDS_OF: Dict[type, Bounds] = {
     Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
     # A number a job; sent by nodes and schedulers only
-    Ready: Bounds(LIST, 8_000_000, 10), Held: Bounds(LIST, 8_000_000, 10),
+    Ready: Bounds(LIST, 8_000_000, 10), KnownAttempts: Bounds(LIST, 8_000_000, 10),
     Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
 
 
@@ -1358,7 +1358,7 @@ class Sealed(NamedTuple):
     portable: bool
 
 
-def seal(value: Any, pickler: Optional[Callable[..., Any]] = None,
+def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
     copied.
@@ -1457,7 +1457,7 @@ def _unseal_shared(payload: Buffer) -> Any:
                 continue
             piece = view[at:at + part]
             at += part
-            # A bytearray each, as in `unseal`
+            # A bytearray each, as in `loads`
             found.append(bytearray(piece) if found is opened[1] else piece)
     pieces, buffers = opened
     if len(pieces) == 1:
@@ -1554,7 +1554,7 @@ class _Source:
                                  (last - first) * mmap.PAGESIZE)
 
 
-def unseal(payload: Buffer, once: bool = False) -> Any:
+def loads(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
     look at the payload again."""
     size = len(payload)
@@ -3205,7 +3205,7 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
-class Intake:
+class ReceiveBuffer:
     """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
     tells.
 
@@ -3237,7 +3237,7 @@ class Intake:
         """Length of the body that follows `head`; may raise to refuse it."""
         raise NotImplementedError
 
-    def room(self) -> memoryview:
+    def get_buffer(self) -> memoryview:
         """Where to receive next; never empty."""
         if self._large is None:
             return self._view[self._end:]
@@ -3255,7 +3255,7 @@ class Intake:
         if old is not None:
             self._large[:self._filled] = old
 
-    def took(self, count: int) -> List[Tuple[bytes, memoryview]]:
+    def buffer_updated(self, count: int) -> List[Tuple[bytes, memoryview]]:
         """Note that `count` bytes were received; return the units (head, body) that are whole
         now."""
         if self._large is None:
@@ -3313,7 +3313,7 @@ HEAD_TAG = 16
 TAIL_TAG = 32
 
 
-class FrameSealer:
+class FrameEncoder:
     """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the
     number not sent."""
 
@@ -3333,7 +3333,7 @@ class FrameSealer:
         op, encoding, pieces = encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
-        if len(pieces[0]) > bounds.size + SMALL:   # and the index of what is beside it
+        if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
             raise ValueError('%s with an envelope of %d bytes is over the limit of %d' %
                              (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
@@ -3352,7 +3352,7 @@ class FrameSealer:
         return [head, *pieces, mac.digest()]
 
 
-class FrameOpener(Intake):
+class FrameDecoder(ReceiveBuffer):
     """Frames of one direction to messages. The length is believed only after the header's tag was
     verified, and nothing is decoded before the payload's was. Raises PeerError; the link is of no
     use then."""
@@ -3381,7 +3381,7 @@ class FrameOpener(Intake):
         if op in MESSAGES:
             limit = MESSAGES[op][1]
         else:
-            limit = SMALL
+            limit = MAX_CONTROL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
         return size + TAIL_TAG
@@ -3406,7 +3406,7 @@ class FrameOpener(Intake):
 _RECORD = struct.Struct('>BBIQddQII')
 
 
-class Kind(enum.IntEnum):
+class RecordType(enum.IntEnum):
     """Kinds of record."""
     # daemon to runner
     INIT = 1        # bodies: pickled spec, code, -
@@ -3419,12 +3419,12 @@ class Kind(enum.IntEnum):
     WATCH = 7
     ASK = 8         # is it alive?
     # runner to daemon
-    UP = 16
+    READY = 16
     FAILED = 17     # body: text
-    BORN = 18       # number: worker, serial: its pid
+    WORKER_STARTED = 18       # number: worker, serial: its pid
     # Number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
-    GONE = 19
-    TOO_BIG = 21    # number: worker, serial: it is being killed
+    WORKER_EXITED = 19
+    MEMORY_EXCEEDED = 21    # number: worker, serial: it is being killed
     OVERDUE = 25    # number: worker, serial: it has run past its time and is being ended
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
@@ -3433,10 +3433,10 @@ class Kind(enum.IntEnum):
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
     # Body: text, empty if the file it sent has been kept, or what it wanted is there
-    KEPT = 33
+    FILE_STORED = 33
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
-    UNSTARTED = 49  # serial: given back
+    JOBS_RETURNED = 49  # serial: given back
     LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
     # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
@@ -3449,17 +3449,17 @@ class Kind(enum.IntEnum):
 # they are checked as what
 # comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
 FROM_WORKER = {
-    Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
-    Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.WANT: (SMALL, 0, 0),
-    Kind.HERE: (0, 0, 0), Kind.INITIALIZED: (8 * TEXT_MOST, 0, 0)}
+    RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0),
+    RecordType.LOGGED: (8 * TEXT_MOST, 0, 0), RecordType.FILE: (MAX_CONTROL, FILE_PIECE, 0), RecordType.WANT: (MAX_CONTROL, 0, 0),
+    RecordType.HERE: (0, 0, 0), RecordType.INITIALIZED: (8 * TEXT_MOST, 0, 0)}
 FROM_RUNNER = {
-    Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0),
-    Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST), Kind.TOO_BIG: (0, 0, 0),
-    Kind.OVERDUE: (0, 0, 0),
-    Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0),
-    Kind.END_NODE: (0, 0, 0)
+    RecordType.READY: (8 * TEXT_MOST, 0, 0), RecordType.FAILED: (8 * TEXT_MOST, 0, 0), RecordType.WORKER_STARTED: (0, 0, 0),
+    RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST), RecordType.MEMORY_EXCEEDED: (0, 0, 0),
+    RecordType.OVERDUE: (0, 0, 0),
+    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0), RecordType.ALIVE: (0, 0, 0),
+    RecordType.END_NODE: (0, 0, 0)
 }
-OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
+OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
 class Record(NamedTuple):
@@ -3482,10 +3482,10 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
     return [piece for piece in (head, *pieces_of(first), second, third) if len(piece)]
 
 
-class RecordIntake(Intake):
+class RecordBuffer(ReceiveBuffer):
     """Bytes to records. With `limits`, FROM_WORKER or FROM_RUNNER, raises PeerError for others."""
 
-    def __init__(self, limits: Optional[Dict[Kind, Tuple[int, int, int]]] = None) -> None:
+    def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
         self._limits = limits
 
@@ -3500,7 +3500,7 @@ class RecordIntake(Intake):
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now."""
-        return [self._record(head, body) for head, body in self.took(count)]
+        return [self._record(head, body) for head, body in self.buffer_updated(count)]
 
     @staticmethod
     def _record(head: bytes, body: memoryview) -> Record:
@@ -3958,7 +3958,7 @@ class ModuleStore:
                 os.unlink(path)
 
 
-class Shelf:
+class ResultSpool:
     """Results of one computation on disk, while its client is away: a file of a header (magic,
     instance of the client) and of records (CRC-32, then a record as workers write them). What is
     torn at its end was never reported as kept."""
@@ -3978,7 +3978,7 @@ class Shelf:
                 if not start:
                     file.write(self.MAGIC + owner + digest)
                 for row in rows:
-                    pieces = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3], *row[4:])
+                    pieces = pack_record(RecordType.RESULT, row[1], row[0], row[2], row[3], *row[4:])
                     crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
                     file.writelines((_CRC.pack(crc), *pieces))
                 file.flush()
@@ -4044,7 +4044,7 @@ class Memory:
         """`lasting`: it is to outlive the machine. Raises OSError."""
         self._directory, self._path = directory, os.path.join(directory, 'memory')
         self._lasting = lasting
-        self._known: Dict[str, Past] = {}
+        self._known: Dict[str, AttemptHistory] = {}
         self.ident = ''
         try:
             with open(self._path) as file:
@@ -4067,7 +4067,7 @@ class Memory:
     def _file(self, comp: str) -> str:
         return os.path.join(self._directory, 'g-' + comp)
 
-    def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, Past]:
+    def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, AttemptHistory]:
         """When the daemon starts: what is known by computation. `wrecks` are those that an earlier
         process had when it was killed, and what had begun of them, None if nobody knows. Raises
         OSError."""
@@ -4082,14 +4082,14 @@ class Memory:
                 self._known[name[2:]] = self.read(self._directory, name[2:])
         for comp, begun in wrecks.items():
             if begun is None:
-                past = Past(whole=False)
+                past = AttemptHistory(whole=False)
             else:
-                past = Past(lost=begun)
-            self.write(comp, self._known.get(comp, Past()).and_also(past))
+                past = AttemptHistory(lost=begun)
+            self.write(comp, self._known.get(comp, AttemptHistory()).and_also(past))
         return self._known
 
     @staticmethod
-    def read(directory: str, comp: str) -> Past:
+    def read(directory: str, comp: str) -> AttemptHistory:
         """What is written down of a computation. Raises OSError."""
         path = os.path.join(directory, 'g-' + comp)
         try:
@@ -4097,17 +4097,17 @@ class Memory:
                 row = json.load(file)
             if not _is_past(tuple(row)):
                 raise ValueError('it has other contents')
-            return Past.of(row)
+            return AttemptHistory.of(row)
         except FileNotFoundError:
-            return Past()
+            return AttemptHistory()
         except (TypeError, ValueError) as exc:
             logger.warning('%s is of no use: %s', path, exc)
-            return Past(whole=False)
+            return AttemptHistory(whole=False)
 
-    def write(self, comp: str, past: Past) -> None:
+    def write(self, comp: str, past: AttemptHistory) -> None:
         """This is what is known of a computation now."""
         try:
-            if past == Past():
+            if past == AttemptHistory():
                 self._known.pop(comp, None)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._file(comp))
@@ -4131,7 +4131,7 @@ class Memory:
                 self._write(self._path, '%s %s clean' % (self.ident, machine()))
 
 
-class Backlog:
+class SpoolSender:
     """Messages that are made as links have room for them: pieces of files, and results that are on
     the disk. The loop's thread."""
 
@@ -4150,11 +4150,11 @@ class Backlog:
         `read_pieces`."""
         pieces = read_pieces(source, row[1])
         self.add(link, (*transfer, row[0]),
-                 (FilePiece(*transfer, row, offset, beside(data)) for offset, data in pieces))
+                 (FilePiece(*transfer, row, offset, out_of_band(data)) for offset, data in pieces))
 
     def add_results(self, link: int, comp: str, rows: Iterable[tuple]) -> None:
         """Send results."""
-        self.add(link, (comp,), frames(Results, comp, map(sized, rows)))
+        self.add(link, (comp,), batches(Results, comp, map(with_size, rows)))
 
     def drop(self, comp: str) -> None:
         """Send nothing more of a computation."""
@@ -4169,7 +4169,7 @@ class Backlog:
 
     def has_room(self) -> bool:
         """Whether something can be sent now."""
-        return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting)
+        return any(link.queued < 4 * BATCH_BYTES for link in map(self._links.get, self._waiting)
                    if link)
 
     def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
@@ -4178,7 +4178,7 @@ class Backlog:
         failed = []
         for number, waiting in list(self._waiting.items()):
             link = self._links.get(number)
-            while waiting and link is not None and link.queued < 4 * FRAME_FILL:
+            while waiting and link is not None and link.queued < 4 * BATCH_BYTES:
                 try:
                     say(link, next(waiting[0][1]))
                 except StopIteration:
@@ -4196,7 +4196,7 @@ class Backlog:
 # or touches a file.
 # --------------------------------------------------------------------------------------------------
 
-class Doorkeeper:
+class HandshakeLimiter:
     """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
     address. When there are more, one of them makes way: of the same address, or else the oldest of
     the network that has most of them, so that silence keeps nobody out. After five failures an
@@ -4298,7 +4298,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network('%s/%d' % (found, 24 if found.version == 4 else 64), False))
 
 
-class Cry(enum.IntEnum):
+class DatagramType(enum.IntEnum):
     """Kinds of datagram."""
     QUESTION = 1   # client or scheduler, to all: who is there?
     ANSWER = 2     # node, to the asker
@@ -4366,17 +4366,17 @@ class Discovery:
         self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()
         self._second = 0
         self._answered = 0
-        self._strangers = 0
+        self._unknown_answers = 0
 
-    def say(self, kind: Cry, to: str = '', echo: bytes = bytes(16)) -> bytes:
+    def build(self, kind: DatagramType, to: str = '', echo: bytes = bytes(16)) -> bytes:
         """A datagram of this process, new each time; for an asker's address `to` if it is an
         answer."""
         nonce = os.urandom(16)
-        if kind is Cry.QUESTION:
+        if kind is DatagramType.QUESTION:
             self._asked.append(nonce)
         family = 0
         address = bytes(16)
-        if kind is Cry.ANSWER:
+        if kind is DatagramType.ANSWER:
             best = nearest_address(self._addresses, to)
         else:
             best = ''
@@ -4390,9 +4390,9 @@ class Discovery:
         body = _DATAGRAM.pack(MAGIC, kind, self._role, self._port, family, address, self._instance,
                               next(self._counts), nonce, echo, bytes(32))[:-32]
         return body + hmac.digest(
-            os.urandom(32) if kind is Cry.NOT_MINE else self._key, body, 'sha256')
+            os.urandom(32) if kind is DatagramType.NOT_MINE else self._key, body, 'sha256')
 
-    def hear(self, data: bytes, source: str,
+    def parse(self, data: bytes, source: str,
              now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
@@ -4410,13 +4410,13 @@ class Discovery:
             return self._of_stranger(heard, source, now)
         if not self._is_new(instance, count):
             return None, None   # repeated by somebody
-        if kind == Cry.QUESTION:
+        if kind == DatagramType.QUESTION:
             if self._role is not Role.NODE or self._addresses and not nearest_address(self._addresses, source) \
                     or not self._may_answer(now):
                 return None, None
-            return heard, self.say(Cry.ANSWER, source, nonce)
-        if self._role is Role.NODE or kind not in (Cry.ANSWER,
-                                                   Cry.HELLO) or (kind == Cry.ANSWER
+            return heard, self.build(DatagramType.ANSWER, source, nonce)
+        if self._role is Role.NODE or kind not in (DatagramType.ANSWER,
+                                                   DatagramType.HELLO) or (kind == DatagramType.ANSWER
                                                                   and echo not in self._asked):
             return None, None
         return heard, None
@@ -4439,23 +4439,23 @@ class Discovery:
 
     def _of_stranger(self, heard: Datagram, source: str,
                      now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        if heard.kind == Cry.NOT_MINE and heard.echo in self._asked:
+        if heard.kind == DatagramType.NOT_MINE and heard.echo in self._asked:
             return heard, None
         asker = source, heard.instance
-        if heard.kind != Cry.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
+        if heard.kind != DatagramType.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
                 or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         self._told.move_to_end(asker)
         if len(self._told) > self.REMEMBERED:
             self._told.popitem(last=False)
-        return None, self.say(Cry.NOT_MINE, source, heard.nonce)
+        return None, self.build(DatagramType.NOT_MINE, source, heard.nonce)
 
     def _next_second(self, now: float) -> None:
         if int(now) != self._second:
             self._second = int(now)
             self._answered = 0
-            self._strangers = 0
+            self._unknown_answers = 0
 
     def _may_answer(self, now: float) -> bool:
         self._next_second(now)
@@ -4466,10 +4466,10 @@ class Discovery:
         """Whether a stranger is answered."""
         self._next_second(now)
         times = self._told_there.get(source)
-        if self._strangers >= self.STRANGERS or (times is not None and len(times) == self.TOLD_MOST
+        if self._unknown_answers >= self.STRANGERS or (times is not None and len(times) == self.TOLD_MOST
                                                  and now - times[0] < self.OTHERS):
             return False
-        self._strangers += 1
+        self._unknown_answers += 1
         if times is None:
             times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
             if len(self._told_there) > self.REMEMBERED:
@@ -4507,7 +4507,7 @@ def is_own_address(address: str) -> bool:
     return True
 
 
-def place(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     """A host and a port for people: IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
 
@@ -4595,7 +4595,7 @@ class Received(NamedTuple):
     message: Any
 
 
-class Prepared(NamedTuple):
+class DirectoryReady(NamedTuple):
     """The directory is there; these files are missing, as in Need, or nothing is possible and
     `error` says why."""
     comp: str
@@ -4618,7 +4618,7 @@ class ValueSought(NamedTuple):
     error: str = ''
 
 
-class Stored(NamedTuple):
+class FileWritten(NamedTuple):
     """A file is there, or could not be stored. `complete`: all that were asked for with the code
     are there."""
     file: FileStored
@@ -4626,7 +4626,7 @@ class Stored(NamedTuple):
     code: str = 'transfer'   # of REASONS
 
 
-class Found(NamedTuple):
+class SpoolFound(NamedTuple):
     """When the daemon starts: results of a computation are on the disk, and when they are given
     up."""
     comp: str
@@ -4639,10 +4639,10 @@ class Found(NamedTuple):
 class Remembered(NamedTuple):
     """When the daemon starts: what is known of attempts of a computation that it had."""
     comp: str
-    past: Past
+    past: AttemptHistory
 
 
-class Kept(NamedTuple):
+class ResultsSpooled(NamedTuple):
     """Results are on the disk; or, with a text, they could not be written."""
     comp: str
     serials: list
@@ -4707,7 +4707,7 @@ class WorkerPrinted(NamedTuple):
     data: Any
 
 
-class WorkerReturned(NamedTuple):
+class WorkerReturnedJobs(NamedTuple):
     """The worker gave back what it had not started."""
     worker: int
     serials: list
@@ -4722,7 +4722,7 @@ class WorkerGone(NamedTuple):
     stderr: Buffer = b''
 
 
-class WorkerUnborn(NamedTuple):
+class WorkerStartFailed(NamedTuple):
     """A worker could not be started: there are no descriptors, say."""
     worker: int
     text: str
@@ -4740,7 +4740,7 @@ class Faulted(NamedTuple):
     text: str
 
 
-class WorkerTooBig(NamedTuple):
+class MemoryExceeded(NamedTuple):
     """The job used more memory than it may; its worker is being killed."""
     worker: int
     serial: int
@@ -4796,7 +4796,7 @@ class Broken(NamedTuple):
     error: BaseException
 
 
-class Keep(NamedTuple):
+class SpoolResults(NamedTuple):
     """Write results, rows of a client, to the disk. Fed back as Kept."""
     comp: str
     owner: bytes
@@ -4804,7 +4804,7 @@ class Keep(NamedTuple):
     digest: bytes = bytes(KEY_SIZE)
 
 
-class SendKept(NamedTuple):
+class SendSpooled(NamedTuple):
     """Send results from the disk, as the link has room."""
     link: int
     comp: str
@@ -4819,7 +4819,7 @@ class Remember(NamedTuple):
     """Write down what is known of attempts that are not held any more; nothing is left to be known
     where it is empty."""
     comp: str
-    past: Past
+    past: AttemptHistory
 
 
 class NoteOverrun(NamedTuple):
@@ -4834,7 +4834,7 @@ class Drop(NamedTuple):
     text: str
 
 
-class Prepare(NamedTuple):
+class PrepareDirectory(NamedTuple):
     """Make the computation's directory and compare its files. Fed back as Prepared."""
     comp: str
     spec: dict
@@ -4845,7 +4845,7 @@ class WantAgain(NamedTuple):
     comp: str
 
 
-class Store(NamedTuple):
+class WriteFile(NamedTuple):
     """Write a piece of a file. Fed back as Stored when its file is there or cannot be stored."""
     piece: FilePiece
 
@@ -4889,7 +4889,7 @@ class StartWorker(NamedTuple):
     comp: str
 
 
-class Feed(NamedTuple):
+class SendToWorker(NamedTuple):
     """Write attempts to a worker."""
     worker: int
     attempts: list
@@ -4901,9 +4901,9 @@ class Interrupt(NamedTuple):
     serial: int
 
 
-class Watch(NamedTuple):
+class LimitMemory(NamedTuple):
     """Kill the worker if this job uses more bytes of memory, and end the job if it runs for more
-    seconds; 0: as it likes. Fed back as WorkerTooBig and WorkerOverdue."""
+    seconds; 0: as it likes. Fed back as MemoryExceeded and WorkerOverdue."""
     worker: int
     serial: int
     most: int
@@ -4915,12 +4915,12 @@ class Kill(NamedTuple):
     worker: int
 
 
-class TakeBack(NamedTuple):
-    """Ask a worker for what it has not started. Fed back as WorkerReturned."""
+class TakeFromWorker(NamedTuple):
+    """Ask a worker for what it has not started. Fed back as WorkerReturnedJobs."""
     worker: int
 
 
-class TellKept(NamedTuple):
+class AnswerJobFile(NamedTuple):
     """Tell a worker what became of the file that its job has sent."""
     worker: int
     error: str
@@ -4931,7 +4931,7 @@ class Retire(NamedTuple):
     worker: int
 
 
-class Show(NamedTuple):
+class PrintStatus(NamedTuple):
     """A text for whoever sits at the terminal."""
     text: str
 
@@ -5071,7 +5071,7 @@ class Allowance:
         return min(fits, self._step)
 
 
-class ValueDesk:
+class ValueRequests:
     """Values that are known by digest at one place: which are there, which are needed, and whoever
     waits for some. Each computation has its own. Who waits is served in the order of coming, and
     one value of a computation at a time is fetched. When values are there that nobody needs, those
@@ -5247,7 +5247,7 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled', 'asks', 'stuck',
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled', 'sending_file_on', 'stuck',
                  'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
@@ -5260,7 +5260,7 @@ class _Worker:
         self.jobs_given = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         # Its job sends a file, or has and waits for the answer: the link it goes along
-        self.asks = 0
+        self.sending_file_on = 0
         # CPUs of a job that was killed and has been told, while its process has not ended
         self.stuck = 0
 
@@ -5590,7 +5590,7 @@ class PastAttempts:
     def __init__(self, tables: NodeTables, timers: Timers) -> None:
         self._tables = tables
         self._timers = timers
-        self._known: Dict[str, Past] = {}
+        self._known: Dict[str, AttemptHistory] = {}
 
     def row(self, name: str) -> tuple:
         """What is known, as on the wire."""
@@ -5603,17 +5603,17 @@ class PastAttempts:
         self._known[event.comp] = event.past
         self._set_timer(event.comp, now)
 
-    def add(self, name: str, past: Past) -> None:
+    def add(self, name: str, past: AttemptHistory) -> None:
         """Add to what is known of attempts that are not held any more."""
         if name not in self._known:
             self._set_timer(name, self._tables.now)
-        self._known[name] = self._known.get(name, Past()).and_also(past)
+        self._known[name] = self._known.get(name, AttemptHistory()).and_also(past)
         self._tables.do(Remember(name, self._known[name]))
 
     def forget(self, name: str) -> None:
         """The client of a computation is done with it."""
         if self._known.pop(name, None) is not None:
-            self._tables.do(Remember(name, Past()))
+            self._tables.do(Remember(name, AttemptHistory()))
 
     def _set_timer(self, name: str, now: float) -> None:
         self._timers.at(now + PAST_TIME, name, self._expired, name, is_wanted=self._is_known)
@@ -5655,9 +5655,9 @@ class UndeliveredResults:
         comp.outbox = []
         if comp.unacknowledged:
             self._tables.do(
-                Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
+                SpoolResults(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
-    def spooling_failed(self, event: Kept) -> None:
+    def spooling_failed(self, event: ResultsSpooled) -> None:
         """There is no room: results stay in memory, and are tried again."""
         if not self._disk_full:
             logger.error(
@@ -5665,7 +5665,7 @@ class UndeliveredResults:
                 event.error)
         self._disk_full = True
 
-    def on_spooled(self, event: Kept, now: float) -> None:
+    def on_spooled(self, event: ResultsSpooled, now: float) -> None:
         """Results are on the disk."""
         comp = self._tables.comps.get(event.comp)
         self._disk_full = False
@@ -5682,7 +5682,7 @@ class UndeliveredResults:
         spooled.serials.update(event.serials)
         self.spooled[event.comp] = spooled._replace(until=now + self._zombie)
 
-    def on_found(self, event: Found, now: float) -> None:
+    def on_found(self, event: SpoolFound, now: float) -> None:
         """An earlier daemon has left results on the disk."""
         self.spooled[event.comp] = Spooled(event.owner, set(event.serials), event.until,
                                            event.digest)
@@ -5735,7 +5735,7 @@ class UndeliveredResults:
         if comp is not None:
             comp.outbox = []
         if name in self.spooled:
-            self._tables.do(SendKept(link, name))
+            self._tables.do(SendSpooled(link, name))
 
     def forget_link(self, link: int) -> None:
         """A link is gone."""
@@ -5776,7 +5776,7 @@ class UndeliveredResults:
             len(serials))
         self._past.add(
             name,
-            Past(given_up=frozenset(serials),
+            AttemptHistory(given_up=frozenset(serials),
                  text='node %s gave up its result after %g s '
                  '(--zombie-interval)' % (self._tables.name, self._zombie)))
         self.forget(name)
@@ -5796,7 +5796,7 @@ class Attempts:
         self.refuses_new = False    # those that come are given back
         self.held_bytes = 0         # of arguments of attempts that wait
         self._in_parts: List[Attempt] = []      # whose arguments came so
-        self.values = ValueDesk(VALUES_KEPT)
+        self.values = ValueRequests(VALUES_KEPT)
 
     # -- coming ------------------------------------------------------------------------------------
 
@@ -5809,7 +5809,7 @@ class Attempts:
         if self.refuses_new:
             self._return_all(comp, message)
             return
-        is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > FRAME_FILL
+        is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > BATCH_BYTES
         if is_large:
             unfit = over_limit_here(message, 'on node %s' % self._tables.name)
             if unfit is not None:
@@ -5835,7 +5835,7 @@ class Attempts:
             self._note_parts(comp, message.rows[0])
 
     def _return_all(self, comp: _Computation, message: Jobs) -> None:
-        self._tables.reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
+        self._tables.reply(comp, JobsReturned(comp.comp, [row[0] for row in message.rows]))
 
     def _note_parts(self, comp: _Computation, row: tuple) -> None:
         """Note an attempt whose arguments came in parts."""
@@ -5955,13 +5955,13 @@ class Attempts:
     def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
         """Attempts that never started are told to the client; when it is back if it is away."""
         if comp.link in self._tables.links:
-            for message in in_parts(Returned, comp.comp,
-                                    serials) if serials else [Returned(comp.comp, [])]:
+            for message in in_parts(JobsReturned, comp.comp,
+                                    serials) if serials else [JobsReturned(comp.comp, [])]:
                 self._tables.reply(comp, message)
         elif serials:
-            self._past.add(comp.comp, Past(unbegun=frozenset(serials)))
+            self._past.add(comp.comp, AttemptHistory(unbegun=frozenset(serials)))
 
-    def on_recall(self, link: int, message: Recall, now: float) -> None:
+    def on_recall(self, link: int, message: ReturnJobs, now: float) -> None:
         """The client wants attempts back that have not started."""
         comp = self._tables.comp_of(link, message.comp)
         if comp is None:
@@ -5981,7 +5981,7 @@ class Attempts:
         """Ask a worker for what it has not started."""
         if not worker.recalled:
             worker.recalled = True
-            self._tables.do(TakeBack(worker.key))
+            self._tables.do(TakeFromWorker(worker.key))
 
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: nobody wants to know of its attempts."""
@@ -6128,7 +6128,7 @@ class Interruptions:
         worker.queue.clear()
         self._attempts.requeue(comp, behind)
 
-    def on_too_big(self, event: WorkerTooBig, now: float) -> None:
+    def on_too_big(self, event: MemoryExceeded, now: float) -> None:
         """What a worker runs uses too much memory, and the worker is killed for it."""
         self._note_ending(event.worker, event.serial, Outcome.OUT_OF_MEMORY)
 
@@ -6357,12 +6357,12 @@ class CpuScheduler:
             else:   # it may begin before this is told
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
-            self._tables.do(Feed(worker.key, attempts))
+            self._tables.do(SendToWorker(worker.key, attempts))
 
     def _watch(self, worker: _Worker, attempt: Attempt) -> None:
         """Limits that hold also while this loop has no time, as in a program that is busy."""
         if attempt.memory or attempt.timeout:
-            self._tables.do(Watch(worker.key, attempt.serial, int(attempt.memory or 0),
+            self._tables.do(LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
                                   attempt.timeout or 0.0))
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
@@ -6413,10 +6413,10 @@ class CpuScheduler:
         for row in event.rows:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
                 raise PeerError('a worker answered for %d, which it did not run' % row[0])
-            place += row[1] not in GOES_ON
+            place += row[1] not in PROVISIONAL
         comp.startup_failures = 0
         for row in event.rows:
-            if row[1] in GOES_ON:
+            if row[1] in PROVISIONAL:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
@@ -6455,7 +6455,7 @@ class CpuScheduler:
         return (row[0], int(attempt.ending), row[2], row[3],
                 attempt.ending_text(attempt.ending).encode(), *row[5:])
 
-    def on_returned(self, event: WorkerReturned, now: float) -> None:
+    def on_returned(self, event: WorkerReturnedJobs, now: float) -> None:
         """A worker has given back what it had not started."""
         worker = self._tables.worker_at_work(event.worker)
         if worker is None:
@@ -6589,7 +6589,7 @@ class CpuScheduler:
         if worker.queue and worker.jobs_given == len(worker.queue):
             comp.startup_failures += 1
 
-    def on_start_failed(self, event: WorkerUnborn, now: float) -> None:
+    def on_start_failed(self, event: WorkerStartFailed, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
         worker = self._tables.workers.get(event.worker)
         if worker is None:
@@ -6601,8 +6601,8 @@ class CpuScheduler:
             text = 'node %s cannot make a worker: %s; it goes on with those that it has, and keeps trying' % (
                 self._tables.name, event.text)
             logger.error('%s', text)
-            self._tables.reply(comp, Said(comp.comp, text))
-        self._workers_at = now + WORKER_AGAIN
+            self._tables.reply(comp, Notice(comp.comp, text))
+        self._workers_at = now + WORKER_RETRY_DELAY
         self._timers.at(self._workers_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
@@ -6644,10 +6644,10 @@ class JobRequests:
         if not worker.queue or worker.queue[0].serial != event.piece.key:
             return   # of a job that does not run there
         if event.piece.offset == 0:
-            worker.asks = worker.comp.link or -1
-        if not worker.asks:
+            worker.sending_file_on = worker.comp.link or -1
+        if not worker.sending_file_on:
             return   # it was answered already: what is left of it is passed over
-        if worker.asks == worker.comp.link and worker.asks in self._tables.links:
+        if worker.sending_file_on == worker.comp.link and worker.sending_file_on in self._tables.links:
             self._tables.do(Send(worker.comp.link, event.piece))
         else:
             self._answer(worker, 'the client is not connected')
@@ -6658,7 +6658,7 @@ class JobRequests:
         if worker is None:
             return
         comp = worker.comp
-        worker.asks = worker.comp.link or -1
+        worker.sending_file_on = worker.comp.link or -1
         if comp.link not in self._tables.links:
             self._answer(worker, 'the client is not connected')
             return
@@ -6714,7 +6714,7 @@ class JobRequests:
                 self._attempts.value_stored(message, now)
             return
         for worker in comp.workers.values() if comp is not None else ():
-            if worker.asks and worker.queue and worker.queue[0].serial == message.key:
+            if worker.sending_file_on and worker.queue and worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
 
     def client_gone(self, comp: _Computation) -> None:
@@ -6725,9 +6725,9 @@ class JobRequests:
             self._answer(worker, 'the connection to the client has ended')
 
     def _answer(self, worker: _Worker, error: str) -> None:
-        if worker.asks:
-            worker.asks = 0
-            self._tables.do(TellKept(worker.key, error))
+        if worker.sending_file_on:
+            worker.sending_file_on = 0
+            self._tables.do(AnswerJobFile(worker.key, error))
 
 
 class Computations:
@@ -6759,7 +6759,7 @@ class Computations:
         if self._results.has_key(message.comp, result_key(message.spec)):
             self._results.give_to(message.comp, up.instance)
             self._results.resend(message.comp, link)
-        self._tables.do(Prepare(message.comp, message.spec))
+        self._tables.do(PrepareDirectory(message.comp, message.spec))
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
@@ -6775,7 +6775,7 @@ class Computations:
     def _ready(self, comp: _Computation) -> Ready:
         return Ready(comp.comp, self._results.known_attempts(comp.comp), self._past.row(comp.comp))
 
-    def on_prepared(self, event: Prepared, now: float) -> None:
+    def on_prepared(self, event: DirectoryReady, now: float) -> None:
         """The directory is there, or nothing is possible."""
         comp = self._tables.comps[event.comp]
         if comp.stage is not Stage.PREPARING:
@@ -6803,12 +6803,12 @@ class Computations:
         if asked and comp is not None and comp.link != link:
             return   # what came on another connection is sent again on this one
         if comp is not None and (asked or comp.stage is Stage.READY):
-            self._tables.do(Store(message))
+            self._tables.do(WriteFile(message))
         elif not asked and message.offset + len(message.data) >= message.row[1]:
             text = 'the computation is not set up there'
             self._tables.do(Send(link, FileStored(*message[:3], message.row[0], text)))
 
-    def on_stored(self, event: Stored, now: float) -> None:
+    def on_stored(self, event: FileWritten, now: float) -> None:
         """A file is there, or cannot be stored."""
         comp = self._tables.comps.get(event.file.comp)
         error = event.file.error
@@ -6847,7 +6847,7 @@ class Computations:
             comp.move('up')
             self._tables.reply(comp, self._ready(comp))
             for note in event.notes:
-                self._tables.reply(comp, Said(comp.comp, 'node %s: %s' % (self._tables.name, note)))
+                self._tables.reply(comp, Notice(comp.comp, 'node %s: %s' % (self._tables.name, note)))
 
     def resize(self) -> None:
         """Computations have come or gone, or may use other numbers of CPUs."""
@@ -6951,7 +6951,7 @@ class Computations:
         else:
             self._look_again(comp, now + 1.0)
 
-    def on_kept(self, event: Kept, now: float) -> None:
+    def on_kept(self, event: ResultsSpooled, now: float) -> None:
         """Results of a computation whose client is away are on the disk, or cannot be written
         there."""
         if not event.error:
@@ -7031,22 +7031,22 @@ class Node:
             LinkUp: self._link_up,
             LinkDown: self._link_down,
             Received: self._received,
-            Found: self.results.on_found,
+            SpoolFound: self.results.on_found,
             Remembered: self.past.on_remembered,
-            Kept: self.computations.on_kept,
-            Prepared: self.computations.on_prepared,
+            ResultsSpooled: self.computations.on_kept,
+            DirectoryReady: self.computations.on_prepared,
             Wanted: self.computations.on_wanted,
-            Stored: self.computations.on_stored,
+            FileWritten: self.computations.on_stored,
             RunnerUp: self.computations.on_runner_up,
             RunnerGone: self._runner_gone,
             Faulted: self.computations.on_faulted,
             ValueSought: self.attempts.on_value_sought,
             WorkerResults: self.scheduler.on_results,
-            WorkerReturned: self.scheduler.on_returned,
-            WorkerUnborn: self.scheduler.on_start_failed,
+            WorkerReturnedJobs: self.scheduler.on_returned,
+            WorkerStartFailed: self.scheduler.on_start_failed,
             WorkerInitialized: self.computations.on_worker_initialized,
             WorkerGone: self.computations.on_worker_gone,
-            WorkerTooBig: self.interruptions.on_too_big,
+            MemoryExceeded: self.interruptions.on_too_big,
             WorkerOverdue: self.interruptions.on_overdue,
             WorkerFile: self.requests.on_file,
             WorkerWants: self.requests.on_wants,
@@ -7061,13 +7061,13 @@ class Node:
             Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
-            Introduce: self._on_introduce,
+            ClientHello: self._on_introduce,
             Compute: self._on_compute,
             FilePiece: self.computations.on_file_piece,
             FileStored: self.requests.on_file_stored,
             Jobs: self.attempts.on_jobs,
             Unfit: self.attempts.on_unfit,
-            Recall: self.attempts.on_recall,
+            ReturnJobs: self.attempts.on_recall,
             Cancel: self.interruptions.on_cancel,
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
@@ -7194,7 +7194,7 @@ class Node:
         self.lease.end()
         if not self.attempts.refuses_new:
             for link in self.lease.take_refused():
-                self.tables.do(Send(link, Offer(self.cpus.offered)))
+                self.tables.do(Send(link, CpusChanged(self.cpus.offered)))
         if self.lease.was_last() and not self.stopping:
             self._stop(Stop(), now)
 
@@ -7210,7 +7210,7 @@ class Node:
             raise PeerError('%s may not come here' % type(event.message).__name__)
         handler(event.link, event.message, now)
 
-    def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
+    def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
         self.tables.name_client(link, message.name[:200])
         instance = self.tables.links[link].instance
         # Of what it has here, also what has no results on the disk: it may be done with that
@@ -7219,10 +7219,10 @@ class Node:
             if comp.instance == instance and comp.stage is not Stage.CLOSING}
         for name in self.results.spooled_of(instance):
             kept[name] = self.results.known_attempts(name)
-        self.tables.do(Send(link, Welcome(self.name, self.cpus.offered, dict(
+        self.tables.do(Send(link, NodeHello(self.name, self.cpus.offered, dict(
             self.facts, holder=self.lease.held_by(now), kept=kept))))
         if self.paused:
-            self.tables.do(Send(link, Offer(0)))
+            self.tables.do(Send(link, CpusChanged(0)))
 
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
@@ -7266,7 +7266,7 @@ class Node:
         if not all(may_reclaim(digest, message.key) for digest in digests):
             logger.warning('%s wants results of a computation and does not have its key',
                            self.tables.client_at(link))
-            self.tables.do(Send(link, Held(message.comp, [], Past(whole=False).row())))
+            self.tables.do(Send(link, KnownAttempts(message.comp, [], AttemptHistory(whole=False).row())))
             return
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self.tables.links and comp.link != link:
@@ -7282,7 +7282,7 @@ class Node:
                 self._take_lease(link, now)
         if message.take:
             self.results.give_to(message.comp, up.instance)
-        self.tables.do(Send(link, Held(
+        self.tables.do(Send(link, KnownAttempts(
             message.comp, self.results.known_attempts(message.comp), self.past.row(message.comp))))
         if message.take:
             self.results.resend(message.comp, link)
@@ -7363,7 +7363,7 @@ class Node:
 
     def _offer(self, cpus: int) -> None:
         for link in self.tables.links:
-            self.tables.do(Send(link, Offer(cpus)))
+            self.tables.do(Send(link, CpusChanged(cpus)))
 
     # -- hours of service, and whoever sits at the terminal ----------------------------------------
 
@@ -7393,7 +7393,7 @@ class Node:
             logger.info('no client holds this node')
             return
         logger.info('taken from %s by the operator', self.lease.holder_text)
-        self.lease.cool_down(now + RELEASED_TIME)
+        self.lease.cool_down(now + RELEASE_COOLDOWN)
         self._account()
         for comp in [
                 comp for comp in self.tables.comps.values() if comp.stage is not Stage.CLOSING
@@ -7421,7 +7421,7 @@ class Node:
             lines.append('  %s (%s): %d jobs running, %d waiting, %d done' %
                          (comp.spec['name'], comp.stage.value, running,
                           len(comp.attempts) - running, comp.done))
-        self.tables.do(Show('\n'.join(lines)))
+        self.tables.do(PrintStatus('\n'.join(lines)))
 
 
 def _duration(seconds: float) -> str:
@@ -7639,7 +7639,7 @@ class ValueFiles:
             view = memoryview(data)
             at = 0
             while at < size:
-                count = file.readinto(view[at:at + Intake.AT_ONCE])  # type: ignore[arg-type]
+                count = file.readinto(view[at:at + ReceiveBuffer.AT_ONCE])  # type: ignore[arg-type]
                 if not count:
                     raise OSError('a value of %d bytes ends after %d' % (size, at))
                 at += count
@@ -7983,7 +7983,7 @@ class MainFile:
         for name, value in list(vars(sys.modules['__main__']).items()):
             if not name.startswith('__'):
                 with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
-                    found[name] = in_one_piece(seal(value, Pickler).payload)
+                    found[name] = in_one_piece(dumps(value, Pickler).payload)
         content = pickle.dumps((modules.here() if modules is not None else (), found))
         module, pid, before = self._last
         if (pid, before) != (os.getpid(), content):
@@ -8009,7 +8009,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
         spaces.adopt_main(main)
     for name, payload in found.items():
         with contextlib.suppress(Exception):  # it is missing when it is used
-            variables[name] = unseal(payload)
+            variables[name] = loads(payload)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8210,7 +8210,7 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
     return b'%s\n[dispy: %d bytes left out here]\n%s' % (head, left_out, tail)
 
 
-class Catch:
+class CapturedOutput:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
 
     A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the
@@ -8302,8 +8302,8 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
     body: bytes = b''
     if exc is not None:
         try:
-            body = b''.join(pieces_of(seal(exc).payload))
-            unseal(body)
+            body = b''.join(pieces_of(dumps(exc).payload))
+            loads(body)
         except Exception:  # the user's exception does what it likes; the text is what counts
             body = b''
     raw = text.encode('utf-8', 'replace')
@@ -8496,7 +8496,7 @@ class Calls:
         """The function is opened for each call, so that no call sees what another has done to
         it."""
         try:
-            call = unseal(function)
+            call = loads(function)
         except BaseException as exc:  # unpickling runs the user's code
             mark_unopened(exc)
             raise
@@ -8553,7 +8553,7 @@ def set_numerical_threads(variables: Dict[str, str]) -> None:
     os.environ.update(variables)
 
 
-class _Turn:
+class _CallTurn:
     """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
 
     def __init__(self, directory: str) -> None:
@@ -8909,22 +8909,22 @@ class WorkerPipe:
 
     def __init__(self, sock: socket.socket, private: str) -> None:
         self._sock = sock
-        self._intake = RecordIntake()
+        self._intake = RecordBuffer()
         self.jobs: Deque[Record] = collections.deque()
         self.answers: Deque[str] = collections.deque()   # to files and to what was wanted
         # Guards the writing end of the pipe: a job may have threads
         self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
-        self._turn = _Turn(private)
+        self._turn = _CallTurn(private)
 
     def receive(self, flags: int) -> None:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
-        count = self._sock.recv_into(self._intake.room(), 0, flags)
+        count = self._sock.recv_into(self._intake.get_buffer(), 0, flags)
         if count == 0:
             os._exit(0)
         for record in self._intake.records(count):
-            if record.kind == Kind.KEPT:
+            if record.kind == RecordType.FILE_STORED:
                 self.answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
             else:
                 self.jobs.append(record)
@@ -8936,7 +8936,7 @@ class WorkerPipe:
                 self.receive(socket.MSG_DONTWAIT)
         serials = [record.serial for record in self.jobs]
         self.jobs.clear()
-        self.send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
+        self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
 
     def send(self, *args: Any) -> None:
         """Send a record, given as to pack_record."""
@@ -8970,7 +8970,7 @@ class WorkerPipe:
 class JobOutput:
     """What the jobs of a worker print, and the streams and descriptors that they find."""
 
-    def __init__(self, out: Catch, err: Catch, libc: Any) -> None:
+    def __init__(self, out: CapturedOutput, err: CapturedOutput, libc: Any) -> None:
         self._out = out
         self._err = err
         self._libc = libc
@@ -9038,7 +9038,7 @@ class JobOutput:
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     @staticmethod
-    def _collect_one(number: int, output: Catch) -> bytes:
+    def _collect_one(number: int, output: CapturedOutput) -> bytes:
         os.dup2(output.handle, number)   # this takes less time than to look where it leads
         size = os.lseek(output.handle, 0, os.SEEK_END)
         if size:
@@ -9146,12 +9146,12 @@ class JobServices:
         """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
         `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
         raises, ValueError for a value over the limit."""
-        payload, plain, _, _ = seal(result)
+        payload, plain, _, _ = dumps(result)
         if is_over_limit(size_of(payload)):
             raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
+            self._pipe.send(RecordType.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
                             self._slots[0], now, now, payload)
         return 0
 
@@ -9170,7 +9170,7 @@ class JobServices:
             self._log_handler.handleError(record)
             return
         with self._interrupts.beside_job():
-            self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+            self._pipe.send(RecordType.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def tell_left(self, names: List[str]) -> None:
         """A program has left these files behind. It goes the way of log records."""
@@ -9181,7 +9181,7 @@ class JobServices:
         text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
         data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
         with self._interrupts.beside_job():
-            self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+            self._pipe.send(RecordType.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name,
@@ -9195,7 +9195,7 @@ class JobServices:
         with self._filing:
             for offset, data in read_pieces(path, size):
                 with self._interrupts.beside_job():
-                    self._pipe.send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row,
+                    self._pipe.send(RecordType.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row,
                                     data)
             with self._interrupts.beside_job():
                 error = self._answer()
@@ -9207,7 +9207,7 @@ class JobServices:
         """Have a bundle of modules, by number, or a module, by name, fetched from the client.
         Returns '' or why that failed."""
         with self._filing, self._interrupts.beside_job():
-            self._pipe.send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
+            self._pipe.send(RecordType.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
             return self._answer()
 
     def _answer(self) -> str:
@@ -9263,8 +9263,8 @@ class Worker:
                  sock: socket.socket,
                  slots: Any,
                  function: Callable[..., Any],
-                 out: Catch,
-                 err: Catch,
+                 out: CapturedOutput,
+                 err: CapturedOutput,
                  spec: dict,
                  libc: Any,
                  threads: NumericThreads,
@@ -9294,7 +9294,7 @@ class Worker:
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
-        self._pipe.send(Kind.HERE)
+        self._pipe.send(RecordType.HERE)
         self._prepare()
         if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
             self._function.tell = self._services.tell_left
@@ -9333,10 +9333,10 @@ class Worker:
             log = logging.getLogger('concurrent.futures')
             log.critical('Exception in initializer:', exc_info=True)
             text = 'the initializer has failed: %s' % describe_exception(exc, 1)
-            self._pipe.send(Kind.INITIALIZED, 0, 0, 0.0, 0.0,
+            self._pipe.send(RecordType.INITIALIZED, 0, 0, 0.0, 0.0,
                             shorten(text).encode('utf-8', 'replace'))
             os._exit(1)
-        self._pipe.send(Kind.INITIALIZED)
+        self._pipe.send(RecordType.INITIALIZED)
 
     # -- one job -----------------------------------------------------------------------------------
 
@@ -9356,7 +9356,7 @@ class Worker:
                 if self._slots[1] == record.serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
                 spaces.added.clear()
-                args, kwargs, *extras = unseal(record.bodies[0], True)
+                args, kwargs, *extras = loads(record.bodies[0], True)
                 opened = True
                 if len(record.bodies[0]) > LAZY:   # the job has its memory
                     self._free(record)
@@ -9384,9 +9384,9 @@ class Worker:
         if self._job_directory.is_entered:
             self._job_directory.leave()
         try:
-            self._pipe.send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
+            self._pipe.send(RecordType.RESULT, outcome, record.serial, start, end, payload, out, err)
         except ValueError as exc:
-            self._pipe.send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
+            self._pipe.send(RecordType.RESULT, Outcome.RAISED, record.serial, start, end,
                             pack_error('the result could not be sent: %s' % exc, None), out, err)
 
     @staticmethod
@@ -9403,7 +9403,7 @@ class Worker:
                 failure.args = (failure.msg,)
             return Outcome.RAISED, cut_error(failure, 1)
         try:
-            payload, plain, _, _ = seal(value)
+            payload, plain, _, _ = dumps(value)
             if is_over_limit(size_of(payload)):
                 return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
@@ -9525,8 +9525,8 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
 class _Child(NamedTuple):
     process: Any
     slots: Any
-    out: Catch
-    err: Catch
+    out: CapturedOutput
+    err: CapturedOutput
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
@@ -9607,9 +9607,9 @@ class ComputationCode:
         if self._spec['kind'] == 'source':
             self.function, setup, self._cleanup, objects = load_source(*open_plain(code))
         else:
-            self.function, setup, self._cleanup, objects = unseal(code)
+            self.function, setup, self._cleanup, objects = loads(code)
         if self._spec['setup_args']:
-            self._setup_args, own_objects = unseal(self._spec['setup_args'])
+            self._setup_args, own_objects = loads(self._spec['setup_args'])
         else:
             self._setup_args, own_objects = ((), {})
         self.globals = globals_of(self.function, setup, self._cleanup)
@@ -9745,7 +9745,7 @@ class WorkerProcesses:
     def patience(self) -> Optional[float]:
         """Seconds after which workers are to be looked at."""
         if self._limits.of_memory:
-            return WEIGHED
+            return MEMORY_CHECK_INTERVAL
         if self._children:
             return OUTPUT_CHECKED
         return None
@@ -9774,19 +9774,19 @@ class WorkerProcesses:
                     target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
                 process.start()
             except (OSError, MemoryError) as exc:
-                self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0,
+                self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0,
                            shortage(exc).encode('utf-8', 'replace'))
                 return
             made.pop_all()
         sock.close()
         self._children[record.number] = child._replace(process=process)
-        self._send(Kind.BORN, record.number, process.pid)
+        self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
     def _make_child(self, made: contextlib.ExitStack) -> _Child:
         """What a worker shares with us; `made` lets go of it if there will be no worker."""
         catches = []
         for _ in range(2):
-            catches.append(Catch(self._spec['private']))
+            catches.append(CapturedOutput(self._spec['private']))
             made.callback(catches[-1].close)
         if not self._slots:
             self._slots += Slots.make(self._spec['private'], next(self._slot_files))
@@ -9867,7 +9867,7 @@ class WorkerProcesses:
                 remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
-                self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'',
+                self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode), 0.0, b'',
                            out, err)
                 child.out.close()
                 child.err.close()
@@ -9933,7 +9933,7 @@ class WorkerProcesses:
                     data = b''
                 if data and child.slots[0] == serial:   # or it was of the next job
                     catch.shown = (serial, at + len(data))
-                    self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
+                    self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
         """End jobs that have run past their time, and kill workers whose jobs use more memory than
@@ -9947,15 +9947,15 @@ class WorkerProcesses:
             if limit.most and memory_of(child.process.pid) > limit.most \
                     and child.slots[0] == serial:
                 self._limits.keep(key, 0)
-                self._send(Kind.TOO_BIG, key, serial)
+                self._send(RecordType.MEMORY_EXCEEDED, key, serial)
                 self._signal(child, signal.SIGKILL)
             elif limit.is_to_be_killed(now):
                 limit.ended_at = math.inf
                 self._signal(child, signal.SIGKILL)
             elif limit.is_over(now):
                 limit.ended_at = now
-                self._send(Kind.OVERDUE, key, serial)
-                self.interrupt(Record(Kind.INTERRUPT, key, serial, 0.0, 0.0, _NO_BODIES))
+                self._send(RecordType.OVERDUE, key, serial)
+                self.interrupt(Record(RecordType.INTERRUPT, key, serial, 0.0, 0.0, _NO_BODIES))
         self._limits.forget_all_but(self._children)
 
     def _shorten(self) -> None:
@@ -9990,7 +9990,7 @@ class Runner:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._intake = RecordIntake()
+        self._intake = RecordBuffer()
         self._records: Deque[Record] = collections.deque()
         self._handles: Deque[int] = collections.deque()
         self._shall_end = self._is_ending = self._is_closed = False
@@ -10007,7 +10007,7 @@ class Runner:
         self._code = ComputationCode(self._spec)
         self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
         self._tracker = TrackerProcess()
-        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
+        self._out, self._err = CapturedOutput(self._spec['private']), CapturedOutput(self._spec['private'])
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
@@ -10038,7 +10038,7 @@ class Runner:
             self._tell_failure(hint + '\n' * bool(hint) +
                                describe_exception(exc, frames_of_ours(exc)))
             return
-        self._send(Kind.UP, 0, 0, 0.0, 0.0,
+        self._send(RecordType.READY, 0, 0, 0.0, 0.0,
                    pickle.dumps(modules.notes if modules is not None else []))
         self._serve()
 
@@ -10054,7 +10054,7 @@ class Runner:
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
         text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
-        self._send(Kind.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0,
+        self._send(RecordType.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0,
                    text.encode('utf-8', 'replace'))
 
     def _serve(self) -> None:
@@ -10069,10 +10069,10 @@ class Runner:
         selector.register(self._control, selectors.EVENT_READ)
         selector.register(reader, selectors.EVENT_READ)
         workers = self._workers
-        handlers = {Kind.FORK: lambda record: workers.fork(record, self._handles.popleft()),
-                    Kind.INTERRUPT: workers.interrupt, Kind.KILL: workers.kill,
-                    Kind.RECALL: workers.recall, Kind.WATCH: workers.watch,
-                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
+        handlers = {RecordType.FORK: lambda record: workers.fork(record, self._handles.popleft()),
+                    RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
+                    RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
+                    RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
         try:
             while True:
                 ready = selector.select(self._workers.patience())
@@ -10082,10 +10082,10 @@ class Runner:
                     self._receive()
                 while self._records:
                     record = self._records.popleft()
-                    if record.kind == Kind.CLOSE:
+                    if record.kind == RecordType.CLOSE:
                         self._is_closed = True
                         return
-                    handlers[Kind(record.kind)](record)
+                    handlers[RecordType(record.kind)](record)
                 workers.look()
         finally:
             self._end()
@@ -10094,7 +10094,7 @@ class Runner:
         while True:
             if hasattr(socket, 'CMSG_LEN'):
                 handles = array.array('i')
-                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
+                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.get_buffer()],
                                                                        socket.CMSG_SPACE(
                                                                            64 * handles.itemsize))
                 for level, kind, body in ancillary:
@@ -10105,7 +10105,7 @@ class Runner:
                     handles.append(-1)
                 self._handles.extend(handles)
             else:
-                data = self._control.recv_into(self._intake.room())
+                data = self._control.recv_into(self._intake.get_buffer())
             if not data:
                 sys.exit(0)   # the daemon is gone
             self._records.extend(self._intake.records(data))
@@ -10142,7 +10142,7 @@ class Runner:
     def _end_node(self) -> None:
         """dispynode_shutdown, which a cleanup finds where the node was started with
         --client-shutdown: the node ends when its client lets go of it."""
-        self._send(Kind.END_NODE)
+        self._send(RecordType.END_NODE)
 
 
 class User(NamedTuple):
@@ -10277,7 +10277,7 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
             sock.setsockopt(level, getattr(socket, name), value)
 
 
-def tune(sock: socket.socket) -> None:
+def set_tcp_options(sock: socket.socket) -> None:
     """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be
     set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
@@ -10330,7 +10330,7 @@ class Channel:
     # System calls in one turn, so that a busy channel does not starve the others
     READS = 16
 
-    def __init__(self, sock: socket.socket, intake: Intake) -> None:
+    def __init__(self, sock: socket.socket, intake: ReceiveBuffer) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.queued = 0      # bytes that wait
@@ -10418,7 +10418,7 @@ class Channel:
         stream."""
         units: List[Any] = []
         for _ in range(self.READS):
-            room = self._intake.room()
+            room = self._intake.get_buffer()
             try:
                 count = self.receive(room)
             except self._again:
@@ -10429,7 +10429,7 @@ class Channel:
                 raise LinkBroken('the connection was closed')
             self.heard = now
             self.bytes_in += count
-            units.extend(self._intake.took(count))
+            units.extend(self._intake.buffer_updated(count))
             if count < len(room) and self._gathers:
                 break
         return units
@@ -10479,7 +10479,7 @@ def unfit_row(message: Unfit) -> tuple:
     return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
 
 
-class Coming:
+class IncomingValue:
     """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
     is passed over."""
     __slots__ = ('kind', 'row', 'total', 'seen', 'place')
@@ -10538,7 +10538,7 @@ class Values:
         """`where` tells whose memory it is, for people."""
         self.where = where
         self._log = log
-        self._coming: Dict[Tuple[int, str], Coming] = {}   # (link, computation) -> what comes
+        self._coming: Dict[Tuple[int, str], IncomingValue] = {}   # (link, computation) -> what comes
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
         """The message that is whole with this part; what stands for one for which there is no room;
@@ -10550,7 +10550,7 @@ class Values:
             self.drop(link, part.comp)
             if not part.total:
                 return None
-            value = self._coming[key] = Coming(part.row, part.total)
+            value = self._coming[key] = IncomingValue(part.row, part.total)
             if OPS[value.kind] not in takes:
                 raise PeerError('%s may not come here' % value.kind.__name__)
             refused = self._begin(part.comp, value)
@@ -10575,7 +10575,7 @@ class Values:
             return value.message(part.comp)
         return refused
 
-    def _begin(self, comp: str, value: Coming) -> Any:
+    def _begin(self, comp: str, value: IncomingValue) -> Any:
         if value.total > VALUE_MOST:
             return self._refuse(comp, value, limit_text(self.where))
         try:
@@ -10584,7 +10584,7 @@ class Values:
             return self._refuse(comp, value, '%s (%s)' % (exc, self.where))
         return None
 
-    def find_place(self, value: Coming) -> Any:
+    def find_place(self, value: IncomingValue) -> Any:
         """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
         free = free_memory()
         needed = value.copies * value.total + LAZY
@@ -10596,7 +10596,7 @@ class Values:
                                   % (max(0, free), needed))
         return InMemory(value.total)
 
-    def _refuse(self, comp: str, value: Coming, text: str) -> Any:
+    def _refuse(self, comp: str, value: IncomingValue, text: str) -> Any:
         """What stands for a value for which there is no room. The rest of it is passed over."""
         if value.place is not None:
             value.place.drop()
@@ -10606,7 +10606,7 @@ class Values:
             return Unfit(comp, row, unfit_text(value.total, text))
         text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
             '(dispy_send_file)' % (value.total, text)
-        if row[1] in GOES_ON:
+        if row[1] in PROVISIONAL:
             self._log.error('provisional: %s', text)
             return None
         refused = (row[0], int(Outcome.RAISED), *row[2:4], pack_error(text, None), *row[5:])
@@ -10632,9 +10632,9 @@ class Link(Channel):
                  now: float,
                  pulse: float = PULSE,
                  takes: Iterable[int] = MESSAGES) -> None:
-        self._opener = FrameOpener(session.receive_key, takes)
+        self._opener = FrameDecoder(session.receive_key, takes)
         super().__init__(sock, self._opener)
-        self._sealer = FrameSealer(session.send_key)
+        self._sealer = FrameEncoder(session.send_key)
         self.number = next(Link._numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
@@ -10977,7 +10977,7 @@ class Pipe(Channel):
     """A channel to a process on this host that carries records."""
 
     def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
-        self._records = RecordIntake(FROM_WORKER if worker else FROM_RUNNER)
+        self._records = RecordBuffer(FROM_WORKER if worker else FROM_RUNNER)
         super().__init__(sock, self._records)
         self.comp = comp
         self.worker = worker
@@ -11006,7 +11006,7 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        return [RecordIntake._record(head, body) for head, body in self.read(now)]
+        return [RecordBuffer._record(head, body) for head, body in self.read(now)]
 
 
 class Faults:
@@ -11104,7 +11104,7 @@ class Loop:
         self._waker, self._wakened = socket.socketpair()
         for sock in (self._waker, self._wakened):
             sock.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ, self._woken)
+        self._selector.register(self._wakened, selectors.EVENT_READ, self._drain_wakeups)
 
     # -- to be said by the subclass ----------------------------------------------------------------
 
@@ -11125,7 +11125,7 @@ class Loop:
         """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it
         lasts."""
 
-    def second_failed(self, second: 'Second', link: Optional['Link']) -> None:
+    def second_failed(self, second: 'SecondConnection', link: Optional['Link']) -> None:
         """Another connection beside this link could not be made. If the link is silent still, the
         next one is tried."""
         if second.ended(self.now) and link is not None and self.is_silent(link):
@@ -11217,15 +11217,15 @@ class Loop:
                 self.links.pop(channel.number, None)
                 self.refusals.forget(channel)
 
-    def watch(self, sock: Any, call: Callable[[], None]) -> None:
+    def add_reader(self, sock: Any, call: Callable[[], None]) -> None:
         """Call when a listening socket has something."""
         self._selector.register(sock, selectors.EVENT_READ, call)
 
-    def unwatch(self, sock: Any) -> None:
+    def remove_reader(self, sock: Any) -> None:
         """The inverse."""
         self._selector.unregister(sock)
 
-    def say(self, link: Link, message: Any) -> None:
+    def send(self, link: Link, message: Any) -> None:
         """Send a message on a link, if it is still there. Never raises: a message that cannot be
         sent breaks its link, and what may become too large is cut where it comes into being."""
         if link.dirty is not None:
@@ -11244,14 +11244,14 @@ class Loop:
         """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
         otherwise the other side waits in vain, and the link is of no use any more."""
         if type(message) is Return and not message.error:
-            self.say(link, message._replace(error=('ValueError', text[:NAME_MOST]), value=None))
+            self.send(link, message._replace(error=('ValueError', text[:NAME_MOST]), value=None))
         else:
             self._later_broken.append((link, text))
 
-    def part(self, link: Link, text: str) -> None:
+    def disconnect(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
         if not link.owes:
-            self.say(link, Bye(text[:1000]))
+            self.send(link, Bye(text[:1000]))
         with contextlib.suppress(OSError):   # it is closed all the same
             link.drain(self.PARTING)
         self.detach(link)
@@ -11271,18 +11271,18 @@ class Loop:
         """One round: wait, read, take events, decide, write."""
         # Set before `_patience` looks at what was posted: who posts after that sees it
         self._waits = True
-        ready = self._selector.select(self._patience(timeout))
+        ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
                 self.guard(None, key.data)
             elif key.data.dirty is not None:   # not detached meanwhile
-                self._guarded(key.data, mask)
+                self._handle_io(key.data, mask)
         self.now = self.clock()
         self.take_events(len(self._inbox))
         if self.links and self.now >= self._pulse_at:
-            self.guard(None, self._beat)
+            self.guard(None, self._send_heartbeats)
         try:
             self.end_of_turn()
         except Exception as exc:  # as in `guard`; this is done for each job that comes alone
@@ -11337,7 +11337,7 @@ class Loop:
                 Faults.MOST, Faults.WITHIN, type(exc).__name__, exc)
             self.stop()
 
-    def _patience(self, timeout: Optional[float]) -> Optional[float]:
+    def _select_timeout(self, timeout: Optional[float]) -> Optional[float]:
         """Seconds until something is to be done, at most a day: a selector takes no more than 24.8
         days."""
         if self._inbox or self._again:
@@ -11359,14 +11359,14 @@ class Loop:
 
     def receive(self, channel: Channel) -> None:
         """Handle what has come on a channel that the selector does not know."""
-        self._guarded(channel, selectors.EVENT_READ)
+        self._handle_io(channel, selectors.EVENT_READ)
 
-    def _woken(self) -> None:
+    def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wakened.recv(4096)
         self._signalled = False
 
-    def _guarded(self, channel: Channel, mask: int) -> None:
+    def _handle_io(self, channel: Channel, mask: int) -> None:
         try:
             if mask & selectors.EVENT_READ:
                 (channel.owner or self).on_channel(channel)
@@ -11386,7 +11386,7 @@ class Loop:
         the same at once."""
         if isinstance(channel, Link) and channel.dirty is not None:
             self.log.error('what %s has sent cannot be used: %s', channel.address, text)
-            Loop.say(self, channel, Wrong(text[:NAME_MOST], channel.opened))
+            Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
             with contextlib.suppress(OSError):   # it is broken all the same
                 channel.write()
         self._break(channel, text)
@@ -11398,7 +11398,7 @@ class Loop:
                 channel.go_on()
         except OSError as exc:
             # The other side may have said why it goes
-            self._guarded(channel, selectors.EVENT_READ)
+            self._handle_io(channel, selectors.EVENT_READ)
             self._break(channel, str(exc))
             return
         except Exception as exc:  # as above
@@ -11429,7 +11429,7 @@ class Loop:
 
     break_link = _break    # for the parts
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
         # This process was stopped, or the machine slept: nobody else was silent for it
         late = self.now - self._pulse_at
@@ -11443,7 +11443,7 @@ class Loop:
             if self.is_silent(link):
                 self.on_silent(link)
             if self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
-                self.say(link, Pulse())
+                self.send(link, Pulse())
         self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
 
     def is_silent(self, link: 'Link') -> bool:
@@ -11467,16 +11467,16 @@ class Loop:
         self._close_late()
 
 
-class Arrival(NamedTuple):
+class Authenticated(NamedTuple):
     """Posted by a gate: a peer that proved itself."""
     sock: socket.socket
     session: Session
     address: str
 
 
-class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
+class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Accepts connections on one address; each has its TLS and handshake in a thread of its own,
-    bounded by a Doorkeeper. A loop watches the listening socket and calls `knock`."""
+    bounded by a HandshakeLimiter. A loop watches the listening socket and calls `on_readable`."""
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 128
@@ -11488,7 +11488,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
                  role: Role,
                  allowed: Sequence[Role],
                  instance: bytes,
-                 deliver: Callable[[Arrival], None],
+                 deliver: Callable[[Authenticated], None],
                  certfile: Optional[str] = None,
                  keyfile: Optional[str] = None,
                  cafile: Optional[str] = None,
@@ -11511,7 +11511,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         else:
             self._binding = NO_TLS
         # The lock guards the keeper
-        self._keeper = Doorkeeper()
+        self._keeper = HandshakeLimiter()
         self._lock = threading.Lock()
         # Handshakes by the ids of their sockets, in order
         self._under_way: Dict[int, Tuple[str, socket.socket]] = {}
@@ -11531,7 +11531,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
         super().server_bind()
 
-    def knock(self) -> None:
+    def on_readable(self) -> None:
         """Somebody is there. The loop's thread."""
         self.handle_request()
 
@@ -11602,7 +11602,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         deadline = time.monotonic() + self._patience
         sock = request
         try:
-            tune(request)
+            set_tcp_options(request)
             request.settimeout(self._patience)
             if self._tls:
                 sock = self._tls.wrap_socket(request, server_side=True)
@@ -11612,7 +11612,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
                                        self._binding, deadline)
             proved = True
             self._kept.add(id(request))
-            self._deliver(Arrival(sock, session, address))
+            self._deliver(Authenticated(sock, session, address))
         except HandshakeError as exc:
             if isinstance(exc, Silence):
                 proved = None
@@ -11667,7 +11667,7 @@ def dial(host: str,
          note: Callable[[Any], None] = lambda sock: None,
          patience: float = HANDSHAKE_TIME,
          allowed: Optional[Callable[[str], bool]] = None,
-         segment: int = 0) -> Arrival:
+         segment: int = 0) -> Authenticated:
     """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls`
     is a context of `tls_context`; `note` is told each socket as it is made, so that another thread
     can shut it down; `patience` is for the connection, and again for the handshake. If `segment` is
@@ -11697,7 +11697,7 @@ def dial(host: str,
             raise Silence('%s %g s' % (NO_ANSWER, patience)) from failure
         raise failure
     try:
-        tune(sock)
+        set_tcp_options(sock)
         binding = NO_TLS
         deadline = time.monotonic() + patience
         if tls is not None:
@@ -11705,7 +11705,7 @@ def dial(host: str,
             note(sock)
             binding = hashlib.sha256(sock.getpeercert(True)).digest()
         session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
-        return Arrival(sock, session, address_in(sock.getpeername()))
+        return Authenticated(sock, session, address_in(sock.getpeername()))
     except Silence as exc:
         sock.close()
         raise Silence('%s %g s' % (NO_ANSWER, patience)) from exc
@@ -11782,22 +11782,22 @@ def why_unreached(exc: BaseException) -> Unreached:
     return Unreached.UNREACHABLE
 
 
-class Dialled(NamedTuple):
-    """Posted by the thread of a Dialling: `peer` was reached."""
+class Connected(NamedTuple):
+    """Posted by the thread of a Reconnector: `peer` was reached."""
     peer: Any
     sock: Any
     session: Session
     address: str
 
 
-class DialFailed(NamedTuple):
-    """Posted by the thread of a Dialling: it was not."""
+class ConnectFailed(NamedTuple):
+    """Posted by the thread of a Reconnector: it was not."""
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
 
 
-class Dialling:
+class Reconnector:
     """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait is
     twice as long. The loop's thread.
 
@@ -11814,7 +11814,7 @@ class Dialling:
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
         self._flaps = 0                    # links in a row that ended at once
         self._hurry_until = -math.inf      # attempts are short and frequent
-        self._attempt: Optional[_Attempt] = None
+        self._attempt: Optional[_Connecting] = None
 
     @property
     def busy(self) -> bool:
@@ -11822,15 +11822,15 @@ class Dialling:
         return self._attempt is not None
 
     def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
-                                                                            Arrival]) -> None:
-        """`reach(note)` is `dial` with its arguments, but for `note`. Dialled or DialFailed is
+                                                                            Authenticated]) -> None:
+        """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
         posted with `peer`."""
-        self.due, self._attempt = None, _Attempt(post, peer, reach)
+        self.due, self._attempt = None, _Connecting(post, peer, reach)
         try:
             self._attempt.thread.start()
         except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
             self._attempt = None
-            post(DialFailed(peer, 'no thread could be started: %s' % exc))
+            post(ConnectFailed(peer, 'no thread could be started: %s' % exc))
 
     def ended(self) -> None:
         """Its event has come."""
@@ -11867,11 +11867,11 @@ class Dialling:
             self._attempt.abort(waits)
 
 
-class _Attempt:
-    """One thread of a Dialling."""
+class _Connecting:
+    """One thread of a Reconnector."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
-                 reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+                 reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
         self._post = post
         self._peer = peer
         self._reach = reach
@@ -11885,9 +11885,9 @@ class _Attempt:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:
             # Runtime: no process at interpreter's exit
-            self._post(DialFailed(self._peer, dial_text(exc), why_unreached(exc)))
+            self._post(ConnectFailed(self._peer, dial_text(exc), why_unreached(exc)))
         else:
-            self._post(Dialled(self._peer, *found))
+            self._post(Connected(self._peer, *found))
 
     def _note(self, sock: Any) -> None:
         with self._lock:
@@ -11909,7 +11909,7 @@ class _Attempt:
             self.thread.join(HANDSHAKE_TIME)
 
 
-class Second:
+class SecondConnection:
     """A second connection to a peer whose link is silent: whichever speaks first is used. The
     loop's thread.
 
@@ -11919,7 +11919,7 @@ class Second:
 
     def __init__(self, peer: Any) -> None:
         self.peer = peer
-        self._dialling = Dialling(0.0, 0.0)
+        self._dialling = Reconnector(0.0, 0.0)
         self._failed_at: Optional[float] = None    # when an attempt has failed last
         self._began = 0.0
 
@@ -11933,7 +11933,7 @@ class Second:
         return self._failed_at is not None and self._failed_at >= since
 
     def start(self, now: float, post: Callable[[Any], None],
-              reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+              reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
         """One more attempt, unless there is one."""
         if not self.busy:
             self._began = now
@@ -11970,8 +11970,8 @@ def discovery_reach() -> str:
     return reach
 
 
-class Ear(socketserver.UDPServer):
-    """One UDP socket. A loop watches it and calls `knock`; what comes is given to `hear(data,
+class UdpListener(socketserver.UDPServer):
+    """One UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
     source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
@@ -12026,7 +12026,7 @@ class Ear(socketserver.UDPServer):
             return
         self._hear(data, source, reply)
 
-    def knock(self) -> None:
+    def on_readable(self) -> None:
         """Something came. The loop's thread."""
         self.handle_request()
 
@@ -12062,7 +12062,7 @@ def interfaces() -> List[int]:
         return []
 
 
-class Ears:
+class DiscoverySockets:
     """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
     and speaks to `there`, from the first of its ports, where the answers come. The loop's
     thread."""
@@ -12078,7 +12078,7 @@ class Ears:
         self._reach: str = reach
         self._there: List[int] = sorted(set(there))
         self._multicast: bool = multicast
-        self.ears: List[Ear] = []
+        self.ears: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
         for number in sorted(set(ports)) if reach != 'off' else ():
@@ -12090,7 +12090,7 @@ class Ears:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
                 try:
-                    ear = Ear(family, host, number, hear, multicast)
+                    ear = UdpListener(family, host, number, hear, multicast)
                 except OSError as exc:
                     # Taken by a program that does not share it, or no such family here
                     if family == socket.AF_INET:
@@ -12098,9 +12098,9 @@ class Ears:
                     continue
                 ear.speaks = number == self._first
                 self.ears.append(ear)
-                loop.watch(ear.socket, ear.knock)
+                loop.add_reader(ear.socket, ear.on_readable)
 
-    def shout(self, say: Callable[[], bytes]) -> None:
+    def broadcast(self, say: Callable[[], bytes]) -> None:
         """To everybody within reach: what `say` returns, by each family anew, so that a host of
         both answers by both."""
         for ear in self.ears:
@@ -12109,7 +12109,7 @@ class Ears:
                 for port in self._there:
                     self._shout(ear, data, port)
 
-    def _shout(self, ear: Ear, data: bytes, port: int) -> None:
+    def _shout(self, ear: UdpListener, data: bytes, port: int) -> None:
         if ear.address_family == socket.AF_INET6:
             targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
@@ -12132,7 +12132,7 @@ class Ears:
     def close(self) -> None:
         """Listen no more. Does nothing the second time."""
         for ear in self.ears:
-            self._loop.unwatch(ear.socket)
+            self._loop.remove_reader(ear.socket)
             ear.server_close()
         self.ears = []
 
@@ -12176,7 +12176,7 @@ class ChildEnded(NamedTuple):
 
 class Digested(NamedTuple):
     """Posted by a thread: digests of files that were there are known."""
-    action: Prepare
+    action: PrepareDirectory
 
 
 class NodeDirectory:
@@ -12185,7 +12185,7 @@ class NodeDirectory:
     clients are away, and the directories of computations."""
 
     def __init__(self, options: Options, instance: bytes,
-                 taken: Callable[[Memory, Dict[str, Past]], None]) -> None:
+                 taken: Callable[[Memory, Dict[str, AttemptHistory]], None]) -> None:
         """`taken` is called when the directory is the node's, with what is known of attempts of
         computations that earlier nodes had."""
         self._options = options
@@ -12330,9 +12330,9 @@ class NodeDirectory:
                 dest_path)
         return os.path.join(self.root, *parts)
 
-    def spool(self, comp: str) -> Shelf:
+    def spool(self, comp: str) -> ResultSpool:
         """The file with results of a computation whose client is away."""
-        return Shelf(os.path.join(self.base, 'r-' + comp))
+        return ResultSpool(os.path.join(self.base, 'r-' + comp))
 
     def spooled(self) -> List[str]:
         """Computations that have such a file."""
@@ -12435,7 +12435,7 @@ class ComputationFiles:
         """The directories of a computation that was prepared."""
         return self._known[comp]
 
-    def prepare(self, action: Prepare) -> None:
+    def prepare(self, action: PrepareDirectory) -> None:
         """Make a computation's directories and post which of its files are missing."""
         spec = action.spec
         comp = action.comp
@@ -12463,12 +12463,12 @@ class ComputationFiles:
                 missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(files, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
-            self._host.post(Prepared(comp, [], 'files cannot be stored: %s' % exc,
+            self._host.post(DirectoryReady(comp, [], 'files cannot be stored: %s' % exc,
                                        reason_of(exc)))
         else:
-            self._host.post(Prepared(comp, missing))
+            self._host.post(DirectoryReady(comp, missing))
 
-    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
+    def _digest(self, action: PrepareDirectory, paths: Sequence[str]) -> None:
         """Large files are there from before: whether they are the same is found out beside the
         loop."""
         def work() -> None:
@@ -12536,7 +12536,7 @@ class ComputationFiles:
             with self._directory.as_user():
                 self._host.post(Wanted(action.comp, files.receiver.again()))
 
-    def store(self, action: Store) -> None:
+    def store(self, action: WriteFile) -> None:
         """Write a piece of a file."""
         assert self._modules is not None   # ours
         files = self._known[action.piece.comp]
@@ -12547,7 +12547,7 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        self._host.post(Stored(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
+        self._host.post(FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -12588,7 +12588,7 @@ class ResultStore:
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         # Results that their clients could not take, and why
         self.refused: Dict[Tuple[str, int], str] = {}
-        self.backlog = Backlog(host.links)
+        self.backlog = SpoolSender(host.links)
         # Kept results, of a link and a computation, and when they are read again
         self.read_later: Dict[Tuple[int, str], float] = {}
 
@@ -12602,24 +12602,24 @@ class ResultStore:
                     raise ValueError('%s is empty' % spool.path)
                 left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
                 self._host.tell(
-                    Found(comp, owner, serials, self._host.now + max(0.0, left), digest))
+                    SpoolFound(comp, owner, serials, self._host.now + max(0.0, left), digest))
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 spool.remove()
 
-    def keep(self, action: Keep) -> None:
+    def keep(self, action: SpoolResults) -> None:
         """Write results to the disk."""
         try:
             self._directory.ensure()
             self._directory.spool(action.comp).append(action.owner, action.rows, action.digest)
         except (OSError, ValueError, StartError) as exc:
             self._unkept.add(action.comp)
-            self._host.post(Kept(action.comp, [], str(exc)))
+            self._host.post(ResultsSpooled(action.comp, [], str(exc)))
         else:
             self._unkept.discard(action.comp)
-            self._host.tell(Kept(action.comp, [row[0] for row in action.rows]))
+            self._host.tell(ResultsSpooled(action.comp, [row[0] for row in action.rows]))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
@@ -12635,7 +12635,7 @@ class ResultStore:
             return row
         return refused_row(row, text)
 
-    def send_kept(self, action: SendKept) -> None:
+    def send_kept(self, action: SendSpooled) -> None:
         """Send results from the disk, as the link has room."""
         self.backlog.add_results(action.link, action.comp,
                                  self._kept_rows(action.link, action.comp))
@@ -12653,7 +12653,7 @@ class ResultStore:
             text = str(exc)
         except OSError as exc:
             logger.error('kept results cannot be read now: %s', exc)
-            self.read_later[link, comp] = self._host.now + WORKER_AGAIN
+            self.read_later[link, comp] = self._host.now + WORKER_RETRY_DELAY
             return
         for serial in sorted(missing):
             yield (serial, int(Outcome.DIED), 0.0, 0.0,
@@ -12830,7 +12830,7 @@ class RunnerWatch:
     def close(self) -> None:
         """Watch no more."""
         if self._handle >= 0:
-            self._host.unwatch(self._handle)
+            self._host.remove_reader(self._handle)
             os.close(self._handle)
             self._handle = -1
 
@@ -12886,7 +12886,7 @@ class ComputationProcesses:
             }
         }
         self.control.push(  # type: ignore[union-attr]
-            pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
+            pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
     def after_fork(self) -> None:
         """In a forked child: these are the parent's."""
@@ -12929,8 +12929,8 @@ class HeldPipes:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
         links = self._host.links.values()
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in links) \
-                and self._must_wait(pipe, HELD_BACK):
+        if pipe.dirty is not None and any(link.queued > BACKPRESSURE_BYTES for link in links) \
+                and self._must_wait(pipe, BACKPRESSURE_BYTES):
             pipe.paused = True
             self._held.add(pipe)
             self._host.interest(pipe)
@@ -12943,14 +12943,14 @@ class HeldPipes:
 
     def let_go(self) -> None:
         """Read again those for which links have room."""
-        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
+        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)]:
             pipe.paused = False
             self._host.interest(pipe)
             self._held.remove(pipe)
 
     def may_let_go(self) -> bool:
         """Whether there are such."""
-        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
+        return any(not self._must_wait(pipe, BACKPRESSURE_BYTES // 2) for pipe in self._held)
 
 
 class WorkerReader:
@@ -12968,7 +12968,7 @@ class WorkerReader:
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
         for record in records:
-            if record.kind == Kind.RESULT:
+            if record.kind == RecordType.RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
                     raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
@@ -12989,34 +12989,34 @@ class WorkerReader:
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
-        if record.kind == Kind.LOGGED:
+        if record.kind == RecordType.LOGGED:
             log_record_of(record.bodies[0])
             self._host.tell(
                 WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
-        elif record.kind == Kind.FILE:
+        elif record.kind == RecordType.FILE:
             row = open_envelope(record.bodies[0])
             if not _is_file(row) or not _is_serial(record.serial):
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
-                              record.number * FILE_PIECE, beside(record.bodies[1]))
+                              record.number * FILE_PIECE, out_of_band(record.bodies[1]))
             self._host.tell(WorkerFile(pipe.worker, piece))
             self.held.hold_back(pipe)
-        elif record.kind == Kind.WANT:
+        elif record.kind == RecordType.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int
                                                    and not _is_serial(request)):
                 raise PeerError('modules that are none')
             self._host.tell(WorkerWants(pipe.worker, record.serial, request))
-        elif record.kind == Kind.INITIALIZED:
+        elif record.kind == RecordType.INITIALIZED:
             text = bytes(record.bodies[0]).decode('utf-8', 'replace')
             error = text and 'on node %s %s' % (self._host.node.name, text)
             self._host.tell(WorkerInitialized(pipe.worker, error))
-        elif record.kind == Kind.UNSTARTED:
+        elif record.kind == RecordType.JOBS_RETURNED:
             body = record.bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
             self._host.tell(
-                WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+                WorkerReturnedJobs(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
 
 class ProcessHost:
@@ -13033,18 +13033,18 @@ class ProcessHost:
         self.held = self._reader.held
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
-            Kind.ALIVE: self._on_alive,
-            Kind.END_NODE: self._on_end_node,
-            Kind.UP: self._on_up,
-            Kind.FAILED: self._on_failed,
+            RecordType.ALIVE: self._on_alive,
+            RecordType.END_NODE: self._on_end_node,
+            RecordType.READY: self._on_up,
+            RecordType.FAILED: self._on_failed,
         }
         self._of_workers: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
-            Kind.BORN: self._on_worker_started,
-            Kind.GONE: self._on_worker_exited,
-            Kind.UNBORN: self._on_worker_start_failed,
-            Kind.TOO_BIG: self._on_memory_exceeded,
-            Kind.OVERDUE: self._on_overdue,
-            Kind.PRINTED: self._on_printed,
+            RecordType.WORKER_STARTED: self._on_worker_started,
+            RecordType.WORKER_EXITED: self._on_worker_exited,
+            RecordType.UNBORN: self._on_worker_start_failed,
+            RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
+            RecordType.OVERDUE: self._on_overdue,
+            RecordType.PRINTED: self._on_printed,
         }
 
     # -- runners -----------------------------------------------------------------------------------
@@ -13079,7 +13079,7 @@ class ProcessHost:
         run.closing = True
         run.kill_at = self._host.now + GRACE
         if run.up and run.control is not None:
-            run.control.push(pack_record(Kind.CLOSE))
+            run.control.push(pack_record(RecordType.CLOSE))
         else:
             run.process.terminate()
 
@@ -13125,7 +13125,7 @@ class ProcessHost:
             run.process.kill()
             run.watch.killed_at = self._host.now
         elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
-            run.control.push(pack_record(Kind.ASK))
+            run.control.push(pack_record(RecordType.ASK))
         if run.watch.is_undead(self._host.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)',
                          run.process.pid)
@@ -13227,7 +13227,7 @@ class ProcessHost:
         elif record.number in run.pipes:
             if record.kind in self._of_workers:
                 self._of_workers[record.kind](run, record)
-        elif record.kind == Kind.GONE:   # of a worker that was let go
+        elif record.kind == RecordType.WORKER_EXITED:   # of a worker that was let go
             run.pids.pop(record.number, None)
 
     def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
@@ -13253,11 +13253,11 @@ class ProcessHost:
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         self._let_go(run, record.number)
         self._host.tell(
-            WorkerUnborn(record.number,
+            WorkerStartFailed(record.number,
                          bytes(record.bodies[0]).decode('utf-8', 'replace')))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        self._host.tell(WorkerTooBig(record.number, record.serial))
+        self._host.tell(MemoryExceeded(record.number, record.serial))
 
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
         self._host.tell(WorkerOverdue(record.number, record.serial))
@@ -13267,7 +13267,7 @@ class ProcessHost:
             raise PeerError('output of no stream')
         self._host.tell(
             WorkerPrinted(record.number, record.serial, int(record.start), int(record.end),
-                          beside(_keep(record.bodies[0]))))
+                          out_of_band(_keep(record.bodies[0]))))
 
     def _on_worker_exited(self, run: ComputationProcesses, record: Record) -> None:
         if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
@@ -13326,7 +13326,7 @@ class ProcessHost:
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._host.tell(WorkerUnborn(action.worker, shortage(exc)))
+            self._host.tell(WorkerStartFailed(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
@@ -13334,44 +13334,44 @@ class ProcessHost:
         self._of_worker[action.worker] = run
         self._host.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
-        run.control.push(pack_record(Kind.FORK, action.worker), theirs)
+        run.control.push(pack_record(RecordType.FORK, action.worker), theirs)
 
-    def feed(self, action: Feed) -> None:
+    def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
             for attempt in action.attempts:
                 run.pipes[action.worker].push(pack_record(
-                    Kind.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
+                    RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
 
-    def _order(self, kind: Kind, worker: int, serial: int = 0, first: float = 0.0,
+    def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
                second: float = 0.0) -> None:
         run = self._of_worker.get(worker)
         if run is not None and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(kind, worker, serial, first, second))
 
-    def watch(self, action: Watch) -> None:
+    def watch(self, action: LimitMemory) -> None:
         """Limit the memory and the time of what a worker runs."""
-        self._order(Kind.WATCH, action.worker, action.serial, float(action.most), action.seconds)
+        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most), action.seconds)
 
     def interrupt(self, action: Interrupt) -> None:
         """Interrupt what a worker runs."""
-        self._order(Kind.INTERRUPT, action.worker, action.serial)
+        self._order(RecordType.INTERRUPT, action.worker, action.serial)
 
     def kill(self, action: Kill) -> None:
         """Kill a worker."""
-        self._order(Kind.KILL, action.worker)
+        self._order(RecordType.KILL, action.worker)
 
-    def take_back(self, action: TakeBack) -> None:
+    def take_back(self, action: TakeFromWorker) -> None:
         """Ask a worker for what it has not started."""
-        self._order(Kind.RECALL, action.worker)
+        self._order(RecordType.RECALL, action.worker)
 
-    def tell_kept(self, action: TellKept) -> None:
+    def tell_kept(self, action: AnswerJobFile) -> None:
         """Tell a worker what became of what its job has sent or wanted."""
         run = self._of_worker.get(action.worker)
         if run is not None:
             run.pipes[action.worker].push(
-                pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
+                pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
@@ -13406,11 +13406,11 @@ class Uplink:
     def __init__(self, host: str, port: int, most: float) -> None:
         self.host = host
         self.port = port
-        self.dialling = Dialling(min(1.0, most), most)
+        self.dialling = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
         self.told = ''     # the last failure that was logged
-        self.second = Second(self)
+        self.second = SecondConnection(self)
 
 
 class Uplinks:
@@ -13433,7 +13433,7 @@ class Uplinks:
         if self._uplinks and self._options.certfile:
             self._tls = tls_context(False, self._options.certfile, self._options.keyfile)
 
-    def _reach(self, uplink: Uplink, patience: float) -> Callable[..., Arrival]:
+    def _reach(self, uplink: Uplink, patience: float) -> Callable[..., Authenticated]:
         return functools.partial(dial,
                                  uplink.host,
                                  uplink.port,
@@ -13457,13 +13457,13 @@ class Uplinks:
         uplink.link = link.number
         uplink.since = self._daemon.now
         uplink.told = ''
-        logger.info('connected to %s', place(uplink.host, uplink.port))
+        logger.info('connected to %s', format_address(uplink.host, uplink.port))
 
-    def failed(self, event: DialFailed) -> None:
+    def failed(self, event: ConnectFailed) -> None:
         """An attempt has failed."""
         uplink = event.peer
         text = event.text
-        if isinstance(uplink, Second):
+        if isinstance(uplink, SecondConnection):
             self._daemon.second_failed(uplink, self._daemon.links.get(uplink.peer.link))
             return
         uplink.dialling.ended()
@@ -13473,7 +13473,7 @@ class Uplinks:
         if uplink.told != about and not (uplink.told and text == CLOSED_AT_ONCE):
             uplink.told = about
             logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying',
-                           place(uplink.host, uplink.port), text)
+                           format_address(uplink.host, uplink.port), text)
 
     def link_ended(self, link: Link) -> None:
         """A link has ended; if it is one of these, it is made again."""
@@ -13490,7 +13490,7 @@ class Uplinks:
                 uplink.second.start(self._daemon.now, self._daemon.post,
                                     self._reach(uplink, max(1.0, link.pulse)))
 
-    def second_reached(self, event: Dialled) -> Optional[Dialled]:
+    def second_reached(self, event: Connected) -> Optional[Connected]:
         """It takes the place of a link that is silent still; None if that has spoken, or another
         has its place."""
         uplink = event.peer.peer
@@ -13524,7 +13524,7 @@ class NodeDiscovery:
         self._daemon = daemon
         self._options = options
         self._instance = instance
-        self._sockets: Optional[Ears] = None
+        self._sockets: Optional[DiscoverySockets] = None
         self.hello_at: Optional[float] = None
         self._port = 0
         self._stranger_at = -60.0         # when one that asked with another secret was logged
@@ -13543,7 +13543,7 @@ class NodeDiscovery:
         # Its own port for those who name it; the usual one so that it is found at whatever port it
         # serves.
         ports = {options.port or NODE_PORT, NODE_PORT}
-        self._sockets = Ears(self._daemon, reach, ports, ports, self._hear, options.multicast)
+        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear, options.multicast)
         if self._sockets.error:
             logger.warning('%s: this node is not found by asking, but can be named',
                            self._sockets.error)
@@ -13552,14 +13552,14 @@ class NodeDiscovery:
     def hello(self) -> None:
         """Say that there is a node."""
         assert self._sockets is not None   # ours
-        self._sockets.shout(lambda: self._discovery.say(Cry.HELLO))
+        self._sockets.broadcast(lambda: self._discovery.build(DatagramType.HELLO))
         if self._options.ping_interval:
             self.hello_at = self._daemon.now + self._options.ping_interval
         else:
             self.hello_at = None
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        heard, answer = self._discovery.hear(data, source, self._daemon.now)
+        heard, answer = self._discovery.parse(data, source, self._daemon.now)
         if answer is not None:
             reply(answer)
             if heard is None and self._daemon.now - self._stranger_at > 10.0:
@@ -13611,8 +13611,8 @@ class NodeHost:
         # For the parts
         self.detach = loop.detach
         self.interest = loop.interest
-        self.watch = loop.watch
-        self.unwatch = loop.unwatch
+        self.watch = loop.add_reader
+        self.remove_reader = loop.remove_reader
         self._events: Dict[type, Callable[[Any], Any]] = {
             ChildEnded: lambda event: self.processes.reap(),
             Digested: self.files.on_digested,
@@ -13620,29 +13620,29 @@ class NodeHost:
         self._acts: Dict[type, Callable[[Any], Any]] = {
             Send: self._send,
             Drop: self._drop,
-            Prepare: self.files.prepare,
+            PrepareDirectory: self.files.prepare,
             WantAgain: self.files.want_again,
-            Store: self.files.store,
+            WriteFile: self.files.store,
             Fetch: self.files.fetch,
             FetchValue: self.files.fetch_value,
             DropValue: self.files.drop_value,
             NoteOverrun: self.files.note_overrun,
-            Keep: self.results.keep,
-            SendKept: self.results.send_kept,
+            SpoolResults: self.results.keep,
+            SendSpooled: self.results.send_kept,
             Forget: self.results.forget,
             Remember: self.directory.remember,
             StartRunner: self.processes.start_runner,
             StopRunner: self.processes.stop_runner,
             StartWorker: self.processes.start_worker,
-            Feed: self.processes.feed,
+            SendToWorker: self.processes.feed,
             Interrupt: self.processes.interrupt,
             Kill: self.processes.kill,
-            Watch: self.processes.watch,
-            TakeBack: self.processes.take_back,
-            TellKept: self.processes.tell_kept,
+            LimitMemory: self.processes.watch,
+            TakeFromWorker: self.processes.take_back,
+            AnswerJobFile: self.processes.tell_kept,
             Retire: self.processes.retire,
             Broken: lambda action: loop.fault(action, action.error, self),
-            Show: self._show,
+            PrintStatus: self._show,
             Exit: self._exit,
         }
 
@@ -13655,7 +13655,7 @@ class NodeHost:
         self.files.start()
         self.results.find_kept()
 
-    def _directory_taken(self, memory: Memory, past: Dict[str, Past]) -> None:
+    def _directory_taken(self, memory: Memory, past: Dict[str, AttemptHistory]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
             self.tell(Remembered(comp, known))
@@ -13839,26 +13839,26 @@ class NodeHost:
             return
         message = action.message
         if type(message) is not Results:
-            self.loop.say(link, message)
+            self.loop.send(link, message)
             return
         rows: Iterable[tuple] = message.rows
         if self.results.refused:
             rows = map(functools.partial(self.results.usable, message.comp), rows)
-        for frame in frames(Results, message.comp, map(sized, rows)):
-            self.loop.say(link, frame)
+        for frame in batches(Results, message.comp, map(with_size, rows)):
+            self.loop.send(link, frame)
 
     def _drop(self, action: Drop) -> None:
         link = self.links.pop(action.link, None)
         if link is not None:
-            self.loop.part(link, action.text)
+            self.loop.disconnect(link, action.text)
 
-    def _show(self, action: Show) -> None:
+    def _show(self, action: PrintStatus) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
             print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
 
     def _send_waiting(self) -> None:
         """Files and kept results into links that have room."""
-        for link, _, text in self.results.backlog.send(self.loop.say):
+        for link, _, text in self.results.backlog.send(self.loop.send):
             # Its client comes back and gets them then.
             self.loop.break_link(link, 'results cannot be read: %s' % text)
 
@@ -13881,13 +13881,13 @@ class Daemon(Loop):
             self._clock_at: Optional[float] = self.now
         else:
             self._clock_at = None
-        self._gates: List[Gate] = []
+        self._acceptors: List[Acceptor] = []
         self.uplinks = Uplinks(self, options, self.node_host.instance, self._break)
         self.discovery = NodeDiscovery(self, options, self.node_host.instance)
         self._events: Dict[type, Callable[[Any], Any]] = {
-            DialFailed: self.uplinks.failed,
-            Dialled: self._dialled,
-            Arrival: self._arrived,
+            ConnectFailed: self.uplinks.failed,
+            Connected: self._dialled,
+            Authenticated: self._arrived,
         }
 
     # -- start and end -----------------------------------------------------------------------------
@@ -13898,22 +13898,22 @@ class Daemon(Loop):
         port = self._options.port
         try:
             for host in options.hosts:
-                self._gates.append(self._listen(host, port))
-                port = self._gates[0].server_address[1]
+                self._acceptors.append(self._listen(host, port))
+                port = self._acceptors[0].server_address[1]
             self.node_host.start(port)
             self.uplinks.start()
         except BaseException:
             self.close()
             raise
-        for gate in self._gates:
-            self.watch(gate.socket, gate.knock)
+        for gate in self._acceptors:
+            self.add_reader(gate.socket, gate.on_readable)
         self.discovery.start(port)
         return port
 
-    def _listen(self, host: str, port: int) -> Gate:
+    def _listen(self, host: str, port: int) -> Acceptor:
         options = self._options
         try:
-            return Gate((host, port),
+            return Acceptor((host, port),
                         derive_key(options.secret),
                         Role.NODE, (Role.CLIENT, Role.SCHEDULER),
                         self.node_host.instance,
@@ -13924,7 +13924,7 @@ class Daemon(Loop):
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
-            where = place(host, port)
+            where = format_address(host, port)
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
                 raise StartError(
                     'port %d is in use (%s), perhaps by another dispynode; choose another port '
@@ -13935,11 +13935,11 @@ class Daemon(Loop):
 
     def close(self) -> None:
         """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._gates:
+        for gate in self._acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.unwatch(gate.socket)
+                self.remove_reader(gate.socket)
             gate.server_close()
-        self._gates = []
+        self._acceptors = []
         self.discovery.close()
         self.uplinks.close()
         self.node_host.close()
@@ -13958,16 +13958,16 @@ class Daemon(Loop):
         handler = self._events.get(type(event), self.node_host.on_event)
         handler(event)
 
-    def _arrived(self, event: Union[Arrival, Dialled]) -> Link:
+    def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
         """A peer has proved itself."""
         link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
         self.attach(link)
         self.node_host.link_up(link)
         return link
 
-    def _dialled(self, event: Dialled) -> None:
+    def _dialled(self, event: Connected) -> None:
         """A scheduler was reached."""
-        if isinstance(event.peer, Second):
+        if isinstance(event.peer, SecondConnection):
             reached = self.uplinks.second_reached(event)
             if reached is None:
                 return
@@ -13990,7 +13990,7 @@ class Daemon(Loop):
             self._message(channel, message)
 
     def _message(self, link: Link, message: Any) -> None:
-        if isinstance(message, Introduce):
+        if isinstance(message, ClientHello):
             self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self.node_host.take(link, message)
 
@@ -14259,7 +14259,7 @@ def _lock(path: str, port: int, instance: bytes = b'') -> Any:
     return file
 
 
-class Remains:
+class DirectoryRemains:
     """What a node whose process has ended has left on this machine, read by a client that was
     connected to it.
 
@@ -14286,7 +14286,7 @@ class Remains:
         except OSError:   # it is not ours to read, or is locked
             return False
 
-    def past(self, comp: str, memory: str) -> Past:
+    def past(self, comp: str, memory: str) -> AttemptHistory:
         """What can be known of attempts of a computation; `memory` is what the node's memory was
         known by."""
         root = os.path.dirname(self._path)
@@ -14296,18 +14296,18 @@ class Remains:
             past = Memory.read(root, comp)
             private = os.path.join(root, 'p-' + comp)
             if not os.path.isdir(private):   # it has ended in good order, or the computation has
-                return past.and_also(Past(whole=whole))
+                return past.and_also(AttemptHistory(whole=whole))
             begun = Slots.read(private)
         except OSError:
-            return Past(whole=False)
-        return past.and_also(Past(whole=whole and begun is not None, lost=begun or frozenset()))
+            return AttemptHistory(whole=False)
+        return past.and_also(AttemptHistory(whole=whole and begun is not None, lost=begun or frozenset()))
 
     def kept(self, comp: str) -> List[int]:
         """Attempts whose results it has kept."""
         try:
             return [
                 row[0]
-                for row in Shelf(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()
+                for row in ResultSpool(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()
             ]
         except OSError:   # none, as a rule
             return []
@@ -14608,7 +14608,7 @@ def _time_of_day(text: str) -> str:
     return '%02d:%02d' % (int(hour), int(minute))
 
 
-def positive(text: str) -> float:
+def positive_number(text: str) -> float:
     """A number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
@@ -14967,7 +14967,7 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
 
 
 def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    times = dict.fromkeys((positive, seconds_option, minutes_option), (int, float))
+    times = dict.fromkeys((positive_number, seconds_option, minutes_option), (int, float))
     kinds: Dict[Any, Any] = {int: int, serve_option: int, **times, size_option: (int, str)}
     if isinstance(action, Each):
         kind: Any = list
@@ -15130,7 +15130,7 @@ def _embedded(daemon: Daemon) -> None:
     daemon.post(Stop())
 
 
-def command(line: str) -> Any:
+def parse_command(line: str) -> Any:
     """The event that a line at the prompt stands for. Raises ValueError for a number of CPUs that
     cannot be."""
     words = line.split()
@@ -15160,7 +15160,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
         *lines, rest = (rest + data).split(b'\n')
         for line in lines:
             try:
-                post(command(line.decode('utf-8', 'replace')))
+                post(parse_command(line.decode('utf-8', 'replace')))
             except ValueError as exc:
                 print(exc, flush=True)
 

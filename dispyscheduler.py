@@ -18,13 +18,13 @@ HOST`).
 
 To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is
 a program with many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands
-what is between: `Remote`, a program's computation, in the place of a JobCluster.
+what is between: `ClientComputation`, a program's computation, in the place of a JobCluster.
 
 The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn
      has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has
+  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it has
      begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
      disk.
@@ -73,25 +73,27 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo,
-                   Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
-                   NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
-                   WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
+from dispy import (
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, ConnectionSettings, Allocation, CancelAsked,
+    PackedComputation, Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
+    NodePolicy, NodeResults, NodeSpec, NodeUser, NodeConnection, Schedule, AssignmentState,
+    WithdrawAsked, ScheduledJob, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
-    VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
-    OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of, OBSOLETE_SCHEDULER,
-    accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
-    Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece, FileReceiver,
-    FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer, Outcome,
-    Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
-    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong,
-    __version__, _write_private, beside, check_name, derive_key, digest_of, discovery_reach,
-    find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
+    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueRequests, pack_error,
+    VALUE_MOST, IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES,
+    NAME_MOST, NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of,
+    OBSOLETE_SCHEDULER, accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT,
+    ZOMBIE_TIME, Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DispyError, Done,
+    Each, FilePiece, FileReceiver, FileStored, Acceptor, KnownAttempts, ClientHello, Jobs, Limit,
+    Link, LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose,
+    Query, Ready, ReturnJobs, Reclaim, Refused, Results, Return, JobsReturned, Role, Notice,
+    Shutdown, StartError, Started, Unfit, Values, NodeHello, JobsAssigned, Wrong, __version__,
+    _write_private, out_of_band, check_name, derive_key, digest_of, discovery_reach, find_secret,
+    batches, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
     over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
     open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of,
-    size_option, sized, take_own_directory, tls_files, unpack_error)
+    size_option, with_size, take_own_directory, tls_files, unpack_error)
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -99,11 +101,11 @@ __all__ = ['main']   # the others are dispy's own
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-ENDLESS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
+UNLIMITED_CPUS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
 # Bytes of waiting jobs' arguments that are kept in memory besides the disk
 IN_MEMORY = 8 << 20
-OBJECT = 48                   # bytes of memory that a bytes object takes besides its contents
-LARGE = 64 * 1024             # bytes from which arguments and results are files of their own
+BYTES_OVERHEAD = 48                   # bytes of memory that a bytes object takes besides its contents
+FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
 HTTPD_PORT = 8181             # of the web monitor
@@ -225,7 +227,7 @@ class StoredValues(Values):
         super().__init__('at the scheduler', logger)
         self._state = state
 
-    def find_place(self, value: Coming) -> Any:
+    def find_place(self, value: IncomingValue) -> Any:
         """A file if there is room on the disk. Raises OSError."""
         promised = sum(other.total - other.seen for other in self._coming.values()
                        if other.place is not None)
@@ -333,7 +335,7 @@ class State(Database):
 
     # -- computations and nodes --------------------------------------------------------------------
 
-    def began(self, remote: 'Remote') -> None:
+    def began(self, remote: 'ClientComputation') -> None:
         """A computation is new, or its spec has changed."""
         place = self._comps.get(remote.comp)
         if place is None:
@@ -346,7 +348,7 @@ class State(Database):
         if self._comps.pop(comp, None) is not None:
             self.note(self.OVER, comp)
 
-    def met(self, peer: Peer) -> None:
+    def met(self, peer: NodeConnection) -> None:
         """A node is connected."""
         key = _key_text(peer.key)
         if key not in self._places:
@@ -361,12 +363,12 @@ class State(Database):
         """What a program did not come back for; the numbers are its own."""
         self.note(self.PAST, comp, time.time(), struct.pack('>%dQ' % len(serials), *serials), text)
 
-    def past(self, comp: str) -> Past:
+    def past(self, comp: str) -> AttemptHistory:
         """What is known of the jobs of a computation that is not here any more."""
         row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
         if row is None:
-            return Past()
-        return Past(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])),
+            return AttemptHistory()
+        return AttemptHistory(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])),
                     text=row[1])
 
     # -- jobs --------------------------------------------------------------------------------------
@@ -397,10 +399,10 @@ class State(Database):
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
         return OnDisk(os.path.join(self.large, '%s%d.part' % (self.NEW, next(self._new_values))))
 
-    def submitted(self, work: 'RemoteWork', payload: Any) -> None:
+    def submitted(self, work: 'ClientJob', payload: Any) -> None:
         """A new job."""
         number = work.serial >> 16
-        large = size_of(payload) >= LARGE
+        large = size_of(payload) >= FILE_BYTES
         if large:
             self._large[number, 'p'] = pieces_of(payload)
         self.note(self.INSERT, number, self._comps[work.comp], work.client_serial,
@@ -424,13 +426,13 @@ class State(Database):
             return row[0]
         return stored(self._file(number, 'p'))
 
-    def sent(self, works: Sequence[Work], key: Any) -> None:
+    def sent(self, works: Sequence[ScheduledJob], key: Any) -> None:
         """Jobs go to a node, when this is on the disk."""
         place = self._places[_key_text(key)]
         self._notes[self.MOVE] += [(self.SENT, work.serial & 0xffff, place, work.serial >> 16)
                                    for work in works]
 
-    def waits(self, work: Work) -> None:
+    def waits(self, work: ScheduledJob) -> None:
         """A job is back from a node."""
         self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.serial >> 16)
 
@@ -460,7 +462,7 @@ class State(Database):
             self._large[number, 'r'] = pieces_of(row[4])
             row = (*row[:4], None, *row[5:])
         data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
-        if len(data) >= LARGE:  # type: ignore[arg-type]
+        if len(data) >= FILE_BYTES:  # type: ignore[arg-type]
             self._large[number, 'r'] = [data]
             data = None
         self.note(self.END, data, number)
@@ -668,7 +670,7 @@ class State(Database):
         self._db.close()
 
 
-_SUCCESS = pickle.dumps(0, 5)   # as `seal` packs the exit status of a program that has not failed
+_SUCCESS = pickle.dumps(0, 5)   # as `dumps` packs the exit status of a program that has not failed
 
 
 def _exit_status(row: tuple) -> int:
@@ -714,7 +716,7 @@ def _key_of(text: str) -> Any:
 _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}
 
 
-class RemoteWork(Work):
+class ClientJob(ScheduledJob):
     """A job of a program."""
     # The serial that the program knows it by; bytes of its arguments
     __slots__ = ('client_serial', 'size')
@@ -742,7 +744,7 @@ VALUES_OF = '.values'
 TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
-class RemoteAllocator(NamedTuple):
+class ClientAllocator(NamedTuple):
     """A NodeAllocate of a program, which is asked by its number."""
     number: int
 
@@ -801,14 +803,14 @@ class EarlyJob:
         self.values = row[2]['values']
 
 
-class RemoteValues:
+class ClientValues:
     """The values, known by their digests, that the jobs of one computation need. A job is taken
     when all that it needs is on the disk; the program is asked for what is not. The loop's
     thread."""
 
-    def __init__(self, remote: 'Remote', most: int) -> None:
+    def __init__(self, remote: 'ClientComputation', most: int) -> None:
         """`most`: bytes that are kept, see ValueDesk."""
-        self._remote, self._desk = remote, ValueDesk(most)
+        self._remote, self._desk = remote, ValueRequests(most)
         self._directory = remote.directory + VALUES_OF
         self.retry_at = math.inf    # when room is looked for again
         self.told = False           # that there is none
@@ -826,7 +828,7 @@ class RemoteValues:
             else:   # it came when that ended
                 os.unlink(path)
 
-    def took(self, work: 'RemoteWork') -> None:
+    def took(self, work: 'ClientJob') -> None:
         """A job that was taken needs its values."""
         self._desk.hold(self._remote.comp, work)
 
@@ -841,7 +843,7 @@ class RemoteValues:
             self._let_go(early)
         return ready
 
-    def release(self, work: 'RemoteWork') -> None:
+    def release(self, work: 'ClientJob') -> None:
         """A job has ended."""
         self._desk.release(self._remote.comp, work)
 
@@ -901,9 +903,9 @@ class RemoteValues:
         return [early.row[0] for early in self._desk.failed(self._remote.comp)]
 
 
-class Remote(NodeUser):
+class ClientComputation(NodeUser):
     """A program's computation. The loop's thread."""
-    cargo: Cargo
+    cargo: PackedComputation
 
     def __init__(self,
                  scheduler: 'Scheduler',
@@ -940,13 +942,13 @@ class Remote(NodeUser):
                                      sync=(Purpose.PLACED, Purpose.VALUES))
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
         os.makedirs(directory + VALUES_OF, mode=0o700, exist_ok=True)
-        self.values = RemoteValues(self, max_values)
+        self.values = ClientValues(self, max_values)
         # Rows of files and of modules to be had, and who waits for them.
         self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
-        self.works: Dict[int, RemoteWork] = {}    # by the program's serials
+        self.works: Dict[int, ClientJob] = {}    # by the program's serials
         # The same of jobs that have ended and are not acknowledged, to their numbers
         self.ended: Dict[int, int] = {}
         self.outbox: List[tuple] = []
@@ -977,7 +979,7 @@ class Remote(NodeUser):
                     key=digest_of(self.key),
                     support={name: bytes(source)
                              for name, source in spec['support'].items()})
-        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda:
+        self.cargo = PackedComputation(spec, paths, spec['kind'] == 'program', lambda:
                            (b'', 'only its program can tell'))
 
     def remove(self) -> None:
@@ -986,41 +988,41 @@ class Remote(NodeUser):
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
 
-    def say(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         """Send a message to the program, if it is connected."""
         link = self._scheduler.links.get(self.link)
         if link is not None:
-            self._scheduler.say(link, message)
+            self._scheduler.send(link, message)
 
     def warn(self, text: str) -> None:
         """It is logged here and there."""
         super().warn(text)
-        self.say(Said(self.comp, text))
+        self.send(Notice(self.comp, text))
 
-    def node_unreachable(self, peer: Peer, text: str) -> None:
+    def node_unreachable(self, peer: NodeConnection, text: str) -> None:
         """The program is told."""
-        self.say(Said(self.comp, 'node %s cannot be used: %s' % (peer, text)))
+        self.send(Notice(self.comp, 'node %s cannot be used: %s' % (peer, text)))
 
-    def node_changed(self, status: int, peer: Peer) -> None:
+    def node_changed(self, status: int, peer: NodeConnection) -> None:
         """The program is told."""
         if self.link in self._scheduler.links and self.comp in peer.uses:
             row = self._scheduler.queries.row_of(*self._scheduler.queries.node_of(self.comp, peer))
             row = row._replace(state='closed' if status == DispyNode.Closed else 'ready')
-            self.say(News(self.comp, status, tuple(row)))
+            self.send(NodeChanged(self.comp, status, tuple(row)))
 
-    def ask_source(self, peer: Peer, link: Link) -> None:
+    def ask_source(self, peer: NodeConnection, link: Link) -> None:
         """The program is asked."""
         self._scheduler.program_calls.ask_source(self, peer, link)
 
-    def ask_allocator(self, allocator: Any, peer: Peer, link: Link) -> None:
+    def ask_allocator(self, allocator: Any, peer: NodeConnection, link: Link) -> None:
         """The program is asked."""
         self._scheduler.program_calls.ask_allocator(self, allocator, peer, link)
 
-    def asked(self, peer: Peer, message: Call) -> None:
+    def asked(self, peer: NodeConnection, message: Call) -> None:
         """The program is asked."""
         self._scheduler.program_calls.ask_for_modules(self, peer, message)
 
-    def support_for(self, peer: Peer) -> Dict[str, bytes]:
+    def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """The program has sent it."""
         if peer.facts.get('cloudpickle') == self.cloudpickle:
             return {}
@@ -1034,7 +1036,7 @@ class Remote(NodeUser):
         """The path of a value."""
         return self.values.path(digest)
 
-    def send_jobs(self, peer: Peer, works: Sequence[Any]) -> None:
+    def send_jobs(self, peer: NodeConnection, works: Sequence[Any]) -> None:
         """Of those that have waited for long the arguments are on the disk. The program is told
         where they are."""
         scheduler = self._scheduler
@@ -1051,25 +1053,25 @@ class Remote(NodeUser):
                 unread.append((work.serial, int(Outcome.DIED), 0.0, 0.0, reason, b'', b''))
             else:
                 rows.append(job_row(work, payload, OF_JOBS))
-        for frame in frames(Jobs, self.comp, rows):
-            scheduler.say(peer.link, frame)  # type: ignore[arg-type]
+        for frame in batches(Jobs, self.comp, rows):
+            scheduler.send(peer.link, frame)  # type: ignore[arg-type]
         scheduler.state.sent(works, peer.key)
         link = scheduler.links.get(self.link)
         if link is not None:
             node = (peer.ip_addr, peer.port, peer.name)
-            scheduler.say(link, Where(self.comp, node, [work.client_serial for work in works]))
+            scheduler.send(link, JobsAssigned(self.comp, node, [work.client_serial for work in works]))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
-    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
+    def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[Any, float]]) -> None:
         """The program is told."""
-        self.say(Started(self.comp, [(work.client_serial, ran) for work, ran in pairs]))
+        self.send(Started(self.comp, [(work.client_serial, ran) for work, ran in pairs]))
 
-    def jobs_ended(self, peer: Peer, pairs: List[Tuple[Any, tuple]]) -> None:
+    def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[Any, tuple]]) -> None:
         """They go to the disk and to the program."""
         for work, row in pairs:
             row = (work.client_serial, *row[1:])
-            if row[1] not in GOES_ON:
+            if row[1] not in PROVISIONAL:
                 self._scheduler.program_jobs.end(self, work, row, peer.key)
             else:
                 self.outbox.append(row)
@@ -1097,7 +1099,7 @@ class Remote(NodeUser):
         """The program is told."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        self.say(Where(self.comp, (), [work.client_serial]))
+        self.send(JobsAssigned(self.comp, (), [work.client_serial]))
 
     def job_parked(self, work: Any, text: str) -> None:
         """The program is told."""
@@ -1107,22 +1109,22 @@ class Remote(NodeUser):
         """The program, which wanted to know whether it has begun, is told."""
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
-            self.say(Started(work.comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
+            self.send(Started(work.comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
 
-    def output(self, peer: Peer, work: Any, message: Output) -> None:
+    def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """It is passed on as it came."""
         if message.stream == 0:
             log_record_of(message.data)   # raises PeerError
-        self.say(message._replace(serial=work.client_serial, data=beside(message.data)))
+        self.send(message._replace(serial=work.client_serial, data=out_of_band(message.data)))
 
-    def file_piece(self, peer: Peer, work: Any, message: FilePiece) -> None:
+    def file_piece(self, peer: NodeConnection, work: Any, message: FilePiece) -> None:
         """It is passed on to the program."""
         if message.offset == 0:
             self.files[message.key] = (self.link, message.row[0])
         if message.key not in self.files:
             return   # it was answered already: what is left of it is passed over
         if self.link in self._scheduler.links and self.files[message.key][0] == self.link:
-            self.say(message._replace(key=work.client_serial, data=beside(message.data)))
+            self.send(message._replace(key=work.client_serial, data=out_of_band(message.data)))
         else:
             del self.files[message.key]
             text = 'the client is not connected'
@@ -1133,7 +1135,7 @@ class Remote(NodeUser):
         return list(self.works.values())
 
 
-class House(NodeUser):
+class KeepConnected(NodeUser):
     """The scheduler's own hold on its nodes: it looks and never computes, and they stay
     connected."""
     client = comp = 'house'
@@ -1146,7 +1148,7 @@ class House(NodeUser):
         self.searches = not options.nodes
         self.multicast = options.multicast
 
-    def spec_of(self, peer: Peer) -> Optional[NodeSpec]:
+    def spec_of(self, peer: NodeConnection) -> Optional[NodeSpec]:
         """A node that knows the secret and has come by itself is one, too."""
         if peer.port:
             return super().spec_of(peer)
@@ -1196,7 +1198,7 @@ def specs_of(rows: Any) -> List[NodeSpec]:
     if rows is None:
         return [NodeSpec('*', NODE_PORT)]
     try:
-        return [parse_nodes((host, port, cpus), NODE_PORT, True)[0]._replace(allocator=RemoteAllocator(number) if number else None)  # type: ignore[arg-type]
+        return [parse_nodes((host, port, cpus), NODE_PORT, True)[0]._replace(allocator=ClientAllocator(number) if number else None)  # type: ignore[arg-type]
                 for host, port, cpus, number in rows]
     except (TypeError, ValueError) as exc:
         raise PeerError('nodes: %s' % exc) from exc
@@ -1297,12 +1299,12 @@ class Overview:
 
     # -- told by the scheduler ---------------------------------------------------------------------
 
-    def opened(self, remote: Remote) -> None:
+    def opened(self, remote: ClientComputation) -> None:
         """A computation begins."""
         remote.number = next(self._numbers)
         remote.since = self._scheduler.now
 
-    def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
+    def ended(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         outcome = row[1]
         if outcome in RETURNED and remote.cargo.is_program:
@@ -1336,7 +1338,7 @@ class Overview:
                  _shown(work.payload), int(_STATE_OF.get(outcome, JobState.TERMINATED)),
                  str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
 
-    def over(self, remote: Remote) -> None:
+    def over(self, remote: ClientComputation) -> None:
         """A computation is over."""
         peers = self._scheduler.nodes.by_key
         for key, (jobs, seconds) in remote.ended_at.items():
@@ -1353,10 +1355,10 @@ class Overview:
             for where, report in self._reports.items() if where in self._asked
         }
 
-    def keeps(self, peer: Peer, comp: str) -> bool:
+    def keeps(self, peer: NodeConnection, comp: str) -> bool:
         """Whether a computation may not be set up at a node because it was released for all."""
         use = peer.uses[comp]
-        if comp == 'house' or peer.key not in self._released or use.state is UseState.CLOSED or use.offered:
+        if comp == 'house' or peer.key not in self._released or use.state is AssignmentState.CLOSED or use.offered:
             return False
         use.move('close')
         use.reason = 'released at the scheduler'
@@ -1365,18 +1367,18 @@ class Overview:
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _remotes(self) -> List[Remote]:
+    def _remotes(self) -> List[ClientComputation]:
         return [
-            cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, Remote)
+            cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, ClientComputation)
         ]
 
-    def _remote(self, number: int) -> Remote:
+    def _remote(self, number: int) -> ClientComputation:
         for remote in self._remotes():
             if remote.number == number:
                 return remote
         raise ValueError('there is no cluster %.20r' % (number,))
 
-    def _peer(self, key: Any) -> Peer:
+    def _peer(self, key: Any) -> NodeConnection:
         peer = self._scheduler.nodes.by_key.get(key)
         if peer is None:
             raise ValueError('there is no node %.80r' % (key,))
@@ -1406,7 +1408,7 @@ class Overview:
                                          min(count, PAGE))
         ]
 
-    def _node(self, peer: Peer, remotes: List[Remote], asking: bool) -> dict:
+    def _node(self, peer: NodeConnection, remotes: List[ClientComputation], asking: bool) -> dict:
         scheduler = self._scheduler
         if asking:
             self._ask(peer, 'house', REPORTS_APART)
@@ -1445,16 +1447,16 @@ class Overview:
                          scheduler.clock() - peer.link.heard) if peer.link is not None else None
         }
 
-    def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
+    def _running(self, peer: NodeConnection) -> Dict[str, Tuple[int, int]]:
         """Computation -> jobs that run on a node and their CPUs."""
         schedule = self._scheduler.schedule
         found = {}
         for comp, serials in schedule.runs(peer.key).items():
-            flight = schedule.nodes[peer.key].flight[comp]
+            flight = schedule.nodes[peer.key].in_flight[comp]
             found[comp] = len(serials), sum(cpus_of(flight[serial]) for serial in serials)
         return found
 
-    def _ask(self, peer: Peer, comp: str, apart: float) -> None:
+    def _ask(self, peer: NodeConnection, comp: str, apart: float) -> None:
         """Ask a node what is there, `apart` s after the last time."""
         now = self._scheduler.now
         if peer.link is None or not peer.name or now - self._asked.get(
@@ -1464,7 +1466,7 @@ class Overview:
         future = peer.answers.get((comp, ''))
         if future is None:
             future = peer.answers[comp, ''] = concurrent.futures.Future()
-            self._scheduler.say(peer.link, Query(comp))
+            self._scheduler.send(peer.link, Query(comp))
         future.add_done_callback(functools.partial(self._reported, (peer.key, comp)))
 
     def _reported(self, where: Tuple[Any, str], future: Any) -> None:
@@ -1487,7 +1489,7 @@ class Overview:
         running: Any = schedule.runs(peer.key)
         rows: List[tuple] = []
         for remote in self._remotes() if node is not None else ():
-            flight = node.flight.get(remote.comp)
+            flight = node.in_flight.get(remote.comp)
             if not flight:
                 continue
             self._ask(peer, remote.comp, 1.0)
@@ -1537,7 +1539,7 @@ class Overview:
         comp = self._remote(number).comp
         node = self._scheduler.schedule.nodes.get(self._peer(key).key)
         if node is not None:
-            there = list(node.flight.get(comp, {}).values())
+            there = list(node.in_flight.get(comp, {}).values())
         else:
             there = []
         return self._cancel_works([work for work in there if jobs is None or work.client_serial in jobs])  # type: ignore[attr-defined]
@@ -1570,7 +1572,7 @@ class Overview:
         told = self._released.setdefault(peer.key, set())
         for comp in [
                 comp for comp, use in peer.uses.items()
-                if comp != 'house' and use.state is not UseState.CLOSED
+                if comp != 'house' and use.state is not AssignmentState.CLOSED
         ]:
             told.add(comp)
             self._scheduler.selection.leave(comp, peer.key, 'close', False)
@@ -1582,7 +1584,7 @@ class Overview:
         peer.most = sys.maxsize
         for comp in self._released.pop(peer.key, set()):
             use = peer.uses.get(comp)
-            if use is not None and use.state is UseState.CLOSED:
+            if use is not None and use.state is AssignmentState.CLOSED:
                 use.move('open')
                 use.reason = ''
                 use.allocation = None
@@ -1613,42 +1615,42 @@ class Quota:
         # Links that are offered no CPUs -> instance
         self._waiting: Dict[int, bytes] = {}
 
-    def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
+    def add(self, remote: ClientComputation, work: ClientJob, size: int) -> None:
         """A job was taken."""
-        work.size = OBJECT + size
+        work.size = BYTES_OVERHEAD + size
         self._queued[remote.instance] += work.size
 
-    def remove(self, remote: Remote, work: RemoteWork) -> None:
+    def remove(self, remote: ClientComputation, work: ClientJob) -> None:
         """It has ended, or its computation has."""
         self._queued[remote.instance] -= work.size
         work.size = 0
         if not self._queued[remote.instance]:
             del self._queued[remote.instance]
 
-    def moved(self, remote: Remote, instance: bytes) -> None:
+    def moved(self, remote: ClientComputation, instance: bytes) -> None:
         """Another process of the program has taken over."""
         size = sum(work.size for work in remote.works.values())
         self._queued[remote.instance] -= size
         self._queued[instance] += size
 
-    def has_room(self, remote: Remote, size: int) -> bool:
+    def has_room(self, remote: ClientComputation, size: int) -> bool:
         """Whether one more job with so many bytes may come. One is always taken, however large."""
         queued = self._queued.get(remote.instance, 0)
-        return not queued or queued + OBJECT + size <= self._most
+        return not queued or queued + BYTES_OVERHEAD + size <= self._most
 
-    def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
+    def give_back(self, link: Link, remote: ClientComputation, serials: List[int], full: bool) -> None:
         """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
         say = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
-            say(link, Offer(0))
+            say(link, CpusChanged(0))
             if full:
                 text = 'the disk of the scheduler is full: new jobs wait here until there is room'
             else:
                 text = 'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' 'are taken as those end' % (
                     self._queued.get(remote.instance, 0), self._most)
-            say(link, Said(remote.comp, text))
-        for message in in_parts(Returned, remote.comp, serials):
+            say(link, Notice(remote.comp, text))
+        for message in in_parts(JobsReturned, remote.comp, serials):
             say(link, message)
 
     def take_again(self) -> None:
@@ -1659,7 +1661,7 @@ class Quota:
             if link is None or self._queued.get(instance, 0) <= self._most // 2:
                 del self._waiting[number]
                 if link is not None:
-                    self._scheduler.say(link, Offer(ENDLESS))
+                    self._scheduler.send(link, CpusChanged(UNLIMITED_CPUS))
 
 
 class NodeSharing(NodePolicy):
@@ -1683,43 +1685,43 @@ class NodeSharing(NodePolicy):
         """Nothing: this shares what it has."""
         return ''
 
-    def addresses_of(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+    def addresses_of(self, peer: NodeConnection) -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to. A dial thread."""
         allowed = self._scheduler.options.allowed
         if peer.host in self.named or may_dial(peer.host, '', allowed):
             return None
         return lambda address: may_dial('', address, allowed)
 
-    def may_set_up(self, peer: Peer, comp: str) -> bool:
+    def may_set_up(self, peer: NodeConnection, comp: str) -> bool:
         """Not while all jobs of a program that is gone have ended, nor at a node that is released
         for all."""
         remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, Remote) and remote.rests:
+        if isinstance(remote, ClientComputation) and remote.rests:
             return False
         return not self._scheduler.overview.keeps(peer, comp)
 
-    def node_met(self, peer: Peer) -> None:
+    def node_met(self, peer: NodeConnection) -> None:
         """It is known again after the end of this process."""
         self._scheduler.state.met(peer)
 
-    def becomes_ready(self, peer: Peer, comp: str) -> None:
+    def becomes_ready(self, peer: NodeConnection, comp: str) -> None:
         """It is decided before what it may use there."""
         self._assign(peer)
 
-    def node_drained(self, peer: Peer) -> None:
+    def node_drained(self, peer: NodeConnection) -> None:
         """Another may have waited for that."""
         self._assign(peer)
 
-    def node_freed(self, peer: Peer) -> None:
+    def node_freed(self, peer: NodeConnection) -> None:
         """Others may want it."""
         self._is_due = True
 
-    def begins(self, remote: Remote) -> None:
+    def begins(self, remote: ClientComputation) -> None:
         """A computation begins."""
         if remote.exclusive:
             self._wanting.append(remote.comp)
 
-    def is_over(self, remote: Remote) -> None:
+    def is_over(self, remote: ClientComputation) -> None:
         """A computation is over."""
         if remote.comp in self._wanting:
             self._wanting.remove(remote.comp)
@@ -1739,28 +1741,28 @@ class NodeSharing(NodePolicy):
     def _holds(self, comp: str) -> bool:
         """Whether a computation that wants its nodes alone still has a program or jobs."""
         remote = self._scheduler.clusters.get(comp)
-        if not isinstance(remote, Remote):
+        if not isinstance(remote, ClientComputation):
             return False
         return remote.link in self._scheduler.links or bool(remote.works)
 
-    def _assign(self, peer: Peer) -> None:
+    def _assign(self, peer: NodeConnection) -> None:
         """Whom a node serves: the first computation that wants it alone, when jobs of the others
         have ended there; or all."""
         owner = next((comp for comp in self._wanting if comp in peer.uses
-                      and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
+                      and peer.uses[comp].state is not AssignmentState.CLOSED and self._holds(comp)), '')
         node = self._scheduler.schedule.nodes.get(peer.key)
         others = owner and node is not None and any(
-            flight for comp, flight in node.flight.items() if comp != owner)
+            flight for comp, flight in node.in_flight.items() if comp != owner)
         blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
         changed = blocked ^ peer.blocked
         peer.blocked = blocked
         self.limit(peer, changed)
 
-    def limit(self, peer: Peer, comps: Iterable[str]) -> None:
+    def limit(self, peer: NodeConnection, comps: Iterable[str]) -> None:
         """What computations may use of a node has changed."""
         for comp in comps:
             use = peer.uses.get(comp)
-            if use is not None and use.state is UseState.READY and not use.then:
+            if use is not None and use.state is AssignmentState.READY and not use.then:
                 cpus = self._scheduler.selection.tell_limit(peer, comp)
                 if cpus:
                     self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
@@ -1821,12 +1823,12 @@ class ProgramLinks:
         self._scheduler = scheduler
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
         self.messages: Dict[type, Callable[[Link, Any], None]] = {   # and those of the other parts
-            Introduce: self._c_introduce, Limit: lambda link, message: None,
+            ClientHello: self._c_introduce, Limit: lambda link, message: None,
             Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None
         }
 
-    def program_came(self, event: Arrival) -> None:
+    def program_came(self, event: Authenticated) -> None:
         """A program has connected."""
         link = Link(event.sock, event.session, event.address, self._scheduler.now,
                     self._scheduler.options.pulse, OF_CLIENTS)
@@ -1844,7 +1846,7 @@ class ProgramLinks:
             logger.error(
                 '%s has %d connections, and the limit for one address is %d: the last is ended',
                 link.address, there, most)
-            self._scheduler.part(
+            self._scheduler.disconnect(
                 link,
                 'there are %d connections from this address, and the limit is %d' % (there, most))
             self.sessions.pop(link.number, None)
@@ -1854,9 +1856,9 @@ class ProgramLinks:
         for number, session in self.sessions.items():
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
-            slow = queued > HELD_BACK
+            slow = queued > BACKPRESSURE_BYTES
             if link.dirty is not None and link.paused != slow and (slow
-                                                                   or queued <= HELD_BACK // 2):
+                                                                   or queued <= BACKPRESSURE_BYTES // 2):
                 link.paused = slow
                 link.heard = self._scheduler.now
                 self._scheduler.interest(link)
@@ -1906,30 +1908,30 @@ class ProgramLinks:
         for remote in [
                 remote for remote in (*self._scheduler.clusters.values(),
                                       *self._scheduler.computations.unopened.values())
-                if isinstance(remote, Remote) and remote.link == channel.number
+                if isinstance(remote, ClientComputation) and remote.link == channel.number
         ]:
             self._scheduler.computations.program_gone(remote)
             if channel.on_purpose:
                 self._scheduler.computations.end(remote)
 
-    def computation_of(self, link: Link, comp: str) -> Optional[Remote]:
+    def computation_of(self, link: Link, comp: str) -> Optional[ClientComputation]:
         """The computation a message speaks of, which must be of this link. None for one that has
         ended here."""
         remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, Remote) and remote.link != link.number:
+        if isinstance(remote, ClientComputation) and remote.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
-        if isinstance(remote, Remote):
+        if isinstance(remote, ClientComputation):
             return remote
         return None
 
-    def _c_introduce(self, link: Link, message: Introduce) -> None:
+    def _c_introduce(self, link: Link, message: ClientHello) -> None:
         self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self.sessions[link.number].names[0] = message.name[:200]
         facts = {
             'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler',
             'memory': self._scheduler.instance.hex()
         }
-        self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
+        self._scheduler.send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
 
 class ProgramComputations:
@@ -1938,16 +1940,16 @@ class ProgramComputations:
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
+        self.unopened: Dict[str, ClientComputation] = {}        # those whose files are on their way
 
-    def make(self, comp: str, client: bytes, spec: dict) -> Remote:
+    def make(self, comp: str, client: bytes, spec: dict) -> ClientComputation:
         """A computation that is not open yet. Raises PeerError, OSError."""
         most = self._scheduler.options.max_file_size
-        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp), most,
+        return ClientComputation(self._scheduler, comp, client, spec, self._directory_of(comp), most,
                       self._scheduler.state.key_of(comp), self._scheduler.options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
-        if not comp or not is_comp(comp) or comp == House.comp:
+        if not comp or not is_comp(comp) or comp == KeepConnected.comp:
             raise PeerError('a computation may not be called %.70r' % comp)
         path = os.path.join(self._scheduler.state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -1956,10 +1958,10 @@ class ProgramComputations:
     def on_compute(self, link: Link, message: Compute) -> None:
         """A program begins a computation, or is back and goes on with it."""
         remote = self._scheduler.clusters.get(message.comp)
-        if isinstance(remote, Remote):
+        if isinstance(remote, ClientComputation):
             if remote.instance != link.instance or not hmac.compare_digest(
                     remote.digest, result_key(message.spec)):
-                self._scheduler.say(link, Refused(message.comp, 'busy', 'it is of another program'))
+                self._scheduler.send(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self._scheduler.links and remote.link != link.number:
                 self._scheduler.break_link(self._scheduler.links[remote.link],
@@ -1971,12 +1973,12 @@ class ProgramComputations:
             if remote.ready:
                 remote.told_at = (link.number, self._scheduler.now)
                 self._send_again(remote, link)
-                self._scheduler.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
+                self._scheduler.send(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 if not again:
                     self._scheduler.program_jobs.resend(remote)
                 # Perhaps because its program could not be asked
                 for peer in self._scheduler.nodes.of(message.comp):
-                    if peer.uses[message.comp].state is UseState.REFUSED:
+                    if peer.uses[message.comp].state is AssignmentState.REFUSED:
                         self._scheduler.setup.set_up(peer, message.comp)
                 return
         else:
@@ -1989,9 +1991,9 @@ class ProgramComputations:
                 raise PeerError('%d nodes are named, and the limit is %d' %
                                 (len(message.spec['shared']['nodes']), SPECS_MOST))
             own = sum(1 for each in (*self._scheduler.clusters.values(), *self.unopened.values())
-                      if isinstance(each, Remote) and each.instance == link.instance)
+                      if isinstance(each, ClientComputation) and each.instance == link.instance)
             if own >= COMPS_MOST or self._scheduler.commit.stuck_until is not None:
-                self._scheduler.say(
+                self._scheduler.send(
                     link,
                     Refused(
                         message.comp, 'busy',
@@ -2010,7 +2012,7 @@ class ProgramComputations:
         then = functools.partial(self._complete, remote)
         self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
 
-    def _came_back(self, remote: Remote, link: Link) -> None:
+    def _came_back(self, remote: ClientComputation, link: Link) -> None:
         if remote.instance != link.instance:
             self._scheduler.quota.moved(remote, link.instance)
             remote.instance = link.instance
@@ -2031,14 +2033,14 @@ class ProgramComputations:
             self._scheduler.schedule.keep(work)
         absence.dropping.clear()
 
-    def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
+    def _complete(self, remote: ClientComputation, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are there, or cannot be."""
         link = self._scheduler.links.get(remote.link)
         if error:
             self.unopened.pop(remote.comp, None)
             remote.remove()
             if link is not None:
-                self._scheduler.say(link, Refused(remote.comp, code, error))
+                self._scheduler.send(link, Refused(remote.comp, code, error))
             self._scheduler.program_calls.answer_early(remote)
             return
         if self.unopened.pop(remote.comp, None) is None:
@@ -2047,12 +2049,12 @@ class ProgramComputations:
         self._scheduler.state.began(remote)
         self.open(remote)
         if link is not None:
-            self._scheduler.say(
+            self._scheduler.send(
                 link, Ready(remote.comp, [],
                             self._scheduler.state.past(remote.comp).row()))
         self._scheduler.program_calls.answer_early(remote)
 
-    def open(self, remote: Remote) -> None:
+    def open(self, remote: ClientComputation) -> None:
         """Begin to use nodes for a computation whose files are here."""
         self._scheduler.overview.opened(remote)
         self._scheduler.sharing.begins(remote)
@@ -2063,22 +2065,22 @@ class ProgramComputations:
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
         remote = self._scheduler.clusters.get(message.comp)
-        if not isinstance(remote, Remote):
-            self._scheduler.say(
-                link, Held(message.comp, [],
+        if not isinstance(remote, ClientComputation):
+            self._scheduler.send(
+                link, KnownAttempts(message.comp, [],
                            self._scheduler.state.past(message.comp).row()))
             return
         if not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
                            self._scheduler.programs.sessions[link.number].names[0])
-            self._scheduler.say(link, Held(message.comp, [], Past(whole=False).row()))
+            self._scheduler.send(link, KnownAttempts(message.comp, [], AttemptHistory(whole=False).row()))
             return
         if remote.link in self._scheduler.links and remote.link != link.number:
-            self._scheduler.say(link, Refused(message.comp, 'busy', 'its program is connected'))
+            self._scheduler.send(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
         if not message.take:
-            self._scheduler.say(
-                link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
+            self._scheduler.send(
+                link, KnownAttempts(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
             return
         # The program itself sends these again
         if remote.instance != link.instance:
@@ -2095,23 +2097,23 @@ class ProgramComputations:
         remote.ended.update(dropped)
         dropped.clear()
         self._scheduler.state.commit()   # from where they are sent now
-        self._scheduler.say(link, Held(message.comp, [*remote.works, *remote.ended]))
+        self._scheduler.send(link, KnownAttempts(message.comp, [*remote.works, *remote.ended]))
         self._scheduler.program_jobs.resend(remote)
 
-    def _send_again(self, remote: Remote, link: Link) -> None:
+    def _send_again(self, remote: ClientComputation, link: Link) -> None:
         """A program is back that was taken for gone."""
         dropped = remote.absence.dropped
         if dropped:
             self._scheduler.state.removed(list(dropped.values()))
-            self._scheduler.say(
+            self._scheduler.send(
                 link,
-                Said(remote.comp, (
+                Notice(remote.comp, (
                     'the scheduler has heard nothing of this program for a while and has cancelled '
                     '%d jobs that had not begun (--gone-after); they are sent '
                     'again' % len(dropped))))
             dropped.clear()
 
-    def program_gone(self, remote: Remote) -> None:
+    def program_gone(self, remote: ClientComputation) -> None:
         """It goes on for a while without its program."""
         remote.link = 0
         remote.given_up_at = self._scheduler.now + self._scheduler.options.zombie
@@ -2127,7 +2129,7 @@ class ProgramComputations:
         self._scheduler.program_files.end_files(remote)
         self._scheduler.sharing.look_again()
 
-    def _drop_waiting(self, remote: Remote) -> None:
+    def _drop_waiting(self, remote: ClientComputation) -> None:
         """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
         self._scheduler.jobs.take_submitted()
         absence = remote.absence
@@ -2141,7 +2143,7 @@ class ProgramComputations:
                            '(--gone-after)', remote.name, len(works))
         self._scheduler.decide(WithdrawAsked(works))
 
-    def _rest(self, remote: Remote) -> None:
+    def _rest(self, remote: ClientComputation) -> None:
         """All that a program which is gone may still collect has ended: its nodes are let go, their
         processes and files too."""
         if not remote.ended or (remote.absence.for_good and not remote.collected):
@@ -2161,21 +2163,21 @@ class ProgramComputations:
             self._scheduler.selection.drop_unused(peer)
         self._scheduler.sharing.look_again()
 
-    def end_turn_of(self, remote: Remote) -> None:
+    def end_turn_of(self, remote: ClientComputation) -> None:
         """Results to its program; what becomes of it while that is away."""
         link = self._scheduler.links.get(remote.link)
         # They wait on the disk until it has room
-        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:
-            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
+        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * BATCH_BYTES:
+            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in PROVISIONAL]
             self._scheduler.program_jobs.send_ended(remote, ended)
-            remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
+            remote.outbox = [row for row in remote.outbox if row[1] in PROVISIONAL]
         if self._scheduler.now >= remote.values.retry_at:
             remote.values.retry_at = math.inf
             if link is not None:
                 self._scheduler.program_files.serve_values(link, remote)
         if remote.outbox and link is not None:
-            for frame in frames(Results, remote.comp, map(sized, remote.outbox)):
-                self._scheduler.say(link, frame)
+            for frame in batches(Results, remote.comp, map(with_size, remote.outbox)):
+                self._scheduler.send(link, frame)
         remote.outbox = []
         if self._scheduler.now >= remote.absence.look_at and remote.absence.is_over(
                 self._scheduler.now):
@@ -2196,14 +2198,14 @@ class ProgramComputations:
         """When there is something to do for computations."""
         given_up = [
             remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
-            for remote in self._scheduler.clusters.values() if isinstance(remote, Remote)
+            for remote in self._scheduler.clusters.values() if isinstance(remote, ClientComputation)
             and remote.link not in self._scheduler.links and not remote.works
         ]
         if self._scheduler.program_jobs.unread_until < math.inf:
             given_up.append(self._scheduler.program_jobs.unread_until)
         looks = [
             min(remote.absence.look_at, remote.values.retry_at)
-            for remote in self._scheduler.clusters.values() if isinstance(remote, Remote)
+            for remote in self._scheduler.clusters.values() if isinstance(remote, ClientComputation)
         ]
         return given_up + [when for when in looks if when < math.inf]
 
@@ -2217,7 +2219,7 @@ class ProgramComputations:
             self._scheduler.program_calls.answer_early(remote)
         self._scheduler.state.note(self._scheduler.state.PAST_OVER, message.comp)
 
-    def end(self, remote: Remote) -> None:
+    def end(self, remote: ClientComputation) -> None:
         """A computation ends: jobs of it too, on nodes and on the disk."""
         comp = remote.comp
         if comp in self._scheduler.clusters:
@@ -2241,7 +2243,7 @@ class ProgramFiles:
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
 
-    def want(self, remote: Remote, files: list, modules: list,
+    def want(self, remote: ClientComputation, files: list, modules: list,
               then: Callable[..., None]) -> None:
         """Ask the program for files that are not here; `then` is called when all are, or with what
         went wrong and its code (of REASONS)."""
@@ -2249,7 +2251,7 @@ class ProgramFiles:
         if len(remote.wanted) == 1:
             self._want_next(remote)
 
-    def _want_next(self, remote: Remote) -> None:
+    def _want_next(self, remote: ClientComputation) -> None:
         while remote.wanted:
             files, modules, then = remote.wanted[0]
             unknown = Digests.unknown(remote.directory, files)
@@ -2268,12 +2270,12 @@ class ProgramFiles:
             if missing:
                 link = self._scheduler.links.get(remote.link)
                 for need in needs(remote.comp, missing) if link is not None else ():
-                    self._scheduler.say(link, need)  # type: ignore[arg-type]
+                    self._scheduler.send(link, need)  # type: ignore[arg-type]
                 return
             remote.wanted.popleft()
             then('')
 
-    def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
+    def _compare(self, remote: ClientComputation, paths: Sequence[str]) -> None:
         """An opener."""
         Digests.learn(paths)
         self._scheduler.call_soon(self._want_next, remote)
@@ -2293,13 +2295,13 @@ class ProgramFiles:
         if message.purpose == Purpose.VALUES:
             self._value_stored(link, remote, stored)
         elif message.purpose not in ASKED_FOR:
-            self._scheduler.say(link, stored)
+            self._scheduler.send(link, stored)
         elif stored.error or not remote.receiver.wants(*FOR_CODE):
             then = remote.wanted.popleft()[-1]
             then(stored.error, remote.receiver.code)
             self._want_next(remote)
 
-    def _value_stored(self, link: Link, remote: Remote, stored: FileStored) -> None:
+    def _value_stored(self, link: Link, remote: ClientComputation, stored: FileStored) -> None:
         """A value that jobs wait for is here, or cannot be."""
         if not stored.error:
             remote.values.came(stored.name)
@@ -2311,32 +2313,32 @@ class ProgramFiles:
             self._without_values(link, remote, stored.error)
         self.serve_values(link, remote)
 
-    def _without_values(self, link: Link, remote: Remote, error: str) -> None:
+    def _without_values(self, link: Link, remote: ClientComputation, error: str) -> None:
         """Jobs that need a value which cannot be had."""
         for serial in remote.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
-            self._scheduler.say(link, Results(remote.comp, [row]))
+            self._scheduler.send(link, Results(remote.comp, [row]))
 
-    def serve_values(self, link: Link, remote: Remote) -> None:
+    def serve_values(self, link: Link, remote: ClientComputation) -> None:
         """Take the jobs whose values are here, and ask for what others need."""
         rows, missing, error = remote.values.serve()
         for need in needs(remote.comp, missing):
-            self._scheduler.say(link, need)
+            self._scheduler.send(link, need)
         if error:
             self._no_room(link, remote, error)
         self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
 
-    def _no_room(self, link: Link, remote: Remote, error: str) -> None:
+    def _no_room(self, link: Link, remote: ClientComputation, error: str) -> None:
         """The jobs that need a value wait until there is room for it."""
         remote.values.postpone(self._scheduler.now + RETRY_TIME)
         if not remote.values.told:
             remote.values.told = True
             text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
             logger.error('%s: %s', remote.name, text)
-            self._scheduler.say(link, Said(remote.comp, text))
+            self._scheduler.send(link, Notice(remote.comp, text))
 
-    def done_with_values(self, remote: Remote, work: RemoteWork) -> None:
+    def done_with_values(self, remote: ClientComputation, work: ClientJob) -> None:
         """Jobs that waited for room may have it."""
         remote.values.release(work)
         link = self._scheduler.links.get(remote.link)
@@ -2360,7 +2362,7 @@ class ProgramFiles:
         if peer is not None:
             self._scheduler.say_to(peer, message._replace(key=work.serial))
 
-    def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
+    def _peer_of(self, work: ClientJob) -> Optional[NodeConnection]:
         known = self._scheduler.schedule.comps.get(work.comp)
         if known is not None:
             node = known.running.get(work.serial)
@@ -2370,7 +2372,7 @@ class ProgramFiles:
             return self._scheduler.nodes.by_key.get(node.key)
         return None
 
-    def end_files(self, remote: Remote) -> None:
+    def end_files(self, remote: ClientComputation) -> None:
         """The connection to a program has ended while its jobs sent files."""
         known = self._scheduler.schedule.comps.get(remote.comp)
         for serial, (_, name) in remote.files.items():
@@ -2389,7 +2391,7 @@ class ProgramFiles:
                                'the connection to the client has ended'))
         remote.files.clear()
 
-    def bring_modules(self, remote: Remote, rows: list) -> None:
+    def bring_modules(self, remote: ClientComputation, rows: list) -> None:
         """Files of modules that arguments of later jobs need: nodes that are set up from now on get
         them at once."""
         known = {row[0] for row in remote.cargo.spec['modules']}
@@ -2398,7 +2400,7 @@ class ProgramFiles:
             remote.take_spec(dict(remote.cargo.spec, modules=remote.cargo.spec['modules'] + more))
             self._scheduler.state.began(remote)
 
-    def change_files(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+    def change_files(self, remote: ClientComputation, rows: list, then: Callable[..., None]) -> None:
         def complete(error: str, code: str = '') -> None:
             if not error:
                 remote.take_spec(dict(remote.cargo.spec, files=rows))
@@ -2413,7 +2415,7 @@ class ProgramJobs:
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
         # Results that wait for room in the links of programs
-        self.backlog = Backlog(scheduler.links)
+        self.backlog = SpoolSender(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self.unread_until = math.inf                 # when results are read that could not be
 
@@ -2431,7 +2433,7 @@ class ProgramJobs:
 
     def take_jobs(self,
                   link: Link,
-                  remote: Remote,
+                  remote: ClientComputation,
                   rows: Sequence[tuple],
                   admitted: bool = False) -> None:
         """Note jobs and hand them to the Schedule; `admitted`: the values that they need are
@@ -2452,14 +2454,14 @@ class ProgramJobs:
             self._scheduler.state.number += 1
             if len(payload) <= LAZY or type(payload) is tuple:
                 payload = _plain(payload)
-            work = RemoteWork(remote.comp, None, options, self._scheduler.state.number << 16,
+            work = ClientJob(remote.comp, None, options, self._scheduler.state.number << 16,
                               serial)
             if work.values:
                 remote.values.took(work)
             self._scheduler.state.submitted(work, payload)
-            if self._kept < IN_MEMORY and len(payload) < LARGE:
+            if self._kept < IN_MEMORY and len(payload) < FILE_BYTES:
                 work.payload = payload
-                self._kept += OBJECT + len(payload)
+                self._kept += BYTES_OVERHEAD + len(payload)
             remote.works[serial] = work
             self._scheduler.quota.add(remote, work, len(payload))
             self._scheduler.jobs.submitted.append(work)  # type: ignore[arg-type]
@@ -2474,7 +2476,7 @@ class ProgramJobs:
         remote = self._scheduler.programs.computation_of(link, message.comp)
         serial = message.row[0]
         if remote is not None and serial not in remote.works and serial not in remote.ended:
-            self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
+            self._scheduler.send(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
         """A program wants jobs to end."""
@@ -2485,14 +2487,14 @@ class ProgramJobs:
                      if serial in remote.works] if remote is not None else ():
             self._scheduler.decide(CancelAsked(work))
 
-    def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
+    def _cancel_early(self, link: Link, remote: Optional[ClientComputation], serials: Sequence[int]) -> None:
         """End those of these jobs that are not taken yet."""
         for serial in remote.values.leave(serials) if remote is not None else ():
             text = b'cancelled before it started'
             row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
-            self._scheduler.say(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
+            self._scheduler.send(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
 
-    def on_recall(self, link: Link, message: Recall) -> None:
+    def on_recall(self, link: Link, message: ReturnJobs) -> None:
         """Jobs that shall be cancelled if they have not begun."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         self._scheduler.jobs.take_submitted()
@@ -2508,7 +2510,7 @@ class ProgramJobs:
             self._scheduler.state.removed(
                 [remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
 
-    def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
+    def end(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any = None) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         number = work.serial >> 16
         if remote.works.pop(work.client_serial, None) is None:
@@ -2518,7 +2520,7 @@ class ProgramJobs:
         if work.values:
             self._scheduler.program_files.done_with_values(remote, work)
         if work.payload is not None:
-            self._kept -= OBJECT + len(work.payload)
+            self._kept -= BYTES_OVERHEAD + len(work.payload)
         remote.files.pop(work.serial, None)
         if remote.exclusive and not remote.works:
             self._scheduler.sharing.look_again()
@@ -2526,7 +2528,7 @@ class ProgramJobs:
         remote.ended[work.client_serial] = number
         remote.outbox.append(row)
 
-    def drop(self, remote: Remote, work: RemoteWork) -> None:
+    def drop(self, remote: ClientComputation, work: ClientJob) -> None:
         """One of these jobs has been cancelled."""
         number = work.serial >> 16
         if remote.works.pop(work.client_serial, None) is None:
@@ -2536,37 +2538,37 @@ class ProgramJobs:
         remote.absence.dropped[work.client_serial] = number
         remote.ends[2] += 1
         if work.payload is not None:
-            self._kept -= OBJECT + len(work.payload)
+            self._kept -= BYTES_OVERHEAD + len(work.payload)
         self._scheduler.state.dropped(number)
         if remote.exclusive:
             self._scheduler.sharing.look_again()
 
-    def forget(self, remote: Remote) -> None:
+    def forget(self, remote: ClientComputation) -> None:
         """A computation is over."""
-        self._kept -= sum(OBJECT + len(work.payload) for work in remote.works.values()
+        self._kept -= sum(BYTES_OVERHEAD + len(work.payload) for work in remote.works.values()
                           if work.payload is not None)
         for work in remote.works.values():
             self._scheduler.quota.remove(remote, work)
         remote.works.clear()
 
-    def resend(self, remote: Remote) -> None:
+    def resend(self, remote: ClientComputation) -> None:
         """What its program has not acknowledged, and where its jobs are."""
         remote.unread.clear()
         self.send_ended(remote, list(remote.ended.values()))
         known = self._scheduler.schedule.comps.get(remote.comp)
         for node in known.nodes.values() if known is not None else ():
-            serials = [work.client_serial for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
+            serials = [work.client_serial for work in node.in_flight[remote.comp].values()]  # type: ignore[attr-defined]
             peer = self._scheduler.nodes.by_key.get(node.key)
             if serials and peer is not None:
-                self._scheduler.say(
+                self._scheduler.send(
                     self._scheduler.links[remote.link],
-                    Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
-            rows = [(node.flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
+                    JobsAssigned(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+            rows = [(node.in_flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
                     for serial, since in node.begun[remote.comp].items()]
             if rows:
-                self._scheduler.say(self._scheduler.links[remote.link], Started(remote.comp, rows))
+                self._scheduler.send(self._scheduler.links[remote.link], Started(remote.comp, rows))
 
-    def send_ended(self, remote: Remote, numbers: List[int]) -> None:
+    def send_ended(self, remote: ClientComputation, numbers: List[int]) -> None:
         """Send results that are on the disk."""
         rows = self._scheduler.state.results(numbers, remote.unread)
         self.backlog.add_results(remote.link, remote.comp, rows)
@@ -2578,7 +2580,7 @@ class ProgramJobs:
             self.unread_until = math.inf
         for remote in self._scheduler.clusters.values():
             if isinstance(remote,
-                          Remote) and remote.unread and remote.link in self._scheduler.links:
+                          ClientComputation) and remote.unread and remote.link in self._scheduler.links:
                 if again:
                     numbers = list(remote.unread)
                     remote.unread.clear()
@@ -2601,7 +2603,7 @@ class ProgramCalls:
 
         def answer(value: Any, error: tuple = ()) -> None:
             if link.dirty is not None:
-                self._scheduler.say(link, Return(message.comp, message.number, error, value))
+                self._scheduler.send(link, Return(message.comp, message.number, error, value))
         try:
             if self._is_early(link, message, answer):
                 return
@@ -2634,14 +2636,14 @@ class ProgramCalls:
                 QUESTIONS_MOST)
         return True
 
-    def answer_early(self, remote: Remote) -> None:
+    def answer_early(self, remote: ClientComputation) -> None:
         """The files of a computation are here: answer what was asked meanwhile."""
         questions = remote.questions
         remote.questions = []
         for link, message in questions:
             self.on_call(link, message)
 
-    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[...,
+    def _answer_call(self, remote: ClientComputation, name: str, args: tuple, answer: Callable[...,
                                                                                     None]) -> None:
         comp = remote.comp
         if name == 'nodes':
@@ -2696,7 +2698,7 @@ class ProgramCalls:
             return
         number = next(self._numbers)
         remote.calls[number] = then
-        self._scheduler.say(link, Call(remote.comp, number, name, args))
+        self._scheduler.send(link, Call(remote.comp, number, name, args))
 
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
@@ -2708,7 +2710,7 @@ class ProgramCalls:
         if then is not None:
             then(message.error, message.value)
 
-    def ask_source(self, remote: Remote, peer: Peer, link: Link) -> None:
+    def ask_source(self, remote: ClientComputation, peer: NodeConnection, link: Link) -> None:
         """Ask a program for the source of its computation."""
         def told(error: tuple, value: Any) -> None:
             if error:
@@ -2717,7 +2719,7 @@ class ProgramCalls:
                 self._scheduler.setup.source_found(remote, peer, link, (bytes(value[0]), value[1]))
         self._ask(remote, 'source', (), told)
 
-    def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
+    def ask_allocator(self, remote: ClientComputation, allocator: Any, peer: NodeConnection, link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
         row = tuple(
             self._scheduler.queries.row_of(*self._scheduler.queries.node_of(remote.comp, peer)))
@@ -2740,7 +2742,7 @@ class ProgramCalls:
 
         self._ask(remote, 'allocate', (allocator.number, row), told)
 
-    def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
+    def ask_for_modules(self, remote: ClientComputation, peer: NodeConnection, message: Call) -> None:
         """A job on a node needs modules of its program. What was fetched before is here."""
         answer = functools.partial(self._answer_node, peer, message)
         if message.name == 'modules' and len(message.args) == 1:
@@ -2764,7 +2766,7 @@ class ProgramCalls:
             self._scheduler.program_files.want(remote, [], rows, complete)
         self._ask(remote, 'modules', message.args, told)
 
-    def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
+    def _answer_node(self, peer: NodeConnection, message: Call, error: tuple, value: Any) -> None:
         self._scheduler.say_to(peer, Return(message.comp, message.number, error, value))
 
 
@@ -2788,17 +2790,17 @@ class Scheduler(Driver):
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
         super().__init__(
-            Access(options.node_secret, options.node_certfile, options.node_keyfile, None,
+            ConnectionSettings(options.node_secret, options.node_certfile, options.node_keyfile, None,
                    options.pulse, options.ping), self.state.instance, self.sharing)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
-        self.commit = Commit(self, super().say)
+        self.commit = Commit(self, super().send)
         self.programs = ProgramLinks(self)
         self.computations = ProgramComputations(self)
         self.program_files = ProgramFiles(self)
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)
-        self._doors: List[Gate] = []
+        self._program_acceptors: List[Acceptor] = []
         self.programs.messages.update({
             Compute: self.computations.on_compute,
             Reclaim: self.computations.on_reclaim,
@@ -2806,7 +2808,7 @@ class Scheduler(Driver):
             Jobs: self.program_jobs.on_jobs,
             Unfit: self.program_jobs.on_unfit,
             Cancel: self.program_jobs.on_cancel,
-            Recall: self.program_jobs.on_recall,
+            ReturnJobs: self.program_jobs.on_recall,
             Ack: self.program_jobs.on_ack,
             FilePiece: self.program_files.on_file_piece,
             FileStored: self.program_files.on_file_stored,
@@ -2835,22 +2837,22 @@ class Scheduler(Driver):
             if not one:
                 self._door(host, port + 1, keys, (Role.NODE, ), options.node_certfile,
                            options.node_keyfile)
-        self.sharing.port = self._doors[0].server_address[1]
-        for door in self._doors:
-            self.watch(door.socket, door.knock)
+        self.sharing.port = self._program_acceptors[0].server_address[1]
+        for door in self._program_acceptors:
+            self.add_reader(door.socket, door.on_readable)
         self.now = self.clock()
         named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
         self.sharing.named = {spec.host for spec in named}
         specs = named or [NodeSpec('*', options.node_port)]
-        self.open(House(specs, options.node_port, options), False)
+        self.open(KeepConnected(specs, options.node_port, options), False)
         with self.state.damages():
             self._restore()
         return port
 
     def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]],
-              allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+              allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Acceptor:
         try:
-            door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
+            door = Acceptor((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
                         certfile, keyfile)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
@@ -2861,16 +2863,16 @@ class Scheduler(Driver):
                     port) from exc
             raise StartError('cannot listen at %s:%d: %s (-i/--host, -p/--port)' %
                              (host or '*', port, exc)) from exc
-        self._doors.append(door)
+        self._program_acceptors.append(door)
         return door
 
     def close(self) -> None:
         """Let go of everything; what programs have submitted stays on the disk."""
-        for door in self._doors:
+        for door in self._program_acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.unwatch(door.socket)
+                self.remove_reader(door.socket)
             door.server_close()
-        self._doors = []
+        self._program_acceptors = []
         self.broken = 'the scheduler has ended'   # said to whoever asks it
         self._hang_up()
         self.state.close()
@@ -2891,8 +2893,8 @@ class Scheduler(Driver):
             remote.given_up_at = self.now + self.options.zombie
             remote.rests_at = self.now + ORPHAN_TIME
             remote.absence.begin(self.now, self.options.gone)
-            waiting: List[RemoteWork] = []
-            sent: Dict[Any, List[RemoteWork]] = {}
+            waiting: List[ClientJob] = []
+            sent: Dict[Any, List[ClientJob]] = {}
             for number, serial, options, state, own, node in self.state.jobs(comp):
                 if state in (State.ENDED, State.DROPPED):
                     if state == State.ENDED:
@@ -2901,7 +2903,7 @@ class Scheduler(Driver):
                         known = remote.absence.dropped
                     known[serial] = number
                     continue
-                work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
+                work = remote.works[serial] = ClientJob(comp, None, options, own, serial)
                 if work.values:
                     remote.values.took(work)
                 self.quota.add(remote, work, self.state.size_of_payload(number))
@@ -2914,7 +2916,7 @@ class Scheduler(Driver):
                 host, port, name, instance = places[key]
                 is_new = key not in self.nodes.by_key
                 if is_new:
-                    peer = Peer(host, port, self.access.redial)
+                    peer = NodeConnection(host, port, self.access.redial)
                 else:
                     peer = self.nodes.by_key[key]
                 if peer.link is None:
@@ -2943,10 +2945,10 @@ class Scheduler(Driver):
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """As the driver's; what concerns a computation of a program ends that computation."""
-        if isinstance(subject, Remote):
+        if isinstance(subject, ClientComputation):
             link = self.links.get(subject.link)
             if link is not None:
-                self.say(link, Refused(subject.comp, 'fault', text))
+                self.send(link, Refused(subject.comp, 'fault', text))
             self.computations.end(subject)
             return True
         return super().on_fault(subject, text)
@@ -2957,11 +2959,11 @@ class Scheduler(Driver):
         """Whether no program wants anything of a computation that a node still has."""
         return super().is_over(comp) and comp not in self.computations.unopened
 
-    def say(self, link: Link, message: Any) -> None:
+    def send(self, link: Link, message: Any) -> None:
         """Send a message when the transaction of this turn is on the disk; what changes nothing
         goes at once."""
         if type(message) in _AT_ONCE:
-            super().say(link, message)
+            super().send(link, message)
         else:
             self.commit.later.append((link, message))
 
@@ -2973,7 +2975,7 @@ class Scheduler(Driver):
         self.sharing.assign_all()
         super().end_of_turn()
         for comp in list(self.clusters.values()):
-            if isinstance(comp, Remote):
+            if isinstance(comp, ClientComputation):
                 self.guard(comp, self.computations.end_turn_of, comp)
         if self.commit.write_down():
             self.commit.unstick()
@@ -2983,10 +2985,10 @@ class Scheduler(Driver):
         else:
             self.commit.stick()
 
-    def part(self, link: Link, text: str) -> None:
+    def disconnect(self, link: Link, text: str) -> None:
         """As a Loop, after all that was said before."""
         self.commit.write_down()
-        super().part(link, text)
+        super().disconnect(link, text)
 
     def next_timer(self) -> Optional[float]:
         """The driver's, a new try to write, results from the disk."""
@@ -3001,7 +3003,7 @@ class Scheduler(Driver):
 
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
-        if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
+        if isinstance(event, Authenticated) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
         elif isinstance(event, Stop):
             # Without Bye: nodes go on and keep results, programs wait, until it is started again
@@ -3024,7 +3026,7 @@ class Scheduler(Driver):
             super().on_broken(channel, text)
 
 
-_AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
+_AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, CpusChanged, Output, Pulse))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import itertools
 import random
 
 from dispy import (
-    JobWaits, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall,
-    Submitted, Work)
+    JobWaits, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule,
+    SendAck, SendCancel, SendJobs, SendRecall, Submitted, ScheduledJob)
 from dispynode import (
-    Ack, Cancel, Compute, Feed, Interrupt, Jobs, Limit, LinkUp, Node, Outcome, Prepared, Ready, Recall, Received, Results, Returned, RunnerUp,
-    Send, Started, StartWorker, TakeBack, WorkerResults, WorkerReturned)
+    Ack, Cancel, Compute, SendToWorker, Interrupt, Jobs, Limit, LinkUp, Node, Outcome,
+    DirectoryReady, Ready, ReturnJobs, Received, Results, JobsReturned, RunnerUp, Send, Started,
+    StartWorker, TakeFromWorker, WorkerResults, WorkerReturnedJobs)
 
 PIPE = 0.0003      # s between a daemon and its workers
 BIRTH = 0.005      # s until a worker that is forked is there
@@ -65,7 +66,7 @@ def bursts(rng):
 SHAPES = (quick_first, one_slow_among_quick, alternating, growing, bimodal, bursts)
 
 
-class Trial(Work):
+class Trial(ScheduledJob):
     """A job, and what became of it."""
     __slots__ = ('length', 'submitted', 'began', 'ended', 'node', 'calls')
 
@@ -86,7 +87,7 @@ class Place:
         self.tell(LinkUp(1, b'me', 'here'))
 
     def set_up(self, comp, client):
-        for event in (Received(1, Compute(comp, dict(SPEC, client=client))), Prepared(comp, []), RunnerUp(comp)):
+        for event in (Received(1, Compute(comp, dict(SPEC, client=client))), DirectoryReady(comp, []), RunnerUp(comp)):
             self.tell(event)
 
     def tell(self, *events):
@@ -113,10 +114,10 @@ class Place:
                 self.world.at(self.world.now + self.trip / 2, self.world.hear, self, action.message)
             elif kind is StartWorker:
                 self.workers[action.worker] = ModelWorker(self, action.worker)
-            elif kind is Feed:
+            elif kind is SendToWorker:
                 serials = [attempt.serial for attempt in action.attempts]
                 self.workers[action.worker].later(self.workers[action.worker].feed, serials)
-            elif kind is TakeBack:
+            elif kind is TakeFromWorker:
                 self.workers[action.worker].later(self.workers[action.worker].take_back)
             elif kind is Interrupt:
                 self.workers[action.worker].later(self.workers[action.worker].interrupt, action.serial)
@@ -168,7 +169,7 @@ class ModelWorker:
     def take_back(self):
         back = list(self.queue)
         self.queue.clear()
-        self.place.world.at(self.place.world.now + PIPE, self.place.tell, WorkerReturned(self.key, back))
+        self.place.world.at(self.place.world.now + PIPE, self.place.tell, WorkerReturnedJobs(self.key, back))
 
 
 class World:
@@ -240,7 +241,7 @@ class World:
                 rows = [(work.serial, b'', work.options) for work in action.works]
                 self.say(action.node, Jobs(action.comp, rows))
             elif kind in (SendRecall, SendCancel, SendAck):
-                self.say(action.node, {SendRecall: Recall, SendCancel: Cancel, SendAck: Ack}[kind](action.comp, action.serials))
+                self.say(action.node, {SendRecall: ReturnJobs, SendCancel: Cancel, SendAck: Ack}[kind](action.comp, action.serials))
             elif kind is JobWaits:
                 action.work.calls += 1
 
@@ -258,8 +259,8 @@ class World:
         kind = type(message)
         if kind is Ready:
             self.event(NodeReady(place.key, message.comp, place.cpus, message.held, '', place.cpus, place.trip))
-        elif kind in (Results, Returned, Started):
-            event = {Results: NodeResults, Returned: NodeReturned, Started: NodeStarted}[kind]
+        elif kind in (Results, JobsReturned, Started):
+            event = {Results: NodeResults, JobsReturned: NodeReturned, Started: NodeStarted}[kind]
             self.event(event(place.key, message.comp, message[1]))
 
     def started(self, job):

@@ -65,7 +65,7 @@ def test_a_loop_sleeps_a_day_at_most():
             return self.clock() + 1e12
     loop = Patient()
     try:
-        assert loop._patience(None) == LONGEST_SLEEP
+        assert loop._select_timeout(None) == LONGEST_SLEEP
     finally:
         loop.close()
 
@@ -133,12 +133,12 @@ def test_control_characters_are_written_out():
 
 def test_names_of_clients_do_not_speak_to_the_operator(tmp_path):
     """A name with an escape sequence, a line of its own and what is no Unicode."""
-    from dispynode import Introduce
+    from dispynode import ClientHello
     from test_programs import Talk, spec
     from dispynode import Compute, Role
     with NodeProcess(tmp_path) as node:
         with Talk(node.port, wanted=Role.NODE) as talk:
-            talk.say(Introduce('evil\x1b[2J\nforged line\ud800', 600.0), Compute('a', spec()))
+            talk.say(ClientHello('evil\x1b[2J\nforged line\ud800', 600.0), Compute('a', spec()))
             eventually(lambda: 'held by evil' in node.log())
         assert '\x1b' not in node.log() and not any(line.startswith('forged') for line in node.log().splitlines())
         assert node.process.poll() is None

@@ -599,7 +599,7 @@ def test_a_failure_of_the_driver_ends_all_jobs(caplog, monkeypatch):
     def fail(*args):
         raise AssertionError('a bug')
     monkeypatch.setattr(cluster.driver.schedule, 'flush', fail)
-    cluster.driver.post(dispy.Asked(lambda: None, dispy.concurrent.futures.Future()))
+    cluster.driver.post(dispy.RunInDriver(lambda: None, dispy.concurrent.futures.Future()))
     assert cluster.wait(20)
     assert {job.status for job in jobs} == {DispyJob.Abandoned} and 'a bug' in jobs[0].exception
     with pytest.raises(RuntimeError, match='a bug'):

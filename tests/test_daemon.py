@@ -21,8 +21,8 @@ from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import own_hosts
 from dispynode import (
-    Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser, parse_arguments, size_option, available_cpus, command,
-    find_hours)
+    Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser,
+    parse_arguments, size_option, available_cpus, parse_command, find_hours)
 from nodes import NodeProcess
 from test_node import hold, run_node, square
 
@@ -206,13 +206,13 @@ def test_a_stranger_has_as_long_as_msg_timeout_says(tmp_path):
     ('quit', Stop()), ('stop', Pause('operator', 'its operator has stopped it')), ('start', Resume('operator')), ('release', Release()),
     ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('', Status()), ('status', Status()), ('help me', Status())])
 def test_commands(line, event):
-    assert command(line) == event
+    assert parse_command(line) == event
 
 
 @pytest.mark.parametrize('line', ['cpus', 'cpus x', 'cpus 1 2', 'cpus 0', 'cpus -%d' % available_cpus()])
 def test_wrong_commands(line):
     with pytest.raises(ValueError, match='cpus'):
-        command(line)
+        parse_command(line)
 
 
 class Terminal:

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 import dispy
-from dispynode import DATAGRAM, Cry, Discovery, Role, derive_key, nearest_address, place
+from dispynode import DATAGRAM, DatagramType, Discovery, Role, derive_key, nearest_address, format_address
 
 KEY, OTHER = derive_key(b'the secret of these tests'), derive_key(b'another secret')
 CLIENT, NODE = '10.97.0.1', '10.97.0.2'
@@ -22,40 +22,40 @@ def node(key=KEY, instance=b'n' * 16, port=9701, addresses=()):
 
 def test_a_question_and_its_answer():
     asker, there = client(), node(port=40001)
-    heard, answer = there.hear(asker.say(Cry.QUESTION), CLIENT, 0.0)
-    assert heard.kind == Cry.QUESTION and len(answer) == DATAGRAM == 128
-    found, reply = asker.hear(answer, NODE, 0.0)
-    assert reply is None and found.kind == Cry.ANSWER and found.port == 40001 and found.address == '' and found.instance == b'n' * 16
+    heard, answer = there.parse(asker.build(DatagramType.QUESTION), CLIENT, 0.0)
+    assert heard.kind == DatagramType.QUESTION and len(answer) == DATAGRAM == 128
+    found, reply = asker.parse(answer, NODE, 0.0)
+    assert reply is None and found.kind == DatagramType.ANSWER and found.port == 40001 and found.address == '' and found.instance == b'n' * 16
 
 
-@pytest.mark.parametrize('kind', Cry)
+@pytest.mark.parametrize('kind', DatagramType)
 def test_no_datagram_is_longer_than_a_question(kind):
-    assert len(node().say(kind, CLIENT)) == len(client().say(Cry.QUESTION)) == DATAGRAM
+    assert len(node().build(kind, CLIENT)) == len(client().build(DatagramType.QUESTION)) == DATAGRAM
 
 
 def test_a_repeated_datagram_is_heard_once():
     asker, there = client(), node()
-    question = asker.say(Cry.QUESTION)
-    answer = there.hear(question, CLIENT, 0.0)[1]
-    assert there.hear(question, CLIENT, 0.0) == (None, None)
-    assert asker.hear(answer, NODE, 0.0)[0] is not None
-    assert asker.hear(answer, NODE, 0.0) == (None, None)
+    question = asker.build(DatagramType.QUESTION)
+    answer = there.parse(question, CLIENT, 0.0)[1]
+    assert there.parse(question, CLIENT, 0.0) == (None, None)
+    assert asker.parse(answer, NODE, 0.0)[0] is not None
+    assert asker.parse(answer, NODE, 0.0) == (None, None)
 
 
 def test_datagrams_may_overtake_one_another_and_none_is_heard_twice():
     asker, there = client(), node()
-    said = [asker.say(Cry.QUESTION) for _ in range(20)]
+    said = [asker.build(DatagramType.QUESTION) for _ in range(20)]
     for number in (3, 1, 0, 19, 2, 18):
-        assert there.hear(said[number], CLIENT, 0.0)[1] is not None
-        assert there.hear(said[number], CLIENT, 0.0) == (None, None)
+        assert there.parse(said[number], CLIENT, 0.0)[1] is not None
+        assert there.parse(said[number], CLIENT, 0.0) == (None, None)
 
 
 def test_what_is_very_old_is_not_believed():
     asker, there = client(), node()
-    old = asker.say(Cry.QUESTION)
+    old = asker.build(DatagramType.QUESTION)
     for _ in range(Discovery.WINDOW):
-        new = asker.say(Cry.QUESTION)
-    assert there.hear(new, CLIENT, 0.0)[1] and there.hear(old, CLIENT, 0.0) == (None, None)
+        new = asker.build(DatagramType.QUESTION)
+    assert there.parse(new, CLIENT, 0.0)[1] and there.parse(old, CLIENT, 0.0) == (None, None)
 
 
 def test_several_drivers_of_one_process_are_heard():
@@ -63,89 +63,89 @@ def test_several_drivers_of_one_process_are_heard():
     for _ in range(3):   # each cluster may have a driver of its own: same instance, same secret
         asker = client()
         for _ in range(3):
-            assert there.hear(asker.say(Cry.QUESTION), CLIENT, 0.0)[1] is not None
+            assert there.parse(asker.build(DatagramType.QUESTION), CLIENT, 0.0)[1] is not None
 
 
 def test_memory_is_bounded():
     there = node()
     for number in range(5000):
-        there.hear(client(instance=struct.pack('>QQ', 1, number)).say(Cry.QUESTION), CLIENT, float(number))
-        there.hear(client(OTHER).say(Cry.QUESTION), str(ipaddress.ip_address(number)), 100.0 * number)
+        there.parse(client(instance=struct.pack('>QQ', 1, number)).build(DatagramType.QUESTION), CLIENT, float(number))
+        there.parse(client(OTHER).build(DatagramType.QUESTION), str(ipaddress.ip_address(number)), 100.0 * number)
     assert len(there._seen) == len(there._told) == Discovery.REMEMBERED
 
 
 @pytest.mark.parametrize('change', range(0, 128, 7))
 def test_a_changed_byte_is_noticed(change):
     asker, there = client(), node()
-    question = bytearray(asker.say(Cry.QUESTION))
+    question = bytearray(asker.build(DatagramType.QUESTION))
     question[change] ^= 1
-    heard, answer = there.hear(bytes(question), CLIENT, 0.0)
-    assert heard is None and (answer is None or answer[8] == Cry.NOT_MINE)
+    heard, answer = there.parse(bytes(question), CLIENT, 0.0)
+    assert heard is None and (answer is None or answer[8] == DatagramType.NOT_MINE)
 
 
 @pytest.mark.parametrize('data', [b'', b'x', bytes(128), b'y' * 128, b'z' * 129, b'\xff' * 128])
 def test_garbage_is_neither_heard_nor_answered(data):
-    assert node().hear(data, CLIENT, 0.0) == client().hear(data, NODE, 0.0) == (None, None)
+    assert node().parse(data, CLIENT, 0.0) == client().parse(data, NODE, 0.0) == (None, None)
 
 
 def test_an_answer_that_was_not_asked_for_is_nothing():
     asker, there = client(), node()
-    answer = there.hear(client(instance=b'd' * 16).say(Cry.QUESTION), CLIENT, 0.0)[1]
-    assert asker.hear(answer, NODE, 0.0) == (None, None)
+    answer = there.parse(client(instance=b'd' * 16).build(DatagramType.QUESTION), CLIENT, 0.0)[1]
+    assert asker.parse(answer, NODE, 0.0) == (None, None)
 
 
 def test_a_forged_answer_is_nothing():
     asker, liar = client(), node(OTHER)
-    asker.say(Cry.QUESTION)
-    for kind in (Cry.ANSWER, Cry.HELLO):
-        assert asker.hear(liar.say(kind, CLIENT, asker._asked[-1]), NODE, 0.0) == (None, None)
+    asker.build(DatagramType.QUESTION)
+    for kind in (DatagramType.ANSWER, DatagramType.HELLO):
+        assert asker.parse(liar.build(kind, CLIENT, asker._asked[-1]), NODE, 0.0) == (None, None)
 
 
 def test_a_greeting_is_heard_by_clients_and_tells_no_address():
-    hello = node(addresses=('127.0.0.1', '10.97.0.2')).say(Cry.HELLO)
-    assert client().hear(hello, NODE, 0.0)[0].address == ''
-    assert node(instance=b'm' * 16).hear(hello, NODE, 0.0) == (None, None)
+    hello = node(addresses=('127.0.0.1', '10.97.0.2')).build(DatagramType.HELLO)
+    assert client().parse(hello, NODE, 0.0)[0].address == ''
+    assert node(instance=b'm' * 16).parse(hello, NODE, 0.0) == (None, None)
 
 
 def test_nobody_hears_itself_and_clients_do_not_answer():
     one = node()
-    assert one.hear(one.say(Cry.QUESTION), NODE, 0.0) == (None, None)
-    assert client().hear(client(instance=b'd' * 16).say(Cry.QUESTION), CLIENT, 0.0) == (None, None)
+    assert one.parse(one.build(DatagramType.QUESTION), NODE, 0.0) == (None, None)
+    assert client().parse(client(instance=b'd' * 16).build(DatagramType.QUESTION), CLIENT, 0.0) == (None, None)
 
 
 def test_another_secret_is_answered_not_mine_once_a_minute():
     asker, there = client(OTHER), node()
-    heard, answer = there.hear(asker.say(Cry.QUESTION), CLIENT, 1000.0)
+    heard, answer = there.parse(asker.build(DatagramType.QUESTION), CLIENT, 1000.0)
     assert heard is None and len(answer) == DATAGRAM
-    assert asker.hear(answer, NODE, 1000.0)[0].kind == Cry.NOT_MINE
-    assert there.hear(asker.say(Cry.QUESTION), CLIENT, 1059.0) == (None, None)
-    assert there.hear(asker.say(Cry.QUESTION), '10.97.0.9', 1059.0)[1] is not None
-    assert there.hear(asker.say(Cry.QUESTION), CLIENT, 1060.0)[1] is not None
+    assert asker.parse(answer, NODE, 1000.0)[0].kind == DatagramType.NOT_MINE
+    assert there.parse(asker.build(DatagramType.QUESTION), CLIENT, 1059.0) == (None, None)
+    assert there.parse(asker.build(DatagramType.QUESTION), '10.97.0.9', 1059.0)[1] is not None
+    assert there.parse(asker.build(DatagramType.QUESTION), CLIENT, 1060.0)[1] is not None
 
 
 def test_not_mine_that_was_not_asked_for_is_nothing():
     asker, there = client(OTHER), node()
-    answer = there.hear(client(OTHER, b'd' * 16).say(Cry.QUESTION), CLIENT, 0.0)[1]
-    assert asker.hear(answer, NODE, 0.0) == (None, None)
+    answer = there.parse(client(OTHER, b'd' * 16).build(DatagramType.QUESTION), CLIENT, 0.0)[1]
+    assert asker.parse(answer, NODE, 0.0) == (None, None)
 
 
 def test_not_mine_tells_nothing_that_could_be_guessed_from():
     """Two of them to the same question have different signatures: no key of ours is in them."""
-    question = client(OTHER).say(Cry.QUESTION)
-    one, two = (node().hear(question, CLIENT, 0.0)[1] for _ in range(2))
+    question = client(OTHER).build(DatagramType.QUESTION)
+    one, two = (node().parse(question, CLIENT, 0.0)[1] for _ in range(2))
     assert one[-32:] != two[-32:]
 
 
 def test_so_many_answers_a_second_and_no_more():
     there = node()
-    answers = sum(there.hear(client().say(Cry.QUESTION), CLIENT, 7.5)[1] is not None for _ in range(1000))
+    answers = sum(there.parse(client().build(DatagramType.QUESTION), CLIENT, 7.5)[1] is not None for _ in range(1000))
     assert answers == Discovery.LIMIT
-    assert there.hear(client().say(Cry.QUESTION), CLIENT, 8.0)[1] is not None
+    assert there.parse(client().build(DatagramType.QUESTION), CLIENT, 8.0)[1] is not None
 
 
 def test_strangers_do_not_get_more_answers():
     there = node()
-    said = [there.hear(client(OTHER).say(Cry.QUESTION), str(ipaddress.ip_address(number)), 7.5)[1] for number in range(1000)]
+    said = [there.parse(client(OTHER).build(DatagramType.QUESTION), str(ipaddress.ip_address(number)), 7.5)[1] for number in range(1000)]
     assert sum(answer is not None for answer in said) == Discovery.STRANGERS
 
 
@@ -161,13 +161,13 @@ def test_strangers_do_not_get_more_answers():
 def test_the_address_that_is_told_fits_who_asks(addresses, asker, told):
     assert nearest_address(addresses, asker) == told
     ours, there = client(), node(addresses=addresses)
-    assert ours.hear(there.hear(ours.say(Cry.QUESTION), asker, 0.0)[1], NODE, 0.0)[0].address == told
+    assert ours.parse(there.parse(ours.build(DatagramType.QUESTION), asker, 0.0)[1], NODE, 0.0)[0].address == told
 
 
 @pytest.mark.parametrize('addresses, asker', [
     (('127.0.0.1',), '10.97.0.1'), (('127.0.1.1', '::1'), '10.97.0.1'), (('::1',), 'fd97::1'), (('fd97::2',), '10.97.0.1'), (('10.97.0.2',), 'fd97::1')])
 def test_who_could_not_reach_the_node_gets_no_answer(addresses, asker):
-    assert node(addresses=addresses).hear(client().say(Cry.QUESTION), asker, 0.0) == (None, None)
+    assert node(addresses=addresses).parse(client().build(DatagramType.QUESTION), asker, 0.0) == (None, None)
 
 
 # What is meant by an element of `nodes`; dispy 4 took .246 for 192.168.2.24
@@ -194,5 +194,5 @@ def test_where_a_node_may_be_that_is_meant(meant, address, may):
 
 
 def test_places():
-    assert [place(*pair) for pair in (('fd97::2', 9701), ('10.97.0.2', 9701), ('lab1', 1), ('', 9702))] == [
+    assert [format_address(*pair) for pair in (('fd97::2', 9701), ('10.97.0.2', 9701), ('lab1', 1), ('', 9702))] == [
         '[fd97::2]:9701', '10.97.0.2:9701', 'lab1:1', '*:9702']

@@ -13,8 +13,8 @@ import dispynode
 from conftest import ROOT
 from dispy import NodeSpec, matches
 from dispynode import (
-    BOUNDS, FrameOpener, FrameSealer, ITEMS_MOST, MESSAGES, OF_CLIENTS, OF_NODES, PeerError, Ready, Welcome, Where, decode, encode,
-    is_shallow, open_envelope, open_regular)
+    BOUNDS, FrameDecoder, FrameEncoder, ITEMS_MOST, MESSAGES, OF_CLIENTS, OF_NODES, PeerError,
+    Ready, NodeHello, JobsAssigned, decode, encode, is_shallow, open_envelope, open_regular)
 
 
 def colliding(count):
@@ -118,7 +118,7 @@ def test_what_is_deep_is_not_loosely_passed_on():
     for _ in range(700):   # Python itself allows 1000 less those of the callers
         deep = (deep,)
     assert not is_shallow(deep) and is_shallow((1, [2, {'a': (3, [])}]))
-    for message in (Welcome('n', 1, {'platform': deep}), Where('c', (deep, 1, 2), [])):
+    for message in (NodeHello('n', 1, {'platform': deep}), JobsAssigned('c', (deep, 1, 2), [])):
         op, _, pieces = encode(message)
         with pytest.raises(PeerError):
             decode(op, 0, pieces[0])
@@ -134,11 +134,11 @@ def test_names_of_computations(name):
 def test_a_side_takes_what_is_for_it_before_it_has_read_it():
     """A node is not sent the lists that nodes send; the frame is refused by its header."""
     assert MESSAGES.keys() == OF_CLIENTS | OF_NODES
-    frame = b''.join(map(bytes, FrameSealer(b'k' * 32).seal(Ready('c', list(range(1000))))))
-    opener = FrameOpener(b'k' * 32, OF_CLIENTS)
+    frame = b''.join(map(bytes, FrameEncoder(b'k' * 32).seal(Ready('c', list(range(1000))))))
+    opener = FrameDecoder(b'k' * 32, OF_CLIENTS)
     with pytest.raises(PeerError, match='Ready may not come here'):
         opener.measure(frame[:32])
-    assert FrameOpener(b'k' * 32, OF_NODES).measure(frame[:32]) == len(frame) - 32
+    assert FrameDecoder(b'k' * 32, OF_NODES).measure(frame[:32]) == len(frame) - 32
 
 
 # -- patterns and files -------------------------------------------------------------------------------------------------

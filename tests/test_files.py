@@ -10,7 +10,8 @@ import pytest
 
 import dispynode
 from dispynode import (
-    FILE_PIECE, Backlog, FilePiece, FileReceiver, FileStored, Purpose, check_name, file_digest, read_pieces)
+    FILE_PIECE, SpoolSender, FilePiece, FileReceiver, FileStored, Purpose, check_name, file_digest,
+    read_pieces)
 
 DATA = b'the content of a file'
 posix = pytest.mark.skipif(os.name == 'nt', reason='links and modes are POSIX')
@@ -503,7 +504,7 @@ class Room:
 def test_files_are_sent_as_there_is_room(tmp_path):
     (tmp_path / 'large').write_bytes(bytes(20 * FILE_PIECE))
     links = {1: Room(), 2: Room()}
-    backlog = Backlog(links)
+    backlog = SpoolSender(links)
 
     def say(link, message):
         link.sent.append(message)
@@ -528,7 +529,7 @@ def test_files_are_sent_as_there_is_room(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_told_and_others_go_on(tmp_path):
     links = {1: Room()}
-    backlog = Backlog(links)
+    backlog = SpoolSender(links)
     backlog.add_file(1, ('c', 3, 0), row('gone'), str(tmp_path / 'gone'))
     backlog.add_file(1, ('d', 1, 0), row('small', b'small'), b'small')
     backlog.add_file(1, ('e', 1, 0), row('small', b'small'), b'small')

@@ -15,7 +15,7 @@ import pytest
 from conftest import eventually
 
 import dispynode
-from dispynode import Arrival, Doorkeeper, Gate, HandshakeError, Loop, Role, handshake_dial, tls_context
+from dispynode import Authenticated, HandshakeLimiter, Acceptor, HandshakeError, Loop, Role, handshake_dial, tls_context
 
 PSK, OTHER_PSK = b'k' * 32, b'K' * 32
 CLIENT, NODE = b'client instance.', b'instance of node'
@@ -35,7 +35,7 @@ def fail(keeper, address, count, now=0.0):
 
 
 def test_32_from_one_address_and_64_at_once():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     assert admitted(keeper, 'a', 40) == 32
     assert admitted(keeper, 'b', 20) == 20
     assert admitted(keeper, 'c', 20) == 12
@@ -43,7 +43,7 @@ def test_32_from_one_address_and_64_at_once():
 
 
 def test_who_is_done_makes_room():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     assert admitted(keeper, 'a', 33) == 32
     keeper.done('a', True, 0.0)
     assert admitted(keeper, 'a', 2) == 1
@@ -53,7 +53,7 @@ def test_who_is_done_makes_room():
 
 
 def test_who_was_refused_holds_no_place():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     admitted(keeper, 'a', 1000)
     for _ in range(32):
         keeper.done('a', True, 0.0)
@@ -61,7 +61,7 @@ def test_who_was_refused_holds_no_place():
 
 
 def test_four_failures_are_free():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     fail(keeper, 'a', 4)
     assert keeper.admit('a', 0.0)
 
@@ -69,7 +69,7 @@ def test_four_failures_are_free():
 @pytest.mark.parametrize('failures, shut', [
     (5, 15), (6, 30), (7, 60), (8, 120), (9, 240), (10, 480), (11, 600), (12, 600), (30, 600)])
 def test_the_time_for_which_an_address_is_refused(failures, shut):
-    keeper, now = Doorkeeper(), 0.0
+    keeper, now = HandshakeLimiter(), 0.0
     fail(keeper, 'a', 4)
     for _ in range(failures - 4):
         now += 1000
@@ -80,7 +80,7 @@ def test_the_time_for_which_an_address_is_refused(failures, shut):
 
 # Guards against: 2 ** count does not fit a float any more, done() raises, and the address is never refused again.
 def test_failures_beyond_a_thousand():
-    keeper, now = Doorkeeper(), 0.0
+    keeper, now = HandshakeLimiter(), 0.0
     for _ in range(40):    # 32 at once come in whenever the time is over
         now += 1000
         assert admitted(keeper, 'a', 32, now) == 32
@@ -90,13 +90,13 @@ def test_failures_beyond_a_thousand():
 
 
 def test_other_addresses_are_not_affected():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     fail(keeper, 'a', 5)
     assert not keeper.admit('a', 1.0) and keeper.admit('b', 1.0)
 
 
 def test_success_is_forgiveness():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     fail(keeper, 'a', 4)
     assert keeper.admit('a', 0.0)
     keeper.done('a', True, 0.0)
@@ -105,23 +105,23 @@ def test_success_is_forgiveness():
 
 
 def test_one_line_an_address_and_10_seconds():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     assert [keeper.may_log('a', now) for now in (0.0, 0.1, 9.9, 10.0, 10.1, 19.9, 20.0)] == [True, False, False,
         True, False, False, True]
     assert keeper.may_log('b', 0.1)
 
 
 def test_memory_is_bounded():
-    keeper = Doorkeeper()
-    for number in range(3 * Doorkeeper.REMEMBERED):
+    keeper = HandshakeLimiter()
+    for number in range(3 * HandshakeLimiter.REMEMBERED):
         fail(keeper, '10.%d' % number, 1)
         keeper.may_log('10.%d' % number, 0.0)
-    assert len(keeper._failed) <= Doorkeeper.REMEMBERED and len(keeper._logged) <= Doorkeeper.REMEMBERED
+    assert len(keeper._failed) <= HandshakeLimiter.REMEMBERED and len(keeper._logged) <= HandshakeLimiter.REMEMBERED
     assert not keeper._open
 
 
 def test_asking_leaves_nothing_behind():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     admitted(keeper, 'a', 64)
     for number in range(1000):
         keeper.admit('10.%d' % number, 0.0)
@@ -137,8 +137,8 @@ class House(Loop):
     def __init__(self, **tls):
         super().__init__()
         self.arrivals = []
-        self.gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **tls)
-        self.watch(self.gate.socket, self.gate.knock)
+        self.gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **tls)
+        self.add_reader(self.gate.socket, self.gate.on_readable)
         self._thread = threading.Thread(target=self.run)
 
     def start(self):
@@ -146,14 +146,14 @@ class House(Loop):
         return self
 
     def on_event(self, event):
-        if isinstance(event, Arrival):
+        if isinstance(event, Authenticated):
             self.arrivals.append(event)
 
     def close(self):
         self.stop()
         self.post(None)
         self._thread.join(10)
-        self.unwatch(self.gate.socket)
+        self.remove_reader(self.gate.socket)
         self.gate.server_close()
         for arrival in self.arrivals:
             arrival.sock.close()
@@ -310,7 +310,7 @@ def test_an_error_of_ours_is_seen_and_frees_the_place(house, come, monkeypatch, 
 
 
 def test_closing_the_gate_stops_listening_and_may_come_twice():
-    gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+    gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
     address = gate.server_address
     gate.server_close()
     gate.server_close()
@@ -320,12 +320,12 @@ def test_closing_the_gate_stops_listening_and_may_come_twice():
 
 def test_a_taken_port_is_an_os_error_and_leaves_nothing(house):
     with pytest.raises(OSError):
-        Gate(house.gate.server_address, PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+        Acceptor(house.gate.server_address, PSK, Role.NODE, (Role.CLIENT,), NODE, print)
 
 
 def test_ipv6():
     try:
-        gate = Gate(('::1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+        gate = Acceptor(('::1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
     except OSError:
         pytest.skip('no IPv6 on this host')
     with contextlib.closing(socket.create_connection(gate.server_address[:2], 10)):
@@ -336,7 +336,7 @@ def test_ipv6():
 
 @pytest.fixture
 def gate():
-    gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+    gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
     yield gate
     gate.server_close()
 

@@ -10,7 +10,7 @@ import pytest
 
 import dispy
 from conftest import ROOT, eventually
-from dispy import Access, DispyJob, has_ended, own_process
+from dispy import ConnectionSettings, DispyJob, has_ended, own_process
 from dispy_httpd import SchedulerLink
 from dispynode import PULSE
 from dispyscheduler import Absence
@@ -63,7 +63,7 @@ class Overview:
     """What the scheduler says of all clusters."""
 
     def __init__(self, scheduler):
-        self._link = SchedulerLink('127.0.0.1', scheduler.port, Access(dispy.find_secret(None), None, None, None, PULSE, 1.0))
+        self._link = SchedulerLink('127.0.0.1', scheduler.port, ConnectionSettings(dispy.find_secret(None), None, None, None, PULSE, 1.0))
 
     def of(self, pid=None):
         """The one cluster there is, or that of a program."""

@@ -86,7 +86,7 @@ def test_a_fault_while_a_channel_is_read_ends_the_channel_alone(loop, also):
     link, theirs = link_of(loop)
     other, others = link_of(loop)
     loop.raises.update(('channel', *also))
-    sender = dispynode.FrameSealer(b'k' * 32)
+    sender = dispynode.FrameEncoder(b'k' * 32)
     theirs.sendall(b''.join(map(bytes, sender.seal(Pulse()))))
     loop.turn(0)
     if also != ('fault',):
@@ -98,7 +98,7 @@ def test_a_fault_while_a_channel_is_read_ends_the_channel_alone(loop, also):
 
 def test_say_never_raises_and_breaks_the_link(loop):
     link, theirs = link_of(loop)
-    loop.say(link, dispynode.Bye('x' * dispynode.SMALL))
+    loop.say(link, dispynode.Bye('x' * dispynode.MAX_CONTROL))
     loop.say(link, dispynode.Bye(lambda: None))
     loop.turn(0)
     assert link.dirty is None and 'limit' in loop.broken[0]

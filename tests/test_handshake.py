@@ -13,8 +13,8 @@ import pytest
 
 import dispynode
 from dispynode import (
-    FrameOpener, FrameSealer, HandshakeError, MAGIC, NO_TLS, Pulse, Role, SecretError, certificate_digest, handshake_accept,
-    handshake_dial, tls_context)
+    FrameDecoder, FrameEncoder, HandshakeError, MAGIC, NO_TLS, Pulse, Role, SecretError,
+    certificate_digest, handshake_accept, handshake_dial, tls_context)
 
 PSK, OTHER_PSK = b'k' * 32, b'K' * 32
 CLIENT, NODE = b'client instance.', b'instance of node'
@@ -114,10 +114,10 @@ def test_frames_pass_with_the_keys(pair):
     side = accept(pair[1])
     mine, its = dial(pair[0]), side.ended().result
     for sender, receiver in ((mine, its), (its, mine)):
-        data = b''.join(FrameSealer(sender.send_key).seal(Pulse()))
-        opener = FrameOpener(receiver.receive_key)
-        opener.room()[:len(data)] = data
-        assert [opener.open(*unit) for unit in opener.took(len(data))] == [Pulse()]
+        data = b''.join(FrameEncoder(sender.send_key).seal(Pulse()))
+        opener = FrameDecoder(receiver.receive_key)
+        opener.get_buffer()[:len(data)] = data
+        assert [opener.open(*unit) for unit in opener.buffer_updated(len(data))] == [Pulse()]
 
 
 def test_every_session_has_its_own_keys():

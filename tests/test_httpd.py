@@ -318,11 +318,11 @@ def test_a_snapshot_costs_the_same_with_many_jobs(site):
     many, _ = driver.ask(calls)
     assert nodes == 1 and many <= few + 2 and len(site.cluster.driver.schedule.comps[site.cluster.comp].queue._levels[0]) > 19000
 
-    peers = [dispy.Peer('10.0.0.%d' % n, 9701) for n in range(200)]
+    peers = [dispy.NodeConnection('10.0.0.%d' % n, 9701) for n in range(200)]
 
     def add():
         for n, peer in enumerate(peers):
-            peer.name, peer.link, peer.uses[site.cluster.comp] = 'node%03d' % n, Idle(), dispy.Use(dispy.NodeSpec('x', 1))
+            peer.name, peer.link, peer.uses[site.cluster.comp] = 'node%03d' % n, Idle(), dispy.NodeAssignment(dispy.NodeSpec('x', 1))
             driver.nodes.by_key[peer.key] = peer
     driver.ask(add)
     try:

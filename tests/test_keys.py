@@ -5,7 +5,8 @@ import os
 import pytest
 
 from dispynode import (
-    Compute, Found, Held, LinkUp, Node, PeerError, Received, Reclaim, Send, Shelf, digest_of, may_reclaim)
+    Compute, SpoolFound, KnownAttempts, LinkUp, Node, PeerError, Received, Reclaim, Send,
+    ResultSpool, digest_of, may_reclaim)
 
 
 def test_keys():
@@ -16,7 +17,7 @@ def test_keys():
 
 def node_with_kept(digest):
     node = Node('n', 1, {})
-    node.handle(Found('c', b'a' * 16, [1, 2], 1e9, digest), 0.0)
+    node.handle(SpoolFound('c', b'a' * 16, [1, 2], 1e9, digest), 0.0)
     node.handle(LinkUp(5, b'b' * 16, 'there'), 0.0)
     return node
 
@@ -26,7 +27,7 @@ def test_a_node_gives_kept_results_for_the_key(key, given):
     node = node_with_kept(digest_of(key))
     actions = node.handle(Received(5, Reclaim('c', given)), 0.0)
     right = key == given
-    answer = Held('c', [1, 2]) if right else Held('c', [], (False, [], [], [], ''))   # who is refused must not take it for told that nothing began
+    answer = KnownAttempts('c', [1, 2]) if right else KnownAttempts('c', [], (False, [], [], [], ''))   # who is refused must not take it for told that nothing began
     assert [action.message for action in actions if isinstance(action, Send)][0] == answer
     assert (node.results.spooled['c'].owner == b'b' * 16) is right
 
@@ -37,13 +38,13 @@ def test_the_same_instance_without_the_key_gets_nothing():
     node = node_with_kept(digest_of(b'k'))
     actions = node.handle(Received(5, Compute('c', dict(spec(), key=digest_of(b'other')))), 0.0)
     assert node.results.spooled['c'].owner == b'a' * 16
-    assert not any(type(action).__name__ == 'SendKept' for action in actions)
+    assert not any(type(action).__name__ == 'SendSpooled' for action in actions)
     with pytest.raises(PeerError, match='another key'):
         node.handle(Received(5, Compute('c', dict(spec(), key=digest_of(b'k')))), 0.0)
 
 
 def test_the_key_outlives_the_node(tmp_path):
-    shelf = Shelf(str(tmp_path / 'r-c'))
+    shelf = ResultSpool(str(tmp_path / 'r-c'))
     shelf.append(b'a' * 16, [(1, 1, 0.0, 0.0, b'x', b'', b'')], digest_of(b'k'))
-    assert Shelf(str(tmp_path / 'r-c')).scan() == (b'a' * 16, digest_of(b'k'), [1])
+    assert ResultSpool(str(tmp_path / 'r-c')).scan() == (b'a' * 16, digest_of(b'k'), [1])
     assert [row[0] for row in shelf.rows()] == [1]

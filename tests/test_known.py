@@ -12,7 +12,7 @@ import pytest
 import dispy
 from conftest import ROOT
 from dispy import Account, Known, NodeLost, NodeReady, NodeTold, Occasion, Submitted, Verdict
-from dispynode import BEGUN_KEPT, Held, Memory, Past, PeerError, Ready, Slots, decode, encode
+from dispynode import BEGUN_KEPT, KnownAttempts, Memory, AttemptHistory, PeerError, Ready, Slots, decode, encode
 from test_schedule import Talk, jobs, only
 
 STAYS, WAITS, LOST = Verdict.STAYS, Verdict.WAITS, Verdict.LOST
@@ -41,7 +41,7 @@ def test_what_never_began_is_never_lost_and_what_began_never_waits_again():
     assert len(dispy.KNOWN_TABLE) == len(Known) * len(Occasion)
 
 
-PAST = Past(True, frozenset([2]), frozenset([3, 7]), frozenset([4, 7]), 'given up after 3 s')
+PAST = AttemptHistory(True, frozenset([2]), frozenset([3, 7]), frozenset([4, 7]), 'given up after 3 s')
 
 
 @pytest.mark.parametrize('serial, account, known', [
@@ -67,11 +67,11 @@ def test_the_table_is_printed_by_a_command():
 # -- the messages that carry it ------------------------------------------------------------------------------------
 
 def test_past_goes_there_and_back():
-    assert Past.of(PAST.row()) == PAST and Past().row() == () and Past.of(()) == Past()
-    assert PAST.and_also(Past(False)).row() == (False, [2], [3, 7], [4, 7], 'given up after 3 s')
+    assert AttemptHistory.of(PAST.row()) == PAST and AttemptHistory().row() == () and AttemptHistory.of(()) == AttemptHistory()
+    assert PAST.and_also(AttemptHistory(False)).row() == (False, [2], [3, 7], [4, 7], 'given up after 3 s')
 
 
-@pytest.mark.parametrize('kind', [Ready, Held])
+@pytest.mark.parametrize('kind', [Ready, KnownAttempts])
 @pytest.mark.parametrize('past', [(1,), (1, [], [], [], ''), (True, [], [], 'x', ''), (True, [-1], [], [], ''), (True, [], [], [], b'')])
 def test_nonsense_is_no_past(kind, past):
     op, encoding, pieces = encode(kind('c', [1], past))
@@ -92,7 +92,7 @@ def busy(reentrant=False):
 
 def account_of(works, held=(), unbegun=(), lost=(), given_up=(), whole=True):
     pick = [frozenset(works[number].serial for number in numbers) for numbers in (held, unbegun, lost, given_up)]
-    return Account(pick[0], Past(whole, *pick[1:], text='given up'))
+    return Account(pick[0], AttemptHistory(whole, *pick[1:], text='given up'))
 
 
 @pytest.mark.parametrize('reentrant', [False, True])
@@ -113,7 +113,7 @@ def test_the_schedule_follows_the_table(reentrant, how):
     if not reentrant and how != 'lost':
         assert 'given up' in ended[works[3]] and 'had begun when the node ended' in ended[works[2]]
     if how == 'told':   # what it holds stays there, and is not lost while it is connected
-        assert talk.schedule.nodes['n'].flight['c'].get(works[0].serial) is works[0]
+        assert talk.schedule.nodes['n'].in_flight['c'].get(works[0].serial) is works[0]
 
 
 def test_what_is_not_there_has_not_begun_only_if_all_is_known():
@@ -129,7 +129,7 @@ def test_a_node_that_has_told_what_it_holds_is_not_lost_while_it_sets_up():
     talk.tell(NodeTold('n', 'c', account_of(works, held=[0, 1, 2, 3])))
     assert talk.schedule.flush(1000.0) == []
     talk.tell(Submitted(jobs(8)))
-    assert len(talk.schedule.nodes['n'].flight['c']) == 4   # nothing is sent before it is ready
+    assert len(talk.schedule.nodes['n'].in_flight['c']) == 4   # nothing is sent before it is ready
     talk.tell(dispy.NodeAway('n', 'host', 'broken', 2000.0))
     assert len(only(talk.schedule.flush(2000.0), dispy.JobEnded)) == 4
 
@@ -165,7 +165,7 @@ def test_an_attempt_to_reach_a_node_that_is_not_away_changes_nothing():
 def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
     """It is tried often then, so that several attempts fail in a short time."""
     talk, _ = busy()
-    peer = dispy.Peer('n', 1)
+    peer = dispy.NodeConnection('n', 1)
     peer.key, peer.failures = 'n', 100
     driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5), nodes=dispy.NodeTable(), clusters={}, instance=b'')
     connector = dispy.Connector(driver, bytes(32), None)
@@ -209,7 +209,7 @@ def test_a_memory_goes_on_after_a_good_end_and_after_a_kill(tmp_path):
     third = Memory(str(tmp_path))   # the second was killed
     known = third.begin({'c': frozenset([9]), 'd': None})
     assert third.ident == first.ident and known['c'].lost == {3, 7, 9} and not known['d'].whole
-    third.write('c', Past())
+    third.write('c', AttemptHistory())
     assert set(Memory(str(tmp_path)).begin({})) == {'d'}
 
 

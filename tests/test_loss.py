@@ -32,7 +32,7 @@ def talk_of(standing, count=3):
     talk.schedule.handle(Opened('d', 'd', False, is_scheduler), 0.0)
     works = [] if standing in (Standing.IDLE, Standing.IDLE_SCHEDULER) else jobs(count, 'd')
     talk.tell(NodeReady('n', 'd', 8, [], 'host', offers=8), Submitted(works))
-    assert len(talk.schedule.nodes['n'].flight['d']) == len(works)
+    assert len(talk.schedule.nodes['n'].in_flight['d']) == len(works)
     return talk, works
 
 
@@ -67,7 +67,7 @@ def test_the_schedule_follows_the_table(evidence, standing):
     assert (there is None) == (loss is LOST)
     if there is not None:
         assert (there.away is not None) == (loss is AWAY)
-        assert len(there.flight['d']) == (len(works) if loss in (STAYS, AWAY) else 0)
+        assert len(there.in_flight['d']) == (len(works) if loss in (STAYS, AWAY) else 0)
 
 
 def test_a_node_that_was_away_is_lost_when_it_is_overdue():
@@ -84,17 +84,17 @@ def test_a_scheduler_that_was_cut_off_is_waited_for_for_ever():
     talk, works = talk_of(Standing.BUSY_SCHEDULER)
     talk.tell(doubt(Evidence.CUT, Standing.BUSY_SCHEDULER, until=math.inf))
     assert only(talk.schedule.flush(1e9), dispy.JobEnded) == []
-    assert len(talk.schedule.nodes['n'].flight['d']) == len(works)
+    assert len(talk.schedule.nodes['n'].in_flight['d']) == len(works)
 
 
 def test_what_is_known_of_a_process_that_has_ended_is_not_lost():
     talk, (held, unbegun, began) = talk_of(Standing.BUSY)
-    past = dispy.Past(True, frozenset([unbegun.serial]), frozenset([began.serial]))
+    past = dispy.AttemptHistory(True, frozenset([unbegun.serial]), frozenset([began.serial]))
     account = Account(frozenset([held.serial]), past)
     actions = talk.tell(doubt(Evidence.PROCESS_ENDED, Standing.BUSY, known={'d': account}))
     assert [action.work for action in only(actions, dispy.JobEnded)] == [began]
     assert [action.work for action in only(actions, dispy.JobWaits)] == [unbegun]
-    assert talk.schedule.nodes['n'].flight['d'][held.serial] is held
+    assert talk.schedule.nodes['n'].in_flight['d'][held.serial] is held
 
 
 def test_of_several_computations_only_those_are_returned_that_were_spoken_of():
@@ -103,7 +103,7 @@ def test_of_several_computations_only_those_are_returned_that_were_spoken_of():
     talk.tell(NodeReady('n', 'c', 8, [], 'host', offers=8), Submitted(others))
     actions = talk.tell(doubt(Evidence.REFUSAL, Standing.BUSY))
     assert {action.work for action in only(actions, dispy.JobWaits)} == set(works)
-    assert set(talk.schedule.nodes['n'].flight['c'].values()) == set(others)
+    assert set(talk.schedule.nodes['n'].in_flight['c'].values()) == set(others)
 
 
 def test_evidence_against_an_unknown_node_changes_nothing():
@@ -111,4 +111,4 @@ def test_evidence_against_an_unknown_node_changes_nothing():
     for evidence in Evidence:
         event = doubt(evidence, Standing.BUSY)._replace(node='unknown', comps=[])
         assert only(talk.tell(event), dispy.JobEnded) == []
-    assert len(talk.schedule.nodes['n'].flight['d']) == len(works)
+    assert len(talk.schedule.nodes['n'].in_flight['d']) == len(works)

@@ -626,7 +626,7 @@ FLOOD = """
             sock.setblocking(False)
             sock.connect_ex((node, 9701))
             silent.append(sock)
-        for data in (os.urandom(128), good.say(d.Cry.QUESTION), liar.say(d.Cry.HELLO), liar.say(d.Cry.ANSWER, '', os.urandom(16)), os.urandom(1000)):
+        for data in (os.urandom(128), good.build(d.DatagramType.QUESTION), liar.build(d.DatagramType.HELLO), liar.build(d.DatagramType.ANSWER, '', os.urandom(16)), os.urandom(1000)):
             udp.sendto(data, ('10.97.0.255', 9701))
             sent += 1
         if len(silent) % 10 == 0:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from dispynode import (
-    CREDIT_TIME, PAST_TIME, Attempt, Cpus, FairShare, Found, Forget, Lease, NodeLease, NodeTables, Past, PastAttempts, Remember,
-    Remembered, Timers, UndeliveredResults)
+    CREDIT_TIME, PAST_TIME, Attempt, Cpus, FairShare, SpoolFound, Forget, Lease, NodeLease,
+    NodeTables, AttemptHistory, PastAttempts, Remember, Remembered, Timers, UndeliveredResults)
 from dispynode import _Computation as Computation, _Worker as Worker
 from test_node_state import spec
 
@@ -172,13 +172,13 @@ def test_one_that_has_come_is_next_and_claims_nothing_of_what_others_used():
 def test_what_is_known_of_past_attempts_is_written_down_and_ends_with_its_time():
     tables, timers = NodeTables('n'), Timers()
     past = PastAttempts(tables, timers)
-    past.on_remembered(Remembered('c', Past(lost=frozenset([1]))), 0.0)
-    past.add('c', Past(unbegun=frozenset([2])))
-    both = Past(lost=frozenset([1]), unbegun=frozenset([2]))
+    past.on_remembered(Remembered('c', AttemptHistory(lost=frozenset([1]))), 0.0)
+    past.add('c', AttemptHistory(unbegun=frozenset([2])))
+    both = AttemptHistory(lost=frozenset([1]), unbegun=frozenset([2]))
     assert tables.actions == [Remember('c', both)] and past.row('c') == both.row() and past.row('d') == ()
     tables.actions.clear()
     due(timers, PAST_TIME)
-    assert tables.actions == [Remember('c', Past())] and past.row('c') == ()
+    assert tables.actions == [Remember('c', AttemptHistory())] and past.row('c') == ()
     past.forget('c')
     assert len(tables.actions) == 1, 'there is nothing to forget'
 
@@ -187,7 +187,7 @@ def test_results_on_the_disk_are_given_up_after_their_time_and_that_is_known():
     tables, timers = NodeTables('n'), Timers()
     past = PastAttempts(tables, timers)
     results = UndeliveredResults(tables, timers, past, 100.0)
-    results.on_found(Found('c', b'me', [1, 2], 50.0), 0.0)
+    results.on_found(SpoolFound('c', b'me', [1, 2], 50.0), 0.0)
     assert results.spooled_of(b'me') == ['c'] and results.spooled_of(b'you') == []
     assert results.spooled_serials('c') == {1, 2} and results.known_attempts('c') == [1, 2]
     results.give_to('c', b'you')
@@ -196,4 +196,4 @@ def test_results_on_the_disk_are_given_up_after_their_time_and_that_is_known():
     assert not tables.actions
     due(timers, 50.0)
     assert Forget('c') in tables.actions and results.known_attempts('c') == []
-    assert Past.of(past.row('c')).given_up == {1, 2}
+    assert AttemptHistory.of(past.row('c')).given_up == {1, 2}

@@ -8,12 +8,16 @@ import pytest
 
 from conftest import walk_seeds
 from dispynode import (
-    BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASED_TIME, SETUP_TIME, STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, Feed,
-    FilePiece, FileStored, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError,
-    ROW_FIRST, UNKNOWN_TIME, Prepare, Prepared, Purpose, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
-    RunnerGone, RunnerUp, Send, SendKept, SetCpus, Show, Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, Store,
-    Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
-    encode, size_of)
+    BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME, STAGE_TABLE,
+    Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker, FilePiece,
+    FileStored, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs, SpoolResults,
+    ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged, Outcome, Pause,
+    PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose, Query, Ready,
+    ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, JobsReturned,
+    RunnerGone, RunnerUp, Send, SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started,
+    StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker,
+    LimitMemory, NodeHello, WorkerGone, WorkerResults, WorkerReturnedJobs, MemoryExceeded,
+    WorkerStartFailed, decode, encode, size_of)
 
 
 def spec(**changes):
@@ -32,7 +36,7 @@ def file_piece(name, offset=0, data=b'', purpose=Purpose.DEPENDS, comp='c'):
 
 
 def stored(name='a', error='', purpose=Purpose.DEPENDS, complete=True):
-    return Stored(FileStored('c', int(purpose), 0, name, error), complete)
+    return FileWritten(FileStored('c', int(purpose), 0, name, error), complete)
 
 
 NEEDED = [(1, 0, row_of('a'))]   # as in Need
@@ -73,7 +77,7 @@ class Talk:
 
     def link(self, link=1, instance=b'me', name='me@here'):
         self.tell(LinkUp(link, instance, 'address'))
-        return self.say(Introduce(name, 2.0), link)
+        return self.say(ClientHello(name, 2.0), link)
 
     def say(self, message, link=1):
         return self.tell(Received(link, message))
@@ -86,7 +90,7 @@ class Talk:
         if link not in self.node.tables.links:
             self.link(link)
         self.compute(comp, link, **changes)
-        self.tell(Prepared(comp, []))
+        self.tell(DirectoryReady(comp, []))
         return self.tell(RunnerUp(comp))
 
     def jobs(self, *serials, comp='c', link=1, payload=b'12', **options):
@@ -106,7 +110,7 @@ def only(actions, kind):
 
 
 def fed(actions):
-    return [(action.worker, [attempt.serial for attempt in action.attempts]) for action in only(actions, Feed)]
+    return [(action.worker, [attempt.serial for attempt in action.attempts]) for action in only(actions, SendToWorker)]
 
 
 def said(actions, kind):
@@ -125,7 +129,7 @@ def texts(actions):
 # -- links and the lease ----------------------------------------------------------------------------------
 
 def test_welcome():
-    assert Talk().link() == [Send(1, Welcome('host', 2, {'fact': 1, 'holder': '', 'kept': {}}))]
+    assert Talk().link() == [Send(1, NodeHello('host', 2, {'fact': 1, 'holder': '', 'kept': {}}))]
 
 
 def test_a_computation_takes_the_lease_and_a_refusal_names_the_holder():
@@ -145,8 +149,8 @@ def test_who_was_refused_is_told_when_the_node_is_free():
     assert said(talk.compute('d', 2), Refused)
     talk.say(Done('c'))
     actions = talk.tell(RunnerGone('c', ''))
-    assert [action for action in actions if type(action) is Send] == [Send(2, Offer(2))]
-    assert only(talk.compute('d', 2), Prepare)
+    assert [action for action in actions if type(action) is Send] == [Send(2, CpusChanged(2))]
+    assert only(talk.compute('d', 2), PrepareDirectory)
     refused, = said(talk.compute('e', 3), Refused)
     assert refused.text == 'it serves you@there for 0 s'
 
@@ -156,7 +160,7 @@ def test_a_file_for_a_computation_that_is_set_up():
     talk.ready()
     for offset, data in (0, b'he'), (2, b'llo'):
         piece = file_piece('name', offset, data, Purpose.PLACED)
-        assert talk.say(piece) == [Store(piece)]
+        assert talk.say(piece) == [WriteFile(piece)]
     answers = talk.tell(stored('name', '', Purpose.PLACED))
     assert answers == [Send(1, FileStored('c', 3, 0, 'name', ''))]
     assert talk.say(file_piece('name', 0, b'he', Purpose.PLACED, 'unknown')) == []
@@ -186,7 +190,7 @@ def test_a_query_tells_what_runs_and_what_waits():
 def test_a_client_may_open_several_computations_on_several_links():
     talk = Talk()
     talk.link(1), talk.link(2)
-    assert only(talk.compute('c', 1), Prepare) and only(talk.compute('d', 2), Prepare)
+    assert only(talk.compute('c', 1), PrepareDirectory) and only(talk.compute('d', 2), PrepareDirectory)
 
 
 def test_the_lease_is_free_after_done():
@@ -197,7 +201,7 @@ def test_the_lease_is_free_after_done():
     talk.tell(RunnerGone('c', ''))
     assert talk.node.lease.state is Lease.FREE, 'a link alone holds nothing'
     talk.link(2, b'other')
-    assert only(talk.compute('d', 2), Prepare)
+    assert only(talk.compute('d', 2), PrepareDirectory)
 
 
 @pytest.mark.parametrize('on_purpose, busy, at_once', [(True, True, True), (True, False, True), (False, False, False),
@@ -221,8 +225,8 @@ def test_an_orphan_ends_its_jobs_and_then_frees_the_node():
     talk.jobs(1)
     talk.tell(LinkDown(1, False))
     assert talk.after(ORPHAN_TIME / 2) == []
-    assert talk.results(1, 1) == [Keep('c', b'me', [result(1)])]
-    talk.tell(Kept('c', [1]))
+    assert talk.results(1, 1) == [SpoolResults('c', b'me', [result(1)])]
+    talk.tell(ResultsSpooled('c', [1]))
     assert talk.after(ORPHAN_TIME / 2) == [StopRunner('c', False)]
     talk.tell(RunnerGone('c', ''))
     assert talk.node.lease.state is Lease.FREE and talk.node.cpus.free == 2
@@ -236,7 +240,7 @@ def test_an_idle_orphan_makes_way_for_another_client():
     talk.link(2, b'other')
     actions = talk.compute('d', 2)
     assert said(actions, Refused)[0].code == 'busy' and only(actions, StopRunner)
-    assert Send(2, Offer(2)) in talk.tell(RunnerGone('c', ''))
+    assert Send(2, CpusChanged(2)) in talk.tell(RunnerGone('c', ''))
 
 
 def orphaned(*serials):
@@ -246,8 +250,8 @@ def orphaned(*serials):
     for serial in serials:
         (worker, _), = fed(talk.jobs(serial))
         talk.results(worker, serial)
-    assert talk.tell(LinkDown(1, False)) == [Keep('c', b'me', [result(serial) for serial in serials])]
-    talk.tell(Kept('c', list(serials)))
+    assert talk.tell(LinkDown(1, False)) == [SpoolResults('c', b'me', [result(serial) for serial in serials])]
+    talk.tell(ResultsSpooled('c', list(serials)))
     assert only(talk.after(ORPHAN_TIME), StopRunner)
     talk.tell(RunnerGone('c', ''))
     return talk
@@ -260,9 +264,9 @@ def test_results_of_an_orphan_that_is_being_closed_go_when_its_client_is_done():
     talk.jobs(1)
     talk.tell(LinkDown(1, False))
     talk.results(1, result(1))
-    talk.tell(Kept('c', [1]))
+    talk.tell(ResultsSpooled('c', [1]))
     assert only(talk.after(ORPHAN_TIME), StopRunner)
-    assert said(talk.link(2, b'me'), Welcome)[0].facts['kept'] == {'c': [1]}
+    assert said(talk.link(2, b'me'), NodeHello)[0].facts['kept'] == {'c': [1]}
     assert only(talk.say(Done('c'), 2), Forget) == [Forget('c')]
 
 
@@ -273,17 +277,17 @@ def test_a_client_that_is_back_is_told_what_is_here_of_it():
     talk.ready()
     talk.jobs(1)
     talk.tell(LinkDown(1, False))
-    hello = said(talk.link(2, b'me'), Welcome)[0]
+    hello = said(talk.link(2, b'me'), NodeHello)[0]
     assert hello.facts['kept'] == {'c': []}
-    assert said(talk.link(3, b'you'), Welcome)[0].facts['kept'] == {}
+    assert said(talk.link(3, b'you'), NodeHello)[0].facts['kept'] == {}
     assert only(talk.say(Done('c'), 2), StopRunner)
 
 
 def test_a_client_that_comes_late_gets_what_is_on_the_disk():
     talk = orphaned(1, 2)
-    assert talk.link(2, b'me') == [Send(2, Welcome('host', 2, {'fact': 1, 'holder': '', 'kept': {'c': [1, 2]}}))]
-    assert talk.compute('c', 2)[0] == SendKept(2, 'c')
-    talk.tell(Prepared('c', []))
+    assert talk.link(2, b'me') == [Send(2, NodeHello('host', 2, {'fact': 1, 'holder': '', 'kept': {'c': [1, 2]}}))]
+    assert talk.compute('c', 2)[0] == SendSpooled(2, 'c')
+    talk.tell(DirectoryReady('c', []))
     assert said(talk.tell(RunnerUp('c')), Ready) == [Ready('c', [1, 2])]
     assert fed(talk.jobs(1, 2, 3, link=2)) and list(talk.node.tables.comps['c'].attempts) == [3], 'what has ended is not run again'
     assert talk.say(Ack('c', [1]), 2) == [] and talk.say(Ack('c', [2]), 2) == [Forget('c')]
@@ -293,8 +297,8 @@ def test_a_client_that_comes_late_gets_what_is_on_the_disk():
 def test_another_process_reclaims_results():
     talk = orphaned(1, 2)
     talk.link(2, b'other')
-    assert talk.say(Reclaim('unknown'), 2) == [Send(2, Held('unknown', []))]
-    assert talk.say(Reclaim('c'), 2) == [Send(2, Held('c', [1, 2])), SendKept(2, 'c')]
+    assert talk.say(Reclaim('unknown'), 2) == [Send(2, KnownAttempts('unknown', []))]
+    assert talk.say(Reclaim('c'), 2) == [Send(2, KnownAttempts('c', [1, 2])), SendSpooled(2, 'c')]
     assert talk.say(Ack('c', [1, 2]), 2) == [Forget('c')]
 
 
@@ -305,8 +309,8 @@ def test_another_process_reclaims_what_runs():
     talk.results(1, 1)
     talk.link(2, b'other', 'you@there')
     assert said(talk.say(Reclaim('c'), 2), Refused)[0].code == 'busy'
-    talk.tell(LinkDown(1, False), Kept('c', [1]))
-    assert talk.say(Reclaim('c'), 2) == [Send(2, Held('c', [2, 3, 1])), SendKept(2, 'c')]
+    talk.tell(LinkDown(1, False), ResultsSpooled('c', [1]))
+    assert talk.say(Reclaim('c'), 2) == [Send(2, KnownAttempts('c', [2, 3, 1])), SendSpooled(2, 'c')]
     assert (talk.node.lease.holder, talk.node.lease.state) == (b'other', Lease.HELD)
     assert said(talk.results(2, 2), Results) == [Results('c', [result(2)])]
     talk.say(Ack('c', [1, 2]), 2)
@@ -318,20 +322,20 @@ def test_results_that_find_no_room_on_the_disk_stay():
     talk.ready()
     talk.jobs(1)
     talk.results(1, 1)
-    assert only(talk.tell(LinkDown(1, False)), Keep)
-    talk.tell(Kept('c', [], 'no space'))
+    assert only(talk.tell(LinkDown(1, False)), SpoolResults)
+    talk.tell(ResultsSpooled('c', [], 'no space'))
     keep, = talk.after(ORPHAN_TIME)
-    assert keep == Keep('c', b'me', [result(1)])
-    talk.tell(Kept('c', [], 'no space'))
+    assert keep == SpoolResults('c', b'me', [result(1)])
+    talk.tell(ResultsSpooled('c', [], 'no space'))
     assert not only(talk.after(ORPHAN_TIME - 1), StopRunner) and talk.node.lease.state is Lease.ORPHANED
-    assert only(talk.after(1), Keep)
-    talk.tell(Kept('c', [1]))
+    assert only(talk.after(1), SpoolResults)
+    talk.tell(ResultsSpooled('c', [1]))
     assert only(talk.after(ORPHAN_TIME), StopRunner)
 
 
 def test_results_that_nobody_fetches_are_given_up_at_last():
     talk = Talk(zombie=60.0)
-    talk.tell(Found('c', b'me', [1, 2], talk.now + 60.0))
+    talk.tell(SpoolFound('c', b'me', [1, 2], talk.now + 60.0))
     assert talk.after(59.0) == []
     remembered, forgotten = talk.after(1.0)
     assert forgotten == Forget('c') and remembered.past.given_up == {1, 2} and '60 s' in remembered.past.text
@@ -342,7 +346,7 @@ def test_results_of_a_client_that_made_way_for_another_are_given_up_at_last():
     talk.ready()
     talk.jobs(1)
     talk.results(1, 1)
-    talk.tell(LinkDown(1, False), Kept('c', [1]))
+    talk.tell(LinkDown(1, False), ResultsSpooled('c', [1]))
     talk.link(2, b'other')
     assert only(talk.compute('d', 2), StopRunner)
     talk.tell(RunnerGone('c', ''))
@@ -354,10 +358,10 @@ def test_results_are_not_given_up_while_other_jobs_of_their_computation_run():
     talk.ready()
     talk.jobs(1, 2)
     talk.results(1, 1)
-    talk.tell(LinkDown(1, False), Kept('c', [1]))
+    talk.tell(LinkDown(1, False), ResultsSpooled('c', [1]))
     assert not only(talk.after(100.0), Forget)
     talk.results(2, 2)
-    talk.tell(Kept('c', [2]))
+    talk.tell(ResultsSpooled('c', [2]))
     assert only(talk.after(1.0), StopRunner)
     talk.tell(RunnerGone('c', ''))
     assert not only(talk.after(58.0), Forget) and only(talk.after(62.0), Forget) == [Forget('c')]
@@ -415,7 +419,7 @@ def test_a_second_break_has_its_own_time():
 
 
 def test_messages_of_links_that_are_not_there():
-    for event in (Received(7, Done('c')), Received(7, Introduce('x', 1.0))):
+    for event in (Received(7, Done('c')), Received(7, ClientHello('x', 1.0))):
         with pytest.raises(PeerError):
             Talk().tell(event)
     assert Talk().tell(LinkDown(7, True)) == []
@@ -426,8 +430,8 @@ def test_messages_of_links_that_are_not_there():
 def test_a_computation_without_files():
     talk = Talk()
     talk.link()
-    assert talk.compute() == [Prepare('c', spec())]
-    assert talk.tell(Prepared('c', [])) == [StartRunner('c', spec(), 1)]
+    assert talk.compute() == [PrepareDirectory('c', spec())]
+    assert talk.tell(DirectoryReady('c', [])) == [StartRunner('c', spec(), 1)]
     assert talk.tell(RunnerUp('c')) == [Send(1, Ready('c', []))]
 
 
@@ -435,17 +439,17 @@ def test_a_computation_with_files():
     talk = Talk()
     talk.link()
     talk.compute(files=[('a', 3, b'digest', 0o600)])
-    assert talk.tell(Prepared('c', NEEDED)) == [Send(1, Need('c', NEEDED))]
-    assert talk.say(file_piece('a', 0, b'abc')) == [Store(file_piece('a', 0, b'abc'))]
+    assert talk.tell(DirectoryReady('c', NEEDED)) == [Send(1, Need('c', NEEDED))]
+    assert talk.say(file_piece('a', 0, b'abc')) == [WriteFile(file_piece('a', 0, b'abc'))]
     assert talk.tell(stored('another', complete=False)) == []
     assert only(talk.tell(stored()), StartRunner)
 
 
 @pytest.mark.parametrize('before, event, code', [
-    ([], Prepared('c', [], 'no room'), 'transfer'),
-    ([Prepared('c', NEEDED)], stored('a', 'wrong digest'), 'transfer'),
-    ([Prepared('c', [])], RunnerGone('c', 'setup raised'), 'setup'),
-    ([Prepared('c', []), RunnerUp('c')], RunnerGone('c', 'killed'), 'setup')])
+    ([], DirectoryReady('c', [], 'no room'), 'transfer'),
+    ([DirectoryReady('c', NEEDED)], stored('a', 'wrong digest'), 'transfer'),
+    ([DirectoryReady('c', [])], RunnerGone('c', 'setup raised'), 'setup'),
+    ([DirectoryReady('c', []), RunnerUp('c')], RunnerGone('c', 'killed'), 'setup')])
 def test_failures_are_told_and_end_it(before, event, code):
     talk = Talk()
     talk.link()
@@ -457,14 +461,14 @@ def test_failures_are_told_and_end_it(before, event, code):
     assert only(actions, StopRunner) == [StopRunner('c', True)]
     assert said(talk.compute(), Refused)[0].code == 'closing'
     talk.tell(RunnerGone('c', ''))
-    assert only(talk.compute(), Prepare)
+    assert only(talk.compute(), PrepareDirectory)
 
 
 def test_setup_may_not_take_for_ever():
     talk = Talk()
     talk.link()
     talk.compute()
-    talk.tell(Prepared('c', []))
+    talk.tell(DirectoryReady('c', []))
     assert said(talk.after(SETUP_TIME), Refused)[0].code == 'setup'
 
 
@@ -473,8 +477,8 @@ def test_late_news_of_a_computation_that_is_closing_is_dropped():
     talk.link()
     talk.compute()
     talk.say(Done('c'))
-    assert talk.tell(Prepared('c', []), stored(), RunnerUp('c')) == []
-    assert talk.say(Jobs('c', [(1, b'', None)])) == talk.say(Recall('c', 1)) == talk.say(Done('c')) == []
+    assert talk.tell(DirectoryReady('c', []), stored(), RunnerUp('c')) == []
+    assert talk.say(Jobs('c', [(1, b'', None)])) == talk.say(ReturnJobs('c', 1)) == talk.say(Done('c')) == []
     assert talk.tell(RunnerGone('c', ''), RunnerGone('c', '')) == []
 
 
@@ -482,8 +486,8 @@ def test_what_is_left_of_files_that_were_asked_for_does_no_harm():
     talk = Talk()
     talk.link()
     talk.compute()
-    talk.tell(Prepared('c', NEEDED), stored(), RunnerUp('c'))
-    assert only(talk.say(file_piece('a')), Store)
+    talk.tell(DirectoryReady('c', NEEDED), stored(), RunnerUp('c'))
+    assert only(talk.say(file_piece('a')), WriteFile)
     assert talk.tell(stored('a', 'it was not asked for')) == []
 
 
@@ -495,7 +499,7 @@ def test_a_file_that_was_not_asked_for():
 
 
 @pytest.mark.parametrize('message', [
-    Compute('c', {}), file_piece('a'), Jobs('c', []), Cancel('c', []), Recall('c', 1), Ack('c', []), Done('c')])
+    Compute('c', {}), file_piece('a'), Jobs('c', []), Cancel('c', []), ReturnJobs('c', 1), Ack('c', []), Done('c')])
 def test_a_computation_of_another_client(message):
     talk = Talk()
     talk.ready()
@@ -504,7 +508,7 @@ def test_a_computation_of_another_client(message):
         talk.say(message, 2)
 
 
-@pytest.mark.parametrize('message', [Welcome('', 1, {}), Ready('c', []), Results('c', []), 'nonsense'])
+@pytest.mark.parametrize('message', [NodeHello('', 1, {}), Ready('c', []), Results('c', []), 'nonsense'])
 def test_messages_that_may_not_come(message):
     talk = Talk()
     talk.link()
@@ -591,7 +595,7 @@ def test_jobs_wait_until_the_computation_is_ready():
     talk.link()
     talk.compute()
     assert talk.jobs(1) == []
-    talk.tell(Prepared('c', []))
+    talk.tell(DirectoryReady('c', []))
     actions = talk.tell(RunnerUp('c'))
     assert said(actions, Ready) == [Ready('c', [1])] and fed(actions) == [(1, [1])]
 
@@ -630,7 +634,7 @@ def test_a_job_wider_than_the_limit_goes_back():
     talk.ready()
     talk.jobs(1, 2, 3, 4)
     talk.jobs(5, cpus=3)
-    assert said(talk.say(Limit('c', 2)), Returned) == [Returned('c', [5])]
+    assert said(talk.say(Limit('c', 2)), JobsReturned) == [JobsReturned('c', [5])]
 
 
 def test_a_job_that_wants_more_cpus_than_there_are():
@@ -682,7 +686,7 @@ def test_results_of_unknown_workers_and_wrong_serials():
     talk = Talk()
     talk.ready()
     talk.jobs(1)
-    assert talk.results(99, 1) == [] and talk.tell(WorkerReturned(99, [1]), WorkerGone(99, '')) == []
+    assert talk.results(99, 1) == [] and talk.tell(WorkerReturnedJobs(99, [1]), WorkerGone(99, '')) == []
     with pytest.raises(PeerError):
         talk.results(1, 2)
 
@@ -740,8 +744,8 @@ def test_what_stands_behind_a_long_job_is_taken_back_for_an_idle_worker():
     talk.results(second, *[result(serial, took=0.0001) for serial in feeds[second]])
     actions = talk.after(0.03) + talk.after(0.03)
     if len(feeds[first]) > 1:
-        assert only(actions, TakeBack) == [TakeBack(first)]
-        assert fed(talk.tell(WorkerReturned(first, feeds[first][1:])))[0][0] == second
+        assert only(actions, TakeFromWorker) == [TakeFromWorker(first)]
+        assert fed(talk.tell(WorkerReturnedJobs(first, feeds[first][1:])))[0][0] == second
 
 
 def test_a_look_at_idle_workers_ends_when_time_is_rounded():
@@ -753,7 +757,7 @@ def test_a_look_at_idle_workers_ends_when_time_is_rounded():
     feeds = dict(fed(talk.jobs(1, 2, 3, 4)))
     first, second = sorted(feeds, key=lambda worker: -len(feeds[worker]))
     talk.results(second, *[result(serial, took=0.0001) for serial in feeds[second]])
-    assert only(talk.after(BEGUN_TIME), TakeBack) == [TakeBack(first)]
+    assert only(talk.after(BEGUN_TIME), TakeFromWorker) == [TakeFromWorker(first)]
 
 
 # -- workers die ------------------------------------------------------------------------------------------
@@ -791,7 +795,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again():
     talk = Talk(2)
     talk.ready()
     assert fed(talk.jobs(1)) == [(1, [1])]
-    assert fed(talk.tell(WorkerUnborn(1, 'no descriptors'))) == [] and talk.node.cpus.free == 2
+    assert fed(talk.tell(WorkerStartFailed(1, 'no descriptors'))) == [] and talk.node.cpus.free == 2
     assert fed(talk.after(1.0)) == [(2, [1])] and talk.node.cpus.free == 1
 
 
@@ -855,8 +859,8 @@ def test_a_cancelled_job_that_returns_within_the_grace_has_returned(came, counts
 
 def test_cancel_of_one_that_stands_behind_another():
     talk = ahead(Talk(1))
-    assert talk.say(Cancel('c', [2])) == [TakeBack(1)]
-    actions = talk.tell(WorkerReturned(1, [2, 3]))
+    assert talk.say(Cancel('c', [2])) == [TakeFromWorker(1)]
+    actions = talk.tell(WorkerReturnedJobs(1, [2, 3]))
     assert rows(actions) == [(2, Outcome.CANCELLED)]
     assert [attempt.serial for attempt in talk.node.tables.comps['c'].waiting] == [3]
 
@@ -866,7 +870,7 @@ def test_cancel_of_one_that_starts_before_it_is_taken_back():
     talk.say(Cancel('c', [2]))
     actions = talk.results(1, result(1, took=0.0001))
     assert only(actions, Interrupt) == [Interrupt(1, 2)]
-    talk.tell(WorkerReturned(1, [3]))
+    talk.tell(WorkerReturnedJobs(1, [3]))
     assert rows(talk.results(1, result(2, Outcome.RAISED))) == [(2, Outcome.CANCELLED)]
 
 
@@ -877,7 +881,7 @@ def test_a_worker_that_gives_back_is_not_fed_meanwhile():
     talk.jobs(*range(4, 200))
     actions = talk.results(1, result(1, took=0.0001))
     later = [serial for _, serials in fed(actions) for serial in serials]
-    talk.tell(WorkerReturned(1, [2, 3] if not later else [3]))
+    talk.tell(WorkerReturnedJobs(1, [2, 3] if not later else [3]))
     queue = [attempt.serial for attempt in talk.node.tables.workers[1].queue]
     assert 3 not in queue
 
@@ -910,28 +914,28 @@ def test_recall_gives_back_what_waits():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, 3, 4)
-    returned, = said(talk.say(Recall('c', [3, 4])), Returned)
+    returned, = said(talk.say(ReturnJobs('c', [3, 4])), JobsReturned)
     assert returned.serials == [3, 4] and talk.node.attempts.held_bytes == 2   # what waits
-    actions = talk.say(Recall('c', [1, 2]))
-    assert said(actions, Returned) == [Returned('c', [2])] and said(actions, Started) == [Started('c', [(1, 0.0)])]
-    assert not said(talk.say(Recall('c', [2, 9])), Returned), 'what is not here was answered'
+    actions = talk.say(ReturnJobs('c', [1, 2]))
+    assert said(actions, JobsReturned) == [JobsReturned('c', [2])] and said(actions, Started) == [Started('c', [(1, 0.0)])]
+    assert not said(talk.say(ReturnJobs('c', [2, 9])), JobsReturned), 'what is not here was answered'
 
 
 def test_recall_of_what_stands_behind_another_in_a_worker():
     # Whether it has begun is known to the worker alone; the client gets one of three answers.
     talk = ahead(Talk(1))
-    assert only(talk.say(Recall('c', [2, 3])), TakeBack) == [TakeBack(1)]
+    assert only(talk.say(ReturnJobs('c', [2, 3])), TakeFromWorker) == [TakeFromWorker(1)]
     actions = talk.results(1, result(1, took=0.0001))
     assert said(actions, Started) == [Started('c', [(2, 0.0)])], 'it was recalled too late'
-    assert said(talk.tell(WorkerReturned(1, [3])), Returned) == [Returned('c', [3])]
+    assert said(talk.tell(WorkerReturnedJobs(1, [3])), JobsReturned) == [JobsReturned('c', [3])]
     assert set(talk.node.tables.comps['c'].attempts) == {2}
 
 
 def test_what_was_recalled_goes_back_when_its_worker_dies():
     talk = ahead(Talk(1))
-    talk.say(Recall('c', [3]))
+    talk.say(ReturnJobs('c', [3]))
     actions = talk.tell(WorkerGone(1, 'killed', 1))
-    assert said(actions, Returned) == [Returned('c', [3])] and fed(actions) == [(2, [2])]
+    assert said(actions, JobsReturned) == [JobsReturned('c', [3])] and fed(actions) == [(2, [2])]
 
 
 def test_what_has_begun_is_told_when_it_has_run_for_a_while():
@@ -988,8 +992,8 @@ def test_priorities_among_what_waits():
 
 def test_a_worker_that_runs_a_long_job_holds_nothing_behind_it():
     talk = ahead(Talk(1))
-    assert only(talk.after(BEGUN_TIME), TakeBack) == [TakeBack(1)]
-    talk.tell(WorkerReturned(1, [2, 3]))
+    assert only(talk.after(BEGUN_TIME), TakeFromWorker) == [TakeFromWorker(1)]
+    talk.tell(WorkerReturnedJobs(1, [2, 3]))
     talk.jobs(4, priority=1)
     assert [attempt.serial for attempt in talk.node.tables.comps['c'].waiting] == [4, 2, 3]
 
@@ -1107,8 +1111,8 @@ def test_stop_gives_back_what_waits_and_interrupts_what_runs():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, 3)
-    assert talk.tell(Stop()) == [Send(1, Offer(0)), Send(1, Returned('c', [2, 3])), Interrupt(1, 1)]
-    assert said(talk.jobs(4), Returned) == [Returned('c', [4])]
+    assert talk.tell(Stop()) == [Send(1, CpusChanged(0)), Send(1, JobsReturned('c', [2, 3])), Interrupt(1, 1)]
+    assert said(talk.jobs(4), JobsReturned) == [JobsReturned('c', [4])]
     assert said(talk.compute('d'), Refused)[0].code == 'stopping'
     actions = talk.results(1, result(1, Outcome.RAISED))
     assert rows(actions) == [(1, Outcome.STOPPED)] and not only(actions, Drop), 'it waits for the Ack'
@@ -1142,7 +1146,7 @@ def test_stop_does_not_cancel_what_stands_behind_another():
     talk = ahead(Talk(1))
     actions = talk.tell(Stop())
     actions += talk.tell(WorkerGone(1, 'killed', 1))
-    back = [serial for message in said(actions, Returned) for serial in message.serials]
+    back = [serial for message in said(actions, JobsReturned) for serial in message.serials]
     assert dict(rows(actions)) == {1: Outcome.STOPPED}
     assert sorted(back) == [2, 3]
 
@@ -1150,8 +1154,8 @@ def test_stop_does_not_cancel_what_stands_behind_another():
 def test_what_a_worker_gives_back_while_stopping_is_returned():
     talk = ahead(Talk(1))
     talk.say(Cancel('c', [3]))   # a TakeBack is on its way
-    actions = talk.tell(Stop()) + talk.tell(WorkerReturned(1, [2, 3]))
-    assert [serial for message in said(actions, Returned) for serial in message.serials] == [2]
+    actions = talk.tell(Stop()) + talk.tell(WorkerReturnedJobs(1, [2, 3]))
+    assert [serial for message in said(actions, JobsReturned) for serial in message.serials] == [2]
     assert rows(actions) == [(3, Outcome.CANCELLED)]
 
 
@@ -1165,11 +1169,11 @@ def test_paused_no_new_jobs_are_taken_and_running_ones_go_on():
     talk.ready()
     (worker, _), _ = fed(talk.jobs(1, 2, 3))
     actions = talk.tell(Pause('operator', 'lunch'))
-    assert said(actions, Offer) == [Offer(0)] and said(actions, Returned) == [Returned('c', [3])] and not only(actions, Interrupt)
-    assert said(talk.jobs(4), Returned) == [Returned('c', [4])]
+    assert said(actions, CpusChanged) == [CpusChanged(0)] and said(actions, JobsReturned) == [JobsReturned('c', [3])] and not only(actions, Interrupt)
+    assert said(talk.jobs(4), JobsReturned) == [JobsReturned('c', [4])]
     assert rows(talk.results(worker, 1)) == [(1, Outcome.RETURNED)]
     assert said(talk.compute('d'), Refused) == [Refused('d', 'paused', 'it takes no new jobs: lunch')]
-    assert said(talk.tell(Resume('operator')), Offer) == [Offer(2)]
+    assert said(talk.tell(Resume('operator')), CpusChanged) == [CpusChanged(2)]
     assert fed(talk.jobs(4)) == [(worker, [4])]
 
 
@@ -1177,7 +1181,7 @@ def test_a_client_that_comes_while_the_node_is_paused_is_told_at_once():
     talk = Talk()
     talk.tell(Pause('hours', 'night'))
     welcome, offer = talk.link()
-    assert type(welcome.message) is Welcome and offer == Send(1, Offer(0))
+    assert type(welcome.message) is NodeHello and offer == Send(1, CpusChanged(0))
 
 
 def test_two_authorities_must_both_say_resume():
@@ -1187,7 +1191,7 @@ def test_two_authorities_must_both_say_resume():
         talk.tell(Pause(by, by))
     assert said(talk.compute(), Refused)[0].text == 'it takes no new jobs: operator, hours'
     assert not talk.tell(Resume('hours')) and not talk.tell(Resume('hours'))
-    assert said(talk.tell(Resume('operator')), Offer) == [Offer(2)]
+    assert said(talk.tell(Resume('operator')), CpusChanged) == [CpusChanged(2)]
 
 
 def test_at_the_end_of_the_hours_running_jobs_have_their_grace_and_the_next_day_it_serves_again():
@@ -1195,10 +1199,10 @@ def test_at_the_end_of_the_hours_running_jobs_have_their_grace_and_the_next_day_
     talk.ready()
     (worker, _), = fed(talk.jobs(1, 2))
     actions = talk.tell(Pause('hours', 'night', True))
-    assert only(actions, Interrupt) == [Interrupt(worker, 1)] and said(actions, Returned) == [Returned('c', [2])]
+    assert only(actions, Interrupt) == [Interrupt(worker, 1)] and said(actions, JobsReturned) == [JobsReturned('c', [2])]
     assert only(talk.after(GRACE), Kill) == [Kill(worker)]
     assert rows(talk.tell(WorkerGone(worker, 'killed', 1))) == [(1, Outcome.STOPPED)]
-    assert said(talk.tell(Resume('hours')), Offer) == [Offer(1)]
+    assert said(talk.tell(Resume('hours')), CpusChanged) == [CpusChanged(1)]
     assert len(fed(talk.jobs(2))) == 1
 
 
@@ -1206,11 +1210,11 @@ def test_cpus_are_changed_while_jobs_run():
     talk = Talk(2)
     talk.ready()
     workers = [worker for worker, _ in fed(talk.jobs(1, 2))]
-    assert said(talk.tell(SetCpus(1)), Offer) == [Offer(1)]
+    assert said(talk.tell(SetCpus(1)), CpusChanged) == [CpusChanged(1)]
     assert not fed(talk.jobs(3))
     assert not fed(talk.results(workers[0], 1))       # one still runs, on the CPU that is left
     assert len(fed(talk.results(workers[1], 2))) == 1
-    assert said(talk.tell(SetCpus(3)), Offer) == [Offer(3)]
+    assert said(talk.tell(SetCpus(3)), CpusChanged) == [CpusChanged(3)]
     assert len(fed(talk.jobs(4, 5))) == 2
 
 
@@ -1218,7 +1222,7 @@ def test_a_job_that_is_too_wide_since_cpus_were_taken_away_is_given_back():
     talk = Talk(2)
     talk.ready()
     talk.tell(SetCpus(1))
-    assert said(talk.jobs(1, cpus=2), Returned) == [Returned('c', [1])]
+    assert said(talk.jobs(1, cpus=2), JobsReturned) == [JobsReturned('c', [1])]
     assert rows(talk.jobs(2, cpus=3)) == [(2, Outcome.DIED)]
 
 
@@ -1228,13 +1232,13 @@ def test_release_takes_the_node_from_its_client():
     fed(talk.jobs(1, 2))
     talk.link(2, b'other', 'you@there')
     actions = talk.tell(Release())
-    assert rows(actions) == [(1, Outcome.STOPPED)] and said(actions, Returned) == [Returned('c', [2])]
+    assert rows(actions) == [(1, Outcome.STOPPED)] and said(actions, JobsReturned) == [JobsReturned('c', [2])]
     assert [(refused.comp, refused.code) for refused in said(actions, Refused)] == [('c', 'released')]
     assert only(actions, StopRunner) == [StopRunner('c', True)]
     talk.tell(RunnerGone('c', ''))
     assert talk.node.lease.state is Lease.FREE
     assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'its operator has taken it from this client')]
-    assert only(talk.compute('d', 2), Prepare)
+    assert only(talk.compute('d', 2), PrepareDirectory)
     assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'it serves you@there for 0 s')]
 
 
@@ -1243,8 +1247,8 @@ def test_after_a_while_the_client_from_which_the_node_was_taken_may_have_it_agai
     assert not talk.tell(Release())   # there is nobody
     talk.ready()
     talk.tell(Release()), talk.tell(RunnerGone('c', ''))
-    talk.after(RELEASED_TIME)
-    assert only(talk.compute('c2'), Prepare) and talk.node.lease.state is Lease.HELD
+    talk.after(RELEASE_COOLDOWN)
+    assert only(talk.compute('c2'), PrepareDirectory) and talk.node.lease.state is Lease.HELD
 
 
 def finish(talk, comp='c', link=1):
@@ -1280,23 +1284,23 @@ def test_another_client_may_not_end_the_node():
 def test_a_job_that_uses_too_much_memory():
     talk = Talk(cpus=1)
     talk.ready()
-    assert only(talk.jobs(1, 2, memory=1000), Watch) == [Watch(1, 1, 1000)]
-    talk.tell(WorkerTooBig(1, 2))   # too late: it was of another job
-    talk.tell(WorkerTooBig(1, 1))
+    assert only(talk.jobs(1, 2, memory=1000), LimitMemory) == [LimitMemory(1, 1, 1000)]
+    talk.tell(MemoryExceeded(1, 2))   # too late: it was of another job
+    talk.tell(MemoryExceeded(1, 1))
     (row,), = [message.rows for message in said(talk.tell(WorkerGone(1, 'killed', 1)), Results)]
     assert row[1] == Outcome.OUT_OF_MEMORY and b'dispy_memory' in row[4]
 
 
 def test_status():
     talk = Talk(2, now=0.0)
-    assert talk.tell(Status()) == [Show('host: 0 of 2 CPUs used, takes jobs, up 0:00:00\nheld by no client, 0 served')]
+    assert talk.tell(Status()) == [PrintStatus('host: 0 of 2 CPUs used, takes jobs, up 0:00:00\nheld by no client, 0 served')]
     talk.now = 60.0
     talk.ready()
     (worker, _), _ = fed(talk.jobs(1, 2, 3, 4))
     talk.results(worker, 1)
     talk.tell(Pause('operator', 'lunch'))
     talk.now = 3725.0
-    shown, = only(talk.tell(Status()), Show)
+    shown, = only(talk.tell(Status()), PrintStatus)
     assert shown.text.splitlines() == [
         'host: 2 of 2 CPUs used, no new jobs: lunch, up 1:02:05', 'held by me@here for 3665 s',
         '  compute (ready): 2 jobs running, 0 waiting, 1 done']
@@ -1339,19 +1343,19 @@ class Walk:
                 self.sent(action.message)
             elif kind is StartWorker:
                 self.workers[action.worker] = ModelWorker(action.worker, action.comp)
-            elif kind is Feed:
+            elif kind is SendToWorker:
                 worker = self.workers.get(action.worker)
                 assert action.attempts
                 if worker is not None:   # it may have died and nobody has told the node yet
                     worker.queue.extend(attempt.serial for attempt in action.attempts)
-            elif kind is TakeBack and action.worker in self.workers:
+            elif kind is TakeFromWorker and action.worker in self.workers:
                 self.workers[action.worker].pipe.append('take back')
             elif kind is Interrupt and action.worker in self.workers:
                 self.workers[action.worker].pipe.append(action.serial)
             elif kind is Kill and action.worker in self.workers:
                 self.die(self.workers[action.worker])
-            elif kind is Prepare:
-                self.posted.append(Prepared(action.comp, []))
+            elif kind is PrepareDirectory:
+                self.posted.append(DirectoryReady(action.comp, []))
             elif kind is StartRunner:
                 self.posted.append(RunnerUp(action.comp))
             elif kind is StopRunner:
@@ -1370,7 +1374,7 @@ class Walk:
             for comp, serial in self.given:
                 if comp == message.comp and serial not in message.held:
                     self.answers.setdefault((comp, serial), 'returned')
-        elif type(message) is Returned:
+        elif type(message) is JobsReturned:
             for serial in message.serials:
                 assert (message.comp, serial) not in self.answers, 'answered and returned'
                 self.answers[message.comp, serial] = 'returned'
@@ -1440,7 +1444,7 @@ class Walk:
         elif what < 0.6:
             self.say(Cancel(comp, rng.sample(mine, min(len(mine), 2))))
         elif what < 0.7:
-            self.say(Recall(comp, rng.sample(mine, min(len(mine), 5))))
+            self.say(ReturnJobs(comp, rng.sample(mine, min(len(mine), 5))))
         elif what < 0.98:
             self.say(Ack(comp, [serial for serial in mine if type(self.answers.get((comp, serial))) is tuple]))
         elif len(self.closed) < 3:
@@ -1457,7 +1461,7 @@ class Walk:
                 back = list(worker.queue)[1:] if rng.random() < 0.8 else list(worker.queue)
                 for serial in back:
                     worker.queue.remove(serial)
-                self.event(WorkerReturned(worker.key, back))
+                self.event(WorkerReturnedJobs(worker.key, back))
             elif worker.queue and worker.queue[0] == order:
                 self.finish(worker, rng.choice((Outcome.RAISED, Outcome.RETURNED)))
         elif worker.queue:

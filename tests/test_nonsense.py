@@ -14,7 +14,7 @@ import pytest
 import dispy
 import dispynode
 from conftest import ROOT, eventually
-from dispynode import VALUE_MOST, Kind, Outcome, PeerError, RecordIntake, is_outcome, pack_record
+from dispynode import VALUE_MOST, RecordType, Outcome, PeerError, RecordBuffer, is_outcome, pack_record
 from nodes import NodeProcess
 
 INF, NAN = float('inf'), float('nan')
@@ -34,22 +34,22 @@ def send_raw(kind, number=0, serial=None, start=1.0, end=1.0, sizes=None, bodies
 
 
 ODD_OF_WORKERS = {
-    'outcome 99': (Kind.RESULT, 99), 'outcome of a node': (Kind.RESULT, int(Outcome.CANCELLED)),
-    'infinite times': (Kind.RESULT, 1, None, 0.0, INF), 'times that are no numbers': (Kind.RESULT, 1, None, NAN, NAN),
-    'times far apart': (Kind.RESULT, 1, None, -1e308, 1e308), 'backwards': (Kind.RESULT, 1, None, 2.0, 1.0),
-    'no value': (Kind.RESULT, 1), 'an error without text': (Kind.RESULT, int(Outcome.RAISED), None, 1.0, 1.0, None, (b'\0\0', b'', b'')),
-    'an error with less text': (Kind.RESULT, int(Outcome.RAISED), None, 1.0, 1.0, None, (b'\0\0\0\7x', b'', b'')),
-    'another job': (Kind.RESULT, 1, 12345 << 16, 1.0, 1.0, None, (b'\x80\x05N.', b'', b'')),
-    'jobs back, 3 bytes': (Kind.UNSTARTED, 0, 0, 0.0, 0.0, None, (b'abc', b'', b'')),
-    'a log record that is none': (Kind.LOGGED, 0, None, 0.0, 0.0, None, (b'abc', b'', b'')),
-    'a log record of a list': (Kind.LOGGED, 0, None, 0.0, 0.0, None, (pickle.dumps([1]), b'', b'')),
-    'a log record with a level of 2**40': (Kind.LOGGED, 0, None, 0.0, 0.0, None, (pickle.dumps((1 << 40, 'a', 'b')), b'', b'')),
-    'a log record of 3 MiB': (Kind.LOGGED, 0, None, 0.0, 0.0, None, (bytes(3 << 20), b'', b'')),
-    'a file that is none': (Kind.FILE, 0, None, 0.0, 0.0, None, (pickle.dumps(('a', 'b')), b'x', b'')),
-    'a piece of 3 MiB': (Kind.FILE, 0, None, 0.0, 0.0, None, (pickle.dumps(('a', 1, b'x', 0)), bytes(3 << 20), b'')),
-    'a memo bomb': (Kind.FILE, 0, None, 0.0, 0.0, None, (MEMO_BOMB, b'x', b'')),
-    'a promise of 12 GiB': (Kind.RESULT, 1, None, 1.0, 1.0, (0xffffffff,) * 3),
-    'a kind that there is not': (77,), 'what runners send': (Kind.GONE,)}
+    'outcome 99': (RecordType.RESULT, 99), 'outcome of a node': (RecordType.RESULT, int(Outcome.CANCELLED)),
+    'infinite times': (RecordType.RESULT, 1, None, 0.0, INF), 'times that are no numbers': (RecordType.RESULT, 1, None, NAN, NAN),
+    'times far apart': (RecordType.RESULT, 1, None, -1e308, 1e308), 'backwards': (RecordType.RESULT, 1, None, 2.0, 1.0),
+    'no value': (RecordType.RESULT, 1), 'an error without text': (RecordType.RESULT, int(Outcome.RAISED), None, 1.0, 1.0, None, (b'\0\0', b'', b'')),
+    'an error with less text': (RecordType.RESULT, int(Outcome.RAISED), None, 1.0, 1.0, None, (b'\0\0\0\7x', b'', b'')),
+    'another job': (RecordType.RESULT, 1, 12345 << 16, 1.0, 1.0, None, (b'\x80\x05N.', b'', b'')),
+    'jobs back, 3 bytes': (RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, None, (b'abc', b'', b'')),
+    'a log record that is none': (RecordType.LOGGED, 0, None, 0.0, 0.0, None, (b'abc', b'', b'')),
+    'a log record of a list': (RecordType.LOGGED, 0, None, 0.0, 0.0, None, (pickle.dumps([1]), b'', b'')),
+    'a log record with a level of 2**40': (RecordType.LOGGED, 0, None, 0.0, 0.0, None, (pickle.dumps((1 << 40, 'a', 'b')), b'', b'')),
+    'a log record of 3 MiB': (RecordType.LOGGED, 0, None, 0.0, 0.0, None, (bytes(3 << 20), b'', b'')),
+    'a file that is none': (RecordType.FILE, 0, None, 0.0, 0.0, None, (pickle.dumps(('a', 'b')), b'x', b'')),
+    'a piece of 3 MiB': (RecordType.FILE, 0, None, 0.0, 0.0, None, (pickle.dumps(('a', 1, b'x', 0)), bytes(3 << 20), b'')),
+    'a memo bomb': (RecordType.FILE, 0, None, 0.0, 0.0, None, (MEMO_BOMB, b'x', b'')),
+    'a promise of 12 GiB': (RecordType.RESULT, 1, None, 1.0, 1.0, (0xffffffff,) * 3),
+    'a kind that there is not': (77,), 'what runners send': (RecordType.WORKER_EXITED,)}
 
 
 @pytest.fixture(scope='module')
@@ -93,9 +93,9 @@ def runner_sends(kind, number=0, serial=0, start=0.0, end=0.0, bodies=(b'', b'',
 
 
 ODD_OF_RUNNERS = {
-    'gone with no number': (Kind.GONE, 1, 0, NAN), 'gone with infinity': (Kind.GONE, 1, 0, INF), 'printed': (Kind.PRINTED, 1, 0, NAN, NAN),
-    'printed 3 MiB': (Kind.PRINTED, 1, 0, 1.0, 0.0, (bytes(3 << 20), b'', b'')), 'failed, 17 MiB': (Kind.FAILED, 0, 0, 0.0, 0.0, (bytes(17 << 20), b'', b'')),
-    'born 2**40': (Kind.BORN, 1, 1 << 40), 'born 0': (Kind.BORN, 1, 0), 'a kind that there is not': (99,), 'a result': (Kind.RESULT, 1)}
+    'gone with no number': (RecordType.WORKER_EXITED, 1, 0, NAN), 'gone with infinity': (RecordType.WORKER_EXITED, 1, 0, INF), 'printed': (RecordType.PRINTED, 1, 0, NAN, NAN),
+    'printed 3 MiB': (RecordType.PRINTED, 1, 0, 1.0, 0.0, (bytes(3 << 20), b'', b'')), 'failed, 17 MiB': (RecordType.FAILED, 0, 0, 0.0, 0.0, (bytes(17 << 20), b'', b'')),
+    'born 2**40': (RecordType.WORKER_STARTED, 1, 1 << 40), 'born 0': (RecordType.WORKER_STARTED, 1, 0), 'a kind that there is not': (99,), 'a result': (RecordType.RESULT, 1)}
 
 
 @pytest.mark.parametrize('odd', ODD_OF_RUNNERS.values(), ids=list(ODD_OF_RUNNERS))
@@ -178,11 +178,11 @@ def test_a_client_outlives_what_no_node_sends():
 
 
 def test_a_record_may_not_be_larger_than_its_kind():
-    intake = RecordIntake(dispynode.FROM_WORKER)
-    for kind, sizes in ((Kind.LOGGED, (1 << 30, 0, 0)), (Kind.UNSTARTED, (8, 1, 0)), (Kind.RESULT, (VALUE_MOST + 1, 0, 0)), (Kind.UP, (0, 0, 0))):
+    intake = RecordBuffer(dispynode.FROM_WORKER)
+    for kind, sizes in ((RecordType.LOGGED, (1 << 30, 0, 0)), (RecordType.JOBS_RETURNED, (8, 1, 0)), (RecordType.RESULT, (VALUE_MOST + 1, 0, 0)), (RecordType.READY, (0, 0, 0))):
         with pytest.raises(PeerError):
             intake.measure(dispynode._RECORD.pack(kind, 0, 0, 0, 0.0, 0.0, *sizes))
-    assert intake.measure(pack_record(Kind.RESULT, 1, 1, 0.0, 0.0, b'abc')[0][:dispynode._RECORD.size]) == 3
+    assert intake.measure(pack_record(RecordType.RESULT, 1, 1, 0.0, 0.0, b'abc')[0][:dispynode._RECORD.size]) == 3
 
 
 # -- what jobs find of the daemon's -----------------------------------------------------------------------------------

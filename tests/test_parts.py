@@ -16,8 +16,9 @@ import dispy
 import dispynode
 from conftest import ROOT, eventually
 from dispynode import (
-    HOLLOW, MESSAGES, OPS, Done, InParts, Introduce, Jobs, Link, Outcome, Part, PeerError, Refused, Results, Role, Session,
-    Started, Unfit, Values, Welcome, Wrong, beside, frames, sized)
+    HOLLOW, MESSAGES, OPS, Done, InParts, ClientHello, Jobs, Link, Outcome, Part, PeerError,
+    Refused, Results, Role, Session, Started, Unfit, Values, NodeHello, Wrong, out_of_band, batches,
+    with_size)
 from nodes import NodeProcess, SchedulerProcess
 from proxy import DOWN, UP, Proxy
 from test_programs import Talk
@@ -397,13 +398,13 @@ def test_large_payloads_open_as_small_ones_do(monkeypatch, once, needs):
     values = [pattern(9 * MIB), [bytearray(pattern(7 * MIB, b'1')), 'text' * MIB, {'a': pattern(5 * MIB)}, list(range(10000))],
               Buffers(bytearray(pattern(6 * MIB)), bytearray(b'small'), bytearray(pattern(9 * MIB + 3, b'2')))]
     for value in values:
-        payload = dispynode.seal(value).payload
+        payload = dispynode.dumps(value).payload
         if needs:
             payload = dispynode.with_needs(payload, [3, 4])
-        small = dispynode.unseal(mapped_payload(payload))
+        small = dispynode.loads(mapped_payload(payload))
         monkeypatch.setattr(dispynode, 'LAZY', MIB)
         for place in (mapped_payload(payload), memoryview(b'x' + bytes(mapped_payload(payload)))[1:]):
-            large = dispynode.unseal(place, once)
+            large = dispynode.loads(place, once)
             if isinstance(value, Buffers):
                 assert large.contents == small.contents == value.contents and type(large.contents[0]) is bytearray
             else:
@@ -419,7 +420,7 @@ def test_what_is_opened_once_is_there_once(make):
         import resource, sys
         import dispynode
         from test_parts import Buffers, mapped_payload
-        payload = dispynode.seal(%s).payload
+        payload = dispynode.dumps(%s).payload
         memory = dispynode.mapped(sum(map(len, dispynode.pieces_of(payload))))
         at = 0
         for piece in dispynode.pieces_of(payload):
@@ -427,7 +428,7 @@ def test_what_is_opened_once_is_there_once(make):
             at += len(piece)
         del payload, piece
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        value = dispynode.unseal(memory, True)
+        value = dispynode.loads(memory, True)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ''' % ("b'x' * (300 << 20)" if make is bytes else "Buffers(bytearray(300 << 20))"))
     path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults')])
@@ -514,8 +515,8 @@ def test_a_liar_ends_its_own_link_alone(tmp_path, lie):
     """The node goes on, has not taken what was announced, and serves the next one."""
     with NodeProcess(tmp_path) as node:
         with Talk(node.port, wanted=Role.NODE) as talk:
-            talk.say(Introduce('x', 600.0))
-            talk.hear(Welcome)
+            talk.say(ClientHello('x', 600.0))
+            talk.hear(NodeHello)
             before = psutil.Process(node.process.pid).memory_info().rss
             if lie == 'silence':
                 talk.say(job_part(2 << 30, 0, b'x' * MIB))
@@ -574,14 +575,14 @@ class Ends:
 
 
 def row_of(serial, data, outcome=Outcome.RETURNED):
-    return sized((serial, int(outcome), 1.0, 2.0, data, b'out', b'err'))[0]
+    return with_size((serial, int(outcome), 1.0, 2.0, data, b'out', b'err'))[0]
 
 
 def test_a_row_comes_as_it_was(small_frames):
     pieces = (b'head', pattern(2 * MIB), memoryview(pattern(3 * MIB + 7)), b'', b'end')
     options = {'cpus': 2, 'timeout': 3.5}
     with Ends() as ends:
-        ends.here.send(Jobs('c', [(5, beside(pieces), options)]))
+        ends.here.send(Jobs('c', [(5, out_of_band(pieces), options)]))
         assert ends.rest() == [Jobs]
         [(serial, payload, told)] = ends.heard[0].rows
         assert (serial, told) == (5, options) and bytes(payload) == b''.join(pieces)
@@ -601,21 +602,21 @@ def test_others_overtake_and_the_same_job_does_not(small_frames):
 
 def test_values_of_several_computations_take_turns(small_frames):
     with Ends() as ends:
-        ends.here.send(Jobs('c', [(1, beside(pattern(20 * MIB)), None)]))
-        ends.here.send(Jobs('d', [(1, beside(pattern(4 * MIB)), None)]))
+        ends.here.send(Jobs('c', [(1, out_of_band(pattern(20 * MIB)), None)]))
+        ends.here.send(Jobs('d', [(1, out_of_band(pattern(4 * MIB)), None)]))
         assert ends.rest() == [Jobs, Jobs] and [message.comp for message in ends.heard] == ['d', 'c']
 
 
 def test_what_is_abandoned_is_let_go(small_frames):
     with Ends() as ends:
         for serial in (1, 2, 3):
-            ends.here.send(Jobs('c', [(serial, beside(pattern(9 * MIB)), None)]))
+            ends.here.send(Jobs('c', [(serial, out_of_band(pattern(9 * MIB)), None)]))
         ends.turn()
         ends.turn()
         assert ends.there.values._coming
         assert ends.here.abandon('c', [1, 3, 9]) == [1, 3]
         assert ends.rest() == [Jobs] and ends.heard[0].rows[0][0] == 2 and not ends.there.values._coming
-        ends.here.send(Jobs('c', [(4, beside(pattern(9 * MIB)), None)]))
+        ends.here.send(Jobs('c', [(4, out_of_band(pattern(9 * MIB)), None)]))
         ends.turn()
         ends.here.send(Done('c'))
         assert ends.rest() == [Jobs, Done] and not ends.there.values._coming
@@ -623,7 +624,7 @@ def test_what_is_abandoned_is_let_go(small_frames):
 
 def test_a_link_that_ends_lets_go(small_frames):
     with Ends() as ends:
-        ends.here.send(Jobs('c', [(1, beside(pattern(9 * MIB)), None)]))
+        ends.here.send(Jobs('c', [(1, out_of_band(pattern(9 * MIB)), None)]))
         ends.turn()
         ends.turn()
         assert ends.there.values._coming
@@ -633,18 +634,18 @@ def test_a_link_that_ends_lets_go(small_frames):
 
 def test_large_rows_come_alone():
     rows = [(('small', n), 100) for n in range(3)] + [(('large', 0), 2 * MIB), (('small', 9), 100)]
-    assert [[row[0] for row in message] for message in frames(lambda comp, some: some, 'c', rows)] == [['small'] * 3, ['large'], ['small']]
+    assert [[row[0] for row in message] for message in batches(lambda comp, some: some, 'c', rows)] == [['small'] * 3, ['large'], ['small']]
 
 
 def test_parts_are_of_bounded_size():
     pieces = tuple(pattern(size) for size in (10, 5 * MIB, 3, 100000, 100000, MIB))
-    whole = InParts(Jobs('c', [(1, beside(pieces), None)]))
+    whole = InParts(Jobs('c', [(1, out_of_band(pieces), None)]))
     parts = list(iter(whole.next, None))
     assert whole.left == 0 and all(sum(len(memoryview(data)) for data in part.data) <= dispynode.FILE_PIECE for part in parts)
     assert b''.join(bytes(data) for part in parts for data in part.data) == b''.join(pieces)
     assert len(parts) == -(-whole.total // dispynode.FILE_PIECE)
     outputs = bytes(dispynode.OUTPUT_MOST)
-    first = InParts(Results('c', [(1, 1, 0.0, 1.0, beside(pattern(5 * MIB)), outputs, outputs)])).next()
+    first = InParts(Results('c', [(1, 1, 0.0, 1.0, out_of_band(pattern(5 * MIB)), outputs, outputs)])).next()
     assert sum(map(len, dispynode.encode(first)[2])) <= MESSAGES[OPS[Part]][1]
 
 

@@ -14,8 +14,9 @@ import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import (
-    Call, Compute, Done, FilePiece, FrameOpener, FrameSealer, HandshakeError, Held, Introduce, Jobs, Need, Purpose, Ready, Reclaim, Refused, Return,
-    Role, Welcome, derive_key, dial)
+    Call, Compute, Done, FilePiece, FrameDecoder, FrameEncoder, HandshakeError, KnownAttempts,
+    ClientHello, Jobs, Need, Purpose, Ready, Reclaim, Refused, Return, Role, NodeHello, derive_key,
+    dial)
 from dispyscheduler import _check_allowed, may_dial
 from nodes import NodeProcess, SchedulerProcess
 
@@ -28,7 +29,7 @@ class Talk:
         arrival = dial('127.0.0.1', port, derive_key(secret.encode()), role, wanted, instance or os.urandom(16))
         self.sock = arrival.sock
         self.sock.settimeout(20)
-        self._sealer, self._opener = FrameSealer(arrival.session.send_key), FrameOpener(arrival.session.receive_key)
+        self._sealer, self._opener = FrameEncoder(arrival.session.send_key), FrameDecoder(arrival.session.receive_key)
         self._units = []
 
     def say(self, *messages):
@@ -109,7 +110,7 @@ def test_one_odd_message_ends_nobody_else(scheduler, odd):
 def test_files_of_the_host_are_not_read(scheduler, node):
     """`place` takes names of files that the program has sent, and regular ones."""
     with Talk(scheduler.port) as talk:
-        talk.say(Introduce('x', 2.0), Compute('a', spec()))
+        talk.say(ClientHello('x', 2.0), Compute('a', spec()))
         talk.hear(Ready)
         directory = os.path.join(scheduler.state, 'c-a')
         os.mkfifo(os.path.join(directory, 'fifo'))
@@ -133,7 +134,7 @@ def test_a_computation_of_exactly_the_limit_fits_a_message():
 def test_a_program_that_does_not_read_is_not_read_from(scheduler):
     import psutil
     with Talk(scheduler.port) as talk:
-        talk.say(Introduce('x', 600.0), Compute('a', spec()))
+        talk.say(ClientHello('x', 600.0), Compute('a', spec()))
         talk.hear(Ready)
         talk.say(Jobs('a', [(n << 16, b'\x80\x05)}\x86.', None) for n in range(1, 5001)]))
         before = psutil.Process(scheduler.process.pid).memory_info().rss
@@ -166,7 +167,7 @@ class Changed(SchedulerProcess):
 def test_computations_of_one_program_are_bounded(tmp_path, node):
     made = spec()
     with Changed(tmp_path / 's', 'dispyscheduler.COMPS_MOST = 3', '-n', '127.0.0.1:%d' % node.port) as scheduler, Talk(scheduler.port) as talk:
-        talk.say(Introduce('x', 600.0), *[Compute('c%d' % n, made) for n in range(4)])
+        talk.say(ClientHello('x', 600.0), *[Compute('c%d' % n, made) for n in range(4)])
         refused = talk.hear(Refused)
         assert refused.comp == 'c3' and 'limit is 3' in refused.text
         with shared(scheduler) as cluster:
@@ -181,9 +182,9 @@ def test_connections_from_one_address_are_bounded(tmp_path, node):
             talks.append(Talk(scheduler.port))
         ended = 0
         for talk in talks:
-            talk.say(Introduce('x', 600.0))
+            talk.say(ClientHello('x', 600.0))
             try:
-                talk.hear(Welcome)
+                talk.hear(NodeHello)
             except (EOFError, OSError):
                 ended += 1
         assert ended == 60 - (200 - 64) // 4
@@ -290,7 +291,7 @@ def test_programs_with_a_secret_of_their_own(tmp_path):
                         assert bool(ask(*order).error) is not sees
                     comp = cluster.comp
                     talk.say(Reclaim(comp, b'guess'))
-                    assert talk.hear(Held, Refused)[:2] == (comp, [])
+                    assert talk.hear(KnownAttempts, Refused)[:2] == (comp, [])
             hold.write_text('')
             assert job(30) == 'PASSWORD-1'
 
@@ -306,7 +307,7 @@ def test_a_computation_is_its_programs_alone_while_its_files_come(scheduler):
     with Talk(scheduler.port) as owner, Talk(scheduler.port) as other:
         row = ('file', 3, hashlib.sha256(b'abc').digest(), 0o600)
         made = spec(files=[row])
-        owner.say(Introduce('x', 600.0), Compute('a', made))
+        owner.say(ClientHello('x', 600.0), Compute('a', made))
         owner.hear(Need)
         other.say(Done('a'), FilePiece('a', int(Purpose.DEPENDS), 0, row, 0, b'xyz'), Call('', 1, 'overview', ('nodes', 0, 1, False)))
         other.hear(Return)

@@ -145,7 +145,7 @@ def test_what_waits_is_back_soon_after_jobs_turn_out_to_be_long(trip):
     world, rng = busy(SHAPES[0], trip, 2, {'a': 3}, 300)
     world.run(world.now + 0.6 + 4 * trip)
     node = world.schedule.nodes['a']
-    assert len(node.flight['c']) <= 2 * node.cpus
+    assert len(node.in_flight['c']) <= 2 * node.cpus
 
 
 @each

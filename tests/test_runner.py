@@ -204,7 +204,7 @@ def test_output_is_bounded_at_its_exact_edge(run):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='blocks in the middle of a file are given back on Linux only')
 def test_the_disk_holds_only_the_ends_of_much_output(tmp_path):
-    catch = dispynode.Catch(str(tmp_path))
+    catch = dispynode.CapturedOutput(str(tmp_path))
     try:
         for letter in b'abc':
             for _ in range(10):

@@ -7,15 +7,18 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce, JobParked, JobsEnded, JobsStarted, JobState, JobStays, JobWaits, LimitNode, NodeAway,
-    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work, cpus_of, move_job)
+    MAX_ATTEMPTS, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce,
+    JobParked, JobsEnded, JobsStarted, JobState, JobStays, JobWaits, LimitNode, NodeAway,
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults,
+    NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel,
+    SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, ScheduledJob, cpus_of, move_job)
 from dispynode import Outcome, size_of
 
 WAITING = (JobState.CREATED, JobState.REQUEUED)
 
 
 def job(comp='c', payload=b'x', **options):
-    return Work(comp, payload, options or None)
+    return ScheduledJob(comp, payload, options or None)
 
 
 def jobs(count, comp='c', **options):
@@ -195,7 +198,7 @@ def test_jobs_of_several_cpus_count_as_such():
     talk.learn(1.0)
     works = jobs(4, cpus=2)
     assert sent(talk.submit(works)) == works[:2]
-    assert talk.schedule.nodes['n'].used == talk.schedule.comps['c'].flying == 4
+    assert talk.schedule.nodes['n'].used == talk.schedule.comps['c'].cpus_in_flight == 4
     assert sent(talk.results('n', works[:1])) == works[2:3]
 
 
@@ -232,7 +235,7 @@ def test_jobs_for_one_node_wait_for_it_and_go_first():
     pinned, other = job(node='b'), job()
     assert sent(talk.submit([pinned, other])) == [other]
     talk.ready('b', 1)
-    assert pinned.state is JobState.SENT and talk.schedule.nodes['b'].flight['c'] == {pinned.serial: pinned}
+    assert pinned.state is JobState.SENT and talk.schedule.nodes['b'].in_flight['c'] == {pinned.serial: pinned}
     more = [job(node='b'), job(node='b')]
     talk.submit(more)
     assert all(work in talk.schedule.comps['c'].waiting() or work.state is JobState.SENT for work in more)
@@ -311,7 +314,7 @@ def test_a_result_with_an_unknown_outcome_leaves_the_books_in_order():
     talk.submit([work])
     with pytest.raises(Exception):
         talk.tell(NodeResults('n', 'c', [(work.serial, 99, 0.0, 1.0, b'', b'', b'')]))
-    assert work.serial in talk.schedule.nodes['n'].flight['c']
+    assert work.serial in talk.schedule.nodes['n'].in_flight['c']
 
 
 # -- cancel -----------------------------------------------------------------------------------------------
@@ -418,7 +421,7 @@ def test_a_job_is_given_up_after_three_nodes():
 def test_a_node_that_is_started_again_and_again_is_one_node_until_it_is_too_often():
     talk, work = Talk(), job()
     talk.submit([work])
-    for _ in range(LOST_TIMES - 1):
+    for _ in range(MAX_ATTEMPTS - 1):
         assert sent(talk.ready('a')) == [work]
         assert talk.tell(NodeLost('a', 'host-a', 'broken')) == [JobWaits(work)]
     talk.ready('a')
@@ -735,7 +738,7 @@ def test_what_runs_on_a_node_that_is_shared_is_no_more_than_its_cpus():
         talk.submit(jobs(10, comp))
     runs = talk.schedule.runs('n')
     assert sum(map(len, runs.values())) == 3 and min(map(len, runs.values())) == 1
-    flight = talk.schedule.nodes['n'].flight['c']
+    flight = talk.schedule.nodes['n'].in_flight['c']
     last = list(flight)[-1]
     talk.tell(NodeStarted('n', 'c', [(last, 0.03)]))
     assert last in talk.schedule.runs('n')['c'], 'it has said so'
@@ -771,7 +774,7 @@ def test_two_clients_share_cpus_evenly():
     talk.submit(jobs(100, 'd'))
     talk.tell(NodeReady('n', 'c', 8, []), NodeReady('n', 'd', 8, []))
     comps = talk.schedule.comps
-    assert comps['c'].flying == comps['d'].flying == 4
+    assert comps['c'].cpus_in_flight == comps['d'].cpus_in_flight == 4
 
 
 def test_cpus_are_shared_between_clients_and_not_computations():
@@ -781,7 +784,7 @@ def test_cpus_are_shared_between_clients_and_not_computations():
         schedule.handle(Submitted(jobs(100, comp)), 0.0)
         schedule.handle(NodeReady('n', comp, 8, []), 0.0)
     schedule.flush(0.0)
-    flying = {comp.comp: comp.flying for comp in schedule.comps.values()}
+    flying = {comp.comp: comp.cpus_in_flight for comp in schedule.comps.values()}
     assert flying['d'] == flying['c1'] + flying['c2'] == 4
 
 
@@ -827,7 +830,7 @@ def test_closed_ends_jobs_in_every_state():
     assert done not in {action.work for action in only(actions, JobEnded)}
     assert [work.state for work in (done, running, cancelling, waiting, other)] == [
         JobState.FINISHED, JobState.CANCELLED, JobState.CANCELLED, JobState.CANCELLED, JobState.CREATED]
-    assert talk.schedule.nodes['n'].used == 0 and not talk.schedule.nodes['n'].flight
+    assert talk.schedule.nodes['n'].used == 0 and not talk.schedule.nodes['n'].in_flight
     assert talk.tell(Closed('c')) == []
     assert talk.submit([requeued]) == [JobEnded(requeued, 'the cluster was closed')]
     assert talk.tell(CancelAsked(running), CancelAsked(requeued)) == []
@@ -960,7 +963,7 @@ class Walk:
         node.comps.add(comp)
         self.drains.discard((node.key, comp))
         held = node.held(comp)
-        flight = self.schedule.nodes[node.key].flight.get(comp, {}) if node.key in self.schedule.nodes else {}
+        flight = self.schedule.nodes[node.key].in_flight.get(comp, {}) if node.key in self.schedule.nodes else {}
         self.free_again.update(set(flight) - set(held))
         for (name, _), result in node.results.items():
             if name == comp:
@@ -976,7 +979,7 @@ class Walk:
             if rng.random() < 0.2:
                 options['priority'] = rng.randint(-1, 2)
             size = AHEAD_BYTES // 3 if rng.random() < 0.1 else 10
-            works.append(Work(rng.choice(self.open), range(size), options or None))
+            works.append(ScheduledJob(rng.choice(self.open), range(size), options or None))
         self.works += works
         self.event(Submitted(works))
 
@@ -1141,7 +1144,7 @@ class Walk:
             elif kind is NodeGone:
                 self.gone.discard(action.node)
             elif kind is NodeDrained:
-                assert not self.schedule.nodes[action.node].flight[action.comp]
+                assert not self.schedule.nodes[action.node].in_flight[action.comp]
                 self.drained.append((action.node, action.comp))
             else:
                 node = self.nodes[action.node]
@@ -1170,11 +1173,11 @@ class Walk:
         places = collections.Counter()
         flying = collections.Counter()
         for node in self.schedule.nodes.values():
-            works = [(name, serial, work) for name, flight in node.flight.items() for serial, work in flight.items()]
+            works = [(name, serial, work) for name, flight in node.in_flight.items() for serial, work in flight.items()]
             assert node.used == sum(cpus_of(work) for _, _, work in works) == sum(node.parts.values())
-            assert set(node.parts) == set(node.limits) == set(node.flight) == set(node.comps)
+            assert set(node.parts) == set(node.limits) == set(node.in_flight) == set(node.comps)
             assert node.cpus == max(node.limits.values(), default=0)
-            assert node.taken == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
+            assert node.cpus_reserved == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
             assert node.bytes == sum(size_of(work.payload) for _, _, work in works)
             for name, serial, work in works:
                 assert work.serial == serial and work.comp == name
@@ -1184,9 +1187,9 @@ class Walk:
         for comp in self.schedule.comps.values():
             queue = list(comp.queue)
             assert comp.queue.length == len(queue)
-            assert comp.flying == flying[comp.comp]
-            assert len(comp.running) == sum(len(node.flight.get(comp.comp, ())) for node in self.schedule.nodes.values())
-            for work in queue + comp.parked:
+            assert comp.cpus_in_flight == flying[comp.comp]
+            assert len(comp.running) == sum(len(node.in_flight.get(comp.comp, ())) for node in self.schedule.nodes.values())
+            for work in queue + comp.too_wide:
                 assert work.state in WAITING
                 places[work] += 1
         for work in self.works:

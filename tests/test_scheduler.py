@@ -13,7 +13,7 @@ import pytest
 import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob, DispyNode
-from dispynode import Compute, Done, Introduce, Jobs, Link, Role, derive_key, dial
+from dispynode import Compute, Done, ClientHello, Jobs, Link, Role, derive_key, dial
 from nodes import NodeProcess, SchedulerProcess, start_here
 
 
@@ -291,7 +291,7 @@ def forge():
     peer = driver.nodes.of(cluster.comp)[0]
     messages = {'cancel': Cancel(comp, [number]), 'done': Done(comp), 'ack': Ack(comp, [number]), 'jobs': Jobs(comp, [(9 << 16, b'', None)]),
                 'reclaim': Reclaim(comp), 'call': Call(comp, 1, 'leave', (('127.0.0.1', 1), 'close', True))}
-    driver.say(peer.link, messages[sys.argv[3]])
+    driver.send(peer.link, messages[sys.argv[3]])
 driver.ask(forge)
 time.sleep(0.5)
 assert cluster.submit()(30) == 1     # it has connected again
@@ -317,7 +317,7 @@ SPEC = {'name': 'x', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': Tr
         'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
         'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '1'}}
 WRONG = {
-    'pulse': [Introduce('a', 10 ** 400)],
+    'pulse': [ClientHello('a', 10 ** 400)],
     'timeout': [Compute('c0', SPEC), Jobs('c0', [(1, b'x', {'timeout': 10 ** 400})])],
     'serial': [Compute('c0', SPEC), Jobs('c0', [(1 << 63, b'x', None)])],
     'unpicklable': [Compute('c0', dict(SPEC, extra=pickle.PickleBuffer(b'x')))],
@@ -333,7 +333,7 @@ def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
         arrival = dial('127.0.0.1', scheduler.port, derive_key(os.environ['DISPY_SECRET'].encode()), Role.CLIENT, Role.SCHEDULER, os.urandom(16))
         with arrival.sock:
             link = Link(arrival.sock, arrival.session, arrival.address, 0.0)
-            for message in [Introduce('a', 1.0)] * (wrong != 'pulse') + WRONG[wrong]:
+            for message in [ClientHello('a', 1.0)] * (wrong != 'pulse') + WRONG[wrong]:
                 link.send(message)
             link.write()
             eventually(lambda: 'the link of' in scheduler.log() or scheduler.process.poll() is not None)

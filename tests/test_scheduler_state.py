@@ -6,9 +6,9 @@ import types
 
 import pytest
 
-from dispy import Peer
+from dispy import NodeConnection
 from dispynode import Outcome
-from dispyscheduler import LARGE, RemoteWork, State
+from dispyscheduler import FILE_BYTES, ClientJob, State
 
 KEY = ('127.0.0.1', 51348)
 
@@ -20,14 +20,14 @@ def root(tmp_path):
 
 def begin(state, comp='c'):
     state.began(types.SimpleNamespace(comp=comp, instance=b'i' * 16, digest=bytes(32), cargo=types.SimpleNamespace(spec={'name': comp})))
-    peer = Peer(*KEY)
+    peer = NodeConnection(*KEY)
     peer.name, peer.instance = 'node', b'n' * 16
     state.met(peer)
 
 
 def submit(state, payload=b'arguments', comp='c', options=None):
     state.number += 1
-    work = RemoteWork(comp, None, options, state.number << 16, state.number)
+    work = ClientJob(comp, None, options, state.number << 16, state.number)
     state.submitted(work, payload)
     return work
 
@@ -71,9 +71,9 @@ def test_a_crash_leaves_what_was_committed(root):
 def test_arguments_are_there_in_the_turn_in_which_they_come_and_after_it(root):
     state = State(root)
     begin(state)
-    works = [submit(state, b'%d' % number) for number in range(3)] + [submit(state, b'x' * LARGE)]
+    works = [submit(state, b'%d' % number) for number in range(3)] + [submit(state, b'x' * FILE_BYTES)]
     for _ in range(2):
-        assert [state.payload(work.serial >> 16) for work in works] == [b'0', b'1', b'2', b'x' * LARGE]
+        assert [state.payload(work.serial >> 16) for work in works] == [b'0', b'1', b'2', b'x' * FILE_BYTES]
         assert state.commit()
     state.close()
 
@@ -99,8 +99,8 @@ def test_acknowledgements_alone_need_no_transaction_and_may_be_lost(root):
 def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
     state = State(root)
     begin(state)
-    large, small = submit(state, b'x' * LARGE), submit(state)
-    row = end(state, large, b'y' * LARGE)
+    large, small = submit(state, b'x' * FILE_BYTES), submit(state)
+    row = end(state, large, b'y' * FILE_BYTES)
     state.commit()
     number = large.serial >> 16
     files = ['%d.%s' % (number, end) for end in 'pr']
@@ -117,8 +117,8 @@ def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
 def test_large_files_of_jobs_that_go_in_the_same_turn_are_not_written(root):
     state = State(root)
     begin(state)
-    work = submit(state, b'x' * LARGE)
-    end(state, work, b'y' * LARGE)
+    work = submit(state, b'x' * FILE_BYTES)
+    end(state, work, b'y' * FILE_BYTES)
     state.removed([work.serial >> 16])
     assert state.commit() and os.listdir(state.large) == []
     state.close()

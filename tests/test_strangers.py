@@ -9,14 +9,14 @@ import time
 import pytest
 
 from conftest import eventually
-from dispynode import Cry, Discovery, Doorkeeper, Role, derive_key, dial, network_of
+from dispynode import DatagramType, Discovery, HandshakeLimiter, Role, derive_key, dial, network_of
 from nodes import NodeProcess
 
 
 def test_the_network_with_most_makes_way_the_oldest_first():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     rows = []
-    for n in range(Doorkeeper.AT_ONCE):
+    for n in range(HandshakeLimiter.AT_ONCE):
         address = '10.0.%d.%d' % (n % 2, n)
         assert keeper.admit(address, 0.0)
         rows.append((n, address))
@@ -28,9 +28,9 @@ def test_the_network_with_most_makes_way_the_oldest_first():
 
 
 def test_one_address_makes_way_for_itself():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     rows = [(1, '10.0.0.2'), (2, '10.0.0.2')]
-    for n in range(Doorkeeper.FROM_ONE):
+    for n in range(HandshakeLimiter.FROM_ONE):
         assert keeper.admit('10.0.0.1', 0.0)
         rows.append((10 + n, '10.0.0.1'))
     assert not keeper.admit('10.0.0.1', 0.0) and keeper.make_way('10.0.0.1', rows) == 10
@@ -43,29 +43,29 @@ def test_networks():
 
 
 def test_failures_lock_out_those_who_have_not_proved_themselves():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
 
     def fail(times):
         for _ in range(times):
             keeper.admit('10.0.0.1', 10.0)
             keeper.done('10.0.0.1', False, 10.0)
-    fail(Doorkeeper.FAILURES)
+    fail(HandshakeLimiter.FAILURES)
     assert not keeper.admit('10.0.0.1', 11.0) and keeper.admit('10.0.0.2', 11.0)
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     keeper.admit('10.0.0.1', 1.0)
     keeper.done('10.0.0.1', True, 1.0)
     fail(20)
     assert keeper.admit('10.0.0.1', 11.0), 'somebody there has the secret'
-    for _ in range(Doorkeeper.FROM_MIXED):
+    for _ in range(HandshakeLimiter.FROM_MIXED):
         keeper.admit('10.0.0.1', 12.0)
     assert not keeper.admit('10.0.0.1', 12.0)
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     keeper.admit('10.0.0.1', 1.0)
     keeper.done('10.0.0.1', True, 1.0)
     fail(20)
-    assert keeper.is_shut('10.0.0.1', 10.0 + 0.1) is False and keeper.is_shut('10.0.0.1', 1.0 + Doorkeeper.RECENT + 1) is False
+    assert keeper.is_shut('10.0.0.1', 10.0 + 0.1) is False and keeper.is_shut('10.0.0.1', 1.0 + HandshakeLimiter.RECENT + 1) is False
     keeper._failed['10.0.0.1'] = (20, 1e9)
-    assert keeper.is_shut('10.0.0.1', 1.0 + Doorkeeper.RECENT + 1)
+    assert keeper.is_shut('10.0.0.1', 1.0 + HandshakeLimiter.RECENT + 1)
 
 
 @pytest.mark.parametrize('tls', [False, True])
@@ -111,14 +111,14 @@ def test_strangers_take_nothing_from_those_with_the_secret():
     mine, told, answered = Discovery(b'k' * 32, Role.CLIENT, b'c' * 16), 0, 0
     for n in range(1000):
         stranger = Discovery(b's' * 32, Role.CLIENT, os.urandom(16))
-        told += node.hear(stranger.say(Cry.QUESTION), '10.0.%d.%d' % (n // 250, n % 250), 100.5)[1] is not None
+        told += node.parse(stranger.build(DatagramType.QUESTION), '10.0.%d.%d' % (n // 250, n % 250), 100.5)[1] is not None
         if n % 25 == 0:
-            answered += node.hear(mine.say(Cry.QUESTION), '10.9.0.1', 100.5)[1] is not None
+            answered += node.parse(mine.build(DatagramType.QUESTION), '10.9.0.1', 100.5)[1] is not None
     assert answered == 40 and told == Discovery.STRANGERS
 
 
 def test_one_address_of_strangers_is_told_a_few_times_whatever_it_calls_itself():
     node, told = Discovery(b'k' * 32, Role.NODE, b'n' * 16, 9701), 0
     for second in range(50):
-        told += node.hear(Discovery(b's' * 32, Role.CLIENT, os.urandom(16)).say(Cry.QUESTION), '10.0.0.1', 100.0 + second)[1] is not None
+        told += node.parse(Discovery(b's' * 32, Role.CLIENT, os.urandom(16)).build(DatagramType.QUESTION), '10.0.0.1', 100.0 + second)[1] is not None
     assert told == Discovery.TOLD_MOST

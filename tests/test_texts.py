@@ -22,7 +22,7 @@ import pytest
 import dispy
 import dispynode
 from conftest import ROOT, eventually
-from dispy import DispyJob, Misfits, Survey, how_to_share, remedy, remedy_for_source, with_hint_for_module
+from dispy import DispyJob, Misfits, NodeScan, how_to_share, remedy, remedy_for_source, with_hint_for_module
 from dispynode import HandshakeError, Silence, Unreached, address_in, dial_text, is_own_address, same_secret, why_unreached
 from nodes import NodeProcess, SchedulerProcess
 
@@ -191,7 +191,7 @@ def test_own_addresses_are_known():
 def test_a_look_at_named_nodes_waits_for_each(node):
     """Guards against: what an answer had changed was looked at after the nodes had been described."""
     for _ in range(30):
-        with Survey([NOWHERE]) as survey:
+        with NodeScan([NOWHERE]) as survey:
             down, = survey.look()
         assert down.state == 'down' and 'nothing listens' in down.reason
     out, _, status = run_python('-m', 'dispy', '--list-nodes', '-n', '127.0.0.1:9', '-n', '127.0.0.1:%d' % node.port)
@@ -210,7 +210,7 @@ def test_a_node_that_belongs_to_a_scheduler_says_so(scheduler_and_node, capsys):
         for part in ('dispyscheduler', 'SharedJobCluster', 'scheduler_host=%r' % socket.gethostname(), 'scheduler_port=%d' % scheduler):
             assert part in str(caught.value), caught.value
         assert START not in str(caught.value)
-        with Survey([('127.0.0.1', port)]) as survey:
+        with NodeScan([('127.0.0.1', port)]) as survey:
             assert 'dispyscheduler' in survey.look()[0].reason
 
 

@@ -15,7 +15,7 @@ import pytest
 import dispy
 import dispynode
 from conftest import ROOT, eventually
-from dispynode import DropValue, FetchValue, ValueDesk, seal, unseal
+from dispynode import DropValue, FetchValue, ValueRequests, dumps, loads
 from nodes import NodeProcess, SchedulerProcess
 from proxy import UP, Proxy
 from test_parts import pattern, stand_in
@@ -40,7 +40,7 @@ def fetched(desk):
 
 
 def test_a_value_is_fetched_once_for_all_who_need_it():
-    desk = ValueDesk(100)
+    desk = ValueRequests(100)
     ones = [One(('a', 10)) for _ in range(3)]
     assert not any(desk.admit('c', one) for one in ones)
     assert fetched(desk) == (['a'], [], 0) and fetched(desk) == ([], [], 0)
@@ -51,7 +51,7 @@ def test_a_value_is_fetched_once_for_all_who_need_it():
 
 
 def test_what_nobody_needs_makes_room_the_one_not_needed_for_longest_first():
-    desk = ValueDesk(30)
+    desk = ValueRequests(30)
     ones = {name: One((name, 10)) for name in 'abcd'}
     for name in 'abc':
         desk.admit('c', ones[name])
@@ -67,7 +67,7 @@ def test_what_nobody_needs_makes_room_the_one_not_needed_for_longest_first():
 
 
 def test_what_is_needed_stays_and_others_wait_for_room():
-    desk = ValueDesk(30)
+    desk = ValueRequests(30)
     first, second = One(('a', 20)), One(('b', 20))
     desk.admit('c', first)
     fetched(desk)
@@ -86,7 +86,7 @@ def test_what_is_needed_stays_and_others_wait_for_room():
 
 
 def test_one_that_needs_more_than_may_be_kept_is_served_alone():
-    desk = ValueDesk(30)
+    desk = ValueRequests(30)
     one = One(('a', 25), ('b', 25))
     desk.admit('c', one)
     assert fetched(desk)[0] == ['a']
@@ -97,7 +97,7 @@ def test_one_that_needs_more_than_may_be_kept_is_served_alone():
 
 
 def test_who_leaves_fails_or_loses_the_program_waits_no_more():
-    desk = ValueDesk(100)
+    desk = ValueRequests(100)
     ones = [One(('a', 10)), One(('a', 10), ('b', 10)), One(('b', 10))]
     for one in ones:
         desk.admit('c', one)
@@ -115,11 +115,11 @@ def test_who_leaves_fails_or_loses_the_program_waits_no_more():
 def test_large_parts_stand_apart_wherever_they_are():
     large = pattern(2 * MIB)
     value = ['before', large, {'text': 'x' * 3 * MIB}, bytearray(large[::-1]), 5]
-    payload = seal(value, share=dispy.shared_values.payload).payload
+    payload = dumps(value, share=dispy.shared_values.payload).payload
     assert type(payload) is dispy.SharedPayload and len(payload) < 1000 and len(payload.values) == 3
     assert payload.values[0].data is large   # nobody can change it: it is not copied
-    assert unseal(payload) == value and unseal(payload)[3] is not unseal(payload)[3]
-    small = seal(['x' * 1000], share=dispy.shared_values.payload).payload
+    assert loads(payload) == value and loads(payload)[3] is not loads(payload)[3]
+    small = dumps(['x' * 1000], share=dispy.shared_values.payload).payload
     assert type(small) is not dispy.SharedPayload
 
 
@@ -128,7 +128,7 @@ def test_a_buffer_is_known_by_its_content():
     array = numpy.arange(1 << 18, dtype='f8')
 
     def value_of(array):
-        return seal(array, share=dispy.shared_values.payload).payload.values[0]
+        return dumps(array, share=dispy.shared_values.payload).payload.values[0]
     first = value_of(array)
     assert value_of(array) is first and value_of(array.copy()) is first
     array[77777] += 1   # between the places that are looked at first
@@ -417,8 +417,8 @@ def test_a_job_whose_program_changes_values_itself(make_cluster):
     def compute(array):
         import dispy
         values = dispy.shared_values
-        payload = dispy.seal(array, share=values.payload).payload
-        return float(dispy.unseal(payload)[-1]), type(payload).__name__
+        payload = dispy.dumps(array, share=values.payload).payload
+        return float(dispy.loads(payload)[-1]), type(payload).__name__
     numpy = pytest.importorskip('numpy')
     with make_cluster(compute, nodes='local') as cluster:
         for _ in range(3):

@@ -19,7 +19,7 @@ import pytest
 import dispy
 from conftest import eventually
 from dispy import DispyJob, SourcePicker, pack_source
-from dispynode import ForeignCode, make_code, unseal, value_pickler
+from dispynode import ForeignCode, make_code, loads, value_pickler
 from nodes import NodeProcess
 
 try:
@@ -496,6 +496,6 @@ def test_code_of_another_version_is_not_made():
     """It would crash whoever calls it."""
     pieces = []
     value_pickler()(type('File', (), {'write': lambda self, piece: pieces.append(bytes(piece))})(), 5).dump(lambda: 41 + 1)
-    assert unseal(b''.join(pieces))() == 42
+    assert loads(b''.join(pieces))() == 42
     stands_for_it = make_code((3, 7), (), '', 'f', 1)
     assert isinstance(stands_for_it, ForeignCode) and not callable(stands_for_it)

@@ -15,31 +15,33 @@ import pytest
 
 import dispynode
 from dispynode import (
-    Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored, FrameOpener, FrameSealer,
-    HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, News, Offer, open_envelope, OPS, OUT_OF_BAND,
-    Output, pack_record, PeerError, Pulse, Query, Ready, Recall, Reclaim, RecordIntake, Refused, Report,
-    Results, Return, Part, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Where, Wrong)
+    Ack, out_of_band, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored,
+    FrameDecoder, FrameEncoder, HEAD_TAG, KnownAttempts, ReceiveBuffer, ClientHello, Jobs,
+    RecordType, Limit, MESSAGES, Need, NodeChanged, CpusChanged, open_envelope, OPS, OUT_OF_BAND,
+    Output, pack_record, PeerError, Pulse, Query, Ready, ReturnJobs, Reclaim, RecordBuffer, Refused,
+    Report, Results, Return, Part, JobsReturned, Notice, dumps, Shutdown, Started, TAIL_TAG, loads,
+    NodeHello, JobsAssigned, Wrong)
 
 KEY = bytes(range(32))
 LARGE = random.Random(1).getrandbits(8 * (OUT_OF_BAND + 7)).to_bytes(OUT_OF_BAND + 7, 'big')
 ROW = ('a/b', 1, b'd', 0o600)
 EXAMPLES = [
-    Introduce('me', 2.0), Introduce('me', 2),
+    ClientHello('me', 2.0), ClientHello('me', 2),
     Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code', 'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
                    'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': '', 'live': False,
                    'logs': -1, 'cpus': 0, 'setup_args': b'', 'modules': [('modules/a.py', 1, b'd', 0o600)], 'portable': True,
                    'sys_path': ['/a'], 'argv': ['a']}),
-    FilePiece('c1', 1, 0, ROW, 0, beside(b'small')), FilePiece('c1', 2, 3, ROW, 1 << 20, beside(LARGE)), FilePiece('c1', 1, 0, ROW, 0, b''),
-    Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
-    Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', [5]), Ack('c1', []), Done('c1'),
-    Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', [(1, 0, ROW), (2, 7, ROW)]), Ready('c1', [7]),
-    Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
-    Returned('c1', [9]), Offer(3), FilePiece('c1', 4, 5, ROW, 0, beside(LARGE)), FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
-    FilePiece('c1', 3, 0, ROW, 0, beside(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
-    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
-    Part('c1', (5, dispynode.HOLLOW, None), 8 << 30, 0, beside((LARGE, b'small'))), Part('c1', (), 8 << 30, 1 << 32, (beside(LARGE),)),
+    FilePiece('c1', 1, 0, ROW, 0, out_of_band(b'small')), FilePiece('c1', 2, 3, ROW, 1 << 20, out_of_band(LARGE)), FilePiece('c1', 1, 0, ROW, 0, b''),
+    Jobs('c1', [(1, out_of_band(b'x'), None), (2, out_of_band(LARGE), {'timeout': 3.5}), (3, out_of_band((b'head', LARGE, b'tail')), None)]),
+    Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), ReturnJobs('c1', [5]), Ack('c1', []), Done('c1'),
+    NodeHello('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', [(1, 0, ROW), (2, 7, ROW)]), Ready('c1', [7]),
+    Results('c1', [(1, 1, 0.5, 1.5, out_of_band(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
+    JobsReturned('c1', [9]), CpusChanged(3), FilePiece('c1', 4, 5, ROW, 0, out_of_band(LARGE)), FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
+    FilePiece('c1', 3, 0, ROW, 0, out_of_band(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'), Reclaim('c1'), KnownAttempts('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
+    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), JobsAssigned('c1', ('10.0.0.1', 9701, 'host'), [1]), JobsAssigned('c1', (), [1]), NodeChanged('c1', 2, tuple('0123456789')),
+    Part('c1', (5, dispynode.HOLLOW, None), 8 << 30, 0, out_of_band((LARGE, b'small'))), Part('c1', (), 8 << 30, 1 << 32, (out_of_band(LARGE),)),
     Part('c1', (5, 1, 0.5, 1.5, dispynode.HOLLOW, b'out', b''), 5, 0, b'small'), Part('c1', (), 0, 0, b''),
-    Said('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'), Wrong('text', 7),
+    Notice('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'), Wrong('text', 7),
 ]
 
 
@@ -53,7 +55,7 @@ def flat(value):
 
 
 def frame(message, sealer=None):
-    return b''.join((sealer or FrameSealer(KEY)).seal(message))
+    return b''.join((sealer or FrameEncoder(KEY)).seal(message))
 
 
 def feed(opener, data, size=1 << 16):
@@ -61,11 +63,11 @@ def feed(opener, data, size=1 << 16):
     messages = []
     view = memoryview(data)
     while view:
-        room = opener.room()
+        room = opener.get_buffer()
         count = min(len(room), len(view), size)
         room[:count] = view[:count]
         view = view[count:]
-        messages += [opener.open(head, body) for head, body in opener.took(count)]
+        messages += [opener.open(head, body) for head, body in opener.buffer_updated(count)]
     return messages
 
 
@@ -95,25 +97,25 @@ def test_messages_come_back_as_they_were(message):
 
 @pytest.mark.parametrize('message', EXAMPLES, ids=lambda message: type(message).__name__)
 def test_messages_pass_in_frames(message):
-    [back] = feed(FrameOpener(KEY), frame(message))
+    [back] = feed(FrameDecoder(KEY), frame(message))
     assert flat(back) == flat(message)
 
 
 def test_large_bytes_are_not_copied_into_the_envelope():
-    _, encoding, pieces = encode(FilePiece('c', 1, 0, ROW, 0, beside(LARGE)))
+    _, encoding, pieces = encode(FilePiece('c', 1, 0, ROW, 0, out_of_band(LARGE)))
     assert encoding == 1
     assert len(pieces[0]) < 200
     assert pieces[1].obj is LARGE
 
 
 def test_a_payload_in_pieces_stays_a_tuple():
-    op, encoding, pieces = encode(Jobs('c', [(1, beside((LARGE, b'small')), None)]))
+    op, encoding, pieces = encode(Jobs('c', [(1, out_of_band((LARGE, b'small')), None)]))
     payload = decode(op, encoding, b''.join(pieces)).rows[0][1]
     assert type(payload) is tuple and [len(piece) for piece in payload] == [len(LARGE), 5]
 
 
 def test_decoded_bytes_are_no_copy():
-    op, encoding, pieces = encode(FilePiece('c', 1, 0, ROW, 0, beside(LARGE)))
+    op, encoding, pieces = encode(FilePiece('c', 1, 0, ROW, 0, out_of_band(LARGE)))
     received = b''.join(pieces)
     assert decode(op, encoding, received).data.obj is received
 
@@ -165,13 +167,13 @@ def wrong(message, *fields):
 
 
 @pytest.mark.parametrize('message, fields', [
-    wrong(Introduce), wrong(Introduce, 'me'), wrong(Introduce, 'me', '2'), wrong(Introduce, b'me', 2.0),
-    wrong(Introduce, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None), wrong(FilePiece, 'c', 1, 0, ROW, '0', b''),
+    wrong(ClientHello), wrong(ClientHello, 'me'), wrong(ClientHello, 'me', '2'), wrong(ClientHello, b'me', 2.0),
+    wrong(ClientHello, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None), wrong(FilePiece, 'c', 1, 0, ROW, '0', b''),
     wrong(Jobs, 'c', ()), wrong(Jobs, 'c', {}), wrong(Jobs, 'c', [1]), wrong(Jobs, 'c', [()]), wrong(Jobs, 'c', [(1, b'')]),
     wrong(Jobs, 'c', [[1, b'', None]]), wrong(Jobs, 'c', [('1', b'', None)]), wrong(Jobs, 'c', [(True, b'', None)]),
     wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', b'')]), wrong(Results, 'c', [(1.0, 1, 0.0, 0.0, b'', b'', b'')]),
-    wrong(Cancel, 'c', (1,)), wrong(Recall, 'c', 1.0), wrong(Recall, 'c', [-1]), wrong(Started, 'c', [(1,)]), wrong(Started, 'c', [(1, float('nan'))]), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
-    wrong(Welcome, 'n', '4', {}), wrong(Ready, 'c', {}), wrong(Bye, None), wrong(Pulse, 1),
+    wrong(Cancel, 'c', (1,)), wrong(ReturnJobs, 'c', 1.0), wrong(ReturnJobs, 'c', [-1]), wrong(Started, 'c', [(1,)]), wrong(Started, 'c', [(1, float('nan'))]), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
+    wrong(NodeHello, 'n', '4', {}), wrong(Ready, 'c', {}), wrong(Bye, None), wrong(Pulse, 1),
 ])
 def test_wrong_fields_and_rows_are_refused(message, fields):
     with pytest.raises(PeerError):
@@ -186,8 +188,8 @@ def test_wrong_fields_and_rows_are_refused(message, fields):
     wrong(Results, 'c', [(1, 1, None, 0.0, b'', b'', b'')]), wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', 'out', b'')]),
     wrong(FilePiece, 'c', 1, 0, ROW, 0, 5), wrong(FilePiece, 'c', 1, 0, ROW, 0, 'text'), wrong(FilePiece, 'c', 9, 0, ROW, 0, b''),
     wrong(FilePiece, 'c', 1, -1, ROW, 0, b''), wrong(FilePiece, 'c', 1, 0, ('f',), 0, b''), wrong(FileStored, 'c', 0, 0, 'f', ''), wrong(Cancel, 'c', [[]]), wrong(Ack, 'c', [{}]),
-    wrong(Need, 'c', [1]), wrong(Need, 'c', [(1, 0)]), wrong(Need, 'c', [(9, 0, ROW)]), wrong(Need, 'c', [([], 0, ROW)]), wrong(Ready, 'c', [[]]), wrong(Returned, 'c', [None]),
-    wrong(Introduce, 'me', float('nan')),
+    wrong(Need, 'c', [1]), wrong(Need, 'c', [(1, 0)]), wrong(Need, 'c', [(9, 0, ROW)]), wrong(Need, 'c', [([], 0, ROW)]), wrong(Ready, 'c', [[]]), wrong(JobsReturned, 'c', [None]),
+    wrong(ClientHello, 'me', float('nan')),
 ])
 def test_wrong_values_inside_rows_and_lists_are_refused(message, fields):
     with pytest.raises(PeerError):
@@ -197,7 +199,7 @@ def test_wrong_values_inside_rows_and_lists_are_refused(message, fields):
 @pytest.mark.parametrize('fields', [None, [], 'me', {'name': 1}, ['me', 2.0]], ids=repr)
 def test_an_envelope_that_is_no_tuple_is_refused(fields):
     with pytest.raises(PeerError):
-        decode(OPS[Introduce], 0, pickle.dumps(fields, 5))
+        decode(OPS[ClientHello], 0, pickle.dumps(fields, 5))
 
 
 @pytest.mark.parametrize('payload', [
@@ -230,12 +232,12 @@ GOLDEN = [
 
 
 def test_frames_are_these_bytes():
-    sealer = FrameSealer(KEY)
+    sealer = FrameEncoder(KEY)
     assert [frame(message, sealer).hex() for message, _ in GOLDEN] == [golden for _, golden in GOLDEN]
 
 
 def test_the_recorded_bytes_are_these_messages():
-    messages = feed(FrameOpener(KEY), b''.join(bytes.fromhex(golden) for _, golden in GOLDEN))
+    messages = feed(FrameDecoder(KEY), b''.join(bytes.fromhex(golden) for _, golden in GOLDEN))
     assert flat(messages) == flat([message for message, _ in GOLDEN])
 
 
@@ -253,20 +255,20 @@ def test_every_flipped_bit_is_refused(nothing_is_decoded):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(PeerError):
-            feed(FrameOpener(KEY), changed)
+            feed(FrameDecoder(KEY), changed)
 
 
 def test_a_truncated_frame_gives_nothing(nothing_is_decoded):
     data = frame(Bye('x'))
     for length in range(len(data)):
-        assert feed(FrameOpener(KEY), data[:length]) == []
+        assert feed(FrameDecoder(KEY), data[:length]) == []
 
 
 def test_a_frame_without_its_middle_is_refused(nothing_is_decoded):
     first, second = frame(Bye('x')), frame(Bye('yy'))
     for length in range(33, len(first)):
         with pytest.raises(PeerError):
-            feed(FrameOpener(KEY), first[:length] + second)
+            feed(FrameDecoder(KEY), first[:length] + second)
 
 
 def authentic_head(size, op, key=KEY):
@@ -277,22 +279,22 @@ def authentic_head(size, op, key=KEY):
 
 @pytest.mark.parametrize('op', sorted(MESSAGES) + [99])
 def test_a_length_over_the_limit_is_refused_at_its_header(op, nothing_is_decoded):
-    limit = MESSAGES[op][1] if op in MESSAGES else dispynode.SMALL
-    assert feed(FrameOpener(KEY), authentic_head(limit, op)) == []
+    limit = MESSAGES[op][1] if op in MESSAGES else dispynode.MAX_CONTROL
+    assert feed(FrameDecoder(KEY), authentic_head(limit, op)) == []
     with pytest.raises(PeerError, match='over the limit'):
-        feed(FrameOpener(KEY), authentic_head(limit + 1, op))
+        feed(FrameDecoder(KEY), authentic_head(limit + 1, op))
 
 
 def test_a_length_is_not_believed_without_its_tag(nothing_is_decoded):
     with pytest.raises(PeerError, match='not authentic'):
-        feed(FrameOpener(KEY), authentic_head(1 << 31, OPS[Jobs], bytes(32)))
+        feed(FrameDecoder(KEY), authentic_head(1 << 31, OPS[Jobs], bytes(32)))
 
 
 def test_too_large_a_message_is_not_sent_and_not_counted():
-    sealer = FrameSealer(KEY)
+    sealer = FrameEncoder(KEY)
     with pytest.raises(ValueError, match='over the limit'):
-        sealer.seal(Done('c' * dispynode.SMALL))
-    assert feed(FrameOpener(KEY), frame(Pulse(), sealer)) == [Pulse()]
+        sealer.seal(Done('c' * dispynode.MAX_CONTROL))
+    assert feed(FrameDecoder(KEY), frame(Pulse(), sealer)) == [Pulse()]
 
 
 def test_an_unknown_message_with_good_tags_is_refused():
@@ -300,28 +302,28 @@ def test_an_unknown_message_with_good_tags_is_refused():
     head = authentic_head(len(payload), 99)
     tag = hmac.new(KEY, struct.pack('>QB', 0, 1) + head[:16] + payload, 'sha256').digest()
     with pytest.raises(PeerError, match='unknown'):
-        feed(FrameOpener(KEY), head + payload + tag)
+        feed(FrameDecoder(KEY), head + payload + tag)
 
 
 def test_a_replayed_frame_is_refused():
     data = frame(Bye('x'))
-    opener = FrameOpener(KEY)
+    opener = FrameDecoder(KEY)
     assert feed(opener, data) == [Bye('x')]
     with pytest.raises(PeerError):
         feed(opener, data)
 
 
 def test_frames_in_another_order_are_refused(nothing_is_decoded):
-    sealer = FrameSealer(KEY)
+    sealer = FrameEncoder(KEY)
     first, second = frame(Bye('1'), sealer), frame(Bye('2'), sealer)
     with pytest.raises(PeerError):
-        feed(FrameOpener(KEY), second + first)
+        feed(FrameDecoder(KEY), second + first)
 
 
 def test_a_dropped_frame_is_noticed():
-    sealer = FrameSealer(KEY)
+    sealer = FrameEncoder(KEY)
     first, _, third = [frame(Bye(text), sealer) for text in '123']
-    opener = FrameOpener(KEY)
+    opener = FrameDecoder(KEY)
     assert feed(opener, first) == [Bye('1')]
     with pytest.raises(PeerError):
         feed(opener, third)
@@ -330,13 +332,13 @@ def test_a_dropped_frame_is_noticed():
 def test_a_reflected_frame_is_refused(nothing_is_decoded):
     own, others = KEY, KEY[::-1]
     with pytest.raises(PeerError):
-        feed(FrameOpener(others), frame(Bye('x'), FrameSealer(own)))
+        feed(FrameDecoder(others), frame(Bye('x'), FrameEncoder(own)))
 
 
 def test_payloads_of_equal_headers_cannot_be_exchanged(nothing_is_decoded):
     one, two = frame(Bye('1')), frame(Bye('2'))
     with pytest.raises(PeerError):
-        feed(FrameOpener(KEY), one[:-TAIL_TAG] + two[-TAIL_TAG:])
+        feed(FrameDecoder(KEY), one[:-TAIL_TAG] + two[-TAIL_TAG:])
 
 
 def mutate(rng, data, ends):
@@ -369,8 +371,8 @@ def mutate(rng, data, ends):
 
 
 def test_of_20000_changed_streams_only_whole_frames_in_order_are_decoded(monkeypatch):
-    sealer = FrameSealer(KEY)
-    originals = [Introduce('me', 2.0), Pulse(), Jobs('c', [(1, b'payload', None)]), Ack('c', [1, 2]), Bye('over')]
+    sealer = FrameEncoder(KEY)
+    originals = [ClientHello('me', 2.0), Pulse(), Jobs('c', [(1, b'payload', None)]), Ack('c', [1, 2]), Bye('over')]
     frames = [frame(message, sealer) for message in originals]
     stream, ends = b''.join(frames), [sum(map(len, frames[:n + 1])) for n in range(len(frames))]
     decoded, opened, loaded = [], [], []
@@ -393,7 +395,7 @@ def test_of_20000_changed_streams_only_whole_frames_in_order_are_decoded(monkeyp
         while whole < len(ends) and changed[:ends[whole]] == stream[:ends[whole]]:
             whole += 1
         del decoded[:], opened[:]
-        opener, pieces = FrameOpener(KEY), [changed[a:b] for a, b in zip([0, *ends], [*ends, None])]
+        opener, pieces = FrameDecoder(KEY), [changed[a:b] for a, b in zip([0, *ends], [*ends, None])]
         try:
             for piece in pieces:   # cut where the frames ended, so that what is whole comes out before what is not
                 feed(opener, piece)
@@ -407,7 +409,7 @@ def test_of_20000_changed_streams_only_whole_frames_in_order_are_decoded(monkeyp
 
 # -- intake -----------------------------------------------------------------------------------------------------
 
-class Lengths(Intake):
+class Lengths(ReceiveBuffer):
     """Units of a u32 and that many bytes."""
 
     def __init__(self):
@@ -421,12 +423,12 @@ def units_of(intake, data, sizes):
     """What comes out when `data` comes in pieces of these sizes."""
     units, at = [], 0
     while at < len(data):
-        room = intake.room()
+        room = intake.get_buffer()
         assert len(room) > 0
         count = min(len(room), sizes(), len(data) - at)
         room[:count] = data[at:at + count]
         at += count
-        units += intake.took(count)
+        units += intake.buffer_updated(count)
     return units
 
 
@@ -462,10 +464,10 @@ def test_memory_grows_with_what_came_and_not_with_what_was_promised():
     try:
         base = tracemalloc.get_traced_memory()[0]
         units_of(intake, (1 << 30).to_bytes(4, 'big'), lambda: 4)   # promises a GiB
-        assert tracemalloc.get_traced_memory()[1] - base <= Intake.FIRST + 4096
+        assert tracemalloc.get_traced_memory()[1] - base <= ReceiveBuffer.FIRST + 4096
         for arrived in range(1 << 20, 9 << 20, 1 << 20):
             units_of(intake, bytes(1 << 20), lambda: 1 << 18)
-            assert tracemalloc.get_traced_memory()[0] - base <= 2 * arrived + Intake.FIRST + (2 << 20)
+            assert tracemalloc.get_traced_memory()[0] - base <= 2 * arrived + ReceiveBuffer.FIRST + (2 << 20)
     finally:
         tracemalloc.stop()
 
@@ -473,7 +475,7 @@ def test_memory_grows_with_what_came_and_not_with_what_was_promised():
 def test_a_large_unit_is_received_into_its_own_place():
     intake = Lengths()
     units_of(intake, (1 << 20).to_bytes(4, 'big') + b'x', lambda: 5)
-    place = intake.room().obj
+    place = intake.get_buffer().obj
     [(_, body)] = units_of(intake, bytes((1 << 20) - 1), lambda: 1 << 20)
     assert body.obj is place
 
@@ -481,10 +483,10 @@ def test_a_large_unit_is_received_into_its_own_place():
 # -- records ----------------------------------------------------------------------------------------------------
 
 RECORDS = [
-    dict(kind=Kind.UP), dict(kind=Kind.JOB, number=3, serial=1 << 63, first=b'payload'),
-    dict(kind=Kind.RESULT, number=7, serial=5, start=1.5, end=-2.25, first=b'one', second=b'two', third=b'three'),
-    dict(kind=Kind.JOB, number=(1 << 32) - 1, first=LARGE), dict(kind=Kind.RESULT, first=b'', second=b'', third=LARGE),
-    dict(kind=Kind.GONE, second=bytearray(b'out'), third=memoryview(b'err')), dict(kind=Kind.INIT, first=(b'a',
+    dict(kind=RecordType.READY), dict(kind=RecordType.JOB, number=3, serial=1 << 63, first=b'payload'),
+    dict(kind=RecordType.RESULT, number=7, serial=5, start=1.5, end=-2.25, first=b'one', second=b'two', third=b'three'),
+    dict(kind=RecordType.JOB, number=(1 << 32) - 1, first=LARGE), dict(kind=RecordType.RESULT, first=b'', second=b'', third=LARGE),
+    dict(kind=RecordType.WORKER_EXITED, second=bytearray(b'out'), third=memoryview(b'err')), dict(kind=RecordType.INIT, first=(b'a',
     LARGE, b'', b'b')),
 ]
 
@@ -492,10 +494,10 @@ RECORDS = [
 @pytest.mark.parametrize('size', [1, 61, 40000, 1 << 20])
 def test_records_come_back_as_they_were(size):
     stream = b''.join(bytes(piece) for record in RECORDS for piece in pack_record(**record))
-    intake, records = RecordIntake(), []
+    intake, records = RecordBuffer(), []
     view = memoryview(stream)
     while view:
-        room = intake.room()
+        room = intake.get_buffer()
         count = min(size, len(room), len(view))
         room[:count] = view[:count]
         view = view[count:]
@@ -510,15 +512,15 @@ def test_records_come_back_as_they_were(size):
 
 
 def test_a_large_record_is_not_copied():
-    assert any(piece is LARGE for piece in pack_record(Kind.JOB, first=LARGE))
+    assert any(piece is LARGE for piece in pack_record(RecordType.JOB, first=LARGE))
 
 
 def test_a_record_has_room_for_the_largest_value():
     class Huge(bytes):
         def __len__(self):
             return dispynode.VALUE_MOST
-    head = pack_record(Kind.JOB, first=Huge(b'x'))[0]
-    assert RecordIntake().measure(bytes(head)) == dispynode.VALUE_MOST > 1 << 32
+    head = pack_record(RecordType.JOB, first=Huge(b'x'))[0]
+    assert RecordBuffer().measure(bytes(head)) == dispynode.VALUE_MOST > 1 << 32
 
 
 # -- sealed payloads ----------------------------------------------------------------------------------------------
@@ -548,40 +550,40 @@ class Stubborn:
                                    {1, 2}, frozenset((3,)), 1 << 4000, bytearray(b'z'), LARGE, [LARGE, LARGE]],
                          ids=lambda value: repr(value)[:20])
 def test_builtin_values_are_plain(value):
-    payload, plain = seal(value)[:2]
+    payload, plain = dumps(value)[:2]
     assert plain
-    assert unseal(joined(payload)) == value
+    assert loads(joined(payload)) == value
 
 
 @pytest.mark.parametrize('value', [Matrix(b'1'), Matrix, range(3), ValueError('x'), [1, {'a': range(3)}], len, slice(1)],
                          ids=lambda value: repr(value)[:20])
 def test_other_values_are_not_plain(value):
     try:
-        payload, plain = seal(value)[:2]
+        payload, plain = dumps(value)[:2]
     except TypeError:    # slices cannot be pickled by the oldest Pythons
         return
     assert not plain
-    assert type(unseal(joined(payload))) is type(value)
+    assert type(loads(joined(payload))) is type(value)
 
 
 def test_large_bytes_are_passed_on_and_not_copied():
     large = bytes(1 << 20)
-    payload, plain = seal({'a': large})[:2]
+    payload, plain = dumps({'a': large})[:2]
     assert plain and any(piece is large for piece in payload)
-    assert unseal(joined(payload)) == {'a': large}
+    assert loads(joined(payload)) == {'a': large}
 
 
 def test_large_buffers_travel_beside():
     memory = bytearray(1 << 20)
-    payload, plain = seal([Matrix(memory), Matrix(b'small')])[:2]
+    payload, plain = dumps([Matrix(memory), Matrix(b'small')])[:2]
     assert not plain
     assert [piece.obj is memory for piece in payload[1:]] == [True]   # the small one is inside
-    first, second = unseal(joined(payload))
+    first, second = loads(joined(payload))
     assert (first.memory, second.memory) == (memory, b'small')
 
 
 def test_a_buffer_from_beside_can_be_written_to():
-    [matrix] = unseal(joined(seal([Matrix(bytearray(LARGE))])[0]))
+    [matrix] = loads(joined(dumps([Matrix(bytearray(LARGE))])[0]))
     matrix.memory[0] ^= 1
     assert bytes(matrix.memory) != LARGE
 
@@ -589,39 +591,39 @@ def test_a_buffer_from_beside_can_be_written_to():
 def test_arrays_come_back_writable():
     numpy = pytest.importorskip('numpy')
     array = numpy.arange(100000.0).reshape(100, 1000)
-    payload, *_ = seal((array, array[:, ::2], array.T))
-    for got, sent in zip(unseal(joined(payload)), (array, array[:, ::2], array.T)):
+    payload, *_ = dumps((array, array[:, ::2], array.T))
+    for got, sent in zip(loads(joined(payload)), (array, array[:, ::2], array.T)):
         assert (got == sent).all()
         got += 1
 
 
 def test_a_payload_opens_from_a_view():
-    assert unseal(memoryview(joined(seal(Matrix(LARGE))[0]))).memory == LARGE
-    assert unseal(memoryview(joined(seal('x')[0]))) == 'x'
+    assert loads(memoryview(joined(dumps(Matrix(LARGE))[0]))).memory == LARGE
+    assert loads(memoryview(joined(dumps('x')[0]))) == 'x'
 
 
 def test_the_pickler_may_be_another():
     class Pickler(dispynode.value_pickler()):
         def reducer_override(self, obj):
             return (str, ('a matrix',)) if type(obj) is Matrix else super().reducer_override(obj)
-    payload, plain = seal([Matrix(bytes(LARGE)), 5], Pickler)[:2]
-    assert (unseal(joined(payload)), plain) == (['a matrix', 5], False)
+    payload, plain = dumps([Matrix(bytes(LARGE)), 5], Pickler)[:2]
+    assert (loads(joined(payload)), plain) == (['a matrix', 5], False)
 
 
 def test_what_cannot_be_pickled_raises():
     with pytest.raises(TypeError, match='plain pickle fails'):
-        seal([Stubborn()])
+        dumps([Stubborn()])
 
 
 def test_a_sealed_value_tells_the_modules_that_opening_it_imports():
-    found = seal([collections.OrderedDict(), Matrix, os.path])
+    found = dumps([collections.OrderedDict(), Matrix, os.path])
     assert {'collections', __name__, 'posixpath' if os.name == 'posix' else 'ntpath'} <= found.modules and found.portable
-    assert seal([lambda: 1]).portable             # another Python finds it in the source of this module
-    assert not seal([eval('lambda: 1', {})]).portable
+    assert dumps([lambda: 1]).portable             # another Python finds it in the source of this module
+    assert not dumps([eval('lambda: 1', {})]).portable
 
 
 def test_a_payload_may_say_what_it_needs():
-    payload = dispynode.with_needs(seal([Matrix(LARGE)]).payload, {3, 1})
-    assert unseal(joined(payload))[0].memory == LARGE   # where there are no modules of a client's, nothing is needed
+    payload = dispynode.with_needs(dumps([Matrix(LARGE)]).payload, {3, 1})
+    assert loads(joined(payload))[0].memory == LARGE   # where there are no modules of a client's, nothing is needed
     numbers, body = dispynode.split_needs(joined(payload))
-    assert numbers == (1, 3) and unseal(body)[0].memory == LARGE
+    assert numbers == (1, 3) and loads(body)[0].memory == LARGE

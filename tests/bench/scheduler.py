@@ -30,7 +30,7 @@ import dispy  # noqa: E402
 import dispynode  # noqa: E402
 import dispyscheduler  # noqa: E402
 from dispynode import (  # noqa: E402
-    Ack, Bye, Compute, Introduce, Jobs, Link, Loop, Outcome, Ready, Recall, Results, Returned, Role, Welcome, derive_key, dial)
+    Ack, Bye, Compute, ClientHello, Jobs, Link, Loop, Outcome, Ready, ReturnJobs, Results, JobsReturned, Role, NodeHello, derive_key, dial)
 
 SPAWN = multiprocessing.get_context('spawn')
 
@@ -167,8 +167,8 @@ class Crowd(Loop):
         self.set_up = {}     # computations of nodes' links -> how many nodes have them
         self.programs = [self._dial(port, Role.CLIENT) for _ in range(programs)]
         for number, link in enumerate(self.programs):
-            self.say(link, Introduce('program %d' % number, 5.0))
-            self.say(link, Compute('program%d' % number, self.SPEC))
+            self.send(link, ClientHello('program %d' % number, 5.0))
+            self.send(link, Compute('program%d' % number, self.SPEC))
         self.nodes = [self._dial(port, Role.NODE) for _ in range(nodes)]
         while sum(self.set_up.values()) < nodes * programs or self.ready < programs:
             self.wait(0.1)
@@ -184,18 +184,18 @@ class Crowd(Loop):
         for message in channel.messages(self.now):
             kind, at = type(message), time.time()
             if kind is Jobs:
-                self.say(channel, Results(message.comp, [(serial, int(Outcome.RETURNED), at, at + 1e-5, payload, b'', b'')
+                self.send(channel, Results(message.comp, [(serial, int(Outcome.RETURNED), at, at + 1e-5, payload, b'', b'')
                                                          for serial, payload, _ in message.rows]))
             elif kind is Results:
                 self.results += len(message.rows)
-                self.say(channel, Ack(message.comp, [row[0] for row in message.rows]))
-            elif kind is Introduce:
-                self.say(channel, Welcome('node %d' % channel.number, 8, self.FACTS))
+                self.send(channel, Ack(message.comp, [row[0] for row in message.rows]))
+            elif kind is ClientHello:
+                self.send(channel, NodeHello('node %d' % channel.number, 8, self.FACTS))
             elif kind is Compute:
                 self.set_up[message.comp] = self.set_up.get(message.comp, 0) + 1
-                self.say(channel, Ready(message.comp, []))
-            elif kind is Recall:
-                self.say(channel, Returned(message.comp, []))
+                self.send(channel, Ready(message.comp, []))
+            elif kind is ReturnJobs:
+                self.send(channel, JobsReturned(message.comp, []))
             elif kind is Ready:
                 self.ready += 1
             elif kind is Bye:
@@ -212,10 +212,10 @@ class Crowd(Loop):
 
     def run_jobs(self, count, first):
         """So many of each program."""
-        payload, wanted = b''.join(dispynode.pieces_of(dispynode.seal(((1,), {}))[0])), self.results + count * len(self.programs)
+        payload, wanted = b''.join(dispynode.pieces_of(dispynode.dumps(((1,), {}))[0])), self.results + count * len(self.programs)
         for number, link in enumerate(self.programs):
             for begin in range(first, first + count, 1000):
-                self.say(link, Jobs('program%d' % number, [(serial << 16, payload, None) for serial in range(begin, min(begin + 1000, first + count))]))
+                self.send(link, Jobs('program%d' % number, [(serial << 16, payload, None) for serial in range(begin, min(begin + 1000, first + count))]))
         while self.results < wanted:
             self.wait(1.0)
 
@@ -315,7 +315,7 @@ def decide(nodes, batch, events):
         for action in actions:
             if type(action) is dispy.SendJobs:
                 running.extend((action.node, work.serial) for work in action.works)
-    schedule.handle(dispy.Submitted([dispy.Work('c', b'') for _ in range(8 * nodes + events)]), 0.0)
+    schedule.handle(dispy.Submitted([dispy.ScheduledJob('c', b'') for _ in range(8 * nodes + events)]), 0.0)
     act(schedule.flush(0.0))
     while count < events:
         ended = [dispy.NodeResults(key, 'c', [(serial, int(Outcome.RETURNED), 0.0, 1.0, b'', b'', b'')])
@@ -351,7 +351,7 @@ def measure_durable(quick):
                 start, number = time.perf_counter(), 0
                 for _ in range(turns):
                     for number in range(number + 1, number + batch + 1):
-                        state.submitted(dispyscheduler.RemoteWork('c', None, None, number << 16, number), b'x' * 50)
+                        state.submitted(dispyscheduler.ClientJob('c', None, None, number << 16, number), b'x' * 50)
                     state.commit()
                 spent = time.perf_counter() - start
                 state.close()

@@ -42,9 +42,12 @@ if __name__ == '__main__':
 import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
-from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, ComputationFiles, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, NodeDirectory, NodeHost, Options,
-                       Outcome, Pause, Prepared, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
-                       Unreached, Values, WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
+from dispynode import (
+    PULSE, PULSES_LOST, Ack, Authenticated, Bye, ComputationFiles, Daemon, ConnectFailed, Connected,
+    ResultsSpooled, Lease, LinkBroken, Loop, Memory, NodeDirectory, NodeHost, Options, Outcome,
+    Pause, DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp,
+    Session as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values, WorkerGone,
+    WorkerResults, WorkerReturnedJobs, decode, encode, pieces_of, dumps)
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
@@ -53,7 +56,7 @@ UNWANTED = 30.0          # s that an attempt may run that nobody wants, while it
 ZOMBIE = 1800.0          # s that results wait on a disk here
 SAMPLE = 16              # one message in so many is encoded and decoded
 SECRET = '0' * 64        # one that need not be stretched
-VALUE = b''.join(pieces_of(seal(42)[0]))
+VALUE = b''.join(pieces_of(dumps(42)[0]))
 RAISED = dispynode.pack_error('raised', None)
 END = object()           # of a stream
 
@@ -268,7 +271,7 @@ class SimLoop(Loop):
                 self._break(broken, text)
             for link in list(self.links.values()):
                 while link.sock.inbox and link.dirty is not None:
-                    self._guarded(link, selectors.EVENT_READ)
+                    self._handle_io(link, selectors.EVENT_READ)
             for _ in range(len(self._inbox)):
                 self.on_event(self._inbox.popleft())
             self.end_of_turn()
@@ -302,8 +305,8 @@ class SimLoop(Loop):
         if self.doomed == where and self.world.rng.random() < 0.5:
             raise Killed
 
-    def part(self, link, text):
-        self.say(link, Bye(text))
+    def disconnect(self, link, text):
+        self.send(link, Bye(text))
         link.write()
         self.detach(link)
 
@@ -344,7 +347,7 @@ class SimClient(Driver, SimLoop):
         self.world.check_client(self)
 
 
-class SimDialling(dispynode.Dialling):
+class SimDialling(dispynode.Reconnector):
     """Attempts without threads."""
 
     def start(self, post, peer, reach):
@@ -395,7 +398,7 @@ class SimJournal(Journal):
         return super().commit()
 
 
-class SimShelf(Shelf):
+class SimShelf(ResultSpool):
     """The real one, on a disk that may be full or slow, of a daemon that may be killed while it writes."""
     daemon = None
 
@@ -433,7 +436,7 @@ class SimFiles(ComputationFiles):
     """Files of computations are there at once."""
 
     def prepare(self, action):
-        self._host.post(Prepared(action.comp, []))
+        self._host.post(DirectoryReady(action.comp, []))
 
 
 class SimProcesses(ProcessHost):
@@ -490,7 +493,7 @@ class SimNodeHost(NodeHost):
 
     def tell(self, event):
         super().tell(event)
-        if type(event) is Kept and not event.error:
+        if type(event) is ResultsSpooled and not event.error:
             self.loop.world.shelved += len(event.serials)
 
 
@@ -577,7 +580,7 @@ class Worker:
     def recall(self):
         back = [serial for serial, _ in self.queue]
         self.queue.clear()
-        self.daemon.later(PIPE, self.daemon.post, WorkerReturned(self.key, back))
+        self.daemon.later(PIPE, self.daemon.post, WorkerReturnedJobs(self.key, back))
 
     def watch(self, serial, most):
         """It uses less."""
@@ -855,21 +858,21 @@ class World:
         home, delay = self.hosts[peer.host], self.delay() + 0.001
         if self.is_blocked(driver.host, home.name) or self.is_blocked(home.name, driver.host) \
                 or (home.daemon.alive and home.daemon.stopped):
-            self.at(self.now + patience, driver.post, DialFailed(peer, 'no answer within %g s' % patience))
+            self.at(self.now + patience, driver.post, ConnectFailed(peer, 'no answer within %g s' % patience))
         elif not home.daemon.alive:
-            self.at(self.now + delay, driver.post, DialFailed(peer, 'connection refused', Unreached.DOWN))
+            self.at(self.now + delay, driver.post, ConnectFailed(peer, 'connection refused', Unreached.DOWN))
         else:
             self.at(self.now + delay, self.connect, driver, peer, home)
 
     def connect(self, driver, peer, home):
         if not driver.alive or not home.daemon.alive:
-            self.at(self.now, driver.post, DialFailed(peer, 'connection reset'))
+            self.at(self.now, driver.post, ConnectFailed(peer, 'connection reset'))
             return
         mine, its = Plug(self, driver), Plug(self, home.daemon)
         mine.other, its.other = its, mine
         self.note('connect', driver.host, home.name)
-        driver.post(Dialled(peer, mine, Handshake(b'', b'', home.daemon.instance, 2), home.name))
-        home.daemon.post(Arrival(its, Handshake(b'', b'', driver.instance, 1), driver.host))
+        driver.post(Connected(peer, mine, Handshake(b'', b'', home.daemon.instance, 2), home.name))
+        home.daemon.post(Authenticated(its, Handshake(b'', b'', driver.instance, 1), driver.host))
 
     def heed(self, *hosts):
         for plug in list(self.plugs):
@@ -1049,8 +1052,8 @@ class World:
             if comp.comp != session.cluster.comp or session.cluster.closed:
                 continue
             recovering = len(session.cluster._recovery._jobs) if session.cluster._recovery is not None else 0
-            known = comp.length() + len(comp.parked) + flying + recovering + len(driver.jobs.submitted) + sum(
-                1 for event in driver._inbox if isinstance(event, (DispyJob, dispy.CallBack)))
+            known = comp.length() + len(comp.too_wide) + flying + recovering + len(driver.jobs.submitted) + sum(
+                1 for event in driver._inbox if isinstance(event, (DispyJob, dispy.JobCallback)))
             assert known == len(session.jobs), '%d jobs have not ended, %d are known' % (len(session.jobs), known)
 
     def check_node(self, node):
@@ -1068,7 +1071,7 @@ class World:
         """Each job once, and all sums right."""
         places, schedule = collections.Counter(), driver.schedule
         for node in schedule.nodes.values():
-            works = [work for flight in node.flight.values() for work in flight.values()]
+            works = [work for flight in node.in_flight.values() for work in flight.values()]
             assert node.used == sum(map(dispy.cpus_of, works)) == sum(node.parts.values())
             places.update(work.serial for work in works)
         for comp in schedule.comps.values():
@@ -1117,7 +1120,7 @@ class World:
         peer = driver.nodes.by_key.get(node.key)
         if peer is not None and self.are_linked(peer.link):
             there = peer.link.sock.other.owner
-            for comp, flight in node.flight.items():
+            for comp, flight in node.in_flight.items():
                 held = set(there.node.results.known_attempts(comp)) if flight else ()
                 yield from ((there.host, comp, serial) for serial in flight if serial not in held)
 
@@ -1178,7 +1181,7 @@ def simulate(seed, **options):
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, True)
         stack.enter_context(mock.patch.multiple(dispynode, Link=SimLink, availability=lambda directory: {}, node_facts=lambda: dict(FACTS)))
-        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, Driver=SimClient, Dialling=SimDialling, Pool=SimPool, Journal=SimJournal,
+        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, Driver=SimClient, Reconnector=SimDialling, Pool=SimPool, Journal=SimJournal,
                                                 uuid=ids, threading=threads))
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)

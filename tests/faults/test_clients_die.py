@@ -296,7 +296,7 @@ def test_a_torn_end_of_what_was_submitted_costs_what_was_torn(tmp_path):
     path = str(tmp_path / 'jobs')
     journal = dispy.Journal(path)
     for number in range(3):
-        job = dispy.KeptJob('comp', dispy.seal(((number,), {}))[0], None, number)
+        job = dispy.KeptJob('comp', dispy.dumps(((number,), {}))[0], None, number)
         job.submit_time = 1.0
         journal.submitted(job)
     with open(path + '-new', 'rb') as file:

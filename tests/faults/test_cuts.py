@@ -107,7 +107,7 @@ def test_silence_one_way_for_less_than_the_limit_costs_nothing(node, ledger, way
 
 
 def test_the_wait_of_redials_begins_anew_with_each_connection():
-    dialling = dispynode.Dialling(0.5, 30.0)
+    dialling = dispynode.Reconnector(0.5, 30.0)
     for _ in range(10):
         dialling.again(100.0)
     assert dialling.due == 130.0
@@ -122,7 +122,7 @@ def test_the_wait_of_redials_begins_anew_with_each_connection():
 
 def test_what_has_lost_its_connection_is_tried_often_and_not_for_long():
     """As long as jobs there are not lost: after that with long waits, as what was never reached."""
-    dialling, now = dispynode.Dialling(0.5, 30.0), 1000.0
+    dialling, now = dispynode.Reconnector(0.5, 30.0), 1000.0
     dialling.again(now)
     assert dialling.patience(now, 2.0) == dispynode.HANDSHAKE_TIME
     dialling.again(now, lived=100.0, pulse=2.0)
@@ -183,7 +183,7 @@ def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
         monkeypatch.setattr(dispynode.socket, 'getaddrinfo', slow)
         return dispynode.dial('slow.example', 1, b'k' * 32, dispynode.Role.CLIENT, dispynode.Role.NODE, b'i' * 16, note=note)
     before = set(threading.enumerate())
-    dialling = dispynode.Dialling(0.5, 30.0)
+    dialling = dispynode.Reconnector(0.5, 30.0)
     dialling.start(posted.append, 'peer', dial)
     thread, = set(threading.enumerate()) - before
     join = thread.join
@@ -192,7 +192,7 @@ def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
     assert not joined
     answer.set()
     join(20)
-    assert [type(event) for event in posted] == [dispynode.DialFailed]
+    assert [type(event) for event in posted] == [dispynode.ConnectFailed]
     listener.settimeout(0.0)
     with pytest.raises(BlockingIOError):
         made.append(listener.accept())
@@ -202,10 +202,10 @@ def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
 def test_a_connection_that_comes_when_its_loop_has_ended_is_closed():
     """Whether it is posted before that or after, and although somebody was to be woken then."""
     loop, pairs = dispynode.Loop(), [socket.socketpair() for _ in range(3)]
-    loop.post(dispynode.Dialled('peer', pairs[0][0], None, 'address'))
+    loop.post(dispynode.Connected('peer', pairs[0][0], None, 'address'))
     loop.close()
     for pair in pairs[1:]:
-        loop.post(dispynode.Dialled('peer', pair[0], None, 'address'))
+        loop.post(dispynode.Connected('peer', pair[0], None, 'address'))
     assert [pair[0].fileno() for pair in pairs] == [-1, -1, -1]
     for pair in pairs:
         pair[1].close()

@@ -12,7 +12,7 @@ import pytest
 import dispy
 from clients import Client
 from conftest import eventually
-from dispynode import Memory, ModuleStore, Outcome, Past, Shelf
+from dispynode import Memory, ModuleStore, Outcome, AttemptHistory, ResultSpool
 from ledger import Ledger
 from nodes import NodeProcess, SchedulerProcess
 from proxy import Proxy
@@ -120,7 +120,7 @@ def row(serial, data):
 def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
     """The disk is full. What is left of a file that could not be made is removed at once: results that stay in memory are
     acknowledged later, and then nobody knows that there is a file."""
-    shelf, before = Shelf(os.path.join(small_disk, 'r-full')), Shelf(os.path.join(small_disk, 'r-before'))
+    shelf, before = ResultSpool(os.path.join(small_disk, 'r-full')), ResultSpool(os.path.join(small_disk, 'r-before'))
     store, memory = ModuleStore(os.path.join(small_disk, 'modules')), Memory(small_disk)
     before.append(b'a' * 16, [row(1, b'kept')])
     os.mkdir(os.path.join(small_disk, 'modules'))
@@ -133,7 +133,7 @@ def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
         with pytest.raises(OSError):
             full.append(b'a' * 16, [row(2, b'fits'), row(3, bytes(100000))])
     store.keep(str(tmp_path), [('source.py', 8192, hashlib.sha256(bytes(8192)).digest(), 0o600)])
-    memory.write('given-up', Past(given_up=frozenset(range(100000))))
+    memory.write('given-up', AttemptHistory(given_up=frozenset(range(100000))))
     os.unlink(filler)
     left = sorted(os.listdir(small_disk))
     assert [name for name in left if name not in there] == [] and os.listdir(os.path.join(small_disk, 'modules')) == []
@@ -142,7 +142,7 @@ def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
 
 def test_results_that_cannot_be_packed_leave_no_file(tmp_path):
     """Whatever the reason is, not a part of them is kept."""
-    shelf = Shelf(str(tmp_path / 'r-c'))
+    shelf = ResultSpool(str(tmp_path / 'r-c'))
     with pytest.raises(TypeError):
         shelf.append(b'a' * 16, [row(1, b'good'), row(2, None)])
     assert os.listdir(str(tmp_path)) == []

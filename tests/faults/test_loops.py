@@ -8,7 +8,7 @@ import pytest
 
 import dispynode
 from conftest import eventually
-from dispynode import Digested, Digests, FilePiece, FileReceiver, IncomingFile, Options, Prepare, Prepared, Purpose
+from dispynode import Digested, Digests, FilePiece, FileReceiver, IncomingFile, Options, PrepareDirectory, DirectoryReady, Purpose
 from test_node_state import spec
 
 LARGE = Digests.INLINE + 1
@@ -54,7 +54,7 @@ def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
         (tmp_path / 'node' / 'files').mkdir()
         path = tmp_path / 'node' / 'files' / 'large'
         path.write_bytes(b'x' * LARGE)
-        action = Prepare('c', dict(spec(files=[row(path, 'large')], dest_path='files', cleanup=False), modules=[], sys_path=[], argv=[]))
+        action = PrepareDirectory('c', dict(spec(files=[row(path, 'large')], dest_path='files', cleanup=False), modules=[], sys_path=[], argv=[]))
         host = daemon.node_host
         host.files.prepare(action)
         assert not host._posted
@@ -64,7 +64,7 @@ def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
         assert type(event) is Digested
         monkeypatch.setattr(daemon.node, 'is_preparing', lambda name: True)
         daemon.on_event(event)
-        assert host._posted.popleft() == Prepared('c', [])
+        assert host._posted.popleft() == DirectoryReady('c', [])
     finally:
         go_on.set()
         daemon.close()

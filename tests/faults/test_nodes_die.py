@@ -12,7 +12,7 @@ import dispy
 from clients import Client
 from conftest import eventually
 from dispy import DispyJob
-from dispynode import Shelf
+from dispynode import ResultSpool
 from ledger import Ledger, enter, one_more_each
 from nodes import NodeProcess
 from proxy import Proxy
@@ -121,7 +121,7 @@ def test_results_that_were_not_acknowledged_are_delivered_after_a_restart(tmp_pa
             client.process.send_signal(signal.SIGSTOP)
             proxy.hold()
             eventually(lambda: 'ended: nothing was heard' in node.log())
-            eventually(lambda: [len(list(Shelf(path).rows())) for path in kept()] == [2])   # both
+            eventually(lambda: [len(list(ResultSpool(path).rows())) for path in kept()] == [2])   # both
             node.kill()
             with restart(node) as again:
                 assert '2 results of an earlier computation' in again.log()
