@@ -12781,7 +12781,7 @@ class RunnerWatch:
         self._asked_at: Optional[float] = None   # of the question that has not been answered
         try:
             self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
-            host.watch(self._handle, ended)
+            host.add_reader(self._handle, ended)
         except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
             self.look_at = host.now + self.OFTEN
 
@@ -13611,7 +13611,7 @@ class NodeHost:
         # For the parts
         self.detach = loop.detach
         self.interest = loop.interest
-        self.watch = loop.add_reader
+        self.add_reader = loop.add_reader
         self.remove_reader = loop.remove_reader
         self._events: Dict[type, Callable[[Any], Any]] = {
             ChildEnded: lambda event: self.processes.reap(),
