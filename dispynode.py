@@ -13143,10 +13143,7 @@ class ProcessHost:
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
             begun = Slots.read(run.files.private)
-        for worker in list(run.pipes):
-            self._let_go(run, worker)
-        if run.control is not None:
-            self._host.detach(run.control)
+        self._let_go_of_all(run)
         if run.watch is not None:
             run.watch.close()
         if code is not None:
@@ -13297,6 +13294,12 @@ class ProcessHost:
         self._host.detach(run.pipes.pop(worker))
         del self._of_worker[worker]
 
+    def _let_go_of_all(self, run: ComputationProcesses) -> None:
+        for worker in list(run.pipes):
+            self._let_go(run, worker)
+        if run.control is not None:
+            self._host.detach(run.control)
+
     def _nonsense(self, pipe: Pipe, text: str) -> None:
         """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
         self.end_writer(pipe, 'it sent nonsense: %s' % text)
@@ -13397,6 +13400,7 @@ class ProcessHost:
                 run.process.kill()
                 run.process.join(3.0)
                 self._kill_workers(run)
+            self._let_go_of_all(run)
         self._runs.clear()
 
 
