@@ -29,6 +29,10 @@ link and the Schedule; other threads post to it. A link carries everything betwe
 a node. The embedded node (EmbeddedNode) has its turns in the driver's thread, and its link is in
 memory; all else is as with other nodes.
 
+The program has a JobCluster. Its driver knows a ProgramCluster, which has a part for each
+responsibility: options, book of jobs, submitter, callbacks, output, delivery of results, commands
+to nodes, takeover of jobs.
+
 The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
@@ -49,6 +53,13 @@ The life of a job here:
 Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
+if __name__ == '__main__':
+    # The module is imported once more under its own name, so that classes have one identity. Here,
+    # and not at the end: all that follows would be made for nothing.
+    import importlib
+    import sys
+    sys.exit(importlib.import_module('dispy').main())
+
 import argparse
 import ast
 import atexit
@@ -59,10 +70,12 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import copyreg
+import dataclasses
 import dis
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import heapq
 import html
@@ -82,6 +95,7 @@ import numbers
 import operator
 import pickle
 import pkgutil
+import platform
 import queue
 import re
 import reprlib
@@ -103,7 +117,7 @@ import weakref
 import zlib
 from typing import (
     AbstractSet, Any, Callable, Collection, Container, Deque, Dict, FrozenSet, Iterable, Iterator,
-    List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
+    List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import cloudpickle
@@ -138,19 +152,19 @@ from dispynode import (
     LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query,
     Ready, ReturnJobs, Reclaim, Refused, Report, Results, Return, JobsReturned, Role, Notice,
     SecretError, Shutdown, StartError, NodeHello, JobsAssigned, Wrong, __version__, out_of_band,
-    call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of, discovery_reach,
-    file_digest, find_secret, batches, host_and_port, in_one_piece, is_outcome, log_record_of,
-    open_plain, open_regular, path_option, plain_text, format_address, python_of, in_parts,
-    same_secret, dumps, seconds_option, size_of, tls_files, tls_context, unpack_error, loads,
-    value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing,
-    contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs,
-    check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces,
-    run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
-    ROW_FIRST, Started, PULSES_SILENT, AttemptHistory, REASONS, RETURNED, DirectoryRemains,
-    SecondConnection, machine, STALLS, SEGMENT, Unreached, is_own_address, module_dict,
-    package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once,
-    Each, FILES_LEFT, process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text,
-    remove_abandoned_directory, why_unreached)
+    call_chunk, Calls, CommandLines, check_name, derive_key, describe_exception, dial, digest_of,
+    discovery_reach, file_digest, find_secret, batches, host_and_port, in_one_piece, is_outcome,
+    log_record_of, open_plain, open_regular, path_option, plain_text, format_address, python_of,
+    in_parts, same_secret, dumps, seconds_option, size_of, tls_files, tls_context, unpack_error,
+    loads, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
+    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form,
+    with_needs, check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib,
+    open_pieces, run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate,
+    OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory, REASONS, RETURNED,
+    DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached, is_own_address,
+    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, told_once,
+    Each, FILES_LEFT, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, process_start_lock,
+    MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory, why_unreached)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -215,6 +229,13 @@ ACK_AFTER = 0.05
 CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
 CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
+HTTPD_PORT = 8181             # of the web monitor
+REPORTS_APART = 5.0           # s between two questions to a node for what is free there
+FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
+FAILURES_PAGE = 100           # of these in one answer
+FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
+ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
+DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
 # S of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
@@ -225,7 +246,8 @@ for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
 
 class LogToStderr(logging.Handler):
     """Shows messages of dispy.logger from its level up, also those of the program itself, while
-    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings."""
+    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings. What
+    happens in each program that goes well is shown at levels below INFO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,6 +258,8 @@ class LogToStderr(logging.Handler):
         """See logging.Handler."""
         if sys.stderr is None or logger.handlers != [self] or logging.getLogger().handlers:
             return
+        if getattr(record, 'is_routine', False) and logger.level >= logging.INFO:
+            return
         try:
             sys.stderr.write(self.format(record) + '\n')
             sys.stderr.flush()
@@ -245,8 +269,32 @@ class LogToStderr(logging.Handler):
 
 if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
+_own_level = -1                 # that this module has set; another one is the program's
 if logger.level == logging.NOTSET:
-    logger.setLevel(logging.INFO)   # as in dispy 4; each cluster sets it to its loglevel
+    _own_level = logging.INFO   # as in dispy 4
+    logger.setLevel(_own_level)
+ROUTINE = {'is_routine': True}  # `extra` of messages of what happens in each program
+
+
+def level_of(loglevel: Any) -> int:
+    """Return the parameter `loglevel` as a number. Raises TypeError or ValueError, as logging
+    does."""
+    number = plain_number(loglevel, True)
+    if number is not None:
+        return int(number)
+    handler = logging.NullHandler()
+    handler.setLevel(loglevel)
+    return handler.level
+
+
+def set_log_level(level: int) -> None:
+    """Set the level of the logger, as a cluster with this `loglevel` is made. INFO, the default,
+    leaves a level that the program itself has set, by `dispy.logger.setLevel()` or by its
+    configuration of `logging`."""
+    global _own_level
+    if level != logging.INFO or logger.level == _own_level:
+        _own_level = level
+        logger.setLevel(level)
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
@@ -295,7 +343,7 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
-    names = [cluster.name for cluster in list(_clusters) if cluster.comp == job.comp]
+    names = [cluster.name for cluster in list(_clusters) if core_of(cluster).comp == job.comp]
     if job._failure is not None:
         found = job._failure.values()
     else:
@@ -601,10 +649,11 @@ class DispyJob(ScheduledJob):
             else:
                 since = ''
             return 'it has been running%s%s' % (where, since)
-        cluster = next((cluster for cluster in list(_clusters) if cluster.comp == self.comp), None)
+        cluster = next((cluster for cluster in list(_clusters)
+                        if core_of(cluster).comp == self.comp), None)
         if cluster is None:
             return 'it waits'
-        return cluster._why_jobs_wait()
+        return core_of(cluster).report.why_jobs_wait()  # type: ignore[no-any-return]
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
@@ -2896,6 +2945,7 @@ class Schedule:
         self._books = Books()
         self.comps = self._books.comps
         self.nodes = self._books.nodes
+        self.away = self._books.away          # nodes that cannot be reached now
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
         self._losses = Losses(self._books, self._limits)
@@ -5670,6 +5720,19 @@ def own_memory(payload: Any) -> Any:
     return payload
 
 
+class JobFile(NamedTuple):
+    """A file of a job, and what the job knows it by: a path below its directory."""
+    path: str
+    name: str
+
+
+class OwnDirectory(List[JobFile]):
+    """The files of a job that has a directory of its own, also if it has no files."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 def _job_depends(
         depends: Sequence[Any],
         globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
@@ -5679,7 +5742,9 @@ def _job_depends(
     paths: Dict[str, str] = {}
     objects: Dict[str, Any] = {}
     for item in depends:
-        if isinstance(item, (str, os.PathLike)):
+        if isinstance(item, JobFile):
+            paths[item.name] = item.path
+        elif isinstance(item, (str, os.PathLike)):
             _add_path(os.fspath(item), paths)
         else:
             objects.update(_names_of(item, globals_, 'dispy_job_depends'))
@@ -5745,10 +5810,15 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     paths: Dict[str, str] = {}
     program, code, objects, cleaner = '', b'', {}, cleanup if callable(
         cleanup) else None   # type: Tuple[str, bytes, Dict[str, Any], Any]
-    if isinstance(computation, (str, os.PathLike)):
+    is_program = isinstance(computation, (str, os.PathLike, CommandLines))
+    runnable = ''
+    if isinstance(computation, CommandLines):
+        _sort_depends(depends, paths, ())
+        runnable = computation.program
+    elif isinstance(computation, (str, os.PathLike)):
         _sort_depends(depends, paths, ())
         path = _program_path(os.fspath(computation))
-        program = os.path.basename(path)
+        program = runnable = os.path.basename(path)
         paths[program] = path
     elif callable(computation):
         for label, function in (('setup', setup), ('cleanup', cleaner)):
@@ -5760,14 +5830,14 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     else:
         raise TypeError('computation must be a function or the path of a program, not %s' %
                         type(computation).__name__)
-    files = _file_rows(paths, program)
+    files = _file_rows(paths, runnable)
     spec: Dict[str, Any] = {
-        'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
+        'name': name, 'kind': 'program' if is_program else 'function', 'code': code, 'files': files,
         'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
         'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0,
         'setup_args': b'', 'portable': bundles.portable, 'sys_path': [], 'argv': []
     }
-    return PackedComputation(spec, paths, bool(program), functools.partial(
+    return PackedComputation(spec, paths, is_program, functools.partial(
         pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
 
 
@@ -7572,7 +7642,7 @@ class RunInDriver(NamedTuple):
 
 class StatusCallback(NamedTuple):
     """Posted for cluster_status: a node or a job has changed."""
-    cluster: 'JobCluster'
+    callbacks: 'UserCallbacks'
     status: int
     peer: 'Union[NodeConnection, NodeInfo, None]'
     job: Optional[DispyJob]
@@ -7580,7 +7650,7 @@ class StatusCallback(NamedTuple):
 
 class JobCallback(NamedTuple):
     """Posted when a job with a callback has ended."""
-    cluster: 'JobCluster'
+    callbacks: 'UserCallbacks'
     job: DispyJob
 
 
@@ -7610,7 +7680,7 @@ def describe_node(peer: 'Union[NodeConnection, NodeInfo]', state: str, reason: s
 
 
 class Monitor:
-    """Who watches a cluster, see `JobCluster.add_monitor`. Called by the driver's thread and its
+    """Who watches a cluster, see `LiveOutput.add_monitor`. Called by the driver's thread and its
     openers: must be quick."""
     page = ''   # the link to where it shows the cluster
 
@@ -7740,6 +7810,7 @@ class NodeConnection:
         self.whole = True
         self.second = SecondConnection(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
+        self.lost_at: Optional[float] = None       # when its link ended, until it is connected again
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0   # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
@@ -8557,7 +8628,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return _recover(journal, seconds, terminate_pending, access)
+        return JournalRecovery(journal, terminate_pending).run(seconds, access)
     finally:
         journal.close()
 
@@ -8776,67 +8847,105 @@ def cancel_lost(access: ConnectionSettings) -> int:
     return min(rest, 100)
 
 
-def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
-             access: 'ConnectionSettings') -> List[DispyJob]:
-    lock = threading.Lock()
-    jobs: List[DispyJob] = []
-    sent: List[Tuple[DispyJob, str]] = []
-    ended: List[DispyJob] = []
-    with journal.damages():
-        is_program = journal.is_program()
-        again = {row[0] for row in journal.comps() if row[2]}
-        holders = journal.holders()
-    rows = journal.known()
+class RestoredJobs:
+    """The jobs of a program that has crashed, as its journal knows them. Those that have ended are
+    completed.
 
-    def done(job: DispyJob, row: tuple, peer: Optional[NodeConnection]) -> None:
-        with lock:
-            if peer is not None:
-                job.ip_addr = peer.ip_addr
+    jobs - all of them
+    ended - those that have ended
+    sent - those that were sent, and to which nodes
+    unsent - the others
+    holders - nodes that may keep results which are in the journal
+    """
+
+    def __init__(self, journal: Journal, rows: Sequence[tuple], is_program: bool) -> None:
+        """`rows` are as of `Journal.known`. Raises DispyError."""
+        self.jobs: List[DispyJob] = []
+        self.ended: List[DispyJob] = []
+        self.sent: List[Tuple[DispyJob, str]] = []
+        self.unsent: List[DispyJob] = []
+        with journal.damages():
+            self.holders = journal.holders()
+        for job, state, node, result in rows:
+            self.jobs.append(job)
+            if state == Journal.ENDED:
+                self.ended.append(job)
+                if isinstance(result, str):   # why it has no result
+                    end_without(job, result)
+                else:
+                    fill_in(job, (job.serial, *result), is_program)
+            elif state == Journal.SENT:
+                job.state = JobState.RUNNING
+                self.sent.append((job, node))
             else:
-                job.ip_addr = None
-            fill_in(job, row, is_program)
-            ended.append(job)
+                self.unsent.append(job)
 
-    def lost(job: DispyJob, text: str) -> None:
-        with lock:
-            if job.comp in again and not cancel:
+    @property
+    def are_at_nodes(self) -> bool:
+        """Whether nodes are to be asked."""
+        return bool(self.sent or self.holders)
+
+
+class JournalRecovery:
+    """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
+    with an underscore are called by the driver's thread."""
+
+    def __init__(self, journal: Journal, cancel: bool) -> None:
+        self._journal = journal
+        self._cancel = cancel
+        self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
+        with journal.damages():
+            self._is_program = journal.is_program()
+            # Computations whose jobs may run again
+            self._reentrant = {row[0] for row in journal.comps() if row[2]}
+        self._restored = RestoredJobs(journal, journal.known(), self._is_program)
+
+    def run(self, timeout: Optional[float], access: ConnectionSettings) -> List[DispyJob]:
+        """Return the jobs when all has been collected, at the latest after `timeout` seconds."""
+        restored = self._restored
+        for job, node in restored.sent:
+            job.status = DispyJob.Running
+            if node.startswith('@'):   # a scheduler tells which of them are on a node
                 job.status = DispyJob.Created
-                journal.waits(job)
-            else:
-                job.state = JobState.ABANDONED
-                end_without(job, text)
-                ended.append(job)
+        if restored.are_at_nodes:
+            self._collect(timeout, access)
+        with self._lock:
+            self._journal.delivered(restored.ended)
+            return restored.jobs
 
-    def wait_again(job: DispyJob) -> None:
-        with lock:
-            job.status = DispyJob.Created
-            journal.waits(job)
-    for job, state, node, result in rows:
-        jobs.append(job)
-        if state == Journal.SENT:   # a scheduler tells which of them are on a node
-            if node.startswith('@'):
-                job.status = DispyJob.Created
-            else:
-                job.status = DispyJob.Running
-            sent.append((job, node))
-        elif state == Journal.ENDED and isinstance(result, str):
-            end_without(job, result)
-            ended.append(job)
-        elif state == Journal.ENDED:
-            done(job, (job.serial, *result), None)
-    if sent or holders:
+    def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
+        restored = self._restored
         driver = Driver.alone(access)
         try:
             over = threading.Event()
-            recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
+            recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
+                                self._lost, self._wait_again, over.set, self._cancel)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
-            driver.ask(lambda: driver.recoveries.give_up(recovery, recovery.collected.is_set()))
+            is_whole = recovery.collected.is_set()
+            driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
             driver.release()
-    with lock:
-        journal.delivered(ended)
-        return jobs
+
+    def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
+        with self._lock:
+            job.ip_addr = peer.ip_addr
+            fill_in(job, row, self._is_program)
+            self._restored.ended.append(job)
+
+    def _lost(self, job: DispyJob, text: str) -> None:
+        if job.comp in self._reentrant and not self._cancel:
+            self._wait_again(job)
+            return
+        with self._lock:
+            job.state = JobState.ABANDONED
+            end_without(job, text)
+            self._restored.ended.append(job)
+
+    def _wait_again(self, job: DispyJob) -> None:
+        with self._lock:
+            job.status = DispyJob.Created
+            self._journal.waits(job)
 
 
 class DiscoveryProbe:
@@ -8847,6 +8956,13 @@ class DiscoveryProbe:
         self.due = 0.0
         self.wait = ASK_FIRST
         self.last = 0.0
+
+
+class _Owner:
+    """Has a thing to which nobody else refers, to count the references that there are then."""
+
+    def __init__(self) -> None:
+        self.cluster = object()
 
 
 class Unused:
@@ -8870,22 +8986,25 @@ class Unused:
             return self._at
         self._at = now + self.EVERY
         self._found.intersection_update(clusters)
-        alone = self._references({'': object()}, '')
-        for comp in list(clusters):
-            if comp in self._found or not clusters[comp].is_idle():
-                continue
-            shown = 0
-            if clusters[comp].is_replaced(clusters.values()):
-                shown = references_of_history(clusters[comp])
-            unused = self._references(clusters, comp) <= alone + shown
-            if unused and shown:   # it may have been shown anew meanwhile
-                unused = shown == references_of_history(clusters[comp])
-            if unused:
+        for comp, core in list(clusters.items()):
+            if comp not in self._found and core.is_idle() and self._is_unused(core, clusters):
                 self._found.add(comp)
-                self._close(clusters[comp])
+                self._close(core.cluster)
         if clusters:
             return self._at
         return math.inf
+
+    def _is_unused(self, core: 'ProgramCluster', clusters: Dict[str, Any]) -> bool:
+        """Whether nobody but the driver refers to a JobCluster, through what it knows of it."""
+        if core.cluster is None:   # it is being closed
+            return False
+        shown = 0
+        if core.is_replaced(clusters.values()):
+            shown = references_of_history(core.cluster)
+        unused = self._references(core) <= self._references(_Owner()) + shown
+        if unused and shown:   # it may have been shown anew meanwhile
+            unused = shown == references_of_history(core.cluster)
+        return unused
 
     @staticmethod
     def _close(cluster: 'JobCluster') -> None:
@@ -8894,8 +9013,8 @@ class Unused:
         threading.Thread(target=cluster.close, name='dispy-close', daemon=True).start()
 
     @staticmethod
-    def _references(values: Dict[str, Any], key: str) -> int:
-        value = values[key]
+    def _references(owner: Any) -> int:
+        value = owner.cluster
         return sys.getrefcount(value)
 
 
@@ -9379,7 +9498,7 @@ class Connector:
         peer.unreached = event.why
         self.not_reached(peer, event.text)
         if peer.key in self._driver.schedule.nodes:
-            self._driver.decide(self._evidence_of(peer, event))
+            self._driver.lost_nodes.doubt(self._evidence_of(peer, event))
         if self.is_forgotten(peer):
             self.forget(peer)
 
@@ -9415,8 +9534,9 @@ class Connector:
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
-    def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0) -> None:
-        """Say why, once for each reason, and try again later."""
+    def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0,
+                    line: str = '') -> None:
+        """Say why, once for each reason, in this line if there is one, and try again later."""
         # It refuses this address for a while, for the reason that was told
         if text == CLOSED_AT_ONCE and peer.told:
             text = peer.reason
@@ -9427,7 +9547,9 @@ class Connector:
         about = told_once(text)
         if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
             peer.told.add(about)
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
+            if not line:
+                line = '%s%s cannot be used: %s' % ('' if peer.scheduler else 'node ', peer, text)
+            logger.warning('%s', line)
             for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
                 cluster.node_unreachable(peer, text)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
@@ -9440,27 +9562,6 @@ class Connector:
     @staticmethod
     def _only_probed(peer: NodeConnection) -> bool:
         return peer.probed and not peer.listed
-
-    def told_stall(self, peer: NodeConnection, stall: str, text: str) -> str:
-        """Why a link ended on which full packets have not arrived, while short ones did."""
-        text += ': ' + STALLS[stall]
-        # One that connects by itself says how long packets may be
-        if peer.port and not peer.segment:
-            peer.segment = SEGMENT
-            text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
-            if peer.replacing:   # nothing else is said
-                logger.warning('node %s: %s', peer, text)
-        return text
-
-    def away_until(self, peer: NodeConnection, link: Link) -> float:
-        """Until when what is on a node is not lost. Not before a new connection has been tried in
-        vain."""
-        if peer.scheduler:
-            return math.inf   # it keeps what it has on disk
-        until = link.heard + PULSES_LOST * link.pulse
-        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
-            until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
-        return until
 
     def close(self) -> None:
         """End all of it."""
@@ -9710,6 +9811,7 @@ class ComputationSetup:
         peer.facts = message.facts
         peer.offered = message.cpus
         peer.trip = self._driver.now - peer.linked_at
+        self._driver.lost_nodes.back(peer)
         kept = message.facts.get('kept', {})
         memory = str(message.facts.get('memory', ''))
         peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
@@ -9724,7 +9826,7 @@ class ComputationSetup:
                 comp: Account(frozenset(serials), AttemptHistory(whole=False))
                 for comp, serials in kept.items()
             }
-            self._driver.decide(NodeDoubted(
+            self._driver.lost_nodes.doubt(NodeDoubted(
                 peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind,
                 known=known))
         peer.restarted = False
@@ -9900,7 +10002,7 @@ class ComputationSetup:
             peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [message.comp])
-            self._driver.decide(NodeDoubted(
+            self._driver.lost_nodes.doubt(NodeDoubted(
                 peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
             self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
         text = source_here.added_to(message.text)
@@ -10082,7 +10184,7 @@ class JobExchange:
         if self.submitted:
             works = list(self.submitted)
             self.submitted.clear()
-            self._driver.act(self._driver.schedule.handle(Submitted(works), self._driver.now))
+            self._driver.decide(Submitted(works))
 
     def send_jobs(self, action: SendJobs) -> None:
         """The Schedule has chosen a node for them."""
@@ -10177,9 +10279,7 @@ class JobExchange:
             for ack in in_parts(Ack, message.comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
-        self._driver.act(
-            self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows),
-                                         self._driver.now))
+        self._driver.decide(NodeResults(peer.key, message.comp, message.rows))
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
@@ -10239,8 +10339,11 @@ class JobExchange:
                       delay: Optional[float]) -> None:
         if delay is not None:
             self._driver.decide(Repeat(job, delay))
-        elif self._driver.schedule.handle(RepeatNot(job, row[1]), self._driver.now):
+        elif self._driver.decide(RepeatNot(job, row[1])):
             cluster.jobs_ended(peer, [(job, row)])
+
+    def job_stays(self, action: JobStays) -> None:
+        """A job is not repeated: who has asked, by RepeatNot, ends it."""
 
     def jobs_ended(self, action: JobsEnded) -> None:
         """As the Schedule knows, jobs have ended, or have a provisional result."""
@@ -10252,6 +10355,7 @@ class JobExchange:
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
+        self._driver.lost_nodes.requeued += 1
         self._clusters[action.work.comp].job_waits(action.work)
 
     def job_parked(self, action: JobParked) -> None:
@@ -10261,6 +10365,7 @@ class JobExchange:
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
+        self._driver.lost_nodes.ended += 1
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         self._clusters[work.comp].job_ended(work, action.text)
@@ -10560,7 +10665,7 @@ class NodeQueries:
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is AssignmentState.READY:
-            reason = 'deallocated'
+            reason = DEALLOCATED
         return peer, state, reason, peer.limit(comp), busy
 
     def nodes_of(self, comp: str) -> List[Tuple[NodeConnection, str, str, int, int]]:
@@ -10705,6 +10810,390 @@ class NodeQueries:
         return {key: count for key, count in found.items() if count}
 
 
+class FailedJob(NamedTuple):
+    """A job that has failed, as monitors are told of it."""
+    number: int    # of the failure, from 1
+    time: float    # when the job ended, in s since the epoch
+    cluster: int
+    job: Any       # its id
+    payload: Any   # its packed arguments, or the number of their bytes if these are many
+    status: int
+    node: str
+    text: str      # the end of its traceback
+
+
+class FailedJobs:
+    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any may read."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._rows: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
+
+    def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
+            text: str) -> None:
+        """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
+        self._count += 1
+        self._rows.append(FailedJob(self._count, time_ended or time.time(), cluster, job,
+                                    shown_arguments(payload), status, node, text[-FAILURE_TEXT:]))
+
+    def all(self) -> List[FailedJob]:
+        """All of them, the oldest first."""
+        return list(self._rows)
+
+    def since(self, known: int) -> List[FailedJob]:
+        """The oldest of those with a larger number than `known`, at most FAILURES_PAGE. A number
+        that was not given yet comes from an earlier process, and then all of them are new."""
+        rows = self.all()
+        if known <= self._count:
+            rows = [row for row in rows if row.number > known]
+        return rows[:FAILURES_PAGE]
+
+
+def shown_arguments(payload: Any) -> Any:
+    """Packed arguments as monitors get them: of large ones only the number of their bytes."""
+    if payload is None:
+        return None
+    size = size_of(payload)
+    if size > ARGUMENTS_MOST:
+        return size
+    return payload
+
+
+def shown_state(state: str, reason: str) -> str:
+    """The state of a node for monitors, which show one that is given no jobs as drained."""
+    if reason == DEALLOCATED:
+        return 'drained'
+    return state
+
+
+class NodeUse(NamedTuple):
+    """How a cluster uses a node, as monitors are told of it."""
+    number: int      # of the cluster
+    state: str
+    reason: str
+    cpus: int        # that it may use there
+    running: int     # jobs that run there
+    used: int        # CPUs of these
+    jobs: int        # that have ended there
+    seconds: float   # that they have run
+
+
+def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
+                heard: Optional[float]) -> Dict[str, Any]:
+    """What monitors are told of a node, whoever uses it. `free` is by the node, `heard` in seconds
+    since its last sign of life, if it is connected."""
+    return {
+        'key': node.key,
+        'name': node.name,
+        'address': node.ip_addr,
+        'port': node.port,
+        'offered': node.offered,
+        'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+        'platform': str(node.facts.get('platform', ''))[:200],
+        'heard': heard,
+    }
+
+
+class JobAtNode(NamedTuple):
+    """A job that was sent to a node."""
+    serial: int
+    work: Any
+    is_running: bool
+    seconds: Optional[float]   # that it has run; None: not known
+
+
+class Overview:
+    """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
+    answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
+    with the number of jobs. The driver's thread."""
+    JOBS_APART = 1.0   # s between two questions to a node for the jobs that run there
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (node, computation) -> when the node was asked
+        self._asked: Dict[Tuple[Any, str], float] = {}
+        # -> when it answered, and what
+        self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+
+    def forget(self, comp: str) -> None:
+        """A computation is over. What is known of nodes that are gone is forgotten as well."""
+        peers = self._driver.nodes.by_key
+        self._asked = {where: at for where, at in self._asked.items()
+                       if where[1] != comp and where[0] in peers}
+        self._reports = {where: report for where, report in self._reports.items()
+                         if where in self._asked}
+
+    def ask_node(self, peer: NodeConnection, comp: str, apart: float) -> bool:
+        """Ask a node what is free there and which jobs of a computation run, unless it was asked
+        less than `apart` seconds ago. Returns whether it was asked."""
+        where = (peer.key, comp)
+        now = self._driver.now
+        if peer.link is None or not peer.name:
+            return False
+        if now - self._asked.get(where, -math.inf) < apart:
+            return False
+        self._asked[where] = now
+        future = peer.answers.get((comp, ''))
+        if future is None:
+            future = concurrent.futures.Future()
+            peer.answers[comp, ''] = future
+            self._driver.send(peer.link, Query(comp))
+        future.add_done_callback(functools.partial(self._answered, where))
+        return True
+
+    def _answered(self, where: Tuple[Any, str], future: Any) -> None:
+        if future.exception() is None:
+            self._reports[where] = (self._driver.now, future.result())
+
+    def free_at(self, peer: NodeConnection, comp: str) -> Dict[str, Any]:
+        """What is free at a node, by its last answer."""
+        free = dict(peer.facts.get('available', {}))
+        report = self._reports.get((peer.key, comp))
+        if report is not None:
+            free.update(report[1].available)
+        return free
+
+    def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
+        """What is known of a node, whoever uses it."""
+        heard = None
+        if peer.link is not None:
+            heard = max(0.0, self._driver.clock() - peer.link.heard)
+        return row_of_node(peer, free, heard)
+
+    def running_at(self, key: Any) -> Dict[str, Tuple[int, int]]:
+        """Computation -> how many of its jobs run at a node, and their CPUs."""
+        schedule = self._driver.schedule
+        found = {}
+        for comp, serials in schedule.runs(key).items():
+            sent = schedule.nodes[key].in_flight[comp]
+            found[comp] = (len(serials), sum(cpus_of(sent[serial]) for serial in serials))
+        return found
+
+    def sent_to(self, key: Any, comp: str) -> Dict[int, Any]:
+        """Serial -> job of a computation's jobs that were sent to a node and have not ended."""
+        node = self._driver.schedule.nodes.get(key)
+        if node is None:
+            return {}
+        return node.in_flight.get(comp, {})
+
+    def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
+        """The same, with what is known of how long they have run; the first `most` of them. The
+        node is asked, and what it answers is known the next time."""
+        sent = self.sent_to(key, comp)
+        if not sent:
+            return []
+        self.ask_node(self._driver.nodes.by_key[key], comp, self.JOBS_APART)
+        seconds = self._seconds_run(key, comp)
+        running = set(self._driver.schedule.runs(key).get(comp, ()))
+        running.update(seconds)
+        return [JobAtNode(serial, work, serial in running, seconds.get(serial))
+                for serial, work in itertools.islice(sent.items(), most)]
+
+    def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
+        """Serial -> seconds, of jobs at a node that are known to have begun."""
+        now = self._driver.now
+        seconds = {}
+        if (key, comp) in self._reports:
+            at, report = self._reports[key, comp]
+            for serial, ran in report.running:
+                seconds[serial] = ran + now - at
+        begun = self._driver.schedule.nodes[key].begun[comp]
+        for serial, since in begun.items():
+            seconds[serial] = now - since
+        return seconds
+class LostNodes:
+    """What follows when the link to a node ends, and what the log tells of nodes that are lost and
+    come back. The driver's thread.
+
+    requeued, ended - jobs that waited again, and that ended without a result, since `mark`
+    """
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self.requeued = 0
+        self.ended = 0
+
+    def mark(self) -> None:
+        """Begin to count jobs."""
+        self.requeued = 0
+        self.ended = 0
+
+    def doubt(self, event: NodeDoubted) -> None:
+        """Hand evidence that a node is lost to the Schedule, and tell what became of its jobs."""
+        self.mark()
+        self._driver.decide(event)
+        self._tell_jobs(event.name)
+
+    def _tell_jobs(self, name: str) -> None:
+        """What became of the jobs that were at a node."""
+        counts = ((self.requeued, 'waits again', 'wait again'),
+                  (self.ended, 'was abandoned', 'were abandoned'))
+        texts = []
+        for count, one, several in counts:
+            if count == 1:
+                texts.append('1 job %s' % one)
+            elif count:
+                texts.append('%d jobs %s' % (count, several))
+        if texts:
+            logger.info('node %s is lost: %s', name, ', '.join(texts))
+
+    def gone(self, action: NodeGone) -> None:
+        """A node was away too long."""
+        peer = self._driver.nodes.by_key.get(action.node)
+        if peer is None:
+            return
+        self._tell_jobs(str(peer))
+        if peer.link is None and not peer.port and not peer.embedded:
+            self._driver.connector.forget(peer)
+
+    def link_ended(self, channel: Link, text: str) -> None:
+        """A link came to its end: the node is lost until it is reached again."""
+        driver = self._driver
+        peer = driver.nodes.by_link[channel.number]
+        peer.move('fail')
+        used = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
+        driver.tell_all(DispyNode.Closed, peer, used)
+        driver.selection.unlink(peer, channel)
+        if channel.stall:
+            text = self._tell_stall(peer, channel.stall, text)
+        until = self._away_until(peer, channel)
+        if until <= driver.now:
+            evidence = Evidence.SILENCE
+        else:
+            evidence = Evidence.CUT
+        doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
+        lost = driver.schedule.judge(doubted) is Loss.LOST
+        line = self._line_of(peer, text, lost, until)
+        if not peer.replacing:
+            peer.lost_at = driver.now
+        self.doubt(doubted)
+        peer.told.clear()
+        driver.warn_soon(used)
+        reason = 'the connection ended: %s' % text
+        if peer.port or peer.embedded:
+            driver.connector.not_reached(peer, reason, driver.now - peer.linked_at, line)
+            if not lost and not peer.wrong:
+                peer.dialling.due = driver.now
+            peer.wrong = False
+        else:   # it dials us
+            peer.reason = reason
+            logger.warning('%s', line)
+            if lost:
+                driver.connector.forget(peer)
+
+    def _line_of(self, peer: NodeConnection, text: str, lost: bool, until: float) -> str:
+        """What the log says when a link has ended, and what becomes of the jobs that are there."""
+        if peer.scheduler:
+            kind = ''
+        else:
+            kind = 'node '
+        line = 'lost the connection to %s%s: %s' % (kind, peer, text)
+        node = self._driver.schedule.nodes.get(peer.key)
+        if node is not None:
+            count = sum(map(len, node.in_flight.values()))
+        else:
+            count = 0
+        if lost or not count:
+            return line
+        if until == math.inf:
+            return '%s; it keeps the %s that it has' % (line, many(count, 'job'))
+        return '%s; the %s that it has %s lost if it is not back within %.1f s' % (
+            line, many(count, 'job'), 'is' if count == 1 else 'are', until - self._driver.now)
+
+    @staticmethod
+    def _tell_stall(peer: NodeConnection, stall: str, text: str) -> str:
+        """Why a link ended on which full packets have not arrived, while short ones did."""
+        text += ': ' + STALLS[stall]
+        # One that connects by itself says how long packets may be
+        if peer.port and not peer.segment:
+            peer.segment = SEGMENT
+            text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
+            if peer.replacing:   # nothing else is said
+                logger.warning('node %s: %s', peer, text)
+        return text
+
+    def _away_until(self, peer: NodeConnection, link: Link) -> float:
+        """Until when what is on a node is not lost. Not before a new connection has been tried in
+        vain."""
+        if peer.scheduler:
+            return math.inf   # it keeps what it has on disk
+        until = link.heard + PULSES_LOST * link.pulse
+        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
+            until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
+        return until
+
+    def back(self, peer: NodeConnection) -> None:
+        """A node is connected, perhaps again."""
+        if peer.lost_at is not None:
+            logger.info('node %s is connected again after %.1f s', peer,
+                        self._driver.now - peer.lost_at)
+            peer.lost_at = None
+
+
+LOGGED_ITEMS = 8     # of a list, in a line of the log at DEBUG
+
+
+def logged(value: Any) -> str:
+    """A value of an event or an action, as the log at DEBUG shows it. Runs none of the user's
+    code."""
+    kind = type(value)
+    if kind is float:
+        return '%.9g' % value
+    if value is None or kind in (bool, int, str):
+        return '%.120r' % (value,)
+    if isinstance(value, ScheduledJob):
+        return _logged_job(value)
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return '<%d bytes>' % len(value)
+    if hasattr(kind, '_fields'):
+        fields = zip(kind._fields, value)
+        return '%s(%s)' % (kind.__name__, ', '.join('%s=%s' % (name, logged(field))
+                                                    for name, field in fields))
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = list(map(logged, itertools.islice(value, LOGGED_ITEMS)))
+        if len(value) > LOGGED_ITEMS:
+            items.append('%d more' % (len(value) - LOGGED_ITEMS))
+        return '[%s]' % ', '.join(items)
+    return '<%s>' % kind.__name__
+
+
+def _logged_job(work: ScheduledJob) -> str:
+    number = getattr(work, 'id', None)
+    if type(number) not in (int, str):   # an object of the user's
+        number = ''
+    if not work.serial:
+        return 'job %.80s' % (number,)
+    return 'job %.80s (serial %d)' % (number, work.serial)
+
+
+class DecisionLog:
+    """The log at DEBUG of what a Schedule is told and of what it decides.
+
+    is_on - whether the log is shown; looked at again when a cluster begins, and now and then
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self.is_on = False
+
+    def look(self) -> None:
+        """Find out whether the log is shown."""
+        self.is_on = self._log.isEnabledFor(logging.DEBUG)
+
+    def add(self, event: Any, actions: Sequence[Any]) -> None:
+        """An event and the actions that it leads to; without an event, what is sent at the end of
+        a turn."""
+        if event is not None:
+            self._log.debug('event %s: %s', logged(event),
+                            ', '.join(map(logged, actions)) or 'nothing is to be done')
+        elif actions:
+            self._log.debug('end of a turn: %s', ', '.join(map(logged, actions)))
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed.
 
@@ -10718,9 +11207,12 @@ class Driver(Loop):
     files - files that go to nodes and come from jobs
     jobs - jobs to nodes, and what comes of them
     cancels - jobs that are not wanted any more
+    lost_nodes - what follows when a link to a node ends
+    decisions - the log of what the Schedule decides
     recoveries - what nodes have of programs that have crashed
     calls - questions to a scheduler and from it
-    queries - what clusters and monitors ask about nodes
+    queries - what clusters ask about nodes
+    overview - what monitors ask about nodes and jobs
     """
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
@@ -10755,9 +11247,12 @@ class Driver(Loop):
         self.files = FileTransfers(self)
         self.jobs = JobExchange(self)
         self.cancels = Cancellations(self)
+        self.lost_nodes = LostNodes(self)
+        self.decisions = DecisionLog(self.log)
         self.recoveries = Recoveries(self)
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
+        self.overview = Overview(self)
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
@@ -10770,10 +11265,11 @@ class Driver(Loop):
             JobWaits: self.jobs.job_waits,
             JobParked: self.jobs.job_parked,
             JobFailedOnce: self.jobs.failed_once,
+            JobStays: self.jobs.job_stays,
             Withdrawn: self.cancels.withdrawn,
             LimitNode: self.selection.limit_node,
             NodeDrained: self.selection.drained,
-            NodeGone: self._gone,
+            NodeGone: self.lost_nodes.gone,
         }
         self._messages: Dict[type, Callable[[NodeConnection, Any], None]] = {
             NodeHello: self.setup.on_welcome,
@@ -10802,8 +11298,8 @@ class Driver(Loop):
             ConnectFailed: self.connector.dial_failed,
             Authenticated: self.connector.arrived,
             RunInDriver: self._asked,
-            StatusCallback: lambda event: event.cluster.tell(event.status, event.peer, event.job),
-            JobCallback: lambda event: self.callbacks.run(event.cluster.call_back, event.job),
+            StatusCallback: lambda event: event.callbacks.tell(event.status, event.peer, event.job),
+            JobCallback: lambda event: self.callbacks.run(event.callbacks.call_back, event.job),
         }
 
     # -- life; user threads ------------------------------------------------------------------------
@@ -10910,6 +11406,7 @@ class Driver(Loop):
     def open(self, cluster: NodeUser, probe: bool) -> None:
         """Begin to use nodes for a cluster; with `probe` start one here if none answers soon.
         Raises OSError if it is to listen and cannot."""
+        self.decisions.look()
         comp = cluster.comp
         for where in cluster.hosts:
             self.connector.listen(*where, may_fail=cluster.hosts_may_fail)
@@ -10943,6 +11440,7 @@ class Driver(Loop):
         self.jobs.outgoing.forget(comp)
         del self._warn_at[comp]
         self.nodes.misfits.forget(comp)
+        self.overview.forget(comp)
         self.selection.probes.pop(comp, None)
         self.files.abort(lambda number, name: name == comp)
         self.files.backlog.drop(comp)
@@ -10967,9 +11465,14 @@ class Driver(Loop):
         """What was posted and has not been handled."""
         return list(self._inbox)
 
-    def decide(self, event: Any) -> None:
-        """Hand an event to the Schedule, and carry out what it decides."""
-        self.act(self.schedule.handle(event, self.now))
+    def decide(self, event: Any) -> List[Any]:
+        """Hand an event to the Schedule, and carry out what it decides, which is returned. This and
+        `flush` are the only places where the Schedule is called."""
+        actions = self.schedule.handle(event, self.now)
+        if self.decisions.is_on:
+            self.decisions.add(event, actions)
+        self.act(actions)
+        return actions
 
     def on_event(self, event: Any) -> None:
         """Jobs, answers of dial threads, questions of user threads."""
@@ -11071,10 +11574,16 @@ class Driver(Loop):
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
-        self.act(self.schedule.flush(self.now))
+        if self.schedule.away:
+            self.lost_nodes.mark()
+        actions = self.schedule.flush(self.now)
+        if self.decisions.is_on:
+            self.decisions.add(None, actions)
+        self.act(actions)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
+        self.decisions.look()
         due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
         self.jobs.end_lost_when_due(due)
         self.connector.search_when_due(due)
@@ -11118,7 +11627,7 @@ class Driver(Loop):
                 self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 ready = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
-                self.decide(NodeDoubted(
+                self.lost_nodes.doubt(NodeDoubted(
                     peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
@@ -11131,41 +11640,12 @@ class Driver(Loop):
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
-        peer = self.nodes.by_link[channel.number]
-        peer.move('fail')
-        used = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
-        self.tell_all(DispyNode.Closed, peer, used)
-        self.selection.unlink(peer, channel)
-        if channel.stall:
-            text = self.connector.told_stall(peer, channel.stall, text)
-        until = self.connector.away_until(peer, channel)
-        if until <= self.now:
-            evidence = Evidence.SILENCE
-        else:
-            evidence = Evidence.CUT
-        doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
-        lost = self.schedule.judge(doubted) is Loss.LOST
-        self.decide(doubted)
-        peer.told.clear()
-        for comp in used:
-            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
-        if peer.port or peer.embedded:
-            self.connector.not_reached(peer, 'the connection ended: %s' % text,
-                                       self.now - peer.linked_at)
-            if not lost and not peer.wrong:
-                peer.dialling.due = self.now
-            peer.wrong = False
-        else:   # it dials us
-            peer.reason = 'the connection ended: %s' % text
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer,
-                           peer.reason)
-            if lost:
-                self.connector.forget(peer)
+        self.lost_nodes.link_ended(channel, text)
 
-    def _gone(self, action: NodeGone) -> None:
-        peer = self.nodes.by_key.get(action.node)
-        if peer is not None and peer.link is None and not peer.port and not peer.embedded:
-            self.connector.forget(peer)
+    def warn_soon(self, comps: Iterable[str]) -> None:
+        """Look soon whether these computations have no node any more."""
+        for comp in comps:
+            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
 
     def remove_old_trails(self) -> None:
         """Once in a program."""
@@ -11212,8 +11692,6 @@ _ERRORS: Dict[str, Type[Exception]] = {
 }
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, AssignmentState.REFUSED))
-# Results that may hold what runs code when it is opened
-_MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))
 # Options of a job that its node has to know
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
@@ -11221,7 +11699,7 @@ _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()
 _drivers: Dict[ConnectionSettings, Driver] = {}
 _alone: Set[Driver] = set()   # others
-_clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
+_clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()   # those that are open
 _told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
 _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
@@ -11239,7 +11717,7 @@ def _forked() -> None:
     shared_values.after_fork()
     joblib_clusters.after_fork()
     for cluster in list(_clusters):
-        cluster._after_fork()
+        core_of(cluster).after_fork()
     _clusters.clear()
 
 
@@ -11316,28 +11794,356 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
         process.wait()
 
 
-class ProgramCluster(NodeUser):
-    """A cluster of this program, as far as its driver has to do with it and no lock is needed: how
-    nodes are set up for it, how jobs go there, and what they print. JobCluster adds the rest."""
-    cargo: PackedComputation
-    directory: str               # files that jobs send come below it
+# --------------------------------------------------------------------------------------------------
+# Clusters. A JobCluster is what the program has in hand; behind it stands a ProgramCluster, which
+# its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
+# but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
+# --------------------------------------------------------------------------------------------------
+
+INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
+             'poll_interval': (0.1, 3600)}   # the range of each, in seconds
+# Parameters that are checked where they are used
+TAKEN_AS_GIVEN = (
+    'cluster_status', 'on_output', 'depends', 'setup', 'secret', 'certfile', 'keyfile', 'cafile')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOptions:
+    """The parameters of a cluster after they were checked. Attributes that are not named here are
+    the parameters of these names, see JobCluster.
+
+    specs - the nodes that `nodes` means
+    probes - a node is started on this machine if none answers
+    hosts - the addresses and ports of `host`; hosts_may_fail: that one is taken is no error
+    jobs_per_worker - `max_jobs_per_worker`
+    loglevel - the level as a number
+    recover_file - its path, or None
+    keeps_trail - without a recover_file, another process can find what is left on nodes
+    """
+    port: int
+    specs: List[NodeSpec]
+    probes: bool
+    hosts: List[Tuple[str, int]]
+    hosts_may_fail: bool
+    multicast: bool
+    pulse_interval: Optional[float]
+    ping_interval: Optional[float]
+    poll_interval: Optional[float]
+    job_status: Any
+    cluster_status: Any
+    on_output: Any
+    depends: Any
+    dest_path: Optional[str]
+    setup: Any
+    cleanup: Any
+    jobs_per_worker: Optional[int]
+    reentrant: bool
+    forward_logs: bool
+    loglevel: int
+    recover_file: Optional[str]
+    keeps_trail: bool
+    secret: Union[str, bytes, None]
+    certfile: Optional[str]
+    keyfile: Optional[str]
+    cafile: Optional[str]
+
+    @classmethod
+    def from_arguments(cls, given: Dict[str, Any], remote: bool) -> 'ClusterOptions':
+        """Check the parameters of JobCluster, `given` by their names. `remote` says that the nodes
+        are a scheduler's. Raises TypeError or ValueError, which names the parameter, its value and
+        what is allowed."""
+        options = {name: given[name] for name in TAKEN_AS_GIVEN}
+        port = options['port'] = node_port_of(given['dispy_port'], given['node_port'])
+        for name, (low, high) in INTERVALS.items():
+            options[name] = _in_range(name, given[name], None, low, high)
+        options['jobs_per_worker'] = _in_range(
+            'max_jobs_per_worker', given['max_jobs_per_worker'], None, 1, 1 << 31, True)
+        host = given['host']
+        if host is None:
+            host = given['ip_addr']
+        probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
+        if not specs and not remote:
+            check_fork()
+            own_python()
+        options['probes'] = probes
+        options['specs'] = specs
+        names = _own_hosts(host)
+        hosts = list(map(_own_host, names))
+        options['hosts'] = [where for where in hosts if where is not None]
+        options['hosts_may_fail'] = hosts_may_fail(names[0], hosts[0])
+        options['multicast'] = bool(given['ipv4_udp_multicast'])
+        for name in ('job_status', 'callback', 'cluster_status', 'on_output'):
+            check_function(name, given[name])
+        options['job_status'] = given['job_status']
+        if given['job_status'] is None:
+            options['job_status'] = given['callback']
+        options['dest_path'] = plain_dest_path(given['dest_path'])
+        check_depends(given['depends'])
+        options['loglevel'] = level_of(given['loglevel'])
+        options['reentrant'] = _flag('reentrant', given['reentrant'])
+        options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
+        options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        path = recover_path(given['recover_file'], given['fault_recover'])
+        options['recover_file'] = path
+        options['keeps_trail'] = path is None and given['recover_file'] is not False
+        return cls(**options)
+
+    @property
+    def counts_failures(self) -> bool:
+        """True if the program has no function that is told that a job has failed."""
+        return self.job_status is None and self.cluster_status is None
+
+    @property
+    def pulse(self) -> float:
+        """Seconds between the signs of life of a connection."""
+        return self.pulse_interval or PULSE
+
+    @property
+    def longest_redial(self) -> float:
+        """The longest time in seconds between two attempts to reach a node."""
+        return self.ping_interval or REDIAL_MOST
+
+    def access(self) -> ConnectionSettings:
+        """Return how nodes are reached. Raises SecretError or OSError."""
+        files = tls_files(self.certfile, self.keyfile, self.cafile)
+        return ConnectionSettings(find_secret(self.secret), *files, self.pulse, self.longest_redial)
+
+
+def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[NodeSpec]]:
+    """The parameter `nodes`: whether a node is started on this machine if none answers, and the
+    nodes that are meant; none of them is the node of this program. `elsewhere` as of parse_nodes.
+    Raises TypeError or ValueError."""
+    searches = discovery_reach() != 'off'
+    if nodes is None or any_node(nodes):
+        if searches:
+            return True, [NodeSpec('*', port)]
+        return False, []
+    if nodes == LOCAL:
+        return False, []
+    return False, parse_nodes(nodes, port, elsewhere)
+
+
+def hosts_may_fail(host: Any, first: Optional[Tuple[str, int]]) -> bool:
+    """Whether it is no error that the port of the first `host` is taken. Old scripts always give
+    ip_addr, and two of them on one machine must not be in each other's way."""
+    if first is None:
+        return True
+    return isinstance(host, str) and first[0] == host.strip('[]')
+
+
+def check_function(name: str, function: Any) -> None:
+    """Raise TypeError for a parameter that is neither a function nor None."""
+    if function is not None and not callable(function):
+        raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
+
+
+def check_depends(depends: Any) -> None:
+    """Raise TypeError if the parameter `depends` is no list."""
+    if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
+        raise TypeError('depends must be a list, not %s' % type(depends).__name__)
+
+
+def function_or_flag(name: str, value: Any) -> Any:
+    """Return a parameter that is a function, True or False. Raises TypeError for anything else."""
+    if callable(value):
+        return value
+    return _flag(name, value)
+
+
+def recover_path(recover_file: Any, fault_recover: Any) -> Optional[str]:
+    """The path of the recover_file by its two names, None for none. Raises TypeError or
+    ValueError."""
+    if recover_file is not False:
+        path = path_option('recover_file', recover_file)
+        if path:
+            return path
+    if fault_recover is True:
+        return '_dispy_%s' % time.strftime('%Y%m%d%H%M%S')
+    return path_option('fault_recover', fault_recover or None)
+
+
+class JobBook:
+    """The jobs of a cluster in numbers, which of them have not ended, and who waits for them. Any
+    thread."""
+
+    def __init__(self) -> None:
+        self.began = time.time()         # seconds since the epoch
+        self.lock = threading.Lock()     # guards all that follows
+        self.changed = threading.Condition(self.lock)
+        self.closed = False              # no job can be submitted any more
+        self.owed: Set[DispyJob] = set()   # jobs for whose end the driver answers
+        self.pending = 0                 # have not ended, or their callback has not returned
+        self.submitted = 0
+        self.finished = 0                # have ended as they should
+        # Status -> jobs that have ended otherwise; Finished: programs, by their exit status
+        self.unfinished: Dict[int, int] = {}
+        self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
+        self.all_ended: Optional[float] = None     # when no job was pending, since the epoch
+        self._waiters = 0                # callbacks that are in `wait`
+
+    def enter(self, job: DispyJob) -> None:
+        """Count a job that is submitted. Called with the lock held."""
+        self.pending += 1
+        self.submitted += 1
+        self.owed.add(job)
+
+    def take_over(self, count: int) -> None:
+        """Count jobs of a program that has crashed, with which this cluster carries on."""
+        with self.lock:
+            self.pending += count
+            self.submitted += count
+
+    def answer_for(self, job: DispyJob) -> None:
+        """Note that the driver answers for the end of a job that was taken over."""
+        with self.lock:
+            self.owed.add(job)
+
+    def answered(self, jobs: Sequence[DispyJob]) -> None:
+        """The driver does not answer for these jobs any more: they have ended, or an opener ends
+        them."""
+        with self.lock:
+            self.owed.difference_update(jobs)
+
+    def jobs_owed(self) -> List[DispyJob]:
+        """Return the jobs for whose end the driver answers."""
+        with self.lock:   # a job is added and posted with it held
+            return list(self.owed)
+
+    def add_results(self, jobs: Sequence[DispyJob], finished: int, peer: Any,
+                    seconds: float) -> None:
+        """Jobs have come back from a node, where they ran for so many seconds in all; `finished` of
+        them have ended as they should."""
+        with self.lock:
+            self.owed.difference_update(jobs)
+            self.finished += finished
+            row = self.at_nodes.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
+            row[1] += len(jobs)
+            row[2] += seconds
+
+    def add_failure(self, status: int) -> None:
+        """Count a job that has ended with this status, and not as it should."""
+        with self.lock:
+            self.unfinished[status] = self.unfinished.get(status, 0) + 1
+
+    def settle(self, count: int) -> None:
+        """Note that so many jobs have ended and that their callbacks have returned."""
+        with self.lock:
+            self.pending -= count
+            # Callbacks that wait for the others do not count themselves
+            if self.pending <= self._waiters:
+                self.all_ended = time.time()
+                self.changed.notify_all()
+
+    def wait(self, timeout: Optional[float]) -> bool:
+        """Wait until no job is pending, at most so many seconds; whether none is. In a callback the
+        job that it was called for is not waited for, nor are those whose callbacks wait too."""
+        own = getattr(_calling, 'book', None) is self
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
+        with self.changed:
+            self._waiters += own
+            if own:
+                self.changed.notify_all()
+            try:
+                # Callbacks that wait do not wait for each other
+                while self.pending > (self._waiters if own else 0):
+                    if until is None:
+                        left = None
+                    else:
+                        left = until - time.monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    in_slices(self.changed.wait, left)
+            finally:
+                self._waiters -= own
+        return True
+
+    def wait_for_change(self, seconds: float) -> None:
+        """Wait until a node or a job has changed, at most so many seconds."""
+        with self.changed:
+            self.changed.wait(seconds)
+
+    def notify(self) -> None:
+        """Wake the threads that wait for a node, because a node has changed."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def progress(self) -> Tuple[int, int]:
+        """Return how many jobs have ended, and how many were submitted."""
+        with self.lock:
+            return self.submitted - self.pending, self.submitted
+
+    def totals(self) -> Tuple[int, int, int, int]:
+        """Return how many jobs were submitted, have ended as they should, have failed and were
+        cancelled."""
+        with self.lock:
+            return self._totals()
+
+    def _totals(self) -> Tuple[int, int, int, int]:
+        """Return the same as `totals`. Called with the lock held."""
+        ends = self.unfinished
+        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
+        return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
+
+    def by_state(self) -> Counts:
+        """Return how many jobs are in which state."""
+        with self.lock:
+            owed = list(self.owed)
+            submitted, done, failed, cancelled = self._totals()
+        waiting = sum(job.status == DispyJob.Created for job in owed)
+        running = max(0, submitted - done - failed - cancelled - waiting)
+        return Counts(done, failed, cancelled, running, waiting)
+
+    def nodes(self) -> Dict[str, Tuple[Any, int, float]]:
+        """Return for each node, as ADDRESS:NAME, the node itself, the jobs that have ended there,
+        and the seconds that they ran."""
+        with self.lock:
+            return {
+                name: (peer, done, seconds)
+                for name, (peer, done, seconds) in self.at_nodes.items()
+            }
+
+    def seconds(self) -> float:
+        """Return the sum of the seconds that jobs ran."""
+        return float(sum(row[2] for row in list(self.at_nodes.values())))
+
+    def close(self) -> bool:
+        """Take no more jobs. Returns whether jobs were taken until now."""
+        with self.lock:
+            was_open = not self.closed
+            self.closed = True
+        return was_open
+
+    def after_fork(self) -> None:
+        """Forget the jobs in a forked child: they are the parent's, and nobody here may wait for
+        them."""
+        self.lock = threading.Lock()   # a thread that is not here may hold the old one
+        self.changed = threading.Condition(self.lock)
+        self.closed = True
+        self.pending = 0
+
+
+class UserCallbacks:
+    """The functions of the program that a cluster calls, each in a thread of the driver's pools.
+
+    job_status, cluster_status - as of JobCluster; they may be set at any time
+    driver - set before the cluster uses nodes
+    """
     driver: 'Driver'
-    bundles: ModuleBundles       # the program's modules
-    trail: Optional[ComputationNotes]       # where another process finds what is needed to collect its results
-    _cluster_status: Any
-    _on_output: Any
-    _monitors: Tuple[Monitor, ...] = ()   # replaced as a whole
-    _shown: Dict[DispyJob, List[int]]     # bytes of stdout and stderr shown live
-    _told_of_files = False                # that jobs leave behind
 
-    def node_changed(self, status: int, peer: NodeConnection) -> None:
-        """The user is told; a scheduler tells of its nodes itself."""
-        if not peer.scheduler:
-            self.tell(status, peer, None)
+    def __init__(self, options: ClusterOptions, comp: str, name: str, book: JobBook) -> None:
+        self.job_status = options.job_status
+        self.cluster_status = options.cluster_status
+        self._comp = comp
+        self._name = name
+        self._book = book
 
-    def tell(self, status: int, peer: Union[NodeConnection, NodeInfo, None], job: Optional[DispyJob]) -> None:
-        """Call cluster_status for a change of a node or a job."""
-        if self._cluster_status is None:
+    def tell(self, status: int, peer: Union[NodeConnection, NodeInfo, None],
+             job: Optional[DispyJob]) -> None:
+        """Call cluster_status, because a node or a job has changed. The driver's thread."""
+        if self.cluster_status is None:
             return
         node = None
         if isinstance(peer, NodeInfo):
@@ -11347,18 +12153,653 @@ class ProgramCluster(NodeUser):
                 state = 'closed'
             else:
                 state = 'ready'
-            known = self.comp in peer.uses
-            node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
-        self.driver.tellers.run(self._cluster_status, status, node, job)
+            if self._comp in peer.uses:
+                cpus = peer.limit(self._comp)
+            else:
+                cpus = 0
+            node = describe_node(peer, state, peer.reason, cpus, 0)
+        self.driver.tellers.run(self.cluster_status, status, node, job)
+
+    def tell_row(self, status: int, row: NodeInfo) -> None:
+        """Call cluster_status, because a node of the scheduler has changed. The driver's thread."""
+        if self.cluster_status is not None:
+            node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
+            self.driver.tell_later(self.cluster_status, status, node, None)
+
+    def tell_closed(self, nodes: Sequence[DispyNode]) -> None:
+        """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
+        until it has returned, since a program often ends then. Any thread."""
+        call = self.cluster_status
+        told = threading.Event()
+        if call is None or not nodes:
+            return
+        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
+
+        def tell() -> None:
+            for node in nodes:
+                node.state = 'closed'
+                self.driver.tell_later(call, DispyNode.Closed, node, None)
+            self.driver.tell_later(told.set)
+        self.driver.ask(tell)
+        if not is_teller:   # otherwise it would wait for itself
+            in_slices(told.wait, GRACE)
+
+    def call_back(self, job: Any) -> None:
+        """Call job_status for a job that has ended. In a thread of the driver's pool."""
+        try:
+            self._call_job_status(job)
+        except BaseException as exc:
+            # The user's callback, sys.exit in it too; others are called all the same
+            self._report(job, exc)
+        finally:
+            self._book.settle(1)
+
+    def provisional(self, job: DispyJob) -> None:
+        """Call job_status for a provisional result. In a thread of the driver's pool."""
+        try:
+            self._call_job_status(job)
+        except Exception as exc:
+            # The user's callback; later results are shown all the same
+            self._report(job, exc)
+
+    def _call_job_status(self, job: DispyJob) -> None:
+        _calling.book = self._book
+        try:
+            self.job_status(job)
+        finally:
+            _calling.book = None
+
+    def _report(self, job: DispyJob, exc: BaseException) -> None:
+        if job._failure is not None:
+            values = job._failure.values()
+        else:
+            values = None
+        about = '%s of %s' % (job_in_words(job.id, values), self._name)
+        report_callback(self.job_status, about, exc)
+
+
+_calling = threading.local()  # .book: that of the cluster whose callback this thread is in
+
+
+class LiveOutput:
+    """What running jobs print and log, for `on_output`, `forward_logs` and monitors. The driver's
+    thread.
+
+    on_output - as of JobCluster
+    monitors - who watches the jobs; replaced as a whole
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, on_output: Any, name: str, cargo: PackedComputation) -> None:
+        self.on_output = on_output
+        self.monitors: Tuple[Monitor, ...] = ()
+        self._name = name
+        self._cargo = cargo
+        self._shown: Dict[DispyJob, List[int]] = {}   # bytes of stdout and stderr that were shown
+        self._told_of_files = False                   # that jobs leave behind
+
+    def add_monitor(self, monitor: Monitor) -> None:
+        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
+        later."""
+        self.monitors += (monitor,)
+        self._cargo.spec['live'] = True
+
+    def remove_monitor(self, monitor: Monitor) -> None:
+        """Do not tell a monitor of jobs any more."""
+        self.monitors = tuple(other for other in self.monitors if other is not monitor)
+        self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
+
+    def page(self) -> str:
+        """Return the link to the web page that shows the cluster, or an empty text."""
+        return next((monitor.page for monitor in self.monitors if monitor.page), '')
+
+    def came(self, job: DispyJob, message: Output) -> None:
+        """Show what a running job has printed or logged."""
+        stream = message.stream
+        if stream == 0:
+            self._show_record(job, *log_record_of(message.data))
+            return
+        if self.on_output is not None:
+            shown = self._shown.setdefault(job, [0, 0])
+            shown[stream - 1] = message.offset + len(message.data)
+            self._show(job, stream, message.data)
+        for monitor in self.monitors:
+            monitor.printed(job, stream, message.offset, bytes(message.data))
+
+    def show_rest(self, job: DispyJob, row: tuple) -> None:
+        """Show the output of a job that came with its result and was not shown before."""
+        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
+            self._show(job, stream, row[4 + stream][at:])
+
+    def _show(self, job: DispyJob, stream: int, data: Any) -> None:
+        if len(data) and self.on_output is not None:
+            if self._cargo.is_program:
+                text: Union[bytes, str] = bytes(data)
+            else:
+                text = str(data, 'utf-8', 'replace')
+            self.driver.tell_later(self.on_output, job, STREAM_NAMES[stream], text)
+
+    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
+        """Log what a job has logged, or, once, that a job has left files behind."""
+        try:
+            if name != FILES_LEFT:
+                logger.log(level, 'job %s: %s: %s', job.id, name, text,
+                           extra={'job_id': job.id, 'job_logger': name})
+            elif not self._told_of_files:
+                self._told_of_files = True
+                if self._cargo.spec['program']:
+                    remedy = ('Call the program in a function, by subprocess, which then calls '
+                              'dispy_send_file(name)')
+                else:
+                    remedy = 'Name the file with --return, or run the commands in --workdir'
+                logger.warning(
+                    '%s: job %r has left a file in its directory: %s. What a program leaves '
+                    'there does not come back, and is removed when the cluster is closed. %s',
+                    self._name, job.id, text, remedy)
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
+
+
+STREAM_NAMES = {1: 'stdout', 2: 'stderr'}
+
+
+class ResultDelivery:
+    """Gives jobs their results: opens and counts them, and tells who waits for them or watches.
+
+    ordered - job -> its provisional results and what comes after them, in order, with their nodes;
+        guarded by the lock of the book
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, book: JobBook, callbacks: UserCallbacks, output: LiveOutput,
+                 failures: Failures, is_program: bool) -> None:
+        self._book = book
+        self._callbacks = callbacks
+        self._output = output
+        self._failures = failures
+        self._is_program = is_program
+        self.ordered: Dict[DispyJob, Deque[Tuple[tuple, NodeConnection]]] = {}
+
+    def began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Note that a job has begun at a node, at this time in seconds since the epoch. The
+        driver's thread."""
+        with self._book.lock:   # beside a provisional result, and the end
+            if job.status in ENDED:
+                return
+            is_news = job.status == DispyJob.Created
+            job.ip_addr = peer.ip_addr
+            job.start_time = start
+            if is_news:
+                job.status = DispyJob.Running
+        if is_news and self._callbacks.cluster_status is not None:
+            self._callbacks.tell(DispyJob.Running, peer, job)
+
+    def apply_results(self, pairs: List[Tuple[DispyJob, tuple]],
+                      peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Give jobs their results, which are rows of Results of a node. The driver's thread or an
+        opener."""
+        seconds = 0.0
+        finished = 0
+        is_program = self._is_program
+        for job, row in pairs:
+            payload = job.payload
+            # Nobody had told that it has begun
+            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
+                job.ip_addr = peer.ip_addr
+                if self._callbacks.cluster_status is not None:
+                    self.driver.post(StatusCallback(self._callbacks, DispyJob.Running, peer, job))
+            fill_in(job, row, is_program, self._failures, peer.name)
+            if job.status == 11 and not (is_program and job.result):
+                finished += 1
+            else:
+                self._count_failure(job, payload)
+            seconds += row[3] - row[2]
+        jobs = [job for job, _ in pairs]
+        self._book.add_results(jobs, finished, peer, seconds)
+        self._publish_ended(jobs, peer)
+
+    def queue_ordered(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
+        """Queue a result that must be seen after earlier ones of its job. The driver's thread."""
+        with self._book.lock:
+            if job in self.ordered:
+                self.ordered[job].append((row, peer))
+                return
+            self.ordered[job] = collections.deque([(row, peer)])
+        if self._callbacks.job_status is not None:
+            pool = self.driver.callbacks
+        else:
+            pool = self.driver.openers
+        pool.run(self._drain_ordered, job)
+
+    def _drain_ordered(self, job: DispyJob) -> None:
+        """Show the queued results of a job, each of which the callback sees before the next. A
+        callback thread or an opener."""
+        while True:
+            with self._book.lock:
+                if not self.ordered[job]:
+                    del self.ordered[job]
+                    return
+                row, peer = self.ordered[job].popleft()
+            if row[1] not in PROVISIONAL:
+                self.apply_results([(job, row)], peer)
+            elif self._show_provisional(job, row) and self._callbacks.job_status is not None:
+                self._callbacks.provisional(job)
+
+    def _show_provisional(self, job: DispyJob, row: tuple) -> bool:
+        """Give a job a provisional result. Returns False if the job has ended meanwhile or the
+        result cannot be opened."""
+        try:
+            value = loads(row[4], True)
+        except BaseException as exc:  # unpickling runs the user's code
+            logger.error('a provisional result of job %r could not be opened: %s', job.id,
+                         describe_exception(exc, 1))
+            return False
+        with self._book.lock:
+            if job.status in ENDED:
+                return False
+            job.result = value
+            job.status = DispyJob.ProvisionalResult
+        return True
+
+    def end_without_result(self, job: DispyJob, text: str) -> None:
+        """End a job that has no result; its state says how it ended, and the text says why. The
+        driver's thread."""
+        payload = job.payload
+        with self._book.lock:   # beside a provisional result
+            end_without(job, text, self._failures)
+        self._count_failure(job, payload)
+        self._publish_ended([job])
+
+    def end_with_driver(self, job: DispyJob, text: str) -> None:
+        """Abandon a job that has not ended, because the driver's thread ends for a fault of dispy.
+        Its arguments are left as they are: another thread may be sending them."""
+        job.state = JobState.ABANDONED
+        job.exception = text
+        job.end_time = time.time()
+        self._failures.add(job)
+        job.status = DispyJob.Abandoned
+        self._count_failure(job, job.payload)
+        self._publish_ended([job])
+
+    def _count_failure(self, job: DispyJob, payload: Any) -> None:
+        """Count a job that has ended without a result or with the exit status of a program that
+        failed, and tell the monitors."""
+        self._book.add_failure(job.status)
+        for monitor in self._output.monitors:
+            monitor.failed(job, payload)
+
+    def _publish_ended(self, jobs: List[DispyJob],
+                       peer: Union[NodeConnection, NodeInfo, None] = None) -> None:
+        """Tell the threads that wait for these jobs, and the program's functions, that the jobs
+        have ended."""
+        if self._callbacks.cluster_status is not None:
+            for job in jobs:
+                self.driver.post(StatusCallback(self._callbacks, job.status, peer, job))
+        for job in jobs:
+            if job._event is not None or job._when_ended is not None:
+                job._wake()
+        if self._callbacks.job_status is None:
+            self._book.settle(len(jobs))
+            return
+        for job in jobs:
+            if self.driver.broken:
+                self._callbacks.call_back(job)   # the pool has ended with the driver
+            else:
+                self.driver.post(JobCallback(self._callbacks, job))
+
+
+class Submitter:
+    """Takes jobs: checks their options, packs their arguments, writes them down and hands them to
+    the driver. Any thread.
+
+    numbers - ids of jobs for which the program gives none
+    driver, journal - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+    journal: Optional[Journal] = None
+
+    def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
+                 book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
+        self.numbers = itertools.count(1)
+        self._comp = comp
+        self._name = name
+        self._is_program = cargo.is_program
+        self._bundles = bundles
+        self._book = book
+        self._callbacks = callbacks
+        # That files of modules have changed; an executor runs the new text
+        self._told_of_change = is_executor
+
+    def submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
+        """Return a new job with this id, for the node with this key or for any node. Raises what
+        `JobCluster.submit` raises."""
+        depends = kwargs.pop('dispy_job_depends', ())
+        if kwargs:
+            options = _take_options(kwargs)
+        else:
+            options = None
+        if node is not None:
+            options = dict(options or {}, node=node)
+        if options is not None and 'repeats' in options:
+            options['repeats'].is_program = self._is_program
+        if self._is_program and kwargs:
+            raise TypeError('a program takes no keyword arguments: %s' %
+                            ', '.join(map(str, kwargs)))
+        return self.enter(number, args, kwargs, options, self.pack(args, kwargs, depends))
+
+    def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+        """Return the arguments, packed as they are now. Raises ValueError if they are too large,
+        and what pickling them raises."""
+        changed = self._bundles.changed()
+        if changed:
+            self._warn_of_change(changed)
+        payload = pack_arguments(args, kwargs, self._bundles, depends)
+        if type(payload) is SharedPayload:
+            size = payload.total()
+        else:
+            size = size_of(payload)
+        if self.journal is None:
+            most = VALUE_MOST
+        else:
+            most = JOURNAL_MOST
+        if size > most:
+            raise ValueError(
+                'arguments of %d bytes are over the limit of %d%s: send a file (depends)' %
+                (size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
+        return payload
+
+    def enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
+              future: Optional['DispyFuture'] = None) -> DispyJob:
+        """Return a new job with packed arguments, which is handed to the driver; `future` is that
+        of a call of an executor. Raises RuntimeError if the cluster was closed."""
+        if type(payload) is SharedPayload:
+            options = dict(options or {}, values=payload.rows())
+        if self.journal is None:
+            job = DispyJob(self._comp, payload, options, number)
+        else:
+            job = KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
+        book = self._book
+        driver = self.driver
+        with book.lock:
+            if book.closed or driver.broken:
+                raise RuntimeError('submit: %s' % (driver.broken or 'the cluster was closed'))
+            if self.journal is not None and isinstance(job, KeptJob):
+                self.journal.submitted(job)
+                self.journal.trim()
+            if future is not None:
+                job._future = future
+                future.job = job
+            book.enter(job)
+            if self._callbacks.cluster_status is not None:
+                driver.post(StatusCallback(self._callbacks, DispyJob.Created, None, job))
+            # With the lock held: `close` comes after it or before the test above
+            driver.post(job)
+        return job
+
+    def look_at_modules(self, every: float = LOOK_EVERY) -> None:
+        """Warn if files of modules have changed since they travelled. They are looked at once in so
+        many seconds at most."""
+        changed = self._bundles.changed(every)
+        if changed:
+            self._warn_of_change(changed)
+
+    def _warn_of_change(self, changed: Sequence[str]) -> None:
+        """Tell the user, once, that jobs go on with the text of these modules that was sent."""
+        if not self._told_of_change:
+            self._told_of_change = True
+            logger.warning(
+                '%s: the file of module %s has changed; this cluster keeps the text that it began '
+                'with. Make a new cluster to run the new one', self._name, ', '.join(changed))
+
+
+class NodeCommands:
+    """What the methods of a cluster ask about its nodes and tell them. Any thread but the driver's.
+
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, comp: str, book: JobBook) -> None:
+        self.comp = comp
+        self.book = book
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Have a command carried out, see NodeQueries. Raises RuntimeError if the cluster was
+        closed, and what the command raises."""
+        if self.book.closed:
+            raise RuntimeError('the cluster was closed')
+        return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
+
+    def key_of(self, node: Any) -> Tuple[Any, str]:
+        """Return the key of the node that the program names and, once, why it cannot be used.
+        Raises ValueError."""
+        return self.ask('seat', node)  # type: ignore[no-any-return]
+
+    def rows(self) -> List[NodeInfo]:
+        """Return the nodes."""
+        return self.ask('nodes')  # type: ignore[no-any-return]
+
+    def rows_at_end(self) -> List[NodeInfo]:
+        """Return the nodes, also when the cluster counts as closed."""
+        rows: List[NodeInfo] = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
+        return rows
+
+    def explain_no_nodes(self) -> str:
+        """Return a text which says what was tried to reach nodes, what came of it, and what to do.
+        """
+        return self.ask('complaint')  # type: ignore[no-any-return]
+
+    def why_unloadable(self) -> str:
+        """Return why no node can load the code of the computation; the text is empty if one may."""
+        return self.ask('why_unloadable')  # type: ignore[no-any-return]
+
+    def in_words(self, status: Callable[[], ClusterStatus]) -> str:
+        """Return the nodes in words, as far as that can be told at once."""
+        return nodes_text(status().nodes)
+
+
+class StatusReport:
+    """What people are shown of a cluster. Any thread but the driver's, unless it is said.
+
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, name: str, book: JobBook, nodes: NodeCommands) -> None:
+        self._name = name
+        self._book = book
+        self._nodes = nodes
+
+    def status(self) -> ClusterStatus:
+        """Return what JobCluster.status returns."""
+        counts = self._book.nodes()
+        pending = self._book.pending
+        found: List[NodeInfo] = []
+        if not self._book.closed:
+            try:
+                found = self._nodes.rows()
+            except RuntimeError:
+                if not self._book.closed:   # otherwise it was closed meanwhile
+                    raise
+        nodes: List[DispyNode] = []
+        seen = set()
+        for row in found:
+            key = '%s:%s' % (row.ip_addr, row.name)
+            seen.add(key)
+            _, done, seconds = counts.get(key, (row, 0, 0.0))
+            nodes.append(
+                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
+        for key, (peer, done, seconds) in counts.items():
+            if key not in seen:
+                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
+        return ClusterStatus(nodes, pending)
+
+    def count_ready(self) -> int:
+        """Return how many nodes are ready for jobs."""
+        return sum(node.state == 'ready' for node in self.status().nodes)
+
+    def nodes_in_words(self) -> str:
+        """Return the nodes in words, as far as that can be told at once. Any thread."""
+        if self._book.closed:
+            return 'closed'
+        if threading.current_thread() is self.driver.thread:
+            return 'open'
+        try:
+            return self._nodes.in_words(self.status)
+        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
+            return 'closed'
+        except concurrent.futures.TimeoutError:   # the driver does not answer
+            return 'open'
+
+    def why_jobs_wait(self) -> str:
+        """Return why a job that has not begun waits."""
+        try:
+            if self.count_ready():
+                return 'it waits for its turn; of the jobs of %s there are %s' % (
+                    self._name, self._book.by_state())
+            return 'it waits for a node. ' + self._nodes.explain_no_nodes()
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The cluster is closed meanwhile, or nobody answers
+            return 'it waits'
+
+
+class JobTakeover:
+    """Carries on with the jobs of a program that has crashed, which are in the journal.
+
+    recovered - those jobs
+    recovery - collects what nodes have of them; None if nothing is to be collected
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, comp: str, reentrant: bool, is_program: bool, book: JobBook,
+                 delivery: ResultDelivery) -> None:
+        self.recovered: List[DispyJob] = []
+        self.recovery: Optional[Recovery] = None
+        self._comp = comp
+        self._reentrant = reentrant
+        self._is_program = is_program
+        self._book = book
+        self._delivery = delivery
+
+    def begin(self, journal: Journal, rows: List[tuple]) -> None:
+        """Take over the jobs of the journal, which are rows of `Journal.known`. The user's thread.
+        """
+        sent: List[Tuple[DispyJob, str]] = []
+        again: List[DispyJob] = []
+        ended: List[DispyJob] = []
+        with journal.damages():
+            holders = journal.holders()
+        for job, state, node, result in rows:
+            job._journal = journal
+            self.recovered.append(job)
+            if state == Journal.ENDED:
+                self._fill_in(job, result)
+                ended.append(job)
+            elif state == Journal.SENT:
+                job.status = DispyJob.Running
+                job.state = JobState.RUNNING
+                sent.append((job, node))
+            else:
+                again.append(job)
+        journal.delivered(ended)
+        self._book.take_over(len(sent) + len(again))
+        for job in again:
+            self._renew(job)
+            self.driver.post(job)
+        if sent or holders:
+            logger.info('%d jobs of an earlier run are on nodes: their results are collected',
+                        len(sent))
+            lost = functools.partial(self._lost, journal)
+            recovery = Recovery(journal, sent, holders, self._done, lost, self._submit_again,
+                                self._over)
+            self.recovery = recovery
+            self.driver.ask(lambda: recovery.begin(self.driver))
+
+    def _fill_in(self, job: DispyJob, result: Union[str, tuple]) -> None:
+        """Complete a job that had ended. `result` is the reason why it has none, or its row of
+        Results without the serial number."""
+        if isinstance(result, str):
+            end_without(job, result)
+        else:
+            fill_in(job, (job.serial, *result), self._is_program)
+
+    def _renew(self, job: DispyJob) -> None:
+        """Make a job that has not begun one of this cluster."""
+        job.comp = self._comp
+        job.state = JobState.CREATED
+        job.status = DispyJob.Created
+        options = dict(job.options or {})
+        options.pop('node', None)   # it may be gone
+        job.options = options or None
+        self._book.answer_for(job)
+
+    def _submit_again(self, job: DispyJob) -> None:
+        """Submit a job again. The driver's thread; if the job were posted, it might come after the
+        end of the cluster."""
+        self._renew(job)
+        self.driver.jobs.take(job)
+
+    def _lost(self, journal: Journal, job: DispyJob, text: str) -> None:
+        """Handle the loss of a job that had begun. The driver's thread."""
+        if self._reentrant:
+            self._submit_again(job)
+        else:
+            job.state = JobState.ABANDONED
+            journal.ended(job, text)
+            self._delivery.end_without_result(job, text)
+
+    def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
+        """Give a job the result that has come. The driver's thread."""
+        job.ip_addr = peer.ip_addr
+        self._delivery.apply_results([(job, row)], peer)
+
+    def _over(self) -> None:
+        """Note that nothing is left to be collected. The driver's thread."""
+        self.driver.call_soon(self.end)
+
+    def left(self) -> List[DispyJob]:
+        """Return the jobs of the earlier run that have not ended."""
+        if self.recovery is None:
+            return []
+        return self.recovery.left()
+
+    def end(self) -> None:
+        """End the recovery: what an earlier run had on nodes has been collected, or the cluster is
+        closed. The driver's thread."""
+        recovery = self.recovery
+        self.recovery = None
+        if recovery is not None:
+            self.driver.recoveries.give_up(recovery, True)
+            for job in recovery.left():
+                job.state = JobState.CANCELLED
+                self._delivery.end_without_result(job, 'cancelled: the cluster was closed')
+
+
+class ComputationUser(NodeUser):
+    """A NodeUser with a computation: how nodes are set up for it, and what else they may ask.
+
+    cluster - the JobCluster, until it is closed; None after that
+    directory - files that jobs send come below it
+    bundles - the program's modules
+    """
+    driver: 'Driver'
+    cargo: PackedComputation
+    cluster: Any
+    directory: str
+    bundles: ModuleBundles
 
     def ask_allocator(self, allocator: NodeAllocate, peer: NodeConnection, link: Link) -> None:
-        """It is the user's code, so an opener calls it."""
-        self.driver.openers.run(self._allocate, allocator, peer, link)
+        """Have an opener ask the user's allocator, which is code of the user."""
+        self.driver.openers.run(self._allocate, allocator, peer, link, self.cluster)
 
-    def _allocate(self, allocator: NodeAllocate, peer: NodeConnection, link: Link) -> None:
+    def _allocate(self, allocator: NodeAllocate, peer: NodeConnection, link: Link,
+                  cluster: Any) -> None:
         """Ask the user's allocator. An opener."""
         try:
-            allocation = ask_allocator(allocator, self, peer)
+            allocation = ask_allocator(allocator, cluster, peer)
             error = ''
         except Exception as exc:  # the user's allocate()
             allocation = Allocation(0, b'', [], {})
@@ -11366,12 +12807,12 @@ class ProgramCluster(NodeUser):
         self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
 
     def ask_source(self, peer: NodeConnection, link: Link) -> None:
-        """An opener finds out."""
+        """Have an opener find out what the source of the computation is."""
         self.driver.openers.run(self._pack_source, peer, link)
 
     def _pack_source(self, peer: NodeConnection, link: Link) -> None:
-        """For a node with another version of Python. An opener: files are read, and objects of the
-        user's looked at."""
+        """Collect the source for a node with another version of Python. An opener: files are read,
+        and objects of the user are examined."""
         try:
             source = self.cargo.source()
         except Exception as exc:  # of those objects
@@ -11379,8 +12820,8 @@ class ProgramCluster(NodeUser):
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same; a scheduler does not know who needs
-        it."""
+        """Return the files of cloudpickle, if the node does not have the same version; a scheduler
+        does not know which of its nodes needs them."""
         needs = self.cargo.spec['kind'] != 'program' and (
             peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
         if needs:
@@ -11388,62 +12829,367 @@ class ProgramCluster(NodeUser):
         return {}
 
     def modules_for(self, peer: NodeConnection) -> Dict[str, Any]:
-        """What a node gets of the program's modules. A node that is a part of the program reads
-        them where they are."""
-        rows = self.bundles.rows(peer.embedded)
-        if not peer.embedded:
-            return {'modules': rows}
-        return {
-            'modules': rows,
-            'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
-            'argv': [word for word in sys.argv if isinstance(word, str)]
-        }
+        """Return what a node gets of the program's modules. A node that is a part of the program
+        reads them where they are."""
+        found: Dict[str, Any] = {'modules': self.bundles.rows(peer.embedded)}
+        if peer.embedded:
+            entries = [entry for entry in sys.path if isinstance(entry, str)]
+            found['sys_path'] = list(map(os.path.abspath, entries))
+            found['argv'] = [word for word in sys.argv if isinstance(word, str)]
+        return found
 
     def module_source(self, name: str) -> Any:
-        """Where a file of a module is read from: a path, a FileOfModule or its content."""
+        """Return where a file of a module is read from: a path, a FileOfModule or its content."""
         return self.bundles.source_of(name)
 
     def value_source(self, digest: bytes) -> Any:
-        """The content of a value."""
+        """Return the content of a value."""
         value = shared_values.find(digest)
         if value is not None:
             return memoryview(value.data)
         return None
 
     def asked(self, peer: NodeConnection, message: Call) -> None:
-        """It is the user's code, so an opener finds out."""
+        """Have an opener find the answer, which may need code of the user."""
         self.driver.openers.run(self._find_out, peer, message)
 
     def _find_out(self, peer: NodeConnection, message: Call) -> None:
+        error: tuple = ()
+        value = None
         try:
-            error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
+            value = self.answer_to(message.name, message.args)
         except Exception as exc:  # of the user's code
             error = (type(exc).__name__, describe_exception(exc, 1))
-            value = None
         self.driver.call_soon(self.driver.say_to, peer,
                               Return(message.comp, message.number, error, value))
 
-    def _asked(self, name: str, args: tuple) -> Any:
-        """A node or scheduler asks what only the client can tell. An opener."""
+    def answer_to(self, name: str, args: tuple) -> Any:
+        """Return what a node or scheduler asks that only the client can tell. An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
         embedded = not self.remote and all(peer.embedded
                                            for peer in self.driver.nodes.of(self.comp))
         return self.bundles.more(args[0], embedded)
 
-    def add_monitor(self, monitor: Monitor) -> None:
-        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
-        later."""
-        self._monitors += (monitor,)
-        self.cargo.spec['live'] = True
+    def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
+        """Store a piece of a file below the directory in which the program made the cluster."""
+        self.driver.files.store(peer, self.directory, message)
 
-    def remove_monitor(self, monitor: Monitor) -> None:
-        """Tell it no more."""
-        self._monitors = tuple(other for other in self._monitors if other is not monitor)
-        self.cargo.spec['live'] = bool(self._monitors) or self._on_output is not None
+
+class ProgramCluster(ComputationUser):
+    """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
+    What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
+
+    options - the parameters of the cluster
+    function - the module and the name of the function that is computed, empty for an executor's
+    trail - where another process finds what is needed to collect the results
+    unusable - why an executor can run nothing any more
+    book - the jobs in numbers, and who waits for them
+    callbacks - the program's functions that are called
+    live_output - what running jobs print
+    delivery - gives jobs their results
+    submitter - takes jobs
+    nodes - what is asked of nodes
+    report - what people are shown
+    takeover - carries on with jobs of a program that has crashed
+    """
+    def __init__(self, computation: Any, options: ClusterOptions) -> None:
+        """Pack the computation. Nothing is started. Raises TypeError, ValueError,
+        FileNotFoundError, or what pickling raises."""
+        self.options = options
+        self.name = name_of(computation)
+        self.comp = self.client = uuid.uuid4().hex
+        # Who has it may take the results; it is sent when that is wanted
+        self.key = os.urandom(32)
+        self.port = options.port
+        self.specs = options.specs
+        self.hosts = options.hosts
+        self.hosts_may_fail = options.hosts_may_fail
+        self.multicast = options.multicast
+        self.reentrant = options.reentrant
+        self.probes = options.probes
+        self.cluster = None
+        self.unusable = ''
+        self.directory = os.getcwd()
+        self.function = ('', '')
+        if not isinstance(computation, Calls):   # an executor has functions of all sorts
+            self.function = (getattr(computation, '__module__', ''),
+                             getattr(computation, '__qualname__', str(computation)))
+        self.bundles = ModuleBundles(self.name)
+        self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
+                                      options.dest_path, options.jobs_per_worker, self.name,
+                                      self.bundles)
+        self._complete_cargo(computation)
+        if options.keeps_trail:
+            self.trail: Optional[ComputationNotes] = ComputationNotes(
+                weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
+        else:
+            self.trail = None
+        self._make_parts(isinstance(computation, Calls))
+
+    def _complete_cargo(self, computation: Any) -> None:
+        """Add to the computation what nodes are told beside it. Raises ValueError."""
+        options = self.options
+        check_cargo(self.cargo.spec)
+        for spec in self.specs:
+            # It may choose others later, which are checked then
+            if spec.allocator is not None and spec.allocator.setup_args:
+                packed = self.bundles.packed((tuple(spec.allocator.setup_args), []), [])
+                check_setup_args(size_of(packed), self.remote)
+        self.cargo.spec['key'] = digest_of(self.key)
+        if isinstance(computation, (Calls, CommandLines)):
+            self.cargo.spec.update(computation.spec)
+        if options.forward_logs:
+            logs = logger.getEffectiveLevel()
+        else:
+            logs = -1
+        self.cargo.spec.update(live=options.on_output is not None, logs=logs)
+
+    def _make_parts(self, is_executor: bool) -> None:
+        options = self.options
+        is_program = self.cargo.is_program
+        self.book = JobBook()
+        self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
+        self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
+        self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
+        self.delivery = self._make_delivery(self.book, self.callbacks, self.live_output,
+                                            self.failures, is_program)
+        self.submitter = Submitter(self.comp, self.name, self.cargo, self.bundles, self.book,
+                                   self.callbacks, is_executor)
+        self.nodes = self._make_commands()
+        self.report = StatusReport(self.name, self.book, self.nodes)
+        self.takeover = JobTakeover(self.comp, self.reentrant, is_program, self.book,
+                                    self.delivery)
+
+    def _make_delivery(self, *parts: Any) -> ResultDelivery:
+        return ResultDelivery(*parts)
+
+    def _make_commands(self) -> NodeCommands:
+        return NodeCommands(self.comp, self.book)
+
+    # -- life; user threads ------------------------------------------------------------------------
+
+    def start(self, cluster: Any) -> None:
+        """Begin to use nodes for a JobCluster, and carry on with what is in its recover_file.
+        Raises SecretError, DispyError or OSError; nothing is left then."""
+        access = self.options.access()
+        if self.options.recover_file is None:
+            self._use_nodes(cluster, access)
+            return
+        self.journal = journal = Journal(self.options.recover_file)
+        try:
+            known = journal.known()
+            self._use_nodes(cluster, access)
+        except BaseException:
+            journal.close()
+            raise
+        self.takeover.begin(journal, known)
+
+    def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
+        driver = self.driver = Driver.acquire(access)
+        self.submitter.journal = self.journal
+        parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
+                 self.report, self.takeover)
+        for part in parts:
+            part.driver = driver  # type: ignore[attr-defined]
+        self.cluster = cluster
+        try:
+            if self.journal is not None:
+                self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program,
+                                   self._first_host(), self.key)
+            driver.ask(lambda: driver.open(self, self.probes))
+        except BaseException:
+            self.cluster = None
+            driver.release()
+            raise
+        _clusters.add(cluster)
+        logger.info('%s: the computation begins', self.name, extra=ROUTINE)
+        self._warn_of_others()
+
+    def _warn_of_others(self) -> None:
+        """Warn at the third cluster of one function that is open: a cell or a loop makes one each
+        time."""
+        same = [core for core in map(core_of, list(_clusters))
+                if core.function == self.function and not core.closed]
+        if len(same) >= 3 and any(self.function) and self.function not in _told_of_many:
+            _told_of_many.add(self.function)
+            logger.warning('%s: %d clusters of this function are open, and each has processes of '
+                           'its own on the nodes. Call close() when a cluster is not needed any '
+                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
+
+    def _describe_for_trail(self) -> Dict[str, Any]:
+        """Return what another process needs to collect the results. The driver's thread."""
+        code = in_one_piece(self.cargo.spec['code'])
+        row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
+        row['key'] = self.key.hex()
+        row['program'] = self.cargo.is_program
+        row['code'] = hashlib.sha256(code).hexdigest()
+        row['host'] = socket.gethostname()
+        row['pid'] = os.getpid()
+        row['process'] = list(own_process())
+        row['began'] = self.book.began
+        row['listen'] = ''
+        if self.hosts:
+            row['listen'] = '%s:%d' % self._first_host()
+        return row
+
+    def _first_host(self) -> Any:
+        """Return where nodes may connect to a program that recovers the jobs."""
+        if self.hosts:
+            return self.hosts[0]
+        return None
+
+    @property
+    def closed(self) -> bool:  # type: ignore[override]
+        """True if nothing can be submitted any more. Any thread."""
+        return self.book.closed
+
+    def close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
+        """Close the cluster, see JobCluster.close; with `shutdown`, nodes may end when this program
+        lets them go."""
+        if not terminate and not self.closed:
+            self.submitter.look_at_modules(0.0)
+            if not self.book.wait(_seconds('timeout', timeout)):
+                return False
+        if not self.book.close():
+            return True
+        _clusters.discard(self.cluster)
+        try:
+            self._leave(shutdown)
+        finally:
+            self.cluster = None   # otherwise the two would keep each other
+        self.tell_failures()
+        return True
+
+    def _leave(self, shutdown: bool) -> None:
+        driver = self.driver
+        nodes = self._nodes_in_use()
+        if driver.broken:   # nodes could not be told, and what runs there can be collected
+            if self.trail is not None:
+                self.trail.close(remove=False)
+            return
+        untold: Set[str] = set()
+        try:
+            driver.ask(self.takeover.end)
+            untold = driver.ask(lambda: driver.forget(self.comp, shutdown))
+        except RuntimeError as exc:
+            # The driver has failed meanwhile, and has ended the jobs itself
+            logger.debug('%s: %s', self.name, exc)
+        except Exception as exc:  # a fault of ours; the cluster is closed all the same
+            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name,
+                         type(exc).__name__, exc)
+        self.book.wait(CALL_TIME)   # for callbacks of what was cancelled
+        with contextlib.suppress(RuntimeError):   # the driver has failed
+            self.callbacks.tell_closed(nodes)
+        if self.trail is not None:
+            self.trail.end(untold)
+        if self.journal is not None:
+            self.journal.close(remove=True)
+        self._log_end()
+        if threading.current_thread() is not driver.thread:
+            driver.release()
+
+    def _log_end(self) -> None:
+        """Log what came of the computation, in numbers."""
+        book = self.book
+        nodes = many(len(book.at_nodes), 'node')
+        logger.info('%s: the computation has ended after %.1f s: %s; they ran for %.1f s on %s',
+                    self.name, time.time() - book.began, book.by_state(), book.seconds(), nodes,
+                    extra=ROUTINE)
+
+    def _nodes_in_use(self) -> List[DispyNode]:
+        """Return the nodes for which cluster_status is to be called with Closed; none if there is
+        no such function."""
+        if self.callbacks.cluster_status is None:
+            return []
+        try:
+            rows = self.nodes.rows_at_end()
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The driver or the scheduler is gone
+            return []
+        return [
+            describe_node(row, 'closed', '', row.cpus, 0) for row in rows
+            if row.state in ('ready', 'draining')
+        ]
+
+    def tell_failures(self) -> None:
+        """Warn, once, if jobs have failed and the program has not looked at any reason."""
+        text = self.failures.take(self.book.submitted)
+        if text:
+            logger.warning('%s: %s', self.name, text)
+
+    def left_behind(self) -> Dict[Any, int]:
+        """Return the nodes that outlive this program, with the number of jobs that run on there.
+        The driver's thread, or after its end."""
+        return self.driver.queries.left_behind(self.comp)
+
+    def cancel_waiting(self, but_first: bool) -> None:
+        """End all jobs that have not begun; `but_first` is that of Cancellations."""
+        self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
+
+    def after_fork(self) -> None:
+        """Let go, in a forked child, of the jobs and the journal, which are the parent's."""
+        self.book.after_fork()
+        self.journal = None
+        self.submitter.journal = None
+        if self.trail is not None:
+            self.trail.after_fork()
+
+    # -- whether the program still needs it; the driver's thread -----------------------------------
+
+    def is_idle(self) -> bool:
+        """Return whether the cluster has no jobs and is not closed."""
+        return not self.book.pending and not self.closed and self.takeover.recovery is None
+
+    def is_replaced(self, others: Iterable[NodeUser]) -> bool:
+        """Return whether a cluster of the same function was made later."""
+        if not any(self.function):
+            return False
+        clusters = [other for other in others if isinstance(other, ProgramCluster)]
+        same = [other for other in clusters if other.function == self.function]
+        return any(other.book.began > self.book.began for other in same)
+
+    # -- for monitors; any thread ------------------------------------------------------------------
+
+    def jobs_counted(self) -> Tuple[int, int, int, int]:
+        """Return how many jobs were submitted, have ended as they should, have failed and were
+        cancelled."""
+        return self.book.totals()
+
+    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
+        """Return for each node, as ADDRESS:NAME, the node itself, the jobs that have ended there,
+        and the seconds that they ran."""
+        return self.book.nodes()
+
+    # -- nodes; the driver's thread ----------------------------------------------------------------
+
+    def node_ready(self, peer: NodeConnection) -> None:
+        """Log that a node is used, note it for recover_jobs(), and wake the threads that wait for
+        nodes."""
+        if peer.scheduler:
+            logger.info('%s: its nodes are those of the scheduler %s', self.name, peer,
+                        extra=ROUTINE)
+        else:
+            logger.info('%s: node %s is used, with %s', self.name, peer,
+                        many(peer.limit(self.comp), 'CPU'), extra=ROUTINE)
+        if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
+            self.driver.remove_old_trails()
+        self.book.notify()
+
+    def node_changed(self, status: int, peer: NodeConnection) -> None:
+        """Tell cluster_status of a node; a scheduler tells of its nodes itself."""
+        if not peer.scheduler:
+            self.callbacks.tell(status, peer, None)
+
+    def node_told(self, status: int, row: NodeInfo) -> None:
+        """Tell cluster_status of a node of the scheduler."""
+        self.book.notify()
+        self.callbacks.tell_row(status, row)
+
+    # -- jobs; the driver's thread -----------------------------------------------------------------
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
-        """With a journal they leave when it has been noted that they do."""
+        """Send jobs to a node. With a journal they leave when it has been noted that they do."""
         if peer.scheduler:
             names: Tuple[str, ...] = _OF_JOBS_THERE
         else:
@@ -11456,8 +13202,58 @@ class ProgramCluster(NodeUser):
             for frame in messages:
                 self.driver.send(peer.link, frame)  # type: ignore[arg-type]
 
+    def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
+        """Show the user that jobs run."""
+        for job, ran in pairs:
+            self.delivery.began(job, time.time() - ran, peer)
+
+    def output(self, peer: NodeConnection, work: DispyJob, message: Output) -> None:
+        """Show what a running job prints or logs."""
+        if work.state is JobState.SENT:
+            self.driver.jobs.job_started(peer, work)
+        self.live_output.came(work, message)
+
+    def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[DispyJob, tuple]]) -> None:
+        """Give jobs their results. What may run the user's code when it is opened is left to an
+        opener."""
+        plain: List[Tuple[DispyJob, tuple]] = []
+        code: List[Tuple[DispyJob, tuple]] = []
+        # Such come alone, and take time to open
+        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
+        journal = self.journal
+        is_shown = self.live_output.on_output is not None
+        ordered = self.delivery.ordered
+        for pair in pairs:
+            outcome = pair[1][1]
+            goes_on = outcome in PROVISIONAL
+            if not goes_on and is_shown:
+                self.live_output.show_rest(*pair)
+            if not goes_on and journal is not None:
+                journal.ended(*pair)
+            if goes_on or (ordered and pair[0] in ordered):
+                self._queue_ordered(pair, peer, goes_on)
+            elif large or outcome == Outcome.RETURNED_CODE or (
+                    outcome == Outcome.RAISED and has_exception(pair[1])):
+                code.append(pair)
+            else:
+                plain.append(pair)
+        if plain:
+            self.delivery.apply_results(plain, peer)
+        if code:
+            self._open_elsewhere(code, peer)
+
+    def _open_elsewhere(self, pairs: List[Tuple[DispyJob, tuple]], peer: NodeConnection) -> None:
+        self.driver.openers.run(self.delivery.apply_results, pairs, peer)
+        self.book.answered([job for job, _ in pairs])
+
+    def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection,
+                       goes_on: bool) -> None:
+        self.delivery.queue_ordered(*pair, peer)
+        if not goes_on:
+            self.book.answered([pair[0]])
+
     def job_waits(self, work: DispyJob) -> None:
-        """It is as if it had not been sent."""
+        """Make a job as it was before it was sent."""
         if self.journal is not None:
             self.journal.waits(work)
         work.status = DispyJob.Created
@@ -11465,57 +13261,48 @@ class ProgramCluster(NodeUser):
         work.start_time = None
 
     def job_parked(self, work: DispyJob, text: str) -> None:
-        """The user is warned."""
+        """Warn that a job waits for a larger node."""
         logger.warning('job %r waits: %s', work.id, text)
 
-    def output(self, peer: NodeConnection, work: DispyJob, message: Output) -> None:
-        """What a running job prints or logs."""
-        if work.state is JobState.SENT:
-            self.driver.jobs.job_started(peer, work)
-        if message.stream == 0:
-            self._show_record(work, *log_record_of(message.data))
-        elif self._on_output is not None:
-            self._shown.setdefault(work,
-                                   [0, 0])[message.stream - 1] = message.offset + len(message.data)
-            self._show_output(work, message.stream, message.data)
-        if message.stream:
-            for monitor in self._monitors:
-                monitor.printed(work, message.stream, message.offset, bytes(message.data))
+    def job_ended(self, work: DispyJob, text: str) -> None:
+        """End a job that has no result."""
+        if self.journal is not None:
+            self.journal.ended(work, text)
+        self.delivery.end_without_result(work, text)
+        self.book.answered([work])
 
-    def _show_output(self, job: DispyJob, stream: int, data: Any) -> None:
-        if len(data) and self._on_output is not None:
-            if self.cargo.is_program:
-                text: Union[bytes, str] = bytes(data)
-            else:
-                text = str(data, 'utf-8', 'replace')
-            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr',
-                                   text)
+    def fail_job(self, work: DispyJob, text: str) -> None:
+        """Abandon a job that is nowhere any more."""
+        if work.status not in ENDED:
+            work.state = JobState.ABANDONED
+            self.job_ended(work, text)
 
-    def _show_rest(self, job: Any, row: tuple) -> None:
-        """What of a job's output came with its result and has not been shown."""
-        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show_output(job, stream, row[4 + stream][at:])
+    def jobs_owed(self) -> List[DispyJob]:
+        """Return the jobs for whose end the driver answers. Any thread."""
+        return self.book.jobs_owed()
 
-    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
-        """What a job has logged; or that it has left files behind, which is said once. The driver's
-        thread."""
-        try:
-            if name != FILES_LEFT:
-                logger.log(level, 'job %s: %s: %s', job.id, name, text,
-                           extra={'job_id': job.id, 'job_logger': name})
-            elif not self._told_of_files:
-                self._told_of_files = True
-                logger.warning(
-                    '%s: job %r has left a file in its directory: %s. What a program leaves '
-                    'there does not come back, and is removed when the cluster is closed. '
-                    'Call the program in a function, by subprocess, which then calls '
-                    'dispy_send_file(name)', self.name, job.id, text)
-        except Exception:  # a handler of the user's; the link is not to blame
-            logger.exception('a handler of logging has failed')
+    def driver_failed(self, text: str) -> None:
+        """Abandon all jobs: the driver's thread ends for a fault of dispy."""
+        for job in self.book.jobs_owed() + self.takeover.left():
+            if job.status not in ENDED:
+                self.delivery.end_with_driver(job, text)
 
-    def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
-        """It comes below the directory in which the program made the cluster."""
-        self.driver.files.store(peer, self.directory, message)
+
+def core_of(cluster: Any) -> Any:
+    """What the driver knows of a JobCluster: a ProgramCluster. What is no JobCluster is itself what
+    a driver knows."""
+    return getattr(cluster, '_core', cluster)
+
+
+def name_of(computation: Any) -> str:
+    """Return the name of a computation as people are shown it."""
+    return getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
+
+
+def has_exception(row: tuple) -> bool:
+    """Whether a row of Results of a job that raised has the exception itself, and not only its
+    text."""
+    return len(unpack_error(row[4])[1]) > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11523,7 +13310,8 @@ class ProgramCluster(NodeUser):
 # --------------------------------------------------------------------------------------------------
 
 class OldNames:
-    """What is accepted and has no meaning any more. Each is said once in a process, at INFO."""
+    """Names of dispy 4 that are accepted and have no effect any more. Each is named in the log once
+    in a process, at INFO."""
     INSTEAD = {   # what takes its place
         'port': 'this program needs no port of its own',
         'client_port': 'this program needs no port of its own',
@@ -11547,14 +13335,14 @@ class OldNames:
         self._told: Set[str] = set()
 
     def tell(self, name: str) -> None:
-        """It was given. Any thread."""
+        """Log that a name was given. Any thread."""
         if name not in self._told:
             self._told.add(name)
             logger.info('%s has no meaning any more: %s', name,
                         self.INSTEAD.get(name, 'nothing takes its place'))
 
     def tell_given(self, **given: Any) -> None:
-        """These were given, but for those that are None. Any thread."""
+        """Log which of these were given: those that are not None. Any thread."""
         for name, value in given.items():
             if value is not None:
                 self.tell(name)
@@ -11587,7 +13375,7 @@ OldModules.install()
 
 
 def __getattr__(name: str) -> Any:
-    """dispy.httpd and the like, which were parts of the package."""
+    """Return dispy.httpd and other modules that were parts of the package in dispy 4."""
     if name in OldModules.NAMES:
         return importlib.import_module('dispy.' + name)
     raise AttributeError('module %r has no attribute %r' % (__name__, name))
@@ -11604,20 +13392,21 @@ SHARED_POSITIONS_LEFT = ('client_port', 'scheduler_host', 'ext_host', 'ip_addr',
 
 def refuse_positions(remote: bool, more: tuple) -> None:
     """Raise TypeError for parameters by position after the seventh, naming them."""
-    if more:
-        if remote:
-            left = SHARED_POSITIONS_LEFT
-        else:
-            left = POSITIONS_LEFT
-        raise TypeError(
-            '%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
-            'give the others by name, as %s' %
-            ('SharedJobCluster' if remote else 'JobCluster', 7 + len(more),
-             ', '.join('%s=' % name for name in left[:len(more)]) or 'name='))
+    if not more:
+        return
+    if remote:
+        kind = 'SharedJobCluster'
+        left = SHARED_POSITIONS_LEFT
+    else:
+        kind = 'JobCluster'
+        left = POSITIONS_LEFT
+    names = ', '.join('%s=' % name for name in left[:len(more)])
+    raise TypeError('%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
+                    'give the others by name, as %s' % (kind, 7 + len(more), names or 'name='))
 
 
 def node_port_of(dispy_port: Any, node_port: Any) -> int:
-    """The port of nodes for which none is given, by its two names. Raises ValueError."""
+    """Return the port of nodes for which none is given, from its two names. Raises ValueError."""
     if dispy_port is not None or not node_port:
         port = dispy_port
     else:
@@ -11641,79 +13430,58 @@ def plain_dest_path(path: Any) -> Optional[str]:
     return plain_text(path)
 
 
-class OldCluster(ProgramCluster):
-    """Attributes that clusters have in dispy 4, and what is told at the end of one."""
-    _started: float
-    _given: Dict[str, Any]
-    _counts: Dict[str, List[Any]]
-    _job_status: Any
-    _all_ended: Optional[float] = None    # when the last job had ended
+class OldCluster:
+    """The attributes that a cluster has in dispy 4 and that are no parameters of today."""
+    _core: ProgramCluster
 
     @property
     def start_time(self) -> float:
-        """When the cluster was made, in seconds since the epoch."""
-        return self._started
+        """The time when the cluster was made, in seconds since the epoch."""
+        return self._core.book.began
 
     @property
     def end_time(self) -> Optional[float]:
-        """When all jobs that were submitted had ended, in seconds since the epoch; None before."""
-        return self._all_ended
+        """The time when all jobs that were submitted had ended, in seconds since the epoch; None
+        before."""
+        return self._core.book.all_ended
 
     @property
     def cpu_time(self) -> float:
-        """Seconds that jobs ran, in sum."""
-        return float(sum(count[2] for count in list(self._counts.values())))
+        """The sum of the seconds that jobs ran."""
+        return self._core.book.seconds()
 
     @property
     def pulse_interval(self) -> Optional[float]:
-        """As given to the constructor."""
-        return self._given['pulse_interval']  # type: ignore[no-any-return]
+        """The parameter of this name, in seconds; None if it was not given."""
+        return self._core.options.pulse_interval
 
     @property
     def ping_interval(self) -> Optional[float]:
-        """As given to the constructor."""
-        return self._given['ping_interval']  # type: ignore[no-any-return]
+        """The parameter of this name, in seconds; None if it was not given."""
+        return self._core.options.ping_interval
 
     @property
     def poll_interval(self) -> Optional[float]:
-        """As given to the constructor."""
-        return self._given['poll_interval']  # type: ignore[no-any-return]
+        """The parameter of this name, in seconds; None if it was not given. It has no effect."""
+        return self._core.options.poll_interval
 
     @property
     def job_status(self) -> Any:
         """The function that is called with jobs that have ended. It may be set."""
-        return self._job_status
+        return self._core.callbacks.job_status
 
     @job_status.setter
     def job_status(self, function: Any) -> None:
-        self._job_status = function
+        self._core.callbacks.job_status = function
 
     @property
     def cluster_status(self) -> Any:
         """The function that is called at every change. It may be set."""
-        return self._cluster_status
+        return self._core.callbacks.cluster_status
 
     @cluster_status.setter
     def cluster_status(self, function: Any) -> None:
-        self._cluster_status = function
-
-    def _tell_closed(self, nodes: Sequence[DispyNode]) -> None:
-        """The cluster is closed: cluster_status is called with Closed for each of these nodes. It
-        is waited for, since a program often ends then. Any thread."""
-        call = self._cluster_status
-        told = threading.Event()
-        if call is None or not nodes:
-            return
-        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
-
-        def tell() -> None:
-            for node in nodes:
-                node.state = 'closed'
-                self.driver.tell_later(call, DispyNode.Closed, node, None)
-            self.driver.tell_later(told.set)
-        self.driver.ask(tell)
-        if not is_teller:   # otherwise it would wait for itself
-            in_slices(told.wait, GRACE)
+        self._core.callbacks.cluster_status = function
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11759,7 +13527,8 @@ class JobCluster(OldCluster):
     dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
         already and has not
         changed is not sent again. None: a new one
-    loglevel - level of dispy.logger, as in `logging`
+    loglevel - level of dispy.logger, as in `logging`: messages are shown from this level up. INFO
+        leaves a level that the program itself has set; DEBUG shows each event and decision
     setup, cleanup - functions run once a node, before the first and after the last job, in the
         directory of the files;
         they share the computation's global variables. A setup that raises or returns other than
@@ -11797,8 +13566,8 @@ class JobCluster(OldCluster):
     manager: see `close`, which it calls at the end.
     """
 
-    _function: Optional[Tuple[str, str]] = None   # of the computation, by name
-    _unusable = ''    # why an executor can run nothing any more
+    _is_shared = False    # its nodes are a scheduler's
+    _core: ProgramCluster
     __class_getitem__ = classmethod(of_kind)
 
     def __init__(self,
@@ -11836,266 +13605,28 @@ class JobCluster(OldCluster):
                  node_port: Optional[int] = None,
                  port: Optional[int] = None,
                  client_port: Optional[int] = None) -> None:
+        arguments = dict(locals())
         check_not_importing()
-        refuse_positions(self.remote, more)
-        self.port = node_port_of(dispy_port, node_port)
-        pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 1000)
-        redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
-        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
-        self._given = {
-            'pulse_interval': pulse_interval and pulse, 'ping_interval': ping_interval and redial,
-            'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)
-        }
-        reach = discovery_reach()
-        if any_node(nodes):
-            nodes = None
-        if nodes is None and reach != 'off':
-            self.specs = [NodeSpec('*', self.port)]
-        elif nodes is None or nodes == LOCAL:
-            self.specs = []
-        else:
-            self.specs = parse_nodes(nodes, self.port, self.remote or host is not None
-                                     or ip_addr is not None)
-        if not self.specs and not self.remote:
-            check_fork()
-            own_python()
-        host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
-        first, *others = map(_own_host, (host, *more_hosts))
-        self.hosts = [where for where in (first, *others) if where is not None]
-        # Old scripts always give ip_addr: two of them on one machine must not be in each other's
-        # way.
-        self.hosts_may_fail = first is None or (isinstance(host, str)
-                                                and first[0] == host.strip('[]'))
-        self.multicast = bool(ipv4_udp_multicast)
-        for name, function in (('job_status', job_status), ('callback', callback),
-                               ('cluster_status', cluster_status), ('on_output', on_output)):
-            if function is not None and not callable(function):
-                raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
-        dest_path = plain_dest_path(dest_path)
-        if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
-            raise TypeError('depends must be a list, not %s' % type(depends).__name__)
-        level = plain_number(loglevel, True)
-        logger.setLevel(loglevel if level is None else level)
-        loglevel = int(logger.level)
+        refuse_positions(self._is_shared, more)
+        options = ClusterOptions.from_arguments(arguments, self._is_shared)
+        set_log_level(options.loglevel)
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
-        self.name = getattr(computation, '__name__', None) or os.path.basename(
-            str(computation))[:60]
-        self.comp = self.client = uuid.uuid4().hex
-        # Who has it may take the results; it is sent when that is wanted
-        self.key = os.urandom(32)
-        self.reentrant = _flag('reentrant', reentrant)
-        if not callable(cleanup):
-            cleanup = _flag('cleanup', cleanup)
-        forward_logs = _flag('forward_logs', forward_logs)
-        self.bundles = ModuleBundles(self.name)
-        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most,
-                                      self.name, self.bundles)
-        check_cargo(self.cargo.spec)
-        for spec in self.specs:
-            # It may choose others later, which are checked then
-            if spec.allocator is not None and spec.allocator.setup_args:
-                check_setup_args(
-                    size_of(self.bundles.packed((tuple(spec.allocator.setup_args), []), [])),
-                    self.remote)
-        self.cargo.spec['key'] = digest_of(self.key)
-        if isinstance(computation, Calls):
-            self.cargo.spec.update(computation.spec)
-        self.cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
-        # That files of modules have changed; an executor runs the new text
-        self._told_of_change = isinstance(computation, Calls)
-        if job_status is None:
-            self._job_status = callback
-        else:
-            self._job_status = job_status
-        self._cluster_status = cluster_status
-        self._on_output = on_output
-        # Bytes of stdout and stderr shown live; driver thread only
-        self._shown: Dict[DispyJob, List[int]] = {}
-        self._lock = threading.Lock()                        # guards those below
-        self._changed = threading.Condition(self._lock)
-        self._owed: Set[DispyJob] = set()                    # jobs for whose end the driver answers
-        # Jobs that have not ended or whose callback has not returned
-        self._pending = 0
-        self._count = 0                                      # jobs submitted
-        self._waiters = 0                                    # callbacks that are in `wait`
-        self.closed = False
-        self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
-        # Rows of jobs with provisional results, in order
-        self._chains: Dict[DispyJob, Deque[Tuple[tuple, NodeConnection]]] = {}
-        self._numbers = itertools.count(1)
-        self._finished = 0                                   # jobs that have ended as they should
-        # Status -> jobs that have not; Finished: programs, by their exit status
-        self._unfinished: Dict[int, int] = {}
-        self._started = time.time()
-        self.directory = os.getcwd()                        # files that jobs send come below it
-        self._failures = Failures(self.directory, self.cargo.paths,
-                                  self._job_status is None and cluster_status is None)
-        path = path_option('recover_file', None if recover_file is False else recover_file) or (
-            '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
-        self._recovers = bool(path)                          # another process may carry on
-        if path or recover_file is False:
-            self.trail = None
-        else:
-            self.trail = ComputationNotes(weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
-        self._reach_by(nodes is None and reach != 'off')
-        self.recovered: List[DispyJob] = []
-        self._recovery: Optional[Recovery] = None
-        access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
-        if path:
-            self.journal = Journal(path)
-        else:
-            self.journal = None
-        try:
-            if self.journal is not None:
-                known = self.journal.known()
-            else:
-                known = []
-            self.driver = Driver.acquire(access)
-            try:
-                if self.journal is not None:
-                    self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program,
-                                       self._first_host(), self.key)
-                self.driver.ask(lambda: self.driver.open(self, self._probe))
-            except BaseException:
-                self.driver.release()
-                raise
-        except BaseException:
-            if self.journal is not None:
-                self.journal.close()
-            raise
-        _clusters.add(self)
-        self._warn_of_others(computation)
-        if self.journal is not None:
-            self._carry_on(self.journal, known)
+        self._core = self._make_core(computation, options)
+        self.recovered = self._core.takeover.recovered
+        self._core.start(self)
 
-    def _warn_of_others(self, computation: Any) -> None:
-        """The third cluster of one function that is open: a cell or a loop makes one each time."""
-        if isinstance(computation, Calls):   # an executor has functions of all sorts
-            return
-        self._function = (getattr(computation, '__module__', ''),
-                          getattr(computation, '__qualname__', str(computation)))
-        same = [cluster for cluster in list(_clusters)
-                if cluster._function == self._function and not cluster.closed]
-        if len(same) >= 3 and self._function not in _told_of_many:
-            _told_of_many.add(self._function)
-            logger.warning('%s: %d clusters of this function are open, and each has processes of '
-                           'its own on the nodes. Call close() when a cluster is not needed any '
-                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
+    def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
+        return ProgramCluster(computation, options)
 
-    def _describe_for_trail(self) -> Dict[str, Any]:
-        """What another process needs to collect the results. The driver's thread."""
-        return {
-            'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
-            'program': self.cargo.is_program,
-            'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
-            'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
-            'began': self._started, 'listen': '%s:%d' % self._first_host() if self.hosts else ''
-        }
+    @property
+    def name(self) -> str:
+        """The name of the computation, which people are shown. It may be set."""
+        return self._core.name
 
-    def _first_host(self) -> Any:
-        """Where nodes may connect, for who recovers the jobs."""
-        if self.hosts:
-            return self.hosts[0]
-        return None
-
-    def _left_behind(self) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
-        after its end."""
-        return self.driver.queries.left_behind(self.comp)
-
-    def _reach_by(self, probe: bool) -> None:
-        """Whom to dial for nodes; called when all but the driver is there."""
-        self._probe = probe   # start a node here if none answers
-
-    def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
-        """The files of modules may have changed since they travelled: jobs go on with what was
-        sent, and the user is told."""
-        changed = self.bundles.changed(every)
-        if changed and not self._told_of_change:
-            self._told_of_change = True
-            logger.warning(
-                '%s: the file of module %s has changed; this cluster keeps the text that it began '
-                'with. Make a new cluster to run the new one', self.name, ', '.join(changed))
-
-    def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
-        """Take over what is in the journal from a program that has crashed: rows of
-        `Journal.known`."""
-        sent: List[Tuple[DispyJob, str]] = []
-        with journal.damages():
-            holders = journal.holders()
-        again: List[DispyJob] = []
-        ended: List[DispyJob] = []
-        for job, state, node, result in rows:
-            job._journal = journal
-            self.recovered.append(job)
-            if state == Journal.ENDED:
-                if isinstance(result, str):
-                    end_without(job, result)
-                else:
-                    fill_in(job, (job.serial, *result), self.cargo.is_program)
-                ended.append(job)
-            elif state == Journal.SENT:
-                job.status = DispyJob.Running
-                job.state = JobState.RUNNING
-                sent.append((job, node))
-            else:
-                again.append(job)
-        journal.delivered(ended)
-        with self._lock:
-            self._pending += len(sent) + len(again)
-            self._count += len(sent) + len(again)
-
-        def lost(job: DispyJob, text: str) -> None:
-            if self.reentrant:
-                resubmit(job)
-            else:
-                job.state = JobState.ABANDONED
-                journal.ended(job, text)
-                self._end(job, text)
-
-        def done(job: DispyJob, row: tuple, peer: NodeConnection) -> None:
-            job.ip_addr = peer.ip_addr
-            self._conclude([(job, row)], peer)
-
-        def over() -> None:
-            self.driver.call_soon(self._recovered)
-
-        def renew(job: DispyJob) -> None:
-            job.comp = self.comp
-            job.state = JobState.CREATED
-            job.status = DispyJob.Created
-            # It may be gone
-            job.options = {
-                name: value
-                for name, value in (job.options or {}).items() if name != 'node'
-            } or None
-            with self._lock:
-                self._owed.add(job)
-
-        # The driver's thread; posted, it might come behind the end of the cluster
-        def resubmit(job: DispyJob) -> None:
-            renew(job)
-            self.driver.jobs.take(job)
-        for job in again:
-            renew(job)
-            self.driver.post(job)
-        if sent or holders:
-            logger.info('%d jobs of an earlier run are on nodes: their results are collected',
-                        len(sent))
-            recovery = self._recovery = Recovery(journal, sent, holders, done, lost, resubmit, over)
-            self.driver.ask(lambda: recovery.begin(self.driver))
-
-    def _recovered(self) -> None:
-        """What an earlier run had on nodes has been collected, or the cluster is closed. The
-        driver's thread."""
-        recovery = self._recovery
-        self._recovery = None
-        if recovery is not None:
-            self.driver.recoveries.give_up(recovery, True)
-            for job in recovery.left():
-                job.state = JobState.CANCELLED
-                self._end(job, 'cancelled: the cluster was closed')
+    @name.setter
+    def name(self, name: str) -> None:
+        self._core.name = name
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -12120,89 +13651,33 @@ class JobCluster(OldCluster):
         keywords; ValueError for arguments of more than 4 GiB (with a recover_file: 900 MiB); and
         what pickling them raises.
         """
-        return self._submit(next(self._numbers), args, kwargs)
+        submitter = self._core.submitter
+        return submitter.submit(next(submitter.numbers), args, kwargs)
 
     def submit_job_id(self, id: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit`; the job's `id` is the one given, any object. Any thread."""
-        return self._submit(id, args, kwargs)
+        return self._core.submitter.submit(id, args, kwargs)
 
     def submit_node(self, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit`, on this node and no other: a DispyNode, its name, address or (address,
         port). The job waits while the node cannot be used. Raises ValueError for a node that this
         cluster does not know, naming those it does. Any thread."""
-        return self._submit(next(self._numbers), args, kwargs, self._key_of_node(node))
+        submitter = self._core.submitter
+        return submitter.submit(next(submitter.numbers), args, kwargs, self._key_of_node(node))
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit_node`, with the job's `id`. Any thread."""
-        return self._submit(id, args, kwargs, self._key_of_node(node))
+        return self._core.submitter.submit(id, args, kwargs, self._key_of_node(node))
 
     def _key_of_node(self, node: Any) -> Any:
-        key, reason = self._command('seat', node)
+        key, reason = self._core.nodes.key_of(node)
         if reason:
+            if isinstance(node, DispyNode):
+                node = node.ip_addr
             logger.warning(
                 '%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it '
-                'can',
-                self.name, node.ip_addr if isinstance(node, DispyNode) else node, reason)
+                'can', self.name, node, reason)
         return key
-
-    def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
-        depends = kwargs.pop('dispy_job_depends', ())
-        if kwargs:
-            options = _take_options(kwargs)
-        else:
-            options = None
-        if node is not None:
-            options = dict(options or {}, node=node)
-        if options is not None and 'repeats' in options:
-            options['repeats'].is_program = self.cargo.is_program
-        if self.cargo.is_program and kwargs:
-            raise TypeError('a program takes no keyword arguments: %s' %
-                            ', '.join(map(str, kwargs)))
-        return self._enter(number, args, kwargs, options, self._pack(args, kwargs, depends))
-
-    def _pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
-        """Arguments as they are now."""
-        self._look_at_modules()
-        payload = pack_arguments(args, kwargs, self.bundles, depends)
-        if type(payload) is SharedPayload:
-            size = payload.total()
-        else:
-            size = size_of(payload)
-        if self.journal is None:
-            most = VALUE_MOST
-        else:
-            most = JOURNAL_MOST
-        if size > most:
-            raise ValueError(
-                'arguments of %d bytes are over the limit of %d%s: send a file (depends)' %
-                (size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
-        return payload
-
-    def _enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
-               future: Optional['DispyFuture'] = None) -> DispyJob:
-        if type(payload) is SharedPayload:
-            options = dict(options or {}, values=payload.rows())
-        if self.journal is None:
-            job = DispyJob(self.comp, payload, options, number)
-        else:
-            job = KeptJob(self.comp, payload, options, number, words_of(args, kwargs))
-        with self._lock:
-            if self.closed or self.driver.broken:
-                raise RuntimeError('submit: %s' % (self.driver.broken or 'the cluster was closed'))
-            if self.journal is not None and isinstance(job, KeptJob):
-                self.journal.submitted(job)
-                self.journal.trim()
-            if future is not None:
-                job._future = future
-                future.job = job
-            self._pending += 1
-            self._count += 1
-            self._owed.add(job)
-            if self._cluster_status is not None:
-                self.driver.post(StatusCallback(self, DispyJob.Created, None, job))
-            # With the lock held: `close` comes after it or before the test above
-            self.driver.post(job)
-        return job
 
     def put(self, value: Any) -> ValueRef:
         """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
@@ -12211,7 +13686,7 @@ class JobCluster(OldCluster):
         What the program changes in the value later does not reach jobs. Arrays and other buffers
         over 1 MiB in arguments are treated so without `put`, which saves packing and comparing them
         for each job. Raises what pickling the value raises. Any thread."""
-        self._look_at_modules()
+        self._core.submitter.look_at_modules()
         return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None,
@@ -12238,11 +13713,13 @@ class JobCluster(OldCluster):
                 yield result_of(jobs.popleft())
         finally:
             if jobs:
+                driver = self._core.driver
+
                 def cancel() -> None:
                     for job in jobs:
-                        self.driver.cancels.cancel(job)
+                        driver.cancels.cancel(job)
                 with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
-                    self.driver.ask(cancel)
+                    driver.ask(cancel)
 
     def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
                      progress: bool = False) -> Iterator[DispyJob]:
@@ -12254,7 +13731,7 @@ class JobCluster(OldCluster):
         for job in jobs:
             if not isinstance(job, DispyJob):
                 raise TypeError('as_completed: %.80r is no job' % (job,))
-        ended = self._as_completed(jobs, timeout)
+        ended = ended_jobs(jobs, timeout)
         if progress:
             return in_sight(ended, len(set(jobs)))
         return ended
@@ -12270,27 +13747,6 @@ class JobCluster(OldCluster):
             until = time.monotonic() + timeout
         return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
 
-    def _as_completed(self, jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
-        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
-        for job in jobs:
-            job._call_when_ended(ended.put)
-        left = set(jobs)
-        while left:
-            try:
-                job = next_of(ended, None if until is None else until - time.monotonic())
-            except queue.Empty:
-                first = next((job for job in jobs if job in left and job.status not in ENDED), None)
-                raise TimeoutError('%d of %d jobs have not ended within %s s%s' %
-                                   (len(left), len(jobs), timeout, '' if first is None else
-                                    '. The first of them: ' + first._unended(timeout))) from None
-            if job in left:
-                left.discard(job)
-                yield job
-
     def cancel(self, job: DispyJob) -> int:
         """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by
         killing it. Returns 0, or -1 for a job that has ended. Any thread."""
@@ -12298,54 +13754,30 @@ class JobCluster(OldCluster):
             raise TypeError('cancel: %.80r is no job' % (job,))
         if job.status in ENDED:
             return -1
-        self.driver.ask(lambda: self.driver.cancels.cancel(job))
+        driver = self._core.driver
+        driver.ask(lambda: driver.cancels.cancel(job))
         return 0
 
     def jobs(self) -> JobList:
         """The jobs that have not ended, in the order of submission: a list, which a notebook shows
         as a table. Any thread."""
-        with self._lock:
-            owed = list(self._owed)
-        jobs = [job for job in owed if job.status not in ENDED]
+        jobs = [job for job in self._core.book.jobs_owed() if job.status not in ENDED]
         return JobList(sorted(jobs, key=lambda job: (job.submit_time, job.serial >> 16)))
 
     def cancel_all(self) -> int:
         """End all jobs that have not ended: those that wait at once, those that run as `cancel`
         does. The cluster takes others afterwards. Returns how many they were. Any thread."""
+        driver = self._core.driver
         jobs = self.jobs()
         jobs.reverse()   # none begins instead of one that was cancelled before it
         for at in range(0, len(jobs), CANCELS_MOST):
             some = jobs[at:at + CANCELS_MOST]
-            self.driver.ask(functools.partial(self.driver.cancels.cancel_some, some))
+            driver.ask(functools.partial(driver.cancels.cancel_some, some))
         return len(jobs)
 
     def cancel_waiting(self) -> None:
         """End all jobs that have not begun, those that wait on nodes included. Any thread."""
-        self._cancel_waiting(False)
-
-    def _cancel_waiting(self, but_first: bool) -> None:
-        self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
-
-    def _withdraw_all(self, jobs: Sequence[Any]) -> None:
-        """Cancel those that have not begun; the answers are not waited for. Any thread but the
-        driver's."""
-        with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
-            self.driver.ask(lambda: self.driver.cancels.withdraw_all(jobs))
-
-    def _withdraw(self, job: DispyJob) -> bool:
-        """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
-        for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
-        driver = self.driver
-        if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
-            return job.status == DispyJob.Cancelled
-        try:
-            future = driver.ask(lambda: driver.cancels.withdraw(job))
-            try:
-                return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
-            except concurrent.futures.TimeoutError:
-                return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
-        except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
-            return job.status == DispyJob.Cancelled
+        self._core.cancel_waiting(False)
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds;
@@ -12354,48 +13786,8 @@ class JobCluster(OldCluster):
         for is not waited for."""
         timeout = _seconds('timeout', timeout)
         if not progress:
-            return self._wait(timeout)
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
-        with Progress() as shown:
-            while True:
-                with self._lock:
-                    shown.show(self._count - self._pending, self._count)
-                if until is None:
-                    left = PROGRESS_EVERY
-                else:
-                    left = min(PROGRESS_EVERY, until - time.monotonic())
-                if self._wait(max(0.0, left)):
-                    shown.show(self._count, self._count)
-                    return True
-                if until is not None and time.monotonic() >= until:
-                    return False
-
-    def _wait(self, timeout: Optional[float]) -> bool:
-        own = getattr(_calling, 'cluster', None) is self
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
-        with self._changed:
-            self._waiters += own
-            if own:
-                self._changed.notify_all()
-            try:
-                # Callbacks that wait do not wait for each other
-                while self._pending > (self._waiters if own else 0):
-                    if until is None:
-                        left = None
-                    else:
-                        left = until - time.monotonic()
-                    if left is not None and left <= 0:
-                        return False
-                    in_slices(self._changed.wait, left)
-            finally:
-                self._waiters -= own
-        return True
+            return self._core.book.wait(timeout)
+        return wait_in_sight(self._core.book, timeout)
 
     __call__ = wait
 
@@ -12407,16 +13799,17 @@ class JobCluster(OldCluster):
         RuntimeError when the cluster is or gets closed. Any thread."""
         timeout = _seconds('timeout', timeout)
         n = _in_range('n', n, 1, 0, 1 << 31, True)
+        core = self._core
         if timeout is None:
             until = None
         else:
             until = time.monotonic() + timeout
         while True:
-            if self.closed:
+            if core.closed:
                 raise RuntimeError('wait_nodes: the cluster was closed')
-            if sum(node.state == 'ready' for node in self.status().nodes) >= n:
+            if core.report.count_ready() >= n:
                 return
-            reason = self._why_unloadable()
+            reason = core.nodes.why_unloadable()
             if reason:
                 raise NoNodes(reason)
             if until is None:
@@ -12424,71 +13817,20 @@ class JobCluster(OldCluster):
             else:
                 left = until - time.monotonic()
             if left <= 0:
-                ready = sum(node.state == 'ready' for node in self.status().nodes)
-                raise NoNodes(
-                    '%d node%s waited for, and after %g s there %s. %s' %
-                    (n, ' was' if n == 1 else 's were', timeout
-                     or 0.0, 'is none' if not ready else 'are only %d' % ready, self._complaint()))
-            with self._changed:
-                self._changed.wait(min(left, 0.1))
-
-    def _complaint(self) -> str:
-        return self._command('complaint')  # type: ignore[no-any-return]
-
-    def _why_jobs_wait(self) -> str:
-        """Why a job that has not begun waits. The user's threads."""
-        try:
-            if any(node.state == 'ready' for node in self.status().nodes):
-                return 'it waits for its turn; of the jobs of %s there are %s' % (self.name,
-                                                                                  self._counted())
-            return 'it waits for a node. ' + self._complaint()
-        except (RuntimeError, concurrent.futures.TimeoutError):
-            # The cluster is closed meanwhile, or nobody answers
-            return 'it waits'
-
-    def _why_unloadable(self) -> str:
-        """Why no node can load the code of the computation; empty if one may."""
-        return self._command('why_unloadable')  # type: ignore[no-any-return]
+                raise NoNodes(too_few_nodes(n, timeout or 0.0, core.report.count_ready(),
+                                            core.nodes.explain_no_nodes()))
+            core.book.wait_for_change(min(left, 0.1))
 
     def status(self) -> ClusterStatus:
         """The nodes that have answered and the number of jobs that have not ended; the other nodes,
         with the reason, are in `refused`. Any thread."""
-        with self._lock:
-            counts = {name: list(count) for name, count in self._counts.items()}
-            pending = self._pending
-        found: List[NodeInfo] = []
-        if not self.closed:
-            try:
-                found = self._rows()
-            except RuntimeError:
-                if not self.closed:   # otherwise it was closed meanwhile
-                    raise
-        nodes: List[DispyNode] = []
-        seen = set()
-        for row in found:
-            key = '%s:%s' % (row.ip_addr, row.name)
-            seen.add(key)
-            _, done, seconds = counts.get(key, (row, 0, 0.0))
-            nodes.append(
-                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
-        for key, (peer, done, seconds) in counts.items():
-            if key not in seen:
-                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
-        return ClusterStatus(nodes, pending)
-
-    def _command(self, name: str, *args: Any) -> Any:
-        """Ask whoever has the nodes: the driver."""
-        if self.closed:
-            raise RuntimeError('the cluster was closed')
-        return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
-
-    def _rows(self) -> List[NodeInfo]:
-        return self._command('nodes')  # type: ignore[no-any-return]
+        return self._core.report.status()
 
     def discover_nodes(self, nodes: Any) -> int:
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
         0. Raises TypeError or ValueError for what is no node. Any thread."""
-        self._command('allocate', parse_nodes(nodes, self.port, bool(self.hosts)))
+        core = self._core
+        core.nodes.ask('allocate', parse_nodes(nodes, core.port, bool(core.hosts)))
         return 0
 
     def allocate_node(self, node: Any) -> int:
@@ -12499,22 +13841,23 @@ class JobCluster(OldCluster):
     def deallocate_node(self, node: Any) -> int:
         """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns
         0. Any thread."""
-        self._command('set_cpus', node, 0)
+        self._core.nodes.ask('set_cpus', node, 0)
         return 0
 
     def close_node(self, node: Any, terminate_pending: bool = False) -> int:
         """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at
         once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise),
         cleanup runs there. Returns 0. Any thread."""
-        self._command('leave', node, 'close', bool(terminate_pending))
+        self._core.nodes.ask('leave', node, 'close', bool(terminate_pending))
         return 0
 
     def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
         """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`,
         setup. When and with what effect on its jobs as in `close_node`. Returns 0 at once. Any
         thread."""
-        self.cargo.spec['files'] = _file_rows(self.cargo.paths, self.cargo.spec['program'])
-        self._command('leave', node, 'open', bool(terminate_pending))
+        cargo = self._core.cargo
+        cargo.spec['files'] = _file_rows(cargo.paths, cargo.spec['program'])
+        self._core.nodes.ask('leave', node, 'open', bool(terminate_pending))
         return 0
 
     def set_node_cpus(self, node: Any, cpus: int) -> int:
@@ -12523,18 +13866,21 @@ class JobCluster(OldCluster):
         number = plain_number(cpus, True)
         if number is None:
             raise TypeError('cpus=%.80r is no whole number' % (cpus,))
-        return self._command('set_cpus', node, number)  # type: ignore[no-any-return]
+        return self._core.nodes.ask('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
         """Jobs of this cluster that have been sent to a node and have not ended: those that wait
         there are Created. With `from_node` it is asked which of them run; only these are returned,
         as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
-        serials = self._command('jobs', node)
+        core = self._core
+        serials = core.nodes.ask('jobs', node)
         if from_node:
-            report = answer_of(self._command('question', node), CALL_TIME)
+            report = answer_of(core.nodes.ask('question', node), CALL_TIME)
             running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
-        return self.driver.ask(lambda: self.driver.queries.jobs_of(self.comp, serials))  # type: ignore[no-any-return]
+        queries = core.driver.queries
+        jobs: List[DispyJob] = core.driver.ask(lambda: queries.jobs_of(core.comp, serials))
+        return jobs
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
@@ -12544,12 +13890,13 @@ class JobCluster(OldCluster):
         TimeoutError after `timeout` seconds. `relay`, in dispy 4 the third parameter, is accepted
         and has no meaning any more. Any thread."""
         if isinstance(timeout, bool):
-            timeout, relay = None, timeout
+            relay = timeout
+            timeout = None
         old_names.tell_given(relay=relay or None)
         name = os.path.basename(os.fspath(path))
         row, = _file_rows({name: os.fspath(path)})
         timeout = _seconds('timeout', timeout)
-        future = self._command('question', node, row, os.fspath(path))
+        future = self._core.nodes.ask('question', node, row, os.fspath(path))
         try:
             error = answer_of(future, timeout)
         except concurrent.futures.TimeoutError:
@@ -12559,47 +13906,40 @@ class JobCluster(OldCluster):
             raise OSError('send_file: %s could not be stored on the node: %s' % (name, error))
         return 0
 
+    # -- what people see ---------------------------------------------------------------------------
+
     def print_status(self, wall_time: Any = None, file: Any = None) -> None:
         """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). `wall_time`
         are the seconds that passed, if it is not the time since the cluster was made; the first
         parameter may also be `file`. Any thread."""
         if hasattr(wall_time, 'write'):
-            wall_time, file = None, wall_time
+            file = wall_time
+            wall_time = None
         wall_time = number_in(wall_time)
-        self._tell_failures()
+        self._core.tell_failures()
         status = self.status()
-        line = '%-32s %5s %8s %10s %12s  %s'
-        out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
-        for node in status.all_nodes:
-            if node.port not in (0, NODE_PORT):
-                where = format_address(node.ip_addr, node.port)
-            else:
-                where = node.ip_addr
-            if node.name:
-                name = '%s (%s)' % (where, node.name)
-            else:
-                name = where
-            out.append(line %
-                       (name[:32], node.cpus, node.jobs_done, '%.3f' %
-                        (node.cpu_time / node.jobs_done) if node.jobs_done else '-',
-                        '%.3f' % node.cpu_time, node.state +
-                        (': ' + node.reason.strip().splitlines()[-1] if node.reason else '')))
-        busy = sum(node.cpu_time for node in status.all_nodes)
-        elapsed = wall_time or time.time() - self._started
-        out += [
-            '-' * 84,
-            'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f' %
-            (status.jobs_pending, busy, elapsed, busy / elapsed if elapsed else 0.0)
-        ]
-        print('\n'.join(out), file=file)
+        elapsed = wall_time or time.time() - self.start_time
+        print(table_of_status(status, elapsed), file=file)
 
     stats = print_status
 
-    def _tell_failures(self) -> None:
-        """Jobs have failed, and the program has not looked at any reason: that is said once."""
-        text = self._failures.take(self._count)
-        if text:
-            logger.warning('%s: %s', self.name, text)
+    def __repr__(self) -> str:
+        core = self._core
+        return '<%s %s: %s; %s>' % (type(self).__name__, self.name, core.report.nodes_in_words(),
+                                    core.book.by_state())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
+        core = self._core
+        nodes = core.report.status().nodes
+        if core.closed:
+            state = 'closed'
+            page = ''
+        else:
+            state = nodes_text(nodes)
+            page = core.live_output.page()
+        title = '%s %s' % (type(self).__name__, self.name)
+        return html_of_cluster(title, state, core.book.by_state(), nodes, page)
 
     # -- end ---------------------------------------------------------------------------------------
 
@@ -12607,82 +13947,12 @@ class JobCluster(OldCluster):
         """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are
         cancelled) and let the nodes go. Returns True; False, and nothing is changed, when jobs were
         left after `timeout`. May be called twice. Any thread."""
-        return self._close(timeout, terminate)
+        return self._core.close(timeout, terminate)
 
     def shutdown(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
         """As `close`; nodes that were started with --client-shutdown end as soon as this program
         lets them go. Any thread."""
-        return self._close(timeout, terminate, shutdown=True)
-
-    def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
-        if not terminate and not self.closed:
-            self._look_at_modules(0.0)
-            if not self.wait(timeout):
-                return False
-        with self._lock:
-            if self.closed:
-                return True
-            self.closed = True
-        _clusters.discard(self)
-        self._leave(shutdown)
-        self._tell_failures()
-        return True
-
-    def _leave(self, shutdown: bool = False) -> None:
-        driver = self.driver
-        nodes = self._nodes_in_use()
-        if driver.broken:   # nodes could not be told, and what runs there can be collected
-            if self.trail is not None:
-                self.trail.close(remove=False)
-            return
-        untold: Set[str] = set()
-        try:
-            driver.ask(self._recovered)
-            untold = driver.ask(lambda: driver.forget(self.comp, shutdown))
-        except RuntimeError as exc:
-            # The driver has failed meanwhile, and has ended the jobs itself
-            logger.debug('%s: %s', self.name, exc)
-        except Exception as exc:  # a fault of ours; the cluster is closed all the same
-            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name,
-                         type(exc).__name__, exc)
-        self.wait(CALL_TIME)   # for callbacks of what was cancelled
-        with contextlib.suppress(RuntimeError):   # the driver has failed
-            self._tell_closed(nodes)
-        if self.trail is not None:
-            self.trail.end(untold)
-        if self.journal is not None:
-            self.journal.close(remove=True)
-        if threading.current_thread() is not driver.thread:
-            driver.release()
-
-    def _rows_at_end(self) -> List[NodeInfo]:
-        """Nodes, also when the cluster counts as closed."""
-        return self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))  # type: ignore[no-any-return]
-
-    def _nodes_in_use(self) -> List[DispyNode]:
-        """Nodes whose Closed is to be told; none if nobody wants to know."""
-        if self._cluster_status is None:
-            return []
-        try:
-            rows = self._rows_at_end()
-        except (RuntimeError, concurrent.futures.TimeoutError):
-            # The driver or the scheduler is gone
-            return []
-        return [
-            describe_node(row, 'closed', '', row.cpus, 0) for row in rows
-            if row.state in ('ready', 'draining')
-        ]
-
-    def _after_fork(self) -> None:
-        """In a forked child: its jobs and its journal are the parent's, and nobody here may wait
-        for them."""
-        self._lock = threading.Lock()   # a thread that is not here may hold the old one
-        self._changed = threading.Condition(self._lock)
-        self.closed = True
-        self._pending = 0
-        self.journal = None
-        if self.trail is not None:
-            self.trail.after_fork()
+        return self._core.close(timeout, terminate, shutdown=True)
 
     def __enter__(self) -> 'JobCluster':
         return self
@@ -12691,317 +13961,104 @@ class JobCluster(OldCluster):
         """Waits for the jobs; leaving by an exception cancels them."""
         self.close(terminate=kind is not None)
 
-    def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """How many jobs were submitted, have ended as they should, have failed, were cancelled. Any
-        thread."""
-        with self._lock:
-            return self._count_jobs()
 
-    def _count_jobs(self) -> Tuple[int, int, int, int]:
-        """The same, with the lock held."""
-        ends = self._unfinished
-        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
-        return self._count, self._finished, failed, ends.get(DispyJob.Cancelled, 0)
-
-    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran. Any
-        thread."""
-        with self._lock:
-            return {
-                name: (peer, done, seconds)
-                for name, (peer, done, seconds) in self._counts.items()
-            }
-
-    def _counted(self) -> Counts:
-        """Its jobs by state. Any thread."""
-        with self._lock:
-            owed = list(self._owed)
-            submitted, done, failed, cancelled = self._count_jobs()
-        waiting = sum(job.status == DispyJob.Created for job in owed)
-        running = max(0, submitted - done - failed - cancelled - waiting)
-        return Counts(done, failed, cancelled, running, waiting)
-
-    def _nodes_in_words(self) -> str:
-        """Its nodes, as far as that can be told at once."""
-        if self.closed or threading.current_thread() is self.driver.thread:
-            if self.closed:
-                return 'closed'
-            return 'open'
+def ended_jobs(jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+    """Yield each job once, as the jobs end. Raises TimeoutError after `timeout` seconds."""
+    if timeout is None:
+        until = None
+    else:
+        until = time.monotonic() + timeout
+    ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+    for job in jobs:
+        job._call_when_ended(ended.put)
+    left = set(jobs)
+    while left:
         try:
-            return nodes_text(self.status().nodes)
-        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
-            return 'closed'
-        except concurrent.futures.TimeoutError:   # the driver does not answer
-            return 'open'
-
-    def __repr__(self) -> str:
-        return '<%s %s: %s; %s>' % (
-            type(self).__name__, self.name, self._nodes_in_words(), self._counted())
-
-    def _repr_html_(self) -> str:
-        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
-        nodes = self.status().nodes
-        if self.closed:
-            state = 'closed'
-        else:
-            state = nodes_text(nodes)
-        page = next((monitor.page for monitor in self._monitors if monitor.page), '')
-        title = '%s %s' % (type(self).__name__, self.name)
-        return html_of_cluster(title, state, self._counted(), nodes, '' if self.closed else page)
-
-    # -- called by the driver: nodes ---------------------------------------------------------------
-
-    def is_idle(self) -> bool:
-        """Whether it has no jobs, and is not closed."""
-        return not self._pending and not self.closed and self._recovery is None
-
-    def is_replaced(self, others: Iterable[NodeUser]) -> bool:
-        """Whether a cluster of the same function was made later."""
-        clusters = [other for other in others if isinstance(other, JobCluster)]
-        return self._function is not None and any(
-            other._function == self._function and other._started > self._started
-            for other in clusters)
-
-    def node_ready(self, peer: NodeConnection) -> None:
-        """It is noted for recover_jobs(), and who waits for nodes looks again."""
-        if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
-            self.driver.remove_old_trails()
-        with self._changed:
-            self._changed.notify_all()
-
-    def node_told(self, status: int, row: NodeInfo) -> None:
-        """As `node_changed`, of a node of the scheduler."""
-        with self._changed:
-            self._changed.notify_all()
-        if self._cluster_status is not None:
-            node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
-            self.driver.tell_later(self._cluster_status, status, node, None)
-
-    # -- called by the driver: jobs ----------------------------------------------------------------
-
-    def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
-        """Users see that they run."""
-        for job, ran in pairs:
-            self._began(job, time.time() - ran, peer)
-
-    def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[DispyJob, tuple]]) -> None:
-        """Results at last. What may run the user's code when it is opened is left to an opener."""
-        plain: List[Tuple[DispyJob, tuple]] = []
-        code: List[Tuple[DispyJob, tuple]] = []
-        # Such come alone, and take time to open
-        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
-        journal = self.journal
-        for pair in pairs:
-            outcome = pair[1][1]
-            if self._on_output is not None and outcome not in PROVISIONAL:
-                self._show_rest(*pair)
-            if journal is not None and outcome not in PROVISIONAL:
-                journal.ended(*pair)
-            if outcome in PROVISIONAL or (self._chains and pair[0] in self._chains):
-                self._chain(pair, peer)
-                if outcome not in PROVISIONAL:
-                    self._jobs_answered([pair[0]])
-                continue
-            if large or outcome in _MAY_OPEN and (
-                    outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
-                code.append(pair)
+            if until is None:
+                job = next_of(ended, None)
             else:
-                plain.append(pair)
-        if plain:
-            self._conclude(plain, peer)
-        if code:
-            self.driver.openers.run(self._conclude, code, peer)
-            self._jobs_answered([job for job, _ in code])
+                job = next_of(ended, until - time.monotonic())
+        except queue.Empty:
+            raise TimeoutError(text_of_unended(jobs, left, timeout)) from None
+        if job in left:
+            left.discard(job)
+            yield job
 
-    def job_ended(self, work: DispyJob, text: str) -> None:
-        """It has ended without a result."""
-        if self.journal is not None:
-            self.journal.ended(work, text)
-        self._end(work, text)
-        self._jobs_answered([work])
 
-    def fail_job(self, work: DispyJob, text: str) -> None:
-        """It is nowhere any more."""
-        if work.status not in ENDED:
-            work.state = JobState.ABANDONED
-            self.job_ended(work, text)
+def text_of_unended(jobs: List[DispyJob], left: Set[DispyJob], timeout: Optional[float]) -> str:
+    """Return a text which says that jobs have not ended in time, and why the first of them has not.
+    """
+    text = '%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)
+    for job in jobs:
+        if job in left and job.status not in ENDED:
+            return '%s. The first of them: %s' % (text, job._unended(timeout))
+    return text
 
-    def jobs_owed(self) -> List[DispyJob]:
-        """Jobs for whose end the driver answers. The driver's thread."""
-        with self._lock:   # a job is added and posted with it held
-            return list(self._owed)
 
-    def _jobs_answered(self, jobs: Sequence[DispyJob]) -> None:
-        """These have ended, or an opener ends them. The driver's thread."""
-        with self._lock:
-            self._owed.difference_update(jobs)
-
-    def _began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
-        """A job has begun, at this time since the epoch. The driver's thread."""
-        with self._lock:   # beside a provisional result, and the end
-            if job.status in ENDED:
-                return
-            is_news = job.status == DispyJob.Created
-            job.ip_addr = peer.ip_addr
-            job.start_time = start
-            if is_news:
-                job.status = DispyJob.Running
-        if is_news and self._cluster_status is not None:
-            self.tell(DispyJob.Running, peer, job)
-
-    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[NodeConnection, NodeInfo]) -> None:
-        """Give jobs their results. The driver's thread or an opener."""
-        seconds = 0.0
-        finished = 0
-        for job, row in pairs:
-            payload = job.payload
-            # Nobody had told that it has begun
-            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
-                job.ip_addr = peer.ip_addr
-                if self._cluster_status is not None:
-                    self.driver.post(StatusCallback(self, DispyJob.Running, peer, job))
-            fill_in(job, row, self.cargo.is_program, self._failures, peer.name)
-            if job.status == 11 and not (self.cargo.is_program and job.result):
-                finished += 1
-            else:
-                self._note(job, payload)
-            seconds += row[3] - row[2]
-        jobs = [job for job, _ in pairs]
-        with self._lock:
-            self._owed.difference_update(jobs)
-            self._finished += finished
-            count = self._counts.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
-            count[1] += len(pairs)
-            count[2] += seconds
-        self._ended(jobs, peer)
-
-    def _chain(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection) -> None:
-        """A result that must be seen after earlier ones of its job. The driver's thread."""
-        job, row = pair
-        with self._lock:
-            if job in self._chains:
-                self._chains[job].append((row, peer))
-                return
-            self._chains[job] = collections.deque([(row, peer)])
-        if self._job_status is not None:
-            pool = self.driver.callbacks
-        else:
-            pool = self.driver.openers
-        pool.run(self._run_chain, job)
-
-    def _run_chain(self, job: DispyJob) -> None:
-        """Result after result, each seen by the callback before the next. A callback thread or an
-        opener."""
+def wait_in_sight(book: JobBook, timeout: Optional[float]) -> bool:
+    """Wait as `JobBook.wait` does, and show meanwhile how many jobs have ended."""
+    if timeout is None:
+        until = math.inf
+    else:
+        until = time.monotonic() + timeout
+    with Progress() as shown:
         while True:
-            with self._lock:
-                if not self._chains[job]:
-                    del self._chains[job]
-                    return
-                row, peer = self._chains[job].popleft()
-            if row[1] not in PROVISIONAL:
-                self._conclude([(job, row)], peer)
-            elif self._show(job, row) and self._job_status is not None:
-                try:
-                    self._guarded_call(job)
-                except Exception as exc:
-                    # The user's callback; later results are shown all the same
-                    self._report_callback(job, exc)
-
-    def _show(self, job: DispyJob, row: tuple) -> bool:
-        """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
-        try:
-            value = loads(row[4], True)
-        except BaseException as exc:  # unpickling runs the user's code
-            logger.error('a provisional result of job %r could not be opened: %s', job.id,
-                         describe_exception(exc, 1))
-            return False
-        with self._lock:
-            if job.status in ENDED:
+            shown.show(*book.progress())
+            if book.wait(max(0.0, min(PROGRESS_EVERY, until - time.monotonic()))):
+                shown.show(book.submitted, book.submitted)
+                return True
+            if time.monotonic() >= until:
                 return False
-            job.result = value
-            job.status = DispyJob.ProvisionalResult
-        return True
 
-    def _note(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result, or with the exit status of a program that failed:
-        count it, and tell who watches."""
-        with self._lock:
-            self._unfinished[job.status] = self._unfinished.get(job.status, 0) + 1
-        for monitor in self._monitors:
-            monitor.failed(job, payload)
 
-    def _end(self, job: DispyJob, text: str) -> None:
-        """A job that ended without a result. The driver's thread."""
-        payload = job.payload
-        with self._lock:   # beside a provisional result
-            end_without(job, text, self._failures)
-        self._note(job, payload)
-        self._ended([job])
+def too_few_nodes(wanted: int, timeout: float, ready: int, tried: str) -> str:
+    """Why a wait for nodes has ended: how many were wanted within so many seconds, and what was
+    tried."""
+    if wanted == 1:
+        were = '1 node was'
+    else:
+        were = '%d nodes were' % wanted
+    if ready:
+        found = 'are only %d' % ready
+    else:
+        found = 'is none'
+    return '%s waited for, and after %g s there %s. %s' % (were, timeout, found, tried)
 
-    def _ended(self, jobs: List[DispyJob], peer: Union[NodeConnection, NodeInfo, None] = None) -> None:
-        if self._cluster_status is not None:
-            for job in jobs:
-                self.driver.post(StatusCallback(self, job.status, peer, job))
-        for job in jobs:
-            if job._event is not None or job._when_ended is not None:
-                job._wake()
-        if self._job_status is None:
-            self._settle(len(jobs))
-            return
-        for job in jobs:
-            if self.driver.broken:
-                self.call_back(job)   # the pool has ended with the driver
-            else:
-                self.driver.post(JobCallback(self, job))
 
-    def call_back(self, job: Any) -> None:
-        """Call the user's function for a job that has ended. In a thread of the driver's pool."""
-        try:
-            self._guarded_call(job)
-        except BaseException as exc:
-            # The user's callback, sys.exit in it too; others are called all the same
-            self._report_callback(job, exc)
-        finally:
-            self._settle(1)
+TABLE_ROW = '%-32s %5s %8s %10s %12s  %s'
 
-    def _report_callback(self, job: DispyJob, exc: BaseException) -> None:
-        if job._failure is not None:
-            values = job._failure.values()
-        else:
-            values = None
-        report_callback(self._job_status, '%s of %s' % (job_in_words(job.id, values), self.name),
-                        exc)
 
-    def _guarded_call(self, job: DispyJob) -> None:
-        _calling.cluster = self
-        try:
-            self._job_status(job)  # type: ignore[misc]
-        finally:
-            _calling.cluster = None
+def table_of_status(status: ClusterStatus, elapsed: float) -> str:
+    """Return the table that print_status prints; `elapsed` is the number of seconds that have
+    passed."""
+    lines = [TABLE_ROW % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
+    lines += map(row_of_status, status.all_nodes)
+    lines.append('-' * 84)
+    busy = sum(node.cpu_time for node in status.all_nodes)
+    if elapsed:
+        used = busy / elapsed
+    else:
+        used = 0.0
+    lines.append(
+        'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f' %
+        (status.jobs_pending, busy, elapsed, used))
+    return '\n'.join(lines)
 
-    def _settle(self, count: int) -> None:
-        with self._lock:
-            self._pending -= count
-            # Callbacks that wait for the others do not count themselves
-            if self._pending <= self._waiters:
-                self._all_ended = time.time()
-                self._changed.notify_all()
 
-    def driver_failed(self, text: str) -> None:
-        """The driver's thread is ending for a fault of ours."""
-        if self._recovery is not None:
-            recovering = self._recovery.left()
-        else:
-            recovering = []
-        for job in self.jobs_owed() + recovering:
-            if job.status not in ENDED:
-                job.state = JobState.ABANDONED
-                job.exception = text
-                job.end_time = time.time()
-                self._failures.add(job)
-                job.status = DispyJob.Abandoned
-                self._note(job, job.payload)
-                self._ended([job])
+def row_of_status(node: DispyNode) -> str:
+    """Return the row of a node in the table of print_status."""
+    name = node.ip_addr
+    if node.port not in (0, NODE_PORT):
+        name = format_address(node.ip_addr, node.port)
+    if node.name:
+        name = '%s (%s)' % (name, node.name)
+    each = '-'
+    if node.jobs_done:
+        each = '%.3f' % (node.cpu_time / node.jobs_done)
+    state = node.state
+    if node.reason:
+        state = '%s: %s' % (state, node.reason.strip().splitlines()[-1])
+    return TABLE_ROW % (name[:32], node.cpus, node.jobs_done, each, '%.3f' % node.cpu_time, state)
 
 
 def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeInfo]:
@@ -13013,6 +14070,239 @@ def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeInfo]:
         rows += [NodeInfo(*row) for row in page]
         if len(page) < NODES_PAGE:
             return rows
+
+
+class SharedOptions(NamedTuple):
+    """The checked parameters that only a SharedJobCluster has."""
+    scheduler: NodeSpec
+    exclusive: bool
+    any_node: bool      # of the scheduler's nodes all may be used
+
+
+class SchedulerCommands(NodeCommands):
+    """What the methods of a cluster ask about nodes that a scheduler has: its driver is asked.
+
+    allocators - the program's; a scheduler knows them by their numbers, which begin with 1
+    """
+
+    def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec,
+                 cargo: PackedComputation) -> None:
+        super().__init__(comp, book)
+        self.allocators: List[NodeAllocate] = []
+        self._scheduler = scheduler
+        self._cargo = cargo
+
+    def plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
+        """Return specs as they are sent to the scheduler; allocators stay here."""
+        rows = []
+        for spec in specs:
+            number = 0
+            if spec.allocator is not None:
+                self.allocators.append(spec.allocator)
+                number = len(self.allocators)
+            rows.append((spec.host, spec.port, spec.cpus, number))
+        return rows
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Have a command carried out by the scheduler. Raises what `NodeCommands.ask` raises."""
+        if self.book.closed:
+            raise RuntimeError('the cluster was closed')
+        if name == 'question':
+            return self._question(*args)
+        if name == 'allocate':
+            args = (self.plain(args[0]),)
+        elif name == 'leave' and args[1] == 'open':
+            args = (*args, self._cargo.spec['files'])
+        args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
+        return self._call(name, *args)
+
+    def _ask_here(self, name: str) -> Any:
+        """Ask the driver of this program, whose only node is the scheduler."""
+        return super().ask(name)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        until = time.monotonic() + CALL_TIME
+        while True:
+            try:
+                future = self.driver.ask(lambda: self.driver.calls.call(self.comp, name, *args))
+                return answer_of(future, CALL_TIME)
+            except ConnectionError:
+                if self.book.closed or time.monotonic() >= until:
+                    raise RuntimeError('the scheduler %s is not connected' %
+                                       self._scheduler.host) from None
+                time.sleep(0.05)
+
+    def _question(self,
+                  node: Any,
+                  row: Optional[tuple] = None,
+                  path: str = '') -> 'concurrent.futures.Future[Any]':
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        if isinstance(node, DispyNode):
+            node = (node.ip_addr, node.port)
+        if row is None:
+            running = [(serial, 0.0) for serial in self._call('running', node)]
+            future.set_result(Report(self.comp, running, [], {}))
+            return future
+        to_scheduler = self.driver.ask(
+            lambda: self.driver.queries.question(self.comp, None, row, path))
+        error = answer_of(to_scheduler, CALL_TIME)
+        future.set_result(error or self._call('place', node, row))
+        return future
+
+    def _pages(self) -> List[NodeInfo]:
+        """Return what the scheduler tells of its nodes. These may be thousands, so they come in
+        pages."""
+        return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
+
+    def rows(self) -> List[NodeInfo]:
+        """Return the nodes, or the scheduler while there is none. The row of the scheduler never
+        has CPUs, which would stand for all that it takes."""
+        if not self._is_connected():
+            return [row._replace(cpus=0) for row in self._ask_here('nodes')]
+        rows = self._pages()
+        if rows:
+            return rows
+        reason = 'has no node for this cluster yet'
+        return [row._replace(state='connected', reason=reason, cpus=0)
+                for row in self._ask_here('nodes')]
+
+    def rows_at_end(self) -> List[NodeInfo]:
+        """Return the nodes, also when the cluster counts as closed."""
+        if self._is_connected():
+            return self._pages()
+        return []
+
+    def why_unloadable(self) -> str:
+        """Return why no node can load the code of the computation; the text is empty if one may."""
+        if self._is_connected():
+            # It has gone meanwhile
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
+                return self._call('why_unloadable')  # type: ignore[no-any-return]
+        return ''
+
+    def explain_no_nodes(self) -> str:
+        """Return a text which says what was tried to reach nodes, what came of it, and what to do.
+        """
+        if self._is_connected():
+            # It has gone meanwhile
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
+                return self._call('complaint')  # type: ignore[no-any-return]
+        return self._ask_here('complaint')  # type: ignore[no-any-return]
+
+    def _is_connected(self) -> bool:
+        peers = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
+        return any(peer.link is not None and peer.name for peer in peers)
+
+    def in_words(self, status: Callable[[], ClusterStatus]) -> str:
+        """Return the address of the scheduler, which is not asked: that may take as long as it
+        likes."""
+        return 'scheduler %s' % format_address(*self._scheduler[:2])
+
+
+class SharedDelivery(ResultDelivery):
+    """As ResultDelivery, for jobs that the scheduler has sent to a node.
+
+    places - job -> the node where it is, as the scheduler has told. The driver's thread and
+        openers, each job in one at a time
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.places: Dict[DispyJob, NodeInfo] = {}
+
+    def began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Note that a job has begun, at the node where the scheduler has sent it."""
+        super().began(job, start, self.places.get(job, peer))
+
+    def apply_results(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
+        """Give jobs their results, each from the node where the scheduler had sent it."""
+        for job, row in pairs:
+            super().apply_results([(job, row)], self.places.pop(job, peer))
+
+    def end_without_result(self, job: DispyJob, text: str) -> None:
+        """End a job that has no result."""
+        self.places.pop(job, None)
+        super().end_without_result(job, text)
+
+
+class SharedProgramCluster(ProgramCluster):
+    """A SharedJobCluster as its driver knows it: the only node is the scheduler."""
+    remote = True
+    delivery: SharedDelivery
+    nodes: SchedulerCommands
+
+    def __init__(self, computation: Any, options: ClusterOptions, shared: SharedOptions) -> None:
+        self._shared = shared
+        super().__init__(computation, options)
+        self.probes = False
+        if shared.any_node:
+            nodes = None
+        else:
+            nodes = self.nodes.plain(self.specs)
+        self.specs = [shared.scheduler]
+        # Whether another process may carry on with the jobs
+        self.tell_scheduler(nodes, options.recover_file is not None)
+
+    def tell_scheduler(self, nodes: Optional[List[tuple]], recovers: bool) -> None:
+        """Add to the computation what the scheduler has to know of it: the nodes that are meant,
+        None for all, and whether another process may carry on with the jobs."""
+        shared: Dict[str, Any] = {'recovers': recovers, 'process': own_process(), 'nodes': nodes}
+        shared['collected'] = recovers or self.trail is not None
+        shared['reentrant'] = self.reentrant
+        shared['exclusive'] = self._shared.exclusive
+        shared['cloudpickle'] = cloudpickle.__version__
+        self.cargo.spec['shared'] = shared
+
+    def _make_delivery(self, *parts: Any) -> ResultDelivery:
+        return SharedDelivery(*parts)
+
+    def _make_commands(self) -> NodeCommands:
+        return SchedulerCommands(self.comp, self.book, self._shared.scheduler, self.cargo)
+
+    def left_behind(self) -> Dict[Any, int]:
+        """Return the nodes that outlive this program, with the number of jobs that run on there.
+        The scheduler cancels what waits."""
+        counts: Dict[Any, int] = collections.Counter()
+        for job, row in list(self.delivery.places.items()):
+            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+                counts[row.key] += 1
+        return counts
+
+    def node_told(self, status: int, row: NodeInfo) -> None:
+        """Tell cluster_status of a node, and log that the scheduler uses it or does not use it any
+        more."""
+        if status == DispyNode.Initialized:
+            logger.info('%s: the scheduler uses node %s', self.name,
+                        row.name or format_address(row.ip_addr, row.port), extra=ROUTINE)
+        elif status == DispyNode.Closed:
+            logger.info('%s: the scheduler does not use node %s any more', self.name,
+                        row.name or format_address(row.ip_addr, row.port), extra=ROUTINE)
+        super().node_told(status, row)
+
+    def job_moved(self, work: DispyJob, node: tuple) -> None:
+        """Note that a job is on a node now, or that it waits again."""
+        if not node:
+            self.delivery.places.pop(work, None)
+            work.status = DispyJob.Created
+            work.ip_addr = None
+            work.start_time = None
+            return
+        host, port, name = node
+        self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
+                                             {})
+
+    def answer_to(self, name: str, args: tuple) -> Any:
+        """Return what a scheduler asks; it also asks for the source and for the program's
+        allocators."""
+        if name == 'source':
+            return self.cargo.source()
+        if name == 'allocate':
+            number = args[0]
+            row = NodeInfo(*args[1])
+            found = ask_allocator(self.nodes.allocators[number - 1], self.cluster, row)
+            self.cargo.paths.update(found.paths)
+            return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
+        return super().answer_to(name, args)
 
 
 class SharedJobCluster(JobCluster):
@@ -13028,7 +14318,7 @@ class SharedJobCluster(JobCluster):
 
     When the scheduler ends and is started again, jobs go on. Raises what JobCluster raises.
     """
-    remote = True
+    _is_shared = True
 
     def __init__(self,
                  computation: Any,
@@ -13047,165 +14337,12 @@ class SharedJobCluster(JobCluster):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
         host, port = host_and_port(
             where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
-        self._scheduler = NodeSpec(host, port, scheduler=True)
-        self._exclusive = _flag('exclusive', exclusive)
-        # Where jobs are; driver thread and openers, each job in one at a time
-        self._places: Dict[DispyJob, NodeInfo] = {}
-        self._any = any_node(nodes)
-        self._allocators: List[NodeAllocate] = []
+        self._shared = SharedOptions(NodeSpec(host, port, scheduler=True),
+                                     _flag('exclusive', exclusive), any_node(nodes))
         super().__init__(computation, nodes, *args, **options)
 
-    def _reach_by(self, probe: bool) -> None:
-        self._probe = False
-        self.cargo.spec['shared'] = {
-            'recovers': self._recovers, 'process': own_process(), 'collected': self._recovers
-            or self.trail is not None, 'nodes': None if self._any else self._plain(self.specs),
-            'reentrant': self.reentrant, 'exclusive': self._exclusive,
-            'cloudpickle': cloudpickle.__version__
-        }
-        self.specs = [self._scheduler]
-
-    def _plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
-        """Specs for the wire; allocators stay here and are known by their numbers."""
-        rows = []
-        for spec in specs:
-            if spec.allocator is not None:
-                self._allocators.append(spec.allocator)
-            rows.append((spec.host, spec.port, spec.cpus,
-                         len(self._allocators) if spec.allocator is not None else 0))
-        return rows
-
-    # -- asked of the scheduler --------------------------------------------------------------------
-
-    def _command(self, name: str, *args: Any) -> Any:
-        """Ask the scheduler's driver."""
-        if self.closed:
-            raise RuntimeError('the cluster was closed')
-        if name == 'allocate':
-            args = (self._plain(args[0]),)
-        elif name == 'jobs' or name == 'nodes':
-            pass
-        elif name == 'question':
-            return self._question(*args)
-        elif name == 'leave' and args[1] == 'open':
-            args = (*args, self.cargo.spec['files'])
-        args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
-        return self._call(name, *args)
-
-    def _call(self, name: str, *args: Any) -> Any:
-        until = time.monotonic() + CALL_TIME
-        while True:
-            try:
-                future = self.driver.ask(lambda: self.driver.calls.call(self.comp, name, *args))
-                return answer_of(future, CALL_TIME)
-            except ConnectionError:
-                if self.closed or time.monotonic() >= until:
-                    raise RuntimeError('the scheduler %s is not connected' %
-                                       self._scheduler.host) from None
-                time.sleep(0.05)
-
-    def _question(self,
-                  node: Any,
-                  row: Optional[tuple] = None,
-                  path: str = '') -> 'concurrent.futures.Future[Any]':
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
-        if isinstance(node, DispyNode):
-            node = (node.ip_addr, node.port)
-        if row is None:
-            future.set_result(
-                Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [],
-                       {}))
-            return future
-        to_scheduler = self.driver.ask(
-            lambda: self.driver.queries.question(self.comp, None, row, path))
-        error = answer_of(to_scheduler, CALL_TIME)
-        future.set_result(error or self._call('place', node, row))
-        return future
-
-    def _pages(self) -> List[NodeInfo]:
-        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
-        return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
-
-    def _rows(self) -> List[NodeInfo]:
-        # The CPUs of its own row stand for all that it takes; it may come meanwhile
-        if not self._is_connected():
-            return [row._replace(cpus=0) for row in super()._command('nodes')]
-        return self._pages() or \
-            [row._replace(state='connected', reason='has no node '
-                                                    'for this cluster yet', cpus=0) for row in super()._command('nodes')]
-
-    def _rows_at_end(self) -> List[NodeInfo]:
-        if self._is_connected():
-            return self._pages()
-        return []
-
-    def _why_unloadable(self) -> str:
-        if self._is_connected():
-            # It has gone meanwhile
-            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-                return self._call('why_unloadable')  # type: ignore[no-any-return]
-        return ''
-
-    def _complaint(self) -> str:
-        if self._is_connected():
-            # It has gone meanwhile
-            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-                return self._call('complaint')  # type: ignore[no-any-return]
-        return super()._command('complaint')  # type: ignore[no-any-return]
-
-    def _is_connected(self) -> bool:
-        return any(peer.link is not None and peer.name
-                   for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
-
-    def _left_behind(self) -> Dict[Any, int]:
-        counts: Dict[Any, int] = collections.Counter()
-        for job, row in list(self._places.items()):
-            # What waits there is cancelled by the scheduler.
-            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
-                counts[row.key] += 1
-        return counts
-
-    def _nodes_in_words(self) -> str:
-        """The scheduler is not asked: that may take as long as it likes."""
-        host, port = self._scheduler[:2]
-        if self.closed:
-            return 'closed'
-        return 'scheduler %s' % format_address(host, port)
-
-    # -- told by the scheduler ---------------------------------------------------------------------
-
-    def job_moved(self, work: DispyJob, node: tuple) -> None:
-        """A job is on a node now, or waits again."""
-        if not node:
-            self._places.pop(work, None)
-            work.status = DispyJob.Created
-            work.ip_addr = None
-            work.start_time = None
-            return
-        host, port, name = node
-        self._places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
-
-    def _began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
-        super()._began(job, start, self._places.get(job, peer))
-
-    def _asked(self, name: str, args: tuple) -> Any:
-        if name == 'source':
-            return self.cargo.source()
-        if name == 'allocate':
-            number = args[0]
-            row = NodeInfo(*args[1])
-            found = ask_allocator(self._allocators[number - 1], self, row)
-            self.cargo.paths.update(found.paths)
-            return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
-        return super()._asked(name, args)
-
-    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
-        for job, row in pairs:
-            super()._conclude([(job, row)], self._places.pop(job, peer))
-
-    def _end(self, job: DispyJob, text: str) -> None:
-        self._places.pop(job, None)
-        super()._end(job, text)
+    def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
+        return SharedProgramCluster(computation, options, self._shared)
 
 
 class NodeScan(NodeUser):
@@ -13226,10 +14363,14 @@ class NodeScan(NodeUser):
                  certfile: Optional[str] = None,
                  keyfile: Optional[str] = None,
                  cafile: Optional[str] = None) -> None:
-        self.specs, self.port, self.comp = parse_nodes('*' if nodes is None else nodes,
-                                                       port), port, uuid.uuid4().hex
-        self.driver = Driver.acquire(
-            ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
+        if nodes is None:
+            nodes = '*'
+        self.specs = parse_nodes(nodes, port)
+        self.port = port
+        self.comp = uuid.uuid4().hex
+        files = tls_files(certfile, keyfile, cafile)
+        access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
+        self.driver = Driver.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def look(self,
@@ -13239,20 +14380,26 @@ class NodeScan(NodeUser):
         seconds; answers to a question to all are waited for `listen` seconds. `state` is
         'connected', and `reason` then who uses it, or why it cannot be used."""
         began = time.monotonic()
+        wild = any(spec.wild for spec in self.specs)
         while True:
             # What is not known yet is looked for in the same turn: otherwise an answer could come
             # between the two.
-            found = self.driver.ask(lambda: [(self._seen(peer, state, reason), self._is_open(
-                peer)) for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)])
+            found = self.driver.ask(self._found)
             passed = time.monotonic() - began
-            if passed >= timeout or (passed >= listen or not any(
-                    spec.wild for spec in self.specs)) and not any(is_open for _, is_open in found):
+            listens = wild and passed < listen
+            is_open = any(is_open for _, is_open in found)
+            if passed >= timeout or not (listens or is_open):
                 return [node for node, _ in found]
             time.sleep(0.05)
 
+    def _found(self) -> List[Tuple[DispyNode, bool]]:
+        """Return the nodes, with whether each may still answer. The driver's thread."""
+        return [(self._seen(peer, state, reason), self._is_open(peer))
+                for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)]
+
     @staticmethod
     def _is_open(peer: NodeConnection) -> bool:
-        """Whether a node has neither answered nor failed yet. The driver's thread."""
+        """Return whether a node has neither answered nor failed yet. The driver's thread."""
         if peer.link is not None:
             return not peer.name
         return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(
@@ -13288,7 +14435,9 @@ class Progress:
     that nor a terminal."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._started, self._next = clock, clock(), 0.0
+        self._clock = clock
+        self._started = clock()
+        self._next = 0.0
         self._bar: Any = None
         self._begun = False
         self._in_notebook = in_notebook()
@@ -13298,7 +14447,7 @@ class Progress:
         return self
 
     def _make_bar(self, total: Optional[int]) -> Any:
-        """A bar of tqdm; None if it is not installed."""
+        """Return a bar of tqdm, or None if tqdm is not installed."""
         with contextlib.suppress(ImportError):   # it is not asked for, only used
             if not self._in_notebook:
                 import tqdm
@@ -13310,7 +14459,7 @@ class Progress:
         return None
 
     def show(self, done: int, total: Optional[int]) -> None:
-        """Bring the display up to date; None: it is not known how many there are."""
+        """Bring the display up to date; `total` is None if it is not known how many there are."""
         if self._quiet:
             return
         if not self._begun:
@@ -13325,7 +14474,7 @@ class Progress:
             print('\r%s   ' % self._line(done, total), end='', file=sys.stderr, flush=True)
 
     def _set_total(self, total: Optional[int]) -> None:
-        """The bar of a notebook has a widget that must know."""
+        """Change the total of the bar; the bar of a notebook has a widget that must be told."""
         if self._in_notebook:
             done = self._bar.n
             self._bar.reset(total)
@@ -13368,29 +14517,31 @@ def references_of_history(value: Any) -> int:
         user = getattr(shell, 'user_ns', {})
         spaces += [user, user.get('_oh', {}), getattr(shell, 'user_ns_hidden', {}),
                    vars(getattr(shell, 'displayhook', shell))]
-    return sum(one is value and (isinstance(name, int) or _OF_HISTORY.fullmatch(name) is not None)
-               for space in spaces for name, one in list(space.items()))
+    count = 0
+    for space in spaces:
+        for name, one in list(space.items()):
+            if one is value and (isinstance(name, int) or _OF_HISTORY.fullmatch(name)):
+                count += 1
+    return count
 
 
 def shortest(iterables: Sequence[Any]) -> Optional[int]:
-    """How many items `zip` makes of them, None if none of them knows."""
+    """Return how many items `zip` makes of the iterables, or None if none of them knows its length.
+    """
     hints = [operator.length_hint(iterable, -1) for iterable in iterables]
     return min((hint for hint in hints if hint >= 0), default=None)
 
 
 def in_sight(results: Any, total: Optional[int]) -> Iterator[Any]:
-    """Results, while it is shown how many of this total have been taken."""
+    """Yield results, and show how many of this total have been taken."""
     with contextlib.closing(results), Progress() as shown:
         for done, result in enumerate(results, 1):
             shown.show(done, total)
             yield result
 
 
-_calling = threading.local()  # .cluster: whose callback this thread is in
-
-
 def _own_hosts(host: Any) -> List[Any]:
-    """The parameter `host`: one, or a list of them."""
+    """Return the parameter `host`, which is one host or a list of them, as a list."""
     if isinstance(host, list) and host and all(isinstance(each, str) for each in host):
         return host
     return [host]
@@ -13433,7 +14584,8 @@ def plain_number(value: Any, whole: bool = False) -> Any:
 
 
 def number_in(value: Any, whole: bool = False) -> Any:
-    """As plain_number, also for a number that is given as text, as dispy 4 took them."""
+    """Return what plain_number returns; the number may also be given as text, as dispy 4 took it.
+    """
     if isinstance(value, str):
         try:
             if whole:
@@ -13451,7 +14603,7 @@ def _in_range(name: str,
               low: float,
               high: float,
               whole: bool = False) -> Any:
-    """A parameter as a plain number. Raises ValueError."""
+    """Return a parameter as a plain number. Raises ValueError if it is none or is out of range."""
     if value is None:
         return default
     number = number_in(value, whole)
@@ -13462,7 +14614,8 @@ def _in_range(name: str,
 
 
 def _seconds(name: str, value: Any) -> Optional[float]:
-    """A time to wait, None for one without limit. Raises TypeError or ValueError."""
+    """Return a time to wait in seconds, or None for one without limit. Raises TypeError or
+    ValueError."""
     if value is None:
         return None
     number = plain_number(value)
@@ -13475,7 +14628,7 @@ def _seconds(name: str, value: Any) -> Optional[float]:
 
 
 def _flag(name: str, value: Any) -> bool:
-    """A parameter that is True or False. Raises TypeError."""
+    """Return a parameter that is True or False. Raises TypeError for anything else."""
     if isinstance(value, (bool, numbers.Number)) or type(value).__name__ in ('bool_', 'bool'):
         if value == 0 or value == 1:
             return bool(value)
@@ -13505,7 +14658,7 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 
 def _take_repeats(kwargs: dict) -> Optional[Repeats]:
-    """Those that say which failures are repeated. Raises TypeError or ValueError."""
+    """Take the keywords that say which failures are repeated. Raises TypeError or ValueError."""
     on = kwargs.pop('dispy_retry_on', None)
     delay = kwargs.pop('dispy_retry_delay', None)
     if on is None or on is False:
@@ -13570,34 +14723,42 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         if self.job is None:
             return False
         if _in_event_loop():
-            self._cluster._withdraw_all([self.job])
+            withdraw_all(self._driver(), [self.job])
             return self.job.status == JobState.CANCELLED and super().cancel()
-        return self._cluster._withdraw(self.job) and super().cancel()
+        return withdraw(self._driver(), self.job) and super().cancel()
 
     def result(self, timeout: Optional[float] = None) -> Any:
-        """As in concurrent.futures; the text of a TimeoutError says what the call waits for."""
+        """Return the result as concurrent.futures does; the text of a TimeoutError says what the
+        call waits for."""
         try:
             return super().result(timeout)
         except concurrent.futures.TimeoutError as exc:
             raise self._explained(exc, timeout)
 
     def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
-        """As `result`."""
+        """Return the exception as concurrent.futures does; the text of a TimeoutError says what the
+        call waits for."""
         try:
             return super().exception(timeout)
         except concurrent.futures.TimeoutError as exc:
             raise self._explained(exc, timeout)
 
     def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
-        """The exception of a wait with words; what the call has raised as it is."""
+        """Return the exception of a wait with a text, and an exception that the call has raised as
+        it is."""
         if self.done() or self.job is None or exc.args:
             return exc
         return concurrent.futures.TimeoutError(self.job._unended(timeout))
 
+    def _driver(self) -> Driver:
+        """The driver of the cluster that runs the call."""
+        return core_of(self._cluster).driver  # type: ignore[no-any-return]
+
     def settle(self, job: DispyJob) -> None:
         """The job has ended. What it printed is shown here, unless the program takes that itself
         (`on_output`). A callback thread."""
-        if self._cluster._on_output is None:
+        core = core_of(self._cluster)
+        if core.live_output.on_output is None:
             _show_printed(job)
         if self.cancelled() or job.status == JobState.CANCELLED:
             super().cancel()
@@ -13611,12 +14772,35 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
                 lost.__cause__ = error
                 error = lost
             elif isinstance(error, WorkerLost) and NO_INITIALIZER in str(error):
-                self._cluster._unusable = str(error)
+                core.unusable = str(error)
             self.set_exception(error)
 
 
+def withdraw_all(driver: Driver, jobs: Sequence[Any]) -> None:
+    """Cancel those of the jobs that have not begun; the answers are not waited for. Any thread but
+    the driver's."""
+    with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+        driver.ask(lambda: driver.cancels.withdraw_all(jobs))
+
+
+def withdraw(driver: Driver, job: DispyJob) -> bool:
+    """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
+    for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
+    if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
+        return job.status == DispyJob.Cancelled
+    try:
+        future = driver.ask(lambda: driver.cancels.withdraw(job))
+        try:
+            return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
+        except concurrent.futures.TimeoutError:
+            return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
+    except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
+        return job.status == DispyJob.Cancelled
+
+
 def _show_printed(job: DispyJob) -> None:
-    """What a call has printed, as from a process of this machine: whole, when it has ended."""
+    """Show what a call has printed, whole, when it has ended, as if a process of this machine had
+    printed it."""
     for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
         if text and stream is not None:
             with contextlib.suppress(OSError, ValueError):   # closed, or it lacks these characters
@@ -13653,26 +14837,28 @@ class _ExecutorClusters:
         self._end.atexit = False           # the end of the program sees to clusters itself
 
     def current(self) -> JobCluster:
-        """The cluster for a new call. Raises RuntimeError."""
+        """Return the cluster for a new call. Raises RuntimeError or BrokenProcessPool."""
         cluster = self.cluster
+        core = core_of(cluster)
         if _ending:
             raise RuntimeError('cannot schedule new futures after interpreter shutdown: '
                                'the program ends')
-        if self._closed or cluster.closed:
+        if self._closed or core.closed:
             raise RuntimeError('cannot schedule new futures after shutdown: '
                                'the executor was closed')
-        if cluster._unusable:
-            raise BrokenProcessPool(cluster._unusable)
-        if cluster.bundles.changed():
+        if core.unusable:
+            raise BrokenProcessPool(core.unusable)
+        if core.bundles.changed():
             return self._renewed(cluster)
         return cluster
 
     def _renewed(self, old: JobCluster) -> JobCluster:
-        """The file of a module has changed: later calls run its new text, in new workers."""
+        """Replace the cluster because the file of a module has changed: later calls run its new
+        text, in new workers."""
         with self._lock:
-            if self.cluster is old and not old.closed and not self._closed:
+            if self.cluster is old and not core_of(old).closed and not self._closed:
                 self.cluster = self._make_cluster()
-                open_ones = [cluster for cluster in self._clusters if not cluster.closed]
+                open_ones = [cluster for cluster in self._clusters if not core_of(cluster).closed]
                 self._clusters[:] = [*open_ones, self.cluster]
                 _close_later([old])
             return self.cluster
@@ -13683,16 +14869,16 @@ class _ExecutorClusters:
             self._closed = True
             clusters = list(self._clusters)
         self._end.detach()
-        for cluster in clusters if cancel else ():
-            if not cluster.closed:
-                cluster._cancel_waiting(True)
+        for core in map(core_of, clusters) if cancel else ():
+            if not core.closed:
+                core.cancel_waiting(True)
         if not wait:
             _close_later(clusters)
         for cluster in clusters if wait else ():
             cluster.close()
 
     def terminate(self) -> None:
-        """End what runs, too."""
+        """Take no more calls, and end those that run."""
         with self._lock:
             self._closed = True
         for cluster in self._clusters:
@@ -13777,15 +14963,17 @@ class DispyExecutor(concurrent.futures.Executor):
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
         cluster = self._pool.current()
+        core = core_of(cluster)
+        submitter = core.submitter
         future = DispyFuture(cluster)
         try:
-            function = in_one_piece(cluster.bundles.packed(fn, [('the function', fn)], True))
-            payload = cluster._pack((function, args, kwargs), {})
+            function = in_one_piece(core.bundles.packed(fn, [('the function', fn)], True))
+            payload = submitter.pack((function, args, kwargs), {})
         except (Exception, SystemExit) as exc:  # pickling runs the user's code
             future.set_exception(_pickling_error(exc))
             return future
         try:
-            cluster._enter(next(cluster._numbers), args, kwargs, self._options, payload, future)
+            submitter.enter(next(submitter.numbers), args, kwargs, self._options, payload, future)
         except RuntimeError as exc:
             if cluster is not self._pool.cluster:   # it has been replaced meanwhile
                 return self.submit(fn, *args, **kwargs)
@@ -13850,7 +15038,8 @@ class DispyExecutor(concurrent.futures.Executor):
 
 
 def _positive(name: str, value: Any) -> int:
-    """A parameter of an executor that is a number of things. Raises TypeError or ValueError."""
+    """Return a parameter of an executor that is a number of things. Raises TypeError or ValueError.
+    """
     number = plain_number(value, True)
     if number is None:
         if name == 'max_workers':
@@ -13864,7 +15053,7 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _note_start_method(context: Any) -> None:
-    """Workers are started by fork; say so to who asks for another method."""
+    """Tell a program that asks for another start method, once, that workers are started by fork."""
     if context is None or isinstance(context, str):
         method = context
     else:
@@ -13889,7 +15078,7 @@ def _pickling_error(exc: BaseException) -> BaseException:
 
 def _submit_next(executor: 'weakref.ref[DispyExecutor]', call: Callable[..., Any],
                  inputs: Iterator[tuple]) -> List[DispyFuture]:
-    """The next input of `map`, if there is one."""
+    """Submit the next input of `map`, if there is one."""
     there = executor()
     if there is None:
         return []
@@ -13908,11 +15097,11 @@ def _results_of(futures: Deque[DispyFuture], until: Optional[float],
     finally:
         if futures:
             jobs = [future.job for future in futures if future.job is not None]
-            futures[0]._cluster._withdraw_all(jobs)
+            withdraw_all(core_of(futures[0]._cluster).driver, jobs)
 
 
 def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
-    """The result of the first one, which is taken out if it is there."""
+    """Return the result of the first future, which is removed if it has ended."""
     if until is None:
         left = None
     else:
@@ -13931,7 +15120,7 @@ def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> An
 
 
 def _flat(results: Any) -> Iterator[Any]:
-    """The results of several calls a job, one after the other."""
+    """Yield the results of jobs of several calls one after the other."""
     with contextlib.closing(results):
         for chunk in results:
             chunk.reverse()
@@ -13950,18 +15139,19 @@ def _wait_for_executors() -> None:
         return
     _ending = True
     left = END_WITHOUT_NODES
-    calling = [cluster for cluster in _clusters if cluster._job_status is _settle_future]
-    for cluster in calling:
+    calling = [core for core in map(core_of, _clusters)
+               if core.callbacks.job_status is _settle_future]
+    for core in calling:
         try:
-            while left > 0 and not cluster.closed and not cluster.wait(0.5):
-                if not any(node.state == 'ready' for node in cluster.status().nodes):
+            while left > 0 and not core.closed and not core.book.wait(0.5):
+                if not core.report.count_ready():
                     left -= 0.5
         except KeyboardInterrupt:
             logger.warning('%s: the program ends, and calls are not waited for any more',
-                           cluster.name)
+                           core.name)
             return
         except RuntimeError as exc:   # it was closed, or its driver has failed
-            logger.debug('%s: %s', cluster.name, exc)
+            logger.debug('%s: %s', core.name, exc)
 
 
 # Before other exit handlers, which may not submit calls any more
@@ -13971,7 +15161,7 @@ if hasattr(threading, '_register_atexit'):
 
 
 class JoblibCall:
-    """A batch of joblib's calls, on its way. `result` and `get` are what joblib asks it for."""
+    """A batch of joblib's calls on its way. joblib calls `result` or `get`."""
     __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
     def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
@@ -13982,13 +15172,13 @@ class JoblibCall:
         self._error: Optional[BaseException] = None
 
     def settle(self, job: DispyJob) -> None:
-        """The job has ended. A callback thread."""
+        """Note that the job has ended. A callback thread."""
         self.job = job
         _show_printed(job)
         self._tell()
 
     def fail(self, error: BaseException) -> None:
-        """It could not even be submitted. Any thread."""
+        """Note that the call could not be submitted. Any thread."""
         self._error = error
         # joblib holds locks of its own while it submits
         threading.Thread(target=self._tell, name='dispy-joblib', daemon=True).start()
@@ -13999,13 +15189,13 @@ class JoblibCall:
             self._callback(self)
 
     def result(self) -> Any:
-        """What the batch returned. Raises what it raised."""
+        """Return what the batch returned. Raises what it raised."""
         if self._error is not None:
             raise self._error
         return result_of(self.job)  # type: ignore[arg-type]
 
     def get(self, timeout: Optional[float] = None) -> Any:
-        """The same, for joblib before 1.3. Raises TimeoutError."""
+        """Return the result, for joblib before 1.3. Raises TimeoutError after `timeout` seconds."""
         if self._error is None and not self.job.wait(timeout):  # type: ignore[union-attr]
             raise TimeoutError('a batch of calls has not ended within %s s' % timeout)
         return self.result()
@@ -14025,7 +15215,8 @@ class _KeptCluster:
     def is_open(self) -> bool:
         """Whether it can be used: it may have been closed, or be of the parent of a forked
         process."""
-        return not self.cluster.closed and not self.cluster.driver.broken
+        core = core_of(self.cluster)
+        return not core.closed and not core.driver.broken
 
 
 class JoblibClusters:
@@ -14040,10 +15231,11 @@ class JoblibClusters:
         self._timer: Optional[threading.Timer] = None
 
     def take(self, user: Any, options: dict, make: Callable[[], JobCluster]) -> JobCluster:
-        """The cluster with these options, made if need be. Raises what making it raises."""
+        """Return the cluster with these options, which is made if there is none. Raises what making
+        it raises."""
         with self._lock:
             found = self._find(options)
-            if found is not None and found.cluster.bundles.changed():
+            if found is not None and core_of(found.cluster).bundles.changed():
                 # The file of a module has changed: later calls run its new text.
                 self._kept.remove(found)
                 threading.Thread(target=found.cluster.close, name='dispy-renew',
@@ -14060,7 +15252,7 @@ class JoblibClusters:
         return next((kept for kept in self._kept if kept.options == options), None)
 
     def release(self, user: Any) -> None:
-        """This user needs none any more."""
+        """Note that a user needs no cluster any more."""
         with self._lock:
             for kept in self._kept:
                 if user in kept.users:
@@ -14075,7 +15267,7 @@ class JoblibClusters:
         self._timer.start()
 
     def _look(self) -> None:
-        """End those that were not used for a while."""
+        """End clusters that were not used for a while."""
         with self._lock:
             self._timer = None
             self._end(lambda kept: time.monotonic() - kept.idle_since > self.KEPT / 2)
@@ -14083,7 +15275,7 @@ class JoblibClusters:
                 self._start_timer()
 
     def close(self) -> None:
-        """End those that nobody uses now."""
+        """End clusters that nobody uses now."""
         with self._lock:
             timer = self._timer
             self._timer = None
@@ -14107,16 +15299,16 @@ class JoblibClusters:
         with self._lock:
             found = self._find(options)
         if found is not None:
-            ready = sum(
-                min(row.cpus, row.offered) for row in found.cluster._rows() if row.state == 'ready')
+            ready = sum(min(row.cpus, row.offered) for row in core_of(found.cluster).nodes.rows()
+                        if row.state == 'ready')
             if ready:
                 return ready
         now = time.monotonic()
         with self._lock:
-            known = next((cpus for asked, when, cpus in self._asked
-                          if asked == nodes and now - when < self.KEPT), None)
-        if known is not None:
-            return known
+            known = [cpus for asked, when, cpus in self._asked
+                     if asked == nodes and now - when < self.KEPT]
+        if known:
+            return known[0]
         cpus = self._ask(nodes, options) or available_cpus()
         with self._lock:
             self._asked = [row for row in self._asked if row[0] != nodes] + [(nodes, now, cpus)]
@@ -14124,7 +15316,7 @@ class JoblibClusters:
 
     @staticmethod
     def _ask(nodes: Any, options: dict) -> int:
-        """CPUs of nodes that answer; without the program's own node."""
+        """Return the number of CPUs of nodes that answer, without the program's own node."""
         access = {
             name: options[name]
             for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options
@@ -14134,7 +15326,7 @@ class JoblibClusters:
         return sum(node.cpus for node in found if node.state == 'connected')
 
     def after_fork(self) -> None:
-        """In a forked child: the clusters and the timer are the parent's."""
+        """Forget the clusters and the timer in a forked child: they are the parent's."""
         self.__init__()  # type: ignore[misc]
 
 
@@ -14154,7 +15346,7 @@ class JoblibRun:
     way than there shall be. Any thread."""
 
     def __init__(self, options: dict) -> None:
-        """`options`: of the backend."""
+        """Keep the options of the backend."""
         self.options = options
         self._lock = threading.Lock()    # guards those below
         self._cluster: Optional[JobCluster] = None
@@ -14186,16 +15378,18 @@ class JoblibRun:
         return cluster
 
     def cpus(self) -> int:
-        """CPUs that there are."""
+        """Return the number of CPUs that calls would have."""
         return joblib_clusters.cpus_of(self.options)
 
     def begin(self, n_jobs: int) -> None:
-        """Calls come, so many of which may be under way. Raises what making a cluster raises."""
+        """Prepare for calls, `n_jobs` of which may be under way. Raises what making a cluster
+        raises."""
         cluster = joblib_clusters.take(self, self.options, self._make)
+        nodes = core_of(cluster).nodes
         cpus = 0
-        for row in cluster._rows():
+        for row in nodes.rows():
             if row.key == LOCAL and n_jobs > row.offered:   # as many processes as are asked for
-                cluster._command('set_cpus', row.key, n_jobs)
+                nodes.ask('set_cpus', row.key, n_jobs)
             cpus += row.cpus
         with self._lock:
             self._cluster = cluster
@@ -14205,11 +15399,11 @@ class JoblibRun:
                 self._most = sys.maxsize
 
     def end(self) -> None:
-        """No more calls come for now."""
+        """Note that no more calls come for now."""
         joblib_clusters.release(self)
 
     def submit(self, call: JoblibCall, function: Callable[..., Any]) -> JoblibCall:
-        """One more batch."""
+        """Submit a batch, or queue it while as many as allowed are under way."""
         with self._lock:
             wait = len(self._calls) >= self._most
             if wait:
@@ -14226,13 +15420,14 @@ class JoblibRun:
         except Exception as exc:
             # Of the user's objects, which cannot be pickled; or the cluster has been closed
             error: Exception = exc
-            if not self._cluster.closed and not self._cluster.driver.broken:  # type: ignore[union-attr]
+            core = core_of(self._cluster)
+            if not core.closed and not core.driver.broken:
                 error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
                 error.__cause__ = exc
             call.fail(error)
 
     def ended(self, call: JoblibCall) -> None:
-        """A batch has ended, and another may begin."""
+        """Note that a batch has ended, and submit the next one that waits."""
         following = None
         with self._lock:
             self._calls.discard(call)
@@ -14269,7 +15464,7 @@ def _above_joblib(backend: Any) -> str:
 
 
 def joblib_backend(parallel: Any) -> Any:
-    """The backend of joblib: a class, of what is in the module joblib.parallel."""
+    """Return the class of the backend, made from what the module joblib.parallel has."""
     class DispyBackend(parallel.AutoBatchingMixin, parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
         """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
         supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
@@ -14314,7 +15509,7 @@ def joblib_backend(parallel: Any) -> Any:
             return n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin: a node is waited for. Keywords of Parallel come here, too."""
+            """Begin, and wait for a node. Keywords of Parallel come here, too."""
             self._options.update(
                 (name, value) for name, value in options.items() if name not in _OF_JOBLIB)
             count = self.effective_n_jobs(n_jobs)
@@ -14334,7 +15529,7 @@ def joblib_backend(parallel: Any) -> Any:
         apply_async = submit   # its name before joblib 1.4
 
         def retrieve_result_callback(self, out: JoblibCall) -> Any:
-            """What a batch returned. Raises what it raised."""
+            """Return what a batch returned. Raises what it raised."""
             return out.result()
 
         def terminate(self) -> None:
@@ -14344,7 +15539,7 @@ def joblib_backend(parallel: Any) -> Any:
             self.reset_batch_stats()
 
         def abort_everything(self, ensure_ready: bool = True) -> None:
-            """A call raised: what is left is not wanted."""
+            """End the calls that are left: one has raised, and they are not wanted any more."""
             if self._run is not None:
                 self._run.abort()
     SequentialBackend = parallel.SequentialBackend
@@ -14367,7 +15562,8 @@ class _WhenJoblibComes:
     then."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Only joblib.parallel is found here, by those who find modules otherwise."""
+        """Return the spec of joblib.parallel, found by the other finders; nothing else is found
+        here."""
         if name != 'joblib.parallel':
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -14398,80 +15594,98 @@ def _at_exit() -> None:
     nobody caught, what runs on nodes goes on to its end."""
     _wait_for_executors()
     clusters = list(_clusters)
+    staying: List[ProgramCluster] = []
     if _ended_by_error():
-        staying = [cluster for cluster in clusters if _may_stay(cluster)]
-    else:
-        staying = []
+        staying = [core for core in map(core_of, clusters) if _may_stay(core)]
     for cluster in clusters:
-        if cluster in staying:
+        core = core_of(cluster)
+        pending = core.book.pending
+        if core in staying:
             continue
-        if cluster._pending and cluster.journal is not None:
+        if pending and core.journal is not None:
             logger.warning(
                 '%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) '
                 'collects them',
-                cluster.name, cluster._pending, cluster.journal.path)
+                core.name, pending, core.journal.path)
             continue
-        if cluster._pending:
+        if pending:
             logger.warning(
                 '%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() '
                 'waits for all jobs)',
-                cluster.name, many(cluster._pending, 'job'),
-                *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
+                core.name, many(pending, 'job'),
+                *(('has', 'it is') if pending == 1 else ('have', 'they are')))
         cluster.close(terminate=True)
     if staying:
         _stay_behind(staying)
 
 
-def _may_stay(cluster: JobCluster) -> bool:
+def _may_stay(core: ProgramCluster) -> bool:
     """Whether a cluster has something on nodes that can be collected after the end of this
     program."""
-    if cluster.trail is None or not cluster.trail.path or cluster.closed:
+    if core.trail is None or not core.trail.path or core.closed:
         return False
     try:
-        return bool(cluster.driver.ask(cluster._left_behind))
+        return bool(core.driver.ask(core.left_behind))
     except Exception as exc:  # of the driver, which has failed or does not answer
-        logger.debug('%s: %s', cluster.name, exc)
+        logger.debug('%s: %s', core.name, exc)
         return False
 
 
-def _stay_behind(clusters: List[JobCluster]) -> None:
-    """Let go of nodes without a word, so that they go on, and say what becomes of the jobs."""
+def _stay_behind(cores: List[ProgramCluster]) -> None:
+    """Let go of nodes without a message, so that they go on, and log what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
-    owed = sum(len(cluster._owed) for cluster in clusters)
-    for cluster in clusters:
+    owed = sum(len(core.book.owed) for core in cores)
+    for core in cores:
         # Its driver has failed
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-            # What waits there might begin before it is known that nobody waits for it
-            if cluster.remote:
-                cluster.cancel_waiting()
-                while time.monotonic() < until and any(
-                        job.status == DispyJob.Created
-                        for job in cluster.driver.ask(cluster.jobs_owed)):
-                    time.sleep(0.01)
-    for driver in {cluster.driver for cluster in clusters}:
+            if core.remote:
+                _cancel_at_scheduler(core, until)
+    for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
             while not driver.ask(driver.has_sent) and time.monotonic() < until:
                 time.sleep(0.01)
             driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
-    for cluster in clusters:
-        nodes.update(cluster._left_behind())
+    for core in cores:
+        nodes.update(core.left_behind())
+    trails = [core.trail for core in cores if core.trail is not None]
+    logger.warning('the program ends by an error, and %s; %s',
+                   _jobs_left(nodes, owed), _how_to_collect(trails))
+
+
+def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
+    """Cancel what waits at the scheduler, which might begin before it is known that nobody waits
+    for it."""
+    core.cancel_waiting(False)
+    while time.monotonic() < until:
+        jobs = core.driver.ask(core.jobs_owed)
+        if not any(job.status == DispyJob.Created for job in jobs):
+            return
+        time.sleep(0.01)
+
+
+def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
+    """Return a text which says what becomes of `owed` jobs, some of which run on these nodes."""
     running = sum(nodes.values())
-    trails = [cluster.trail for cluster in clusters if cluster.trail is not None]
+    if running == 1:
+        text = '1 job runs on to its end'
+    else:
+        text = '%d jobs run on to their end' % running
+    text += ' on %s' % many(len(nodes), 'node')
     if owed > running:
-        lost = '; %d others had not begun and are lost' % (owed - running)
-    else:
-        lost = ''
+        text += '; %d others had not begun and are lost' % (owed - running)
+    return text
+
+
+def _how_to_collect(trails: List[ComputationNotes]) -> str:
+    """Return a text which says what collects the results of jobs that run on, and what ends these
+    jobs."""
     if all(trail.script for trail in trails):
-        how = ['dispy.recover_jobs()']
+        calls = ['dispy.recover_jobs()']
     else:
-        how = ['dispy.recover_jobs(%r)' % trail.path for trail in trails]
-    logger.warning(
-        'the program ends by an error, and %s end on %d node%s%s; %s collects the results, '
-        '%s ends them',
-        '1 job runs on to its' if running == 1 else '%d jobs run on to their' % running, len(nodes),
-        's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
+        calls = ['dispy.recover_jobs(%r)' % trail.path for trail in trails]
+    return '%s collects the results, %s ends them' % (' and '.join(calls), CANCEL_LOST)
 
 
 def _ended_by_error() -> bool:
@@ -14496,133 +15710,1979 @@ def _ended_by_error() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line: a program over many arguments; nodes by ssh
+# The shell: commands, their arguments and what is written of them. Nothing here runs a command;
+# what reads or writes a file says so
 # --------------------------------------------------------------------------------------------------
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+EXTENSION = re.compile(r'\.[^/.]+\Z')
+
+
+def without_extension(path: str) -> str:
+    """What {.} stands for: a path without the extension of its last part."""
+    return EXTENSION.sub('', path)
+
+
+def last_part(path: str) -> str:
+    """What {/} stands for."""
+    return path.rpartition('/')[2]
+
+
+def directory_of(path: str) -> str:
+    """What {//} stands for."""
+    return os.path.dirname(path) or '.'
+
+
+def last_part_without_extension(path: str) -> str:
+    """What {/.} stands for."""
+    return without_extension(last_part(path))
+
+
+# What follows the number in a replacement string -> what is made of the value
+FORMS: Dict[str, Callable[[str], str]] = {
+    '': str,
+    '.': without_extension,
+    '/': last_part,
+    '//': directory_of,
+    '/.': last_part_without_extension,
+}
+REPLACEMENT = re.compile(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
+
+
+class Replacement(NamedTuple):
+    """A replacement string of a template."""
+    is_number: bool                 # {#}: the number of the job
+    which: int                      # of the value, from 1 or from the end; 0: all values
+    form: Callable[[str], str]
+
+    @classmethod
+    def parse(cls, match: Any) -> 'Replacement':
+        """Of a match of REPLACEMENT."""
+        number, which, form = match.groups()
+        is_number = number is not None
+        index = int(which or 0)
+        return cls(is_number, index, FORMS[form or ''])
+
+    def texts(self, values: Sequence[str], number: int) -> List[str]:
+        """What it stands for. A value that is not there is empty."""
+        if self.is_number:
+            return [str(number)]
+        if self.which == 0:
+            return [self.form(value) for value in values]
+        index = self.which
+        if index > 0:
+            index -= 1
+        if -len(values) <= index < len(values):
+            return [self.form(values[index])]
+        return ['']
+
+
+class Template:
+    """A text with replacement strings, such as {} or {1.}. `quotes`: what they stand for is quoted
+    for a shell, except at the beginning of the text, where it is the name of a program or a whole
+    command line, as with GNU parallel."""
+
+    def __init__(self, text: str, quotes: bool = False) -> None:
+        self.text = text
+        self._quotes = quotes
+        self._pieces: List[Union[str, Replacement]] = []
+        end = 0
+        for match in REPLACEMENT.finditer(text):
+            if match.start() > end:
+                self._pieces.append(text[end:match.start()])
+            self._pieces.append(Replacement.parse(match))
+            end = match.end()
+        if end < len(text):
+            self._pieces.append(text[end:])
+        self.replaces = any(isinstance(piece, Replacement) for piece in self._pieces)
+
+    def expand(self, values: Sequence[str], number: int) -> str:
+        """The text for a job."""
+        if not self.replaces:
+            return self.text
+        return ''.join(self._texts(values, number))
+
+    def _texts(self, values: Sequence[str], number: int) -> Iterator[str]:
+        for index, piece in enumerate(self._pieces):
+            if isinstance(piece, str):
+                yield piece
+                continue
+            texts = piece.texts(values, number)
+            if self._quotes and index:
+                texts = list(map(shlex.quote, texts))
+            yield ' '.join(texts)
+
+    def words(self, values: Sequence[str], number: int) -> List[str]:
+        """The words of a command for which this stands: one, or, where it is a lone {}, as many as
+        there are values."""
+        first, *others = self._pieces or ['']
+        if isinstance(first, Replacement) and not others:
+            return first.texts(values, number)
+        return [self.expand(values, number)]
+
+
+class ProgramFile(NamedTuple):
+    """Where the program of a command comes from."""
+    word: str                   # what a node runs
+    path: Optional[str] = None  # the file that travels; None: the nodes have the program
+    by_python: bool = False     # a node's Python runs the file
+
+    @classmethod
+    def find(cls, word: str) -> 'ProgramFile':
+        """Of the first word of a command. Looks at files. Raises FileNotFoundError, and ValueError
+        for a file that cannot be run.
+
+        A path travels, unless it is what PATH finds for its name; so does a file in the working
+        directory that PATH does not find.
+        """
+        name = os.path.basename(word)
+        installed = shutil.which(name)
+        if os.sep not in word:
+            if installed is not None or not os.path.isfile(word):
+                return cls(word)
+        elif not os.path.isfile(word):
+            raise FileNotFoundError(
+                'there is no program %s here. If the nodes have it, write `env %s`' % (word, word))
+        if installed is not None and os.path.samefile(installed, word):
+            return cls(name)
+        if is_python_script(word):
+            return cls('./' + name, word, True)
+        return cls('./' + name, _program_path(word))
+
+
+def is_python_script(path: str) -> bool:
+    """Whether a file is one that Python runs, by its name or its first line."""
+    if path.endswith('.py'):
+        return True
+    with open(path, 'rb') as file:
+        line = file.readline(200)
+    return line.startswith(b'#!') and b'python' in line
+
+
+# What makes one word a line for a shell
+SHELL_SIGNS = re.compile(r'[\s|&;<>()$`\\"\'*?\[~]')
+FIRST_WORD = re.compile(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
+
+
+class Command:
+    """What is run for each input: words, of which the first is a program, or one line for `sh`.
+    `travels`: a program that is not installed goes to the nodes."""
+
+    def __init__(self, words: Sequence[str], travels: bool = True) -> None:
+        self.is_given = bool(words)
+        self.is_line = not words
+        if len(words) == 1:
+            self.is_line = self._is_line(words[0])
+        self.program = ProgramFile('')
+        texts = list(words) or ['{}']
+        if travels and self.is_line:
+            self._find_program_of_line(texts)
+        elif travels:
+            self._find_program(texts)
+        if not any(REPLACEMENT.search(text) for text in texts):
+            if self.is_line:
+                texts[0] += ' {}'
+            else:
+                texts.append('{}')
+        self._templates = [Template(text, self.is_line) for text in texts]
+
+    @staticmethod
+    def _is_line(word: str) -> bool:
+        if os.path.isfile(word):
+            return False
+        if REPLACEMENT.match(word):
+            return True
+        return SHELL_SIGNS.search(word) is not None
+
+    def _find_program(self, texts: List[str]) -> None:
+        if REPLACEMENT.search(texts[0]):
+            return
+        if re.search(r'\s', texts[0]) and not os.path.isfile(texts[0]):
+            raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
+                             'word, and options stand before the command' % texts[0])
+        self.program = ProgramFile.find(texts[0])
+        texts[0] = self.program.word
+
+    def _find_program_of_line(self, texts: List[str]) -> None:
+        """A line may begin with anything; what is no program here is left to the shell there."""
+        match = FIRST_WORD.match(texts[0])
+        if match is None:
+            return
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            program = ProgramFile.find(match.group(1))
+            if program.path is not None:
+                self.program = program
+                rest = texts[0][match.end():]
+                texts[0] = self._word_of_line() + rest
+
+    def _word_of_line(self) -> str:
+        if self.program.by_python:
+            return '"$DISPY_PYTHON" ' + self.program.word
+        return self.program.word
+
+    def words(self, values: Sequence[str], number: int) -> List[str]:
+        """What a node runs, as CommandLines takes it."""
+        if self.is_line:
+            return ['sh', '-c', self._templates[0].expand(values, number)]
+        words = self._words(values, number)
+        if self.program.by_python:
+            words.insert(0, RUN_BY_PYTHON)
+        return words
+
+    def _words(self, values: Sequence[str], number: int) -> List[str]:
+        words: List[str] = []
+        for template in self._templates:
+            words += template.words(values, number)
+        return words
+
+    def text(self, values: Sequence[str], number: int) -> str:
+        """The command of a job as people read it, and as a shell would take it."""
+        if self.is_line:
+            return self._templates[0].expand(values, number)
+        return ' '.join(map(shlex.quote, self._words(values, number)))
+
+    @property
+    def name(self) -> str:
+        """Of the computation, for people."""
+        words = self._templates[0].text.split(None, 1)
+        if not words:
+            return 'commands'
+        name = os.path.basename(words[0])
+        return name[:60] or 'commands'
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+Values = Tuple[str, ...]    # what the replacement strings of one job stand for
+RECORDS_READ = 1 << 16      # bytes read at once
+
+
+def records(read: Callable[[int], bytes], delimiter: bytes) -> Iterator[str]:
+    """Records that are ended by a delimiter, each as soon as it has come, and as it is."""
+    rest = b''
+    while True:
+        data = read(RECORDS_READ)
+        if not data:
+            break
+        *whole, rest = (rest + data).split(delimiter)
+        yield from map(os.fsdecode, whole)
+    if rest:
+        yield os.fsdecode(rest)
+
+
+def records_of(path: str, delimiter: bytes) -> Iterator[str]:
+    """Records of a file, or of standard input ('-'), which is read without Python's buffer: a
+    thread that waits in it holds a lock without which the interpreter cannot end."""
+    if path == '-':
+        yield from records(functools.partial(os.read, 0), delimiter)
+        return
+    with open(path, 'rb', buffering=0) as file:
+        yield from records(file.read, delimiter)  # type: ignore[arg-type]
+
+
+def split_as_shell(line: str) -> Union[Values, ValueError]:
+    """The words of a line of --args-file; what is wrong with one that cannot be split."""
+    try:
+        return tuple(shlex.split(line))
+    except ValueError as exc:
+        return ValueError('the line %.80r cannot be split as a shell does: %s' % (line, exc))
+
+
+def linked(sources: Sequence[Iterable[str]]) -> Iterator[Values]:
+    """One value of each source, as long as all have one."""
+    return zip(*sources)
+
+
+def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
+    """Each combination of the values of groups; the sources of a group are linked. The first group
+    is read as it comes."""
+    first, *others = groups
+    rest = [list(linked(group)) for group in others]
+    for head in linked(first):
+        for tails in itertools.product(*rest):
+            yield tuple(itertools.chain(head, *tails))
+
+
+def in_columns(values: Values, separator: Any) -> Values:
+    """The columns of all values, without the space around them."""
+    columns: List[str] = []
+    for value in values:
+        columns += separator.split(value)
+    return tuple(column.strip() for column in columns)
+
+
+SOURCE_MARKS = (':::', '::::', ':::+', '::::+')
+
+
+def split_sources(words: Sequence[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
+    """The words of a command, and what follows each of the marks behind it."""
+    command: List[str] = []
+    groups: List[Tuple[str, List[str]]] = []
+    here = command
+    for word in words:
+        if word in SOURCE_MARKS:
+            here = []
+            groups.append((word, here))
+        else:
+            here.append(word)
+    return command, groups
+
+
+class Inputs:
+    """The arguments of the jobs, read as they are wanted. Iterating yields, for each job, its
+    values, or a ValueError for a line that has none."""
+
+    def __init__(self, args: argparse.Namespace, marked: Sequence[Tuple[str, List[str]]]) -> None:
+        self._own = list(map(split_as_shell, args.args))
+        self._file = args.args_file
+        if self._file:
+            self._check(self._file)
+        self._delimiter = b'\0' if args.null else args.delimiter
+        self._skips_empty = args.no_run_if_empty
+        self._columns = args.colsep
+        self._groups: List[List[Any]] = [[self._records(path)] for path in args.arg_file]
+        for mark, words in marked:
+            self._add(mark, words)
+        if self.is_old and self._groups:
+            raise ValueError('-a and --args-file have the arguments of whole jobs: they do not go '
+                             'together with %s' % ', '.join((*SOURCE_MARKS, '--arg-file')))
+        # Whether standard input is where the arguments come from, for want of anything else
+        self.is_stdin = not self.is_old and not self._groups
+        if self.is_stdin:
+            self._groups.append([self._records('-')])
+
+    @property
+    def is_old(self) -> bool:
+        """Whether whole argument lists are given, each split as a shell does."""
+        return bool(self._own or self._file)
+
+    def _records(self, path: str) -> Iterator[str]:
+        self._check(path)
+        return records_of(path, self._delimiter)
+
+    @staticmethod
+    def _check(path: str) -> None:
+        """One that cannot be read is told before anything runs. A pipe can be opened only once."""
+        is_pipe = os.path.exists(path) and not os.path.isfile(path)
+        if path != '-' and not is_pipe:
+            open(path, 'rb').close()
+
+    def _add(self, mark: str, words: List[str]) -> None:
+        """What follows a mark: values, or files of values."""
+        if mark.startswith('::::'):
+            sources = list(map(self._records, words))
+        else:
+            sources = [iter(words)]
+        if not mark.endswith('+'):
+            self._groups += ([source] for source in sources)
+        elif self._groups:
+            self._groups[-1] += sources
+        else:
+            raise ValueError('%s is linked to the source before it, and there is none' % mark)
+
+    def __iter__(self) -> Iterator[Union[Values, ValueError]]:
+        if not self.is_old:
+            yield from self._combined()
+            return
+        yield from self._own
+        if self._file:
+            for line in records_of(self._file, b'\n'):
+                if line.strip():
+                    yield split_as_shell(line)
+
+    def _combined(self) -> Iterator[Values]:
+        for values in combinations(self._groups):
+            if self._skips_empty and not any(map(str.strip, values)):
+                continue
+            if self._columns is None:
+                yield values
+            else:
+                yield in_columns(values, self._columns)
+
+
+# -- when to stop ----------------------------------------------------------------------------------
+
+HALT_TEXT = re.compile(r'(now|soon),(fail|success|done)=([0-9]+)(%?)\Z')
+OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,success=1',
+             '-2': 'now,success=1'}
+
+
+class HaltRule(NamedTuple):
+    """When no more jobs are started."""
+    is_now: bool        # those that run are cancelled
+    why: str            # what is counted: 'fail', 'success' or 'done'
+    limit: int
+    is_percent: bool    # of all jobs
+
+    @classmethod
+    def parse(cls, text: str) -> Optional['HaltRule']:
+        """A rule as GNU parallel has it; None for 'never'. Raises ArgumentTypeError."""
+        text = OLD_HALTS.get(text, text)
+        if text == 'never':
+            return None
+        if re.match(r'[0-9]+%\Z', text):
+            text = 'soon,fail=' + text
+        match = HALT_TEXT.match(text)
+        if match is None or int(match.group(3)) < 1:
+            raise argparse.ArgumentTypeError(
+                '%r is no rule such as never, soon,fail=1, now,fail=10%% or now,success=1' % text)
+        when, why, limit, percent = match.groups()
+        return cls(when == 'now', why, int(limit), bool(percent))
+
+    def __str__(self) -> str:
+        when = 'now' if self.is_now else 'soon'
+        return '%s,%s=%d%s' % (when, self.why, self.limit, '%' * self.is_percent)
+
+    def is_reached(self, done: int, failed: int, total: int) -> bool:
+        """Whether to stop, after so many jobs of all."""
+        counts = {'fail': failed, 'success': done - failed, 'done': done}
+        counted = counts[self.why]
+        if self.is_percent:
+            return counted * 100 >= self.limit * total
+        return counted >= self.limit
+
+    def exit_status(self, last: int, failed: int, total: int) -> int:
+        """When it has been reached; `last`: exit status of the job that did that."""
+        if self.why == 'success':
+            return 0
+        if self.is_percent:
+            return -(-100 * failed // total)
+        if self.limit == 1:
+            return last
+        return min(failed, FAILED_MOST)
+
+
+# -- what is written of jobs -----------------------------------------------------------------------
+
+FAILED_MOST = 101        # the exit status for more failed jobs than 100
+EXIT_USAGE = 255         # wrong usage, or no node
+NO_STATUS = -1           # in the log: the job has no exit status
+
+
+class Ended(NamedTuple):
+    """A job that has ended, as the shell speaks of it."""
+    number: int
+    values: Values
+    command: str
+    node: str = ''           # the name of the node, if that is known
+    address: str = ''
+    start: float = 0.0       # s since the epoch
+    seconds: float = 0.0     # how long it ran
+    sent: int = 0            # bytes of its files
+    status: int = 0          # exit status, or NO_STATUS
+    signal: int = 0          # that has ended it
+    reason: str = ''         # why it has failed; empty if it has not
+    stdout: bytes = b''
+    stderr: bytes = b''
+
+    @property
+    def shell_status(self) -> int:
+        """What a shell would call its exit status."""
+        if self.signal:
+            return 128 + self.signal
+        return self.status & 255
+
+    @property
+    def tag(self) -> str:
+        """Its arguments in one text."""
+        return ' '.join(self.values)
+
+    def message(self) -> str:
+        """A line on its failure."""
+        if self.values:
+            about = ' (%s)' % shown(self.tag)
+        else:
+            about = ''
+        if self.node:
+            where = ' on ' + self.node
+        else:
+            where = ''
+        return 'job %d%s failed%s: %s' % (self.number, about, where, self.reason)
+
+
+def shown(text: str) -> str:
+    """Arguments in a message: one line, not too long for it."""
+    text = ' '.join(text.split())
+    if len(text) > 100:
+        return text[:97] + '...'
+    return text
+
+
+def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
+    """A file of lines with columns, of which each is written as soon as it is there; new, or one
+    that is added to."""
+    if appends:
+        mode = 'a'
+    else:
+        mode = 'w'
+    file = open(path, mode, 1, encoding='utf-8', errors='surrogateescape')
+    if file.tell() == 0:
+        write_row(file, columns)
+    return file
+
+
+def write_row(file: Any, columns: Iterable[Any]) -> None:
+    """Add a line to a table. What is empty is a dash."""
+    words = [JobLog.one_line(str(column)) or '-' for column in columns]
+    file.write('\t'.join(words) + '\n')
+
+
+class JobLog:
+    """--joblog: a line for each job that has ended, in GNU parallel's columns, and the node's name
+    behind them. Appends to a file, or writes a new one."""
+    COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
+               'Command', 'Node')
+    ROW = re.compile(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
+
+    def __init__(self, path: str, appends: bool) -> None:
+        self._file = open_table(path, appends, self.COLUMNS)
+
+    def write(self, ended: Ended) -> None:
+        """Add a job."""
+        printed = len(ended.stdout) + len(ended.stderr)
+        begin = '%.3f' % ended.start
+        seconds = '%10.3f' % ended.seconds
+        command = self.one_line(ended.command)
+        columns = [ended.number, ended.address, begin, seconds, ended.sent, printed, ended.status,
+                   ended.signal, command, ended.node]
+        write_row(self._file, columns)
+
+    def close(self) -> None:
+        """All is in the file."""
+        self._file.close()
+
+    @staticmethod
+    def one_line(command: str) -> str:
+        """A command without what separates columns and lines."""
+        return re.sub(r'[\t\r\n]', ' ', command)
+
+    @classmethod
+    def read(cls, path: str) -> Dict[int, Tuple[bool, str]]:
+        """Number -> whether the job has gone well, and its command; of the last line on each job.
+        Reads the file; one that is not there is empty."""
+        found: Dict[int, Tuple[bool, str]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            with open(path, encoding='utf-8', errors='surrogateescape') as file:
+                for row in filter(None, map(cls.ROW.match, file)):
+                    number, status, by_signal, command = row.groups()
+                    is_well = not int(status) and not int(by_signal)
+                    found[int(number)] = is_well, command
+        return found
+
+
+class Resume:
+    """Which jobs an earlier run has done, by its log."""
+
+    def __init__(self, path: str, again: bool) -> None:
+        self._path = path
+        self._again = again                # those that failed
+        self._known = JobLog.read(path)
+        self.changed = ''                  # what is to be said of a log that does not fit
+
+    def skips(self, number: int, command: str) -> bool:
+        """Whether a job is not run. Notes the first whose command is another now."""
+        if number not in self._known:
+            return False
+        is_well, known = self._known[number]
+        if known != JobLog.one_line(command) and not self.changed:
+            self.changed = ('job %d is now `%s`, and was `%s` when %s was written. Jobs are known '
+                            'by their numbers alone: --resume needs the same command and the same '
+                            'arguments in the same order'
+                            % (number, shown(command), shown(known), self._path))
+        return is_well or not self._again
+
+
+def write_file(path: str, data: bytes) -> None:
+    """A file with this content."""
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
+ESCAPES = {'\\': '\\\\', '/': '\\_', '\t': '\\t', '\n': '\\n', '\0': '\\0'}
+NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
+
+
+def as_file_name(value: str) -> str:
+    """An argument as the name of a directory, as GNU parallel writes it."""
+    signs = [ESCAPES.get(sign, sign) for sign in value]
+    name = ''.join(signs)
+    if name in ('', '.', '..'):
+        name = '\\' + name   # no argument gives this otherwise
+    data = os.fsencode(name)
+    if len(data) > NAME_LONGEST:
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        begin = os.fsdecode(data[:NAME_LONGEST - 20])
+        name = '%s~%s' % (begin, digest)
+    return name
+
+
+def results_path(values: Values) -> str:
+    """Below --results, the directory for a job with these arguments."""
+    parts: List[str] = []
+    for number, value in enumerate(values, 1):
+        parts += [str(number), as_file_name(value)]
+    return os.path.join('', *parts)
+
+
+class ResultFiles:
+    """--results: the output of each job in a directory by its arguments, and a table."""
+    TABLE = 'jobs.tsv'
+    COLUMNS = ('Seq', 'Arguments', 'Node', 'Status', 'Directory')
+
+    def __init__(self, root: str, appends: bool) -> None:
+        self._root = root
+        self._used: Set[str] = set()
+        os.makedirs(root, exist_ok=True)
+        path = os.path.join(root, self.TABLE)
+        self._table = open_table(path, appends, self.COLUMNS)
+
+    def write(self, ended: Ended) -> None:
+        """Write the files of a job. Raises OSError."""
+        name = self._free_name(ended)
+        directory = os.path.join(self._root, name)
+        os.makedirs(directory, exist_ok=True)
+        write_file(os.path.join(directory, 'stdout'), ended.stdout)
+        write_file(os.path.join(directory, 'stderr'), ended.stderr)
+        write_file(os.path.join(directory, 'seq'), b'%d' % ended.number)
+        reason = ended.reason or 'ok'
+        write_row(self._table, [ended.number, ended.tag, ended.node, reason, name])
+
+    def _free_name(self, ended: Ended) -> str:
+        """Jobs with the same arguments have a directory each."""
+        name = results_path(ended.values)
+        if not name or name in self._used:
+            name = '%s~%d' % (name, ended.number)
+        self._used.add(name)
+        return name
+
+    def close(self) -> None:
+        """All is in the files."""
+        self._table.close()
+
+
+class NumberedFiles:
+    """--output: the output of each job in two files by its number."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        os.makedirs(directory, exist_ok=True)
+
+    def write(self, ended: Ended) -> None:
+        """Write the files of a job. Raises OSError."""
+        path = os.path.join(self._directory, '%d' % ended.number)
+        write_file(path + '.out', ended.stdout)
+        write_file(path + '.err', ended.stderr)
+
+    def close(self) -> None:
+        """Each file has been closed."""
+
+
+LINES = re.compile(rb'[^\n]*\n|[^\n]+')
+
+
+def tagged(data: bytes, tag: str) -> bytes:
+    """Lines with the arguments of their job before each."""
+    prefix = os.fsencode(tag) + b'\t'
+    lines = LINES.findall(data)
+    return b''.join(prefix + line for line in lines)
+
+
+class ShownOutput:
+    """--line-buffer: how much of the output of jobs that run has been shown."""
+
+    def __init__(self) -> None:
+        self._held: Dict[Tuple[int, str], bytearray] = {}   # not shown yet
+        self._shown: Dict[Tuple[int, str], int] = {}        # bytes
+
+    def add(self, number: int, stream: str, data: bytes) -> None:
+        """A job has printed this."""
+        self._held.setdefault((number, stream), bytearray()).extend(data)
+
+    def take(self, number: int, stream: str) -> bytes:
+        """The whole lines that are to be shown now."""
+        held = self._held.get((number, stream), bytearray())
+        end = held.rfind(b'\n') + 1
+        data = bytes(held[:end])
+        del held[:end]
+        before = self._shown.get((number, stream), 0)
+        self._shown[number, stream] = before + end
+        return data
+
+    def rest(self, number: int, stream: str, whole: bytes) -> bytes:
+        """What has not been shown of the output of a job that has ended."""
+        self._held.pop((number, stream), None)
+        return whole[self._shown.pop((number, stream), 0):]
+
+
+# -- hosts -----------------------------------------------------------------------------------------
+
+HOST_WITH_CPUS = re.compile(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
+
+
+def cpus_and_host(word: str) -> Tuple[int, str]:
+    """'4/host': at most 4 CPUs of a host; without a number 0, which means all."""
+    match = HOST_WITH_CPUS.match(word)
+    if match is None:
+        raise ValueError('%r is not HOST, HOST:PORT or either with CPUS/ before it' % word)
+    cpus, host = match.groups()
+    return int(cpus or 0), host
+
+
+def hosts_in(path: str) -> List[str]:
+    """The hosts of a file for --hosts, as written there. Reads the file."""
+    words: List[str] = []
+    with open(path) as file:
+        for line in file:
+            words += line.partition('#')[0].split()
+    return words
+
+
+def as_node(word: str) -> Any:
+    """An element of `nodes` for a host as -n and --hosts have it. What is for ssh alone, a user and
+    ssh's port, is left out."""
+    cpus, host = cpus_and_host(word)
+    if host.startswith('ssh://'):
+        host = host[len('ssh://'):]
+        host = host.rpartition(':')[0] or host
+    host = host.rpartition('@')[2]
+    name, port = host_and_port(host, NODE_PORT)
+    if cpus:
+        return name, port, cpus
+    return name, port
+
+
+# --------------------------------------------------------------------------------------------------
+# The shell: options
+# --------------------------------------------------------------------------------------------------
+
+UNITS = {'s': 1.0, 'm': 60.0, 'h': 3600.0, 'd': 86400.0}
+DURATION = re.compile(r'(?:\d+(?:\.\d+)?[smhd])*(?:\d*\.?\d+)?\Z')
+DURATION_PART = re.compile(r'(\d*\.?\d+)([smhd]?)')
+
+
+def duration_option(text: str) -> float:
+    """Seconds, or such as 1m30s or 2h."""
+    if not text or DURATION.match(text) is None:
+        raise argparse.ArgumentTypeError('%r is no time such as 10, 1.5, 90s or 1h30m' % text)
+    seconds = 0.0
+    for number, unit in DURATION_PART.findall(text):
+        factor = UNITS[unit or 's']
+        seconds += float(number) * factor
+    return seconds
+
+
+def count_option(text: str) -> int:
+    """A number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
+    return int(text)
+
+
+def slots_option(text: str) -> int:
+    """How many jobs at once; 0: as many as the nodes have CPUs."""
+    if text in ('0', '100%'):
+        return 0
+    return count_option(text)
+
+
+def delimiter_option(text: str) -> bytes:
+    """What ends a record, with escapes such as \\n, \\0 and \\x1f."""
+    try:
+        data = os.fsencode(text).decode('unicode_escape').encode('latin-1')
+    except UnicodeError:
+        data = os.fsencode(text)   # no escapes, but signs beyond Latin-1
+    if not data:
+        raise argparse.ArgumentTypeError('it is empty; -0 has records that end with NUL')
+    return data
+
+
+def pattern_option(text: str) -> Any:
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as exc:
+        raise argparse.ArgumentTypeError('%r is no regular expression: %s' % (text, exc)) from None
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Options that end where a command begins, as of `env` and GNU parallel: what follows the first
+    word that is no option is not looked at. Values may begin with a dash. Wrong usage ends the
+    program with the exit status 255."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, '%s: error: %s\n' % (self.prog, message))
+
+    def split(self, argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+        """Options, each in one word, and what follows them."""
+        left = collections.deque(argv)
+        options: List[str] = []
+        while left and left[0][:1] == '-' and left[0] != '-':
+            word = left.popleft()
+            if word == '--':
+                break
+            if word.startswith('--'):
+                options.append(self._long(word, left))
+            else:
+                options += self._short(word, left)
+        return options, list(left)
+
+    def _long(self, word: str, left: Deque[str]) -> str:
+        """An option with its value behind a sign, which may be the next word."""
+        name, sign, value = word.partition('=')
+        name = self._whole_name(name)
+        if self._option_string_actions[name].nargs == 0:
+            return name + sign + value
+        if not sign:
+            value = self._next(name, left)
+        return '%s=%s' % (name, value)
+
+    def _whole_name(self, name: str) -> str:
+        """An option from its beginning, or in dispy 4's spelling with underscores."""
+        known = self._option_string_actions
+        name = name.replace('_', '-')
+        if name in known:
+            return name
+        found = [other for other in known if other.startswith(name)]
+        actions = {id(known[other]) for other in found}
+        if len(actions) == 1:
+            return found[0]
+        if found:
+            self.error('%s may be any of %s' % (name, ', '.join(found)))
+        self.error('there is no option %s' % name)
+
+    def _next(self, name: str, left: Deque[str]) -> str:
+        if not left:
+            self.error('%s needs a value' % name)
+        return left.popleft()
+
+    def _short(self, word: str, left: Deque[str]) -> Iterator[str]:
+        """Options of one letter, several of which may stand in one word."""
+        for index, letter in enumerate(word[1:], 2):
+            action = self._option_string_actions.get('-' + letter)
+            if action is None:
+                self.error('there is no option -%s' % letter)
+            value = word[index:]
+            if letter == 'd' and not value and not self._is_delimiter(left):
+                yield '--debug'   # dispy 4's meaning
+            elif action.nargs == 0:
+                yield '-' + letter
+            else:
+                value = value or self._next('-' + letter, left)
+                yield '%s=%s' % (self._long_name(action), value)
+                return
+
+    @staticmethod
+    def _is_delimiter(left: Deque[str]) -> bool:
+        if not left:
+            return False
+        word = left[0]
+        return len(word) == 1 or word.startswith('\\')
+
+    @staticmethod
+    def _long_name(action: argparse.Action) -> str:
+        return next(name for name in action.option_strings if name.startswith('--'))
+
+
+SHELL_HELP = '''Run a command once for each argument, on all CPUs of the nodes. The arguments follow
+the command (::: a b, :::: FILE) or come from standard input, a line each. {} in the command stands
+for the argument, {.} for it without extension, {/} for its last part, {//} for its directory, {/.}
+for both, {1} for the first of several, {#} for the number of the job; without any of these the
+argument is appended. A command in one quoted word is a line for `sh`; separate words are run
+without a shell.'''
+SHELL_EPILOG = '''Commands run in a directory on the node. A program whose path is given, or that is
+a file in the working directory and not in PATH, travels there; any other is taken from the node's
+PATH. A Python script that travels is run by the Python of the node. Other files travel by -f,
+--transferfile and --return, or are reached by --workdir. The exit status is the number of jobs
+that failed, 101 for more than 100, and 255 if the command line is wrong or no node can be used.
+`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends them, and
+`dispy report` writes a file for a report of a fault: each has a --help of its own. A program of
+such a name is run as ./deploy.'''
+
+
+# Title of a group -> its options: how they are written, and what argparse is told of them
+OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
+    'instead of running a command': [
+        (('--list-nodes',), {
+            'action': 'store_true',
+            'help': 'show the nodes (-n, --hosts; default: all that answer) and whether they can '
+                    'be used; the exit status is 0 if any can'}),
+        (('--cancel-lost',), {
+            'action': 'store_true',
+            'help': 'end what programs of yours that were killed or ended by an exception have '
+                    'left on nodes; the exit status is the number of those of which something '
+                    'may be left'}),
+        (('--dry-run',), {
+            'action': 'store_true',
+            'help': 'print the command of each job'}),
+        (('--version',), {
+            'action': 'version', 'version': '%(prog)s ' + __version__}),
+    ],
+    'nodes': [
+        (('-n', '--node', '--nodes'), {
+            'action': Each, 'default': [], 'dest': 'nodes', 'metavar': '[CPUS/]HOST[:PORT]',
+            'help': "a node, or several in quotes; may be repeated; 'local': this machine "
+                    '(default: a dispynode on this machine, or one started for this run)'}),
+        (('--hosts',), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'file with a node on each line; # begins a comment; may be repeated'}),
+        (('--scheduler-host', '--scheduler-node'), {
+            'metavar': 'HOST[:PORT]',
+            'help': 'the jobs go to this dispyscheduler; -n then says which of its nodes they '
+                    'may use'}),
+        (('--host', '--ip-addr'), {
+            'metavar': 'ADDR',
+            'help': 'also wait at this address for nodes that connect by themselves'}),
+        (('--wait-nodes',), {
+            'type': seconds_option, 'metavar': 'S',
+            'help': 'give up if no node can be used within so many seconds (default: wait for '
+                    'one)'}),
+        (('--secret',), {
+            'metavar': 'SECRET',
+            'help': 'the secret; it can be seen in the list of processes, so better:'}),
+        (('--secret-file',), {
+            'metavar': 'FILE',
+            'help': 'file with the secret (default: that of this user)'}),
+        (('--certfile',), {
+            'metavar': 'FILE',
+            'help': 'certificate for TLS'}),
+        (('--keyfile',), {
+            'metavar': 'FILE',
+            'help': "the certificate's key, if not in the same file"}),
+        (('--debug',), {
+            'action': 'store_true',
+            'help': 'log what is done in detail'}),
+    ],
+    'arguments': [
+        (('--arg-file',), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'as ":::: FILE": an argument on each line; -: standard input'}),
+        (('-0', '--null'), {
+            'action': 'store_true',
+            'help': 'arguments in files end with NUL'}),
+        (('-d', '--delimiter'), {
+            'type': delimiter_option, 'default': b'\n', 'metavar': 'CHARACTERS',
+            'help': 'arguments in files end with these; escapes such as \\t are known. A bare -d '
+                    'is --debug'}),
+        (('-C', '--colsep'), {
+            'type': pattern_option, 'metavar': 'REGEX',
+            'help': 'split each argument into columns, which are {1}, {2} and so on'}),
+        (('-r', '--no-run-if-empty'), {
+            'action': 'store_true',
+            'help': 'leave out empty arguments'}),
+        (('-a', '--args'), {
+            'action': 'append', 'default': [], 'metavar': '"ARGS"',
+            'help': 'all arguments of one job, split as a shell does; may be repeated'}),
+        (('--args-file',), {
+            'metavar': 'FILE',
+            'help': 'all arguments of a job on each line, split as a shell does; -: standard '
+                    'input'}),
+    ],
+    'how jobs run': [
+        (('-j', '--jobs', '-P', '--max-procs'), {
+            'type': slots_option, 'default': 0, 'metavar': 'N',
+            'help': 'at most so many jobs at once, on all nodes together (default: one a CPU)'}),
+        (('--delay',), {
+            'type': duration_option, 'default': 0.0, 'metavar': 'TIME',
+            'help': 'wait so long between the starts of two jobs; 1m30s is known'}),
+        (('--timeout',), {
+            'type': duration_option, 'metavar': 'TIME',
+            'help': 'end a job that runs for longer'}),
+        (('--retries',), {
+            'type': count_option, 'default': 1, 'metavar': 'N',
+            'help': 'try a job that fails, or whose node is lost, so often in all'}),
+        (('--halt', '--halt-on-error'), {
+            'type': HaltRule.parse, 'metavar': 'WHEN',
+            'help': 'soon,fail=N: start no more jobs when N have failed; now: also cancel those '
+                    'that run; N%%: of all; success and done are counted, too'}),
+        (('--memory',), {
+            'type': size_option, 'metavar': 'N[kmgt]',
+            'help': 'memory that a job may use; it is killed when it takes more'}),
+        (('--cpus',), {
+            'type': count_option, 'metavar': 'N',
+            'help': 'CPUs that a job takes (default: 1)'}),
+        (('--priority',), {
+            'type': int, 'metavar': 'N',
+            'help': 'jobs with a higher one go first (default: 0)'}),
+        (('--resume',), {
+            'action': 'store_true',
+            'help': 'leave out the jobs that are in --joblog, of an earlier run of the same '
+                    'command'}),
+        (('--resume-failed',), {
+            'action': 'store_true',
+            'help': 'the same, but run those again that failed'}),
+    ],
+    'files': [
+        (('-f', '--depends', '--basefile', '--bf'), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'file or directory that the jobs find in their directory; may be repeated'}),
+        (('--transferfile', '--tf'), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'a file of one job, such as {}; the job gets a directory of its own, and the '
+                    'file has the same relative path there; may be repeated'}),
+        (('--transfer',), {
+            'dest': 'transferfile', 'action': 'append_const', 'const': '{}',
+            'help': 'as --transferfile {}'}),
+        (('--return',), {
+            'dest': 'returns', 'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'a file that a job makes in its directory, such as {.}.out; it comes to the '
+                    'same relative path here; may be repeated'}),
+        (('--cleanup',), {
+            'action': 'store_true',
+            'help': 'files of jobs are always removed; it says no more'}),
+        (('--workdir', '--wd'), {
+            'metavar': 'DIR',
+            'help': 'run the commands in this directory of the nodes; .: the one where you are'}),
+        (('-c', '--keep-files'), {
+            'action': 'store_true',
+            'help': 'leave the files on the nodes'}),
+    ],
+    'output': [
+        (('-k', '--keep-order'), {
+            'action': 'store_true',
+            'help': 'output in the order of the arguments'}),
+        (('--tag',), {
+            'action': 'store_true',
+            'help': 'begin each line of output with the argument and a tab'}),
+        (('--line-buffer', '--lb'), {
+            'action': 'store_true',
+            'help': 'print lines while the job runs; those of several jobs mix'}),
+        (('-o', '--output'), {
+            'metavar': 'DIR',
+            'help': 'write the output of job N to DIR/N.out and DIR/N.err instead of printing it'}),
+        (('--results', '--res'), {
+            'metavar': 'DIR',
+            'help': 'also write it to DIR/1/ARGUMENT/stdout and stderr, with a table in '
+                    'DIR/jobs.tsv'}),
+        (('--joblog', '--jl'), {
+            'metavar': 'FILE',
+            'help': 'write a line on each job that has ended; +FILE: append'}),
+        (('--eta',), {
+            'action': 'store_true',
+            'help': 'at a terminal: how much time is left'}),
+        (('--bar',), {
+            'action': 'store_true',
+            'help': 'at a terminal: a bar'}),
+        (('--progress',), {
+            'action': 'store_true',
+            'help': 'at a terminal: how many jobs have ended (the default)'}),
+    ],
+}
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog='dispy',
-        description='Run a program once for each line of arguments, on all CPUs of '
-        'the nodes. The exit status is the number of jobs that failed, at most 101.',
-        epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` '
-               'ends them: each has a --help of its own. A program of such a name is run as '
-               './deploy.')
-    add = parser.add_argument
-    add('program',
-        metavar='PROGRAM',
-        nargs='?',
-        help='path of a program or script; it is copied to the nodes')
-    add('--list-nodes',
-        action='store_true',
-        help='instead of running a program show the nodes (-n; default: all that answer) and '
-             'whether they can be used; the exit status is 0 if any can')
-    add('--cancel-lost',
-        action='store_true',
-        help='instead of running a program end what programs of yours that were killed or ended by '
-             'an exception have left on nodes; the exit status is the number of those of which '
-             'something may be left')
-    add('-n', '--node', '--nodes', action=Each, default=[], dest='nodes', metavar='HOST[:PORT]',
-        help="a node, or several in quotes; may be repeated; 'local': this machine "
-        '(default: a dispynode on this machine, or one started for this run)')
-    add('--scheduler-host',
-        '--scheduler-node',
-        metavar='HOST[:PORT]',
-        help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
-    add('--host',
-        '--ip-addr',
-        metavar='ADDR',
-        help='also wait at this address for nodes that connect by themselves')
-    add('-f',
-        '--depends',
-        action='append',
-        default=[],
-        metavar='FILE',
-        help='file that the program needs beside it; may be repeated')
-    add('-a',
-        '--args',
-        action='append',
-        default=[],
-        metavar='"ARGS"',
-        help='arguments of one job, split as a shell does; may be repeated')
-    add('--args-file',
-        metavar='FILE',
-        help='file with the arguments of a job on each line; -: standard input')
-    add('-o',
-        '--output',
-        metavar='DIR',
-        help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--wait-nodes',
-        type=seconds_option,
-        metavar='S',
-        help=
-        'give up, with exit status 2, if no node can be used within so many seconds (default: wait '
-        'for one)'
-        )
-    add('-c', '--keep-files', action='store_true', help='leave the files on the nodes')
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('--secret',
-        metavar='SECRET',
-        help='the secret; it can be seen in the list of processes, so better:')
-    add('--secret-file',
-        metavar='FILE',
-        help='file with the secret (default: the one of this user)')
-    add('--certfile', metavar='FILE', help='certificate for TLS')
-    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--version', action='version', version='%(prog)s ' + __version__)
+        usage='%(prog)s [options] COMMAND [WORD...] [::: ARGUMENT... | :::: FILE...]...',
+        description=SHELL_HELP,
+        epilog=SHELL_EPILOG)
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, kinds in rows:
+            group.add_argument(*names, **kinds)
     return parser
 
 
-def _lines_of(args: argparse.Namespace) -> Iterator[List[str]]:
-    """Argument lists of jobs, read as they are wanted. Raises ValueError for a line that a shell
-    could not split."""
-    yield from map(shlex.split, args.args)
-    if args.args_file == '-':
-        yield from (shlex.split(line) for line in sys.stdin if line.strip())
-    elif args.args_file:
-        with open(args.args_file) as file:
-            yield from (shlex.split(line) for line in file if line.strip())
-    elif not args.args:
-        yield []
+class Plan:
+    """What a command line asks for. It does not change."""
+
+    def __init__(self, args: argparse.Namespace, words: Sequence[str]) -> None:
+        """Looks at files. Raises ValueError, OSError."""
+        command, marked = split_sources(words)
+        self.args = args
+        self.command = Command(command, args.workdir is None)
+        inputs = Inputs(args, marked)
+        self.inputs: Iterable[Any] = inputs
+        self.reads_stdin = inputs.is_stdin
+        self.transfers = tuple(map(Template, args.transferfile))
+        self.returns = tuple(map(Template, args.returns))
+        self.has_directory = bool(self.transfers or self.returns)
+        self.directory = self._directory()
+        self.options = self._options()
+        self._check()
+        if not self.command.is_given:
+            self._check_commands(inputs)
+
+    def _check_commands(self, inputs: Inputs) -> None:
+        """The arguments are the commands: wait for the first."""
+        first = list(itertools.islice(inputs, 1))
+        if not first or inputs.is_old:
+            raise ValueError('PROGRAM is missing, and there are no command lines as arguments')
+        self.inputs = itertools.chain(first, inputs)
+
+    def _check(self) -> None:
+        if self.is_resumed and not self.args.joblog:
+            raise ValueError('--resume and --resume-failed need --joblog FILE, of an earlier run')
+        if self.has_directory and self.directory is not None:
+            raise ValueError('--workdir is a directory that jobs share; with --transferfile and '
+                             '--return each has one of its own')
+
+    def _directory(self) -> Optional[str]:
+        """Where commands run, on the nodes; None: in the directory of the job's files."""
+        if self.args.workdir is None:
+            return None
+        return os.path.abspath(os.path.expanduser(self.args.workdir))
+
+    def _options(self) -> Dict[str, Any]:
+        """What `submit` is told of each job."""
+        args = self.args
+        found = {'dispy_timeout': args.timeout, 'dispy_memory': args.memory,
+                 'dispy_cpus': args.cpus, 'dispy_priority': args.priority}
+        if args.retries > 1:
+            found.update(dispy_retries=args.retries - 1, dispy_retry_on=True)
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def paces(self) -> bool:
+        """Whether no job may wait behind others at a node."""
+        return bool(self.args.delay or self.args.halt)
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether all arguments are read before the first job, to know how many there are."""
+        rule = self.args.halt
+        if rule is not None and rule.is_percent:
+            return True
+        return bool(self.args.eta or self.args.bar)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether what an earlier run has written is added to."""
+        return bool(self.args.resume or self.args.resume_failed)
+
+    def words(self, values: Values, number: int) -> List[str]:
+        """The arguments of a job."""
+        words = self.command.words(values, number)
+        if self.directory is not None:
+            words.append(RUN_IN + self.directory)
+        for template in self.returns:
+            name = self._below(template.expand(values, number), '--return')
+            words.append(BRING_BACK + name)
+        return words
+
+    def files(self, values: Values, number: int) -> OwnDirectory:
+        """The files of a job alone."""
+        files = OwnDirectory()
+        for template in self.transfers:
+            path = template.expand(values, number)
+            files.append(JobFile(path, self._below(path, '--transferfile')))
+        return files
+
+    @staticmethod
+    def _below(path: str, option: str) -> str:
+        """A path as the job has it: below its directory, as it is below ours."""
+        name = os.path.normpath(path)
+        if os.path.isabs(name):
+            name = os.path.relpath(name)
+        if name.startswith(os.pardir):
+            raise ValueError('%s %s: the path is not below the working directory, %s' % (
+                option, path, os.getcwd()))
+        return name.replace(os.sep, '/')
 
 
-class _Printer:
-    """Shows what has ended, as it comes; keeps count."""
+# --------------------------------------------------------------------------------------------------
+# The shell: jobs and the terminal
+# --------------------------------------------------------------------------------------------------
 
-    def __init__(self, directory: Optional[str]) -> None:
-        self._directory = directory
-        self.done = self.failed = 0
+JOBS_AHEAD = 1000          # jobs that have been read and have not ended
+BYTES_AHEAD = 256 << 20    # the same of the files of jobs, which are in memory
+CPUS_ASKED = 0.5           # s between two looks at how many CPUs there are
+LINE_EVERY = 0.1           # s between two lines with the progress
+OUTPUT_HELD = 1 << 16      # bytes of output that are written at once
+LATE = 1.0                 # s without a job that has ended, after which the line is written anew
+
+
+class Window:
+    """How many jobs are under way, and whether another may start. Any thread."""
+
+    def __init__(self, most: Callable[[], int], changes: bool) -> None:
+        self._most = most
+        self._changes = changes         # what `most` returns
+        self._is_full = False           # jobs are let in again when a part of them has ended
+        self._changed = threading.Condition()
+        self.count = 0
+        self._bytes = 0
+        self.is_closed = False
+
+    def enter(self, size: int) -> bool:
+        """Wait until a job with so many bytes of files may start; False: none may any more."""
+        with self._changed:
+            while not self.is_closed and not self._has_room(size):
+                self._changed.wait(CPUS_ASKED if self._changes else None)
+            if self.is_closed:
+                return False
+            self.count += 1
+            self._bytes += size
+            return True
+
+    def _has_room(self, size: int) -> bool:
+        most = self._most()
+        if self._is_full and not self._changes:
+            most -= most // 4   # several at once take less time than one by one
+        self._is_full = self.count >= most
+        if self._is_full:
+            return False
+        return self.count == 0 or self._bytes + size <= BYTES_AHEAD
+
+    def leave(self, size: int) -> None:
+        """A job has ended."""
+        with self._changed:
+            self.count -= 1
+            self._bytes -= size
+            if self._has_room(0):
+                self._changed.notify()
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or until no job may start any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_closed, seconds)
 
     def close(self) -> None:
-        """Leave the line with the count."""
-        if self.done and sys.stderr.isatty():
-            print(file=sys.stderr)
+        """No more jobs start."""
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()
 
-    def show(self, job: DispyJob, total: int) -> None:
-        """Output and fate of one job. The main thread."""
+
+class Terminal:
+    """Standard output and error: what jobs print, messages, and at a terminal a line with the
+    progress, which never stands between them. The main thread. Raises BrokenPipeError when nobody
+    reads any more."""
+
+    def __init__(self) -> None:
+        self._shows = sys.stderr.isatty()
+        self._line = ''                # that stands there
+        self._next = 0.0               # when another may, by the monotonic clock
+        self._held: List[bytes] = []   # of standard output, not written yet
+        self._size = 0
+
+    def out(self, data: bytes) -> None:
+        """Of a job's standard output."""
+        if data:
+            self._held.append(data)
+            self._size += len(data)
+            if self._size > OUTPUT_HELD:
+                self.flush()
+
+    def err(self, data: bytes) -> None:
+        """Of a job's standard error, behind all that has been printed before."""
+        if data:
+            self.flush()
+            self._erase()
+            self._write(sys.stderr.buffer, data)
+
+    def message(self, text: str) -> None:
+        """A line of ours."""
+        self.err((text + '\n').encode(errors='backslashreplace'))
+
+    def flush(self) -> None:
+        """All that has been printed is written."""
+        if self._held:
+            self._erase()
+            data = b''.join(self._held)
+            self._held = []
+            self._size = 0
+            self._write(sys.stdout.buffer, data)
+
+    @staticmethod
+    def _write(stream: Any, data: bytes) -> None:
+        stream.write(data)
+        stream.flush()
+
+    def _erase(self) -> None:
+        if self._line:
+            self._line = ''
+            self._write(sys.stderr.buffer, b'\r\033[K')
+
+    def progress(self, line: Callable[[], str], at_once: bool = False) -> None:
+        """Show how far it is, if it is time for that."""
+        if not self._shows:
+            return
+        now = time.monotonic()
+        if now < self._next and not at_once:
+            return
+        self._next = now + LINE_EVERY
+        self.flush()
+        width = shutil.get_terminal_size().columns
+        self._line = line()[:width - 1]
+        data = self._line.encode(errors='replace')
+        self._write(sys.stderr.buffer, b'\r%s\033[K' % data)
+
+    def close(self) -> None:
+        """What is shown stays there, in a line of its own."""
+        self.flush()
+        if self._line:
+            self._line = ''
+            self._write(sys.stderr.buffer, b'\n')
+
+
+class Tally:
+    """How many jobs there are, and how many have ended. The main thread."""
+
+    def __init__(self, display: str) -> None:
+        self._display = display        # 'eta', 'bar' or ''
+        self._began = time.monotonic()
+        self.total: Optional[int] = None   # if that is known
+        self.read = 0
+        self.skipped = 0                   # that an earlier run has done
+        self.done = 0
+        self.failed = 0
+        self.last_status = 0           # exit status of the job that ended last
+
+    def count(self, ended: Ended) -> None:
+        """A job has ended."""
         self.done += 1
-        for data, end, stream in ((job.stdout, 'out', sys.stdout), (job.stderr, 'err', sys.stderr)):
-            if self._directory is not None:
-                with open(os.path.join(self._directory, '%s.%s' % (job.id, end)), 'wb') as file:
-                    file.write(data or b'')  # type: ignore[arg-type]
-            elif data:
-                stream.buffer.write(data)  # type: ignore[arg-type]
-                stream.flush()
-        if job.status != JobState.FINISHED or job.result:
+        self.last_status = ended.shell_status
+        if ended.reason:
             self.failed += 1
-            words, where, reason = state_of(job)
-            if job._failure is not None and not job.exception:
-                values = job._failure.values()
-            else:
-                values = None
-            print('%s %s%s: %s' % (job_in_words(job.id, values), words, where
-                                   and ' on ' + where, job.exception or reason),
-                  file=sys.stderr)
-        if sys.stderr.isatty():
-            print('%d of %d done, %d failed' % (self.done, total, self.failed),
-                  end='\r',
-                  file=sys.stderr,
-                  flush=True)
 
+    @property
+    def all(self) -> int:
+        """How many jobs there are, as far as that is known."""
+        if self.total is None:
+            return self.read
+        return self.total - self.skipped
+
+    def line(self) -> str:
+        """For people."""
+        text = '%d of %d done, %d failed' % (self.done, self.all, self.failed)
+        if self._display == 'bar':
+            return '%s %s' % (self._bar(), text)
+        return text + self._time_left()
+
+    def _time_left(self) -> str:
+        left = self.all - self.done
+        if self._display != 'eta' or not left or not self.done:
+            return ''
+        rate = self.done / (time.monotonic() - self._began)
+        return ', about %.0f s left' % (left / rate)
+
+    def _bar(self) -> str:
+        part = self.done / max(1, self.all)
+        marks = '#' * int(40 * part)
+        return '%3.0f %% [%-40s]' % (100 * part, marks)
+
+
+class Names:
+    """The names of nodes by their addresses. The main thread."""
+
+    def __init__(self, cluster: JobCluster) -> None:
+        self._cluster = cluster
+        self._known: Dict[str, str] = {}
+
+    def of(self, address: str) -> str:
+        """The name of the node at an address; the address if there are several."""
+        if address and address not in self._known:
+            self._look(address)
+        return self._known.get(address, '')
+
+    def _look(self, address: str) -> None:
+        nodes = self._cluster.status().nodes
+        names = {node.name for node in nodes if node.ip_addr == address}
+        names.discard('')
+        if len(names) != 1:
+            names = {address}
+        self._known[address] = names.pop()
+
+
+class PendingJob(NamedTuple):
+    """A job on its way."""
+    values: Values
+    command: str
+    size: int = 0            # bytes of its files
+
+
+class NotSubmitted(NamedTuple):
+    """A job that could not be started."""
+    number: int
+    values: Values
+    reason: str
+
+
+class InputEnd(NamedTuple):
+    """There are no more arguments, or they cannot be read."""
+    error: str
+
+
+class TotalKnown(NamedTuple):
+    """All arguments have been read."""
+    jobs: int
+
+
+class Printed(NamedTuple):
+    """A job that runs has printed this."""
+    number: int
+    stream: str
+    data: bytes
+
+
+class Feeder:
+    """Reads arguments and submits jobs, in a thread of its own: they may come slowly. The main
+    thread is told by `events`."""
+
+    def __init__(self, plan: Plan, cluster: JobCluster, window: Window,
+                 events: 'queue.SimpleQueue[Any]', resume: Optional[Resume]) -> None:
+        self._plan = plan
+        self._cluster = cluster
+        self._window = window
+        self._events = events
+        self._resume = resume
+        self._last = -math.inf                     # when a job was started
+        self.skipped = 0                           # jobs that an earlier run has done
+        self.jobs: Dict[int, PendingJob] = {}       # under way
+        self.order: Deque[int] = collections.deque()   # numbers of jobs, as they were submitted
+
+    def start(self) -> None:
+        """Begin. The thread does not keep the interpreter from ending."""
+        threading.Thread(target=self._run, name='dispy-arguments', daemon=True).start()
+
+    def _run(self) -> None:
+        error = ''
+        try:
+            inputs: Iterable[Any] = self._plan.inputs
+            if self._plan.counts_first:
+                inputs = list(inputs)
+                self._events.put(TotalKnown(len(inputs)))
+            self._submit_all(inputs)
+        except (OSError, ValueError, RuntimeError) as exc:   # files, and a cluster that has ended
+            error = str(exc)
+        self._events.put(InputEnd(error))
+
+    def _submit_all(self, inputs: Iterable[Any]) -> None:
+        for number, values in enumerate(inputs, 1):
+            if isinstance(values, ValueError):
+                self._refuse(number, (), values)
+            elif self._is_done(number, values):
+                self.skipped += 1
+            else:
+                self._submit(number, values)
+            if self._window.is_closed:
+                return
+
+    def _is_done(self, number: int, values: Values) -> bool:
+        if self._resume is None:
+            return False
+        return self._resume.skips(number, self._plan.command.text(values, number))
+
+    def _refuse(self, number: int, values: Values, exc: Exception) -> None:
+        if self._window.enter(0):
+            self.jobs[number] = PendingJob(values, '')
+            self.order.append(number)
+            self._events.put(NotSubmitted(number, values, str(exc)))
+
+    def _submit(self, number: int, values: Values) -> None:
+        try:
+            words = self._plan.words(values, number)
+            options = self._plan.options
+            size = 0
+            if self._plan.has_directory:
+                files = self._plan.files(values, number)
+                size = sum(os.path.getsize(file.path) for file in files)
+                options = dict(options, dispy_job_depends=files)
+        except (OSError, ValueError) as exc:
+            self._refuse(number, values, exc)
+            return
+        if not self._window.enter(size):
+            return
+        self._wait_for_turn()
+        command = self._plan.command.text(values, number)
+        self.jobs[number] = PendingJob(values, command, size)
+        self.order.append(number)
+        try:
+            job = self._cluster.submit_job_id(number, *words, **options)
+        except (OSError, ValueError) as exc:
+            self._events.put(NotSubmitted(number, values, str(exc)))
+        else:
+            job._call_when_ended(self._events.put)   # by way of the callbacks it takes longer
+
+    def _wait_for_turn(self) -> None:
+        delay = self._plan.args.delay
+        if delay:
+            now = time.monotonic()
+            self._window.pause(self._last + delay - now)
+            self._last = time.monotonic()
+
+
+class Halted(Exception):
+    """No more jobs are wanted, and those that run neither."""
+
+
+class Shell:
+    """Runs what a plan says: owns the cluster, the terminal and the files that are written. The
+    main thread; only `_cpus` is called by another."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Opens the files. Raises OSError."""
+        self._plan = plan
+        self._args = plan.args
+        self._events: 'queue.SimpleQueue[Any]' = queue.SimpleQueue()
+        self._terminal = Terminal()
+        self._tally = Tally(self._display())
+        self._window = Window(self._most, plan.paces)
+        self._live = ShownOutput()
+        self._waiting: Dict[int, Ended] = {}   # have ended before an earlier one (--keep-order)
+        self._input_ended = False
+        self._input_failed = False
+        self._halted = False
+        self._cpus_known = (0, -math.inf)      # how many, and when that was asked
+        self._resume = self._open_resume()
+        self._log: Optional[JobLog] = None
+        self._files: List[Any] = []
+        self._open_files()
+
+    def _display(self) -> str:
+        if self._args.bar:
+            return 'bar'
+        return 'eta' if self._args.eta else ''
+
+    def _open_resume(self) -> Optional[Resume]:
+        if not self._plan.is_resumed:
+            return None
+        return Resume(self._args.joblog.lstrip('+'), self._args.resume_failed)
+
+    def _open_files(self) -> None:
+        is_resumed = self._plan.is_resumed
+        if self._args.joblog:
+            path = self._args.joblog
+            appends = is_resumed or path.startswith('+')
+            self._log = JobLog(path.lstrip('+'), appends)
+        if self._args.output:
+            self._files.append(NumberedFiles(self._args.output))
+        if self._args.results:
+            self._files.append(ResultFiles(self._args.results, is_resumed))
+
+    # -- the cluster -------------------------------------------------------------------------------
+
+    def open(self, nodes: Any, access: Dict[str, Any]) -> None:
+        """Make the cluster that runs the jobs. Raises what making one raises."""
+        args = self._args
+        path = self._plan.command.program.path
+        options: Dict[str, Any] = dict(access,
+                                       depends=list(args.depends),
+                                       host=args.host,
+                                       cleanup=not args.keep_files)
+        if args.debug:
+            options['loglevel'] = logging.DEBUG
+        else:
+            options['loglevel'] = logging.WARNING
+        if path is not None:
+            options['depends'].append(path)
+        if args.line_buffer:
+            options['on_output'] = self._printed
+        program = os.path.basename(path or '')
+        commands = CommandLines(self._plan.command.name, program, args.jobs)
+        self._cluster = self._make(commands, nodes, options)
+        self._names = Names(self._cluster)
+        self._feeder = Feeder(self._plan, self._cluster, self._window, self._events, self._resume)
+
+    def _make(self, commands: CommandLines, nodes: Any, options: Dict[str, Any]) -> JobCluster:
+        if self._args.scheduler_host is None:
+            return JobCluster(commands, nodes, **options)
+        if nodes == LOCAL:
+            raise ValueError(
+                "-n local is a node of this program alone, and --scheduler-host a scheduler's: "
+                'give one of them')
+        host, port = host_and_port(self._args.scheduler_host, SCHEDULER_PORT)
+        options.update(scheduler_host=host, scheduler_port=port)
+        return SharedJobCluster(commands, nodes, **options)
+
+    def _printed(self, job: DispyJob, stream: str, data: bytes) -> None:
+        """A callback thread."""
+        self._events.put(Printed(job.id, stream, data))
+
+    def _most(self) -> int:
+        """How many jobs may be under way. The thread that submits."""
+        if not self._plan.paces:
+            return JOBS_AHEAD
+        cpus, when = self._cpus_known
+        now = time.monotonic()
+        if now >= when + CPUS_ASKED:
+            nodes = self._cluster.status().nodes
+            ready = [node.cpus for node in nodes if node.state == 'ready']
+            cpus = sum(ready)
+            self._cpus_known = (cpus, now)
+        return max(1, cpus // (self._args.cpus or 1))
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run all; it has been opened. Returns the exit status. Raises OSError for what cannot be
+        written."""
+        try:
+            with self._cluster:
+                self._run()
+        except Halted:
+            pass
+        except NoNodes as exc:
+            self._terminal.message('dispy: %s' % exc)
+            return EXIT_USAGE
+        except KeyboardInterrupt:
+            done = self._tally.done
+            self._terminal.message(
+                'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
+                (done, done + len(self._feeder.jobs)))
+            return 130   # as a shell has it: 128 and the signal's number
+        finally:
+            self._close_files()
+        self._show_progress(True)
+        self._terminal.close()
+        return self._exit_status()
+
+    def _exit_status(self) -> int:
+        tally = self._tally
+        if self._input_failed:
+            return EXIT_USAGE
+        if self._halted:
+            return self._args.halt.exit_status(tally.last_status, tally.failed, tally.all)
+        return min(tally.failed, FAILED_MOST)
+
+    def _close_files(self) -> None:
+        for file in (*self._files, self._log):
+            if file is not None:
+                file.close()
+
+    def _run(self) -> None:
+        if self._args.wait_nodes is not None:
+            self._cluster.wait_nodes(1, self._args.wait_nodes)
+        self._feeder.start()
+        while not self._is_over():
+            self._on_event(self._next_event())
+        if self._resume is not None and self._resume.changed:
+            self._terminal.message('dispy: ' + self._resume.changed)
+
+    def _is_over(self) -> bool:
+        if self._window.count:
+            return False
+        return self._input_ended or self._window.is_closed
+
+    def _next_event(self) -> Any:
+        """What comes next. While nothing does, all that has been printed can be seen."""
+        with contextlib.suppress(queue.Empty):
+            return self._events.get_nowait()
+        self._terminal.flush()
+        self._show_progress()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return next_of(self._events, LATE)
+            self._show_progress(True)
+
+    def _show_progress(self, at_once: bool = False) -> None:
+        self._tally.read = len(self._feeder.jobs) + self._tally.done
+        self._tally.skipped = self._feeder.skipped
+        if self._tally.read:
+            self._terminal.progress(self._tally.line, at_once)
+
+    def _on_event(self, event: Any) -> None:
+        if isinstance(event, DispyJob):
+            if event.id in self._feeder.jobs:   # an end may be told twice
+                self._on_ended(self._ended_of(event))
+        elif isinstance(event, Printed):
+            self._on_printed(event)
+        elif isinstance(event, NotSubmitted):
+            ended = Ended(event.number, event.values, '', status=NO_STATUS, reason=event.reason)
+            self._on_ended(ended)
+        elif isinstance(event, TotalKnown):
+            self._tally.total = event.jobs
+        else:
+            self._on_input_end(event)
+
+    def _on_input_end(self, event: InputEnd) -> None:
+        self._input_ended = True
+        if event.error and not self._window.is_closed:
+            self._input_failed = True
+            self._terminal.message('dispy: the arguments cannot be read: %s; no more jobs are '
+                                   'started' % event.error)
+
+    def _ended_of(self, job: DispyJob) -> Ended:
+        """What is said of a job that has ended."""
+        submitted = self._feeder.jobs[job.id]
+        address = job.ip_addr or ''
+        status = NO_STATUS
+        by_signal = 0
+        reason = ''
+        node = self._names.of(address)
+        if job.status == JobState.FINISHED and job.result is not None:
+            status = max(job.result, 0)
+            by_signal = max(-job.result, 0)
+        if job.status != JobState.FINISHED or job.result:
+            word, where, reason = state_of(job)
+            reason = reason or job.exception or word   # also of one that somebody has cancelled
+            node = node or where
+        seconds = 0.0
+        if job.start_time and job.end_time:
+            seconds = job.end_time - job.start_time
+        begin = job.start_time or job.end_time or 0.0
+        stdout: Any = job.stdout or b''   # of a program they are bytes
+        stderr: Any = job.stderr or b''
+        return Ended(job.id, submitted.values, submitted.command, node, address, begin, seconds,
+                     submitted.size, status, by_signal, reason, stdout, stderr)
+
+    def _on_ended(self, ended: Ended) -> None:
+        self._tally.count(ended)
+        if self._log is not None:
+            self._log.write(ended)
+        for files in self._files:
+            files.write(ended)
+        if self._args.keep_order:
+            self._waiting[ended.number] = ended
+            self._show_in_order()
+        else:
+            self._show(ended)
+        self._window.leave(self._feeder.jobs.pop(ended.number).size)
+        self._show_progress()
+        self._halt_if_due()
+
+    def _halt_if_due(self) -> None:
+        rule = self._args.halt
+        tally = self._tally
+        if rule is None or self._halted:
+            return
+        if rule.is_reached(tally.done, tally.failed, tally.all):
+            self._halted = True
+            self._window.close()
+            self._terminal.message('dispy: no more jobs are started (--halt %s)' % (rule,))
+            if rule.is_now:
+                raise Halted
+
+    # -- output ------------------------------------------------------------------------------------
+
+    def _show_in_order(self) -> None:
+        order = self._feeder.order
+        while order and order[0] in self._waiting:
+            self._show(self._waiting.pop(order.popleft()))
+        if order:
+            self._show_lines(order[0])
+
+    def _show(self, ended: Ended) -> None:
+        """The output and the fate of a job."""
+        for stream, data in (('stdout', ended.stdout), ('stderr', ended.stderr)):
+            if self._args.line_buffer:
+                data = self._live.rest(ended.number, stream, data)
+            self._print(stream, data, ended.tag)
+        if ended.reason:
+            self._terminal.message(ended.message())
+
+    def _print(self, stream: str, data: bytes, tag: str) -> None:
+        if self._args.output:
+            return
+        if self._args.tag:
+            data = tagged(data, tag)
+        if stream == 'stdout':
+            self._terminal.out(data)
+        else:
+            self._terminal.err(data)
+
+    def _on_printed(self, event: Printed) -> None:
+        """Of a job that runs; if it has ended meanwhile, it has been shown."""
+        if event.number in self._feeder.jobs:
+            self._live.add(event.number, event.stream, event.data)
+            first = self._feeder.order[0]
+            if first == event.number or not self._args.keep_order:
+                self._show_lines(event.number)
+
+    def _show_lines(self, number: int) -> None:
+        """The whole lines that a job has printed."""
+        submitted = self._feeder.jobs.get(number)
+        if submitted is None or not self._args.line_buffer:
+            return
+        for stream in ('stdout', 'stderr'):
+            data = self._live.take(number, stream)
+            self._print(stream, data, ' '.join(submitted.values))
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: a file for a report of a fault
+# --------------------------------------------------------------------------------------------------
+
+LOG_LINES = 200           # of each log, from its end
+LOG_BYTES = 1 << 16       # that are looked at for these
+DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
+# Options of daemons whose values are told; of the others only their names are
+PLAIN_OPTIONS = frozenset((
+    '-c', '--cpus', '-i', '--host', '--ip-addr', '--ext-host', '-p', '--port', '--name',
+    '--dest-path-prefix', '--scheduler-host', '-n', '--node', '--node-port', '--log-file',
+    '--state-dir', '--max-file-size', '--zombie-interval', '--ping-interval', '--pulse-interval',
+    '--httpd', '--msg-timeout', '--serve'))
+# What is left out of texts -> what stands there instead
+LEFT_OUT = [
+    (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
+    (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
+    (re.compile(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
+    (re.compile(r'with the arguments? .*'), 'with arguments'),
+]
+
+
+class BugReport:
+    """The text of a report: sections, without secrets, tokens and arguments of jobs."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = [secret for secret in secrets if secret]
+        self._lines: List[str] = []
+
+    def add(self, title: str, find: Callable[[], Iterable[str]]) -> None:
+        """A section with the lines that are found."""
+        self._lines += ['', '== %s' % title]
+        try:
+            self._lines += map(self.plain, find())
+        except Exception as exc:  # whatever is wrong here, the other sections are wanted all the more
+            self._lines.append(self.plain('it cannot be found: %s: %s' % (type(exc).__name__, exc)))
+
+    def plain(self, line: str) -> str:
+        """A line without what nobody else may see."""
+        for secret in self._secrets:
+            line = line.replace(secret, '<left out>')
+        for pattern, words in LEFT_OUT:
+            line = pattern.sub(words, line)
+        return line
+
+    def text(self) -> str:
+        """All of it."""
+        return '\n'.join(self._lines[1:]) + '\n'
+
+
+def versions() -> Iterator[str]:
+    """What runs here."""
+    yield 'dispy %s, %s' % (__version__, os.path.dirname(os.path.abspath(__file__)))
+    yield 'Python %s' % sys.version.replace('\n', ' ')
+    yield 'system %s' % ' '.join(platform.uname()[:5])
+    yield 'CPUs %d' % available_cpus()
+    for name in ('cloudpickle', 'psutil', 'joblib', 'numpy'):
+        yield '%s %s' % (name, package_version(name) or 'is not installed')
+
+
+def surroundings() -> Iterator[str]:
+    """Variables and files that dispy reads."""
+    for name in sorted(os.environ):
+        if name.startswith('DISPY_') and name != 'DISPY_SECRET':
+            yield '%s=%s' % (name, os.environ[name])
+    yield 'DISPY_SECRET is %s' % ('set' if 'DISPY_SECRET' in os.environ else 'not set')
+    path = dispynode.secret_path()
+    if os.path.exists(path):
+        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(os.stat(path).st_mode))
+    else:
+        yield 'there is no secret file %s' % path
+
+
+def told_words(words: Sequence[str]) -> Iterator[str]:
+    """A daemon's command line, without the values of options that may be secret."""
+    tells = True
+    for word in words:
+        name, sign, _ = word.partition('=')
+        if not word.startswith('-'):
+            yield word if tells else '<left out>'
+            continue
+        tells = name in PLAIN_OPTIONS
+        yield name + sign + '<left out>' if sign and not tells else word
+
+
+def daemons() -> List[Any]:
+    """The processes of dispy's daemons that belong to this user."""
+    import psutil
+    found = []
+    for process in psutil.process_iter(['cmdline', 'username', 'pid']):
+        words = process.info['cmdline'] or []
+        names = [os.path.basename(word).partition('.')[0] for word in words[:4]]
+        if any(name in DAEMONS for name in names) and process.info['username'] == _own_name():
+            found.append(process)
+    return found
+
+
+def _own_name() -> str:
+    import psutil
+    return str(psutil.Process().username())
+
+
+def processes() -> Iterator[str]:
+    """The daemons on this machine: what they are, and what each thread of them waits in."""
+    import psutil
+    for process in daemons():
+        with contextlib.suppress(psutil.Error):
+            began = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(process.create_time()))
+            memory = process.memory_info().rss >> 20
+            yield 'PID %d since %s, %d MiB, %d threads, %s: %s' % (
+                process.pid, began, memory, process.num_threads(), process.status(),
+                ' '.join(told_words(process.info['cmdline'])))
+            yield from waits_of(process.pid)
+
+
+def waits_of(process: int) -> Iterator[str]:
+    """For each thread of a process, its name and the function of the kernel that it is in."""
+    root = '/proc/%d/task' % process
+    if not os.path.isdir(root):   # another system
+        return
+    for thread in sorted(os.listdir(root), key=int):
+        with contextlib.suppress(OSError):   # it has ended meanwhile, or belongs to root
+            words = []
+            for name in ('comm', 'wchan'):
+                with open(os.path.join(root, thread, name)) as file:
+                    words.append(file.read().strip() or '-')
+            yield '  thread %s %s in %s' % (thread, *words)
+
+
+def logs() -> Iterator[str]:
+    """The last lines of the logs of daemons on this machine."""
+    found = set(glob.glob(os.path.expanduser('~/.dispy/*/log')))
+    for process in daemons():
+        words = process.info['cmdline']
+        for word, value in zip(words, words[1:]):
+            if word == '--log-file':
+                found.add(value)
+    for path in sorted(found):
+        yield '-- %s' % path
+        with contextlib.suppress(OSError):
+            with open(path, 'rb') as file:
+                file.seek(max(0, os.path.getsize(path) - LOG_BYTES))
+                lines = file.read().decode(errors='replace').splitlines()
+            yield from lines[-LOG_LINES:]
+
+
+def nodes_seen(args: argparse.Namespace) -> Iterator[str]:
+    """The table of nodes, as of --list-nodes."""
+    table = io.StringIO()
+    with contextlib.redirect_stdout(table), contextlib.redirect_stderr(table):
+        _look_at_nodes(args)
+    yield from table.getvalue().splitlines()
+
+
+def _known_secrets(args: argparse.Namespace) -> Iterator[str]:
+    yield os.environ.get('DISPY_SECRET', '')
+    with contextlib.suppress(DispyError, OSError):
+        yield find_secret(args.secret, args.secret_file).decode(errors='replace').strip()
+
+
+def _report(argv: Sequence[str]) -> int:
+    """`dispy report`. Returns the exit status."""
+    parser = OptionParser(prog='dispy report', description=(
+        'Write a file for a report of a fault: versions, settings, daemons of this machine with '
+        'the last lines of their logs, and the nodes. Secrets, tokens and arguments of jobs are '
+        'left out.'))
+    parser.add_argument('-o', '--output', metavar='FILE', default=time.strftime(
+        'dispy-report-%Y%m%d-%H%M%S.txt'), help='-: standard output (default: %(default)s)')
+    for names, kinds in OPTIONS['nodes']:
+        parser.add_argument(*names, **kinds)
+    args = parser.parse_args(argv)
+    report = BugReport(_known_secrets(args))
+    report.add('versions', versions)
+    report.add('settings', surroundings)
+    report.add('daemons on this machine', processes)
+    report.add('nodes', functools.partial(nodes_seen, args))
+    report.add('logs', logs)
+    if args.output == '-':
+        sys.stdout.write(report.text())
+        return 0
+    try:
+        handle = os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as exc:
+        parser.error(str(exc))
+    with open(handle, 'w', encoding='utf-8') as file:
+        file.write(report.text())
+    print('%s is written. Read it before you send it.' % args.output)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: nodes by ssh, nodes in a table, commands over many arguments
+# --------------------------------------------------------------------------------------------------
 
 # What a host's Python is given to run. It says itself if it is too old, and takes no module from
 # the directory it is in.
@@ -14661,7 +17721,8 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
     add('--hosts',
         dest='file',
         metavar='FILE',
-        help='file with a host on each line; # begins a comment')
+        help='file with a host on each line; # begins a comment, and a number of CPUs before a '
+             'host, as for running commands (4/host), is left out')
     add('--python',
         default='python3',
         metavar='PATH',
@@ -14781,95 +17842,125 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     return 1
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the number of jobs that failed, at most 101; 2 for wrong usage
-    comes from argparse."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ('deploy', 'stop'):
-        return _deploy(argv[0], argv[1:])
-    if argv == ['states']:
-        print(known_table())
-        return 0
-    parser = _parser()
-    args = parser.parse_args(old_spelling(parser, argv))
-    ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+def _nodes_of(args: argparse.Namespace) -> Any:
+    """The nodes that a command line names, as `nodes` of a cluster. Reads files."""
+    words = list(args.nodes)
+    for path in args.hosts:
+        words += hosts_in(path)
+    if not words:
+        return None
+    if words == [LOCAL]:
+        return LOCAL
+    return list(map(as_node, words))
+
+
+def _access_of(args: argparse.Namespace) -> Dict[str, Any]:
+    """Secret and certificate, as options of a cluster."""
+    if args.secret or args.secret_file:
+        secret: Optional[bytes] = find_secret(args.secret, args.secret_file)
+    else:
+        secret = None
+    return {'secret': secret, 'certfile': args.certfile, 'keyfile': args.keyfile}
+
+
+def _cancel_lost(args: argparse.Namespace) -> int:
+    """--cancel-lost."""
+    access = _access_of(args)
+    files = tls_files(args.certfile, args.keyfile, None)
+    return cancel_lost(ConnectionSettings(find_secret(access['secret']), *files, PULSE, REDIAL_MOST))
+
+
+def _look_at_nodes(args: argparse.Namespace) -> int:
+    """--list-nodes."""
+    if args.scheduler_host is not None:
+        raise ValueError('--list-nodes asks the nodes themselves; '
+                         '`python -m dispyscheduler nodes` asks a scheduler')
+    logger.setLevel(logging.ERROR)   # the table says it
+    with NodeScan(_nodes_of(args), **_access_of(args)) as survey:
+        return _list_nodes(survey.look())
+
+
+def _dry_run(plan: Plan) -> int:
+    """--dry-run: the commands of the jobs."""
+    terminal = Terminal()
+    for number, values in enumerate(plan.inputs, 1):
+        if isinstance(values, ValueError):
+            terminal.message('job %d: %s' % (number, values))
+        else:
+            text = plan.command.text(values, number)
+            terminal.out(os.fsencode(text + '\n'))
+    terminal.close()
+    return 0
+
+
+def _tell_of_terminal(plan: Plan) -> None:
+    """Whoever has forgotten the arguments would wait for ever."""
+    if plan.reads_stdin and os.isatty(0):
+        print('dispy: the arguments are read from the terminal, a line each, until Ctrl-D',
+              file=sys.stderr)
+
+
+def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Everything but the modes with an option of their own. Returns the exit status."""
     try:
-        if not args.nodes:
-            nodes: Any = None
-        elif args.nodes == [LOCAL]:
-            nodes = LOCAL
-        else:
-            nodes = [host_and_port(text, NODE_PORT) for text in args.nodes]
-        if args.output:
-            os.makedirs(args.output, exist_ok=True)
-        if args.secret or args.secret_file:
-            secret = find_secret(args.secret, args.secret_file)
-        else:
-            secret = None
-        if args.cancel_lost:
-            files = tls_files(args.certfile, args.keyfile, None)
-            return cancel_lost(ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST))
-        if args.list_nodes:
-            logger.setLevel(logging.ERROR)   # the table says it
-            with NodeScan(nodes, secret=secret, certfile=args.certfile,
-                        keyfile=args.keyfile) as survey:
-                return _list_nodes(survey.look())
-        if args.program is None:
-            raise ValueError('PROGRAM is missing')
-        options: Dict[str, Any] = dict(depends=args.depends,
-                                       job_status=ended.put,
-                                       secret=secret,
-                                       certfile=args.certfile,
-                                       keyfile=args.keyfile,
-                                       host=args.host,
-                                       cleanup=not args.keep_files,
-                                       loglevel=logging.DEBUG if args.debug else logging.WARNING)
-        if args.scheduler_host is not None:
-            if nodes == LOCAL:
-                raise ValueError(
-                    "-n local is a node of this program alone, and --scheduler-host a scheduler's: "
-                    "give one of them"
-                )
-            host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
-            cluster: JobCluster = SharedJobCluster(args.program,
-                                                   nodes,
-                                                   scheduler_host=host,
-                                                   scheduler_port=port,
-                                                   **options)
-        else:
-            cluster = JobCluster(args.program, nodes, **options)
+        plan = Plan(args, words)
+        if args.dry_run:
+            return _dry_run(plan)
+        _tell_of_terminal(plan)
+        shell = Shell(plan)
+        shell.open(_nodes_of(args), _access_of(args))
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
-    printer = _Printer(args.output)
-    total = 0
     try:
-        with cluster:
-            if args.wait_nodes is not None:
-                cluster.wait_nodes(1, args.wait_nodes)
-            try:
-                for line in _lines_of(args):
-                    cluster.submit(*line)
-                    total += 1
-                    while total - printer.done >= 1000 or not ended.empty():
-                        printer.show(next_of(ended), total)
-            except (ValueError, OSError) as exc:
-                print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc),
-                      file=sys.stderr)
-                printer.failed += 1
-            while printer.done < total:
-                printer.show(next_of(ended), total)
-    except NoNodes as exc:
+        return shell.run()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:   # what is written has no room, for instance
         print('dispy: %s' % exc, file=sys.stderr)
-        return 2
+        return EXIT_USAGE
+
+
+def _choose(argv: List[str]) -> int:
+    parser = _parser()
+    options, words = parser.split(argv)
+    args = parser.parse_args(options)
+    modes = {'cancel_lost': _cancel_lost, 'list_nodes': _look_at_nodes}
+    for name, run in modes.items():
+        if getattr(args, name):
+            try:
+                return run(args)
+            except (ValueError, TypeError, OSError, DispyError) as exc:
+                parser.error(str(exc))
+    return _run_commands(parser, args, words)
+
+
+def _end_quietly() -> int:
+    """Whoever reads our output has gone, as `head` does. What is still to be written goes nowhere:
+    otherwise the interpreter would complain of it at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    return 141   # as a shell has it: 128 and the number of SIGPIPE
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line. Returns the number of jobs that failed, at most 101; wrong usage ends the
+    program with 255."""
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
+    if words and words[0] in ('deploy', 'stop'):
+        return _deploy(words[0], words[1:])
+    if words and words[0] == 'report':
+        return _report(words[1:])
+    if words == ['states']:
+        print(known_table())
+        return 0
+    try:
+        return _choose(words)
+    except BrokenPipeError:
+        return _end_quietly()
     except KeyboardInterrupt:
-        print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
-              (printer.done, total),
-              file=sys.stderr)
         return 130   # as a shell has it: 128 and the signal's number
-    printer.close()
-    return min(printer.failed, 101)
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity.
-    sys.exit(importlib.import_module('dispy').main())

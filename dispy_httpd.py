@@ -3,88 +3,102 @@
 
     import dispy, dispy_httpd
     cluster = dispy.JobCluster(compute)
-    server = dispy_httpd.DispyHTTPServer(cluster)     # prints a link with a token: open it in a
-    browser
+    server = dispy_httpd.DispyHTTPServer(cluster)   # prints a link with a token, to be opened
     ...
     server.shutdown()
 
-    python -m dispy_httpd --scheduler HOST[:PORT]     # a dispyscheduler: all clusters of all
-    programs, all nodes
-    dispyscheduler --httpd [PORT]                     # the same, in its process
-    python -m dispy_httpd --nodes HOST...             # nodes beside any program; they are not taken
-    from their client
+    python -m dispy_httpd --scheduler HOST[:PORT]   # a dispyscheduler: all programs, all nodes
+    dispyscheduler --httpd [PORT]                   # the same, in its process
+    python -m dispy_httpd --nodes HOST...           # nodes, which stay with their client
 
-    program                                                                       browsers
-    +--------------------------------------------------------------------+       +--------------------------+
-    | driver threads   <- ask -  snapshot thread  -> Snapshot (plain)    |       | page, script, style      |
-    | (dispy)                    at most 4 a second   |  condition       |       |   of this file           |
-    |                            accept thread        v                  | <---> | fetch: event stream, or  |
-    |                            a thread a request: view of it, JSON    |       | a poll where that fails  |
-    +--------------------------------------------------------------------+       +--------------------------+
+    program                                                          browsers
+    +-----------------------------------------------------------+       +------------------------+
+    | driver threads <- ask - snapshot thread -> Snapshot       |       | page, script, style    |
+    | (dispy)                 at most 4 a second  |  condition  |       |   of this file         |
+    |                         accept thread       v             | <---> | fetch: event stream,   |
+    |                         a thread a request: view of it,   |       |   or a poll where that |
+    |                                             JSON          |       |   fails                |
+    +-----------------------------------------------------------+       +------------------------+
 
-One thread takes snapshots in the driver's turn, whatever the number of browsers; it costs O(nodes),
-not O(jobs), and what takes long is done less often. Requests sort it and cut a page out of it. Jobs
-tell nothing while they run well: only what fails and what is printed is noted. A scheduler is asked
-by `Call`, 100 rows at once. A monitor proves that it knows the secret of the programs, as they do,
-and sees and manages what belongs to all of them.
+One thread takes snapshots in the driver's turn, whatever the number of browsers. A snapshot costs
+O(nodes), not O(jobs), and what takes long is done less often. Requests sort it and cut a page out
+of it. Jobs tell nothing while they run well: only what fails and what is printed is noted. A
+scheduler is asked by `Call`, 100 rows at once. A monitor proves that it knows the secret of the
+programs, as they do, and sees and manages what belongs to all of them.
 
-Safety. It listens on 127.0.0.1 unless told otherwise. All but page, script, style and icon, which
-hold no data, need the token: `Authorization: Bearer TOKEN`. It stands in the fragment of the link,
-which browsers do not send. There are no cookies; Host, Origin and Sec-Fetch-Site are checked;
-changes are made by POST of application/json alone; the page runs no script but its own and shows
-what comes as text. `certfile` (and `keyfile`) give TLS; without it, what is sent over a network can
-be read there, the token too.
+Safety. The server listens on 127.0.0.1 unless told otherwise. Page, script, style and icon hold no
+data; all else needs the token: `Authorization: Bearer TOKEN`. The token stands in the fragment of
+the link, which browsers do not send. There are no cookies. Host, Origin and Sec-Fetch-Site are
+checked. Changes are made by POST of application/json alone. The page runs no script but its own and
+shows what comes as text. `certfile` (and `keyfile`) give TLS; without it, what is sent over a
+network can be read there, the token too.
 
-GET, answered in JSON; with `Accept: text/event-stream` as a stream: `data:` with the same JSON
+GET is answered in JSON; with `Accept: text/event-stream` as a stream: `data:` with the same JSON
 whenever it has changed (there, `plot` only when it has), `event: end` when the server stops. Tables
-take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are
-  {time s since the epoch, rows [...], total, page, pages, sort, desc, per, manages bool: whether
-  POST can change anything,
-   shared bool: whether a scheduler is watched, source str: what is watched, or why it cannot be,
-   nothing str: to be said where there is no
-   cluster, clusters [{number, name}], snapshot_seconds: of the driver's thread for the last
-   snapshot}
-/api/clusters  rows {number int, name str, program str: user@host PID n of who uses a scheduler,
-else '',
-               state: 'working' | 'idle' | 'waiting for a node' | 'closed', submitted, waiting,
-               running, done, failed, cancelled: jobs (running: those that nodes have CPUs for;
-               failed: Terminated or Abandoned), rate jobs ended a second over 30 s at
-               most, left s or null, elapsed s, job_seconds s, nodes int (ready), cpus, used: CPUs,
-               plot [[s since the
-               epoch, jobs ended, CPUs used, CPUs], ...] at most 240}
-/api/nodes     rows {id str, name str, address str, port int, state str, reason str: why it is not
-used, cpus, used: CPUs, jobs: ended
-               there, job_seconds s, memory, disk: bytes free, or null, load %: of its CPUs, or
-               null, heard s since its last sign of life, or
-               null, holder str: who holds it, known with --nodes only, offered int: CPUs, platform
-               str, clusters [{number, name, state, reason,
-               cpus, used, jobs, job_seconds}]}
-/api/node      ?id=ID, a table of its jobs with `node`: the row above; rows {cluster int, job int: a
-number for `cancel`, id str,
-               arguments str (short form; of what is no builtin only the type), state: 'running' |
-               'waits there', seconds s since it was sent or, where
-               the node has said so, that it has run; null: not known yet, stdout, stderr: the last
-               4 KiB printed, live bool: whether output is
-               sent while it is printed, which it is by nodes that were set up after this server was
-               made, or if the cluster has on_output; null: a scheduler's, which
-               passes output on and does not keep it. There `id` is the number of the job in its
-               program}
-/api/failures  rows {text str: the last line, count int, last s since the epoch, cluster int, trace
-str: of the last one, jobs [{id, arguments,
-               node, status, time}], at most 10}; of the last 500 failed jobs of each cluster, or of
-               a scheduler
-/metrics       text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`,
-and `--token-file F` here) With a scheduler jobs that have ended are counted since it was started,
-and clusters are shown until their program closes them. POST, a JSON object; answered by {done int}.
-`cluster` is its number; where it may be missing, all clusters that use the node are meant, which
-with a scheduler is always so, and holds for clusters that come later too. /api/cancel
-{cluster, node: id, jobs: [number, ...] or 'all'}: end jobs that are on a node /api/cancel_waiting
-{cluster}: end jobs that do not run /api/add             {cluster, host str, port int?, cpus int?}:
-use a node, or all that a word with * means /api/use, /api/drain, /api/release  {node, cluster?}:
-use it again; send nothing new there; let it go when its jobs have ended /api/cpus            {node,
-cpus int, cluster?}: use at most so many Errors: {error str} with 400 (not understood), 401 (token),
-403 (another site's page asks), 404, 405, 409 (cannot be done now), 411, 413 (over 64 KiB), 414,
-415, 417, 421 (another Host), 431, 501, 503 (over 64 connections), 505.
+take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
+
+    time               s since the epoch
+    rows, total        the rows of this page; how many there are in all
+    page, pages, per, sort, desc
+    manages            bool: whether POST can change anything
+    shared             bool: whether a scheduler is watched
+    source             str: what is watched, or why it cannot be
+    nothing            str: what is to be said where there is no cluster
+    clusters           [{number, name}]
+    snapshot_seconds   of the driver's thread for the last snapshot
+
+/api/clusters
+    number int, name str
+    program str: user@host PID n of who uses a scheduler, else ''
+    state 'working', 'idle', 'waiting for a node' or 'closed'
+    submitted, waiting, running, done, failed, cancelled: jobs (running: those that nodes have CPUs
+        for; failed: Terminated or Abandoned)
+    rate jobs ended a second over 30 s at most, left s or null, elapsed s, job_seconds s
+    nodes int (ready); cpus, used: CPUs
+    plot [[s since the epoch, jobs ended, CPUs used, CPUs], ...] at most 240
+/api/nodes
+    id str, name str, address str, port int, platform str, offered int: CPUs
+    state str, reason str: why it is not used
+    cpus, used: CPUs; jobs: ended there; job_seconds s
+    memory, disk: bytes free, or null; load %: of its CPUs, or null
+    heard s since its last sign of life, or null
+    holder str: who holds it, known with --nodes only
+    clusters [{number, name, state, reason, cpus, used, jobs, job_seconds}]
+/api/node?id=ID, a table of the node's jobs with `node`: its row above
+    cluster int, job int: a number for `cancel`, id str (of a scheduler's job: its number in its
+        program)
+    arguments str (short form; of what is no builtin only the type)
+    state 'running' or 'waits there'
+    seconds s since it was sent or, where the node has said so, that it has run; null: not known
+    stdout, stderr: the last 4 KiB printed
+    live bool: whether output is sent while it is printed, which it is by nodes that were set up
+        after this server was made, or if the cluster has on_output; null: of a scheduler, which
+        passes output on and does not keep it
+/api/failures, of the last 500 failed jobs of each cluster, or of a scheduler
+    text str: the last line, trace str: of the last one
+    count int, last s since the epoch, cluster int
+    jobs [{id, arguments, node, status, time}], at most 10
+/metrics
+    text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and
+    `--token-file F` here). With a scheduler, jobs that have ended are counted since it was started,
+    and clusters are shown until their program closes them.
+
+POST takes a JSON object and is answered by {done int}. `cluster` is its number. Where it may be
+missing, all clusters that use the node are meant; with a scheduler that is always so, and holds for
+clusters that come later too.
+
+    /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node
+    /api/cancel_waiting   {cluster}: end jobs that do not run
+    /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all that a word
+                          with * means
+    /api/use              {node, cluster?}: use it again
+    /api/drain            {node, cluster?}: send nothing new there
+    /api/release          {node, cluster?}: let it go when its jobs have ended
+    /api/cpus             {node, cpus int, cluster?}: use at most so many CPUs
+
+Errors: {error str} with 400 (not understood), 401 (token), 403 (another site's page asks), 404,
+405, 409 (cannot be done now), 411, 413 (over 64 KiB), 414, 415, 417, 421 (another Host), 431, 501,
+503 (over 64 connections), 505.
 
 Files this program needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -115,24 +129,30 @@ import threading
 import time
 import urllib.parse
 import uuid
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type)
 
 try:
     from dispy import Driver
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     text = str(exc)
     if exc.name == 'dispy':
-        text = 'dispy_httpd.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
-            os.path.dirname(os.path.abspath(__file__)), exc)
+        text = ('dispy_httpd.py needs the files dispy.py and dispynode.py of the same release '
+                'beside it, in %s (%s)')
+        directory = os.path.dirname(os.path.abspath(__file__))
+        text %= (directory, exc)
     if __name__ == '__main__':
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 import dispy
-from dispy import SHORT, ConnectionSettings, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
-from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError,
+from dispy import (
+    ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, ConnectionSettings, DispyJob,
+    FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec, NodeUse,
+    SharedJobCluster, words_of)
+from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
                        __version__, find_secret, host_and_port, _no_password, _write_private,
-                       size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
+                       pieces_of, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
 __all__ = ['DispyHTTPServer']
 
@@ -140,19 +160,13 @@ __all__ = ['DispyHTTPServer']
 # Constants
 # --------------------------------------------------------------------------------------------------
 
-HTTPD_PORT = 8181
 SNAPSHOTS_APART = 0.25        # s between two snapshots at least
 SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshots when nobody looks
 PLOT_POINTS = 240             # then every second one is dropped
 RATE_SPAN = 30.0              # s over which the rate is measured
-REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
 # S after a request that snapshots are still taken as often as asked for
 LOOKED_FOR = 5.0
-# Failed jobs of a cluster, and characters of a traceback
-FAILURES_KEPT = 500
-FAILURE_TEXT = 8000
-ARGUMENTS_MOST = 16384        # bytes of pickled arguments that are opened to be shown
 # Bytes of a running job's output; jobs with output
 OUTPUT_KEPT = 4096
 OUTPUTS_KEPT = 1000
@@ -174,7 +188,7 @@ logger = dispy.logger
 
 
 class Refusal(Exception):
-    """A request that is not served: HTTP status and text."""
+    """A request that is refused, with the HTTP status and a text."""
 
     def __init__(self, status: int, text: str, **headers: str) -> None:
         super().__init__(text)
@@ -187,18 +201,37 @@ class Refusal(Exception):
 # code.
 # --------------------------------------------------------------------------------------------------
 
+def _new_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
+    return object.__new__(cls)
+
+
+def _do_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Leave out what a pickle does to an object."""
+
+
+def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
+
+
 class _Placeholder(type):
-    """A class that stands for one that is no builtin: its instances take what a pickle does to
+    """A class that stands for one that is not a builtin. Its instances accept what a pickle does to
     them, and are shown as their type."""
+    METHODS = {
+        '__new__': _new_instance,
+        '__init__': _do_nothing,
+        '__setstate__': _do_nothing,
+        'append': _do_nothing,
+        'extend': _do_nothing,
+        'add': _do_nothing,
+        '__setitem__': _do_nothing,
+        '__call__': _return_self,
+        '__reduce__': None,
+    }
 
     def __new__(mcs, name: str) -> '_Placeholder':
-        return super().__new__(
-            mcs, name, (), {
-                '__new__': lambda cls, *args, **kwargs: object.__new__(cls),
-                '__repr__': lambda self: '<%s>' % name,
-                '__call__': lambda self, *args, **kwargs: self, '__reduce__': None,
-                **dict.fromkeys(('__init__', '__setstate__', 'append', 'extend', 'add', '__setitem__'), lambda self, *args, **kwargs: None)
-            })
+        methods: Dict[str, Any] = dict(mcs.METHODS)
+        methods['__repr__'] = lambda self: '<%s>' % name
+        return super().__new__(mcs, name, (), methods)
 
     def __init__(cls, name: str) -> None:
         super().__init__(name, (), {})
@@ -208,55 +241,59 @@ class _Placeholder(type):
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    """Opens builtins; every other name becomes a class that stands for it."""
+    """Opens a pickle of builtins. A class that stands for it takes the place of every other
+    name."""
 
     def find_class(self, module: str, name: str) -> Any:
         # How a class of the program itself travels
         if (module, name) == ('dispynode', 'class_of'):
             return lambda tracker, version, module, name, make, args: _Placeholder(name)
+        if (module, name) == ('dispynode', 'function_of'):
+            return _Placeholder('function')
         if module == 'builtins':
             return {'complex': complex, 'range': range}.get(name, _Placeholder(name))
-        return _Placeholder('function' if (module, name) == ('dispynode',
-                                                       'function_of') else '%s.%s' % (module, name))
+        return _Placeholder('%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
         raise pickle.UnpicklingError('a persistent id')
 
 
 def arguments_text(payload: Any) -> str:
-    """The short form of a job's packed arguments; what is large is not opened."""
+    """Return the short form of a job's packed arguments. Large ones are not opened."""
     if payload is None:
         return ''
-    if isinstance(payload, int) or size_of(payload) > ARGUMENTS_MOST:
-        return '%s of arguments' % bytes_text(
-            payload if isinstance(payload, int) else size_of(payload))
-    if isinstance(payload, tuple):
-        data = b''.join(payload)
-    else:
-        data = bytes(payload)
+    if isinstance(payload, int):
+        return '%s of arguments' % bytes_text(payload)
+    size = size_of(payload)
+    hidden = '%s of arguments' % bytes_text(size)
+    if size > ARGUMENTS_MOST:
+        return hidden
+    data = b''.join(pieces_of(payload))
     try:
         _, body = split_needs(data)
         _check_memo(bytes(body))
-        args, kwargs = _SafeUnpickler(io.BytesIO(body)).load()[:2]
+        opener = _SafeUnpickler(io.BytesIO(body))
+        args, kwargs = opener.load()[:2]
         # As no program packs them: they might have no end
         if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
         return words_of(args, kwargs)
     except Exception:  # an unpickler without the real classes may stumble over anything
-        return '%s of arguments' % bytes_text(size_of(payload))
+        return hidden
 
 
 def _check_memo(data: bytes) -> None:
     """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up
     to some far index."""
     for opcode, value, _ in pickletools.genops(data):
-        if opcode.name in ('PUT', 'BINPUT',
-                           'LONG_BINPUT') and value is not None and value > len(data):
+        if opcode.name not in ('PUT', 'BINPUT', 'LONG_BINPUT') or value is None:
+            continue
+        if value > len(data):
             raise ValueError('an index of the memo that is larger than the pickle')
 
 
 def bytes_text(size: float) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes as text for people."""
     for unit in ('bytes', 'KiB', 'MiB'):
         if size < 1024:
             return '%.*f %s' % (unit != 'bytes', size, unit)
@@ -265,38 +302,61 @@ def bytes_text(size: float) -> str:
 
 
 def last_line(text: str) -> str:
-    """Of a traceback: what was raised."""
-    return (text.strip().splitlines() or [''])[-1].strip()[:300]
+    """Return the last line of a traceback, which says what was raised."""
+    last = text.strip().rpartition('\n')[2]
+    return last.strip()[:300]
 
 
 class History:
-    """Jobs ended and CPUs used over time; also the rate. The snapshot thread's."""
+    """Jobs that have ended and CPUs that were used over time, and the rate. The snapshot
+    thread's."""
 
     def __init__(self) -> None:
         self.points: List[List[float]] = []
         self._apart = SAMPLES_APART
+        # (time, jobs ended) of the last RATE_SPAN seconds
         self._recent: Deque[Tuple[float, int]] = collections.deque()
 
     def add(self, now: float, ended: int, used: int, cpus: int) -> float:
-        """A point; returns jobs ended a second. Time that nothing ended in before the first did
+        """Add a point and return how many jobs end in a second. Time before the first job ended
         does not count."""
+        self._add_recent(now, ended)
+        last = -math.inf
+        if self.points:
+            last = self.points[-1][0]
+        if now - last >= self._apart:
+            self._add_point([round(now, 2), ended, used, cpus])
+        since, ended_then = self._recent[0]
+        if now - since < 0.5:
+            return 0.0
+        return (ended - ended_then) / (now - since)
+
+    def _add_recent(self, now: float, ended: int) -> None:
         recent = self._recent
-        if not recent or now - recent[-1][0] >= SAMPLES_APART:
+        last = -math.inf
+        if recent:
+            last, _ = recent[-1]
+        if now - last >= SAMPLES_APART:
             recent.append((now, ended))
-        while len(recent) > 1 and (now - recent[0][0] > RATE_SPAN
-                                   or recent[1][1] == recent[0][1] and ended > recent[0][1]):
+        while len(recent) > 1:
+            first, ended_then = recent[0]
+            _, ended_next = recent[1]
+            was_idle = ended_next == ended_then and ended > ended_then
+            if now - first <= RATE_SPAN and not was_idle:
+                break
             recent.popleft()
-        if not self.points or now - self.points[-1][0] >= self._apart:
-            self.points = [
-                *(self.points if len(self.points) < PLOT_POINTS else self.points[::2]),
-                [round(now, 2), ended, used, cpus]
-            ]
-            if len(self.points) <= PLOT_POINTS // 2 + 1 and self.points[-1][0] - self.points[0][
-                    0] > PLOT_POINTS * self._apart:
-                self._apart *= 2
-        if now - recent[0][0] >= 0.5:
-            return (ended - recent[0][1]) / (now - recent[0][0])
-        return 0.0
+
+    def _add_point(self, point: List[float]) -> None:
+        points = self.points
+        if len(points) >= PLOT_POINTS:
+            points = points[::2]
+        # A new list: others may be reading the old one
+        self.points = [*points, point]
+        if len(self.points) > PLOT_POINTS // 2 + 1:
+            return
+        span = point[0] - self.points[0][0]
+        if span > PLOT_POINTS * self._apart:
+            self._apart *= 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,232 +365,312 @@ class History:
 # --------------------------------------------------------------------------------------------------
 
 class ClusterView(Monitor):
-    """A cluster that is watched. `output` and `reports` are the driver thread's."""
+    """A cluster that is shown: `given` is what the program has, `cluster` what its driver knows of
+    it. `output` and `live_from` belong to the driver's thread."""
 
-    def __init__(self, number: int, cluster: Any) -> None:
+    def __init__(self, number: int, given: Any) -> None:
         self.number = number
-        self.cluster = cluster
+        self.given = given
+        self.cluster = dispy.core_of(given)
         self.history = History()
-        self.failures: Deque[Tuple[float, Any, Any, int, str,
-                                   str]] = collections.deque(maxlen=FAILURES_KEPT)
+        self.failed_jobs = FailedJobs()
+        # Job -> the end of what it has printed to stdout and to stderr
         self.output: 'collections.OrderedDict[DispyJob, List[bytes]]' = collections.OrderedDict()
-        # Node -> when it was asked what is there
-        self.asked: Dict[Any, float] = {}
-        self.reports: Dict[Any, Tuple[float, Any]] = {}     # node -> when it answered, what
         # Node -> its link when this began: output is not sent along it
         self.live_from: Dict[Any, Any] = {}
-        self.ended: float = 0.0                             # when it was closed, s since the epoch
+        self.ended = 0.0   # when the cluster was closed, in s since the epoch
+
+    @property
+    def looks_only(self) -> bool:
+        """Whether this stands for nodes that are watched and not for a cluster."""
+        return self.cluster.cargo is None
 
     def failed(self, job: DispyJob, payload: Any) -> None:
-        if job.status != DispyJob.Cancelled:
-            if payload is not None:
-                size = size_of(payload)
-            else:
-                size = 0
-            self.failures.append(
-                (job.end_time or time.time(), job.id, payload if size <= ARGUMENTS_MOST else size,
-                 job.status, job.ip_addr
-                 or '', (job._exception or 'exit status %s' % (job.result, ))[-FAILURE_TEXT:]))
+        """Note a job that has failed."""
+        if job.status == DispyJob.Cancelled:
+            return
+        text = job._exception   # without the arguments, which may not be shown
+        if text is None:
+            text = 'exit status %s' % (job.result,)
+        node = job.ip_addr or ''
+        self.failed_jobs.add(
+            job.end_time or 0.0, self.number, job.id, payload, job.status, node, text)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
-        tails = self.output.setdefault(job, [b'', b''])
-        tails[stream - 1] = ((tails[stream - 1] if offset else b'') + data)[-OUTPUT_KEPT:]
+        """Keep the end of what a job prints."""
+        ends = self.output.setdefault(job, [b'', b''])
+        before = b''
+        if offset:
+            before = ends[stream - 1]
+        shown = before + data
+        ends[stream - 1] = shown[-OUTPUT_KEPT:]
         if len(self.output) > OUTPUTS_KEPT:
-            for old in [old for old in self.output if old.status in dispy.ENDED]:
-                del self.output[old]
+            self._forget_output()
+
+    def _forget_output(self) -> None:
+        """Forget the output of jobs that have ended, or else that of the first job."""
+        for job in list(self.output):
+            if job.status in dispy.ENDED:
+                del self.output[job]
         if len(self.output) > OUTPUTS_KEPT:
             self.output.popitem(last=False)
 
     def attach(self) -> None:
-        """The driver's thread."""
+        """Begin to watch the cluster. The driver's thread."""
         cluster = self.cluster
-        if cluster.cargo is not None:
-            if not cluster.cargo.spec['live']:
-                self.live_from = {
-                    peer.key: peer.link
-                    for peer in cluster.driver.nodes.of(cluster.comp)
-                    if peer.uses[cluster.comp].offered
-                }
-            cluster.add_monitor(self)
+        if self.looks_only:
+            return
+        if not cluster.cargo.spec['live']:
+            for peer in self._peers():
+                if peer.uses[cluster.comp].offered:
+                    self.live_from[peer.key] = peer.link
+        cluster.live_output.add_monitor(self)
 
-    def ask(self, peer: Any, apart: float) -> bool:
-        """Ask a node what is there, `apart` s after the last time. The driver's thread."""
-        comp = self.cluster.comp
-        driver = self.cluster.driver
-        if peer.link is None or not peer.name or driver.now - self.asked.get(peer.key,
-                                                                             -apart) < apart:
-            return False
-        self.asked[peer.key] = driver.now
-        future = peer.answers.get((comp, ''))
-        if future is None:
-            future = peer.answers[comp, ''] = concurrent.futures.Future()
-            driver.send(peer.link, Query(comp))
-        future.add_done_callback(functools.partial(self._reported, peer.key))
-        return True
-
-    def _reported(self, key: Any, future: Any) -> None:
-        if future.exception() is None:
-            self.reports[key] = (self.cluster.driver.now, future.result())
+    def _peers(self) -> List[Any]:
+        return self.cluster.driver.nodes.of(self.cluster.comp)  # type: ignore[no-any-return]
 
     def refresh(self) -> None:
-        """Before a turn of the driver: what others know. The snapshot thread."""
+        """Ask others for what they know, before the driver is asked. The snapshot thread."""
 
     def nodes(self) -> List[Any]:
-        """Its nodes, with their keys. The driver's thread."""
-        return list(self.cluster.driver.nodes.of(self.cluster.comp))
+        """Return its nodes, which have a `key`. The driver's thread."""
+        return list(self._peers())
 
-    def in_flight(self, key: Any) -> Dict[int, Any]:
-        """Serial -> job of what was sent to a node. The driver's thread."""
-        node = self.cluster.driver.schedule.nodes.get(key)
-        if node is not None:
-            return node.in_flight.get(self.cluster.comp, {})
-        return {}
+    def sent_to(self, key: Any) -> Dict[int, DispyJob]:
+        """Return a dictionary from serials to the jobs that were sent to a node. The driver's
+        thread."""
+        overview = self.cluster.driver.overview
+        return overview.sent_to(key, self.cluster.comp)  # type: ignore[no-any-return]
 
-    def runs(self, peer: Any) -> List[int]:
-        """Serials of jobs that run on a node; others wait there. O(CPUs). The driver's thread."""
-        return self.cluster.driver.schedule.runs(peer.key).get(self.cluster.comp, [])
+    def jobs_at(self, key: Any) -> List[JobAtNode]:
+        """Return the jobs that were sent to a node, with what is known of how long they have run.
+        The driver's thread."""
+        overview = self.cluster.driver.overview
+        return overview.jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
-    def running(self, peer: Any) -> Tuple[int, int]:
-        """How many that are, and their CPUs."""
-        flight = self.in_flight(peer.key)
-        serials = self.runs(peer)
-        return len(serials), sum(dispy.cpus_of(flight[serial]) for serial in serials)
+    def is_live(self, key: Any) -> bool:
+        """Return whether a node sends what jobs print while they print it. The driver's thread."""
+        peer = self.cluster.driver.nodes.by_key[key]
+        return peer.link is not self.live_from.get(key, False)
 
-    def look(self, asks: List[int]) -> List[dict]:
-        """Rows of its nodes. The driver's thread."""
+    def node_rows(self, asking: bool) -> List[dict]:
+        """Return the rows of its nodes, see `node_row`. With `asking`, some of the nodes are asked
+        what is free there. The driver's thread."""
         cluster = self.cluster
-        driver = self.cluster.driver
+        overview = cluster.driver.overview
+        left = 0
+        if asking:
+            left = REPORTS_A_TURN
+        apart = REPORTS_APART
+        if self.looks_only:
+            apart = SAMPLES_APART
         rows = []
-        for peer, state, reason, cpus, _ in driver.queries.nodes_of(cluster.comp):
-            survey = cluster.cargo is None
-            if asks[0] > 0 and self.ask(peer, SAMPLES_APART if survey else REPORTS_APART):
-                asks[0] -= 1
-            report = self.reports.get(peer.key, (0.0, None))[1]
-            running, used = self.running(peer)
-            free = dict(peer.facts.get('available', {}),
-                        **(report.available if report is not None else {}))
-            rows.append({
-                'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
-                'reason': reason.strip()[-2000:],
-                'state': 'drained' if state == 'ready' and reason == 'deallocated' else state,
-                'cpus': peer.offered if survey else cpus, 'offered': peer.offered,
-                'running': running, 'memory': free.get('memory'), 'disk': free.get('disk'),
-                'used': free.get('busy', 0) if survey else used,
-                'load': None if free.get('cpu') is None else round(100.0 - free['cpu'], 1),
-                'heard': round(max(0.0,
-                                   driver.clock() -
-                                   peer.link.heard), 1) if peer.link is not None else None,
-                'holder': str(free.get('holder', peer.facts.get('holder', ''))) if survey else '',
-                'platform': str(peer.facts.get('platform', ''))
-            })
+        nodes = cluster.driver.queries.nodes_of(cluster.comp)
+        for peer, state, reason, cpus, _ in nodes:
+            if left and overview.ask_node(peer, cluster.comp, apart):
+                left -= 1
+            rows.append(self._node_row(peer, state, reason, cpus))
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
-        """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
-        output comes. The driver's thread."""
-        driver = self.cluster.driver
-        peer = driver.nodes.by_key[key]
-        self.ask(peer, SAMPLES_APART)
-        at, report = self.reports.get(key, (0.0, None))
-        if report is not None:
-            runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running}
-        else:
-            runs = {}
-        return runs, set(self.runs(peer)), peer.link is not self.live_from.get(key, False)
+    def _node_row(self, peer: Any, state: str, reason: str, cpus: int) -> dict:
+        comp = self.cluster.comp
+        overview = self.cluster.driver.overview
+        free = overview.free_at(peer, comp)
+        by_comp = overview.running_at(peer.key)
+        running, used = by_comp.get(comp, (0, 0))
+        known = overview.node_row(peer, free)
+        row = node_row(known, state, reason, cpus, running, used)
+        if self.looks_only:   # whoever uses the node
+            row['cpus'] = peer.offered
+            row['used'] = free.get('busy', 0)
+            holder = peer.facts.get('holder', '')
+            row['holder'] = str(free.get('holder', holder))
+        return row
+
+
+# (address, name) of a node -> serial -> job there
+SentTo = Dict[Tuple[str, str], Dict[int, DispyJob]]
 
 
 class SharedClusterView(ClusterView):
-    """A SharedJobCluster: its nodes are known to the scheduler, which is asked; where its jobs are,
-    it is told."""
-    _known: Dict[Any, dispy.NodeInfo] = {}                     # nodes by their keys
-    # (address, name) of a node -> serial -> job there
-    _flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
+    """A SharedJobCluster that is shown. Its nodes are those of the scheduler, which is asked for
+    them. The scheduler tells the cluster where its jobs are."""
+
+    def __init__(self, number: int, cluster: Any) -> None:
+        super().__init__(number, cluster)
+        self._known: Dict[Any, NodeInfo] = {}   # nodes by their keys
+        self._sent: SentTo = {}
 
     def refresh(self) -> None:
-        """As above. While the scheduler is away there is one node: the scheduler, and why."""
+        """Ask the scheduler for its nodes. While the scheduler is away, it is shown in the place of
+        its nodes, with the reason."""
         cluster = self.cluster
-        driver = self.cluster.driver
-        flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
-        for job, place in cluster._places.copy().items():
-            flights.setdefault((place.ip_addr, place.name), {})[job.serial] = job
-        self._flights = flights
-        with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
-                driver.ask(lambda: driver.calls.call(cluster.comp, 'nodes', first, most)), dispy.
-                CALL_TIME))
-            self._known = {row.key: row for row in rows}
-            return
-        self._known = {
-            row.key: row._replace(cpus=0)
-            for row in driver.ask(lambda: driver.queries.rows_of(cluster.comp))
-        }
+        driver = cluster.driver
+        sent: SentTo = {}
+        for job, place in cluster.delivery.places.copy().items():
+            there = sent.setdefault((place.ip_addr, place.name), {})
+            there[job.serial] = job
+        self._sent = sent
+        try:
+            rows = dispy.pages_of_nodes(self._page_of_nodes)
+        except (ConnectionError, concurrent.futures.TimeoutError):
+            own = driver.ask(lambda: driver.queries.rows_of(cluster.comp))
+            rows = [row._replace(cpus=0) for row in own]
+        self._known = {row.key: row for row in rows}
+
+    def _page_of_nodes(self, first: int, most: int) -> List[tuple]:
+        cluster = self.cluster
+        calls = cluster.driver.calls
+        future = cluster.driver.ask(lambda: calls.call(cluster.comp, 'nodes', first, most))
+        return dispy.answer_of(future, dispy.CALL_TIME)  # type: ignore[no-any-return]
 
     def nodes(self) -> List[Any]:
-        """As above."""
+        """Return the nodes that the scheduler has told of."""
         return list(self._known.values())
 
-    def in_flight(self, key: Any) -> Dict[int, Any]:
-        """As above."""
+    def sent_to(self, key: Any) -> Dict[int, DispyJob]:
+        """Return a dictionary from serials to the jobs that are at a node of the scheduler."""
         row = self._known.get(key)
-        if row is not None:
-            return self._flights.get((row.ip_addr, row.name), {})
-        return {}
+        if row is None:
+            return {}
+        return self._sent.get((row.ip_addr, row.name), {})
 
-    def runs(self, peer: Any) -> List[int]:
-        """As above: those that are known to have begun, then the first, as many as the scheduler
-        says."""
-        flight = self.in_flight(peer.key)
-        is_on = (dispy.DispyJob.Running, dispy.DispyJob.ProvisionalResult)
-        begun = [serial for serial, job in flight.items() if job.status in is_on]
-        more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)
-        return begun + list(itertools.islice(more, max(0, peer.busy - len(begun))))
+    def _running_at(self, row: NodeInfo) -> List[int]:
+        """Return the serials of the jobs that run at a node: those that are known to have begun,
+        then the first of the others, as many as the scheduler says."""
+        begun = []
+        others = []
+        for serial, job in self.sent_to(row.key).items():
+            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+                begun.append(serial)
+            elif job.status == DispyJob.Created:
+                others.append(serial)
+        more = max(0, row.busy - len(begun))
+        return begun + others[:more]
 
-    def look(self, asks: List[int]) -> List[dict]:
-        """As above."""
+    def jobs_at(self, key: Any) -> List[JobAtNode]:
+        """Return the jobs at a node. How long a job has run is known by its start_time."""
+        running = set(self._running_at(self._known[key]))
         rows = []
-        for row in self.nodes():
-            running, used = self.running(row)
-            free = row.facts.get('available', {})
-            rows.append({
-                'key': row.key, 'name': row.name, 'address': row.ip_addr, 'port': row.port,
-                'reason': row.reason.strip()[-2000:], 'state': 'drained'
-                if row.state == 'ready' and row.reason == 'deallocated' else row.state,
-                'cpus': row.cpus, 'offered': row.offered, 'running': running,
-                'memory': free.get('memory'), 'disk': free.get('disk'), 'used': used, 'load': None,
-                'heard': None, 'holder': '', 'platform': str(row.facts.get('platform', ''))
-            })
+        for serial, job in self.sent_to(key).items():
+            rows.append(JobAtNode(serial, job, serial in running, None))
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
-        """As above; how long a job has run is known by its start_time."""
-        row = self._known[key]
-        links = {peer.link for peer in self.cluster.driver.nodes.of(self.cluster.comp)}
-        return {}, set(self.runs(row)), not links & set(self.live_from.values())
+    def is_live(self, key: Any) -> bool:
+        """Return whether the scheduler passes output on while it is printed."""
+        links = {peer.link for peer in self._peers()}
+        return not links & set(self.live_from.values())
+
+    def node_rows(self, asking: bool) -> List[dict]:
+        """Return the rows of the scheduler's nodes. The nodes are not asked."""
+        return [self._known_row(row) for row in self.nodes()]
+
+    def _known_row(self, row: NodeInfo) -> dict:
+        free = dict(row.facts.get('available', {}), cpu=None)   # as the scheduler knew it once
+        running = self._running_at(row)
+        sent = self.sent_to(row.key)
+        used = sum(dispy.cpus_of(sent[serial]) for serial in running)
+        known = dispy.row_of_node(row, free, None)
+        return node_row(known, row.state, row.reason, row.cpus, len(running), used)
+
+
+def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used: int) -> dict:
+    """Return the row of a node for the page, made of a row as of `dispy.row_of_node` and of how the
+    node is used."""
+    row = {name: known[name] for name in ('key', 'name', 'address', 'port', 'offered', 'platform')}
+    row['state'] = dispy.shown_state(state, reason)
+    row['reason'] = reason.strip()[-2000:]
+    row['cpus'] = cpus
+    row['running'] = running
+    row['used'] = used
+    row['holder'] = ''
+    row['memory'], row['disk'], idle = known['free']
+    row['load'] = None
+    if idle is not None:
+        row['load'] = round(100.0 - idle, 1)
+    row['heard'] = known['heard']
+    if row['heard'] is not None:
+        row['heard'] = round(row['heard'], 1)
+    return row
+
+
+def gone_row(peer: Any) -> dict:
+    """Return the row of a node that no cluster uses any more."""
+    row = dispy.row_of_node(peer, {}, None)
+    row['offered'] = 0
+    return node_row(row, 'closed', 'no cluster uses it any more', 0, 0, 0)
+
+
+def use_row(use: NodeUse, name: str) -> dict:
+    """Describe for the page how a cluster of this name uses a node."""
+    row: Dict[str, Any] = use._asdict()
+    del row['running']
+    row['name'] = name
+    row['job_seconds'] = round(row.pop('seconds'), 3)
+    return row
+
+
+NEW_JOB_ROW: Dict[str, Any] = {
+    'arguments': None,
+    'state': 'waits there',
+    'seconds': None,
+    'stdout': b'',
+    'stderr': b'',
+    'live': None,
+}
+
+
+def job_row(cluster: int, job: int, name: Any, is_running: bool,
+            seconds: Optional[float]) -> Dict[str, Any]:
+    """Return the row of a job at a node. Its arguments and its output are filled in later. `job` is
+    its number for `cancel`, `name` its id."""
+    row = dict(NEW_JOB_ROW)
+    row['cluster'] = cluster
+    row['job'] = job
+    row['id'] = name
+    if is_running:
+        row['state'] = 'running'
+    if seconds is not None:
+        row['seconds'] = round(max(0.0, seconds), 1)
+    return row
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
-    """The rest of a cluster's row: what follows from its numbers."""
+    """Return the row of a cluster, with what follows from its numbers."""
     ended = row['done'] + row['failed'] + row['cancelled']
     pending = max(0, row['submitted'] - ended)
     running = min(pending, row['running'])
+    rate = 0.0
     if not closed:
-        rate = history.add(time.time(), ended, row['used'], row['cpus'])
-    else:
-        rate = 0.0
-    return dict(row,
-                waiting=pending - running,
-                running=running,
-                rate=round(rate, 3),
-                left=round(pending / rate, 1) if rate > 0 and pending else None,
-                elapsed=round(row['elapsed'], 1),
-                job_seconds=round(row['job_seconds'], 3),
-                plot=history.points,
-                state='closed' if closed else
-                'idle' if not pending else 'working' if row['nodes'] else 'waiting for a node')
+        now = time.time()
+        rate = history.add(now, ended, row['used'], row['cpus'])
+    left = None
+    if pending and rate > 0:
+        left = round(pending / rate, 1)
+    row = dict(row)
+    row['waiting'] = pending - running
+    row['running'] = running
+    row['rate'] = round(rate, 3)
+    row['left'] = left
+    row['elapsed'] = round(row['elapsed'], 1)
+    row['job_seconds'] = round(row['job_seconds'], 3)
+    row['plot'] = history.points
+    row['state'] = _cluster_state(closed, pending, row['nodes'])
+    return row
+
+
+def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
+    if closed:
+        return 'closed'
+    if not pending:
+        return 'idle'
+    if nodes:
+        return 'working'
+    return 'waiting for a node'
 
 
 class ClusterSource:
-    """Clusters of this program; or, with a `NodeMonitor`, nodes beside any program."""
+    """Shows the clusters of this program or, with a `NodeMonitor`, nodes beside any program."""
     text = 'clusters of this program'
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages = True
@@ -547,214 +687,224 @@ class ClusterSource:
         self._drivers: List[Any] = []
 
     def add(self, cluster: Any) -> None:
-        """Begin to watch. Raises TypeError for what is no cluster, RuntimeError if it was
+        """Begin to watch a cluster. Raises TypeError for what is no cluster, RuntimeError if it was
         closed."""
         if not isinstance(cluster, (JobCluster, NodeMonitor)):
             raise TypeError('%.80r is no cluster' % (cluster,))
+        kind: Type[ClusterView] = ClusterView
+        if isinstance(cluster, SharedJobCluster):
+            kind = SharedClusterView
         with self._lock:
-            if any(watched.cluster is cluster for watched in self._watched):
+            if any(watched.given is cluster for watched in self._watched):
                 return
             self._count += 1
-            watched = (SharedClusterView if isinstance(cluster, SharedJobCluster) else ClusterView)(
-                self._count, cluster)
+            watched = kind(self._count, cluster)
             watched.page = self.page
-            cluster.driver.ask(watched.attach)
+            driver = watched.cluster.driver
+            driver.ask(watched.attach)
             self._watched.append(watched)
-            if cluster.driver not in self._drivers:
-                self._drivers.append(cluster.driver)
+            if driver not in self._drivers:
+                self._drivers.append(driver)
 
     def publish(self, page: str) -> None:
-        """The clusters may name this link as that of their page."""
+        """Tell the clusters that this is the link of their page."""
         with self._lock:
             self.page = page
             for watched in self._watched:
                 watched.page = page
 
     def remove(self, cluster: Any) -> None:
-        """Watch it no more. Nothing happens if it was not watched."""
+        """Stop watching a cluster. Nothing happens if it was not watched."""
         with self._lock:
-            for watched in [watched for watched in self._watched if watched.cluster is cluster]:
+            for watched in list(self._watched):
+                if watched.given is not cluster:
+                    continue
                 self._watched.remove(watched)
-                if cluster.cargo is not None:
+                if not watched.looks_only:
+                    core = watched.cluster
+                    detach = functools.partial(core.live_output.remove_monitor, watched)
                     with contextlib.suppress(RuntimeError):   # its driver has ended
-                        cluster.driver.ask(functools.partial(cluster.remove_monitor, watched))
+                        core.driver.ask(detach)
 
     def close(self) -> None:
-        """Let go of all clusters."""
+        """Stop watching all clusters."""
         for watched in self.watched():
-            self.remove(watched.cluster)
+            self.remove(watched.given)
 
     def watched(self) -> List[ClusterView]:
-        """A copy of the list. Any thread."""
+        """Return a copy of the list. Any thread."""
         with self._lock:
             return list(self._watched)
 
+    # -- snapshots; their thread -------------------------------------------------------------------
+
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """Rows of clusters and of nodes, and the seconds that it took of the drivers' threads.
-        `asking`: nodes are asked what is free there. The snapshot thread."""
+        """Return the rows of clusters and of nodes, and the seconds that this took of the drivers'
+        threads. With `asking`, nodes are asked what is free there."""
         clusters: List[dict] = []
         nodes: Dict[str, dict] = {}
-        cost: float = 0.0
+        cost = 0.0
         for watched in self.watched():
-            rows: List[dict] = []
-            counts: Dict[str, int] = {}
-            closed = watched.cluster.closed
-            if not closed:
-                try:
-                    watched.refresh()
-                    rows, counts, took = watched.cluster.driver.ask(
-                        functools.partial(self._turn, watched, asking))
-                    cost += took
-                except RuntimeError:   # closed meanwhile, or its driver has failed
-                    closed = True
-            if watched.cluster.cargo is not None:
-                clusters.append(self._cluster_row(watched, rows, counts, closed))
+            rows, counts, took = self._look(watched, asking)
+            cost += took
+            if not watched.looks_only:
+                clusters.append(self._cluster_row(watched, rows, counts))
             self._merge(watched, rows, nodes)
         return clusters, list(nodes.values()), cost
 
+    def _look(self, watched: ClusterView, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
+        """Do what `_turn` does, from another thread. A cluster that is closed has no nodes."""
+        cluster = watched.cluster
+        if not cluster.closed:
+            try:
+                watched.refresh()
+                return cluster.driver.ask(  # type: ignore[no-any-return]
+                    functools.partial(self._turn, watched, asking))
+            except RuntimeError:
+                logger.debug('%s was closed meanwhile, or its driver has failed', cluster.name)
+        watched.ended = watched.ended or time.time()
+        return [], counts_of(cluster), 0.0
+
     @staticmethod
     def _turn(watched: ClusterView, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
-        """What only the driver knows, O(nodes). The driver's thread."""
+        """Return the rows of a cluster's nodes, its counts, and the seconds that this took. The
+        driver's thread does nothing else meanwhile, so what is at nodes and what has ended add
+        up."""
         began = time.perf_counter()
         cluster = watched.cluster
         cluster.driver.jobs.take_submitted()
-        rows = watched.look([REPORTS_A_TURN if asking else 0])
-        # With the driver at rest: what is on nodes and what has ended add up
+        rows = watched.node_rows(asking)
         counts = counts_of(cluster)
         return rows, counts, time.perf_counter() - began
 
     @staticmethod
-    def _cluster_row(watched: ClusterView, rows: List[dict], counts: Dict[str, int],
-                     closed: bool) -> dict:
+    def _cluster_row(watched: ClusterView, rows: List[dict], counts: Dict[str, int]) -> dict:
         cluster = watched.cluster
-        now = time.time()
-        if closed:
-            watched.ended, counts = watched.ended or now, counts_of(cluster)
         ready = [row for row in rows if row['state'] == 'ready']
-        seconds = sum(count[2] for count in cluster.jobs_at_nodes().values())
-        return cluster_row(
-            dict(counts,
-                 number=watched.number,
-                 name=cluster.name,
-                 program='',
-                 running=sum(row['running'] for row in rows),
-                 used=sum(row['used'] for row in rows),
-                 cpus=sum(row['cpus'] for row in ready),
-                 nodes=len(ready),
-                 elapsed=(watched.ended or now) - cluster._started,
-                 job_seconds=seconds), watched.history, closed)
+        row: Dict[str, Any] = dict(counts)
+        row['number'] = watched.number
+        row['name'] = cluster.name
+        row['program'] = ''
+        row['running'] = sum(row['running'] for row in rows)
+        row['used'] = sum(row['used'] for row in rows)
+        row['cpus'] = sum(row['cpus'] for row in ready)
+        row['nodes'] = len(ready)
+        until = watched.ended or time.time()
+        row['elapsed'] = until - cluster.book.began
+        counted = cluster.jobs_at_nodes().values()
+        row['job_seconds'] = sum(seconds for _, _, seconds in counted)
+        return cluster_row(row, watched.history, bool(watched.ended))
+
+    def _prefix(self, watched: ClusterView) -> str:
+        """Return how the ids of a cluster's nodes begin."""
+        place = self._drivers.index(watched.cluster.driver)
+        return '%d.' % (place + 1)
 
     def _merge(self, watched: ClusterView, rows: List[dict], nodes: Dict[str, dict]) -> None:
-        """Rows of one cluster's nodes into those of all."""
-        cluster = watched.cluster
-        prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-        counts = cluster.jobs_at_nodes()
+        """Merge the rows of one cluster's nodes into those of all clusters."""
+        prefix = self._prefix(watched)
+        counts = watched.cluster.jobs_at_nodes()
         for row in rows:
             key = row.pop('key')
-            name = prefix + key_text(key)
-            _, jobs, seconds = counts.pop('%s:%s' % (row['address'], row['name']), (None, 0, 0.0))
-            self._put(nodes, dict(row, id=name), watched, jobs, seconds)
+            row['id'] = prefix + key_text(key)
+            name = '%s:%s' % (row['address'], row['name'])
+            _, jobs, seconds = counts.pop(name, (None, 0, 0.0))
+            self._put(nodes, row, watched, jobs, seconds)
         for peer, jobs, seconds in counts.values():   # not used any more
-            self._put(
-                nodes, {
-                    'id': '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name), 'name': peer.name,
-                    'address': peer.ip_addr, 'port': peer.port, 'state': 'closed',
-                    'reason': 'no cluster uses it any more', 'cpus': 0, 'offered': 0, 'used': 0,
-                    'running': 0, 'memory': None, 'disk': None, 'load': None, 'heard': None,
-                    'holder': '', 'platform': str(peer.facts.get('platform', ''))
-                }, watched, jobs, seconds)
+            row = gone_row(peer)
+            del row['key']
+            row['id'] = '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name)
+            self._put(nodes, row, watched, jobs, seconds)
 
     @staticmethod
     def _put(nodes: Dict[str, dict], row: dict, watched: ClusterView, jobs: int,
              seconds: float) -> None:
-        use = {
-            'number': watched.number, 'name': watched.cluster.name, 'state': row['state'],
-            'reason': row['reason'], 'cpus': row['cpus'], 'used': row['used'], 'jobs': jobs,
-            'job_seconds': round(seconds, 3)
-        }
-        there = nodes.get(row['id'])
-        if there is None:
-            nodes[row['id']] = dict(row,
-                                    jobs=jobs,
-                                    job_seconds=round(seconds, 3),
-                                    clusters=[use] if watched.cluster.cargo is not None else [])
-            return
-        there['clusters'].append(use)
+        """Put the row of a cluster's node into those of all clusters. `jobs` have ended there and
+        ran for so many seconds."""
+        there = nodes.setdefault(row['id'], row)
+        if there is row:
+            there['clusters'] = []
+            there['jobs'] = 0
+            there['job_seconds'] = 0.0
+        if not watched.looks_only:
+            state = {name: row[name] for name in ('state', 'reason', 'cpus', 'running', 'used')}
+            use = NodeUse(number=watched.number, jobs=jobs, seconds=seconds, **state)
+            there['clusters'].append(use_row(use, watched.cluster.name))
         there['jobs'] += jobs
-        there['job_seconds'] = round(there['job_seconds'] + seconds, 3)
-        there['used'] = min(there['used'] + row['used'],
-                            max(there['offered'], row['cpus'], there['cpus']))
-        there['cpus'] = max(there['cpus'], row['cpus'])
-        if _STATE_ORDER.index(row['state']) < _STATE_ORDER.index(there['state']):
-            there['state'], there['reason'] = row['state'], row['reason']
+        total = there['job_seconds'] + seconds
+        there['job_seconds'] = round(total, 3)
+        if there is not row:
+            merge_uses(there, row)
 
     # -- one node ----------------------------------------------------------------------------------
 
     def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[ClusterView, Any]]:
-        """(cluster, key of its node) of a node's id. Raises Refusal if there is none."""
+        """Return (cluster, key of its node) for each cluster that uses the node with this id.
+        Raises Refusal if there is none."""
         found = []
         for watched in self.watched():
-            cluster = watched.cluster
-            prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-            if number not in (None,
-                              watched.number) or not node.startswith(prefix) or cluster.closed:
+            prefix = self._prefix(watched)
+            if number not in (None, watched.number):
                 continue
-            for peer in cluster.driver.ask(watched.nodes):
+            if watched.cluster.closed or not node.startswith(prefix):
+                continue
+            for peer in watched.cluster.driver.ask(watched.nodes):
                 if prefix + key_text(peer.key) == node:
                     found.append((watched, peer.key))
-        if not found:
-            raise Refusal(
-                404, 'there is no node %.80s%s' %
-                (node, '' if number is None else ' in cluster %d' % number))
-        return found
+        if found:
+            return found
+        where = ''
+        if number is not None:
+            where = ' in cluster %d' % number
+        raise Refusal(404, 'there is no node %.80s%s' % (node, where))
 
     def jobs(self, node: str) -> List[dict]:
-        """Rows of a node's jobs. Any thread but a driver's."""
+        """Return the rows of a node's jobs. Any thread but a driver's."""
         rows: List[dict] = []
         for watched, key in self._uses(node):
+            turn = functools.partial(self._jobs_turn, watched, key)
             try:
-                rows += watched.cluster.driver.ask(functools.partial(self._jobs_turn, watched, key))
+                rows += watched.cluster.driver.ask(turn)
             except RuntimeError:   # closed meanwhile
                 continue
         return rows
 
     @staticmethod
     def _jobs_turn(watched: ClusterView, key: Any) -> List[dict]:
-        """The driver's thread. What takes time, opening arguments, is left to the caller."""
-        flight = watched.in_flight(key)
-        if not flight:
-            return []
-        runs, there, live = watched.times(key)
-        now = time.time()
-        nothing = [b'', b'']
+        """Return the rows of a cluster's jobs at a node. The driver's thread; opening the arguments
+        takes time and is left to the caller."""
         rows = []
-        for serial, job in flight.items():
-            out, err = watched.output.get(job, nothing)
-            if job.start_time:
-                sent = now - job.start_time
-            else:
-                sent = 0.0
-            rows.append({
-                'cluster': watched.number, 'job': serial >> 16, 'id': job.id,
-                'arguments': job.payload,
-                'state': 'running' if serial in runs or serial in there else 'waits there',
-                'seconds': round(max(0.0, runs.get(serial, sent)),
-                                 1), 'stdout': out, 'stderr': err, 'live': live
-            })
+        live = watched.is_live(key)
+        now = time.time()
+        for serial, job, is_running, seconds in watched.jobs_at(key):
+            if seconds is None:   # that it was sent is known at least
+                seconds = now - (job.start_time or now)
+            row = job_row(watched.number, serial >> 16, job.id, is_running, seconds)
+            row['arguments'] = job.payload
+            row['live'] = live
+            if job in watched.output:
+                row['stdout'], row['stderr'] = watched.output[job]
+            rows.append(row)
         return rows
 
     def complete(self, rows: List[dict]) -> None:
-        """Rows of jobs that are shown get what takes time. Any thread."""
+        """Fill in what takes time in the rows of jobs that are shown. Any thread."""
         for row in rows:
-            row['arguments'] = arguments_text(row['arguments'] if self.shows_arguments else None)
+            if self.shows_arguments:
+                row['arguments'] = arguments_text(row['arguments'])
+            else:
+                row['arguments'] = ''
 
     def failures(self) -> List[dict]:
-        """Failed jobs grouped by the last line of their tracebacks. Any thread."""
-        groups = grouped((watched.number, failed) for watched in self.watched()
-                         for failed in list(watched.failures))
+        """Return the failed jobs, grouped by the last line of their tracebacks. Any thread."""
+        rows: List[FailedJob] = []
+        for watched in self.watched():
+            rows += watched.failed_jobs.all()
+        groups = grouped(rows)
         if not self.shows_arguments:
-            for job in itertools.chain.from_iterable(group['jobs'] for group in groups):
-                job['arguments'] = ''
+            for group in groups:
+                for job in group['jobs']:
+                    job['arguments'] = ''
         return groups
 
     # -- changes -----------------------------------------------------------------------------------
@@ -766,25 +916,27 @@ class ClusterSource:
         raise Refusal(404, 'there is no cluster %d' % number)
 
     def cancel(self, cluster: int, node: str, jobs: Any) -> int:
-        """End jobs on a node. Returns how many."""
-        chosen_jobs(jobs)
+        """End jobs at a node. Return how many."""
+        numbers = chosen_jobs(jobs)
         (watched, key), = self._uses(node, cluster)
         driver = watched.cluster.driver
 
         def end() -> int:
-            chosen = [
-                job for serial, job in watched.in_flight(key).items()
-                if jobs == 'all' or serial >> 16 in jobs
-            ]
+            chosen = list(watched.sent_to(key).values())
+            if numbers is not None:
+                wanted = frozenset(numbers)
+                chosen = [job for job in chosen if job.serial >> 16 in wanted]
             for job in chosen:
                 driver.cancels.cancel(job)
             return len(chosen)
         return driver.ask(end)  # type: ignore[no-any-return]
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that have not begun, also those that wait on nodes. Returns how many."""
+        """End jobs that have not begun, also those that wait at nodes. Return how many."""
         watched = self._cluster(cluster).cluster
-        return watched.driver.ask(lambda: watched.driver.cancels.cancel_waiting(watched.comp))  # type: ignore[no-any-return]
+        driver = watched.driver
+        return driver.ask(  # type: ignore[no-any-return]
+            lambda: driver.cancels.cancel_waiting(watched.comp))
 
     def add_node(self,
                  cluster: int,
@@ -792,14 +944,13 @@ class ClusterSource:
                  port: Optional[int] = None,
                  cpus: Optional[int] = None) -> int:
         """Look for a node."""
-        self._cluster(cluster).cluster.discover_nodes([(host, port, cpus)])
+        self._cluster(cluster).given.discover_nodes([(host, port, cpus)])
         return 1
 
-    def _each(self, node: str, cluster: Optional[int], call: Callable[[JobCluster, Any],
-                                                                      Any]) -> int:
+    def _each(self, node: str, cluster: Optional[int], call: Callable[..., Any]) -> int:
         uses = self._uses(node, cluster)
         for watched, key in uses:
-            call(watched.cluster, key)
+            call(watched.given, key)
         return len(uses)
 
     def use(self, node: str, cluster: Optional[int] = None) -> int:
@@ -816,60 +967,96 @@ class ClusterSource:
 
     def cpus(self, node: str, cpus: int, cluster: Optional[int] = None) -> int:
         """Use at most so many CPUs of a node."""
-        return self._each(node, cluster, lambda which, key: which.set_node_cpus(key, cpus))
+        def limit(which: Any, key: Any) -> None:
+            which.set_node_cpus(key, cpus)
+        return self._each(node, cluster, limit)
 
 
-def grouped(failures: Iterable[Tuple[int, Tuple[float, Any, Any, int, str, str]]]) -> List[dict]:
-    """Rows of failures, of pairs of a cluster's number and what Watched.failures holds."""
-    groups: Dict[Tuple[int, str], dict] = {}
-    for number, (when, job, payload, status, node, text) in failures:
-        line = last_line(text)
-        group = groups.setdefault((number, line),
-                                  {'text': line, 'count': 0, 'cluster': number, 'jobs': []})
-        group.update(count=group['count'] + 1, last=when, trace=text)
-        group['jobs'].append((job, payload, node, status, when))
-    for group in groups.values():
-        group['jobs'] = [{
-            'id': id_text(job), 'arguments': arguments_text(payload), 'node': node, 'time': when,
-            'status': dispy.JobState(status).name.lower()
-        } for job, payload, node, status, when in reversed(group['jobs'][-10:])]
-    return list(groups.values())
-
-
-def key_text(key: Any) -> str:
-    """What a driver calls a node, for an id: HOST:PORT, or one word."""
-    if isinstance(key, tuple):
-        return ':'.join(map(str, key))
-    return str(key)
-
-
-def chosen_jobs(jobs: Any) -> Optional[List[int]]:
-    """`jobs` of a request: their numbers, None for all. Raises Refusal."""
-    if jobs != 'all' and (not isinstance(jobs, list) or not all(type(job) is int for job in jobs)):
-        raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
-    if jobs == 'all':
-        return None
-    return jobs
-
-
-def counts_of(cluster: Any) -> Dict[str, int]:
-    """Jobs of a cluster, but for those that have not ended. Any thread."""
-    submitted, done, failed, cancelled = cluster.jobs_counted()
-    return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
-
-
+# The state of a node that several clusters use is the first of their states in this order
 _STATE_ORDER = [
     'ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting',
     'found', 'refused', 'down', 'unreachable', 'no such name', 'no name service', 'lost', 'closed'
 ]
 
 
+def merge_uses(there: dict, row: dict) -> None:
+    """Add what another cluster says of a node to the node's row."""
+    most = max(there['offered'], row['cpus'], there['cpus'])
+    used = there['used'] + row['used']
+    there['used'] = min(used, most)
+    there['cpus'] = max(there['cpus'], row['cpus'])
+    rank = _STATE_ORDER.index(row['state'])
+    if rank < _STATE_ORDER.index(there['state']):
+        there['state'] = row['state']
+        there['reason'] = row['reason']
+
+
+def grouped(failures: Iterable[FailedJob]) -> List[dict]:
+    """Return a row for each group of failed jobs of a cluster that have the same last line of their
+    tracebacks."""
+    groups: Dict[Tuple[int, str], List[FailedJob]] = {}
+    for failed in failures:
+        key = (failed.cluster, last_line(failed.text))
+        members = groups.setdefault(key, [])
+        members.append(failed)
+    rows = []
+    for (_, line), members in groups.items():
+        rows.append(_group_row(line, members))
+    return rows
+
+
+def _group_row(line: str, members: List[FailedJob]) -> dict:
+    last = members[-1]
+    row: Dict[str, Any] = {'text': line}
+    row['count'] = len(members)
+    row['cluster'] = last.cluster
+    row['last'] = last.time
+    row['trace'] = last.text
+    newest = reversed(members[-10:])
+    row['jobs'] = [_failed_row(failed) for failed in newest]
+    return row
+
+
+def _failed_row(failed: FailedJob) -> dict:
+    row: Dict[str, Any] = {'id': id_text(failed.job)}
+    row['arguments'] = arguments_text(failed.payload)
+    row['node'] = failed.node
+    row['time'] = failed.time
+    row['status'] = dispy.JobState(failed.status).name.lower()
+    return row
+
+
+def key_text(key: Any) -> str:
+    """Return what a driver calls a node, for an id: HOST:PORT, or one word."""
+    if isinstance(key, tuple):
+        return ':'.join(map(str, key))
+    return str(key)
+
+
+def chosen_jobs(jobs: Any) -> Optional[List[int]]:
+    """Return the numbers of jobs in a request, None for all jobs. Raises Refusal."""
+    if jobs == 'all':
+        return None
+    if isinstance(jobs, list):
+        kinds = set(map(type, jobs))
+        if kinds <= {int}:
+            return jobs
+    raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
+
+
+def counts_of(cluster: Any) -> Dict[str, int]:
+    """Return the numbers of jobs of a cluster that were submitted and that have ended. Any
+    thread."""
+    submitted, done, failed, cancelled = cluster.jobs_counted()
+    return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
+
+
 class NodeMonitor(dispy.NodeScan):
-    """A look at nodes that goes on, for a source. Their lease stays whose it is."""
+    """Watches nodes for a source. Their lease stays with the client that has it."""
     name = 'nodes'
 
     def close(self) -> None:
-        """Let the nodes go. May be called twice."""
+        """Let the nodes go. It may be called twice."""
         if not self.closed:
             self.closed = True
             with contextlib.suppress(RuntimeError):   # the driver has failed
@@ -877,7 +1064,7 @@ class NodeMonitor(dispy.NodeScan):
 
 
 class NodesSource(ClusterSource):
-    """Nodes beside any program: they are shown, and left as they are."""
+    """Shows nodes beside any program, and leaves them as they are."""
     text = 'nodes, whoever uses them'
     nothing = 'Nodes are watched here, not clusters: see Nodes.'
     manages = False
@@ -889,22 +1076,26 @@ class NodesSource(ClusterSource):
     def close(self) -> None:
         """Let the nodes go."""
         for watched in self.watched():
-            watched.cluster.close()
+            watched.given.close()
         super().close()
 
 
 class SchedulerLink(dispy.NodeScan):
-    """A link to a dispyscheduler, as of a program; to the driver a cluster that only looks."""
+    """A link to a dispyscheduler like that of a program. To the driver it is a cluster that only
+    looks."""
     name = 'a web monitor'
 
     def __init__(self, host: str, port: int, access: ConnectionSettings) -> None:
-        self.specs, self.port, self.comp = [NodeSpec(host, port,
-                                                     scheduler=True)], port, uuid.uuid4().hex
+        self.specs = [NodeSpec(host, port, scheduler=True)]
+        self.address = (host, port)
+        self.port = port
+        self.comp = uuid.uuid4().hex
         self.driver = Driver.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def why_not(self) -> str:
-        """Why the scheduler cannot be asked, when that is known; empty when it can."""
+        """Return why the scheduler cannot be asked when that is known, or an empty text when it can
+        be asked."""
         until = time.monotonic() + HANDSHAKE_TIME
         while True:
             peer, = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
@@ -915,22 +1106,22 @@ class SchedulerLink(dispy.NodeScan):
             time.sleep(0.02)
 
     def ask(self, *question: Any) -> Any:
-        """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if
-        it is not connected. Any thread."""
+        """Return what `ProgramOverview.answer` of the scheduler returns, and raise what it raises.
+        Raises RuntimeError if the scheduler is not connected. Any thread."""
+        calls = self.driver.calls
         try:
-            future = self.driver.ask(
-                lambda: self.driver.calls.call(self.comp, 'overview', *question))
+            future = self.driver.ask(lambda: calls.call(self.comp, 'overview', *question))
             return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
             row, = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
-            raise RuntimeError(
-                'the scheduler %s is not connected: %s' %
-                (dispy.format_address(row.key[1], row.key[2]), row.reason or row.state)) from None
+            where = dispy.format_address(row.key[1], row.key[2])
+            why = row.reason or row.state
+            raise RuntimeError('the scheduler %s is not connected: %s' % (where, why)) from None
 
 
 class SchedulerSource:
-    """A dispyscheduler: all clusters of all programs. `ask` takes a question of its `Overview` and
-    returns (seconds, answer)."""
+    """Shows all clusters of all programs of a dispyscheduler. `ask` takes a question of its
+    `ProgramOverview` and returns (seconds, answer)."""
     nothing = 'No program uses the scheduler now.'
     manages = True
     shared = True
@@ -942,7 +1133,7 @@ class SchedulerSource:
         self.text = text
         self.close = close
         self._histories: Dict[str, History] = {}
-        self._failures: Deque[Tuple[int, tuple]] = collections.deque(maxlen=FAILURES_KEPT)
+        self._failures: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
         self._failed = 0                              # number of the last failure that was told
         self._lock = threading.Lock()                 # guards the three below: requests
         self._keys: Dict[str, Any] = {}               # id of a node -> its key there
@@ -958,13 +1149,14 @@ class SchedulerSource:
         cost = 0.0
         while True:
             took, page = self._ask(name, len(rows), SCHEDULER_PAGE, *args)
-            rows = rows + page
-            cost = cost + took
+            rows += page
+            cost += took
             if len(page) < SCHEDULER_PAGE:
                 return rows, cost
 
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """As ClusterSource's. While the scheduler is away there is nothing but the reason."""
+        """Return the rows as ClusterSource does. While the scheduler is away there is nothing but
+        the reason."""
         try:
             clusters, cost = self._pages('clusters')
             nodes, more = self._pages('nodes', asking)
@@ -976,15 +1168,28 @@ class SchedulerSource:
                 self._jobs.clear()
             return [], [], 0.0
         self.text = self._text
-        rows = {row['number']: dict(row, running=0, used=0, cpus=0, nodes=0) for row in clusters}
-        found = {row['id']: row for row in (self._node_row(node, rows) for node in nodes)}
+        by_number = {}
+        for row in clusters:
+            row.update(running=0, used=0, cpus=0, nodes=0)
+            by_number[row['number']] = row
+        found = {}
+        for node in nodes:
+            row = self._node_row(node, by_number)
+            found[row['id']] = row
+        self._keep_histories(clusters)
         with self._lock:
-            self._keys = {node['id']: node.pop('key') for node in found.values()}
-        self._histories = {
-            row['comp']: self._histories.get(row['comp']) or History()
-            for row in clusters
-        }
-        return [self._cluster_row(row) for row in rows.values()], list(found.values()), cost + more
+            self._keys = {}
+            for name, row in found.items():
+                self._keys[name] = row.pop('key')
+        rows = [self._cluster_row(row) for row in by_number.values()]
+        return rows, list(found.values()), cost + more
+
+    def _keep_histories(self, clusters: List[dict]) -> None:
+        histories = {}
+        for row in clusters:
+            comp = row['comp']
+            histories[comp] = self._histories.get(comp) or History()
+        self._histories = histories
 
     def _cluster_row(self, row: dict) -> dict:
         connected = row.pop('connected')
@@ -995,51 +1200,38 @@ class SchedulerSource:
 
     @staticmethod
     def _node_row(node: dict, clusters: Dict[int, dict]) -> dict:
-        """A row of /api/nodes; what there is of clusters is added to theirs."""
-        uses, (memory, disk, idle) = [], node.pop('free')
-        for number, state, reason, cpus, running, used, jobs, seconds in node.pop('uses'):
-            cluster = clusters.get(number)
+        """Return a row of /api/nodes, and add what it says of clusters to their rows."""
+        uses = []
+        refused = ''
+        for use in itertools.starmap(NodeUse, node['uses']):
+            cluster = clusters.get(use.number)
             if cluster is None:
                 continue   # it began meanwhile
-            uses.append({
-                'number': number, 'name': cluster['name'], 'state': state, 'reason': reason,
-                'cpus': cpus, 'used': used, 'jobs': jobs, 'job_seconds': round(seconds, 3)
-            })
-            cluster['running'] += running
-            cluster['used'] += used
-            if state == 'ready':
-                cluster['cpus'] += cpus
-                cluster['nodes'] += 1
-        used = sum(use['used'] for use in uses)
-        if node['state'] == 'connected' and any(use['state'] == 'ready' for use in uses):
-            state = 'ready'
-        else:
-            state = node['state']
+            uses.append(use_row(use, cluster['name']))
+            _add_use(cluster, use)
+            if use.reason and not refused:
+                why = use.reason.strip()
+                refused = '%s: %s' % (cluster['name'], why)
+        state = node['state']
+        reason = node['reason'].strip()
         if state == 'connected':
-            refused = [use for use in uses if use['reason']]
-        else:
-            refused = []
-        return dict(node,
-                    id='1.' + key_text(node['key']),
-                    state=state,
-                    used=used,
-                    reason=node['reason'].strip() or
-                    (refused[0]['name'] + ': ' + refused[0]['reason'].strip() if refused else ''),
-                    running=0,
-                    memory=memory,
-                    disk=disk,
-                    load=None if idle is None else round(100.0 - idle, 1),
-                    holder='',
-                    clusters=uses,
-                    heard=None if node['heard'] is None else round(node['heard'], 1),
-                    job_seconds=round(node['job_seconds'], 3))
+            if any(use['state'] == 'ready' for use in uses):
+                state = 'ready'
+            reason = reason or refused
+        used = sum(use['used'] for use in uses)
+        row = node_row(node, state, reason, node['cpus'], 0, used)
+        row['id'] = '1.' + key_text(node['key'])
+        row['clusters'] = uses
+        row['jobs'] = node['jobs']
+        row['job_seconds'] = round(node['job_seconds'], 3)
+        return row
 
     def _take_failures(self) -> None:
         while True:
             rows = self._ask('failures', self._failed)[1]
-            for number, when, cluster, job, payload, status, node, text in rows:
-                self._failed = number
-                self._failures.append((cluster, (when, job, payload, status, node, text)))
+            for row in itertools.starmap(FailedJob, rows):
+                self._failed = row.number
+                self._failures.append(row)
             if not rows:
                 return
 
@@ -1052,45 +1244,53 @@ class SchedulerSource:
             return self._keys[node]
 
     def jobs(self, node: str) -> List[dict]:
-        """As ClusterSource's; asked of the scheduler four times a second at most. Their arguments
-        come later, with `complete`."""
+        """Return the rows of a node's jobs as ClusterSource does. The scheduler is asked four times
+        a second at most. The arguments are added by `complete`."""
         key = self._key(node)
         with self._lock:
-            at, jobs = self._jobs.get(node, (-math.inf, []))
-            if time.monotonic() - at >= SNAPSHOTS_APART:
-                jobs = self._ask('jobs', key)[1]
-                self._jobs = {
-                    name: known
-                    for name, known in self._jobs.items()
-                    if time.monotonic() - known[0] < LOOKED_FOR
-                }
-                self._jobs[node] = time.monotonic(), jobs
-        return [{
-            'cluster': cluster, 'job': job, 'id': job >> 16, 'arguments': None,
-            'state': 'running' if runs else 'waits there',
-            'seconds': None if seconds is None else round(seconds, 1), 'stdout': b'', 'stderr': b'',
-            'live': None
-        } for cluster, job, runs, seconds in jobs]
+            jobs = self._jobs_of(node, key)
+        rows = []
+        for cluster, job, is_running, seconds in jobs:
+            row = job_row(cluster, job, job >> 16, is_running, seconds)
+            rows.append(row)
+        return rows
+
+    def _jobs_of(self, node: str, key: Any) -> List[tuple]:
+        """Return what the scheduler tells of the jobs at a node, or has told a moment ago. The lock
+        is held."""
+        now = time.monotonic()
+        at, jobs = self._jobs.get(node, (-math.inf, []))
+        if now - at < SNAPSHOTS_APART:
+            return jobs
+        jobs = self._ask('jobs', key)[1]
+        now = time.monotonic()
+        self._jobs[node] = (now, jobs)
+        for name, (at, _) in list(self._jobs.items()):
+            if now - at >= LOOKED_FOR:
+                del self._jobs[name]
+        return jobs
 
     def complete(self, rows: List[dict]) -> None:
-        """Arguments of the jobs that are shown, each asked for once."""
+        """Add the arguments to the rows of jobs that are shown. The scheduler is asked for each of
+        them once."""
+        jobs = [(row['cluster'], row['job']) for row in rows]
         with self._lock:
-            missing = [(row['cluster'], row['job']) for row in rows
-                       if (row['cluster'], row['job']) not in self._texts]
-            for where, payload in zip(missing,
-                                      self._ask('arguments', missing)[1] if missing else ()):
+            missing = [job for job in jobs if job not in self._texts]
+            payloads: Sequence[Any] = ()
+            if missing:
+                payloads = self._ask('arguments', missing)[1]
+            for job, payload in zip(missing, payloads):
+                self._texts[job] = 'it has ended meanwhile'
                 if payload is not None:
-                    self._texts[where] = arguments_text(payload)
-                else:
-                    self._texts[where] = 'it has ended meanwhile'
-            for row in rows:
-                row['arguments'] = self._texts[row['cluster'], row['job']]
+                    self._texts[job] = arguments_text(payload)
+            for job, row in zip(jobs, rows):
+                row['arguments'] = self._texts[job]
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
 
     def failures(self) -> List[dict]:
-        """As ClusterSource's."""
-        return grouped(list(self._failures))  # type: ignore[arg-type]
+        """Return the failed jobs, grouped as those of ClusterSource."""
+        return grouped(list(self._failures))
 
     # -- changes -----------------------------------------------------------------------------------
 
@@ -1103,11 +1303,12 @@ class SchedulerSource:
         return self._order(name, self._key(node), *args)
 
     def cancel(self, cluster: int, node: str, jobs: Any) -> int:
-        """End jobs on a node. Returns how many."""
-        return self._order('cancel', cluster, self._key(node), chosen_jobs(jobs))
+        """End jobs at a node. Return how many."""
+        numbers = chosen_jobs(jobs)
+        return self._order('cancel', cluster, self._key(node), numbers)
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that do not run, also those that wait on nodes. Returns how many."""
+        """End jobs that do not run, also those that wait at nodes. Return how many."""
         return self._order('cancel_waiting', cluster)
 
     def add_node(self,
@@ -1137,12 +1338,21 @@ class SchedulerSource:
         return self._for_all('cpus', node, cluster, cpus)
 
 
+def _add_use(cluster: dict, use: NodeUse) -> None:
+    """Add a node to the row of a cluster that uses it."""
+    cluster['running'] += use.running
+    cluster['used'] += use.used
+    if use.state == 'ready':
+        cluster['cpus'] += use.cpus
+        cluster['nodes'] += 1
+
+
 # --------------------------------------------------------------------------------------------------
 # Views: a snapshot and the words of a query in, plain values for JSON out.
 # --------------------------------------------------------------------------------------------------
 
 class Snapshot(NamedTuple):
-    """All there is to show but jobs and failures; not changed once it is made."""
+    """All there is to show except jobs and failures. It is not changed after it was made."""
     version: int
     time: float
     cost: float
@@ -1151,37 +1361,48 @@ class Snapshot(NamedTuple):
     final: bool
 
 
+_PLAIN = frozenset((int, float, str, bool, type(None), bytes))
+
+
 def id_text(number: Any) -> str:
-    """A job's id, which may be any object of the user's: shown if it is a plain value, else its
-    type."""
-    plain = (int, float, str, bool, type(None), bytes)
-    if type(number) is str:
-        return number[:200]
-    if type(number) in plain or type(number) is tuple and all(
-            type(part) in plain for part in number):
+    """Return the id of a job as text. It may be any object of the user's: a plain value is shown,
+    of others only the type."""
+    kind = type(number)
+    if kind is str:
+        return number[:200]  # type: ignore[no-any-return]
+    parts = [number]
+    if kind is tuple:
+        parts = number
+    if _PLAIN.issuperset(map(type, parts)):
         return SHORT.repr(number)
-    return '<%s>' % type(number).__name__
+    return '<%s>' % kind.__name__
 
 
 def _number(query: Dict[str, str], name: str, default: int, low: int, high: int) -> int:
     text = query.pop(name, str(default))
-    if not re.fullmatch('[0-9]{1,9}', text) or not low <= int(text) <= high:
-        raise Refusal(400, '%s=%.40s is not a number between %d and %d' % (name, text, low, high))
-    return int(text)
+    if re.fullmatch('[0-9]{1,9}', text):
+        number = int(text)
+        if low <= number <= high:
+            return number
+    raise Refusal(400, '%s=%.40s is not a number between %d and %d' % (name, text, low, high))
 
 
 def _order(value: Any) -> Any:
-    """What to sort by: numbers in texts count as such, so that node10 comes after node9."""
-    if isinstance(value, str):
-        return [int(part) if n % 2 else part for n, part in enumerate(re.split('([0-9]+)', value))]
-    return value
+    """Return what to sort by. Numbers in texts count as numbers, so that node10 comes after
+    node9."""
+    if not isinstance(value, str):
+        return value
+    parts: List[Any] = re.split('([0-9]+)', value)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def table(rows: List[dict],
           query: Dict[str, str],
           columns: Sequence[str],
           descending: Sequence[str] = ()) -> dict:
-    """The page of a table that a query asks for; takes its words out of it. Raises Refusal."""
+    """Return the page of a table that a query asks for, and take the words for that out of the
+    query. Rows without a value to sort by come last. Raises Refusal."""
     sort = query.pop('sort', columns[0])
     if sort not in columns:
         raise Refusal(400, 'sort=%.40s: it is one of %s' % (sort, ', '.join(columns)))
@@ -1189,51 +1410,68 @@ def table(rows: List[dict],
     per = _number(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
     pages = max(1, -(-len(rows) // per))
     page = min(_number(query, 'page', 1, 1, 10 ** 9), pages)
-    known = sorted((row for row in rows if row[sort] is not None and row[sort] != ''),
-                   key=lambda row: _order(row[sort]),
-                   reverse=bool(desc))
-    rows = known + [row for row in rows if row[sort] is None or row[sort] == '']
-    return {
-        'rows': rows[(page - 1) * per:page * per], 'total': len(rows), 'page': page, 'pages': pages,
-        'sort': sort, 'desc': desc, 'per': per
-    }
+    ordered = []
+    without = []
+    for row in rows:
+        if row[sort] in (None, ''):
+            without.append(row)
+        else:
+            ordered.append(row)
+    ordered.sort(key=lambda row: _order(row[sort]), reverse=bool(desc))
+    ordered += without
+    first = (page - 1) * per
+    found: Dict[str, Any] = {'rows': ordered[first:first + per]}
+    found['total'] = len(rows)
+    found['sort'] = sort
+    found['desc'] = desc
+    found['per'] = per
+    found['page'] = page
+    found['pages'] = pages
+    return found
+
+
+# Fields to sort a table by, the first if nothing else is said; those of NODE_DESCENDING begin with
+# the largest
+CLUSTER_FIELDS = ('number', 'name', 'state', 'waiting', 'running', 'done', 'failed', 'rate', 'left')
+NODE_FIELDS = ('name', 'address', 'state', 'cpus', 'used', 'jobs', 'job_seconds', 'memory', 'disk',
+               'load', 'heard')
+NODE_DESCENDING = ('cpus', 'used', 'jobs', 'job_seconds', 'load')
+JOB_FIELDS = ('seconds', 'job', 'cluster', 'state')
+FAILURE_FIELDS = ('count', 'last', 'text', 'cluster')
 
 
 def clusters_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/clusters"""
-    return table(
-        snapshot.clusters, query,
-        ('number', 'name', 'state', 'waiting', 'running', 'done', 'failed', 'rate', 'left'))
+    """Answer /api/clusters."""
+    return table(snapshot.clusters, query, CLUSTER_FIELDS)
 
 
 def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/nodes"""
-    return table(snapshot.nodes, query, ('name', 'address', 'state', 'cpus', 'used', 'jobs',
-                                         'job_seconds', 'memory', 'disk', 'load', 'heard'),
-                 ('cpus', 'used', 'jobs', 'job_seconds', 'load'))
+    """Answer /api/nodes."""
+    return table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
 
 
 def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/node"""
+    """Answer /api/node."""
     name = query.pop('id', '')
-    node = next((row for row in snapshot.nodes if row['id'] == name), None)
-    if node is None:
+    nodes = {row['id']: row for row in snapshot.nodes}
+    if name not in nodes:
         raise Refusal(404, 'there is no node %.80s' % name)
+    rows = []
     if 'gone:' not in name:
         rows = source.jobs(name)
-    else:
-        rows = []
-    found = table(rows, query, ('seconds', 'job', 'cluster', 'state'), ('seconds',))
+    found = table(rows, query, JOB_FIELDS, ('seconds',))
     source.complete(found['rows'])
     for row in found['rows']:
-        row.update(id=id_text(row['id']), stdout=row['stdout'].decode('utf-8', 'replace'),
-                   stderr=row['stderr'].decode('utf-8', 'replace'))
-    return dict(found, node=node)
+        row['id'] = id_text(row['id'])
+        row['stdout'] = row['stdout'].decode('utf-8', 'replace')
+        row['stderr'] = row['stderr'].decode('utf-8', 'replace')
+    found['node'] = nodes[name]
+    return found
 
 
 def failures_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/failures"""
-    return table(source.failures(), query, ('count', 'last', 'text', 'cluster'), ('count', 'last'))
+    """Answer /api/failures."""
+    return table(source.failures(), query, FAILURE_FIELDS, ('count', 'last'))
 
 
 VIEWS: Dict[str, Callable[[Any, Snapshot, Dict[str, str]], dict]] = {
@@ -1256,63 +1494,107 @@ CHANGES: Dict[str, Tuple[str, Dict[str, Tuple[Any, bool]]]] = {
 }
 
 
-def _label(value: Any) -> str:
-    return str(value).replace('\\', '\\\\').replace('"', '\\"').replace('\n', '\\n')
+# Name of a metric -> kind, help, field of the row it is of
+CLUSTER_METRICS = {
+    'dispy_jobs_submitted_total': ('counter', 'Jobs submitted.', 'submitted'),
+    'dispy_job_seconds_total': ('counter', 'Seconds that jobs have run.', 'job_seconds'),
+    'dispy_cluster_cpus': ('gauge', 'CPUs of ready nodes.', 'cpus'),
+    'dispy_cluster_cpus_used': ('gauge', 'CPUs used.', 'used'),
+}
+# Name of a metric -> kind, help, values of its label `state`, each a field of a cluster's row
+JOB_METRICS = {
+    'dispy_jobs': ('gauge', 'Jobs that have not ended.', ('waiting', 'running')),
+    'dispy_jobs_ended_total': ('counter', 'Jobs that have ended.', ('done', 'failed', 'cancelled')),
+}
+NODE_METRICS = {
+    'dispy_node_cpus': ('gauge', 'CPUs that may be used.', 'cpus'),
+    'dispy_node_cpus_used': ('gauge', 'CPUs used.', 'used'),
+    'dispy_node_jobs_ended_total': ('counter', 'Jobs ended there.', 'jobs'),
+    'dispy_node_job_seconds_total': ('counter', 'Seconds that jobs have run there.', 'job_seconds'),
+    'dispy_node_memory_free_bytes': ('gauge', 'Memory free.', 'memory'),
+    'dispy_node_disk_free_bytes': ('gauge', 'Disk free.', 'disk'),
+    'dispy_node_load_percent': ('gauge', 'CPU load of the host.', 'load'),
+    'dispy_node_heard_seconds': ('gauge', 'Seconds since its last sign of life.', 'heard'),
+}
+
+
+class MetricsText:
+    """Builds a text in Prometheus' format, version 0.0.4."""
+
+    def __init__(self) -> None:
+        self._lines: List[str] = []
+
+    def begin(self, name: str, kind: str, text: str) -> None:
+        """Begin a family of samples."""
+        self._lines.append('# HELP %s %s' % (name, text))
+        self._lines.append('# TYPE %s %s' % (name, kind))
+
+    def add(self, name: str, labels: Dict[str, Any], value: Any) -> None:
+        """Add a sample. A value that is not known is left out."""
+        if value is None:
+            return
+        inside = ','.join(map(self._label, labels.items()))
+        if inside:
+            inside = '{%s}' % inside
+        self._lines.append('%s%s %s' % (name, inside, value))
+
+    @staticmethod
+    def _label(label: Tuple[str, Any]) -> str:
+        name, value = label
+        text = str(value)
+        for plain, escaped in (('\\', '\\\\'), ('"', '\\"'), ('\n', '\\n')):
+            text = text.replace(plain, escaped)
+        return '%s="%s"' % (name, text)
+
+    def __str__(self) -> str:
+        return '\n'.join(self._lines) + '\n'
 
 
 def metrics(snapshot: Snapshot) -> str:
-    """/metrics: Prometheus' text format, version 0.0.4."""
-    lines: List[str] = []
+    """Answer /metrics."""
+    found = MetricsText()
+    _add_job_metrics(found, snapshot.clusters)
+    for name, (kind, text, field) in CLUSTER_METRICS.items():
+        found.begin(name, kind, text)
+        for row in snapshot.clusters:
+            found.add(name, _cluster_labels(row), row[field])
+    name = 'dispy_node_state'
+    found.begin(name, 'gauge', '1 for the state that a node is in.')
+    for row in snapshot.nodes:
+        labels = _node_labels(row)
+        labels['state'] = row['state']
+        found.add(name, labels, 1)
+    for name, (kind, text, field) in NODE_METRICS.items():
+        found.begin(name, kind, text)
+        for row in snapshot.nodes:
+            found.add(name, _node_labels(row), row[field])
+    name = 'dispy_snapshot_seconds'
+    found.begin(name, 'gauge', "Seconds of the driver's thread that the last snapshot took.")
+    found.add(name, {}, snapshot.cost)
+    return str(found)
 
-    def family(name: str, kind: str, text: str, samples: List[Tuple[dict, Any]]) -> None:
-        lines.extend(['# HELP %s %s' % (name, text), '# TYPE %s %s' % (name, kind)])
-        for labels, value in samples:
-            if value is not None:
-                inside = ','.join('%s="%s"' % (label, _label(words))
-                                  for label, words in labels.items())
-                lines.append('%s%s %s' % (name, '{%s}' % inside if inside else '', value))
 
-    clusters = [({'cluster': row['name'], 'number': row['number']}, row)
-                for row in snapshot.clusters]
-    nodes = [({'node': row['name'] or row['address'], 'id': row['id']}, row)
-             for row in snapshot.nodes]
-    family('dispy_jobs', 'gauge', 'Jobs that have not ended.',
-           [(dict(labels, state=state), row[state]) for labels, row in clusters
-            for state in ('waiting', 'running')])
-    family('dispy_jobs_ended_total', 'counter', 'Jobs that have ended.',
-           [(dict(labels, state=state), row[state]) for labels, row in clusters
-            for state in ('done', 'failed', 'cancelled')])
-    family('dispy_jobs_submitted_total', 'counter', 'Jobs submitted.',
-           [(labels, row['submitted']) for labels, row in clusters])
-    family('dispy_job_seconds_total', 'counter', 'Seconds that jobs have run.',
-           [(labels, row['job_seconds']) for labels, row in clusters])
-    family('dispy_cluster_cpus', 'gauge', 'CPUs of ready nodes.',
-           [(labels, row['cpus']) for labels, row in clusters])
-    family('dispy_cluster_cpus_used', 'gauge', 'CPUs used.',
-           [(labels, row['used']) for labels, row in clusters])
-    family('dispy_node_state', 'gauge', '1 for the state that a node is in.',
-           [(dict(labels, state=row['state']), 1) for labels, row in nodes])
-    for field, name, kind, text in (('cpus', 'dispy_node_cpus', 'gauge', 'CPUs that may be used.'),
-                                    ('used', 'dispy_node_cpus_used', 'gauge',
-                                     'CPUs used.'), ('jobs', 'dispy_node_jobs_ended_total',
-                                                     'counter', 'Jobs ended there.'),
-                                    ('job_seconds', 'dispy_node_job_seconds_total', 'counter',
-                                     'Seconds that jobs have run there.'),
-                                    ('memory', 'dispy_node_memory_free_bytes', 'gauge',
-                                     'Memory free.'), ('disk', 'dispy_node_disk_free_bytes',
-                                                       'gauge', 'Disk free.'),
-                                    ('load', 'dispy_node_load_percent', 'gauge',
-                                     'CPU load of the host.'),
-                                    ('heard', 'dispy_node_heard_seconds', 'gauge',
-                                     'Seconds since its last sign of life.')):
-        family(name, kind, text, [(labels, row[field]) for labels, row in nodes])
-    family('dispy_snapshot_seconds', 'gauge',
-           "Seconds of the driver's thread that the last snapshot took.", [({}, snapshot.cost)])
-    return '\n'.join(lines) + '\n'
+def _add_job_metrics(found: MetricsText, clusters: List[dict]) -> None:
+    for name, (kind, text, states) in JOB_METRICS.items():
+        found.begin(name, kind, text)
+        for row in clusters:
+            labels = _cluster_labels(row)
+            for state in states:
+                labels['state'] = state
+                found.add(name, labels, row[state])
+
+
+def _cluster_labels(row: dict) -> Dict[str, Any]:
+    return {'cluster': row['name'], 'number': row['number']}
+
+
+def _node_labels(row: dict) -> Dict[str, Any]:
+    name = row['name'] or row['address']
+    return {'node': name, 'id': row['id']}
 
 
 class SnapshotThread:
-    """The snapshot thread. Everybody looks at what it took last."""
+    """The thread that takes snapshots. All requests look at the one that it took last."""
 
     def __init__(self, source: Any, every: float) -> None:
         self._source = source
@@ -1333,8 +1615,9 @@ class SnapshotThread:
         while True:
             began = time.monotonic()
             ending = self._ending
+            wanted = began < self._wanted_until
             try:
-                clusters, nodes, cost = self._source.snapshot(began < self._wanted_until)
+                clusters, nodes, cost = self._source.snapshot(wanted)
             except Exception:
                 # Our own fault, or a driver that does not answer; the next one may come
                 logger.exception('a snapshot for the web monitor failed')
@@ -1346,41 +1629,59 @@ class SnapshotThread:
             if ending:
                 return
             with self._changed:
-                while not self._ending:
-                    now = time.monotonic()
-                    left = began + max(
-                        self.every if now < self._wanted_until else max(self.every, SAMPLES_APART),
-                        SNAPSHOT_SHARE * cost) - now
-                    if left <= 0:
-                        break
-                    self._changed.wait(left)
+                self._wait_since(began, cost)
+
+    def _wait_since(self, began: float, cost: float) -> None:
+        """Wait until the next snapshot is due. It may become due earlier meanwhile. The lock is
+        held."""
+        while not self._ending:
+            now = time.monotonic()
+            apart = self.every
+            if now >= self._wanted_until:   # nobody looks
+                apart = max(apart, SAMPLES_APART)
+            due = began + max(apart, SNAPSHOT_SHARE * cost)
+            left = due - now
+            if left <= 0:
+                break
+            self._changed.wait(left)
 
     def newer(self, version: int, timeout: float) -> Optional[Snapshot]:
-        """Wait for a snapshot after this version; the last one there is when the time runs out. Any
-        thread."""
+        """Wait for a snapshot after this version, and return it; when the time runs out, return the
+        last one there is. Any thread."""
         until = time.monotonic() + timeout
         with self._changed:
             if time.monotonic() >= self._wanted_until:
                 self._changed.notify_all()
             self._wanted_until = time.monotonic() + LOOKED_FOR
-            while self.last is None or self.last.version <= version and not self.last.final:
+            while not self._is_newer(version):
                 left = until - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
             return self.last
 
-    def current(self) -> Snapshot:
-        """One that is not older than the time between two. Raises Refusal."""
+    def _is_newer(self, version: int) -> bool:
+        """Return whether there is a snapshot after this version, or no other will come."""
         last = self.last
-        if last is None or time.time() - last.time > self.every and not last.final:
-            last = self.newer(last.version if last is not None else 0, IO_TIME / 2)
+        if last is None:
+            return False
+        return last.version > version or last.final
+
+    def current(self) -> Snapshot:
+        """Return a snapshot that is not older than the time between two. Raises Refusal."""
+        last = self.last
+        if last is None:
+            last = self.newer(0, IO_TIME / 2)
+        elif not last.final:
+            age = time.time() - last.time
+            if age > self.every:
+                last = self.newer(last.version, IO_TIME / 2)
         if last is None:
             raise Refusal(503, 'there is no snapshot yet')
         return last
 
     def close(self) -> None:
-        """Take the last one, and end."""
+        """Take the last snapshot, and end."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -1404,39 +1705,66 @@ HEADERS = {
 ONCE = ('host', 'origin', 'authorization', 'content-length', 'content-type', 'transfer-encoding',
         'sec-fetch-site')
 JSON = 'application/json'
+EVENTS = 'text/event-stream'
+METRICS = 'text/plain; version=0.0.4; charset=utf-8'
+
+
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+NOT_IN_HEADER = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
+SHOWN = frozenset(VIEWS) | {'/metrics'}   # paths that need the token, besides CHANGES
+
+
+def checked_fields(body: Any, fields: 'Dict[str, Tuple[Any, bool]]') -> dict:
+    """Return the arguments of a change, without those that are null. Raises Refusal."""
+    if not isinstance(body, dict) or not set(fields).issuperset(body):
+        raise Refusal(400, 'the body is no object of %s' % ', '.join(fields))
+    found = {field: value for field, value in body.items() if value is not None}
+    for field, (kind, is_needed) in fields.items():
+        if field in found:
+            _check_field(field, found[field], kind)
+        elif is_needed:
+            raise Refusal(400, '%s is missing' % field)
+    return found
+
+
+def _check_field(field: str, value: Any, kind: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        name = getattr(kind, '__name__', 'list or text')
+        raise Refusal(400, '%s is no %s' % (field, name))
 
 
 class LimitedReader:
-    """The first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
+    """Reads the first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self._left = MAX_HEAD
 
     def readline(self, size: int) -> bytes:
-        """As a file's; raises LineTooLong when there is too much of all lines."""
-        line = self._file.readline(min(size, self._left + 1))
+        """Read a line as a file does. Raises LineTooLong when there is too much of all lines."""
+        most = min(size, self._left + 1)
+        line = self._file.readline(most)
         self._left -= len(line)
         if self._left < 0:
             raise http.client.LineTooLong('head')
         return bytes(line)
 
     def read(self, size: int) -> bytes:
-        """Of the body."""
+        """Read from the body."""
         return bytes(self._file.read(size))
 
     def close(self) -> None:
-        """As a file's."""
+        """Close the file."""
         self._file.close()
 
     @property
     def closed(self) -> bool:
-        """As a file's."""
+        """Whether the file is closed."""
         return bool(self._file.closed)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request, in a thread of its own."""
+    """Serves one request, in a thread of its own."""
     protocol_version = 'HTTP/1.1'
     server_version = 'dispy'
     sys_version = ''
@@ -1444,7 +1772,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = IO_TIME
 
     def setup(self) -> None:
-        """TLS, and a limit on what is read."""
+        """Set up TLS, and a limit on what is read."""
         if self.server.tls is not None:
             self.request.settimeout(IO_TIME)
             self.request = self.server.tls.wrap_socket(self.request, server_side=True)
@@ -1453,7 +1781,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.serving[self] = time.monotonic() + IO_TIME
 
     def finish(self) -> None:
-        """Close, also what socketserver does not know under TLS."""
+        """Close the connection, also what socketserver does not know under TLS."""
         self.server.serving.pop(self, None)
         with contextlib.suppress(OSError):   # it has hung up
             super().finish()
@@ -1466,7 +1794,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def handle_one_request(self) -> None:
-        """Read, check, answer; then the connection ends."""
+        """Read a request, check it and answer it; then the connection ends."""
         self.close_connection = True
         self.requestline = ''
         self.command = ''
@@ -1487,35 +1815,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
             logger.debug('the web monitor: %s: %s', self.client_address[0], exc)
 
     def handle_expect_100(self) -> bool:
-        """Nothing that is served is large enough for it."""
+        """Refuse the request: nothing that is served is large enough for this."""
         raise Refusal(417, 'Expect is not served')
 
     def send_error(self,
                    code: int,
                    message: Optional[str] = None,
                    explain: Optional[str] = None) -> None:
-        """What parse_request says of bad requests."""
-        self._error(code, message or http.client.responses.get(code, ''), {})
+        """Answer what parse_request finds wrong."""
+        known = http.client.responses.get(code, '')
+        self._error(code, message or known, {})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are no news."""
+        """Log a request at DEBUG only."""
         logger.debug('the web monitor: %s: ' + format, self.client_address[0], *args)
 
     # -- answers -----------------------------------------------------------------------------------
 
     def _error(self, status: int, text: str, headers: Dict[str, str]) -> None:
         self.request_version = 'HTTP/1.1'
-        self._reply(status, JSON, json.dumps({'error': text}).encode(), **headers)
+        body = json.dumps({'error': text})
+        self._reply(status, JSON, body.encode(), **headers)
 
     def _begin(self, status: int, kind: str, **headers: Any) -> None:
         self.send_response(status)
-        for name, value in {
-                **HEADERS, 'Content-Type': kind,
-                **{name.replace('_', '-'): value
-                   for name, value in headers.items()}
-        }.items():
-            self.send_header(name, str(value))
+        all_headers = dict(HEADERS)
+        all_headers['Content-Type'] = kind
+        for name, value in headers.items():
+            all_headers[name.replace('_', '-')] = str(value)
+        for name, value in all_headers.items():
+            self.send_header(name, value)
         self.end_headers()
+
+    def _reply_json(self, value: Any) -> None:
+        self._reply(200, JSON, json.dumps(value).encode())
 
     def _reply(self, status: int, kind: str, body: bytes, **headers: Any) -> None:
         self.server.serving[self] = time.monotonic() + IO_TIME
@@ -1526,46 +1859,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- checks ------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """What holds for every request."""
+        """Check what holds for every request. Raises Refusal."""
         if self.request_version not in ('HTTP/1.0', 'HTTP/1.1'):
             raise Refusal(505, '%s is not spoken here' % self.request_version)
-        if self.headers.defects:
-            raise Refusal(400, 'the headers are malformed')
-        for name, value in self.headers.items():
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(
-                    r'[\x00-\x08\x0a-\x1f\x7f]', value):
-                raise Refusal(400, 'a header is malformed')
-        for name in ONCE:
-            if len(self.headers.get_all(name, ())) > 1:
-                raise Refusal(400, 'there are two headers %s' % name)
+        self._check_headers()
         host = self.headers.get('Host')
         if host is None:
             raise Refusal(400, 'there is no header Host')
         if not self.server.is_own(host):
             raise Refusal(421,
                           'this server is not %.80s; with another name, give it as host=' % host)
-        site = self.headers.get('Sec-Fetch-Site', 'none')
-        opened = self.command == 'GET' and (self.headers.get('Sec-Fetch-Mode'),
-                                            self.headers.get('Sec-Fetch-Dest')) == ('navigate',
-                                                                                    'document')
-        if site not in ('none',
-                        'same-origin') and not (opened and self.path.partition('?')[0] == '/'):
-            raise Refusal(403, 'a page of another site may not ask')
         origin = self.headers.get('Origin')
-        if origin is not None and origin != '%s://%s' % (self.server.scheme, host):
+        own = '%s://%s' % (self.server.scheme, host)
+        if not self._is_from_here() or origin not in (None, own):
             raise Refusal(403, 'a page of another site may not ask')
         if self.headers.get('Transfer-Encoding') is not None:
             raise Refusal(501, 'Transfer-Encoding is not served')
 
+    def _check_headers(self) -> None:
+        if self.headers.defects:
+            raise Refusal(400, 'the headers are malformed')
+        for name, value in self.headers.items():
+            if not HEADER_NAME.fullmatch(name) or NOT_IN_HEADER.search(value):
+                raise Refusal(400, 'a header is malformed')
+        for name in ONCE:
+            if len(self.headers.get_all(name, ())) > 1:
+                raise Refusal(400, 'there are two headers %s' % name)
+
+    def _is_from_here(self) -> bool:
+        """Return whether a request comes from no other site, as far as the browser says so. The
+        page itself may be opened by a link from anywhere."""
+        site = self.headers.get('Sec-Fetch-Site', 'none')
+        if site in ('none', 'same-origin'):
+            return True
+        path = self.path.partition('?')[0]
+        if self.command != 'GET' or path != '/':
+            return False
+        mode = self.headers.get('Sec-Fetch-Mode')
+        destination = self.headers.get('Sec-Fetch-Dest')
+        return mode == 'navigate' and destination == 'document'
+
     def _check_token(self) -> None:
         kind, _, token = self.headers.get('Authorization', '').partition(' ')
-        if kind.lower() != 'bearer' or not hmac.compare_digest(
-                token.strip().encode('latin-1', 'replace'), self.server.token.encode()):
-            raise Refusal(
-                401,
-                'the token is missing or is not the one of this server: use the link that it '
-                'printed',
-                WWW_Authenticate='Bearer')
+        given = token.strip().encode('latin-1', 'replace')
+        is_own = hmac.compare_digest(given, self.server.token.encode())
+        if kind.lower() != 'bearer' or not is_own:
+            text = ('the token is missing or is not the one of this server: use the link that it '
+                    'printed')
+            raise Refusal(401, text, WWW_Authenticate='Bearer')
 
     def _length(self) -> int:
         text = self.headers.get('Content-Length')
@@ -1578,21 +1919,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self._check()
         path, _, words = self.path.partition('?')
-        known = path in STATIC or path in VIEWS or path == '/metrics' or path in CHANGES
-        if self.command not in ('GET', 'HEAD', 'POST'):
-            if self.command in ('PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'CONNECT'):
-                raise Refusal(405,
-                              '%s is not served' % self.command,
-                              Allow='POST' if path in CHANGES else 'GET, HEAD')
-            raise Refusal(501, 'the method is unknown')
-        if not path.startswith('/'):
-            raise Refusal(400, 'the request names no path')
-        if not known:
-            raise Refusal(404, 'there is nothing at %.80s' % path)
-        if (self.command == 'POST') != (path in CHANGES):
-            raise Refusal(405,
-                          '%s is not served at %s' % (self.command, path),
-                          Allow='POST' if path in CHANGES else 'GET, HEAD')
+        self._check_method(path)
         length = self._length()
         if path not in STATIC:
             self._check_token()
@@ -1606,34 +1933,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._show(path, self._query(words))
 
+    def _check_method(self, path: str) -> None:
+        """Raise Refusal if a path is not served, or not with this method."""
+        allowed: Tuple[str, ...] = ('GET', 'HEAD')
+        if path in CHANGES:
+            allowed = ('POST',)
+        what = self.command
+        if what in ('GET', 'HEAD', 'POST'):
+            if not path.startswith('/'):
+                raise Refusal(400, 'the request names no path')
+            if path not in CHANGES and path not in STATIC and path not in SHOWN:
+                raise Refusal(404, 'there is nothing at %.80s' % path)
+            what = '%s is not served at %s' % (what, path)
+        elif what in ('PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'CONNECT'):
+            what = '%s is not served' % what
+        else:
+            raise Refusal(501, 'the method is unknown')
+        if self.command not in allowed:
+            raise Refusal(405, what, Allow=', '.join(allowed))
+
     @staticmethod
     def _query(words: str) -> Dict[str, str]:
+        if not words:
+            return {}
+        parse = urllib.parse.parse_qsl
         try:
-            if words:
-                pairs = urllib.parse.parse_qsl(words,
-                                               True,
-                                               True,
-                                               errors='strict',
-                                               max_num_fields=10)
-            else:
-                pairs = []
+            pairs = parse(words, True, True, errors='strict', max_num_fields=10)
         except ValueError as exc:
             raise Refusal(400, 'the query is malformed') from exc
-        if len(dict(pairs)) != len(pairs):
+        query = dict(pairs)
+        if len(query) != len(pairs):
             raise Refusal(400, 'the query says something twice')
-        return dict(pairs)
+        return query
 
     # -- reads -------------------------------------------------------------------------------------
 
     def _show(self, path: str, query: Dict[str, str]) -> None:
         snapshot = self.server.watch.current()
+        accepted = self.headers.get('Accept', '')
         if path == '/metrics':
-            self._reply(200, 'text/plain; version=0.0.4; charset=utf-8', metrics(snapshot).encode())
-        elif self.headers.get('Accept',
-                              '').startswith('text/event-stream') and self.command == 'GET':
+            self._reply(200, METRICS, metrics(snapshot).encode())
+        elif accepted.startswith(EVENTS) and self.command == 'GET':
             self._stream(path, query, snapshot)
         else:
-            self._reply(200, JSON, json.dumps(self._view(path, query, snapshot)).encode())
+            self._reply_json(self._view(path, query, snapshot))
 
     def _view(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> dict:
         source = self.server.source
@@ -1645,39 +1988,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(409, str(exc) or 'it does not answer') from exc
         if words:
             raise Refusal(400, 'the query has unknown words: %.80s' % ', '.join(words))
-        view.update(time=round(snapshot.time, 3),
-                    snapshot_seconds=round(snapshot.cost, 6),
-                    manages=source.manages,
-                    shared=source.shared,
-                    source=source.text,
-                    nothing=source.nothing,
-                    clusters=[{'number': row['number'], 'name': row['name']}
-                              for row in snapshot.clusters[:PER_PAGE_MOST]])
+        view['time'] = round(snapshot.time, 3)
+        view['snapshot_seconds'] = round(snapshot.cost, 6)
+        view['manages'] = source.manages
+        view['shared'] = source.shared
+        view['source'] = source.text
+        view['nothing'] = source.nothing
+        view['clusters'] = names = []
+        for row in snapshot.clusters[:PER_PAGE_MOST]:
+            names.append({'number': row['number'], 'name': row['name']})
         return view
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
-        """Server-sent events until the browser goes, or the server does."""
+        """Send events until the browser goes or the server ends."""
         watch: SnapshotThread = self.server.watch
         plots: Dict[int, Any] = {}
-        spoke: float = time.monotonic()
-        view: Any = self._view(path, query, snapshot)
+        spoke = time.monotonic()
+        view = self._view(path, query, snapshot)
         sent: Any = None
         self.server.serving[self] = None
-        self._begin(200, 'text/event-stream')
+        self._begin(200, EVENTS)
         while True:
-            same = {
-                name: value
-                for name, value in view.items() if name not in ('time', 'snapshot_seconds')
-            }
+            same = dict(view)
+            del same['time'], same['snapshot_seconds']
             if same != sent:
                 sent = same
-                slim = [
-                    row if row.get('plot') is None or plots.get(row['number']) is not row['plot']
-                    else {name: value
-                          for name, value in row.items() if name != 'plot'} for row in view['rows']
-                ]
-                plots.update((row['number'], row['plot']) for row in view['rows'] if 'plot' in row)
-                self._event(json.dumps(dict(view, rows=slim)))
+                self._event(json.dumps(self._without_known_plots(view, plots)))
                 spoke = time.monotonic()
             elif time.monotonic() - spoke > HEARTBEAT:
                 self.wfile.write(b': still here\n\n')
@@ -1689,8 +2025,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 view = self._view(path, query, snapshot)
             except Refusal as exc:   # its node has gone
-                self._event(json.dumps({'error': str(exc), 'status': exc.status}))
+                error = {'error': str(exc), 'status': exc.status}
+                self._event(json.dumps(error))
                 return
+
+    @staticmethod
+    def _without_known_plots(view: dict, plots: Dict[int, Any]) -> dict:
+        """Return a view without the plots that have not changed. `plots` are those that were
+        sent."""
+        rows = []
+        for row in view['rows']:
+            plot = row.get('plot')
+            if plot is not None and plots.get(row['number']) is plot:
+                row = dict(row)
+                del row['plot']
+            elif plot is not None:
+                plots[row['number']] = plot
+            rows.append(row)
+        return dict(view, rows=rows)
 
     def _event(self, data: str) -> None:
         self.wfile.write(b'data: %s\n\n' % data.encode())
@@ -1700,52 +2052,48 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _change(self, path: str, words: str, length: int) -> None:
         if words:
             raise Refusal(400, 'a POST has no query')
-        if self.headers.get_content_type() != JSON or self.headers.get_content_charset(
-                'utf-8') != 'utf-8' or 'Content-Type' not in self.headers:
+        charset = self.headers.get_content_charset('utf-8')
+        kind = self.headers.get_content_type()   # it has a default
+        if 'Content-Type' not in self.headers or (kind, charset) != (JSON, 'utf-8'):
             raise Refusal(415, 'the body must be application/json')
+        name, fields = CHANGES[path]
+        body = checked_fields(self._body(length), fields)
+        source = self.server.source
+        if not source.manages:
+            raise Refusal(
+                409,
+                'nodes are only looked at here; what they do is decided by the program that uses '
+                'them')
+        try:
+            done = getattr(source, name)(**body)
+        except (ValueError, TypeError) as exc:
+            raise Refusal(400, str(exc)) from exc
+        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as exc:
+            raise Refusal(409, str(exc) or 'it does not answer') from exc
+        logger.info('the web monitor: %s %s by %s', name, body, self.client_address[0])
+        self._reply_json({'done': done})
+
+    def _body(self, length: int) -> Any:
+        """Return the JSON that a request brings. Raises Refusal."""
         if length > MAX_BODY:
             raise Refusal(413, 'the body is over %d bytes' % MAX_BODY)
         data = self.rfile.read(length)
         if len(data) < length:
             raise Refusal(400, 'the body is shorter than its Content-Length')
         try:
-            body = json.loads(data.decode('utf-8'))
+            return json.loads(data.decode('utf-8'))
         except (ValueError, RecursionError) as exc:
             raise Refusal(400, 'the body is no JSON: %.80s' % exc) from exc
-        name, fields = CHANGES[path]
-        if not isinstance(body, dict) or set(body) - set(fields):
-            raise Refusal(400, 'the body is no object of %s' % ', '.join(fields))
-        body = {field: value for field, value in body.items() if value is not None}
-        for field, (kind, needed) in fields.items():
-            if field in body and (not isinstance(body[field], kind)
-                                  or isinstance(body[field], bool)):
-                raise Refusal(400,
-                              '%s is no %s' % (field, getattr(kind, '__name__', 'list or text')))
-            if field not in body and needed:
-                raise Refusal(400, '%s is missing' % field)
-        if not self.server.source.manages:
-            raise Refusal(
-                409,
-                'nodes are only looked at here; what they do is decided by the program that uses '
-                'them'
-            )
-        try:
-            done = getattr(self.server.source, name)(**body)
-        except (ValueError, TypeError) as exc:
-            raise Refusal(400, str(exc)) from exc
-        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as exc:
-            raise Refusal(409, str(exc) or 'it does not answer') from exc
-        logger.info('the web monitor: %s %s by %s', name, body, self.client_address[0])
-        self._reply(200, JSON, json.dumps({'done': done}).encode())
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, so many at once, and ends those that take too long."""
+    """Accepts connections, up to a limit, and ends those that take too long."""
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 64
 
-    def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread, tls: Any) -> None:
+    def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread,
+                 tls: Any) -> None:
         self.source = source
         self.watch = watch
         self.tls = tls
@@ -1762,22 +2110,20 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         else:
             self.address_family = socket.AF_INET
-        self._names = {
-            name.lower()
-            for name in (address[0], 'localhost', '127.0.0.1', '::1', socket.gethostname()) if name
-        }
+        names = [address[0], 'localhost', '127.0.0.1', '::1', socket.gethostname()]
+        self._names = {name.lower() for name in names if name}
         self._any_address = address[0] in ('', '0.0.0.0', '::')
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """As HTTPServer's, without its look-up of the host's name."""
+        """Bind as HTTPServer does, without its look-up of the host's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
 
     def is_own(self, host: str) -> bool:
-        """Whether a header Host names this server. Ports may differ: ssh forwards others. A name of
-        somebody else's that leads here (DNS rebinding) is none of ours; an address is no name."""
+        """Return whether a header Host names this server. Ports may differ: ssh forwards others. A
+        foreign name that leads here (DNS rebinding) is refused; an address is no name."""
         found = re.fullmatch(r'(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?', host)
         if not found:
             return False
@@ -1789,7 +2135,7 @@ class Server(http.server.ThreadingHTTPServer):
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread, if there is a place."""
+        """Start a thread if there are not too many."""
         if not self._places.acquire(blocking=False):
             with contextlib.suppress(OSError):   # it does not listen
                 request.setblocking(False)
@@ -1807,7 +2153,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """A connection's thread."""
+        """Serve a connection in its thread."""
         thread = threading.current_thread()
         thread.name = 'dispy-httpd-request'
         self.threads[id(thread)] = thread
@@ -1818,15 +2164,16 @@ class Server(http.server.ThreadingHTTPServer):
             del self.threads[id(thread)]
 
     def service_actions(self) -> None:
-        """Twice a second: who is too slow is cut off. The accept thread."""
+        """Cut off connections that are too slow. It is called twice a second by the accept
+        thread."""
         now = time.monotonic()
         for handler, until in list(self.serving.items()):
             if until is not None and now > until:
                 handler.cut()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A request's thread failed: TLS that did not come about is no news, the rest is our own
-        fault."""
+        """Log that a request's thread has failed. A failed TLS handshake is logged at DEBUG only;
+        the rest is our own fault."""
         if isinstance(sys.exc_info()[1], OSError):
             logger.debug('the web monitor: %s: %s', client_address[0], sys.exc_info()[1])
         else:
@@ -1900,23 +2247,24 @@ class DispyHTTPServer:
             tls = _web_tls(certfile, keyfile)
         else:
             tls = None
-        self._source, self._watch = source, SnapshotThread(source, every)
+        self._source = source
+        self._watch = SnapshotThread(source, every)
         try:
             self._server = Server((host, port), source, self._watch, tls)
         except OSError as exc:
-            raise OSError(
-                exc.errno,
-                'the web monitor cannot listen at %s port %d: %s; choose another port (0: any that '
-                'is free)'
-                % (host or '*', port, exc.strerror or exc)) from exc
+            text = ('the web monitor cannot listen at %s port %d: %s; choose another port (0: any '
+                    'that is free)')
+            text %= (host or '*', port, exc.strerror or exc)
+            raise OSError(exc.errno, text) from exc
         if host in ('', '0.0.0.0', '::'):
             shown = 'localhost'
         elif ':' in host:
             shown = '[%s]' % host
         else:
             shown = host
-        self.url = '%s://%s:%d/#token=%s' % (self._server.scheme, shown, self._server.server_port,
-                                             self._server.token)
+        server = self._server
+        self.url = '%s://%s:%d/#token=%s' % (
+            server.scheme, shown, server.server_port, server.token)
         self._accepts = threading.Thread(target=self._server.serve_forever,
                                          name='dispy-httpd',
                                          daemon=True)
@@ -1944,22 +2292,22 @@ class DispyHTTPServer:
 
     @property
     def _clusters(self) -> Dict[str, Any]:
-        """The clusters that are shown, by name, which scripts for dispy 4 hand to
+        """The clusters that are shown, by name, which scripts for dispy 4 pass to
         cluster_status."""
-        return {watched.cluster.name: watched.cluster for watched in list(self._source.watched())}
+        return {watched.given.name: watched.given for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
-        """Show this cluster too. Nothing happens if it is shown. Raises TypeError, RuntimeError if
-        it was closed. Any thread."""
+        """Show this cluster too. Nothing happens if it is shown already. Raises TypeError,
+        RuntimeError if it was closed. Any thread."""
         self._source.add(cluster)
 
     def del_cluster(self, cluster: JobCluster) -> None:
-        """Show this cluster no more. Any thread."""
+        """Stop showing this cluster. Any thread."""
         self._source.remove(cluster)
 
     def shutdown(self, wait: bool = True) -> None:
-        """End. With `wait`, browsers first get how it all ended. May be called twice. Any
-        thread."""
+        """End the server. With `wait`, browsers first get how it all ended. It may be called twice.
+        Any thread."""
         if self._closed:
             return
         self._closed = True
@@ -1987,8 +2335,8 @@ class DispyHTTPServer:
 
 
 class SourceHTTPServer(DispyHTTPServer):
-    """The same for what is no cluster of this program; it closes the source. `tell` is given the
-    line with the link."""
+    """A web server for what is no cluster of this program. It closes the source. `tell` is called
+    with the line that has the link."""
 
     def __init__(self,
                  source: Any,
@@ -2010,99 +2358,121 @@ class SourceHTTPServer(DispyHTTPServer):
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+SOURCE_OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
+    (('-n', '--node', '--nodes'), {
+        'action': Each,
+        'nargs': '+',
+        'default': [],
+        'dest': 'nodes',
+        'metavar': 'HOST[:PORT]',
+        'help': 'nodes to watch; may be repeated; HOST may have * for any characters '
+                '(default: the dispyscheduler of this machine, or, if there is none, all '
+                'nodes that answer)'}),
+    (('--scheduler', '--scheduler-host'), {
+        'metavar': 'HOST[:PORT]',
+        'help': 'a dispyscheduler to watch'}),
+]
+
+OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
+    (('-i', '--host'), {
+        'default': '127.0.0.1',
+        'metavar': 'ADDR',
+        'help': 'address to listen at (default: %(default)s); with another give --certfile '
+                'too'}),
+    (('-p', '--port'), {
+        'type': int,
+        'default': HTTPD_PORT,
+        'metavar': 'N',
+        'help': 'port to listen at (default: %(default)s; 0: any that is free)'}),
+    (('--poll-sec',), {
+        'type': float,
+        'default': 0.5,
+        'metavar': 'S',
+        'help': 'seconds between two updates of a page (default: %(default)s, at least '
+                '0.25)'}),
+    (('--certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate of this web server, for TLS'}),
+    (('--keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--token-file',), {
+        'metavar': 'FILE',
+        'help': 'write the token there, readable by this user alone; for Prometheus and '
+                'scripts'}),
+    (('--secret-file',), {
+        'metavar': 'FILE',
+        'help': 'file with the secret of the nodes, or of the programs of the scheduler '
+                '(default: the one of this user)'}),
+    (('--node-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate for TLS with the nodes or the scheduler'}),
+    (('--node-keyfile',), {
+        'metavar': 'FILE',
+        'help': "that certificate's key, if not in the same file"}),
+    (('--version',), {
+        'action': 'version',
+        'version': '%(prog)s ' + __version__}),
+]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dispy-httpd',
-        description=
-        'Show a dispyscheduler in a browser, or nodes, whoever uses them: these are not taken '
-        'from their client. The link to open is printed; Ctrl-C ends it.')
-    add = parser.add_argument
+        description='Show a dispyscheduler in a browser, or nodes, whoever uses them: these are '
+                    'not taken from their client. The link to open is printed; Ctrl-C ends it.')
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        '-n',
-        '--node',
-        '--nodes',
-        action=Each,
-        nargs='+',
-        default=[],
-        dest='nodes',
-        metavar='HOST[:PORT]',
-        help='nodes to watch; may be repeated; HOST may have * '
-        'for any characters (default: the dispyscheduler of this machine, or, if there '
-        'is none, all nodes that answer)')
-    which.add_argument('--scheduler',
-                       '--scheduler-host',
-                       metavar='HOST[:PORT]',
-                       help='a dispyscheduler to watch')
-    add('-i',
-        '--host',
-        default='127.0.0.1',
-        metavar='ADDR',
-        help='address to listen at (default: %(default)s); with another give --certfile too')
-    add('-p',
-        '--port',
-        type=int,
-        default=HTTPD_PORT,
-        metavar='N',
-        help='port to listen at (default: %(default)s; 0: any that is free)')
-    add('--poll-sec',
-        type=float,
-        default=0.5,
-        metavar='S',
-        help='seconds between two updates of a page (default: %(default)s, at least 0.25)')
-    add('--certfile', metavar='FILE', help='certificate of this web server, for TLS')
-    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--token-file',
-        metavar='FILE',
-        help='write the token there, readable by this user alone; for Prometheus and scripts')
-    add('--secret-file',
-        metavar='FILE',
-        help=
-        'file with the secret of the nodes, or of the programs of the scheduler (default: the one '
-        'of this user)'
-        )
-    add('--node-certfile',
-        metavar='FILE',
-        help='certificate for TLS with the nodes or the scheduler')
-    add('--node-keyfile', metavar='FILE', help="that certificate's key, if not in the same file")
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    for names, settings in SOURCE_OPTIONS:
+        which.add_argument(*names, **settings)
+    for names, settings in OPTIONS:
+        parser.add_argument(*names, **settings)
     return parser
 
 
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
     nodes: Any = [host_and_port(text, NODE_PORT) for text in args.nodes]
-    if args.scheduler is None:
-        where = '127.0.0.1'
-    else:
-        where = args.scheduler
-    host, port = host_and_port(where, SCHEDULER_PORT)
     if not nodes:
-        files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
-        link = SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, dispy.REDIAL_MOST))
-        if args.scheduler is None:
-            level = logger.level
-            logger.setLevel("ERROR")   # that there is none is said below
-            why = link.why_not()
-            logger.setLevel(level)
-            there = dispy.format_address(host, port)
-            text = 'the dispyscheduler at %s is shown' % there
-            if why:
-                link.close()
-                nodes = '*'
-                text = 'no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' % (
-                    there, why)
-            print('dispy-httpd: ' + text, file=sys.stderr)
-    if nodes:
-        return NodesSource(NodeMonitor(nodes, secret=secret, certfile=args.node_certfile,
-                                      keyfile=args.node_keyfile))
-    return SchedulerSource(link.ask,
-                           'all programs of the dispyscheduler at %s' % dispy.format_address(host, port),
-                           link.close)
+        link = _scheduler_of(args, secret)
+        if link is not None:
+            where = dispy.format_address(*link.address)
+            return SchedulerSource(
+                link.ask, 'all programs of the dispyscheduler at %s' % where, link.close)
+        nodes = '*'
+    survey = NodeMonitor(
+        nodes, secret=secret, certfile=args.node_certfile, keyfile=args.node_keyfile)
+    return NodesSource(survey)
+
+
+def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[SchedulerLink]:
+    """Return the scheduler that is to be shown. If none is named it is the one of this machine, or
+    None if that cannot be shown; then the reason is printed."""
+    where = args.scheduler
+    if where is None:
+        where = '127.0.0.1'
+    host, port = host_and_port(where, SCHEDULER_PORT)
+    files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
+    link = SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, dispy.REDIAL_MOST))
+    if args.scheduler is not None:
+        return link
+    level = logger.level
+    logger.setLevel('ERROR')   # that there is none is said below
+    why = link.why_not()
+    logger.setLevel(level)
+    there = dispy.format_address(host, port)
+    text = 'the dispyscheduler at %s is shown' % there
+    if why:
+        link.close()
+        text = 'no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' % (
+            there, why)
+    print('dispy-httpd: ' + text, file=sys.stderr)
+    if why:
+        return None
+    return link
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns 0 when it was ended by a signal, 1 when it could not start."""
+    """Run the command line. Return 0 when it was ended by a signal, 1 when it could not start."""
     parser = _parser()
     args = parser.parse_args(argv)
     stop = threading.Event()
@@ -2110,8 +2480,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         tls_files(args.certfile, args.keyfile, None, '--%s')
-        server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec,
-                                  args.keyfile, args.certfile)
+        source = _source_of(args)
+        server = SourceHTTPServer(
+            source, args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         print('dispy-httpd: %s' % exc, file=sys.stderr)
         return 1
@@ -2120,9 +2491,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if args.token_file is not None:
                 _write_private(os.path.abspath(args.token_file), server._server.token.encode())
         except OSError as exc:
-            print('dispy-httpd: --token-file %s cannot be written: %s' %
-                  (args.token_file, exc.strerror or exc),
-                  file=sys.stderr)
+            text = '--token-file %s cannot be written: %s' % (
+                args.token_file, exc.strerror or exc)
+            print('dispy-httpd: ' + text, file=sys.stderr)
             return 1
         # A signal that comes just before the wait begins does not end it: its handler has not
         # run yet.
@@ -2160,275 +2531,852 @@ HTML = r'''<!DOCTYPE html>
 </html>
 '''
 
-ICON = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#1f6f66"/><g fill="none" stroke="#fff" stroke-width="2.4" stroke-linecap="round"><path d="M8 23V9M8 16h8M16 16l8-7M16 16h8M16 16l8 7"/></g><g fill="#fff"><circle cx="24" cy="9" r="2.6"/><circle cx="24" cy="16" r="2.6"/><circle cx="24" cy="23" r="2.6"/></g></svg>
+ICON = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
+<rect width="32" height="32" rx="7" fill="#1f6f66"/>
+<g fill="none" stroke="#fff" stroke-width="2.4" stroke-linecap="round">
+<path d="M8 23V9M8 16h8M16 16l8-7M16 16h8M16 16l8 7"/>
+</g>
+<g fill="#fff">
+<circle cx="24" cy="9" r="2.6"/>
+<circle cx="24" cy="16" r="2.6"/>
+<circle cx="24" cy="23" r="2.6"/>
+</g>
+</svg>
 '''
 
 CSS = r'''
+/* Colours; the second ones are for a dark screen */
 :root {
-  --paper: #f4f3ef; --panel: #fffefb; --sunk: #eceae4; --ink: #1b2225; --soft: #59656a; --line: #d9d6cd; --faint: #e7e4dc;
-  --done: #1f7a6c; --run: #2c69b0; --wait: #a9b0b1; --fail: #b0342a; --stop: #8a6a16; --accent: #1f6f66;
+  --paper: #f4f3ef;
+  --panel: #fffefb;
+  --sunk: #eceae4;
+  --ink: #1b2225;
+  --soft: #59656a;
+  --line: #d9d6cd;
+  --faint: #e7e4dc;
+  --done: #1f7a6c;
+  --run: #2c69b0;
+  --wait: #a9b0b1;
+  --fail: #b0342a;
+  --stop: #8a6a16;
+  --accent: #1f6f66;
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace;
 }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #121618; --panel: #191f22; --sunk: #0e1214; --ink: #e4e8e8; --soft: #98a5a9; --line: #2e373b; --faint: #242c30;
-  --done: #4fb8a6; --run: #6ea6e6; --wait: #66737a; --fail: #ee7b6e; --stop: #d3ab4e; --accent: #5cc2b2;
-} }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #121618;
+    --panel: #191f22;
+    --sunk: #0e1214;
+    --ink: #e4e8e8;
+    --soft: #98a5a9;
+    --line: #2e373b;
+    --faint: #242c30;
+    --done: #4fb8a6;
+    --run: #6ea6e6;
+    --wait: #66737a;
+    --fail: #ee7b6e;
+    --stop: #d3ab4e;
+    --accent: #5cc2b2;
+  }
+}
+
+/* The page */
 * { box-sizing: border-box; }
-html { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
+html {
+  background: var(--paper);
+  color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  -webkit-text-size-adjust: 100%;
+}
 body { margin: 0; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
+:focus-visible {
+  outline: 2px solid var(--accent);
+  outline-offset: 2px;
+  border-radius: 3px;
+}
 main:focus { outline: none; }
 .skip { position: absolute; left: -99em; }
-.skip:focus { left: 1em; top: .6em; background: var(--panel); padding: .3em .8em; z-index: 3; }
-header { display: flex; align-items: center; gap: 1.6rem; padding: 0 1.5rem; height: 3.4rem; background: var(--panel);
-  border-bottom: 1px solid var(--line); }
-.brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; letter-spacing: .01em; }
-nav { display: flex; gap: .2rem; height: 100%; }
-nav a { display: flex; align-items: center; padding: 0 .8rem; color: var(--soft); border-bottom: 2px solid transparent; border-top: 2px solid transparent; }
+.skip:focus {
+  left: 1em;
+  top: 0.6em;
+  background: var(--panel);
+  padding: 0.3em 0.8em;
+  z-index: 3;
+}
+header {
+  display: flex;
+  align-items: center;
+  gap: 1.6rem;
+  padding: 0 1.5rem;
+  height: 3.4rem;
+  background: var(--panel);
+  border-bottom: 1px solid var(--line);
+}
+.brand {
+  display: flex;
+  align-items: center;
+  gap: 0.55rem;
+  font-weight: 650;
+  letter-spacing: 0.01em;
+}
+nav {
+  display: flex;
+  gap: 0.2rem;
+  height: 100%;
+}
+nav a {
+  display: flex;
+  align-items: center;
+  padding: 0 0.8rem;
+  color: var(--soft);
+  border-bottom: 2px solid transparent;
+  border-top: 2px solid transparent;
+}
 nav a:hover { color: var(--ink); text-decoration: none; }
-nav a[aria-current] { color: var(--ink); border-bottom-color: var(--accent); font-weight: 550; }
-.link { margin-left: auto; color: var(--soft); font-size: .87rem; white-space: nowrap; }
-main { max-width: 74rem; margin: 0 auto; padding: 1.6rem 1.5rem 4rem; }
-h1 { font-size: 1.3rem; font-weight: 620; margin: 0; letter-spacing: -.005em; }
-h2 { font-size: 1rem; font-weight: 620; margin: 0; }
-.top { display: flex; align-items: baseline; gap: .5rem 1rem; margin-bottom: 1.1rem; flex-wrap: wrap; }
+nav a[aria-current] {
+  color: var(--ink);
+  border-bottom-color: var(--accent);
+  font-weight: 550;
+}
+.link {
+  margin-left: auto;
+  color: var(--soft);
+  font-size: 0.87rem;
+  white-space: nowrap;
+}
+main {
+  max-width: 74rem;
+  margin: 0 auto;
+  padding: 1.6rem 1.5rem 4rem;
+}
+h1 {
+  font-size: 1.3rem;
+  font-weight: 620;
+  margin: 0;
+  letter-spacing: -0.005em;
+}
+h2 {
+  font-size: 1rem;
+  font-weight: 620;
+  margin: 0;
+}
+.top {
+  display: flex;
+  align-items: baseline;
+  gap: 0.5rem 1rem;
+  margin-bottom: 1.1rem;
+  flex-wrap: wrap;
+}
 .soft, .top p { color: var(--soft); margin: 0; }
-.card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1.15rem 1.3rem 1.2rem; margin-bottom: 1.1rem; }
-.card > .top { margin-bottom: .9rem; align-items: center; }
+.card {
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 8px;
+  padding: 1.15rem 1.3rem 1.2rem;
+  margin-bottom: 1.1rem;
+}
+.card > .top { margin-bottom: 0.9rem; align-items: center; }
 .card > .top .actions { margin-left: auto; }
-.wrap + .soft, .pager + .soft { margin-top: .9rem; }
-.empty { color: var(--soft); padding: 2.5rem 1rem; text-align: center; }
-.note { position: fixed; left: 50%; bottom: 1.4rem; transform: translateX(-50%); margin: 0; max-width: min(40rem, 92vw); background: var(--ink);
-  color: var(--paper); padding: .6rem 1.1rem; border-radius: 6px; z-index: 3; box-shadow: 0 4px 18px rgba(0,0,0,.22); overflow-wrap: anywhere; }
+.wrap + .soft, .pager + .soft { margin-top: 0.9rem; }
+.empty {
+  color: var(--soft);
+  padding: 2.5rem 1rem;
+  text-align: center;
+}
+.note {
+  position: fixed;
+  left: 50%;
+  bottom: 1.4rem;
+  transform: translateX(-50%);
+  margin: 0;
+  max-width: min(40rem, 92vw);
+  background: var(--ink);
+  color: var(--paper);
+  padding: 0.6rem 1.1rem;
+  border-radius: 6px;
+  z-index: 3;
+  box-shadow: 0 4px 18px rgba(0, 0, 0, 0.22);
+  overflow-wrap: anywhere;
+}
 .note[hidden] { display: none; }
 
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)); gap: .9rem 1rem; margin: 0; }
+/* Clusters */
+.figures {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
+  gap: 0.9rem 1rem;
+  margin: 0;
+}
 .figures div { min-width: 0; }
-.figures dt { color: var(--soft); font-size: .84rem; white-space: nowrap; }
-.figures dd { margin: 0; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; letter-spacing: -.015em; white-space: nowrap; }
-.figures dd small { font-size: .9rem; color: var(--soft); letter-spacing: 0; }
-.mark { display: inline-block; width: .7em; height: .7em; margin-right: .45em; vertical-align: baseline; }
+.figures dt {
+  color: var(--soft);
+  font-size: 0.84rem;
+  white-space: nowrap;
+}
+.figures dd {
+  margin: 0;
+  font-size: 1.5rem;
+  line-height: 1.25;
+  font-variant-numeric: tabular-nums;
+  letter-spacing: -0.015em;
+  white-space: nowrap;
+}
+.figures dd small {
+  font-size: 0.9rem;
+  color: var(--soft);
+  letter-spacing: 0;
+}
+.mark {
+  display: inline-block;
+  width: 0.7em;
+  height: 0.7em;
+  margin-right: 0.45em;
+  vertical-align: baseline;
+}
 .mark.done { background: var(--done); border-radius: 1px; }
 .mark.run { background: var(--run); border-radius: 50%; }
 .mark.wait { border: 2px solid var(--wait); border-radius: 50%; }
 .mark.fail { background: var(--fail); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-.mark.stop { background: var(--stop); clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%); }
-.bar { display: block; width: 100%; height: 12px; margin: 0 0 1rem; border-radius: 3px; overflow: hidden; background: var(--faint); }
-.s-done { fill: var(--done); } .s-fail { fill: var(--fail); } .s-stop { fill: var(--stop); } .s-run { fill: var(--run); } .s-hatch { stroke: var(--panel); stroke-width: 1.6; opacity: .55; }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1.6rem; margin-top: 1.2rem; }
+.mark.stop {
+  background: var(--stop);
+  clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%);
+}
+.bar {
+  display: block;
+  width: 100%;
+  height: 12px;
+  margin: 0 0 1rem;
+  border-radius: 3px;
+  overflow: hidden;
+  background: var(--faint);
+}
+.s-done { fill: var(--done); }
+.s-fail { fill: var(--fail); }
+.s-stop { fill: var(--stop); }
+.s-run { fill: var(--run); }
+.s-hatch {
+  stroke: var(--panel);
+  stroke-width: 1.6;
+  opacity: 0.55;
+}
+.plots {
+  display: grid;
+  grid-template-columns: 1fr 1fr;
+  gap: 1.6rem;
+  margin-top: 1.2rem;
+}
 .plot { margin: 0; min-width: 0; }
-.plot figcaption { display: flex; justify-content: space-between; color: var(--soft); font-size: .84rem; margin-bottom: .25rem; font-variant-numeric: tabular-nums; }
-.plot svg { display: block; width: 100%; height: 8.2rem; background: var(--sunk); border-radius: 4px; }
-.plot path { fill: none; stroke-width: 1.8; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.p-done { stroke: var(--done); } .p-area-done { fill: var(--done) !important; opacity: .13; stroke: none; }
-.p-used { stroke: var(--run); } .p-area-used { fill: var(--run) !important; opacity: .15; stroke: none; }
-.plot .p-cpus { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 4 4; }
+.plot figcaption {
+  display: flex;
+  justify-content: space-between;
+  color: var(--soft);
+  font-size: 0.84rem;
+  margin-bottom: 0.25rem;
+  font-variant-numeric: tabular-nums;
+}
+.plot svg {
+  display: block;
+  width: 100%;
+  height: 8.2rem;
+  background: var(--sunk);
+  border-radius: 4px;
+}
+.plot path {
+  fill: none;
+  stroke-width: 1.8;
+  vector-effect: non-scaling-stroke;
+  stroke-linejoin: round;
+}
+.p-done { stroke: var(--done); }
+.p-area-done {
+  fill: var(--done) !important;
+  opacity: 0.13;
+  stroke: none;
+}
+.p-used { stroke: var(--run); }
+.p-area-used {
+  fill: var(--run) !important;
+  opacity: 0.15;
+  stroke: none;
+}
+.plot .p-cpus {
+  stroke: var(--soft);
+  stroke-width: 1.2;
+  stroke-dasharray: 4 4;
+}
 .plot .grid { stroke: var(--line); stroke-width: 1; }
-.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: .2rem; }
+.axis {
+  display: flex;
+  justify-content: space-between;
+  color: var(--soft);
+  font-size: 0.8rem;
+  font-variant-numeric: tabular-nums;
+  margin-top: 0.2rem;
+}
 
-.wrap { overflow-x: auto; background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .55rem .8rem; vertical-align: top; }
-th { font-weight: 500; font-size: .84rem; color: var(--soft); border-bottom: 1px solid var(--line); white-space: nowrap; }
+/* Tables and one node */
+.wrap {
+  overflow-x: auto;
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 8px;
+}
+table {
+  border-collapse: collapse;
+  width: 100%;
+  font-variant-numeric: tabular-nums;
+}
+th, td {
+  text-align: left;
+  padding: 0.55rem 0.8rem;
+  vertical-align: top;
+}
+th {
+  font-weight: 500;
+  font-size: 0.84rem;
+  color: var(--soft);
+  border-bottom: 1px solid var(--line);
+  white-space: nowrap;
+}
 th a { color: inherit; }
 th[aria-sort] a { color: var(--ink); font-weight: 600; }
 tr + tr td { border-top: 1px solid var(--faint); }
 .n { text-align: right; white-space: nowrap; }
-td .sub { color: var(--soft); font-size: .84rem; display: block; overflow-wrap: anywhere; }
+td .sub {
+  color: var(--soft);
+  font-size: 0.84rem;
+  display: block;
+  overflow-wrap: anywhere;
+}
 td .reason { max-width: 26rem; white-space: pre-line; }
 .nowrap { white-space: nowrap; }
-.state::before { content: attr(data-shape); display: inline-block; width: 1.25em; font-size: .92em; }
+.state::before {
+  content: attr(data-shape);
+  display: inline-block;
+  width: 1.25em;
+  font-size: 0.92em;
+}
 .state { white-space: nowrap; }
-.state.good { color: var(--done); } .state.busy { color: var(--run); } .state.bad { color: var(--fail); } .state.warn { color: var(--stop); } .state.off { color: var(--soft); }
-.meter { display: block; width: 6.5rem; height: 6px; margin-top: .35rem; margin-left: auto; border-radius: 2px; background: var(--faint); }
+.state.good { color: var(--done); }
+.state.busy { color: var(--run); }
+.state.bad { color: var(--fail); }
+.state.warn { color: var(--stop); }
+.state.off { color: var(--soft); }
+.meter {
+  display: block;
+  width: 6.5rem;
+  height: 6px;
+  margin-top: 0.35rem;
+  margin-left: auto;
+  border-radius: 2px;
+  background: var(--faint);
+}
 .meter rect { fill: var(--run); }
-code, pre, .mono { font-family: var(--mono); font-size: .86rem; }
+code, pre, .mono { font-family: var(--mono); font-size: 0.86rem; }
 .args { overflow-wrap: anywhere; white-space: pre-wrap; }
-pre { background: var(--sunk); border-radius: 4px; padding: .6rem .8rem; margin: .5rem 0 0; overflow: auto; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre {
+  background: var(--sunk);
+  border-radius: 4px;
+  padding: 0.6rem 0.8rem;
+  margin: 0.5rem 0 0;
+  overflow: auto;
+  max-height: 22rem;
+  white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
 pre.err { border-left: 3px solid var(--stop); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr)); gap: .7rem 1.4rem; margin: 0; }
-.facts dt { color: var(--soft); font-size: .84rem; }
-.facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.pager { display: flex; gap: 1rem; align-items: center; margin-top: .9rem; color: var(--soft); flex-wrap: wrap; }
-.tools { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; margin: 0 0 .9rem; }
-button, input, select { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line); border-radius: 5px; padding: .28rem .75rem; min-height: 2.15rem; }
+.facts {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr));
+  gap: 0.7rem 1.4rem;
+  margin: 0;
+}
+.facts dt { color: var(--soft); font-size: 0.84rem; }
+.facts dd {
+  margin: 0;
+  overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums;
+}
+.pager {
+  display: flex;
+  gap: 1rem;
+  align-items: center;
+  margin-top: 0.9rem;
+  color: var(--soft);
+  flex-wrap: wrap;
+}
+.tools {
+  display: flex;
+  gap: 0.6rem;
+  align-items: center;
+  flex-wrap: wrap;
+  margin: 0 0 0.9rem;
+}
+
+/* Forms */
+button, input, select {
+  font: inherit;
+  color: inherit;
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 5px;
+  padding: 0.28rem 0.75rem;
+  min-height: 2.15rem;
+}
 button { cursor: pointer; white-space: nowrap; }
 button:hover:not(:disabled) { border-color: var(--soft); }
-button:disabled { opacity: .45; cursor: default; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--panel); }
-button.sure { background: var(--fail); border-color: var(--fail); color: var(--panel); }
-input[type=number] { width: 5rem; } input[type=checkbox] { width: 1.15rem; height: 1.15rem; min-height: 0; accent-color: var(--accent); margin: .15rem 0 0; }
-form { display: flex; flex-wrap: wrap; gap: .8rem 1rem; align-items: flex-end; }
-label { display: grid; gap: .2rem; color: var(--soft); font-size: .84rem; }
-label input, label select { color: var(--ink); font-size: .95rem; }
-.actions { display: flex; flex-wrap: wrap; gap: .45rem; justify-content: flex-end; }
-.actions form { gap: .4rem; flex-wrap: nowrap; }
-details { border-top: 1px solid var(--faint); } details:first-child { border-top: 0; }
-summary { display: flex; gap: 1rem; align-items: baseline; padding: .7rem 1rem; cursor: pointer; list-style: none; }
-summary::-webkit-details-marker { display: none; }
-summary::before { content: "\25B8"; color: var(--soft); } details[open] > summary::before { content: "\25BE"; }
-summary .line { flex: 1; min-width: 0; overflow-wrap: anywhere; }
-details > div { padding: 0 1rem 1.1rem 2.6rem; }
-details table { margin-top: .9rem; } details th, details td { padding: .35rem .8rem .35rem 0; }
-.count { font-variant-numeric: tabular-nums; font-weight: 620; white-space: nowrap; color: var(--fail); }
+button:disabled { opacity: 0.45; cursor: default; }
+button.main {
+  background: var(--accent);
+  border-color: var(--accent);
+  color: var(--panel);
+}
+button.sure {
+  background: var(--fail);
+  border-color: var(--fail);
+  color: var(--panel);
+}
+input[type="number"] { width: 5rem; }
+input[type="checkbox"] {
+  width: 1.15rem;
+  height: 1.15rem;
+  min-height: 0;
+  accent-color: var(--accent);
+  margin: 0.15rem 0 0;
+}
+form {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.8rem 1rem;
+  align-items: flex-end;
+}
+label {
+  display: grid;
+  gap: 0.2rem;
+  color: var(--soft);
+  font-size: 0.84rem;
+}
+label input, label select { color: var(--ink); font-size: 0.95rem; }
+.actions {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.45rem;
+  justify-content: flex-end;
+}
+.actions form { gap: 0.4rem; flex-wrap: nowrap; }
 
+/* Failures */
+details { border-top: 1px solid var(--faint); }
+details:first-child { border-top: 0; }
+summary {
+  display: flex;
+  gap: 1rem;
+  align-items: baseline;
+  padding: 0.7rem 1rem;
+  cursor: pointer;
+  list-style: none;
+}
+summary::-webkit-details-marker { display: none; }
+summary::before { content: "\25B8"; color: var(--soft); }
+details[open] > summary::before { content: "\25BE"; }
+summary .line {
+  flex: 1;
+  min-width: 0;
+  overflow-wrap: anywhere;
+}
+details > div { padding: 0 1rem 1.1rem 2.6rem; }
+details table { margin-top: 0.9rem; }
+details th, details td { padding: 0.35rem 0.8rem 0.35rem 0; }
+.count {
+  font-variant-numeric: tabular-nums;
+  font-weight: 620;
+  white-space: nowrap;
+  color: var(--fail);
+}
+
+/* Narrow windows: a row of a table becomes a block */
 @media (max-width: 44rem) {
-  header { gap: .3rem .8rem; padding: .5rem 1rem 0; height: auto; flex-wrap: wrap; }
-  nav { order: 3; width: 100%; height: 2.6rem; gap: 0; margin: 0 -.5rem; }
-  nav a { padding: 0 .6rem; }
+  header {
+    gap: 0.3rem 0.8rem;
+    padding: 0.5rem 1rem 0;
+    height: auto;
+    flex-wrap: wrap;
+  }
+  nav {
+    order: 3;
+    width: 100%;
+    height: 2.6rem;
+    gap: 0;
+    margin: 0 -0.5rem;
+  }
+  nav a { padding: 0 0.6rem; }
   main { padding: 1.1rem 1rem 3.5rem; }
   .plots { grid-template-columns: 1fr; gap: 1.1rem; }
-  .figures { grid-template-columns: repeat(3, 1fr); gap: .8rem; } .figures dd { font-size: 1.2rem; }
+  .figures { grid-template-columns: repeat(3, 1fr); gap: 0.8rem; }
+  .figures dd { font-size: 1.2rem; }
   .stack thead { position: absolute; left: -99em; }
-  .stack, .stack tbody { display: block; } .stack tr { display: grid; grid-template-columns: 1fr 1fr; gap: .15rem 1rem; padding: .8rem 1rem; }
+  .stack, .stack tbody { display: block; }
+  .stack tr {
+    display: grid;
+    grid-template-columns: 1fr 1fr;
+    gap: 0.15rem 1rem;
+    padding: 0.8rem 1rem;
+  }
   .stack tr + tr { border-top: 1px solid var(--line); }
-  .stack td { display: block; border: 0 !important; padding: .1rem 0; text-align: left; }
-  .stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft); font-size: .78rem; }
-  .stack td.wide { grid-column: 1 / -1; } .stack .meter { margin-left: 0; } .actions { justify-content: flex-start; }
-  details > div { padding-left: 1rem; } .card { padding: 1rem; } .card > .top .actions { margin-left: 0; }
-  details .stack tr { padding: .6rem 0; }
+  .stack td {
+    display: block;
+    border: 0 !important;
+    padding: 0.1rem 0;
+    text-align: left;
+  }
+  .stack td[data-label]::before {
+    content: attr(data-label);
+    display: block;
+    color: var(--soft);
+    font-size: 0.78rem;
+  }
+  .stack td.wide { grid-column: 1 / -1; }
+  .stack .meter { margin-left: 0; }
+  .actions { justify-content: flex-start; }
+  details > div { padding-left: 1rem; }
+  .card { padding: 1rem; }
+  .card > .top .actions { margin-left: 0; }
+  details .stack tr { padding: 0.6rem 0; }
   .sorts { display: flex !important; }
 }
-.sorts { display: none; gap: .35rem .9rem; flex-wrap: wrap; margin-bottom: .8rem; font-size: .87rem; color: var(--soft); }
-@media (prefers-reduced-motion: no-preference) { .s-done, .s-fail, .s-stop, .s-run, .meter rect { transition: all .3s linear; } }
+.sorts {
+  display: none;
+  gap: 0.35rem 0.9rem;
+  flex-wrap: wrap;
+  margin-bottom: 0.8rem;
+  font-size: 0.87rem;
+  color: var(--soft);
+}
+@media (prefers-reduced-motion: no-preference) {
+  .s-done, .s-fail, .s-stop, .s-run, .meter rect { transition: all 0.3s linear; }
+}
 '''
 
 SCRIPT = r'''"use strict";
-// The page: `draw` makes plain descriptions of elements of what the server tells, `patch` brings the document up to them.
-// What comes from the server becomes text nodes and attributes, never markup.
+// The page. Functions that draw return plain descriptions of elements (see `h`), and `patch`
+// changes the document until it is as they describe it. What comes from the server becomes text
+// nodes and attributes, never markup.
 
-const NS = "http://www.w3.org/2000/svg";
-const DRAWN = new Set(["svg", "path", "rect", "line", "g", "title"]);
-const KEPT = new Set(["value", "checked", "open"]);           // the reader's, once they are there
-const h = (tag, attrs, ...kids) => ({tag, attrs: attrs || {}, kids: kids.flat(Infinity).filter(kid => kid !== null && kid !== undefined && kid !== false)});
+// -- describing elements, and bringing the document up to the description -------------------------
+
+const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
+const SVG_TAGS = new Set(["svg", "path", "rect", "line", "g", "title"]);
+// The reader changes these attributes; after an element was made they are left alone.
+const READERS_OWN = new Set(["value", "checked", "open"]);
+const DASH = "\u2013";
+
+function isAbsent(value) {
+  return value === null || value === undefined || value === false;
+}
+
+// Describe an element. Children are descriptions, texts, numbers, or arrays of these.
+function h(tag, attributes, ...children) {
+  const kids = children.flat(Infinity).filter(kid => !isAbsent(kid));
+  return {tag, attributes: attributes || {}, kids};
+}
+
+function attributeText(value) {
+  return value === true ? "" : String(value);
+}
+
+function keyOf(item) {
+  const key = typeof item === "object" ? item.attributes["data-key"] : undefined;
+  return key === undefined ? undefined : String(key);
+}
 
 function make(item) {
   if (typeof item !== "object") return document.createTextNode(String(item));
-  const element = DRAWN.has(item.tag) ? document.createElementNS(NS, item.tag) : document.createElement(item.tag);
-  for (const [name, value] of Object.entries(item.attrs)) if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value === true ? "" : value);
+  const element = SVG_TAGS.has(item.tag)
+    ? document.createElementNS(SVG_NAMESPACE, item.tag)
+    : document.createElement(item.tag);
+  for (const [name, value] of Object.entries(item.attributes)) {
+    if (!isAbsent(value)) element.setAttribute(name, attributeText(value));
+  }
   for (const kid of item.kids) element.appendChild(make(kid));
   return element;
 }
 
+// Whether a node of the document can be changed into what is described.
 function fits(node, item) {
-  if (typeof item !== "object") return node.nodeType === 3;
-  return node.nodeType === 1 && node.tagName.toLowerCase() === item.tag && (node.getAttribute("data-key") || "") === String(item.attrs["data-key"] || "");
+  if (typeof item !== "object") return node.nodeType === Node.TEXT_NODE;
+  if (node.nodeType !== Node.ELEMENT_NODE) return false;
+  if (node.tagName.toLowerCase() !== item.tag) return false;
+  return (node.getAttribute("data-key") || "") === (keyOf(item) || "");
 }
 
 function update(node, item) {
-  if (typeof item !== "object") { if (node.data !== String(item)) node.data = String(item); return; }
-  for (const {name} of [...node.attributes]) if (!KEPT.has(name) && (item.attrs[name] === undefined || item.attrs[name] === false || item.attrs[name] === null)) node.removeAttribute(name);
-  for (const [name, value] of Object.entries(item.attrs)) {
-    if (KEPT.has(name) || value === false || value === null || value === undefined) continue;
-    const text = value === true ? "" : String(value);
+  if (typeof item !== "object") {
+    if (node.data !== String(item)) node.data = String(item);
+    return;
+  }
+  for (const {name} of [...node.attributes]) {
+    if (!READERS_OWN.has(name) && isAbsent(item.attributes[name])) node.removeAttribute(name);
+  }
+  for (const [name, value] of Object.entries(item.attributes)) {
+    if (READERS_OWN.has(name) || isAbsent(value)) continue;
+    const text = attributeText(value);
     if (node.getAttribute(name) !== text) node.setAttribute(name, text);
   }
   patch(node, item.kids);
 }
 
-function patch(parent, items) {
+function childrenByKey(parent) {
   const keyed = new Map();
-  for (const child of parent.children) if (child.hasAttribute("data-key")) keyed.set(child.getAttribute("data-key"), child);
+  for (const child of parent.children) {
+    if (child.hasAttribute("data-key")) keyed.set(child.getAttribute("data-key"), child);
+  }
+  return keyed;
+}
+
+// The child that is to become what is described: the one with its key, wherever it stands, or the
+// one whose turn it is. Null if there is none that fits.
+function findChild(keyed, at, item) {
+  const found = keyed.get(keyOf(item)) || at;
+  return found && fits(found, item) ? found : null;
+}
+
+function patch(parent, items) {
+  const keyed = childrenByKey(parent);
   let at = parent.firstChild;
   for (const item of items) {
-    const key = typeof item === "object" && item.attrs["data-key"] !== undefined ? keyed.get(String(item.attrs["data-key"])) : undefined;
-    const now = key !== undefined && fits(key, item) ? key : at && key === undefined && fits(at, item) ? at : null;
-    if (now === null) { parent.insertBefore(make(item), at); continue; }
-    if (now === at) at = at.nextSibling; else parent.insertBefore(now, at);
-    update(now, item);
+    const child = findChild(keyed, at, item);
+    if (child === null) {
+      parent.insertBefore(make(item), at);
+      continue;
+    }
+    if (child === at) {
+      at = at.nextSibling;
+    } else {
+      parent.insertBefore(child, at);
+    }
+    update(child, item);
   }
-  while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
+  while (at) {
+    const gone = at;
+    at = at.nextSibling;
+    gone.remove();
+  }
 }
 
-// -- words and numbers -----------------------------------------------------------------------------------
+// -- words and numbers ----------------------------------------------------------------------------
 
-const count = n => Math.round(n).toLocaleString("en").replace(/,/g, "\u2009");
-const few = n => n === 0 ? "0" : n >= 100 ? count(n) : n >= 10 ? n.toFixed(1) : n.toFixed(2);
-function span(s) {
-  if (s === null || s === undefined) return "\u2013";
-  if (s < 10) return s.toFixed(1) + " s";
-  if (s < 90) return Math.round(s) + " s";
-  const m = Math.round(s / 60);
-  if (m < 90) return m + " min";
-  const hours = Math.floor(m / 60);
-  return hours < 48 ? hours + " h " + String(m % 60).padStart(2, "0") + " min" : Math.floor(hours / 24) + " d " + hours % 24 + " h";
+function count(n) {
+  const thinSpace = "\u2009";
+  return Math.round(n).toLocaleString("en").replace(/,/g, thinSpace);
 }
-function size(b) {
-  if (b === null || b === undefined) return "\u2013";
+
+// A number with as many digits as matter.
+function few(n) {
+  if (n === 0) return "0";
+  if (n >= 100) return count(n);
+  return n.toFixed(n >= 10 ? 1 : 2);
+}
+
+// A span of time, given in seconds.
+function span(seconds) {
+  if (isAbsent(seconds)) return DASH;
+  if (seconds < 10) return seconds.toFixed(1) + " s";
+  if (seconds < 90) return Math.round(seconds) + " s";
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 90) return minutes + " min";
+  const hours = Math.floor(minutes / 60);
+  if (hours < 48) return hours + " h " + String(minutes % 60).padStart(2, "0") + " min";
+  return Math.floor(hours / 24) + " d " + hours % 24 + " h";
+}
+
+function size(bytes) {
+  if (isAbsent(bytes)) return DASH;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  let i = 0;
-  while (b >= 1024 && i < 4) { b /= 1024; i++; }
-  return (i < 2 || b >= 100 ? Math.round(b) : b.toFixed(1)) + " " + units[i];
+  let number = bytes;
+  let unit = 0;
+  while (number >= 1024 && unit < units.length - 1) {
+    number /= 1024;
+    unit++;
+  }
+  const isWhole = unit < 2 || number >= 100;
+  return (isWhole ? Math.round(number) : number.toFixed(1)) + " " + units[unit];
 }
-const clock = t => new Date(t * 1000).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false});
-const many = (n, word) => count(n) + " " + word + (n === 1 ? "" : "s");
-const last = text => { const lines = (text || "").trim().split("\n"); return lines[lines.length - 1]; };
 
-const STATES = {            // word -> shape, kind; the colour only repeats them
-  "ready": ["\u25cf", "good"], "connected": ["\u25cf", "good"], "working": ["\u25b6", "busy"], "running": ["\u25b6", "busy"], "idle": ["\u25cb", "off"],
-  "setting up": ["\u25d4", "busy"], "asking": ["\u25d4", "busy"], "dialling": ["\u25cc", "off"], "found": ["\u25cc", "off"], "waiting": ["\u25cc", "off"],
-  "waits there": ["\u25cc", "off"], "waiting for a node": ["\u25cc", "warn"], "draining": ["\u25d1", "warn"], "drained": ["\u25d1", "warn"],
-  "refused": ["\u25b2", "bad"], "down": ["\u25b2", "bad"], "unreachable": ["\u25b2", "bad"], "no such name": ["\u25b2", "bad"], "no name service": ["\u25b2", "bad"],
-  "lost": ["\u2715", "bad"], "closed": ["\u25a1", "off"]};
-const state = word => { const [shape, kind] = STATES[word] || ["\u25cb", "off"]; return h("span", {class: "state " + kind, "data-shape": shape}, word); };
-const mark = kind => h("span", {class: "mark " + kind, "aria-hidden": "true"});
+// The time of day, of seconds since the epoch.
+function clock(seconds) {
+  const parts = {hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false};
+  return new Date(seconds * 1000).toLocaleTimeString([], parts);
+}
 
-// -- where we are ------------------------------------------------------------------------------------------
+function many(n, word) {
+  return count(n) + " " + word + (n === 1 ? "" : "s");
+}
+
+function lastLine(text) {
+  const lines = (text || "").trim().split("\n");
+  return lines[lines.length - 1];
+}
+
+function percent(value) {
+  return value === null ? DASH : Math.round(value) + " %";
+}
+
+function ago(seconds) {
+  return seconds === null ? DASH : span(seconds) + " ago";
+}
+
+const FULL = "\u25cf";
+const HOLLOW = "\u25cb";
+const DOTTED = "\u25cc";
+const HALF = "\u25d1";
+const QUARTER = "\u25d4";
+const PLAY = "\u25b6";
+const WARNING = "\u25b2";
+const CROSS = "\u2715";
+const SQUARE = "\u25a1";
+// state -> shape and kind. The colour of the kind only repeats what word and shape say.
+const STATES = {
+  "ready": [FULL, "good"],
+  "connected": [FULL, "good"],
+  "working": [PLAY, "busy"],
+  "running": [PLAY, "busy"],
+  "idle": [HOLLOW, "off"],
+  "setting up": [QUARTER, "busy"],
+  "asking": [QUARTER, "busy"],
+  "dialling": [DOTTED, "off"],
+  "found": [DOTTED, "off"],
+  "waiting": [DOTTED, "off"],
+  "waits there": [DOTTED, "off"],
+  "waiting for a node": [DOTTED, "warn"],
+  "draining": [HALF, "warn"],
+  "drained": [HALF, "warn"],
+  "refused": [WARNING, "bad"],
+  "down": [WARNING, "bad"],
+  "unreachable": [WARNING, "bad"],
+  "no such name": [WARNING, "bad"],
+  "no name service": [WARNING, "bad"],
+  "lost": [CROSS, "bad"],
+  "closed": [SQUARE, "off"],
+};
+
+function withShape(shape, kind, words) {
+  return h("span", {class: "state " + kind, "data-shape": shape}, words);
+}
+
+function state(word) {
+  const [shape, kind] = STATES[word] || [HOLLOW, "off"];
+  return withShape(shape, kind, word);
+}
+
+function mark(kind) {
+  return h("span", {class: "mark " + kind, "aria-hidden": "true"});
+}
+
+// -- which page is shown --------------------------------------------------------------------------
 
 const PAGES = {clusters: "Clusters", nodes: "Nodes", failures: "Failures", manage: "Manage"};
-const VIEWS = {clusters: "clusters", nodes: "nodes", node: "node", failures: "failures", manage: "nodes"};
+// page -> what it asks of the server
+const SOURCES = {
+  clusters: "clusters",
+  nodes: "nodes",
+  node: "node",
+  failures: "failures",
+  manage: "nodes",
+};
 let token = sessionStorage.getItem("dispy-token") || "";
-let place = null, view = null, plots = new Map(), chosen = new Set(), sure = "", reading = null;
+let place = null;           // the page and its query
+let view = null;            // what the server told last of it, or {error, status}
+let plots = new Map();      // number of a cluster -> its plot
+let chosen = new Set();     // keys of the jobs that the reader has marked
+let sure = "";              // the name of the button that asks once more
+let reading = null;         // ends the request that is being read
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+function placeKey() {
+  return place.page + (place.query.get("id") || "");
+}
+
+// The token stands in the link that was opened. It is kept for this tab; the address bar loses it.
+function takeToken() {
+  const found = location.hash.match(/^#token=(.+)$/);
+  if (!found) return;
+  token = found[1];
+  sessionStorage.setItem("dispy-token", token);
+  history.replaceState(null, "", "#/clusters");
+}
 
 function go() {
-  const found = location.hash.match(/^#token=(.+)$/);
-  if (found) {
-    token = found[1];
-    sessionStorage.setItem("dispy-token", token);    // this tab's; the address bar does not keep it
-    history.replaceState(null, "", "#/clusters");
-  }
+  takeToken();
   const [path, words] = location.hash.replace(/^#\/?/, "").split("?");
-  const before = place && place.page + (place.query.get("id") || "");
-  place = {page: VIEWS[path] ? path : "clusters", query: new URLSearchParams(words || "")};
-  if (before !== place.page + (place.query.get("id") || "")) { view = null; chosen.clear(); sure = ""; document.getElementById("main").scrollTop = 0; }
+  const before = place && placeKey();
+  const page = SOURCES[path] ? path : "clusters";
+  place = {page, query: new URLSearchParams(words || "")};
+  if (before !== placeKey()) {
+    view = null;
+    chosen.clear();
+    sure = "";
+    byId("main").scrollTop = 0;
+  }
   plots.clear();
   listen();
   draw();
 }
 
-const href = (page, changes) => {
+// The address of a page. That of the page which is shown keeps the words of its query.
+function href(page, changes) {
   const words = new URLSearchParams(page === place.page ? place.query : "");
   for (const [name, value] of Object.entries(changes || {})) words.set(name, value);
   const text = words.toString();
   return "#/" + page + (text ? "?" + text : "");
-};
+}
 
-// -- talking to the server -----------------------------------------------------------------------------------
+// -- talking to the server ------------------------------------------------------------------------
 
-const ask = (path, more) => fetch(path, {cache: "no-store", credentials: "omit", ...more, headers: {Authorization: "Bearer " + token, ...(more && more.headers)}});
+function ask(path, options) {
+  const headers = {Authorization: "Bearer " + token, ...options.headers};
+  return fetch(path, {cache: "no-store", credentials: "omit", ...options, headers});
+}
 
+function addressOfView() {
+  const words = place.query.toString();
+  return "api/" + SOURCES[place.page] + (words ? "?" + words : "");
+}
+
+// Show what the server tells of this page, until another page is shown or the server has ended. It
+// is read as a stream; where none comes through, the server is asked again and again.
 async function listen() {
   if (reading) reading.abort();
-  const mine = reading = new AbortController(), url = "api/" + VIEWS[place.page] + (place.query.toString() ? "?" + place.query : "");
+  const mine = new AbortController();
+  const signal = mine.signal;
+  const url = addressOfView();
+  reading = mine;
   let wait = 500;
-  while (!mine.signal.aborted) {
-    try {                                                          // a stream
-      const answer = await ask(url, {signal: mine.signal, headers: {Accept: "text/event-stream"}});
+  while (!signal.aborted) {
+    try {
+      const answer = await ask(url, {signal, headers: {Accept: "text/event-stream"}});
       if (!await taken(answer)) return;
       tell("live");
       wait = 500;
-      if (await events(answer.body.getReader(), mine.signal)) return tell("ended");
-    } catch (error) { if (mine.signal.aborted) return; }
-    try {                                                          // or, where none comes through, a poll
-      const answer = await ask(url, {signal: mine.signal});
+      if (await readEvents(answer.body.getReader(), signal)) {
+        tell("ended");
+        return;
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+    }
+    try {
+      const answer = await ask(url, {signal});
       if (!await taken(answer)) return;
       show(await answer.json());
       tell("polled");
       wait = 1000;
     } catch (error) {
-      if (mine.signal.aborted) return;
+      if (signal.aborted) return;
       tell("lost");
       wait = Math.min(2 * wait, 10000);
     }
@@ -2436,9 +3384,11 @@ async function listen() {
   }
 }
 
+// Whether an answer is what was asked for. A refusal is shown; a fault of the server is thrown.
 async function taken(answer) {
   if (answer.ok) return true;
-  const text = (await answer.json().catch(() => ({}))).error || answer.statusText;
+  const body = await answer.json().catch(() => ({}));
+  const text = body.error || answer.statusText;
   if (answer.status >= 500) throw new Error(text);
   view = {error: text, status: answer.status};
   tell(answer.status === 401 ? "locked" : "live");
@@ -2446,247 +3396,838 @@ async function taken(answer) {
   return false;
 }
 
-async function events(reader, signal) {
+// Show the events of a stream. Returns true when the server has ended, false when the stream has.
+async function readEvents(reader, signal) {
   const decoder = new TextDecoder();
+  const data = "data: ";
   let text = "";
   for (;;) {
     const {done, value} = await reader.read();
     if (done || signal.aborted) return false;
     text += decoder.decode(value, {stream: true});
-    const parts = text.split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      if (part.startsWith("event: end")) return true;
-      if (part.startsWith("data: ")) show(JSON.parse(part.slice(6)));
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      if (event.startsWith("event: end")) return true;
+      if (event.startsWith(data)) show(JSON.parse(event.slice(data.length)));
+    }
+  }
+}
+
+// A plot is sent only when it has changed.
+function fillInPlots(rows) {
+  for (const row of rows) {
+    if (row.plot) {
+      plots.set(row.number, row.plot);
+    } else {
+      row.plot = plots.get(row.number) || [];
     }
   }
 }
 
 function show(data) {
-  if (place.page === "clusters" && data.rows) for (const row of data.rows) {
-    if (row.plot) plots.set(row.number, row.plot); else row.plot = plots.get(row.number) || [];
-  }
+  if (place.page === "clusters" && data.rows) fillInPlots(data.rows);
   view = data;
   draw();
 }
 
-async function post(path, body, text) {
+// Change something; `words` makes a text for the reader of how many that concerned.
+async function post(path, body, words) {
+  const headers = {"Content-Type": "application/json"};
   try {
-    const answer = await ask("api/" + path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
-    const said = await answer.json();
-    note(answer.ok ? text(said.done) : said.error);
-  } catch (error) { note("The server does not answer: " + error.message); }
+    const answer = await ask("api/" + path, {method: "POST", headers, body: JSON.stringify(body)});
+    const told = await answer.json();
+    note(answer.ok ? words(told.done) : told.error);
+  } catch (error) {
+    note("The server does not answer: " + error.message);
+  }
 }
 
+const NOTE_TIME = 6000;   // ms
 let hiding = 0;
+
 function note(text) {
-  const box = document.getElementById("note");
+  const box = byId("note");
   box.textContent = text;
   box.hidden = false;
   clearTimeout(hiding);
-  hiding = setTimeout(() => { box.hidden = true; }, 6000);
+  hiding = setTimeout(() => { box.hidden = true; }, NOTE_TIME);
 }
+
+const LINKS = {
+  live: [FULL, "good", "live"],
+  polled: ["\u25d0", "warn", "polled"],
+  lost: [CROSS, "bad", "no connection"],
+  ended: [SQUARE, "off", "the program has ended"],
+  locked: [WARNING, "bad", "no token"],
+};
 
 function tell(how) {
-  const words = {live: ["\u25cf", "good", "live"], polled: ["\u25d0", "warn", "polled"], lost: ["\u2715", "bad", "no connection"], ended: ["\u25a1", "off", "the program has ended"], locked: ["\u25b2", "bad", "no token"]}[how];
-  patch(document.getElementById("link"), [h("span", {class: "state " + words[1], "data-shape": words[0]}, words[2])]);
+  patch(byId("link"), [withShape(...LINKS[how])]);
 }
 
-// -- pages ---------------------------------------------------------------------------------------------------
+// -- parts of pages -------------------------------------------------------------------------------
 
-const figure = (word, value, unit, kind) => h("div", {}, h("dt", {}, kind ? mark(kind) : null, word), h("dd", {"data-figure": word}, value, unit ? h("small", {}, " " + unit) : null));
-
-function bar(row) {
-  const all = Math.max(1, row.submitted), parts = [["done", row.done], ["fail", row.failed], ["stop", row.cancelled], ["run", row.running]];
-  let x = 0;
-  const rects = parts.map(([kind, n]) => { const w = 100 * n / all; const rect = h("rect", {class: "s-" + kind, x: x.toFixed(3), y: 0, width: w.toFixed(3), height: 12}); x += w; return rect; });
-  return h("svg", {class: "bar", viewBox: "0 0 100 12", preserveAspectRatio: "none", role: "img",
-    "aria-label": "of " + many(row.submitted, "job") + " " + row.done + " done, " + row.failed + " failed, " + row.cancelled + " cancelled, " + row.running + " running, " + row.waiting + " waiting"}, rects);
+function heading(text, ...more) {
+  return h("div", {class: "top"}, h("h1", {}, text), h("p", {}, ...more));
 }
 
-function plot(points, word, unit, series, from, to) {
-  const top = Math.max(1, ...points.map(point => Math.max(...series.map(s => point[s.at]))));
-  const x = t => (600 * (t - from) / Math.max(1, to - from)).toFixed(1), y = v => (118 - 110 * v / top).toFixed(1);
-  const lines = series.map(s => {
-    let path = "";
-    points.forEach((point, i) => { path += (i === 0 ? "M" : s.step ? "H" + x(point[0]) + "V" + y(point[s.at]) + "M" : "L") + x(point[0]) + " " + y(point[s.at]); });
-    if (points.length && s.step) path += "H" + x(to);
-    let area = "";
-    if (s.area && points.length) {
-      area = "M" + x(points[0][0]) + " 118";
-      points.forEach(point => { area += (s.step ? "H" + x(point[0]) + "V" + y(point[s.at]) : "L" + x(point[0]) + " " + y(point[s.at])); });
-      area += (s.step ? "H" + x(to) : "") + "V118Z";
-    }
-    return [area ? h("path", {class: s.area, d: area}) : null, h("path", {class: s.kind, d: path})];
-  });
-  const now = points.length ? points[points.length - 1] : null;
-  return h("figure", {class: "plot"}, h("figcaption", {}, h("span", {}, word), h("span", {}, "0 to " + count(top) + unit)),
-    h("svg", {viewBox: "0 0 600 120", preserveAspectRatio: "none", role: "img", "aria-label": word + (now ? ", now " + series.map(s => now[s.at]).join(" of ") : "")},
-      [0.5, 1].map(part => h("path", {class: "grid", d: "M0 " + y(top * part) + "H600"})), lines),
-    h("div", {class: "axis"}, h("span", {}, clock(from)), h("span", {}, span(to - from)), h("span", {}, clock(to))));
+function empty(text) {
+  return h("p", {class: "empty"}, text);
 }
 
-function clusterCard(row) {
-  const from = row.plot.length ? row.plot[0][0] : 0, to = row.plot.length ? row.plot[row.plot.length - 1][0] : 0;
-  return h("section", {class: "card", "data-key": "c" + row.number, "aria-label": "cluster " + row.name},
-    h("div", {class: "top"}, h("h2", {class: "mono"}, row.name), state(row.state), h("p", {}, (row.program ? "of " + row.program + ", " : "") + "cluster " + row.number + ", " + many(row.nodes, "node") + " ready, open for " + span(row.elapsed)),
-      view.manages && row.waiting && row.state !== "closed" ? h("span", {class: "actions"}, doubt("waiting" + row.number, "Cancel " + count(row.waiting) + " waiting", {"data-act": "cancel_waiting", "data-cluster": row.number})) : null),
-    bar(row),
-    h("dl", {class: "figures"}, figure("Done", count(row.done), "", "done"), figure("Failed", count(row.failed), "", "fail"), figure("Cancelled", count(row.cancelled), "", "stop"),
-      figure("Running", count(row.running), "", "run"), figure("Waiting", count(row.waiting), "", "wait"),
-      figure("Rate", few(row.rate), "/ s"), figure("Time left", row.left === null ? "\u2013" : span(row.left)), figure("CPUs used", row.used, "of " + row.cpus), figure("Job time", span(row.job_seconds))),
-    h("div", {class: "plots"},
-      plot(row.plot, "Jobs ended", "", [{at: 1, kind: "p-done", area: "p-area-done"}], from, to),
-      plot(row.plot, "CPUs used; dashed: offered", "", [{at: 2, kind: "p-used", area: "p-area-used", step: true}, {at: 3, kind: "p-cpus", step: true}], from, to)));
+function subline(text, kind) {
+  return h("span", {class: kind ? "sub " + kind : "sub"}, text);
 }
 
-function clustersPage() {
-  return [heading("Clusters", view.source + (view.total > 1 ? ", " + view.total + " in all" : "")),
-    view.rows.length ? view.rows.map(clusterCard) : h("p", {class: "empty"}, view.nothing), pager()];
+function button(act, row, words) {
+  const attributes = {type: "button", "data-key": act, "data-act": act, "data-node": row.id};
+  return h("button", attributes, words);
 }
 
-const heading = (text, ...more) => h("div", {class: "top"}, h("h1", {}, text), h("p", {}, ...more));
+// A button that asks once more before it does what cannot be undone.
+function doubt(name, words, attributes, disabled) {
+  if (sure !== name) {
+    const first = {
+      type: "button",
+      "data-key": "ask" + name,
+      "data-act": "sure",
+      "data-name": name,
+      disabled: Boolean(disabled),
+    };
+    return h("button", first, words);
+  }
+  const yes = {type: "button", class: "sure", "data-key": "sure" + name, ...attributes};
+  const no = {type: "button", "data-key": "no" + name, "data-act": "unsure"};
+  return [
+    h("button", yes, "Yes: " + words.charAt(0).toLowerCase() + words.slice(1)),
+    h("button", no, "No"),
+  ];
+}
 
-// columns: [words, field to sort by or "", class, cell]
+// A link that sorts the table which is shown.
+function sortLink(words, field, firstDescending) {
+  const isSorted = view.sort === field;
+  const desc = isSorted ? 1 - view.desc : Number(firstDescending);
+  const down = " \u25be";
+  const up = " \u25b4";
+  let arrow = "";
+  if (isSorted) arrow = view.desc ? down : up;
+  return h("a", {href: href(place.page, {sort: field, desc, page: 1})}, words + arrow);
+}
+
+function headCell(column) {
+  const [words, field, kind] = column;
+  const attributes = {scope: "col", class: kind || false};
+  if (field && view.sort === field) {
+    attributes["aria-sort"] = view.desc ? "descending" : "ascending";
+  }
+  return h("th", attributes, field ? sortLink(words, field, false) : words);
+}
+
+function bodyCell(column, row) {
+  const [words, , kind, cell] = column;
+  return h("td", {class: kind || false, "data-label": words || false}, cell(row));
+}
+
+// The rows of the view. A column is [words, field to sort by or "", class, function of a row].
 function tableOf(columns, key, caption) {
-  const link = (words, field) => h("a", {href: href(place.page, {sort: field, desc: view.sort === field ? 1 - view.desc : 0, page: 1})}, words + (view.sort === field ? (view.desc ? " \u25be" : " \u25b4") : ""));
-  return [h("div", {class: "sorts"}, "Sort by", columns.filter(column => column[1]).map(column => link(column[0], column[1]))),
-    h("div", {class: "wrap"}, h("table", {class: "stack"}, h("caption", {hidden: true}, caption),
-    h("thead", {}, h("tr", {}, columns.map(([words, field, kind]) => h("th", {scope: "col", class: kind || false, "aria-sort": field && view.sort === field ? (view.desc ? "descending" : "ascending") : false}, field ? link(words, field) : words)))),
-    h("tbody", {}, view.rows.map(row => h("tr", {"data-key": key(row)}, columns.map(([words, , kind, cell]) => h("td", {class: kind || false, "data-label": words || false}, cell(row)))))))), pager()];
+  const sortable = columns.filter(column => column[1]);
+  const links = sortable.map(([words, field]) => sortLink(words, field, false));
+  const head = h("tr", {}, columns.map(headCell));
+  const body = view.rows.map(row => {
+    const cells = columns.map(column => bodyCell(column, row));
+    return h("tr", {"data-key": key(row)}, cells);
+  });
+  const parts = [
+    h("caption", {hidden: true}, caption),
+    h("thead", {}, head),
+    h("tbody", {}, body),
+  ];
+  return [
+    h("div", {class: "sorts"}, "Sort by", links),
+    h("div", {class: "wrap"}, h("table", {class: "stack"}, parts)),
+    pager(),
+  ];
+}
+
+function pageLink(page, words) {
+  if (page < 1 || page > view.pages) return h("span", {}, words);
+  return h("a", {href: href(place.page, {page})}, words);
 }
 
 function pager() {
   if (view.pages < 2) return null;
   const from = (view.page - 1) * view.per + 1;
+  const to = from + view.rows.length - 1;
   return h("nav", {class: "pager", "aria-label": "Pages of the table"},
-    view.page > 1 ? h("a", {href: href(place.page, {page: view.page - 1})}, "\u2190 Previous") : h("span", {}, "\u2190 Previous"),
-    h("span", {}, count(from) + " to " + count(from + view.rows.length - 1) + " of " + count(view.total)),
-    view.page < view.pages ? h("a", {href: href(place.page, {page: view.page + 1})}, "Next \u2192") : h("span", {}, "Next \u2192"));
+    pageLink(view.page - 1, "\u2190 Previous"),
+    h("span", {}, count(from) + " to " + count(to) + " of " + count(view.total)),
+    pageLink(view.page + 1, "Next \u2192"));
 }
 
-const nodeName = row => [h("a", {href: "#/node?id=" + encodeURIComponent(row.id)}, row.name || row.address), h("span", {class: "sub"}, row.address + (row.port ? ":" + row.port : ""))];
-const meter = row => h("svg", {class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true"}, h("rect", {x: 0, y: 0, height: 6, width: Math.min(100, 100 * row.used / Math.max(1, row.cpus)).toFixed(1)}));
-const cpus = row => [row.used + " of " + row.cpus, meter(row)];
-const stateCell = row => [state(row.state), row.holder ? h("span", {class: "sub reason"}, "held by " + row.holder) : null, row.reason && row.reason !== "deallocated" ? h("span", {class: "sub reason"}, last(row.reason)) : null];
+// -- clusters -------------------------------------------------------------------------------------
+
+function figure(word, value, unit, kind) {
+  const small = unit ? h("small", {}, " " + unit) : null;
+  return h("div", {},
+    h("dt", {}, kind ? mark(kind) : null, word),
+    h("dd", {"data-figure": word}, value, small));
+}
+
+// Shares of all jobs in one bar.
+function bar(row) {
+  const all = Math.max(1, row.submitted);
+  const parts = [
+    ["done", row.done],
+    ["fail", row.failed],
+    ["stop", row.cancelled],
+    ["run", row.running],
+  ];
+  const rects = [];
+  let x = 0;
+  for (const [kind, n] of parts) {
+    const width = 100 * n / all;
+    const sides = {x: x.toFixed(3), y: 0, width: width.toFixed(3), height: 12};
+    rects.push(h("rect", {class: "s-" + kind, ...sides}));
+    x += width;
+  }
+  const shares = [
+    row.done + " done",
+    row.failed + " failed",
+    row.cancelled + " cancelled",
+    row.running + " running",
+    row.waiting + " waiting",
+  ];
+  const attributes = {
+    class: "bar",
+    viewBox: "0 0 100 12",
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label": "of " + many(row.submitted, "job") + " " + shares.join(", "),
+  };
+  return h("svg", attributes, rects);
+}
+
+// What maps times and values to places in a plot of 600 by 120, whose lowest line is at 118.
+function scales(from, to, top) {
+  const x = time => (600 * (time - from) / Math.max(1, to - from)).toFixed(1);
+  const y = value => (118 - 110 * value / top).toFixed(1);
+  return {x, y, end: x(to)};
+}
+
+// The path of a series; one that goes by steps keeps each value until the next point.
+function linePath(points, series, {x, y, end}) {
+  let path = "";
+  for (const point of points) {
+    const there = x(point[0]) + " " + y(point[series.at]);
+    if (path === "") {
+      path = "M" + there;
+    } else if (series.step) {
+      path += "H" + x(point[0]) + "V" + y(point[series.at]) + "M" + there;
+    } else {
+      path += "L" + there;
+    }
+  }
+  if (series.step && points.length) path += "H" + end;
+  return path;
+}
+
+function areaPath(points, series, {x, y, end}) {
+  if (!series.area || !points.length) return "";
+  let path = "M" + x(points[0][0]) + " 118";
+  for (const point of points) {
+    const value = y(point[series.at]);
+    path += series.step ? "H" + x(point[0]) + "V" + value : "L" + x(point[0]) + " " + value;
+  }
+  if (series.step) path += "H" + end;
+  return path + "V118Z";
+}
+
+// points: [[time, value, ...], ...]. A series is {at: index of its value, kind: class of its line,
+// area: class of what is below it, step: whether it goes by steps}.
+function plot(points, word, series) {
+  const first = points.length ? points[0] : [0];
+  const last = points.length ? points[points.length - 1] : [0];
+  const from = first[0];
+  const to = last[0];
+  const highest = point => Math.max(...series.map(one => point[one.at]));
+  const top = Math.max(1, ...points.map(highest));
+  const scale = scales(from, to, top);
+  const lines = series.map(one => {
+    const area = areaPath(points, one, scale);
+    return [
+      area ? h("path", {class: one.area, d: area}) : null,
+      h("path", {class: one.kind, d: linePath(points, one, scale)}),
+    ];
+  });
+  const grid = [0.5, 1].map(part => {
+    return h("path", {class: "grid", d: "M0 " + scale.y(top * part) + "H600"});
+  });
+  const now = points.length ? ", now " + series.map(one => last[one.at]).join(" of ") : "";
+  const attributes = {
+    viewBox: "0 0 600 120",
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label": word + now,
+  };
+  const caption = [h("span", {}, word), h("span", {}, "0 to " + count(top))];
+  const axis = [clock(from), span(to - from), clock(to)].map(text => h("span", {}, text));
+  return h("figure", {class: "plot"},
+    h("figcaption", {}, caption),
+    h("svg", attributes, grid, lines),
+    h("div", {class: "axis"}, axis));
+}
+
+const ENDED_PLOT = [{at: 1, kind: "p-done", area: "p-area-done"}];
+const CPUS_PLOT = [
+  {at: 2, kind: "p-used", area: "p-area-used", step: true},
+  {at: 3, kind: "p-cpus", step: true},
+];
+
+function cancelWaiting(row) {
+  if (!view.manages || !row.waiting || row.state === "closed") return null;
+  const attributes = {"data-act": "cancel_waiting", "data-cluster": row.number};
+  const words = "Cancel " + count(row.waiting) + " waiting";
+  return h("span", {class: "actions"}, doubt("waiting" + row.number, words, attributes));
+}
+
+function clusterInWords(row) {
+  const owner = row.program ? "of " + row.program + ", " : "";
+  const nodes = many(row.nodes, "node") + " ready";
+  return owner + "cluster " + row.number + ", " + nodes + ", open for " + span(row.elapsed);
+}
+
+function clusterCard(row) {
+  const figures = [
+    figure("Done", count(row.done), "", "done"),
+    figure("Failed", count(row.failed), "", "fail"),
+    figure("Cancelled", count(row.cancelled), "", "stop"),
+    figure("Running", count(row.running), "", "run"),
+    figure("Waiting", count(row.waiting), "", "wait"),
+    figure("Rate", few(row.rate), "/ s"),
+    figure("Time left", span(row.left)),
+    figure("CPUs used", row.used, "of " + row.cpus),
+    figure("Job time", span(row.job_seconds)),
+  ];
+  const top = [
+    h("h2", {class: "mono"}, row.name),
+    state(row.state),
+    h("p", {}, clusterInWords(row)),
+    cancelWaiting(row),
+  ];
+  const card = {
+    class: "card",
+    "data-key": "c" + row.number,
+    "aria-label": "cluster " + row.name,
+  };
+  return h("section", card,
+    h("div", {class: "top"}, top),
+    bar(row),
+    h("dl", {class: "figures"}, figures),
+    h("div", {class: "plots"},
+      plot(row.plot, "Jobs ended", ENDED_PLOT),
+      plot(row.plot, "CPUs used; dashed: offered", CPUS_PLOT)));
+}
+
+function clustersPage() {
+  const total = view.total > 1 ? ", " + view.total + " in all" : "";
+  const cards = view.rows.length ? view.rows.map(clusterCard) : empty(view.nothing);
+  return [heading("Clusters", view.source + total), cards, pager()];
+}
+
+// -- nodes ----------------------------------------------------------------------------------------
+
+function addressOf(node) {
+  return node.address + (node.port ? ":" + node.port : "");
+}
+
+function nodeName(row) {
+  const link = "#/node?id=" + encodeURIComponent(row.id);
+  return [h("a", {href: link}, row.name || row.address), subline(addressOf(row))];
+}
+
+function meter(row) {
+  const width = Math.min(100, 100 * row.used / Math.max(1, row.cpus));
+  const attributes = {
+    class: "meter",
+    viewBox: "0 0 100 6",
+    preserveAspectRatio: "none",
+    "aria-hidden": "true",
+  };
+  return h("svg", attributes, h("rect", {x: 0, y: 0, height: 6, width: width.toFixed(1)}));
+}
+
+function cpusCell(row) {
+  return [row.used + " of " + row.cpus, meter(row)];
+}
+
+function stateCell(row) {
+  const hasReason = row.reason && row.reason !== "deallocated";
+  return [
+    state(row.state),
+    row.holder ? subline("held by " + row.holder, "reason") : null,
+    hasReason ? subline(lastLine(row.reason), "reason") : null,
+  ];
+}
+
+const NODE_COLUMNS = [
+  ["Node", "name", "wide", nodeName],
+  ["State", "state", "wide", stateCell],
+  ["CPUs used", "used", "n", cpusCell],
+  ["Jobs done", "jobs", "n", row => count(row.jobs)],
+  ["Job time", "job_seconds", "n", row => span(row.job_seconds)],
+  ["Memory free", "memory", "n", row => size(row.memory)],
+  ["Disk free", "disk", "n", row => size(row.disk)],
+  ["Load", "load", "n", row => percent(row.load)],
+  ["Heard", "heard", "n", row => ago(row.heard)],
+];
+
+function isConnected(row) {
+  return row.state === "ready" || row.state === "connected";
+}
+
+function nodesInWords() {
+  const nodes = many(view.total, "node");
+  if (view.pages > 1) return nodes;   // the others are not here, and cannot be counted
+  let used = 0;
+  let all = 0;
+  for (const row of view.rows) {
+    used += row.used;
+    if (isConnected(row)) all += row.cpus;
+  }
+  return nodes + ", " + used + " of " + many(all, "CPU") + " used";
+}
 
 function nodesPage() {
-  const used = view.rows.reduce((sum, row) => sum + row.used, 0), all = view.rows.reduce((sum, row) => sum + (row.state === "ready" || row.state === "connected" ? row.cpus : 0), 0);
-  return [heading("Nodes", many(view.total, "node") + (view.pages < 2 ? ", " + used + " of " + many(all, "CPU") + " used" : "")),
-    view.rows.length ? tableOf([["Node", "name", "wide", nodeName], ["State", "state", "wide", stateCell], ["CPUs used", "used", "n", cpus], ["Jobs done", "jobs", "n", row => count(row.jobs)],
-      ["Job time", "job_seconds", "n", row => span(row.job_seconds)], ["Memory free", "memory", "n", row => size(row.memory)], ["Disk free", "disk", "n", row => size(row.disk)],
-      ["Load", "load", "n", row => row.load === null ? "\u2013" : Math.round(row.load) + " %"], ["Heard", "heard", "n", row => row.heard === null ? "\u2013" : span(row.heard) + " ago"]], row => "n" + row.id, "Nodes")
-      : h("p", {class: "empty"}, "No node is known yet.")];
+  const rows = view.rows.length
+    ? tableOf(NODE_COLUMNS, row => "n" + row.id, "Nodes")
+    : empty("No node is known yet.");
+  return [heading("Nodes", nodesInWords()), rows];
 }
 
-// A button that asks once more before it does what cannot be undone.
-function doubt(name, words, attrs, disabled) {
-  return sure === name ? [h("button", {type: "button", class: "sure", "data-key": "sure" + name, ...attrs}, "Yes: " + words.charAt(0).toLowerCase() + words.slice(1)), h("button", {type: "button", "data-key": "no" + name, "data-act": "unsure"}, "No")]
-    : h("button", {type: "button", "data-key": "ask" + name, "data-act": "sure", "data-name": name, disabled: !!disabled}, words);
+// -- one node -------------------------------------------------------------------------------------
+
+function jobKey(row) {
+  return row.cluster + "." + row.job;
 }
 
-const jobKey = row => row.cluster + "." + row.job;
-function nodePage() {
-  const node = view.node, facts = [["State", stateCell(node)], ["CPUs used", node.used + " of " + node.cpus], ["Jobs done", count(node.jobs)], ["Job time", span(node.job_seconds)],
-    ["Memory free", size(node.memory)], ["Disk free", size(node.disk)], ["Load", node.load === null ? "\u2013" : Math.round(node.load) + " %"], ["Heard", node.heard === null ? "\u2013" : span(node.heard) + " ago"], ["Platform", node.platform || "\u2013"],
-    ["Clusters", node.clusters.length ? node.clusters.map(use => use.name + ": " + use.jobs + " done").join(", ") : "\u2013"]];
+function chooseCell(row) {
+  if (!view.manages) return "";
+  return h("input", {
+    type: "checkbox",
+    "data-act": "choose",
+    "data-job": jobKey(row),
+    "aria-label": "choose job " + row.id,
+  });
+}
+
+function jobCell(row) {
+  const cluster = view.clusters.length > 1 ? subline("cluster " + row.cluster) : null;
+  return [h("span", {class: "mono"}, row.id), cluster];
+}
+
+function outputCell(row) {
+  const error = {class: "err", "aria-label": "stderr"};
+  return [
+    h("div", {class: "mono args"}, row.arguments || "none"),
+    row.stdout ? h("pre", {"aria-label": "stdout"}, row.stdout) : null,
+    row.stderr ? h("pre", error, row.stderr) : null,
+  ];
+}
+
+function cancelCell(row) {
+  if (!view.manages) return null;
+  const attributes = {
+    type: "button",
+    "data-act": "cancel",
+    "data-job": jobKey(row),
+    "aria-label": "cancel job " + row.id,
+  };
+  return h("button", attributes, "Cancel");
+}
+
+const JOB_COLUMNS = [
+  ["", "", "", chooseCell],
+  ["Job", "job", "", jobCell],
+  ["State", "state", "", row => state(row.state)],
+  ["Time", "seconds", "n", row => span(row.seconds)],
+  ["Arguments and output", "", "wide", outputCell],
+  ["", "", "n", cancelCell],
+];
+
+function factsOf(node) {
+  const uses = node.clusters.map(use => use.name + ": " + use.jobs + " done");
+  return [
+    ["State", stateCell(node)],
+    ["CPUs used", node.used + " of " + node.cpus],
+    ["Jobs done", count(node.jobs)],
+    ["Job time", span(node.job_seconds)],
+    ["Memory free", size(node.memory)],
+    ["Disk free", size(node.disk)],
+    ["Load", percent(node.load)],
+    ["Heard", ago(node.heard)],
+    ["Platform", node.platform || DASH],
+    ["Clusters", uses.join(", ") || DASH],
+  ];
+}
+
+function nodeCard(node) {
+  const facts = factsOf(node).map(([word, value]) => {
+    return h("div", {}, h("dt", {}, word), h("dd", {}, value));
+  });
+  const reason = node.reason.includes("\n") ? h("pre", {}, node.reason) : null;
+  return h("section", {class: "card"}, h("dl", {class: "facts"}, facts), reason);
+}
+
+function jobTools() {
+  if (!view.manages || !view.total) return null;
+  const some = chosen.size ? many(chosen.size, "chosen job") : "chosen jobs";
+  return h("div", {class: "tools"},
+    doubt("some", "Cancel " + some, {"data-act": "cancel_some"}, !chosen.size),
+    doubt("all", "Cancel all " + count(view.total), {"data-act": "cancel_all"}));
+}
+
+function noJobs() {
+  if (view.manages) return empty("No job is on this node.");
+  return empty("Which jobs these are is known to the program that uses the node.");
+}
+
+const NOT_LIVE = "Output is shown while it is printed by nodes that were set up after the " +
+  "monitor was made, or if the cluster has on_output. This node was set up before.";
+
+// Jobs that have ended meanwhile are not chosen any more.
+function forgetEndedJobs() {
   const there = new Set(view.rows.map(jobKey));
-  for (const key of chosen) if (!there.has(key)) chosen.delete(key);
-  const off = view.rows.find(row => row.live === false);
-  return [h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")), heading(node.name || node.address, node.address + (node.port ? ":" + node.port : "")),
-    h("section", {class: "card"}, h("dl", {class: "facts"}, facts.map(([word, value]) => h("div", {}, h("dt", {}, word), h("dd", {}, value)))),
-      node.reason.includes("\n") ? h("pre", {}, node.reason) : null),
+  for (const key of chosen) {
+    if (!there.has(key)) chosen.delete(key);
+  }
+}
+
+function nodePage() {
+  const node = view.node;
+  forgetEndedJobs();
+  const jobs = view.rows.length
+    ? tableOf(JOB_COLUMNS, row => "j" + jobKey(row), "Jobs on this node")
+    : noJobs();
+  const isSilent = view.rows.some(row => row.live === false);
+  return [
+    h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")),
+    heading(node.name || node.address, addressOf(node)),
+    nodeCard(node),
     h("div", {class: "top"}, h("h2", {}, "Jobs there"), h("p", {}, count(view.total))),
-    view.manages && view.total ? h("div", {class: "tools"}, doubt("some", chosen.size ? "Cancel " + many(chosen.size, "chosen job") : "Cancel chosen jobs", {"data-act": "cancel_some"}, !chosen.size),
-      doubt("all", "Cancel all " + count(view.total), {"data-act": "cancel_all"})) : null,
-    view.rows.length ? tableOf([["", "", "", row => view.manages ? h("input", {type: "checkbox", "data-act": "choose", "data-job": jobKey(row), "aria-label": "choose job " + row.id}) : ""],
-      ["Job", "job", "", row => [h("span", {class: "mono"}, row.id), view.clusters.length > 1 ? h("span", {class: "sub"}, "cluster " + row.cluster) : null]], ["State", "state", "", row => state(row.state)], ["Time", "seconds", "n", row => row.seconds === null ? "\u2013" : span(row.seconds)],
-      ["Arguments and output", "", "wide", row => [h("div", {class: "mono args"}, row.arguments || "none"),
-        row.stdout ? h("pre", {"aria-label": "stdout"}, row.stdout) : null, row.stderr ? h("pre", {class: "err", "aria-label": "stderr"}, row.stderr) : null]],
-      ["", "", "n", row => view.manages ? h("button", {type: "button", "data-act": "cancel", "data-job": jobKey(row), "aria-label": "cancel job " + row.id}, "Cancel") : null]], row => "j" + jobKey(row), "Jobs on this node")
-      : h("p", {class: "empty"}, view.manages ? "No job is on this node." : "Which jobs these are is known to the program that uses the node."),
-    off ? h("p", {class: "soft"}, "Output is shown while it is printed by nodes that were set up after the monitor was made, or if the cluster has on_output. This node was set up before.") : null];
+    jobTools(),
+    jobs,
+    isSilent ? h("p", {class: "soft"}, NOT_LIVE) : null,
+  ];
+}
+
+// -- failures -------------------------------------------------------------------------------------
+
+const FAILED_JOB_COLUMNS = [
+  ["Job", "mono", job => job.id],
+  ["Arguments", "mono args wide", job => job.arguments || "none"],
+  ["Status", "", job => job.status],
+  ["Node", "", job => job.node || DASH],
+  ["Time", "nowrap", job => clock(job.time)],
+];
+
+function failedJob(job) {
+  const cells = FAILED_JOB_COLUMNS.map(([word, kind, cell]) => {
+    return h("td", {class: kind || false, "data-label": word}, cell(job));
+  });
+  return h("tr", {}, cells);
+}
+
+// Failed jobs with the same last line of their tracebacks.
+function failureGroup(group) {
+  const head = FAILED_JOB_COLUMNS.map(([word]) => h("th", {scope: "col"}, word));
+  const jobs = h("table", {class: "stack"},
+    h("thead", {}, h("tr", {}, head)),
+    h("tbody", {}, group.jobs.map(failedJob)));
+  const summary = [
+    h("span", {class: "count"}, mark("fail"), count(group.count)),
+    h("span", {class: "line mono"}, group.text || "no text"),
+    h("span", {class: "soft nowrap"}, clock(group.last)),
+  ];
+  return h("details", {"data-key": "f" + group.cluster + group.text},
+    h("summary", {}, summary),
+    h("div", {}, h("pre", {}, group.trace.trim()), jobs));
 }
 
 function failuresPage() {
-  const words = field => h("a", {href: href("failures", {sort: field, desc: view.sort === field ? 1 - view.desc : 1, page: 1})}, {count: "number", last: "time"}[field] + (view.sort === field ? (view.desc ? " \u25be" : " \u25b4") : ""));
-  return [heading("Failures", "the last 500 failed jobs of a cluster, grouped by the last line of their tracebacks; by ", words("count"), ", ", words("last")),
-    view.rows.length ? h("div", {class: "wrap"}, view.rows.map(group => h("details", {"data-key": "f" + group.cluster + group.text},
-      h("summary", {}, h("span", {class: "count"}, mark("fail"), count(group.count)), h("span", {class: "line mono"}, group.text || "no text"), h("span", {class: "soft nowrap"}, clock(group.last))),
-      h("div", {}, h("pre", {}, group.trace.trim()), h("table", {class: "stack"}, h("thead", {}, h("tr", {}, ["Job", "Arguments", "Status", "Node", "Time"].map(word => h("th", {scope: "col"}, word)))),
-        h("tbody", {}, group.jobs.map(job => h("tr", {}, [["Job", "mono", job.id], ["Arguments", "mono args wide", job.arguments || "none"], ["Status", "", job.status], ["Node", "", job.node || "\u2013"], ["Time", "nowrap", clock(job.time)]].map(
-          ([word, kind, value]) => h("td", {class: kind || false, "data-label": word}, value))))))))))
-      : h("p", {class: "empty"}, "No job has failed."), pager()];
+  const words = "the last 500 failed jobs of a cluster, grouped by the last line of their " +
+    "tracebacks; by ";
+  const byNumber = sortLink("number", "count", true);
+  const byTime = sortLink("time", "last", true);
+  const groups = view.rows.length
+    ? h("div", {class: "wrap"}, view.rows.map(failureGroup))
+    : empty("No job has failed.");
+  return [heading("Failures", words, byNumber, ", ", byTime), groups, pager()];
 }
+
+// -- managing -------------------------------------------------------------------------------------
+
+function clusterChoice() {
+  if (view.clusters.length < 2 || view.shared) return null;
+  const options = view.clusters.map(one => {
+    return h("option", {value: one.number, "data-key": one.number}, one.number + " " + one.name);
+  });
+  return h("label", {}, "Cluster", h("select", {name: "cluster"}, options));
+}
+
+function cpusToUse() {
+  if (view.shared) return null;
+  const input = h("input", {name: "cpus", type: "number", placeholder: "all"});
+  return h("label", {}, "CPUs at most", input);
+}
+
+function addForm() {
+  const host = {
+    name: "host",
+    required: true,
+    autocomplete: "off",
+    autocapitalize: "none",
+    spellcheck: "false",
+    size: 22,
+  };
+  const port = {name: "port", type: "number", min: 1, max: 65535, placeholder: "9701"};
+  const what = "a host where dispynode runs, or a word with * for all that answer";
+  return h("section", {class: "card"},
+    h("div", {class: "top"}, h("h2", {}, "Add a node"), h("p", {}, what)),
+    h("form", {"data-act": "add"},
+      clusterChoice(),
+      h("label", {}, "Host", h("input", host)),
+      h("label", {}, "Port", h("input", port)),
+      cpusToUse(),
+      h("button", {class: "main"}, "Add")));
+}
+
+function cpusForm(row) {
+  if (row.state === "closed") return DASH;
+  const input = {
+    name: "cpus",
+    type: "number",
+    value: row.cpus,
+    max: row.offered || false,
+    "aria-label": "CPUs of " + (row.name || row.address),
+  };
+  return h("form", {"data-act": "cpus", "data-node": row.id},
+    h("input", input),
+    " ",
+    h("button", {}, "Set"));
+}
+
+function drainOrUse(row) {
+  if (row.id.includes("gone:")) return null;
+  const isIdle = row.state === "closed" || row.state === "drained";
+  return isIdle ? button("use", row, "Use again") : button("drain", row, "Drain");
+}
+
+function releaseButton(row) {
+  if (row.state === "closed") return null;
+  const attributes = {"data-act": "release", "data-node": row.id};
+  return doubt("release" + row.id, "Release", attributes);
+}
+
+function nodeActions(row) {
+  return h("div", {class: "actions"}, drainOrUse(row), releaseButton(row));
+}
+
+const MANAGE_COLUMNS = [
+  ["Node", "name", "", nodeName],
+  ["State", "state", "", stateCell],
+  ["CPUs used", "used", "n", cpusCell],
+  ["CPUs to use", "", "wide", cpusForm],
+  ["", "", "wide", nodeActions],
+];
+
+const NOT_MANAGED = "Nodes are only looked at here; what they do is decided by the program that " +
+  "uses them.";
+const DRAIN_AND_RELEASE = "Drain: nothing new is sent there. Release: it is let go, for other " +
+  "programs to use, when its jobs have ended.";
+const FOR_ALL = " All this holds for all clusters, those that come too; CPUs are those that each " +
+  "may use at most.";
 
 function managePage() {
-  if (!view.manages) return [heading("Manage"), h("p", {class: "empty"}, "Nodes are only looked at here; what they do is decided by the program that uses them.")];
-  const open = view.clusters;
-  return [heading("Manage"), h("section", {class: "card"}, h("div", {class: "top"}, h("h2", {}, "Add a node"), h("p", {}, "a host where dispynode runs, or a word with * for all that answer")),
-    h("form", {"data-act": "add"}, open.length > 1 && !view.shared ? h("label", {}, "Cluster", h("select", {name: "cluster"}, open.map(one => h("option", {value: one.number, "data-key": one.number}, one.number + " " + one.name)))) : null,
-      h("label", {}, "Host", h("input", {name: "host", required: true, autocomplete: "off", autocapitalize: "none", spellcheck: "false", size: 22})), h("label", {}, "Port", h("input", {name: "port", type: "number", min: 1, max: 65535, placeholder: "9701"})),
-      view.shared ? null : h("label", {}, "CPUs at most", h("input", {name: "cpus", type: "number", placeholder: "all"})), h("button", {class: "main"}, "Add"))),
-    view.rows.length ? tableOf([["Node", "name", "", nodeName], ["State", "state", "", stateCell], ["CPUs used", "used", "n", cpus],
-      ["CPUs to use", "", "wide", row => row.state === "closed" ? "\u2013" : h("form", {"data-act": "cpus", "data-node": row.id}, h("input", {name: "cpus", type: "number", value: row.cpus, max: row.offered || false, "aria-label": "CPUs of " + (row.name || row.address)}), " ", h("button", {}, "Set"))],
-      ["", "", "wide", row => h("div", {class: "actions"}, row.id.includes("gone:") ? null : row.state === "closed" || row.state === "drained" ? button("use", row, "Use again") : button("drain", row, "Drain"),
-        row.state === "closed" ? null : doubt("release" + row.id, "Release", {"data-act": "release", "data-node": row.id}))]], row => "m" + row.id, "Nodes")
-      : h("p", {class: "empty"}, "No node is known yet."),
-    h("p", {class: "soft"}, "Drain: nothing new is sent there. Release: it is let go, for other programs to use, when its jobs have ended." + (view.shared ? " All this holds for all clusters, those that come too; CPUs are those that each may use at most." : ""))];
+  if (!view.manages) return [heading("Manage"), empty(NOT_MANAGED)];
+  const rows = view.rows.length
+    ? tableOf(MANAGE_COLUMNS, row => "m" + row.id, "Nodes")
+    : empty("No node is known yet.");
+  const words = DRAIN_AND_RELEASE + (view.shared ? FOR_ALL : "");
+  return [heading("Manage"), addForm(), rows, h("p", {class: "soft"}, words)];
 }
-const button = (act, row, words) => h("button", {type: "button", "data-key": act, "data-act": act, "data-node": row.id}, words);
 
-const DRAW = {clusters: clustersPage, nodes: nodesPage, node: nodePage, failures: failuresPage, manage: managePage};
+// -- drawing --------------------------------------------------------------------------------------
+
+const DRAW = {
+  clusters: clustersPage,
+  nodes: nodesPage,
+  node: nodePage,
+  failures: failuresPage,
+  manage: managePage,
+};
+
+function drawNavigation() {
+  const shown = place.page === "node" ? "nodes" : place.page;
+  const links = Object.entries(PAGES).map(([name, words]) => {
+    return h("a", {href: "#/" + name, "aria-current": name === shown ? "page" : false}, words);
+  });
+  patch(byId("nav"), links);
+  document.title = (PAGES[place.page] || "Node") + " \u00b7 dispy";
+}
+
+function content() {
+  if (view === null) return h("p", {class: "empty", "data-key": "loading"}, "Loading.");
+  if (view.error) {
+    const noToken = "Open this page by the link that the program printed: it carries the token.";
+    const text = view.status === 401 ? noToken : view.error;
+    return h("p", {class: "empty", "data-key": "error"}, text);
+  }
+  return h("div", {"data-key": placeKey()}, DRAW[place.page]());
+}
 
 function draw() {
-  patch(document.getElementById("nav"), Object.entries(PAGES).map(([name, words]) => h("a", {href: "#/" + name, "aria-current": name === place.page || name === "nodes" && place.page === "node" ? "page" : false}, words)));
-  document.title = (PAGES[place.page] || "Node") + " \u00b7 dispy";
-  const main = document.getElementById("main"), held = document.activeElement;
-  if (view === null) { patch(main, [h("p", {class: "empty", "data-key": "loading"}, "Loading.")]); return; }
-  if (view.error) {
-    patch(main, [h("p", {class: "empty", "data-key": "error"}, view.status === 401 ? "Open this page by the link that the program printed: it carries the token." : view.error)]);
-    return;
+  drawNavigation();
+  const focused = document.activeElement;
+  patch(byId("main"), [content()]);
+  // An element that was moved has lost the focus.
+  if (focused && focused !== document.activeElement && focused.isConnected) {
+    focused.focus({preventScroll: true});
   }
-  patch(main, [h("div", {"data-key": place.page + (place.query.get("id") || "")}, DRAW[place.page]())]);
-  if (held && held !== document.activeElement && held.isConnected) held.focus({preventScroll: true});
 }
 
-// -- what the reader does ----------------------------------------------------------------------------------
+// -- what the reader does -------------------------------------------------------------------------
 
-const splitKey = key => key.split(".").map(Number);
-async function cancel(keys) {
-  const by = new Map();
-  for (const [cluster, job] of keys.map(splitKey)) by.set(cluster, [...(by.get(cluster) || []), job]);
-  for (const [cluster, jobs] of by) await post("cancel", {cluster, node: view.node.id, jobs}, n => many(n, "job") + (n === 1 ? " is" : " are") + " being ended.");
+function endingWords(n) {
+  return many(n, "job") + (n === 1 ? " is" : " are") + " being ended.";
 }
-const DO = {
-  sure: data => { sure = data.name; draw(); const yes = document.querySelector("button.sure"); if (yes) yes.focus(); },
-  unsure: () => { sure = ""; draw(); },
-  choose: (data, element) => { if (element.checked) chosen.add(data.job); else chosen.delete(data.job); draw(); },
-  cancel: data => cancel([data.job]),
-  cancel_some: () => { sure = ""; cancel([...chosen]); },
-  cancel_all: async () => { sure = ""; for (const use of view.node.clusters) await post("cancel", {cluster: use.number, node: view.node.id, jobs: "all"}, n => many(n, "job") + (n === 1 ? " is" : " are") + " being ended."); },
-  cancel_waiting: data => { sure = ""; post("cancel_waiting", {cluster: Number(data.cluster)}, n => many(n, "job") + (n === 1 ? " is" : " are") + " cancelled."); },
+
+function cancelledWords(n) {
+  return many(n, "job") + (n === 1 ? " is" : " are") + " cancelled.";
+}
+
+async function cancelJobs(keys) {
+  const byCluster = new Map();
+  for (const key of keys) {
+    const [cluster, job] = key.split(".").map(Number);
+    byCluster.set(cluster, [...(byCluster.get(cluster) || []), job]);
+  }
+  for (const [cluster, jobs] of byCluster) {
+    await post("cancel", {cluster, node: view.node.id, jobs}, endingWords);
+  }
+}
+
+async function cancelAll() {
+  sure = "";
+  const node = view.node;
+  for (const use of node.clusters) {
+    await post("cancel", {cluster: use.number, node: node.id, jobs: "all"}, endingWords);
+  }
+}
+
+function askAgain(data) {
+  sure = data.name;
+  draw();
+  const yes = document.querySelector("button.sure");
+  if (yes) yes.focus();
+}
+
+function askNoMore() {
+  sure = "";
+  draw();
+}
+
+function choose(data, box) {
+  if (box.checked) {
+    chosen.add(data.job);
+  } else {
+    chosen.delete(data.job);
+  }
+  draw();
+}
+
+function cancelChosen() {
+  sure = "";
+  cancelJobs([...chosen]);
+}
+
+function cancelWaitingJobs(data) {
+  sure = "";
+  post("cancel_waiting", {cluster: Number(data.cluster)}, cancelledWords);
+}
+
+function release(data) {
+  sure = "";
+  post("release", {node: data.node}, () => "The node is let go when its jobs have ended.");
+}
+
+// data-act of an element -> what a click on it does
+const CLICKS = {
+  sure: askAgain,
+  unsure: askNoMore,
+  choose,
+  cancel: data => cancelJobs([data.job]),
+  cancel_some: cancelChosen,
+  cancel_all: cancelAll,
+  cancel_waiting: cancelWaitingJobs,
   use: data => post("use", {node: data.node}, () => "The node is used again."),
   drain: data => post("drain", {node: data.node}, () => "Nothing new is sent to the node."),
-  release: data => { sure = ""; post("release", {node: data.node}, () => "The node is let go when its jobs have ended."); }};
-const SEND = {
-  add: (data, words) => post("add", {cluster: Number(words.get("cluster") || (view.clusters[0] || {number: 0}).number), host: words.get("host").trim(), port: words.get("port") ? Number(words.get("port")) : null, cpus: words.get("cpus") ? Number(words.get("cpus")) : null},
-    () => "The node is looked for; it appears below."),
-  cpus: (data, words) => post("cpus", {node: data.node, cpus: Number(words.get("cpus"))}, () => "The CPUs are set.")};
+  release,
+};
+
+function numberOrNull(text) {
+  return text ? Number(text) : null;
+}
+
+function addNode(data, words) {
+  const [first] = view.clusters;
+  const body = {
+    cluster: Number(words.get("cluster") || (first ? first.number : 0)),
+    host: words.get("host").trim(),
+    port: numberOrNull(words.get("port")),
+    cpus: numberOrNull(words.get("cpus")),
+  };
+  post("add", body, () => "The node is looked for; it appears below.");
+}
+
+function setCpus(data, words) {
+  const body = {node: data.node, cpus: Number(words.get("cpus"))};
+  post("cpus", body, () => "The CPUs are set.");
+}
+
+// data-act of a form -> what is done when it is sent
+const FORMS = {add: addNode, cpus: setCpus};
 
 document.addEventListener("click", event => {
-  const element = event.target.closest("[data-act]");
-  if (element && element.tagName !== "FORM" && DO[element.dataset.act]) DO[element.dataset.act](element.dataset, element);
+  const target = event.target.closest("[data-act]");
+  if (!target || target.tagName === "FORM") return;
+  const click = CLICKS[target.dataset.act];
+  if (click) click(target.dataset, target);
 });
 document.addEventListener("submit", event => {
   event.preventDefault();
   const form = event.target;
-  if (SEND[form.dataset.act]) SEND[form.dataset.act](form.dataset, new FormData(form));
+  const send = FORMS[form.dataset.act];
+  if (send) send(form.dataset, new FormData(form));
 });
-document.addEventListener("keydown", event => { if (event.key === "Escape" && sure) DO.unsure(); });
-document.addEventListener("visibilitychange", () => { if (document.hidden) { if (reading) reading.abort(); } else if (place) { plots.clear(); listen(); } });
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && sure) askNoMore();
+});
+// A window that nobody sees asks for nothing.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) {
+    if (reading) reading.abort();
+  } else if (place) {
+    plots.clear();
+    listen();
+  }
+});
 window.addEventListener("hashchange", go);
-document.querySelector(".skip").addEventListener("click", event => { event.preventDefault(); document.getElementById("main").focus(); });
+document.querySelector(".skip").addEventListener("click", event => {
+  event.preventDefault();
+  byId("main").focus();
+});
 go();
 '''
 

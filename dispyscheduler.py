@@ -6,15 +6,15 @@ Run `python dispyscheduler.py` on a host that programs and nodes can reach; prog
 asking the network); nodes that cannot be reached connect to it (`dispynode.py --scheduler-host
 HOST`).
 
-    programs                     this process                                              nodes
-    +---------------+  frames   +------------------------------------------+   frames   +-----------+
-    | driver        | <=======> | accept threads   TLS and handshake       | <========> | dispynode |
-    +---------------+           |      | post()                            |            +-----------+
-                                | main thread      Loop: links, timers     |
-                                |      |           Schedule: decides       |
-                                | State            SQLite, a transaction   |
-                                |                  a turn                  |
-                                +------------------------------------------+
+    programs               this process                                           nodes
+    +--------+  frames   +------------------------------------------+   frames   +-----------+
+    | driver | <=======> | accept threads   TLS and handshake       | <========> | dispynode |
+    +--------+           |      | post()                            |            +-----------+
+                         | main thread      Loop: links, timers     |
+                         |      |           Schedule: decides       |
+                         | State            SQLite, a transaction   |
+                         |                  a turn                  |
+                         +------------------------------------------+
 
 To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is
 a program with many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands
@@ -24,8 +24,8 @@ The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn
      has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it has
-     begun (`Started`).
+  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it
+     has begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
      disk.
   5. The program's Ack removes it.
@@ -41,7 +41,6 @@ Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 import argparse
 import bisect
 import collections
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -55,29 +54,34 @@ import math
 import mmap
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    Set, Tuple)
 
 try:
     from dispy import Driver
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     text = str(exc)
     if exc.name == 'dispy':
-        text = 'dispyscheduler.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
-            os.path.dirname(os.path.abspath(__file__)), exc)
+        text = ('dispyscheduler.py needs the files dispy.py and dispynode.py of the same release '
+                'beside it, in %s (%s)')
+        text %= (os.path.dirname(os.path.abspath(__file__)), exc)
     if __name__ == '__main__':
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, ConnectionSettings, Allocation, CancelAsked,
-    PackedComputation, Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
-    NodePolicy, NodeResults, NodeSpec, NodeUser, NodeConnection, Schedule, AssignmentState,
-    WithdrawAsked, ScheduledJob, cpus_of, has_ended, job_row, parse_nodes)
+    ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART,
+    ConnectionSettings, Allocation, CancelAsked, PackedComputation, Database, DispyNode, FailedJobs,
+    JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeInfo,
+    NodeSpec, NodeUse, NodeUser, Overview, NodeConnection, Schedule, AssignmentState, WithdrawAsked,
+    ScheduledJob, cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueRequests, pack_error,
     VALUE_MOST, IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES,
@@ -101,24 +105,19 @@ __all__ = ['main']   # the others are dispy's own
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-UNLIMITED_CPUS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
+# CPUs that programs are told of: all that they submit comes here at once
+UNLIMITED_CPUS = 1 << 20
 # Bytes of waiting jobs' arguments that are kept in memory besides the disk
 IN_MEMORY = 8 << 20
-BYTES_OVERHEAD = 48                   # bytes of memory that a bytes object takes besides its contents
+BYTES_OVERHEAD = 48           # bytes of memory that a bytes object takes besides its contents
 FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
-HTTPD_PORT = 8181             # of the web monitor
 # S after which what waits is cancelled for a program whose connection has ended
 GONE_TIME = 60.0
 GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
-# Failed jobs, those told at once, characters of a traceback
-FAILURES_KEPT = 500
-FAILURES_PAGE = 100
-FAILURE_TEXT = 8000
-ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
 # Bytes that are free, below which SQLite's log is emptied before each transaction
 LOW_DISK = 64 << 20
 PAGE_SIZE = 4096              # bytes of a page of SQLite's
@@ -132,7 +131,6 @@ COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
 # Characters of the reason why a node is not used, where many nodes are told of
 REASON_MOST = 2000
-REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
 logger = logging.getLogger('dispyscheduler')
 
@@ -145,8 +143,9 @@ STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a sche
 
 
 class StoredValue(mmap.mmap):
-    """Arguments or a result in a file, of which the system reads what is looked at. Its file goes
-    with it unless it has been given a place, which clears `path`."""
+    """A payload in a file, of which the system reads only the parts that are looked at. The file is
+    deleted together with this object unless it has been moved to a place of its own, which clears
+    `path`."""
     path = ''
 
     def __del__(self) -> None:
@@ -156,10 +155,11 @@ class StoredValue(mmap.mmap):
 
 
 def stored(path: str, is_own: bool = False) -> Any:
-    """The contents of a file; large ones are not read yet. Raises OSError."""
+    """Return the contents of a file; a large one is mapped and not read yet. Raises OSError."""
     with open(path, 'rb') as file:
         # On Windows files cannot be moved or removed that are mapped
-        if os.name == 'nt' or os.fstat(file.fileno()).st_size <= LAZY:
+        size = os.fstat(file.fileno()).st_size
+        if os.name == 'nt' or size <= LAZY:
             data = file.read()
             if is_own:
                 os.unlink(path)
@@ -173,29 +173,28 @@ def stored(path: str, is_own: bool = False) -> Any:
 
 
 def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
-    """The file in which a payload lies already, if there is one."""
-    if len(pieces) == 1 and type(pieces[0]) is memoryview:
-        value = pieces[0].obj
-    else:
-        value = None
+    """Return the file in which a payload lies already, if there is one."""
+    if len(pieces) != 1 or type(pieces[0]) is not memoryview:
+        return None
+    value = pieces[0].obj
     if isinstance(value, StoredValue) and value.path:
         return value
     return None
 
 
 class OnDisk:
-    """A place for a value that comes in parts: a file, written as the parts come, and on the disk
-    when it is whole."""
+    """A destination for a value that comes in parts: a file that is written as the parts come, and
+    that is on the disk when the value is complete."""
     SYNC = 64 << 20    # bytes after which is waited for the disk, so that nobody waits long
 
     def __init__(self, path: str) -> None:
-        """Raises OSError."""
+        """Create the file. Raises OSError."""
         self._path = path
         self._unsynced = 0
         self._file: Any = open(path, 'wb', buffering=0)
 
     def add(self, offset: int, data: Any) -> None:
-        """As of InMemory."""
+        """Write a part, as InMemory does."""
         view = memoryview(data)
         self._unsynced += len(view)
         while view:
@@ -208,47 +207,227 @@ class OnDisk:
         self._unsynced = 0
 
     def whole(self) -> Any:
-        """As of InMemory. Raises OSError."""
+        """Return the value, as InMemory does. Raises OSError."""
         self._sync()
         self._file.close()
         return memoryview(stored(self._path, True))
 
     def drop(self) -> None:
-        """As of InMemory."""
+        """Give the value up, as InMemory does."""
         self._file.close()
         with contextlib.suppress(OSError):   # it has gone
             os.unlink(self._path)
 
 
 class StoredValues(Values):
-    """As Values, on the disk."""
+    """Values that are kept in files while their parts come."""
 
     def __init__(self, state: 'State') -> None:
         super().__init__('at the scheduler', logger)
         self._state = state
 
     def find_place(self, value: IncomingValue) -> Any:
-        """A file if there is room on the disk. Raises OSError."""
-        promised = sum(other.total - other.seen for other in self._coming.values()
-                       if other.place is not None)
+        """Create a file for a value if the disk has room for it. Raises OSError."""
+        promised = 0
+        for other in self._coming.values():
+            if other.place is not None:
+                promised += other.total - other.seen
         return self._state.find_place(value.total, promised)
 
 
+LargeFile = Tuple[int, str]   # the number of a job, and 'p' for its arguments or 'r' for its result
+
+
+class DiskReserve:
+    """Bytes of the disk that are kept in a file and given up when the disk is full, so that what is
+    over can be removed: SQLite needs room for that too."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._path = os.path.join(root, 'reserve')
+        self._is_there = os.path.exists(self._path)
+
+    @property
+    def size(self) -> int:
+        """The size of the file: RESERVE, or less on a small disk."""
+        return min(RESERVE, shutil.disk_usage(self._root).total // 16)
+
+    def free(self) -> int:
+        """Return how many bytes of the disk are free."""
+        return shutil.disk_usage(self._root).free
+
+    def keep(self) -> None:
+        """Create the file if there is ample room for it."""
+        if self._is_there:
+            return
+        size = self.size
+        try:
+            if self.free() > 4 * size:
+                with open(self._path, 'wb') as file:
+                    file.write(bytes(size))
+                self._is_there = True
+        except OSError as exc:
+            logger.debug('%s: %s', self._path, exc)
+
+    def give_up(self) -> None:
+        """Delete the file if others have filled the disk."""
+        if self.free() < self.size:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self._is_there = False
+
+
+class LargeFiles:
+    """The files of large arguments and results: a directory with NUMBER.p and NUMBER.r.
+
+    directory - where they are
+    numbers - of the jobs that have files there
+    has_gone - whether there are files that are not needed after the next transaction
+    """
+    NEW = 'new-'   # begins the names of values whose parts are still to come
+
+    def __init__(self, directory: str) -> None:
+        """Raises OSError."""
+        self.directory = directory
+        self.numbers: Set[int] = set()
+        # To be written before the next transaction
+        self._pending: Dict[LargeFile, Sequence[Any]] = {}
+        # Jobs whose files are not needed after the next transaction
+        self._gone: List[int] = []
+        self._new_values = itertools.count(1)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether there are files that are not needed after the next transaction."""
+        return bool(self._gone)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether there are files that are not written yet."""
+        return bool(self._pending)
+
+    def path(self, number: int, end: str) -> str:
+        """Return the path of a file. `end` is 'p' for arguments and 'r' for a result."""
+        return os.path.join(self.directory, '%d.%s' % (number, end))
+
+    def find(self, knows: Callable[[int], bool]) -> None:
+        """Find the files of the jobs that `knows` says are there, and delete what an earlier run
+        has left. Raises OSError."""
+        for name in os.listdir(self.directory):
+            number, _, end = name.partition('.')
+            came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
+            if not came:
+                if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
+                    continue   # none of ours
+                if end in ('p', 'r') and knows(int(number)):
+                    self.numbers.add(int(number))
+                    continue
+            os.unlink(os.path.join(self.directory, name))
+
+    def new_place(self) -> OnDisk:
+        """Create a file for a value that comes in parts. Raises OSError."""
+        name = '%s%d.part' % (self.NEW, next(self._new_values))
+        return OnDisk(os.path.join(self.directory, name))
+
+    def add(self, number: int, end: str, pieces: Sequence[Any]) -> None:
+        """Note a file that is to be written before the next transaction."""
+        self._pending[number, end] = pieces
+
+    def payload(self, number: int) -> Any:
+        """Return the arguments of a job. Raises OSError."""
+        pieces = self._pending.get((number, 'p'))
+        if pieces is None:
+            return stored(self.path(number, 'p'))
+        if len(pieces) == 1:
+            return pieces[0]
+        return b''.join(pieces)
+
+    def size(self, number: int) -> Optional[int]:
+        """Return the size of the arguments of a job, None if they are not in a file. Raises
+        OSError."""
+        if (number, 'p') in self._pending:
+            return size_of(tuple(self._pending[number, 'p']))
+        if number in self.numbers:
+            return os.path.getsize(self.path(number, 'p'))
+        return None
+
+    def bytes_pending(self) -> int:
+        """Return how many bytes are to be written and are not on the disk yet."""
+        total = 0
+        for pieces in self._pending.values():
+            if _place_of(pieces) is None:
+                total += size_of(tuple(pieces))
+        return total
+
+    def drop(self, number: int) -> None:
+        """The arguments of a job are not needed any more."""
+        self._pending.pop((number, 'p'), None)
+        if number in self.numbers:
+            self._gone.append(number)
+
+    def remove(self, numbers: FrozenSet[int]) -> None:
+        """The files of these jobs are not needed any more."""
+        for key in list(self._pending):
+            if key[0] in numbers:
+                del self._pending[key]
+        if self.numbers:
+            self._gone += self.numbers & numbers
+
+    def write(self) -> None:
+        """Write what is to be written before the next transaction. Raises OSError."""
+        for (number, end), pieces in list(self._pending.items()):
+            self._keep(self.path(number, end), pieces)
+            self.numbers.add(number)
+            del self._pending[number, end]
+
+    @staticmethod
+    def _keep(path: str, pieces: Sequence[Any]) -> None:
+        value = _place_of(pieces)
+        if value is not None:   # it is on the disk
+            os.replace(value.path, path)
+            value.path = ''
+            return
+        with replaced(path) as temporary, open(temporary, 'wb') as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def unlink_gone(self) -> None:
+        """Delete the files that are not needed any more. Raises OSError."""
+        for number, end in itertools.product(self._gone, 'pr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(number, end))
+        self.numbers.difference_update(self._gone)
+        self._gone = []
+
+
 class State(Database):
-    """ProgramComputations, jobs and results of all programs, and nodes: <state-dir>/state.db, files
-    of computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
+    """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
+    computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK = 0x64735335
     VERSION = 1
     SYNC = 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
-    NEW = 'new-'               # begins names of large files that come
+    # Rows of jobs name others by their places, and hardly grow when they are sent: pages need not
+    # be split then
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
-        CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp INTEGER, client INTEGER, payload BLOB, options BLOB, state INTEGER,
-            attempt INTEGER, node INTEGER, result BLOB);
-        CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
-        """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
+        CREATE TABLE jobs (
+            number INTEGER PRIMARY KEY, comp INTEGER, client INTEGER, payload BLOB, options BLOB,
+            state INTEGER, attempt INTEGER, node INTEGER, result BLOB);
+        CREATE TABLE nodes (
+            place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT,
+            instance BLOB)
+        """
+    # Those that the first release did not have: what was given up, the memories of nodes, and their
+    # lock files
+    LATER_TABLES = (
+        'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
+        'memories (place INTEGER PRIMARY KEY, memory TEXT)',
+        'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
     COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER = range(12)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
@@ -265,10 +444,11 @@ class State(Database):
         'DELETE FROM past WHERE comp = ?')
 
     def __init__(self, root: str) -> None:
-        """Raises DispyError, OSError."""
-        self.root, self.large = root, os.path.join(root, 'large')
+        """Open the state in this directory. Raises DispyError, OSError."""
+        self.root = root
         take_state_directory(root)
-        os.makedirs(self.large, mode=0o700, exist_ok=True)
+        self.files = LargeFiles(os.path.join(root, 'large'))
+        self._reserve = DiskReserve(root)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
         try:
             with self.damages():
@@ -287,313 +467,251 @@ class State(Database):
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
         # Nodes may still hold results of jobs that are not here any more: their numbers are not
         # given twice.
-        self.number: int = max(*run(
-            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = "
-            "'starts'"
-        ).fetchone())
-        # Of what was given up
-        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text '
-            'TEXT)'
-            )
-        # Of nodes
-        run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')
-        # Of nodes too
-        run('CREATE TABLE IF NOT EXISTS locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
+        numbers = run(
+            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own "
+            "WHERE name = 'starts'").fetchone()
+        self.number: int = max(*numbers)
+        for table in self.LATER_TABLES:
+            run('CREATE TABLE IF NOT EXISTS ' + table)
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
-        self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
-        self._files = self._find_files()   # numbers of jobs with large files
-        # Large files to be written before the next transaction
-        self._large: Dict[Tuple[int, str], Sequence[Any]] = {}
-        self._short = 0                    # bytes of the disk that are missing
-        self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
-        self._new_values = itertools.count(1)
-        # Those whose files are not needed after the next transaction
-        self._gone: List[int] = []
+        given = [0, *self._comps.values(), *self._places.values()]
+        self._newest = itertools.count(1 + max(given))
+        self.files.find(self._knows)
+        self._short = 0   # bytes of the disk that are missing
 
     def key_of(self, comp: str) -> bytes:
-        """The key by which this scheduler takes results of a computation from nodes, also when it
-        has been started again."""
+        """Return the key by which this scheduler takes results of a computation from nodes. It is
+        the same after the scheduler was started again."""
         return hmac.digest(self._seed, comp.encode(), 'sha256')
 
-    def _find_files(self) -> Set[int]:
-        """Removes those that the last run did not come to use, or to remove."""
-        found: Set[int] = set()
-        for name in os.listdir(self.large):
-            number, _, end = name.partition('.')
-            if number.startswith(self.NEW) and end == 'part':   # it came when the last run ended
-                os.unlink(os.path.join(self.large, name))
-            if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
-                continue   # none of ours
-            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?',
-                                                      (int(number), )).fetchone():
-                found.add(int(number))
-            else:
-                os.unlink(os.path.join(self.large, name))
-        return found
+    def _knows(self, number: int) -> bool:
+        found = self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (number,))
+        return found.fetchone() is not None
 
     # -- computations and nodes --------------------------------------------------------------------
 
-    def began(self, remote: 'ClientComputation') -> None:
-        """A computation is new, or its spec has changed."""
-        place = self._comps.get(remote.comp)
+    def began(self, computation: 'ClientComputation') -> None:
+        """Note a computation that is new, or whose spec has changed."""
+        place = self._comps.get(computation.comp)
         if place is None:
-            place = self._comps[remote.comp] = next(self._newest)
-        self.note(self.COMP, place, remote.comp, remote.instance,
-                  pickle.dumps(dict(remote.cargo.spec, key=remote.digest), 5))
+            place = next(self._newest)
+            self._comps[computation.comp] = place
+        spec = dict(computation.cargo.spec, key=computation.digest)
+        self.note(self.COMP, place, computation.comp, computation.instance, pickle.dumps(spec, 5))
 
     def over(self, comp: str) -> None:
-        """A computation, whose jobs are removed."""
+        """Note that a computation is over, whose jobs are removed by `removed`."""
         if self._comps.pop(comp, None) is not None:
             self.note(self.OVER, comp)
 
     def met(self, peer: NodeConnection) -> None:
-        """A node is connected."""
+        """Note a node that is connected."""
         key = _key_text(peer.key)
         if key not in self._places:
             self._places[key] = next(self._newest)
-        self.note(self.NODE, self._places[key], key, peer.host, peer.port, peer.name, peer.instance)
-        self.note(self.MEMORY, self._places[key], peer.memory)
+        place = self._places[key]
+        self.note(self.NODE, place, key, peer.host, peer.port, peer.name, peer.instance)
+        self.note(self.MEMORY, place, peer.memory)
         lock = peer.facts.get('lock')
-        if type(lock) is tuple and [type(part) for part in lock] == [str, str]:
-            self.note(self.LOCK, self._places[key], *(part[:LOCK_MOST] for part in lock))
+        if type(lock) is not tuple or list(map(type, lock)) != [str, str]:
+            return   # a node without a lock file
+        machine, file = [part[:LOCK_MOST] for part in lock]
+        self.note(self.LOCK, place, machine, file)
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
-        """What a program did not come back for; the numbers are its own."""
-        self.note(self.PAST, comp, time.time(), struct.pack('>%dQ' % len(serials), *serials), text)
+        """Note the jobs of a program that has not come back for their results, by its own
+        numbers."""
+        data = struct.pack('>%dQ' % len(serials), *serials)
+        self.note(self.PAST, comp, time.time(), data, text)
 
     def past(self, comp: str) -> AttemptHistory:
-        """What is known of the jobs of a computation that is not here any more."""
+        """Return what is known of the jobs of a computation that is not here any more."""
         row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
         if row is None:
             return AttemptHistory()
-        return AttemptHistory(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])),
-                    text=row[1])
+        data, text = row
+        given_up = struct.unpack('>%dQ' % (len(data) // 8), data)
+        return AttemptHistory(given_up=frozenset(given_up), text=text)
 
     # -- jobs --------------------------------------------------------------------------------------
 
-    def _file(self, number: int, end: str) -> str:
-        return os.path.join(self.large, '%d.%s' % (number, end))
-
-    def _keep(self, number: int, end: str, pieces: Sequence[Any]) -> None:
-        path = self._file(number, end)
-        value = _place_of(pieces)
-        if value is not None:   # it is on the disk
-            os.replace(value.path, path)
-            value.path = ''
-            self._files.add(number)
-            return
-        with replaced(path) as temporary, open(temporary, 'wb') as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        self._files.add(number)
-
     def find_place(self, size: int, promised: int) -> OnDisk:
-        """A place for a value of so many bytes that comes in parts, while others bring so many
-        more. Raises OSError."""
-        free = shutil.disk_usage(self.large).free - promised - self._reserve
+        """Create a file for a value of `size` bytes that comes in parts, while other values will
+        bring `promised` bytes more. Raises OSError."""
+        free = self._reserve.free() - promised - self._reserve.size
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
-        return OnDisk(os.path.join(self.large, '%s%d.part' % (self.NEW, next(self._new_values))))
+        return self.files.new_place()
 
     def submitted(self, work: 'ClientJob', payload: Any) -> None:
-        """A new job."""
-        number = work.serial >> 16
-        large = size_of(payload) >= FILE_BYTES
-        if large:
-            self._large[number, 'p'] = pieces_of(payload)
-        self.note(self.INSERT, number, self._comps[work.comp], work.client_serial,
-                  None if large else b''.join(pieces_of(payload)),
-                  pickle.dumps(work.options) if work.options else None)
+        """Note a new job."""
+        number = work.number
+        pieces = pieces_of(payload)
+        data = None
+        if size_of(payload) >= FILE_BYTES:
+            self.files.add(number, 'p', pieces)
+        else:
+            data = b''.join(pieces)
+        options = None
+        if work.options:
+            options = pickle.dumps(work.options)
+        comp = self._comps[work.comp]
+        self.note(self.INSERT, number, comp, work.client_serial, data, options)
 
     def payload(self, number: int) -> Any:
-        """The arguments of a job that has not ended."""
+        """Return the arguments of a job that has not ended. Raises OSError."""
         # Submitted in this very turn, in the order of their numbers
         new = self._notes[self.INSERT]
         at = bisect.bisect_left(new, (number,))
-        if at < len(new) and new[at][0] == number and new[at][3] is not None:
-            return new[at][3]
-        if (number, 'p') in self._large:
-            pieces = self._large[number, 'p']
-            if len(pieces) == 1:
-                return pieces[0]
-            return b''.join(pieces)
+        if at < len(new):
+            row = new[at]
+            if row[0] == number and row[3] is not None:
+                return row[3]
         row = self._db.execute('SELECT payload FROM jobs WHERE number = ?', (number,)).fetchone()
         if row is not None and row[0] is not None:
             return row[0]
-        return stored(self._file(number, 'p'))
+        return self.files.payload(number)
 
     def sent(self, works: Sequence[ScheduledJob], key: Any) -> None:
-        """Jobs go to a node, when this is on the disk."""
+        """Note jobs that go to a node, when this is on the disk."""
         place = self._places[_key_text(key)]
-        self._notes[self.MOVE] += [(self.SENT, work.serial & 0xffff, place, work.serial >> 16)
-                                   for work in works]
+        notes = self._notes[self.MOVE]
+        for work in works:
+            notes.append((self.SENT, work.serial & 0xffff, place, work.serial >> 16))
 
-    def waits(self, work: ScheduledJob) -> None:
-        """A job is back from a node."""
-        self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.serial >> 16)
-
-    def payload_size(self, number: int) -> int:
-        """Bytes of the arguments of a job, if they are a file; otherwise 0. Raises OSError."""
-        if (number, 'p') in self._large:
-            return size_of(tuple(self._large[number, 'p']))
-        if number in self._files:
-            return os.path.getsize(self._file(number, 'p'))
-        return 0
+    def waits(self, work: 'ClientJob') -> None:
+        """Note a job that is back from a node."""
+        self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.number)
 
     def size_of_payload(self, number: int) -> int:
-        """Bytes of the arguments of a job that has not ended, at the start."""
-        if number in self._files:
-            with contextlib.suppress(OSError):   # told when they are needed
-                return os.path.getsize(self._file(number, 'p'))
-        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?',
-                               (number, )).fetchone()
-        if row is not None:
-            return row[0] or 0
-        return 0
+        """Return the size of the arguments of a job that has not ended, 0 for one that was
+        submitted in this very turn and is small. Raises OSError."""
+        size = self.files.size(number)
+        if size is not None:
+            return size
+        query = 'SELECT length(payload) FROM jobs WHERE number = ?'
+        row = self._db.execute(query, (number,)).fetchone()
+        if row is None:
+            return 0
+        return row[0] or 0
 
     def ended(self, number: int, row: tuple) -> None:
-        """A row of Results, with the serial that the program knows. The payload of a very large one
-        is a file alone."""
+        """Note a row of Results, with the serial that the program knows. The payload of a very
+        large one is a file alone."""
         if size_of(row[4]) > LAZY:
-            self._large[number, 'r'] = pieces_of(row[4])
+            self.files.add(number, 'r', pieces_of(row[4]))
             row = (*row[:4], None, *row[5:])
-        data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
-        if len(data) >= FILE_BYTES:  # type: ignore[arg-type]
-            self._large[number, 'r'] = [data]
-            data = None
-        self.note(self.END, data, number)
+        payloads = tuple(map(_plain, row[4:]))
+        data = pickle.dumps(row[:4] + payloads, 5)
+        if len(data) < FILE_BYTES:
+            self.note(self.END, data, number)
+        else:
+            self.files.add(number, 'r', [data])
+            self.note(self.END, None, number)
 
     def dropped(self, number: int) -> None:
-        """A job is cancelled because its program is gone, which may still ask for it."""
-        self._large.pop((number, 'p'), None)
+        """Note a job that is cancelled because its program is gone, which may still ask for
+        it."""
+        self.files.drop(number)
         self.note(self.DROP, number)
-        if number in self._files:
-            self._gone.append(number)
 
     def removed(self, numbers: Sequence[int]) -> None:
-        """A program has these results, or wants none."""
+        """Note results that a program has, or does not want."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
+        gone = frozenset(numbers)
         # What was not written because there is no room need not be written any more
         if self.broken:
-            gone = set(numbers)
-            for statement, place in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
-                self._notes[statement] = [
-                    row for row in self._notes[statement] if row[place] not in gone
-                ]
-        if self._large:   # not written yet, and need not be
-            gone = set(numbers)
-            for key in [key for key in self._large if key[0] in gone]:
-                del self._large[key]
-        if self._files:
-            self._gone += self._files.intersection(numbers)
+            self._forget_notes(gone)
+        self.files.remove(gone)
+
+    def _forget_notes(self, numbers: FrozenSet[int]) -> None:
+        """Drop what was to be written about some jobs."""
+        for statement, column in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
+            rows = self._notes[statement]
+            self._notes[statement] = [row for row in rows if row[column] not in numbers]
 
     def commit(self) -> bool:
-        """As Database, with the large files before it; then those go that are not needed any more.
-        That results were acknowledged can wait for more to write: if it is lost, they come once
-        more, and are acknowledged as known."""
-        if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
-                rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
+        """Write what was noted, as Database does, and the large files before it; then delete the
+        files that are not needed any more."""
+        if not self._has_to_write():
             return True
         if not self._has_room():
             self._make_room()
-            return self._failed(
-                OSError(errno.ENOSPC,
-                        '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
+            text = '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)
+            return self._failed(OSError(errno.ENOSPC, text))
         try:
-            for (number, end), pieces in list(self._large.items()):
-                self._keep(number, end, pieces)
-                del self._large[number, end]
+            self.files.write()
         except OSError as exc:
             self._make_room()
             return self._failed(exc)
         done = super().commit()
         if done:
-            self._unlink_gone()
-            self._have_reserve()
+            self.files.unlink_gone()
+            self._reserve.keep()
         else:
             self._make_room()
         return done
 
+    def _has_to_write(self) -> bool:
+        """Return whether there is anything that cannot wait. A note that results were acknowledged
+        can: if it is lost, the results come once more and are acknowledged as known."""
+        removed = self._notes[self.REMOVE]
+        if self.files.has_gone or len(removed) >= REMOVED_MOST:
+            return True
+        return any(rows for rows in self._notes if rows is not removed)
+
+    def _empty_log(self) -> None:
+        """Make SQLite write the content of its log into the database file."""
+        self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+
     def _has_room(self) -> bool:
-        """Whether what waits to be written leaves some of the disk free: SQLite needs room to
-        remove things, too, and a transaction that fails has filled the disk. It is written twice,
-        into the log and from there into the file."""
-        wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
-        wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
-        files = sum(size_of(tuple(pieces)) for pieces in self._large.values()
-                    if _place_of(pieces) is None)
+        """Return whether what waits to be written leaves some of the disk free. SQLite needs room
+        to remove things, too, and a transaction that fails has filled the disk. What is written is
+        written twice: into the log, and from there into the file."""
+        wanted = _bytes_in(self._notes[self.INSERT], 3)
+        wanted += _bytes_in(self._notes[self.END], 0)
+        files = self.files.bytes_pending()
         if not wanted and not files:
             return True
         # What is in the log only would make the file grow later
-        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):
+        if self._reserve.free() < LOW_DISK + 4 * (wanted + files):
             with contextlib.suppress(self._error):
-                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+                self._empty_log()
         # Of what was removed
         inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]
-        if inside < self._reserve:
-            margin = self._reserve
-        else:
-            margin = self._reserve // 8
-        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(
-            self.root).free
+        margin = self._reserve.size
+        if inside >= margin:
+            margin //= 8
+        needed = files + wanted + max(0, wanted - inside) + margin
+        self._short = needed - self._reserve.free()
         return self._short <= 0
 
-    def _unlink_gone(self) -> None:
-        for number, end in itertools.product(self._gone, 'pr'):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._file(number, end))
-        self._files.difference_update(self._gone)
-        self._gone = []
-
-    @property
-    def _reserve(self) -> int:
-        """RESERVE, or less on a small disk."""
-        return min(RESERVE, shutil.disk_usage(self.root).total // 16)
-
-    def _have_reserve(self) -> None:
-        """Bytes of the disk that are given back when it is full, so that what is over can be
-        removed: SQLite needs room for that too."""
-        if self._reserved:
-            return
-        path = os.path.join(self.root, 'reserve')
-        try:
-            if shutil.disk_usage(self.root).free > 4 * self._reserve:
-                with open(path, 'wb') as file:
-                    file.write(bytes(self._reserve))
-                self._reserved = True
-        except OSError as exc:
-            logger.debug('%s: %s', path, exc)
-
     def _make_room(self) -> None:
-        """The disk is full: remove what is over, and nothing else."""
-        self._unlink_gone()
-        if shutil.disk_usage(self.root).free < self._reserve:   # others have filled it
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.root, 'reserve'))
-            self._reserved = False
+        """Remove what is over, and nothing else, because the disk is full."""
+        self.files.unlink_gone()
+        self._reserve.give_up()
         over = self._notes[self.OVER]
         gone = self._notes[self.REMOVE]
         try:
             # Few at a time, and the room that they take in the log is used again for the next
             while over or gone:
-                self._notes[self.OVER], self._notes[
-                    self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
+                self._notes[self.OVER] = over[:REMOVED_AT_ONCE]
+                self._notes[self.REMOVE] = gone[:REMOVED_AT_ONCE]
                 self._write((self.OVER, self.REMOVE))
                 over = over[REMOVED_AT_ONCE:]
                 gone = gone[REMOVED_AT_ONCE:]
-                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+                self._empty_log()
         except self._error as exc:
             logger.debug('%s', exc)   # it is tried again
         finally:
-            self._notes[self.OVER], self._notes[self.REMOVE] = over, gone
+            self._notes[self.OVER] = over
+            self._notes[self.REMOVE] = gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
-        """Rows of Results that are on the disk, one after the other; `unread` gets those that
-        cannot be read now."""
+        """Yield the rows of Results that are on the disk. The numbers of those that cannot be read
+        now are appended to `unread`."""
         for number in numbers:
             row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2',
                                    (number, )).fetchone()
@@ -602,10 +720,8 @@ class State(Database):
             try:
                 found = self._result(number, row[0])
             except FileNotFoundError as exc:
-                yield row[1], int(
-                    Outcome.DIED
-                ), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(
-                    exc).encode(), b'', b''
+                text = 'its result cannot be read at the scheduler: %s' % exc
+                yield ended_row(row[1], Outcome.DIED, text)
             except OSError as exc:   # no descriptor is left
                 if not unread:
                     logger.error('a result cannot be read now: %s', exc)
@@ -614,74 +730,82 @@ class State(Database):
                 yield found
 
     def _result(self, number: int, data: Optional[bytes]) -> tuple:
-        """A row of Results. Raises OSError."""
+        """Return a row of Results. Raises OSError."""
         if data is None:
-            with open(self._file(number, 'r'), 'rb') as file:
+            with open(self.files.path(number, 'r'), 'rb') as file:
                 data = file.read()
         found: tuple = open_plain(data)
         if found[4] is None:
-            found = (*found[:4], stored(self._file(number, 'r')), *found[5:])
+            payload = stored(self.files.path(number, 'r'))
+            found = (*found[:4], payload, *found[5:])
         return found
 
     # -- at the start ------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
-        """ProgramComputations in the order in which they came: name, instance of the program,
-        spec."""
-        return [(comp, client, open_plain(spec)) for comp, client, spec in
-                self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
+        """Return (name, instance of the program, spec) of the computations in the order in which
+        they came."""
+        rows = self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')
+        return [(comp, client, open_plain(spec)) for comp, client, spec in rows]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
-        """Rows (number, serial of the program, options, state, serial, key of its node) of a
-        computation, in order."""
-        keys = {place: _key_of(key) for key, place in self._places.items()}
-        for number, client, options, state, attempt, node in self._db.execute(
-                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
-                'ORDER BY number',
-            (self._comps[comp], )):
-            yield number, client, open_plain(
-                options) if options else None, state, number << 16 | attempt, keys.get(node)
+        """Yield (number, serial of the program, options, state, serial, key of its node) of the
+        jobs of a computation in the order in which they came."""
+        keys = {}
+        for key, place in self._places.items():
+            keys[place] = _key_of(key)
+        query = ('SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
+                 'ORDER BY number')
+        rows = self._db.execute(query, (self._comps[comp],))
+        for number, client, packed, state, attempt, node in rows:
+            options = None
+            if packed:
+                options = open_plain(packed)
+            serial = number << 16 | attempt
+            yield number, client, options, state, serial, keys.get(node)
 
     def nodes(self) -> List[tuple]:
-        """Rows (key, host, port, name, instance)."""
-        return [
-            (_key_of(key), *rest)
-            for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')
-        ]
+        """Return (key, host, port, name, instance) of each node that was connected."""
+        rows = self._db.execute('SELECT key, host, port, name, instance FROM nodes')
+        return [(_key_of(key), *rest) for key, *rest in rows]
 
     def memories(self) -> Dict[Any, str]:
-        """What the memories of nodes were known by, by keys of nodes."""
-        return {
-            _key_of(key): memory
-            for key, memory in self._db.execute(
-                'SELECT key, memory FROM nodes JOIN memories USING (place)')
-        }
+        """Return a dictionary from the keys of nodes to what their memories were known by."""
+        rows = self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')
+        return {_key_of(key): memory for key, memory in rows}
 
     def locks(self) -> Dict[Any, Tuple[str, str]]:
-        """Machine and path of the lock files of nodes, by keys of nodes."""
+        """Return a dictionary from the keys of nodes to the machine and the path of their lock
+        files."""
         rows = self._db.execute('SELECT key, machine, path FROM nodes JOIN locks USING (place)')
         return {_key_of(key): (machine, path) for key, machine, path in rows}
 
     def close(self) -> None:
-        """Let go of it. A row whose large file could not be written is not written either: the
-        other side has it still."""
-        if self.commit() or not self._large:
+        """Write what was noted and close the files. A row whose large file could not be written is
+        not written either: the other side still has it."""
+        if self.commit() or not self.files.has_pending:
             super().commit()
         self._db.close()
+
+
+def _bytes_in(notes: Sequence[tuple], column: int) -> int:
+    """Return the number of bytes in one column of rows that wait to be written."""
+    sizes = [len(row[column]) for row in notes if row[column] is not None]
+    return sum(sizes)
 
 
 _SUCCESS = pickle.dumps(0, 5)   # as `dumps` packs the exit status of a program that has not failed
 
 
 def _exit_status(row: tuple) -> int:
-    """Of a program, by its row of Results; 0 if a node has sent something else."""
+    """Return the exit status of a program by its row of Results; 0 if a node has sent something
+    else."""
     if row[4] == _SUCCESS:
         return 0
     with contextlib.suppress(PeerError):
         value = open_envelope(_plain(row[4]))
         if type(value) is int:
             return value
-        return 0
     return 0
 
 
@@ -709,7 +833,7 @@ def _key_of(text: str) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# ProgramComputations of programs
+# Computations of programs
 # --------------------------------------------------------------------------------------------------
 
 # How a job has ended that has no result; others were cancelled.
@@ -718,22 +842,29 @@ _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome
 
 class ClientJob(ScheduledJob):
     """A job of a program."""
-    # The serial that the program knows it by; bytes of its arguments
-    __slots__ = ('client_serial', 'size')
+    # Its number, which all its attempts share; the serial that the program knows it by; the bytes
+    # of its arguments that the quota counts
+    __slots__ = ('number', 'client_serial', 'size')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int,
                  client: int) -> None:
         super().__init__(comp, payload, options)
         self.serial = serial
+        self.number = serial >> 16
         self.client_serial = client
         self.size = 0
 
     @property
     def values(self) -> tuple:
-        """Sizes and digests of values that it needs."""
+        """The sizes and digests of the values that the job needs."""
         if self.options:
             return self.options.get('values', ())
         return ()
+
+
+def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
+    """Return a row of Results for a job that has ended without a result of its own."""
+    return serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
@@ -745,19 +876,19 @@ TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
 class ClientAllocator(NamedTuple):
-    """A NodeAllocate of a program, which is asked by its number."""
+    """The number of a NodeAllocate of a program. The program is asked by this number."""
     number: int
 
 
 class Absence:
-    """What becomes of a computation whose program is away. One that has a recover_file is waited
-    for. Of another, what has not begun is cancelled after a while, or at once when its process is
-    known to have ended; should the program come back none the less, it is told and sends these jobs
-    again."""
+    """Decides what becomes of a computation whose program is away. A program that has a
+    recover_file is waited for. The jobs of another that have not begun are cancelled after a while,
+    or at once when its process is known to have ended. Should that program come back none the less,
+    it is told and sends these jobs again."""
 
     def __init__(self, recovers: bool, process: Any) -> None:
-        """`process` is as of `own_process`. Raises PeerError."""
-        if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
+        """Describe the program. `process` is as of `own_process`. Raises PeerError."""
+        if type(process) is not tuple or list(map(type, process)) != [str, int, str]:
             raise PeerError('a process is not described as it should be')
         self._recovers = recovers
         self._process = process
@@ -771,13 +902,14 @@ class Absence:
         self.dropped: Dict[int, int] = {}
 
     def begin(self, now: float, patience: float) -> None:
-        """The connection of the program has ended, or it has not come yet."""
-        if not self._recovers and not self.gone:
-            self._until = now + patience
-            if has_ended(self._process) is not None:
-                self.look_at = now
-            else:
-                self.look_at = self._until
+        """The connection of the program has ended, or the program has not connected yet. Its jobs
+        are cancelled after `patience` seconds."""
+        if self._recovers or self.gone:
+            return
+        self._until = now + patience
+        self.look_at = self._until
+        if has_ended(self._process) is not None:   # that can be seen from here
+            self.look_at = now
 
     def end(self) -> None:
         """The program is connected."""
@@ -785,7 +917,8 @@ class Absence:
         self.gone = self.for_good = False
 
     def is_over(self, now: float) -> bool:
-        """Look for it, when `look_at` has come: whether it is gone now."""
+        """Look for the program, which is to be done when `look_at` has come. Return whether it is
+        gone."""
         self.look_at = min(self._until, now + GONE_LOOKS)
         self.for_good = bool(has_ended(self._process))
         if now >= self._until or self.for_good:
@@ -795,7 +928,7 @@ class Absence:
 
 
 class EarlyJob:
-    """A job that has come and is not taken yet, because it needs values that are not here."""
+    """A job that was received and is not taken yet, because it needs values that are not here."""
     __slots__ = ('row', 'values')
 
     def __init__(self, row: tuple) -> None:
@@ -805,62 +938,66 @@ class EarlyJob:
 
 class ClientValues:
     """The values, known by their digests, that the jobs of one computation need. A job is taken
-    when all that it needs is on the disk; the program is asked for what is not. The loop's
+    when all that it needs is on the disk; the program is asked for what is missing. The loop's
     thread."""
 
-    def __init__(self, remote: 'ClientComputation', most: int) -> None:
-        """`most`: bytes that are kept, see ValueDesk."""
-        self._remote, self._desk = remote, ValueRequests(most)
-        self._directory = remote.directory + VALUES_OF
+    def __init__(self, computation: 'ClientComputation', most: int) -> None:
+        """Keep at most `most` bytes of values, see ValueDesk."""
+        self._computation = computation
+        self._desk = ValueRequests(most)
+        self._directory = computation.directory + VALUES_OF
         self.retry_at = math.inf    # when room is looked for again
         self.told = False           # that there is none
 
     def path(self, digest: bytes) -> str:
-        """Where a value is."""
+        """Return the path of a value."""
         return os.path.join(self._directory, digest.hex())
 
     def restore(self) -> None:
-        """What an earlier run has left."""
+        """Take over the values that an earlier run has left."""
         for name in os.listdir(self._directory):
             path = os.path.join(self._directory, name)
             if len(name) == 2 * DIGEST_SIZE:
-                self._desk.come(self._remote.comp, os.path.getsize(path), bytes.fromhex(name))
+                size = os.path.getsize(path)
+                self._desk.come(self._computation.comp, size, bytes.fromhex(name))
             else:   # it came when that ended
                 os.unlink(path)
 
     def took(self, work: 'ClientJob') -> None:
-        """A job that was taken needs its values."""
-        self._desk.hold(self._remote.comp, work)
+        """Keep the values of a job that was taken."""
+        self._desk.hold(self._computation.comp, work)
 
     def admit(self, row: tuple) -> bool:
-        """Whether a job can be taken now. Otherwise it waits for what it needs."""
-        waiting = self._desk.waiting(self._remote.comp)
+        """Return whether a job can be taken now. Otherwise it waits here for its values."""
+        waiting = self._desk.waiting(self._computation.comp)
         if any(early.row[0] == row[0] for early in waiting):
             return False   # it came twice
         early = EarlyJob(row)
-        ready = self._desk.admit(self._remote.comp, early)
+        ready = self._desk.admit(self._computation.comp, early)
         if ready:
             self._let_go(early)
         return ready
 
     def release(self, work: 'ClientJob') -> None:
-        """A job has ended."""
-        self._desk.release(self._remote.comp, work)
+        """A job has ended: its values are not kept for it any more."""
+        self._desk.release(self._computation.comp, work)
 
     def leave(self, serials: Iterable[int]) -> List[int]:
-        """These jobs are not wanted any more. Returns those that waited for values."""
+        """Forget jobs that are not wanted any more. Return the serials of those that waited for
+        values."""
         wanted = set(serials)
-        waiting = self._desk.waiting(self._remote.comp)
+        waiting = self._desk.waiting(self._computation.comp)
         gone = {early for early in waiting if early.row[0] in wanted}
-        self._desk.leave(self._remote.comp, gone)
+        self._desk.leave(self._computation.comp, gone)
         return [early.row[0] for early in gone]
 
     def interrupt(self) -> None:
-        """The program is not connected any more; it sends its jobs again."""
-        self._desk.interrupt(self._remote.comp)
+        """The program is not connected any more, and will send its jobs again."""
+        self._desk.interrupt(self._computation.comp)
 
     def serve(self) -> Tuple[List[tuple], List[tuple], str]:
-        """Jobs that can be taken now, what Need has to say, and why a value finds no room."""
+        """Return the rows of jobs that can be taken now, the rows of files to be asked for by Need,
+        and why a value finds no room."""
         if not self._desk:
             return [], [], ''
         served, actions = self._desk.serve()
@@ -873,7 +1010,7 @@ class ClientValues:
                 continue
             row = (action.digest.hex(), action.size, action.digest, 0o400)
             try:
-                missing = self._remote.receiver.want(Purpose.VALUES, [row])
+                missing = self._computation.receiver.want(Purpose.VALUES, [row])
             except (OSError, ValueError) as exc:
                 error = str(exc)
             else:
@@ -882,29 +1019,41 @@ class ClientValues:
         return [self._let_go(early) for _, early in served], missing, error
 
     def _let_go(self, early: EarlyJob) -> tuple:
-        """The job itself needs the values when it has been taken."""
-        self._desk.release(self._remote.comp, early)
+        """Return the row of a job that is taken now. From then on the job itself keeps its
+        values."""
+        self._desk.release(self._computation.comp, early)
         return early.row
 
     def postpone(self, until: float) -> None:
-        """The value that was to come finds no room."""
-        self._desk.postpone(self._remote.comp)
+        """The value that was to come finds no room: it is tried again at `until`."""
+        self._desk.postpone(self._computation.comp)
         self.retry_at = until
 
     def came(self, name: str) -> None:
-        """The value that was asked for is there."""
-        if self._desk.coming(self._remote.comp).hex() == name:
-            self._desk.came(self._remote.comp)
+        """The value that was asked for is here."""
+        if self._desk.coming(self._computation.comp).hex() == name:
+            self._desk.came(self._computation.comp)
 
     def failed(self) -> List[int]:
-        """It cannot be had, or finds no room. Returns the jobs that waited for it."""
-        if not self._desk.coming(self._remote.comp):
+        """The value that was asked for cannot be had, or finds no room. Return the serials of the
+        jobs that waited for it."""
+        if not self._desk.coming(self._computation.comp):
             return []
-        return [early.row[0] for early in self._desk.failed(self._remote.comp)]
+        failed = self._desk.failed(self._computation.comp)
+        return [early.row[0] for early in failed]
+
+
+# Rows of files, rows of modules, and what is called when all of them are here
+WantedFiles = Tuple[list, list, Callable[..., None]]
+
+
+def _no_source() -> Tuple[bytes, str]:
+    """Say why the scheduler has no source: the `source` of a PackedComputation."""
+    return b'', 'only its program can tell'
 
 
 class ClientComputation(NodeUser):
-    """A program's computation. The loop's thread."""
+    """A computation of a program, in the place of a JobCluster. The loop's thread."""
     cargo: PackedComputation
 
     def __init__(self,
@@ -922,7 +1071,9 @@ class ClientComputation(NodeUser):
         self.multicast = scheduler.options.multicast
         self.key = key    # the scheduler's own, to nodes
         shared = spec['shared']
-        self.comp, self.client, self.name = comp, client.hex(), spec['name']
+        self.comp = comp
+        self.name = spec['name']
+        self.client = client.hex()
         self.instance = client
         self.link = 0
         self.digest = result_key(spec)   # of what shows that results are its
@@ -935,16 +1086,22 @@ class ClientComputation(NodeUser):
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
         self.take_spec(spec)
-        roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
-                 Purpose.MODULES: directory + MODULES_OF, Purpose.VALUES: directory + VALUES_OF}
+        modules = directory + MODULES_OF
+        values = directory + VALUES_OF
+        roots = {
+            Purpose.DEPENDS: directory,
+            Purpose.PLACED: directory,
+            Purpose.MODULES: modules,
+            Purpose.VALUES: values,
+        }
         # Jobs that need a value are acknowledged when it is on the disk
         self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ',
                                      sync=(Purpose.PLACED, Purpose.VALUES))
-        os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
-        os.makedirs(directory + VALUES_OF, mode=0o700, exist_ok=True)
+        os.makedirs(modules, mode=0o700, exist_ok=True)
+        os.makedirs(values, mode=0o700, exist_ok=True)
         self.values = ClientValues(self, max_values)
         # Rows of files and of modules to be had, and who waits for them.
-        self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
+        self.wanted: Deque[WantedFiles] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
@@ -966,24 +1123,49 @@ class ClientComputation(NodeUser):
         self.number = 0
         self.since = 0.0
         self.program = ''
-        self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
+        self.done = 0                             # jobs that have ended as they should
+        self.failed = 0
+        self.cancelled = 0
+        self.cpu_seconds = 0.0                    # that CPUs were taken by jobs that have ended
         # Node -> jobs ended there, seconds that they ran
         self.ended_at: Dict[Any, List[float]] = {}
 
     def take_spec(self, spec: dict) -> None:
-        """What nodes are sent; it has changed after a setup with other files."""
-        paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec,
-                    code=bytes(spec['code']),
-                    setup_args=bytes(spec['setup_args']),
-                    key=digest_of(self.key),
-                    support={name: bytes(source)
-                             for name, source in spec['support'].items()})
-        self.cargo = PackedComputation(spec, paths, spec['kind'] == 'program', lambda:
-                           (b'', 'only its program can tell'))
+        """Take a specification for nodes. It changes after a setup with other files."""
+        spec = dict(spec)
+        spec['code'] = bytes(spec['code'])
+        spec['setup_args'] = bytes(spec['setup_args'])
+        spec['key'] = digest_of(self.key)
+        support = spec['support'].items()
+        spec['support'] = {name: bytes(source) for name, source in support}
+        paths = self.paths_of(spec['files'])
+        self.cargo = PackedComputation(spec, paths, spec['kind'] == 'program', _no_source)
+
+    def path_of(self, name: str) -> str:
+        """Return the path of a file of the program."""
+        return os.path.join(self.directory, *name.split('/'))
+
+    def paths_of(self, rows: Iterable[tuple]) -> Dict[str, str]:
+        """Return a dictionary from names of files to their paths. The names stand first in the
+        rows."""
+        return {row[0]: self.path_of(row[0]) for row in rows}
+
+    def jobs_counted(self) -> Tuple[int, int, int, int]:
+        """Return the numbers of jobs, as NodeUser does."""
+        submitted = len(self.works) + self.done
+        submitted += self.failed + self.cancelled
+        return submitted, self.done, self.failed, self.cancelled
+
+    def known(self) -> List[int]:
+        """Return the serials of the jobs that are here or have ended here."""
+        return [*self.works, *self.ended]
+
+    def job_seconds(self) -> float:
+        """Return how many seconds its jobs have run."""
+        return sum(seconds for _, seconds in self.ended_at.values())
 
     def remove(self) -> None:
-        """Remove its files."""
+        """Delete its files."""
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
@@ -995,50 +1177,63 @@ class ClientComputation(NodeUser):
             self._scheduler.send(link, message)
 
     def warn(self, text: str) -> None:
-        """It is logged here and there."""
+        """Log a warning here and send it to the program."""
         super().warn(text)
         self.send(Notice(self.comp, text))
 
+    def node_ready(self, peer: NodeConnection) -> None:
+        """Log that the computation uses a node."""
+        cpus = peer.limit(self.comp)
+        logger.info('%s: node %s is used, with %d CPUs', self.name, peer, cpus)
+
     def node_unreachable(self, peer: NodeConnection, text: str) -> None:
-        """The program is told."""
+        """Tell the program why a node cannot be used."""
         self.send(Notice(self.comp, 'node %s cannot be used: %s' % (peer, text)))
 
     def node_changed(self, status: int, peer: NodeConnection) -> None:
-        """The program is told."""
-        if self.link in self._scheduler.links and self.comp in peer.uses:
-            row = self._scheduler.queries.row_of(*self._scheduler.queries.node_of(self.comp, peer))
-            row = row._replace(state='closed' if status == DispyNode.Closed else 'ready')
-            self.send(NodeChanged(self.comp, status, tuple(row)))
+        """Tell the program that a node is used or is not used any more."""
+        if self.link not in self._scheduler.links or self.comp not in peer.uses:
+            return
+        state = 'ready'
+        if status == DispyNode.Closed:
+            state = 'closed'
+        row = self.row_of(peer)._replace(state=state)
+        self.send(NodeChanged(self.comp, status, tuple(row)))
+
+    def row_of(self, peer: NodeConnection) -> NodeInfo:
+        """Describe one of its nodes for the program."""
+        queries = self._scheduler.queries
+        return queries.row_of(*queries.node_of(self.comp, peer))
 
     def ask_source(self, peer: NodeConnection, link: Link) -> None:
-        """The program is asked."""
+        """Ask the program for the source of the computation."""
         self._scheduler.program_calls.ask_source(self, peer, link)
 
     def ask_allocator(self, allocator: Any, peer: NodeConnection, link: Link) -> None:
-        """The program is asked."""
+        """Ask the program's NodeAllocate."""
         self._scheduler.program_calls.ask_allocator(self, allocator, peer, link)
 
     def asked(self, peer: NodeConnection, message: Call) -> None:
-        """The program is asked."""
+        """Ask the program for the modules that a job needs."""
         self._scheduler.program_calls.ask_for_modules(self, peer, message)
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
-        """The program has sent it."""
+        """Return cloudpickle, which the program has sent, for a node that has another version."""
         if peer.facts.get('cloudpickle') == self.cloudpickle:
             return {}
         return self.cargo.spec['support']  # type: ignore[no-any-return]
 
     def module_source(self, name: str) -> Any:
-        """The path of a file of a module, which is here."""
+        """Return the path of a file of a module, which is here."""
         return os.path.join(self.directory + MODULES_OF, *check_name(name))
 
     def value_source(self, digest: bytes) -> Any:
-        """The path of a value."""
+        """Return the path of a value."""
         return self.values.path(digest)
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[Any]) -> None:
-        """Of those that have waited for long the arguments are on the disk. The program is told
-        where they are."""
+        """Send jobs to a node, and tell the program where they are. The arguments of jobs that have
+        waited for long are on the disk."""
         scheduler = self._scheduler
         rows: List[Tuple[tuple, int]] = []
         unread: List[tuple] = []
@@ -1046,29 +1241,29 @@ class ClientComputation(NodeUser):
             try:
                 payload = work.payload
                 if payload is None:
-                    payload = scheduler.state.payload(work.serial >> 16)
+                    payload = scheduler.state.payload(work.number)
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
-                reason = text.encode('utf-8', 'replace')
-                unread.append((work.serial, int(Outcome.DIED), 0.0, 0.0, reason, b'', b''))
+                unread.append(ended_row(work.serial, Outcome.DIED, text))
             else:
                 rows.append(job_row(work, payload, OF_JOBS))
         for frame in batches(Jobs, self.comp, rows):
             scheduler.send(peer.link, frame)  # type: ignore[arg-type]
         scheduler.state.sent(works, peer.key)
-        link = scheduler.links.get(self.link)
-        if link is not None:
+        if self.link in scheduler.links:
             node = (peer.ip_addr, peer.port, peer.name)
-            scheduler.send(link, JobsAssigned(self.comp, node, [work.client_serial for work in works]))
+            serials = [work.client_serial for work in works]
+            self.send(JobsAssigned(self.comp, node, serials))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
     def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[Any, float]]) -> None:
-        """The program is told."""
-        self.send(Started(self.comp, [(work.client_serial, ran) for work, ran in pairs]))
+        """Tell the program which jobs have begun."""
+        rows = [(work.client_serial, ran) for work, ran in pairs]
+        self.send(Started(self.comp, rows))
 
     def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[Any, tuple]]) -> None:
-        """They go to the disk and to the program."""
+        """Note results, and send them to the program."""
         for work, row in pairs:
             row = (work.client_serial, *row[1:])
             if row[1] not in PROVISIONAL:
@@ -1077,7 +1272,7 @@ class ClientComputation(NodeUser):
                 self.outbox.append(row)
 
     def job_ended(self, work: Any, text: str) -> None:
-        """The same, without a row of Results."""
+        """Note the end of a job that has no row of Results, and tell the program."""
         outcome = _OUTCOMES.get(work.state, Outcome.CANCELLED)
         if work in self.absence.dropping:
             self.absence.dropping.discard(work)
@@ -1087,58 +1282,59 @@ class ClientComputation(NodeUser):
         self._end(work, outcome, text)
 
     def fail_job(self, work: Any, text: str) -> None:
-        """It is nowhere any more."""
+        """End a job that is nowhere any more."""
         self._end(work, Outcome.DIED, text)
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
-        row = (work.client_serial, int(outcome), 0.0, 0.0, text.encode('utf-8',
-                                                                       'replace'), b'', b'')
+        row = ended_row(work.client_serial, outcome, text)
         self._scheduler.program_jobs.end(self, work, row)
 
     def job_waits(self, work: Any) -> None:
-        """The program is told."""
+        """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
         self.send(JobsAssigned(self.comp, (), [work.client_serial]))
 
     def job_parked(self, work: Any, text: str) -> None:
-        """The program is told."""
+        """Tell the program why a job waits."""
         self.warn('a job waits: %s' % text)
 
     def job_goes_on(self, work: Any) -> None:
-        """The program, which wanted to know whether it has begun, is told."""
+        """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
-            self.send(Started(work.comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
+            ran = self._scheduler.schedule.ran(work)
+            self.send(Started(work.comp, [(work.client_serial, ran)]))
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
-        """It is passed on as it came."""
+        """Pass on to the program what a job prints."""
         if message.stream == 0:
             log_record_of(message.data)   # raises PeerError
         self.send(message._replace(serial=work.client_serial, data=out_of_band(message.data)))
 
     def file_piece(self, peer: NodeConnection, work: Any, message: FilePiece) -> None:
-        """It is passed on to the program."""
+        """Pass a piece of a job's file on to the program."""
         if message.offset == 0:
             self.files[message.key] = (self.link, message.row[0])
         if message.key not in self.files:
             return   # it was answered already: what is left of it is passed over
-        if self.link in self._scheduler.links and self.files[message.key][0] == self.link:
+        began_by, _ = self.files[message.key]
+        if self.link in self._scheduler.links and began_by == self.link:
             self.send(message._replace(key=work.client_serial, data=out_of_band(message.data)))
         else:
             del self.files[message.key]
             text = 'the client is not connected'
-            self._scheduler.say_to(peer, FileStored(*message[:3], message.row[0], text))
+            stored = FileStored(*message[:3], message.row[0], text)
+            self._scheduler.say_to(peer, stored)
 
     def jobs_owed(self) -> List[Any]:
-        """Jobs that have not ended."""
+        """Return the jobs that have not ended."""
         return list(self.works.values())
 
 
 class KeepConnected(NodeUser):
-    """The scheduler's own hold on its nodes: it looks and never computes, and they stay
-    connected."""
-    client = comp = 'house'
+    """The scheduler's own use of its nodes: it keeps them connected and computes nothing there."""
+    client = comp = 'keepconnected'
     name = 'the scheduler'
     warns = False
 
@@ -1148,22 +1344,27 @@ class KeepConnected(NodeUser):
         self.searches = not options.nodes
         self.multicast = options.multicast
 
+    def node_connected(self, peer: NodeConnection) -> None:
+        """Log that a node is connected."""
+        logger.info('node %s is connected, and offers %d CPUs', peer, peer.offered)
+
     def spec_of(self, peer: NodeConnection) -> Optional[NodeSpec]:
-        """A node that knows the secret and has come by itself is one, too."""
+        """Return what means a node. A node that has connected by itself and knows the secret is
+        meant, too."""
         if peer.port:
             return super().spec_of(peer)
         return NodeSpec('*', 0)
 
 
 def take_state_directory(root: str) -> None:
-    """Make the directory of --state-dir, or make sure that it is ours. Raises DispyError,
+    """Create the directory of --state-dir, or verify that it is a scheduler's. Raises DispyError,
     OSError."""
     take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
 
 
 def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
-    """Whether a node may be dialled by its name, or at an address that its name has. Programs name
-    nodes; without a bound they could have any host tried out."""
+    """Return whether a node may be connected to by its name, or at an address that its name has.
+    Programs name nodes; without a limit they could have any host tried out."""
     if address:
         found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
     else:
@@ -1183,29 +1384,40 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
 
 
 def links_of_one() -> int:
-    """How many connections of programs one address may have: a quarter of what this process may
-    have open."""
+    """Return how many connections of programs one address may have: a quarter of what this process
+    may have open."""
     try:
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     except ImportError:
         most = 512
-    return max(16, (min(most, 1 << 16) - 64) // 4)
+    most = min(most, 1 << 16) - 64
+    return max(16, most // 4)
 
 
 def specs_of(rows: Any) -> List[NodeSpec]:
-    """`nodes` of a program as it came over the wire; None: all. Raises PeerError."""
+    """Return the specifications of nodes that a program has sent as `nodes`; None means all nodes.
+    Raises PeerError."""
     if rows is None:
         return [NodeSpec('*', NODE_PORT)]
     try:
-        return [parse_nodes((host, port, cpus), NODE_PORT, True)[0]._replace(allocator=ClientAllocator(number) if number else None)  # type: ignore[arg-type]
-                for host, port, cpus, number in rows]
+        return [_spec_of(*row) for row in rows]
     except (TypeError, ValueError) as exc:
         raise PeerError('nodes: %s' % exc) from exc
 
 
+def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
+    """Return one of them. `number` is of the NodeAllocate that the program is asked, or 0 if there
+    is none."""
+    spec = parse_nodes((host, port, cpus), NODE_PORT, True)[0]
+    allocator: Any = None
+    if number:
+        allocator = ClientAllocator(number)
+    return spec._replace(allocator=allocator)
+
+
 class _Session(NamedTuple):
-    """A program's link. `operator`: it has the operator's secret."""
+    """The link of a program. `operator` says whether the program has the operator's secret."""
     link: Link
     names: List[str]
     operator: bool = True
@@ -1216,7 +1428,7 @@ class _Session(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 class Options(NamedTuple):
-    """How a scheduler is to be; one field an option of the command line."""
+    """The options of a scheduler, one field for each option of the command line."""
     hosts: Tuple[str, ...]
     port: int
     nodes: Tuple[str, ...]
@@ -1245,137 +1457,124 @@ class Options(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Posted by a signal."""
+    """An event that a signal posts: the scheduler is to end."""
 
 
-class Overview:
-    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation: who
-    knows the cluster secret may see and manage everything. Answers are plain values, never more
-    than PAGE rows; they cost O(rows) and, of a node, O(CPUs), never O(jobs). Counts, limits and
-    releases are of this process: a scheduler that is started again has forgotten them. The loop's
-    thread."""
+RELEASED = 'released at the scheduler'
+
+
+class ProgramOverview(Overview):
+    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
+    knows the secret of the programs may see and manage everything; if the operator has a secret of
+    his own, this needs that one. An answer has at most PAGE rows. Counts, limits and releases are
+    of this process: a scheduler that is started again has forgotten them. The loop's thread."""
+    COUNTS = ('submitted', 'done', 'failed', 'cancelled')   # as of NodeUser.jobs_counted
 
     def __init__(self, scheduler: 'Scheduler') -> None:
+        super().__init__(scheduler)
         self._scheduler = scheduler
         self._numbers = itertools.count(1)
-        self._ended_at: Dict[Any, List[float]] = {}     # of computations that are over, as Remote's
-        self._failed = 0
-        self._failures: Deque[tuple] = collections.deque(maxlen=FAILURES_KEPT)
-        # (node, computation) -> when it was asked what is there
-        self._asked: Dict[Tuple[Any, str], float] = {}
-        self._reports: Dict[Tuple[Any, str], Tuple[float, Any]] = {}    # -> when it answered, what
+        # Node -> jobs ended there and seconds that they ran, of computations that are over
+        self._ended_at: Dict[Any, List[float]] = {}
+        self._failed_jobs = FailedJobs()
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
-        self._answers: Dict[str, Callable[..., Any]] = {
-            'clusters': self._clusters, 'nodes': self._nodes, 'failures': self._failures_since,
-            'jobs': self._jobs, 'arguments': self._arguments, 'cancel': self._cancel,
-            'cancel_waiting': self._cancel_waiting, 'add': self._add, 'cpus': self._cpus,
-            'release': self._release, 'use': self._use
-        }
 
     def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """Seconds that it took, and the answer. Raises ValueError, TypeError for what makes no
-        sense."""
+        """Return the seconds that an answer took, and the answer. Raises ValueError or TypeError
+        for a question that makes no sense."""
         began = time.perf_counter()
-        if name not in self._answers:
+        if name not in self._ANSWERS:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
-        value = self._answers[name](*args)
+        value = self._ANSWERS[name](self, *args)
         return time.perf_counter() - began, value
 
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """As `answer`, to who has not the operator's secret: names and counts of all programs, no
-        order, and nothing of their jobs."""
+        """Answer somebody who does not have the operator's secret: with the names and counts of
+        all programs and with nothing about their jobs. Orders are refused."""
         if name in ('failures', 'jobs'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
             raise RuntimeError(
                 "%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" %
-                (name, ))
+                (name,))
         took, rows = self.answer(name, *args)
-        return took, [
-            dict(row, comp='', program='') if name == 'clusters' else dict(
-                row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']]) for row in rows
-        ]
+        for row in rows:
+            if name == 'clusters':
+                row.update(comp='', program='')
+            else:
+                row['uses'] = list(map(_without_reason, row['uses']))
+        return took, rows
 
-    # -- told by the scheduler ---------------------------------------------------------------------
+    # -- called by the parts of the scheduler ------------------------------------------------------
 
-    def opened(self, remote: ClientComputation) -> None:
-        """A computation begins."""
-        remote.number = next(self._numbers)
-        remote.since = self._scheduler.now
+    def opened(self, computation: ClientComputation) -> None:
+        """Give a computation that begins its number for monitors."""
+        computation.number = next(self._numbers)
+        computation.since = self._scheduler.now
 
-    def ended(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
-        """A job has ended with this row of Results, `node` is where, if it was on one."""
+    def ended(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
+        """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
-        if outcome in RETURNED and remote.cargo.is_program:
+        exit_status = 0
+        if outcome in RETURNED and computation.cargo.is_program:
             exit_status = _exit_status(row)
-        else:
-            exit_status = 0
-        if outcome == Outcome.CANCELLED:
-            kind = 2
-        else:
-            kind = int(outcome not in RETURNED or exit_status != 0)
-        remote.ends[kind] += 1
         if node is not None:
-            count = remote.ended_at.setdefault(node, [0, 0.0])
+            seconds = row[3] - row[2]
+            count = computation.ended_at.setdefault(node, [0, 0.0])
             count[0] += 1
-            count[1] += row[3] - row[2]
-        if kind == 1:
-            if len(row[4]) > LAZY:
-                payload = row[4]
-            else:
-                payload = _plain(row[4])
-            peer = self._scheduler.nodes.by_key.get(node)
-            if exit_status:
-                payload = b'exit status %d' % exit_status
-            if outcome == Outcome.RAISED and len(payload) >= 4:
-                text = unpack_error(payload)[0]
-            else:
-                text = payload.decode('utf-8', 'replace')
-            self._failed += 1
-            self._failures.append(
-                (self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16,
-                 _shown(work.payload), int(_STATE_OF.get(outcome, JobState.TERMINATED)),
-                 str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
+            count[1] += seconds
+            computation.cpu_seconds += seconds * cpus_of(work)
+        if outcome == Outcome.CANCELLED:
+            computation.cancelled += 1
+        elif outcome in RETURNED and not exit_status:
+            computation.done += 1
+        else:
+            computation.failed += 1
+            self._note_failure(computation, work, row, node, exit_status)
 
-    def over(self, remote: ClientComputation) -> None:
-        """A computation is over."""
+    def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
+                      exit_status: int) -> None:
+        peer = self._scheduler.nodes.by_key.get(node)
+        where = ''
+        if peer is not None:
+            where = str(peer)
+        text = 'exit status %d' % exit_status
+        if not exit_status:
+            text = _failure_text(row)
+        status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
+        number = work.client_serial >> 16
+        self._failed_jobs.add(row[3], computation.number, number, work.payload, status, where, text)
+
+    def over(self, computation: ClientComputation) -> None:
+        """Keep what a computation that is over has done at nodes."""
         peers = self._scheduler.nodes.by_key
-        for key, (jobs, seconds) in remote.ended_at.items():
+        for key, (jobs, seconds) in computation.ended_at.items():
             count = self._ended_at.setdefault(key, [0, 0.0])
             count[0] += jobs
             count[1] += seconds
-        self._ended_at = {key: count for key, count in self._ended_at.items() if key in peers}
-        self._asked = {
-            where: at
-            for where, at in self._asked.items() if where[0] in peers and where[1] != remote.comp
-        }
-        self._reports = {
-            where: report
-            for where, report in self._reports.items() if where in self._asked
-        }
+        for key in [key for key in self._ended_at if key not in peers]:
+            del self._ended_at[key]
 
-    def keeps(self, peer: NodeConnection, comp: str) -> bool:
-        """Whether a computation may not be set up at a node because it was released for all."""
+    def keeps_from(self, peer: NodeConnection, comp: str) -> bool:
+        """Return whether a computation may not be set up at a node because the node was released
+        for all, and note that the computation was told so."""
         use = peer.uses[comp]
-        if comp == 'house' or peer.key not in self._released or use.state is AssignmentState.CLOSED or use.offered:
+        if comp == KeepConnected.comp or peer.key not in self._released:
+            return False
+        if use.state is AssignmentState.CLOSED or use.offered:
             return False
         use.move('close')
-        use.reason = 'released at the scheduler'
+        use.reason = RELEASED
         self._released[peer.key].add(comp)
         return True
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _remotes(self) -> List[ClientComputation]:
-        return [
-            cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, ClientComputation)
-        ]
-
-    def _remote(self, number: int) -> ClientComputation:
-        for remote in self._remotes():
-            if remote.number == number:
-                return remote
+    def _computation(self, number: int) -> ClientComputation:
+        for computation in self._scheduler.computations.opened():
+            if computation.number == number:
+                return computation
         raise ValueError('there is no cluster %.20r' % (number,))
 
     def _peer(self, key: Any) -> NodeConnection:
@@ -1385,227 +1584,227 @@ class Overview:
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        now = self._scheduler.now
-        rows = []
-        for remote in self._remotes()[first:first + min(count, PAGE)]:
-            done, failed, cancelled = remote.ends
-            rows.append({
-                'number': remote.number, 'comp': remote.comp, 'name': remote.name[:200],
-                'program': remote.program, 'connected': remote.link in self._scheduler.links,
-                'submitted': len(remote.works) + done + failed + cancelled, 'done': done,
-                'failed': failed, 'cancelled': cancelled,
-                'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
-                'elapsed': now - remote.since
-            })
-        return rows
+        computations = self._scheduler.computations.opened()
+        count = min(count, PAGE)
+        return [self._cluster(computation) for computation in computations[first:first + count]]
+
+    def _cluster(self, computation: ClientComputation) -> dict:
+        row: Dict[str, Any] = {}
+        row.update(zip(self.COUNTS, computation.jobs_counted()))
+        row['number'] = computation.number
+        row['comp'] = computation.comp
+        row['name'] = computation.name[:200]
+        row['program'] = computation.program
+        row['connected'] = computation.link in self._scheduler.links
+        row['job_seconds'] = computation.job_seconds()
+        row['elapsed'] = self._scheduler.now - computation.since
+        return row
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
-        scheduler = self._scheduler
-        remotes = self._remotes()
-        return [
-            self._node(peer, remotes, asking)
-            for peer in itertools.islice(scheduler.nodes.by_key.values(), first, first +
-                                         min(count, PAGE))
-        ]
+        computations = self._scheduler.computations.opened()
+        peers = self._scheduler.nodes.by_key.values()
+        page = itertools.islice(peers, first, first + min(count, PAGE))
+        return [self._node(peer, computations, asking) for peer in page]
 
-    def _node(self, peer: NodeConnection, remotes: List[ClientComputation], asking: bool) -> dict:
-        scheduler = self._scheduler
+    def _node(self, peer: NodeConnection, computations: List[ClientComputation],
+              asking: bool) -> dict:
         if asking:
-            self._ask(peer, 'house', REPORTS_APART)
-        report = self._reports.get((peer.key, 'house'))
-        free = dict(peer.facts.get('available', {}),
-                    **(report[1].available if report is not None else {}))
-        running = self._running(peer)
+            self.ask_node(peer, KeepConnected.comp, REPORTS_APART)
+        running = self.running_at(peer.key)
         jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
         uses = []
-        for remote in remotes:
-            use = peer.uses.get(remote.comp)
-            mine = remote.ended_at.get(peer.key, (0, 0.0))
-            jobs = jobs + mine[0]
-            seconds = seconds + mine[1]
-            if use is not None:
-                _, state, reason, cpus, _ = scheduler.queries.node_of(remote.comp, peer)
-                there, used = running.get(remote.comp, (0, 0))
-                uses.append((remote.number, 'drained' if reason == 'deallocated' else state,
-                             reason[-500:], cpus, there, used, *mine))
-        state = peer.state_word
-        reason = peer.reason
+        for computation in computations:
+            ended, ran = computation.ended_at.get(peer.key, (0, 0.0))
+            jobs += ended
+            seconds += ran
+            if computation.comp in peer.uses:
+                at_work, used = running.get(computation.comp, (0, 0))
+                state, reason, cpus = self._use_of(peer, computation.comp)
+                number = computation.number
+                use = NodeUse(number, state, reason, cpus, at_work, used, int(ended), ran)
+                uses.append(tuple(use))
+        state, reason = self._state_for_all(peer)
+        row = self.node_row(peer, self.free_at(peer, KeepConnected.comp))
+        row['state'] = state
+        row['reason'] = reason
+        row['cpus'] = min(peer.offered, peer.most)
+        row['jobs'] = jobs
+        row['job_seconds'] = seconds
+        row['uses'] = uses
+        return row
+
+    def _use_of(self, peer: NodeConnection, comp: str) -> Tuple[str, str, int]:
+        """Return the state of a node for a computation, the reason, and the CPUs that it may
+        use."""
+        _, state, reason, cpus, _ = self._scheduler.queries.node_of(comp, peer)
+        return shown_state(state, reason), reason[-500:], cpus
+
+    def _state_for_all(self, peer: NodeConnection) -> Tuple[str, str]:
+        """Return the state of a node for whoever wants it, and the reason."""
         if peer.key in self._released:
-            state = 'closed'
-            reason = 'released at the scheduler'
-        elif peer.most == 0:
-            state = 'drained'
-            reason = 'deallocated'
-        return {
-            'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
-            'state': state, 'reason': reason[-2000:], 'offered': peer.offered,
-            'cpus': min(peer.offered,
-                        peer.most), 'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
-            'platform': str(peer.facts.get('platform', ''))[:200], 'jobs': jobs,
-            'job_seconds': seconds, 'uses': uses,
-            'heard': max(0.0,
-                         scheduler.clock() - peer.link.heard) if peer.link is not None else None
-        }
+            return 'closed', RELEASED
+        if peer.most == 0:
+            return shown_state(peer.state_word, DEALLOCATED), DEALLOCATED
+        return peer.state_word, peer.reason[-2000:]
 
-    def _running(self, peer: NodeConnection) -> Dict[str, Tuple[int, int]]:
-        """Computation -> jobs that run on a node and their CPUs."""
-        schedule = self._scheduler.schedule
-        found = {}
-        for comp, serials in schedule.runs(peer.key).items():
-            flight = schedule.nodes[peer.key].in_flight[comp]
-            found[comp] = len(serials), sum(cpus_of(flight[serial]) for serial in serials)
-        return found
-
-    def _ask(self, peer: NodeConnection, comp: str, apart: float) -> None:
-        """Ask a node what is there, `apart` s after the last time."""
-        now = self._scheduler.now
-        if peer.link is None or not peer.name or now - self._asked.get(
-            (peer.key, comp), -apart) < apart:
-            return
-        self._asked[peer.key, comp] = now
-        future = peer.answers.get((comp, ''))
-        if future is None:
-            future = peer.answers[comp, ''] = concurrent.futures.Future()
-            self._scheduler.send(peer.link, Query(comp))
-        future.add_done_callback(functools.partial(self._reported, (peer.key, comp)))
-
-    def _reported(self, where: Tuple[Any, str], future: Any) -> None:
-        if future.exception() is None:
-            self._reports[where] = (self._scheduler.now, future.result())
-
-    def _failures_since(self, known: int) -> List[tuple]:
-        """The oldest that come after this one: number, time, cluster, job, its arguments, status,
-        node, text."""
-        return list(
-            itertools.islice(
-                (row for row in self._failures if row[0] > known or known > self._failed),
-                FAILURES_PAGE))
+    def _failures(self, known: int) -> List[tuple]:
+        """Return the jobs that have failed after the failure with this number, in the form of
+        FailedJob."""
+        return [tuple(row) for row in self._failed_jobs.since(known)]
 
     def _jobs(self, key: Any) -> List[tuple]:
-        """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
+        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
+        None."""
         peer = self._peer(key)
-        schedule = self._scheduler.schedule
-        node: Any = schedule.nodes.get(peer.key)
-        running: Any = schedule.runs(peer.key)
         rows: List[tuple] = []
-        for remote in self._remotes() if node is not None else ():
-            flight = node.in_flight.get(remote.comp)
-            if not flight:
-                continue
-            self._ask(peer, remote.comp, 1.0)
-            at, report = self._reports.get((peer.key, remote.comp), (0.0, None))
-            if report is not None:
-                runs = {
-                    serial: seconds + self._scheduler.now - at
-                    for serial, seconds in report.running
-                }
-            else:
-                runs = {}
-            now = self._scheduler.now
-            runs.update((serial, now - since) for serial, since in node.begun[remote.comp].items())
-            there = set(running.get(remote.comp, ()))
-            for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
-                is_on = serial in there or serial in runs
-                rows.append((remote.number, work.client_serial, is_on, runs.get(serial)))  # type: ignore[attr-defined]
+        for computation in self._scheduler.computations.opened():
+            left = PAGE - len(rows)
+            for job in self.jobs_at(peer.key, computation.comp, left):
+                number = job.work.client_serial
+                rows.append((computation.number, number, job.is_running, job.seconds))
         return rows
 
     def _arguments(self, jobs: list) -> list:
-        """Of pairs of cluster and job: the packed arguments, how many bytes they are if that is
-        much, or None."""
-        state: State = self._scheduler.state
-        found: List[Any] = []
+        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
+        size if they are large, None if the job has ended."""
+        computations = {}
+        for computation in self._scheduler.computations.opened():
+            computations[computation.number] = computation
+        found = []
         for number, serial in jobs[:PAGE]:
-            work = next((remote.works.get(serial)
-                         for remote in self._remotes() if remote.number == number), None)
-            payload: Any = None
-            if work is not None:
-                try:
-                    payload = work.payload or state.payload_size(
-                        work.serial >> 16) or state.payload(work.serial >> 16)
-                except OSError as exc:
-                    logger.debug('arguments of job %d: %s', serial >> 16, exc)   # shown without
-            found.append(payload if isinstance(payload, int) else _shown(payload))
+            work = None
+            if number in computations:
+                work = computations[number].works.get(serial)
+            found.append(self._arguments_of(work))
         return found
+
+    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
+        if work is None:
+            return None
+        if work.payload:
+            return shown_arguments(work.payload)
+        state = self._scheduler.state
+        number = work.number
+        try:
+            size = state.size_of_payload(number)
+            if size > ARGUMENTS_MOST:
+                return size
+            return shown_arguments(state.payload(number))
+        except OSError as exc:   # the job is shown without them
+            logger.debug('arguments of job %d: %s', work.client_serial >> 16, exc)
+            return None
 
     # -- orders ------------------------------------------------------------------------------------
 
-    def _cancel_works(self, works: List[Any]) -> int:
+    def _cancel(self, number: int, key: Any, jobs: Any) -> int:
+        """End jobs at a node: those of a list, or all for None."""
+        comp = self._computation(number).comp
+        there = self.sent_to(self._peer(key).key, comp)
+        works: List[Any] = list(there.values())
+        if jobs is not None:
+            works = [work for work in works if work.client_serial in jobs]
         for work in works:
             self._scheduler.decide(CancelAsked(work))
         return len(works)
 
-    def _cancel(self, number: int, key: Any, jobs: Any) -> int:
-        """Jobs on a node, a list of them or None: all."""
-        comp = self._remote(number).comp
-        node = self._scheduler.schedule.nodes.get(self._peer(key).key)
-        if node is not None:
-            there = list(node.in_flight.get(comp, {}).values())
-        else:
-            there = []
-        return self._cancel_works([work for work in there if jobs is None or work.client_serial in jobs])  # type: ignore[attr-defined]
-
     def _cancel_waiting(self, number: int) -> int:
-        """Jobs that have not begun, also those that wait on nodes."""
-        return self._scheduler.cancels.cancel_waiting(self._remote(number).comp)
+        """End jobs that have not begun, also those that wait at nodes."""
+        return self._scheduler.cancels.cancel_waiting(self._computation(number).comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
-        """A node for all whose `nodes` mean it."""
-        self._scheduler.selection.allocate(
-            'house',
-            parse_nodes([host if port is None else (host, port)],
-                        self._scheduler.clusters['house'].port))
+        """Look for a node. All computations whose `nodes` mean it may use it."""
+        node: Any = host
+        if port is not None:
+            node = (host, port)
+        default_port = self._scheduler.clusters[KeepConnected.comp].port
+        self._scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
-        """CPUs of a node that each computation may use at most; 0: none, which drains it."""
+        """Limit the CPUs of a node that each computation may use; 0 drains the node."""
         peer = self._peer(key)
-        if type(cpus) is not int or cpus < 0 or cpus > peer.offered > 0:
+        offered = peer.offered
+        if type(cpus) is not int or cpus < 0 or cpus > offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
         peer.most = cpus
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
     def _release(self, key: Any) -> int:
-        """A node is let go by all computations, those that come too, when their jobs there have
-        ended."""
+        """Let a node go for all computations, also those that come later, when their jobs there
+        have ended."""
         peer = self._peer(key)
         told = self._released.setdefault(peer.key, set())
-        for comp in [
-                comp for comp, use in peer.uses.items()
-                if comp != 'house' and use.state is not AssignmentState.CLOSED
-        ]:
-            told.add(comp)
-            self._scheduler.selection.leave(comp, peer.key, 'close', False)
+        for comp, use in list(peer.uses.items()):
+            if comp != KeepConnected.comp and use.state is not AssignmentState.CLOSED:
+                told.add(comp)
+                self._scheduler.selection.leave(comp, peer.key, 'close', False)
         return 1
 
     def _use(self, key: Any) -> int:
-        """A node that was released or drained is used again, with all its CPUs."""
+        """Use a node again that was released or drained, with all its CPUs."""
         peer = self._peer(key)
         peer.most = sys.maxsize
         for comp in self._released.pop(peer.key, set()):
             use = peer.uses.get(comp)
-            if use is not None and use.state is AssignmentState.CLOSED:
-                use.move('open')
-                use.reason = ''
-                use.allocation = None
-                self._scheduler.setup.set_up(peer, comp)
-            elif use is not None:
+            if use is None:
+                continue
+            if use.state is not AssignmentState.CLOSED:
                 use.then = ''
+                continue
+            use.move('open')
+            use.reason = ''
+            use.allocation = None
+            self._scheduler.setup.set_up(peer, comp)
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
+    _ANSWERS: Dict[str, Callable[..., Any]] = {
+        'clusters': _clusters,
+        'nodes': _nodes,
+        'failures': _failures,
+        'jobs': _jobs,
+        'arguments': _arguments,
+        'cancel': _cancel,
+        'cancel_waiting': _cancel_waiting,
+        'add': _add,
+        'cpus': _cpus,
+        'release': _release,
+        'use': _use,
+    }
 
-def _shown(payload: Any) -> Any:
-    """Packed arguments as monitors get them: large ones as the number of their bytes."""
-    if payload is not None and len(payload) > ARGUMENTS_MOST:
-        return len(payload)
-    return payload
+
+def _without_reason(use: tuple) -> tuple:
+    """Return a NodeUse for those who may not see the reasons of other programs."""
+    return tuple(NodeUse(*use)._replace(reason=''))
+
+
+def _failure_text(row: tuple) -> str:
+    """Return why a job has failed, by its row of Results."""
+    payload = row[4]
+    if len(payload) <= LAZY:
+        payload = _plain(payload)
+    if row[1] == Outcome.RAISED and len(payload) >= 4:
+        return unpack_error(payload)[0]
+    return str(payload, 'utf-8', 'replace')
+
+
+class Part:
+    """A part of the scheduler, with what the parts use most. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._state = scheduler.state
+        self._links = scheduler.links
+        self._schedule = scheduler.schedule
+        self._decide = scheduler.decide
+        self._send = scheduler.send   # a message, when the transaction of the turn is on the disk
 
 
 class Quota:
-    """How much each program may have queued here, and what is said to those who have reached it, or
-    come while the disk is full: their jobs go back to them, and they are offered no CPUs until
-    there is room. The loop's thread."""
+    """Limits how much each program may have queued here. Jobs of a program that has reached its
+    limit, and jobs that come while the disk is full, go back to the program, and it is offered no
+    CPUs until there is room. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler', most: int) -> None:
         self._scheduler = scheduler
@@ -1615,164 +1814,193 @@ class Quota:
         # Links that are offered no CPUs -> instance
         self._waiting: Dict[int, bytes] = {}
 
-    def add(self, remote: ClientComputation, work: ClientJob, size: int) -> None:
-        """A job was taken."""
+    def add(self, computation: ClientComputation, work: ClientJob, size: int) -> None:
+        """Count a job that was taken."""
         work.size = BYTES_OVERHEAD + size
-        self._queued[remote.instance] += work.size
+        self._queued[computation.instance] += work.size
 
-    def remove(self, remote: ClientComputation, work: ClientJob) -> None:
-        """It has ended, or its computation has."""
-        self._queued[remote.instance] -= work.size
+    def remove(self, computation: ClientComputation, work: ClientJob) -> None:
+        """Count no more a job that has ended, or whose computation has."""
+        self._queued[computation.instance] -= work.size
         work.size = 0
-        if not self._queued[remote.instance]:
-            del self._queued[remote.instance]
+        if not self._queued[computation.instance]:
+            del self._queued[computation.instance]
 
-    def moved(self, remote: ClientComputation, instance: bytes) -> None:
-        """Another process of the program has taken over."""
-        size = sum(work.size for work in remote.works.values())
-        self._queued[remote.instance] -= size
+    def moved(self, computation: ClientComputation, instance: bytes) -> None:
+        """Count a computation for another process of the program, which has taken it over."""
+        size = sum(work.size for work in computation.works.values())
+        self._queued[computation.instance] -= size
         self._queued[instance] += size
 
-    def has_room(self, remote: ClientComputation, size: int) -> bool:
-        """Whether one more job with so many bytes may come. One is always taken, however large."""
-        queued = self._queued.get(remote.instance, 0)
-        return not queued or queued + BYTES_OVERHEAD + size <= self._most
+    def has_room(self, computation: ClientComputation, size: int) -> bool:
+        """Return whether one more job with so many bytes of arguments may come. One is always
+        taken, however large."""
+        queued = self._queued.get(computation.instance, 0)
+        if not queued:
+            return True
+        return queued + BYTES_OVERHEAD + size <= self._most
 
-    def give_back(self, link: Link, remote: ClientComputation, serials: List[int], full: bool) -> None:
-        """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
-        say = self._scheduler.commit.send
+    def give_back(self, link: Link, computation: ClientComputation, serials: List[int],
+                  full: bool) -> None:
+        """Send back jobs that were not taken. This is said at once, because nothing else is said
+        while the disk is full."""
+        at_once = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
-            say(link, CpusChanged(0))
-            if full:
-                text = 'the disk of the scheduler is full: new jobs wait here until there is room'
-            else:
-                text = 'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' 'are taken as those end' % (
-                    self._queued.get(remote.instance, 0), self._most)
-            say(link, Notice(remote.comp, text))
-        for message in in_parts(JobsReturned, remote.comp, serials):
-            say(link, message)
+            at_once(link, CpusChanged(0))
+            text = 'the disk of the scheduler is full: new jobs wait here until there is room'
+            if not full:
+                text = ('this program has %d bytes of arguments at the scheduler, and may have %d '
+                        'there (--max-queued-bytes): more jobs are taken as those end')
+                text %= (self._queued.get(computation.instance, 0), self._most)
+            at_once(link, Notice(computation.comp, text))
+        for message in in_parts(JobsReturned, computation.comp, serials):
+            at_once(link, message)
 
     def take_again(self) -> None:
-        """The disk has room: those whose program has less than half of what it may have are offered
-        CPUs again."""
+        """Offer CPUs again to the programs that have less than half of what they may have. The disk
+        has room."""
         for number, instance in list(self._waiting.items()):
             link = self._scheduler.links.get(number)
-            if link is None or self._queued.get(instance, 0) <= self._most // 2:
+            if link is None:
                 del self._waiting[number]
-                if link is not None:
-                    self._scheduler.send(link, CpusChanged(UNLIMITED_CPUS))
+                continue
+            queued = self._queued.get(instance, 0)
+            if queued <= self._most // 2:
+                del self._waiting[number]
+                self._scheduler.send(link, CpusChanged(UNLIMITED_CPUS))
 
 
 class NodeSharing(NodePolicy):
-    """Which nodes may be connected to and used, and whom each serves: all computations, or one that
-    wants its nodes alone. The loop's thread."""
-    start_node = 'Start `python dispynode.py` on a host, with the secret that the scheduler has for nodes, and name it to the scheduler (-n)'
+    """Decides which nodes may be connected to and used, and whether a node serves all computations
+    or one that wants its nodes alone. The loop's thread."""
+    start_node = ('Start `python dispynode.py` on a host, with the secret that the scheduler has '
+                  'for nodes, and name it to the scheduler (-n)')
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        # ProgramComputations that want their nodes alone, in the order of coming
+        # Computations that want their nodes alone, in the order of coming
         self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
         self.port = 0                    # at which programs reach the scheduler
 
     def introduction(self) -> str:
-        """Who this is, for those who run the node and for others who want it."""
+        """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
     def how_to_share(self, text: str) -> str:
-        """Nothing: this shares what it has."""
+        """Return nothing, because a scheduler shares what it has."""
         return ''
 
     def addresses_of(self, peer: NodeConnection) -> Optional[Callable[[str], bool]]:
-        """Which addresses of a node may be connected to. A dial thread."""
+        """Return a function that says which addresses of a node may be connected to, or None for
+        all. It is called by a dial thread."""
         allowed = self._scheduler.options.allowed
         if peer.host in self.named or may_dial(peer.host, '', allowed):
             return None
         return lambda address: may_dial('', address, allowed)
 
     def may_set_up(self, peer: NodeConnection, comp: str) -> bool:
-        """Not while all jobs of a program that is gone have ended, nor at a node that is released
-        for all."""
-        remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, ClientComputation) and remote.rests:
+        """Return whether a computation may be set up at a node. It may not when all jobs of a
+        program that is gone have ended, nor at a node that was released for all."""
+        computation = self._scheduler.clusters.get(comp)
+        if isinstance(computation, ClientComputation) and computation.rests:
             return False
-        return not self._scheduler.overview.keeps(peer, comp)
+        return not self._scheduler.overview.keeps_from(peer, comp)
 
     def node_met(self, peer: NodeConnection) -> None:
-        """It is known again after the end of this process."""
+        """Note a node, so that it is known again after the end of this process."""
         self._scheduler.state.met(peer)
 
     def becomes_ready(self, peer: NodeConnection, comp: str) -> None:
-        """It is decided before what it may use there."""
+        """Decide whom a node serves before it is decided what a computation may use there."""
         self._assign(peer)
 
     def node_drained(self, peer: NodeConnection) -> None:
-        """Another may have waited for that."""
+        """Decide again whom a node serves: another computation may have waited for that."""
         self._assign(peer)
 
     def node_freed(self, peer: NodeConnection) -> None:
-        """Others may want it."""
+        """Decide again at the end of the turn: others may want the node."""
         self._is_due = True
 
-    def begins(self, remote: ClientComputation) -> None:
+    def begins(self, computation: ClientComputation) -> None:
         """A computation begins."""
-        if remote.exclusive:
-            self._wanting.append(remote.comp)
+        if computation.exclusive:
+            self._wanting.append(computation.comp)
 
-    def is_over(self, remote: ClientComputation) -> None:
+    def is_over(self, computation: ClientComputation) -> None:
         """A computation is over."""
-        if remote.comp in self._wanting:
-            self._wanting.remove(remote.comp)
+        if computation.comp in self._wanting:
+            self._wanting.remove(computation.comp)
         self._is_due = True
 
     def look_again(self) -> None:
-        """At the end of this turn: a program has come or gone, or has no jobs any more."""
+        """Decide again at the end of this turn, because a program has come or gone, or has no jobs
+        any more."""
         self._is_due = True
 
     def assign_all(self) -> None:
-        """The end of a turn."""
+        """Decide whom all nodes serve if that may have changed. It is called at the end of a
+        turn."""
         if self._is_due:
             self._is_due = False
             for peer in list(self._scheduler.nodes.by_key.values()):
                 self._assign(peer)
 
     def _holds(self, comp: str) -> bool:
-        """Whether a computation that wants its nodes alone still has a program or jobs."""
-        remote = self._scheduler.clusters.get(comp)
-        if not isinstance(remote, ClientComputation):
+        """Return whether a computation that wants its nodes alone still has a program or jobs."""
+        computation = self._scheduler.clusters.get(comp)
+        if not isinstance(computation, ClientComputation):
             return False
-        return remote.link in self._scheduler.links or bool(remote.works)
+        return computation.link in self._scheduler.links or bool(computation.works)
 
     def _assign(self, peer: NodeConnection) -> None:
-        """Whom a node serves: the first computation that wants it alone, when jobs of the others
-        have ended there; or all."""
-        owner = next((comp for comp in self._wanting if comp in peer.uses
-                      and peer.uses[comp].state is not AssignmentState.CLOSED and self._holds(comp)), '')
-        node = self._scheduler.schedule.nodes.get(peer.key)
-        others = owner and node is not None and any(
-            flight for comp, flight in node.in_flight.items() if comp != owner)
-        blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
+        """Decide whom a node serves: the first computation that wants it alone, when the jobs of
+        the others have ended there, or all."""
+        owner = self._owner_of(peer)
+        blocked: Set[str] = set()
+        if owner:
+            blocked.update(peer.uses)
+            if not self._has_others(peer, owner):
+                blocked.discard(owner)
         changed = blocked ^ peer.blocked
         peer.blocked = blocked
         self.limit(peer, changed)
 
+    def _owner_of(self, peer: NodeConnection) -> str:
+        """Return the first computation that wants a node alone, or an empty text."""
+        for comp in self._wanting:
+            use = peer.uses.get(comp)
+            if use is not None and use.state is not AssignmentState.CLOSED and self._holds(comp):
+                return comp
+        return ''
+
+    def _has_others(self, peer: NodeConnection, owner: str) -> bool:
+        """Return whether jobs of other computations are at a node."""
+        node = self._scheduler.schedule.nodes.get(peer.key)
+        if node is None:
+            return False
+        others = [jobs for comp, jobs in node.in_flight.items() if comp != owner]
+        return any(others)
+
     def limit(self, peer: NodeConnection, comps: Iterable[str]) -> None:
-        """What computations may use of a node has changed."""
+        """Tell a node and the Schedule what computations may use there now."""
         for comp in comps:
             use = peer.uses.get(comp)
-            if use is not None and use.state is AssignmentState.READY and not use.then:
-                cpus = self._scheduler.selection.tell_limit(peer, comp)
-                if cpus:
-                    self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
-                else:
-                    self._scheduler.decide(NodeDrains(peer.key, comp))
+            if use is None or use.state is not AssignmentState.READY or use.then:
+                continue
+            cpus = self._scheduler.selection.tell_limit(peer, comp)
+            if cpus:
+                self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
+            else:
+                self._scheduler.decide(NodeDrains(peer.key, comp))
 
 
 class Commit:
-    """Nothing leaves before the transaction of its turn is on the disk. While the disk takes none,
-    nodes are not read. The loop's thread."""
+    """Keeps back what is sent until the transaction of its turn is on the disk. While the disk
+    takes no transactions, nodes are not read. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
         self._scheduler = scheduler
@@ -1782,7 +2010,8 @@ class Commit:
         self.stuck_until: Optional[float] = None     # the disk does not take transactions
 
     def write_down(self) -> bool:
-        """What has happened goes to the disk, and then what was said about it."""
+        """Write what has happened, then send what was said about it. Return whether the disk has
+        taken it."""
         done = self._scheduler.state.commit()
         if done:
             later = self.later
@@ -1801,7 +2030,7 @@ class Commit:
         self.stuck_until = self._scheduler.now + RETRY_TIME
 
     def unstick(self) -> None:
-        """It has taken one: nodes are read again."""
+        """The disk has taken a transaction: nodes are read again."""
         if self.stuck_until is not None:
             self.stuck_until = None
             for link in self._links_of_nodes():
@@ -1816,31 +2045,40 @@ class Commit:
         ]
 
 
-class ProgramLinks:
-    """The programs that are connected, and what they say. The loop's thread."""
+# A part of the scheduler, and its method for a message
+Handler = Tuple[Any, Callable[[Any, Link, Any], None]]
+
+
+class ProgramLinks(Part):
+    """The links of the programs that are connected, and their messages. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
+        super().__init__(scheduler)
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
-        self.messages: Dict[type, Callable[[Link, Any], None]] = {   # and those of the other parts
-            ClientHello: self._c_introduce, Limit: lambda link, message: None,
-            Query: lambda link, message: None, Shutdown: lambda link, message: None,
-            Pulse: lambda link, message: None
-        }
+        # Message -> the part that takes it, and its method
+        self._handlers: Dict[type, Handler] = {}
+        self.add_handlers(self)
+
+    def add_handlers(self, part: Any) -> None:
+        """Add the messages that a part of the scheduler takes; they stand in its table MESSAGES."""
+        for kind, method in part.MESSAGES.items():
+            self._handlers[kind] = (part, method)
 
     def program_came(self, event: Authenticated) -> None:
         """A program has connected."""
-        link = Link(event.sock, event.session, event.address, self._scheduler.now,
-                    self._scheduler.options.pulse, OF_CLIENTS)
+        options = self._scheduler.options
+        link = Link(event.sock, event.session, event.address, self._scheduler.now, options.pulse,
+                    OF_CLIENTS)
         self._scheduler.attach(link)
-        self.sessions[link.number] = _Session(
-            link, [event.address], not self._scheduler.options.separate
-            or event.session.secret == 1)
+        operator = not options.separate or event.session.secret == 1
+        self.sessions[link.number] = _Session(link, [event.address], operator)
         self._bound_links(link)
 
     def _bound_links(self, link: Link) -> None:
-        """One host's programs may not take all descriptors."""
-        there = sum(1 for session in self.sessions.values() if session.link.address == link.address)
+        """End a link if its address has more than its share: the programs of one host may not take
+        all descriptors."""
+        addresses = [session.link.address for session in self.sessions.values()]
+        there = addresses.count(link.address)
         most = links_of_one()
         if there > most:
             logger.error(
@@ -1852,568 +2090,679 @@ class ProgramLinks:
             self.sessions.pop(link.number, None)
 
     def bound_answers(self) -> None:
-        """Who does not read its answers is not read from until it has."""
-        for number, session in self.sessions.items():
+        """Do not read from programs that do not read their answers, until they have."""
+        for session in self.sessions.values():
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
-            slow = queued > BACKPRESSURE_BYTES
-            if link.dirty is not None and link.paused != slow and (slow
-                                                                   or queued <= BACKPRESSURE_BYTES // 2):
-                link.paused = slow
+            is_slow = queued > BACKPRESSURE_BYTES
+            if link.dirty is None or link.paused == is_slow:
+                continue
+            if is_slow or queued <= BACKPRESSURE_BYTES // 2:
+                link.paused = is_slow
                 link.heard = self._scheduler.now
                 self._scheduler.interest(link)
 
     def take_messages(self, channel: Link) -> None:
-        """A program has said something."""
+        """Handle the messages of a program."""
         for message in channel.messages(self._scheduler.now):
             if type(message) is Bye:
                 channel.on_purpose = True
                 raise LinkBroken('bye: %s' % message.text[:200])
             if type(message) is Wrong:
                 self._refused_results(channel, message)
-            handler = self.messages.get(type(message))
-            if handler is None:
-                raise PeerError('%s may not come here' % type(message).__name__)
+            name = type(message).__name__
+            if type(message) not in self._handlers:
+                raise PeerError('%s may not come here' % name)
+            part, method = self._handlers[type(message)]
             try:
-                handler(channel, message)
+                method(part, channel, message)
             except (LinkBroken, PeerError, OSError):
                 raise
             except Exception as exc:  # what no honest program says ends its link and nothing else
-                logger.exception('%s of %s',
-                                 type(message).__name__, self.sessions[channel.number].names[0])
-                raise PeerError('%s cannot be understood: %s' %
-                                (type(message).__name__, exc)) from exc
+                logger.exception('%s of %s', name, self.name_of(channel))
+                raise PeerError('%s cannot be understood: %s' % (name, exc)) from exc
+
+    def name_of(self, link: Link) -> str:
+        """Return whose a link is, for people: user, host and PID of the program."""
+        return self.sessions[link.number].names[0]
 
     def _refused_results(self, link: Link, message: Wrong) -> None:
-        """A program cannot use what was sent: after a few times a text takes the place of a result
+        """A program cannot use what was sent. After a few times a text takes the place of a result
         that was in it."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
-            remote = self.computation_of(link, comp)
-            if remote is not None and serial in remote.ended:
-                numbers = [remote.ended[serial]]
-            else:
-                numbers = []
-            for number, row in zip(numbers, self._scheduler.state.results(numbers, [])):
-                self._scheduler.state.ended(
-                    number,
-                    refused_row(
-                        row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
+            computation = self.computation_of(link, comp)
+            if computation is None or serial not in computation.ended:
+                continue
+            number = computation.ended[serial]
+            text = 'the program could not take the result: ' + message.text[:NAME_MOST]
+            for row in self._state.results([number], []):
+                self._state.ended(number, refused_row(row, text))
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def program_gone(self, channel: Link, text: str) -> None:
-        """The link of a program came to its end."""
-        session = self.sessions.pop(channel.number)
-        logger.log(logging.INFO if channel.on_purpose else logging.WARNING,
-                   'the link of %s ended: %s', session.names[0], text)
-        for remote in [
-                remote for remote in (*self._scheduler.clusters.values(),
-                                      *self._scheduler.computations.unopened.values())
-                if isinstance(remote, ClientComputation) and remote.link == channel.number
-        ]:
-            self._scheduler.computations.program_gone(remote)
+        """The link of a program has ended."""
+        name = self.name_of(channel)
+        del self.sessions[channel.number]
+        computations = self._scheduler.computations
+        left = [each for each in computations.all() if each.link == channel.number]
+        if channel.on_purpose:
+            logger.info('the link of %s ended: %s', name, text)
+        else:
+            jobs = sum(len(computation.works) for computation in left)
+            logger.warning('the link of %s ended: %s; %d jobs of it have not ended', name, text,
+                           jobs)
+        for computation in left:
+            computations.program_gone(computation)
             if channel.on_purpose:
-                self._scheduler.computations.end(remote)
+                computations.end(computation)
 
     def computation_of(self, link: Link, comp: str) -> Optional[ClientComputation]:
-        """The computation a message speaks of, which must be of this link. None for one that has
-        ended here."""
-        remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, ClientComputation) and remote.link != link.number:
+        """Return the computation that a message speaks of, which must be of this link, or None for
+        one that has ended here. Raises PeerError."""
+        computation = self._scheduler.computations.get(comp)
+        if computation is not None and computation.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
-        if isinstance(remote, ClientComputation):
-            return remote
-        return None
+        return computation
 
-    def _c_introduce(self, link: Link, message: ClientHello) -> None:
+    def _on_introduce(self, link: Link, message: ClientHello) -> None:
+        name = message.name[:200]
         self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        self.sessions[link.number].names[0] = message.name[:200]
-        facts = {
-            'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler',
-            'memory': self._scheduler.instance.hex()
-        }
-        self._scheduler.send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
+        self.sessions[link.number].names[0] = name
+        logger.info('%s is connected from %s', name, link.address)
+        facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
+        facts['python'] = tuple(sys.version_info[:3])
+        facts['memory'] = self._scheduler.instance.hex()
+        self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
+
+    def _ignore(self, link: Link, message: Any) -> None:
+        """Ignore a message that is meant for a node."""
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        ClientHello: _on_introduce,
+        Limit: _ignore,
+        Query: _ignore,
+        Shutdown: _ignore,
+        Pulse: _ignore,
+    }
 
 
-class ProgramComputations:
-    """ProgramComputations of programs: they begin, lose their programs, get them back, and end. The
+class ProgramComputations(Part):
+    """Computations of programs: they begin, lose their programs, get them back, and end. The
     loop's thread."""
+    # What a program tells of a computation for the scheduler
+    SHARED = frozenset(('nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
+                        'collected'))
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
+        super().__init__(scheduler)
+        self._clusters = scheduler.clusters
+        self._selection = scheduler.selection
+        self._sharing = scheduler.sharing
+        self._quota = scheduler.quota
         self.unopened: Dict[str, ClientComputation] = {}        # those whose files are on their way
 
+    def get(self, comp: str) -> Optional[ClientComputation]:
+        """Return the computation with this name if it has begun and is not over."""
+        user = self._clusters.get(comp)
+        if isinstance(user, ClientComputation):
+            return user
+        return None
+
+    def opened(self) -> List[ClientComputation]:
+        """Return those that have begun and are not over, in the order in which they have begun."""
+        users = self._clusters.values()
+        return [user for user in users if isinstance(user, ClientComputation)]
+
+    def all(self) -> List[ClientComputation]:
+        """Return these and those whose files are still to come."""
+        return self.opened() + list(self.unopened.values())
+
+    def _is_connected(self, computation: ClientComputation) -> bool:
+        return computation.link in self._links
+
+    # -- beginning ---------------------------------------------------------------------------------
+
     def make(self, comp: str, client: bytes, spec: dict) -> ClientComputation:
-        """A computation that is not open yet. Raises PeerError, OSError."""
-        most = self._scheduler.options.max_file_size
-        return ClientComputation(self._scheduler, comp, client, spec, self._directory_of(comp), most,
-                      self._scheduler.state.key_of(comp), self._scheduler.options.max_queued)
+        """Return a computation that is not open yet. Raises PeerError, OSError."""
+        options = self._scheduler.options
+        return ClientComputation(
+            self._scheduler, comp, client, spec, self._directory_of(comp), options.max_file_size,
+            self._state.key_of(comp), options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
         if not comp or not is_comp(comp) or comp == KeepConnected.comp:
             raise PeerError('a computation may not be called %.70r' % comp)
-        path = os.path.join(self._scheduler.state.root, 'c-' + comp)
+        path = os.path.join(self._state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
     def on_compute(self, link: Link, message: Compute) -> None:
         """A program begins a computation, or is back and goes on with it."""
-        remote = self._scheduler.clusters.get(message.comp)
-        if isinstance(remote, ClientComputation):
-            if remote.instance != link.instance or not hmac.compare_digest(
-                    remote.digest, result_key(message.spec)):
-                self._scheduler.send(link, Refused(message.comp, 'busy', 'it is of another program'))
-                return
-            if remote.link in self._scheduler.links and remote.link != link.number:
-                self._scheduler.break_link(self._scheduler.links[remote.link],
-                                           'its program has connected anew')
-            again = remote.link == link.number   # a Reclaim on this link was answered
-            self._came_back(remote, link)
-            if remote.ready and remote.told_at == (link.number, self._scheduler.now):
-                return   # it asks again and again in one breath; the answer may be long
-            if remote.ready:
-                remote.told_at = (link.number, self._scheduler.now)
-                self._send_again(remote, link)
-                self._scheduler.send(link, Ready(message.comp, [*remote.works, *remote.ended]))
-                if not again:
-                    self._scheduler.program_jobs.resend(remote)
-                # Perhaps because its program could not be asked
-                for peer in self._scheduler.nodes.of(message.comp):
-                    if peer.uses[message.comp].state is AssignmentState.REFUSED:
-                        self._scheduler.setup.set_up(peer, message.comp)
-                return
-        else:
-            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
-                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
-                    'collected'
-            }:
-                raise PeerError('a computation that is not for a scheduler')
-            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
-                raise PeerError('%d nodes are named, and the limit is %d' %
-                                (len(message.spec['shared']['nodes']), SPECS_MOST))
-            own = sum(1 for each in (*self._scheduler.clusters.values(), *self.unopened.values())
-                      if isinstance(each, ClientComputation) and each.instance == link.instance)
-            if own >= COMPS_MOST or self._scheduler.commit.stuck_until is not None:
-                self._scheduler.send(
-                    link,
-                    Refused(
-                        message.comp, 'busy',
-                        'the disk of the scheduler is full' if own < COMPS_MOST else
-                        'this program has %d computations here, and the limit is %d' %
-                        (own, COMPS_MOST)))
-                return
-            if message.comp in self.unopened:
-                raise PeerError('computation %.40r is of another program' % message.comp)
-            if self._scheduler.options.cleanup_nodes:
-                message.spec['cleanup'] = True
-            remote = self.make(message.comp, link.instance, message.spec)
-            self._came_back(remote, link)
-            self.unopened[message.comp] = remote
-        spec = remote.cargo.spec
-        then = functools.partial(self._complete, remote)
-        self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
+        computation = self.get(message.comp)
+        if computation is None:
+            computation = self._begin(link, message)
+        elif not self._is_of(computation, link, message.spec):
+            self._send(link, Refused(message.comp, 'busy', 'it is of another program'))
+            return
+        elif self._go_on(computation, link):
+            return
+        if computation is not None:
+            spec = computation.cargo.spec
+            then = functools.partial(self._complete, computation)
+            self._scheduler.program_files.want(computation, spec['files'], spec['modules'], then)
 
-    def _came_back(self, remote: ClientComputation, link: Link) -> None:
-        if remote.instance != link.instance:
-            self._scheduler.quota.moved(remote, link.instance)
-            remote.instance = link.instance
+    @staticmethod
+    def _is_of(computation: ClientComputation, link: Link, spec: dict) -> bool:
+        """Return whether a computation is of the program that says so."""
+        if computation.instance != link.instance:
+            return False
+        return hmac.compare_digest(computation.digest, result_key(spec))
+
+    def _begin(self, link: Link, message: Compute) -> Optional[ClientComputation]:
+        """Make a computation that is new here, if there is room for it."""
+        self._check_shared(message.spec.get('shared'))
+        own = [computation for computation in self.all() if computation.instance == link.instance]
+        text = ''
+        if len(own) >= COMPS_MOST:
+            text = 'this program has %d computations here, and the limit is %d' % (
+                len(own), COMPS_MOST)
+        elif self._scheduler.commit.stuck_until is not None:
+            text = 'the disk of the scheduler is full'
+        if text:
+            self._send(link, Refused(message.comp, 'busy', text))
+            return None
+        if message.comp in self.unopened:
+            raise PeerError('computation %.40r is of another program' % message.comp)
+        if self._scheduler.options.cleanup_nodes:
+            message.spec['cleanup'] = True
+        computation = self.make(message.comp, link.instance, message.spec)
+        self._came_back(computation, link)
+        self.unopened[message.comp] = computation
+        return computation
+
+    def _check_shared(self, shared: Any) -> None:
+        """Raise PeerError for what no program says to a scheduler."""
+        if type(shared) is not dict or set(shared) != self.SHARED:
+            raise PeerError('a computation that is not for a scheduler')
+        count = len(shared['nodes'] or ())
+        if count > SPECS_MOST:
+            raise PeerError('%d nodes are named, and the limit is %d' % (count, SPECS_MOST))
+
+    def _go_on(self, computation: ClientComputation, link: Link) -> bool:
+        """A program is back, or asks once more. Return False if files of it are still to come."""
+        if self._is_connected(computation) and computation.link != link.number:
+            old = self._links[computation.link]
+            self._scheduler.break_link(old, 'its program has connected anew')
+        again = computation.link == link.number   # a Reclaim on this link was answered
+        self._came_back(computation, link)
+        if not computation.ready:
+            return False
+        told_at = (link.number, self._scheduler.now)
+        if computation.told_at == told_at:
+            return True   # it asks again and again in one breath; the answer may be long
+        computation.told_at = told_at
+        self._send_again(computation, link)
+        self._send(link, Ready(computation.comp, computation.known()))
+        if not again:
+            jobs = len(computation.works)
+            results = len(computation.ended)
+            logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
+                        computation.name, computation.program, jobs, results)
+            self._scheduler.program_jobs.resend(computation)
+        # Perhaps because its program could not be asked
+        for peer in self._scheduler.nodes.of(computation.comp):
+            if peer.uses[computation.comp].state is AssignmentState.REFUSED:
+                self._scheduler.setup.set_up(peer, computation.comp)
+        return True
+
+    def _came_back(self, computation: ClientComputation, link: Link) -> None:
+        if computation.instance != link.instance:
+            self._quota.moved(computation, link.instance)
+            computation.instance = link.instance
         # Otherwise what has come since the answer to Reclaim would be lost
-        if remote.link != link.number:
-            remote.outbox = []
-        remote.link = link.number
-        remote.given_up_at = math.inf
-        remote.program = self._scheduler.programs.sessions[link.number].names[0]
-        remote.rests_at = math.inf
-        self._scheduler.sharing.look_again()
-        if remote.rests:
-            remote.rests = False
-            self._scheduler.selection.use(remote.comp, remote.specs)
-        absence = remote.absence
+        if computation.link != link.number:
+            computation.outbox = []
+        computation.link = link.number
+        computation.given_up_at = math.inf
+        computation.program = self._scheduler.programs.name_of(link)
+        computation.rests_at = math.inf
+        self._sharing.look_again()
+        if computation.rests:
+            computation.rests = False
+            self._selection.use(computation.comp, computation.specs)
+        absence = computation.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
-            self._scheduler.schedule.keep(work)
+            self._schedule.keep(work)
         absence.dropping.clear()
 
-    def _complete(self, remote: ClientComputation, error: str, code: str = 'transfer') -> None:
-        """All files of a new computation are there, or cannot be."""
-        link = self._scheduler.links.get(remote.link)
+    def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
+        """All files of a new computation are here, or `error` says why they cannot be."""
         if error:
-            self.unopened.pop(remote.comp, None)
-            remote.remove()
-            if link is not None:
-                self._scheduler.send(link, Refused(remote.comp, code, error))
-            self._scheduler.program_calls.answer_early(remote)
+            self.unopened.pop(computation.comp, None)
+            computation.remove()
+            computation.send(Refused(computation.comp, code, error))
+            self._scheduler.program_calls.answer_early(computation)
             return
-        if self.unopened.pop(remote.comp, None) is None:
+        if self.unopened.pop(computation.comp, None) is None:
             return
-        remote.ready = True
-        self._scheduler.state.began(remote)
-        self.open(remote)
-        if link is not None:
-            self._scheduler.send(
-                link, Ready(remote.comp, [],
-                            self._scheduler.state.past(remote.comp).row()))
-        self._scheduler.program_calls.answer_early(remote)
+        computation.ready = True
+        self._state.began(computation)
+        self.open(computation)
+        past = self._state.past(computation.comp)
+        computation.send(Ready(computation.comp, [], past.row()))
+        self._scheduler.program_calls.answer_early(computation)
 
-    def open(self, remote: ClientComputation) -> None:
+    def open(self, computation: ClientComputation) -> None:
         """Begin to use nodes for a computation whose files are here."""
-        self._scheduler.overview.opened(remote)
-        self._scheduler.sharing.begins(remote)
-        self._scheduler.open(remote, False)
-        logger.info('%s: begins%s', remote.name,
-                    ', and wants its nodes alone' if remote.exclusive else '')
+        self._scheduler.overview.opened(computation)
+        self._sharing.begins(computation)
+        self._scheduler.open(computation, False)
+        whose = computation.program or 'a program that is not connected'
+        alone = ''
+        if computation.exclusive:
+            alone = ', and wants its nodes alone'
+        logger.info('%s: begins (computation %d of %s)%s', computation.name, computation.number,
+                    whose, alone)
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
-        remote = self._scheduler.clusters.get(message.comp)
-        if not isinstance(remote, ClientComputation):
-            self._scheduler.send(
-                link, KnownAttempts(message.comp, [],
-                           self._scheduler.state.past(message.comp).row()))
-            return
-        if not may_reclaim(remote.digest, message.key):
+        computation = self.get(message.comp)
+        if computation is None:
+            past = self._state.past(message.comp)
+            self._send(link, KnownAttempts(message.comp, [], past.row()))
+        elif not may_reclaim(computation.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
-                           self._scheduler.programs.sessions[link.number].names[0])
-            self._scheduler.send(link, KnownAttempts(message.comp, [], AttemptHistory(whole=False).row()))
-            return
-        if remote.link in self._scheduler.links and remote.link != link.number:
-            self._scheduler.send(link, Refused(message.comp, 'busy', 'its program is connected'))
-            return
-        if not message.take:
-            self._scheduler.send(
-                link, KnownAttempts(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
-            return
-        # The program itself sends these again
-        if remote.instance != link.instance:
-            dropped = remote.absence.dropped
+                           self._scheduler.programs.name_of(link))
+            past = AttemptHistory(whole=False)
+            self._send(link, KnownAttempts(message.comp, [], past.row()))
+        elif self._is_connected(computation) and computation.link != link.number:
+            self._send(link, Refused(message.comp, 'busy', 'its program is connected'))
+        elif not message.take:
+            known = [*computation.known(), *computation.absence.dropped]
+            self._send(link, KnownAttempts(message.comp, known))
         else:
-            dropped = {}
-        self._came_back(remote, link)
-        text = (
-            b'cancelled: it had not begun when its program was gone, and the scheduler did not '
-            b'wait any longer (--gone-after)')
+            self._hand_over(computation, link)
+
+    def _hand_over(self, computation: ClientComputation, link: Link) -> None:
+        """Give what is here of a computation to the process that asks for it."""
+        is_other = computation.instance != link.instance   # the program itself sends these again
+        self._came_back(computation, link)
+        if is_other:
+            self._cancel_dropped(computation)
+        self._state.commit()   # from where they are sent now
+        self._send(link, KnownAttempts(computation.comp, computation.known()))
+        self._scheduler.program_jobs.resend(computation)
+
+    def _cancel_dropped(self, computation: ClientComputation) -> None:
+        """Give a result to the jobs that were cancelled because the program was gone."""
+        dropped = computation.absence.dropped
+        text = ('cancelled: it had not begun when its program was gone, and the scheduler did not '
+                'wait any longer (--gone-after)')
         for serial, number in dropped.items():
-            self._scheduler.state.ended(number,
-                                        (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
-        remote.ended.update(dropped)
+            self._state.ended(number, ended_row(serial, Outcome.CANCELLED, text))
+        computation.ended.update(dropped)
         dropped.clear()
-        self._scheduler.state.commit()   # from where they are sent now
-        self._scheduler.send(link, KnownAttempts(message.comp, [*remote.works, *remote.ended]))
-        self._scheduler.program_jobs.resend(remote)
 
-    def _send_again(self, remote: ClientComputation, link: Link) -> None:
-        """A program is back that was taken for gone."""
-        dropped = remote.absence.dropped
-        if dropped:
-            self._scheduler.state.removed(list(dropped.values()))
-            self._scheduler.send(
-                link,
-                Notice(remote.comp, (
-                    'the scheduler has heard nothing of this program for a while and has cancelled '
-                    '%d jobs that had not begun (--gone-after); they are sent '
-                    'again' % len(dropped))))
-            dropped.clear()
+    def _send_again(self, computation: ClientComputation, link: Link) -> None:
+        """Tell a program that is back which of its jobs were cancelled because it was taken for
+        gone."""
+        dropped = computation.absence.dropped
+        if not dropped:
+            return
+        self._state.removed(list(dropped.values()))
+        text = ('the scheduler has heard nothing of this program for a while and has cancelled %d '
+                'jobs that had not begun (--gone-after); they are sent again')
+        text %= len(dropped)
+        self._send(link, Notice(computation.comp, text))
+        dropped.clear()
 
-    def program_gone(self, remote: ClientComputation) -> None:
-        """It goes on for a while without its program."""
-        remote.link = 0
-        remote.given_up_at = self._scheduler.now + self._scheduler.options.zombie
-        remote.rests_at = self._scheduler.now + ORPHAN_TIME
-        remote.absence.begin(self._scheduler.now, self._scheduler.options.gone)
-        for call in list(remote.calls.values()):
-            call(('RuntimeError', 'its program is not connected'), None)
-        remote.calls.clear()
-        remote.receiver.abort()
-        remote.values.interrupt()
-        while remote.wanted:
-            remote.wanted.popleft()[-1]('its program is not connected')
-        self._scheduler.program_files.end_files(remote)
-        self._scheduler.sharing.look_again()
+    # -- without a program -------------------------------------------------------------------------
 
-    def _drop_waiting(self, remote: ClientComputation) -> None:
-        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
+    def program_gone(self, computation: ClientComputation) -> None:
+        """Let a computation go on for a while without its program."""
+        now = self._scheduler.now
+        why = 'its program is not connected'
+        computation.link = 0
+        self.expect_program(computation)
+        for call in list(computation.calls.values()):
+            call(('RuntimeError', why), None)
+        computation.calls.clear()
+        computation.receiver.abort()
+        computation.values.interrupt()
+        while computation.wanted:
+            computation.wanted.popleft()[-1](why)
+        self._scheduler.program_files.end_files(computation)
+        self._sharing.look_again()
+        logger.debug('%s: its program is gone at %.3f; the results are given up at %.3f',
+                     computation.name, now, computation.given_up_at)
+
+    def expect_program(self, computation: ClientComputation) -> None:
+        """Set how long a program that is not connected is waited for."""
+        now = self._scheduler.now
+        options = self._scheduler.options
+        computation.given_up_at = now + options.zombie
+        computation.rests_at = now + ORPHAN_TIME
+        computation.absence.begin(now, options.gone)
+
+    def _drop_waiting(self, computation: ClientComputation) -> None:
+        """Cancel the jobs of a program that is gone which have not begun. Those that run go on to
+        their end."""
         self._scheduler.jobs.take_submitted()
-        absence = remote.absence
-        known = self._scheduler.schedule.comps.get(remote.comp)
+        known = self._schedule.comps.get(computation.comp)
         if known is None:
             return
         works = known.not_begun()
-        absence.dropping.update(works)
+        computation.absence.dropping.update(works)
         if works:
             logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
-                           '(--gone-after)', remote.name, len(works))
-        self._scheduler.decide(WithdrawAsked(works))
+                           '(--gone-after)', computation.name, len(works))
+        self._decide(WithdrawAsked(works))
 
-    def _rest(self, remote: ClientComputation) -> None:
-        """All that a program which is gone may still collect has ended: its nodes are let go, their
-        processes and files too."""
-        if not remote.ended or (remote.absence.for_good and not remote.collected):
-            logger.info('%s: its program is gone, and nothing is left for it', remote.name)
-            self.end(remote)
+    def _rest(self, computation: ClientComputation) -> None:
+        """All jobs of a program that is gone have ended: its nodes are let go, with its processes
+        and files there."""
+        if not computation.ended or (computation.absence.for_good and not computation.collected):
+            logger.info('%s: its program is gone, and nothing is left for it', computation.name)
+            self.end(computation)
             return
-        if remote.rests:
+        if computation.rests:
             return
-        logger.info('%s: its program is gone; %d results wait for it', remote.name,
-                    len(remote.ended))
-        remote.rests = True
-        for peer in self._scheduler.nodes.of(remote.comp):
-            self._scheduler.selection.done(peer, remote.comp)
-            self._scheduler.decide(NodeLeft(peer.key, remote.comp, str(peer),
-                                            'its program is gone'))
-            del peer.uses[remote.comp]
-            self._scheduler.selection.drop_unused(peer)
-        self._scheduler.sharing.look_again()
+        logger.info('%s: its program is gone; %d results wait for it', computation.name,
+                    len(computation.ended))
+        computation.rests = True
+        selection = self._selection
+        for peer in self._scheduler.nodes.of(computation.comp):
+            selection.done(peer, computation.comp)
+            left = NodeLeft(peer.key, computation.comp, str(peer), 'its program is gone')
+            self._decide(left)
+            del peer.uses[computation.comp]
+            selection.drop_unused(peer)
+        self._sharing.look_again()
 
-    def end_turn_of(self, remote: ClientComputation) -> None:
-        """Results to its program; what becomes of it while that is away."""
-        link = self._scheduler.links.get(remote.link)
-        # They wait on the disk until it has room
-        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * BATCH_BYTES:
-            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in PROVISIONAL]
-            self._scheduler.program_jobs.send_ended(remote, ended)
-            remote.outbox = [row for row in remote.outbox if row[1] in PROVISIONAL]
-        if self._scheduler.now >= remote.values.retry_at:
-            remote.values.retry_at = math.inf
+    def _give_up(self, computation: ClientComputation) -> None:
+        """Give up the results of a program that has not come back for them."""
+        seconds = self._scheduler.options.zombie
+        logger.warning('%s: its program has not come back for %g s (--zombie-interval): %d results '
+                       'are given up', computation.name, seconds, len(computation.ended))
+        if computation.ended:
+            text = 'the scheduler gave up its result after %g s (--zombie-interval)' % seconds
+            self._state.gave_up(computation.comp, list(computation.ended), text)
+        self.end(computation)
+
+    # -- turns -------------------------------------------------------------------------------------
+
+    def end_turn_of(self, computation: ClientComputation) -> None:
+        """Send results to the program of a computation, and decide what becomes of the computation
+        while its program is away."""
+        now = self._scheduler.now
+        link = self._links.get(computation.link)
+        if now >= computation.values.retry_at:
+            computation.values.retry_at = math.inf
             if link is not None:
-                self._scheduler.program_files.serve_values(link, remote)
-        if remote.outbox and link is not None:
-            for frame in batches(Results, remote.comp, map(with_size, remote.outbox)):
-                self._scheduler.send(link, frame)
-        remote.outbox = []
-        if self._scheduler.now >= remote.absence.look_at and remote.absence.is_over(
-                self._scheduler.now):
-            self._drop_waiting(remote)
-        if self._scheduler.now >= remote.rests_at and link is None and not remote.works:
-            self._rest(remote)
-        if self._scheduler.now >= remote.given_up_at and link is None and not remote.works:
-            logger.warning('%s: its program has not come back: %d results are given up',
-                           remote.name, len(remote.ended))
-            if remote.ended:
-                self._scheduler.state.gave_up(
-                    remote.comp, list(remote.ended),
-                    'the scheduler gave up its result after %g s (--zombie-interval)' %
-                    self._scheduler.options.zombie)
-            self.end(remote)
+                self._scheduler.program_files.serve_values(link, computation)
+        if computation.outbox:
+            if link is not None:
+                self._send_results(computation, link)
+            computation.outbox = []
+        if now >= computation.absence.look_at and computation.absence.is_over(now):
+            self._drop_waiting(computation)
+        if link is None and not computation.works:
+            if now >= computation.rests_at:
+                self._rest(computation)
+            if now >= computation.given_up_at:
+                self._give_up(computation)
+
+    def _send_results(self, computation: ClientComputation, link: Link) -> None:
+        """Send what has ended in this turn. While the link is full, results wait on the disk."""
+        rows = computation.outbox
+        if link.queued - link.unmade >= 4 * BATCH_BYTES:
+            ended = [computation.ended[row[0]] for row in rows if row[1] not in PROVISIONAL]
+            self._scheduler.program_jobs.send_ended(computation, ended)
+            rows = [row for row in rows if row[1] in PROVISIONAL]
+        for frame in batches(Results, computation.comp, map(with_size, rows)):
+            self._send(link, frame)
 
     def timers(self) -> List[float]:
-        """When there is something to do for computations."""
-        given_up = [
-            remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
-            for remote in self._scheduler.clusters.values() if isinstance(remote, ClientComputation)
-            and remote.link not in self._scheduler.links and not remote.works
-        ]
-        if self._scheduler.program_jobs.unread_until < math.inf:
-            given_up.append(self._scheduler.program_jobs.unread_until)
-        looks = [
-            min(remote.absence.look_at, remote.values.retry_at)
-            for remote in self._scheduler.clusters.values() if isinstance(remote, ClientComputation)
-        ]
-        return given_up + [when for when in looks if when < math.inf]
+        """Return the times at which there is something to do for computations."""
+        times = [self._scheduler.program_jobs.unread_until]
+        for computation in self.opened():
+            times += [computation.absence.look_at, computation.values.retry_at]
+            if computation.works or self._is_connected(computation):
+                continue
+            times.append(computation.given_up_at)
+            if not computation.rests:
+                times.append(computation.rests_at)
+        return [when for when in times if when < math.inf]
+
+    # -- ending ------------------------------------------------------------------------------------
 
     def on_done(self, link: Link, message: Done) -> None:
         """A program has ended a computation."""
-        remote = self.unopened.get(message.comp) or self._scheduler.programs.computation_of(
-            link, message.comp)
-        if remote is not None and remote.link == link.number:
+        computation = self.unopened.get(message.comp)
+        if computation is None:
+            computation = self._scheduler.programs.computation_of(link, message.comp)
+        if computation is not None and computation.link == link.number:
             self.unopened.pop(message.comp, None)
-            self.end(remote)
-            self._scheduler.program_calls.answer_early(remote)
-        self._scheduler.state.note(self._scheduler.state.PAST_OVER, message.comp)
+            self.end(computation)
+            self._scheduler.program_calls.answer_early(computation)
+        self._state.note(self._state.PAST_OVER, message.comp)
 
-    def end(self, remote: ClientComputation) -> None:
-        """A computation ends: jobs of it too, on nodes and on the disk."""
-        comp = remote.comp
-        if comp in self._scheduler.clusters:
+    def end(self, computation: ClientComputation) -> None:
+        """End a computation and remove its jobs, at nodes and on the disk."""
+        comp = computation.comp
+        if comp in self._clusters:
             self._scheduler.forget(comp)
-            self._scheduler.overview.over(remote)
-            self._scheduler.state.over(comp)
-            self._scheduler.state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
-                                 *(work.serial >> 16 for work in remote.works.values())])
-            logger.info('%s: is over', remote.name)
-        self._scheduler.program_jobs.forget(remote)
-        remote.receiver.abort()
-        remote.remove()
-        self._scheduler.sharing.is_over(remote)
+            self._scheduler.overview.over(computation)
+            self._state.over(comp)
+            numbers = [work.number for work in computation.works.values()]
+            numbers += computation.ended.values()
+            numbers += computation.absence.dropped.values()
+            self._state.removed(numbers)
+            self._tell_end(computation)
+        self._scheduler.program_jobs.forget(computation)
+        computation.receiver.abort()
+        computation.remove()
+        self._sharing.is_over(computation)
         self._scheduler.soon()
 
+    @staticmethod
+    def _tell_end(computation: ClientComputation) -> None:
+        whose = computation.program or 'a program that was not connected'
+        submitted, done, failed, cancelled = computation.jobs_counted()
+        counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
+            submitted, done, failed, cancelled, len(computation.works))
+        logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', computation.name,
+                    counts, computation.cpu_seconds, computation.number, whose)
 
-class ProgramFiles:
-    """Files and values that programs send, and where files of jobs that run are on their way to
-    them. The loop's thread."""
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Compute: on_compute,
+        Reclaim: on_reclaim,
+        Done: on_done,
+    }
+
+
+class ProgramFiles(Part):
+    """Files and values that programs send, and the links along which files of running jobs go to
+    programs. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
+        super().__init__(scheduler)
+        self._programs = scheduler.programs
+        self._computations = scheduler.computations
 
-    def want(self, remote: ClientComputation, files: list, modules: list,
-              then: Callable[..., None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what
+    def want(self, computation: ClientComputation, files: list, modules: list,
+             then: Callable[..., None]) -> None:
+        """Ask the program for files that are not here. `then` is called when all are, or with what
         went wrong and its code (of REASONS)."""
-        remote.wanted.append((files, modules, then))
-        if len(remote.wanted) == 1:
-            self._want_next(remote)
+        computation.wanted.append((files, modules, then))
+        if len(computation.wanted) == 1:
+            self._want_next(computation)
 
-    def _want_next(self, remote: ClientComputation) -> None:
-        while remote.wanted:
-            files, modules, then = remote.wanted[0]
-            unknown = Digests.unknown(remote.directory, files)
+    def _want_next(self, computation: ClientComputation) -> None:
+        while computation.wanted:
+            files, modules, then = computation.wanted[0]
+            unknown = Digests.unknown(computation.directory, files)
             # Large files are there: others do not wait while they are digested
-            if unknown and remote.compared is not files:
-                remote.compared = files
-                self._scheduler.openers.run(self._compare, remote, unknown)
+            if unknown and computation.compared is not files:
+                computation.compared = files
+                self._scheduler.openers.run(self._compare, computation, unknown)
                 return
             try:
-                missing = remote.receiver.want(Purpose.DEPENDS, files)
-                missing += remote.receiver.want(Purpose.MODULES, modules)
+                missing = computation.receiver.want(Purpose.DEPENDS, files)
+                missing += computation.receiver.want(Purpose.MODULES, modules)
             except (OSError, ValueError) as exc:
-                remote.wanted.popleft()
+                computation.wanted.popleft()
                 then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
                 continue
             if missing:
-                link = self._scheduler.links.get(remote.link)
-                for need in needs(remote.comp, missing) if link is not None else ():
-                    self._scheduler.send(link, need)  # type: ignore[arg-type]
+                for need in needs(computation.comp, missing):
+                    computation.send(need)
                 return
-            remote.wanted.popleft()
+            computation.wanted.popleft()
             then('')
 
-    def _compare(self, remote: ClientComputation, paths: Sequence[str]) -> None:
-        """An opener."""
+    def _compare(self, computation: ClientComputation, paths: Sequence[str]) -> None:
+        """Compute the digests of large files. It is called by an opener."""
         Digests.learn(paths)
-        self._scheduler.call_soon(self._want_next, remote)
+        self._scheduler.call_soon(self._want_next, computation)
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
-        """Files for nodes come here first."""
-        remote = self._scheduler.computations.unopened.get(
-            message.comp) or self._scheduler.programs.computation_of(link, message.comp)
+        """A program sends a piece of a file."""
+        computation = self._computations.unopened.get(message.comp)
+        if computation is None:
+            computation = self._programs.computation_of(link, message.comp)
         if message.purpose == Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE
-                                                            and not remote.wanted):
+        if computation is None or computation.link != link.number:
             return
-        stored = remote.receiver.take(message)
+        if message.purpose in FOR_CODE and not computation.wanted:
+            return
+        stored = computation.receiver.take(message)
         if stored is None:
             return
         if message.purpose == Purpose.VALUES:
-            self._value_stored(link, remote, stored)
+            self._value_stored(link, computation, stored)
         elif message.purpose not in ASKED_FOR:
-            self._scheduler.send(link, stored)
-        elif stored.error or not remote.receiver.wants(*FOR_CODE):
-            then = remote.wanted.popleft()[-1]
-            then(stored.error, remote.receiver.code)
-            self._want_next(remote)
+            self._send(link, stored)
+        elif stored.error or not computation.receiver.wants(*FOR_CODE):
+            then = computation.wanted.popleft()[-1]
+            then(stored.error, computation.receiver.code)
+            self._want_next(computation)
 
-    def _value_stored(self, link: Link, remote: ClientComputation, stored: FileStored) -> None:
+    def _value_stored(self, link: Link, computation: ClientComputation, stored: FileStored) -> None:
         """A value that jobs wait for is here, or cannot be."""
         if not stored.error:
-            remote.values.came(stored.name)
-            remote.values.told = False
-        elif remote.receiver.code == 'room':
-            self._no_room(link, remote, stored.error)
+            computation.values.came(stored.name)
+            computation.values.told = False
+        elif computation.receiver.code == 'room':
+            self._no_room(link, computation, stored.error)
             return
         else:
-            self._without_values(link, remote, stored.error)
-        self.serve_values(link, remote)
+            self._without_values(link, computation, stored.error)
+        self.serve_values(link, computation)
 
-    def _without_values(self, link: Link, remote: ClientComputation, error: str) -> None:
-        """Jobs that need a value which cannot be had."""
-        for serial in remote.values.failed():
+    def _without_values(self, link: Link, computation: ClientComputation, error: str) -> None:
+        """End the jobs that need a value which cannot be had."""
+        for serial in computation.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
-            self._scheduler.send(link, Results(remote.comp, [row]))
+            self._send(link, Results(computation.comp, [row]))
 
-    def serve_values(self, link: Link, remote: ClientComputation) -> None:
+    def serve_values(self, link: Link, computation: ClientComputation) -> None:
         """Take the jobs whose values are here, and ask for what others need."""
-        rows, missing, error = remote.values.serve()
-        for need in needs(remote.comp, missing):
-            self._scheduler.send(link, need)
+        rows, missing, error = computation.values.serve()
+        for need in needs(computation.comp, missing):
+            self._send(link, need)
         if error:
-            self._no_room(link, remote, error)
-        self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
+            self._no_room(link, computation, error)
+        self._scheduler.program_jobs.take_jobs(link, computation, rows, admitted=True)
 
-    def _no_room(self, link: Link, remote: ClientComputation, error: str) -> None:
-        """The jobs that need a value wait until there is room for it."""
-        remote.values.postpone(self._scheduler.now + RETRY_TIME)
-        if not remote.values.told:
-            remote.values.told = True
-            text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
-            logger.error('%s: %s', remote.name, text)
-            self._scheduler.send(link, Notice(remote.comp, text))
+    def _no_room(self, link: Link, computation: ClientComputation, error: str) -> None:
+        """Let the jobs that need a value wait until there is room for it."""
+        computation.values.postpone(self._scheduler.now + RETRY_TIME)
+        if not computation.values.told:
+            computation.values.told = True
+            text = ('a value that jobs need finds no room at the scheduler: %s; they wait until it '
+                    'does') % error
+            logger.error('%s: %s', computation.name, text)
+            self._send(link, Notice(computation.comp, text))
 
-    def done_with_values(self, remote: ClientComputation, work: ClientJob) -> None:
-        """Jobs that waited for room may have it."""
-        remote.values.release(work)
-        link = self._scheduler.links.get(remote.link)
+    def done_with_values(self, computation: ClientComputation, work: ClientJob) -> None:
+        """Give the room that the values of a job had to jobs that wait for it."""
+        computation.values.release(work)
+        link = self._links.get(computation.link)
         if link is not None:
-            self.serve_values(link, remote)
+            self.serve_values(link, computation)
 
     def on_file_stored(self, link: Link, message: FileStored) -> None:
-        """A file of a job is at its program, or cannot be; or a value is not to be had there."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        if message.purpose == Purpose.VALUES and remote is not None:
+        """The program has a file of a job, or cannot store it; or it does not have a value."""
+        computation = self._programs.computation_of(link, message.comp)
+        if message.purpose == Purpose.VALUES and computation is not None:
             if message.error:
-                self._without_values(link, remote, message.error)
+                self._without_values(link, computation, message.error)
             return
-        if remote is not None:
-            work = remote.works.get(message.key)
-        else:
-            work = None
-        if remote is None or work is None or remote.files.pop(work.serial, None) is None:
+        if computation is None or message.key not in computation.works:
             return
-        peer = self._peer_of(work)
+        work = computation.works[message.key]
+        if computation.files.pop(work.serial, None) is not None:
+            self._say_to_node_of(computation.comp, work.serial, message._replace(key=work.serial))
+
+    def _say_to_node_of(self, comp: str, serial: int, message: FileStored) -> None:
+        """Send a message to the node where a job is, if it is at one that is connected."""
+        known = self._schedule.comps.get(comp)
+        if known is None or serial not in known.running:
+            return
+        peer = self._scheduler.nodes.by_key.get(known.running[serial].key)
         if peer is not None:
-            self._scheduler.say_to(peer, message._replace(key=work.serial))
+            self._scheduler.say_to(peer, message)
 
-    def _peer_of(self, work: ClientJob) -> Optional[NodeConnection]:
-        known = self._scheduler.schedule.comps.get(work.comp)
-        if known is not None:
-            node = known.running.get(work.serial)
-        else:
-            node = None
-        if node is not None:
-            return self._scheduler.nodes.by_key.get(node.key)
-        return None
+    def end_files(self, computation: ClientComputation) -> None:
+        """The connection to a program has ended while its jobs sent files to it."""
+        error = 'the connection to the client has ended'
+        for serial, (_, name) in computation.files.items():
+            stored = FileStored(computation.comp, int(Purpose.FROM_JOB), serial, name, error)
+            self._say_to_node_of(computation.comp, serial, stored)
+        computation.files.clear()
 
-    def end_files(self, remote: ClientComputation) -> None:
-        """The connection to a program has ended while its jobs sent files."""
-        known = self._scheduler.schedule.comps.get(remote.comp)
-        for serial, (_, name) in remote.files.items():
-            if known is not None:
-                node = known.running.get(serial)
-            else:
-                node = None
-            if node is not None:
-                peer = self._scheduler.nodes.by_key.get(node.key)
-            else:
-                peer = None
-            if peer is not None:
-                self._scheduler.say_to(
-                    peer,
-                    FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
-                               'the connection to the client has ended'))
-        remote.files.clear()
-
-    def bring_modules(self, remote: ClientComputation, rows: list) -> None:
-        """Files of modules that arguments of later jobs need: nodes that are set up from now on get
-        them at once."""
-        known = {row[0] for row in remote.cargo.spec['modules']}
+    def bring_modules(self, computation: ClientComputation, rows: list) -> None:
+        """Add files of modules that the arguments of later jobs need: nodes that are set up from
+        now on get them at once."""
+        spec = computation.cargo.spec
+        known = {row[0] for row in spec['modules']}
         more = [row for row in rows if row[0] not in known]
         if more:
-            remote.take_spec(dict(remote.cargo.spec, modules=remote.cargo.spec['modules'] + more))
-            self._scheduler.state.began(remote)
+            computation.take_spec(dict(spec, modules=spec['modules'] + more))
+            self._state.began(computation)
 
-    def change_files(self, remote: ClientComputation, rows: list, then: Callable[..., None]) -> None:
+    def change_files(self, computation: ClientComputation, rows: list,
+                     then: Callable[..., None]) -> None:
+        """Set a computation up with other files. `then` is called with what went wrong, or with an
+        empty text."""
         def complete(error: str, code: str = '') -> None:
             if not error:
-                remote.take_spec(dict(remote.cargo.spec, files=rows))
-                self._scheduler.state.began(remote)
+                computation.take_spec(dict(computation.cargo.spec, files=rows))
+                self._state.began(computation)
             then(error)
-        self.want(remote, rows, [], complete)
+        self.want(computation, rows, [], complete)
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        FilePiece: on_file_piece,
+        FileStored: on_file_stored,
+    }
 
 
-class ProgramJobs:
-    """Jobs that programs submit, and their results, which are on the disk. The loop's thread."""
+class ProgramJobs(Part):
+    """The jobs that programs submit, and their results, which are on the disk. The loop's
+    thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
+        super().__init__(scheduler)
+        self._programs = scheduler.programs
+        self._computations = scheduler.computations
+        self._quota = scheduler.quota
+        self._files = scheduler.program_files
+        self._exchange = scheduler.jobs
         # Results that wait for room in the links of programs
         self.backlog = SpoolSender(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
@@ -2421,337 +2770,415 @@ class ProgramJobs:
 
     def on_jobs(self, link: Link, message: Jobs) -> None:
         """A program submits jobs."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        if remote is None:
+        computation = self._programs.computation_of(link, message.comp)
+        if computation is None:
             return
         if len(message.rows) == 1:
             unfit = over_limit_here(message, self._scheduler.values.where)
             if unfit is not None:
                 self.on_unfit(link, unfit)
                 return
-        self.take_jobs(link, remote, message.rows)
+        self.take_jobs(link, computation, message.rows)
 
     def take_jobs(self,
                   link: Link,
-                  remote: ClientComputation,
+                  computation: ClientComputation,
                   rows: Sequence[tuple],
                   admitted: bool = False) -> None:
-        """Note jobs and hand them to the Schedule; `admitted`: the values that they need are
-        here."""
+        """Note jobs and hand them to the Schedule. `admitted` says that the values which they need
+        are here."""
         back: List[int] = []
         lacking = False
+        is_full = self._scheduler.commit.stuck_until is not None
+        quota = self._quota
         for row in rows:
             serial, payload, options = row
-            if serial in remote.works or serial in remote.ended:
+            if serial in computation.works or serial in computation.ended:
                 continue   # it came before
-            if options and 'values' in options and not admitted and not remote.values.admit(row):
+            needs_values = options and 'values' in options and not admitted
+            if needs_values and not computation.values.admit(row):
                 lacking = True
-                continue
-            if self._scheduler.commit.stuck_until is not None or not self._scheduler.quota.has_room(
-                    remote, size_of(payload)):
+            elif is_full or not quota.has_room(computation, size_of(payload)):
                 back.append(serial)
-                continue
-            self._scheduler.state.number += 1
-            if len(payload) <= LAZY or type(payload) is tuple:
-                payload = _plain(payload)
-            work = ClientJob(remote.comp, None, options, self._scheduler.state.number << 16,
-                              serial)
-            if work.values:
-                remote.values.took(work)
-            self._scheduler.state.submitted(work, payload)
-            if self._kept < IN_MEMORY and len(payload) < FILE_BYTES:
-                work.payload = payload
-                self._kept += BYTES_OVERHEAD + len(payload)
-            remote.works[serial] = work
-            self._scheduler.quota.add(remote, work, len(payload))
-            self._scheduler.jobs.submitted.append(work)  # type: ignore[arg-type]
+            else:
+                self._take(computation, serial, payload, options)
         if back:
-            self._scheduler.quota.give_back(link, remote, back, self._scheduler.commit.stuck_until
-                                            is not None)
+            quota.give_back(link, computation, back, is_full)
         if lacking:
-            self._scheduler.program_files.serve_values(link, remote)
+            self._files.serve_values(link, computation)
+
+    def _take(self, computation: ClientComputation, serial: int, payload: Any,
+              options: Optional[dict]) -> None:
+        """Take one job."""
+        state = self._state
+        state.number += 1
+        if len(payload) <= LAZY or type(payload) is tuple:
+            payload = _plain(payload)
+        size = len(payload)
+        work = ClientJob(computation.comp, None, options, state.number << 16, serial)
+        if work.values:
+            computation.values.took(work)
+        state.submitted(work, payload)
+        if self._kept < IN_MEMORY and size < FILE_BYTES:
+            work.payload = payload
+            self._kept += BYTES_OVERHEAD + size
+        computation.works[serial] = work
+        self._quota.add(computation, work, size)
+        self._exchange.submitted.append(work)  # type: ignore[arg-type]
 
     def on_unfit(self, link: Link, message: Unfit) -> None:
-        """A job whose arguments find no room here. Its program is told, and it is forgotten."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
+        """The arguments of a job find no room here: the program is told, and the job is
+        forgotten."""
+        computation = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
-        if remote is not None and serial not in remote.works and serial not in remote.ended:
-            self._scheduler.send(link, Results(message.comp, [unfit_row(message)]))
+        if computation is not None and serial not in computation.known():
+            self._send(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
-        """A program wants jobs to end."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        self._scheduler.jobs.take_submitted()
-        self._cancel_early(link, remote, message.serials)
-        for work in [remote.works[serial] for serial in message.serials
-                     if serial in remote.works] if remote is not None else ():
-            self._scheduler.decide(CancelAsked(work))
+        """A program cancels jobs."""
+        computation = self._programs.computation_of(link, message.comp)
+        self._exchange.take_submitted()
+        if computation is not None:
+            self._cancel_early(link, computation, message.serials)
+            for work in self._known(computation, message.serials):
+                self._decide(CancelAsked(work))
 
-    def _cancel_early(self, link: Link, remote: Optional[ClientComputation], serials: Sequence[int]) -> None:
+    @staticmethod
+    def _known(computation: ClientComputation, serials: Sequence[int]) -> List[ScheduledJob]:
+        """Return those of these jobs that have not ended."""
+        return [computation.works[serial] for serial in serials if serial in computation.works]
+
+    def _cancel_early(self, link: Link, computation: ClientComputation,
+                      serials: Sequence[int]) -> None:
         """End those of these jobs that are not taken yet."""
-        for serial in remote.values.leave(serials) if remote is not None else ():
-            text = b'cancelled before it started'
-            row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
-            self._scheduler.send(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
+        for serial in computation.values.leave(serials):
+            row = ended_row(serial, Outcome.CANCELLED, 'cancelled before it started')
+            self._send(link, Results(computation.comp, [row]))
 
     def on_recall(self, link: Link, message: ReturnJobs) -> None:
-        """Jobs that shall be cancelled if they have not begun."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        self._scheduler.jobs.take_submitted()
-        self._cancel_early(link, remote, message.serials)
-        if remote is not None:
-            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
-            self._scheduler.decide(WithdrawAsked(works))
+        """A program cancels jobs if they have not begun."""
+        computation = self._programs.computation_of(link, message.comp)
+        self._exchange.take_submitted()
+        if computation is not None:
+            self._cancel_early(link, computation, message.serials)
+            works = self._known(computation, message.serials)
+            self._decide(WithdrawAsked(works))
 
     def on_ack(self, link: Link, message: Ack) -> None:
         """A program has results."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        if remote is not None:
-            self._scheduler.state.removed(
-                [remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
+        computation = self._programs.computation_of(link, message.comp)
+        if computation is not None:
+            ended = computation.ended
+            known = [serial for serial in message.serials if serial in ended]
+            self._state.removed([ended.pop(serial) for serial in known])
 
-    def end(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any = None) -> None:
-        """A job has ended with this row of Results, `node` is where, if it was on one."""
-        number = work.serial >> 16
-        if remote.works.pop(work.client_serial, None) is None:
+    def end(self, computation: ClientComputation, work: ClientJob, row: tuple,
+            node: Any = None) -> None:
+        """End a job with this row of Results. `node` is where it was, if it was at a node."""
+        number = work.number
+        if computation.works.pop(work.client_serial, None) is None:
             return
-        self._scheduler.overview.ended(remote, work, row, node)
-        self._scheduler.quota.remove(remote, work)
+        self._scheduler.overview.ended(computation, work, row, node)
+        self._quota.remove(computation, work)
         if work.values:
-            self._scheduler.program_files.done_with_values(remote, work)
-        if work.payload is not None:
-            self._kept -= BYTES_OVERHEAD + len(work.payload)
-        remote.files.pop(work.serial, None)
-        if remote.exclusive and not remote.works:
+            self._files.done_with_values(computation, work)
+        self._forget_payload(work)
+        computation.files.pop(work.serial, None)
+        if computation.exclusive and not computation.works:
             self._scheduler.sharing.look_again()
-        self._scheduler.state.ended(number, row)
-        remote.ended[work.client_serial] = number
-        remote.outbox.append(row)
+        self._state.ended(number, row)
+        computation.ended[work.client_serial] = number
+        computation.outbox.append(row)
 
-    def drop(self, remote: ClientComputation, work: ClientJob) -> None:
-        """One of these jobs has been cancelled."""
-        number = work.serial >> 16
-        if remote.works.pop(work.client_serial, None) is None:
+    def drop(self, computation: ClientComputation, work: ClientJob) -> None:
+        """Forget a job that was cancelled because its program is gone."""
+        number = work.number
+        if computation.works.pop(work.client_serial, None) is None:
             return
-        self._scheduler.quota.remove(remote, work)
-        remote.values.release(work)
-        remote.absence.dropped[work.client_serial] = number
-        remote.ends[2] += 1
-        if work.payload is not None:
-            self._kept -= BYTES_OVERHEAD + len(work.payload)
-        self._scheduler.state.dropped(number)
-        if remote.exclusive:
+        self._quota.remove(computation, work)
+        computation.values.release(work)
+        computation.absence.dropped[work.client_serial] = number
+        computation.cancelled += 1
+        self._forget_payload(work)
+        self._state.dropped(number)
+        if computation.exclusive:
             self._scheduler.sharing.look_again()
 
-    def forget(self, remote: ClientComputation) -> None:
-        """A computation is over."""
-        self._kept -= sum(BYTES_OVERHEAD + len(work.payload) for work in remote.works.values()
-                          if work.payload is not None)
-        for work in remote.works.values():
-            self._scheduler.quota.remove(remote, work)
-        remote.works.clear()
+    def forget(self, computation: ClientComputation) -> None:
+        """Forget the jobs of a computation that is over."""
+        for work in computation.works.values():
+            self._forget_payload(work)
+            self._quota.remove(computation, work)
+        computation.works.clear()
 
-    def resend(self, remote: ClientComputation) -> None:
-        """What its program has not acknowledged, and where its jobs are."""
-        remote.unread.clear()
-        self.send_ended(remote, list(remote.ended.values()))
-        known = self._scheduler.schedule.comps.get(remote.comp)
-        for node in known.nodes.values() if known is not None else ():
-            serials = [work.client_serial for work in node.in_flight[remote.comp].values()]  # type: ignore[attr-defined]
-            peer = self._scheduler.nodes.by_key.get(node.key)
-            if serials and peer is not None:
-                self._scheduler.send(
-                    self._scheduler.links[remote.link],
-                    JobsAssigned(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
-            rows = [(node.in_flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
-                    for serial, since in node.begun[remote.comp].items()]
-            if rows:
-                self._scheduler.send(self._scheduler.links[remote.link], Started(remote.comp, rows))
+    def _forget_payload(self, work: ClientJob) -> None:
+        """The arguments of a job are not kept in memory any more."""
+        if work.payload is not None:
+            self._kept -= BYTES_OVERHEAD + len(work.payload)
 
-    def send_ended(self, remote: ClientComputation, numbers: List[int]) -> None:
+    def resend(self, computation: ClientComputation) -> None:
+        """Send a program the results that it has not acknowledged, and where its jobs are."""
+        computation.unread.clear()
+        self.send_ended(computation, list(computation.ended.values()))
+        known = self._schedule.comps.get(computation.comp)
+        if known is not None:
+            for node in known.nodes.values():
+                self._tell_jobs_at(computation, node)
+
+    def _tell_jobs_at(self, computation: ClientComputation, node: Any) -> None:
+        """Tell a program which of its jobs are at a node, and which of these run. `node` is the
+        Schedule's."""
+        now = self._scheduler.now
+        sent = node.in_flight[computation.comp]
+        serials = [work.client_serial for work in sent.values()]
+        peer = self._scheduler.nodes.by_key.get(node.key)
+        if serials and peer is not None:
+            where = (peer.ip_addr, peer.port, peer.name)
+            computation.send(JobsAssigned(computation.comp, where, serials))
+        begun = node.begun[computation.comp]
+        rows = []
+        for serial, since in begun.items():
+            rows.append((sent[serial].client_serial, now - since))
+        if rows:
+            computation.send(Started(computation.comp, rows))
+
+    def send_ended(self, computation: ClientComputation, numbers: List[int]) -> None:
         """Send results that are on the disk."""
-        rows = self._scheduler.state.results(numbers, remote.unread)
-        self.backlog.add_results(remote.link, remote.comp, rows)
+        rows = self._state.results(numbers, computation.unread)
+        self.backlog.add_results(computation.link, computation.comp, rows)
 
     def read_again(self) -> None:
-        """Results that could not be read are tried once more, after a while."""
-        again = self._scheduler.now >= self.unread_until
+        """Try once more, after a while, to read results that could not be read."""
+        now = self._scheduler.now
+        again = now >= self.unread_until
         if again:
             self.unread_until = math.inf
-        for remote in self._scheduler.clusters.values():
-            if isinstance(remote,
-                          ClientComputation) and remote.unread and remote.link in self._scheduler.links:
-                if again:
-                    numbers = list(remote.unread)
-                    remote.unread.clear()
-                    self.send_ended(remote, numbers)
-                else:
-                    self.unread_until = min(self.unread_until, self._scheduler.now + RETRY_TIME)
+        for computation in self._computations.opened():
+            if not computation.unread or computation.link not in self._links:
+                continue
+            if again:
+                numbers = list(computation.unread)
+                computation.unread.clear()
+                self.send_ended(computation, numbers)
+            else:
+                self.unread_until = min(self.unread_until, now + RETRY_TIME)
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Jobs: on_jobs,
+        Unfit: on_unfit,
+        Cancel: on_cancel,
+        ReturnJobs: on_recall,
+        Ack: on_ack,
+    }
 
 
-class ProgramCalls:
-    """Questions of programs, and what they are asked. The loop's thread."""
+Answer = Callable[..., None]   # of a question: called with a value, or with None and an error
+
+
+class ProgramCalls(Part):
+    """The questions of programs, and what programs are asked. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
+        super().__init__(scheduler)
+        self._programs = scheduler.programs
+        self._computations = scheduler.computations
+        self._queries = scheduler.queries
+        self._selection = scheduler.selection
+        self._setup = scheduler.setup
+        self._files = scheduler.program_files
         self._numbers = itertools.count(1)
 
     def on_call(self, link: Link, message: Call) -> None:
         """A program asks something."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        watched = message.name == 'overview'   # it speaks of no computation
+        computation = self._programs.computation_of(link, message.comp)
 
         def answer(value: Any, error: tuple = ()) -> None:
             if link.dirty is not None:
-                self._scheduler.send(link, Return(message.comp, message.number, error, value))
+                self._send(link, Return(message.comp, message.number, error, value))
         try:
             if self._is_early(link, message, answer):
                 return
-            if remote is None and not watched:
+            if computation is None and message.name != 'overview':
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._scheduler.jobs.take_submitted()
-            if remote is None:
-                session = self._scheduler.programs.sessions[link.number]
-                answer(
-                    self._scheduler.overview.answer(*message.args) if session.operator else self.
-                    _scheduler.overview.answer_anybody(*message.args))
-                return
-            self._answer_call(remote, message.name, message.args, answer)
+            if computation is None:
+                answer(self._overview(link, message.args))
+            else:
+                method = self._CALLS.get(message.name, ProgramCalls._command)
+                method(self, computation, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
 
+    def _overview(self, link: Link, args: tuple) -> Tuple[float, Any]:
+        """Answer a monitor, which speaks of no computation."""
+        if self._programs.sessions[link.number].operator:
+            return self._scheduler.overview.answer(*args)
+        return self._scheduler.overview.answer_anybody(*args)
+
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
-        """Whether the files of the computation are on their way: questions about its jobs wait
-        until they are there."""
-        remote = self._scheduler.computations.unopened.get(message.comp)
-        if remote is None or remote.link != link.number:
+        """Return whether the files of the computation are still to come. Questions about its jobs
+        wait until they are here."""
+        computation = self._computations.unopened.get(message.comp)
+        if computation is None or computation.link != link.number:
             return False
         if message.name == 'nodes':
             answer([])
-        elif len(remote.questions) < QUESTIONS_MOST:
-            remote.questions.append((link, message))
+        elif len(computation.questions) < QUESTIONS_MOST:
+            computation.questions.append((link, message))
         else:
             raise RuntimeError(
                 '%d questions wait until the files of this cluster are at the scheduler' %
                 QUESTIONS_MOST)
         return True
 
-    def answer_early(self, remote: ClientComputation) -> None:
+    def answer_early(self, computation: ClientComputation) -> None:
         """The files of a computation are here: answer what was asked meanwhile."""
-        questions = remote.questions
-        remote.questions = []
+        questions = computation.questions
+        computation.questions = []
         for link, message in questions:
             self.on_call(link, message)
 
-    def _answer_call(self, remote: ClientComputation, name: str, args: tuple, answer: Callable[...,
-                                                                                    None]) -> None:
-        comp = remote.comp
-        if name == 'nodes':
-            first, count = args or (0, NODES_PAGE)
-            rows = self._scheduler.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
-            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
-        elif name == 'jobs':
-            answer([
-                work.client_serial
-                for work in self._scheduler.queries.jobs_at(comp, *args).values()
-            ])
-        elif name == 'allocate':
-            self._scheduler.selection.allocate(comp, specs_of(args[0]))
+    def _nodes(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
+        first, count = args or (0, NODES_PAGE)
+        last = first + min(count, NODES_PAGE)
+        nodes = self._queries.rows_of(computation.comp)
+        rows = []
+        for row in nodes[first:last]:
+            short = row._replace(reason=shorten(row.reason, REASON_MOST))
+            rows.append(tuple(short))
+        answer(rows)
+
+    def _jobs(self, computation: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+        jobs: Dict[int, Any] = self._queries.jobs_at(computation.comp, *args)
+        answer([work.client_serial for work in jobs.values()])
+
+    def _allocate(self, computation: ClientComputation, name: str, args: tuple,
+                  answer: Answer) -> None:
+        self._selection.allocate(computation.comp, specs_of(args[0]))
+        answer(None)
+
+    def _leave(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
+        """Leave nodes. With a fourth argument they are set up again with these files."""
+        if len(args) != 4:
+            self._command(computation, name, args, answer)
+            return
+
+        def complete(error: str, code: str = '') -> None:
+            if error:
+                answer(None, ('OSError', error))
+                return
+            self._selection.leave(computation.comp, *args[:3])
             answer(None)
-        elif name == 'leave' and len(args) == 4:   # with files as they are now
-            def complete(error: str, code: str = '') -> None:
-                if not error:
-                    self._scheduler.selection.leave(comp, *args[:3])
-                answer(None, ('OSError', error) if error else ())
-            self._scheduler.program_files.change_files(remote, args[3], complete)
-        elif name in ('running', 'place'):
-            path = ''
-            if name == 'place':   # one that its program has sent here before, and nothing else
-                path = os.path.join(remote.directory, *check_name(args[1][0]))
-                open_regular(path).close()
-            future = self._scheduler.queries.question(comp, args[0],
-                                                      args[1] if name == 'place' else None, path)
+        self._files.change_files(computation, args[3], complete)
 
-            def answered(done: Any) -> None:
-                if done.exception() is not None:
-                    answer(None, ('RuntimeError', str(done.exception())))
-                elif name == 'place':
-                    answer(done.result())
-                else:
-                    running = {serial for serial, _ in done.result().running}
-                    answer([
-                        work.client_serial
-                        for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items()
-                        if serial in running
-                    ])
-            future.add_done_callback(answered)
-        elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
-            answer(self._scheduler.queries.command(comp, name, *args))
-        else:
+    def _running(self, computation: ClientComputation, name: str, args: tuple,
+                 answer: Answer) -> None:
+        """Ask a node which jobs run there."""
+        queries = self._queries
+        node = args[0]
+
+        def answered(done: Any) -> None:
+            if done.exception() is not None:
+                answer(None, ('RuntimeError', str(done.exception())))
+                return
+            running = {serial for serial, _ in done.result().running}
+            jobs: Dict[int, Any] = queries.jobs_at(computation.comp, node)
+            answer([work.client_serial for serial, work in jobs.items() if serial in running])
+        queries.question(computation.comp, node).add_done_callback(answered)
+
+    def _place(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
+        """Send a node a file: one that the program has sent here before, and nothing else."""
+        node, row = args[:2]
+        path = os.path.join(computation.directory, *check_name(row[0]))
+        open_regular(path).close()
+
+        def answered(done: Any) -> None:
+            if done.exception() is not None:
+                answer(None, ('RuntimeError', str(done.exception())))
+            else:
+                answer(done.result())
+        future = self._queries.question(computation.comp, node, row, path)
+        future.add_done_callback(answered)
+
+    def _command(self, computation: ClientComputation, name: str, args: tuple,
+                 answer: Answer) -> None:
+        if name not in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
+        answer(self._queries.command(computation.comp, name, *args))
 
-    def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
+    # What programs ask; other names are commands
+    _CALLS = {
+        'nodes': _nodes,
+        'jobs': _jobs,
+        'allocate': _allocate,
+        'leave': _leave,
+        'running': _running,
+        'place': _place,
+    }
+
+    def _ask(self, computation: Any, name: str, args: tuple, then: Callable[[tuple, Any],
+             None]) -> None:
         """Ask a program; `then(error, value)` gets the answer."""
-        link = self._scheduler.links.get(remote.link)
+        link = self._links.get(computation.link)
         if link is None:
             then(('RuntimeError', 'its program is not connected'), None)
             return
         number = next(self._numbers)
-        remote.calls[number] = then
-        self._scheduler.send(link, Call(remote.comp, number, name, args))
+        computation.calls[number] = then
+        self._send(link, Call(computation.comp, number, name, args))
 
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        if remote is not None:
-            then = remote.calls.pop(message.number, None)
-        else:
-            then = None
-        if then is not None:
+        computation = self._programs.computation_of(link, message.comp)
+        if computation is not None and message.number in computation.calls:
+            then = computation.calls.pop(message.number)
             then(message.error, message.value)
 
-    def ask_source(self, remote: ClientComputation, peer: NodeConnection, link: Link) -> None:
+    def ask_source(self, computation: ClientComputation, peer: NodeConnection, link: Link) -> None:
         """Ask a program for the source of its computation."""
+        setup = self._setup
+
         def told(error: tuple, value: Any) -> None:
             if error:
-                self._scheduler.setup.source_missing(remote, peer, link, error[1])
+                setup.source_missing(computation, peer, link, error[1])
             else:
-                self._scheduler.setup.source_found(remote, peer, link, (bytes(value[0]), value[1]))
-        self._ask(remote, 'source', (), told)
+                source = (bytes(value[0]), value[1])
+                setup.source_found(computation, peer, link, source)
+        self._ask(computation, 'source', (), told)
 
-    def ask_allocator(self, remote: ClientComputation, allocator: Any, peer: NodeConnection, link: Link) -> None:
+    def ask_allocator(self, computation: ClientComputation, allocator: Any, peer: NodeConnection,
+                      link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
-        row = tuple(
-            self._scheduler.queries.row_of(*self._scheduler.queries.node_of(remote.comp, peer)))
+        files = self._files
+        allocated = functools.partial(self._setup.allocated, computation.comp, peer, link)
 
         def told(error: tuple, value: Any) -> None:
             if error:
-                self._scheduler.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}),
-                                                error[1])
+                allocated(Allocation(0, b'', [], {}), error[1])
                 return
             cpus, setup_args, rows, modules = value
-            paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
-            self._scheduler.program_files.bring_modules(remote, modules)
-            self._scheduler.program_files.want(
-                remote,
-                rows,
-                modules,
-                lambda failed, code='': self._scheduler.setup.allocated(
-                    remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths),
-                    failed))
+            found = Allocation(cpus, bytes(setup_args), rows, computation.paths_of(rows))
+            files.bring_modules(computation, modules)
 
-        self._ask(remote, 'allocate', (allocator.number, row), told)
+            def complete(failed: str, code: str = '') -> None:
+                allocated(found, failed)
+            files.want(computation, rows, modules, complete)
+        row = tuple(computation.row_of(peer))
+        self._ask(computation, 'allocate', (allocator.number, row), told)
 
-    def ask_for_modules(self, remote: ClientComputation, peer: NodeConnection, message: Call) -> None:
-        """A job on a node needs modules of its program. What was fetched before is here."""
+    def ask_for_modules(self, computation: ClientComputation, peer: NodeConnection,
+                        message: Call) -> None:
+        """Ask a program for the modules that a job at a node needs. What was fetched before is
+        here."""
         answer = functools.partial(self._answer_node, peer, message)
-        if message.name == 'modules' and len(message.args) == 1:
-            request = message.args[0]
-        else:
-            request = None
-        if any(row[0] == BUNDLES + BUNDLE % request
-               for row in remote.cargo.spec['modules']) if type(request) is int else False:
-            answer((), remote.cargo.spec['modules'])
+        files = self._files
+        bundle = self._bundle_of(message)
+        modules = computation.cargo.spec['modules']
+        if any(row[0] == bundle for row in modules):
+            answer((), modules)
             return
 
         def told(error: tuple, rows: Any) -> None:
@@ -2760,14 +3187,127 @@ class ProgramCalls:
                 return
 
             def complete(failed: str, code: str = '') -> None:
-                if not failed and type(request) is int:
-                    self._scheduler.program_files.bring_modules(remote, rows)
-                answer(('OSError', failed) if failed else (), rows)
-            self._scheduler.program_files.want(remote, [], rows, complete)
-        self._ask(remote, 'modules', message.args, told)
+                if failed:
+                    answer(('OSError', failed), rows)
+                    return
+                if bundle:
+                    files.bring_modules(computation, rows)
+                answer((), rows)
+            files.want(computation, [], rows, complete)
+        self._ask(computation, 'modules', message.args, told)
+
+    @staticmethod
+    def _bundle_of(message: Call) -> str:
+        """Return the name of the file of modules that a job needs, or an empty text if it needs
+        something else."""
+        if message.name != 'modules' or len(message.args) != 1:
+            return ''
+        number = message.args[0]
+        if type(number) is not int:
+            return ''
+        return BUNDLES + BUNDLE % number
 
     def _answer_node(self, peer: NodeConnection, message: Call, error: tuple, value: Any) -> None:
         self._scheduler.say_to(peer, Return(message.comp, message.number, error, value))
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Call: on_call,
+        Return: on_return,
+    }
+
+
+class Restoration(Part):
+    """Restores what an earlier run has left. Jobs that waited wait again. Those that were at nodes
+    are taken to be there until the nodes are connected again or are given up. The loop's thread, at
+    the start."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        super().__init__(scheduler)
+        # Key of a node -> (host, port, name, instance)
+        self._nodes = {}
+        for key, *rest in self._state.nodes():
+            self._nodes[key] = rest
+        self._memories = self._state.memories()
+        self._locks = self._state.locks()
+
+    def run(self) -> None:
+        """Restore all computations, and remove what belongs to none. Raises DispyError, OSError,
+        and anything if the state is damaged."""
+        there = set()
+        for comp, client, spec in self._state.comps():
+            there.add(comp)
+            self._restore(self._scheduler.computations.make(comp, client, spec))
+        for name in os.listdir(self._state.root):
+            comp = name[2:].partition('.')[0]
+            if name.startswith('c-') and comp not in there:
+                shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+
+    def _restore(self, computation: ClientComputation) -> None:
+        """Go on with a computation."""
+        scheduler = self._scheduler
+        computation.values.restore()
+        computation.ready = True
+        scheduler.computations.expect_program(computation)
+        waiting: List[ClientJob] = []
+        sent: Dict[Any, List[ClientJob]] = {}
+        for number, serial, options, state, own, node in self._state.jobs(computation.comp):
+            if state == State.ENDED:
+                computation.ended[serial] = number
+            elif state == State.DROPPED:
+                computation.absence.dropped[serial] = number
+            else:
+                work = self._work(computation, serial, options, own)
+                if state == State.SENT and node in self._nodes:
+                    sent.setdefault(node, []).append(work)
+                else:
+                    waiting.append(work)
+        scheduler.computations.open(computation)
+        for key, works in sent.items():
+            name = self._restore_node(key)
+            had = NodeHad(key, computation.comp, works, name, scheduler.now + RETURN_TIME)
+            scheduler.decide(had)
+        scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
+        if computation.works or computation.ended:
+            at_nodes = sum(map(len, sent.values()))
+            logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', computation.name,
+                        len(waiting), at_nodes, len(computation.ended))
+
+    def _work(self, computation: ClientComputation, serial: int, options: Optional[dict],
+              own: int) -> ClientJob:
+        """Restore a job that has not ended. `serial` is the program's, `own` is the scheduler's."""
+        work = ClientJob(computation.comp, None, options, own, serial)
+        computation.works[serial] = work
+        if work.values:
+            computation.values.took(work)
+        size = 0
+        with contextlib.suppress(OSError):   # told when they are needed
+            size = self._state.size_of_payload(work.number)
+        self._scheduler.quota.add(computation, work, size)
+        return work
+
+    def _restore_node(self, key: Any) -> str:
+        """Look again for a node that had jobs. Return its name."""
+        scheduler = self._scheduler
+        host, port, name, instance = self._nodes[key]
+        peer = scheduler.nodes.by_key.get(key)
+        is_new = peer is None
+        if peer is None:
+            peer = NodeConnection(host, port, scheduler.access.redial)
+        if peer.link is None:
+            # Otherwise nobody would see that its process has ended, or is another.
+            peer.instance = instance
+            peer.memory = self._memories.get(key, '')
+            peer.facts['lock'] = self._locks.get(key)
+        if is_new:
+            peer.key = key
+            peer.name = name
+            scheduler.nodes.by_key[key] = peer
+            if not port:   # it dials us
+                peer.dialling.due = None
+                peer.move('dial')
+                peer.move('fail')
+            scheduler.selection.take(peer, KeepConnected.comp, NodeSpec(host, port))
+        return name  # type: ignore[no-any-return]
 
 
 class Scheduler(Driver):
@@ -2786,12 +3326,13 @@ class Scheduler(Driver):
     def __init__(self, options: Options) -> None:
         self.options = options
         self.state = State(options.state_dir)
-        self.overview = Overview(self)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
-        super().__init__(
-            ConnectionSettings(options.node_secret, options.node_certfile, options.node_keyfile, None,
-                   options.pulse, options.ping), self.state.instance, self.sharing)
+        access = ConnectionSettings(
+            options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse,
+            options.ping)
+        super().__init__(access, self.state.instance, self.sharing)
+        self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
         self.commit = Commit(self, super().send)
@@ -2801,63 +3342,61 @@ class Scheduler(Driver):
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)
         self._program_acceptors: List[Acceptor] = []
-        self.programs.messages.update({
-            Compute: self.computations.on_compute,
-            Reclaim: self.computations.on_reclaim,
-            Done: self.computations.on_done,
-            Jobs: self.program_jobs.on_jobs,
-            Unfit: self.program_jobs.on_unfit,
-            Cancel: self.program_jobs.on_cancel,
-            ReturnJobs: self.program_jobs.on_recall,
-            Ack: self.program_jobs.on_ack,
-            FilePiece: self.program_files.on_file_piece,
-            FileStored: self.program_files.on_file_stored,
-            Call: self.program_calls.on_call,
-            Return: self.program_calls.on_return,
-        })
+        for part in (self.computations, self.program_jobs, self.program_files, self.program_calls):
+            self.programs.add_handlers(part)
 
     # -- life --------------------------------------------------------------------------------------
 
     def start(self) -> int:
-        """Listen, take up what an earlier run has left. Returns the port. Raises StartError,
+        """Listen, and take over what an earlier run has left. Return the port. Raises StartError,
         SecretError, OSError."""
         options = self.options
-        one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile,
-                                                                      options.node_keyfile)
-        programs = tuple(
-            map(derive_key,
-                (options.cluster_secret, options.operator_secret) if options.separate else
-                (options.cluster_secret, )))
-        keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
+        files = (options.cluster_certfile, options.cluster_keyfile)
+        files_of_nodes = (options.node_certfile, options.node_keyfile)
+        allowed = [Role.CLIENT]
+        if files == files_of_nodes:
+            allowed.append(Role.NODE)
+        keys = self._keys()
         port = options.port
         for host in options.hosts:
-            door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else
-                              (Role.CLIENT, ), options.cluster_certfile, options.cluster_keyfile)
+            door = self._door(host, port, keys, allowed, *files)
             port = door.server_address[1]
-            if not one:
-                self._door(host, port + 1, keys, (Role.NODE, ), options.node_certfile,
-                           options.node_keyfile)
+            if Role.NODE not in allowed:
+                self._door(host, port + 1, keys, [Role.NODE], *files_of_nodes)
         self.sharing.port = self._program_acceptors[0].server_address[1]
         for door in self._program_acceptors:
             self.add_reader(door.socket, door.on_readable)
         self.now = self.clock()
-        named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
+        named = []
+        for node in options.nodes:
+            host, at = host_and_port(node, options.node_port)
+            named.append(NodeSpec(host, at))
         self.sharing.named = {spec.host for spec in named}
         specs = named or [NodeSpec('*', options.node_port)]
         self.open(KeepConnected(specs, options.node_port, options), False)
         with self.state.damages():
-            self._restore()
+            Restoration(self).run()
         return port
+
+    def _keys(self) -> Dict[int, Tuple[bytes, ...]]:
+        """Return a dictionary from roles to the keys that prove them. The second key of programs is
+        the operator's."""
+        options = self.options
+        programs = [derive_key(options.cluster_secret)]
+        if options.separate:
+            programs.append(derive_key(options.operator_secret))
+        nodes = (derive_key(options.node_secret),)
+        return {int(Role.CLIENT): tuple(programs), int(Role.NODE): nodes}
 
     def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]],
               allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Acceptor:
         try:
             door = Acceptor((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
-                        certfile, keyfile)
+                            certfile, keyfile)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+            if exc.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', None)):
                 raise StartError(
                     'port %d is in use: another dispyscheduler? Choose another with -p/--port' %
                     port) from exc
@@ -2867,7 +3406,7 @@ class Scheduler(Driver):
         return door
 
     def close(self) -> None:
-        """Let go of everything; what programs have submitted stays on the disk."""
+        """Close everything. What programs have submitted stays on the disk."""
         for door in self._program_acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
                 self.remove_reader(door.socket)
@@ -2878,73 +3417,11 @@ class Scheduler(Driver):
         self.state.close()
         super().close()
 
-    def _restore(self) -> None:
-        """What an earlier run has left: jobs that waited wait, those on nodes are there until these
-        come back or are given up."""
-        places = {}
-        memories = self.state.memories()
-        locks = self.state.locks()
-        for key, host, port, name, instance in self.state.nodes():
-            places[key] = (host, port, name, instance)
-        for comp, client, spec in self.state.comps():
-            remote = self.computations.make(comp, client, spec)
-            remote.values.restore()
-            remote.ready = True
-            remote.given_up_at = self.now + self.options.zombie
-            remote.rests_at = self.now + ORPHAN_TIME
-            remote.absence.begin(self.now, self.options.gone)
-            waiting: List[ClientJob] = []
-            sent: Dict[Any, List[ClientJob]] = {}
-            for number, serial, options, state, own, node in self.state.jobs(comp):
-                if state in (State.ENDED, State.DROPPED):
-                    if state == State.ENDED:
-                        known = remote.ended
-                    else:
-                        known = remote.absence.dropped
-                    known[serial] = number
-                    continue
-                work = remote.works[serial] = ClientJob(comp, None, options, own, serial)
-                if work.values:
-                    remote.values.took(work)
-                self.quota.add(remote, work, self.state.size_of_payload(number))
-                if state == State.SENT and node in places:
-                    sent.setdefault(node, []).append(work)
-                else:
-                    waiting.append(work)
-            self.computations.open(remote)
-            for key, works in sent.items():
-                host, port, name, instance = places[key]
-                is_new = key not in self.nodes.by_key
-                if is_new:
-                    peer = NodeConnection(host, port, self.access.redial)
-                else:
-                    peer = self.nodes.by_key[key]
-                if peer.link is None:
-                    # Otherwise nobody would see that its process has ended, or is another.
-                    peer.instance, peer.memory = instance, memories.get(key, '')
-                    peer.facts['lock'] = locks.get(key)
-                if is_new:
-                    self.nodes.by_key[key], peer.key, peer.name = peer, key, name
-                    if not port:
-                        peer.dialling.due = None
-                        peer.move('dial')
-                        peer.move('fail')
-                    self.selection.take(peer, 'house', NodeSpec(host, port))
-                self.decide(NodeHad(key, comp, works, name, self.now + RETURN_TIME))
-            self.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
-            if remote.works or remote.ended:
-                logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
-                            len(waiting),
-                            len(remote.works) - len(waiting), len(remote.ended))
-        there = {comp for comp, _, _ in self.state.comps()}
-        for name in os.listdir(self.state.root):
-            if name.startswith('c-') and name[2:].partition('.')[0] not in there:
-                shutil.rmtree(os.path.join(self.state.root, name), ignore_errors=True)
-
     # -- faults of ours ----------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """As the driver's; what concerns a computation of a program ends that computation."""
+        """Handle a fault of our own as the driver does. One that concerns a computation of a
+        program ends that computation."""
         if isinstance(subject, ClientComputation):
             link = self.links.get(subject.link)
             if link is not None:
@@ -2968,15 +3445,15 @@ class Scheduler(Driver):
             self.commit.later.append((link, message))
 
     def end_of_turn(self) -> None:
-        """Decide, write, send."""
+        """Decide, write, and send."""
         self.programs.bound_answers()
-        if self.commit.stuck_until is not None and self.now < self.commit.stuck_until:
+        until = self.commit.stuck_until
+        if until is not None and self.now < until:
             return
         self.sharing.assign_all()
         super().end_of_turn()
-        for comp in list(self.clusters.values()):
-            if isinstance(comp, ClientComputation):
-                self.guard(comp, self.computations.end_turn_of, comp)
+        for computation in self.computations.opened():
+            self.guard(computation, self.computations.end_turn_of, computation)
         if self.commit.write_down():
             self.commit.unstick()
             self.quota.take_again()
@@ -2986,12 +3463,13 @@ class Scheduler(Driver):
             self.commit.stick()
 
     def disconnect(self, link: Link, text: str) -> None:
-        """As a Loop, after all that was said before."""
+        """End a link as a Loop does, after all that was said before."""
         self.commit.write_down()
         super().disconnect(link, text)
 
     def next_timer(self) -> Optional[float]:
-        """The driver's, a new try to write, results from the disk."""
+        """Return when there is something to do: for the driver, for the disk that was full, or for
+        results on the disk."""
         if self.commit.stuck_until is not None:
             return self.commit.stuck_until
         if self.program_jobs.backlog.has_room():
@@ -3002,7 +3480,7 @@ class Scheduler(Driver):
     # -- links of programs -------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
-        """Programs and nodes that have connected, signals, and the driver's events."""
+        """Handle programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Authenticated) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
         elif isinstance(event, Stop):
@@ -3012,14 +3490,14 @@ class Scheduler(Driver):
             super().on_event(event)
 
     def on_channel(self, channel: Link) -> None:
-        """A link has something."""
+        """Handle what has come along a link."""
         if channel.number in self.programs.sessions:
             self.programs.take_messages(channel)
         else:
             super().on_channel(channel)
 
     def on_broken(self, channel: Link, text: str) -> None:
-        """A link came to its end."""
+        """A link has ended."""
         if channel.number in self.programs.sessions:
             self.programs.program_gone(channel, text)
         else:
@@ -3030,17 +3508,431 @@ _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, CpusChanged, Output, Pul
 
 
 # --------------------------------------------------------------------------------------------------
+# Command line of an operator: questions to a scheduler that runs, and orders
+# --------------------------------------------------------------------------------------------------
+
+DRAINED_EVERY = 0.5     # s between two looks whether a node that is drained is idle
+
+TASKS = {
+    'status': 'Show the programs that use the scheduler: whose they are, since when, how many jobs '
+              'run and wait, and CPUs that they hold.',
+    'jobs': 'Show the jobs that are on nodes.',
+    'nodes': 'Show the nodes. The exit status is 0 if any can be used, else 1.',
+    'cancel': 'Cancel the jobs of programs.',
+    'drain': 'Let no more jobs begin on nodes. Those that are there go on.',
+    'resume': 'Use nodes again that were drained or released.',
+}
+
+
+def _task_parser(task: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='dispyscheduler ' + task, description=TASKS[task])
+    add = parser.add_argument
+    if task == 'cancel':
+        add('programs', nargs='+', type=int, metavar='NUMBER', help='of a program, as of status')
+        add('--waiting', action='store_true', help='only the jobs that have not begun')
+    elif task in ('drain', 'resume'):
+        add('nodes', nargs='+', metavar='NODE', help='name, address or ADDRESS:PORT of a node')
+    elif task == 'jobs':
+        add('nodes', nargs='*', metavar='NODE', help='only on these')
+    if task == 'drain':
+        add('--wait', action='store_true', help='until no job is on them any more')
+    add('--scheduler-host', default='127.0.0.1', metavar='HOST[:PORT]',
+        help='where the scheduler is (default: this machine)')
+    add('--secret-file', metavar='FILE',
+        help="file with the secret of programs, or with the operator's if the scheduler has one "
+             '(default: that of this user)')
+    add('--certfile', metavar='FILE', help='certificate for TLS')
+    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--json', action='store_true', help='print JSON, for other programs')
+    return parser
+
+
+class Operator:
+    """Asks a scheduler that runs, and gives it orders, by the questions of the web monitor. `ask`
+    takes one and returns (seconds, answer). Raises what that raises."""
+
+    def __init__(self, ask: Callable[..., Tuple[float, Any]]) -> None:
+        self._ask = ask
+
+    def _answer(self, *question: Any) -> Any:
+        return self._ask(*question)[1]
+
+    def _pages(self, name: str, *args: Any) -> List[dict]:
+        rows: List[dict] = []
+        while True:
+            page = self._answer(name, len(rows), PAGE, *args)
+            rows += page
+            if len(page) < PAGE:
+                return rows
+
+    def programs(self) -> List[Dict[str, Any]]:
+        """A row for each computation of a program."""
+        found = {row['number']: self._program(row) for row in self._pages('clusters')}
+        for node in self._pages('nodes', False):
+            for number, _, _, _, jobs, cpus, *_ in node['uses']:
+                if number in found:
+                    found[number]['running'] += jobs
+                    found[number]['waiting'] -= jobs
+                    found[number]['cpus'] += cpus
+        return list(found.values())
+
+    @staticmethod
+    def _program(row: Dict[str, Any]) -> Dict[str, Any]:
+        ended = row['done'] + row['failed'] + row['cancelled']
+        return {
+            'number': row['number'], 'program': row['program'], 'name': row['name'],
+            'connected': row['connected'], 'seconds': row['elapsed'], 'running': 0,
+            'waiting': row['submitted'] - ended, 'done': row['done'], 'failed': row['failed'],
+            'cancelled': row['cancelled'], 'cpus': 0, 'job_seconds': row['job_seconds']
+        }
+
+    def nodes(self) -> List[Dict[str, Any]]:
+        """A row for each node."""
+        return list(map(self._node, self._pages('nodes', True)))
+
+    @staticmethod
+    def _node(row: Dict[str, Any]) -> Dict[str, Any]:
+        running = sum(use[4] for use in row['uses'])
+        used = sum(use[5] for use in row['uses'])
+        memory, disk, cpu = row['free']
+        return {
+            'name': row['name'], 'address': row['address'], 'port': row['port'],
+            'state': row['state'], 'reason': row['reason'], 'cpus': row['offered'],
+            'used': used, 'running': running, 'jobs': row['jobs'], 'memory': memory, 'disk': disk,
+            'cpu': cpu, 'heard': row['heard'], 'key': row['key']
+        }
+
+    def keys_of(self, words: Sequence[str]) -> List[Any]:
+        """The keys of nodes that are named. Raises ValueError for one that there is not."""
+        rows = self._pages('nodes', False)
+        keys = []
+        for word in words:
+            found = [row['key'] for row in rows if word in self._names(row)]
+            if not found:
+                raise ValueError('the scheduler has no node %s' % word)
+            keys += found
+        return keys
+
+    @staticmethod
+    def _names(row: Dict[str, Any]) -> Tuple[str, ...]:
+        return row['name'], row['address'], '%s:%d' % (row['address'], row['port'])
+
+    def jobs(self, words: Sequence[str]) -> List[Dict[str, Any]]:
+        """A row for each job that is on one of these nodes, or on any."""
+        programs = {row['number']: row for row in self._pages('clusters')}
+        wanted = self.keys_of(words)
+        rows: List[Dict[str, Any]] = []
+        for node in self._pages('nodes', False):
+            if words and node['key'] not in wanted:
+                continue
+            for number, serial, _, seconds in self._answer('jobs', node['key']):
+                program = programs.get(number, {'program': '', 'name': ''})
+                rows.append({
+                    'number': number, 'program': program['program'], 'name': program['name'],
+                    'job': serial >> 16, 'node': node['name'] or node['address'],
+                    'running': seconds is not None, 'seconds': seconds
+                })
+        return rows
+
+    def cancel(self, number: int, only_waiting: bool) -> int:
+        """Cancel jobs of a program. Returns how many."""
+        count = self._answer('cancel_waiting', number)
+        if not only_waiting:
+            for node in self._pages('nodes', False):
+                count += self._answer('cancel', number, node['key'], None)
+        return int(count)
+
+    def drain(self, key: Any) -> None:
+        """No more jobs begin on a node."""
+        self._answer('cpus', key, 0)
+
+    def resume(self, key: Any) -> None:
+        """A node is used again."""
+        self._answer('use', key)
+
+    def wait_until_idle(self, keys: Sequence[Any]) -> None:
+        """Wait until no job is on these nodes, or they are gone."""
+        while any(row['running'] for row in self.nodes() if row['key'] in keys):
+            time.sleep(DRAINED_EVERY)
+
+
+def _ago(seconds: Optional[float]) -> str:
+    """A time in words that fit into a table."""
+    if seconds is None:
+        return '-'
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return '%d:%02d:%02d' % (hours, minutes, rest)
+    return '%d:%02d' % (minutes, rest)
+
+
+def _in_gib(size: Optional[int]) -> str:
+    if size is None:
+        return '-'
+    return '%.1f GiB' % (size / (1 << 30))
+
+
+# Task -> columns: the title, the field of a row, and how it is written
+TABLES: Dict[str, List[Tuple[str, str, Callable[[Any], str]]]] = {
+    'status': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
+               ('SINCE', 'seconds', _ago), ('RUNNING', 'running', str), ('CPUS', 'cpus', str),
+               ('WAITING', 'waiting', str), ('DONE', 'done', str), ('FAILED', 'failed', str),
+               ('CANCELLED', 'cancelled', str)],
+    'jobs': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
+             ('JOB', 'job', str), ('NODE', 'node', str), ('RUNS FOR', 'seconds', _ago)],
+    'nodes': [('NAME', 'name', str), ('ADDRESS', 'address', str), ('PORT', 'port', str),
+              ('CPUS', 'cpus', str), ('USED', 'used', str), ('JOBS', 'running', str),
+              ('MEMORY FREE', 'memory', _in_gib), ('STATE', 'state', str),
+              ('REASON', 'reason', str)],
+}
+
+
+def _print_table(task: str, rows: Sequence[Dict[str, Any]]) -> None:
+    columns = TABLES[task]
+    lines = [[title for title, _, _ in columns]]
+    for row in rows:
+        words = [write(row[field]) for _, field, write in columns]
+        lines.append([' '.join(word.split()) or '-' for word in words])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print('  '.join(map(str.ljust, line, widths)).rstrip())
+
+
+def _print_rows(task: str, rows: List[Dict[str, Any]], as_json: bool) -> None:
+    if not as_json:
+        _print_table(task, rows)
+        return
+    for row in rows:
+        row.pop('key', None)   # it means nothing to others
+    print(json.dumps(rows, indent=1))
+
+
+def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
+    """Do what is asked. Returns the exit status."""
+    if task == 'status':
+        _print_rows(task, operator.programs(), args.json)
+    elif task == 'jobs':
+        _print_rows(task, operator.jobs(args.nodes), args.json)
+    elif task == 'nodes':
+        rows = operator.nodes()
+        usable = any(row['state'] == 'connected' for row in rows)
+        _print_rows(task, rows, args.json)
+        return int(not usable)
+    elif task == 'cancel':
+        counts = {number: operator.cancel(number, args.waiting) for number in args.programs}
+        _print_counts(counts, args.json)
+    else:
+        keys = operator.keys_of(args.nodes)
+        order = {'drain': operator.drain, 'resume': operator.resume}[task]
+        for key in keys:
+            order(key)
+        if task == 'drain' and args.wait:
+            operator.wait_until_idle(keys)
+    return 0
+
+
+def _print_counts(counts: Dict[int, int], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(counts))
+        return
+    for number, count in counts.items():
+        if count == 1:
+            jobs = '1 job is'
+        else:
+            jobs = '%d jobs are' % count
+        print('program %d: %s cancelled' % (number, jobs))
+
+
+def operate(task: str, argv: Sequence[str]) -> int:
+    """A question to a scheduler that runs, or an order. Returns the exit status: 0, or 1 if it
+    cannot be asked or does not take the order."""
+    args = _task_parser(task).parse_args(argv)
+    try:
+        import dispy_httpd   # it has the link by which a scheduler is asked
+        host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+        files = tls_files(args.certfile, args.keyfile, None)
+        secret = find_secret(None, args.secret_file)
+        logging.getLogger('dispy').setLevel(logging.ERROR)   # what is wrong is said below
+        link = dispy_httpd.SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, REDIAL_MOST))
+        try:
+            why = link.why_not()
+            if why:
+                raise DispyError('the scheduler at %s:%d cannot be asked: %s' % (host, port, why))
+            return _carry_out(Operator(link.ask), task, args)
+        finally:
+            link.close()
+    except (ValueError, OSError, RuntimeError, ImportError, DispyError) as exc:
+        print('dispyscheduler %s: %s' % (task, exc), file=sys.stderr)
+        return 1
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
 def default_state_dir(port: int) -> str:
-    """Where the state of the scheduler at this port is kept when nothing else is said."""
+    """Return where the state of the scheduler at this port is kept if nothing else is said."""
     if os.name == 'nt':
         base = os.environ.get('LOCALAPPDATA')
     else:
         base = os.environ.get('XDG_STATE_HOME')
-    return os.path.join(base or os.path.join(os.path.expanduser('~'), '.local', 'state'), 'dispy',
-                        'scheduler-%d' % port)
+    if not base:
+        base = os.path.join(os.path.expanduser('~'), '.local', 'state')
+    return os.path.join(base, 'dispy', 'scheduler-%d' % port)
+
+
+OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
+    (('-d', '--debug'), {
+        'action': 'store_true',
+        'help': 'log what is done in detail'}),
+    (('-i', '--host', '--ip-addr'), {
+        'action': Each,
+        'metavar': 'ADDR',
+        'help': 'address to listen at; may be repeated (default: all)'}),
+    (('-p', '--port', '--scheduler-port'), {
+        'type': int,
+        'default': SCHEDULER_PORT,
+        'metavar': 'N',
+        'help': 'TCP port for programs and nodes; 0: any (default: %(default)s)'}),
+    (('--ext-host', '--ext-ip-addr'), {
+        'action': Each,
+        'metavar': 'ADDR',
+        'help': 'accepted for old scripts; nothing needs to be told of it'}),
+    (('-n', '--node', '--nodes'), {
+        'action': Each,
+        'nargs': '+',
+        'default': [],
+        'metavar': 'HOST[:PORT]',
+        'help': 'nodes; may be repeated (default: all that answer on the local network)'}),
+    (('--node-port',), {
+        'type': int,
+        'default': NODE_PORT,
+        'metavar': 'N',
+        'help': 'port of nodes for which none is given (default: %(default)s)'}),
+    (('--node-secret',), {
+        'metavar': 'SECRET',
+        'help': 'secret of nodes, if it is another; it can be seen in the list of '
+                'processes, so better:'}),
+    (('--node-secret-file',), {
+        'metavar': 'FILE',
+        'help': 'file with the secret of nodes'}),
+    (('--cluster-secret',), {
+        'metavar': 'SECRET',
+        'help': 'secret of programs, if it is another; better:'}),
+    (('--cluster-secret-file',), {
+        'metavar': 'FILE',
+        'help': 'file with the secret of programs'}),
+    (('--node-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate for TLS with nodes'}),
+    (('--node-keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--cluster-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate for TLS with programs; if it is not that for nodes, nodes '
+                'connect to the next port'}),
+    (('--cluster-keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--operator-secret-file',), {
+        'metavar': 'FILE',
+        'help': "file with the operator's secret, for the web monitor: who has it sees and "
+                'ends the jobs of all programs (default: that of programs if it is the one '
+                'of this user, otherwise one that is made in the state directory)'}),
+    (('--nodes-share-secret',), {
+        'action': 'store_true',
+        'help': 'programs with a secret of their own may have the same as nodes: each of '
+                'them could then pass for a node, and be given the jobs of the others'}),
+    (('--allow-nodes',), {
+        'action': Each,
+        'default': [],
+        'metavar': 'NET|HOST',
+        'help': 'addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
+                'name nodes; may be repeated (default: private networks; those given with '
+                '-n always)'}),
+    (('--max-queued-bytes',), {
+        'type': size_option,
+        'default': QUEUED_MOST,
+        'metavar': 'N[kmgt]',
+        'help': 'bytes of arguments that the jobs of one program may have here; further '
+                'jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30)}),
+    (('--pulse-interval',), {
+        'type': seconds_option,
+        'default': PULSE,
+        'metavar': 'S',
+        'help': 'seconds between signs of life (default: %(default)g)'}),
+    (('--ping-interval',), {
+        'type': seconds_option,
+        'default': REDIAL_MOST,
+        'metavar': 'S',
+        'help': 'most seconds between searches for nodes (default: %(default)g)'}),
+    (('--ipv4-udp-multicast',), {
+        'action': 'store_true',
+        'help': 'look for nodes by IPv4 multicast too'}),
+    (('--max-file-size',), {
+        'type': size_option,
+        'metavar': 'N[kmgt]',
+        'help': 'larger files of programs are refused (default: no limit)'}),
+    (('--max-value',), {
+        'type': size_option,
+        'default': VALUE_MOST,
+        'metavar': 'N[kmgt]',
+        'help': 'larger arguments and results of jobs are refused, as are those for which '
+                'the disk has no room (default and most: %d GiB)' % (VALUE_MOST >> 30)}),
+    (('--zombie-interval',), {
+        'type': minutes_option,
+        'default': ZOMBIE_TIME / 60,
+        'metavar': 'MIN',
+        'help': 'minutes that results wait for a program that is gone (default: '
+                '%(default)g)'}),
+    (('--gone-after',), {
+        'type': seconds_option,
+        'default': GONE_TIME,
+        'metavar': 'S',
+        'help': 'seconds after which, when the connection to a program without recover_file'
+                ' has ended, its jobs that have not begun are cancelled (default: '
+                '%(default)g)'}),
+    (('--state-dir',), {
+        'metavar': 'DIR',
+        'help': 'where jobs and results are kept (default: %s)'
+                % default_state_dir(SCHEDULER_PORT).replace('%', '%%')}),
+    (('--fair', '--fair-cluster-scheduler'), {
+        'action': 'store_true',
+        'help': 'programs share CPUs evenly (default)'}),
+    (('--fifo', '--early-cluster-scheduler'), {
+        'action': 'store_true',
+        'help': 'programs are served in the order of their coming'}),
+    (('--httpd',), {
+        'type': int,
+        'nargs': '?',
+        'const': HTTPD_PORT,
+        'metavar': 'PORT',
+        'help': 'show all this in a browser (needs dispy_httpd.py), at this port of '
+                '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT}),
+    (('--log-file',), {
+        'metavar': 'FILE',
+        'help': 'log there instead of to stderr'}),
+    (('--daemon',), {
+        'action': 'store_true',
+        'help': 'outlive the terminal'}),
+    (('--cleanup-nodes',), {
+        'action': 'store_true',
+        'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
+    (('--clean',), {
+        'action': 'store_true',
+        'help': 'forget what earlier runs have left'}),
+    (('--config',), {
+        'metavar': 'FILE',
+        'help': 'take options from this JSON file; those given here count more'}),
+    (('--save-config',), {
+        'metavar': 'FILE',
+        'help': 'write these options to a JSON file, without secrets, and end'}),
+    (('--version',), {
+        'action': 'version',
+        'version': '%(prog)s ' + __version__}),
+]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -3048,220 +3940,45 @@ def _parser() -> argparse.ArgumentParser:
         prog='dispyscheduler',
         description='Share nodes between several programs (dispy.SharedJobCluster).',
         epilog=EXIT_STATUSES)
-    add = parser.add_argument
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('-i',
-        '--host',
-        '--ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='address to listen at; may be repeated (default: all)')
-    add('-p',
-        '--port',
-        '--scheduler-port',
-        type=int,
-        default=SCHEDULER_PORT,
-        metavar='N',
-        help='TCP port for programs and nodes; 0: any (default: %(default)s)')
-    add('--ext-host',
-        '--ext-ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='accepted for old scripts; nothing needs to be told of it')
-    add('-n',
-        '--node',
-        '--nodes',
-        action=Each,
-        nargs='+',
-        default=[],
-        metavar='HOST[:PORT]',
-        help='nodes; may be repeated (default: all that answer on the local network)')
-    add('--node-port',
-        type=int,
-        default=NODE_PORT,
-        metavar='N',
-        help='port of nodes for which none is given (default: %(default)s)')
-    add('--node-secret',
-        metavar='SECRET',
-        help='secret of nodes, if it is another; it can be seen in the list of processes, so '
-             'better:'
-        )
-    add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')
-    add('--cluster-secret', metavar='SECRET', help='secret of programs, if it is another; better:')
-    add('--cluster-secret-file', metavar='FILE', help='file with the secret of programs')
-    add('--node-certfile', metavar='FILE', help='certificate for TLS with nodes')
-    add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--cluster-certfile',
-        metavar='FILE',
-        help=
-        'certificate for TLS with programs; if it is not that for nodes, nodes connect to the next '
-        'port'
-        )
-    add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--operator-secret-file',
-        metavar='FILE',
-        help=
-        "file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
-        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)'
-        )
-    add('--nodes-share-secret',
-        action='store_true',
-        help='programs with a secret of their own may have the same as nodes: each of them could '
-        'then pass for a node, and be given the jobs of the others')
-    add('--allow-nodes',
-        action=Each,
-        default=[],
-        metavar='NET|HOST',
-        help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
-        'name nodes; may be repeated (default: private networks; those given with -n always)')
-    add('--max-queued-bytes',
-        type=size_option,
-        default=QUEUED_MOST,
-        metavar='N[kmgt]',
-        help='bytes of arguments that the jobs of one program '
-        'may have here; further jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30))
-    add('--pulse-interval',
-        type=seconds_option,
-        default=PULSE,
-        metavar='S',
-        help='seconds between signs of life (default: %(default)g)')
-    add('--ping-interval',
-        type=seconds_option,
-        default=REDIAL_MOST,
-        metavar='S',
-        help='most seconds between searches for nodes (default: %(default)g)')
-    add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
-    add('--max-file-size',
-        type=size_option,
-        metavar='N[kmgt]',
-        help='larger files of programs are refused (default: no limit)')
-    add('--max-value',
-        type=size_option,
-        default=VALUE_MOST,
-        metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which the disk '
-             'has no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
-    add('--zombie-interval',
-        type=minutes_option,
-        default=ZOMBIE_TIME / 60,
-        metavar='MIN',
-        help='minutes that results wait for a program that is gone (default: %(default)g)')
-    add('--gone-after',
-        type=seconds_option,
-        default=GONE_TIME,
-        metavar='S',
-        help='seconds after which, when the connection to a program without recover_file has '
-             'ended, its jobs that have not begun are cancelled (default: %(default)g)')
-    add('--state-dir',
-        metavar='DIR',
-        help='where jobs and results are kept (default: %s)' %
-        default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
-    add('--fair',
-        '--fair-cluster-scheduler',
-        action='store_true',
-        help='programs share CPUs evenly (default)')
-    add('--fifo',
-        '--early-cluster-scheduler',
-        action='store_true',
-        help='programs are served in the order of their coming')
-    add('--httpd',
-        type=int,
-        nargs='?',
-        const=HTTPD_PORT,
-        metavar='PORT',
-        help='show all this in a browser (needs dispy_httpd.py), at this port of '
-        '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT)
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='outlive the terminal')
-    add('--cleanup-nodes',
-        action='store_true',
-        help='nodes remove the files of a program also if it gives cleanup=False')
-    add('--clean', action='store_true', help='forget what earlier runs have left')
-    add('--config',
-        metavar='FILE',
-        help='take options from this JSON file; those given here count more')
-    add('--save-config',
-        metavar='FILE',
-        help='write these options to a JSON file, without secrets, and end')
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    for names, settings in OPTIONS:
+        parser.add_argument(*names, **settings)
     accept_obsolete(parser, OBSOLETE_SCHEDULER)
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns its exit status: see EXIT_STATUSES."""
+    """Run the daemon, or a command of an operator. Return the exit status, see EXIT_STATUSES."""
+    if argv is None:
+        argv = sys.argv[1:]
+    if argv and argv[0] in TASKS:
+        return operate(argv[0], argv[1:])
     parser = _parser()
     try:
-        args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(parser, argv)
         if args.fair and args.fifo:
             parser.error('--fair and --fifo exclude each other')
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
         limit_values(args.max_value)
-        set_up_log('dispyscheduler', args.debug, args.log_file)
-        set_up_log('dispy', args.debug, args.log_file)
-        set_up_log('dispynode', args.debug, args.log_file)
+        for name in ('dispyscheduler', 'dispy', 'dispynode'):
+            set_up_log(name, args.debug, args.log_file)
         tell_obsolete(args, OBSOLETE_SCHEDULER)
-        for side in ('cluster', 'node'):
-            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None,
-                      '--%s-%%s' % side)
-        if not 1 <= args.node_port <= 65535:
-            raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
-        for node in args.node:
-            host_and_port(node, args.node_port)
-        discovery_reach()
-        root = args.state_dir or default_state_dir(args.port)
-        if not has_place(root):
-            raise StartError(
-                'this user has no home for the state (neither HOME nor an entry in the password '
-                'file): --state-dir'
-            )
-        if args.clean:
-            _clean(root)
-        cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file)
-        node_secret = find_secret(args.node_secret, args.node_secret_file)
-        separate = bool(args.cluster_secret or args.cluster_secret_file)
-        if separate and cluster_secret.strip() == node_secret.strip(
-        ) and not args.nodes_share_secret:
-            raise StartError(
-                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
-                'same: each program could pass for a node and be given the jobs of the others; '
-                'give nodes another (--node-secret-file), or say --nodes-share-secret'
-            )
-        if separate:
-            operator_secret = _operator_secret(root, args.operator_secret_file)
-        else:
-            operator_secret = b''
-        for word in args.allow_nodes:
-            _check_allowed(word)
-        scheduler = Scheduler(
-            Options(tuple(args.host or ('', )), args.port, tuple(args.node), args.node_port, root,
-                    cluster_secret, node_secret, args.cluster_certfile, args.cluster_keyfile,
-                    args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-                    args.ping_interval, 60 * args.zombie_interval, args.max_file_size
-                    or sys.maxsize, args.ipv4_udp_multicast, args.max_queued_bytes, separate,
-                    operator_secret, tuple(args.allow_nodes), args.gone_after, args.cleanup_nodes))
+        _check_options(args)
+        scheduler = Scheduler(_options_of(args))
+        monitor = None
         try:
             port = scheduler.start()
             if args.httpd is not None:
                 monitor = _monitor(scheduler, port, args.httpd, args.log_file)
-            else:
-                monitor = None
         except BaseException:
             scheduler.close()
             raise
     except (DispyError, OSError, ValueError) as exc:
         print('dispyscheduler: %s' % exc, file=sys.stderr)
         return 1
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-        number = getattr(signal, name, None)
-        if number is not None and not (name == 'SIGHUP' and args.daemon):
-            signal.signal(number, lambda number, frame: scheduler.post(Stop()))
-        elif number is not None:
-            signal.signal(number, lambda number, frame: None)
-    scheduler.wake_on_signals()
-    logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
+    _end_on_signals(scheduler, args.daemon)
+    logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
     try:
         return run_until_ended(scheduler)
     finally:
@@ -3269,8 +3986,100 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             monitor.shutdown()
 
 
+# Field of Options -> option of the command line that it is taken from as it is
+OPTION_OF = {
+    'port': 'port',
+    'node_port': 'node_port',
+    'cluster_certfile': 'cluster_certfile',
+    'cluster_keyfile': 'cluster_keyfile',
+    'node_certfile': 'node_certfile',
+    'node_keyfile': 'node_keyfile',
+    'fifo': 'fifo',
+    'pulse': 'pulse_interval',
+    'ping': 'ping_interval',
+    'multicast': 'ipv4_udp_multicast',
+    'max_queued': 'max_queued_bytes',
+    'allowed': 'allow_nodes',
+    'gone': 'gone_after',
+    'cleanup_nodes': 'cleanup_nodes',
+}
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise StartError, ValueError or OSError for options that make no sense."""
+    for side in ('cluster', 'node'):
+        certfile = getattr(args, side + '_certfile')
+        keyfile = getattr(args, side + '_keyfile')
+        tls_files(certfile, keyfile, None, '--%s-%%s' % side)
+    if not 1 <= args.node_port <= 65535:
+        raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
+    for node in args.node:
+        host_and_port(node, args.node_port)
+    discovery_reach()
+    for word in args.allow_nodes:
+        _check_allowed(word)
+
+
+def _options_of(args: argparse.Namespace) -> Options:
+    """Return the options of a scheduler by its command line. Raises SecretError, StartError,
+    OSError."""
+    root = args.state_dir or default_state_dir(args.port)
+    if not has_place(root):
+        raise StartError('this user has no home for the state (neither HOME nor an entry in the '
+                         'password file): --state-dir')
+    if args.clean:
+        _clean(root)
+    cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file)
+    node_secret = find_secret(args.node_secret, args.node_secret_file)
+    separate = bool(args.cluster_secret or args.cluster_secret_file)
+    is_same = cluster_secret.strip() == node_secret.strip()
+    operator_secret = b''
+    if separate:
+        if is_same and not args.nodes_share_secret:
+            raise StartError(
+                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
+                'same: each program could pass for a node and be given the jobs of the others; '
+                'give nodes another (--node-secret-file), or say --nodes-share-secret')
+        operator_secret = _operator_secret(root, args.operator_secret_file)
+    secrets: Dict[str, Any] = {
+        'cluster_secret': cluster_secret,
+        'node_secret': node_secret,
+        'separate': separate,
+        'operator_secret': operator_secret,
+    }
+    given: Dict[str, Any] = {field: getattr(args, name) for field, name in OPTION_OF.items()}
+    return Options(
+        hosts=tuple(args.host or ('',)),
+        nodes=tuple(args.node),
+        state_dir=root,
+        zombie=60 * args.zombie_interval,
+        max_file_size=args.max_file_size or sys.maxsize,
+        **given,
+        **secrets)
+
+
+def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
+    """Let signals end the scheduler; SIGHUP, which comes when the terminal ends, unless it outlives
+    that."""
+    def stop(number: int, frame: Any) -> None:
+        scheduler.post(Stop())
+
+    def ignore(number: int, frame: Any) -> None:
+        pass
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number is None:   # Windows
+            continue
+        if name == 'SIGHUP' and outlives_terminal:
+            signal.signal(number, ignore)
+        else:
+            signal.signal(number, stop)
+    scheduler.wake_on_signals()
+
+
 def _operator_secret(root: str, path: Optional[str]) -> bytes:
-    """The operator's secret, made at the first start. Raises SecretError, StartError, OSError."""
+    """Return the operator's secret, which is made at the first start. Raises SecretError,
+    StartError, OSError."""
     if path is not None:
         return find_secret(None, path)
     take_state_directory(root)
@@ -3282,9 +4091,12 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
 
 
 def _check_allowed(word: str) -> None:
-    """Raise StartError for what is no network and no name of hosts."""
-    if not word or any(c.isspace() or c == ','
-                       for c in word) or ('/' in word and not _is_network(word)):
+    """Raise StartError for what is neither a network nor a name of hosts."""
+    if '/' in word:
+        is_right = _is_network(word)
+    else:
+        is_right = bool(re.fullmatch(r'[^\s,]+', word))
+    if not is_right:
         raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' %
                          (word or "''"))
 
@@ -3297,18 +4109,26 @@ def _is_network(word: str) -> bool:
 
 
 def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
-    """A web monitor of this scheduler. Raises StartError."""
+    """Return a web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
     except ImportError as exc:
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
-    source = dispy_httpd.SchedulerSource(
-        lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
-        'all programs of the dispyscheduler at port %d' % port, lambda: None)
+
+    def ask(*question: Any) -> Any:
+        return scheduler.ask(functools.partial(scheduler.overview.answer, *question))
+
+    def close() -> None:
+        """The scheduler ends by itself."""
+    name = 'all programs of the dispyscheduler at port %d' % port
+    source = dispy_httpd.SchedulerSource(ask, name, close)
 
     def tell(text: str) -> None:
         # Others would have the token
-        if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:
+        is_open = False
+        if log_file and os.name != 'nt':
+            is_open = bool(os.stat(log_file).st_mode & 0o077)
+        if is_open:
             path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
             _write_private(path, text.encode() + b'\n')
             text = 'the link of the monitor is in %s, since others can read this log' % path
@@ -3320,7 +4140,7 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
 
 
 def _clean(root: str) -> None:
-    """Remove what an earlier run has left, if no scheduler is running on it."""
+    """Delete what an earlier run has left, if no scheduler uses it."""
     if os.path.isdir(root):
         State(root).close()   # or it says who uses it
         for name in os.listdir(root):

@@ -37,14 +37,38 @@ def take_network():
 
 
 def pytest_xdist_auto_num_workers(config):
-    """`pytest -n auto`: tests wait more than they compute. One process where workers would meet."""
+    """`pytest -n auto`: tests wait more than they compute, so that there are more processes than CPUs.
+    One process where workers would meet."""
     try:
         subprocess.run(['unshare', '--net', 'true'], check=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return 0
     if config.option.dist == 'no':   # not given
         config.option.dist = 'worksteal'   # some tests take a minute
-    return (os.cpu_count() or 1) + 1
+    return 2 * (os.cpu_count() or 1) + 2
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that take long begin first: one that is begun last would be waited for alone. `worksteal`
+    gives each worker a part of the tests in their order, so each part begins with some of them. Those
+    of a file that are marked so with `together` stay with one worker."""
+    parts = getattr(config, 'workerinput', {}).get('workercount', 1)
+    long, others = {}, []
+    for item in items:
+        mark = item.get_closest_marker('long')
+        if mark is None:
+            others.append(item)
+        elif mark.kwargs.get('together'):
+            long.setdefault(item.fspath, []).append(item)
+        else:
+            long[item] = [item]
+    units = sorted(long.values(), key=len, reverse=True)
+    size = -(-len(others) // parts)
+    items[:] = []
+    for part in range(parts):
+        for unit in units[part::parts]:
+            items += unit
+        items += others[part * size:(part + 1) * size]
 
 
 OURS = 'dispy-tests-%s-' % WORKER
@@ -67,6 +91,7 @@ KINDS = ['JobCluster', 'SharedJobCluster']
 
 
 def pytest_configure(config):
+    config.addinivalue_line('markers', 'long: takes long, and is begun before others')
     if hasattr(config, 'workerinput'):   # a worker itself, and not a program that it has started
         take_network()
         os.environ['TMPDIR'] = tempfile.mkdtemp(prefix=OURS + 'tmp-')
@@ -159,12 +184,28 @@ def walk_seeds(walk_class, first):
             raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
 
 
+def _child_pids():
+    """The children of this process: as Linux lists them, which costs much less than a look at all
+    processes does."""
+    if not os.path.exists('/proc/self/task/%d/children' % os.getpid()):
+        return [child.pid for child in psutil.Process().children()]
+    found = []
+    for thread in os.listdir('/proc/self/task'):
+        try:
+            with open('/proc/self/task/%s/children' % thread) as file:
+                found += map(int, file.read().split())
+        except (FileNotFoundError, ProcessLookupError):   # the thread has ended meanwhile
+            continue
+    return found
+
+
 def _children():
     """All below this process but what is there for the whole run."""
     found = []
-    for child in psutil.Process().children():
-        if child.pid not in _of_session:
+    for pid in _child_pids():
+        if pid not in _of_session:
             try:
+                child = psutil.Process(pid)
                 if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):   # lives as long as this process
                     continue
                 found += [child, *child.children(recursive=True)]
@@ -185,6 +226,35 @@ def _sockets():
         if target.startswith('socket:') or 'eventpoll' in target:
             found.add(target)
     return found
+
+
+# What a test of tests/unit may not do: it is for what decides, which has neither.
+OF_PROCESSES_AND_SOCKETS = {
+    'os.exec', 'os.fork', 'os.forkpty', 'os.posix_spawn', 'os.system', 'socket.bind',
+    'socket.connect', 'subprocess.Popen'}
+_audited = []      # such events of the unit test that runs
+_auditing = []     # not empty while one runs
+
+
+def _audit(event, _args):
+    if _auditing and event in OF_PROCESSES_AND_SOCKETS:
+        _audited.append(event)
+
+
+sys.addaudithook(_audit)   # for as long as this process lives: it cannot be taken away
+
+
+@pytest.fixture(autouse=True)
+def unit_tests_are_alone(request):
+    """Fails a test of tests/unit that starts a process or connects a socket."""
+    if os.path.dirname(str(request.fspath)) != os.path.join(ROOT, 'tests', 'unit'):
+        yield
+        return
+    del _audited[:]
+    _auditing.append(request)
+    yield
+    _auditing.clear()
+    assert not _audited, 'a unit test uses %s' % sorted(set(_audited))
 
 
 @pytest.fixture

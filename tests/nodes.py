@@ -1,12 +1,21 @@
 """A real dispynode process for tests, on loopback, with a directory of its own."""
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import psutil
+import pytest
+
 from conftest import ROOT, eventually
+
+SSHD = shutil.which('sshd') or shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
+needs_sshd = pytest.mark.skipif(not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'),
+                                reason='needs ssh, ssh-keygen and sshd (Debian: openssh-client, openssh-server)')
 
 
 def start_here(argv, env=None, **options):
@@ -46,11 +55,20 @@ class Clock:
         os.replace(file.name, self._path)
 
 
+def script_of(name, env):
+    """What runs the module: the command that is installed, which loads it from the cache of compiled
+    modules. `python dispynode.py` compiles the whole file at each start; so starts who has another
+    PYTHONPATH."""
+    if 'PYTHONPATH' in (env or {}):
+        return os.path.join(ROOT, name + '.py')
+    return os.path.join(ROOT, 'commands', name + '.py')
+
+
 class NodeProcess:
-    """`python dispynode.py` with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
+    """A dispynode with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
     `start` starts it: both differ for a node on another host."""
 
-    def __init__(self, directory, *options, cpus=2, python=sys.executable, script=os.path.join(ROOT, 'dispynode.py'),
+    def __init__(self, directory, *options, cpus=2, python=sys.executable, script=None,
                  port=0, env=None, host='127.0.0.1', listen=('-i', '127.0.0.1'), start=start_here):
         self.host = host
         self.directory = str(directory)
@@ -59,7 +77,7 @@ class NodeProcess:
         self.prefix = os.path.join(self.directory, 'node')
         with open(self._log, 'ab') as log:
             self._from = log.tell()
-            self.process = start([python, script, *listen, '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
+            self.process = start([python, script or script_of('dispynode', env), *listen, '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
                                   *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         self.port = int(eventually(self._listening, what='start of a node'))
 
@@ -94,9 +112,9 @@ class NodeProcess:
 
 
 class SchedulerProcess(NodeProcess):
-    """`python dispyscheduler.py` with options."""
+    """A dispyscheduler with options."""
 
-    def __init__(self, directory, *options, port=0, env=None, script=os.path.join(ROOT, 'dispyscheduler.py')):
+    def __init__(self, directory, *options, port=0, env=None, script=None):
         self.host = '127.0.0.1'
 
         self.directory = str(directory)
@@ -106,6 +124,30 @@ class SchedulerProcess(NodeProcess):
         with open(self._log, 'ab') as log:
             self._from = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, script, '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
+                [sys.executable, script or script_of('dispyscheduler', env), '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
         self.port = int(eventually(self._listening, what='start of a scheduler'))
+
+
+def runners_of(node):
+    """The runners of a node, one a computation."""
+    found = []
+    for child in psutil.Process(node.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):   # a zombie too
+            if any('runner_start' in word for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
+def runner_of(node):
+    """The runner of a node that serves one computation."""
+    found = runners_of(node)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def run_node(*options, env=None, stdin=subprocess.DEVNULL, python=sys.executable):
+    """A node that is expected not to start: (exit code, stderr)."""
+    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options], stdin=stdin,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, **(env or {})))
+    return done.returncode, done.stderr.decode()

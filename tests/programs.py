@@ -3,6 +3,7 @@ has nothing of the user's, or through a scheduler that has such a node."""
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import shutil
@@ -156,3 +157,22 @@ def somewhere(kind, directory):
             return
         with SchedulerProcess(os.path.join(str(directory), 'scheduler'), '-n', '127.0.0.1:%d' % node.port) as scheduler:
             yield 'scheduler,%d,%d' % (scheduler.port, node.port)
+
+
+HERE = '%d.%d' % sys.version_info[:2]   # the version of this Python
+
+
+@functools.lru_cache(maxsize=None)
+def other_pythons():
+    """Python executables of other minor versions from 3.8 on, one a version."""
+    pyenv = os.environ.get('PYENV_ROOT', os.path.join(os.path.expanduser('~'), '.pyenv'))
+    found = sorted(glob.glob(os.path.join(pyenv, 'versions', '*', 'bin', 'python3')) + glob.glob('/usr/bin/python3.[0-9]*'))
+    others = {}
+    for path in found:
+        try:
+            minor = subprocess.check_output([path, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], stderr=subprocess.DEVNULL).decode().strip()
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        if minor != HERE and tuple(map(int, minor.split('.'))) >= (3, 8):
+            others.setdefault(minor, path)
+    return others

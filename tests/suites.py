@@ -136,9 +136,9 @@ class Ended:
 
     def join(self, timeout=60):
         until = time.monotonic() + timeout
-        while not self.cluster.closed and time.monotonic() < until:
+        while not dispy.core_of(self.cluster).closed and time.monotonic() < until:
             time.sleep(0.01)
-        assert self.cluster.closed
+        assert dispy.core_of(self.cluster).closed
 
     join_thread = join
 
@@ -149,7 +149,7 @@ def workers_of(cluster):
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if cluster.comp in process.cwd() and cluster.comp in process.parent().cwd():
+            if dispy.core_of(cluster).comp in process.cwd() and dispy.core_of(cluster).comp in process.parent().cwd():
                 process.join = process.wait
                 found[process.pid] = process
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):
@@ -171,7 +171,7 @@ class Adapted(dispy.DispyExecutor):
         until = time.monotonic() + 10
         while time.monotonic() < until:
             found = workers_of(self.cluster)
-            if len(found) >= min(self._max_workers, max(1, self.cluster._pending)):
+            if len(found) >= min(self._max_workers, max(1, dispy.core_of(self.cluster).book.pending)):
                 break
             time.sleep(0.05)
         found = workers_of(self.cluster)
@@ -179,7 +179,7 @@ class Adapted(dispy.DispyExecutor):
         return found
 
     _processes = property(_started)
-    _broken = property(lambda self: self.cluster._unusable)
+    _broken = property(lambda self: dispy.core_of(self.cluster).unusable)
     _executor_manager_thread = _call_queue = property(lambda self: Ended(self.cluster))
 
 
@@ -258,7 +258,7 @@ class Flags:
     def __init__(self, cluster):
         self.cluster = cluster
 
-    shutdown = property(lambda self: self.cluster.closed)
+    shutdown = property(lambda self: dispy.core_of(self.cluster).closed)
 
     def note(self, future):
         if not future.cancelled() and isinstance(future.exception(), dispy.WorkerLost):

@@ -63,7 +63,7 @@ for name, function in (('none', plain), ('first', of_package), ('second', of_pac
     with dispy.JobCluster(function, nodes=nodes) as cluster:
         assert cluster.submit(1)(60) is not None
         found[name] = time.perf_counter() - start
-        found['bytes of ' + name] = sum(row[1] for row in cluster.bundles.rows(nodes == 'local'))
+        found['bytes of ' + name] = sum(row[1] for row in dispy.core_of(cluster).bundles.rows(nodes == 'local'))
 print(json.dumps(found))
 '''
 

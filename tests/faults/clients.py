@@ -68,3 +68,25 @@ class Client:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+class There:
+    """A node or, with a node behind it, a scheduler; as `Client` wants to be told of one."""
+
+    def __init__(self, address):
+        self.host, self.port = address
+
+
+MAKE = '''
+def make(kind, **options):
+    if kind == 'JobCluster':
+        return cluster(**options)
+    return dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=host, scheduler_port=port, **options)
+
+
+'''
+
+
+def program(kind, code):
+    """Source of a program that uses make(...)."""
+    return MAKE + 'KIND = %r\n' % kind + code

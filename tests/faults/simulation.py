@@ -653,9 +653,9 @@ class Session:
             world.next_session = self   # others may have begun meanwhile
         self.cluster = cluster = JobCluster(compute, nodes=self.nodes, reentrant=self.reentrant, recover_file=self.path, secret=SECRET,
                                             job_status=self.ended, loglevel=logging.CRITICAL)
-        self.driver = cluster.driver
-        if cluster.journal is not None:
-            cluster.journal.driver = self.driver
+        self.driver = dispy.core_of(cluster).driver
+        if dispy.core_of(cluster).journal is not None:
+            dispy.core_of(cluster).journal.driver = self.driver
         self.recover(cluster.recovered)
         self.submit()
 
@@ -742,7 +742,7 @@ class Session:
         assert handle is job.handle
         self.world.ended(job, handle.status)
         self.recent.append(job)
-        if self.left and self.world.rng.random() < 0.1 and not self.cluster.closed:
+        if self.left and self.world.rng.random() < 0.1 and not dispy.core_of(self.cluster).closed:
             self.submit_one()
 
     def close(self):
@@ -762,7 +762,7 @@ class Session:
     def killed(self):
         """The process is no more."""
         dispy._clusters.discard(self.cluster)
-        world, journal = self.world, self.cluster.journal
+        world, journal = self.world, dispy.core_of(self.cluster).journal
         for job in self.recent:
             world.statuses[JobState(job.status).name] -= 1
             self.jobs[job.number], job.status = job, None
@@ -1049,9 +1049,9 @@ class World:
         for comp in schedule.comps.values():
             flying = len(comp.running)
             session = driver.session
-            if comp.comp != session.cluster.comp or session.cluster.closed:
+            if comp.comp != dispy.core_of(session.cluster).comp or dispy.core_of(session.cluster).closed:
                 continue
-            recovering = len(session.cluster._recovery._jobs) if session.cluster._recovery is not None else 0
+            recovering = len(dispy.core_of(session.cluster).takeover.left())
             known = comp.length() + len(comp.too_wide) + flying + recovering + len(driver.jobs.submitted) + sum(
                 1 for event in driver._inbox if isinstance(event, (DispyJob, dispy.JobCallback)))
             assert known == len(session.jobs), '%d jobs have not ended, %d are known' % (len(session.jobs), known)
@@ -1142,10 +1142,10 @@ class World:
         """Let go of what a failed run has left open."""
         for session in filter(None, self.sessions.values()):
             dispy._clusters.discard(session.cluster)
-            if session.cluster.journal is not None:
+            if dispy.core_of(session.cluster).journal is not None:
                 with contextlib.suppress(OSError):
-                    os.close(session.cluster.journal._new)
-                session.cluster.journal._db.close()
+                    os.close(dispy.core_of(session.cluster).journal._new)
+                dispy.core_of(session.cluster).journal._db.close()
 
     def new_session(self, user):
         if self.over or self.budget <= 0:

@@ -21,6 +21,7 @@ from hosts import Hosts
 from ledger import Ledger, enter, nothing_left
 from nodes import NodeProcess
 
+
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')

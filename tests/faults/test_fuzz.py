@@ -213,6 +213,7 @@ def total(request):
     return 100000 if request.config.getoption('--long') else 6000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('bombs', [False, True], ids=['odd', 'bombs'])
 @pytest.mark.parametrize('target', ['node', 'scheduler', 'overview', 'scheduler as a node'])
 def test_messages(tmp_path, total, target, bombs):
@@ -265,6 +266,7 @@ def nonsense(seed, count):
     return 'lived'
 
 
+@pytest.mark.long
 def test_records(tmp_path, total):
     """Odd records of workers: each ends its worker at most, and the others' jobs run."""
     with NodeProcess(tmp_path, cpus=3) as node:

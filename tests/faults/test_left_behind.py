@@ -10,15 +10,13 @@ import weakref
 import pytest
 
 import dispy
-from clients import Client
+from clients import Client, There, program
 from conftest import eventually
 from dispynode import Memory, ModuleStore, Outcome, AttemptHistory, ResultSpool
 from ledger import Ledger
-from nodes import NodeProcess, SchedulerProcess
+from nodes import NodeProcess, SchedulerProcess, runners_of
 from proxy import Proxy
-from test_resources import fill
-from test_what_is_known import There, program
-from test_runners import runners_of
+from scenes import fill
 
 
 @pytest.fixture

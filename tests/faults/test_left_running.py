@@ -506,7 +506,7 @@ def test_where_none_can_be_written_the_cluster_works_without(place, node, how, c
                 file.write(bytes(4096))
     with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         assert cluster.submit(-1)(30) == 1
-        assert cluster.trail.path == ''
+        assert dispy.core_of(cluster).trail.path == ''
     records = [record for record in caplog.records if 'could not be collected' in record.getMessage()]
     assert len(records) == 1 and records[0].levelname == 'INFO'
 

@@ -210,6 +210,7 @@ def recorded(node, ledger):
         return {way: len(proxy.connections[0].recorded[way]) for way in (UP, DOWN)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('way', (UP, DOWN))
 @pytest.mark.parametrize('fault', ('cut', 'reset', 'flip'))
 def test_a_link_broken_at_any_byte_of_any_message(node, ledger, way, fault, request):

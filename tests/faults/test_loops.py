@@ -9,7 +9,7 @@ import pytest
 import dispynode
 from conftest import eventually
 from dispynode import Digested, Digests, FilePiece, FileReceiver, IncomingFile, Options, PrepareDirectory, DirectoryReady, Purpose
-from test_node_state import spec
+from talk_node import spec
 
 LARGE = Digests.INLINE + 1
 

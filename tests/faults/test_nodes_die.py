@@ -49,6 +49,7 @@ def restart(node, cpus=2):
     return NodeProcess(node.directory, cpus=cpus, port=node.port)
 
 
+@pytest.mark.long
 def test_a_node_is_killed_under_load_and_started_again_ten_times_reentrant(tmp_path, ledger):
     ended = Answers()
     node = NodeProcess(tmp_path / 'node')
@@ -70,6 +71,7 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_reentrant(tmp_p
         node.stop()
 
 
+@pytest.mark.long
 def test_a_node_is_killed_under_load_and_started_again_ten_times_not_reentrant(tmp_path, ledger):
     ended = Answers()
     node = NodeProcess(tmp_path / 'node')

@@ -12,9 +12,8 @@ import pytest
 import dispy
 from conftest import ROOT, eventually
 from dispynode import REASONS
-from nodes import NodeProcess, SchedulerProcess
-from test_resources import fill
-from test_runners import runner_of, runners_of
+from nodes import NodeProcess, SchedulerProcess, runner_of, runners_of
+from scenes import fill
 
 
 def answer():

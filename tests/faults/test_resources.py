@@ -18,24 +18,12 @@ from conftest import ROOT, eventually
 from dispy import DispyJob
 from ledger import Ledger, enter, open_files
 from nodes import Clock, NodeProcess, SchedulerProcess
+from scenes import fill
 
 
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')
-
-
-def fill(directory):
-    """Until nothing fits. Returns the path of what fills it."""
-    path = os.path.join(directory, 'filler')
-    with open(path, 'wb', buffering=0) as file:
-        for size in (65536, 4096, 1):
-            try:
-                while True:
-                    file.write(b'x' * size)
-            except OSError:
-                continue
-    return path
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 
 import dispy
@@ -18,7 +17,7 @@ import dispynode
 from conftest import eventually, lives
 from dispy import DispyJob
 from ledger import Ledger, enter
-from nodes import NodeProcess
+from nodes import NodeProcess, runner_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='workers are forked here')
 
@@ -26,23 +25,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='workers are for
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')
-
-
-def runners_of(node):
-    """The runners of a node, one a computation."""
-    found = []
-    for child in psutil.Process(node.process.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):   # a zombie too
-            if any('runner_start' in word for word in child.cmdline()):
-                found.append(child)
-    return found
-
-
-def runner_of(node):
-    """The runner of a node that serves one computation."""
-    found = runners_of(node)
-    assert len(found) == 1, found
-    return found[0]
 
 
 def compute(path, number, seconds):

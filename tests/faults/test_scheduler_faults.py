@@ -69,6 +69,7 @@ def counted(ended):
     return lambda job: ended.append(job.id) if job.status in (DispyJob.Finished, DispyJob.Terminated, DispyJob.Cancelled, DispyJob.Abandoned) else None
 
 
+@pytest.mark.long
 def test_ten_kills_of_the_scheduler_under_ten_thousand_jobs_of_ten_clients(shared, tmp_path):
     ledger, ended, jobs = Ledger(tmp_path / 'ledger'), [], []
     path = ledger.path

@@ -16,6 +16,7 @@ def run(seed, **options):
             seed, ' --full' if options else '', type(exc).__name__, exc)) from exc
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('seed', range(1, SEEDS + 1))
 def test_whatever_fails_each_job_ends_once(seed):
     world = run(seed)

@@ -1,8 +1,11 @@
 """Many jobs under many faults, by the same code as soak.py."""
 
+import pytest
+
 from soak import soak
 
 
+@pytest.mark.long
 def test_ten_thousand_jobs_with_a_node_killed_every_three_seconds(tmp_path):
     tally, history, failed, _ = soak(str(tmp_path), 240, 7, jobs_most=10000, nodes=4, faults=('kill',))
     assert tally.submitted == 10001 and tally.clean, tally
@@ -10,6 +13,7 @@ def test_ten_thousand_jobs_with_a_node_killed_every_three_seconds(tmp_path):
     assert len(history) >= 5
 
 
+@pytest.mark.long
 def test_everything_for_a_while(tmp_path):
     """Killed, stopped, cut, held; a failing seed stands in the message of nemesis and repeats it."""
     tally, history, failed, rows = soak(str(tmp_path), 15, 11, every=0.5)

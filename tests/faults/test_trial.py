@@ -8,6 +8,7 @@ import trial as trial_module
 from trial import Absence, trial
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='processes are looked for in /proc')
 @pytest.mark.parametrize('seed', [1, 2, 3])
 def test_a_passing_fault_passes(tmp_path, seed):

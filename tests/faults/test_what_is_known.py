@@ -9,13 +9,13 @@ import time
 import pytest
 
 import dispy
-from clients import Client
+from clients import Client, There, program
 from conftest import eventually
 from dispy import DispyJob
 from ledger import Ledger, enter
 from nodes import NodeProcess, SchedulerProcess
 from proxy import UP, Proxy
-from test_resources import fill
+from scenes import fill
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
 
@@ -27,13 +27,6 @@ def ledger(tmp_path):
 
 def begun(ledger):
     return collections.Counter(attempt.job for attempt in ledger.attempts())
-
-
-class There:
-    """A node or, with a node behind it, a scheduler; as `Client` wants to be told of one."""
-
-    def __init__(self, address):
-        self.host, self.port = address
 
 
 @pytest.fixture(params=['JobCluster', 'SharedJobCluster'])
@@ -50,19 +43,6 @@ def place(request, tmp_path):
 
 
 ZOMBIE = {'test_results_that_were_given_up_while_a_program_slept_are_told': 1 / 60}
-MAKE = '''
-def make(kind, **options):
-    if kind == 'JobCluster':
-        return cluster(**options)
-    return dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=host, scheduler_port=port, **options)
-
-
-'''
-
-
-def program(kind, code):
-    """Source of a program that uses make(...)."""
-    return MAKE + 'KIND = %r\n' % kind + code
 
 
 def test_jobs_that_the_link_swallowed_wait_again(place, ledger, tmp_path):

@@ -1,4 +1,4 @@
-"""Objects of every sort, as users define and hold them. tests/test_objects.py writes copies of this file as a script, as a
+"""Objects of every sort, as users define and hold them. tests/system/test_objects.py writes copies of this file as a script, as a
 module beside a script, as a module of a package and as an editable install.
 
 `make_X` gives an object and `probe_X` describes what a user would see of it, in plain values. `call_X` holds the arguments

@@ -1,0 +1,1188 @@
+"""Schedule: which job goes where. Tables of events and actions, then a random walk with invariants."""
+
+import collections
+import random
+
+import pytest
+
+from conftest import walk_seeds
+from dispy import (
+    MAX_ATTEMPTS, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce,
+    JobParked, JobsEnded, JobsStarted, JobState, JobStays, JobWaits, LimitNode, NodeAway,
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults,
+    NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel,
+    SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, ScheduledJob, cpus_of, move_job)
+from dispynode import Outcome, size_of
+from talk_schedule import Talk, counts, job, jobs, only, row, sent
+
+WAITING = (JobState.CREATED, JobState.REQUEUED)
+
+
+# -- order ------------------------------------------------------------------------------------------------
+
+def test_jobs_go_in_the_order_of_submission():
+    talk, works = Talk(), jobs(3)
+    talk.ready('n')
+    talk.learn(1.0)
+    assert sent(talk.submit(works)) == works[:1]
+    assert sent(talk.results('n', works[:1])) == works[1:2]
+    assert sent(talk.results('n', works[1:2])) == works[2:]
+
+
+def test_jobs_wait_for_a_node_and_leave_in_one_batch():
+    talk, works = Talk(), jobs(4)
+    assert talk.submit(works[:3]) == [] and talk.submit(works[3:]) == []
+    assert talk.ready('n', 4) == [SendJobs('n', 'c', works)]
+
+
+def test_higher_priorities_go_first_then_the_order_of_submission():
+    talk = Talk()
+    low, plain, high, higher, same = job(priority=-1), job(), job(priority=2), job(priority=3), job(priority=2)
+    talk.submit([low, plain, high, higher, same])
+    assert sent(talk.ready('n', 5)) == [higher, high, same, plain, low]
+
+
+def test_a_late_job_of_high_priority_overtakes_what_waits():
+    talk, works, urgent = Talk(), jobs(5), job(priority=9)
+    talk.ready('n')
+    talk.learn(1.0)
+    talk.submit(works)
+    talk.submit([urgent])
+    assert sent(talk.results('n', works[:1])) == [urgent]
+
+
+# -- spreading --------------------------------------------------------------------------------------------
+
+def test_idle_cpus_of_all_nodes_come_before_queues():
+    talk = Talk()
+    talk.ready('a', 2)
+    talk.ready('b', 3)
+    assert counts(talk.submit(jobs(5))) == {'a': 2, 'b': 3}
+
+
+def test_one_frame_a_node_and_turn():
+    talk = Talk()
+    talk.ready('a', 2)
+    talk.ready('b', 2)
+    actions = talk.submit(jobs(8))
+    assert len(only(actions, SendJobs)) == 2
+    assert counts(actions) == {'a': 4, 'b': 4}
+
+
+def test_queues_on_nodes_are_filled_evenly():
+    # The share of a node is taken from what is left, so that the first node gets more than the last.
+    talk = Talk()
+    for name in 'abcd':
+        talk.ready(name, 2)
+        talk.learn(0.001, node=name, times=100)
+    assert counts(talk.submit(jobs(40))) == {'a': 10, 'b': 10, 'c': 10, 'd': 10}
+
+
+@pytest.mark.parametrize('took, most, why', [
+    (None, 8, 'unknown: one more a CPU'), (1.0, 4, 'long: nothing beyond the CPUs'), (0.1, 4, 'long enough'),
+    (0.05, 12, 'two of 50 ms a CPU are 100 ms'), (0.01, 44, 'ten of 10 ms'), (0.001, 404, 'a hundred of 1 ms'),
+    (1e-5, 4 * 513, 'never more than AHEAD_MOST'),
+])
+def test_depth_by_length_of_jobs(took, most, why):
+    talk = Talk()
+    talk.ready('n', 4)
+    if took is not None:
+        talk.learn(took, times=5000)
+    got = len(sent(talk.submit(jobs(20000))))
+    assert most - 4 <= got <= most, why   # a float may round one less a CPU
+    assert got >= 4
+
+
+def test_short_jobs_become_long():
+    """The estimate is quick to rise: a few long ones, and the queue is shallow again."""
+    talk, works = Talk(), jobs(2000)
+    talk.ready('n')
+    talk.learn(0.001, times=500)
+    first = sent(talk.submit(works))
+    assert len(first) > 90
+    talk.results('n', first[:1], took=2.0)
+    assert sent(talk.results('n', first[1:-1], took=2.0)) == []
+    assert len(sent(talk.results('n', first[-1:], took=2.0))) <= 1
+
+
+def test_a_node_is_not_given_more_bytes_ahead_than_the_bound():
+    talk = Talk()
+    talk.ready('n')
+    talk.learn(0.001, times=500)
+    size = AHEAD_BYTES // 4
+    works = [job(payload=range(size)) for _ in range(50)]   # a range has a length and takes no memory
+    assert len(sent(talk.submit(works))) == 5
+    assert talk.schedule.nodes['n'].bytes == 5 * size
+
+
+def test_jobs_that_are_larger_than_the_bound_run_one_a_cpu():
+    talk = Talk()
+    talk.ready('n', 2)
+    works = [job(payload=range(AHEAD_BYTES + 1)) for _ in range(5)]
+    assert sent(talk.submit(works)) == works[:2]
+    assert sent(talk.results('n', works[:1])) == works[2:3]
+
+
+def test_the_bound_on_bytes_leaves_no_cpu_idle():
+    # Node a is passed over while the wide job is first in line; when b has taken that, a's CPU must be filled.
+    talk, large = Talk(), job(payload=range(AHEAD_BYTES + 1))
+    talk.ready('a', 2)
+    talk.submit([large])
+    wide, narrow = job(cpus=2), job()
+    actions = talk.tell(Submitted([wide, narrow]), NodeReady('b', 'c', 2, []))
+    assert sent(actions, 'b') == [wide] and sent(actions, 'a') == [narrow]
+
+
+# -- jobs of several CPUs ---------------------------------------------------------------------------------
+
+def test_jobs_of_several_cpus_count_as_such():
+    talk = Talk()
+    talk.ready('n', 4)
+    talk.learn(1.0)
+    works = jobs(4, cpus=2)
+    assert sent(talk.submit(works)) == works[:2]
+    assert talk.schedule.nodes['n'].used == talk.schedule.comps['c'].cpus_in_flight == 4
+    assert sent(talk.results('n', works[:1])) == works[2:3]
+
+
+def test_a_job_wider_than_a_node_goes_to_a_larger_one():
+    talk, wide = Talk(), job(cpus=4)
+    talk.ready('small', 2)
+    talk.learn(1.0, node='small')
+    talk.ready('large', 4)
+    assert sent(talk.submit([wide]), 'large') == [wide]
+
+
+def test_a_job_wider_than_every_node_is_told_of_and_does_not_stop_those_behind_it():
+    talk = Talk()
+    talk.ready('n', 2)
+    wide, narrow = job(cpus=3), job()
+    actions = talk.submit([wide, narrow])
+    assert narrow in sent(actions)
+    parked, = only(actions, JobParked)
+    assert parked.work is wide and '3 CPUs' in parked.text and 'more than 2' in parked.text
+    assert sent(talk.ready('large', 4), 'large') == [wide]
+
+
+def test_a_parked_job_can_be_cancelled():
+    talk, wide = Talk(), job(cpus=3)
+    talk.ready('n', 2)
+    talk.submit([wide])
+    ended, = only(talk.tell(CancelAsked(wide)), JobEnded)
+    assert ended.work is wide and talk.ready('large', 4) == []
+
+
+def test_jobs_for_one_node_wait_for_it_and_go_first():
+    talk = Talk()
+    talk.ready('a', 1)
+    pinned, other = job(node='b'), job()
+    assert sent(talk.submit([pinned, other])) == [other]
+    talk.ready('b', 1)
+    assert pinned.state is JobState.SENT and talk.schedule.nodes['b'].in_flight['c'] == {pinned.serial: pinned}
+    more = [job(node='b'), job(node='b')]
+    talk.submit(more)
+    assert all(work in talk.schedule.comps['c'].waiting() or work.state is JobState.SENT for work in more)
+    assert not only(talk.ready('d', 4), SendRecall), 'what is for one node is not called back for another'
+    ended = only(talk.tell(Closed('c')), JobEnded)
+    assert {action.work for action in ended} == {pinned, other, *more}
+
+
+def test_a_cancelled_job_for_one_node():
+    talk, pinned = Talk(), job(node='b')
+    talk.submit([pinned])
+    assert [action.work for action in only(talk.tell(CancelAsked(pinned)), JobEnded)] == [pinned]
+    assert talk.ready('b', 1) == []
+
+
+# -- results ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('outcome, state', [
+    (Outcome.RETURNED, JobState.FINISHED), (Outcome.RETURNED_CODE, JobState.FINISHED),
+    (Outcome.RAISED, JobState.TERMINATED), (Outcome.DIED, JobState.TERMINATED),
+    (Outcome.TIMED_OUT, JobState.TERMINATED), (Outcome.CANCELLED, JobState.CANCELLED)])
+def test_what_becomes_of_a_job(outcome, state):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    result = row(work, outcome)
+    assert talk.tell(NodeResults('n', 'c', [result])) == [
+        SendAck('n', 'c', [work.serial]), JobsEnded('n', 'c', [(work, result)])]
+    assert work.state is state
+
+
+def test_a_result_that_comes_twice_is_acknowledged_and_dropped():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.results('n', [work])
+    assert talk.results('n', [work], outcome=Outcome.RAISED) == [SendAck('n', 'c', [work.serial])]
+    assert work.state is JobState.FINISHED
+
+
+def test_provisional_results_and_the_end_in_one_message_keep_their_order():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    rows = [row(work, Outcome.PROVISIONAL), row(work, Outcome.PROVISIONAL), row(work), row(work), row(work, Outcome.PROVISIONAL)]
+    told, = only(talk.tell(NodeResults('n', 'c', rows)), JobsEnded)
+    assert told.pairs == [(work, row) for row in rows[:3]]   # what comes after the end is dropped
+    assert work.state is JobState.FINISHED and not talk.schedule.nodes['n'].used
+
+
+def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dropped():
+    talk, work = Talk(), job()
+    talk.ready('a')
+    talk.submit([work])
+    late = row(work)
+    talk.ready('b')
+    talk.tell(NodeLost('a', 'host-a', 'broken'))
+    talk.ready('a', held=[late[0]])
+    assert talk.tell(NodeResults('a', 'c', [late])) == [SendAck('a', 'c', [late[0]])]
+    assert work.state is JobState.SENT
+    assert only(talk.results('b', [work]), JobsEnded)
+
+
+@pytest.mark.parametrize('node, comp, actions', [('n', 'closed', []), ('unknown', 'c', [SendAck('unknown', 'c', [1])])])
+def test_results_of_what_is_not_known_change_nothing(node, comp, actions):
+    talk = Talk()
+    talk.ready('n')
+    assert talk.tell(NodeResults(node, comp, [(1, 1, 0.0, 1.0, b'', b'', b'')])) == actions
+    assert talk.tell(NodeReturned(node, comp, [1])) == []
+
+
+def test_a_result_with_an_unknown_outcome_leaves_the_books_in_order():
+    # The row comes off the wire; whatever is raised, the job may not be lost from all places.
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    with pytest.raises(Exception):
+        talk.tell(NodeResults('n', 'c', [(work.serial, 99, 0.0, 1.0, b'', b'', b'')]))
+    assert work.serial in talk.schedule.nodes['n'].in_flight['c']
+
+
+# -- cancel -----------------------------------------------------------------------------------------------
+
+def test_cancel_before_it_was_sent():
+    talk, works = Talk(), jobs(2)
+    talk.submit(works)
+    assert talk.tell(CancelAsked(works[0])) == [JobEnded(works[0], 'cancelled before it was started')]
+    assert talk.schedule.comps['c'].queue.length == 1
+    assert sent(talk.ready('n')) == works[1:]
+
+
+def test_cancel_while_it_is_on_a_node():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    assert talk.tell(CancelAsked(work)) == [SendCancel('n', 'c', [work.serial])]
+    assert work.state is JobState.CANCELLING
+    assert talk.tell(CancelAsked(work)) == [], 'asked twice'
+    talk.results('n', [work], outcome=Outcome.CANCELLED)
+    assert work.state is JobState.CANCELLED
+    assert talk.tell(CancelAsked(work)) == [], 'it has ended'
+
+
+@pytest.mark.parametrize('outcome, state', [
+    (Outcome.RETURNED, JobState.FINISHED), (Outcome.RAISED, JobState.TERMINATED), (Outcome.CANCELLED, JobState.CANCELLED),
+    (Outcome.STOPPED, JobState.CANCELLED)])
+def test_a_job_may_end_otherwise_before_the_cancel_arrives(outcome, state):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(CancelAsked(work))
+    actions = talk.results('n', [work], outcome=outcome)
+    assert work.state is state
+    assert len(only(actions, JobsEnded) + only(actions, JobEnded)) == 1
+
+
+@pytest.mark.parametrize('event', [
+    NodeReturned('n', 'c', [(1 << 16) + 1]), NodeReady('n', 'c', 1, []), NodeLost('n', 'host', 'broken'),
+    NodeLeft('n', 'c', 'host', 'left')])
+def test_a_job_that_is_being_cancelled_is_not_sent_again(event):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(CancelAsked(work))
+    actions = talk.tell(event)
+    assert [action.work for action in only(actions, JobEnded)] == [work] and not sent(actions)
+    assert work.state is JobState.CANCELLED
+
+
+def test_cancel_of_one_that_waits_again():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    assert work.state is JobState.REQUEUED
+    assert talk.tell(CancelAsked(work)) == [JobEnded(work, 'cancelled before it was started')]
+    assert talk.ready('n') == []
+
+
+def test_a_cancel_that_was_lost_with_the_link_is_sent_again():
+    # The node holds the attempt and never heard of the cancel: it would run to its end.
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(CancelAsked(work))
+    assert talk.ready('n', held=[work.serial]) == [SendCancel('n', 'c', [work.serial])]
+
+
+# -- nodes come and go ------------------------------------------------------------------------------------
+
+def test_reentrant_jobs_of_a_lost_node_go_first_elsewhere_and_in_order():
+    # They are put back one before the other, which turns their order round.
+    talk, works = Talk(), jobs(6)
+    talk.ready('a', 3)
+    talk.learn(1.0, node='a')
+    talk.submit(works)
+    assert {action.work for action in talk.tell(NodeLost('a', 'host-a', 'broken'))} == set(works[:3])
+    assert sent(talk.ready('b', 6)) == works
+
+
+def test_jobs_that_are_not_reentrant_are_abandoned_with_the_name_of_the_node():
+    talk, work = Talk(reentrant=False), job()
+    talk.ready('n')
+    talk.submit([work])
+    ended, = talk.tell(NodeLost('n', 'host:9701', 'no sign of life'))
+    assert ended.work is work and work.state is JobState.ABANDONED
+    for part in ('abandoned', 'lost with node host:9701', 'no sign of life', 'not reentrant'):
+        assert part in ended.text
+
+
+def test_a_job_is_given_up_after_three_nodes():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    for name in 'ab':
+        assert sent(talk.ready(name)) == [work]
+        assert talk.tell(NodeLost(name, 'host-' + name, 'broken')) == [JobWaits(work)]
+    talk.ready('c')
+    ended, = talk.tell(NodeLost('c', 'host-c', 'broken'))
+    assert work.state is JobState.ABANDONED
+    assert 'host-a, host-b, host-c' in ended.text and 'given up after 3 nodes' in ended.text
+
+
+def test_a_node_that_is_started_again_and_again_is_one_node_until_it_is_too_often():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    for _ in range(MAX_ATTEMPTS - 1):
+        assert sent(talk.ready('a')) == [work]
+        assert talk.tell(NodeLost('a', 'host-a', 'broken')) == [JobWaits(work)]
+    talk.ready('a')
+    ended, = talk.tell(NodeLost('a', 'host-a', 'broken'))
+    assert 'lost with node host-a (broken); given up after 16 attempts' in ended.text
+
+
+def test_a_stopped_attempt_of_a_reentrant_computation_goes_elsewhere():
+    talk, work = Talk(), job()
+    talk.ready('a')
+    talk.submit([work])
+    serial = work.serial
+    talk.ready('b')
+    actions = talk.results('a', [work], outcome=Outcome.STOPPED)
+    assert only(actions, SendAck) == [SendAck('a', 'c', [serial])] and not only(actions, JobsEnded)
+    assert sent(actions) == [work] and work.serial > serial
+
+
+def test_nothing_is_sent_to_a_node_that_is_being_stopped():
+    # It would come back as Returned, be sent again, and so on until the link ends.
+    talk, work = Talk(), job()
+    talk.ready('a')
+    talk.submit([work])
+    assert not sent(talk.results('a', [work], outcome=Outcome.STOPPED), 'a')
+
+
+def test_a_stopped_attempt_that_is_not_reentrant_is_abandoned():
+    talk, work = Talk(reentrant=False), job()
+    talk.ready('n')
+    talk.submit([work])
+    ended, = only(talk.results('n', [work], outcome=Outcome.STOPPED), JobEnded)
+    assert work.state is JobState.ABANDONED and 'lost with node n' in ended.text and 'stopped' in ended.text
+
+
+def test_a_node_that_leaves_a_computation_keeps_the_others():
+    talk, mine, other = Talk('c', 'd'), job('c'), job('d')
+    talk.ready('n', 2)
+    talk.ready('n', 2, 'd')
+    talk.submit([mine, other])
+    talk.tell(NodeLeft('n', 'c', 'host', 'setup failed'))
+    assert mine.state is JobState.REQUEUED and other.state is JobState.SENT
+    assert talk.tell(NodeLeft('n', 'c', 'host', 'again'), NodeLeft('unknown', 'c', 'x', 'y')) == []
+    assert talk.schedule.nodes['n'].used == 1
+
+
+def test_a_node_that_is_lost_twice_or_was_never_known():
+    talk = Talk()
+    talk.ready('n')
+    assert talk.tell(NodeLost('n', 'host', 'broken'), NodeLost('n', 'host', 'broken'), NodeLost('x', 'x', 'x')) == []
+    assert not talk.schedule.nodes
+
+
+def test_attempts_that_never_arrived_are_sent_again_and_in_order():
+    talk, works = Talk(reentrant=False), jobs(5)
+    talk.ready('n', 5)
+    talk.submit(works)
+    old = [work.serial for work in works]
+    assert sent(talk.ready('n', 5, held=old[:2])) == works[2:]
+    assert [work.serial for work in works] == old[:2] + [serial + 1 for serial in old[2:]]
+
+
+def test_cpus_of_a_node_may_change():
+    talk, works = Talk(), jobs(9)
+    talk.ready('n', 1)
+    talk.learn(1.0)
+    talk.submit(works)
+    assert sent(talk.ready('n', 3, held=[works[0].serial])) == works[1:3]
+
+
+def test_serials_tell_the_job_and_the_attempt():
+    talk, works = Talk(), jobs(2)
+    talk.ready('n', 2)
+    talk.submit(works)
+    assert [(work.serial >> 16, work.serial & 0xffff) for work in works] == [(1, 1), (2, 1)]
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    talk.ready('n', 2)
+    assert sorted((work.serial >> 16, work.serial & 0xffff) for work in works) == [(1, 2), (2, 2)]
+
+
+# -- recall -----------------------------------------------------------------------------------------------
+
+def recall_scene(**options):
+    """Node a runs one and holds one more; b comes and is idle."""
+    talk, works = Talk(), jobs(2, **options)
+    talk.ready('a', options.get('cpus', 1))
+    assert sent(talk.submit(works)) == works
+    return talk, works
+
+
+def test_what_waits_on_one_node_is_called_back_for_an_idle_other():
+    talk, works = recall_scene()
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1].serial])]
+    assert talk.tell() == [], 'asked once'
+    assert talk.tell(NodeReturned('a', 'c', [works[1].serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
+
+
+def test_no_endless_recall_when_nothing_comes_back():
+    talk, works = recall_scene()
+    talk.ready('b')
+    for _ in range(5):
+        assert talk.tell(NodeReturned('a', 'c', [])) == []
+
+
+def test_no_endless_recall_of_what_does_not_fit_the_idle_node():
+    # The wide job comes back, fits on a only, goes there, is called back again ...; at the speed of the wire.
+    talk, works = recall_scene(cpus=2)
+    actions = talk.ready('b', 1)
+    for turn in range(10):
+        if not actions:
+            return
+        assert turn < 4, 'recalled again and again'
+        serials = [works[1].serial] if only(actions, SendRecall) else []
+        actions = talk.tell(NodeReturned('a', 'c', serials)) if serials else talk.tell()
+
+
+def test_a_recall_that_was_lost_with_the_link_is_sent_again():
+    # The computation stays marked as recalled, though nobody will answer.
+    talk, works = recall_scene()
+    talk.ready('b')
+    held = [work.serial for work in works]
+    assert talk.ready('a', held=held) == [SendRecall('a', 'c', held[1:])]
+
+
+def test_recalled_jobs_keep_their_order():
+    # A node gives back its last ones, last first.
+    talk, works = Talk(), jobs(8)
+    talk.ready('a', 4)
+    talk.submit(works)
+    talk.ready('b', 4)
+    assert sent(talk.tell(NodeReturned('a', 'c', [work.serial for work in works[:3:-1]]))) == works[4:]
+
+
+def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
+    # Jobs of d wait for a node of their own; that must not keep c's jobs where they are.
+    talk = Talk('c', 'd')
+    talk.submit([job('d')])
+    works = jobs(2)
+    talk.ready('a')
+    talk.submit(works)
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1].serial])]
+
+
+def test_what_waits_behind_jobs_that_do_not_end_soon_is_called_back():
+    """The estimate by which it was sent does not hold; until then the node holds it."""
+    talk = Talk()
+    talk.ready('n', 2)
+    talk.learn(0.001, times=50)
+    works = sent(talk.submit(jobs(100)))
+    assert len(works) > 10
+    started = NodeStarted('n', 'c', [(work.serial, 0.025) for work in works[:2]])
+    assert not only(talk.tell(started), SendRecall)
+    assert talk.schedule.next_timer() == pytest.approx(0.075)
+    recall, = only(talk.schedule.flush(0.076), SendRecall)
+    assert sorted(recall.serials) == [work.serial for work in works[2:]]
+    assert [work.state for work in works[:3]] == [JobState.RUNNING, JobState.RUNNING, JobState.SENT]
+    assert not only(talk.schedule.flush(0.5), SendRecall), 'each is asked for once'
+
+
+def test_a_job_that_was_called_back_twice_goes_to_idle_cpus_only():
+    talk, (first, second) = Talk(), jobs(2)
+    talk.ready('a')
+    talk.submit([first, second])
+    others = []
+    for name in 'bd':
+        recall, = only(talk.ready(name), SendRecall)
+        assert recall.serials == [second.serial]
+        others += sent(talk.submit(jobs(1)), name)   # it takes the idle CPU before the answer comes
+        talk.tell(NodeReturned(recall.node, 'c', recall.serials))
+    assert second.state is JobState.REQUEUED
+    assert sent(talk.submit(jobs(1))) == [], 'those behind it wait too, or no CPU would be idle'
+    assert sent(talk.results('d', others[1:])) == [second]
+
+
+def test_work_ahead_covers_two_round_trips():
+    counts_by_trip = {}
+    for trip in (0.0, 0.4):
+        talk = Talk()
+        talk.tell(NodeReady('n', 'c', 4, [], trip=trip))
+        assert talk.schedule.nodes['n'].trip == trip
+        talk.schedule.nodes['n'].probe = (0, 0.0)   # no other is measured: here, time stands still
+        talk.learn(0.02, times=3000)
+        counts_by_trip[trip] = len(sent(talk.submit(jobs(2000))))
+    assert 20 <= counts_by_trip[0.0] <= 24 and 160 <= counts_by_trip[0.4] <= 164
+
+
+def test_the_round_trip_is_corrected_by_jobs_that_did_not_wait():
+    talk, work = Talk(), job()
+    talk.tell(NodeReady('n', 'c', 1, [], trip=3.0))   # this program was busy when the node connected
+    talk.submit([work])
+    talk.schedule.handle(NodeResults('n', 'c', [row(work, took=1.0)]), 1.25)
+    assert talk.schedule.nodes['n'].trip == pytest.approx(0.25)
+
+
+def test_lowered_cpus_call_back_what_is_too_much():
+    talk = Talk()
+    talk.ready('n', 4)
+    talk.learn(1.0, times=4)
+    works = sent(talk.submit(jobs(4)))
+    recall, = only(talk.tell(NodeOffers('n', 'c', 2)), SendRecall)
+    assert set(recall.serials) == {work.serial for work in works[2:]}
+    talk.tell(NodeReturned('n', 'c', recall.serials))
+    assert not talk.schedule.comps['c'].called, 'the user wanted it'
+
+
+def test_a_job_of_higher_priority_is_sent_although_the_node_is_full():
+    talk = Talk()
+    talk.ready('n', 2)
+    talk.learn(0.01, times=500)
+    low = sent(talk.submit(jobs(100)))
+    assert len(low) > 10
+    urgent = jobs(3, priority=5)
+    assert sent(talk.submit(urgent)) == urgent
+    assert not sent(talk.submit(jobs(1, priority=-1)))
+
+
+def test_the_first_jobs_of_one_do_not_keep_the_only_job_of_another():
+    """Three long ones on two nodes of two CPUs; the fourth CPU is on a node that is set up for the short job later."""
+    talk, long, short = Talk('c', 'd'), jobs(3), job('d')
+    for name in 'ab':
+        talk.tell(NodeReady(name, 'c', 2, [], '', 2))
+    talk.submit(long)
+    talk.tell(NodeReady('a', 'd', 2, [], '', 2))
+    assert sent(talk.submit([short]), 'a') == [short]
+    assert only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall) == [SendRecall('a', 'd', [short.serial])]
+
+
+# -- withdraw ---------------------------------------------------------------------------------------------
+
+def test_withdraw_of_what_waits():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    assert talk.tell(WithdrawAsked([work])) == [JobEnded(work, 'cancelled before it was started')]
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, True)], 'it is gone already'
+
+
+@pytest.mark.parametrize('answer, gone', [
+    (lambda work: NodeReturned('n', 'c', [work.serial]), True), (lambda work: NodeStarted('n', 'c', [(work.serial, 0.0)]), False),
+    (lambda work: NodeResults('n', 'c', [row(work)]), False), (lambda work: NodeResults('n', 'c', [row(work, Outcome.CANCELLED)]), True),
+    (lambda work: NodeAway('n', 'host', 'broken', 9.0), False), (lambda work: NodeReady('n', 'c', 1, []), True)])
+def test_withdraw_of_what_is_on_a_node(answer, gone):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    assert talk.tell(WithdrawAsked([work])) == [SendRecall('n', 'c', [work.serial])]
+    assert talk.tell(WithdrawAsked([work])) == [], 'asked once'
+    answers = only(talk.tell(answer(work)), Withdrawn)
+    assert answers == [Withdrawn(work, gone)] and (work.state is JobState.CANCELLED) == gone
+
+
+@pytest.mark.parametrize('cancel_first', (True, False))
+def test_what_is_withdrawn_and_cancelled_comes_back_once(cancel_first):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    events = [CancelAsked(work), WithdrawAsked([work])]
+    for event in events if cancel_first else events[::-1]:
+        talk.tell(event)
+    actions = talk.tell(NodeReturned('n', 'c', [work.serial]))
+    assert len(only(actions, JobEnded)) == 1 and work.state is JobState.CANCELLED
+
+
+def test_withdraw_of_what_runs_is_refused_and_does_not_disturb_it():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(NodeStarted('n', 'c', [(work.serial, 0.03)]))
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)] and work.state is JobState.RUNNING
+
+
+def test_a_job_whose_answer_is_not_waited_for_goes_on():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(WithdrawAsked([work]))
+    talk.schedule.keep(work)
+    actions = talk.tell(NodeReturned('n', 'c', [work.serial]))
+    assert sent(actions) == [work] and not only(actions, Withdrawn)
+
+
+def test_what_is_lost_with_its_node_counts_as_begun_whatever_was_known():
+    talk, (runs, waits, returned) = Talk(reentrant=False), jobs(3)
+    talk.ready('n', 3)
+    talk.submit([runs, waits, returned])
+    talk.tell(NodeStarted('n', 'c', [(runs.serial, 0.03)]), NodeOffers('n', 'c', 0))
+    talk.tell(NodeReturned('n', 'c', [returned.serial]))
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    assert [work.state for work in (runs, waits, returned)] == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED]
+
+
+# -- several clients --------------------------------------------------------------------------------------
+
+def test_two_computations_of_one_client_take_turns_on_one_cpu():
+    schedule = Schedule()
+    works = {comp: jobs(5, comp) for comp in 'cd'}
+    for comp in 'cd':
+        schedule.handle(Opened(comp, 'client', True), 0.0)
+        schedule.handle(Submitted(works[comp]), 0.0)
+    schedule.handle(NodeReady('n', 'c', 1, [], '', 1), 0.0)
+    schedule.handle(NodeReady('n', 'd', 1, [], '', 1), 0.0)
+    order = []
+    while len(order) < 10:
+        batch = sent(schedule.flush(0.0))
+        assert batch
+        for work in batch:
+            order.append(work.comp)
+            schedule.handle(NodeResults('n', work.comp, [row(work)]), 0.0)
+    assert order[:6] in (list('cdcdcd'), list('dcdcdc'))
+
+
+def test_what_runs_on_a_node_that_is_shared_is_no_more_than_its_cpus():
+    talk = Talk('c', 'd')
+    for comp in 'cd':
+        talk.tell(NodeReady('n', comp, 3, [], '', 3))
+        talk.submit(jobs(10, comp))
+    runs = talk.schedule.runs('n')
+    assert sum(map(len, runs.values())) == 3 and min(map(len, runs.values())) == 1
+    flight = talk.schedule.nodes['n'].in_flight['c']
+    last = list(flight)[-1]
+    talk.tell(NodeStarted('n', 'c', [(last, 0.03)]))
+    assert last in talk.schedule.runs('n')['c'], 'it has said so'
+    assert talk.schedule.runs('unknown') == {}
+
+
+def busy(long=True, cpus=4):
+    """Client c has 10,000 jobs on a node that d may use too."""
+    talk, works = Talk('c', 'd'), jobs(10000)
+    talk.ready('n', cpus)
+    talk.ready('n', cpus, 'd')
+    talk.learn(1.0 if long else 0.001, times=1 if long else 1000)
+    if long:
+        talk.learn(1.0, 'd')
+    return talk, works, sent(talk.submit(works))
+
+
+def test_limits_of_two_computations_fill_a_node_in_either_order():
+    # What the first has ahead on the node must not keep the second from CPUs that the first may not use.
+    for order in (('c', 'd'), ('d', 'c')):
+        talk = Talk('c', 'd')
+        limits = {'c': 1, 'd': 3}
+        for comp in order:
+            talk.tell(NodeReady('n', comp, limits[comp], [], '', 4))
+            talk.submit(jobs(50, comp))
+        node = talk.schedule.nodes['n']
+        assert {comp: min(node.parts[comp], limits[comp]) for comp in limits} == limits
+
+
+def test_two_clients_share_cpus_evenly():
+    talk = Talk('c', 'd')
+    talk.submit(jobs(100))
+    talk.submit(jobs(100, 'd'))
+    talk.tell(NodeReady('n', 'c', 8, []), NodeReady('n', 'd', 8, []))
+    comps = talk.schedule.comps
+    assert comps['c'].cpus_in_flight == comps['d'].cpus_in_flight == 4
+
+
+def test_cpus_are_shared_between_clients_and_not_computations():
+    schedule = Schedule()
+    for comp, client in (('c1', 'c'), ('c2', 'c'), ('d', 'd')):
+        schedule.handle(Opened(comp, client, True), 0.0)
+        schedule.handle(Submitted(jobs(100, comp)), 0.0)
+        schedule.handle(NodeReady('n', comp, 8, []), 0.0)
+    schedule.flush(0.0)
+    flying = {comp.comp: comp.cpus_in_flight for comp in schedule.comps.values()}
+    assert flying['d'] == flying['c1'] + flying['c2'] == 4
+
+
+def test_a_newcomer_gets_the_next_free_cpu():
+    talk, works, there = busy()
+    few = jobs(4, 'd')
+    assert sent(talk.submit(few)) == few[:2], 'its part into the queue of the node, which gives the next CPU to who has fewest'
+    assert sent(talk.results('n', there[:1])) == []
+    assert sent(talk.results('n', there[1:2])) == []
+    assert sent(talk.results('n', few[:1], 'd')) == few[2:3], 'an even share is two of four CPUs'
+    assert sent(talk.results('n', few[1:2], 'd')) == few[3:]
+
+
+def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
+    # The deep queue of the short ones is filled up every turn, and the newcomer's limit is lower.
+    talk, works, there = busy(long=False)
+    few, queue = jobs(4, 'd'), collections.deque(there)
+    talk.submit(few)
+    for _ in range(200):
+        queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
+        running = [work for work in few if work.state is JobState.SENT]
+        if running:
+            talk.results('n', running[:1], 'd')
+        if few[-1].state is JobState.FINISHED:
+            return
+    pytest.fail('after 2000 jobs of the other client the newcomer still waits')
+
+
+# -- closed -----------------------------------------------------------------------------------------------
+
+def test_closed_ends_jobs_in_every_state():
+    talk = Talk('c', 'd')
+    talk.ready('n', 3)
+    talk.learn(1.0)
+    done, running, cancelling, waiting, other = jobs(4) + [job('d')]
+    talk.submit([done, running, cancelling])
+    talk.results('n', [done])
+    talk.tell(CancelAsked(cancelling))
+    talk.submit(jobs(1) + [waiting, other])
+    requeued = job(priority=1)
+    actions = talk.tell(Closed('c'))
+    assert {action.work for action in only(actions, JobEnded)} >= {running, cancelling, waiting}
+    assert done not in {action.work for action in only(actions, JobEnded)}
+    assert [work.state for work in (done, running, cancelling, waiting, other)] == [
+        JobState.FINISHED, JobState.CANCELLED, JobState.CANCELLED, JobState.CANCELLED, JobState.CREATED]
+    assert talk.schedule.nodes['n'].used == 0 and not talk.schedule.nodes['n'].in_flight
+    assert talk.tell(Closed('c')) == []
+    assert talk.submit([requeued]) == [JobEnded(requeued, 'the cluster was closed')]
+    assert talk.tell(CancelAsked(running), CancelAsked(requeued)) == []
+    assert talk.ready('n') == [] and talk.results('n', [running]) == []
+
+
+def test_closed_forgets_a_recall():
+    talk, works = recall_scene()
+    talk.ready('b')
+    talk.tell(Closed('c'))
+    assert not talk.schedule.nodes['a'].recalled
+
+
+# -- the table of states ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('state', list(JobState))
+@pytest.mark.parametrize('event', sorted({event for _, event in JOB_TABLE} | {'nonsense'}))
+def test_an_absent_pair_raises_and_changes_nothing(state, event):
+    work = job()
+    work.state = state
+    if (state, event) in JOB_TABLE:
+        assert move_job(work, event) is JOB_TABLE[state, event] is work.state
+        assert state not in ENDED
+    else:
+        with pytest.raises(KeyError):
+            move_job(work, event)
+        assert work.state is state
+
+
+def test_an_unknown_event_raises():
+    with pytest.raises(KeyError):
+        Schedule().handle('nonsense', 0.0)
+
+
+# -- random walk ------------------------------------------------------------------------------------------
+
+class ModelNode:
+    """What a node does, as far as a schedule sees it; messages to and from it take their time."""
+
+    def __init__(self, key, cpus):
+        self.key, self.cpus = key, cpus
+        self.linked = self.stopping = self.away = False
+        self.comps = set()
+        self.forget()
+
+    def forget(self):
+        """A new process: nothing is known of what was."""
+        self.waiting = collections.OrderedDict()    # (comp, serial) -> CPUs
+        self.running = {}
+        self.results = {}      # (comp, serial) -> row, not acknowledged
+        self.cut()
+
+    def cut(self):
+        """The link breaks; what is on it is gone."""
+        self.inbox, self.outbox = collections.deque(), collections.deque()
+
+    def held(self, comp):
+        return [serial for place in (self.waiting, self.running, self.results) for name, serial in place if name == comp]
+
+    def take(self, rng):
+        """Read a message."""
+        kind, comp, what = self.inbox.popleft()
+        if kind is SendJobs:
+            for serial, cpus in what:
+                if not any((comp, serial) in place for place in (self.waiting, self.running, self.results)):
+                    self.waiting[comp, serial] = cpus
+        elif kind is SendAck:
+            for serial in what:
+                self.results.pop((comp, serial), None)
+        elif kind is SendCancel:
+            for serial in what:
+                if (comp, serial) in self.waiting or ((comp, serial) in self.running and rng.random() < 0.8):
+                    self.end((comp, serial), Outcome.CANCELLED, 0.0)
+        elif kind is SendRecall:
+            keys = [(comp, serial) for serial in what if (comp, serial) in self.waiting]
+            for key in keys:
+                del self.waiting[key]
+            self.outbox.append(NodeReturned(self.key, comp, [serial for _, serial in keys]))
+            begun = [(serial, 0.0) for serial in what if (comp, serial) in self.running]
+            if begun:
+                self.outbox.append(NodeStarted(self.key, comp, begun))
+        else:
+            for place in (self.waiting, self.running, self.results):
+                for key in [key for key in place if key[0] == comp]:
+                    del place[key]
+        self.start()
+
+    def start(self):
+        while self.waiting:
+            key, cpus = next(iter(self.waiting.items()))
+            if cpus > self.cpus - sum(self.running.values()):
+                return
+            self.running[key] = self.waiting.pop(key)
+
+    def end(self, key, outcome, took):
+        self.waiting.pop(key, None)
+        self.running.pop(key, None)
+        self.results[key] = (key[1], int(outcome), 10.0, 10.0 + took, b'', b'', b'')
+        self.outbox.append(NodeResults(self.key, key[0], [self.results[key]]))
+        self.start()
+
+
+class Walk:
+    """A schedule, model nodes, and books of what must be true."""
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.schedule = Schedule()
+        self.nodes = {key: ModelNode(key, self.rng.choice((1, 2, 2, 4))) for key in range(self.rng.randint(1, 4))}
+        self.works, self.ended = [], {}
+        self.sent, self.free_again = {}, set()      # work -> its last attempt; attempts that were never started
+        self.serials, self.open, self.reentrant, self.opened = set(), [], {}, 0
+        self.recalls = 0
+        self.drains, self.drained = set(), []     # (node, comp) that drain, and that have
+        self.now, self.gone = 0.0, set()
+
+    # what happens
+
+    def open_one(self):
+        comp = 'c%d' % self.opened
+        self.opened += 1
+        self.reentrant[comp] = self.rng.random() < 0.6
+        self.open.append(comp)
+        self.event(Opened(comp, self.rng.choice('xyz'), self.reentrant[comp]))
+        for node in self.nodes.values():
+            if node.linked and not node.away:
+                self.set_up(node, comp)
+
+    def set_up(self, node, comp):
+        node.comps.add(comp)
+        self.drains.discard((node.key, comp))
+        held = node.held(comp)
+        flight = self.schedule.nodes[node.key].in_flight.get(comp, {}) if node.key in self.schedule.nodes else {}
+        self.free_again.update(set(flight) - set(held))
+        for (name, _), result in node.results.items():
+            if name == comp:
+                node.outbox.append(NodeResults(node.key, comp, [result]))
+        self.event(NodeReady(node.key, comp, node.cpus, held))
+
+    def submit(self):
+        rng, works = self.rng, []
+        for _ in range(rng.choice((1, 2, 5, 20))):
+            options = {}
+            if rng.random() < 0.2:
+                options['cpus'] = rng.randint(1, 4)
+            if rng.random() < 0.2:
+                options['priority'] = rng.randint(-1, 2)
+            size = AHEAD_BYTES // 3 if rng.random() < 0.1 else 10
+            works.append(ScheduledJob(rng.choice(self.open), range(size), options or None))
+        self.works += works
+        self.event(Submitted(works))
+
+    def step(self):
+        rng = self.rng
+        node = rng.choice(list(self.nodes.values()))
+        what = rng.random()
+        if not self.open or (what < 0.01 and self.opened < 6):
+            self.open_one()
+        elif what < 0.12:
+            self.submit()
+        elif what < 0.18 and self.works:
+            self.event(CancelAsked(rng.choice(self.works[-60:])))
+        elif what < 0.19:
+            self.close(rng.choice(self.open))
+        elif what < 0.22:
+            self.trouble(node)
+        elif not node.linked:
+            node.linked = True
+            for comp in self.open:
+                self.set_up(node, comp)
+        elif node.away and rng.random() < 0.2:
+            self.back(node) if rng.random() < 0.7 else self.wait(node)
+        else:
+            self.go_on(node)
+
+    def trouble(self, node):
+        what = self.rng.random()
+        if not node.linked or node.away:
+            return
+        if node.comps and self.rng.random() < 0.4:
+            comp = self.rng.choice(sorted(node.comps))
+            if what < 0.7:
+                self.event(NodeOffers(node.key, comp, self.rng.randint(0, node.cpus)))
+            else:
+                self.drains.add((node.key, comp))
+                self.event(NodeDrains(node.key, comp))
+            return
+        if what < 0.3:      # a break: the client comes back before the node is given up, or does not
+            node.cut()
+            node.away = True
+            self.event(NodeAway(node.key, 'host', 'broken', self.now + 5.0))
+            if self.rng.random() < 0.5:
+                self.back(node)
+            return
+        if what < 0.5 and node.comps:
+            comp = self.rng.choice(sorted(node.comps))
+            node.comps.discard(comp)
+            node.inbox.append((None, comp, None))
+            self.event(NodeLeft(node.key, comp, 'host', 'left'))
+            return
+        self.lose(node, what < 0.8)
+
+    def back(self, node):
+        node.away = False
+        for place in (node.waiting, node.running, node.results):   # of computations that were closed meanwhile
+            for key in [key for key in place if key[0] not in self.open]:
+                del place[key]
+        for comp in self.open:
+            self.set_up(node, comp)
+
+    def wait(self, node):
+        """Until the node is given up; it goes on all the same."""
+        self.now += 6.0
+        for other in self.nodes.values():
+            if other.away and other.key in self.schedule.nodes:
+                self.gone.add(other.key)
+            if other.away:
+                other.linked = other.away = other.stopping = False
+                other.comps.clear()
+                other.cut()
+        self.act(self.schedule.flush(self.now))
+        assert not self.gone
+        self.check()
+
+    def lose(self, node, restarted):
+        node.linked = node.stopping = node.away = False
+        node.comps.clear()
+        node.cut()
+        if restarted:
+            node.forget()
+        self.event(NodeLost(node.key, 'host', 'broken'))
+
+    def go_on(self, node):
+        """Something on a node, or on the way to or from it."""
+        rng = self.rng
+        what = rng.random()
+        if node.inbox and what < 0.4:
+            node.take(rng)
+        elif node.running and what < 0.7:
+            outcome = rng.choice([Outcome.RETURNED] * 6 + [Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT])
+            if rng.random() < 0.02:
+                outcome, node.stopping = Outcome.STOPPED, True
+            node.end(rng.choice(sorted(node.running)), outcome, rng.choice((0.001, 0.001, 0.03, 0.5)))
+        elif node.outbox and not node.away:
+            event = node.outbox.popleft()
+            if type(event) is NodeReturned:
+                self.free_again.update(event.serials)
+            self.event(event)
+        elif node.stopping:
+            self.lose(node, True)
+
+    def close(self, comp):
+        self.open.remove(comp)
+        self.event(Closed(comp))
+        for node in self.nodes.values():
+            node.comps.discard(comp)
+            if node.linked:
+                node.inbox.append((None, comp, None))
+
+    def drain(self):
+        """Everything works from now on: everything ends."""
+        for turn in range(100000):
+            if all(work.state in ENDED for work in self.works):
+                return
+            if turn == 0:
+                self.nodes['large'] = ModelNode('large', 4)
+                for node in list(self.nodes.values()):
+                    for comp in sorted(node.comps) if node.linked else ():
+                        self.event(NodeOffers(node.key, comp, node.cpus))
+            for node in self.nodes.values():
+                if node.away:
+                    self.back(node)
+                if not node.linked:
+                    node.linked = True
+                for comp in self.open:
+                    if comp not in node.comps:
+                        self.set_up(node, comp)
+                self.go_on(node)
+        raise AssertionError('these do not end: %s' % [work for work in self.works if work.state not in ENDED])
+
+    # what is said and must be true
+
+    def event(self, event):
+        self.act(self.schedule.handle(event, self.now))
+        self.check()
+        self.act(self.schedule.flush(self.now))
+        self.check()
+        self.check_no_idle_cpu()
+        while self.drained:
+            key, comp = self.drained.pop()
+            if (key, comp) in self.drains and comp in self.nodes[key].comps:
+                self.nodes[key].comps.discard(comp)
+                self.nodes[key].inbox.append((None, comp, None))
+                self.event(NodeLeft(key, comp, 'host', 'left'))
+            self.drains.discard((key, comp))
+
+    def act(self, actions):
+        batches = collections.Counter((action.node, action.comp) for action in only(actions, SendJobs))
+        assert not batches or max(batches.values()) == 1
+        for action in actions:
+            kind = type(action)
+            if kind is JobEnded:
+                self.end(action.work)
+            elif kind is JobWaits or kind is JobParked:
+                assert action.work.state in WAITING or action.work.state is JobState.SENT   # again, in the same turn
+            elif kind is JobsStarted or kind is Withdrawn:
+                continue
+            elif kind is JobsEnded:
+                for work, _ in action.pairs:
+                    self.end(work)
+            elif kind is NodeGone:
+                self.gone.discard(action.node)
+            elif kind is NodeDrained:
+                assert not self.schedule.nodes[action.node].in_flight[action.comp]
+                self.drained.append((action.node, action.comp))
+            else:
+                node = self.nodes[action.node]
+                assert node.linked
+                if node.away:   # nothing can be sent, and nothing new is
+                    assert kind is not SendJobs
+                    continue
+                what = self.rows(action) if kind is SendJobs else action.serials
+                node.inbox.append((kind, action.comp, what))
+
+    def rows(self, action):
+        for work in action.works:
+            assert work.serial not in self.serials, 'a serial is used again'
+            self.serials.add(work.serial)
+            before = self.sent.get(work)
+            if before is not None and not self.reentrant[work.comp]:
+                assert before in self.free_again, 'a job that is not reentrant was sent twice'
+            self.sent[work] = work.serial
+        return [(work.serial, cpus_of(work)) for work in action.works]
+
+    def end(self, work):
+        assert work not in self.ended and work.state in ENDED, 'ended twice'
+        self.ended[work] = work.state
+
+    def check(self):
+        places = collections.Counter()
+        flying = collections.Counter()
+        for node in self.schedule.nodes.values():
+            works = [(name, serial, work) for name, flight in node.in_flight.items() for serial, work in flight.items()]
+            assert node.used == sum(cpus_of(work) for _, _, work in works) == sum(node.parts.values())
+            assert set(node.parts) == set(node.limits) == set(node.in_flight) == set(node.comps)
+            assert node.cpus == max(node.limits.values(), default=0)
+            assert node.cpus_reserved == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
+            assert node.bytes == sum(size_of(work.payload) for _, _, work in works)
+            for name, serial, work in works:
+                assert work.serial == serial and work.comp == name
+                assert self.schedule.comps[name].running[serial] is node
+                flying[name] += cpus_of(work)
+                places[work] += 1
+        for comp in self.schedule.comps.values():
+            queue = list(comp.queue)
+            assert comp.queue.length == len(queue)
+            assert comp.cpus_in_flight == flying[comp.comp]
+            assert len(comp.running) == sum(len(node.in_flight.get(comp.comp, ())) for node in self.schedule.nodes.values())
+            for work in queue + comp.too_wide:
+                assert work.state in WAITING
+                places[work] += 1
+        for work in self.works:
+            assert places[work] == (0 if work in self.ended else 1), 'not in exactly one place'
+            assert (work.state in ENDED) == (work in self.ended)
+            if work in self.ended:
+                assert work.state is self.ended[work]
+
+    def check_no_idle_cpu(self):
+        for node in self.schedule.nodes.values():
+            for comp in node.comps.values() if node.away is None else ():
+                head = comp.queue.head()
+                if node.room(comp.comp) > 0 and head is not None:
+                    assert cpus_of(head) > node.room(comp.comp), 'a CPU is idle and a job waits'
+
+
+@pytest.mark.parametrize('first', range(0, 240, 20))
+def test_random_walk(first):
+    walk_seeds(Walk, first)
+
+
+def test_a_computation_that_may_use_so_many_cpus_over_all_nodes():
+    talk = Talk('other')
+    talk.tell(Opened('c', 'c', True, False, 3))
+    for node in 'abc':
+        talk.ready(node, 2)
+    limits = lambda: [talk.schedule.nodes[node].limits['c'] for node in 'abc']   # noqa: E731
+    assert limits() == [2, 1, 0]
+    works = jobs(10)
+    sent = {action.node for action in talk.submit(works) if isinstance(action, SendJobs)}
+    assert sent == {'a', 'b'}
+    told = [action for action in talk.tell(NodeOffers('a', 'c', 5)) if isinstance(action, LimitNode)]
+    assert limits() == [2, 1, 0] and told == [LimitNode('a', 'c', 2)]   # what others have stays theirs
+    actions = talk.tell(NodeLost('a', 'a', 'gone'))
+    assert LimitNode('b', 'c', 2) in actions and LimitNode('c', 'c', 1) in actions
+    assert talk.schedule.nodes['b'].limits['c'] + talk.schedule.nodes['c'].limits['c'] == 3
+    talk.tell(NodeOffers('b', 'c', 0))
+    assert talk.schedule.nodes['c'].limits['c'] == 2
+
+
+def test_a_job_that_failed_rests_until_it_is_tried_again():
+    talk = Talk()
+    talk.ready('n', 1)
+    work = job('c', repeats=Repeats(True, 5.0, 2), retries=2)
+    talk.submit([work])
+    asked, = [action for action in talk.results('n', [work], outcome=Outcome.RAISED) if isinstance(action, JobFailedOnce)]
+    assert work.state is JobState.REQUEUED and talk.schedule.comps['c'].waiting() == [work]
+    assert talk.schedule.handle(Repeat(work, 5.0), 0.0) == [JobWaits(work)]
+    assert talk.schedule.next_timer() == 5.0
+    assert not talk.schedule.flush(4.9) and [type(action) for action in talk.schedule.flush(5.0)] == [SendJobs]
+    talk.results('n', [work], outcome=Outcome.RAISED)
+    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)] and work.state is JobState.TERMINATED
+    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == []
