@@ -5,8 +5,7 @@
     cluster = dispy.JobCluster(compute)          # any function; or the path of a program
     jobs = [cluster.submit(n) for n in range(100)]
     for job in jobs:
-        print(job(), job.ip_addr)                # waits; None if it failed, then job.exception says
-        why
+        print(job(), job.ip_addr)                # waits; if it failed, None: see job.exception
     cluster.close()
 
 Without nodes on the network this program is a node itself. For others, copy `dispynode.py` and
@@ -37,17 +36,14 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as
-     the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle, or when
-     jobs turn
-     out to be longer. A node tells which have begun (`Started`); until then they are Created to the
-     user.
+     the node will have done in 100 ms. What a node does not come to is called back when another is
+     idle, or when jobs turn out to be longer. A node tells which have begun (`Started`); until then
+     they are Created to the user.
   4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened
-     at once; what
-     may run the user's code when it is unpickled goes through an opener thread.
+     at once; what may run the user's code when it is unpickled goes through an opener thread.
   5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback
      is called.
-  6. A node that is lost: its jobs are queued again if the computation is reentrant, otherwise they
+  6. When a node is lost, its jobs are queued again if the computation is reentrant; otherwise they
      are Abandoned.
 
 Files this program needs: this one, dispynode.py, cloudpickle.
@@ -144,27 +140,29 @@ except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import (
-    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES,
-    PULSE, PULSES_LOST, QUEUED_TIME, NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST,
-    Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed,
-    Connected, Reconnector, Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver,
-    FileStored, Acceptor, HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link,
-    LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query,
-    Ready, ReturnJobs, Reclaim, Refused, Report, Results, Return, JobsReturned, Role, Notice,
-    SecretError, Shutdown, StartError, NodeHello, JobsAssigned, Wrong, __version__, out_of_band,
-    call_chunk, Calls, CommandLines, check_name, derive_key, describe_exception, dial, digest_of,
-    discovery_reach, file_digest, find_secret, batches, host_and_port, in_one_piece, is_outcome,
-    log_record_of, open_plain, open_regular, path_option, plain_text, format_address, python_of,
-    in_parts, same_secret, dumps, seconds_option, size_of, tls_files, tls_context, unpack_error,
-    loads, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
-    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form,
-    with_needs, check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib,
-    open_pieces, run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate,
-    OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory, REASONS, RETURNED,
-    DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached, is_own_address,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, told_once,
-    Each, FILES_LEFT, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, process_start_lock,
-    MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory, why_unreached)
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
+    PULSES_LOST, NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Authenticated,
+    SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed, Connected, Reconnector,
+    Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
+    HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link, LinkBroken, Need,
+    CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim,
+    Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown,
+    StartError, NodeHello, Wrong, __version__, out_of_band, call_chunk, Calls, check_name,
+    derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret,
+    batches, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, plain_text, format_address, python_of, in_parts, same_secret, dumps,
+    seconds_option, size_of, tls_files, tls_context, unpack_error, loads, value_pickler, BUNDLE,
+    BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named,
+    globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork, Listed, OUT_OF_BAND,
+    SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads,
+    shared_payload, Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT,
+    AttemptHistory, REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS,
+    SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
+    has_place, lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES,
+    MAX_LIST, RecordLog, add_messages, default_directory, exit_text, is_serial,
+    read_secret, secret_path, take_lock, write_private, CommandLines, size_option, BRING_BACK,
+    RUN_BY_PYTHON, RUN_IN, process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text,
+    remove_abandoned_directory, why_unreached)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -177,6 +175,7 @@ __all__ = [
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
+QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 # Jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_MOST = 512
 # Further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
@@ -303,6 +302,39 @@ class NothingToRecover(DispyError, FileNotFoundError):
 
 class NoNodes(DispyError):
     """No node can be used; the text names every address tried and every refusal with its reason."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages that only a scheduler sends, to programs
+# --------------------------------------------------------------------------------------------------
+
+class JobsAssigned(NamedTuple):
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
+    (empty)."""
+    comp: str
+    node: tuple
+    serials: list
+
+
+class NodeChanged(NamedTuple):
+    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
+    `NodeQueries.rows_of`."""
+    comp: str
+    status: int
+    node: tuple
+
+
+SCHEDULER_MESSAGES: Dict[int, Tuple[type, int]] = {
+    48: (JobsAssigned, MAX_LIST),
+    49: (NodeChanged, MAX_LIST),
+}
+SCHEDULER_CHECKS: Dict[type, Callable[[tuple], bool]] = {
+    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(is_serial, fields[2])),
+    NodeChanged: lambda fields: len(fields[2]) == 10,
+}
+add_messages(SCHEDULER_MESSAGES, SCHEDULER_CHECKS)
+# What a program takes from the other side of a link
+OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6804,9 +6836,9 @@ class Journal(Database):
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
         'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
-    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
-    # arguments
-    _HEAD = struct.Struct('>IBQdIIII')
+    # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
+    _HEAD = struct.Struct('>BQdIIII')
+    _LOG = RecordLog(_HEAD, 4)
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
@@ -6855,16 +6887,8 @@ class Journal(Database):
         one was never returned."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
-            while True:
-                head = file.read(self._HEAD.size)
-                if len(head) < self._HEAD.size:
-                    break
-                crc, kind, number, submitted, *sizes = self._HEAD.unpack(head)
-                body = io.BytesIO(file.read(sum(sizes)))
-                found = zlib.crc32(body.getbuffer(), zlib.crc32(head[4:]))
-                if len(body.getbuffer()) < sum(sizes) or found != crc:
-                    break
-                ident, payload, options, arguments = map(body.read, sizes)
+            for (kind, number, submitted), parts, _ in self._LOG.read(file):
+                ident, payload, options, arguments = parts
                 if kind == self.VALUE:
                     self._add(kind, (ident, payload))
                     continue
@@ -6954,9 +6978,8 @@ class Journal(Database):
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
         sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
-        head = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:]
-        body = b''.join(parts)
-        data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
+        head = self._HEAD.pack(kind, number, submitted, *sizes)
+        data = memoryview(b''.join(self._LOG.record(head, parts)))
         start = os.fstat(self._new).st_size
         try:
             while data:
@@ -7797,11 +7820,11 @@ class NodeConnection:
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
-        self.trip = 0.0                            # s from Introduce to Welcome
+        self.trip = 0.0                            # s from ClientHello to NodeHello
         self.instance = b''
         # It could not use what was sent: it is not reached again at once
         self.wrong = False
-        # Another process than before; told when it says Welcome
+        # Another process than before; told when it says NodeHello
         self.restarted = False
         # What its memory is known by, see dispynode.Memory
         self.memory = ''
@@ -7960,6 +7983,9 @@ class EmbeddedNode:
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
         self._driver = driver
+        if dispynode.logger.level == logging.NOTSET:
+            # What a node tells its operator is nothing to the user of a program
+            dispynode.logger.setLevel(logging.ERROR)
         self._host = NodeHost(
             driver, Options(available_cpus(), prefix=root, embedded=True, python=python))
         try:
@@ -7968,9 +7994,6 @@ class EmbeddedNode:
             self._host.close()
             shutil.rmtree(root, ignore_errors=True)
             raise
-        if dispynode.logger.level == logging.NOTSET:
-            # What a node tells its operator is nothing to the user of a program
-            dispynode.logger.setLevel(logging.ERROR)
         self._end, self.link = MemoryLink.pair(self._host.instance, driver.instance, driver.now)
 
     def connect(self) -> None:
@@ -9245,7 +9268,7 @@ class Connector:
                             access.cafile,
                             refused=self._on_rejected)
             except OSError as exc:
-                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
+                taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
                     raise OSError(
                         exc.errno,
@@ -11538,9 +11561,9 @@ class Driver(Loop):
                 self.clusters[comp].node_changed(status, peer)
 
     def end_of_turn(self) -> None:
-        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn before,
-        when results have come, and one after, when jobs go there: so neither waits for another turn
-        of the loop."""
+        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn before
+        that, when results have come, and one after it, when jobs go there: so neither waits for
+        another turn of the loop."""
         local = self.connector.local
         if local is not None:
             self.guard(None, local.turn)
@@ -17684,6 +17707,242 @@ def _report(argv: Sequence[str]) -> int:
 # Command line: nodes by ssh, nodes in a table, commands over many arguments
 # --------------------------------------------------------------------------------------------------
 
+DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
+DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+
+
+class Deployment:
+    """The node that was deployed on this host for this user: its file, its log, and a note of how
+    it was started.
+
+    The directory has the host's name, since hosts may share a home. A context, so that one deploy
+    or stop is at work at a time; at its end the directory goes unless something is deployed.
+    """
+
+    def __init__(self) -> None:
+        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
+        self._script, self._noted, self._log = (os.path.join(self._directory, name)
+                                                for name in ('dispynode.py', 'note', 'log'))
+        self._note: dict = {}
+
+    def __enter__(self) -> 'Deployment':
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self._directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work on this host') from None
+        try:
+            if os.path.exists(self._noted):
+                with open(self._noted) as file:
+                    self._note = json.load(file)
+        except ValueError as exc:
+            self._lock.close()
+            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
+                             (self._noted, exc)) from exc
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if not self._note:
+            shutil.rmtree(self._directory)
+            with contextlib.suppress(OSError):   # other hosts have theirs there
+                os.rmdir(os.path.dirname(self._directory))
+        self._lock.close()
+
+    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
+               restart: bool) -> str:
+        """Have a node run from this source with these options and, if one is given, this secret.
+        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
+        of a node that does not run."""
+        path = secret_path()
+        if secret:
+            have = self._present_secret(path)
+        else:
+            have = b''
+        if have not in (b'', secret) and not replace_secret:
+            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
+        wanted = {
+            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
+        }
+        pid = self._running()
+        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
+            return 'runs already: port %(port)d, PID %(pid)d' % self._note
+        if pid and not restart and self._busy():
+            raise StartError(
+                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
+                'again when it is idle, or with --restart' % pid)
+        # A secret that deploy has not put there
+        if self._digest(have) == self._note.get('secret'):
+            foreign = b''
+        else:
+            foreign = have
+        put = self._digest_put(secret, foreign)
+        try:
+            self._end(pid)
+            self._note = {'wanted': wanted, 'secret': put}
+            write_private(self._script, source)
+            if secret != have:
+                write_private(path, secret + b'\n')
+            self._start(options, ['--secret-file', path] if secret else [])
+        except (OSError, StartError) as exc:
+            if self._running():   # it does not end, or has not been touched
+                raise
+            self._undo(path, put, foreign)
+            raise StartError('%s%s' %
+                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
+        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
+                                        self._note['pid'])
+
+    def stop(self) -> str:
+        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+        if not self._note:
+            return 'nothing was deployed here'
+        pid = self._running()
+        self._end(pid)
+        self._remove()
+        if pid:
+            return 'stopped'
+        return 'ran no more; its files are removed'
+
+    def _start(self, options: List[str], more: List[str]) -> None:
+        """Start the daemon, in a session of its own, and wait until it listens."""
+        args = dispynode._parser().parse_args(options)
+        log = os.path.abspath(args.log_file or self._log)
+        if os.path.exists(log):
+            begin = os.path.getsize(log)
+        else:
+            begin = 0
+        with open(self._log, 'ab') as output:
+            said = output.tell()
+            process = subprocess.Popen(
+                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True)
+        self._note['pid'] = process.pid
+        write_private(self._noted, json.dumps(self._note).encode())
+        until = time.monotonic() + DEPLOY_TIME
+        found = None
+        while found is None:
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                # Main logs it
+                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
+            if process.returncode is not None or time.monotonic() > until:
+                process.kill()
+                code = process.wait()
+                raise StartError(
+                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
+                    or 'it ' + exit_text(code))
+        port = int(found.group(1))
+        self._note.update(port=port,
+                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
+        write_private(self._noted, json.dumps(self._note).encode())
+
+    def _running(self) -> int:
+        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
+        not taken for it."""
+        pid = self._note.get('pid', 0)
+        if not pid:
+            return 0
+        if os.path.isdir('/proc/self'):
+            command = _since('/proc/%d/cmdline' % pid)
+        else:
+            command = subprocess.run(
+                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
+        if os.fsencode(self._script) in command:
+            return pid
+        return 0
+
+    def _busy(self) -> bool:
+        """Whether a computation is there."""
+        root = self._note.get('root', '')
+        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+
+    def _end(self, pid: int) -> None:
+        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
+        is in it."""
+        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+            if self._running():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            while self._running() and time.monotonic() < until:
+                time.sleep(0.02)
+        if self._running():
+            raise StartError('PID %d does not end after SIGTERM' % pid)
+        root = self._note.get('root', '')
+        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
+            if set(os.listdir(root)) <= KEEPING_FILES:
+                shutil.rmtree(root)
+                os.rmdir(os.path.dirname(default_directory(0)))
+
+    def _undo(self, path: str, put: str, foreign: bytes) -> None:
+        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        self._remove()
+        if put and foreign:
+            write_private(path, foreign + b'\n')
+
+    def _remove(self) -> None:
+        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
+        path = secret_path()
+        if os.path.lexists(path) and self._digest(read_secret(path)) == self._note.get('secret'):
+            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(path))
+        self._note = {}
+
+    @staticmethod
+    def _digest(secret: bytes) -> str:
+        return hashlib.sha256(secret).hexdigest()
+
+    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
+        """The digest of the secret that will have been put here; empty if it was here before."""
+        if not secret:
+            return self._note.get('secret', '')  # type: ignore[no-any-return]
+        if secret != foreign:
+            return self._digest(secret)
+        return ''
+
+    @staticmethod
+    def _present_secret(path: str) -> bytes:
+        if os.path.lexists(path):
+            return read_secret(path)
+        return b''
+
+
+def _since(path: str, begin: int = 0) -> bytes:
+    """What a file has from there on; nothing if there is no such file."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(begin)
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
+        return b''
+
+
+def deployment(source: bytes, task: str, *request: Any) -> None:
+    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
+    done, on stdout after DEPLOYED, or why not, on stderr."""
+    try:
+        if os.name == 'nt':
+            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
+        with Deployment() as deployed:
+            print(DEPLOYED +
+                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+    except (StartError, SecretError, OSError) as exc:
+        sys.exit(str(exc))
+
+
+# What the parts that run on a host need there: nothing of this module.
+HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess, sys, time
+from typing import Any, List
+import dispynode
+from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
+                       read_secret, secret_path, take_lock, write_private)
+DEPLOY_TIME = %r
+DEPLOYED = %r
+''' % (DEPLOY_TIME, DEPLOYED)
 # What a host's Python is given to run. It says itself if it is too old, and takes no module from
 # the directory it is in.
 REMOTE = """import sys
@@ -17693,8 +17952,17 @@ import base64, types, zlib
 source = zlib.decompress(base64.b64decode(%a))
 dispynode = sys.modules['dispynode'] = types.ModuleType('dispynode')
 exec(compile(source, 'dispynode.py', 'exec'), dispynode.__dict__)
-dispynode.deployment(source, *%a)
+exec(compile(%a, 'dispy.py', 'exec'))
+deployment(source, *%a)
 """
+
+
+def program_of_host() -> str:
+    """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
+    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
+    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+
+
 SSH_OPTIONS = [
     '-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o',
     'ControlMaster=no'
@@ -17770,7 +18038,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     with open(os.path.abspath(dispynode.__file__), 'rb') as source:
-        request: Tuple[Any, ...] = base64.b64encode(zlib.compress(source.read())), (task,)
+        packed = base64.b64encode(zlib.compress(source.read()))
+    request: Tuple[Any, ...] = (task,)
     try:
         ssh = shlex.split(args.ssh)
         if not ssh or not shutil.which(ssh[0]):
@@ -17791,18 +18060,19 @@ def _deploy(task: str, argv: List[str]) -> int:
                 secret = b''
             else:
                 secret = find_secret(None, args.secret_file).strip()
-            request = request[0], (task, secret, options, args.replace_secret, args.restart)
+            request = (task, secret, options, args.replace_secret, args.restart)
         elif options:
             raise ValueError('stop takes no options of dispynode')
     except (ValueError, OSError, DispyError) as exc:
         parser.error(str(exc))
     hosts = list(dict.fromkeys(args.hosts))
     commands = [[*ssh, *SSH_OPTIONS, '--', host, args.python + ' -'] for host in hosts]
+    program = (REMOTE % (packed, program_of_host(), request)).encode()
     failed = 0
     width = max(map(len, hosts))
     with concurrent.futures.ThreadPoolExecutor(min(32, len(hosts))) as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat((REMOTE % request).encode()))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
             print('%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text), flush=True)
             failed += not done
     return min(failed, 101)

@@ -151,7 +151,7 @@ from dispy import (
     FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec, NodeUse,
     SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
-                       __version__, find_secret, host_and_port, _no_password, _write_private,
+                       __version__, find_secret, host_and_port, _no_password, write_private,
                        pieces_of, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
 __all__ = ['DispyHTTPServer']
@@ -2489,7 +2489,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with server:
         try:
             if args.token_file is not None:
-                _write_private(os.path.abspath(args.token_file), server._server.token.encode())
+                write_private(os.path.abspath(args.token_file), server._server.token.encode())
         except OSError as exc:
             text = '--token-file %s cannot be written: %s' % (
                 args.token_file, exc.strerror or exc)

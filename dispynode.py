@@ -4,35 +4,35 @@
 Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python
 dispynode.py`. It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
 
-What a node shares with its clients (messages, frames, handshake, link, loop) lives here too,
-because this file must be able to travel alone; dispy.py imports it by name.
+What a node shares with its clients (messages, frames, handshake, link, loop) is here too, because
+this file must be able to travel alone; dispy.py imports it by name.
 
-    client                      this process                                  its children
-    +--------+   TCP (+TLS)   +---------------------------------------+      +---------------------------------+
-    | driver | <============> | accept threads  TLS and handshake     |      | runner, one a computation:      |
-    +--------+   frames       |      | post()                         |      |   loads code, runs setup() once |
-                              | node thread     Loop: links, pipes,   | <==> |      | fork                     |
-                              |      |          timers                | pipes| worker, one a CPU:              |
-                              | Node            pure state: decides   | <==> |   job after job                 |
-                              +---------------------------------------+      +---------------------------------+
+  client                    this process                               its children
+  +--------+  TCP (+TLS)  +------------------------------------+      +--------------------------+
+  | driver | <==========> | accept threads  TLS and handshake  |      | runner, one for each     |
+  +--------+   frames     |      | post()                      |      | computation: loads code, |
+                          | node thread     Loop: links,       | <==> | runs setup() once        |
+                          |      |          pipes, timers      | pipes|      | fork              |
+                          | Node            pure state:        | <==> | worker, one for each     |
+                          |                 decides            |      | CPU: job after job       |
+                          +------------------------------------+      +--------------------------+
 
 The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
 a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `NodeHost` carries
 them out and feeds back what came of them. A NodeHost runs in any loop: in that of a `Daemon`, whose
-clients come by links, or in that of a client, which is its only one (EmbeddedNode in dispy.py). Workers keep a pipe each to the node thread; the runner,
-which forks and reaps them, reports births and deaths. The daemon never unpickles what a user sent:
-it forwards bytes.
+clients come by links, or in that of a client, which is its only one (EmbeddedNode in dispy.py).
+Workers keep a pipe each to the node thread; the runner, which forks and reaps them, reports births
+and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
 Each of these has parts, which own their state and know one another by their methods:
-  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler
-  (what runs),
-             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of
-             clients),
-             UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
-  NodeHost   NodeDirectory, ComputationFiles, ResultStore, ProcessHost
-  Daemon     NodeHost, Uplinks, NodeDiscovery
-  Runner     ComputationCode (what was loaded), WorkerProcesses, RunningLimits
-  Worker     WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
+  Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
+          Attempts (what waits), CpuScheduler (what runs), FairShare (who is next), Interruptions
+          (what is ended), JobRequests (what jobs ask of clients), UndeliveredResults, PastAttempts,
+          Inquiries (what is asked of the node), Timers
+  NodeHost  NodeDirectory, ComputationFiles, ResultStore, ProcessHost
+  Daemon  NodeHost, Uplinks, NodeDiscovery
+  Runner  ComputationCode (what was loaded), WorkerProcesses, RunningLimits
+  Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
 
 The life of a job here:
   1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
@@ -40,15 +40,13 @@ The life of a job here:
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before
-     it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20
-     ms the
-     client is told that it has begun (`Started`), and its worker gives back what stands behind it.
+     it looks at the next one. Output is caught at descriptor level in a file of the worker's. After
+     about 20 ms the client is told that the job has begun (`Started`), and the worker gives back
+     the attempts that stand behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
   6. A worker that dies is reported by the runner with the attempt it was running; that one has
-     failed, those
-     behind it go back to the queue, and a new worker is forked.
-  7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
+     failed, those behind it go back to the queue, and a new worker is forked.
+  7. `Done` ends the computation: cleanup runs, processes end, the directory is removed.
 """
 
 import sys
@@ -93,6 +91,7 @@ import pickle
 import platform
 import queue
 import re
+import reprlib
 import selectors
 import shutil
 import signal
@@ -111,8 +110,9 @@ import unicodedata
 import warnings
 import weakref
 import zlib
-from typing import (AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable,
-                    Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+from typing import (
+    AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
+    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 __all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
@@ -122,35 +122,68 @@ __version__ = '5.0.0.dev0'
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
+# Glossary
+#   client       a program that uses nodes, or a scheduler that uses them for programs
+#   computation  (comp) what one cluster of a program runs on a node: its code, files and jobs
+#   job          one call that the user has submitted; it has a number
+#   attempt      one try to run a job on some node. Its serial number has the job's number in the
+#                upper bits and the count of the try in the lower 16: see job_number, attempt_number
+#   outcome      how an attempt ended; with times, value and output it is a row of Results
+#   acknowledge  (Ack) the client has a result: nobody else needs to keep it
+#   spool        results on a node's disk, while their client is away
+#   lease        a client's hold on a node; a node serves one client at a time
+#   orphaned     without a connection to its client
+#   runner       the process that has loaded the code of a computation and starts its workers
+#   worker       the process that runs the jobs of a computation, one after the other
+#   slot         memory that all processes of a computation share, where a worker notes which
+#                attempts it has begun, so that this is known when it dies
+#   link         an authenticated connection between two processes, with heartbeats
+#   uplink       a link that a node has made itself, to a scheduler or to a client that listens
+#   frame        one message on a link, with its length, number and authentication code
+#   record       one message on a pipe between a daemon, its runners and its workers
+#   part         a piece of a message that is too large for a frame
+#   envelope     the plain values of a message; large payloads are beside it, out of band
+#   payload      what a user sent (arguments, code) or a job returned: bytes that daemons never open
+#   bundle       the files of a group of modules, and what the program has set in them
+#   event        what the loop tells the pure state; an action is what the state then decides
+#   turn         one round of a loop: what has come is handled, then what follows is sent
+#   heartbeat    (Pulse) a sign of life on a link that has nothing else to send
+#   instance     16 random bytes that tell one process from all others
 NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
-SECOND_APART = 0.5            # s between the beginnings of such attempts at least
-# Silent pulses after which a second connection is tried while the first still counts
+# Silent pulses after which a second connection is tried while the first still counts, and the
+# seconds between the beginnings of such attempts at least
 PULSES_SILENT = 2
+SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
-TRIPS = 10                    # to a peer and back, which these take at most
+TRIPS = 10                    # round trips to a peer that these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
-# S that a computation without jobs waits for a client whose link broke
+# Seconds that a computation without jobs waits for a client whose link broke
 ORPHAN_TIME = 3.0
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-# S that a link must have lived for not being one of several that end at once
+# Seconds that a link must have lived for not being one of several that end at once
 FLAP_TIME = 10.0
 # Links in a row that ended at once, after which the next attempts come later and later
 FLAPS = 4
-# S for which a client from which the node was taken is not served, so that another comes first
+# Seconds for which a client from which the node was taken is not served, so that others come first
 RELEASE_COOLDOWN = 10.0
-QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
-AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
-AHEAD_MOST = 64               # jobs, the same
-CREDIT_TIME = 2.0             # s for each CPU, of what who has had less than others gets back
-ABSENT_TIME = 1.0             # s without jobs here after which nobody gets anything back
+# What a worker may hold beyond what it runs, in seconds of work and in jobs. With some at hand it
+# does not wait for the daemon after each short job; but what it holds must be taken back before
+# another worker can run it, so that it is little.
+AHEAD_TIME = 0.02
+AHEAD_MOST = 64
+# CPU seconds, for each CPU of the node, that a client which has had less than others gets back at
+# most; without a limit one that was idle for an hour would then have the node alone for as long.
+CREDIT_TIME = 2.0
+ABSENT_TIME = 1.0             # s without jobs here after which a client gets nothing back
 ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
 UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
-# S after which the client is told that a job runs, and its worker holds nothing behind it
+# Seconds after which a job counts as long: its client is told that it runs, and its worker gives
+# back what stands behind it. Of shorter jobs the client hears by their results alone.
 BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 # Bytes of one stream of a job, with the mark where its middle was
@@ -164,8 +197,9 @@ BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which
 UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
 RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
-MEMORY_CHECK_INTERVAL = 0.05                # s between looks at the memory of jobs that may not use more
-# Bytes from which a payload travels beside its envelope instead of inside
+# Seconds between looks at the memory of jobs that may not use more
+MEMORY_CHECK_INTERVAL = 0.05
+# Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 # Bytes after which a batch is a frame: the other side can begin with it
@@ -178,34 +212,35 @@ VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
-BACKPRESSURE_BYTES = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+# Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
+# its client takes does not fill the memory of the node
+BACKPRESSURE_BYTES = 16 << 20
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
 # Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
 # and that a program has a result, which is opened in place too.
 ARGUMENTS_COPIED = 2
 RESULTS_COPIED = 1
-# S that an interval of an option may have
+# Seconds that an interval of an option may have
 SHORTEST = 1e-3
 LONGEST = 10 * 365.25 * 86400
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
-DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 NO_MEMORY = 'there is no memory for what was sent'
-DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 SERIALS_MOST = 50000          # of jobs in one message
 ROWS_MOST = 20000             # of jobs or results in one message
 NAME_MOST = 1000              # characters of a name from outside that are kept
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
 SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
 VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
-RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
+# Bytes of jobs that wait here, after which links are not read, so that clients are held back
+RECEIVE_BUDGET = 256 << 20
 
 logger = logging.getLogger('dispynode')
 
 
 class Listed(type):
-    """The type of public tuples and exceptions: dir() of such a class, and with it help() and
-    pydoc, lists what this project says of it, and not what every tuple or exception has. The
+    """This is the type of public tuples and exceptions: dir() of such a class, and with it help()
+    and pydoc, lists what this project says of it, and not what every tuple or exception has. The
     standard library's `enum` does the same."""
 
     def __dir__(cls) -> List[str]:
@@ -225,11 +260,11 @@ class PeerError(DispyError):
 
 
 class LinkBroken(DispyError):
-    """The connection ended without a word."""
+    """The connection was closed without a Bye."""
 
 
 class HandshakeError(DispyError):
-    """No link came of a connection; the text says why and what mends it."""
+    """The handshake failed; the text says why and how to mend it."""
 
 
 class Silence(HandshakeError):
@@ -258,8 +293,8 @@ class LoopFailed(DispyError):
 # --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """Who speaks on a link. Whoever is dialled by nodes (--scheduler-host), a client that listens
-    too, is a SCHEDULER there."""
+    """The role of a process on a link. A process to which nodes connect (--scheduler-host) is a
+    SCHEDULER there, also a client that listens."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
@@ -291,20 +326,20 @@ class AttemptHistory(NamedTuple):
     text: str = ''                         # why it was given up
 
     def row(self) -> tuple:
-        """As messages carry it; empty where there is nothing to tell."""
+        """Return it as messages carry it; empty where there is nothing to tell."""
         if self == AttemptHistory():
             return ()
         return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> 'AttemptHistory':
-        """The inverse."""
+        """Read what `row` has made."""
         if not row:
             return cls()
         return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
 
     def and_also(self, other: 'AttemptHistory') -> 'AttemptHistory':
-        """What both say."""
+        """Return what both say."""
         return AttemptHistory(self.whole and other.whole, self.unbegun | other.unbegun,
                     self.lost | other.lost, self.given_up | other.given_up, other.text or self.text)
 
@@ -352,134 +387,141 @@ def reason_of(exc: BaseException) -> str:
 
 
 class ClientHello(NamedTuple):
-    """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by
-    Welcome."""
+    """A client says first on a link who it is (the name is shown to others) and how many seconds
+    its pulse is. NodeHello answers it."""
     name: str
     pulse: float
 
 
 class Compute(NamedTuple):
-    """Client: a computation. May come again after a link broke. Answered by Need, Ready or
-    Refused."""
+    """A client sends a computation. It may come again after a link broke. Need, Ready or Refused
+    answers it."""
     comp: str
     spec: dict
 
 
 class Jobs(NamedTuple):
-    """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results. The
-    option `values` has rows (size, digest) of the parts of the payload that do not stand in it; a
-    node that lacks one asks for it (Need)."""
+    """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
+    them. The option `values` has rows (size, digest) of the parts of the payload that do not stand
+    in it; a node that lacks one asks for it (Need)."""
     comp: str
     rows: list
 
 
 class Cancel(NamedTuple):
-    """Client: end these attempts. Each is answered by its result, whatever it became."""
+    """A client wants these attempts to be ended. Each is answered by its result, whatever it
+    became."""
     comp: str
     serials: list
 
 
 class ReturnJobs(NamedTuple):
-    """Client: give back those of these attempts that have not begun. Each is answered by Returned,
-    Started or Results. A scheduler cancels those of these jobs that have not begun; each is
-    answered by Started or Results."""
+    """A client wants those of these attempts back that have not begun. Each is answered by
+    Returned, Started or Results. A scheduler cancels those of these jobs that have not begun; each
+    is answered by Started or Results."""
     comp: str
     serials: list
 
 
 class Ack(NamedTuple):
-    """Client: results it has; the node forgets them."""
+    """A client has these results; the node forgets them."""
     comp: str
     serials: list
 
 
 class Done(NamedTuple):
-    """Client: the computation is over; what still runs is killed."""
+    """A client has no more use for a computation; what still runs is killed."""
     comp: str
 
 
 class Limit(NamedTuple):
-    """Client: how many CPUs a computation that is set up may use at once from now on."""
+    """A client says how many CPUs a computation that is set up may use at once from now on."""
     comp: str
     cpus: int
 
 
 class Shutdown(NamedTuple):
-    """Client: end when this client has let you go, if you were started with --client-shutdown."""
+    """A client wants the node to end with its lease; the node does if it was started with
+    --client-shutdown."""
     comp: str
 
 
 class Query(NamedTuple):
-    """Client: what of this computation is there? Answered by Report."""
+    """A client asks what of this computation is there. Report answers it."""
     comp: str
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this
-    computation is mine now. `key` shows that it is: only the program and its recovery file have
-    it, `spec['key']` is its digest. Answered by Held and Results. Without `take` it is only asked,
-    nothing becomes another's, and no results come."""
+    """A client, perhaps another process than the one that began the computation, says that what is
+    there of it belongs to this client now. `key` shows that it is: only the program and its
+    recovery file have it, `spec['key']` is its digest. Answered by Held and Results. Without `take`
+    it is only asked, nothing becomes another's, and no results come."""
     comp: str
     key: bytes = b''
     take: bool = True
 
 
 class NodeHello(NamedTuple):
-    """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle,
-    ...)."""
+    """A node answers ClientHello with its name, the CPUs that it offers, and facts (python,
+    platform, cloudpickle, ...)."""
     name: str
     cpus: int
     facts: dict
 
 
 class Refused(NamedTuple):
-    """Node: this computation (or, with an empty name, this client) is not served; code for
-    programs, text for people."""
+    """A node does not serve this computation (or, with an empty name, this client); the code is for
+    programs, the text for people."""
     comp: str
     code: str
     text: str
 
 
 class Need(NamedTuple):
-    """Node: send these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
+    """A node wants these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
     Answers Compute, and comes when a job needs modules."""
     comp: str
     files: list
 
 
 class Ready(NamedTuple):
-    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past`
-    is a row of Past."""
+    """A node has set up the computation. `held` are the serials it knows, running, waiting or ended
+    without Ack; `past` is a row of AttemptHistory."""
     comp: str
     held: list
     past: tuple = ()
 
 
 class Results(NamedTuple):
-    """Node: rows of (serial, outcome, start, end, payload, stdout, stderr), times in s since the
-    epoch. Answered by Ack."""
+    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr), with
+    times in s since the epoch. Ack answers them."""
     comp: str
     rows: list
 
 
+# Places in a row of Results, which is a plain tuple on the wire and stays one: each job has one
+SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
+
+
 class JobsReturned(NamedTuple):
-    """Node, answers Recall or comes when it stops: these attempts were never started here."""
+    """A node has never started these attempts. It answers ReturnJobs, and comes when a node
+    stops."""
     comp: str
     serials: list
 
 
 class Started(NamedTuple):
-    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for
-    those that have run for about 20 ms and for those that were recalled too late; of others the
-    result tells."""
+    """A node or scheduler says that these attempts have begun, as rows of (serial, s that it has
+    run). Comes for those that have run for about 20 ms and for those that were recalled too late;
+    of others the result tells."""
     comp: str
     rows: list
 
 
 class Output(NamedTuple):
-    """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from
-    byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of level, logger
-    and text)."""
+    """A node sends what a running job has printed, if the computation wants it live (stream 1 or
+    2), from byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of
+    level, logger and text)."""
     comp: str
     serial: int
     stream: int
@@ -488,54 +530,37 @@ class Output(NamedTuple):
 
 
 class CpusChanged(NamedTuple):
-    """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who
-    were refused because another client held the node, when it is free."""
+    """A node says how many CPUs it offers from now on; 0 when it takes no new jobs. Also sent to
+    those who were refused because another client held the node, when it is free."""
     cpus: int
 
 
 class KnownAttempts(NamedTuple):
-    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a
-    row of Past."""
+    """A node answers Reclaim with the serials that it knows: of attempts that run, wait, or have
+    ended without Ack; `past` is a row of AttemptHistory."""
     comp: str
     serials: list
     past: tuple = ()
 
 
 class Report(NamedTuple):
-    """Node, answers Query: pairs of (serial, s that it has run), serials that wait, what is free
-    there (as `availability`), with `busy`, the jobs of all computations that run, and `holder`, for
-    people, empty when it is free."""
+    """A node answers Query with pairs of (serial, s that it has run), serials that wait, what is
+    free there (as `availability`), with `busy`, the jobs of all computations that run, and
+    `holder`, for people, empty when it is free."""
     comp: str
     running: list
     waiting: list
     available: dict
 
 
-class JobsAssigned(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
-    (empty)."""
-    comp: str
-    node: tuple
-    serials: list
-
-
-class NodeChanged(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
-    `NodeQueries.rows_of`."""
-    comp: str
-    status: int
-    node: tuple
-
-
 class Notice(NamedTuple):
-    """Scheduler: a warning for the client's log."""
+    """A node or scheduler has a warning for the client's log."""
     comp: str
     text: str
 
 
 class Call(NamedTuple):
-    """Client or scheduler: a question to the other; `name` is what it is about. Answered by
-    Return."""
+    """Either side asks the other a question; `name` is what it is about. Return answers it."""
     comp: str
     number: int
     name: str
@@ -543,7 +568,7 @@ class Call(NamedTuple):
 
 
 class Return(NamedTuple):
-    """Answers Call: a value, or the type and the text of an error."""
+    """This answers Call with a value, or with the type and the text of an error."""
     comp: str
     number: int
     error: tuple
@@ -564,9 +589,9 @@ ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 
 class FilePiece(NamedTuple):
-    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row`
-    is the file's name, size, digest and mode. FileStored answers the last piece, or the first that
-    cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    """Either side sends a piece of a file, in order of offset; an empty file is one empty piece.
+    `row` is the file's name, size, digest and mode. FileStored answers the last piece, or the first
+    that cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
     comp: str
     purpose: int
     key: int
@@ -586,12 +611,12 @@ class FileStored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of
-    offset. The first brings the row, with `HOLLOW` in the place of its payload, and all say how
-    large that is; when it is whole, it is as if the message had come with this row alone. Other
-    messages may come between parts, but no parts of another row of the same computation. A first
-    part replaces what has come before of a row of its computation; one with a total of 0 is none,
-    but says that the rest will not come. `data` is a buffer, or a tuple of some."""
+    """Either side sends a part of one row of Jobs or Results that is too large for a frame, in
+    order of offset. The first brings the row, with `HOLLOW` in the place of its payload, and all
+    say how large that is; when it is whole, it is as if the message had come with this row alone.
+    Other messages may come between parts, but no parts of another row of the same computation. A
+    first part replaces what has come before of a row of its computation; one with a total of 0 is
+    none, but says that the rest will not come. `data` is a buffer, or a tuple of some."""
     comp: str
     row: tuple
     total: int
@@ -607,18 +632,18 @@ class Unfit(NamedTuple):
 
 
 class Pulse(NamedTuple):
-    """Either side: alive."""
+    """Either side shows that it is alive."""
 
 
 class Bye(NamedTuple):
-    """Either side: this link ends on purpose. A link that ends without it is broken, not closed.
+    """Either side ends this link on purpose. A link that ends without it is broken, not closed.
     After a node's Bye every attempt it has not answered for was never started."""
     text: str
 
 
 class Wrong(NamedTuple):
-    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The
-    same is not to be sent again at once. Nothing is said by it of what came before."""
+    """Either side says last on a link that it cannot use the frame of this number, counted from 0.
+    The same is not to be sent again at once. Nothing is said by it of what came before."""
     text: str
     frame: int
 
@@ -652,8 +677,6 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     43: (Report, MAX_LIST),
     44: (KnownAttempts, LIST),
     45: (Started, MAX_LIST),
-    48: (JobsAssigned, MAX_LIST),
-    49: (NodeChanged, MAX_LIST),
     50: (Notice, MAX_LIST),
     65: (Pulse, MAX_CONTROL),
     66: (Bye, MAX_CONTROL),
@@ -665,12 +688,11 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
-# What a process takes from the other side of a link.
+# What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
-OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
-SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))  # type: ignore[attr-defined]
+SPEAK_OF_COMPS = {message for message in OPS if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
 # Some fields of these hold values whose shape nothing else checks.
-LOOSE = frozenset((Compute, NodeHello, Call, Return, Report, JobsAssigned, NodeChanged))
+LOOSE = {Compute, NodeHello, Call, Return, Report}
 KEY_SIZE = 32    # bytes of the digest of a computation's key
 DIGEST_SIZE = 32
 
@@ -687,8 +709,32 @@ def may_reclaim(digest: bytes, key: bytes) -> bool:
     return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
 
 
-FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
-                              for kind in message.__annotations__.values()) for message in OPS}
+_TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
+
+
+def _field_types(message: type) -> Tuple[Any, ...]:
+    """The types that the fields of a message have when it has come."""
+    return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in message.__annotations__.values())
+
+
+FIELD_TYPES = {message: _field_types(message) for message in OPS}
+
+
+
+def serial_of(job: int, attempt: int = 0) -> int:
+    """Return the serial number of an attempt of the job with this number."""
+    return job << 16 | attempt
+
+
+def job_number(serial: int) -> int:
+    """Return the number of a job, by the serial number of one of its attempts."""
+    return serial >> 16
+
+
+def attempt_number(serial: int) -> int:
+    """Return which attempt of its job has this serial number. The first is 1; 0 stands for none."""
+    return serial & 0xffff
+
 
 Buffer = Union[bytes, bytearray, memoryview]
 Payload = Union[Buffer, Tuple[Buffer, ...]]
@@ -705,7 +751,7 @@ def in_one_piece(payload: Payload) -> bytes:
 
 
 def size_of(payload: Payload) -> int:
-    """Bytes in a payload."""
+    """Return the number of bytes of a payload."""
     if type(payload) is tuple:
         return sum(len(piece) for piece in payload)
     return len(payload)  # type: ignore[arg-type]
@@ -758,18 +804,15 @@ def out_of_band(payload: Payload) -> Any:
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
-    if type(row[4]) is bytes:
-        size = len(row[4]) + len(row[5]) + len(row[6])
-        if size < OUT_OF_BAND:
-            return row, size
-    size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
-    return (row if size < OUT_OF_BAND and type(row[4]) is bytes else
-            (*row[:4], *map(out_of_band, row[4:]))), size
+    size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
+    if size < OUT_OF_BAND and type(row[PAYLOAD]) is bytes:
+        return row, size
+    return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
 
 def batches(kind: Callable[[str, list], Any], comp: str,
            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
+    """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
     bytes."""
     some = []
     filled = 0
@@ -807,7 +850,7 @@ class InParts:
         self._parts = self._made()
 
     def next(self) -> Optional[Part]:
-        """The next part; None behind the last."""
+        """Return the next part; None behind the last."""
         return next(self._parts, None)
 
     def _made(self) -> Iterator[Part]:
@@ -838,7 +881,7 @@ def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
-    """Messages `kind(comp, serials)` of bounded length."""
+    """Make messages `kind(comp, serials)` of bounded length."""
     for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
@@ -869,8 +912,7 @@ class PlainReader:
     A message of thousands of rows is read here: one loop, and a table for what most operations do.
     """
     # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
-    # length and those that look
-    # at the stack stand below.
+    # length and those that look at the stack stand below.
     FIXED = {
         pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1),
         pickle.NEWFALSE: (1, 1), pickle.BININT: (5, 1), pickle.BININT1: (2, 1),
@@ -1029,8 +1071,8 @@ def open_envelope(data: Buffer,
 
 
 def open_plain(data: Buffer) -> Any:
-    """The same without bounds, where a process of the user's own opens what the user sent. Raises
-    PeerError."""
+    """Unpickle plain builtins as open_envelope does, but without bounds, where a process of the
+    user's own opens what the user sent. Raises PeerError."""
     try:
         return _Plain(io.BytesIO(data)).load()
     except Exception as exc:  # as above
@@ -1053,8 +1095,8 @@ _INDEX = struct.Struct('>II')
 
 
 def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Message -> (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is u32
-    number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    """Turn a message into (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is
+    u32 number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
     buffers: List[pickle.PickleBuffer] = []
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
@@ -1065,7 +1107,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
-    """The inverse of `encode`, for a payload whose MAC was verified. Raises PeerError."""
+    """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
+    PeerError."""
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
@@ -1112,7 +1155,7 @@ def _is_payload(value: Any) -> bool:
     return _is_buffer(value) or (type(value) is tuple and all(map(_is_buffer, value)))
 
 
-def _is_serial(value: Any) -> bool:
+def is_serial(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -1128,7 +1171,7 @@ def _is_options(value: Any) -> bool:
 
 
 def _are_values(rows: Any) -> bool:
-    """Sizes and digests of values."""
+    """Whether these are sizes and digests of values."""
     return type(rows) is tuple and len(rows) <= BUFFERS_MOST and all(map(_is_value, rows))
 
 
@@ -1138,13 +1181,13 @@ def _is_value(row: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """What a scheduler knows a node by."""
+    """Whether a scheduler can know a node by this."""
     return type(value) is str or (type(value) is tuple
                                   and all(type(part) in (str, int) for part in value))
 
 
 def _is_job(row: Any) -> bool:
-    return type(row) is tuple and len(row) == 3 and _is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
+    return type(row) is tuple and len(row) == 3 and is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
         and (row[2] is None or _is_options(row[2]))
 
 
@@ -1164,7 +1207,8 @@ def refused_row(row: tuple, text: str) -> tuple:
     printed goes with it."""
     size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
-    return (*row[:1], int(Outcome.DIED), *row[2:4], text.encode('utf-8', 'replace'), b'', b'')
+    return (row[SERIAL], int(Outcome.DIED), row[START], row[END], text.encode('utf-8', 'replace'),
+            b'', b'')
 
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
@@ -1197,31 +1241,31 @@ def _is_part(fields: tuple) -> bool:
 
 
 def _is_file(row: Any) -> bool:
-    """A row of a computation's files: name, size, digest, mode."""
+    """Whether this is a row of a computation's files: name, size, digest, mode."""
     return type(row) is tuple and [type(field)
                                    for field in row] == [str, int, bytes, int] and row[1] >= 0
 
 
 def _is_file_wanted(fields: Any) -> bool:
-    """Purpose, key and row of a file."""
+    """Whether these are purpose, key and row of a file."""
     if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
         return False
-    return fields[0] in PURPOSES and _is_serial(fields[1]) and _is_file(fields[2])
+    return fields[0] in PURPOSES and is_serial(fields[1]) and _is_file(fields[2])
 
 
 def _is_kept(kept: Any) -> bool:
     return type(kept) is dict and all(
-        type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
+        type(serials) is list and all(map(is_serial, serials)) for serials in kept.values())
 
 
 def _is_past(row: tuple) -> bool:
-    """A row of Past, or nothing."""
+    """Whether this is a row of AttemptHistory, or nothing."""
     return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
-        type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
+        type(serials) is list and all(map(is_serial, serials)) for serials in row[1:4]))
 
 
 def _is_running(pair: Any) -> bool:
-    return type(pair) is tuple and len(pair) == 2 and _is_serial(pair[0]) and _is_number(pair[1])
+    return type(pair) is tuple and len(pair) == 2 and is_serial(pair[0]) and _is_number(pair[1])
 
 
 OUTCOMES = frozenset(map(int, Outcome))
@@ -1232,9 +1276,8 @@ _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enume
 # Those that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
-# arguments of load_source
-# in an envelope, for any; 'program': nothing. `program` is the name of its file; if that is empty,
-# the arguments of each job are a command line (CommandLines).
+# arguments of load_source in an envelope, for any; 'program': nothing. `program` is the name of its file;
+# if that is empty, the arguments of each job are a command line (CommandLines).
 SPEC_FIELDS: Dict[str, Any] = {
     'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
     'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str,
@@ -1257,12 +1300,12 @@ def _is_spec(spec: dict) -> bool:
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
-        and type(spec.get('initializer', False)) is bool and _is_serial(spec.get('most', 0)) \
+        and type(spec.get('initializer', False)) is bool and is_serial(spec.get('most', 0)) \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
 
 def _all_serials(fields: tuple) -> bool:
-    return all(map(_is_serial, fields[1]))
+    return all(map(is_serial, fields[1]))
 
 
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
@@ -1272,17 +1315,15 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
         2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
-    FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
+    FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
     Part: _is_part,
     Limit: lambda fields: fields[1] >= 1,
-    Wrong: lambda fields: _is_serial(fields[1]),
-    JobsAssigned: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
-    NodeChanged: lambda fields: len(fields[2]) == 10,
+    Wrong: lambda fields: is_serial(fields[1]),
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
-    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and fields[2] in
-    (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
+    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(is_serial, fields[2])),
+    Output: lambda fields: is_serial(fields[1]) and fields[2] in
+    (0, 1, 2) and is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
@@ -1293,6 +1334,19 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
     KnownAttempts: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
+
+
+def add_messages(messages: Dict[int, Tuple[type, int]],
+                 checks: Dict[type, Callable[[tuple], bool]]) -> None:
+    """Let links carry messages that nodes do not know; as in MESSAGES and in CHECKS."""
+    MESSAGES.update(messages)
+    CHECKS.update(checks)
+    for op, (message, _) in messages.items():
+        OPS[message] = op
+        FIELD_TYPES[message] = _field_types(message)
+        LOOSE.add(message)
+        if message._fields[:1] == ('comp',):  # type: ignore[attr-defined]
+            SPEAK_OF_COMPS.add(message)
 
 
 BOUNDS = Bounds(MAX_LIST, 500_000, 50_000)
@@ -1341,8 +1395,8 @@ class _Pieces(list):
     them."""
 
     def write(self, piece: Any) -> None:
-        """As of a file. No method of `list`: so other threads of the process, which speak to nodes,
-        can go on between pieces."""
+        """Do as the method of a file. No method of `list`: so other threads of the process, which
+        speak to nodes, can go on between pieces."""
         self.append(piece)
 
 
@@ -1350,7 +1404,7 @@ _NO_MODULES: AbstractSet[str] = frozenset()
 
 
 class Sealed(NamedTuple):
-    """A pickled value."""
+    """A value that was pickled."""
     payload: Payload
     plain: bool           # whether it holds builtin values only, so that opening it runs no code
     modules: AbstractSet[str]   # names of the modules that opening it imports
@@ -1418,7 +1472,7 @@ class _Segments:
         self._pieces = collections.deque(memoryview(piece).cast('B') for piece in pieces)
 
     def readinto(self, target: Any) -> int:
-        """As of a file."""
+        """Do as the method of a file."""
         view = memoryview(target).cast('B')
         filled = 0
         while filled < len(view) and self._pieces:
@@ -1432,14 +1486,14 @@ class _Segments:
         return filled
 
     def read(self, size: int) -> bytes:
-        """As of a file."""
+        """Do as the method of a file."""
         left = sum(map(len, self._pieces))
         data = bytearray(left if size < 0 else min(size, left))
         self.readinto(data)
         return bytes(data)
 
     def readline(self) -> bytes:
-        """As of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols have lines."""
         raise pickle.UnpicklingError('a pickle of protocol 5 has no lines')
 
 
@@ -1484,7 +1538,7 @@ def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
-    """The inverse: numbers of bundles, and the payload itself."""
+    """Take apart what `with_needs` has made: numbers of bundles, and the payload itself."""
     if payload[0] != 2:
         return (), payload
     _, length = _NEEDS.unpack_from(payload)
@@ -1518,7 +1572,7 @@ class _Source:
         self._end = at + size
 
     def readinto(self, target: Any) -> int:
-        """As of a file."""
+        """Do as the method of a file."""
         view = memoryview(target)
         size = min(len(view), self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
@@ -1528,13 +1582,13 @@ class _Source:
         return size
 
     def read(self, size: int) -> bytes:
-        """As of a file."""
+        """Do as the method of a file."""
         data = bytes(self._view[self._at:min(self._at + size, self._end)])
         self._went(len(data))
         return data
 
     def readline(self) -> bytes:
-        """As of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols have lines."""
         line = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)]).readline()
         self._went(len(line))
         return line
@@ -1603,20 +1657,16 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
 
 # --------------------------------------------------------------------------------------------------
 # Objects by value: what has no module that could be imported. Used by clients and by workers alike.
-#
-# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
-# and those
-# that only a running function has, are pickled by value with cloudpickle's reducers. Three
-# additions keep them
-# what they are in the program:
-# - A class has one identity in each process, by the number that cloudpickle's class tracker gives
-# to it.
-#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
-# - A variable or class attribute travels with a version. A process applies a version once, so that
-# what
-#     setup() or a job has changed stays until the program itself changes the same thing.
 # --------------------------------------------------------------------------------------------------
 
+# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
+# and those that only a running function has, are pickled by value with cloudpickle's reducers.
+# Three additions keep them what they are in the program:
+#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives
+#     it.
+#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
+#   - A variable or class attribute travels with a version. A process applies a version once, so
+#     that what setup() or a job has changed stays until the program itself changes the same thing.
 MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
 
 
@@ -1628,7 +1678,7 @@ class Versions:
         self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
 
     def of(self, name: str, value: Any) -> bytes:
-        """The version of this value. A value that can change in place is told by its pickled
+        """Return the version of this value. A value that can change in place is told by its pickled
         form."""
         known = self._known.get(name)
         if type(value) in ATOMS:
@@ -1724,7 +1774,7 @@ class Space:
 
 
 class Spaces:
-    """All spaces of this process."""
+    """The spaces that this process has."""
 
     def __init__(self) -> None:
         self.instance = os.urandom(8)     # of the process that makes tokens
@@ -1759,7 +1809,7 @@ class Spaces:
                     space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """The space of a function's global variables. None for those of no __main__."""
+        """Return the space of a function's global variables. None for those of no __main__."""
         space = self._by_id.get(id(variables))
         if space is None and variables.get('__name__') in MAIN_NAMES:
             space = self._add(Space((self.instance, len(self._by_id)), variables, True))
@@ -1843,7 +1893,7 @@ _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threa
 
 
 def empty_cell() -> Any:
-    """A cell of a closure, without contents."""
+    """Make a cell of a closure, without contents."""
     return types.CellType()
 
 
@@ -1858,7 +1908,7 @@ def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def variables_of_module(name: str) -> Dict[str, Any]:
-    """The global variables of an importable module."""
+    """Return the global variables of an importable module."""
     return vars(importlib.import_module(name))
 
 
@@ -1872,9 +1922,9 @@ class ForeignCode:
 
 
 def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
-    """The code of this Python for a function inside of another: found by its name and line in the
-    module's own source, which has travelled. None if there is no such source, or the function is
-    not there."""
+    """Find the code of this Python for a function inside of another: found by its name and line in
+    the module's own source, which has travelled. None if there is no such source, or the function
+    is not there."""
     if isinstance(module, str):
         imported = sys.modules.get(module)
     else:
@@ -1943,7 +1993,7 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
 
 
 def fill_function(function: Any, state: tuple) -> None:
-    """The state of a function: attributes, slots, contents of its cells, variables that it uses,
+    """Give a function its state: attributes, slots, contents of its cells, variables that it uses,
     its version."""
     attributes, slots, contents, variables, name, version, _ = state
     if not isinstance(function, types.FunctionType):
@@ -2022,7 +2072,7 @@ class Referent(weakref.ref):
 
 
 def make_reference(obj: Any) -> Any:
-    """A weak reference in a job."""
+    """Make a weak reference in a job."""
     reference = Referent(obj)
     reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
@@ -2059,7 +2109,7 @@ def make_cached(function: Callable[..., Any], most: Optional[int], typed: bool) 
 
 
 def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
-    """A function of functools.singledispatch, from its implementations."""
+    """Make a function of functools.singledispatch from its implementations."""
     implementations = dict(rows)
     made = functools.singledispatch(implementations.pop(object))
     for kind, implementation in implementations.items():
@@ -2080,7 +2130,7 @@ def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
 
 
 def make_typed(kind: type, args: tuple, options: dict) -> Any:
-    """A type variable and the like."""
+    """Make a type variable or the like."""
     return kind(*args, **options)
 
 
@@ -2136,7 +2186,7 @@ def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
 
 
 def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
-    """A context with these values of its variables."""
+    """Make a context with these values of its variables."""
     made = contextvars.Context()
     for variable, value in items:
         made.run(variable.set, value)
@@ -2187,7 +2237,7 @@ def _reduce_dispatcher(function: Any) -> tuple:
 
 
 def _reduce_typed(variable: Any) -> tuple:
-    """TypeVar, ParamSpec, TypeVarTuple, NewType: what their constructors take."""
+    """Reduce TypeVar, ParamSpec, TypeVarTuple and NewType to what their constructors take."""
     if hasattr(variable, '__supertype__'):
         return make_typed, (type(variable), (variable.__name__, variable.__supertype__), {})
     names = (('bound', '__bound__'), ('covariant', '__covariant__'), ('contravariant',
@@ -2640,7 +2690,7 @@ def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
 
 def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
               members: List[Tuple[str, tuple, dict]]) -> Any:
-    """An enum class with its members, without running their constructor again."""
+    """Make an enum class with its members, without running their constructor again."""
     space = meta.__prepare__(name, bases)
     space['__module__'], space['__qualname__'] = module, qualname
     made = meta.__new__(meta, name, bases, space)
@@ -2772,7 +2822,7 @@ def _value_pickler(known: int) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
-    """Where the secret of this user lies when nothing else is said."""
+    """Return where the secret of this user lies when nothing else is said."""
     if os.name == 'nt':
         base = os.environ.get('APPDATA') or os.path.expanduser('~')
     else:
@@ -2807,8 +2857,9 @@ def same_secret(key: Any) -> str:
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
-    """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET,
-    the user's secret file, which is made (256 random bits, mode 0600) when it does not exist.
+    """Return the secret's bytes, from the first of: `secret`, the file `path`, environment
+    DISPY_SECRET, the user's secret file, which is made (256 random bits, mode 0600) when it does
+    not exist.
 
     Raises SecretError for a file that others can read, that is empty or that cannot be read;
     TypeError.
@@ -2816,7 +2867,7 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
         raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
     if not secret and path:
-        return _read_secret(path)
+        return read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
     if given:
         if isinstance(given, str):
@@ -2836,10 +2887,10 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
             'entry in the password file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
         make_secret(path)
-    return _read_secret(path)
+    return read_secret(path)
 
 
-def _read_secret(path: str) -> bytes:
+def read_secret(path: str) -> bytes:
     try:
         with open(path, 'rb') as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -2878,9 +2929,9 @@ def make_secret(path: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def derive_key(secret: bytes) -> bytes:
-    """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough
-    for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8,
-    p=1; about 50 ms)."""
+    """Return the pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random
+    enough for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14,
+    r=8, p=1; about 50 ms)."""
     secret = secret.strip()
     key = _derived_key(secret)
     _keys_from[key] = secret
@@ -2901,7 +2952,7 @@ def tls_context(server: bool,
                 certfile: str,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> Any:
-    """An ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
+    """Make an ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
     `cafile` (or `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
     import ssl  # 15 ms that only those pay who use TLS
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -2962,8 +3013,8 @@ def _no_password() -> str:
 
 
 def certificate_digest(certfile: str) -> bytes:
-    """SHA-256 of the first certificate in a PEM file, in DER: what the handshake binds the channel
-    to."""
+    """Return the SHA-256 of the first certificate in a PEM file, in DER, to which the handshake
+    binds the channel."""
     import ssl
     with open(certfile) as file:
         text = file.read()
@@ -2974,21 +3025,17 @@ def certificate_digest(certfile: str) -> bytes:
 
 # --------------------------------------------------------------------------------------------------
 # Handshake: blocking, before a socket is handed to a loop. Two mirror functions.
-#
-#   C, who dialled                                   S, who accepted
-#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
-# 2. checks                                <-      CHALLENGE magic, version, nonce: nothing of the
-# secret
-# 3. PROOF   HMAC("c finished")            ->      compared in constant time; wrong: closed, no
-# answer
-#   4. compared; connected                   <-      FINISHED HMAC("s finished")
-#
-# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
-# TLS 1.3's
-# construction (RFC 8446, section 4.4): finished keys and one frame key a direction are derived from
-# psk and TH.
 # --------------------------------------------------------------------------------------------------
 
+#   C, who dialled                                   S, who accepted
+#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
+#   2. checks                                <-      CHALLENGE magic, version, nonce: no secret
+#   3. PROOF   HMAC("c finished")            ->      compares in constant time; closes if wrong
+#   4. compares; connected                   <-      FINISHED HMAC("s finished")
+#
+# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
+# TLS 1.3's construction (RFC 8446, section 4.4), finished keys and one frame key for each direction
+# are derived from psk and TH.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
@@ -3000,7 +3047,7 @@ NO_TLS = bytes(32)
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on; `secret`: which of several the peer has."""
+    """What a handshake agreed on; `secret` tells which of several the peer has."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
@@ -3048,12 +3095,18 @@ CLOSED_AT_ONCE = (
     'failures?')
 
 
+def is_of_tls(exc: BaseException) -> bool:
+    """Whether an exception is one of TLS. Where `ssl` was not imported, there is none."""
+    ssl = sys.modules.get('ssl')
+    return ssl is not None and isinstance(exc, ssl.SSLError)
+
+
 def tls_text(exc: BaseException) -> str:
-    """What a failure of TLS means and what mends it."""
+    """Return what a failure of TLS means and how to mend it."""
     reason = str(getattr(exc, 'reason', None) or exc)
     if isinstance(exc, ConnectionError) or 'EOF' in reason:
         return CLOSED_AT_ONCE
-    if type(exc).__name__ == 'SSLCertVerificationError':
+    if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
         text = 'nothing here vouches for its certificate (--certfile, in programs certfile= or cafile=)'
     elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith(
             'WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
@@ -3065,6 +3118,18 @@ def tls_text(exc: BaseException) -> str:
     return 'TLS failed: %s: %s' % (text, exc)
 
 
+def _begin_handshake(sock: Any, binding: bytes, deadline: Optional[float],
+                     clock: Callable[[], float]) -> Tuple[int, Callable[[int], bytes]]:
+    """Begin as both sides do. Returns the flags to send, and a function that receives so many bytes
+    before the deadline."""
+    if deadline is None:
+        deadline = clock() + HANDSHAKE_TIME
+    flags = 0
+    if binding != NO_TLS:
+        flags |= _SEES_TLS
+    return flags, lambda size: _receive_exactly(sock, size, deadline, clock)
+
+
 def handshake_dial(sock: Any,
                    psk: bytes,
                    role: Role,
@@ -3073,18 +3138,13 @@ def handshake_dial(sock: Any,
                    binding: bytes = NO_TLS,
                    deadline: Optional[float] = None,
                    clock: Callable[[], float] = time.monotonic) -> Session:
-    """C's side. Raises HandshakeError with the reason and what mends it; OSError when the
-    connection breaks."""
-    if deadline is None:
-        deadline = clock() + HANDSHAKE_TIME
-    if binding != NO_TLS:
-        tls = _SEES_TLS
-    else:
-        tls = 0
+    """Carry out C's side. Raises HandshakeError with the reason and how to mend it; OSError when
+    the connection breaks."""
+    tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     sock.sendall(hello)
     try:
-        challenge = _receive_exactly(sock, _CHALLENGE.size, deadline, clock)
+        challenge = receive(_CHALLENGE.size)
     except (EOFError, ConnectionError):
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
@@ -3102,7 +3162,7 @@ def handshake_dial(sock: Any,
     keys = _Keys(psk, hello, challenge, binding)
     sock.sendall(_PROOF.pack(MAGIC, keys.client))
     try:
-        finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
+        finished = receive(_PROOF.size)
     except (EOFError, ConnectionError):
         raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
@@ -3118,15 +3178,10 @@ def handshake_accept(sock: Any,
                      binding: bytes = NO_TLS,
                      deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
-    """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the
-    proof is checked."""
-    if deadline is None:
-        deadline = clock() + HANDSHAKE_TIME
-    if binding != NO_TLS:
-        tls = _SEES_TLS
-    else:
-        tls = 0
-    hello = _receive_exactly(sock, _HELLO.size, deadline, clock)
+    """Carry out S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read
+    before the proof is checked."""
+    tls, receive = _begin_handshake(sock, binding, deadline, clock)
+    hello = receive(_HELLO.size)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
     if hello[:2] == b'\x16\x03':   # the first bytes of TLS
         raise HandshakeError(
@@ -3145,7 +3200,7 @@ def handshake_accept(sock: Any,
                              (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
+    proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
         keys = _Keys(one, hello, challenge, binding)
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
@@ -3315,8 +3370,8 @@ TAIL_TAG = 32
 
 
 class FrameEncoder:
-    """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the
-    number not sent."""
+    """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
+    numbered, the number not sent."""
 
     @property
     def sealed(self) -> int:
@@ -3354,9 +3409,9 @@ class FrameEncoder:
 
 
 class FrameDecoder(ReceiveBuffer):
-    """Frames of one direction to messages. The length is believed only after the header's tag was
-    verified, and nothing is decoded before the payload's was. Raises PeerError; the link is of no
-    use then."""
+    """Turns frames of one direction into messages. The length is believed only after the header's
+    tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
+    of no use then."""
 
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
@@ -3388,7 +3443,7 @@ class FrameDecoder(ReceiveBuffer):
         return size + TAIL_TAG
 
     def open(self, head: bytes, body: memoryview) -> Any:
-        """The message of a whole frame."""
+        """Return the message of a whole frame."""
         header = head[:_FRAME.size]
         mac = self._mac.copy()
         mac.update(_SEQ.pack(self._seq, 1) + header)
@@ -3447,8 +3502,8 @@ class RecordType(enum.IntEnum):
 
 
 # Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
-# they are checked as what
-# comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
+# they are checked as what comes from outside is: a record that is not in the table, or is larger,
+# ends its worker or runner.
 FROM_WORKER = {
     RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0),
     RecordType.LOGGED: (8 * TEXT_MOST, 0, 0), RecordType.FILE: (MAX_CONTROL, FILE_PIECE, 0), RecordType.WANT: (MAX_CONTROL, 0, 0),
@@ -3579,7 +3634,7 @@ def open_regular(path: str) -> Any:
 
 
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Size and SHA-256 of a file. Raises as `open_regular`."""
+    """Return size and SHA-256 of a file. Raises what `open_regular` raises."""
     digest = hashlib.sha256()
     size = 0
     with open_regular(path) as file:
@@ -3604,7 +3659,7 @@ class Digests:
 
     @classmethod
     def of(cls, path: str) -> bytes:
-        """The digest of a file. Raises OSError."""
+        """Return the digest of a file. Raises OSError."""
         state = cls._state(path)
         known = cls._known.get(path)
         if known is not None and known[0] == state:
@@ -3637,7 +3692,7 @@ class Digests:
 
     @classmethod
     def learn(cls, paths: Sequence[str]) -> None:
-        """Digest these. A thread of its own."""
+        """Find out the digests of these. Runs in a thread of its own."""
         for path in paths:
             with contextlib.suppress(OSError):   # who compares it will find out
                 cls.of(path)
@@ -3959,12 +4014,52 @@ class ModuleStore:
                 os.unlink(path)
 
 
+class RecordLog:
+    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
+    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
+    record that is torn, at the end of the file, was never reported as kept and is not read."""
+    _CRC = struct.Struct('>I')
+
+    def __init__(self, head: struct.Struct, pieces: int) -> None:
+        self._head = head
+        self._pieces = pieces
+
+    def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
+        """Return a record as the file has it; to be written in one go, or not at all."""
+        pieces = (head, *pieces)
+        return [self._CRC.pack(self._crc_of(pieces)), *pieces]
+
+    def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
+        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
+        record). Ends before one that is torn."""
+        first = self._CRC.size
+        while True:
+            head = file.read(first + self._head.size)
+            if len(head) < first + self._head.size:
+                return
+            numbers = self._head.unpack_from(head, first)
+            sizes = numbers[-self._pieces:]
+            pieces = [file.read(size) for size in sizes]
+            is_whole = all(len(piece) == size for piece, size in zip(pieces, sizes))
+            crc = self._crc_of((memoryview(head)[first:], *pieces))
+            if not is_whole or self._CRC.pack(crc) != head[:first]:
+                return
+            yield numbers[:-self._pieces], pieces, len(head) + sum(sizes)
+
+    @staticmethod
+    def _crc_of(pieces: Iterable[Buffer]) -> int:
+        crc = 0
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+
 class ResultSpool:
     """Results of one computation on disk, while its client is away: a file of a header (magic,
-    instance of the client) and of records (CRC-32, then a record as workers write them). What is
-    torn at its end was never reported as kept."""
+    instance of the client) and of records as workers write them (see RecordLog)."""
     MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
+    _LOG = RecordLog(_RECORD, 3)
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -3979,9 +4074,9 @@ class ResultSpool:
                 if not start:
                     file.write(self.MAGIC + owner + digest)
                 for row in rows:
-                    pieces = pack_record(RecordType.RESULT, row[1], row[0], row[2], row[3], *row[4:])
-                    crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
-                    file.writelines((_CRC.pack(crc), *pieces))
+                    head, *bodies = pack_record(RecordType.RESULT, row[OUTCOME], row[SERIAL], row[START],
+                                                row[END], *row[PAYLOAD:])
+                    file.writelines(self._LOG.record(head, bodies))
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
@@ -3994,20 +4089,15 @@ class ResultSpool:
                 raise
 
     def rows(self) -> Iterator[tuple]:
-        """What is kept, row after row; ends before what is torn."""
+        """Return what is kept, row after row; ends before what is torn."""
+        return (row for row, _ in self._rows())
+
+    def _rows(self) -> Iterator[Tuple[tuple, int]]:
+        """Rows, and how many bytes of the file each takes."""
         with open(self.path, 'rb') as file:
             file.seek(self.HEAD)
-            while True:
-                head = file.read(_CRC.size + _RECORD.size)
-                if len(head) < _CRC.size + _RECORD.size:
-                    return
-                _, _, number, serial, start, end, *sizes = _RECORD.unpack(head[_CRC.size:])
-                bodies = [file.read(size) for size in sizes]
-                crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), bodies,
-                                       zlib.crc32(head[_CRC.size:]))
-                if [len(body) for body in bodies] != sizes or _CRC.pack(crc) != head[:_CRC.size]:
-                    return
-                yield (serial, number, start, end, *bodies)
+            for (_, _, number, serial, start, end), bodies, size in self._LOG.read(file):
+                yield (serial, number, start, end, *bodies), size
 
     def scan(self) -> Tuple[bytes, bytes, List[int]]:
         """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
@@ -4018,19 +4108,16 @@ class ResultSpool:
             raise ValueError('%s holds no results' % self.path)
         size = len(head)
         serials = []
-        for row in self.rows():
-            size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
-            serials.append(row[0])
+        for row, more in self._rows():
+            size += more
+            serials.append(row[SERIAL])
         os.truncate(self.path, size)
         return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
-        """They are not needed any more."""
+        """Remove the file: its results are not needed any more."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-
-
-_CRC = struct.Struct('>I')
 
 
 class Memory:
@@ -4193,9 +4280,27 @@ class SpoolSender:
 
 # --------------------------------------------------------------------------------------------------
 # Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock,
-# takes a lock
-# or touches a file.
+# takes a lock or touches a file.
 # --------------------------------------------------------------------------------------------------
+
+_Key = typing.TypeVar('_Key')
+_Value = typing.TypeVar('_Value')
+
+
+class Recent(typing.OrderedDict[_Key, _Value]):
+    """A dict of at most so many entries: the one that was set longest ago makes place for another,
+    so that others cannot fill the memory."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
 
 class HandshakeLimiter:
     """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
@@ -4215,10 +4320,12 @@ class HandshakeLimiter:
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
-        self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
-        self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        # Address -> failures, and until when it is shut
+        self._failed: Recent[str, Tuple[int, float]] = Recent(self.REMEMBERED)
+        # Address -> when a line was logged
+        self._logged: Recent[str, float] = Recent(self.REMEMBERED)
         # Address -> when somebody has
-        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        self._proved: Recent[str, float] = Recent(self.REMEMBERED)
 
     def is_shut(self, address: str, now: float) -> bool:
         """Whether nobody from this address is heard at present."""
@@ -4256,7 +4363,7 @@ class HandshakeLimiter:
         try: silence guesses nothing, and is bounded by the number of handshakes."""
         self.leave(address)
         if proved:
-            self._remember(self._proved, address, now)
+            self._proved[address] = now
         if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
             return   # one that began before the others failed
         if proved:
@@ -4267,7 +4374,7 @@ class HandshakeLimiter:
             shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST)
         else:
             shut = 0.0
-        self._remember(self._failed, address, (count, now + shut))
+        self._failed[address] = count, now + shut
 
     def leave(self, address: str) -> None:
         """Give back the place of an admitted connection."""
@@ -4276,21 +4383,15 @@ class HandshakeLimiter:
             del self._open[address]
 
     def may_log(self, address: str, now: float) -> bool:
-        """One line an address and 10 s."""
+        """Whether a line may be logged: one for each address in 10 s."""
         if now - self._logged.get(address, -10.0) < 10.0:
             return False
-        self._remember(self._logged, address, now)
+        self._logged[address] = now
         return True
-
-    def _remember(self, table: Any, address: str, value: Any) -> None:
-        table[address] = value
-        table.move_to_end(address)
-        if len(table) > self.REMEMBERED:
-            table.popitem(last=False)
 
 
 def network_of(address: str) -> str:
-    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
+    """Return the network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
     addresses."""
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
@@ -4300,7 +4401,7 @@ def network_of(address: str) -> str:
 
 
 class DatagramType(enum.IntEnum):
-    """Kinds of datagram."""
+    """What a datagram says."""
     QUESTION = 1   # client or scheduler, to all: who is there?
     ANSWER = 2     # node, to the asker
     HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
@@ -4328,9 +4429,9 @@ DATAGRAM = _DATAGRAM.size
 
 
 class Discovery:
-    """Datagrams of one process: packs its own, believes those of others that are signed and new.
-    Who is found by them is dialled, and only the handshake decides; so a forged or repeated
-    datagram costs a connection at most.
+    """The datagrams of one process: it packs its own, and believes those of others that are signed
+    and new. Who is found by them is dialled, and only the handshake decides; so a forged or
+    repeated datagram costs a connection at most.
 
     LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS
     others, so that nobody is flooded through us and strangers take nothing from those who have the
@@ -4358,13 +4459,13 @@ class Discovery:
         self._addresses = tuple(addresses)
         # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams
         # overtake one another
-        self._seen: 'collections.OrderedDict[bytes, Tuple[int, int]]' = collections.OrderedDict()
+        self._seen: Recent[bytes, Tuple[int, int]] = Recent(self.REMEMBERED)
         # (address, instance) -> when it got NOT_MINE; a program that is started once more is told
         # once more
-        self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
+        self._told: Recent[Tuple[str, bytes], float] = Recent(self.REMEMBERED)
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
         # Address -> when
-        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()
+        self._told_there: Recent[str, Deque[float]] = Recent(self.REMEMBERED)
         self._second = 0
         self._answered = 0
         self._unknown_answers = 0
@@ -4433,9 +4534,6 @@ class Discovery:
         else:
             bits |= 1 << -ahead
         self._seen[instance] = highest, bits
-        self._seen.move_to_end(instance)
-        if len(self._seen) > self.REMEMBERED:
-            self._seen.popitem(last=False)
         return True
 
     def _of_stranger(self, heard: Datagram, source: str,
@@ -4447,9 +4545,6 @@ class Discovery:
                 or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
-        self._told.move_to_end(asker)
-        if len(self._told) > self.REMEMBERED:
-            self._told.popitem(last=False)
         return None, self.build(DatagramType.NOT_MINE, source, heard.nonce)
 
     def _next_second(self, now: float) -> None:
@@ -4473,8 +4568,6 @@ class Discovery:
         self._unknown_answers += 1
         if times is None:
             times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
-            if len(self._told_there) > self.REMEMBERED:
-                self._told_there.popitem(last=False)
         times.append(now)
         return True
 
@@ -4509,7 +4602,7 @@ def is_own_address(address: str) -> bool:
 
 
 def format_address(host: str, port: int) -> str:
-    """A host and a port for people: IPv6 addresses in brackets."""
+    """Write a host and a port for people: IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
 
 
@@ -4554,13 +4647,18 @@ LEASE_TABLE = {
     (Lease.HELD, 'ended'): Lease.FREE,
     (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
+# (before, after) -> what is logged
 LEASE_TEXT = {
-    Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'
+    (Lease.FREE, Lease.HELD): 'this node is held by {}',
+    (Lease.HELD, Lease.ORPHANED): 'the connection of {} has ended; it holds this node still',
+    (Lease.ORPHANED, Lease.HELD): 'this node is held by {}, which is back',
+    (Lease.HELD, Lease.FREE): 'this node is free: {} has no computation here any more',
+    (Lease.ORPHANED, Lease.FREE): 'this node is free: {} has no computation here any more',
 }
 
 
 class Stage(enum.Enum):
-    """A computation on this node."""
+    """How far a computation on this node has come."""
     PREPARING = 'preparing'    # its directory is made, files are compared
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
@@ -4674,13 +4772,13 @@ class RunnerGone(NamedTuple):
 
 
 class WorkerResults(NamedTuple):
-    """Rows of Results from one worker."""
+    """One worker has results: rows as in Results."""
     worker: int
     rows: list
 
 
 class WorkerFile(NamedTuple):
-    """A piece of a file from a job."""
+    """A job sends a piece of a file."""
     worker: int
     piece: FilePiece
 
@@ -4798,7 +4896,7 @@ class Broken(NamedTuple):
 
 
 class SpoolResults(NamedTuple):
-    """Write results, rows of a client, to the disk. Fed back as Kept."""
+    """Write results, rows of a client, to the disk. Fed back as ResultsSpooled."""
     comp: str
     owner: bytes
     rows: list
@@ -4836,7 +4934,7 @@ class Drop(NamedTuple):
 
 
 class PrepareDirectory(NamedTuple):
-    """Make the computation's directory and compare its files. Fed back as Prepared."""
+    """Make the computation's directory and compare its files. Fed back as DirectoryReady."""
     comp: str
     spec: dict
 
@@ -4847,7 +4945,8 @@ class WantAgain(NamedTuple):
 
 
 class WriteFile(NamedTuple):
-    """Write a piece of a file. Fed back as Stored when its file is there or cannot be stored."""
+    """Write a piece of a file. Fed back as FileWritten when its file is there or cannot be
+    stored."""
     piece: FilePiece
 
 
@@ -4885,7 +4984,7 @@ class StopRunner(NamedTuple):
 
 
 class StartWorker(NamedTuple):
-    """Fork a worker. It may be fed at once. Fed back as WorkerGone some day."""
+    """Fork a worker. It may be fed at once. WorkerGone tells some day that it has ended."""
     worker: int
     comp: str
 
@@ -4933,7 +5032,7 @@ class Retire(NamedTuple):
 
 
 class PrintStatus(NamedTuple):
-    """A text for whoever sits at the terminal."""
+    """Show a text to whoever sits at the terminal."""
     text: str
 
 
@@ -5040,7 +5139,7 @@ class Allowance:
     __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
-        """`unknown`: the allowance before any job has ended; `most`: what it never exceeds."""
+        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
         self._estimate = estimate
         self._unknown = unknown
         self._most = most
@@ -5216,29 +5315,22 @@ class Attempt:
         self.serial = serial
         self.payload = payload
         self.comp = comp
+        self.cpus = 1
+        self.timeout: Optional[float] = None
+        self.memory: Optional[float] = None
+        self.priority: float = 0
+        self.values: Sequence[Tuple[int, bytes]] = ()   # sizes and digests
         if options:
-            self.cpus = options.get('cpus', 1)
-        else:
-            self.cpus = 1
-        if options:
-            self.timeout = options.get('timeout')
-        else:
-            self.timeout = None
-        if options:
-            self.memory = options.get('memory')
-        else:
-            self.memory = None
-        if options:
-            self.priority = options.get('priority', 0)
-        else:
-            self.priority = 0
-        # Rows (size, digest)
-        if options:
-            self.values = options.get('values', ())
-        else:
-            self.values = ()
+            self._take(options)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
+
+    def _take(self, options: dict) -> None:
+        self.cpus = options.get('cpus', 1)
+        self.timeout = options.get('timeout')
+        self.memory = options.get('memory')
+        self.priority = options.get('priority', 0)
+        self.values = options.get('values', ())
 
     def ending_text(self, ending: Outcome) -> str:
         """Why it was ended, with the number that it has exceeded."""
@@ -5272,8 +5364,8 @@ class _Worker:
 
 
 class Spooled(NamedTuple):
-    """Results on the disk: whose they are, which, and when they are given up if their computation
-    is over here."""
+    """Results on the disk: whose they are, which are there, and when they are given up if their
+    computation is over here."""
     owner: bytes
     serials: Set[int]
     until: float
@@ -5296,14 +5388,17 @@ class _Claim:
 
 
 class _Computation:
-    """A computation of a client on this node."""
+    """A computation that a client has on this node."""
 
-    def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
+    def __init__(self, comp: str, instance: bytes, link: int, spec: dict,
+                 now: float = 0.0) -> None:
         self.comp = comp
         self.instance = instance
         self.link = link
         self.spec = spec
+        self.since = now        # when it came here
         self.client_name = str(spec.get('client', comp))[:NAME_MOST]
+        self.user = self.client_name   # whose it is, for people
         self.stage = Stage.PREPARING
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
@@ -5339,11 +5434,17 @@ class _Computation:
         self.served = 0
         self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
         self.done = 0                          # attempts that have ended
+        self.failed = 0                        # attempts that have ended without a value
+        self.cpu_seconds = 0.0                 # that its jobs have occupied CPUs
         # Notes of what has begun do not reach back far enough
         self.overrun = False
 
+    def __str__(self) -> str:
+        """What the log calls it."""
+        return 'computation %s (%s)' % (self.spec['name'], self.comp)
+
     def move(self, event: str) -> None:
-        """Go to the next stage."""
+        """Enter the next stage."""
         self.stage = STAGE_TABLE[self.stage, event]
 
     def cpus_used(self) -> int:
@@ -5519,10 +5620,11 @@ class NodeLease:
     def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
         before = self.state
         self.state = LEASE_TABLE[self.state, event]
+        if before is not self.state:
+            text_of_move = LEASE_TEXT[before, self.state]
+            logger.info('%s', text_of_move.format(text or self.holder_text or 'a client'))
         self.holder = holder
         self.holder_text = text
-        if before is not self.state:
-            logger.info('%s', LEASE_TEXT[self.state].format(text or 'a client'))
 
     def take(self, holder: bytes, text: str, now: float) -> None:
         """A client has the node from now on, or has it still and is connected."""
@@ -5882,13 +5984,15 @@ class Attempts:
 
     def finish(self, comp: _Computation, row: tuple) -> None:
         """An attempt has ended, with this row of Results."""
-        attempt = comp.attempts.pop(row[0], None)
+        attempt = comp.attempts.pop(row[SERIAL], None)
         comp.done += 1
+        if row[OUTCOME] not in VALUES:
+            comp.failed += 1
         if attempt is not None and attempt.counted:
             self.count(attempt, False)
         if attempt is not None and attempt.values:
             self._done_with_values(comp, attempt)
-        comp.unacknowledged[row[0]] = row
+        comp.unacknowledged[row[SERIAL]] = row
         comp.outbox.append(row)
 
     def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
@@ -6273,7 +6377,7 @@ class CpuScheduler:
     # -- CPUs to attempts that wait ----------------------------------------------------------------
 
     def assign_cpus(self, now: float) -> None:
-        """CPUs to computations."""
+        """Give CPUs to computations."""
         ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
         crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
@@ -6412,17 +6516,17 @@ class CpuScheduler:
         place = 0
         ended = None
         for row in event.rows:
-            if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
-                raise PeerError('a worker answered for %d, which it did not run' % row[0])
-            place += row[1] not in PROVISIONAL
+            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
+                raise PeerError('a worker answered for %d, which it did not run' % row[SERIAL])
+            place += row[OUTCOME] not in PROVISIONAL
         comp.startup_failures = 0
         for row in event.rows:
-            if row[1] in PROVISIONAL:
+            if row[OUTCOME] in PROVISIONAL:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
-            durations.append(row[3] - row[2])
-            if attempt.timeout and row[1] is not Outcome.RETURNED:
+            durations.append(row[END] - row[START])
+            if attempt.timeout:
                 self._note_overdue(attempt, row)
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
@@ -6430,6 +6534,7 @@ class CpuScheduler:
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
+        comp.cpu_seconds += sum(durations) * ended.cpus
         self._share.charge(comp, sum(durations[worker.pardoned:]) * ended.cpus)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
@@ -6442,8 +6547,8 @@ class CpuScheduler:
     @staticmethod
     def _note_overdue(attempt: Attempt, row: tuple) -> None:
         """Its runner may have ended it, before this loop has looked whether its time has passed."""
-        if attempt.ending is None and row[1] == Outcome.RAISED \
-                and row[3] - row[2] >= attempt.timeout:
+        if attempt.ending is None and row[OUTCOME] == Outcome.RAISED \
+                and row[END] - row[START] >= attempt.timeout:
             attempt.ending = Outcome.TIMED_OUT
 
     @staticmethod
@@ -6451,10 +6556,10 @@ class CpuScheduler:
         """The result of an attempt that was interrupted. One that was cancelled and returned all
         the same counts."""
         assert attempt.ending is not None   # ours
-        if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
+        if attempt.ending is Outcome.CANCELLED and row[OUTCOME] in RETURNED:
             return row
-        return (row[0], int(attempt.ending), row[2], row[3],
-                attempt.ending_text(attempt.ending).encode(), *row[5:])
+        return (row[SERIAL], int(attempt.ending), row[START], row[END],
+                attempt.ending_text(attempt.ending).encode(), *row[STDOUT:])
 
     def on_returned(self, event: WorkerReturnedJobs, now: float) -> None:
         """A worker has given back what it had not started."""
@@ -6572,8 +6677,10 @@ class CpuScheduler:
             return
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
-            self._share.charge(comp,
-                               (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
+            used = (now - worker.since) * worker.queue[0].cpus
+            comp.cpu_seconds += used
+            if not worker.pardoned:
+                self._share.charge(comp, used)
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED
@@ -6753,7 +6860,11 @@ class Computations:
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
         up = self._tables.links[link]
-        comp = _Computation(message.comp, up.instance, link, message.spec)
+        comp = _Computation(message.comp, up.instance, link, message.spec, self._tables.now)
+        if comp.client_name == comp.comp:   # no scheduler has said for whom it is
+            comp.user = self._tables.client_at(link)
+        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
+                    len(message.spec['files']))
         self._share.joins(comp)
         self._tables.comps[message.comp] = comp
         self.resize()
@@ -6764,6 +6875,8 @@ class Computations:
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
+        if comp.link != link:
+            logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
             self._tables.do(WantAgain(comp.comp))
@@ -6827,6 +6940,7 @@ class Computations:
 
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
+        logger.info('%s: its files are here, its runner is started', comp)
         self._tables.do(StartRunner(comp.comp, comp.spec, comp.link))
         self._set_timer(now + SETUP_TIME, comp, self._setup_late)
 
@@ -6846,6 +6960,8 @@ class Computations:
         comp = self._tables.comps[event.comp]
         if comp.stage is Stage.STARTING:
             comp.move('up')
+            logger.info('%s: its runner is ready for jobs, %.1f s after the computation came',
+                        comp, now - comp.since)
             self._tables.reply(comp, self._ready(comp))
             for note in event.notes:
                 self._tables.reply(comp, Notice(comp.comp, 'node %s: %s' % (self._tables.name, note)))
@@ -6859,7 +6975,7 @@ class Computations:
     def refuse(self, comp: _Computation, code: str, text: str) -> None:
         """A computation cannot be used here, or not any more; its client is told why."""
         text = shorten(text)
-        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        logger.warning('%s is refused (%s): %s', comp, code, text)
         self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
@@ -6925,6 +7041,8 @@ class Computations:
                     WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
             self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
+        logger.info('%s: its runner has ended%s', comp,
+                    event.text and ' (%s)' % event.text)
         self._scheduler.remove_workers(comp)
         del self._tables.comps[event.comp]
         self.resize()
@@ -6989,10 +7107,71 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         comp.move('close')
+        logger.info('%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them without '
+                    'a value, and %d had not; they used %.1f CPU seconds',
+                    comp, comp.user, self._tables.now - comp.since, comp.done, comp.failed,
+                    len(comp.attempts), comp.cpu_seconds)
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
         self._tables.do(StopRunner(comp.comp, at_once))
+
+
+class Inquiries:
+    """Answers what is asked of a node: by clients, what of a computation is here; by its operator,
+    what it does."""
+
+    def __init__(self, tables: NodeTables, lease: NodeLease, cpus: Cpus, facts: dict,
+                 now: float) -> None:
+        self._tables = tables
+        self._lease = lease
+        self._cpus = cpus
+        self._facts = facts
+        self._born = now
+        self._queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+
+    def on_query(self, link: int, message: Query, now: float) -> None:
+        """A client asks. It is answered at the end of the turn, when what came in it has been
+        handed out."""
+        self._tables.comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def answer(self, now: float) -> None:
+        """Answer all that was asked in this turn."""
+        while self._queries:
+            link, name = self._queries.pop()
+            if link in self._tables.links:
+                self._tables.do(Send(link, self._report(link, name, now)))
+
+    def _report(self, link: int, name: str, now: float) -> Report:
+        running = []
+        waiting = []
+        comp = self._tables.comps.get(name)
+        is_its_own = comp is not None and comp.instance == self._tables.links[link].instance
+        if comp is not None and is_its_own and comp.stage is not Stage.CLOSING:
+            running = [(worker.queue[0].serial, now - worker.since)
+                       for worker in comp.workers.values() if worker.queue]
+            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
+        busy = sum(bool(worker.queue) for worker in self._tables.workers.values())
+        available = dict(self._facts.get('available', {}), busy=busy,
+                         holder=self._lease.held_by(now))
+        return Report(name, running, waiting, available)
+
+    def status(self, state: str, now: float) -> str:
+        """Return what the node does, for people; `state`: whether it takes jobs."""
+        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
+            self._tables.name, self._cpus.total - self._cpus.free, self._cpus.offered, state,
+            _duration(now - self._born))]
+        if self._lease.state is Lease.FREE:
+            lines.append('held by no client, %d served' % self._lease.served)
+        else:
+            lines.append('held by %s' % self._lease.held_by(now))
+        for comp in self._tables.comps.values():
+            running = sum(1 for worker in comp.workers.values() if worker.queue)
+            waiting = len(comp.attempts) - running
+            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' % (
+                comp.spec['name'], comp.stage.value, running, waiting, comp.done))
+        return '\n'.join(lines)
 
 
 class Node:
@@ -7011,12 +7190,11 @@ class Node:
         self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
-        self._born = now
-        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
         self.tables = NodeTables(name)
         self.timers = Timers()
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
+        self.inquiries = Inquiries(self.tables, self.lease, self.cpus, facts, now)
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
@@ -7072,7 +7250,7 @@ class Node:
             Cancel: self.interruptions.on_cancel,
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
-            Query: self._on_query,
+            Query: self.inquiries.on_query,
             Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim,
@@ -7109,8 +7287,7 @@ class Node:
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 tables.do(NoteOverrun(comp.comp))
-        while self._queries:
-            self._report(*self._queries.pop(), now)
+        self.inquiries.answer(now)
         if self.stopping and not self._has_work():
             self._leave(now)
         return tables.actions
@@ -7170,6 +7347,9 @@ class Node:
         self.tables.links[event.link] = event
 
     def _link_down(self, event: LinkDown, now: float) -> None:
+        if event.link in self.tables.links:
+            logger.info('%s has %s', self.tables.client_at(event.link),
+                        'disconnected' if event.on_purpose else 'lost its connection')
         gone = self.tables.remove_link(event.link)
         self.lease.forget_link(event.link)
         self.results.forget_link(event.link)
@@ -7213,6 +7393,8 @@ class Node:
 
     def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
         self.tables.name_client(link, message.name[:200])
+        logger.info('%s has connected from %s', self.tables.client_at(link),
+                    self.tables.links[link].address)
         instance = self.tables.links[link].instance
         # Of what it has here, also what has no results on the disk: it may be done with that
         kept: Dict[str, List[int]] = {
@@ -7288,31 +7470,6 @@ class Node:
         if message.take:
             self.results.resend(message.comp, link)
 
-    def _on_query(self, link: int, message: Query, now: float) -> None:
-        """Answered at the end of the turn, when what came in it has been handed out."""
-        self.tables.comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
-
-    def _report(self, link: int, name: str, now: float) -> None:
-        if link not in self.tables.links:
-            return
-        comp = self.tables.comps.get(name)
-        if comp is not None and comp.instance != self.tables.links[link].instance:
-            comp = None
-        if comp is not None and comp.stage is Stage.CLOSING:
-            comp = None
-        running = []
-        waiting = []
-        if comp is not None:
-            running = [(worker.queue[0].serial, now - worker.since)
-                       for worker in comp.workers.values() if worker.queue]
-            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(
-            bool(worker.queue) for other in self.tables.comps.values()
-            for worker in other.workers.values())
-        available = dict(self.facts.get('available', {}), busy=busy, holder=self.lease.held_by(now))
-        self.tables.do(Send(link, Report(name, running, waiting, available)))
-
     def _on_limit(self, link: int, message: Limit, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
         if comp is not None:
@@ -7352,7 +7509,7 @@ class Node:
             self.results.deliver(comp)
 
     def _leave(self, now: float) -> None:
-        """Account for every attempt, then go."""
+        """Account for every attempt, then leave."""
         self._account()
         for comp in self.tables.comps.values():
             self.results.spool(comp)
@@ -7403,30 +7560,117 @@ class Node:
         self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
-        if self.stopping or self.paused:
-            state = 'no new jobs: ' + ('being stopped'
-                                       if self.stopping else ', '.join(self.paused.values()))
+        if self.stopping:
+            state = 'no new jobs: being stopped'
+        elif self.paused:
+            state = 'no new jobs: %s' % ', '.join(self.paused.values())
         else:
             state = 'takes jobs'
-        lines = [
-            '%s: %d of %d CPUs used, %s, up %s' %
-            (self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state,
-             _duration(now - self._born))
-        ]
-        if self.lease.state is Lease.FREE:
-            lines.append('held by no client, %d served' % self.lease.served)
-        else:
-            lines.append('held by %s' % self.lease.held_by(now))
-        for comp in self.tables.comps.values():
-            running = sum(1 for worker in comp.workers.values() if worker.queue)
-            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' %
-                         (comp.spec['name'], comp.stage.value, running,
-                          len(comp.attempts) - running, comp.done))
-        self.tables.do(PrintStatus('\n'.join(lines)))
+        self.tables.do(PrintStatus(self.inquiries.status(state, now)))
+
+
+class EventText(reprlib.Repr):
+    """Writes an event, an action or a message for the log in one short line: fields that are empty
+    are left out, of long lists the beginning is shown, and of what users have sent only the number
+    of bytes, so that the log holds neither their data nor a key."""
+    # Names of fields that hold the serial number of an attempt, or a list of them
+    SERIALS = frozenset(('serial', 'serials', 'held', 'begun'))
+    # Messages and events whose rows begin with the serial number of an attempt; behind it, results
+    # have their outcome
+    ROWS = frozenset((Jobs, Results, Started, WorkerResults))
+    RESULTS = frozenset((Results, WorkerResults))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = 5
+        self.maxstring = self.maxother = 120
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """What has no method of its own here."""
+        if isinstance(x, Attempt):
+            return self._attempt(x.serial)
+        if isinstance(x, enum.Enum):
+            return x.name
+        if isinstance(x, (bytes, bytearray, memoryview)):
+            return '<%d bytes>' % len(x)
+        if isinstance(x, pickle.PickleBuffer):
+            return '<%d bytes>' % x.raw().nbytes
+        if isinstance(x, tuple) and hasattr(x, '_fields'):
+            return self._fields(x, level)
+        return str(super().repr_instance(x, level))
+
+    repr_bytes = repr_bytearray = repr_memoryview = repr_instance
+
+    def _fields(self, x: Any, level: int) -> str:
+        shown = ['%s=%s' % (name, self._field(type(x), name, value, level))
+                 for name, value in zip(x._fields, x) if value or type(value) in (int, float)]
+        return '%s(%s)' % (type(x).__name__, ', '.join(shown))
+
+    def _field(self, kind: type, name: str, value: Any, level: int) -> str:
+        if name == 'spec':
+            return '<%s %s>' % (value.get('kind'), value.get('name'))
+        if name in self.SERIALS and isinstance(value, int):
+            return self._attempt(value)
+        if name in self.SERIALS:
+            return self._list(sorted(value), self._attempt)
+        if kind in self.ROWS and name == 'rows':
+            return self._list(value, lambda row: self._row(kind, row, level))
+        return self.repr1(value, level - 1)
+
+    def _row(self, kind: type, row: tuple, level: int) -> str:
+        words = [self.repr1(value, level - 2)
+                 for value in row[1:] if value or type(value) in (int, float)]
+        if kind in self.RESULTS:
+            words[0] = Outcome(row[OUTCOME]).name
+        return '%s: %s' % (self._attempt(row[0]), ' '.join(words))
+
+    def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
+        texts = list(map(text_of, values[:self.maxlist]))
+        if len(values) > self.maxlist:
+            texts.append('and %d more' % (len(values) - self.maxlist))
+        return '[%s]' % ', '.join(texts)
+
+    @staticmethod
+    def _attempt(serial: int) -> str:
+        if attempt_number(serial) > 1:
+            return 'job %d, attempt %d' % (job_number(serial), attempt_number(serial))
+        return 'job %d' % job_number(serial)
+
+
+class LoggedNode(Node):
+    """A Node that logs each event that it is told and each action that it decides, at level DEBUG.
+    Where that level is off, a Node takes its place, which spends no time on it."""
+    _text = EventText()
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event, as Node does, and log it."""
+        logger.debug('event: %s', self._text.repr(event))
+        return self._log_actions(super().handle(event, now))
+
+    def flush(self, now: float) -> List[Any]:
+        """End a turn, as Node does, and log what is decided then."""
+        return self._log_actions(super().flush(now))
+
+    def decided(self) -> List[Any]:
+        """Return what was decided before an exception, as Node does, and log it."""
+        return self._log_actions(super().decided())
+
+    def _log_actions(self, actions: List[Any]) -> List[Any]:
+        for action in actions:
+            logger.debug('  decision: %s', self._text.repr(action))
+        return actions
+
+
+def node_type() -> Type[Node]:
+    """The class of a node by the level of the log."""
+    if logger.isEnabledFor(logging.DEBUG):
+        return LoggedNode
+    return Node
 
 
 def _duration(seconds: float) -> str:
-    """In hours, minutes and seconds."""
+    """Write a number of seconds as hours, minutes and seconds."""
     return '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
 
 
@@ -7445,8 +7689,8 @@ class Hours(NamedTuple):
     end: Optional[int]
 
     def phase(self, minute: int) -> Phase:
-        """At this minute of the day: jobs are taken from `start` on, no new ones from `stop` on;
-        those that still run at `end` are ended."""
+        """Return what is allowed at this minute of the day: jobs are taken from `start` on, no new
+        ones from `stop` on; those that still run at `end` are ended."""
         gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440
                            for when in (minute, self.stop, self.end))
         if gone < min(stop, end):
@@ -7467,13 +7711,12 @@ ENDING_TEXT = {   # with what the job's options say
 
 
 # --------------------------------------------------------------------------------------------------
-# Modules of the user's, on the node: imported by their names from where the client's files were
-# put, then given
-# what the program has set in them. A `bundle` is what travels for a group of modules; a computation
-# begins with
-# bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+# Modules of the user, on the node
 # --------------------------------------------------------------------------------------------------
 
+# They are imported by their names from where the client's files were put, and then given what the
+# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
+# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
 class StateRow(NamedTuple):
     """A variable of a module, or an attribute of a class in it, as the program had it."""
     module: str
@@ -7900,8 +8143,8 @@ _dict_of_module: Any = vars(types.ModuleType)['__dict__']
 
 
 def module_dict(module: Any) -> Dict[str, Any]:
-    """The globals of a module. Nothing of the user's runs for that: the class of a module may have
-    a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
+    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
@@ -7929,7 +8172,7 @@ def package_version(name: str) -> str:
 
 
 def compare_packages(packages: Dict[str, str]) -> List[str]:
-    """What differs between the program and this node in major or minor versions, in words."""
+    """Say what differs between the program and this node in major or minor versions."""
     notes = []
     for name, there in sorted(packages.items()):
         if there:
@@ -7999,7 +8242,7 @@ class MainFile:
 
 
 def load_main(variables: Dict[str, Any], path: str) -> None:
-    """In a child of a job: define what the job's main module defines."""
+    """Define what the job's main module defines. Called in a child of a job."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
     SharedMemoryTracker().install()
@@ -8055,7 +8298,8 @@ def _libc() -> Any:
 
 
 def _prctl(libc: Any, option: int, value: int) -> None:
-    """Linux: die with the parent, adopt orphans. Elsewhere these are done without."""
+    """Set what Linux knows of a process: to die with the parent, to adopt orphans. Elsewhere
+    nothing is done."""
     if libc is not None and sys.platform.startswith('linux'):
         libc.prctl(option, value, 0, 0, 0)
 
@@ -8098,8 +8342,8 @@ def _out_of_reach(handle: int) -> int:
 
 
 def output_stream(number: int, buffering: int) -> TextIO:
-    """A text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job writes
-    them, on Windows too, since the output may be shown on another system."""
+    """Make a text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job
+    writes them, on Windows too, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
 
@@ -8165,8 +8409,8 @@ class Slots:
 
     @classmethod
     def make(cls, directory: str, number: int) -> List[Any]:
-        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that
-        nobody knows what was begun. Raises OSError where no file can be made."""
+        """Make slots for TOGETHER workers. Without room for the file it is left empty, which says
+        that nobody knows what was begun. Raises OSError where no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -8184,15 +8428,15 @@ class Slots:
 
     @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
-        """Worker: this attempt begins."""
+        """Note that this attempt begins. Called by a worker."""
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
-        """Daemon: the attempts that were begun by the workers of a directory; None if that is not
-        known. Raises OSError."""
+        """Return the attempts that were begun by the workers of a directory; None if that is not
+        known. Called by the daemon. Raises OSError."""
         begun: Set[int] = set()
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
@@ -8209,7 +8453,8 @@ class Slots:
 
     @classmethod
     def mark_unknown(cls, directory: str) -> None:
-        """Daemon: from now on nobody knows what was begun. Raises OSError."""
+        """Note that from now on nobody knows what was begun. Called by the daemon. Raises
+        OSError."""
         os.close(
             os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
 
@@ -8241,7 +8486,8 @@ class CapturedOutput:
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
     def take(self, size: int) -> bytes:
-        """Worker: all that was written, clipped; empty the file for the next job."""
+        """Return all that was written, clipped, and empty the file for the next job. Called by a
+        worker."""
         if size < OUTPUT_KEPT:
             return self._empty(size)
         with self._alone():   # the runner may be shortening it
@@ -8270,13 +8516,14 @@ class CapturedOutput:
         return clip(self._read(0, OUTPUT_KEPT), self._read(size - OUTPUT_KEPT, OUTPUT_KEPT), size)
 
     def since(self, at: int) -> bytes:
-        """Runner: what was written from byte `at` on, up to OUTPUT_KEPT bytes."""
+        """Return what was written from byte `at` on, up to OUTPUT_KEPT bytes. Called by the
+        runner."""
         return self._read(at, OUTPUT_KEPT)
 
     def shorten(self, libc: Any) -> None:
-        """Runner: give back the disk blocks in the middle of a file that has grown large; what a
-        job prints meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the
-        job has ended."""
+        """Give back the disk blocks in the middle of a file that has grown large; what a job prints
+        meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the job has
+        ended."""
         if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
             self._hole = OUTPUT_KEPT
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
@@ -8311,7 +8558,8 @@ class CapturedOutput:
 
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
-    """The payload of a job that raised: the text, and the exception when it survives pickling."""
+    """Make the payload of a job that raised: the text, and the exception when it survives
+    pickling."""
     body: bytes = b''
     if exc is not None:
         try:
@@ -8334,7 +8582,7 @@ def cut_error(exc: BaseException, skip: int = 0) -> Payload:
 
 
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
-    """The inverse, without opening the exception."""
+    """Take apart what `pack_error` has made, without opening the exception."""
     length, = struct.unpack_from('>I', payload)
     return bytes(payload[4:4 + length]).decode('utf-8', 'replace'), payload[4 + length:]
 
@@ -8449,8 +8697,7 @@ class Program:
     def __init__(self, path: str) -> None:
         self.path = path
         # An interrupt goes to the whole process group and so to the program. Here it is noted and
-        # not raised: raised
-        # in the moment in which waitpid returns, it would lose the status.
+        # not raised: raised in the moment in which waitpid returns, it would lose the status.
         self.interrupted = False
         # Told the names of the files that the program leaves in its directory, once; None: no more
         self.tell: Optional[Callable[[List[str]], None]] = None
@@ -8585,8 +8832,9 @@ def _name_of(path: str, directory: str) -> str:
 
 
 class Calls:
-    """The computation of an executor: any function a call. Each worker process calls an initializer
-    first, if there is one. `most`: CPUs that the calls may use at once over all nodes."""
+    """The computation of an executor, where each call names its function. Each worker process calls
+    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
+    nodes."""
     __name__ = 'executor'
 
     def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
@@ -8624,8 +8872,8 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
 
 def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
               batch: Callable[[], Any]) -> Any:
-    """The computation of the backend for joblib: some calls in one job. `initializer` is called
-    once in each worker process, which `token` tells."""
+    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
+    is called once in each worker process, which `token` tells."""
     offer_to_joblib(joblib_backend_in_job)
     if initializer is not None and token not in _initialized:
         initializer(*initargs)
@@ -8656,8 +8904,8 @@ def joblib_backend_in_job(parallel: Any) -> Any:
 
 
 def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """setup of the backend for joblib: what limits the threads of numerical libraries, which are
-    not loaded yet."""
+    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
+    backend for joblib."""
     os.environ.update(variables)
 
 
@@ -8708,7 +8956,8 @@ class NumericThreads:
             os.environ.setdefault(name, '1')
 
     def use(self, cpus: int, surroundings: 'Surroundings') -> None:
-        """Worker: the next job has so many CPUs."""
+        """Let numerical libraries use so many threads, as the next job has CPUs. Called by a
+        worker."""
         self.cpus = cpus
         for name in self.VARIABLES:
             if name not in self._of_user:
@@ -8792,7 +9041,7 @@ class SharedMemoryTracker:
         self._unregister = resource_tracker.unregister
 
     def install(self) -> None:
-        """From now on, and in all forked children."""
+        """Track shared memory from now on, and in all forked children."""
         if os.name != 'nt':   # there memory goes with the last process that has it
             self._tracker.register = self._register_own
             self._tracker.unregister = self._unregister_any
@@ -9784,9 +10033,9 @@ class RunningLimit:
 
 
 class RunningLimits:
-    """What jobs of workers may use, by worker and job. The node ends jobs in time itself; the runner
-    does it some tenths of a second later if the node has not: one that is part of a program has no
-    turn while that holds the GIL."""
+    """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The runner
+    does it some tenths of a second later if the node has not: a node that is part of a program has
+    no turn while that holds the GIL."""
 
     def __init__(self) -> None:
         self._known: Dict[int, Dict[int, RunningLimit]] = {}
@@ -10241,8 +10490,7 @@ class Runner:
             self._tell_failure(failure)
         self._workers.drop_children()
         # This process ends without exit handlers, those of the user's modules; shared variables
-        # that setup has made leave
-        # named semaphores behind unless they are finalized.
+        # that setup has made leave named semaphores behind unless they are finalized.
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
         if finalize is not None:
             finalize(0)
@@ -10395,8 +10643,8 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be
-    set."""
+    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
+    can be set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
     for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
@@ -10527,7 +10775,7 @@ class Channel:
         return self.sock.sendmsg([view for view, _ in plain])
 
     def receive(self, room: memoryview) -> int:
-        """As a socket's recv_into."""
+        """Do as a socket's recv_into does."""
         return self.sock.recv_into(room)
 
     def read(self, now: float) -> List[Any]:
@@ -10628,7 +10876,7 @@ class IncomingValue:
 
 
 class InMemory:
-    """A place for a value: memory that is taken as the value comes."""
+    """Memory for a value, which is taken as the value comes."""
 
     def __init__(self, size: int) -> None:
         """Raises MemoryError."""
@@ -10655,7 +10903,8 @@ class Values:
         """`where` tells whose memory it is, for people."""
         self.where = where
         self._log = log
-        self._coming: Dict[Tuple[int, str], IncomingValue] = {}   # (link, computation) -> what comes
+        # (link, computation) -> what comes
+        self._coming: Dict[Tuple[int, str], IncomingValue] = {}
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
         """The message that is whole with this part; what stands for one for which there is no room;
@@ -10723,10 +10972,11 @@ class Values:
             return Unfit(comp, row, unfit_text(value.total, text))
         text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
             '(dispy_send_file)' % (value.total, text)
-        if row[1] in PROVISIONAL:
+        if row[OUTCOME] in PROVISIONAL:
             self._log.error('provisional: %s', text)
             return None
-        refused = (row[0], int(Outcome.RAISED), *row[2:4], pack_error(text, None), *row[5:])
+        refused = (row[SERIAL], int(Outcome.RAISED), *row[START:PAYLOAD], pack_error(text, None),
+                   *row[STDOUT:])
         return Results(comp, [refused])
 
     def drop(self, link: int, comp: Optional[str] = None) -> None:
@@ -10874,7 +11124,8 @@ class Link(Channel):
 
     @property
     def owes(self) -> bool:
-        """Whether results go in parts: a Bye would say that their jobs had never begun."""
+        """Whether results are on their way in parts: a Bye would say that their jobs had never
+        begun."""
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
 
@@ -10948,13 +11199,13 @@ def _results_as_received(message: Results) -> Tuple[Any, int]:
     rows = message.rows
     size = 0
     for place, row in enumerate(rows):
-        if type(row[4]) is bytes and type(row[5]) is bytes and type(row[6]) is bytes:
-            size += len(row[4])
+        if type(row[PAYLOAD]) is bytes and type(row[STDOUT]) is bytes and type(row[STDERR]) is bytes:
+            size += len(row[PAYLOAD])
             continue
         if rows is message.rows:   # as above
             rows = list(rows)
-        payloads = tuple(map(_payload_as_received, row[4:]))
-        rows[place] = (*row[:4], *payloads)
+        payloads = tuple(map(_payload_as_received, row[PAYLOAD:]))
+        rows[place] = (*row[:PAYLOAD], *payloads)
         size += sum(map(size_of, payloads))
     if rows is not message.rows:
         message = Results(message.comp, rows)
@@ -11173,9 +11424,9 @@ class Refusals:
         over = []
         for first, last, comp, serials in self._sent.get(link.number, ()):
             for serial in serials if first <= number <= last else ():
-                self._counts[comp, serial >> 16] += 1
-                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
-                    del self._counts[comp, serial >> 16]
+                self._counts[comp, job_number(serial)] += 1
+                if self._counts[comp, job_number(serial)] >= REFUSED_MOST:
+                    del self._counts[comp, job_number(serial)]
                     over.append((comp, serial))
         return over
 
@@ -11339,7 +11590,7 @@ class Loop:
         self._selector.register(sock, selectors.EVENT_READ, call)
 
     def remove_reader(self, sock: Any) -> None:
-        """The inverse."""
+        """Watch a socket no more."""
         self._selector.unregister(sock)
 
     def send(self, link: Link, message: Any) -> None:
@@ -11585,7 +11836,7 @@ class Loop:
 
 
 class Authenticated(NamedTuple):
-    """Posted by a gate: a peer that proved itself."""
+    """A peer has proved itself. Posted by a gate."""
     sock: socket.socket
     session: Session
     address: str
@@ -11659,7 +11910,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             sock, where = super().get_request()
             return sock, (address_in(where), *where[1:])
         except OSError as exc:
-            if exc.errno in (23, 24):   # ENFILE, EMFILE
+            if exc.errno in (errno.ENFILE, errno.EMFILE):
                 if self._spare >= 0:
                     os.close(self._spare)
                 self._spare = -1
@@ -11714,7 +11965,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """TLS and handshake. The connection's own thread."""
+        """Carry out TLS and handshake. Runs in the connection's own thread."""
         address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
         deadline = time.monotonic() + self._patience
         sock = request
@@ -11739,7 +11990,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
             self._log(
                 address,
-                tls_text(exc) if type(exc).__name__.startswith('SSL') else str(exc) or 'it hung up')
+                tls_text(exc) if is_of_tls(exc) else str(exc) or 'it hung up')
         finally:
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
@@ -11868,7 +12119,7 @@ def dial_text(exc: BaseException) -> str:
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     # With TLS 1.3 a rejected certificate comes to light in the handshake
-    if type(exc).__name__.startswith('SSL'):
+    if is_of_tls(exc):
         return tls_text(exc)
     if isinstance(exc, OSError) and exc.errno in NO_WAY:
         return 'it cannot be reached: %s' % exc.strerror
@@ -11884,7 +12135,7 @@ def told_once(text: str) -> str:
 
 
 def why_unreached(exc: BaseException) -> Unreached:
-    """The same in a word."""
+    """Return why no connection came about, as one of few cases."""
     if isinstance(exc, ConnectionRefusedError):
         return Unreached.DOWN
     if isinstance(exc, UnicodeError):
@@ -11894,13 +12145,13 @@ def why_unreached(exc: BaseException) -> Unreached:
             return Unreached.NAME_SERVICE
         return Unreached.NO_SUCH_NAME
     if (isinstance(exc, HandshakeError)
-            and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
+            and not isinstance(exc, Silence)) or is_of_tls(exc):
         return Unreached.REFUSED
     return Unreached.UNREACHABLE
 
 
 class Connected(NamedTuple):
-    """Posted by the thread of a Reconnector: `peer` was reached."""
+    """`peer` was reached. Posted by the thread of a Reconnector."""
     peer: Any
     sock: Any
     session: Session
@@ -11908,7 +12159,7 @@ class Connected(NamedTuple):
 
 
 class ConnectFailed(NamedTuple):
-    """Posted by the thread of a Reconnector: it was not."""
+    """`peer` was not reached. Posted by the thread of a Reconnector."""
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
@@ -11985,7 +12236,7 @@ class Reconnector:
 
 
 class _Connecting:
-    """One thread of a Reconnector."""
+    """One attempt of a Reconnector, which has a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
                  reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
@@ -12069,16 +12320,16 @@ class SecondConnection:
 
 
 # Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
-# would be asked from link-local
-# addresses, and no node could be meant by the address that people know.
+# would be asked from link-local addresses, and no node could be meant by the address that people
+# know.
 GROUP6 = 'ff15::d159:5'
 GROUP4 = '239.255.97.1'
 REACHES = ('lan', 'loopback', 'off')
 
 
 def discovery_reach() -> str:
-    """How far datagrams go, from the environment: 'lan', 'loopback' (this machine) or 'off'. Raises
-    ValueError."""
+    """Return how far datagrams go, by the environment: 'lan', 'loopback' (this machine) or 'off'.
+    Raises ValueError."""
     reach = os.environ.get('DISPY_DISCOVERY') or 'lan'
     if reach not in REACHES:
         raise ValueError(
@@ -12088,7 +12339,7 @@ def discovery_reach() -> str:
 
 
 class UdpListener(socketserver.UDPServer):
-    """One UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
+    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
     source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
@@ -12104,7 +12355,7 @@ class UdpListener(socketserver.UDPServer):
         super().__init__((host, port), None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Options, address, groups."""
+        """Set options, bind the address, join groups."""
         sock = self.socket
         if sys.platform != 'linux':   # on Linux it would bar other users' nodes
             set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
@@ -12130,7 +12381,7 @@ class UdpListener(socketserver.UDPServer):
                                     socket.inet_aton(GROUP4) + socket.inet_aton(address))
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """One datagram."""
+        """Take one datagram."""
         data, sock = request
 
         def reply(answer: bytes) -> None:
@@ -12247,7 +12498,7 @@ class DiscoverySockets:
                     ear.socket.sendto(data, (GROUP4, port))
 
     def close(self) -> None:
-        """Listen no more. Does nothing the second time."""
+        """Stop listening. Does nothing the second time."""
         for ear in self.ears:
             self._loop.remove_reader(ear.socket)
             ear.server_close()
@@ -12292,7 +12543,7 @@ class ChildEnded(NamedTuple):
 
 
 class Digested(NamedTuple):
-    """Posted by a thread: digests of files that were there are known."""
+    """The digests of files that were there are known. Posted by a thread."""
     action: PrepareDirectory
 
 
@@ -12341,7 +12592,7 @@ class NodeDirectory:
             self._take_above(os.path.dirname(root), mode)
         take_own_directory(root, NODE_MARK, ('lock', ) if _was_ours(root) else (),
                            '--dest-path-prefix', mode)
-        self._lock_file = _lock(os.path.join(root, 'lock'), self._port, self._instance)
+        self._lock_file = take_lock(os.path.join(root, 'lock'), self._port, self._instance)
         self.base = os.path.realpath(root)
         if self._options.clean:
             for name in os.listdir(root):
@@ -12392,8 +12643,8 @@ class NodeDirectory:
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
-        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is
-        in the way of the lock."""
+        """Make the directory of --user in ours. Ours stays root's, so that nothing that a job
+        plants is in the way of the lock."""
         root = os.path.join(root, 'user-' + user.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(root, 0o700)
@@ -12533,8 +12784,8 @@ class ComputationDirectory:
 
 
 class ComputationFiles:
-    """Files of computations: makes their directories, finds out what is missing, stores what comes.
-    The loop's thread."""
+    """The files of computations: this makes their directories, finds out what is missing, stores
+    what comes. The loop's thread."""
 
     def __init__(self, host: 'NodeHost', directory: NodeDirectory, options: Options) -> None:
         self._host = host
@@ -12736,7 +12987,7 @@ class ResultStore:
             self._host.post(ResultsSpooled(action.comp, [], str(exc)))
         else:
             self._unkept.discard(action.comp)
-            self._host.tell(ResultsSpooled(action.comp, [row[0] for row in action.rows]))
+            self._host.tell(ResultsSpooled(action.comp, [row[SERIAL] for row in action.rows]))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
@@ -12747,7 +12998,7 @@ class ResultStore:
 
     def usable(self, comp: str, row: tuple) -> tuple:
         """A row of Results, or what is told in the place of one that its client could not take."""
-        text = self.refused.get((comp, row[0]))
+        text = self.refused.get((comp, row[SERIAL]))
         if text is None:
             return row
         return refused_row(row, text)
@@ -12758,13 +13009,13 @@ class ResultStore:
                                  self._kept_rows(action.link, action.comp))
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Results from the disk. Those that are not there any more have been lost, which their
+        """Read results from the disk. Those that are not there any more have been lost, which their
         client is told; when there is no descriptor to read them with they are tried again."""
         missing = set(self._host.node.results.spooled_serials(comp))
         text = 'the file ends before it'
         try:
             for row in self._directory.spool(comp).rows():
-                missing.discard(row[0])
+                missing.discard(row[SERIAL])
                 yield self.usable(comp, row)
         except FileNotFoundError as exc:
             text = str(exc)
@@ -13112,7 +13363,7 @@ class WorkerReader:
                 WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == RecordType.FILE:
             row = open_envelope(record.bodies[0])
-            if not _is_file(row) or not _is_serial(record.serial):
+            if not _is_file(row) or not is_serial(record.serial):
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
                               record.number * FILE_PIECE, out_of_band(record.bodies[1]))
@@ -13121,7 +13372,7 @@ class WorkerReader:
         elif record.kind == RecordType.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int
-                                                   and not _is_serial(request)):
+                                                   and not is_serial(request)):
                 raise PeerError('modules that are none')
             self._host.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == RecordType.INITIALIZED:
@@ -13133,7 +13384,8 @@ class WorkerReader:
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
             self._host.tell(
-                WorkerReturnedJobs(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+                WorkerReturnedJobs(pipe.worker,
+                                   list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
 
 class ProcessHost:
@@ -13472,7 +13724,8 @@ class ProcessHost:
 
     def watch(self, action: LimitMemory) -> None:
         """Limit the memory and the time of what a worker runs."""
-        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most), action.seconds)
+        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most),
+                    action.seconds)
 
     def interrupt(self, action: Interrupt) -> None:
         """Interrupt what a worker runs."""
@@ -13722,8 +13975,8 @@ class NodeHost:
         self.links: Dict[int, Link] = {}     # to clients
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve,
-                         options.client_shutdown, loop.now)
+        self.node = node_type()(name, options.cpus, node_facts(), options.zombie, options.serve,
+                                options.client_shutdown, loop.now)
         self._posted: Deque[Any] = collections.deque()
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
@@ -14046,7 +14299,7 @@ class Daemon(Loop):
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
             where = format_address(host, port)
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+            if exc.errno == errno.EADDRINUSE:
                 raise StartError(
                     'port %d is in use (%s), perhaps by another dispynode; choose another port '
                     'with -p/--port'
@@ -14284,7 +14537,8 @@ def installed_version(package: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or not hasattr(spec.loader, 'get_data'):
         return ''
-    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]   # it may lie in an archive
+    # It may lie in an archive
+    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
     if found:
         return found.group(1).decode()
@@ -14360,7 +14614,7 @@ def lock_file(file: Any) -> None:
             time.sleep(0.02)
 
 
-def _lock(path: str, port: int, instance: bytes = b'') -> Any:
+def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
     """Take the lock file or raise StartError naming who has it. Released by the system when the
     process ends."""
     file = open(path, 'a+')
@@ -14378,6 +14632,19 @@ def _lock(path: str, port: int, instance: bytes = b'') -> Any:
                (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
     file.flush()
     return file
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 class DirectoryRemains:
@@ -14435,246 +14702,6 @@ class DirectoryRemains:
 
 
 # --------------------------------------------------------------------------------------------------
-# Deployment: the half of `python -m dispy deploy` and `stop` that runs on the host, by ssh
-# --------------------------------------------------------------------------------------------------
-
-class Deployment:
-    """The node that was deployed on this host for this user: its file, its log, and a note of how
-    it was started.
-
-    The directory has the host's name, since hosts may share a home. A context, so that one deploy
-    or stop is at work at a time; at its end the directory goes unless something is deployed.
-    """
-
-    def __init__(self) -> None:
-        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
-        self._script, self._noted, self._log = (os.path.join(self._directory, name)
-                                                for name in ('dispynode.py', 'note', 'log'))
-        self._note: dict = {}
-
-    def __enter__(self) -> 'Deployment':
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        try:
-            self._lock = _lock(os.path.join(self._directory, 'lock'), 0)
-        except StartError:
-            raise StartError('another deploy or stop is at work on this host') from None
-        try:
-            if os.path.exists(self._noted):
-                with open(self._noted) as file:
-                    self._note = json.load(file)
-        except ValueError as exc:
-            self._lock.close()
-            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
-                             (self._noted, exc)) from exc
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        if not self._note:
-            shutil.rmtree(self._directory)
-            with contextlib.suppress(OSError):   # other hosts have theirs there
-                os.rmdir(os.path.dirname(self._directory))
-        self._lock.close()
-
-    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
-               restart: bool) -> str:
-        """Have a node run from this source with these options and, if one is given, this secret.
-        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
-        of a node that does not run."""
-        path = secret_path()
-        if secret:
-            have = self._present_secret(path)
-        else:
-            have = b''
-        if have not in (b'', secret) and not replace_secret:
-            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
-        wanted = {
-            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
-        }
-        pid = self._running()
-        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
-            return 'runs already: port %(port)d, PID %(pid)d' % self._note
-        if pid and not restart and self._busy():
-            raise StartError(
-                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
-                'again when it is idle, or with --restart' % pid)
-        # A secret that deploy has not put there
-        if self._digest(have) == self._note.get('secret'):
-            foreign = b''
-        else:
-            foreign = have
-        put = self._digest_put(secret, foreign)
-        try:
-            self._end(pid)
-            self._note = {'wanted': wanted, 'secret': put}
-            _write_private(self._script, source)
-            if secret != have:
-                _write_private(path, secret + b'\n')
-            self._start(options, ['--secret-file', path] if secret else [])
-        except (OSError, StartError) as exc:
-            if self._running():   # it does not end, or has not been touched
-                raise
-            self._undo(path, put, foreign)
-            raise StartError('%s%s' %
-                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
-        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
-                                        self._note['pid'])
-
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
-        if not self._note:
-            return 'nothing was deployed here'
-        pid = self._running()
-        self._end(pid)
-        self._remove()
-        if pid:
-            return 'stopped'
-        return 'ran no more; its files are removed'
-
-    def _start(self, options: List[str], more: List[str]) -> None:
-        """Start the daemon, in a session of its own, and wait until it listens."""
-        args = _parser().parse_args(options)
-        log = os.path.abspath(args.log_file or self._log)
-        if os.path.exists(log):
-            begin = os.path.getsize(log)
-        else:
-            begin = 0
-        with open(self._log, 'ab') as output:
-            said = output.tell()
-            process = subprocess.Popen(
-                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True)
-        self._note['pid'] = process.pid
-        _write_private(self._noted, json.dumps(self._note).encode())
-        until = time.monotonic() + DEPLOY_TIME
-        found = None
-        while found is None:
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                # Main logs it
-                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
-            if process.returncode is not None or time.monotonic() > until:
-                process.kill()
-                code = process.wait()
-                raise StartError(
-                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
-                    or 'it ' + exit_text(code))
-        port = int(found.group(1))
-        self._note.update(port=port,
-                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
-        _write_private(self._noted, json.dumps(self._note).encode())
-
-    def _running(self) -> int:
-        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
-        not taken for it."""
-        pid = self._note.get('pid', 0)
-        if not pid:
-            return 0
-        if os.path.isdir('/proc/self'):
-            command = _since('/proc/%d/cmdline' % pid)
-        else:
-            command = subprocess.run(
-                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
-        if os.fsencode(self._script) in command:
-            return pid
-        return 0
-
-    def _busy(self) -> bool:
-        """Whether a computation is there."""
-        root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
-
-    def _end(self, pid: int) -> None:
-        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
-        is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
-            if self._running():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            while self._running() and time.monotonic() < until:
-                time.sleep(0.02)
-        if self._running():
-            raise StartError('PID %d does not end after SIGTERM' % pid)
-        root = self._note.get('root', '')
-        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
-            if set(os.listdir(root)) <= KEEPING_FILES:
-                shutil.rmtree(root)
-                os.rmdir(os.path.dirname(default_directory(0)))
-
-    def _undo(self, path: str, put: str, foreign: bytes) -> None:
-        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
-        self._remove()
-        if put and foreign:
-            _write_private(path, foreign + b'\n')
-
-    def _remove(self) -> None:
-        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
-        path = secret_path()
-        if os.path.lexists(path) and self._digest(_read_secret(path)) == self._note.get('secret'):
-            os.unlink(path)
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))
-        self._note = {}
-
-    @staticmethod
-    def _digest(secret: bytes) -> str:
-        return hashlib.sha256(secret).hexdigest()
-
-    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
-        """The digest of the secret that will have been put here; empty if it was here before."""
-        if not secret:
-            return self._note.get('secret', '')  # type: ignore[no-any-return]
-        if secret != foreign:
-            return self._digest(secret)
-        return ''
-
-    @staticmethod
-    def _present_secret(path: str) -> bytes:
-        if os.path.lexists(path):
-            return _read_secret(path)
-        return b''
-
-
-def _since(path: str, begin: int = 0) -> bytes:
-    """What a file has from there on; nothing if there is no such file."""
-    try:
-        with open(path, 'rb') as file:
-            file.seek(begin)
-            return file.read()
-    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
-        return b''
-
-
-def _write_private(path: str, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def deployment(source: bytes, task: str, *request: Any) -> None:
-    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
-    done, on stdout after DEPLOYED, or why not, on stderr."""
-    try:
-        if os.name == 'nt':
-            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
-        with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
-    except (StartError, SecretError, OSError) as exc:
-        sys.exit(str(exc))
-
-
-# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -14686,7 +14713,7 @@ def available_cpus() -> int:
 
 
 def serve_option(text: str) -> Optional[int]:
-    """A number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
+    """Read a number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
     try:
         number = int(text)
     except ValueError:
@@ -14711,7 +14738,7 @@ def count_cpus(wanted: Optional[int]) -> int:
 
 
 def size_option(text: str) -> int:
-    """Bytes: a number, with k, m, g or t behind it for powers of 1024."""
+    """Read a number of bytes, with k, m, g or t behind it for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
         number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
     else:
@@ -14722,7 +14749,7 @@ def size_option(text: str) -> int:
 
 
 def _time_of_day(text: str) -> str:
-    """HH:MM."""
+    """Read a time of day, HH:MM."""
     hour, _, minute = text.partition(':')
     if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
         raise argparse.ArgumentTypeError('%r is no time of day such as 08:30' % text)
@@ -14730,7 +14757,7 @@ def _time_of_day(text: str) -> str:
 
 
 def positive_number(text: str) -> float:
-    """A number above 0."""
+    """Read a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -14738,7 +14765,7 @@ def positive_number(text: str) -> float:
 
 
 def seconds_option(text: str) -> float:
-    """A time in seconds."""
+    """Read a time in seconds."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
@@ -14747,7 +14774,7 @@ def seconds_option(text: str) -> float:
 
 
 def minutes_option(text: str) -> float:
-    """A time in minutes."""
+    """Read a time in minutes."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
@@ -14756,7 +14783,8 @@ def minutes_option(text: str) -> float:
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
-    """Hours of service from their options. Raises ValueError for those that make no sense."""
+    """Return the hours of service that options give. Raises ValueError for those that make no
+    sense."""
     if start is None and stop is None and end is None:
         return None
     if start is None or (stop is None and end is None):
@@ -14849,11 +14877,6 @@ OBSOLETE_NODE = {
     '--unsafe-setup': (False, 'setup() runs in a process of its computation'),
     '--admin-secret': (True, 'there is no dispyadmin'),
 }
-OBSOLETE_SCHEDULER = {
-    '--msg-timeout': (True, 'connections are kept'),
-    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
-    '--cooperative': (False, 'each program limits its own CPUs of a node'),
-}
 
 
 def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bool, str]]) -> None:
@@ -14931,25 +14954,172 @@ class OldConfig:
         return ['%s=%s' % (option, item) for item in items]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispynode',
-                                     description='Run jobs of dispy clients on this host.',
-                                     epilog='''
-        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
-        ''' + EXIT_STATUSES)
+class OptionParser(argparse.ArgumentParser):
+    """The parser of a daemon's command line. The same options may stand in a file (--config), which
+    is turned into a command line, so that there is one judge of both."""
+    # Type of an option -> types of its values in a JSON file; where none is given here, text.
+    JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
+        int: (int,), serve_option: (int,), size_option: (int, str), positive_number: (int, float),
+        seconds_option: (int, float), minutes_option: (int, float)}
+    # Options that cannot stand in a file, with those that end in "secret"
+    NOT_IN_FILES = frozenset(('help', 'version', 'config', 'save_config', 'embedded', 'obsolete'))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._file = ''    # that is being read
+
+    def error(self, message: str) -> NoReturn:
+        """A wrong option ends the program; one in a file raises StartError, which names the
+        file."""
+        if self._file:
+            raise StartError('--config %s: %s' % (self._file, message))
+        super().error(message)
+
+    def options_of_files(self) -> Dict[str, argparse.Action]:
+        """Options that may stand in a configuration file, by long name."""
+        return {
+            action.dest.replace('_', '-'): action
+            for action in self._actions
+            if action.dest not in self.NOT_IN_FILES and not action.dest.endswith('secret')
+        }
+
+    def take_defaults(self, path: str) -> None:
+        """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises
+        StartError naming file and key."""
+        try:
+            with open(path, encoding='utf-8') as file:
+                text = file.read()
+            if text.lstrip().startswith('[DEFAULT]'):
+                words = OldConfig.words(text, self)
+            else:
+                words = self._words_of_json(path, json.loads(text))
+        except (OSError, ValueError, RecursionError) as exc:
+            raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
+        self._file = path
+        try:
+            given = self.parse_args(words)
+        finally:
+            self._file = ''
+        self.set_defaults(**{name: value for name, value in vars(given).items()
+                             if value != self.get_default(name)})
+
+    def _words_of_json(self, path: str, found: Any) -> List[str]:
+        """The command line that says the same as a JSON file."""
+        if not isinstance(found, dict):
+            raise StartError('--config %s: it holds no {"option": value, ...}' % path)
+        known = self.options_of_files()
+        words: List[str] = []
+        for key, value in found.items():
+            action = known.get(key.replace('_', '-'))
+            if action is None:
+                raise StartError('--config %s: %r is no option that can stand there' % (path, key))
+            text = self._wrong_type(action, value)
+            if text:
+                raise StartError('--config %s: %s %s' % (path, key, text))
+            words += self._words_of_value(action, value)
+        return words
+
+    def _wrong_type(self, action: argparse.Action, value: Any) -> str:
+        """Why a value of a JSON file cannot be that of an option; empty if it can."""
+        if isinstance(action, Each):
+            kinds: Tuple[type, ...] = (list,)
+            right = all(isinstance(item, str)
+                        for item in (value if isinstance(value, list) else [value]))
+        elif action.nargs == 0:
+            kinds = (bool,)
+            right = isinstance(value, bool)
+        else:
+            kinds = self.JSON_TYPES.get(action.type, (str,))
+            right = isinstance(value, kinds) and not isinstance(value, bool)
+        if right:
+            return ''
+        names = ' or '.join(kind.__name__ for kind in kinds)
+        return 'may not be %.100r: %s is wanted' % (value, names)
+
+    @staticmethod
+    def _words_of_value(action: argparse.Action, value: Any) -> List[str]:
+        """The words of the command line that give an option this value."""
+        option = next(option for option in action.option_strings if option.startswith('--'))
+        if isinstance(value, bool):
+            return [option] * value
+        if isinstance(value, list):
+            return ['%s=%s' % (option, item) for item in value]
+        return ['%s=%s' % (option, value)]
+
+
+def save_config(parser: OptionParser, args: argparse.Namespace, path: str) -> None:
+    options = {name: getattr(args, action.dest)
+               for name, action in parser.options_of_files().items()}
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(
+            {
+                name: value
+                for name, value in options.items()
+                if value not in (None, '', []) and value is not False
+            },
+            file,
+            indent=2)
+        file.write('\n')
+
+
+def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a daemon on top of the file that it may name. Raises StartError for the
+    file."""
+    argv = [
+        arg.partition('=')[0].replace('_', '-') +
+        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
+    ]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--config')
+    path = first.parse_known_args(argv)[0].config
+    if path is not None:
+        parser.take_defaults(path)
+    return parser.parse_args(argv)
+
+
+def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
+    """A parser with the first of the options that a node and a scheduler have in common; the others
+    are added by `add_daemon_options`, behind their own."""
+    parser = OptionParser(prog=prog, description=description, epilog=epilog)
+    parser.add_argument('-d', '--debug', action='store_true', help='log what is done in detail')
+    parser.add_argument('-i', '--host', '--ip-addr', action=Each, metavar='ADDR',
+                        help='address to listen at; may be repeated (default: all)')
+    return parser
+
+
+def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str]]) -> None:
+    """Add the last of the options that a node and a scheduler have in common. `obsolete` are those
+    of dispy 4 that are accepted and have no meaning any more."""
     add = parser.add_argument
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
+    add('--max-file-size', type=size_option, metavar='N[kmgt]',
+        help='larger files, of programs and of jobs, are refused (default: no limit)')
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which there is '
+             'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    add('--log-file', metavar='FILE', help='log there instead of to stderr')
+    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
+    add('--clean', action='store_true',
+        help='remove what earlier runs have left in the directory')
+    add('--config', metavar='FILE',
+        help='read options from this JSON file; the command line overrides it')
+    add('--save-config', metavar='FILE',
+        help='write these options, without secrets, to a JSON file, and end')
+    add('--version', action='version', version='%(prog)s ' + __version__)
+    accept_obsolete(parser, obsolete)
+
+
+NODE_EPILOG = '''dispy 4's spellings with underscores are understood. --config knows every long
+    option but the secret, as {"cpus": 4, "host": ["::1"]}. ''' + EXIT_STATUSES
+
+
+def _parser() -> OptionParser:
+    parser = daemon_parser('dispynode', 'Run jobs of dispy clients on this host.', NODE_EPILOG)
+    add = parser.add_argument
     add('-c',
         '--cpus',
         type=int,
         metavar='N',
         help='CPUs to offer; negative: leave so many free (default, and 0: all)')
-    add('-i',
-        '--host',
-        '--ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='address to listen at; may be repeated (default: all)')
     add('--ext-host',
         '--ext-ip-addr',
         action=Each,
@@ -15012,16 +15182,6 @@ def _parser() -> argparse.ArgumentParser:
     add('--force-cleanup',
         action='store_true',
         help='remove the files of a client also if it gives cleanup=False')
-    add('--max-file-size',
-        type=size_option,
-        metavar='N[kmgt]',
-        help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--max-value',
-        type=size_option,
-        default=VALUE_MOST,
-        metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which no memory '
-             'is free (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval',
         type=minutes_option,
         metavar='MIN',
@@ -15036,109 +15196,10 @@ def _parser() -> argparse.ArgumentParser:
         type=seconds_option,
         metavar='S',
         help='seconds between searches for clients')
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
-    add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
-    add('--config',
-        metavar='FILE',
-        help='take options from this JSON file; those given here count more')
-    add('--save-config',
-        metavar='FILE',
-        help='write these options to a JSON file, without the secret, and end')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
-    accept_obsolete(parser, OBSOLETE_NODE)
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    add_daemon_options(parser, OBSOLETE_NODE)
     return parser
-
-
-def _configurable(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
-    """Options that may stand in a configuration file, by long name."""
-    return {
-        action.dest.replace('_', '-'): action
-        for action in parser._actions
-        if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded',
-                               'obsolete') and not action.dest.endswith('secret')
-    }
-
-
-def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises StartError
-    naming file and key."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            text = file.read()
-        if text.lstrip().startswith('[DEFAULT]'):
-            given = parser.parse_args(OldConfig.words(text, parser))
-            parser.set_defaults(**{name: value for name, value in vars(given).items()
-                                   if value != parser.get_default(name)})
-            return
-        found = json.loads(text)
-    except (OSError, ValueError, RecursionError) as exc:
-        raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
-    if not isinstance(found, dict):
-        raise StartError('--config %s: it holds no {"option": value, ...}' % path)
-    known = _configurable(parser)
-    for key, value in found.items():
-        action = known.get(key.replace('_', '-'))
-        if action is None:
-            raise StartError('--config %s: %r is no option that can stand there' % (path, key))
-        parser.set_defaults(
-            **{action.dest: _configured(action, value, '--config %s: %s' % (path, key))})
-
-
-def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    times = dict.fromkeys((positive_number, seconds_option, minutes_option), (int, float))
-    kinds: Dict[Any, Any] = {int: int, serve_option: int, **times, size_option: (int, str)}
-    if isinstance(action, Each):
-        kind: Any = list
-        if isinstance(value, str):
-            value = [value]
-        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    else:
-        if action.nargs == 0:
-            kind = bool
-        else:
-            kind = kinds.get(action.type, str)
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not right:
-        raise StartError('%s may not be %.100r: %s is wanted' % (where, value, ' or '.join(
-            each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))))
-    if action.type in (None, int):
-        return value
-    try:
-        return action.type(str(value))  # type: ignore[operator]
-    except argparse.ArgumentTypeError as exc:
-        raise StartError('%s: %s' % (where, exc)) from exc
-
-
-def save_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: str) -> None:
-    options = {name: getattr(args, action.dest) for name, action in _configurable(parser).items()}
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump(
-            {
-                name: value
-                for name, value in options.items()
-                if value not in (None, '', []) and value is not False
-            },
-            file,
-            indent=2)
-        file.write('\n')
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of a daemon on top of the file that it may name. Raises StartError for the
-    file."""
-    argv = [
-        arg.partition('=')[0].replace('_', '-') +
-        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
-    ]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--config')
-    path = first.parse_known_args(argv)[0].config
-    if path is not None:
-        _load_config(parser, path)
-    return parser.parse_args(argv)
 
 
 class LogFormatter(logging.Formatter):
@@ -15166,7 +15227,7 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
 
 
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
-    """Logging of a daemon: one line an event, to stderr or a file."""
+    """Set up the log of a daemon: one line for each event, to stderr or a file."""
     if log_file:
         handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8')
     else:
@@ -15179,7 +15240,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
-    """HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    """Read HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -15196,7 +15257,7 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 
 def own_host(word: str) -> str:
-    """The address meant by a word for an address of this host: itself, or by the name of its
+    """Return the address meant by a word for an address of this host: itself, or by the name of its
     interface. Raises StartError."""
     interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
     families = (socket.AF_INET, socket.AF_INET6)
@@ -15212,8 +15273,9 @@ def own_host(word: str) -> str:
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
-    """Addresses to listen at, each once. A wildcard address means all there are, of both families,
-    as when none is given, and is told to nobody: who dials it reaches itself. Raises StartError."""
+    """Return addresses to listen at, each once. A wildcard address means all there are, of both
+    families, as when none is given, and is told to nobody: who dials it reaches itself. Raises
+    StartError."""
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
@@ -15243,8 +15305,8 @@ def clear_environment() -> None:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """A node that a client started: stdin is its lifeline, whatever way the client ends. It is read
-    as in `_prompt`."""
+    """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
+    read as in `_prompt`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -15385,7 +15447,7 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns its exit status: see EXIT_STATUSES."""
+    """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
@@ -15418,8 +15480,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == '__main__':
     # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__,
-    # `spawn` does not run this file a third time as the runner's __main__.
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
     del __file__
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     sys.exit(importlib.import_module('dispynode').main())

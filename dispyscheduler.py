@@ -78,26 +78,27 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 
 from dispy import (
     ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART,
-    ConnectionSettings, Allocation, CancelAsked, PackedComputation, Database, DispyNode, FailedJobs,
-    JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeInfo,
-    NodeSpec, NodeUse, NodeUser, Overview, NodeConnection, Schedule, AssignmentState, WithdrawAsked,
-    ScheduledJob, cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state)
+    ConnectionSettings, Allocation, CancelAsked, PackedComputation, Database, DispyNode,
+    FailedJobs, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults,
+    NodeInfo, NodeSpec, NodeUse, NodeUser, Overview, NodeConnection, Schedule, AssignmentState,
+    WithdrawAsked, ScheduledJob, cpus_of, has_ended, job_row, parse_nodes, shown_arguments,
+    shown_state, NodeChanged, JobsAssigned)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueRequests, pack_error,
-    VALUE_MOST, IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES,
-    NAME_MOST, NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of,
-    OBSOLETE_SCHEDULER, accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT,
-    ZOMBIE_TIME, Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DispyError, Done,
-    Each, FilePiece, FileReceiver, FileStored, Acceptor, KnownAttempts, ClientHello, Jobs, Limit,
-    Link, LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose,
-    Query, Ready, ReturnJobs, Reclaim, Refused, Results, Return, JobsReturned, Role, Notice,
-    Shutdown, StartError, Started, Unfit, Values, NodeHello, JobsAssigned, Wrong, __version__,
-    _write_private, out_of_band, check_name, derive_key, digest_of, discovery_reach, find_secret,
-    batches, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
-    over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
-    open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
-    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of,
-    size_option, with_size, take_own_directory, tls_files, unpack_error)
+    IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES, NAME_MOST,
+    NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of, OptionParser,
+    add_daemon_options, daemon_parser, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME,
+    Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece,
+    FileReceiver, FileStored, Acceptor, KnownAttempts, ClientHello, Jobs, Limit, Link, LinkBroken,
+    Need, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs,
+    Reclaim, Refused, Results, Return, JobsReturned, Role, Notice, Shutdown, StartError, Started,
+    Unfit, Values, NodeHello, Wrong, __version__, write_private, out_of_band, check_name,
+    derive_key, digest_of, discovery_reach, find_secret, batches, has_place, host_and_port,
+    in_parts, is_comp, limit_values, log_record_of, over_limit_here, refused_row, unfit_row,
+    make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular,
+    parse_arguments, pieces_of, replaced, result_key, plain_address, run_until_ended, save_config,
+    seconds_option, set_up_log, shorten, size_of, size_option, with_size, take_own_directory,
+    tls_files, unpack_error)
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -3396,7 +3397,7 @@ class Scheduler(Driver):
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
-            if exc.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', None)):
+            if exc.errno == errno.EADDRINUSE:
                 raise StartError(
                     'port %d is in use: another dispyscheduler? Choose another with -p/--port' %
                     port) from exc
@@ -3783,13 +3784,6 @@ def default_state_dir(port: int) -> str:
 
 
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
-    (('-d', '--debug'), {
-        'action': 'store_true',
-        'help': 'log what is done in detail'}),
-    (('-i', '--host', '--ip-addr'), {
-        'action': Each,
-        'metavar': 'ADDR',
-        'help': 'address to listen at; may be repeated (default: all)'}),
     (('-p', '--port', '--scheduler-port'), {
         'type': int,
         'default': SCHEDULER_PORT,
@@ -3871,16 +3865,6 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('--ipv4-udp-multicast',), {
         'action': 'store_true',
         'help': 'look for nodes by IPv4 multicast too'}),
-    (('--max-file-size',), {
-        'type': size_option,
-        'metavar': 'N[kmgt]',
-        'help': 'larger files of programs are refused (default: no limit)'}),
-    (('--max-value',), {
-        'type': size_option,
-        'default': VALUE_MOST,
-        'metavar': 'N[kmgt]',
-        'help': 'larger arguments and results of jobs are refused, as are those for which '
-                'the disk has no room (default and most: %d GiB)' % (VALUE_MOST >> 30)}),
     (('--zombie-interval',), {
         'type': minutes_option,
         'default': ZOMBIE_TIME / 60,
@@ -3911,38 +3895,27 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'metavar': 'PORT',
         'help': 'show all this in a browser (needs dispy_httpd.py), at this port of '
                 '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT}),
-    (('--log-file',), {
-        'metavar': 'FILE',
-        'help': 'log there instead of to stderr'}),
-    (('--daemon',), {
-        'action': 'store_true',
-        'help': 'outlive the terminal'}),
     (('--cleanup-nodes',), {
         'action': 'store_true',
         'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
-    (('--clean',), {
-        'action': 'store_true',
-        'help': 'forget what earlier runs have left'}),
-    (('--config',), {
-        'metavar': 'FILE',
-        'help': 'take options from this JSON file; those given here count more'}),
-    (('--save-config',), {
-        'metavar': 'FILE',
-        'help': 'write these options to a JSON file, without secrets, and end'}),
-    (('--version',), {
-        'action': 'version',
-        'version': '%(prog)s ' + __version__}),
 ]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='dispyscheduler',
-        description='Share nodes between several programs (dispy.SharedJobCluster).',
-        epilog=EXIT_STATUSES)
+# Options of dispy 4 without a meaning, as OBSOLETE_NODE
+OBSOLETE_SCHEDULER = {
+    '--msg-timeout': (True, 'connections are kept'),
+    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
+    '--cooperative': (False, 'each program limits its own CPUs of a node'),
+}
+
+
+def _parser() -> OptionParser:
+    parser = daemon_parser('dispyscheduler',
+                           'Share nodes between several programs (dispy.SharedJobCluster).',
+                           EXIT_STATUSES)
     for names, settings in OPTIONS:
         parser.add_argument(*names, **settings)
-    accept_obsolete(parser, OBSOLETE_SCHEDULER)
+    add_daemon_options(parser, OBSOLETE_SCHEDULER)
     return parser
 
 
@@ -4130,7 +4103,7 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
             is_open = bool(os.stat(log_file).st_mode & 0o077)
         if is_open:
             path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
-            _write_private(path, text.encode() + b'\n')
+            write_private(path, text.encode() + b'\n')
             text = 'the link of the monitor is in %s, since others can read this log' % path
         logger.info('%s', text)
     try:

@@ -123,7 +123,7 @@ def test_what_was_saved_is_loaded_and_the_command_line_wins(tmp_path):
     ('{"colour": 1}', 'colour'), ('{"secret": "x"}', 'secret'), ('{"config": "x"}', 'config'), ('{"cpus": "2"}', 'cpus.*int is wanted'),
     ('{"cpus": true}', 'cpus'), ('{"daemon": 1}', 'daemon.*bool'), ('{"host": [1]}', 'host'), ('{"name": 1}', 'name.*str'),
     ('{"msg-timeout": "1"}', 'msg-timeout.*int or float'), ('{"serve": 1.5}', 'serve'), ('{"service-start": "25:00"}', '25:00'),
-    ('{"max-file-size": null}', 'max-file-size'), ('[1]', 'option'), ('{', 'cannot be read')])
+    ('{"max-file-size": null}', 'max-file-size'), ('{"msg-timeout": 0}', '--msg-timeout.*0'), ('[1]', 'option'), ('{', 'cannot be read')])
 def test_a_wrong_configuration_is_refused_by_file_and_key(tmp_path, text, expected):
     path = tmp_path / 'config'
     path.write_text(text)

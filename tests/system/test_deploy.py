@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 import dispy
-import dispynode
 from conftest import ROOT, eventually, lives
 from nodes import SSHD, NodeProcess, needs_sshd
 
@@ -277,7 +276,7 @@ def test_a_pid_where_there_is_no_proc(monkeypatch):
     """macOS: the same by ps."""
     isdir = os.path.isdir
     monkeypatch.setattr(os.path, 'isdir', lambda path: path != '/proc/self' and isdir(path))
-    deployed = dispynode.Deployment()
+    deployed = dispy.Deployment()
     with subprocess.Popen([sys.executable, '-c', 'input()', deployed._script], stdin=subprocess.PIPE) as process:
         for pid, expected in ((process.pid, process.pid), (os.getpid(), 0), (0, 0)):
             deployed._note = {'pid': pid}

@@ -11,10 +11,10 @@ import pytest
 
 import dispynode
 from conftest import ROOT
-from dispy import NodeSpec, matches
+from dispy import OF_NODES, NodeSpec, JobsAssigned, matches
 from dispynode import (
-    BOUNDS, FrameDecoder, FrameEncoder, ITEMS_MOST, MESSAGES, OF_CLIENTS, OF_NODES, PeerError,
-    Ready, NodeHello, JobsAssigned, decode, encode, is_shallow, open_envelope, open_regular)
+    BOUNDS, FrameDecoder, FrameEncoder, ITEMS_MOST, MESSAGES, OF_CLIENTS, PeerError, Ready,
+    NodeHello, decode, encode, is_shallow, open_envelope, open_regular)
 
 
 def colliding(count):

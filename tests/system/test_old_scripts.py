@@ -213,7 +213,8 @@ def test_a_configuration_that_dispy_4_has_saved(tmp_path):
     assert options_of(dispynode, '--config', str(path), '-i', '10.0.0.1').host == ['10.0.0.1']
     path.write_text(NODE_INI.replace('9700', '9800'))
     assert options_of(dispynode, '--config', str(path)).port == 9800
-    for text, wrong in (('[DEFAULT]\ncolour = red\n', 'colour'), ('[DEFAULT]\nhosts = [x\n', 'hosts'), ('[DEFAULT]\nx\n', 'neither JSON')):
+    for text, wrong in (('[DEFAULT]\ncolour = red\n', 'colour'), ('[DEFAULT]\nhosts = [x\n', 'hosts'), ('[DEFAULT]\nx\n', 'neither JSON'),
+                        ('[DEFAULT]\ndispy_port = x\n', '%s.*--port' % path)):
         path.write_text(text)
         with pytest.raises(dispynode.StartError, match=wrong):
             options_of(dispynode, '--config', str(path))

@@ -233,10 +233,10 @@ def test_the_lock_on_windows(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'msvcrt', windows)
     with monkeypatch.context() as patched:
         patched.setattr(os, 'name', 'nt')
-        with dispynode._lock(path, 9701):
+        with dispynode.take_lock(path, 9701):
             for _ in range(2):   # with a text there, and after one that was refused
                 with pytest.raises(StartError, match='PID %d, port 9701' % os.getpid()):
-                    dispynode._lock(path, 9801)
+                    dispynode.take_lock(path, 9801)
             with open(path) as file:
                 text = file.read()
     assert text == 'PID %d, port 9701\n' % os.getpid()

@@ -14,13 +14,14 @@ import tracemalloc
 import pytest
 
 import dispynode
+from dispy import NodeChanged, JobsAssigned
 from dispynode import (
     Ack, out_of_band, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored,
     FrameDecoder, FrameEncoder, HEAD_TAG, KnownAttempts, ReceiveBuffer, ClientHello, Jobs,
-    RecordType, Limit, MESSAGES, Need, NodeChanged, CpusChanged, open_envelope, OPS, OUT_OF_BAND,
-    Output, pack_record, PeerError, Pulse, Query, Ready, ReturnJobs, Reclaim, RecordBuffer, Refused,
-    Report, Results, Return, Part, JobsReturned, Notice, dumps, Shutdown, Started, TAIL_TAG, loads,
-    NodeHello, JobsAssigned, Wrong)
+    RecordType, Limit, MESSAGES, Need, CpusChanged, open_envelope, OPS, OUT_OF_BAND, Output,
+    pack_record, PeerError, Pulse, Query, Ready, ReturnJobs, Reclaim, RecordBuffer, Refused, Report,
+    Results, Return, Part, JobsReturned, Notice, dumps, Shutdown, Started, TAIL_TAG, loads,
+    NodeHello, Wrong)
 
 KEY = bytes(range(32))
 LARGE = random.Random(1).getrandbits(8 * (OUT_OF_BAND + 7)).to_bytes(OUT_OF_BAND + 7, 'big')
