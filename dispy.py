@@ -11561,9 +11561,9 @@ class Driver(Loop):
                 self.clusters[comp].node_changed(status, peer)
 
     def end_of_turn(self) -> None:
-        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn before
-        that, when results have come, and one after it, when jobs go there: so neither waits for
-        another turn of the loop."""
+        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn
+        before that, when results have come, and one after it, when jobs go there: so neither waits
+        for another turn of the loop."""
         local = self.connector.local
         if local is not None:
             self.guard(None, local.turn)

@@ -10033,8 +10033,8 @@ class RunningLimit:
 
 
 class RunningLimits:
-    """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The runner
-    does it some tenths of a second later if the node has not: a node that is part of a program has
+    """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The
+    runner does it some tenths of a second later if the node has not: a node that is part of a program has
     no turn while that holds the GIL."""
 
     def __init__(self) -> None:
@@ -11199,7 +11199,7 @@ def _results_as_received(message: Results) -> Tuple[Any, int]:
     rows = message.rows
     size = 0
     for place, row in enumerate(rows):
-        if type(row[PAYLOAD]) is bytes and type(row[STDOUT]) is bytes and type(row[STDERR]) is bytes:
+        if type(row[PAYLOAD]) is type(row[STDOUT]) is type(row[STDERR]) is bytes:
             size += len(row[PAYLOAD])
             continue
         if rows is message.rows:   # as above
