@@ -10410,7 +10410,10 @@ class Runner:
 
     def _told_to_end(self, number: int, frame: Any) -> None:
         self._shall_end = True
-        if not self._is_ending:   # it is on its way out, and has to remove what is left
+        # Not twice: the signal comes with the end of each thread of a program that may be the
+        # parent, and it has to remove what is left
+        if not self._is_ending:
+            self._is_ending = True
             sys.exit(0)
 
     def _tell_failure(self, text: str) -> None:
@@ -10499,10 +10502,20 @@ class Runner:
             self._remove_abandoned()
 
     def _remove_abandoned(self) -> None:
-        """Of a node that was part of a program which has ended without removing it."""
-        if self._spec['root']:
+        """Remove the directory of a node that was part of a program, if that has ended without doing
+        so. A signal that tells of its end may come before its descriptors are closed."""
+        if not self._spec['root']:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.select(GRACE)
+        try:
+            has_ended = not self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as exc:
+            has_ended = not isinstance(exc, BlockingIOError)
+        if has_ended:
             os.chdir(os.path.dirname(self._spec['root']))
-            remove_abandoned_directory(self._spec['root'], self._spec['private'])
+            remove_abandoned_directory(self._spec['root'], self._spec['private'], 50)
 
     def _end_node(self) -> None:
         """dispynode_shutdown, which a cleanup finds where the node was started with
@@ -12742,10 +12755,10 @@ class NodeDirectory:
                 os.rmdir(self.root)
 
 
-def is_abandoned(root: str) -> bool:
+def is_abandoned(root: str, tries: int = 1) -> bool:
     """Whether the node whose directory this is was part of a program, and that has ended. It has
     the lock of the directory as long as it lives."""
-    for left in reversed(range(5)):
+    for left in reversed(range(tries)):
         try:
             with open_regular(os.path.join(root, 'lock')) as file:
                 _try_lock(file, True)
@@ -12753,14 +12766,14 @@ def is_abandoned(root: str) -> bool:
         except OSError:
             if not left:
                 return False
-            time.sleep(0.02)   # others look as well; the program may be about to end
+            time.sleep(0.02)   # the program is about to end
     return False
 
 
-def remove_abandoned_directory(root: str, private: str = '') -> None:
+def remove_abandoned_directory(root: str, private: str = '', tries: int = 1) -> None:
     """Remove what is in the directory of a node that was part of a program, if that has ended:
     `private`, which was a computation's, and all of it when that was the last."""
-    if not is_abandoned(root):
+    if not is_abandoned(root, tries):
         return
     if private:
         shutil.rmtree(private, ignore_errors=True)
@@ -13447,9 +13460,9 @@ class ProcessHost:
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
-        if run.up and run.control is not None:
+        if run.control is not None:
             run.control.push(pack_record(RecordType.CLOSE))
-        else:
+        if not run.up:
             run.process.terminate()
 
     def runner_silent(self, pipe: Pipe) -> None:

@@ -438,7 +438,7 @@ def test_two_clusters_share_an_embedded_node():
         assert one.submit()() and two.submit(3)() == 9
         children = [' '.join(child.cmdline()) for child in psutil.Process().children()]
         assert len([line for line in children if 'runner_start' in line]) == 2 and not [line for line in children if '--embedded' in line]
-        assert one.driver.connector.local is two.driver.connector.local
+        assert dispy.core_of(one).driver.connector.local is dispy.core_of(two).driver.connector.local
         one.close()
         assert two.submit(4)() == 16
 

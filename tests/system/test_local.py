@@ -70,9 +70,14 @@ def runners_of(pid):
     return [child for child in psutil.Process(pid).children() if 'runner_start' in ' '.join(child.cmdline())]
 
 
+def local_of(cluster):
+    """The node of this program."""
+    return dispy.core_of(cluster).driver.connector.local
+
+
 def root_of(cluster):
     """The directory of the node of this program."""
-    return cluster.driver.connector.local._host.directory.root
+    return local_of(cluster)._host.directory.root
 
 
 def where():
@@ -91,7 +96,7 @@ def test_there_is_nothing_between_the_program_and_its_runners():
     with dispy.JobCluster(os.getppid, nodes='local') as one, dispy.JobCluster(os.getppid, nodes='local') as two:
         parents = {one.submit()(), two.submit()()}
         assert parents == {child.pid for child in runners_of(os.getpid())} and len(parents) == 2
-        assert one.driver is two.driver and one.driver.connector.local is not None
+        assert local_of(one) is local_of(two) is not None
         assert not [connection for connection in psutil.Process().net_connections() if connection.status == psutil.CONN_LISTEN]
         root = root_of(one)
         one.close()
@@ -199,7 +204,7 @@ def test_a_program_whose_children_somebody_else_waits_for():
                 again = cluster.submit(1)
                 while again() in (None, runner):     # it may have been sent to the old one
                     again = cluster.submit(1)
-                root = cluster.driver.connector.local._host.directory.root
+                root = dispy.core_of(cluster).driver.connector.local._host.directory.root
             print(os.path.exists(root))
         '''))
         assert (code, out) == (0, 'False\n'), err
@@ -309,7 +314,7 @@ def test_the_end_of_the_interpreter_waits_for_nothing(tmp_path):
         jobs = [cluster.submit(sys.argv[1] + str(n)) for n in range(3)]
         while not os.path.exists(sys.argv[1] + '0'):
             time.sleep(0.01)
-        print(cluster.driver.connector.local._host.directory.root, flush=True)
+        print(dispy.core_of(cluster).driver.connector.local._host.directory.root, flush=True)
     ''', tmp_path / 'began')
     assert code == 0 and '3 jobs that have not ended' in err
     eventually(lambda: not os.path.exists(out.strip()))
@@ -427,7 +432,7 @@ def test_a_fault_of_the_node_costs_its_jobs_and_not_the_program(monkeypatch, tmp
     """The link breaks, as that to a dispynode would, and the node is made anew."""
     with dispy.JobCluster(os.getpid, nodes='local', loglevel=50, reentrant=True) as cluster:
         assert cluster.submit()()
-        local = cluster.driver.connector.local
+        local = local_of(cluster)
         real = dispynode.NodeHost.take
 
         def fail(self, link, message):
@@ -436,7 +441,7 @@ def test_a_fault_of_the_node_costs_its_jobs_and_not_the_program(monkeypatch, tmp
             return real(self, link, message)
         monkeypatch.setattr(dispynode.NodeHost, 'take', fail)
         assert cluster.submit()()
-        assert cluster.driver.connector.local is not local and not os.path.exists(local._host.directory.root)
+        assert local_of(cluster) is not local and not os.path.exists(local._host.directory.root)
 
 
 def test_directories_of_a_node_that_lives_stay(tmp_path):
