@@ -153,16 +153,16 @@ from dispynode import (
     path_option, plain_text, format_address, python_of, in_parts, same_secret, dumps,
     seconds_option, size_of, tls_files, tls_context, unpack_error, loads, value_pickler, BUNDLE,
     BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named,
-    globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork, Listed, OUT_OF_BAND,
-    SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads,
-    shared_payload, Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT,
-    AttemptHistory, REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS,
-    SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
-    has_place, lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES,
-    MAX_LIST, RecordLog, add_messages, default_directory, exit_text, is_serial,
-    read_secret, secret_path, take_lock, write_private, CommandLines, size_option, BRING_BACK,
-    RUN_BY_PYTHON, RUN_IN, process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text,
-    remove_abandoned_directory, why_unreached)
+    globals_of, is_named, keeps_identity, plain_form, with_needs, Listed, OUT_OF_BAND, SHARED_FROM,
+    available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
+    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory,
+    REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached,
+    is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
+    lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
+    add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
+    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN,
+    process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory,
+    why_unreached, default_start_method)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -5898,8 +5898,18 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     return rows
 
 
+def is_executable(path: str, start: bytes) -> bool:
+    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
+    files are executable there."""
+    if os.name != 'nt':
+        return os.access(path, os.X_OK)
+    suffixes = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD').lower().split(';')
+    end = os.path.splitext(path)[1].lower()
+    return start == b'MZ' or end in ('.py', '.pyw') or (bool(end) and end in suffixes)
+
+
 def _program_path(program: str) -> str:
-    if os.path.exists(program) or os.sep in program:
+    if os.path.exists(program) or os.sep in program or (os.altsep or os.sep) in program:
         path = program
     else:
         path = shutil.which(program) or program
@@ -5911,7 +5921,7 @@ def _program_path(program: str) -> str:
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start != b'#!' and not os.access(path, os.X_OK):
+    if start != b'#!' and not is_executable(path, start):
         raise ValueError('computation: %s is not executable and does not begin with #!' % program)
     return path
 
@@ -7979,7 +7989,6 @@ class EmbeddedNode:
     def __init__(self, driver: 'Driver') -> None:
         """Raises StartError, OSError."""
         import tempfile
-        check_fork()
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
         self._driver = driver
@@ -7987,7 +7996,8 @@ class EmbeddedNode:
             # What a node tells its operator is nothing to the user of a program
             dispynode.logger.setLevel(logging.ERROR)
         self._host = NodeHost(
-            driver, Options(available_cpus(), prefix=root, embedded=True, python=python))
+            driver, Options(available_cpus(), prefix=root, embedded=True, python=python,
+                            start_method=default_start_method()))
         try:
             self._host.start(0)
         except BaseException:
@@ -11780,7 +11790,6 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     which would run the user's main program again."""
     import tempfile
     import dispynode
-    check_fork()
     python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
@@ -11792,6 +11801,7 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     with process_start_lock:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours
             env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
@@ -11822,6 +11832,13 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
 # but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
 # --------------------------------------------------------------------------------------------------
+
+def _start_method(method: Any) -> str:
+    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    if method not in (None, FORK, SPAWN):
+        raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
+    return method or ''
+
 
 INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
              'poll_interval': (0.1, 3600)}   # the range of each, in seconds
@@ -11862,6 +11879,7 @@ class ClusterOptions:
     jobs_per_worker: Optional[int]
     reentrant: bool
     forward_logs: bool
+    start_method: str
     loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
@@ -11886,7 +11904,6 @@ class ClusterOptions:
             host = given['ip_addr']
         probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
         if not specs and not remote:
-            check_fork()
             own_python()
         options['probes'] = probes
         options['specs'] = specs
@@ -11906,6 +11923,7 @@ class ClusterOptions:
         options['reentrant'] = _flag('reentrant', given['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        options['start_method'] = _start_method(given['start_method'])
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
         options['keeps_trail'] = path is None and given['recover_file'] is not False
@@ -12966,7 +12984,8 @@ class ProgramCluster(ComputationUser):
             logs = logger.getEffectiveLevel()
         else:
             logs = -1
-        self.cargo.spec.update(live=options.on_output is not None, logs=logs)
+        self.cargo.spec.update(live=options.on_output is not None, logs=logs,
+                               start_method=options.start_method)
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
@@ -13579,6 +13598,10 @@ class JobCluster(OldCluster):
         end it has had all that is kept. `text` is str for functions, bytes for programs
     forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
         job's id
+    start_method - how a node starts worker processes. 'fork': after it has loaded the computation
+        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
+        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
+        fork on Linux and spawn elsewhere. A node that cannot is refused
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -13619,6 +13642,7 @@ class JobCluster(OldCluster):
                  max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
                  forward_logs: bool = False,
+                 start_method: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -14932,8 +14956,8 @@ class DispyExecutor(concurrent.futures.Executor):
         first call. A node where it fails is not used; if there is no other, all futures and
         `submit` raise BrokenExecutor
     max_tasks_per_child - a worker process is replaced after so many calls (default: never)
-    mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
-        by fork; another method is named in the log, once
+    mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
+        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
 
     A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
     executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
@@ -14953,7 +14977,8 @@ class DispyExecutor(concurrent.futures.Executor):
             most = _positive('max_workers', max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
-        _note_start_method(mp_context)
+        if mp_context is not None:
+            options['start_method'] = _method_of(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
         self._pool = _ExecutorClusters(functools.partial(
             self._cluster_class, calls, nodes, job_status=_settle_future, **options))
@@ -15075,15 +15100,19 @@ def _positive(name: str, value: Any) -> int:
     return number  # type: ignore[no-any-return]
 
 
-def _note_start_method(context: Any) -> None:
-    """Tell a program that asks for another start method, once, that workers are started by fork."""
-    if context is None or isinstance(context, str):
+def _method_of(context: Any) -> str:
+    """The start method of workers that a context of `multiprocessing` stands for. One that there is
+    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    if isinstance(context, str):
         method = context
     else:
         method = context.get_start_method()
-    if method not in (None, 'fork') and method not in _methods_noted:
+    if method in (FORK, SPAWN):
+        return method  # type: ignore[no-any-return]
+    if method not in _methods_noted:
         _methods_noted.add(method)
-        logger.info('mp_context: workers are started by fork, not by %s', method)
+        logger.info('mp_context: workers are started by spawn, as there is no %s', method)
+    return SPAWN
 
 
 _methods_noted: Set[str] = set()

@@ -274,6 +274,7 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
         certfile: _Path | None = None, cafile: _Path | None = None,
         recover_file: bool | _Path | None = None, max_jobs_per_worker: int | None = None,
         on_output: _OutputCallback | None = None, forward_logs: bool = False,
+        start_method: str | None = None,
         callback: _JobCallback | None = None, ip_addr: _OwnAddress | None = None,
         ext_ip_addr: str | None = None, fault_recover: bool | _Path | None = None,
         poll_interval: float | None = None, ipv4_udp_multicast: bool = False,
@@ -454,6 +455,7 @@ class _ClusterOptions(TypedDict, total=False):
     max_jobs_per_worker: int | None
     on_output: _OutputCallback | None
     forward_logs: bool
+    start_method: str | None
     ip_addr: _OwnAddress | None
     ext_ip_addr: str | None
     fault_recover: bool | _Path | None

@@ -92,6 +92,7 @@ import platform
 import queue
 import re
 import reprlib
+import select
 import selectors
 import shutil
 import signal
@@ -110,6 +111,7 @@ import unicodedata
 import warnings
 import weakref
 import zlib
+import _thread
 from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
     NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
@@ -158,6 +160,7 @@ PULSES_LOST = 5               # silent pulses after which a link is broken
 PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
+CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
@@ -215,6 +218,8 @@ MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of th
 # Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
 # its client takes does not fill the memory of the node
 BACKPRESSURE_BYTES = 16 << 20
+# Sockets that a loop has where it must use select()
+SELECT_MOST = 500
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
 # Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
@@ -234,6 +239,10 @@ SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by
 VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
 # Bytes of jobs that wait here, after which links are not read, so that clients are held back
 RECEIVE_BUDGET = 256 << 20
+
+# How worker processes are started
+FORK = 'fork'
+SPAWN = 'spawn'
 
 logger = logging.getLogger('dispynode')
 
@@ -1300,6 +1309,7 @@ def _is_spec(spec: dict) -> bool:
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
+        and spec.get('start_method', '') in ('', FORK, SPAWN) \
         and type(spec.get('initializer', False)) is bool and is_serial(spec.get('most', 0)) \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
@@ -2945,6 +2955,11 @@ def _derived_key(secret: bytes) -> bytes:
         logger.warning(
             'the secret is short (%d characters): it can be guessed by anybody on the network',
             len(secret))
+    if not hasattr(hashlib, 'scrypt'):
+        raise SecretError(
+            'this Python cannot use a phrase as secret: its hashlib has no scrypt (as where it was '
+            'built with LibreSSL). Use a secret of 64 hexadecimal digits, such as dispy makes by '
+            'itself, or another Python')
     return hashlib.scrypt(secret, salt=b'dispy 5 secret', n=1 << 14, r=8, p=1, dklen=32)
 
 
@@ -3036,9 +3051,24 @@ def certificate_digest(certfile: str) -> bytes:
 # Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
 # TLS 1.3's construction (RFC 8446, section 4.4), finished keys and one frame key for each direction
 # are derived from psk and TH.
+#
+# Which releases talk to which. All releases that begin with the same number (5.x) do: each speaks
+# every minor version of the wire from 1 to its own, and the two sides use the highest that both
+# have, which is Session.version.
+#   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
+#     meanings. tests/releases has it as it was recorded from each release.
+#   - A new message, field, kind of value or order of messages takes a new minor version, and is sent
+#     only where Session.version has it.
+#   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
+#     new keys at any time, as a release takes no notice of those that it does not know: so only for
+#     what may be left undone.
+#   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
+#     the last byte of MAGIC, and with the first number of the release.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+# At the end of ALERT, for people only
+_RELEASE = __version__.encode('ascii')[:16].ljust(16, b'\0')
 _HELLO = struct.Struct('>8sHHBBH16s32s16x')
 _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
@@ -3053,6 +3083,19 @@ class Session(NamedTuple):
     peer_instance: bytes
     peer_role: int
     secret: int = 0
+    version: int = VERSIONS[1]   # minor, of the wire
+
+
+def _other_version(name: str, low: int, high: int) -> str:
+    """That the peer speaks other versions of the wire, for people. `name` is its release, or empty
+    if it does not tell."""
+    if name and name.isprintable():
+        who = 'it is dispy %s and speaks' % name
+    else:
+        who = 'it speaks'
+    return ('it speaks another version of the protocol: %s minor versions %d to %d, and dispy %s '
+            'here speaks %d to %d. Update the older one' %
+            (who, low, high, __version__, *VERSIONS))
 
 
 def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
@@ -3149,9 +3192,8 @@ def handshake_dial(sock: Any,
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        raise HandshakeError(
-            'it speaks another version of the protocol than dispy %s here: update the older one' %
-            __version__)
+        name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
+        raise HandshakeError(_other_version(name, 1, version))
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
     if not VERSIONS[0] <= version <= VERSIONS[1] or peer_role != wanted or flags != tls:
@@ -3167,7 +3209,7 @@ def handshake_dial(sock: Any,
         raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
-    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
+    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role, version=version)
 
 
 def handshake_accept(sock: Any,
@@ -3192,8 +3234,9 @@ def handshake_accept(sock: Any,
         raise HandshakeError('the peer does not speak this protocol')
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
-        sock.sendall(_CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32)))
-        raise HandshakeError('the peer speaks another version of the protocol')
+        alert = _CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32))
+        sock.sendall(alert[:-len(_RELEASE)] + _RELEASE)
+        raise HandshakeError(_other_version('', low, high))
     if wanted != role or peer_role not in tuple(
             allowed) or flags != tls or peer_instance == instance:
         raise HandshakeError('the peer is a %s that wants a %s' %
@@ -3205,7 +3248,8 @@ def handshake_accept(sock: Any,
         keys = _Keys(one, hello, challenge, binding)
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
             sock.sendall(_PROOF.pack(MAGIC, keys.server))
-            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
+            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number,
+                           version)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -3464,9 +3508,9 @@ _RECORD = struct.Struct('>BBIQddQII')
 
 class RecordType(enum.IntEnum):
     """Kinds of record."""
-    # daemon to runner
+    # daemon to runner; FORK and CLOSE also from a runner to a worker that it has not forked
     INIT = 1        # bodies: pickled spec, code, -
-    FORK = 2        # number: worker; its socket travels along
+    FORK = 2        # number: worker, which is to be made; its socket travels along
     INTERRUPT = 3   # number: worker, serial: only if it runs this one
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
@@ -3474,7 +3518,7 @@ class RecordType(enum.IntEnum):
     # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
     WATCH = 7
     ASK = 8         # is it alive?
-    # runner to daemon
+    # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not forked
     READY = 16
     FAILED = 17     # body: text
     WORKER_STARTED = 18       # number: worker, serial: its pid
@@ -3498,7 +3542,9 @@ class RecordType(enum.IntEnum):
     # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
     WANT = 52
     HERE = 53       # first of all: the kernel tells by it which process has this pipe
-    INITIALIZED = 54   # body: text, empty if the initializer of an executor has returned
+    # Body: text, empty if the worker is ready for work: the initializer of an executor has
+    # returned, and one that is not forked has loaded the computation
+    INITIALIZED = 54
 
 
 # Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
@@ -3515,6 +3561,9 @@ FROM_RUNNER = {
     RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0), RecordType.ALIVE: (0, 0, 0),
     RecordType.END_NODE: (0, 0, 0)
 }
+# From a worker that loads the computation itself, beside what it sends to the daemon
+FROM_LOADING = {kind: FROM_RUNNER[kind]
+                for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
@@ -3555,7 +3604,7 @@ class RecordBuffer(ReceiveBuffer):
         return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
-        """Note `count` received bytes; return the records that are whole now."""
+        """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
         return [self._record(head, body) for head, body in self.buffer_updated(count)]
 
     @staticmethod
@@ -3570,6 +3619,25 @@ class RecordBuffer(ReceiveBuffer):
 # planted links.
 # --------------------------------------------------------------------------------------------------
 
+# Names of devices on Windows, in each directory and with any extension
+_DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name in ('COM', 'LPT')
+                                                    for number in range(1, 10))))
+IS_WINDOWS = os.name == 'nt'
+# Whether names that differ only in case, or in how letters with accents are composed, are one file
+NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
+
+
+def check_apart(names: Iterable[str]) -> None:
+    """Raise ValueError for two names that would be one file here."""
+    seen: Dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize('NFC', name).casefold()
+        other = seen.setdefault(folded, name)
+        if other != name:
+            raise ValueError('files %.60r and %.60r would be one file on this system, which takes '
+                             'no notice of case: rename one of them' % (other, name))
+
+
 def check_name(name: str) -> Tuple[str, ...]:
     """The parts of a file name from outside. Raises ValueError for one that could climb out or
     surprise."""
@@ -3580,6 +3648,10 @@ def check_name(name: str) -> Tuple[str, ...]:
         if part in ('', '.', '..') or '\\' in part or ':' in part or any(
                 unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in part):
             raise ValueError('file name %.60r is refused: part %.60r' % (name, part))
+        if IS_WINDOWS and (set(part) & set('<>"|?*') or part[-1] in ' .' or part.partition(
+                '.')[0].rstrip().upper() in _DEVICES):
+            raise ValueError('file name %.60r is refused: part %.60r means something else on '
+                             'Windows, or cannot be there' % (name, part))
         try:
             if len(part.encode('utf-8')) > 255:
                 raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
@@ -3845,6 +3917,8 @@ class FileReceiver:
         """What Need has to say to get these files. Those of this purpose that were wanted before
         are not wanted any more. Raises ValueError or OSError."""
         root = self._roots[purpose]
+        if NAMES_ARE_FOLDED and isinstance(rows, (list, tuple)):
+            check_apart(row[0] for row in rows if _is_file(row))
         wanted = {}
         for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
@@ -4828,7 +4902,8 @@ class WorkerStartFailed(NamedTuple):
 
 
 class WorkerInitialized(NamedTuple):
-    """The initializer has returned in a worker, or failed with this text."""
+    """A worker is ready for work: the initializer has returned in it. Or that has failed with this
+    text."""
     worker: int
     error: str
 
@@ -5391,7 +5466,8 @@ class _Computation:
     """A computation that a client has on this node."""
 
     def __init__(self, comp: str, instance: bytes, link: int, spec: dict,
-                 now: float = 0.0) -> None:
+                 now: float = 0.0,
+                 start_method: str = FORK) -> None:
         self.comp = comp
         self.instance = instance
         self.link = link
@@ -5418,9 +5494,10 @@ class _Computation:
         self.begun: List[Tuple[int, float]] = []
         # Workers in a row that died before their first job
         self.startup_failures = 0
-        # Keys of workers in which the initializer runs, and whether there is one
+        # Keys of workers that are not ready for work yet, as the initializer runs in them or they
+        # load the computation; and whether there are such
         self.starting: Set[int] = set()
-        self.initializer = spec.get('initializer', False)
+        self.initializer = bool(spec.get('initializer')) or start_method == SPAWN
         self.digest = result_key(spec)
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
@@ -5471,8 +5548,9 @@ class NodeTables:
     """The links, computations and workers of a node, which all of its parts look up, and the
     actions that they have decided in this call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, start_method: str = FORK) -> None:
         self.name = name        # of the node, for texts
+        self.start_method = start_method   # of workers, for computations that do not say
         self.now = 0.0          # the time of this call
         self.actions: List[Any] = []
         self.links: Dict[int, LinkUp] = {}
@@ -6615,14 +6693,14 @@ class CpuScheduler:
         return worker
 
     def _initialize(self, comp: _Computation, now: float) -> None:
-        """Make workers for what waits. They get work when their initializer has returned."""
+        """Make workers for what waits. They get work when they are ready for it."""
         most = min(self._cpus.free, len(comp.waiting))
         while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
                 and now >= self._workers_at:
             comp.starting.add(self._new_worker(comp).key)
 
     def initialized(self, worker: _Worker) -> None:
-        """The initializer has returned in a worker."""
+        """A worker is ready for work: the initializer has returned in it."""
         self._idle(worker, 0)
 
     def _idle(self, worker: _Worker, cpus: int) -> None:
@@ -6860,7 +6938,9 @@ class Computations:
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
         up = self._tables.links[link]
-        comp = _Computation(message.comp, up.instance, link, message.spec, self._tables.now)
+        start_method = message.spec.get('start_method') or self._tables.start_method
+        comp = _Computation(message.comp, up.instance, link, message.spec, self._tables.now,
+                            start_method)
         if comp.client_name == comp.comp:   # no scheduler has said for whom it is
             comp.user = self._tables.client_at(link)
         logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
@@ -7017,8 +7097,12 @@ class Computations:
         initializing = worker.key in comp.starting
         self._scheduler.worker_gone(worker, event, now)
         if comp.stage is not Stage.CLOSING and comp.startup_failures > 3:
-            self.refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
-                'in the initializer' if initializing else 'before they run anything', event.text))
+            code, when = 'worker', 'before they run anything'
+            if initializing and comp.spec.get('initializer'):
+                code, when = 'initializer', 'in the initializer'
+            elif initializing:
+                code, when = 'setup', 'while they load the computation or run setup'
+            self.refuse(comp, code, 'workers die %s: %s' % (when, event.text))
 
     def on_runner_gone(self, event: RunnerGone, now: float) -> None:
         """The runner has ended, as it was to, or by itself."""
@@ -7190,7 +7274,7 @@ class Node:
         self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
-        self.tables = NodeTables(name)
+        self.tables = NodeTables(name, facts.get('start_method', FORK))
         self.timers = Timers()
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
@@ -7415,7 +7499,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.client_back(comp, link)
             return
-        refusal = self._refusal(link, message.comp, now)
+        refusal = self._refusal(link, message.comp, now, message.spec.get('start_method', ''))
         if refusal is not None:
             self.tables.do(Send(link, refusal))
         elif self.lease.is_of_another(self.tables.links[link].instance):
@@ -7427,7 +7511,8 @@ class Node:
             self._take_lease(link, now)
             self.computations.begin(link, message)
 
-    def _refusal(self, link: int, name: str, now: float) -> Optional[Refused]:
+    def _refusal(self, link: int, name: str, now: float,
+                 start_method: str = '') -> Optional[Refused]:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
         if self.stopping:
@@ -7439,6 +7524,8 @@ class Node:
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in self.tables.comps:
             return Refused(name, 'closing', 'the same computation is still being closed')
+        if start_method == FORK and not can_fork():
+            return Refused(name, 'start_method', NO_FORK)
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
@@ -7701,6 +7788,29 @@ class Hours(NamedTuple):
 
 
 RELEASED_TEXT = 'its operator has taken it from this client'
+NO_FORK = 'worker processes cannot be started with fork here: this system does not have it. Use ' \
+    "start_method='spawn', or no start_method"
+
+
+def can_fork() -> bool:
+    """Whether worker processes can be forked here."""
+    return hasattr(os, 'fork')
+
+
+def default_start_method() -> str:
+    """How workers are started where nobody says it. Forking a process that has used frameworks of
+    macOS kills the child. Raises StartError."""
+    given = os.environ.get('DISPY_START_METHOD', '')
+    if given not in ('', FORK, SPAWN):
+        raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
+                         % given)
+    if given:
+        return given
+    if can_fork() and sys.platform != 'darwin':
+        return FORK
+    return SPAWN
+
+
 ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
     Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
@@ -8277,8 +8387,13 @@ _digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
 _locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
-# Ignored by default and used by hardly anything
-TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)
+# Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
+# the worker raises there.
+TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
+# Windows has no signal that cannot be handled; to send this one there ends a process likewise
+SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
+# Windows translates line ends in files that are not opened with it
+_O_BINARY = getattr(os, 'O_BINARY', 0)
 # Linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -8393,6 +8508,13 @@ def was_importing(exc: BaseException) -> bool:
     return False
 
 
+def write_whole(handle: int, data: bytes) -> None:
+    """Write all of it to a descriptor. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view):]
+
+
 class Slots:
     """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in
     a file that is mapped into memory. [0] the serial that runs now, [1] the serial that shall be
@@ -8408,23 +8530,43 @@ class Slots:
     NAME = 'begun-'
 
     @classmethod
-    def make(cls, directory: str, number: int) -> List[Any]:
+    def make(cls, directory: str, number: int, by_name: bool = False) -> List[Any]:
         """Make slots for TOGETHER workers. Without room for the file it is left empty, which says
-        that nobody knows what was begun. Raises OSError where no file can be made."""
+        that nobody knows what was begun; processes that map the file `by_name` cannot do without
+        it. Raises OSError where no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_BINARY, 0o600)
         try:
             # To write to a page without room on the disk kills the process
-            os.posix_fallocate(handle, 0, size)
+            if hasattr(os, 'posix_fallocate'):
+                os.posix_fallocate(handle, 0, size)
+            else:
+                write_whole(handle, bytes(size))
             shared = mmap.mmap(handle, size)
-        except (OSError, AttributeError):   # no room, or no such call on this system
+        except OSError:   # no room
             os.ftruncate(handle, 0)
+            if by_name:
+                raise
             shared = mmap.mmap(-1, size)
         finally:
             os.close(handle)
+        return cls._parts(shared)
+
+    @classmethod
+    def _parts(cls, shared: mmap.mmap) -> List[Any]:
         view = memoryview(shared).cast('Q')
         return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
+
+    @classmethod
+    def open(cls, directory: str, number: int, index: int) -> Any:
+        """Worker: the slots with this index in a file that the runner has made. Raises OSError."""
+        handle = os.open(os.path.join(directory, '%s%d' % (cls.NAME, number)),
+                         os.O_RDWR | _O_BINARY)
+        try:
+            return cls._parts(mmap.mmap(handle, 8 * cls.SIZE * cls.TOGETHER))[index]
+        finally:
+            os.close(handle)
 
     @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
@@ -8470,18 +8612,24 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
 
 class CapturedOutput:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
+    Where the worker is not forked, a file with a name, which runner and worker open each.
 
     A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the
     worker cannot while C code prints with the interpreter lock held. The runner lets go of the
     middle of files that grow.
     """
 
-    def __init__(self, directory: str) -> None:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            self.handle = _out_of_reach(os.dup(file.fileno()))
-        if hasattr(os, 'O_APPEND') and os.name != 'nt':
-            import fcntl
-            fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
+    def __init__(self, directory: str, name: str = '') -> None:
+        self._path = os.path.join(directory, name) if name else ''
+        if name:
+            self.handle = _out_of_reach(
+                os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600))
+        else:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                self.handle = _out_of_reach(os.dup(file.fileno()))
+            if os.name != 'nt':
+                import fcntl
+                fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
         self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
@@ -8495,13 +8643,16 @@ class CapturedOutput:
 
     def _empty(self, size: int) -> bytes:
         data = self.peek(size)
-        os.ftruncate(self.handle, 0)
+        self.empty()
         return data
 
     @contextlib.contextmanager
     def _alone(self) -> Any:
         """Runner and worker take turns. A lock of the process (lockf): flock's would be the same
-        lock in both."""
+        lock in both. On Windows no file is shortened."""
+        if IS_WINDOWS:
+            yield
+            return
         import fcntl
         fcntl.lockf(self.handle, fcntl.LOCK_EX)
         try:
@@ -8541,10 +8692,14 @@ class CapturedOutput:
                     self._hole = end - end % 4096
 
     def _read(self, at: int, size: int) -> bytes:
-        """Without moving the descriptor's position, which runner and worker share."""
+        """Without moving the descriptor's position, which forked workers share with the runner."""
         parts = []
         while size > 0:
-            part = os.pread(self.handle, size, at)
+            if hasattr(os, 'pread'):
+                part = os.pread(self.handle, size, at)
+            else:
+                os.lseek(self.handle, at, os.SEEK_SET)
+                part = os.read(self.handle, size)
             if not part:
                 break
             parts.append(part)
@@ -8552,9 +8707,18 @@ class CapturedOutput:
             size = size - len(part)
         return b''.join(parts)
 
+    def empty(self) -> None:
+        """Worker: what is in it is not of the next job."""
+        os.ftruncate(self.handle, 0)
+        if IS_WINDOWS:   # children of jobs write at the position that they share with us
+            os.lseek(self.handle, 0, os.SEEK_SET)
+
     def close(self) -> None:
         """Forget the file."""
         os.close(self.handle)
+        if self._path:
+            with contextlib.suppress(OSError):   # the directory may be gone
+                os.unlink(self._path)
 
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
@@ -8686,6 +8850,31 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
 FILES_LEFT = 'dispy.files_left'
 
 
+def interpreter_of(path: str) -> List[str]:
+    """What runs a script on Windows, which does not read its first line: Python for one that names
+    Python there or has no such line and ends in .py, else what it names. Elsewhere the system knows."""
+    if not IS_WINDOWS:
+        return []
+    try:
+        with open(path, 'rb') as file:
+            first = file.readline(1000)
+    except OSError:   # to start it will say why
+        return []
+    if not first.startswith(b'#!'):
+        return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
+    words = first[2:].decode('utf-8', 'replace').split()
+    if words and words[0].endswith('/env'):
+        del words[0]
+        while words and words[0].startswith('-'):
+            del words[0]
+    if not words:
+        return []
+    program = words[0].rpartition('/')[2]
+    if program.startswith('python'):
+        return [sys.executable, *words[1:]]
+    return [shutil.which(program) or program, *words[1:]]
+
+
 # Signals that Python ignores, and programs do not
 _IGNORED_BY_PYTHON = [
     getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
@@ -8714,13 +8903,30 @@ class Program:
         """Run a command in a directory. Returns its exit status. Raises OSError if it cannot be
         started, KeyboardInterrupt if an interrupt has ended it."""
         self.interrupted = False
-        if directory is None and hasattr(os, 'posix_spawnp'):
+        if IS_WINDOWS:
+            status = self._run_on_windows([*interpreter_of(words[0]), *words], directory)
+        elif directory is None and hasattr(os, 'posix_spawnp'):
             status = self._spawn(words)
         else:
             status = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory).wait()
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # one that ends by itself has returned
         return status
+
+    def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
+        """A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes."""
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=1, stderr=2,
+                                   cwd=directory,
+                                   creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
+        told = False
+        while True:
+            try:
+                return process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                if self.interrupted and not told:
+                    told = True
+                    with contextlib.suppress(OSError):   # it has no console: it will be killed
+                        process.send_signal(getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM))
 
     @staticmethod
     def _spawn(words: List[str]) -> int:
@@ -9223,7 +9429,7 @@ class Surroundings:
             for number, now, was in zip(self._signals, handlers, self._handlers):
                 if now != was:
                     signal.signal(number, was)   # raises for one that C code had made
-            if TAKE_BACK_SIGNAL is not None:
+            if hasattr(signal, 'siginterrupt'):
                 signal.siginterrupt(TAKE_BACK_SIGNAL, False)
         signal.set_wakeup_fd(-1)
         if hasattr(signal, 'setitimer'):
@@ -9265,6 +9471,7 @@ class WorkerPipe:
     Processes that a job has forked may send as well."""
 
     def __init__(self, sock: socket.socket, private: str) -> None:
+        sock.setblocking(True)   # setup may have set a time limit for all new sockets
         self._sock = sock
         self._intake = RecordBuffer()
         self.jobs: Deque[Record] = collections.deque()
@@ -9273,12 +9480,14 @@ class WorkerPipe:
         self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
         self._turn = _CallTurn(private)
+        self.at_end: Callable[[], Any] = _not_here   # called before this process ends
 
     def receive(self, flags: int) -> None:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         count = self._sock.recv_into(self._intake.get_buffer(), 0, flags)
         if count == 0:
+            self.at_end()
             os._exit(0)
         for record in self._intake.records(count):
             if record.kind == RecordType.FILE_STORED:
@@ -9288,9 +9497,13 @@ class WorkerPipe:
 
     def give_back(self) -> None:
         """Return all that has not started, from this process and from the pipe."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.receive(socket.MSG_DONTWAIT)
+        if hasattr(socket, 'MSG_DONTWAIT'):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self.receive(socket.MSG_DONTWAIT)
+        else:   # Windows; there a descriptor may have any number for select()
+            while select.select([self._sock], (), (), 0)[0]:
+                self.receive(0)
         serials = [record.serial for record in self.jobs]
         self.jobs.clear()
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
@@ -9419,8 +9632,8 @@ class JobInterrupts:
         """Handle the signals from now on."""
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if TAKE_BACK_SIGNAL is not None:
-            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+        signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+        if hasattr(signal, 'siginterrupt'):
             signal.siginterrupt(TAKE_BACK_SIGNAL, False)
 
     @contextlib.contextmanager
@@ -9574,6 +9787,24 @@ class JobServices:
         return self._pipe.answers.popleft()
 
 
+def link_to(path: str, link: str) -> None:
+    """Make a file or directory known under another name. Symbolic links take a privilege on
+    Windows: there files have a second name, and directories are made once more. Raises OSError."""
+    if not IS_WINDOWS:
+        os.symlink(path, link)
+    elif os.path.isdir(path):
+        shutil.copytree(path, link, copy_function=_hard_link)
+    else:
+        _hard_link(path, link)
+
+
+def _hard_link(path: str, link: str) -> None:
+    try:
+        os.link(path, link)
+    except OSError:   # a file system without them
+        shutil.copy2(path, link)
+
+
 class JobDirectory:
     """The directory of a job that has files or names of its own (dispy_job_depends)."""
 
@@ -9593,12 +9824,12 @@ class JobDirectory:
         self.is_entered = True
         self._give_back = lend_names(objects, self._globals)
         for name in os.listdir(self._directory):
-            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
+            link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
             check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
-            if os.path.islink(path):
-                os.unlink(path)
+            if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
+                os.unlink(path)   # of the link alone
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, 'wb') as file:
                 file.write(data)
@@ -9649,8 +9880,11 @@ class Worker:
         self._pipe.after_fork()
         self._services.after_fork()
 
-    def serve(self) -> None:
-        """Until the daemon closes the pipe, or this process is not fit for another job."""
+    def serve(self, clean_up: Optional[Callable[[], None]] = None) -> None:
+        """Until the daemon closes the pipe, or this process is not fit for another job. Where
+        `clean_up` is given it is called before this process ends in good order."""
+        if clean_up is not None:
+            self._pipe.at_end = functools.partial(self._end_well, clean_up)
         self._pipe.send(RecordType.HERE)
         self._prepare()
         if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
@@ -9670,6 +9904,13 @@ class Worker:
                 self._run(record)
                 self._slots[0] = 0
                 fit = self._tidy()
+        if clean_up is not None:
+            self._end_well(clean_up)
+
+    def _end_well(self, clean_up: Callable[[], None]) -> None:
+        """Clean up if no job runs, and not in a child that a job has forked."""
+        if not self._slots[0] and os.getpid() == self._pid:
+            clean_up()
 
     def _prepare(self) -> None:
         self._pid = os.getpid()
@@ -9681,7 +9922,12 @@ class Worker:
             sys.modules['numpy'].random.seed()
         if isinstance(self._function, Calls) and self._function.initializer is not None:
             self._initialize(self._function)
+        elif self._spec['start_method'] == SPAWN:
+            self._pipe.send(RecordType.INITIALIZED)
         self._threads = threading.active_count()
+        self._own_children = frozenset(children_here())   # which setup has started
+        if IS_WINDOWS:
+            self._own_processes = processes_in_tree()
         self._surroundings = Surroundings(self._spec['directory'])
 
     def _initialize(self, calls: Calls) -> None:
@@ -9792,16 +10038,34 @@ class Worker:
                    for thread in threading.enumerate()
                    if thread is not threading.main_thread())
 
-    @staticmethod
-    def _has_children() -> bool:
-        if not hasattr(os, 'WNOHANG'):
-            return False
+    def _has_children(self) -> bool:
+        if IS_WINDOWS:
+            return processes_in_tree() > self._own_processes
+        if self._own_children:   # whose exit statuses are not ours to take
+            return any(not has_ended(pid) for pid in set(children_here()) - self._own_children)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
             return True
         except ChildProcessError:
             return False
+
+
+def children_here() -> List[int]:
+    """The children of this process by /proc; none where there is no such thing."""
+    try:
+        with open('/proc/self/task/%d/children' % os.getpid()) as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child of ours is no more; it is waited for if so."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:   # somebody else has waited for it
+        return True
 
 
 _SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-packages'))
@@ -9883,11 +10147,25 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
     return give_back
 
 
+class SlotPlace(NamedTuple):
+    """Slots of one worker, and where they are."""
+    slots: Any
+    file: int      # its number
+    number: int    # of the slots in the file
+
+
 class _Child(NamedTuple):
     process: Any
-    slots: Any
+    where: SlotPlace
     out: CapturedOutput
     err: CapturedOutput
+    line: Any = None   # a LoadingLine, to a worker that loads the computation itself
+    tree: Optional['ProcessTree'] = None
+
+    @property
+    def slots(self) -> Any:
+        """See Slots."""
+        return self.where.slots
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
@@ -9900,8 +10178,22 @@ def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> Non
             variables.setdefault(name, value)
 
 
+def support_of(spec: dict) -> str:
+    """The directory of the client's cloudpickle, where this host has none or another version."""
+    return os.path.join(spec['private'], 'support')
+
+
+def unpack_support(spec: dict) -> None:
+    """Put the client's cloudpickle into its directory."""
+    for name, source in spec['support'].items():
+        path = os.path.join(support_of(spec), *check_name(name))
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(source)
+
+
 class ComputationCode:
-    """The user's code in a runner: loads the computation, runs its setup and in the end its
+    """The user's code in a process that loads it: the computation, its setup and in the end its
     cleanup."""
 
     def __init__(self, spec: dict) -> None:
@@ -9919,7 +10211,8 @@ class ComputationCode:
         SharedMemoryTracker().install()
         if self._spec['authkey']:
             multiprocessing.current_process().authkey = self._spec['authkey']
-        self._unpack_support()
+        if self._spec['support']:
+            sys.path.insert(0, support_of(self._spec))
         loader = self._loader()
         offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
@@ -9932,7 +10225,8 @@ class ComputationCode:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
-                self._warn_of_threads(loader)
+                if self._spec['start_method'] == FORK:
+                    self._warn_of_threads(loader)
         loader.loaded()
 
     def _program(self) -> Program:
@@ -9984,17 +10278,6 @@ class ComputationCode:
             for name, value in dict(objects, **own_objects).items():
                 variables.setdefault(name, value)
         return setup
-
-    def _unpack_support(self) -> None:
-        """The client's cloudpickle, where this host has none or another version."""
-        if self._spec['support']:
-            root = os.path.join(self._spec['private'], 'support')
-            for name, source in self._spec['support'].items():
-                path = os.path.join(root, *check_name(name))
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-                with open(path, 'wb') as file:
-                    file.write(source)
-            sys.path.insert(0, root)
 
     def clean_up(self, end_node: Callable[[], None]) -> str:
         """Run cleanup. Returns what it has raised, for people, or ''."""
@@ -10077,10 +10360,84 @@ class RunningLimits:
                              for limit in jobs.values())
 
 
+def _job_objects() -> Any:
+    """Windows: the library that has the functions for job objects, with their types set."""
+    import ctypes
+    library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
+    handle = ctypes.c_void_p
+    number = ctypes.c_uint32
+    library.CreateJobObjectW.restype = handle
+    library.CreateJobObjectW.argtypes = (handle, handle)
+    library.SetInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number)
+    library.QueryInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number, handle)
+    library.AssignProcessToJobObject.argtypes = (handle, handle)
+    library.TerminateJobObject.argtypes = (handle, number)
+    library.CloseHandle.argtypes = (handle, )
+    return library
+
+
+# JOBOBJECT_EXTENDED_LIMIT_INFORMATION and JOBOBJECT_BASIC_ACCOUNTING_INFORMATION of winnt.h
+_JOB_LIMITS = struct.Struct('@qqIPPIPII6QPPPP')
+_JOB_LIMITS_CLASS = 9
+_JOB_KILL_ON_CLOSE = 0x2000
+_JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
+_JOB_ACCOUNTING_CLASS = 1
+_ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
+
+
+class ProcessTree:
+    """Windows: a process and all that it starts from now on, as a job object. All of them end when
+    the process that has made this one ends, whatever way."""
+
+    def __init__(self, process: Any) -> None:
+        """Raises OSError."""
+        self._library = _job_objects()
+        self._handle: Any = self._library.CreateJobObjectW(None, None)
+        limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
+        if not (self._handle and self._library.SetInformationJobObject(
+                self._handle, _JOB_LIMITS_CLASS, limits, len(limits))
+                and self._library.AssignProcessToJobObject(self._handle, int(process.sentinel))):
+            import ctypes
+            error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
+            self.close()
+            raise error
+
+    def kill(self) -> None:
+        """End all of them."""
+        if self._handle:
+            self._library.TerminateJobObject(self._handle, _ENDED_BY_US)
+
+    def close(self) -> None:
+        """End all of them, and forget them."""
+        if self._handle:
+            self.kill()
+            self._library.CloseHandle(self._handle)
+            self._handle = None
+
+
+def tree_of(process: Any) -> Optional[ProcessTree]:
+    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do."""
+    if IS_WINDOWS:
+        return ProcessTree(process)
+    return None
+
+
+def processes_in_tree() -> int:
+    """Windows: how many processes there are in the job object of this one."""
+    import ctypes
+    told = ctypes.create_string_buffer(_JOB_ACCOUNTING.size)
+    if _job_objects().QueryInformationJobObject(None, _JOB_ACCOUNTING_CLASS, told,
+                                                _JOB_ACCOUNTING.size, None):
+        return int(_JOB_ACCOUNTING.unpack(told.raw)[6])
+    children = ask_psutil(lambda psutil: psutil.Process().children(recursive=True))   # in Wine
+    return 1 + len(children or ())
+
+
 class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
     `send`, as to pack_record."""
+    failed = False   # there can be no workers; it was told
 
     def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any,
                  send: Callable[..., None]) -> None:
@@ -10094,14 +10451,17 @@ class WorkerProcesses:
         self.kept_alive: Set[int] = set()   # children of ours that are no workers
         # Killed, and they have not ended: they sleep and cannot be interrupted
         self._undead: Set[int] = set()
-        self._slots: List[Any] = []      # free ones
+        self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
         self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
 
+    def begin(self) -> None:
+        """Called once, before the runner serves. Sets `failed` where there can be no workers."""
+
     def keep_children(self) -> None:
         """Children that there are now were left by setup on purpose."""
-        self._own = set(self._descendants())
+        self._own = set(children_here())
 
     def drop_children(self) -> None:
         """What setup has started ends with its computation."""
@@ -10126,39 +10486,44 @@ class WorkerProcesses:
         if self._limits:
             self._check_limits()
 
-    def fork(self, record: Record, handle: int) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on.
-        `handle`: the descriptor of its pipe, or -1."""
-        with contextlib.ExitStack() as made:
-            try:
-                if handle < 0:
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-                sock = socket.socket(fileno=_out_of_reach(handle))
-                made.callback(sock.close)
-                child = self._make_child(made)
-                process = multiprocessing.get_context('fork').Process(
-                    target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
-                process.start()
-            except (OSError, MemoryError) as exc:
-                self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0,
-                           shortage(exc).encode('utf-8', 'replace'))
-                return
-            made.pop_all()
-        sock.close()
-        self._children[record.number] = child._replace(process=process)
-        self._send(RecordType.WORKER_STARTED, record.number, process.pid)
+    def start(self, record: Record, take: Callable[[Record], socket.socket]) -> None:
+        """A worker that cannot be made is told with the reason; those that there are go on. `take`
+        takes its pipe."""
+        try:
+            with take(record) as sock:
+                process = self._start(record.number, sock)
+        except (OSError, MemoryError) as exc:
+            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0,
+                       shortage(exc).encode('utf-8', 'replace'))
+        else:
+            self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
-    def _make_child(self, made: contextlib.ExitStack) -> _Child:
-        """What a worker shares with us; `made` lets go of it if there will be no worker."""
+    def _start(self, number: int, sock: socket.socket) -> Any:
+        """The process of a worker with this pipe. Raises OSError, MemoryError."""
+        with contextlib.ExitStack() as made:
+            child = self._make_child(made)
+            process = multiprocessing.get_context('fork').Process(
+                target=self._work, args=(sock, child), name='dispy-worker-%d' % number)
+            process.start()
+            made.pop_all()
+        self._children[number] = child._replace(process=process)
+        return process
+
+    def _make_child(self, made: contextlib.ExitStack, *names: str) -> _Child:
+        """What a worker shares with us; `made` lets go of it if there will be no worker. `names`:
+        of files for its output, which it is to open by itself."""
         catches = []
-        for _ in range(2):
-            catches.append(CapturedOutput(self._spec['private']))
+        for name in names or ('', ''):
+            catches.append(CapturedOutput(self._spec['private'], name))
             made.callback(catches[-1].close)
         if not self._slots:
-            self._slots += Slots.make(self._spec['private'], next(self._slot_files))
-        slots = self._slots.pop()
-        made.callback(self._slots.append, slots)
-        return _Child(None, slots, *catches)
+            number = next(self._slot_files)
+            slots = Slots.make(self._spec['private'], number, bool(names))
+            self._slots += [SlotPlace(one, number, at) for at, one in enumerate(slots)]
+        place = self._slots.pop()
+        made.callback(self._slots.append, place)
+        out, err = catches
+        return _Child(None, place, out, err)
 
     def _work(self, sock: socket.socket, child: _Child) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
@@ -10166,7 +10531,7 @@ class WorkerProcesses:
             os.setsid()   # a group of its own, for signals to the job and all it starts
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
+            _prctl(self._libc, _PR_SET_PDEATHSIG, SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
             for handle in self.closed_in_workers:
                 os.close(handle)
@@ -10193,22 +10558,33 @@ class WorkerProcesses:
         if child is not None and child.slots[1] != record.serial:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
-                self._signal(child, signal.SIGINT)
+                self._interrupt(child)
 
     def kill(self, record: Record) -> None:
         """Kill a worker."""
         child = self._children.get(record.number)
         if child is not None:
-            self._signal(child, signal.SIGKILL)
+            self._kill(child)
 
     def recall(self, record: Record) -> None:
         """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
         if child is not None:
             self._limits.keep(record.number, child.slots[0])
-        if child is not None and TAKE_BACK_SIGNAL is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+            self._take_back(child)
+
+    def _interrupt(self, child: _Child) -> None:
+        self._signal(child, signal.SIGINT)
+
+    def _take_back(self, child: _Child) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+
+    def _kill(self, child: _Child) -> None:
+        if child.tree is not None:
+            child.tree.kill()
+        else:
+            self._signal(child, SIGKILL)
 
     def watch(self, record: Record) -> None:
         """Limit the memory and the time of a job."""
@@ -10228,19 +10604,25 @@ class WorkerProcesses:
         for key, child in list(self._children.items()):
             if child.process.exitcode is not None:
                 del self._children[key]
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.process.pid, signal.SIGKILL)
+                if child.tree is not None:
+                    child.tree.close()
+                else:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(child.process.pid, SIGKILL)
                 remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
-                self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode), 0.0, b'',
-                           out, err)
+                self._tell_end(key, child, out, err)
                 child.out.close()
                 child.err.close()
                 child.process.close()
                 child.slots[0] = child.slots[1] = 0
-                self._slots.append(child.slots)
-        self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
+                self._slots.append(child.where)
+        self._undead = {pid for pid in self._undead if not has_ended(pid)}
+
+    def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out,
+                   err)
 
     def kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux).
@@ -10252,35 +10634,18 @@ class WorkerProcesses:
         while True:
             known = {child.process.pid for child in self._children.values()}
             known |= self._own | self.kept_alive | self._undead
-            strays = {pid for pid in self._descendants() if pid not in known}
+            strays = {pid for pid in children_here() if pid not in known}
             found |= strays
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            strays = {pid for pid in strays if not self._has_ended(pid)}
-            if not strays and not any(pid not in known for pid in self._descendants()):
+                    os.kill(pid, SIGKILL)
+            strays = {pid for pid in strays if not has_ended(pid)}
+            if not strays and not any(pid not in known for pid in children_here()):
                 return found
             if time.monotonic() > until:
                 self._undead |= strays
                 return found
             time.sleep(0.002)
-
-    @staticmethod
-    def _has_ended(pid: int) -> bool:
-        """Whether a child of ours is no more; it is waited for if so."""
-        try:
-            return os.waitpid(pid, os.WNOHANG)[0] != 0
-        except ChildProcessError:   # somebody else has waited for it
-            return True
-
-    @staticmethod
-    def _descendants() -> List[int]:
-        """Our children by /proc; none where there is no such thing."""
-        try:
-            with open('/proc/self/task/%d/children' % os.getpid()) as file:
-                return [int(pid) for pid in file.read().split()]
-        except OSError:
-            return []
 
     def _show_output(self) -> None:
         """What running jobs have printed since the last look. What comes between this and their end
@@ -10314,10 +10679,10 @@ class WorkerProcesses:
                     and child.slots[0] == serial:
                 self._limits.keep(key, 0)
                 self._send(RecordType.MEMORY_EXCEEDED, key, serial)
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
             elif limit.is_to_be_killed(now):
                 limit.ended_at = math.inf
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
             elif limit.is_over(now):
                 limit.ended_at = now
                 self._send(RecordType.OVERDUE, key, serial)
@@ -10337,8 +10702,9 @@ class WorkerProcesses:
         else:
             mask = ()
         try:
+            self._end_in_order()
             for child in self._children.values():
-                self._signal(child, signal.SIGKILL)
+                self._kill(child)
             until = time.monotonic() + GRACE
             for child in self._children.values():
                 child.process.join(max(0.0, until - time.monotonic()))
@@ -10349,115 +10715,365 @@ class WorkerProcesses:
             if _sigmask is not None:
                 _sigmask(signal.SIG_SETMASK, mask)
 
+    def _end_in_order(self) -> None:
+        """Let workers end that have something to do then: those that are forked have not."""
 
-class Runner:
-    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of
-    it."""
+
+def stderr_tail(printed: bytes) -> str:
+    """The end of what was printed, to stand below a text for people."""
+    tail = printed.decode('utf-8', 'replace')[-2000:]
+    if tail:
+        return '\nstderr:\n' + tail
+    return ''
+
+
+def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
+    """Raise RuntimeError for what setup has made for all jobs of a node to share: it is shared by
+    forked processes only, and each worker would have one of its own."""
+    for variables in spaces_:
+        for name, value in list(variables.items()):
+            kind = shared_kind(value)
+            if kind:
+                raise RuntimeError(
+                    'the global variable %s is %s, which only forked processes share: workers '
+                    "that are started with start_method='spawn' run setup each and would have one "
+                    "each. Use start_method='fork', or multiprocessing.Manager in the program, "
+                    'whose proxies can be arguments' % (name, kind))
+
+
+_SHARED_KINDS = (
+    ('multiprocessing.synchronize', ('SemLock', 'Condition', 'Event', 'Barrier')),
+    ('multiprocessing.sharedctypes', ('SynchronizedBase', )),
+    ('multiprocessing.queues', ('Queue', 'SimpleQueue')),
+    ('multiprocessing.connection', ('_ConnectionBase', 'Listener')),
+    ('multiprocessing.pool', ('Pool', )))
+
+
+def shared_kind(value: Any, deep: bool = True) -> str:
+    """What a value is that only forked processes share, or ''. Contents of containers and
+    attributes of instances are looked at too."""
+    for module, names in _SHARED_KINDS:
+        kinds = tuple(
+            kind for kind in (getattr(sys.modules.get(module), name, None) for name in names)
+            if isinstance(kind, type))
+        if isinstance(value, kinds):
+            return 'a %s of multiprocessing' % type(value).__name__
+    if type(getattr(value, '_wrapper', None)).__module__ == 'multiprocessing.heap':
+        return 'a shared array or value of multiprocessing'
+    managers = sys.modules.get('multiprocessing.managers')
+    if managers is not None and isinstance(value, (managers.BaseProxy, managers.BaseManager)):
+        manager = getattr(value, '_manager', None) or value
+        if hasattr(manager, '_process'):   # started here, and not only connected to
+            return 'of a manager of multiprocessing that was started here'
+        return ''
+    if not deep:
+        return ''
+    if type(value) in (list, tuple, set, frozenset):
+        contents: Iterable[Any] = value
+    elif type(value) is dict:
+        contents = value.values()
+    elif isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        contents = ()
+    else:
+        contents = getattr(value, '__dict__', {}).values()
+    for one in itertools.islice(contents, 1000):
+        kind = shared_kind(one, False)
+        if kind:
+            return 'or has in it ' + kind
+    return ''
+
+
+class LoadingLine:
+    """A runner's end of the line to a worker that is not forked and loads the computation
+    itself."""
+
+    def __init__(self, sock: socket.socket, call: Callable[[], None]) -> None:
+        self.sock = sock
+        self.call = call          # when there is something to read
+        self.is_up = False        # the worker has loaded the computation
+        self.text = ''            # why it could not
+        self.until = time.monotonic() + SETUP_TIME
+        self.passed: Optional[socket.socket] = None   # until it has arrived
+        self._intake = RecordBuffer(FROM_LOADING)
+
+    def receive(self) -> Optional[List[Record]]:
+        """Records that have come; none if there are no more yet, None at the end. Raises
+        PeerError."""
+        records: List[Record] = []
+        while not records:
+            try:
+                count = self.sock.recv_into(self._intake.get_buffer())
+            except _WOULD_BLOCK:
+                break
+            except OSError:
+                return None
+            if not count:
+                return None
+            records = self._intake.records(count)
+        return records
+
+    def forget_passed(self) -> None:
+        """What was passed has arrived, or never will."""
+        if self.passed is not None:
+            self.passed.close()
+            self.passed = None
+
+    def tell(self, kind: RecordType) -> None:
+        """Give an order, if it still lives."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(pack_record(kind)[0])
+
+    def give(self, sock: socket.socket, pid: int) -> None:
+        """Give it its pipe. Raises OSError."""
+        data, passing = pack_socket(sock, pid, RecordType.FORK)
+        if passing is None:
+            self.sock.sendall(data)
+        else:
+            send_with(self.sock, [data], passing)
+            if LATE_PASSING:
+                self.passed = sock.dup()
+
+
+class SpawnedWorkers(WorkerProcesses):
+    """Worker processes that are started anew and load the computation themselves; the runner loads
+    nothing of the user's. One is started at once, so that a computation that cannot be used here
+    is refused before there is a job. It waits, like any that is not wanted yet, under a number
+    below 0 until it gets a pipe."""
+    FILE = 'computation'   # what workers load
+
+    def __init__(self, spec: dict, code: Buffer, libc: Any, send: Callable[..., None],
+                 selector: selectors.BaseSelector) -> None:
+        super().__init__(spec, None, libc, send)
+        self._selector = selector
+        self._numbers = itertools.count(1)
+        self._is_up = False
+        write_private(os.path.join(spec['private'], self.FILE), pickle.dumps((spec, bytes(code))))
+
+    def begin(self) -> None:
+        from multiprocessing import resource_tracker
+        try:
+            if os.name != 'nt':
+                resource_tracker.ensure_running()   # of which each worker would start one
+            self.keep_children()
+            self._spawn()
+        except (OSError, MemoryError) as exc:
+            text = 'the first worker cannot be started: %s' % shortage(exc)
+            self._fail(0, text.encode('utf-8', 'replace'))
+
+    def _start(self, number: int, sock: socket.socket) -> Any:
+        for key, child in list(self._children.items()):
+            if key < 0:
+                with contextlib.suppress(OSError):   # it has just died
+                    return self._give_pipe(key, child, number, sock)
+        key = self._spawn()
+        return self._give_pipe(key, self._children[key], number, sock)
+
+    def _interrupt(self, child: _Child) -> None:
+        if IS_WINDOWS:
+            child.line.tell(RecordType.INTERRUPT)
+        else:
+            super()._interrupt(child)
+
+    def _take_back(self, child: _Child) -> None:
+        if IS_WINDOWS:
+            child.line.tell(RecordType.RECALL)
+        else:
+            super()._take_back(child)
+
+    def _give_pipe(self, key: int, child: _Child, number: int, sock: socket.socket) -> Any:
+        child.line.give(sock, child.process.pid)
+        self._children[number] = self._children.pop(key)
+        return child.process
+
+    def _spawn(self) -> int:
+        """Start a process that loads the computation; the number that it has for the time being.
+        Raises OSError, MemoryError."""
+        number = next(self._numbers)
+        names = ('out-%d' % number, 'err-%d' % number)
+        with contextlib.ExitStack() as made:
+            child = self._make_child(made, *names)
+            ours, theirs = socket_pair()
+            made.callback(ours.close)
+            with theirs:
+                process = multiprocessing.get_context('spawn').Process(
+                    target=worker_main, name='dispy-worker',
+                    args=(theirs, self._spec['private'], names, child.where[1:], os.getpid()))
+                process.start()
+            made.callback(process.kill)
+            child = child._replace(process=process, tree=tree_of(process),
+                                   line=LoadingLine(ours, functools.partial(self._hear, process)))
+            made.pop_all()
+        ours.setblocking(False)
+        self._selector.register(ours, selectors.EVENT_READ, child.line.call)
+        self._children[-number] = child
+        child.line.tell(RecordType.INIT)   # all that it starts ends with it from now on
+        return -number
+
+    def _hear(self, process: Any) -> None:
+        """A worker says something, or its line has ended."""
+        for key, child in self._children.items():
+            if child.process is process:
+                self._listen(key, child)
+                return
+
+    def _listen(self, key: int, child: _Child) -> None:
+        try:
+            records = child.line.receive()
+            while records:
+                for record in records:
+                    self._on_record(key, child.line, record)
+                records = child.line.receive()
+        except PeerError as exc:   # a job has written into it
+            logger.error('a worker is killed: it sent nonsense to its runner: %s', exc)
+            self._kill(child)
+            records = None
+        if records is None:
+            self._forget(child.line)
+            if IS_WINDOWS:   # nothing else tells that it has ended, which takes a little more
+                child.process.join(0.1)
+
+    def _forget(self, line: LoadingLine) -> None:
+        with contextlib.suppress(KeyError):   # it was read to its end before
+            self._selector.unregister(line.sock)
+
+    def _on_record(self, key: int, line: LoadingLine, record: Record) -> None:
+        if record.kind == RecordType.ALIVE:
+            line.forget_passed()
+        elif record.kind == RecordType.READY:
+            line.is_up = True
+            if not self._is_up:
+                self._is_up = True
+                self._send(RecordType.READY, 0, 0, 0.0, 0.0, record.bodies[0])
+        elif record.kind == RecordType.END_NODE:
+            if self._spec['client_shutdown']:
+                self._send(RecordType.END_NODE)
+        elif not self._is_up:
+            self._fail(record.number, bytes(record.bodies[0]))
+        elif line.is_up:   # its cleanup has failed
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, record.bodies[0])
+        else:
+            line.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+
+    def _fail(self, unloadable: int, text: bytes) -> None:
+        """The computation cannot be used here."""
+        if not self.failed:
+            self.failed = True
+            self._send(RecordType.FAILED, unloadable, 0, 0.0, 0.0, text)
+
+    def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        self._listen(key, child)   # what it said before
+        self._forget(child.line)
+        child.line.forget_passed()
+        child.line.sock.close()
+        if not self._is_up:
+            text = 'the worker process %s while it loaded the computation or ran setup%s' % (
+                exit_text(int(child.process.exitcode)), stderr_tail(err))
+            self._fail(0, text.encode('utf-8', 'replace'))
+        elif key > 0:
+            err += child.line.text.encode('utf-8', 'replace')
+            super()._tell_end(key, child, out, err)
+
+    def look(self) -> None:
+        super().look()
+        now = time.monotonic()
+        for child in self._children.values():
+            if self._is_up and not child.line.is_up and now > child.line.until:
+                child.line.text = 'setup did not end within %d s' % SETUP_TIME
+                self._kill(child)
+
+    def _end_in_order(self) -> None:
+        """Workers that have loaded the computation and run no job run cleanup."""
+        until = time.monotonic() + CLEANUP_TIME
+        ending = []
+        for child in self._children.values():
+            if child.line.is_up and not child.slots[0]:
+                ending.append(child)
+                child.line.tell(RecordType.CLOSE)
+            else:
+                self._kill(child)
+        for child in ending:
+            child.process.join(max(0.0, until - time.monotonic()))
+        self.reap()
+
+
+class LoadingProcess:
+    """A process that may load a computation, and its line to the process that has started it: a
+    runner, and a worker that is not forked."""
+    _spec: dict
+    _code: ComputationCode
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._intake = RecordBuffer()
         self._records: Deque[Record] = collections.deque()
         self._handles: Deque[int] = collections.deque()
-        self._shall_end = self._is_ending = self._is_closed = False
 
-    def run(self) -> None:
-        """Until told to close, or the daemon is gone."""
-        libc = _libc()
-        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
-        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._receive()
-        init = self._records.popleft()
-        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
-        limit_values(self._spec['max_value'])
-        self._code = ComputationCode(self._spec)
-        self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
-        self._tracker = TrackerProcess()
-        self._out, self._err = CapturedOutput(self._spec['private']), CapturedOutput(self._spec['private'])
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
+    def _catch_output(self, out: CapturedOutput, err: CapturedOutput) -> None:
+        """Have what is printed while it loads come into files."""
+        self._out = out
+        self._err = err
+        os.dup2(out.handle, 1)
+        os.dup2(err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        if os.name == 'posix':
-            self._tracker.start()
-            self._workers.kept_alive.add(self._tracker.pid)
-        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
-        # What setup forks must not hold the line by which the daemon sees our end
+        # What setup forks must not hold the line by which the other side sees our end
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(after_in_child=self._control.close)
+
+    def _load(self, code: Buffer) -> bool:
+        """Load the computation and run its setup; whether that went well. The other side is told
+        why not."""
         try:
-            self._code.load(init.bodies[1])
-            self._workers.keep_children()
-            gc.collect()
-            gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+            self._code.load(memoryview(code))
+            self._loaded()
         except BaseException as exc:  # the user's modules and setup may raise anything
-            self._workers.kill_strays()
-            self._tracker.stop()
-            # Nobody wants it any more, and what that has interrupted is no fault
-            if self._shall_end:
-                self._remove_abandoned()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
+            self._not_loaded()
             if self._code.is_loaded:
                 hint = ''
             else:
                 hint = explain_import(exc, self._spec['name'])
             self._tell_failure(hint + '\n' * bool(hint) +
                                describe_exception(exc, frames_of_ours(exc)))
-            return
+            return False
+        return True
+
+    def _loaded(self) -> None:
+        """All is well so far. May raise what setup may."""
+
+    def _not_loaded(self) -> None:
+        """It is about to be told that the computation cannot be used here."""
+
+    def _tell_up(self) -> None:
         self._send(RecordType.READY, 0, 0, 0.0, 0.0,
                    pickle.dumps(modules.notes if modules is not None else []))
-        self._serve()
-
-    def _told_to_end(self, number: int, frame: Any) -> None:
-        self._shall_end = True
-        # Not twice: the signal comes with the end of each thread of a program that may be the
-        # parent, and it has to remove what is left
-        if not self._is_ending:
-            self._is_ending = True
-            sys.exit(0)
 
     def _tell_failure(self, text: str) -> None:
         """The computation cannot be used here; the record's number is 1 if its code cannot even be
         loaded."""
         sys.stdout.flush()
         sys.stderr.flush()
-        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        printed = self._err.peek(os.fstat(2).st_size)
+        text = shorten(text) + stderr_tail(printed)
         self._send(RecordType.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0,
                    text.encode('utf-8', 'replace'))
 
-    def _serve(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        self._workers.closed_in_workers = (reader, writer)
-        if hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        selector = selectors.DefaultSelector()
-        selector.register(self._control, selectors.EVENT_READ)
-        selector.register(reader, selectors.EVENT_READ)
-        workers = self._workers
-        handlers = {RecordType.FORK: lambda record: workers.fork(record, self._handles.popleft()),
-                    RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
-                    RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
-                    RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
-        try:
-            while True:
-                ready = selector.select(self._workers.patience())
-                if any(key.fileobj == reader for key, _ in ready):
-                    os.read(reader, 4096)
-                if any(key.fileobj is self._control for key, _ in ready):
-                    self._receive()
-                while self._records:
-                    record = self._records.popleft()
-                    if record.kind == RecordType.CLOSE:
-                        self._is_closed = True
-                        return
-                    handlers[RecordType(record.kind)](record)
-                workers.look()
-        finally:
-            self._end()
+    def _clean_up(self) -> None:
+        """Run the computation's cleanup, and tell if it fails."""
+        failure = self._code.clean_up(self._end_node)
+        if failure:
+            self._tell_failure(failure)
+
+    @staticmethod
+    def _finalize() -> None:
+        """This process ends without exit handlers, those of the user's modules; shared variables
+        that setup has made leave named semaphores behind unless they are finalized."""
+        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
+        if finalize is not None:
+            finalize(0)
+
+    def _end_node(self) -> None:
+        """dispynode_shutdown, which a cleanup finds where the node was started with
+        --client-shutdown: the node ends when its client lets go of it."""
+        self._send(RecordType.END_NODE)
 
     def _receive(self) -> None:
         while True:
@@ -10476,27 +11092,115 @@ class Runner:
             else:
                 data = self._control.recv_into(self._intake.get_buffer())
             if not data:
-                sys.exit(0)   # the daemon is gone
+                sys.exit(0)   # the other side is gone
             self._records.extend(self._intake.records(data))
             if self._records:
                 return
+
+    def _take_socket(self, record: Record) -> socket.socket:
+        return take_socket(record, self._handles)
 
     def _send(self, *args: Any) -> None:
         for buffer in pack_record(*args):
             self._control.sendall(buffer)
 
+
+class Runner(LoadingProcess):
+    """Has workers made, reaps them and tells the daemon of it. Where workers are forked, it loads
+    the computation before and runs its setup once."""
+
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(control)
+        self._shall_end = self._is_ending = self._is_closed = False
+        self._tracker = TrackerProcess()
+
+    def run(self) -> None:
+        """Until told to close, or the daemon is gone."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._receive()
+        init = self._records.popleft()
+        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        private = self._spec['private']
+        selector = selectors.DefaultSelector()
+        forks = self._spec['start_method'] == FORK
+        if forks:
+            self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
+        else:
+            self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
+        self._catch_output(CapturedOutput(private), CapturedOutput(private))
+        if os.name == 'posix':
+            self._tracker.start()
+            self._workers.kept_alive.add(self._tracker.pid)
+        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
+        unpack_support(self._spec)
+        if forks:
+            if not self._load(init.bodies[1]):
+                return
+            self._tell_up()
+        self._serve(selector)
+
+    def _loaded(self) -> None:
+        self._workers.keep_children()
+        gc.collect()
+        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    def _not_loaded(self) -> None:
+        self._workers.kill_strays()
+        self._tracker.stop()
+        # Nobody wants it any more, and what that has interrupted is no fault
+        if self._shall_end:
+            self._remove_abandoned()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _told_to_end(self, number: int, frame: Any) -> None:
+        self._shall_end = True
+        # Not twice: the signal comes with the end of each thread of a program that may be the
+        # parent, and it has to remove what is left
+        if not self._is_ending:
+            self._is_ending = True
+            sys.exit(0)
+
+    def _serve(self, selector: selectors.BaseSelector) -> None:
+        reader, writer = socket_pair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        workers = self._workers
+        workers.closed_in_workers = (reader.fileno(), writer.fileno())
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        selector.register(self._control, selectors.EVENT_READ, self._receive)
+        selector.register(reader, selectors.EVENT_READ, functools.partial(reader.recv, 4096))
+        handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
+                    RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
+                    RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
+                    RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
+        try:
+            workers.begin()
+            while not workers.failed:
+                for key, _ in selector.select(workers.patience()):
+                    key.data()
+                while self._records:
+                    record = self._records.popleft()
+                    if record.kind == RecordType.CLOSE:
+                        self._is_closed = True
+                        return
+                    handlers[RecordType(record.kind)](record)
+                workers.look()
+        finally:
+            self._end()
+
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
-        failure = self._code.clean_up(self._end_node)
-        if failure:
-            self._tell_failure(failure)
+        self._clean_up()
         self._workers.drop_children()
-        # This process ends without exit handlers, those of the user's modules; shared variables
-        # that setup has made leave named semaphores behind unless they are finalized.
-        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
-        if finalize is not None:
-            finalize(0)
+        self._finalize()
         self._tracker.stop()
         if not self._is_closed:
             self._remove_abandoned()
@@ -10517,10 +11221,69 @@ class Runner:
             os.chdir(os.path.dirname(self._spec['root']))
             remove_abandoned_directory(self._spec['root'], self._spec['private'], 50)
 
-    def _end_node(self) -> None:
-        """dispynode_shutdown, which a cleanup finds where the node was started with
-        --client-shutdown: the node ends when its client lets go of it."""
-        self._send(RecordType.END_NODE)
+
+class SpawnedWorker(LoadingProcess):
+    """A worker that is not forked: loads the computation by itself and waits for its pipe."""
+
+    def run(self, private: str, names: Tuple[str, str], place: Tuple[int, int]) -> None:
+        """Until its pipe is closed, or it is not fit for another job. `names` are those of the
+        files for its output, `place` is that of its slots."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._next_order()   # INIT: the runner sees to what this process starts
+        self._catch_output(*(CapturedOutput(private, name) for name in names))
+        slots = Slots.open(private, *place)
+        with open(os.path.join(private, SpawnedWorkers.FILE), 'rb') as file:
+            self._spec, code = pickle.load(file)   # from the runner that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        if not self._load(code):
+            os._exit(1)
+        self._tell_up()
+        record = self._next_order()
+        if record.kind == RecordType.FORK:
+            sock = self._take_socket(record)
+            self._send(RecordType.ALIVE)   # it has arrived
+            for output in (self._out, self._err):
+                output.empty()
+            if IS_WINDOWS:
+                _thread.start_new_thread(self._hear_orders, ())
+            Worker(sock, slots, self._code.function, self._out, self._err, self._spec, libc,
+                   self._code.threads, self._code.globals).serve(self._leave)
+        else:
+            self._leave()
+
+    def tell_fault(self, text: str) -> None:
+        """What is no fault of the computation keeps this worker from running jobs."""
+        with contextlib.suppress(OSError):   # the runner is gone
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+
+    def _next_order(self) -> Record:
+        if not self._records:
+            self._receive()
+        return self._records.popleft()
+
+    def _loaded(self) -> None:
+        check_not_shared(self._code.globals)
+
+    def _leave(self) -> None:
+        self._clean_up()
+        self._finalize()
+
+    def _hear_orders(self) -> None:
+        """Windows, a thread: what are signals elsewhere. Their handlers run in the main thread. It
+        is none of `threading`, which would show it to jobs."""
+        signals = {RecordType.INTERRUPT: signal.SIGINT, RecordType.RECALL: TAKE_BACK_SIGNAL}
+        while True:
+            try:
+                self._receive()
+            except (OSError, SystemExit):   # the runner is gone, and this process will be
+                return
+            while self._records:
+                number = signals.get(RecordType(self._records.popleft().kind))
+                if number is not None:
+                    signal.raise_signal(number)
 
 
 class User(NamedTuple):
@@ -10639,12 +11402,67 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     os._exit(code)   # threads and exit handlers of the user's modules are not waited for
 
 
+def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
+                place: Tuple[int, int], runner: int) -> None:
+    """A worker process that is not forked, started by the runner with `spawn`."""
+    if hasattr(os, 'setsid'):
+        os.setsid()   # a group of its own, for signals to the job and all it starts
+    _no_stdin()
+    worker = SpawnedWorker(socket.socket(fileno=_out_of_reach(control.detach())))
+    try:
+        if os.getppid() != runner:
+            os._exit(1)   # nobody is there who could end this process
+        worker.run(private, names, place)
+    except (ConnectionError, EOFError, SystemExit):
+        os._exit(1)   # the other side is gone, and with it whoever could be told
+    except BaseException:   # no descriptors, or our own fault
+        worker.tell_fault(traceback.format_exc())
+        os._exit(70)
+    os._exit(0)   # as a runner
+
+
 # --------------------------------------------------------------------------------------------------
 # Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and
 # scheduler alike.
 # --------------------------------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+# macOS may give the receiver a dead socket if it is closed here before it has arrived there
+LATE_PASSING = sys.platform == 'darwin'
+
+
+def socket_pair() -> Tuple[socket.socket, socket.socket]:
+    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
+    pair = socket.socketpair()
+    for sock in pair:
+        set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    return pair
+
+
+def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0) -> Tuple[
+        bytes, Optional[socket.socket]]:
+    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
+    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
+    if hasattr(socket, 'SCM_RIGHTS'):
+        return pack_record(kind, number)[0], sock  # type: ignore[return-value]
+    shared = sock.share(pid)  # type: ignore[attr-defined]
+    return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
+
+
+def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
+    """Send bytes and a socket with the first of them. Raises OSError."""
+    handles = array.array('i', [passing.fileno()])
+    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+
+
+def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
+    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
+    if not hasattr(socket, 'SCM_RIGHTS'):
+        return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
+    handle = handles.popleft()
+    if handle < 0:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return socket.socket(fileno=_out_of_reach(handle))
 
 
 def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
@@ -10776,9 +11594,7 @@ class Channel:
     def _send_some(self) -> int:
         view, passing = self._out[0]
         if passing is not None:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
-                          array.array('i', [passing.fileno()]))]
-            sent = self.sock.sendmsg([view], ancillary)
+            sent = send_with(self.sock, [view], passing)
             passing.close()
             self._out[0] = (view, None)
             return sent
@@ -11575,8 +12391,19 @@ class Loop:
             self.links[channel.number] = channel
             channel.values = self.values
             self.set_pulse(channel, channel.pulse)
+            self._bound(channel)
         if channel.wants_write:
             self._dirty.add(channel)
+
+    def _bound(self, link: 'Link') -> None:
+        """Where only select() can wait for sockets, which is on Windows, it cannot for more than
+        512, and the loop would end. The link is ended, and both sides are told why."""
+        if isinstance(self._selector, selectors.SelectSelector) and len(
+                self._selector.get_map()) > SELECT_MOST:
+            text = 'there are more than %d connections, which this system cannot wait for' \
+                % SELECT_MOST
+            self.send(link, Bye(text))
+            self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
         """The other side gives a link up when it hears nothing for several of these."""
@@ -12443,6 +13270,11 @@ def interfaces() -> List[int]:
         return []
 
 
+# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
+# address of it, which has no broadcast: then one of those who listen hears it.
+LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
+
+
 class DiscoverySockets:
     """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
     and speaks to `there`, from the first of its ports, where the answers come. The loop's
@@ -12466,7 +13298,7 @@ class DiscoverySockets:
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             hosts = [(socket.AF_INET,
-                      '' if reach == 'lan' else '127.255.255.255' if number else '127.0.0.1')]
+                      '' if reach == 'lan' else LOOPBACK if number else '127.0.0.1')]
             if reach == 'lan' and socket.has_ipv6:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
@@ -12494,7 +13326,7 @@ class DiscoverySockets:
         if ear.address_family == socket.AF_INET6:
             targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
-            hosts = {'127.255.255.255'}
+            hosts = {LOOPBACK}
             if self._reach == 'lan':
                 hosts |= {broadcast
                           for broadcast in own_addresses().values()
@@ -12548,6 +13380,7 @@ class Options(NamedTuple):
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
     python: str = ''                       # what runs the runners, if not sys.executable
+    start_method: str = FORK               # of workers, for clients that do not say
 
 
 class ChildEnded(NamedTuple):
@@ -13117,6 +13950,12 @@ class RunnerProcess:
             return self._popen.poll()  # type: ignore[no-any-return]
         return self._process.exitcode  # type: ignore[no-any-return]
 
+    def tree(self) -> Optional[ProcessTree]:
+        """What ends it with all that it starts, where groups of processes do not. Raises OSError."""
+        if self._process is None:
+            return None
+        return tree_of(self._process)
+
     def terminate(self) -> None:
         """Tell it to end."""
         (self._popen or self._process).terminate()
@@ -13223,6 +14062,9 @@ class ComputationProcesses:
         self.files = files
         self.comp = files.comp
         self.process: Any = None
+        self.tree: Optional[ProcessTree] = None
+        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until it has arrived
+        self.start_method = FORK
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
         self.text = ''
@@ -13234,11 +14076,14 @@ class ComputationProcesses:
 
     def start(self, host: 'NodeHost') -> None:
         """Start the runner. Raises OSError."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket_pair()
         try:
             self.process = RunnerProcess(theirs, host.options.user, host.options.python)
+            self.tree = self.process.tree()
         except OSError:
             ours.close()
+            if self.process is not None:
+                self.process.kill()
             raise
         finally:
             theirs.close()
@@ -13259,6 +14104,7 @@ class ComputationProcesses:
             'support': {name: bytes(source)
                         for name, source in spec['support'].items()
                         }, 'max_file': options.max_file, 'max_value': VALUE_MOST,
+            'start_method': self.start_method,
             'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
             'client_shutdown': options.client_shutdown, 'cleanup': spec['cleanup'],
             'root': host.directory.root if options.embedded else '', 'names': {
@@ -13279,6 +14125,11 @@ class ComputationProcesses:
         if self.process is not None:
             self.process.forget()
 
+    def arrived(self, worker: int) -> None:
+        """The runner has taken the pipe of a worker, or never will."""
+        if worker in self.passed:
+            self.passed.pop(worker).close()
+
     def known(self, worker: int, pid: int) -> None:
         """A worker's process: from the kernel, never by its own word."""
         if pid > 1:
@@ -13289,9 +14140,11 @@ class ComputationProcesses:
         pid, start = self.pids.get(worker, (0, ''))
         if not pid or start_of(pid) != start:
             return
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, 'killpg'):
+                os.killpg(pid, SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, SIGKILL)
 
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
@@ -13434,6 +14287,7 @@ class ProcessHost:
     def start_runner(self, action: StartRunner) -> None:
         """Start the process that loads the code of a computation."""
         run = ComputationProcesses(self._files.of(action.comp))
+        run.start_method = action.spec.get('start_method') or self._options.start_method
         try:
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
@@ -13460,6 +14314,9 @@ class ProcessHost:
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
+        if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
+            for worker in list(run.pipes):
+                self._let_go(run, worker)
         if run.control is not None:
             run.control.push(pack_record(RecordType.CLOSE))
         if not run.up:
@@ -13525,6 +14382,8 @@ class ProcessHost:
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
             begun = Slots.read(run.files.private)
+        for worker in list(run.passed):
+            run.arrived(worker)
         self._let_go_of_all(run)
         if run.watch is not None:
             run.watch.close()
@@ -13535,8 +14394,7 @@ class ProcessHost:
             self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        passes = not run.text and code in (None, -signal.SIGTERM,
-                                           -getattr(signal, 'SIGKILL', signal.SIGTERM))
+        passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
         self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
@@ -13562,9 +14420,11 @@ class ProcessHost:
     def _kill_workers(run: ComputationProcesses) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
         of their groups, and for that of a runner that was killed in a setup that hung."""
-        if hasattr(os, 'killpg'):
+        if run.tree is not None:
+            run.tree.close()
+        elif hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(run.process.pid, signal.SIGKILL)
+                os.killpg(run.process.pid, SIGKILL)
             for worker in list(run.pids):
                 run.kill(worker)
 
@@ -13626,10 +14486,12 @@ class ProcessHost:
             logger.warning('%s', run.text)
 
     def _on_worker_started(self, run: ComputationProcesses, record: Record) -> None:
+        run.arrived(record.number)
         if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
             run.known(record.number, record.serial)
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
+        run.arrived(record.number)
         self._let_go(run, record.number)
         self._host.tell(
             WorkerStartFailed(record.number,
@@ -13709,7 +14571,7 @@ class ProcessHost:
         """Have a worker forked."""
         run = self._runs[action.comp]
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
             self._host.tell(WorkerStartFailed(action.worker, shortage(exc)))
             return
@@ -13719,7 +14581,12 @@ class ProcessHost:
         self._of_worker[action.worker] = run
         self._host.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
-        run.control.push(pack_record(RecordType.FORK, action.worker), theirs)
+        data, passing = pack_socket(theirs, run.process.pid, RecordType.FORK, action.worker)
+        if LATE_PASSING:
+            run.passed[action.worker] = theirs.dup()
+        run.control.push([data], passing)
+        if passing is None:
+            theirs.close()
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
@@ -13988,7 +14855,8 @@ class NodeHost:
         self.links: Dict[int, Link] = {}     # to clients
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
-        self.node = node_type()(name, options.cpus, node_facts(), options.zombie, options.serve,
+        facts = dict(node_facts(), start_method=options.start_method)
+        self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
                                 options.client_shutdown, loop.now)
         self._posted: Deque[Any] = collections.deque()
         self.directory = directory(options, self.instance, self._directory_taken)
@@ -14508,8 +15376,18 @@ def _cgroup_pids() -> List[int]:
     return found
 
 
+# Exit codes of Windows that people meet
+NT_STATUS = {
+    0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
+    0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
+    0xC0000409: 'abort, or a stack buffer overrun'}
+
+
 def exit_text(code: Optional[int]) -> str:
     """What an exit code says, in words."""
+    if code is not None and code >= 1 << 31:   # Windows: an exception that nothing has handled
+        name = NT_STATUS.get(code, 'see "NTSTATUS values"')
+        return 'ended with exit code %d (0x%X, %s)' % (code, code, name)
     if code is None or code >= 0:
         return 'ended with exit code %s' % code
     try:
@@ -15209,6 +16087,11 @@ def _parser() -> OptionParser:
         type=seconds_option,
         metavar='S',
         help='seconds between searches for clients')
+    add('--start-method', choices=(FORK, SPAWN),
+        help='how worker processes are started for clients that do not say: fork, after the '
+             'computation was loaded and its setup has run once, or spawn: anew, and each loads the '
+             'computation and runs its setup (default: what DISPY_START_METHOD in the environment '
+             'says, otherwise fork on Linux and spawn elsewhere)')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -15361,14 +16244,6 @@ def _prompt(post: Callable[[Any], None]) -> None:
                 print(exc, flush=True)
 
 
-def check_fork() -> None:
-    """Raises StartError where a node cannot run jobs."""
-    if not hasattr(os, 'fork'):
-        raise StartError('no node can run here: its worker processes are started with fork, which '
-                         'Windows does not have. Run dispynode on Linux or macOS; clients and '
-                         'dispyscheduler also run on Windows')
-
-
 def _standard_files() -> None:
     """Where 0, 1 or 2 is closed, the null device: a socket must not get such a number."""
     handle = os.open(os.devnull, os.O_RDWR)
@@ -15381,10 +16256,14 @@ def _standard_files() -> None:
             setattr(sys, name, open(number, 'w', closefd=False))
 
 
+# SIGBREAK: Windows, when its window is closed, too
+ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
+
+
 def _on_signals(daemon: Daemon, stay: bool) -> None:
     """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
     handlers, and none ignored: programs that jobs start would inherit that."""
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+    for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
         if number is not None and (name != 'SIGHUP'
@@ -15424,7 +16303,6 @@ def _make_ready_for(user: Optional[User]) -> None:
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                 schedulers: Tuple[Tuple[str, int], ...]) -> Options:
     """What the command line says, of which some has been looked at. The log is set up."""
-    check_fork()
     set_up_log('dispynode', args.debug, args.log_file)
     tell_obsolete(args, OBSOLETE_NODE)
     limit_values(args.max_value)
@@ -15442,7 +16320,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    'off' if args.embedded else discovery_reach(), args.ping_interval, user, hours,
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
-                   args.msg_timeout, args.force_cleanup)
+                   args.msg_timeout, args.force_cleanup,
+                   args.start_method or default_start_method())
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,

@@ -86,19 +86,19 @@ from dispy import (
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueRequests, pack_error,
     IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES, NAME_MOST,
-    NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of, OptionParser,
-    add_daemon_options, daemon_parser, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME,
-    Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece,
-    FileReceiver, FileStored, Acceptor, KnownAttempts, ClientHello, Jobs, Limit, Link, LinkBroken,
-    Need, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs,
-    Reclaim, Refused, Results, Return, JobsReturned, Role, Notice, Shutdown, StartError, Started,
-    Unfit, Values, NodeHello, Wrong, __version__, write_private, out_of_band, check_name,
-    derive_key, digest_of, discovery_reach, find_secret, batches, has_place, host_and_port,
-    in_parts, is_comp, limit_values, log_record_of, over_limit_here, refused_row, unfit_row,
-    make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular,
-    parse_arguments, pieces_of, replaced, result_key, plain_address, run_until_ended, save_config,
-    seconds_option, set_up_log, shorten, size_of, size_option, with_size, take_own_directory,
-    tls_files, unpack_error)
+    NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of,
+    OptionParser, add_daemon_options, daemon_parser, tell_obsolete, PULSE, RETURNED,
+    SCHEDULER_PORT, ZOMBIE_TIME, Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute,
+    DispyError, Done, Each, FilePiece, FileReceiver, FileStored, Acceptor, KnownAttempts,
+    ClientHello, Jobs, Limit, Link, LinkBroken, Need, CpusChanged, Outcome, Output, PeerError,
+    Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim, Refused, Results, Return, JobsReturned,
+    Role, Notice, Shutdown, StartError, Started, Unfit, Values, NodeHello, Wrong, __version__,
+    write_private, out_of_band, check_name, derive_key, digest_of, discovery_reach, find_secret,
+    batches, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
+    over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
+    open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
+    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of,
+    size_option, with_size, take_own_directory, tls_files, unpack_error, ENDING_SIGNALS)
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -1382,6 +1382,24 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
     if allowed or found is None:
         return False
     return found.is_private or found.is_loopback or found.is_link_local
+
+
+def raise_descriptors() -> None:
+    """Each connection takes a descriptor, and the soft limit is low by default: 1024 on Linux, 256
+    on macOS, which allows no more than 10240 whatever the hard limit says."""
+    try:
+        import resource
+    except ImportError:   # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 10240 if sys.platform == 'darwin' else 1 << 16
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (OSError, ValueError) as exc:
+            logger.debug('the limit of descriptors stays at %d: %s', soft, exc)
 
 
 def links_of_one() -> int:
@@ -3934,6 +3952,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             save_config(parser, args, args.save_config)
             return 0
         limit_values(args.max_value)
+        raise_descriptors()
         for name in ('dispyscheduler', 'dispy', 'dispynode'):
             set_up_log(name, args.debug, args.log_file)
         tell_obsolete(args, OBSOLETE_SCHEDULER)
@@ -4039,7 +4058,7 @@ def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
 
     def ignore(number: int, frame: Any) -> None:
         pass
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+    for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         if number is None:   # Windows
             continue

@@ -17,6 +17,10 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests', 'faults')]   # the tools there are for others too
 os.environ['DISPY_DISCOVERY'] = 'loopback'
+# What a later Python will not do any more is an error in our modules; for this process setup.cfg says it.
+os.environ['PYTHONWARNINGS'] = ','.join(
+    'error::%s:%s' % (kind, module) for kind in ('DeprecationWarning', 'PendingDeprecationWarning')
+    for module in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd'))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
@@ -92,6 +96,9 @@ KINDS = ['JobCluster', 'SharedJobCluster']
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long: takes long, and is begun before others')
+    config.addinivalue_line('markers', 'fork(reason): workers must be forked, and the reason')
+    if config.option.start_method:
+        os.environ['DISPY_START_METHOD'] = config.option.start_method
     if hasattr(config, 'workerinput'):   # a worker itself, and not a program that it has started
         take_network()
         os.environ['TMPDIR'] = tempfile.mkdtemp(prefix=OURS + 'tmp-')
@@ -102,6 +109,13 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption('--long', action='store_true', help='tests that can be longer are: a million inputs, not a hundred thousand')
+    parser.addoption('--start-method', choices=('fork', 'spawn'), help='how nodes start workers in tests that do not say it')
+
+
+def pytest_runtest_setup(item):
+    mark = item.get_closest_marker('fork')
+    if mark is not None and os.environ.get('DISPY_START_METHOD') == 'spawn':
+        pytest.skip('workers are not forked: %s' % mark.args[0])
 
 
 _of_session = set()   # processes that outlive a test on purpose

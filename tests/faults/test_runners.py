@@ -155,7 +155,7 @@ class Deaf:
         self.workers = dispynode.WorkerProcesses({}, None, None, print)
         self.child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
         monkeypatch.setattr(dispynode.os, 'kill', lambda pid, number: None)
-        monkeypatch.setattr(self.workers, '_descendants', lambda: [self.child.pid] if self.child.returncode is None else [])
+        monkeypatch.setattr(dispynode, 'children_here', lambda: [self.child.pid] if self.child.returncode is None else [])
 
 
 def test_nobody_waits_for_a_stray_process_that_cannot_be_killed(monkeypatch):

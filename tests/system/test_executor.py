@@ -5,6 +5,7 @@ import concurrent.futures
 import gc
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -232,10 +233,10 @@ def test_an_initializer_that_fails_breaks_the_executor(how):
 def test_the_start_method_is_noted_once(caplog, monkeypatch):
     monkeypatch.setattr(dispy, '_methods_noted', set())
     with caplog.at_level(logging.INFO, 'dispy'):
-        for context in ('forkserver', 'forkserver', None, 'fork'):
+        for context in ('forkserver', 'forkserver', 'spawn', multiprocessing.get_context('spawn'), None, 'fork'):
             dispy.DispyExecutor(mp_context=context, nodes=[('127.0.0.1', 9)], loglevel=logging.INFO).shutdown()
     assert [record.getMessage() for record in caplog.records if 'mp_context' in record.getMessage()] == [
-        'mp_context: workers are started by fork, not by forkserver']
+        'mp_context: workers are started by spawn, as there is no forkserver']
 
 
 def test_any_name_can_be_a_keyword_of_the_call(executor, make_cluster):

@@ -2,7 +2,6 @@
 
 import _pyio
 import concurrent.futures
-import logging
 import os
 import queue
 import signal
@@ -19,8 +18,9 @@ import pytest
 
 import dispy
 import dispynode
+import dispyscheduler
 from conftest import ROOT, eventually
-from dispynode import Loop, StartError
+from dispynode import Link, Loop, Role, Session, StartError
 from nodes import NodeProcess, SchedulerProcess
 
 KINDS = ('DeprecationWarning', 'PendingDeprecationWarning')
@@ -70,43 +70,133 @@ def test_nothing_that_is_deprecated_is_used(tmp_path):
 
 # -- no fork ---------------------------------------------------------------------------------------
 
-NO_FORK = 'fork, which Windows does not have'
+def test_without_fork_workers_are_started_anew(tmp_path):
+    """Guards against: a node said that it needs fork, and did not start."""
+    (tmp_path / 'sitecustomize.py').write_text('import os\ndel os.fork\n')
+    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
+    with NodeProcess(tmp_path / 'node', env={'PYTHONPATH': path, 'DISPY_START_METHOD': ''}) as node:
+        with dispy.JobCluster(hex, nodes=[node.address]) as cluster:
+            assert cluster.submit(10)(60) == '0xa'
+        with dispy.JobCluster(hex, nodes=[node.address], start_method='fork') as cluster:
+            with pytest.raises(dispy.NoNodes, match='cannot be started with fork'):
+                eventually(lambda: [one for one in cluster.status().all_nodes if 'fork' in one.reason])
+                cluster.wait_nodes(1, 0.1)
 
 
-@pytest.fixture
-def no_fork(monkeypatch):
-    monkeypatch.delattr(os, 'fork', raising=False)
+# -- Windows and macOS, as far as another system can pretend ---------------------------------------
+
+@pytest.mark.parametrize('name', [
+    'NUL', 'nul.txt', 'data/con', 'COM1', 'lpt9.log', 'aux .c', 'a.', 'a ', 'a/b./c', 'a?b', 'a*', 'a|b', '<a>', 'a"b'])
+def test_names_that_mean_something_else_on_windows(monkeypatch, name):
+    assert dispynode.check_name(name)
+    monkeypatch.setattr(dispynode, 'IS_WINDOWS', True)
+    with pytest.raises(ValueError, match='Windows'):
+        dispynode.check_name(name)
+    assert dispynode.check_name('nullable/com10.txt') == ('nullable', 'com10.txt')
 
 
-def test_without_fork_a_node_refuses_to_start():
-    program = 'import os, sys; del os.fork; import dispynode; sys.exit(dispynode.main())'
-    done = run_python('-c', program, '-i', '127.0.0.1', '-p', '0', '-c', '1')
-    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1)
-    assert done.stderr.startswith('dispynode: ') and NO_FORK in done.stderr
+@pytest.mark.parametrize('names', [('A', 'a'), ('dir/File.txt', 'DIR/file.txt'), ('caf\u00e9', 'cafe\u0301')])
+def test_names_that_are_one_file(monkeypatch, tmp_path, names):
+    """Guards against: the second of two files overwrote the first without a word."""
+    rows = [(name, 1, bytes(dispynode.DIGEST_SIZE), 0o600) for name in names]
+    receiver = dispynode.FileReceiver({dispynode.Purpose.DEPENDS: str(tmp_path)})
+    assert len(receiver.want(dispynode.Purpose.DEPENDS, rows)) == 2
+    monkeypatch.setattr(dispynode, 'NAMES_ARE_FOLDED', True)
+    with pytest.raises(ValueError, match='would be one file'):
+        receiver.want(dispynode.Purpose.DEPENDS, rows)
+    assert len(receiver.want(dispynode.Purpose.DEPENDS, rows[:1])) == 1
 
 
-@pytest.mark.parametrize('nodes, reach', [('local', 'loopback'), (None, 'off')])
-def test_without_fork_no_cluster_has_a_node_of_its_own(no_fork, monkeypatch, nodes, reach):
-    monkeypatch.setenv('DISPY_DISCOVERY', reach)
-    with pytest.raises(StartError, match=NO_FORK):
-        dispy.JobCluster(abs, nodes=nodes)
+def test_a_phrase_without_scrypt(monkeypatch):
+    monkeypatch.delattr(dispynode.hashlib, 'scrypt')
+    assert len(dispynode.derive_key(b'5eed' * 16)) == 32   # one that was made needs none
+    with pytest.raises(dispy.SecretError, match='has no scrypt'):
+        dispynode.derive_key(b'a phrase for which there is no key yet')
 
 
-def test_without_fork_none_is_started_where_no_other_answers(no_fork):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:   # nobody answers at its port
-        sock.bind(('127.0.0.1', 0))
-        port = sock.getsockname()[1]
-    with dispy.JobCluster(abs, dispy_port=port, loglevel=logging.CRITICAL) as cluster:
-        with pytest.raises(dispy.NoNodes, match=NO_FORK):
-            eventually(lambda: [node for node in cluster.status().all_nodes if 'fork' in node.reason])
-            cluster.wait_nodes(1, 0.1)
+def test_more_connections_than_select_can_wait_for(monkeypatch):
+    """The last is refused with the reason, and the loop goes on. Guards against: it ended at its next turn."""
+    monkeypatch.setattr(dispynode.selectors, 'DefaultSelector', dispynode.selectors.SelectSelector)
+    monkeypatch.setattr(dispynode, 'SELECT_MOST', 2)   # of which the loop itself has one
+    ended = []
+
+    class Bounded(Loop):
+        def on_broken(self, channel, text):
+            ended.append((channel, text))
+            self.detach(channel)
+    loop = Bounded()
+    pairs = [socket.socketpair() for _ in range(3)]
+    try:
+        session = Session(b'k' * 32, b'k' * 32, bytes(16), Role.CLIENT)
+        links = [Link(ours, session, 'here', loop.clock()) for ours, _ in pairs]
+        for link in links:
+            loop.attach(link)
+        loop.turn(0)
+        assert [link for link, _ in ended] == links[1:] and all('more than 2 connections' in text for _, text in ended)
+        assert loop.links == {links[0].number: links[0]}
+    finally:
+        loop.close()
+        for _, theirs in pairs:
+            theirs.close()
 
 
-def test_without_fork_clients_use_the_nodes_of_others(tmp_path, monkeypatch):
-    with NodeProcess(tmp_path) as node:
-        monkeypatch.delattr(os, 'fork', raising=False)
-        with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
-            assert cluster.submit(-3)(20) == 3
+def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
+    """macOS: who closes it at once may leave the receiver with a dead socket."""
+    monkeypatch.setenv('DISPY_START_METHOD', 'fork')
+    (tmp_path / 'sitecustomize.py').write_text('import dispynode\ndispynode.LATE_PASSING = True\n')
+    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
+    for method in ('fork', 'spawn'):
+        with NodeProcess(tmp_path / method, '--start-method', method, env={'PYTHONPATH': path}) as node:
+            def sockets(pid):
+                return sum(item.type == socket.SOCK_STREAM for item in psutil.Process(pid).net_connections('unix'))
+            with dispy.JobCluster(os.getppid, nodes=[node.address]) as cluster:
+                runner = cluster.submit()(60)
+                before = sockets(node.process.pid), sockets(runner)
+                assert cluster.wait()
+                cluster.submit()(60)
+                assert (sockets(node.process.pid), sockets(runner)) == before
+
+
+@pytest.mark.parametrize('text, path, expected', [
+    ('#!/usr/bin/env python3\n', 'a.sh', [sys.executable]), ('#!/usr/bin/python3.11 -u\n', 'a', [sys.executable, '-u']),
+    ('#!/usr/bin/env -S no-such-shell -e\n', 'a', ['no-such-shell', '-e']), ('print()\n', 'a.PY', [sys.executable]),
+    ('MZ', 'a.exe', []), ('echo', 'a.bat', []), ('#!\n', 'a', [])])
+def test_who_runs_a_script_on_windows(monkeypatch, tmp_path, text, path, expected):
+    file = tmp_path / path
+    file.write_text(text)
+    assert dispynode.interpreter_of(str(file)) == []
+    monkeypatch.setattr(dispynode, 'IS_WINDOWS', True)
+    assert dispynode.interpreter_of(str(file)) == expected
+    assert dispynode.interpreter_of(str(tmp_path / 'none')) == []
+
+
+@pytest.mark.parametrize('name, start, expected', [
+    ('a.bat', b'@e', True), ('A.CMD', b'', True), ('a.py', b'im', True), ('a', b'MZ', True), ('a.txt', b'ab', False),
+    ('a', b'ab', False)])
+def test_what_windows_runs(monkeypatch, name, start, expected):
+    monkeypatch.setattr(dispy.os, 'name', 'nt')
+    monkeypatch.setenv('PATHEXT', '.COM;.EXE;.BAT;.CMD')
+    assert dispy.is_executable(name, start) is expected
+
+
+def test_exit_codes_of_windows_are_told_in_words():
+    assert dispynode.exit_text(0xC0000005) == 'ended with exit code 3221225477 (0xC0000005, access violation)'
+    assert '0xC0001234' in dispynode.exit_text(0xC0001234) and dispynode.exit_text(7) == 'ended with exit code 7'
+
+
+@pytest.mark.skipif(not hasattr(os, 'getuid'), reason='no limits of resources here')
+@pytest.mark.parametrize('platform, most', [('linux', 1 << 16), ('darwin', 10240)])
+def test_the_scheduler_raises_its_limit_of_descriptors(monkeypatch, platform, most):
+    import resource
+    limits = [256, resource.RLIM_INFINITY]
+    monkeypatch.setattr(sys, 'platform', platform)
+    monkeypatch.setattr(resource, 'getrlimit', lambda which: tuple(limits))
+    monkeypatch.setattr(resource, 'setrlimit', lambda which, pair: limits.__setitem__(slice(None), pair))
+    dispyscheduler.raise_descriptors()
+    assert limits == [most, resource.RLIM_INFINITY]
+    limits[:] = [256, 512]
+    dispyscheduler.raise_descriptors()
+    assert limits == [512, 512]
 
 
 # -- psutil raises what it likes -------------------------------------------------------------------

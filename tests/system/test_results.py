@@ -228,6 +228,7 @@ def test_a_slow_import_is_paid_once(make_cluster, tmp_path):
         assert max(job.end_time - job.start_time for job in jobs) < 2
 
 
+@pytest.mark.fork('a multiprocessing.Value of setup is refused: see test_start_method.py')
 def test_a_shared_value_is_shared_by_the_jobs_of_a_node(make_cluster):
     def setup():
         global total

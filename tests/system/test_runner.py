@@ -18,6 +18,7 @@ from conftest import eventually, lives
 from nodes import NodeProcess
 
 KEPT = 256 * 1024
+SPAWNS = os.environ.get('DISPY_START_METHOD') == 'spawn'
 
 
 @pytest.fixture
@@ -56,17 +57,19 @@ WAYS = {'killed': 'SIGKILL', 'segfault': 'SIGSEGV', 'abort': 'SIGABRT', 'exit 0'
 
 
 def test_a_thousand_jobs_of_which_two_hundred_kill_their_worker(make_cluster):
-    """All end, each with the right status and text, and every CPU can be used afterwards."""
+    """All end, each with the right status and text, and every CPU can be used afterwards. Where each worker is started
+    anew, which takes much longer, twenty."""
+    apart = 50 if SPAWNS else 5
     with make_cluster(die, nodes='local') as cluster:
         ways = list(WAYS)
-        jobs = [cluster.submit(ways[n // 5 % 5] if n % 5 == 0 else n) for n in range(1000)]
+        jobs = [cluster.submit(ways[n // apart % 5] if n % apart == 0 else n) for n in range(1000)]
         assert cluster.wait(120)
         for n, job in enumerate(jobs):
-            if n % 5:
+            if n % apart:
                 assert (job.status, job.result, job.exception) == (job.Finished, n, None)
             else:
                 assert job.status == job.Terminated and job.result is None
-                assert WAYS[ways[n // 5 % 5]] in job.exception, job.exception
+                assert WAYS[ways[n // apart % 5]] in job.exception, job.exception
         node, = cluster.status().nodes
         assert node.busy == 0 and node.jobs_done == 1000
         assert sorted(job() for job in [cluster.submit(n) for n in range(2 * node.cpus)]) == list(range(2 * node.cpus))
@@ -397,6 +400,7 @@ def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere(make_cluster):
 
 # -- setup ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.fork('setup runs once in each worker: see test_start_method.py')
 def test_setup_runs_once_and_shares_its_globals(make_cluster):
     def setup():
         global table
@@ -483,17 +487,18 @@ def test_a_setup_that_hangs_is_ended_by_a_limit(make_cluster, tmp_path, ignores_
         os.rename(flag + '.tmp', flag)
         time.sleep(1000)
     node_of_little_patience = tmp_path / 'impatient.py'
-    node_of_little_patience.write_text('import dispynode, sys\ndispynode.SETUP_TIME = 2.0\n'
+    seconds = 8 if SPAWNS else 2   # a Python starts within that time
+    node_of_little_patience.write_text('import dispynode, sys\ndispynode.SETUP_TIME = %d.0\n' % seconds +
                                        'if __name__ == "__main__":\n    sys.exit(dispynode.main())\n')
     with NodeProcess(tmp_path / 'node', script=str(node_of_little_patience)) as node:
         with make_cluster(abs, nodes=[node.address], setup=setup, loglevel=logging.CRITICAL) as cluster:
             job = cluster.submit(-1)
             reason = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
-            assert 'setup did not end within 2 s' in reason
+            assert 'setup did not end within %d s' % seconds in reason
             with open(flag) as file:
                 pids = [int(pid) for pid in file.read().split()]
             eventually(lambda: not any(map(lives, pids)))
-            with pytest.raises(dispy.NoNodes, match='setup did not end within 2 s'):
+            with pytest.raises(dispy.NoNodes, match='setup did not end within %d s' % seconds):
                 cluster.wait_nodes(1, 0.1)
             assert job.status == job.Created and cluster.cancel(job) == 0
         with make_cluster(abs, nodes=[node.address]) as cluster:

@@ -1,0 +1,189 @@
+"""Which releases talk to which, and that each can be built: against what was recorded of a release, and its archives."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+
+import dispy
+import dispynode
+from conftest import ROOT
+from dispynode import HandshakeError, Role, handshake_accept, handshake_dial
+from nodes import NodeProcess
+from recorded_peer import CHALLENGE, HELLO, MAGIC, RecordedPeer, recorded
+
+SECRET = '5eed' * 16
+KEY = dispynode.derive_key(SECRET.encode())
+RELEASES = sorted(name[:-5] for name in os.listdir(os.path.join(ROOT, 'tests', 'releases')))
+
+
+def messages():
+    return [pytest.param(row, id='%s-%s-%d' % (release, row['name'], number)) for release in RELEASES
+            for number, row in enumerate(recorded(release)['messages'])]
+
+
+@pytest.mark.parametrize('row', messages())
+def test_messages_of_earlier_releases_are_understood_and_what_is_sent_to_them_is_theirs(row):
+    """Number, fields and meaning of a message are fixed by its release."""
+    kind = dispynode.MESSAGES[row['op']][0]
+    assert len(kind._fields) == len(row['fields'])
+    message = dispynode.decode(row['op'], row['encoding'], bytes.fromhex(row['payload']))
+    op, encoding, pieces = dispynode.encode(message)
+    assert (op, encoding, b''.join(map(bytes, pieces)).hex()) == (row['op'], row['encoding'], row['payload'])
+
+
+def test_all_messages_of_the_first_minor_version_are_recorded():
+    """A message that is not must take a new minor version."""
+    if dispynode.VERSIONS == (1, 1):
+        ops = {row['op'] for release in RELEASES for row in recorded(release)['messages']}
+        assert set(dispynode.MESSAGES) == ops
+
+
+# -- a client of that release on a node of this one, and the inverse ----------------------------------------------
+
+def spec(code):
+    return {'name': 'double', 'kind': 'function', 'code': code, 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0,
+            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0,
+            'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [], 'key': bytes(32)}
+
+
+def sealed(value):
+    """As release 5.0 seals what has no large parts: a number of them, which is 0, and the pickle."""
+    return dispynode.in_one_piece(dispynode.dumps(value).payload)
+
+
+@pytest.mark.parametrize('versions', [(1, 1), (1, 7)])
+def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, versions):
+    with NodeProcess(tmp_path / 'node', env={'DISPY_SECRET': SECRET}) as node:
+        peer = RecordedPeer(socket.create_connection(node.address, 20), SECRET.encode())
+        try:
+            assert peer.dial(versions) <= versions[1]
+            peer.send('ClientHello', 'me', 2.0)
+            assert peer.receive_until('NodeHello')[1] == 2
+            comp = 'c' * 32
+            peer.send('Compute', comp, spec(sealed((hex, None, None, {}))))
+            assert peer.receive_until('Ready')[0] == comp
+            peer.send('Jobs', comp, [(1, sealed(((10,), {})), None), (2, sealed((('x',), {})), None)])
+            got = {}
+            while len(got) < 2:
+                name, fields = peer.receive()
+                if name == 'Results':
+                    got.update((row[0], row[1:]) for row in fields[1])
+            assert b'0xa' in bytes(got[1][3]) and b'TypeError' in bytes(got[2][3])
+            peer.send('Ack', comp, [1, 2])
+            peer.send('Done', comp)
+            peer.send('Bye', 'enough')
+        finally:
+            peer.close()
+
+
+def test_a_client_of_this_release_uses_a_node_of_that_one():
+    said = []
+
+    def serve(listener):
+        """The node: knows all results to be 'done'."""
+        sock, _ = listener.accept()
+        sock.settimeout(20)
+        peer = RecordedPeer(sock, SECRET.encode())
+        try:
+            said.append(peer.accept())
+            assert peer.receive()[0] == 'ClientHello'
+            peer.send('NodeHello', 'recorded', 1, {'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0', 'holder': '',
+                                                 'kept': {}, 'pid': 1, 'platform': 'x', 'dispy': '5.0.0'})
+            while True:
+                name, fields = peer.receive()
+                said.append(name)
+                if name == 'Compute':
+                    peer.send('Ready', fields[0], [], peer_past)
+                elif name == 'Jobs':
+                    rows = [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'') for serial, *_ in fields[1]]
+                    peer.send('Results', fields[0], rows)
+        except (EOFError, OSError):
+            pass
+        finally:
+            peer.close()
+    peer_past = dispynode.AttemptHistory().row()
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(1)
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with dispy.JobCluster(hex, nodes=[listener.getsockname()[:2]], secret=SECRET) as cluster:
+            assert cluster.submit(10).get(30) == 'done'
+        thread.join(30)
+    assert said[0] == dispynode.VERSIONS and {'Compute', 'Jobs', 'Done'} <= set(said)
+
+
+# -- those that do not talk to each other say so by both versions -------------------------------------------------
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20), theirs.settimeout(20)
+    yield ours, theirs
+    ours.close(), theirs.close()
+
+
+def test_who_accepts_tells_both_versions(pair):
+    pair[1].sendall(HELLO.pack(MAGIC, 7, 9, Role.CLIENT, Role.NODE, 0, b'c' * 16, bytes(32), b''))
+    with pytest.raises(HandshakeError, match='it speaks minor versions 7 to 9, and dispy %s here speaks 1 to 1'
+                       % re.escape(dispynode.__version__)):
+        handshake_accept(pair[0], KEY, Role.NODE, [Role.CLIENT], b'n' * 16)
+    magic, version, *_, release = CHALLENGE.unpack(pair[1].recv(CHALLENGE.size))
+    assert magic == dispynode.ALERT and version == dispynode.VERSIONS[1]
+    assert release.rstrip(b'\0').decode() == dispynode.__version__[:16]
+
+
+@pytest.mark.parametrize('name, told', [(b'6.2.1', 'it is dispy 6.2.1 and speaks'), (b'\x1b[2J', ': it speaks'),
+                                        (b'', ': it speaks')])
+def test_who_dials_tells_both_versions(pair, name, told):
+    pair[1].sendall(CHALLENGE.pack(dispynode.ALERT, 9, Role.NODE, 0, 0, b'n' * 16, bytes(32), name))
+    with pytest.raises(HandshakeError) as caught:
+        handshake_dial(pair[0], KEY, Role.CLIENT, Role.NODE, b'c' * 16)
+    text = str(caught.value)
+    assert told in text and 'versions 1 to 9' in text and dispynode.__version__ in text and 'Update the older one' in text
+    assert text.isprintable()
+
+
+def test_a_session_knows_the_minor_version(pair):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(handshake_accept(pair[0], KEY, Role.NODE, [Role.CLIENT], b'n' * 16)))
+    thread.start()
+    session = handshake_dial(pair[1], KEY, Role.CLIENT, Role.NODE, b'c' * 16)
+    thread.join(20)
+    assert (session.version, found[0].version) == (dispynode.VERSIONS[1],) * 2
+
+
+# -- what is released ---------------------------------------------------------------------------------------------
+
+def test_the_archives_can_be_built_and_are_right(tmp_path):
+    """`python -m build` and `twine check`, without the network. An installed archive has all four modules and their types."""
+    for module in ('build', 'twine'):
+        pytest.importorskip(module, reason='%s is not installed' % module)
+    source = tmp_path / 'source'
+    others = shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.egg-info', '__pycache__')
+    shutil.copytree(ROOT, str(source), ignore=others)
+    out = tmp_path / 'dist'
+    run = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'universal_newlines': True, 'cwd': str(source)}
+    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(out)], **run)
+    assert done.returncode == 0, done.stdout[-3000:]
+    names = sorted(os.listdir(str(out)))
+    assert len(names) == 2 and names[0].endswith('.whl') and names[1].endswith('.tar.gz')
+    done = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *(str(out / name) for name in names)], **run)
+    assert done.returncode == 0 and done.stdout.count('PASSED') == 2, done.stdout
+    with zipfile.ZipFile(str(out / names[0])) as wheel:
+        inside = wheel.namelist()
+    for module in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd'):
+        assert module + '.py' in inside and module + '-stubs/__init__.pyi' in inside
+
+
+def test_the_changes_name_this_release():
+    with open(os.path.join(ROOT, 'CHANGELOG.md')) as file:
+        first = re.search(r'^## (\S+)', file.read(), re.MULTILINE).group(1)
+    assert dispynode.__version__.startswith(first)
