@@ -13379,8 +13379,8 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
-    python: str = ''                       # what runs the runners, if not sys.executable
     start_method: str = FORK               # of workers, for clients that do not say
+    python: str = ''                       # what runs the runners, if not sys.executable
 
 
 class ChildEnded(NamedTuple):
