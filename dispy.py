@@ -142,8 +142,8 @@ except ImportError:   # a system without semaphores
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
     PULSES_LOST, NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Authenticated,
-    SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed, Connected, Reconnector,
-    Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
+    SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed, Connected, Datagram,
+    Reconnector, Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
     HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link, LinkBroken, Need,
     CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim,
     Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown,
@@ -162,7 +162,7 @@ from dispynode import (
     add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
     write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN,
     process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory,
-    why_unreached, default_start_method)
+    why_unreached, default_start_method, PAYLOAD)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -469,15 +469,16 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
-    JOB_TABLE.update({
-        (_running, 'finish'): JobState.FINISHED, (_running, 'fail'): JobState.TERMINATED,
-        (_running, 'cancelled'): JobState.CANCELLED, (_running, 'back'): JobState.REQUEUED,
-        (_running, 'give up'): JobState.ABANDONED})
-JOB_TABLE.update({(JobState.CANCELLING, 'finish'): JobState.FINISHED,
-                  (JobState.CANCELLING, 'fail'): JobState.TERMINATED,
-                  (JobState.CANCELLING, 'cancelled'): JobState.CANCELLED,
-                  (JobState.CANCELLING, 'back'): JobState.CANCELLED,
-                  (JobState.CANCELLING, 'give up'): JobState.CANCELLED})
+    JOB_TABLE[_running, 'finish'] = JobState.FINISHED
+    JOB_TABLE[_running, 'fail'] = JobState.TERMINATED
+    JOB_TABLE[_running, 'cancelled'] = JobState.CANCELLED
+    JOB_TABLE[_running, 'back'] = JobState.REQUEUED
+    JOB_TABLE[_running, 'give up'] = JobState.ABANDONED
+JOB_TABLE[JobState.CANCELLING, 'finish'] = JobState.FINISHED
+JOB_TABLE[JobState.CANCELLING, 'fail'] = JobState.TERMINATED
+JOB_TABLE[JobState.CANCELLING, 'cancelled'] = JobState.CANCELLED
+JOB_TABLE[JobState.CANCELLING, 'back'] = JobState.CANCELLED
+JOB_TABLE[JobState.CANCELLING, 'give up'] = JobState.CANCELLED
 
 ENDED = frozenset((JobState.CANCELLED, JobState.TERMINATED, JobState.ABANDONED, JobState.FINISHED))
 FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
@@ -867,14 +868,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
     elif outcome == Outcome.RAISED:
         job._outcome = outcome
-        job.result = None   # a provisional one may stand there
-        job.exception, body = unpack_error(payload)
-        if len(body):
-            try:
-                job.error = loads(body)
-            except BaseException as exc:  # as above; the text is there
-                logger.debug('an exception of job %r could not be opened: %s', job.id,
-                             type(exc).__name__)
+        _fill_in_error(job, payload)
     else:
         job._outcome = outcome
         job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
@@ -899,6 +893,18 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         failures.add(job, node)
     job.payload = None
     job.status = status   # last: whoever sees it sees all of the above
+
+
+def _fill_in_error(job: DispyJob, payload: Any) -> None:
+    """Give a job the exception that its function raised."""
+    job.result = None   # a provisional one may stand there
+    job.exception, body = unpack_error(payload)
+    if not len(body):
+        return
+    try:
+        job.error = loads(body)
+    except BaseException as exc:  # unpickling runs the user's code; the text is there
+        logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
 
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
@@ -1020,11 +1026,23 @@ class DispyNode:
             where = format_address(self.ip_addr, self.port)
         else:
             where = self.ip_addr
-        words = [self.state and self.state + (self.reason and ' (%s)' % reason_of(self.reason)),
-                 self.cpus and many(self.cpus, 'CPU'), self.busy and '%d running' % self.busy,
-                 self.jobs_done and many(self.jobs_done, 'job') + ' done']
-        told = ', '.join(word for word in words if word)
-        return '<DispyNode %s%s%s>' % (where, self.name and ' ' + self.name, told and ': ' + told)
+        words = []
+        if self.state and self.reason:
+            words.append('%s (%s)' % (self.state, reason_of(self.reason)))
+        elif self.state:
+            words.append(self.state)
+        if self.cpus:
+            words.append(many(self.cpus, 'CPU'))
+        if self.busy:
+            words.append('%d running' % self.busy)
+        if self.jobs_done:
+            words.append(many(self.jobs_done, 'job') + ' done')
+        text = where
+        if self.name:
+            text += ' ' + self.name
+        if words:
+            text += ': ' + ', '.join(words)
+        return '<DispyNode %s>' % text
 
     def _repr_html_(self) -> str:
         """For notebooks: a table."""
@@ -1294,13 +1312,13 @@ def with_hint_for_module(text: str, node: str) -> str:
         hint = hint_for_module(told.group(1), node, told.group(2)) or told.group()
         return text[:told.start()] + hint + text[told.end():]
     missing = list(_NO_MODULE.finditer(text))
-    if missing:
-        hint = hint_for_module(missing[-1].group(1), node, 'python')
-    else:
-        hint = ''
-    if hint:
-        return '%s. To mend that, %s%s' % (text[:missing[-1].end()], hint, text[missing[-1].end():])
-    return text
+    if not missing:
+        return text
+    last = missing[-1]
+    hint = hint_for_module(last.group(1), node, 'python')
+    if not hint:
+        return text
+    return '%s. To mend that, %s%s' % (text[:last.end()], hint, text[last.end():])
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -1459,8 +1477,9 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
             where = format_address(node.ip_addr, node.port)
         else:
             where = node.ip_addr
+        seconds = '%.3f' % node.cpu_time
         rows.append((node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done,
-                     '%.3f' % node.cpu_time, reason_of(node.reason)))
+                     seconds, reason_of(node.reason)))
     head = ('Node', 'Address', 'State', 'CPUs', 'Running', 'Jobs done', 'Job time s', 'Reason')
     return html_table(head, rows, max(0, len(nodes) - SHOWN_MOST))
 
@@ -1469,8 +1488,11 @@ def html_bar(counts: Counts) -> str:
     """How far the jobs are: a bar with a part for each state."""
     whole = max(1, sum(counts))
     colours = {'done': '#2e7d32', 'failed': '#c62828', 'cancelled': '#9e9e9e', 'running': '#1565c0'}
-    parts = ['<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
-        name, 100.0 * getattr(counts, name) / whole, colour) for name, colour in colours.items()]
+    parts = []
+    for name, colour in colours.items():
+        width = 100.0 * getattr(counts, name) / whole
+        parts.append('<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
+            name, width, colour))
     style = 'display:flex;height:10px;max-width:40em;background:#e0e0e0'
     return '<div style="%s">%s</div>' % (style, ''.join(parts))
 
@@ -1479,8 +1501,9 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
                     page: str) -> str:
     """State, progress, counts, nodes, and a link to the web page, if there is one."""
     ended = counts.done + counts.failed + counts.cancelled
-    lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state)), html_bar(counts),
-             '%d of %s: %s' % (ended, many(sum(counts), 'job'), counts)]
+    lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
+    lines.append(html_bar(counts))
+    lines.append('%d of %s: %s' % (ended, many(sum(counts), 'job'), counts))
     if page:
         lines.append('<a href="%s" target="_blank">web page</a>' % html.escape(page))
     if nodes:
@@ -2110,9 +2133,11 @@ class ComputationLoad:
 
     def not_begun(self) -> List[ScheduledJob]:
         """All that wait, and those on nodes that are not known to have begun."""
-        return self.waiting() + [work for node in self.nodes.values()
-                                 for work in node.in_flight[self.comp].values()
-                                 if work.state is JobState.SENT]
+        found = self.waiting()
+        for node in self.nodes.values():
+            flight = node.in_flight[self.comp].values()
+            found += [work for work in flight if work.state is JobState.SENT]
+        return found
 
     def may_wait_there(self, work: ScheduledJob, times: int = RECALLS_MOST) -> bool:
         """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
@@ -2228,9 +2253,12 @@ class NodeLoad:
 
     def is_shared(self, comp: ComputationLoad) -> bool:
         """Whether others have jobs here, or jobs that may come here."""
-        return len(self.comps) > 1 and any(
-            self.parts[name] or other.length()
-            for name, other in self.comps.items() if other is not comp)
+        if len(self.comps) < 2:
+            return False
+        for name, other in self.comps.items():
+            if other is not comp and (self.parts[name] or other.length()):
+                return True
+        return False
 
     def runs(self) -> Dict[str, List[int]]:
         """Computation -> serials of its jobs that run here: those that have said so, then the first
@@ -2535,8 +2563,10 @@ class Placement:
         picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
         is_filled = False
         for node in list(changed.values()):
-            if node.away is None and (not picky or all(
-                    comp.comp not in node.comps or node.is_shared(comp) for comp in picky)):
+            if node.away is not None:
+                continue
+            alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
+            if not alone:
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
@@ -2969,6 +2999,12 @@ class Losses:
                 self._books.answer(comp, work)
 
 
+def _check_outcomes(rows: Sequence[tuple]) -> None:
+    """Raises PeerError for a result whose outcome this version does not know."""
+    if any(row[1] not in OUTCOMES for row in rows):
+        raise PeerError('a result with an unknown outcome')
+
+
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
@@ -3267,8 +3303,7 @@ class Schedule:
                 self._books.do(SendAck(event.node, event.comp, serials))
             return
         node, comp = pair
-        if any(row[1] not in OUTCOMES for row in event.rows):
-            raise PeerError('a result with an unknown outcome')
+        _check_outcomes(event.rows)
         landed = self._books.take_off(node, comp, serials)
         ended = [row for row in event.rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, self._books.now)
@@ -3276,11 +3311,7 @@ class Schedule:
         for row in event.rows:
             outcome = row[1]
             if outcome in PROVISIONAL:
-                # Its end may be in the same message
-                work = landed.get(row[0]) or node.in_flight[comp.comp].get(row[0])
-                if work is not None:
-                    self._goes_on(node, comp, work)
-                    pairs.append((work, row))
+                pairs += self._provisional(node, comp, landed, row)
                 continue
             work = landed.pop(row[0], None)
             if work is None:
@@ -3297,6 +3328,16 @@ class Schedule:
         self._books.do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._books.do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
+                     row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
+        """The job that a provisional result is of, with its row; none if the job is not known."""
+        # Its end may be in the same message
+        work = landed.get(row[0]) or node.in_flight[comp.comp].get(row[0])
+        if work is None:
+            return []
+        self._goes_on(node, comp, work)
+        return [(work, row)]
 
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
@@ -6127,9 +6168,15 @@ class SourcePicker:
         lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
-        text = ''.join(line if number in wanted else '\n'
-                       for number, line in enumerate(lines[:max(wanted, default=0)], 1))
-        return (module, cell or sys.modules[module].__file__ or '', text, *_values_and_links(taken))
+        # What is not taken is left empty, so that the others keep their numbers
+        kept = []
+        for number, line in enumerate(lines[:max(wanted, default=0)], 1):
+            if number in wanted:
+                kept.append(line)
+            else:
+                kept.append('\n')
+        file = cell or sys.modules[module].__file__ or ''
+        return (module, file, ''.join(kept), *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
         return module in self._shipped or own_modules.kind(module) not in _NOT_BY_NAME
@@ -6180,7 +6227,8 @@ class SourcePicker:
             raise NoSource(
                 '%s: %s in the file of module %s is not what runs: was the file changed?' %
                 (what, name, module))
-        taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
+        first = min(node.lineno for node in (found[-1], *found[-1].decorator_list))
+        taken[name] = range(first, found[-1].end_lineno + 1)  # type: ignore[operator]
         for used in sorted({used for code in codes for used in _names_used(code)}):
             if used in vars(
                     sys.modules[module]) and used not in taken and used not in _OF_EVERY_MODULE:
@@ -6218,40 +6266,71 @@ class SourcePicker:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
                 continue
             nodes.extend(ast.iter_child_nodes(node))
-            for alias in node.names if isinstance(node, ast.Import) else ():
-                first = alias.name.partition('.')[0]
-                if alias.asname:
-                    whole = alias.name
-                else:
-                    whole = first
-                if name == (alias.asname or first) and self._is_there(
-                        alias.name) and sys.modules.get(whole) is value:
-                    yield name, alias.name, ''
-                    if whole != alias.name:   # import a.b: loads b, binds a
-                        yield name, first, ''
-            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-                if node.level:
-                    origin = importlib.util.resolve_name('.' * node.level + (node.module or ''),
-                                                         sys.modules[module].__package__ or '')
-                else:
-                    origin = node.module
-                if name == (alias.asname or alias.name) or alias.name == '*':
-                    if alias.name == '*':
-                        bound = name
-                    else:
-                        bound = alias.name
-                    if sys.modules.get('%s.%s' % (origin, bound)) is value and self._is_there(
-                            '%s.%s' % (origin, bound)):
-                        yield name, '%s.%s' % (origin, bound), ''
-                    elif self._is_there(origin) and getattr(sys.modules.get(origin), bound,
-                                                            nodes) is value:
-                        yield name, origin, bound
+            if isinstance(node, ast.Import):
+                yield from self._links_of_import(node, name, value)
+            elif isinstance(node, ast.ImportFrom):
+                yield from self._links_of_import_from(module, node, name, value)
+
+    def _links_of_import(self, node: ast.Import, name: str,
+                         value: Any) -> Iterator[Tuple[str, str, str]]:
+        """Links for `import a`, `import a.b` and `import a.b as c`."""
+        for alias in node.names:
+            first = alias.name.partition('.')[0]
+            if name != (alias.asname or first) or not self._is_there(alias.name):
+                continue
+            if alias.asname:
+                bound = alias.name
+            else:
+                bound = first
+            if sys.modules.get(bound) is not value:
+                continue
+            yield name, alias.name, ''
+            if bound != alias.name:   # import a.b: loads b, binds a
+                yield name, first, ''
+
+    def _links_of_import_from(self, module: str, node: ast.ImportFrom, name: str,
+                              value: Any) -> Iterator[Tuple[str, str, str]]:
+        """Links for `from a import b`, `from a import b as c` and `from a import *`."""
+        origin = self._origin_of(module, node)
+        for alias in node.names:
+            if alias.name == '*':
+                bound = name
+            elif name == (alias.asname or alias.name):
+                bound = alias.name
+            else:
+                continue
+            submodule = '%s.%s' % (origin, bound)
+            if sys.modules.get(submodule) is value and self._is_there(submodule):
+                yield name, submodule, ''
+            elif self._is_there(origin) and _attribute_of(origin, bound) is value:
+                yield name, origin, bound
+
+    @staticmethod
+    def _origin_of(module: str, node: ast.ImportFrom) -> str:
+        """The module that `from ... import` names; relative ones are resolved."""
+        if not node.level:
+            return node.module or ''
+        package = sys.modules[module].__package__ or ''
+        return importlib.util.resolve_name('.' * node.level + (node.module or ''), package)
+
+
+def _attribute_of(module: str, name: str) -> Any:
+    """An attribute of a module that has been imported; an object that nothing else is if there is
+    none."""
+    missing = object()
+    return getattr(sys.modules.get(module), name, missing)
 
 
 def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
     """Of what a SourcePicker has taken of a module."""
-    return ({name: value[0] for name, value in taken.items() if isinstance(value, tuple)},
-            [link for links in taken.values() if isinstance(links, list) for link in links])
+    values = {}
+    links = []
+    for name, found in taken.items():
+        if isinstance(found, tuple):
+            values[name] = found[0]
+        elif isinstance(found, list):
+            links += found
+    return values, links
 
 
 def cell_of(module: str, name: str) -> str:
@@ -6269,8 +6348,10 @@ def cell_of(module: str, name: str) -> str:
     if not isinstance(obj, type) or (has_file and module not in _MAIN_NAMES):
         return ''
     start = re.compile(r'^class %s\b' % re.escape(name), re.M)
-    return next((file for file in reversed(list(linecache.cache))
-                 if is_cell(file) and start.search(''.join(linecache.getlines(file)))), '')
+    for file in reversed(list(linecache.cache)):
+        if is_cell(file) and start.search(''.join(linecache.getlines(file))):
+            return file
+    return ''
 
 
 _OF_EVERY_MODULE = frozenset(('__builtins__', '__file__', *vars(types.ModuleType(''))))
@@ -6300,18 +6381,25 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
     """Whether a function, or the methods of a class, can have come of these code objects. They need
     not be equal: test and coverage tools write more into what runs."""
     functions = [inspect.unwrap(obj), *(vars(obj).values() if isinstance(obj, type) else ())]
-    for running in [
-            function.__code__ for function in functions if isinstance(function, types.FunctionType)
-    ]:
-        if running.co_filename == file and not any(
-            (code.co_name, code.co_firstlineno) == (running.co_name, running.co_firstlineno)
-                and set(code.co_names) <= set(running.co_names)
-                and {const
-                     for const in code.co_consts
-                     if not isinstance(const, types.CodeType)} <= set(running.co_consts)
-                for code in codes):
+    for function in functions:
+        if not isinstance(function, types.FunctionType):
+            continue
+        running = function.__code__
+        if running.co_filename != file:
+            continue
+        if not any(_may_have_become(code, running) for code in codes):
             return False
     return True
+
+
+def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
+    """Whether the code object of a function that runs can have come of another."""
+    if code.co_name != running.co_name or code.co_firstlineno != running.co_firstlineno:
+        return False
+    if not set(code.co_names) <= set(running.co_names):
+        return False
+    constants = {const for const in code.co_consts if not isinstance(const, types.CodeType)}
+    return constants <= set(running.co_consts)
 
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],
@@ -6322,12 +6410,13 @@ def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, A
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
-        wanted = (picker.refer(computation, 'the computation'), setup
-                  and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
-                  {name: _refer_depend(picker, name, obj)
-                   for name, obj in objects.items()})
-        return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted),
-                            5), ''
+        functions = (picker.refer(computation, 'the computation'), setup
+                     and picker.refer(setup, 'setup'), cleanup
+                     and picker.refer(cleanup, 'cleanup'))
+        depends = {name: _refer_depend(picker, name, obj) for name, obj in objects.items()}
+        rows = picker.rows({})
+        source = (sys.version_info[:2], rows, picker.classes(), (*functions, depends))
+        return pickle.dumps(source, 5), ''
     except NoSource as exc:
         return b'', str(exc)
 
@@ -6425,7 +6514,9 @@ def matches(pattern: str, word: str) -> bool:
     if not parts:
         return word == pattern
     last = parts.pop()
-    if len(word) < len(first) + len(last) or not word.startswith(first) or not word.endswith(last):
+    if len(word) < len(first) + len(last):
+        return False
+    if not word.startswith(first) or not word.endswith(last):
         return False
     at = len(first)
     end = len(word) - len(last)
@@ -6482,7 +6573,8 @@ class Allocation(NamedTuple):
 
 def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnection',
                                                                      'NodeInfo']) -> Allocation:
-    """Runs the user's code; raises what that raises, TypeError for what is no number."""
+    """Ask the user's allocator for a JobCluster. Raises what it raises, and TypeError if what it
+    returns is no number."""
     available = DispyNodeAvailInfo(
         *map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster,
@@ -6499,13 +6591,14 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
     else:
         cpus = number
     paths: Dict[str, str] = {}
-    bundles = cluster.bundles
+    core = core_of(cluster)
+    bundles = core.bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
     labels = [('setup argument %d' % place, value)
               for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = in_one_piece(payload)
-    check_setup_args(len(blob), cluster.remote)
+    check_setup_args(len(blob), core.remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
@@ -6545,43 +6638,70 @@ def _is_one_node(nodes: Any) -> bool:
         return isinstance(nodes, (str, dict, DispyNode, NodeAllocate))
     if not nodes or not isinstance(nodes[0], str):
         return False
-    return len(nodes) == 1 or not isinstance(nodes[1], str) or number_in(nodes[1], True) is not None
+    if len(nodes) == 1 or not isinstance(nodes[1], str):
+        return True
+    return number_in(nodes[1], True) is not None
 
 
 def _allocator_of(node: Any) -> Optional[NodeAllocate]:
     """Of an element with `depends` or `setup_args`, as dispy 4 took it; None for another."""
     if isinstance(node, (tuple, list)) and 4 <= len(node) <= 5:
         return NodeAllocate(*node)
-    if isinstance(node, dict) and node and ('host' not in node or set(node) & {'depends', 'setup_args'}) \
-            and not set(node) - {'host', 'port', 'cpus', 'depends', 'setup_args'}:
+    if not isinstance(node, dict) or not node:
+        return None
+    if set(node) - {'host', 'port', 'cpus', 'depends', 'setup_args'}:
+        return None
+    if 'host' not in node or set(node) & {'depends', 'setup_args'}:
         return NodeAllocate(**{'host': '*', **node})
     return None
 
 
 def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
-    allocator = None
     if isinstance(node, DispyNode):
         return NodeSpec(node.ip_addr, node.port)
     node = _allocator_of(node) or node
     if isinstance(node, NodeAllocate):
-        parts: Sequence[Any] = (node.host, node.port, node.cpus)
         allocator = node
-    elif isinstance(node, str):
-        if node.startswith('[') or node.count(':') == 1:
-            parts = host_and_port(node, port)
-        else:
-            parts = (node,)
-    elif isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
-        parts = (node['host'], node.get('port'), node.get('cpus'))
-    elif isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
-        parts = node
     else:
-        raise TypeError(
-            "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
-            "'port':, 'cpus':}"
-            % (node, ))
-    host, its_port, cpus = (*parts, None, None)[:3]
-    if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
+        allocator = None
+    host, its_port, cpus = (*_parts_of_node(node, port), None, None)[:3]
+    host = _check_host(host, elsewhere)
+    number = number_in(port if its_port is None else its_port, True)
+    if number is None or not 1 <= number <= 65535:
+        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' %
+                         (its_port, host))
+    if cpus is not None and number_in(cpus, True) is None:
+        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+    return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
+
+
+def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
+    """Host and, where they are given, port and CPUs of an element of `nodes`."""
+    if isinstance(node, NodeAllocate):
+        return node.host, node.port, node.cpus
+    if isinstance(node, str):
+        if node.startswith('[') or node.count(':') == 1:
+            return host_and_port(node, port)
+        return (node,)
+    if isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
+        return node['host'], node.get('port'), node.get('cpus')
+    if isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
+        return node
+    raise TypeError(
+        "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
+        "'port':, 'cpus':}"
+        % (node, ))
+
+
+def _is_one_word(text: Any) -> bool:
+    if not isinstance(text, str) or not text:
+        return False
+    return not any(character.isspace() or character in ',\0' for character in text)
+
+
+def _check_host(host: Any, elsewhere: bool) -> str:
+    """The host of an element of `nodes`. Raises ValueError."""
+    if not _is_one_word(host):
         raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
     host = plain_text(host)
     if host == LOCAL:
@@ -6594,13 +6714,7 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
             "nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY "
             "forbids; name the hosts, or let nodes connect by themselves (host=, and "
             "dispynode --scheduler-host there)" % host)
-    number = number_in(port if its_port is None else its_port, True)
-    if number is None or not 1 <= number <= 65535:
-        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' %
-                         (its_port, host))
-    if cpus is not None and number_in(cpus, True) is None:
-        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
-    return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
+    return host
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6634,9 +6748,11 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
     """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
     followed. Returns the descriptor. Raises DispyError, OSError."""
-    flags |= os.O_CREAT if make else 0
-    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(
-        os, 'O_BINARY', 0)
+    flags |= os.O_RDWR
+    if make:
+        flags |= os.O_CREAT
+    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
+        flags |= getattr(os, name, 0)
     check_own_file(path, what)
     handle = os.open(path, flags, 0o600)
     try:
@@ -6685,9 +6801,10 @@ class Database:
         for people."""
         self.path = os.path.abspath(path)
         self._what = what
-        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(
-                self.path).st_uid in (0, os.geteuid()):
-            self.path = os.path.realpath(self.path)   # the user's own link, or the system's
+        if os.path.islink(self.path) and hasattr(os, 'geteuid'):
+            owner = os.lstat(self.path).st_uid
+            if owner in (0, os.geteuid()):
+                self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
         self.broken = False    # the last transaction failed; its notes are still here
         import sqlite3   # 10 ms that only those pay who need it
@@ -6805,8 +6922,8 @@ class Database:
                     continue
                 else:
                     fit.append(row)
-            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(
-                    self._notes[:number]):
+            is_last = number == len(self._notes) - 1
+            if rows and len(fit) == len(rows) and is_last and not any(self._notes[:number]):
                 fit = []   # nothing was found: better without them than never again
             self._notes[number] = fit
 
@@ -6815,6 +6932,14 @@ class Database:
             logger.error('%s %s cannot be written: %s', self._what, self.path, exc)
         self.broken = True
         return False
+
+
+def _is_end(found: Any) -> bool:
+    """Whether an object is what a Journal says of a job that has ended: a text, or most of a row of
+    Results."""
+    if isinstance(found, str):
+        return True
+    return found is not None and len(found) == 6 and is_outcome(*found)
 
 
 class Journal(Database):
@@ -7106,8 +7231,7 @@ class Journal(Database):
                 found = None
             if state == self.ENDED:
                 job.state = JobState(status)
-                if not isinstance(found, str) and (found is None or len(found) != 6
-                                                   or not is_outcome(*found)):
+                if not _is_end(found):
                     raise ValueError('job %d has no result' % number)
             elif state not in (self.WAITING, self.SENT) or not isinstance(payload, bytes):
                 raise ValueError('job %d is in no state' % number)
@@ -7875,6 +7999,15 @@ class NodeConnection:
         """The one place where a node's state changes."""
         self.state = NODE_TABLE[self.state, event]
 
+    def is_better_called(self, host: str) -> bool:
+        """Whether a node that was found by its IPv6 address, and not dialled yet, is dialled at
+        this IPv4 address instead."""
+        if self.state is not NodeState.FOUND or self.listed:
+            return False
+        if ':' not in self.host or ':' in host:
+            return False
+        return all(use.spec.may_fit(host) for use in self.uses.values())
+
     @property
     def state_word(self) -> str:
         """Its state for people: for one that was not reached, why, also while it is tried again."""
@@ -7920,11 +8053,13 @@ class NodeConnection:
             return True
         if isinstance(node, DispyNode):
             node = (node.ip_addr, node.port)
+        names = (self.name, self.ip_addr, self.host)
         if isinstance(node, (tuple, list)):
-            return len(node) == 2 and node[0] in (self.host, self.ip_addr,
-                                                  self.name) and node[1] == self.port
-        return bool(node) and node in (self.name, self.ip_addr, self.host,
-                                       format_address(self.ip_addr, self.port), format_address(self.host, self.port))
+            return len(node) == 2 and node[0] in names and node[1] == self.port
+        if not node:
+            return False
+        places = (format_address(self.ip_addr, self.port), format_address(self.host, self.port))
+        return node in names or node in places
 
     @property
     def kind(self) -> str:
@@ -8243,6 +8378,17 @@ class NodePolicy:
         """A computation has left a node, or was refused there."""
 
 
+def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
+    """Nodes to dial, of places as `NodeConnection.place` has them; not those that will dial us."""
+    specs = []
+    for where in sorted(places):
+        if where.startswith(' '):
+            continue
+        host, port = host_and_port(where.lstrip('@'), NODE_PORT)
+        specs.append(NodeSpec(host, port, scheduler=where.startswith('@')))
+    return specs
+
+
 class Recovery(NodeUser):
     """Collects what nodes have of computations whose program has crashed. To the driver it is a
     cluster that only looks. `done(job, row, peer)` is told a result, `lost(job, text)` a job that
@@ -8277,13 +8423,10 @@ class Recovery(NodeUser):
         self.comp = uuid.uuid4().hex
         self.port = NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.specs = [
-            NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
-            for node in sorted({node.rpartition('#')[0]
-                                for _, node in sent} | self._unmet) if not node.startswith(' ')
-        ]
+        places = {node.rpartition('#')[0] for _, node in sent}
+        self.specs = _specs_of_places(places | self._unmet)
         # Names of nodes that will dial us
-        self.callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
+        self.callers = {where[1:] for where in places if where.startswith(' ')}
         hosts = [row[4] for row in rows if row[4]]
         if hosts and any(node.startswith(' ') for _, node in sent):
             self.hosts = [(hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))]
@@ -8419,10 +8562,7 @@ class ResultCollection(NodeUser):
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
         places = {where for left in lefts for where in left.places}
-        self.specs = [
-            NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
-            for where in sorted(places) if not where.startswith(' ')
-        ]
+        self.specs = _specs_of_places(places)
         # That will dial us
         self.callers = {where[1:] for where in places if where.startswith(' ')}
         hosts = [left.listen.rpartition(':') for left in lefts
@@ -8549,8 +8689,8 @@ class ResultCollection(NodeUser):
                 number = row[0] >> 16
                 if row[1] in PROVISIONAL:
                     continue
-                before = self.rows.get((comp, number))
-                if before is None or (before[0][1] not in RETURNED and row[0] >= before[0][0]):
+                before, _ = self.rows.get((comp, number), (None, ''))
+                if before is None or (before[1] not in RETURNED and row[0] >= before[0]):
                     self.rows[comp, number] = (row, peer.ip_addr)
                     self.gone.pop((comp, number), None)
                 for key in self._places_of(peer, comp):
@@ -8582,19 +8722,24 @@ class ResultCollection(NodeUser):
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
-        return not any(
-            self._stages.get(key) in ('take', 'taking') or
-            (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
+        for key in self.taken:
+            stage = self._stages.get(key)
+            if stage in ('take', 'taking') or (stage == 'done' and self.there.get(key)):
+                return False
+        return True
 
     def is_whole(self, comp: str) -> bool:
         """Nobody wants anything of a computation that is anywhere; nodes are to be told that it is
         over."""
         wants_none = self.lefts[comp].over
         with self._changed:
-            keys = [key for key in self._stages if key[1] == comp]
-            return bool(keys) and all(
-                self._stages[key] in ('seen', 'done') and (wants_none or not self.there.get(key))
-                for key in keys)
+            stages = {key: stage for key, stage in self._stages.items() if key[1] == comp}
+            for key, stage in stages.items():
+                if stage not in ('seen', 'done'):
+                    return False
+                if self.there.get(key) and not wants_none:
+                    return False
+            return bool(stages)
 
     def dismiss(self, comps: Set[str]) -> None:
         """Tell nodes that these are over, now or when they are connected again. The driver's
@@ -8692,6 +8837,18 @@ def is_trail(path: str) -> bool:
         return False
 
 
+def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
+    """Says that a script has left no jobs, and which programs have left some."""
+    others = '; '.join(str(left.row) for left in lefts[:20])
+    if others:
+        hint = 'Others have, each of which may be given as recover_file ' \
+            '(see dispy.recoverable()): ' + others
+    else:
+        hint = 'Nor has any other program of this user'
+    whose = script or 'this program, which is no script,'
+    return 'recover_jobs: %s has left no jobs on nodes. %s' % (whose, hint)
+
+
 def _recover_newest(timeout: Optional[float], cancel: bool, access: ConnectionSettings) -> List[DispyJob]:
     """What the newest program of this script has left that has left anything."""
     script = own_script()
@@ -8705,11 +8862,7 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: ConnectionSe
         if left not in mine:
             left.close()
     if not mine:
-        rows = '; '.join(str(left.row) for left in lefts[:20])
-        raise NothingToRecover('recover_jobs: %s has left no jobs on nodes. %s' % (
-            script or 'this program, which is no script,',
-            'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s'
-            % rows if rows else 'Nor has any other program of this user'))
+        raise NothingToRecover(_left_nothing(script, lefts))
     try:
         while mine:
             run = [left for left in mine if left.process == mine[0].process]   # its clusters
@@ -9093,6 +9246,11 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
               if state in SILENT]
     if len(silent) < len([state for state, _, _ in attempts if state not in NOT_TRIED]):
         return ''   # somebody has answered
+    return _remedy_for_silence(silent, start)
+
+
+def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: str) -> str:
+    """What to do where nobody has answered, of (why, port, whether it is a scheduler) of each."""
     words = []
     down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
     if True in down:
@@ -9135,6 +9293,47 @@ class NodeTable:
                               ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
         return found[0]
 
+    def has(self, peer: NodeConnection) -> bool:
+        """Whether a node is still one of these, under its key."""
+        return self.by_key.get(peer.key) is peer
+
+    def heard_before(self, instance: bytes, address: Tuple[str, int]) -> Optional[NodeConnection]:
+        """The node that an answer to a broadcast comes from, if it is known."""
+        for peer in self.by_key.values():
+            if peer.instance == instance or peer.key == address:
+                return peer
+        return None
+
+    def linked_to(self, instance: bytes) -> List[NodeConnection]:
+        """Nodes that are connected to this instance."""
+        return [peer for peer in self.by_key.values()
+                if peer.link is not None and peer.link.instance == instance]
+
+    def twin_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
+        """Another node that is connected, and is the same instance."""
+        for other in self.linked_to(instance):
+            if other is not peer:
+                return other
+        return None
+
+    def away_with(self, instance: bytes) -> List[NodeConnection]:
+        """Nodes that are not connected and were this instance, without the embedded one."""
+        return [peer for peer in self.by_key.values()
+                if peer.instance == instance and peer.link is None and not peer.embedded]
+
+    def dialling_from(self, address: str) -> List[NodeConnection]:
+        """Nodes that connect by themselves, from this address."""
+        return [peer for peer in self.by_key.values()
+                if not peer.port and peer.ip_addr == address]
+
+    def move(self, peer: NodeConnection, host: str, port: int) -> None:
+        """A node is known by another address from now on."""
+        del self.by_key[peer.key]
+        peer.host = host
+        peer.ip_addr = host
+        peer.key = (host, port)
+        self.by_key[peer.key] = peer
+
     def words_of(self, comp: str) -> Dict[str, List[NodeConnection]]:
         """Nodes of a cluster by their names and addresses, so that a list of thousands is not
         compared with itself."""
@@ -9159,24 +9358,20 @@ class NodeTable:
                            '%s cannot be used: %s', address, text)
 
 
-class Connector:
-    """Finds nodes and connects to them: asks by UDP, dials, lets nodes dial, and starts one here.
-    The driver's thread."""
+class NodeSearch:
+    """Asks for nodes by UDP, and has those used that answer. The driver's thread."""
 
-    def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
+    def __init__(self, driver: 'Driver', psk: bytes) -> None:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self._psk = psk
-        self._tls = tls
         self.reach = discovery_reach()               # how far nodes are asked for
-        self._discovery = Discovery(self._psk, Role.CLIENT, driver.instance)
+        self._discovery = Discovery(psk, Role.CLIENT, driver.instance)
         # (UDP port, multicast) -> who asks there
         self._ears: Dict[Tuple[int, bool], DiscoveryProbe] = {}
-        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may dial
-        self._dials: Set[NodeConnection] = set()               # with a dial thread at work
 
-    def search(self, port: int, multicast: bool) -> None:
+    def begin(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
         asker = self._ears.get((port, multicast))
         if asker is None:
@@ -9187,19 +9382,19 @@ class Connector:
         asker.due = self._driver.now
         asker.wait = ASK_FIRST
 
-    def searches_at(self, port: int) -> bool:
+    def is_at(self, port: int) -> bool:
         """Whether nodes are asked for at a UDP port."""
         return any(asked == port for asked, _ in self._ears)
 
-    def end_searches(self) -> None:
-        """Those that no cluster needs any more."""
+    def end_unwanted(self) -> None:
+        """Do not ask any more where no cluster needs it."""
         wanted = {(spec.port, other.multicast)
                   for other in self._clusters.values()
                   for spec in other.specs if spec.wild}
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
 
-    def search_when_due(self, due: List[float]) -> None:
+    def ask_when_due(self, due: List[float]) -> None:
         """Ask for nodes; appends when to do so next."""
         for asker in self._ears.values():
             if self._driver.now >= asker.due:
@@ -9219,43 +9414,69 @@ class Connector:
                 heard.instance, source,
                 'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
             return
-        if heard.kind == DatagramType.HELLO:   # ask, soon: which address is best depends on who asks
-            for asker in self._ears.values():
-                asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
-            self._driver.soon()
+        if heard.kind == DatagramType.HELLO:
+            self._ask_soon()
             return
         host = heard.address or source
         for comp, cluster in list(self._clusters.items()):
             spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
-            if spec is None:
-                if any(spec.wild for spec in cluster.specs):
-                    self._nodes.misfits.add(comp, heard.instance, format_address(host, heard.port))
-                continue
-            known = next((peer for peer in self._nodes.by_key.values()
-                          if peer.instance == heard.instance or peer.key == (host, heard.port)),
-                         None)
-            if known is None:
-                known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
-                known.dialling.due = self._driver.now + (IPV6_LATER if ':' in host else 0.0)
-            elif known.link is not None:
-                self._driver.selection.consider(known, comp)
-            else:
-                if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
-                        and all(use.spec.may_fit(host) for use in known.uses.values()):
-                    del self._nodes.by_key[known.key]
-                    known.host = host
-                    known.ip_addr = host
-                    known.key = (host, heard.port)
-                    known.dialling.due = self._driver.now
-                    self._nodes.by_key[known.key] = known
-                # It is there again
-                if not known.dialling.busy and (known.instance != heard.instance
-                                                or known.state is NodeState.LOST):
-                    known.dialling.due = self._driver.now
-                self._driver.selection.take(known, comp, spec)
-            known.instance = heard.instance
-            known.heard = self._driver.now
+            if spec is not None:
+                self._use_found(comp, spec, heard, host)
+            elif any(spec.wild for spec in cluster.specs):
+                self._nodes.misfits.add(comp, heard.instance, format_address(host, heard.port))
         self._driver.soon()
+
+    def _ask_soon(self) -> None:
+        """A node has started. Which of its addresses is best depends on who asks."""
+        for asker in self._ears.values():
+            asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
+        self._driver.soon()
+
+    def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
+        """A node that a computation may use says that it is there."""
+        now = self._driver.now
+        known = self._nodes.heard_before(heard.instance, (host, heard.port))
+        if known is None:
+            known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
+            if ':' in host:
+                known.dialling.due = now + IPV6_LATER
+            else:
+                known.dialling.due = now
+        elif known.link is not None:
+            self._driver.selection.consider(known, comp)
+        else:
+            if known.is_better_called(host):
+                self._nodes.move(known, host, heard.port)
+                known.dialling.due = now
+            is_back = known.instance != heard.instance or known.state is NodeState.LOST
+            if is_back and not known.dialling.busy:
+                known.dialling.due = now
+            self._driver.selection.take(known, comp, spec)
+        known.instance = heard.instance
+        known.heard = now
+
+    def close(self) -> None:
+        """Ask nowhere any more."""
+        for asker in self._ears.values():
+            asker.ears.close()
+
+    def sockets(self) -> List[Any]:
+        """Those by which nodes are asked for."""
+        return [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+
+
+class Connector:
+    """Connects to nodes: dials, lets nodes dial, and starts one here. The driver's thread."""
+
+    def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
+        self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
+        self._psk = psk
+        self._tls = tls
+        self.searches = NodeSearch(driver, psk)
+        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may dial
+        self._dials: Set[NodeConnection] = set()               # with a dial thread at work
 
     def _on_rejected(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
@@ -9386,43 +9607,14 @@ class Connector:
             event.sock.close()
             return
         instance = event.session.peer_instance
-        twin = next(
-            (other for other in self._nodes.by_key.values()
-             if other is not peer and other.link is not None and other.link.instance == instance),
-            None)
+        twin = self._nodes.twin_of(peer, instance)
         if twin is not None:   # one node by two names or addresses: one link is enough
             event.sock.close()
-            twin.aliases.add(peer.place)
-            for comp, use in peer.uses.items():
-                known = comp in twin.uses
-                self._driver.selection.take(twin, comp, use.spec)
-                if known and twin.name and self._clusters[comp].cargo is None:
-                    # It may look for something by this name.
-                    self._clusters[comp].node_connected(twin)
-            # It has dialled us; when that ends, we dial it
-            if peer.listed and not twin.port and not twin.embedded:
-                peer.move('fail')
-                peer.reason = 'it has connected by itself'
-                peer.dialling.again(self._driver.now)
-                self._driver.soon()
-                return
-            twin.listed = twin.listed or peer.listed
-            peer.uses.clear()
-            self._driver.selection.drop_unused(peer)
+            self._keep_twin(peer, twin)
             return
-        elder = next((other for other in self._nodes.by_key.values()
-                      if other is not peer and other.link is None and not other.embedded
-                      and other.instance == instance and other.key in self._driver.schedule.nodes),
-                     None)
+        elder = self._elder_of(peer, instance)
         if elder is not None:   # one node by two names: its jobs are known by the other
-            for comp, use in peer.uses.items():
-                self._driver.selection.take(elder, comp, use.spec)
-            elder.listed = elder.listed or peer.listed
-            if not elder.port:
-                elder.host = peer.host
-                elder.port = peer.port
-            peer.uses.clear()
-            self._driver.selection.drop_unused(peer)
+            self._merge_into_elder(peer, elder)
             peer = elder
         self._connected(peer, self._link_of(event))
 
@@ -9430,6 +9622,43 @@ class Connector:
         """The link that a connection becomes."""
         return Link(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
+
+    def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
+        """A node was dialled that is connected by another name: what was to use it uses that."""
+        twin.aliases.add(peer.place)
+        for comp, use in peer.uses.items():
+            known = comp in twin.uses
+            self._driver.selection.take(twin, comp, use.spec)
+            if known and twin.name and self._clusters[comp].cargo is None:
+                # It may look for something by this name.
+                self._clusters[comp].node_connected(twin)
+        # It has dialled us; when that ends, we dial it
+        if peer.listed and not twin.port and not twin.embedded:
+            peer.move('fail')
+            peer.reason = 'it has connected by itself'
+            peer.dialling.again(self._driver.now)
+            self._driver.soon()
+            return
+        twin.listed = twin.listed or peer.listed
+        peer.uses.clear()
+        self._driver.selection.drop_unused(peer)
+
+    def _elder_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
+        """A node that is not connected, has jobs, and is the same as one that was just reached."""
+        for other in self._nodes.away_with(instance):
+            if other is not peer and other.key in self._driver.schedule.nodes:
+                return other
+        return None
+
+    def _merge_into_elder(self, peer: NodeConnection, elder: NodeConnection) -> None:
+        for comp, use in peer.uses.items():
+            self._driver.selection.take(elder, comp, use.spec)
+        elder.listed = elder.listed or peer.listed
+        if not elder.port:
+            elder.host = peer.host
+            elder.port = peer.port
+        peer.uses.clear()
+        self._driver.selection.drop_unused(peer)
 
     def _connected(self, peer: NodeConnection, link: Link) -> None:
         peer.move('connect')
@@ -9451,39 +9680,35 @@ class Connector:
     def arrived(self, event: Authenticated) -> None:
         """A node has dialled."""
         instance = event.session.peer_instance
-        for other in [
-                other for other in self._nodes.by_key.values()
-                if other.link is not None and other.link.instance == instance
-        ]:
+        for other in self._nodes.linked_to(instance):
             if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock,
-                            event.session,
-                            event.address,
-                            self._driver.now,
-                            takes=OF_NODES)
-                self._driver.attach(link)
-                self._driver.disconnect(link, 'this program has connected to it already')
+                self._send_away(event)
                 return
             self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
-        idle = [
-            other for other in self._nodes.by_key.values()
-            if other.link is None and not other.embedded
-        ]
-        peer = next((other for other in idle if other.instance == instance and (
-            not other.port or other.key in self._driver.schedule.nodes)), None)
-        there = [
-            other for other in self._nodes.by_key.values()
-            if not other.port and other.ip_addr == event.address
-        ]
-        # Of several behind one address it may be another
-        if peer is None and len(there) == 1 and there[0] in idle:
-            peer = there[0]
+        peer = self._known_arrival(instance, event.address)
         if peer is None:
             peer = NodeConnection(event.address, 0)
             peer.key = instance.hex()
             peer.dialling.due = None
             self._nodes.by_key[peer.key] = peer
         self._connected(peer, self._link_of(event))
+
+    def _send_away(self, event: Authenticated) -> None:
+        """A node has dialled that is connected."""
+        link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+        self._driver.attach(link)
+        self._driver.disconnect(link, 'this program has connected to it already')
+
+    def _known_arrival(self, instance: bytes, address: str) -> Optional[NodeConnection]:
+        """The node that has dialled, if it was here before."""
+        for other in self._nodes.away_with(instance):
+            if not other.port or other.key in self._driver.schedule.nodes:
+                return other
+        there = self._nodes.dialling_from(address)
+        # Of several behind one address it may be another
+        if len(there) == 1 and there[0].link is None and not there[0].embedded:
+            return there[0]
+        return None
 
     def try_second(self, link: Link) -> None:
         """Dial a node that is silent once more. What dials us does so itself."""
@@ -9498,8 +9723,11 @@ class Connector:
         peer = event.peer.peer
         event.peer.ended()
         old = peer.link
-        if peer.key not in self._nodes.by_key or self._nodes.by_key[peer.key] is not peer or (
-                peer.state not in _MAY_DIAL if old is None else not self._driver.is_silent(old)):
+        if old is None:
+            is_wanted = peer.state in _MAY_DIAL
+        else:
+            is_wanted = self._driver.is_silent(old)
+        if not is_wanted or not self._nodes.has(peer):
             event.sock.close()
             return
         if old is not None:
@@ -9508,7 +9736,7 @@ class Connector:
             peer.replacing = True
             self._driver.break_link(old, 'it was reached anew')
             peer.replacing = False
-        if self._nodes.by_key.get(peer.key) is not peer:   # nobody wants it any more
+        if not self._nodes.has(peer):   # nobody wants it any more
             event.sock.close()
             return
         peer.move('dial')
@@ -9552,8 +9780,10 @@ class Connector:
         remains = DirectoryRemains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
             return unreached
-        known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
-                 for comp in self._driver.schedule.nodes[peer.key].comps}
+        known = {}
+        for comp in self._driver.schedule.nodes[peer.key].comps:
+            kept = frozenset(remains.kept(comp))
+            known[comp] = Account(kept, remains.past(comp, peer.memory))
         return NodeDoubted(peer.key,
                            str(peer),
                            Evidence.PROCESS_ENDED,
@@ -9600,8 +9830,7 @@ class Connector:
         """End all of it."""
         for gate in self._acceptors.values():
             gate.server_close()
-        for asker in self._ears.values():
-            asker.ears.close()
+        self.searches.close()
         # Also those that no cluster uses any more
         for peer in {*self._dials, *self._nodes.by_key.values()}:
             peer.dialling.abort(peer.embedded)
@@ -9610,8 +9839,17 @@ class Connector:
 
     def sockets(self) -> List[Any]:
         """All that listen."""
-        return [gate.socket for gate in self._acceptors.values()] \
-            + [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+        return [gate.socket for gate in self._acceptors.values()] + self.searches.sockets()
+
+
+def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
+    """Whether a node is one of those that were named; `port` is the cluster's, which stands for that
+    of a node which was named without one."""
+    if spec.wild and spec.fits(peer.ip_addr, peer.host, peer.name):
+        return True
+    if not peer.is_meant(spec.host):
+        return False
+    return peer.port in (0, spec.port) or (peer.name, port) == (spec.host, spec.port)
 
 
 class NodeSelection:
@@ -9631,7 +9869,7 @@ class NodeSelection:
                     if peer.link is not None:
                         self.consider(peer, comp)
                 if self._clusters[comp].searches:
-                    self._driver.connector.search(spec.port, self._clusters[comp].multicast)
+                    self._driver.connector.searches.begin(spec.port, self._clusters[comp].multicast)
             else:
                 self.use_address(comp, spec.host, spec.port, spec, True)
         self._driver.soon()
@@ -9803,12 +10041,7 @@ class NodeSelection:
                 candidates: Sequence[NodeConnection] = self._nodes.of(comp)
             else:
                 candidates = words.get(_plain_host(spec.host), ())
-            known = [
-                peer for peer in candidates
-                if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
-                or peer.is_meant(spec.host) and
-                (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))
-            ]
+            known = [peer for peer in candidates if _is_named_by(spec, peer, cluster.port)]
             for peer in known:
                 use = peer.uses[comp]
                 if not spec.wild:
@@ -9827,6 +10060,14 @@ class NodeSelection:
                 peer = self._nodes.by_key.get((spec.host, spec.port))  # type: ignore[assignment]
                 if peer is not None:
                     words.setdefault(_plain_host(spec.host), []).append(peer)
+
+
+def _needs_source(spec: dict, peer: NodeConnection) -> bool:
+    """Whether a computation goes to a node as source: its Python is another than here."""
+    if spec['kind'] != 'function' or spec['portable'] or peer.scheduler:
+        return False
+    there = peer.facts.get('python', ())
+    return bool(there[:2] != spec['python'][:2])
 
 
 class ComputationSetup:
@@ -9855,13 +10096,7 @@ class ComputationSetup:
         else:
             sent = []
         if peer.restarted and not peer.whole:
-            known = {
-                comp: Account(frozenset(serials), AttemptHistory(whole=False))
-                for comp, serials in kept.items()
-            }
-            self._driver.lost_nodes.doubt(NodeDoubted(
-                peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind,
-                known=known))
+            self._doubt(peer, kept)
         peer.restarted = False
         # What it has from before comes first, also if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
@@ -9873,20 +10108,36 @@ class ComputationSetup:
         # Recoveries first
         for comp, cluster in sorted(self._clusters.items(),
                                     key=lambda item: item[1].cargo is not None):
-            use = peer.uses.get(comp)
-            if use is None:
-                self._driver.selection.consider(peer, comp)
-            elif use.spec.wild and cluster.spec_of(peer) is None:
-                self._nodes.misfits.add(comp, peer.instance, str(peer))
-                # At its address might have been one that is meant, but it has another name
-                del peer.uses[comp]
-            else:
-                if use.spec.wild:
-                    use.spec = cluster.spec_of(peer) or use.spec
-                self.set_up(peer, comp)
+            self._set_up_named(peer, comp, cluster)
         self._driver.selection.drop_unused(peer)
         if peer.key in self._nodes.by_key:
             self._driver.policy.node_met(peer)
+
+    def _set_up_named(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> None:
+        """A computation may use a node, whose name is known now, if its wildcard means it."""
+        use = peer.uses.get(comp)
+        if use is None:
+            self._driver.selection.consider(peer, comp)
+            return
+        if use.spec.wild:
+            spec = cluster.spec_of(peer)
+            if spec is None:
+                self._nodes.misfits.add(comp, peer.instance, str(peer))
+                # At its address might have been one that is meant, but it has another name
+                del peer.uses[comp]
+                return
+            use.spec = spec
+        self.set_up(peer, comp)
+
+    def _doubt(self, peer: NodeConnection, kept: Dict[str, Any]) -> None:
+        """A node was started anew and has lost its memory. `kept` has the serials of results that
+        it has on its disk, by computations."""
+        known = {}
+        for comp, serials in kept.items():
+            known[comp] = Account(frozenset(serials), AttemptHistory(whole=False))
+        doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew',
+                              peer.kind, known=known)
+        self._driver.lost_nodes.doubt(doubted)
 
     def on_offer(self, peer: NodeConnection, message: CpusChanged) -> None:
         """Its CPUs have changed, or it has become free."""
@@ -9915,33 +10166,10 @@ class ComputationSetup:
                 use.move('ask')
                 cluster.ask_allocator(use.spec.allocator, peer, peer.link)
             return
-        spec = cluster.cargo.spec
-        there = peer.facts.get('python', ())
-        allocation = use.allocation
-        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec[
-                'python'][:2] and not peer.scheduler:
-            if cluster.source is None:
-                if use.state is not AssignmentState.ASKING or allocation is not None:
-                    use.move('ask')
-                    cluster.ask_source(peer, peer.link)
-                return
-            code, obstacle = cluster.source
-            if obstacle:
-                self._refusal(
-                    peer, comp,
-                    'it runs %s, this program %s, where functions go as source only: %s. %s' %
-                    (python_of(there), python_of(
-                        spec['python']), obstacle, remedy_for_source(spec)), 'version')
-                return
-            spec = dict(spec, kind='source', code=code)
-        if peer.allowed(comp) < 1 and use.wanted is None:
-            if not peer.offered and use.state is AssignmentState.REFUSED and use.reason:
-                return   # the node has said why it offers none, and offers them when it does again
-            self._refusal(
-                peer, comp, 'it has no CPU to use: %d offered, limit %d' %
-                (peer.offered, use.spec.cpus) if allocation is None else 'allocate() returned %d' %
-                allocation.cpus, 'cpus' if allocation is None else 'allocate')
+        spec = self._code_for(peer, comp, cluster)
+        if spec is None or not self._has_cpu(peer, comp):
             return
+        allocation = use.allocation
         if allocation is not None:
             spec = dict(spec,
                         cpus=allocation.cpus,
@@ -9961,6 +10189,42 @@ class ComputationSetup:
         spec.update(code=out_of_band(spec['code']), setup_args=out_of_band(spec['setup_args']),
                     client=cluster.client)   # whose claims on the node's CPUs it shares
         self._driver.send(peer.link, Compute(comp, spec))
+
+    def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
+        """What a computation is, in a form that this node can load; None if there is none, or if it
+        is being found out."""
+        spec = cluster.cargo.spec  # type: ignore[union-attr]
+        if not _needs_source(spec, peer):
+            return spec
+        use = peer.uses[comp]
+        if cluster.source is None:
+            if use.state is not AssignmentState.ASKING or use.allocation is not None:
+                use.move('ask')
+                cluster.ask_source(peer, peer.link)  # type: ignore[arg-type]
+            return None
+        code, obstacle = cluster.source
+        if obstacle:
+            there = python_of(peer.facts.get('python', ()))
+            text = 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
+                there, python_of(spec['python']), obstacle, remedy_for_source(spec))
+            self._refusal(peer, comp, text, 'version')
+            return None
+        return dict(spec, kind='source', code=code)
+
+    def _has_cpu(self, peer: NodeConnection, comp: str) -> bool:
+        """Whether a computation may use a CPU of a node, or has to set it up none the less."""
+        use = peer.uses[comp]
+        if peer.allowed(comp) >= 1 or use.wanted is not None:
+            return True
+        if not peer.offered and use.state is AssignmentState.REFUSED and use.reason:
+            return False   # the node has said why it offers none, and offers them when it does again
+        if use.allocation is None:
+            text = 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
+            self._refusal(peer, comp, text, 'cpus')
+        else:
+            text = 'allocate() returned %d' % use.allocation.cpus
+            self._refusal(peer, comp, text, 'allocate')
+        return False
 
     def _managers(self, peer: NodeConnection) -> Dict[str, Any]:
         """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
@@ -10562,8 +10826,8 @@ class Recoveries:
         for comp in found.lefts:
             self.by_comp.pop(comp, None)
         for peer in found.met:
-            left = any(comp not in whole and where in (peer.place, *peer.aliases)
-                       for where, comp in found.taken)
+            places = (peer.place, *peer.aliases)
+            left = [comp for where, comp in found.taken if where in places and comp not in whole]
             if peer.link is not None and left:
                 peer.replacing = True   # not to be told
                 self._driver.break_link(peer.link, 'the recovery has ended')
@@ -10708,10 +10972,13 @@ class NodeQueries:
         found = [self.node_of(comp, peer) for peer in self._nodes.of(comp)]
         cluster = self._clusters[comp]
         linked = {peer.ip_addr for peer in self._nodes.by_key.values() if peer.link is not None}
-        return found + [(peer, 'refused', peer.reason, 0, 0)
-                        for peer in self._nodes.unusable.values() if peer.host not in linked and
-                        (cluster.hosts or any(spec.wild and spec.may_fit(peer.host)
-                                              for spec in cluster.specs))]
+        wild = [spec for spec in cluster.specs if spec.wild]
+        for peer in self._nodes.unusable.values():
+            if peer.host in linked:
+                continue
+            if cluster.hosts or any(spec.may_fit(peer.host) for spec in wild):
+                found.append((peer, 'refused', peer.reason, 0, 0))
+        return found
 
     def rows_of(self, comp: str) -> List[NodeInfo]:
         """Nodes of a cluster, to be told to others."""
@@ -10726,26 +10993,21 @@ class NodeQueries:
     def explain_no_nodes(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
         rows = self.nodes_of(comp)
-        lines = [
-            '%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-            for peer, state, reason, _, _ in rows
-        ]
+        lines = []
+        for peer, state, reason, _, _ in rows:
+            line = '%s: %s' % (peer, state)
+            if reason:
+                line += ': ' + reason.strip().splitlines()[-1]
+            lines.append(line)
         cluster = self._clusters[comp]
-        if self._driver.connector.reach == 'off':
+        if self._driver.connector.searches.reach == 'off':
             wild = []
         else:
             wild = [spec for spec in cluster.specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
-            lines.append('all that answer at UDP port %d %s' %
-                         (port, 'of this machine' if self._driver.connector.reach == 'loopback' else
-                          'of the local network') if self._driver.connector.searches_at(
-                              port) else 'those of the scheduler, whose nodes are all named (-n)')
+            lines.append(self._search_at(port))
         if cluster.hosts:
-            host, port = cluster.hosts[0]
-            lines.append('waited for nodes to connect to %s' %
-                         format_address(host, port) if self._driver.connector.
-                         listens_at(host, port) else 'no node can connect, port %d was taken' %
-                         port)
+            lines.append(self._listening_at(*cluster.hosts[0]))
         peers = self._nodes.of(comp)
         others = self._nodes.misfits.text(comp, {peer.instance for peer in peers})
         if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
@@ -10756,6 +11018,22 @@ class NodeQueries:
         attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
         todo = remedy(attempts, bool(others), self._driver.policy.start_node)
         return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
+
+    def _search_at(self, port: int) -> str:
+        """Which nodes are asked for at a UDP port, for `complaint`."""
+        if not self._driver.connector.searches.is_at(port):
+            return 'those of the scheduler, whose nodes are all named (-n)'
+        if self._driver.connector.searches.reach == 'loopback':
+            whose = 'of this machine'
+        else:
+            whose = 'of the local network'
+        return 'all that answer at UDP port %d %s' % (port, whose)
+
+    def _listening_at(self, host: str, port: int) -> str:
+        """Whether nodes can connect to this process, for `complaint`."""
+        if self._driver.connector.listens_at(host, port):
+            return 'waited for nodes to connect to ' + format_address(host, port)
+        return 'no node can connect, port %d was taken' % port
 
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
         """For a job that is submitted to a node: the key of the node and, once until it is ready,
@@ -10835,12 +11113,13 @@ class NodeQueries:
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs of a computation they have."""
-        found = {
-            key: len(node.in_flight.get(comp, ()))
-            for key, node in self._driver.schedule.nodes.items()
-            if key in self._nodes.by_key and not self._nodes.by_key[key].embedded
-        }
-        return {key: count for key, count in found.items() if count}
+        found = {}
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            count = len(node.in_flight.get(comp, ()))
+            if peer is not None and not peer.embedded and count:
+                found[key] = count
+        return found
 
 
 class FailedJob(NamedTuple):
@@ -11034,6 +11313,8 @@ class Overview:
         for serial, since in begun.items():
             seconds[serial] = now - since
         return seconds
+
+
 class LostNodes:
     """What follows when the link to a node ends, and what the log tells of nodes that are lost and
     come back. The driver's thread.
@@ -11483,7 +11764,7 @@ class Driver(Loop):
             self.selection.done(peer, comp, shutdown)
             del peer.uses[comp]
             self.selection.drop_unused(peer)
-        self.connector.end_searches()
+        self.connector.searches.end_unwanted()
         self.connector.end_listening(cluster)
         return untold
 
@@ -11619,7 +11900,7 @@ class Driver(Loop):
         self.decisions.look()
         due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
         self.jobs.end_lost_when_due(due)
-        self.connector.search_when_due(due)
+        self.connector.searches.ask_when_due(due)
         self.connector.dial_when_due(due)
         self.selection.start_embedded_when_due(due)
         for comp, when in list(self._warn_at.items()):
@@ -12311,7 +12592,7 @@ class LiveOutput:
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show(job, stream, row[4 + stream][at:])
+            self._show(job, stream, row[PAYLOAD + stream][at:])
 
     def _show(self, job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and self.on_output is not None:
@@ -12475,20 +12756,22 @@ class ResultDelivery:
                        peer: Union[NodeConnection, NodeInfo, None] = None) -> None:
         """Tell the threads that wait for these jobs, and the program's functions, that the jobs
         have ended."""
-        if self._callbacks.cluster_status is not None:
+        callbacks = self._callbacks
+        driver = self.driver
+        if callbacks.cluster_status is not None:
             for job in jobs:
-                self.driver.post(StatusCallback(self._callbacks, job.status, peer, job))
+                driver.post(StatusCallback(callbacks, job.status, peer, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
-        if self._callbacks.job_status is None:
+        if callbacks.job_status is None:
             self._book.settle(len(jobs))
-            return
-        for job in jobs:
-            if self.driver.broken:
-                self._callbacks.call_back(job)   # the pool has ended with the driver
-            else:
-                self.driver.post(JobCallback(self._callbacks, job))
+        elif driver.broken:   # the pool has ended with the driver
+            for job in jobs:
+                callbacks.call_back(job)
+        else:
+            for job in jobs:
+                driver.post(JobCallback(callbacks, job))
 
 
 class Submitter:
@@ -12728,44 +13011,26 @@ class JobTakeover:
     def begin(self, journal: Journal, rows: List[tuple]) -> None:
         """Take over the jobs of the journal, which are rows of `Journal.known`. The user's thread.
         """
-        sent: List[Tuple[DispyJob, str]] = []
-        again: List[DispyJob] = []
-        ended: List[DispyJob] = []
-        with journal.damages():
-            holders = journal.holders()
-        for job, state, node, result in rows:
-            job._journal = journal
-            self.recovered.append(job)
-            if state == Journal.ENDED:
-                self._fill_in(job, result)
-                ended.append(job)
-            elif state == Journal.SENT:
-                job.status = DispyJob.Running
-                job.state = JobState.RUNNING
-                sent.append((job, node))
-            else:
-                again.append(job)
-        journal.delivered(ended)
-        self._book.take_over(len(sent) + len(again))
-        for job in again:
+        for row in rows:
+            row[0]._journal = journal
+        restored = RestoredJobs(journal, rows, self._is_program)
+        self.recovered += restored.jobs
+        journal.delivered(restored.ended)
+        for job, _ in restored.sent:
+            job.status = DispyJob.Running
+        at_nodes = len(restored.sent)
+        self._book.take_over(at_nodes + len(restored.unsent))
+        for job in restored.unsent:
             self._renew(job)
             self.driver.post(job)
-        if sent or holders:
+        if restored.are_at_nodes:
             logger.info('%d jobs of an earlier run are on nodes: their results are collected',
-                        len(sent))
+                        at_nodes)
             lost = functools.partial(self._lost, journal)
-            recovery = Recovery(journal, sent, holders, self._done, lost, self._submit_again,
-                                self._over)
+            recovery = Recovery(journal, restored.sent, restored.holders, self._done, lost,
+                                self._submit_again, self._over)
             self.recovery = recovery
             self.driver.ask(lambda: recovery.begin(self.driver))
-
-    def _fill_in(self, job: DispyJob, result: Union[str, tuple]) -> None:
-        """Complete a job that had ended. `result` is the reason why it has none, or its row of
-        Results without the serial number."""
-        if isinstance(result, str):
-            end_without(job, result)
-        else:
-            fill_in(job, (job.serial, *result), self._is_program)
 
     def _renew(self, job: DispyJob) -> None:
         """Make a job that has not begun one of this cluster."""
@@ -15946,11 +16211,11 @@ class Command:
         return SHELL_SIGNS.search(word) is not None
 
     def _find_program(self, texts: List[str]) -> None:
-        if REPLACEMENT.search(texts[0]):
-            return
         if re.search(r'\s', texts[0]) and not os.path.isfile(texts[0]):
             raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
                              'word, and options stand before the command' % texts[0])
+        if REPLACEMENT.search(texts[0]):
+            return
         self.program = ProgramFile.find(texts[0])
         texts[0] = self.program.word
 
@@ -17352,6 +17617,8 @@ class Shell:
             nodes = self._cluster.status().nodes
             ready = [node.cpus for node in nodes if node.state == 'ready']
             cpus = sum(ready)
+            if self._args.jobs:
+                cpus = min(cpus, self._args.jobs)
             self._cpus_known = (cpus, now)
         return max(1, cpus // (self._args.cpus or 1))
 
@@ -18057,6 +18324,25 @@ def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
     return False, why or 'exit status %d and no word of what was done (--python?)' % done.returncode
 
 
+def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[Any, ...]:
+    """What the program at the other end of ssh is to do; `options` are dispynode's. Raises
+    ValueError, OSError, DispyError."""
+    import dispynode
+    if task != 'deploy':
+        if options:
+            raise ValueError('stop takes no options of dispynode')
+        return (task,)
+    node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
+    if node.secret:
+        raise ValueError('-s/--secret can be seen in the list of processes of every host: '
+                         '--secret-file before the --')
+    if node.secret_file:
+        secret = b''
+    else:
+        secret = find_secret(None, args.secret_file).strip()
+    return (task, secret, options, args.replace_secret, args.restart)
+
+
 def _deploy(task: str, argv: List[str]) -> int:
     """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
     import dispynode
@@ -18068,7 +18354,6 @@ def _deploy(task: str, argv: List[str]) -> int:
     args = parser.parse_intermixed_args(ours)
     with open(os.path.abspath(dispynode.__file__), 'rb') as source:
         packed = base64.b64encode(zlib.compress(source.read()))
-    request: Tuple[Any, ...] = (task,)
     try:
         ssh = shlex.split(args.ssh)
         if not ssh or not shutil.which(ssh[0]):
@@ -18078,20 +18363,7 @@ def _deploy(task: str, argv: List[str]) -> int:
                 args.hosts += ' '.join(line.partition('#')[0] for line in file).split()
         if not args.hosts:
             raise ValueError('no HOST is given')
-        if task == 'deploy':
-            node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
-            if node.secret:
-                raise ValueError(
-                    '-s/--secret can be seen in the list of processes of every host: --secret-file '
-                    'before the --'
-                )
-            if node.secret_file:
-                secret = b''
-            else:
-                secret = find_secret(None, args.secret_file).strip()
-            request = (task, secret, options, args.replace_secret, args.restart)
-        elif options:
-            raise ValueError('stop takes no options of dispynode')
+        request = _request(task, args, options)
     except (ValueError, OSError, DispyError) as exc:
         parser.error(str(exc))
     hosts = list(dict.fromkeys(args.hosts))

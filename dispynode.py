@@ -10749,14 +10749,23 @@ _SHARED_KINDS = (
     ('multiprocessing.pool', ('Pool', )))
 
 
-def shared_kind(value: Any, deep: bool = True) -> str:
+def shared_kind(value: Any) -> str:
     """What a value is that only forked processes share, or ''. Contents of containers and
     attributes of instances are looked at too."""
+    kind = _shared_itself(value)
+    if kind:
+        return kind
+    for one in itertools.islice(_parts_of(value), 1000):
+        kind = _shared_itself(one)
+        if kind:
+            return 'or has in it ' + kind
+    return ''
+
+
+def _shared_itself(value: Any) -> str:
     for module, names in _SHARED_KINDS:
-        kinds = tuple(
-            kind for kind in (getattr(sys.modules.get(module), name, None) for name in names)
-            if isinstance(kind, type))
-        if isinstance(value, kinds):
+        kinds = [getattr(sys.modules.get(module), name, None) for name in names]
+        if isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
             return 'a %s of multiprocessing' % type(value).__name__
     if type(getattr(value, '_wrapper', None)).__module__ == 'multiprocessing.heap':
         return 'a shared array or value of multiprocessing'
@@ -10765,22 +10774,17 @@ def shared_kind(value: Any, deep: bool = True) -> str:
         manager = getattr(value, '_manager', None) or value
         if hasattr(manager, '_process'):   # started here, and not only connected to
             return 'of a manager of multiprocessing that was started here'
-        return ''
-    if not deep:
-        return ''
-    if type(value) in (list, tuple, set, frozenset):
-        contents: Iterable[Any] = value
-    elif type(value) is dict:
-        contents = value.values()
-    elif isinstance(value, (type, types.ModuleType, types.FunctionType)):
-        contents = ()
-    else:
-        contents = getattr(value, '__dict__', {}).values()
-    for one in itertools.islice(contents, 1000):
-        kind = shared_kind(one, False)
-        if kind:
-            return 'or has in it ' + kind
     return ''
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if type(value) in (list, tuple, set, frozenset):
+        return value  # type: ignore[no-any-return]
+    if type(value) is dict:
+        return list(value.values())
+    if isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        return ()
+    return list(getattr(value, '__dict__', {}).values())
 
 
 class LoadingLine:
@@ -14092,26 +14096,13 @@ class ComputationProcesses:
 
     def initialize(self, spec: dict, host: 'NodeHost', address: str) -> None:
         """Tell the runner what to load."""
-        options = host.options
-        files = self.files
-        init = {
-            'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
-            'authkey': bytes(spec.get('authkey',
-                                      b'')), 'bundles': any(row[0] == BUNDLES + BUNDLE % 0
-                                                            for row in spec['modules']),
-            'kind': spec['kind'], 'directory': files.directory, 'private': files.private,
-            'program': spec['program'],
-            'support': {name: bytes(source)
-                        for name, source in spec['support'].items()
-                        }, 'max_file': options.max_file, 'max_value': VALUE_MOST,
-            'start_method': self.start_method,
-            'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
-            'client_shutdown': options.client_shutdown, 'cleanup': spec['cleanup'],
-            'root': host.directory.root if options.embedded else '', 'names': {
-                'dispy_node_name': host.node.name, 'dispy_node_ip_addr': address,
-                'dispy_job_path': files.directory
-            }
-        }
+        names = {
+            'dispy_node_name': host.node.name, 'dispy_node_ip_addr': address,
+            'dispy_job_path': self.files.directory}
+        root = ''
+        if host.options.embedded:
+            root = host.directory.root
+        init = dict(self.spec_for_runner(spec, host.options, names), root=root)
         self.control.push(  # type: ignore[union-attr]
             pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
@@ -14124,6 +14115,30 @@ class ComputationProcesses:
             self.watch.after_fork()
         if self.process is not None:
             self.process.forget()
+
+    def spec_for_runner(self, spec: dict, options: 'Options', names: Dict[str, str]) -> dict:
+        """What the runner, and a worker that loads the computation itself, has to know. `names`
+        need no import in jobs."""
+        given = ('name', 'sys_path', 'argv', 'kind', 'program', 'live', 'logs', 'cleanup')
+        found = {name: spec[name] for name in given}
+        found.update(
+            authkey=bytes(spec.get('authkey', b'')), setup_args=bytes(spec['setup_args']),
+            bundles=any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']),
+            support={name: bytes(source) for name, source in spec['support'].items()},
+            directory=self.files.directory, private=self.files.private, names=names,
+            max_file=options.max_file, max_value=VALUE_MOST, start_method=self.start_method,
+            client_shutdown=options.client_shutdown)
+        return found
+
+    def pass_pipe(self, worker: int, theirs: socket.socket) -> None:
+        """Give the runner the pipe of a worker that it is to start. Raises OSError."""
+        assert self.control is not None   # ours: the state starts workers of runners that are up
+        data, passing = pack_socket(theirs, self.process.pid, RecordType.FORK, worker)
+        if LATE_PASSING:
+            self.passed[worker] = theirs.dup()
+        self.control.push([data], passing)
+        if passing is None:
+            theirs.close()
 
     def arrived(self, worker: int) -> None:
         """The runner has taken the pipe of a worker, or never will."""
@@ -14580,13 +14595,7 @@ class ProcessHost:
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
         self._of_worker[action.worker] = run
         self._host.attach(pipe)
-        assert run.control is not None   # ours: the state starts workers of runners that are up
-        data, passing = pack_socket(theirs, run.process.pid, RecordType.FORK, action.worker)
-        if LATE_PASSING:
-            run.passed[action.worker] = theirs.dup()
-        run.control.push([data], passing)
-        if passing is None:
-            theirs.close()
+        run.pass_pipe(action.worker, theirs)
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
@@ -15781,16 +15790,6 @@ def tell_obsolete(args: argparse.Namespace, options: Dict[str, Tuple[bool, str]]
     """Say once which of the options that were given have no meaning."""
     for option in dict.fromkeys(args.obsolete):
         logger.info('%s has no meaning any more: %s', option, options[option][1])
-
-
-def old_spelling(parser: argparse.ArgumentParser, argv: Sequence[str]) -> List[str]:
-    """A command line with dispy 4's spellings, underscores, of the options that a parser knows."""
-    words = []
-    for word in argv:
-        name, sign, value = word.partition('=')
-        known = name.startswith('--') and name.replace('_', '-') in parser._option_string_actions
-        words.append(name.replace('_', '-') + sign + value if known else word)
-    return words
 
 
 class OldConfig:

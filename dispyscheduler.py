@@ -3773,7 +3773,8 @@ def operate(task: str, argv: Sequence[str]) -> int:
         files = tls_files(args.certfile, args.keyfile, None)
         secret = find_secret(None, args.secret_file)
         logging.getLogger('dispy').setLevel(logging.ERROR)   # what is wrong is said below
-        link = dispy_httpd.SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, REDIAL_MOST))
+        access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
+        link = dispy_httpd.SchedulerLink(host, port, access)
         try:
             why = link.why_not()
             if why:
@@ -3801,6 +3802,13 @@ def default_state_dir(port: int) -> str:
     return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
+# Options of dispy 4 without a meaning, as OBSOLETE_NODE
+OBSOLETE_SCHEDULER = {
+    '--msg-timeout': (True, 'connections are kept'),
+    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
+    '--cooperative': (False, 'each program limits its own CPUs of a node'),
+}
+# What a node does not have as well
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('-p', '--port', '--scheduler-port'), {
         'type': int,
@@ -3917,14 +3925,6 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'action': 'store_true',
         'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
 ]
-
-
-# Options of dispy 4 without a meaning, as OBSOLETE_NODE
-OBSOLETE_SCHEDULER = {
-    '--msg-timeout': (True, 'connections are kept'),
-    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
-    '--cooperative': (False, 'each program limits its own CPUs of a node'),
-}
 
 
 def _parser() -> OptionParser:

@@ -135,7 +135,7 @@ def rows():
 
 
 if __name__ == '__main__':
-    sys.path[:0] = [HERE, os.path.dirname(HERE)]
+    sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(HERE, 'unit')]
     socket.setdefaulttimeout(20)
     with open(os.path.join(HERE, 'releases', sys.argv[1] + '.json'), 'w') as output:
         json.dump({'release': sys.argv[1], 'minor': 1, 'messages': rows()}, output, indent=1)

@@ -33,14 +33,21 @@ class FakeLink:
         return ('127.0.0.2', 2)
 
 
-class FakeConnector:
+class FakeSearch:
     """Notes where nodes are asked for."""
 
     def __init__(self):
-        self.searches = []
+        self.begun = []
 
-    def search(self, port, multicast):
-        self.searches.append((port, multicast))
+    def begin(self, port, multicast):
+        self.begun.append((port, multicast))
+
+
+class FakeConnector:
+    """Has searches, and connects to nothing."""
+
+    def __init__(self):
+        self.searches = FakeSearch()
 
 
 class Cluster(NodeUser):
@@ -102,7 +109,7 @@ class FakeDriver:
         self.access = types.SimpleNamespace(redial=30.0)
         self.connector = FakeConnector()
         self.recoveries = types.SimpleNamespace(by_comp={})
-        self.queries = self
+        self.queries = self.lost_nodes = self
         self.jobs = FakeJobs()
         self.answers, self.told, self.parted, self.broken = [], [], [], []
         self._said, self._decided = [], []
@@ -112,14 +119,23 @@ class FakeDriver:
 
     # What the parts call.
 
-    def say(self, link, message):
+    def send(self, link, message):
         self._said.append((link.number, message))
 
     def say_to(self, peer, message):
-        self.say(peer.link, message)
+        self.send(peer.link, message)
 
     def decide(self, event):
         self._decided.append(event)
+
+    def is_over(self, comp):
+        return comp not in self.clusters and comp not in self.recoveries.by_comp
+
+    def doubt(self, event):
+        self.decide(event)
+
+    def back(self, peer):
+        pass
 
     def soon(self):
         pass
@@ -127,7 +143,7 @@ class FakeDriver:
     def tell_all(self, status, peer, comps):
         self.told.append((status, peer, comps))
 
-    def part(self, link, text):
+    def disconnect(self, link, text):
         self.parted.append((link.number, text))
 
     def break_link(self, link, text):

@@ -747,7 +747,7 @@ class Session:
 
     def close(self):
         cluster, self.left = self.cluster, 0
-        with mock.patch.object(cluster, 'wait', lambda *args: True):
+        with mock.patch.object(dispy.core_of(cluster).book, 'wait', lambda timeout: True):
             cluster.close(terminate=True)
         assert not self.jobs, 'jobs that have not ended when their cluster is closed: %s' % self.jobs
         self.over()

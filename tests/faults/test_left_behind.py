@@ -191,7 +191,7 @@ def test_a_program_that_is_gone_told_nodes_later(tmp_path):
         cluster = dispy.JobCluster(slow_answer, nodes=[proxy.address])
         cluster.submit(str(begun))
         eventually(begun.exists, 20, 'the start of the job')
-        path = cluster.trail.path
+        path = dispy.core_of(cluster).trail.path
         proxy.refuse()
         proxy.cut()
         eventually(lambda: results_on(node), 20, 'the result on the disk')

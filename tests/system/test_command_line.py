@@ -1,4 +1,4 @@
-"""`python -m dispy COMMAND`: a command over many arguments. What of it runs nothing is in test_shell.py."""
+"""`python -m dispy COMMAND`: a command over many arguments. What of it runs nothing is in tests/unit/test_shell.py."""
 
 import os
 import re
@@ -16,7 +16,8 @@ PRIMES = os.path.join(ROOT, 'examples', 'primes.sh')
 
 
 def dispy(*args, stdin='', cwd=None):
-    done = subprocess.run([sys.executable, '-m', 'dispy', *args], input=stdin.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    done = subprocess.run([sys.executable, '-m', 'dispy', *args], input=stdin.encode(), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE,
                           timeout=60, cwd=cwd)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -83,7 +84,8 @@ def test_interrupted(tmp_path):
     program = tmp_path / 'program'
     program.write_text('#!/bin/sh\ntouch "$1"\nexec sleep 60\n')
     program.chmod(0o755)
-    process = subprocess.Popen([sys.executable, '-m', 'dispy', '-n', 'local', '-a', str(tmp_path / 'runs'), str(program)], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-m', 'dispy', '-n', 'local', '-a', str(tmp_path / 'runs'), str(program)],
+                               stderr=subprocess.PIPE)
     eventually((tmp_path / 'runs').exists)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -95,7 +97,7 @@ def test_a_line_that_cannot_be_split():
     assert code == 1 and out == '2\n3\n5\n' and 'job 2' in err and 'Traceback' not in err
 
 
-NASTY = ["it's", ' a  b ', '$HOME', '`id`', '-x', '"', '\\', '*', '', '~;&']
+NASTY = ["it's", ' a  b ', '$HOME', '`id`', '-x', '"', '\\', '*', '', '~;&', '#x!']
 
 
 def test_lines_are_taken_literally(node, tmp_path):
@@ -132,7 +134,9 @@ def test_files_of_jobs(node, tmp_path):
     args = ('--transferfile', '{}', '--return', '{.}.out', '--cleanup', 'cat {} {} > {.}.out; ls | wc -l; [ {/.} != b ]', ':::',
             'sub/a.txt', 'sub/b.txt', 'sub/none.txt')
     code, out, err = dispy('-n', node, '-k', *args, cwd=str(tmp_path))
-    assert (code, out) == (2, '1\n1\n') and 'job 2 (sub/b.txt) failed on lab2: exit status 1' in err and 'job 3 (sub/none.txt) failed' in err
+    assert (code, out) == (2, '1\n1\n')
+    assert 'job 2 (sub/b.txt) failed on lab2: exit status 1' in err
+    assert 'job 3 (sub/none.txt) failed' in err
     assert (tmp_path / 'sub' / 'a.out').read_text() == 'aa' and (tmp_path / 'sub' / 'b.out').read_text() == 'bb'
     assert sorted(os.listdir(str(tmp_path / 'sub'))) == ['a.out', 'a.txt', 'b.out', 'b.txt']
     code, out, err = dispy('-n', node, '--return', 'x', 'true', ':::', 'a', cwd=str(tmp_path))   # one that is not made
@@ -141,14 +145,17 @@ def test_files_of_jobs(node, tmp_path):
 
 def test_log_results_and_resuming(node, tmp_path):
     def run(*options):
-        return dispy('-n', node, '-k', '--joblog', 'log', '--results', 'out', *options, 'echo {}; echo e >&2; [ -e good ] || exit {}', ':::',
+        return dispy('-n', node, '-k', '--joblog', 'log', '--results', 'out', *options,
+                     'echo {}; echo e >&2; [ -e good ] || exit {}', ':::',
                      '0', '7', '3', cwd=str(tmp_path))
     code, out, err = run('--workdir', str(tmp_path))
     assert code == 2 and out == '0\n7\n3\n' and 'job 2 (7) failed on lab2: exit status 7\n' in err
     rows = [line.split('\t') for line in (tmp_path / 'log').read_text().splitlines()]
-    assert sorted(row[0] for row in rows[1:]) == ['1', '2', '3'] and {row[0]: row[6] for row in rows[1:]} == {'1': '0', '2': '7', '3': '3'}
+    assert sorted(row[0] for row in rows[1:]) == ['1', '2', '3']
+    assert {row[0]: row[6] for row in rows[1:]} == {'1': '0', '2': '7', '3': '3'}
     assert {row[1] for row in rows[1:]} == {'127.0.0.1'} and {row[-1] for row in rows} == {'Node', 'lab2'}
-    assert (tmp_path / 'out' / '1' / '7' / 'stdout').read_text() == '7\n' and (tmp_path / 'out' / '1' / '7' / 'stderr').read_text() == 'e\n'
+    assert (tmp_path / 'out' / '1' / '7' / 'stdout').read_text() == '7\n'
+    assert (tmp_path / 'out' / '1' / '7' / 'stderr').read_text() == 'e\n'
     table = (tmp_path / 'out' / 'jobs.tsv').read_text().splitlines()
     assert table[0].startswith('Seq\tArguments\tNode\tStatus') and '2\t7\tlab2\texit status 7\t1/7' in table
     assert run('--workdir', str(tmp_path), '--resume') == (0, '', '')
@@ -161,11 +168,16 @@ def test_log_results_and_resuming(node, tmp_path):
 def test_exit_status_and_halting(node, tmp_path):
     code, out, err = dispy('-n', node, 'false', ':::', *map(str, range(102)))
     assert code == 101 and len(err.splitlines()) == 102
-    code, out, err = dispy('-n', node, '--halt', 'now,fail=1', 'if [ {} = 0 ]; then exit 3; else exec sleep 600; fi', ':::', '1', '0', '2', '3')
-    assert code == 3 and 'job 2 (0) failed on lab2: exit status 3' in err and 'no more jobs are started (--halt now,fail=1)' in err
-    code, out, err = dispy('-n', node, '-j1', '--workdir', str(tmp_path), '--halt', 'soon,fail=2', 'echo {} >> begun; exit 3', ':::', *'12345')
+    code, out, err = dispy('-n', node, '--halt', 'now,fail=1', 'if [ {} = 0 ]; then exit 3; else exec sleep 600; fi', ':::',
+                           '1', '0', '2', '3')
+    assert code == 3
+    assert 'job 2 (0) failed on lab2: exit status 3' in err
+    assert 'no more jobs are started (--halt now,fail=1)' in err
+    code, out, err = dispy('-n', node, '-j1', '--workdir', str(tmp_path), '--halt', 'soon,fail=2', 'echo {} >> begun; exit 3',
+                           ':::', *'12345')
     assert code == 2 and (tmp_path / 'begun').read_text() == '1\n2\n'
-    code, out, err = dispy('-n', node, '--retries', '3', '--workdir', str(tmp_path), 'echo try >> tries; [ $(wc -l < tries) = 3 ]; exit $?', ':::', 'a')
+    code, out, err = dispy('-n', node, '--retries', '3', '--workdir', str(tmp_path),
+                           'echo try >> tries; [ $(wc -l < tries) = 3 ]; exit $?', ':::', 'a')
     assert (code, err) == (0, '') and (tmp_path / 'tries').read_text() == 'try\n' * 3
     code, out, err = dispy('-n', node, '--timeout', '0.5', 'sleep 600; true', ':::', 'a')
     assert code == 1 and 'job 1 (a) failed on lab2: ' in err and '0.5 s' in err
@@ -192,7 +204,8 @@ def test_output_appears_while_more_arguments_are_waited_for(node):
 
 def test_lines_appear_while_the_job_runs(node, tmp_path):
     command = 'echo a; printf b >&2; until [ -e go ]; do sleep 0.02; done; printf b; echo c # {}'
-    process = start('-n', node, '--lb', '--tag', '--workdir', str(tmp_path), command, ':::', '1', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start('-n', node, '--lb', '--tag', '--workdir', str(tmp_path), command, ':::', '1', stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE)
     assert process.stdout.readline() == b'1\ta\n'
     (tmp_path / 'go').write_text('')
     out, err = process.communicate(timeout=30)

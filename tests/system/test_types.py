@@ -102,7 +102,7 @@ def declared(cls):
 
 def of_the_schedule(module):
     """What jobs have for the schedule, and not for users."""
-    return own_attributes(module['Work'])
+    return own_attributes(module['ScheduledJob'])
 
 
 @pytest.mark.parametrize('name', ['dispy', 'dispy_httpd'])

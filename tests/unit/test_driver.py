@@ -36,7 +36,7 @@ def test_a_named_node_is_known_at_once_and_a_wildcard_is_asked_for(driver):
     driver.open(Cluster('c', [NodeSpec('10.0.0.1', 9701), NodeSpec('10.*', 9801)]))
     peer = driver.one()
     assert peer.key == ('10.0.0.1', 9701) and peer.listed
-    assert driver.connector.searches == [(9801, False)]
+    assert driver.connector.searches.begun == [(9801, False)]
     assert driver.said() == []
 
 
@@ -153,8 +153,14 @@ def test_ready_for_what_was_not_offered_changes_nothing(driver):
 def test_what_a_node_has_from_before_is_claimed_first(driver):
     cluster = Cluster(specs=[NodeSpec('10.0.0.1', 9701)])
     cluster.key = b'k'
-    driver.connected(cluster, kept={'c': [1], 'other': [2]})
+    driver.connected(cluster, kept={'c': [1]})
     assert [type(message) for message in driver.said()] == [Reclaim, Compute]
+
+
+def test_a_node_that_was_away_when_a_computation_ended_is_told(driver):
+    driver.connected(kept={'over': [1]})
+    assert [(type(message), message.comp) for message in driver.said()] == [
+        (Done, 'over'), (Compute, 'c')]
 
 
 def test_a_node_that_was_started_anew_is_doubted(driver):

@@ -13,7 +13,7 @@ import dispy
 import dispynode
 from conftest import eventually, lives
 from nodes import NodeProcess
-from test_node_state import Talk, fed, only, said
+from talk_node import Talk, fed, only, said
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_program_says_it_or_else_the_node(tmp_path, monkeypatch):
 def test_an_executor_takes_it_from_its_context():
     for context in (multiprocessing.get_context('spawn'), 'spawn', 'forkserver'):
         with dispy.DispyExecutor(mp_context=context, nodes=[('127.0.0.1', 9)]) as executor:
-            assert executor.cluster.cargo.spec['start_method'] == 'spawn'
+            assert dispy.core_of(executor.cluster).cargo.spec['start_method'] == 'spawn'
 
 
 # -- setup and cleanup -----------------------------------------------------------------------------

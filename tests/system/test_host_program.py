@@ -1,4 +1,5 @@
-"""What leaves dispynode.py alone: the program that `dispy deploy` sends beside it, and messages that no node knows."""
+"""What dispynode.py does not have: the program that `dispy deploy` sends beside it, and messages
+that no node knows."""
 
 import builtins
 import subprocess
@@ -22,7 +23,8 @@ def names_used(code):
 def global_names(code):
     """Those of them that are looked up in the module."""
     import dis
-    found = {step.argval for step in dis.get_instructions(code) if step.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    found = {step.argval for step in dis.get_instructions(code)
+             if step.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
             found |= global_names(part)
@@ -30,19 +32,22 @@ def global_names(code):
 
 
 def test_the_program_of_a_host_is_whole():
-    """Every name that it uses comes from itself, from Python or from dispynode; dispy is not there."""
+    """Every name that it uses comes from itself, from Python or from dispynode; dispy is not
+    there."""
     source = dispy.program_of_host()
     space = {'__name__': 'program'}
     exec(compile(source, 'program', 'exec'), space)
     used = global_names(compile(source, 'program', 'exec'))
     assert 'deployment' in space and 'StartError' in used
-    assert used - set(space) - set(vars(builtins)) <= {'__module__', '__qualname__'} | set(vars(space['Deployment']))
+    of_classes = {'__module__', '__qualname__'} | set(vars(space['Deployment']))
+    assert used - set(space) - set(vars(builtins)) <= of_classes
     assert 'dispy' not in names_used(compile(source, 'program', 'exec'))
 
 
 def test_a_node_alone_does_not_know_what_only_schedulers_say():
-    program = 'import dispynode; print(sorted(dispynode.MESSAGES), hasattr(dispynode, "Deployment"))'
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, check=True, universal_newlines=True)
+    program = 'import dispynode as d; print(sorted(d.MESSAGES), hasattr(d, "Deployment"))'
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, check=True,
+                          universal_newlines=True)
     alone = [op for op in sorted(dispynode.MESSAGES) if op not in dispy.SCHEDULER_MESSAGES]
     assert done.stdout.split('\n')[0] == '%s False' % alone
     assert dispy.SCHEDULER_MESSAGES.keys() == {48, 49} and dispynode.OPS[dispy.JobsAssigned] == 48

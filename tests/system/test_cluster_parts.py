@@ -28,8 +28,10 @@ def options(remote=False, **given):
     ('pulse_interval', math.nan, ValueError), ('ping_interval', 3601, ValueError), ('poll_interval', 'soon', ValueError),
     ('max_jobs_per_worker', 1.5, ValueError), ('max_jobs_per_worker', 0, ValueError), ('job_status', 1, TypeError),
     ('callback', 'print', TypeError), ('cluster_status', 1, TypeError), ('on_output', [], TypeError), ('dest_path', 1, TypeError),
-    ('depends', 'file', TypeError), ('depends', 5, TypeError), ('cleanup', 'yes', TypeError), ('reentrant', None, TypeError),
-    ('forward_logs', 2, TypeError), ('recover_file', 5, TypeError), ('recover_file', '', ValueError), ('fault_recover', 5, TypeError),
+    ('depends', 'file', TypeError), ('depends', 5, TypeError), ('cleanup', 'yes', TypeError),
+    ('reentrant', None, TypeError),
+    ('forward_logs', 2, TypeError), ('recover_file', 5, TypeError), ('recover_file', '', ValueError),
+    ('fault_recover', 5, TypeError),
     ('host', 5, TypeError), ('host', ('a', 'b', 'c'), TypeError), ('host', ('a', 0), ValueError)])
 def test_a_wrong_option_is_named(name, value, error):
     with pytest.raises(error, match=name):
@@ -46,9 +48,11 @@ def test_options_by_both_names_and_by_default():
     plain = options()
     assert (plain.pulse, plain.longest_redial, plain.loglevel, plain.probes, plain.specs) == (2.0, 30.0, 20, False, [])
     assert plain.keeps_trail and plain.recover_file is None and plain.counts_failures and plain.hosts == []
-    seen = options(callback=print, ip_addr='127.0.0.1', fault_recover='file', node_port=9000, pulse_interval='5', loglevel='ERROR')
+    seen = options(callback=print, ip_addr='127.0.0.1', fault_recover='file', node_port=9000, pulse_interval='5',
+                   loglevel='ERROR')
     assert (seen.job_status, seen.hosts, seen.recover_file, seen.port) == (print, [('127.0.0.1', 9702)], 'file', 9000)
-    assert (seen.pulse, seen.pulse_interval, seen.loglevel) == (5.0, 5.0, 40) and not seen.keeps_trail and not seen.counts_failures
+    assert (seen.pulse, seen.pulse_interval, seen.loglevel) == (5.0, 5.0, 40)
+    assert not seen.keeps_trail and not seen.counts_failures
     assert options(recover_file=False).keeps_trail is False
     both = options(job_status=len, callback=print, recover_file='one', fault_recover='two')
     assert both.job_status is len and both.recover_file == 'one'

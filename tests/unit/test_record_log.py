@@ -1,4 +1,5 @@
-"""The form of files that only grow: results that a node keeps, jobs of a recovery file that are in no transaction yet."""
+"""The form of files that only grow: results that a node keeps, jobs of a recovery file that are in
+no transaction yet."""
 
 import io
 import struct
@@ -21,7 +22,8 @@ WHOLE = [record(1, 7, b'first', b'second'), record(2, 8), record(3, 9, b'', byte
 def test_what_was_written_is_read():
     found = list(LOG.read(io.BytesIO(b''.join(WHOLE))))
     assert [numbers for numbers, _, _ in found] == [(1, 7), (2, 8), (3, 9)]
-    assert [pieces for _, pieces, _ in found] == [[b'first', b'second'], [b'', b''], [b'', bytes(1000)]]
+    assert [pieces for _, pieces, _ in found] == [
+        [b'first', b'second'], [b'', b''], [b'', bytes(1000)]]
     assert [size for _, _, size in found] == list(map(len, WHOLE))
 
 
