@@ -8,7 +8,7 @@
         print(job(), job.ip_addr)                # waits; if it failed, None: see job.exception
     cluster.close()
 
-Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and
+Without nodes on the network this program is a node itself. For others, copy `dispynode.py` and
 the secret (~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m dispy
 deploy HOST...` does it by ssh.
 
@@ -25,7 +25,8 @@ deploy HOST...` does it by ssh.
 
 One driver serves all clusters of a program that have the same secret and certificate. It owns every
 link and the Schedule; other threads post to it. A link carries everything between this program and
-a node.
+a node. The embedded node (EmbeddedNode) has its turns in the driver's thread, and its link is in
+memory; all else is as with other nodes.
 
 The program has a JobCluster. Its driver knows a ProgramCluster, which has a part for each
 responsibility: options, book of jobs, submitter, callbacks, output, delivery of results, commands
@@ -160,7 +161,8 @@ from dispynode import (
     lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
     add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
     write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN,
-    PAYLOAD)
+    process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory,
+    why_unreached, default_start_method, PAYLOAD)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -7988,7 +7990,8 @@ class NodeConnection:
         self.most = sys.maxsize
         # (computation, file or '') -> who asked
         self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}
-        # Of an embedded node, and its directory
+        # The embedded node; where it is a process of its own, that and its directory
+        self.local: Optional[EmbeddedNode] = None
         self.process: Optional['subprocess.Popen[bytes]'] = None
         self.directory = ''
 
@@ -8018,6 +8021,9 @@ class NodeConnection:
 
     def end_process(self) -> None:
         """End the embedded node, if this is one, and remove what it may have left."""
+        if self.local is not None:
+            self.local.close()
+            self.local = None
         if self.process is not None:
             _end_embedded(self.process)
             self.process = None
@@ -8103,6 +8109,83 @@ class NodeConnection:
         if self.name and self.name != self.host:
             return '%s (%s)' % (self.name, where)
         return where
+
+
+# Whether the embedded node runs in the program. Its runners are given descriptors, which takes
+# POSIX (see RunnerProcess); elsewhere it is a process of its own.
+IN_PROGRAM = hasattr(os, 'fork')
+LOCAL_PREFIX = 'dispy-local-'    # of the names of directories of such nodes
+
+
+class EmbeddedNode:
+    """The node of this program: it runs in the driver's loop, behind a link in memory, and has its
+    turns between those of the driver. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        """Raises StartError, OSError."""
+        import tempfile
+        python = own_python()
+        root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
+        self._driver = driver
+        if dispynode.logger.level == logging.NOTSET:
+            # What a node tells its operator is nothing to the user of a program
+            dispynode.logger.setLevel(logging.ERROR)
+        self._host = NodeHost(
+            driver, Options(available_cpus(), prefix=root, embedded=True, python=python,
+                            start_method=default_start_method()))
+        try:
+            self._host.start(0)
+        except BaseException:
+            self._host.close()
+            shutil.rmtree(root, ignore_errors=True)
+            raise
+        self._end, self.link = MemoryLink.pair(self._host.instance, driver.instance, driver.now)
+
+    def connect(self) -> None:
+        """The driver has attached its end of the link."""
+        self._end.owner = self._host
+        self._driver.attach(self._end)
+        self._host.link_up(self._end)
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether the driver has sent something."""
+        return self._end.has_messages
+
+    def turn(self) -> None:
+        """Take what the driver has sent, and what processes have, and decide."""
+        if self._end.has_messages:
+            self._driver.receive(self._end)
+        self._host.turn()
+
+    def next_timer(self) -> Optional[float]:
+        """When there is something to do for either side."""
+        if self._end.has_messages or self.link.has_messages:
+            return self._host.now
+        return self._host.next_timer()
+
+    def after_fork(self) -> None:
+        """In a forked child: nothing of it is ours."""
+        self._host.after_fork()
+
+    def close(self) -> None:
+        """End its processes and remove its directory."""
+        self._driver.detach(self._end)
+        for _ in range(2):   # the second says: at once
+            self._host.guard(None, self._host.tell, Stop())
+        self._host.close()
+
+
+def remove_abandoned_directories() -> None:
+    """Remove directories of nodes whose programs were killed together with all their runners, which
+    would have removed them."""
+    import tempfile
+    above = tempfile.gettempdir()
+    with contextlib.suppress(OSError):   # somebody else has removed one of them
+        for entry in os.scandir(above):
+            if entry.name.startswith(LOCAL_PREFIX) and entry.is_dir(follow_symlinks=False) \
+                    and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                remove_abandoned_directory(entry.path)
 
 
 class NodeUser:
@@ -9460,11 +9543,35 @@ class Connector:
 
     def _dial(self, peer: NodeConnection) -> None:
         peer.move('dial')
+        if peer.embedded and IN_PROGRAM:
+            self._start_local(peer)
+            return
         self._dials.add(peer)
         patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
         peer.dialling.start(self._driver.post, peer, reach)
+
+    def _start_local(self, peer: NodeConnection) -> None:
+        """Start the node of this program. There is no thread, as nothing is waited for."""
+        peer.dialling.due = None
+        try:
+            peer.end_process()
+            peer.local = EmbeddedNode(self._driver)
+        except (DispyError, OSError) as exc:
+            self.dial_failed(ConnectFailed(peer, dial_text(exc), why_unreached(exc)))
+            return
+        self._connected(peer, peer.local.link)
+        peer.local.connect()
+        self._driver.openers.run(remove_abandoned_directories)
+
+    @property
+    def local(self) -> Optional[EmbeddedNode]:
+        """The node of this program, if it has been started."""
+        peer = self._nodes.by_key.get(LOCAL)
+        if peer is not None:
+            return peer.local
+        return None
 
     def _tried(self, peer: NodeConnection, lasts: float) -> None:
         """What is on a node that is away is not lost for so many s: it is tried to reach it."""
@@ -9509,7 +9616,12 @@ class Connector:
         if elder is not None:   # one node by two names: its jobs are known by the other
             self._merge_into_elder(peer, elder)
             peer = elder
-        self._connected(peer, event)
+        self._connected(peer, self._link_of(event))
+
+    def _link_of(self, event: Any) -> Link:
+        """The link that a connection becomes."""
+        return Link(event.sock, event.session, event.address, self._driver.now,
+                    self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
         """A node was dialled that is connected by another name: what was to use it uses that."""
@@ -9548,16 +9660,15 @@ class Connector:
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
-    def _connected(self, peer: NodeConnection, event: Any) -> None:
+    def _connected(self, peer: NodeConnection, link: Link) -> None:
         peer.move('connect')
         peer.failures = 0
         peer.probed = False
-        peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
-        peer.instance = event.session.peer_instance
-        peer.ip_addr = event.address
+        peer.restarted = bool(peer.instance) and peer.instance != link.instance
+        peer.instance = link.instance
+        peer.ip_addr = link.address
         peer.reason = ''
-        peer.link = Link(event.sock, event.session, event.address, self._driver.now,
-                         self._driver.access.pulse, OF_NODES)
+        peer.link = link
         peer.linked_at = self._driver.now
         self._driver.attach(peer.link)
         self._nodes.by_link[peer.link.number] = peer
@@ -9580,7 +9691,7 @@ class Connector:
             peer.key = instance.hex()
             peer.dialling.due = None
             self._nodes.by_key[peer.key] = peer
-        self._connected(peer, event)
+        self._connected(peer, self._link_of(event))
 
     def _send_away(self, event: Authenticated) -> None:
         """A node has dialled that is connected."""
@@ -9630,7 +9741,7 @@ class Connector:
             return
         peer.move('dial')
         peer.dialling.due = None
-        self._connected(peer, event)
+        self._connected(peer, self._link_of(event))
 
     def dial_failed(self, event: ConnectFailed) -> None:
         peer = event.peer
@@ -10122,7 +10233,7 @@ class ComputationSetup:
             return {}
         sock = peer.link.sock
         try:
-            here = sock.getsockname()[0] == sock.getpeername()[0]
+            here = peer.embedded or sock.getsockname()[0] == sock.getpeername()[0]
         except OSError:   # the link is breaking, and nothing will go along it
             here = False
         if not here:
@@ -11421,7 +11532,6 @@ class Driver(Loop):
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
     # For the parts
     act = Loop._act
-    break_link = Loop._break
 
     def __init__(self, access: ConnectionSettings, instance: bytes = b'',
                  policy: Optional[NodePolicy] = None) -> None:
@@ -11594,11 +11704,14 @@ class Driver(Loop):
         """In a forked child the driver's thread does not exist. Let go of its sockets without a
         word, so that nodes do not take the child for the client."""
         self.broken = 'this process was forked from the one that made the cluster: make a new one here'
-        handles = [link.sock for link in self.links.values()] + self.connector.sockets()
+        handles = [link.sock for link in self.links.values() if link.sock is not None] \
+            + self.connector.sockets()
         self._selector.close()
         for sock in (*handles, self._waker, self._wakened):
             sock.close()
         for peer in self.nodes.by_key.values():
+            if peer.local is not None:
+                peer.local.after_fork()
             if peer.process is not None and peer.process.stdin is not None:
                 os.close(peer.process.stdin.fileno())
 
@@ -11739,7 +11852,20 @@ class Driver(Loop):
                 self.clusters[comp].node_changed(status, peer)
 
     def end_of_turn(self) -> None:
-        """New jobs, jobs to nodes, and now and then what is due."""
+        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn
+        before that, when results have come, and one after it, when jobs go there: so neither waits
+        for another turn of the loop."""
+        local = self.connector.local
+        if local is not None:
+            self.guard(None, local.turn)
+            if local.link.has_messages:
+                self.receive(local.link)
+        self._own_turn()
+        local = self.connector.local   # it may be another
+        if local is not None and local.has_messages:
+            self.guard(None, local.turn)
+
+    def _own_turn(self) -> None:
         if self.jobs.submitted:
             self.guard(None, self.jobs.take_submitted)
         self.guard(None, self.flush)
@@ -11755,10 +11881,10 @@ class Driver(Loop):
         """When chores are due, at once while files wait for room in a link."""
         if self.files.backlog.has_room():
             return 0.0
-        lost_at = self.schedule.next_timer()
-        if lost_at is None:
-            return self.chores_at
-        return min(lost_at, self.chores_at)
+        times = [self.schedule.next_timer(), self.chores_at]
+        if self.connector.local is not None:
+            times.append(self.connector.local.next_timer())
+        return min(when for when in times if when is not None)
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
@@ -11893,15 +12019,9 @@ _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
 
 
-# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
-# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
-_starting = threading.Lock()
-
-
 def _forked() -> None:
     """In the child of a fork: nothing of the parent's is ours."""
     global _lock, _instance
-    _starting.release()
     _lock = threading.Lock()
     _instance = os.urandom(16)
     for driver in [*_drivers.values(), *_alone]:
@@ -11916,8 +12036,7 @@ def _forked() -> None:
 
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release,
-                        after_in_child=_forked)
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _user_name() -> str:
@@ -11960,7 +12079,7 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
                '--embedded', '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
     variables = dict(os.environ)
     variables.pop('DISPY_SECRET', None)   # it has a secret of its own
-    with _starting:
+    with process_start_lock:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours

@@ -18,18 +18,20 @@ this file must be able to travel alone; dispy.py imports it by name.
                           +------------------------------------+      +--------------------------+
 
 The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
-a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries
-them out and feeds back what came of them. Workers keep a pipe each to the node thread; the runner,
-which forks and reaps them, reports births and deaths. The daemon never unpickles what a user sent:
-it forwards bytes.
+a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `NodeHost` carries
+them out and feeds back what came of them. A NodeHost runs in any loop: in that of a `Daemon`, whose
+clients come by links, or in that of a client, which is its only one (EmbeddedNode in dispy.py).
+Workers keep a pipe each to the node thread; the runner, which forks and reaps them, reports births
+and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
 Each of these has parts, which own their state and know one another by their methods:
   Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
           Attempts (what waits), CpuScheduler (what runs), FairShare (who is next), Interruptions
           (what is ended), JobRequests (what jobs ask of clients), UndeliveredResults, PastAttempts,
           Inquiries (what is asked of the node), Timers
-  Daemon  NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
-  Runner  ComputationCode (what was loaded), WorkerProcesses
+  NodeHost  NodeDirectory, ComputationFiles, ResultStore, ProcessHost
+  Daemon  NodeHost, Uplinks, NodeDiscovery
+  Runner  ComputationCode (what was loaded), WorkerProcesses, RunningLimits
   Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
 
 The life of a job here:
@@ -3513,7 +3515,8 @@ class RecordType(enum.IntEnum):
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
-    WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
+    # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
+    WATCH = 7
     ASK = 8         # is it alive?
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not forked
     READY = 16
@@ -3522,6 +3525,7 @@ class RecordType(enum.IntEnum):
     # Number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     WORKER_EXITED = 19
     MEMORY_EXCEEDED = 21    # number: worker, serial: it is being killed
+    OVERDUE = 25    # number: worker, serial: it has run past its time and is being ended
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
@@ -3553,6 +3557,7 @@ FROM_WORKER = {
 FROM_RUNNER = {
     RecordType.READY: (8 * TEXT_MOST, 0, 0), RecordType.FAILED: (8 * TEXT_MOST, 0, 0), RecordType.WORKER_STARTED: (0, 0, 0),
     RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST), RecordType.MEMORY_EXCEEDED: (0, 0, 0),
+    RecordType.OVERDUE: (0, 0, 0),
     RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0), RecordType.ALIVE: (0, 0, 0),
     RecordType.END_NODE: (0, 0, 0)
 }
@@ -4197,9 +4202,10 @@ class Memory:
     or something could not be written down.
     """
 
-    def __init__(self, directory: str) -> None:
-        """Raises OSError."""
+    def __init__(self, directory: str, lasting: bool = True) -> None:
+        """`lasting`: it is to outlive the machine. Raises OSError."""
         self._directory, self._path = directory, os.path.join(directory, 'memory')
+        self._lasting = lasting
         self._known: Dict[str, AttemptHistory] = {}
         self.ident = ''
         try:
@@ -4217,7 +4223,8 @@ class Memory:
         with replaced(path) as temporary, open(temporary, 'w') as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if self._lasting:
+                os.fsync(file.fileno())
 
     def _file(self, comp: str) -> str:
         return os.path.join(self._directory, 'g-' + comp)
@@ -4913,6 +4920,13 @@ class MemoryExceeded(NamedTuple):
     serial: int
 
 
+class WorkerOverdue(NamedTuple):
+    """What a worker runs has run past its time, and its runner ends it: this loop had no turn
+    meanwhile."""
+    worker: int
+    serial: int
+
+
 class Stop(NamedTuple):
     """The daemon shall end."""
 
@@ -5063,10 +5077,12 @@ class Interrupt(NamedTuple):
 
 
 class LimitMemory(NamedTuple):
-    """Kill the worker if this job uses more bytes of memory. Fed back as MemoryExceeded."""
+    """Kill the worker if this job uses more bytes of memory, and end the job if it runs for more
+    seconds; 0: as it likes. Fed back as MemoryExceeded and WorkerOverdue."""
     worker: int
     serial: int
     most: int
+    seconds: float = 0.0
 
 
 class Kill(NamedTuple):
@@ -6297,9 +6313,19 @@ class Interruptions:
 
     def on_too_big(self, event: MemoryExceeded, now: float) -> None:
         """What a worker runs uses too much memory, and the worker is killed for it."""
-        worker = self._tables.workers.get(event.worker)
-        if worker is not None and self._is_running(worker, event.serial):
-            worker.queue[0].ending = Outcome.OUT_OF_MEMORY
+        self._note_ending(event.worker, event.serial, Outcome.OUT_OF_MEMORY)
+
+    def on_overdue(self, event: WorkerOverdue, now: float) -> None:
+        """What a worker runs is ended by its runner, as its time has passed."""
+        self._note_ending(event.worker, event.serial, Outcome.TIMED_OUT)
+
+    def _note_ending(self, key: int, serial: int, ending: Outcome) -> None:
+        """Results of jobs before this one may not have been read yet: it need not be the head."""
+        worker = self._tables.workers.get(key)
+        for attempt in worker.queue if worker is not None else ():
+            if attempt.serial == serial and (attempt.ending is None
+                                             or ending is Outcome.OUT_OF_MEMORY):
+                attempt.ending = ending
 
 
 class FairShare:
@@ -6511,8 +6537,16 @@ class CpuScheduler:
         if attempts:
             if attempts[0] is worker.queue[0]:
                 self._on_job_started(worker, now)
+            else:   # it may begin before this is told
+                self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
             self._tables.do(SendToWorker(worker.key, attempts))
+
+    def _watch(self, worker: _Worker, attempt: Attempt) -> None:
+        """Limits that hold also while this loop has no time, as in a program that is busy."""
+        if attempt.memory or attempt.timeout:
+            self._tables.do(LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
+                                  attempt.timeout or 0.0))
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since = now
@@ -6527,8 +6561,7 @@ class CpuScheduler:
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
             self._interruptions.set_timeout(worker, now + head.timeout)
-        if head.memory:
-            self._tables.do(LimitMemory(worker.key, head.serial, int(head.memory)))
+        self._watch(worker, head)
         if head.ending is not None:   # cancelled while it stood behind another
             self._interruptions.interrupt(worker, head, now)
 
@@ -6571,6 +6604,8 @@ class CpuScheduler:
                 continue
             attempt = ended = worker.queue.popleft()
             durations.append(row[END] - row[START])
+            if attempt.timeout:
+                self._note_overdue(attempt, row)
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._attempts.finish(comp, row)
@@ -6586,6 +6621,13 @@ class CpuScheduler:
             self._on_job_started(worker, now)
         else:
             self._idle(worker, ended.cpus)
+
+    @staticmethod
+    def _note_overdue(attempt: Attempt, row: tuple) -> None:
+        """Its runner may have ended it, before this loop has looked whether its time has passed."""
+        if attempt.ending is None and row[OUTCOME] == Outcome.RAISED \
+                and row[END] - row[START] >= attempt.timeout:
+            attempt.ending = Outcome.TIMED_OUT
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
@@ -7268,6 +7310,7 @@ class Node:
             WorkerInitialized: self.computations.on_worker_initialized,
             WorkerGone: self.computations.on_worker_gone,
             MemoryExceeded: self.interruptions.on_too_big,
+            WorkerOverdue: self.interruptions.on_overdue,
             WorkerFile: self.requests.on_file,
             WorkerWants: self.requests.on_wants,
             WorkerPrinted: self.requests.on_printed,
@@ -9159,6 +9202,37 @@ class NumericThreads:
                 function(cpus)
 
 
+class TrackerProcess:
+    """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
+    have left behind. It is started by the runner, so that its workers share it: one that a worker
+    started would be a process that its job has left running."""
+
+    def __init__(self) -> None:
+        from multiprocessing import resource_tracker
+        self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+        self.pid = 0
+
+    def start(self) -> None:
+        """Start it. What it removes is a convenience, so that jobs run without it, too."""
+        try:
+            self._tracker.ensure_running()
+            self.pid = self._tracker._pid or 0
+        except (OSError, AttributeError) as exc:   # no room for a process; another Python
+            logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+
+    def stop(self) -> None:
+        """Let it remove what is left and end; the workers have ended."""
+        handle = getattr(self._tracker, '_fd', None)
+        if not self.pid or handle is None:
+            return
+        os.close(handle)
+        self._tracker._fd = self._tracker._pid = None
+        until = time.monotonic() + GRACE
+        with contextlib.suppress(ChildProcessError):   # somebody else has waited for it
+            while os.waitpid(self.pid, os.WNOHANG)[0] == 0 and time.monotonic() < until:
+                time.sleep(0.002)
+
+
 class SharedMemoryTracker:
     """Keeps the resource tracker of a node away from shared memory that a job only attaches to.
 
@@ -10218,6 +10292,74 @@ class ComputationCode:
         return ''
 
 
+_NO_BODIES = (memoryview(b''),) * 3
+
+
+class RunningLimit:
+    """What one job may use. `ended_at` is when it was ended for that, if it was."""
+    __slots__ = ('most', 'seconds', 'began', 'ended_at')
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most = most
+        self.seconds = seconds
+        self.began: Optional[float] = None     # when it was seen to run
+        self.ended_at: Optional[float] = None
+
+    def is_over(self, now: float) -> bool:
+        """Whether its time has passed, and nothing was done yet."""
+        return bool(self.seconds) and self.began is not None and self.ended_at is None \
+            and now - self.began >= self.seconds
+
+    def is_to_be_killed(self, now: float) -> bool:
+        """Whether it was interrupted and goes on all the same."""
+        return self.ended_at is not None and now - self.ended_at >= GRACE
+
+
+class RunningLimits:
+    """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The
+    runner does it some tenths of a second later if the node has not: a node that is part of a program has
+    no turn while that holds the GIL."""
+
+    def __init__(self) -> None:
+        self._known: Dict[int, Dict[int, RunningLimit]] = {}
+        self.of_memory = False     # there may be some
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def add(self, record: Record) -> None:
+        """A job will run in a worker, or runs already."""
+        jobs = self._known.setdefault(record.number, {})
+        if record.serial not in jobs:
+            jobs[record.serial] = RunningLimit(int(record.start), record.end)
+            self.of_memory = self.of_memory or bool(record.start)
+
+    def find(self, worker: int, serial: int, now: float) -> Optional[RunningLimit]:
+        """The limit of what a worker runs now."""
+        jobs = self._known.get(worker, {})
+        for other in [other for other, before in jobs.items()
+                      if before.began is not None and other != serial]:   # it has ended
+            del jobs[other]
+        limit = jobs.get(serial)
+        if limit is not None and limit.began is None:
+            limit.began = now
+        return limit
+
+    def keep(self, worker: int, serial: int) -> None:
+        """Of what a worker has, nothing else is left."""
+        jobs = self._known.get(worker, {})
+        for other in [other for other in jobs if other != serial]:
+            del jobs[other]
+
+    def forget_all_but(self, workers: Container[int]) -> None:
+        """Others have ended."""
+        for worker in [worker for worker, jobs in self._known.items()
+                       if worker not in workers or not jobs]:
+            del self._known[worker]
+        self.of_memory = any(limit.most for jobs in self._known.values()
+                             for limit in jobs.values())
+
+
 def _job_objects() -> Any:
     """Windows: the library that has the functions for job objects, with their types set."""
     import ctypes
@@ -10306,11 +10448,12 @@ class WorkerProcesses:
         self._children: Dict[int, _Child] = {}
         self._born = time.time() - 1.0   # clocks of file systems are a little behind
         self._own: Set[int] = set()   # children that setup left on purpose
+        self.kept_alive: Set[int] = set()   # children of ours that are no workers
         # Killed, and they have not ended: they sleep and cannot be interrupted
         self._undead: Set[int] = set()
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
-        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
+        self._limits = RunningLimits()
         self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
 
     def begin(self) -> None:
@@ -10327,7 +10470,7 @@ class WorkerProcesses:
 
     def patience(self) -> Optional[float]:
         """Seconds after which workers are to be looked at."""
-        if self._watched:
+        if self._limits.of_memory:
             return MEMORY_CHECK_INTERVAL
         if self._children:
             return OUTPUT_CHECKED
@@ -10340,7 +10483,8 @@ class WorkerProcesses:
         if self._spec['live']:
             self._show_output()
         self._shorten()
-        self._check_memory()
+        if self._limits:
+            self._check_limits()
 
     def start(self, record: Record, take: Callable[[Record], socket.socket]) -> None:
         """A worker that cannot be made is told with the reason; those that there are go on. `take`
@@ -10410,7 +10554,8 @@ class WorkerProcesses:
     def interrupt(self, record: Record) -> None:
         """Interrupt a job if its worker still runs it."""
         child = self._children.get(record.number)
-        if child is not None:
+        # Not twice: its time may have passed for both of us
+        if child is not None and child.slots[1] != record.serial:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
                 self._interrupt(child)
@@ -10425,6 +10570,7 @@ class WorkerProcesses:
         """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
         if child is not None:
+            self._limits.keep(record.number, child.slots[0])
             self._take_back(child)
 
     def _interrupt(self, child: _Child) -> None:
@@ -10441,8 +10587,8 @@ class WorkerProcesses:
             self._signal(child, SIGKILL)
 
     def watch(self, record: Record) -> None:
-        """Limit the memory of a job."""
-        self._watched[record.number] = (record.serial, int(record.start))
+        """Limit the memory and the time of a job."""
+        self._limits.add(record)
 
     @staticmethod
     def _signal(child: _Child, number: int) -> None:
@@ -10486,8 +10632,8 @@ class WorkerProcesses:
         until = time.monotonic() + UNDEAD_TIME
         found: Set[int] = set()
         while True:
-            known = {child.process.pid
-                     for child in self._children.values()} | self._own | self._undead
+            known = {child.process.pid for child in self._children.values()}
+            known |= self._own | self.kept_alive | self._undead
             strays = {pid for pid in children_here() if pid not in known}
             found |= strays
             for pid in strays:
@@ -10520,17 +10666,28 @@ class WorkerProcesses:
                     catch.shown = (serial, at + len(data))
                     self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
-    def _check_memory(self) -> None:
-        """Kill workers whose jobs use more memory than they may."""
-        for key, (serial, most) in list(self._watched.items()):
-            child = self._children.get(key)
-            if child is None or (child.slots[0] != serial and child.slots[0]):
-                del self._watched[key]
-            elif child.slots[0] == serial and memory_of(
-                    child.process.pid) > most and child.slots[0] == serial:
-                del self._watched[key]
+    def _check_limits(self) -> None:
+        """End jobs that have run past their time, and kill workers whose jobs use more memory than
+        they may."""
+        now = time.monotonic()
+        for key, child in self._children.items():
+            serial = child.slots[0]
+            limit = self._limits.find(key, serial, now)
+            if limit is None:
+                continue
+            if limit.most and memory_of(child.process.pid) > limit.most \
+                    and child.slots[0] == serial:
+                self._limits.keep(key, 0)
                 self._send(RecordType.MEMORY_EXCEEDED, key, serial)
                 self._kill(child)
+            elif limit.is_to_be_killed(now):
+                limit.ended_at = math.inf
+                self._kill(child)
+            elif limit.is_over(now):
+                limit.ended_at = now
+                self._send(RecordType.OVERDUE, key, serial)
+                self.interrupt(Record(RecordType.INTERRUPT, key, serial, 0.0, 0.0, _NO_BODIES))
+        self._limits.forget_all_but(self._children)
 
     def _shorten(self) -> None:
         for child in self._children.values():
@@ -10958,7 +11115,8 @@ class Runner(LoadingProcess):
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
-        self._shall_end = False
+        self._shall_end = self._is_ending = self._is_closed = False
+        self._tracker = TrackerProcess()
 
     def run(self) -> None:
         """Until told to close, or the daemon is gone."""
@@ -10978,6 +11136,9 @@ class Runner(LoadingProcess):
         else:
             self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
         self._catch_output(CapturedOutput(private), CapturedOutput(private))
+        if os.name == 'posix':
+            self._tracker.start()
+            self._workers.kept_alive.add(self._tracker.pid)
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         unpack_support(self._spec)
         if forks:
@@ -10993,14 +11154,20 @@ class Runner(LoadingProcess):
 
     def _not_loaded(self) -> None:
         self._workers.kill_strays()
+        self._tracker.stop()
         # Nobody wants it any more, and what that has interrupted is no fault
         if self._shall_end:
+            self._remove_abandoned()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _told_to_end(self, number: int, frame: Any) -> None:
         self._shall_end = True
-        sys.exit(0)
+        # Not twice: the signal comes with the end of each thread of a program that may be the
+        # parent, and it has to remove what is left
+        if not self._is_ending:
+            self._is_ending = True
+            sys.exit(0)
 
     def _serve(self, selector: selectors.BaseSelector) -> None:
         reader, writer = socket_pair()
@@ -11025,6 +11192,7 @@ class Runner(LoadingProcess):
                 while self._records:
                     record = self._records.popleft()
                     if record.kind == RecordType.CLOSE:
+                        self._is_closed = True
                         return
                     handlers[RecordType(record.kind)](record)
                 workers.look()
@@ -11032,10 +11200,30 @@ class Runner(LoadingProcess):
             self._end()
 
     def _end(self) -> None:
+        self._is_ending = True
         self._workers.end()
         self._clean_up()
         self._workers.drop_children()
         self._finalize()
+        self._tracker.stop()
+        if not self._is_closed:
+            self._remove_abandoned()
+
+    def _remove_abandoned(self) -> None:
+        """Remove the directory of a node that was part of a program, if that has ended without doing
+        so. A signal that tells of its end may come before its descriptors are closed."""
+        if not self._spec['root']:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.select(GRACE)
+        try:
+            has_ended = not self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as exc:
+            has_ended = not isinstance(exc, BlockingIOError)
+        if has_ended:
+            os.chdir(os.path.dirname(self._spec['root']))
+            remove_abandoned_directory(self._spec['root'], self._spec['private'], 50)
 
 
 class SpawnedWorker(LoadingProcess):
@@ -11183,10 +11371,25 @@ def is_child(pid: int, parent: int) -> bool:
     return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
 
 
+RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns its `User`
+
+
+def runner_start(handle: int) -> None:
+    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
+    puts back what it has inherited of signals: a program may block or ignore them."""
+    user = os.environ.pop(RUNNER_USER, None)
+    sys.argv[:] = [os.path.abspath(__file__)]
+    if _sigmask is not None:
+        _sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    runner_main(socket.socket(fileno=handle), User(*json.loads(user)) if user else None)
+
+
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
-    """The runner process, started by the daemon with `spawn`."""
-    if hasattr(os, 'setsid'):
-        os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
+    """The runner process, with a session of its own: Ctrl-C at the terminal is no business of
+    it."""
+    if hasattr(os, 'setsid') and os.getsid(0) != os.getpid():
+        os.setsid()
     _no_stdin()       # nor are lines that are typed there meant for setup()
     del sys.argv[1:]  # among which the secret may be
     if user is not None:
@@ -11334,6 +11537,7 @@ class Channel:
         self.bytes_out = self.bytes_in = 0   # since it was made
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
+        self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
         self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
         self.interest = 0
         self._intake = intake
@@ -11758,6 +11962,10 @@ class Link(Channel):
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
 
+    def own_address(self) -> str:
+        """Of this end."""
+        return plain_address(self.sock.getsockname()[0])
+
     def breaks(self, now: float) -> None:
         self.stall = stall_of(self.sock, now - self.heard, self.pulse)
 
@@ -11791,6 +11999,176 @@ class Link(Channel):
                     continue
             messages.append(message)
         return messages
+
+
+def _payload_as_received(payload: Any) -> Any:
+    """A payload that an envelope may carry, as it is when it was received."""
+    if type(payload) is bytes:
+        return payload
+    if type(payload) is tuple:
+        return tuple(map(_payload_as_received, payload))
+    if type(payload) is pickle.PickleBuffer:
+        return payload.raw()
+    return payload
+
+
+def _jobs_as_received(message: Jobs) -> Tuple[Any, int]:
+    rows = message.rows
+    size = 0
+    for place, row in enumerate(rows):
+        payload = row[1]
+        if type(payload) is not bytes:
+            if rows is message.rows:   # which is the sender's
+                rows = list(rows)
+            payload = _payload_as_received(payload)
+            rows[place] = (row[0], payload, *row[2:])
+        size += size_of(payload)
+    if rows is not message.rows:
+        message = Jobs(message.comp, rows)
+    return message, size
+
+
+def _results_as_received(message: Results) -> Tuple[Any, int]:
+    rows = message.rows
+    size = 0
+    for place, row in enumerate(rows):
+        if type(row[PAYLOAD]) is type(row[STDOUT]) is type(row[STDERR]) is bytes:
+            size += len(row[PAYLOAD])
+            continue
+        if rows is message.rows:   # as above
+            rows = list(rows)
+        payloads = tuple(map(_payload_as_received, row[PAYLOAD:]))
+        rows[place] = (*row[:PAYLOAD], *payloads)
+        size += sum(map(size_of, payloads))
+    if rows is not message.rows:
+        message = Results(message.comp, rows)
+    return message, size
+
+
+def _compute_as_received(message: Compute) -> Tuple[Any, int]:
+    spec = dict(message.spec, code=_payload_as_received(message.spec['code']),
+                setup_args=_payload_as_received(message.spec['setup_args']))
+    size = sum(map(size_of, (spec['code'], spec['setup_args'], *spec['support'].values())))
+    return Compute(message.comp, spec), size
+
+
+def _data_as_received(message: Any) -> Tuple[Any, int]:
+    data = _payload_as_received(message.data)
+    return message._replace(data=data), size_of(data)
+
+
+class MemoryLink(Link):
+    """One end of a link whose other end is in the same loop: messages are handed over as objects,
+    and payloads as the same buffers. There is nothing to encode or to authenticate.
+
+    A message waits until the other side takes it, so that it is never handled in its sender's turn,
+    and neither side changes it from then on. What is too large for any link is refused here, too.
+    There are no pulses: neither side can be away.
+    """
+    # Message -> what makes of it what a socket would have brought, with its bytes
+    _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
+        Jobs: _jobs_as_received,
+        Results: _results_as_received,
+        Compute: _compute_as_received,
+        FilePiece: _data_as_received,
+        Output: _data_as_received,
+    }
+    SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
+
+    def __init__(self, instance: bytes, role: int, now: float) -> None:
+        """Of the other side. There is no socket, so that nothing of `Link` is set up."""
+        self.sock: Any = None
+        self.number = next(Link._numbers)
+        self.instance = instance
+        self.role = Role(role)
+        self.address = '127.0.0.1'
+        self.pulse = math.inf
+        self.heard = self.said = now
+        self.queued = self.unmade = self.bytes_out = self.bytes_in = self.interest = 0
+        self.paused = self.on_purpose = False
+        self.stall = ''
+        self.owner = self.dirty = self.values = None
+        self.later = {}
+        self.other: 'MemoryLink' = self
+        self._queue: Deque[Tuple[Any, int]] = collections.deque()
+        self._taken = self._handed = 0
+        self._is_over = False      # the other end was closed
+
+    @classmethod
+    def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
+        """The node's end, and the client's, of instances that are called so."""
+        of_node = cls(client, Role.CLIENT, now)
+        of_client = cls(node, Role.NODE, now)
+        of_node.other = of_client
+        of_client.other = of_node
+        return of_node, of_client
+
+    def send(self, message: Any) -> None:
+        """Hand a message over. Raises TooLarge."""
+        kind = type(message)
+        size = self.SMALL_SIZE
+        if kind in self._MADE:
+            message, size = self._MADE[kind](message)
+            if kind in (Jobs, Results) and len(message.rows) == 1:
+                most = VALUE_MOST
+            else:
+                most = MESSAGES[OPS[kind]][1]
+            if size > most:
+                raise TooLarge('%s of %d bytes is over the limit of %d'
+                               % (kind.__name__, size, most))
+        self.other._queue.append((message, size))
+        self.queued += size
+        self.bytes_out += size
+        self._handed += 1
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._queue or self._is_over) and self.dirty is not None and not self.paused
+
+    def messages(self, now: float) -> List[Any]:
+        if not self._queue and self._is_over:
+            raise LinkBroken('the connection was closed')
+        taken = self._queue
+        self._queue = collections.deque()
+        size = sum(size for _, size in taken)
+        self.other.queued -= size
+        self.bytes_in += size
+        self._taken += len(taken)
+        self.heard = now
+        return [message for message, _ in taken]
+
+    @property
+    def opened(self) -> int:
+        return self._taken
+
+    @property
+    def sent(self) -> int:
+        return self._handed
+
+    @property
+    def wants_write(self) -> bool:
+        return False
+
+    def own_address(self) -> str:
+        return self.address
+
+    def goes_in_parts(self, message: Any) -> bool:
+        return False
+
+    def write(self) -> None:
+        """All is there."""
+
+    def drain(self, seconds: float) -> None:
+        """As above."""
+
+    def breaks(self, now: float) -> None:
+        """There is no network to blame."""
+
+    def close(self) -> None:
+        """The other end takes what was handed to it, and then its end."""
+        self._queue.clear()
+        self.other._is_over = True
 
 
 _CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
@@ -11913,6 +12291,7 @@ class Loop:
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
+        self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self._ended = False
         self._faults = Faults()
@@ -11976,7 +12355,12 @@ class Loop:
     def post(self, event: Any) -> None:
         """Hand an event to the loop's thread. Any thread, also from a signal handler."""
         self._inbox.append(event)
-        if not self._signalled:
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        """End the wait of a turn, after something was put where the loop looks before it waits. A
+        loop that does not wait looks there by itself. Any thread."""
+        if self._waits and not self._signalled:
             self._signalled = True
             try:
                 self._waker.send(b'\0')
@@ -12004,9 +12388,10 @@ class Loop:
     def attach(self, channel: Channel) -> None:
         """Own a channel from now on."""
         channel.dirty = self._dirty
-        channel.interest = selectors.EVENT_READ
-        self._selector.register(channel.sock, channel.interest, channel)
-        if isinstance(channel, Link):
+        if channel.sock is not None:
+            channel.interest = selectors.EVENT_READ
+            self._selector.register(channel.sock, channel.interest, channel)
+        if isinstance(channel, Link) and channel.owner is None:
             self.links[channel.number] = channel
             channel.values = self.values
             self.set_pulse(channel, channel.pulse)
@@ -12096,7 +12481,11 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """One round: wait, read, take events, decide, write."""
-        for key, mask in self._selector.select(self._select_timeout(timeout)):
+        # Set before `_patience` looks at what was posted: who posts after that sees it
+        self._waits = True
+        ready = self._selector.select(self._select_timeout(timeout))
+        self._waits = False
+        for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
                 self.guard(None, key.data)
@@ -12139,16 +12528,18 @@ class Loop:
             except Exception as exc:  # the other actions are carried out all the same
                 self.fault(action, exc)
 
-    def fault(self, subject: Any, exc: BaseException) -> None:
-        """Log an unexpected exception and end what it concerns."""
+    def fault(self, subject: Any, exc: BaseException, owner: Any = None) -> None:
+        """Log an unexpected exception and end what it concerns: `owner` finds that out, a part of
+        this loop, or that of the channel which is the subject."""
         if subject is not None:
             name = type(subject).__name__
         else:
             name = 'a turn'
         self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
         concerned = False
+        judge = owner or getattr(subject, 'owner', None) or self
         try:
-            concerned = self.on_fault(
+            concerned = judge.on_fault(
                 subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
         except Exception:  # one more; the first stands in the log already
             self.log.exception('a fault of dispy while it ended what the last one concerned')
@@ -12178,6 +12569,10 @@ class Loop:
                 wait = min(wait, time_of - self.clock())
         return max(0.0, wait)
 
+    def receive(self, channel: Channel) -> None:
+        """Handle what has come on a channel that the selector does not know."""
+        self._handle_io(channel, selectors.EVENT_READ)
+
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wakened.recv(4096)
@@ -12186,7 +12581,7 @@ class Loop:
     def _handle_io(self, channel: Channel, mask: int) -> None:
         try:
             if mask & selectors.EVENT_READ:
-                self.on_channel(channel)
+                (channel.owner or self).on_channel(channel)
             if mask & selectors.EVENT_WRITE:
                 self._dirty.add(channel)
         except (LinkBroken, OSError) as exc:
@@ -12228,7 +12623,7 @@ class Loop:
         """Bring the selector up to what the channel waits for."""
         wanted = (0 if channel.paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE
                                                                     if channel.wants_write else 0)
-        if wanted == channel.interest or channel.dirty is None:
+        if wanted == channel.interest or channel.dirty is None or channel.sock is None:
             return
         if not channel.interest:
             self._selector.register(channel.sock, wanted, channel)
@@ -12242,7 +12637,9 @@ class Loop:
         if channel.dirty is not None:
             channel.breaks(self.now)
             self.detach(channel)
-            self.guard(None, self.on_broken, channel, text)
+            self.guard(None, (channel.owner or self).on_broken, channel, text)
+
+    break_link = _break    # for the parts
 
     def _send_heartbeats(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
@@ -12268,6 +12665,7 @@ class Loop:
     def close(self) -> None:
         """Close all that is owned."""
         self._ended = True
+        self._waits = True        # who posts from now on finds the waker closed
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
                 self.detach(key.data)
@@ -12986,6 +13384,7 @@ class Options(NamedTuple):
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
     start_method: str = FORK               # of workers, for clients that do not say
+    python: str = ''                       # what runs the runners, if not sys.executable
 
 
 class ChildEnded(NamedTuple):
@@ -13023,7 +13422,7 @@ class NodeDirectory:
         root = self._options.prefix or default_directory(port)
         try:
             self._take_base(root)
-            self.memory = Memory(self.base)
+            self.memory = Memory(self.base, not self._options.embedded)
             if user is not None:
                 self._check_reach(user)
                 root = self._user_directory(root, user)
@@ -13170,6 +13569,11 @@ class NodeDirectory:
         if self.memory is not None:
             self.memory.tear()
 
+    def after_fork(self) -> None:
+        """In a forked child: the directory is the parent's alone."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+
     def close(self) -> None:
         """Remove what is to be removed and let go of the lock. Does nothing the second time."""
         if self.memory is not None:
@@ -13186,6 +13590,33 @@ class NodeDirectory:
         elif self._options.user is not None:
             with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
                 os.rmdir(self.root)
+
+
+def is_abandoned(root: str, tries: int = 1) -> bool:
+    """Whether the node whose directory this is was part of a program, and that has ended. It has
+    the lock of the directory as long as it lives."""
+    for left in reversed(range(tries)):
+        try:
+            with open_regular(os.path.join(root, 'lock')) as file:
+                _try_lock(file, True)
+                return bool(re.match(br'PID \d+, port 0\n', file.read(100)))
+        except OSError:
+            if not left:
+                return False
+            time.sleep(0.02)   # the program is about to end
+    return False
+
+
+def remove_abandoned_directory(root: str, private: str = '', tries: int = 1) -> None:
+    """Remove what is in the directory of a node that was part of a program, if that has ended:
+    `private`, which was a computation's, and all of it when that was the last."""
+    if not is_abandoned(root, tries):
+        return
+    if private:
+        shutil.rmtree(private, ignore_errors=True)
+    with contextlib.suppress(OSError):   # another runner was faster
+        if not any(_is_ours(name, 'p-') for name in os.listdir(root)) or not private:
+            shutil.rmtree(root, ignore_errors=True)
 
 
 class ComputationDirectory:
@@ -13206,8 +13637,8 @@ class ComputationFiles:
     """The files of computations: this makes their directories, finds out what is missing, stores
     what comes. The loop's thread."""
 
-    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
-        self._daemon = daemon
+    def __init__(self, host: 'NodeHost', directory: NodeDirectory, options: Options) -> None:
+        self._host = host
         self._directory = directory
         self._options = options
         self._known: Dict[str, ComputationDirectory] = {}
@@ -13250,23 +13681,23 @@ class ComputationFiles:
                 missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(files, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
-            self._daemon.post(DirectoryReady(comp, [], 'files cannot be stored: %s' % exc,
+            self._host.post(DirectoryReady(comp, [], 'files cannot be stored: %s' % exc,
                                        reason_of(exc)))
         else:
-            self._daemon.post(DirectoryReady(comp, missing))
+            self._host.post(DirectoryReady(comp, missing))
 
     def _digest(self, action: PrepareDirectory, paths: Sequence[str]) -> None:
         """Large files are there from before: whether they are the same is found out beside the
         loop."""
         def work() -> None:
             Digests.learn(paths)
-            self._daemon.post(Digested(action))
+            self._host.post(Digested(action))
         self._digesting.add(action.comp)
         threading.Thread(target=work, name='dispy-digest', daemon=True).start()
 
     def on_digested(self, event: Digested) -> None:
         """Digests of files that were there are known."""
-        if self._daemon.node.is_preparing(event.action.comp):
+        if self._host.node.is_preparing(event.action.comp):
             self.prepare(event.action)
         else:
             self._digesting.discard(event.action.comp)
@@ -13285,9 +13716,9 @@ class ComputationFiles:
             with self._directory.as_user():
                 missing = self._want_modules(self._known[action.comp], action.rows)
         except (OSError, ValueError) as exc:
-            self._daemon.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
+            self._host.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
         else:
-            self._daemon.post(Fetched(action.comp, missing))
+            self._host.post(Fetched(action.comp, missing))
 
     def fetch_value(self, action: FetchValue) -> None:
         """Post whether a value is missing."""
@@ -13307,7 +13738,7 @@ class ComputationFiles:
                     missing = files.receiver.want(Purpose.VALUES, [row])
         except (OSError, ValueError) as exc:
             error = str(exc)
-        self._daemon.post(ValueSought(action.comp, action.digest, missing, error))
+        self._host.post(ValueSought(action.comp, action.digest, missing, error))
 
     def drop_value(self, action: DropValue) -> None:
         """Remove a value."""
@@ -13321,7 +13752,7 @@ class ComputationFiles:
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user():
-                self._daemon.post(Wanted(action.comp, files.receiver.again()))
+                self._host.post(Wanted(action.comp, files.receiver.again()))
 
     def store(self, action: WriteFile) -> None:
         """Write a piece of a file."""
@@ -13334,7 +13765,7 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        self._daemon.post(FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
+        self._host.post(FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -13368,14 +13799,14 @@ class ResultStore:
     """Results on the disk, whose clients are away or have come back, and results that their clients
     could not take. The loop's thread."""
 
-    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, zombie: float) -> None:
-        self._daemon = daemon
+    def __init__(self, host: 'NodeHost', directory: NodeDirectory, zombie: float) -> None:
+        self._host = host
         self._directory = directory
         self._zombie = zombie
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         # Results that their clients could not take, and why
         self.refused: Dict[Tuple[str, int], str] = {}
-        self.backlog = SpoolSender(daemon.links)
+        self.backlog = SpoolSender(host.links)
         # Kept results, of a link and a computation, and when they are read again
         self.read_later: Dict[Tuple[int, str], float] = {}
 
@@ -13388,8 +13819,8 @@ class ResultStore:
                 if not serials:
                     raise ValueError('%s is empty' % spool.path)
                 left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
-                self._daemon.tell(
-                    SpoolFound(comp, owner, serials, self._daemon.now + max(0.0, left), digest))
+                self._host.tell(
+                    SpoolFound(comp, owner, serials, self._host.now + max(0.0, left), digest))
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
@@ -13403,10 +13834,10 @@ class ResultStore:
             self._directory.spool(action.comp).append(action.owner, action.rows, action.digest)
         except (OSError, ValueError, StartError) as exc:
             self._unkept.add(action.comp)
-            self._daemon.post(ResultsSpooled(action.comp, [], str(exc)))
+            self._host.post(ResultsSpooled(action.comp, [], str(exc)))
         else:
             self._unkept.discard(action.comp)
-            self._daemon.tell(ResultsSpooled(action.comp, [row[SERIAL] for row in action.rows]))
+            self._host.tell(ResultsSpooled(action.comp, [row[SERIAL] for row in action.rows]))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
@@ -13430,7 +13861,7 @@ class ResultStore:
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
         """Read results from the disk. Those that are not there any more have been lost, which their
         client is told; when there is no descriptor to read them with they are tried again."""
-        missing = set(self._daemon.node.results.spooled_serials(comp))
+        missing = set(self._host.node.results.spooled_serials(comp))
         text = 'the file ends before it'
         try:
             for row in self._directory.spool(comp).rows():
@@ -13440,7 +13871,7 @@ class ResultStore:
             text = str(exc)
         except OSError as exc:
             logger.error('kept results cannot be read now: %s', exc)
-            self.read_later[link, comp] = self._daemon.now + WORKER_RETRY_DELAY
+            self.read_later[link, comp] = self._host.now + WORKER_RETRY_DELAY
             return
         for serial in sorted(missing):
             yield (serial, int(Outcome.DIED), 0.0, 0.0,
@@ -13450,15 +13881,110 @@ class ResultStore:
     def read_again(self) -> None:
         """Read what could not be read before."""
         for (link, comp), when in list(self.read_later.items()):
-            if self._daemon.now >= when:
+            if self._host.now >= when:
                 del self.read_later[link, comp]
-                if link in self._daemon.links:
+                if link in self._host.links:
                     self.backlog.add_results(link, comp, self._kept_rows(link, comp))
 
     def close(self) -> None:
         """Results that could not be kept are lost, which must be known later."""
         if self._unkept:
             self._directory.tear_memory()
+
+
+# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
+# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
+process_start_lock = threading.Lock()
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=process_start_lock.acquire,
+                        after_in_parent=process_start_lock.release,
+                        after_in_child=process_start_lock.release)
+
+
+class RunnerProcess:
+    """The process of a runner. The loop's thread.
+
+    It is started with `subprocess`: `multiprocessing`, which is used only where a descriptor cannot
+    be passed to a new program, would run a program's main module again, and share its resource
+    tracker. It inherits no descriptor but its own, and has a session of its own.
+    """
+    CODE = 'import sys; sys.path[:] = %r; import dispynode; dispynode.runner_start(%d)'
+
+    def __init__(self, control: socket.socket, user: Optional[User], python: str) -> None:
+        """`control`: its end of the socket; `python`: what runs it, if not this Python. Raises
+        OSError."""
+        self._popen: Any = None
+        self._process: Any = None
+        if os.name == 'posix':
+            self._popen = self._start(control, user, python or sys.executable)
+            self.pid: int = self._popen.pid
+        else:
+            self._process = multiprocessing.get_context('spawn').Process(
+                target=runner_main, args=(control, user), name='dispy-runner')
+            self._process.start()
+            self.pid = self._process.pid
+
+    def _start(self, control: socket.socket, user: Optional[User], python: str) -> Any:
+        places = [entry for entry in sys.path if isinstance(entry, str)]
+        home = os.path.dirname(os.path.abspath(__file__))
+        if home not in places:
+            places.append(home)
+        variables = dict(os.environ)
+        variables.pop('DISPY_SECRET', None)
+        if user is not None:
+            variables[RUNNER_USER] = json.dumps(user)
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as opened:
+            error = None
+            try:
+                os.fstat(2)
+            except OSError:   # closed: its number must not become that of something else there
+                error = opened.enter_context(open(os.devnull, 'w'))
+            with process_start_lock:
+                return subprocess.Popen(
+                    [python, *flags, '-c', self.CODE % (places, control.fileno())], env=variables,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
+                    pass_fds=(control.fileno(),), start_new_session=True)
+
+    @property
+    def exitcode(self) -> Optional[int]:
+        """None while it runs. 0 where the program has others wait for its children, and nobody
+        can tell."""
+        if self._popen is not None:
+            return self._popen.poll()  # type: ignore[no-any-return]
+        return self._process.exitcode  # type: ignore[no-any-return]
+
+    def tree(self) -> Optional[ProcessTree]:
+        """What ends it with all that it starts, where groups of processes do not. Raises OSError."""
+        if self._process is None:
+            return None
+        return tree_of(self._process)
+
+    def terminate(self) -> None:
+        """Tell it to end."""
+        (self._popen or self._process).terminate()
+
+    def kill(self) -> None:
+        """Kill it."""
+        (self._popen or self._process).kill()
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end."""
+        if self._process is not None:
+            self._process.join(seconds)
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+
+    def close(self) -> None:
+        """It has ended."""
+        if self._process is not None:
+            self._process.close()
+
+    def forget(self) -> None:
+        """In a forked child: it is no child of this process."""
+        if self._popen is not None:
+            self._popen.returncode = 0
 
 
 class RunnerWatch:
@@ -13469,8 +13995,8 @@ class RunnerWatch:
     SOON = 0.02
     OFTEN = 1.0
 
-    def __init__(self, loop: Loop, pid: int, ended: Callable[[], None]) -> None:
-        self._loop = loop
+    def __init__(self, host: 'NodeHost', pid: int, ended: Callable[[], None]) -> None:
+        self._host = host
         self._handle = -1
         self.look_at: Optional[float] = None     # when to look at the process
         self.killed_at: Optional[float] = None
@@ -13479,9 +14005,9 @@ class RunnerWatch:
         self._asked_at: Optional[float] = None   # of the question that has not been answered
         try:
             self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
-            loop.add_reader(self._handle, ended)
+            host.add_reader(self._handle, ended)
         except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
-            self.look_at = loop.now + self.OFTEN
+            self.look_at = host.now + self.OFTEN
 
     def next_look(self, now: float) -> Optional[float]:
         """When to look again."""
@@ -13520,10 +14046,15 @@ class RunnerWatch:
         """When there is something to do."""
         return self._ask_at, self.look_at, None if self.killed_at is None else self.killed_at + GRACE
 
+    def after_fork(self) -> None:
+        """In a forked child: it is watched by the parent."""
+        if self._handle >= 0:
+            os.close(self._handle)
+
     def close(self) -> None:
         """Watch no more."""
         if self._handle >= 0:
-            self._loop.remove_reader(self._handle)
+            self._host.remove_reader(self._handle)
             os.close(self._handle)
             self._handle = -1
 
@@ -13546,6 +14077,44 @@ class ComputationProcesses:
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def start(self, host: 'NodeHost') -> None:
+        """Start the runner. Raises OSError."""
+        ours, theirs = socket_pair()
+        try:
+            self.process = RunnerProcess(theirs, host.options.user, host.options.python)
+            self.tree = self.process.tree()
+        except OSError:
+            ours.close()
+            if self.process is not None:
+                self.process.kill()
+            raise
+        finally:
+            theirs.close()
+        self.control = Pipe(ours, self.comp)
+        host.attach(self.control)
+
+    def initialize(self, spec: dict, host: 'NodeHost', address: str) -> None:
+        """Tell the runner what to load."""
+        names = {
+            'dispy_node_name': host.node.name, 'dispy_node_ip_addr': address,
+            'dispy_job_path': self.files.directory}
+        root = ''
+        if host.options.embedded:
+            root = host.directory.root
+        init = dict(self.spec_for_runner(spec, host.options, names), root=root)
+        self.control.push(  # type: ignore[union-attr]
+            pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
+
+    def after_fork(self) -> None:
+        """In a forked child: these are the parent's."""
+        for pipe in (self.control, *self.pipes.values()):
+            if pipe is not None:
+                pipe.close()
+        if self.watch is not None:
+            self.watch.after_fork()
+        if self.process is not None:
+            self.process.forget()
 
     def spec_for_runner(self, spec: dict, options: 'Options', names: Dict[str, str]) -> dict:
         """What the runner, and a worker that loads the computation itself, has to know. `names`
@@ -13601,30 +14170,31 @@ class HeldPipes:
     """Pipes of workers that are not read for a while, because files or results come faster than the
     client takes them. The loop's thread."""
 
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, host: 'NodeHost') -> None:
+        self._host = host
         self._held: Set[Pipe] = set()     # not read until links have room
 
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        if pipe.dirty is not None and any(link.queued > BACKPRESSURE_BYTES for link in self._loop.links.values()) \
+        links = self._host.links.values()
+        if pipe.dirty is not None and any(link.queued > BACKPRESSURE_BYTES for link in links) \
                 and self._must_wait(pipe, BACKPRESSURE_BYTES):
             pipe.paused = True
             self._held.add(pipe)
-            self._loop.interest(pipe)
+            self._host.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
         """Whether more than so much waits on a link. A large result on its way keeps others back
         that are large, of which memory should hold no two, and not those that are small."""
         return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
-                   for link in self._loop.links.values())
+                   for link in self._host.links.values())
 
     def let_go(self) -> None:
         """Read again those for which links have room."""
         for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)]:
             pipe.paused = False
-            self._loop.interest(pipe)
+            self._host.interest(pipe)
             self._held.remove(pipe)
 
     def may_let_go(self) -> bool:
@@ -13632,16 +14202,85 @@ class HeldPipes:
         return any(not self._must_wait(pipe, BACKPRESSURE_BYTES // 2) for pipe in self._held)
 
 
+class WorkerReader:
+    """Reads what workers send, and tells the node of it. The loop's thread."""
+
+    def __init__(self, host: 'NodeHost') -> None:
+        self._host = host
+        self.held = HeldPipes(host)
+
+    def read(self, run: ComputationProcesses, pipe: Pipe) -> int:
+        """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
+        OSError."""
+        rows = []
+        records = pipe.records(self._host.now)
+        if pipe.pid and pipe.worker not in run.pids:
+            run.known(pipe.worker, pipe.pid)
+        for record in records:
+            if record.kind == RecordType.RESULT:
+                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
+                                                                     record.end, *record.bodies):
+                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
+                        record.number, record.start, record.end, len(record.bodies[0])))
+                rows.append((record.serial, record.number, record.start, record.end,
+                             *map(_keep, record.bodies)))
+                continue
+            if rows:   # what the next job does comes after the results of those before it
+                self._host.tell(WorkerResults(pipe.worker, rows))
+                rows = []
+            self._from_job(pipe, record)
+        if rows:
+            self._host.tell(WorkerResults(pipe.worker, rows))
+            self.held.hold_back(pipe)
+        elif pipe.is_large:
+            self.held.hold_back(pipe)
+        return len(records)
+
+    def _from_job(self, pipe: Pipe, record: Record) -> None:
+        """What a worker sends that is no result."""
+        if record.kind == RecordType.LOGGED:
+            log_record_of(record.bodies[0])
+            self._host.tell(
+                WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+        elif record.kind == RecordType.FILE:
+            row = open_envelope(record.bodies[0])
+            if not _is_file(row) or not is_serial(record.serial):
+                raise PeerError('a file that is none')
+            piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
+                              record.number * FILE_PIECE, out_of_band(record.bodies[1]))
+            self._host.tell(WorkerFile(pipe.worker, piece))
+            self.held.hold_back(pipe)
+        elif record.kind == RecordType.WANT:
+            request = open_envelope(record.bodies[0])
+            if type(request) not in (int, str) or (type(request) is int
+                                                   and not is_serial(request)):
+                raise PeerError('modules that are none')
+            self._host.tell(WorkerWants(pipe.worker, record.serial, request))
+        elif record.kind == RecordType.INITIALIZED:
+            text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            error = text and 'on node %s %s' % (self._host.node.name, text)
+            self._host.tell(WorkerInitialized(pipe.worker, error))
+        elif record.kind == RecordType.JOBS_RETURNED:
+            body = record.bodies[0]
+            if len(body) % 8:
+                raise PeerError('jobs given back, %d bytes of them' % len(body))
+            self._host.tell(
+                WorkerReturnedJobs(pipe.worker,
+                                   list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+
+
 class ProcessHost:
     """Runners and workers of all computations: starts them, reads what they send, carries out what
     is to be done with them, and tells the state what becomes of them. The loop's thread."""
 
-    def __init__(self, daemon: 'Daemon', files: ComputationFiles, options: Options) -> None:
-        self._daemon = daemon
+    def __init__(self, host: 'NodeHost', files: ComputationFiles, options: Options) -> None:
+        self._host = host
         self._files = files
         self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
-        self.held = HeldPipes(daemon)
+        self._of_worker: Dict[int, ComputationProcesses] = {}
+        self._reader = WorkerReader(host)
+        self.held = self._reader.held
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.ALIVE: self._on_alive,
@@ -13654,6 +14293,7 @@ class ProcessHost:
             RecordType.WORKER_EXITED: self._on_worker_exited,
             RecordType.UNBORN: self._on_worker_start_failed,
             RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
+            RecordType.OVERDUE: self._on_overdue,
             RecordType.PRINTED: self._on_printed,
         }
 
@@ -13662,46 +14302,22 @@ class ProcessHost:
     def start_runner(self, action: StartRunner) -> None:
         """Start the process that loads the code of a computation."""
         run = ComputationProcesses(self._files.of(action.comp))
-        spec = action.spec
-        run.start_method = spec.get('start_method') or self._options.start_method
+        run.start_method = action.spec.get('start_method') or self._options.start_method
         try:
-            ours, theirs = socket_pair()
-        except OSError as exc:   # no descriptors
-            self._daemon.post(
+            run.start(self._host)
+        except OSError as exc:   # no descriptors, no processes
+            self._host.post(
                 RunnerGone(action.comp,
                            'its process cannot be started: %s' % shortage(exc),
                            code='process'))
             return
-        link = self._daemon.links.get(action.link)
-        address = (
-            self._options.ext_hosts[:1] or
-            (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1', ))[0]
-        try:
-            run.process = multiprocessing.get_context('spawn').Process(
-                target=runner_main, args=(theirs, self._options.user), name='dispy-runner')
-            run.process.start()
-            run.tree = tree_of(run.process)
-        except OSError as exc:
-            ours.close()
-            if run.process.pid is not None:
-                run.process.kill()
-            self._daemon.post(
-                RunnerGone(action.comp,
-                           'its process cannot be started: %s' % shortage(exc),
-                           code='process'))
-            return
-        finally:
-            theirs.close()
         self._runs[action.comp] = run
-        run.control = Pipe(ours, action.comp)
-        self._daemon.attach(run.control)
-        run.watch = RunnerWatch(self._daemon, run.process.pid,
+        run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
-        names = {
-            'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
-            'dispy_job_path': run.files.directory}
-        init = pickle.dumps(run.spec_for_runner(spec, self._options, names))
-        run.control.push(pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, init, spec['code']))
+        link = self._host.links.get(action.link)
+        addresses = self._options.ext_hosts[:1] or (
+            link.own_address() if link is not None else '127.0.0.1',)
+        run.initialize(action.spec, self._host, addresses[0])
 
     def stop_runner(self, action: StopRunner) -> None:
         """End the runner of a computation, and with it its workers."""
@@ -13709,17 +14325,16 @@ class ProcessHost:
         if run is None or run.process is None:
             self._runs.pop(action.comp, None)
             self._files.discard(action.comp)
-            self._daemon.post(RunnerGone(action.comp, ''))
+            self._host.post(RunnerGone(action.comp, ''))
             return
         run.closing = True
-        run.kill_at = self._daemon.now + GRACE
-        if run.up and run.control is not None:
-            if run.start_method == SPAWN:   # then workers run cleanup, and are waited for
-                for pipe in run.pipes.values():
-                    self._daemon.detach(pipe)
-                run.pipes.clear()
+        run.kill_at = self._host.now + GRACE
+        if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
+            for worker in list(run.pipes):
+                self._let_go(run, worker)
+        if run.control is not None:
             run.control.push(pack_record(RecordType.CLOSE))
-        else:
+        if not run.up:
             run.process.terminate()
 
     def runner_silent(self, pipe: Pipe) -> None:
@@ -13735,14 +14350,14 @@ class ProcessHost:
             self._runner_ended(run)
             return
         if run.control is not None and run.control.dirty is None and run.kill_at is None:
-            run.kill_at = self._daemon.now + GRACE
+            run.kill_at = self._host.now + GRACE
         if run.watch is not None:
-            run.watch.look_at = self._daemon.now + RunnerWatch.SOON
+            run.watch.look_at = self._host.now + RunnerWatch.SOON
 
     def see_to_runners(self) -> None:
         """Look after all runners, once a turn."""
         for run in list(self._runs.values()):
-            self._daemon.guard(run, self._see_to_runner, run)
+            self._host.guard(run, self._see_to_runner, run)
 
     def times(self) -> Iterator[Optional[float]]:
         """When there is something to do."""
@@ -13754,23 +14369,23 @@ class ProcessHost:
         otherwise."""
         if run.process is None or run.watch is None:
             return
-        if run.kill_at is not None and self._daemon.now >= run.kill_at:
+        if run.kill_at is not None and self._host.now >= run.kill_at:
             run.kill_at = None
             run.process.kill()
-            run.watch.killed_at = self._daemon.now
-        if run.watch.is_silent(self._daemon.now, run.up and not run.closing
-                               and self._daemon.node.has_jobs(run.comp)):
+            run.watch.killed_at = self._host.now
+        if run.watch.is_silent(self._host.now, run.up and not run.closing
+                               and self._host.node.has_jobs(run.comp)):
             run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
             run.process.kill()
-            run.watch.killed_at = self._daemon.now
+            run.watch.killed_at = self._host.now
         elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(RecordType.ASK))
-        if run.watch.is_undead(self._daemon.now):
+        if run.watch.is_undead(self._host.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)',
                          run.process.pid)
             self._runner_ended(run)
-        elif run.watch.look_at is not None and self._daemon.now >= run.watch.look_at:
-            run.watch.look_at = run.watch.next_look(self._daemon.now)
+        elif run.watch.look_at is not None and self._host.now >= run.watch.look_at:
+            run.watch.look_at = run.watch.next_look(self._host.now)
             self._look_at_runner(run)
 
     def _runner_ended(self, run: ComputationProcesses) -> None:
@@ -13784,27 +14399,25 @@ class ProcessHost:
             begun = Slots.read(run.files.private)
         for worker in list(run.passed):
             run.arrived(worker)
-        for pipe in (*run.pipes.values(), run.control):
-            if pipe is not None:
-                self._daemon.detach(pipe)
+        self._let_go_of_all(run)
         if run.watch is not None:
             run.watch.close()
         if code is not None:
             run.process.close()
         run.process = None
-        if os.getpid() == 1:
+        if os.getpid() == 1 and not self._options.embedded:   # in a program, orphans are its own
             self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
         passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
-        self._daemon.tell(
+        self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
 
     def _read_out(self, run: ComputationProcesses) -> None:
         try:
             while run.control is not None and run.control.dirty is not None:
-                records = run.control.records(self._daemon.now)
+                records = run.control.records(self._host.now)
                 for record in records:
                     self._from_runner(run, record)
                 if not records:
@@ -13850,12 +14463,15 @@ class ProcessHost:
             if pipe.worker:
                 self._from_worker(pipe)
             else:
-                for record in pipe.records(self._daemon.now):
+                for record in pipe.records(self._host.now):
                     self._from_runner(self._runs[pipe.comp], record)
         except PeerError as exc:   # its user's code wrote into what it should not have
             self._nonsense(pipe, str(exc))
         except MemoryError:
             self.end_writer(pipe, NO_MEMORY)
+
+    def _from_worker(self, pipe: Pipe) -> int:
+        return self._reader.read(self._runs[pipe.comp], pipe)
 
     def _from_runner(self, run: ComputationProcesses, record: Record) -> None:
         if run.watch is not None:
@@ -13872,11 +14488,11 @@ class ProcessHost:
         """The runner answers, which is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
-        self._daemon.tell(EndWanted(run.comp))
+        self._host.tell(EndWanted(run.comp))
 
     def _on_up(self, run: ComputationProcesses, record: Record) -> None:
         run.up = True
-        self._daemon.tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
+        self._host.tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
 
     def _on_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
@@ -13891,18 +14507,21 @@ class ProcessHost:
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.arrived(record.number)
-        self._daemon.detach(run.pipes.pop(record.number))
-        self._daemon.tell(
+        self._let_go(run, record.number)
+        self._host.tell(
             WorkerStartFailed(record.number,
                          bytes(record.bodies[0]).decode('utf-8', 'replace')))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        self._daemon.tell(MemoryExceeded(record.number, record.serial))
+        self._host.tell(MemoryExceeded(record.number, record.serial))
+
+    def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
+        self._host.tell(WorkerOverdue(record.number, record.serial))
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
             raise PeerError('output of no stream')
-        self._daemon.tell(
+        self._host.tell(
             WorkerPrinted(record.number, record.serial, int(record.start), int(record.end),
                           out_of_band(_keep(record.bodies[0]))))
 
@@ -13920,15 +14539,25 @@ class ProcessHost:
                 self.end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
-            self._daemon.detach(pipe)
+        self._let_go(run, record.number)
         run.pids.pop(record.number, None)
-        del run.pipes[record.number]
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self._daemon.node.name, said,
+        text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        self._daemon.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+        self._host.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+
+    def _let_go(self, run: ComputationProcesses, worker: int) -> None:
+        """Nothing more comes from a worker, and nothing goes there."""
+        self._host.detach(run.pipes.pop(worker))
+        del self._of_worker[worker]
+
+    def _let_go_of_all(self, run: ComputationProcesses) -> None:
+        for worker in list(run.pipes):
+            self._let_go(run, worker)
+        if run.control is not None:
+            self._host.detach(run.control)
 
     def _nonsense(self, pipe: Pipe, text: str) -> None:
         """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
@@ -13943,79 +14572,15 @@ class ProcessHost:
             run.text = text
             run.process.kill()
             if pipe.dirty is not None:
-                self._daemon.detach(pipe)
-                self._daemon.guard(None, self._look_at_runner, run)
+                self._host.detach(pipe)
+                self._host.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
         self.kill(Kill(pipe.worker))
         run.kill(pipe.worker)
-        self._daemon.detach(pipe)
-
-    # -- what workers send -------------------------------------------------------------------------
-
-    def _from_worker(self, pipe: Pipe) -> int:
-        rows = []
-        records = pipe.records(self._daemon.now)
-        if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
-            self._runs[pipe.comp].known(pipe.worker, pipe.pid)
-        for record in records:
-            if record.kind == RecordType.RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
-                                                                     record.end, *record.bodies):
-                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0])))
-                rows.append((record.serial, record.number, record.start, record.end,
-                             *map(_keep, record.bodies)))
-                continue
-            if rows:   # what the next job does comes after the results of those before it
-                self._daemon.tell(WorkerResults(pipe.worker, rows))
-                rows = []
-            self._from_job(pipe, record)
-        if rows:
-            self._daemon.tell(WorkerResults(pipe.worker, rows))
-            self.held.hold_back(pipe)
-        elif pipe.is_large:
-            self.held.hold_back(pipe)
-        return len(records)
-
-    def _from_job(self, pipe: Pipe, record: Record) -> None:
-        """What a worker sends that is no result."""
-        if record.kind == RecordType.LOGGED:
-            log_record_of(record.bodies[0])
-            self._daemon.tell(
-                WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
-        elif record.kind == RecordType.FILE:
-            row = open_envelope(record.bodies[0])
-            if not _is_file(row) or not is_serial(record.serial):
-                raise PeerError('a file that is none')
-            piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
-                              record.number * FILE_PIECE, out_of_band(record.bodies[1]))
-            self._daemon.tell(WorkerFile(pipe.worker, piece))
-            self.held.hold_back(pipe)
-        elif record.kind == RecordType.WANT:
-            request = open_envelope(record.bodies[0])
-            if type(request) not in (int, str) or (type(request) is int
-                                                   and not is_serial(request)):
-                raise PeerError('modules that are none')
-            self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
-        elif record.kind == RecordType.INITIALIZED:
-            text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            error = text and 'on node %s %s' % (self._daemon.node.name, text)
-            self._daemon.tell(WorkerInitialized(pipe.worker, error))
-        elif record.kind == RecordType.JOBS_RETURNED:
-            body = record.bodies[0]
-            if len(body) % 8:
-                raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._daemon.tell(
-                WorkerReturnedJobs(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+        self._host.detach(pipe)
 
     # -- what is done with workers -----------------------------------------------------------------
-
-    def _run_of(self, worker: int) -> Optional[ComputationProcesses]:
-        for run in self._runs.values():
-            if worker in run.pipes:
-                return run
-        return None
 
     def start_worker(self, action: StartWorker) -> None:
         """Have a worker forked."""
@@ -14023,30 +14588,33 @@ class ProcessHost:
         try:
             ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
-            self._daemon.tell(WorkerStartFailed(action.worker, shortage(exc)))
+            self._host.tell(WorkerStartFailed(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
-        self._daemon.attach(pipe)
+        self._of_worker[action.worker] = run
+        self._host.attach(pipe)
         run.pass_pipe(action.worker, theirs)
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
-        run = self._run_of(action.worker)
+        run = self._of_worker.get(action.worker)
         if run is not None:
             for attempt in action.attempts:
                 run.pipes[action.worker].push(pack_record(
                     RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
 
-    def _order(self, kind: RecordType, worker: int, serial: int = 0, value: float = 0.0) -> None:
-        run = self._run_of(worker)
+    def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
+               second: float = 0.0) -> None:
+        run = self._of_worker.get(worker)
         if run is not None and run.control is not None and run.control.dirty is not None:
-            run.control.push(pack_record(kind, worker, serial, value))
+            run.control.push(pack_record(kind, worker, serial, first, second))
 
     def watch(self, action: LimitMemory) -> None:
-        """Limit the memory of what a worker runs."""
-        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most))
+        """Limit the memory and the time of what a worker runs."""
+        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most),
+                    action.seconds)
 
     def interrupt(self, action: Interrupt) -> None:
         """Interrupt what a worker runs."""
@@ -14062,28 +14630,36 @@ class ProcessHost:
 
     def tell_kept(self, action: AnswerJobFile) -> None:
         """Tell a worker what became of what its job has sent or wanted."""
-        run = self._run_of(action.worker)
+        run = self._of_worker.get(action.worker)
         if run is not None:
             run.pipes[action.worker].push(
                 pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
-        run = self._run_of(action.worker)
+        run = self._of_worker.get(action.worker)
         if run is not None:
-            # The worker reads the end and leaves
-            self._daemon.detach(run.pipes.pop(action.worker))
+            self._let_go(run, action.worker)   # the worker reads the end and leaves
+
+    def after_fork(self) -> None:
+        """In a forked child: all of them are the parent's."""
+        for run in self._runs.values():
+            run.after_fork()
 
     def close(self) -> None:
         """End all processes."""
         for run in self._runs.values():
             if run.watch is not None:
                 run.watch.close()
+            if run.control is not None and run.control.dirty is not None:
+                with contextlib.suppress(OSError):   # it has ended already
+                    run.control.drain(GRACE)
             if run.process is not None:
                 run.process.join(3.0)
                 run.process.kill()
                 run.process.join(3.0)
                 self._kill_workers(run)
+            self._let_go_of_all(run)
         self._runs.clear()
 
 
@@ -14266,45 +14842,46 @@ class NodeDiscovery:
             self._sockets.close()
 
 
-class Daemon(Loop):
-    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides. Its
-    parts carry out what Node decides: see their classes."""
+class NodeHost:
+    """A node but for its way to clients: the Node that decides, and the parts that carry out what
+    it decides, with all that has to do with files and processes. It runs in any loop; see `Daemon`.
+
+    The loop tells it of its links to clients and of what comes on them (`link_up`, `link_down`,
+    `take`), and gives it a turn in each of its own (`turn`). Pipes to runners and workers are
+    channels of the loop whose owner it is. The loop's thread, but for `post`.
+    """
 
     def __init__(self,
+                 loop: Loop,
                  options: Options,
                  directory: Type[NodeDirectory] = NodeDirectory,
                  files: Type[ComputationFiles] = ComputationFiles,
                  processes: Type[ProcessHost] = ProcessHost) -> None:
         """The classes are those of the parts that have to do with files and processes."""
-        super().__init__()
-        self._options = options
+        self.loop = loop
+        self.options = options
+        self.instance = os.urandom(16)
+        self.links: Dict[int, Link] = {}     # to clients
+        self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
         facts = dict(node_facts(), start_method=options.start_method)
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
-                                options.client_shutdown, self.now)
-        self.values.where = 'on node %s' % name
-        self._phase = Phase.SERVING
-        # When to look at the clock on the wall
-        if options.hours:
-            self._clock_at: Optional[float] = self.now
-        else:
-            self._clock_at = None
-        self._instance = os.urandom(16)
-        self._acceptors: List[Acceptor] = []
-        self.directory = directory(options, self._instance, self._directory_taken)
+                                options.client_shutdown, loop.now)
+        self._posted: Deque[Any] = collections.deque()
+        self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
         self.processes = processes(self, self.files, options)
-        self.uplinks = Uplinks(self, options, self._instance, self._break)
-        self.discovery = NodeDiscovery(self, options, self._instance)
+        # For the parts
+        self.detach = loop.detach
+        self.interest = loop.interest
+        self.add_reader = loop.add_reader
+        self.remove_reader = loop.remove_reader
         self._events: Dict[type, Callable[[Any], Any]] = {
             ChildEnded: lambda event: self.processes.reap(),
             Digested: self.files.on_digested,
-            ConnectFailed: self.uplinks.failed,
-            Connected: self._dialled,
-            Authenticated: self._arrived,
         }
-        self._acts = {
+        self._acts: Dict[type, Callable[[Any], Any]] = {
             Send: self._send,
             Drop: self._drop,
             PrepareDirectory: self.files.prepare,
@@ -14328,117 +14905,98 @@ class Daemon(Loop):
             TakeFromWorker: self.processes.take_back,
             AnswerJobFile: self.processes.tell_kept,
             Retire: self.processes.retire,
-            Broken: lambda action: self.fault(action, action.error),
+            Broken: lambda action: loop.fault(action, action.error, self),
             PrintStatus: self._show,
-            Exit: lambda action: self.stop(),
+            Exit: self._exit,
         }
 
     # -- start and end -----------------------------------------------------------------------------
 
-    def start(self) -> int:
-        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
-        options = self._options
-        port = self._options.port
-        try:
-            for host in options.hosts:
-                self._acceptors.append(self._listen(host, port))
-                port = self._acceptors[0].server_address[1]
-            self.directory.take(port)
-            self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
-            self.files.start()
-            self.results.find_kept()
-            self.uplinks.start()
-        except BaseException:
-            self.close()
-            raise
-        for gate in self._acceptors:
-            self.add_reader(gate.socket, gate.on_readable)
-        self.discovery.start(port)
-        return port
-
-    def _listen(self, host: str, port: int) -> Acceptor:
-        options = self._options
-        try:
-            return Acceptor((host, port),
-                        derive_key(options.secret),
-                        Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self._instance,
-                        self.post,
-                        options.certfile,
-                        options.keyfile,
-                        patience=options.msg_timeout)
-        except OverflowError as exc:
-            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
-        except OSError as exc:
-            where = format_address(host, port)
-            if exc.errno == errno.EADDRINUSE:
-                raise StartError(
-                    'port %d is in use (%s), perhaps by another dispynode; choose another port '
-                    'with -p/--port'
-                    % (port, where)) from exc
-            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
-                             (where, exc)) from exc
+    def start(self, port: int) -> None:
+        """Take the directory. Raises StartError."""
+        self.directory.take(port)
+        self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
+        self.files.start()
+        self.results.find_kept()
 
     def _directory_taken(self, memory: Memory, past: Dict[str, AttemptHistory]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
             self.tell(Remembered(comp, known))
 
+    def _exit(self, action: Exit) -> None:
+        self.has_ended = True
+
     def close(self) -> None:
         """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._acceptors:
-            with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.remove_reader(gate.socket)
-            gate.server_close()
-        self._acceptors = []
-        self.discovery.close()
-        self.uplinks.close()
         self.processes.close()
         self.files.close()
         self.results.close()
         self.directory.close()
-        super().close()
 
-    def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end; at once when held pipes can be
-        read again."""
-        if self.processes.held.may_let_go() or self.results.backlog.has_room():
-            return self.now
-        times = [
-            self.node.next_timer(), self.discovery.hello_at, self._clock_at,
-            *self.processes.times(), *self.results.read_later.values(), *self.uplinks.times()
-        ]
-        return min((when for when in times if when is not None), default=None)
+    def after_fork(self) -> None:
+        """In a forked child: let go of the descriptors, by which it would keep the processes of its
+        parent alive and the directory locked."""
+        self.processes.after_fork()
+        self.directory.after_fork()
+
+    # -- for the parts -----------------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """The time of this turn."""
+        return self.loop.now
+
+    def attach(self, pipe: 'Pipe') -> None:
+        """Read a pipe from now on."""
+        pipe.owner = self
+        self.loop.attach(pipe)
+
+    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
+        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        try:
+            call(*args)
+        except Exception as exc:  # whatever it is, others are served all the same
+            self.loop.fault(subject, exc, self)
+
+    def post(self, event: Any) -> None:
+        """Hand over an event, which is handled before this turn ends or in the next one. Any
+        thread."""
+        self._posted.append(event)
+        self.loop.wake_up()
 
     # -- events ------------------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
-        """Arrivals from the gate, and what actions brought about."""
-        handler = self._events.get(type(event), self.tell)
-        handler(event)
+        """What actions brought about, and what others have posted for the state."""
+        self._events.get(type(event), self.tell)(event)
 
-    def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
-        """A peer has proved itself."""
-        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
-        self.attach(link)
+    def link_up(self, link: Link) -> None:
+        """A client has proved itself."""
+        self.links[link.number] = link
         self.node.facts['available'] = availability(self.directory.root)
         self.tell(LinkUp(link.number, link.instance, link.address))
-        return link
 
-    def _dialled(self, event: Connected) -> None:
-        """A scheduler was reached."""
-        if isinstance(event.peer, SecondConnection):
-            reached = self.uplinks.second_reached(event)
-            if reached is None:
-                return
-            event = reached
-        link = self._arrived(event)
-        self.uplinks.connected(event.peer, link)
+    def link_down(self, link: Link) -> None:
+        """A link has ended."""
+        self.links.pop(link.number, None)
+        self.tell(LinkDown(link.number, link.on_purpose))
 
-    def on_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial
-        us."""
-        self.uplinks.link_silent(link)
+    def take(self, link: Link, message: Any) -> None:
+        """A message of a client. Raises LinkBroken or PeerError if the link ends with it."""
+        if isinstance(message, Bye):
+            link.on_purpose = True
+            raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
+            for comp, serial in self.loop.refusals.refused(link, message.frame):
+                self.results.refused[
+                    comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+            raise LinkBroken(text)
+        if not isinstance(message, Pulse):
+            if type(message) is Query:
+                self.node.facts['available'] = availability(self.directory.root)
+            self.tell(Received(link.number, message))
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
@@ -14458,78 +15016,76 @@ class Daemon(Loop):
             raise
         self._act(actions)
 
+    def _act(self, actions: List[Any]) -> None:
+        for action in actions:
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.loop.fault(action, exc, self)
+
+    def on_channel(self, channel: Any) -> None:
+        """The pipe of a runner or worker has something, or a link that is ours."""
+        if isinstance(channel, Pipe):
+            self.processes.on_readable(channel)
+        else:
+            for message in channel.messages(self.now):
+                self.take(channel, message)
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
+        says nothing yet: the runner tells what became of the process."""
+        if not isinstance(channel, Pipe):
+            self.link_down(channel)
+        elif not channel.worker:
+            self.processes.runner_silent(channel)
+
     def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, a worker, a computation."""
+        """End what the fault concerns: a link, a worker, a computation; whether there was such a
+        thing."""
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
         comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(
             getattr(subject, 'worker', 0))
-        link = self.links.get(getattr(subject, 'link', 0))
-        if isinstance(subject, Channel) or not comp:
-            if link is None:
-                return super().on_fault(subject, text)
-            self._break(link, text)
-            return True
-        self.tell(Faulted(comp, text))
-        return True
-
-    def on_channel(self, channel: Any) -> None:
-        """A link or a pipe has something."""
-        if isinstance(channel, Link):
-            for message in channel.messages(self.now):
-                self._message(channel, message)
+        if isinstance(subject, Link):
+            link: Optional[Link] = subject
         else:
-            self.processes.on_readable(channel)
+            link = self.links.get(getattr(subject, 'link', 0))
+        if comp and not isinstance(subject, Link):
+            self.tell(Faulted(comp, text))
+        elif link is not None:
+            self.loop.break_link(link, text)
+        return bool(comp) or link is not None
 
-    def _message(self, link: Link, message: Any) -> None:
-        if isinstance(message, Bye):
-            link.on_purpose = True
-            raise LinkBroken('bye: %s' % message.text[:200])
-        if isinstance(message, Wrong):
-            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
-            for comp, serial in self.refusals.refused(link, message.frame):
-                self.results.refused[
-                    comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
-            raise LinkBroken(text)
-        if isinstance(message, ClientHello):
-            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        if not isinstance(message, Pulse):
-            if type(message) is Query:
-                self.node.facts['available'] = availability(self.directory.root)
-            self.tell(Received(link.number, message))
+    # -- turns -------------------------------------------------------------------------------------
 
-    def on_broken(self, channel: Any, text: str) -> None:
-        """A link or a pipe came to its end."""
-        if isinstance(channel, Link):
-            is_missed = not channel.on_purpose and self.node.serves(channel.number)
-            if is_missed:
-                log = logger.warning
-            else:
-                log = logger.info
-            log('link to %s ended: %s%s', channel.address, text, channel.stall
-                and ': ' + STALLS[channel.stall])
-            self.tell(LinkDown(channel.number, channel.on_purpose))
-            self.uplinks.link_ended(channel)
-        elif not channel.worker:
-            self.processes.runner_silent(channel)
-        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
+    def next_timer(self) -> Optional[float]:
+        """The state's, or the end of a runner that does not end; at once when something was posted
+        or held pipes can be read again."""
+        if self._posted or self.processes.held.may_let_go() or self.results.backlog.has_room():
+            return self.now
+        times = [self.node.next_timer(), *self.processes.times(),
+                 *self.results.read_later.values()]
+        return min((when for when in times if when is not None), default=None)
 
-    def end_of_turn(self) -> None:
+    def take_posted(self) -> None:
+        """Handle what was posted, and what comes of that."""
+        while self._posted:
+            event = self._posted.popleft()
+            try:
+                self.on_event(event)
+            except Exception as exc:  # as in `guard`
+                self.loop.fault(event, exc, self)
+
+    def turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
-        while self._inbox:
-            self.take_events(len(self._inbox))
+        self.take_posted()
         self.processes.see_to_runners()
-        if self._clock_at is not None and self.now >= self._clock_at:
-            self._look_at_clock(time.localtime())
         self.guard(None, self._flush)
         if self.results.read_later:
             self.results.read_again()
         if self.results.backlog:
             self.guard(None, self._send_waiting)
-        self.uplinks.connect()
-        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
-            self.discovery.hello()
         if self.processes.held.may_let_go():
             self.processes.held.let_go()
         full = self.node.attempts.is_full()
@@ -14538,6 +15094,195 @@ class Daemon(Loop):
                 link.paused = full
                 link.heard = self.now
                 self.interest(link)
+
+    # -- actions on links --------------------------------------------------------------------------
+
+    def _send(self, action: Send) -> None:
+        link = self.links.get(action.link)
+        if link is None:
+            return
+        message = action.message
+        if type(message) is not Results:
+            self.loop.send(link, message)
+            return
+        rows: Iterable[tuple] = message.rows
+        if self.results.refused:
+            rows = map(functools.partial(self.results.usable, message.comp), rows)
+        for frame in batches(Results, message.comp, map(with_size, rows)):
+            self.loop.send(link, frame)
+
+    def _drop(self, action: Drop) -> None:
+        link = self.links.pop(action.link, None)
+        if link is not None:
+            self.loop.disconnect(link, action.text)
+
+    def _show(self, action: PrintStatus) -> None:
+        with contextlib.suppress(OSError):   # the terminal may have gone
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
+
+    def _send_waiting(self) -> None:
+        """Files and kept results into links that have room."""
+        for link, _, text in self.results.backlog.send(self.loop.send):
+            # Its client comes back and gets them then.
+            self.loop.break_link(link, 'results cannot be read: %s' % text)
+
+
+class Daemon(Loop):
+    """The loop of a dispynode: a NodeHost, and the links of clients, which were let in at its gates
+    or which it has made itself."""
+
+    def __init__(self, options: Options,
+                 host: Callable[[Loop, Options], NodeHost] = NodeHost) -> None:
+        super().__init__()
+        self._options = options
+        self.node_host = host(self, options)
+        self.node = self.node_host.node
+        self.tell = self.node_host.tell
+        self.values.where = 'on node %s' % self.node.name
+        self._phase = Phase.SERVING
+        # When to look at the clock on the wall
+        if options.hours:
+            self._clock_at: Optional[float] = self.now
+        else:
+            self._clock_at = None
+        self._acceptors: List[Acceptor] = []
+        self.uplinks = Uplinks(self, options, self.node_host.instance, self._break)
+        self.discovery = NodeDiscovery(self, options, self.node_host.instance)
+        self._events: Dict[type, Callable[[Any], Any]] = {
+            ConnectFailed: self.uplinks.failed,
+            Connected: self._dialled,
+            Authenticated: self._arrived,
+        }
+
+    # -- start and end -----------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
+        options = self._options
+        port = self._options.port
+        try:
+            for host in options.hosts:
+                self._acceptors.append(self._listen(host, port))
+                port = self._acceptors[0].server_address[1]
+            self.node_host.start(port)
+            self.uplinks.start()
+        except BaseException:
+            self.close()
+            raise
+        for gate in self._acceptors:
+            self.add_reader(gate.socket, gate.on_readable)
+        self.discovery.start(port)
+        return port
+
+    def _listen(self, host: str, port: int) -> Acceptor:
+        options = self._options
+        try:
+            return Acceptor((host, port),
+                        derive_key(options.secret),
+                        Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                        self.node_host.instance,
+                        self.post,
+                        options.certfile,
+                        options.keyfile,
+                        patience=options.msg_timeout)
+        except OverflowError as exc:
+            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
+        except OSError as exc:
+            where = format_address(host, port)
+            if exc.errno == errno.EADDRINUSE:
+                raise StartError(
+                    'port %d is in use (%s), perhaps by another dispynode; choose another port '
+                    'with -p/--port'
+                    % (port, where)) from exc
+            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
+                             (where, exc)) from exc
+
+    def close(self) -> None:
+        """End all processes, remove what is to be removed. Does nothing the second time."""
+        for gate in self._acceptors:
+            with contextlib.suppress(KeyError, ValueError):   # not watched yet
+                self.remove_reader(gate.socket)
+            gate.server_close()
+        self._acceptors = []
+        self.discovery.close()
+        self.uplinks.close()
+        self.node_host.close()
+        super().close()
+
+    def next_timer(self) -> Optional[float]:
+        """That of the node, or what else there is to do."""
+        times = [self.node_host.next_timer(), self.discovery.hello_at, self._clock_at,
+                 *self.uplinks.times()]
+        return min((when for when in times if when is not None), default=None)
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Arrivals from the gate, and what is for the node."""
+        handler = self._events.get(type(event), self.node_host.on_event)
+        handler(event)
+
+    def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
+        """A peer has proved itself."""
+        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        self.attach(link)
+        self.node_host.link_up(link)
+        return link
+
+    def _dialled(self, event: Connected) -> None:
+        """A scheduler was reached."""
+        if isinstance(event.peer, SecondConnection):
+            reached = self.uplinks.second_reached(event)
+            if reached is None:
+                return
+            event = reached
+        link = self._arrived(event)
+        self.uplinks.connected(event.peer, link)
+
+    def on_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial
+        us."""
+        self.uplinks.link_silent(link)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, or what the node knows of."""
+        return self.node_host.on_fault(subject, text) or super().on_fault(subject, text)
+
+    def on_channel(self, channel: Any) -> None:
+        """A link has something."""
+        for message in channel.messages(self.now):
+            self._message(channel, message)
+
+    def _message(self, link: Link, message: Any) -> None:
+        if isinstance(message, ClientHello):
+            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+        self.node_host.take(link, message)
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A link came to its end."""
+        is_missed = not channel.on_purpose and self.node.serves(channel.number)
+        if is_missed:
+            log = logger.warning
+        else:
+            log = logger.info
+        log('link to %s ended: %s%s', channel.address, text, channel.stall
+            and ': ' + STALLS[channel.stall])
+        self.node_host.link_down(channel)
+        self.uplinks.link_ended(channel)
+
+    def end_of_turn(self) -> None:
+        """What came of this turn's actions, then the node's own turn."""
+        while self._inbox:
+            self.take_events(len(self._inbox))
+        self.node_host.take_posted()
+        if self._clock_at is not None and self.now >= self._clock_at:
+            self._look_at_clock(time.localtime())
+        self.node_host.turn()
+        self.uplinks.connect()
+        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
+            self.discovery.hello()
+        if self.node_host.has_ended:
+            self.stop()
 
     def _look_at_clock(self, local: time.struct_time) -> None:
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
@@ -14550,37 +15295,6 @@ class Daemon(Loop):
                 Resume('hours') if phase is Phase.SERVING else Pause(
                     'hours', 'its hours of service begin at %02d:%02d' %
                     divmod(self._options.hours.start, 60), phase is Phase.CLOSED))
-
-    # -- actions on links --------------------------------------------------------------------------
-
-    def _send(self, action: Send) -> None:
-        link = self.links.get(action.link)
-        if link is None:
-            return
-        message = action.message
-        if type(message) is not Results:
-            self.send(link, message)
-            return
-        rows: Iterable[tuple] = message.rows
-        if self.results.refused:
-            rows = map(functools.partial(self.results.usable, message.comp), rows)
-        for frame in batches(Results, message.comp, map(with_size, rows)):
-            self.send(link, frame)
-
-    def _drop(self, action: Drop) -> None:
-        link = self.links.get(action.link)
-        if link is not None:
-            self.disconnect(link, action.text)
-
-    def _show(self, action: PrintStatus) -> None:
-        with contextlib.suppress(OSError):   # the terminal may have gone
-            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
-
-    def _send_waiting(self) -> None:
-        """Files and kept results into links that have room."""
-        for link, _, text in self.results.backlog.send(self.send):
-            # Its client comes back and gets them then.
-            self._break(link, 'results cannot be read: %s' % text)
 
 
 NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
@@ -14695,9 +15409,11 @@ def exit_text(code: Optional[int]) -> str:
 
 def node_facts() -> dict:
     """What a client may want to know of this host."""
+    with process_start_lock:   # it may start `uname`
+        system = platform.platform()
     return {
         'python': tuple(sys.version_info[:3]), 'dispy': __version__,
-        'platform': platform.platform(), 'cloudpickle': installed_version('cloudpickle'),
+        'platform': system, 'cloudpickle': installed_version('cloudpickle'),
         'pid': os.getpid()
     }
 

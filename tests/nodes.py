@@ -134,7 +134,7 @@ def runners_of(node):
     found = []
     for child in psutil.Process(node.process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):   # a zombie too
-            if any('spawn_main' in word for word in child.cmdline()):
+            if any('runner_start' in word for word in child.cmdline()):
                 found.append(child)
     return found
 

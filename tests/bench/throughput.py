@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""One workload over three engines side by side, in one run: dispy (a real dispynode process with a secret over
-loopback), concurrent.futures.ProcessPoolExecutor and multiprocessing.Pool; two workers each.
+"""One workload over several engines side by side, in one run: dispy with the node that is a part of the program, dispy
+with a real dispynode process and a secret over loopback, without and with TLS, concurrent.futures.ProcessPoolExecutor,
+multiprocessing.Pool and, where it is installed, loky; two workers each.
 
     python tests/bench/throughput.py [--json] [--rounds N] [--quick]
     python tests/bench/throughput.py --against DIR [--rounds N] [--quick] [--only PART ...]
@@ -12,12 +13,14 @@ in a scheduler with 200 nodes that are made up by one process.
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import multiprocessing
 import os
 import queue
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -96,6 +99,9 @@ class Futures:
     def get(self, handle):
         return handle.result()
 
+    def is_done(self, handle):
+        return handle.done()
+
     def close(self):
         self._pool.shutdown()
 
@@ -113,21 +119,45 @@ class Pool:
     def get(self, handle):
         return handle.get()
 
+    def is_done(self, handle):
+        return handle.ready()
+
     def close(self):
         self._pool.close()
         self._pool.join()
 
 
+class Loky:
+    """The executor of joblib."""
+    name = 'loky'
+
+    def __init__(self):
+        from joblib.externals import loky
+        self._pool = loky.ProcessPoolExecutor(WORKERS)
+
+    def submit(self, function, argument):
+        return self._pool.submit(function, argument)
+
+    def get(self, handle):
+        return handle.result()
+
+    def is_done(self, handle):
+        return handle.done()
+
+    def close(self):
+        self._pool.shutdown()
+
+
 class Dispy:
     """This project: a real daemon, a secret, TCP over loopback."""
-    name = 'dispy'
+    name = 'dispy over TCP'
 
     def __init__(self, cpus=WORKERS, trip=0.0):
         self._directory = tempfile.TemporaryDirectory()
         with open(os.path.join(self._directory.name, 'log'), 'w') as log:
             self._node = subprocess.Popen(
                 [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-c', str(cpus), '-i', '127.0.0.1', '-p', '0',
-                 '--dest-path-prefix', os.path.join(self._directory.name, 'node')], stdin=subprocess.DEVNULL, stderr=log)
+                 '--dest-path-prefix', os.path.join(self._directory.name, 'node'), *self._words()], stdin=subprocess.DEVNULL, stderr=log)
         self._port = self._wait_for_port()
         if trip:
             self._port = distant(self._port, trip)
@@ -143,6 +173,9 @@ class Dispy:
             except (OSError, AttributeError):   # not there yet, or not written yet
                 time.sleep(0.02)
         raise RuntimeError('the node did not start')
+
+    def _words(self):
+        return ()
 
     def _options(self):
         return {}
@@ -162,12 +195,58 @@ class Dispy:
             raise RuntimeError(job.exception)
         return result
 
+    def is_done(self, job):
+        return job.end_time is not None
+
     def close(self):
         for cluster in self._clusters.values():
             cluster.close()
         self._node.terminate()
         self._node.wait(30)
         self._directory.cleanup()
+
+
+class Tls(Dispy):
+    """The same with TLS, one certificate for both."""
+    name = 'dispy over TLS'
+
+    def _certificate(self):
+        paths = [os.path.join(self._directory.name, name) for name in ('certificate.pem', 'key.pem')]
+        if not os.path.exists(paths[0]):
+            subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=benchmark',
+                            '-out', paths[0], '-keyout', paths[1]], check=True, stderr=subprocess.DEVNULL)
+        return paths
+
+    def _words(self):
+        certificate, key = self._certificate()
+        return '--certfile', certificate, '--keyfile', key
+
+    def _options(self):
+        certificate, key = self._certificate()
+        return {'certfile': certificate, 'keyfile': key}
+
+
+class Local(Dispy):
+    """The node that is a part of the program."""
+    name = 'dispy local'
+
+    def __init__(self, cpus=WORKERS):
+        self._cpus = cpus
+        self._clusters = {}
+
+    def submit(self, function, argument):
+        if function not in self._clusters:
+            for other in self._clusters.values():
+                other.close()
+            self._clusters = {function: dispy.JobCluster(function, nodes='local', loglevel=logging.ERROR)}
+            if self._cpus != WORKERS:
+                self._clusters[function].wait_nodes(1, 30)
+                self._clusters[function].set_node_cpus('127.0.0.1', self._cpus)
+        return self._clusters[function].submit(argument)
+
+    def close(self):
+        for cluster in self._clusters.values():
+            cluster.close()
 
 
 class Recoverable(Dispy):
@@ -201,6 +280,50 @@ def measure_round_trip(engine, count):
         times.append(time.perf_counter() - start)
     times.sort()
     return {'round trip p50 ms': times[count // 2] * 1e3, 'round trip p99 ms': times[int(count * 0.99)] * 1e3}
+
+
+def measure_cpu(engine, count):
+    """Of the program's own process, without its children."""
+    gather(engine, empty, range(200))
+    start = time.process_time()
+    gather(engine, empty, range(count))
+    return {'program us/job': (time.process_time() - start) / count * 1e6}
+
+
+def measure_array(engine, count):
+    try:
+        import numpy
+    except ImportError:
+        return {}
+    array = numpy.frombuffer(os.urandom(64 << 20), dtype=numpy.uint8)
+    gather(engine, empty, range(8))
+    return {'64 MiB MB/s': 2 * count * array.nbytes / 1e6 / sum(gather(engine, empty, [array]) for _ in range(count))}
+
+
+def measure_short(engine, count):
+    gather(engine, burn, [0.001] * 20)
+    return {'efficiency 2 ms': count * 0.002 / WORKERS / gather(engine, burn, [0.002] * count)}
+
+
+def measure_beside(engine, seconds, count):
+    """Efficiency while the main thread computes in pure Python."""
+    gather(engine, burn, [0.001] * 20)
+    start = time.perf_counter()
+    handles = [engine.submit(burn, seconds) for _ in range(count)]
+    while not all(map(engine.is_done, handles[-WORKERS:])):
+        sum(number * number for number in range(5000))
+    took = time.perf_counter() - start
+    for handle in handles:
+        engine.get(handle)
+    return count * seconds / WORKERS / took
+
+
+def measure_beside_2(engine, count):
+    return {'busy, 2 ms': measure_beside(engine, 0.002, count)}
+
+
+def measure_beside_half(engine, count):
+    return {'busy, 0.5 ms': measure_beside(engine, 0.0005, count)}
 
 
 def measure_large(engine, count):
@@ -313,9 +436,20 @@ def compare(other, rounds, parts, quick):
             PARTS[part][0], name, there, here, here / there, '%.2f to %.2f' % (ratios[0], ratios[-1])), flush=True)
 
 
-ENGINES = (Dispy, Futures, Pool)
-# measurement, count, better is (more: dispy / other; less: dispy / other, too)
-WORKLOADS = ((measure_empty, 20000), (measure_round_trip, 500), (measure_large, 100), (measure_efficiency, 200))
+ENGINES = (Local, Dispy, Tls, Futures, Pool, Loky)
+OWN_ENGINES = [engine.name for engine in ENGINES if issubclass(engine, Dispy)]
+# measurement, count; of each the ratio of dispy to the others is shown
+WORKLOADS = {
+    'empty': (measure_empty, 20000), 'trip': (measure_round_trip, 500), 'cpu': (measure_cpu, 20000), 'large': (measure_large, 100),
+    'array': (measure_array, 4), '20ms': (measure_efficiency, 200), '2ms': (measure_short, 1000), 'busy2ms': (measure_beside_2, 400),
+    'busy0.5ms': (measure_beside_half, 1000)}
+
+
+def is_there(engine_class):
+    """Whether what an engine needs is installed."""
+    if engine_class is Tls:
+        return shutil.which('openssl') is not None
+    return engine_class is not Loky or importlib.util.find_spec('joblib') is not None
 
 
 def main():
@@ -326,6 +460,10 @@ def main():
     parser.add_argument('--against', metavar='DIR', help='compare with the copy of dispy there')
     parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
                         help='what is compared with it, of: %s' % ' '.join(PARTS))
+    parser.add_argument('--workloads', nargs='+', choices=WORKLOADS, default=list(WORKLOADS), metavar='NAME',
+                        help='what is measured, of: %s' % ' '.join(WORKLOADS))
+    parser.add_argument('--engines', nargs='+', choices=[engine.name for engine in ENGINES], metavar='NAME',
+                        default=[engine.name for engine in ENGINES], help='of: %(choices)s')
     parser.add_argument('--part', choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -335,19 +473,20 @@ def main():
         compare(args.against, 1 if args.quick else args.rounds, args.only, args.quick)
         return
     rounds, divide = (1, 10) if args.quick else (args.rounds, 1)
-    figures = {engine.name: {} for engine in ENGINES}
+    engines = [engine for engine in ENGINES if engine.name in args.engines and is_there(engine)]
+    figures = {engine.name: {} for engine in engines}
     for _ in range(rounds):
-        for engine_class in ENGINES:
+        for engine_class in engines:
             engine = engine_class()
             try:
-                for workload, count in WORKLOADS:
-                    for name, value in workload(engine, count // divide).items():
+                for workload, count in map(WORKLOADS.get, args.workloads):
+                    for name, value in workload(engine, max(1, count // divide)).items():
                         figures[engine.name].setdefault(name, []).append(value)
             finally:
                 engine.close()
     table = {name: {key: statistics.median(values) for key, values in found.items()} for name, found in figures.items()}
-    ratios = {other: {key: table['dispy'][key] / table[other][key] for key in table['dispy']}
-              for other in table if other != 'dispy'}
+    ratios = {'%s / %s' % (own, other): {key: table[own][key] / table[other][key] for key in table[own]}
+              for own in table if own in OWN_ENGINES for other in table if other not in OWN_ENGINES}
     without, recoverable = zip(*(measure_recoverable(20000 // divide) for _ in range(rounds)))
     own = {'empty jobs/s with recover_file': statistics.median(recoverable),
            'ratio to those without': statistics.median(recoverable) / statistics.median(without),
@@ -355,14 +494,13 @@ def main():
            'bytes per queued job': measure_memory(100000 // divide)}
     if args.json:
         print(json.dumps({'rounds': rounds, 'python': sys.version.split()[0], 'cpus': os.cpu_count(), 'median': table,
-                          'ratio of dispy to': ratios, 'dispy': own, 'all': figures}))
+                          'ratios': ratios, 'dispy': own, 'all': figures}))
         return
-    keys = list(table['dispy'])
-    print('%-22s' % 'median of %d' % rounds + ''.join('%20s' % key for key in keys))
+    keys = list(next(iter(table.values())))
     for name, found in table.items():
-        print('%-22s' % name + ''.join('%20.3f' % found[key] for key in keys))
-    for other, found in ratios.items():
-        print('%-22s' % ('dispy / ' + other)[:22] + ''.join('%20.2f' % found[key] for key in keys))
+        print('%-36s' % name + '  '.join('%s %.3f' % (key, found[key]) for key in keys))
+    for name, found in ratios.items():
+        print('%-36s' % name + '  '.join('%s %.2f' % (key, found[key]) for key in keys))
     for name, value in own.items():
         print('%s: %.3f' % (name, value))
 

@@ -44,10 +44,10 @@ import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
 from dispynode import (
     PULSE, PULSES_LOST, Ack, Authenticated, Bye, ComputationFiles, Daemon, ConnectFailed, Connected,
-    ResultsSpooled, Lease, LinkBroken, Loop, Memory, NodeDirectory, Options, Outcome, Pause,
-    DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp, Session
-    as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values, WorkerGone, WorkerResults,
-    WorkerReturnedJobs, decode, encode, pieces_of, dumps)
+    ResultsSpooled, Lease, LinkBroken, Loop, Memory, NodeDirectory, NodeHost, Options, Outcome,
+    Pause, DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp,
+    Session as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values, WorkerGone,
+    WorkerResults, WorkerReturnedJobs, decode, encode, pieces_of, dumps)
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
@@ -159,6 +159,7 @@ class SimLink:
     numbers = itertools.count(1)
     bytes_in = bytes_out = 0
     stall = ''
+    owner = None
 
     def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
@@ -249,7 +250,10 @@ class SimLoop(Loop):
     def interest(self, channel):
         """There is no selector."""
 
-    def fault(self, subject, exc):
+    def wake_up(self):
+        """A turn ends with what was posted in it."""
+
+    def fault(self, subject, exc, owner=None):
         """What would end a link or a computation is a fault here."""
         raise exc
 
@@ -432,15 +436,15 @@ class SimFiles(ComputationFiles):
     """Files of computations are there at once."""
 
     def prepare(self, action):
-        self._daemon.post(DirectoryReady(action.comp, []))
+        self._host.post(DirectoryReady(action.comp, []))
 
 
 class SimProcesses(ProcessHost):
     """What is done to processes is done to those of the model."""
 
-    def __init__(self, daemon, files, options):
-        super().__init__(daemon, files, options)
-        self.daemon, self.workers = daemon, {}
+    def __init__(self, host, files, options):
+        super().__init__(host, files, options)
+        self.daemon, self.workers = host.loop, {}
         self.runners = {}          # computation -> its runner
 
     def start_runner(self, action):
@@ -476,27 +480,41 @@ class SimProcesses(ProcessHost):
             worker.die(told=False)
 
 
+class SimNodeHost(NodeHost):
+    """The real one, over the parts above."""
+
+    def __init__(self, loop, options):
+        super().__init__(loop, options, SimDirectory, SimFiles, SimProcesses)
+
+    def take(self, link, message):
+        if type(message) is Ack:
+            self.loop.world.check_ack(message)
+        super().take(link, message)
+
+    def tell(self, event):
+        super().tell(event)
+        if type(event) is ResultsSpooled and not event.error:
+            self.loop.world.shelved += len(event.serials)
+
+
 class SimDaemon(Daemon, SimLoop):
     """A node's daemon; what it does to processes is done to those of the model."""
 
     def __init__(self, home):
         self.home, self.host = home, home.name
-        super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE),
-                         directory=SimDirectory, files=SimFiles, processes=SimProcesses)
+        super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE), SimNodeHost)
         self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), self.processes.workers
         self.directory.daemon = self
         self.directory.have(home)
-        self.results.find_kept()
+        self.node_host.results.find_kept()
 
-    def _message(self, link, message):
-        if type(message) is Ack:
-            self.world.check_ack(message)
-        super()._message(link, message)
+    @property
+    def processes(self):
+        return self.node_host.processes
 
-    def tell(self, event):
-        super().tell(event)
-        if type(event) is ResultsSpooled and not event.error:
-            self.world.shelved += len(event.serials)
+    @property
+    def directory(self):
+        return self.node_host.directory
 
     def later(self, seconds, call, *args):
         """Something in a process of this node, unless that is dead by then."""

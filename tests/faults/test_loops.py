@@ -55,15 +55,16 @@ def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
         path = tmp_path / 'node' / 'files' / 'large'
         path.write_bytes(b'x' * LARGE)
         action = PrepareDirectory('c', dict(spec(files=[row(path, 'large')], dest_path='files', cleanup=False), modules=[], sys_path=[], argv=[]))
-        daemon.files.prepare(action)
-        assert not daemon._inbox
+        host = daemon.node_host
+        host.files.prepare(action)
+        assert not host._posted
         go_on.set()
-        eventually(lambda: daemon._inbox)
-        event = daemon._inbox.popleft()
+        eventually(lambda: host._posted)
+        event = host._posted.popleft()
         assert type(event) is Digested
         monkeypatch.setattr(daemon.node, 'is_preparing', lambda name: True)
         daemon.on_event(event)
-        assert daemon._inbox.popleft() == DirectoryReady('c', [])
+        assert host._posted.popleft() == DirectoryReady('c', [])
     finally:
         go_on.set()
         daemon.close()

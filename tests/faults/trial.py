@@ -276,7 +276,7 @@ class Trial:
     def _below(self, which, name):
         with contextlib.suppress(psutil.Error):
             runners = [child for child in psutil.Process(self.nodes[which].process.pid).children()
-                       if any('spawn_main' in word for word in child.cmdline())]
+                       if any('runner_start' in word for word in child.cmdline())]
             found = runners if name == 'runner' else [worker for runner in runners for worker in runner.children()]
             if found:
                 return self.rng.choice(sorted(found, key=lambda process: process.pid))

@@ -436,8 +436,9 @@ def test_clusters_one_after_another_at_once_and_from_threads(make_cluster):
 def test_two_clusters_share_an_embedded_node():
     with dispy.JobCluster(os.getppid, nodes='local') as one, dispy.JobCluster(square, nodes='local') as two:
         assert one.submit()() and two.submit(3)() == 9
-        daemons = [child for child in psutil.Process().children() if '--embedded' in child.cmdline()]
-        assert len(daemons) == 1
+        children = [' '.join(child.cmdline()) for child in psutil.Process().children()]
+        assert len([line for line in children if 'runner_start' in line]) == 2 and not [line for line in children if '--embedded' in line]
+        assert dispy.core_of(one).driver.connector.local is dispy.core_of(two).driver.connector.local
         one.close()
         assert two.submit(4)() == 16
 

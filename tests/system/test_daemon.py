@@ -358,7 +358,7 @@ def test_as_pid_1_it_reaps_orphans_and_sigterm_ends_it(tmp_path):
         port = int(log.read_text().split('at port ')[1].split(',')[0])
         with dispy.JobCluster(square, nodes=[('127.0.0.1', port)]) as cluster:
             assert [cluster.submit(n)() for n in range(3)] == [0, 1, 4]
-            runner, = [child for child in inside.children() if 'spawn_main' in ' '.join(child.cmdline())]
+            runner, = [child for child in inside.children() if 'runner_start' in ' '.join(child.cmdline())]
             orphans = [child for child in inside.children() if 'sleep' in child.name()]
             eventually(lambda: not [child for child in orphans if child.is_running()])
             runner.kill()   # is not mistaken for one

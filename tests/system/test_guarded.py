@@ -161,7 +161,7 @@ def broken_node(tmp_path, owner, name, flag):
 
 @pytest.mark.parametrize('owner, name', [
     ('Attempts', 'on_jobs'), ('CpuScheduler', '_dispatch'), ('UndeliveredResults', 'deliver'), ('Node', '_on_compute'), ('Computations', 'on_runner_up'),
-    ('ComputationFiles', 'prepare'), ('ProcessHost', 'start_runner'), ('ProcessHost', 'start_worker'), ('ProcessHost', 'feed'), ('Daemon', '_send'),
+    ('ComputationFiles', 'prepare'), ('ProcessHost', 'start_runner'), ('ProcessHost', 'start_worker'), ('ProcessHost', 'feed'), ('NodeHost', '_send'),
     ('ProcessHost', '_from_worker')])
 def test_a_node_outlives_its_faults(tmp_path, owner, name):
     """What the fault concerns ends; afterwards the next program is served."""
