@@ -10818,6 +10818,7 @@ class Recoveries:
     def dismiss(self, peer: NodeConnection, comp: str, key: bytes) -> None:
         """Tell a node that a computation is over. Its answer to the question after that shows
         that it has heard it."""
+        self._driver.say_to(peer, Reclaim(comp, key, False))   # which shows the key
         self._driver.say_to(peer, Done(comp))
         self._driver.say_to(peer, Reclaim(comp, key, False))
 

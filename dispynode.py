@@ -5822,6 +5822,8 @@ class UndeliveredResults:
         self._disk_full = False                 # which was told
         # Links on which results of a computation were sent again
         self._resent: Set[Tuple[int, str]] = set()
+        # Links at which the key of a computation was shown
+        self._key_shown: Set[Tuple[int, str]] = set()
 
     def deliver(self, comp: _Computation) -> None:
         """Send what has not been sent; to the disk with it if the client is away."""
@@ -5874,6 +5876,18 @@ class UndeliveredResults:
         if self.spooled.pop(name, None) is not None:
             self._tables.do(Forget(name))
 
+    def note_key(self, link: int, name: str) -> None:
+        """Note that the client at a link has shown the key of a computation."""
+        self._key_shown.add((link, name))
+
+    def may_forget(self, link: int, name: str) -> bool:
+        """Whether the client at a link may have results of a computation removed: they are its own,
+        or it has shown their key."""
+        spooled = self.spooled.get(name)
+        if spooled is None or (link, name) in self._key_shown:
+            return True
+        return spooled.owner == self._tables.links[link].instance
+
     def spooled_serials(self, name: str) -> AbstractSet[int]:
         """Attempts of a computation whose results are on the disk."""
         spooled = self.spooled.get(name)
@@ -5921,6 +5935,7 @@ class UndeliveredResults:
     def forget_link(self, link: int) -> None:
         """A link is gone."""
         self._resent = {(other, name) for other, name in self._resent if other != link}
+        self._key_shown = {row for row in self._key_shown if row[0] != link}
 
     def on_ack(self, link: int, message: Ack, now: float) -> None:
         """The client has these results."""
@@ -7177,8 +7192,9 @@ class Computations:
         if comp is not None:
             self.close(comp, at_once=False)
         # Also of one that is being closed, as it was an orphan
-        self._results.forget(message.comp)
-        self._past.forget(message.comp)
+        if self._results.may_forget(link, message.comp):
+            self._results.forget(message.comp)
+            self._past.forget(message.comp)
 
     def give_up(self, comp: _Computation) -> None:
         """The client has left on purpose."""
@@ -7538,6 +7554,7 @@ class Node:
                            self.tables.client_at(link))
             self.tables.do(Send(link, KnownAttempts(message.comp, [], AttemptHistory(whole=False).row())))
             return
+        self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self.tables.links and comp.link != link:
                 self.tables.do(

@@ -177,6 +177,14 @@ def test_results_of_an_orphan_that_is_being_closed_go_when_its_client_is_done():
     assert only(talk.say(Done('c'), 2), Forget) == [Forget('c')]
 
 
+def test_results_are_not_removed_for_a_stranger_who_has_no_key():
+    talk = orphaned(1)
+    talk.link(2, b'you')
+    assert not only(talk.say(Done('c'), 2), Forget)
+    talk.say(Reclaim('c', b'', False), 2)
+    assert only(talk.say(Done('c'), 2), Forget) == [Forget('c')]
+
+
 def test_a_client_that_is_back_is_told_what_is_here_of_it():
     """It may be done with that, while the node could not be told."""
     talk = Talk()
