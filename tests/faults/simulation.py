@@ -582,8 +582,8 @@ class Worker:
         self.queue.clear()
         self.daemon.later(PIPE, self.daemon.post, WorkerReturnedJobs(self.key, back))
 
-    def watch(self, serial, most):
-        """It uses less."""
+    def watch(self, serial, most, seconds):
+        """It uses less, and its node keeps the time too."""
 
     def die(self, told=True):
         if self.alive:

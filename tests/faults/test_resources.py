@@ -254,7 +254,7 @@ def test_a_result_for_which_somebody_has_no_memory_ends_its_job_alone(tmp_path, 
 # Where the clock on the wall may be read: for what a user sees, and to compare with times of files and hours of service.
 WALL_CLOCK = {
     'dispy.py': {'fill_in', 'end_without', '__init__', 'print_status', '_send_jobs', 'driver_failed', '_why_unended', '_moved', 'submit', '_submit', 'jobs_started',
-                 'remove_old_trails', 'find', '_moment', 'facts_now', '_settle'},
+                 'remove_old_trails', 'find', '_moment', 'facts_now', 'add', 'processes', 'settle', '_log_end', 'end_with_driver'},
     'dispynode.py': {'find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__'},
 }
 

@@ -380,6 +380,7 @@ def test_nodes_behind_one_address_come_back_in_another_order(tmp_path):
 
 # -- what runs out -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('small_disk', ['2m'], indirect=True)
 @pytest.mark.parametrize('large', ('arguments', 'result'))
 def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_disk, large, whole_arguments):
     """What it could not keep the other side has, and gives again when there is room."""
