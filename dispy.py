@@ -139,30 +139,36 @@ try:
 except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
-from dispynode import (
-    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, PROVISIONAL, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
-    PULSES_LOST, NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Authenticated,
-    SpoolSender, Bye, Call, Cancel, Compute, DatagramType, ConnectFailed, Connected, Datagram,
-    Reconnector, Discovery, DispyError, Done, DiscoverySockets, FilePiece, FileReceiver, FileStored, Acceptor,
-    HandshakeError, KnownAttempts, ClientHello, Jobs, LAZY, Limit, Link, LinkBroken, Need,
-    CpusChanged, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim,
-    Refused, Report, Results, Return, JobsReturned, Role, Notice, SecretError, Shutdown,
-    StartError, NodeHello, Wrong, __version__, out_of_band, call_chunk, Calls, check_name,
-    derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret,
-    batches, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
-    path_option, plain_text, format_address, python_of, in_parts, same_secret, dumps,
-    seconds_option, size_of, tls_files, tls_context, unpack_error, loads, value_pickler, BUNDLE,
-    BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named,
-    globals_of, is_named, keeps_identity, plain_form, with_needs, Listed, OUT_OF_BAND, SHARED_FROM,
-    available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
-    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, AttemptHistory,
-    REASONS, RETURNED, DirectoryRemains, SecondConnection, machine, STALLS, SEGMENT, Unreached,
-    is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place,
-    lock_file, told_once, Each, FILES_LEFT, KEEPING_FILES, MESSAGES, MAX_LIST, RecordLog,
-    add_messages, default_directory, exit_text, is_serial, read_secret, secret_path, take_lock,
-    write_private, CommandLines, size_option, BRING_BACK, RUN_BY_PYTHON, RUN_IN, FORK, SPAWN,
-    process_start_lock, MemoryLink, NodeHost, Options, Stop, dial_text, remove_abandoned_directory,
-    why_unreached, default_start_method, PAYLOAD)
+from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_ONCE, FILES_LEFT
+from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
+from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
+from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RETURNED, ROW_FIRST, RUN_BY_PYTHON
+from dispynode import RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STALLS, VALUE_MOST
+from dispynode import WHOLE_MOST
+from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
+from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
+from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
+from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
+from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
+from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
+from dispynode import OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready
+from dispynode import Reclaim, Reconnector, RecordLog, Refused, Report, Results, Return, ReturnJobs
+from dispynode import Role, Sealed, SecondConnection, SecretError, Shutdown, SpoolSender, Started
+from dispynode import StartError, StateRow, Stop, Unreached, Wrong
+from dispynode import __version__, add_messages, available_cpus, batches, build_tag, call_chunk
+from dispynode import check_name, check_not_importing, contents_of, default_directory
+from dispynode import default_start_method, derive_key, describe_exception, dial, dial_text
+from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
+from dispynode import find_secret, format_address, globals_of, has_place, host_and_port
+from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_serial
+from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
+from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
+from dispynode import pack_error, package_version, path_option, plain_form, plain_text
+from dispynode import process_start_lock, python_of, read_secret, remove_abandoned_directory
+from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
+from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
+from dispynode import tls_files, told_once, unpack_error, value_pickler, why_unreached, with_needs
+from dispynode import write_private
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -255,9 +261,14 @@ class LogToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
-        if sys.stderr is None or logger.handlers != [self] or logging.getLogger().handlers:
+        if sys.stderr is None:
             return
-        if getattr(record, 'is_routine', False) and logger.level >= logging.INFO:
+        if logger.handlers != [self]:
+            return
+        if logging.getLogger().handlers:
+            return
+        is_routine = getattr(record, 'is_routine', False)
+        if is_routine and logger.level >= logging.INFO:
             return
         try:
             sys.stderr.write(self.format(record) + '\n')
@@ -375,7 +386,10 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
-    names = [cluster.name for cluster in list(_clusters) if core_of(cluster).comp == job.comp]
+    names = []
+    for cluster in list(_clusters):
+        if core_of(cluster).comp == job.comp:
+            names.append(cluster.name)
     if job._failure is not None:
         found = job._failure.values()
     else:
@@ -411,7 +425,11 @@ def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
         else:
             left = min(FOREVER, until - time.monotonic())
         found = wait(max(0.0, left))
-        if found or (until is not None and time.monotonic() >= until):
+        if found:
+            return found
+        if until is None:
+            continue
+        if time.monotonic() >= until:
             return found
 
 
@@ -583,8 +601,9 @@ class DispyJob(ScheduledJob):
         failure = self._failure
         if failure is not None:
             failure.seen()
-            if failure.payload is not None and self._exception is not None:
-                self._exception = failure.with_arguments(self)
+            if failure.payload is not None:
+                if self._exception is not None:
+                    self._exception = failure.with_arguments(self)
         return self._exception
 
     @exception.setter
@@ -668,8 +687,9 @@ class DispyJob(ScheduledJob):
     def _unended(self, timeout: Optional[float]) -> str:
         """That it has not ended in time, and why. The user's threads."""
         values = values_of(self.payload, hasattr(self, '_future'))
-        return '%s has not ended within %g s: %s' % (
-            job_in_words(self.id, values), round(timeout or 0.0, 3), self._why_unended())
+        job = job_in_words(self.id, values)
+        return '%s has not ended within %g s: %s' % (job, round(timeout or 0.0,
+                                                                3), self._why_unended())
 
     def _why_unended(self) -> str:
         if self.status in (DispyJob.Running, DispyJob.ProvisionalResult):
@@ -690,7 +710,9 @@ class DispyJob(ScheduledJob):
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
-        return isinstance(self.stdout, bytes) and self.result != 0
+        if not isinstance(self.stdout, bytes):
+            return False
+        return self.result != 0
 
     def __await__(self) -> Iterator[Any]:
         """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile
@@ -761,16 +783,20 @@ def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, An
     """Arguments, positional and by name, that were packed so, to show them; None if they are large,
     or not of plain builtins only: opening others would run the user's code once more, in the
     program. Those of a call of an executor have the packed function before them."""
-    if payload is None or size_of(payload) > ARGUMENTS_SHOWN:
+    if payload is None:
+        return None
+    if size_of(payload) > ARGUMENTS_SHOWN:
         return None
     try:
-        args, kwargs = open_plain(in_one_piece(payload))[:2]
+        plain = open_plain(in_one_piece(payload))
+        args, kwargs = plain[:2]
     except PeerError:
         return None
     if is_call and len(args) == 3:
         _, args, kwargs = args
-    if type(args) is tuple and type(kwargs) is dict:
-        return (args, kwargs)
+    if type(args) is tuple:
+        if type(kwargs) is dict:
+            return (args, kwargs)
     return None
 
 
@@ -778,16 +804,21 @@ def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) ->
     """A job by its id and its arguments, as far as they are known."""
     if values is None or not any(values):
         return 'job %.80r' % (number,)
-    several = len(values[0]) + len(values[1]) > 1
+    value_length = len(values[0])
+    several = value_length + len(values[1]) > 1
     return 'job %.80r with the argument%s %s' % (number, 's' * several, words_of(*values))
 
 
 def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
     """The arguments of a job as people read them, in at most 300 characters. Runs the user's
     `__repr__`."""
-    words = [_word_of(arg) for arg in args[:SHOWN_MOST]]
-    words += ['%.80s=%s' % (name, _word_of(value))
-              for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
+    words = []
+    for arg in args[:SHOWN_MOST]:
+        words.append(_word_of(arg))
+    for name, value in itertools.islice(kwargs.items(), SHOWN_MOST):
+        if type(name) is str:
+            word = '%.80s=%s' % (name, _word_of(value))
+            words.append(word)
     text = ', '.join(words)
     if len(text) <= 300:
         return text
@@ -871,15 +902,17 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         _fill_in_error(job, payload)
     else:
         job._outcome = outcome
-        job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
+        decoded = bytes(payload).decode('utf-8', 'replace')
+        job.result, job.exception = None, decoded
     if start:
         job.start_time = start
     job.end_time = end or time.time()
     if is_program:
         job.stdout = bytes(stdout)
         job.stderr = bytes(stderr)
-        if failures is not None and status == DispyJob.Finished and job.result != 0:
-            failures.exited(job, node)
+        if failures is not None and status == DispyJob.Finished:
+            if job.result != 0:
+                failures.exited(job, node)
     else:
         if stdout:
             job.stdout = str(stdout, 'utf-8', 'replace')
@@ -889,8 +922,9 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
             job.stderr = str(stderr, 'utf-8', 'replace')
         else:
             job.stderr = ''
-    if failures is not None and status in FAILED:
-        failures.add(job, node)
+    if failures is not None:
+        if status in FAILED:
+            failures.add(job, node)
     job.payload = None
     job.status = status   # last: whoever sees it sees all of the above
 
@@ -912,8 +946,9 @@ def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None)
     job.result = None
     job.exception = text
     job.end_time = time.time()
-    if failures is not None and job.state in FAILED:
-        failures.add(job)
+    if failures is not None:
+        if job.state in FAILED:
+            failures.add(job)
     job.payload = None
     job.status = int(job.state)
 
@@ -1011,7 +1046,8 @@ class DispyNode:
         self.busy = busy
         self.jobs_done = jobs_done
         self.cpu_time = cpu_time
-        self.tx, self.rx = facts.get('tx', 0), facts.get('rx', 0)
+        fact = facts.get('tx', 0)
+        self.tx, self.rx = fact, facts.get('rx', 0)
         self.update_time = facts.get('heard', 0.0)
         self.platform = facts.get('platform', '')
         available = facts.get('available', {})
@@ -1028,7 +1064,8 @@ class DispyNode:
             where = self.ip_addr
         words = []
         if self.state and self.reason:
-            words.append('%s (%s)' % (self.state, reason_of(self.reason)))
+            word = '%s (%s)' % (self.state, reason_of(self.reason))
+            words.append(word)
         elif self.state:
             words.append(self.state)
         if self.cpus:
@@ -1036,7 +1073,8 @@ class DispyNode:
         if self.busy:
             words.append('%d running' % self.busy)
         if self.jobs_done:
-            words.append(many(self.jobs_done, 'job') + ' done')
+            message = many(self.jobs_done, 'job') + ' done'
+            words.append(message)
         text = where
         if self.name:
             text += ' ' + self.name
@@ -1135,10 +1173,20 @@ def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
     it looks like the name of a file."""
     for line in reversed(list(_NOT_FOUND.finditer(text))):
         message = line.group(1)
-        words = [word.rstrip('.,:;') for word in message.split()]
-        found = [quoted for _, quoted in _QUOTED.findall(message)]
-        for path in found + [word for word in words if re.search(r'\w[./]\w', word)]:
-            if not os.path.isabs(path) and is_here(path):
+        words = []
+        for word in message.split():
+            words.append(word.rstrip('.,:;'))
+        found = []
+        for _, quoted in _QUOTED.findall(message):
+            found.append(quoted)
+        chosen_words = []
+        for word in words:
+            if re.search(r'\w[./]\w', word):
+                chosen_words.append(word)
+        for path in found + chosen_words:
+            if os.path.isabs(path):
+                continue
+            if is_here(path):
                 return path, line.end()
     return '', 0
 
@@ -1171,7 +1219,9 @@ class Failure:
 
     def keep(self, job: 'DispyJob') -> None:
         """Keep the arguments of the job, which has ended, unless they are large."""
-        if job.payload is not None and size_of(job.payload) <= ARGUMENTS_SHOWN:
+        if job.payload is None:
+            return
+        if size_of(job.payload) <= ARGUMENTS_SHOWN:
             self.payload = job.payload
             self.is_call = hasattr(job, '_future')
 
@@ -1186,7 +1236,9 @@ class Failure:
             self.payload = None
             text = job._exception
         values = values_of(payload, self.is_call)
-        if values is None or text is None:
+        if values is None:
+            return text
+        if text is None:
             return text
         return '%s (%s)' % (text, job_in_words(job.id, values))
 
@@ -1222,14 +1274,16 @@ class Failures:
         text = source_here.added_to(job._exception or '')
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, node)
-            if isinstance(job._error, ImportError) and type(job._error.msg) is str:
-                job._error.msg = with_hint_for_module(job._error.msg, node)
-                job._error.args = (job._error.msg,)
+            if isinstance(job._error, ImportError):
+                if type(job._error.msg) is str:
+                    job._error.msg = with_hint_for_module(job._error.msg, node)
+                    job._error.args = (job._error.msg,)
         reason = told = reason_of(text)
         if 'FileNotFoundError' in text:
             path, at = missing_file(text, self._is_here)
             if path:
-                is_sent = os.path.basename(path) in self._sent
+                file_name = os.path.basename(path)
+                is_sent = file_name in self._sent
                 hint = ' (%s)' % hint_for_missing(path, self._directory, is_sent)
                 text = text[:at] + hint + text[at:]
                 told += hint
@@ -1245,7 +1299,8 @@ class Failures:
     @staticmethod
     def exited(job: 'DispyJob', node: str = '') -> None:
         """A program has ended with an exit status other than 0."""
-        job._failure = Failure(status_words(job.result), node, None)
+        reason = status_words(job.result)
+        job._failure = Failure(reason, node, None)
         job._failure.keep(job)
 
     def _is_here(self, path: str) -> bool:
@@ -1254,9 +1309,10 @@ class Failures:
     def _count(self, told: str, reason: str, number: Any) -> List[Any]:
         kind = kind_of_reason(reason)
         with _lock:
-            if kind not in self._rows and len(self._rows) >= self.KINDS_MOST:
-                kind = ''
-                told = 'various'
+            if kind not in self._rows:
+                if len(self._rows) >= self.KINDS_MOST:
+                    kind = ''
+                    told = 'various'
             row = self._rows.setdefault(kind, [0, told, number])
             row[0] += 1
         return row
@@ -1265,7 +1321,10 @@ class Failures:
         """What is to be said of them, of so many jobs; empty if there are none. Whoever asks again
         is told of later ones."""
         with _lock:
-            rows = [tuple(row) for row in self._rows.values() if row[0] > 0]
+            rows = []
+            for row in self._rows.values():
+                if row[0] > 0:
+                    rows.append(tuple(row))
             self._rows = {}
         return failures_text(rows, submitted)
 
@@ -1298,8 +1357,9 @@ def hint_for_module(name: str, node: str, python: str) -> str:
         package = own_modules.distribution_of(name)
         return 'install %s on %s (%s -m pip install %s)' % (package, where, python, package)
     if kind is ModuleKind.STANDARD:
-        return 'start dispynode on %s with Python %d.%d, as here: %s is in its standard library, and not in that of the Python ' \
-            'there' % (where.replace('the node', 'it'), *sys.version_info[:2], name)
+        return ('start dispynode on %s with Python %d.%d, as here: %s is in its standard '
+                'library, and not in that of the Python there' %
+                (where.replace('the node', 'it'), *sys.version_info[:2], name))
     if kind is ModuleKind.OWN:
         return 'list its file in depends'
     return ''
@@ -1309,8 +1369,11 @@ def with_hint_for_module(text: str, node: str) -> str:
     """What a node, or a job there, says of an import that failed, with a hint that fits."""
     told = _INSTALL.search(text)
     if told is not None:
-        hint = hint_for_module(told.group(1), node, told.group(2)) or told.group()
-        return text[:told.start()] + hint + text[told.end():]
+        name = told.group(1)
+        python = told.group(2)
+        hint = hint_for_module(name, node, python) or told.group()
+        short_text = text[:told.start()]
+        return short_text + hint + text[told.end():]
     missing = list(_NO_MODULE.finditer(text))
     if not missing:
         return text
@@ -1367,8 +1430,11 @@ class SourceHere:
         is_own = self.is_own(file)
         if shown and not is_own:
             return shown
-        line = self.line(file, int(frame.group('line')), is_own).strip()
-        if not line or (shown and shown[0].strip() == line):
+        number = int(frame.group('line'))
+        line = self.line(file, number, is_own).strip()
+        if not line:
+            return shown
+        if shown and shown[0].strip() == line:
             return shown
         return [indent + line]   # the node has another file by this name, or none
 
@@ -1376,7 +1442,8 @@ class SourceHere:
     def is_own(file: str) -> bool:
         """Whether this program has the text and no other place can: that of its main script, or of
         what was typed into it."""
-        if file == getattr(sys.modules.get('__main__'), '__file__', None):
+        module = sys.modules.get('__main__')
+        if file == getattr(module, '__file__', None):
             return True
         return is_cell(file)
 
@@ -1398,7 +1465,11 @@ def is_cell(file: str) -> bool:
     """Whether this is no file, but what was typed into a notebook or at a prompt, of which
     linecache keeps the text."""
     entry: Any = linecache.cache.get(file)
-    return entry is not None and len(entry) == 4 and entry[1] is None
+    if entry is None:
+        return False
+    if len(entry) != 4:
+        return False
+    return entry[1] is None
 
 
 class Counts(NamedTuple):
@@ -1410,7 +1481,10 @@ class Counts(NamedTuple):
     waiting: int
 
     def __str__(self) -> str:
-        words = ['%d %s' % (count, name) for name, count in zip(self._fields, self) if count]
+        words = []
+        for name, count in zip(self._fields, self):
+            if count:
+                words.append('%d %s' % (count, name))
         return ', '.join(words) or 'no jobs'
 
 
@@ -1453,7 +1527,8 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int =
         more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others)
     else:
         more = ''
-    body = ''.join(row(cells, 'td') for cells in rows)
+    chosen_rows = [row(cells, 'td') for cells in rows]
+    body = ''.join(chosen_rows)
     return '<table>%s%s%s</table>' % (row(head, 'th'), body, more)
 
 
@@ -1465,8 +1540,11 @@ def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
         took = ''
         if job.start_time and job.end_time:
             took = '%.3f' % (job.end_time - job.start_time)
-        rows.append((_word_of(job.id), words, where or job.ip_addr or '', took, reason))
-    return html_table(('Job', 'State', 'Node', 's', 'Reason'), rows, max(0, len(jobs) - SHOWN_MOST))
+        word = _word_of(job.id)
+        row = (word, words, where or job.ip_addr or '', took, reason)
+        rows.append(row)
+    others = max(0, len(jobs) - SHOWN_MOST)
+    return html_table(('Job', 'State', 'Node', 's', 'Reason'), rows, others)
 
 
 def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
@@ -1478,10 +1556,12 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
         else:
             where = node.ip_addr
         seconds = '%.3f' % node.cpu_time
-        rows.append((node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done,
-                     seconds, reason_of(node.reason)))
+        row = (node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done, seconds,
+               reason_of(node.reason))
+        rows.append(row)
     head = ('Node', 'Address', 'State', 'CPUs', 'Running', 'Jobs done', 'Job time s', 'Reason')
-    return html_table(head, rows, max(0, len(nodes) - SHOWN_MOST))
+    others = max(0, len(nodes) - SHOWN_MOST)
+    return html_table(head, rows, others)
 
 
 def html_bar(counts: Counts) -> str:
@@ -1491,8 +1571,8 @@ def html_bar(counts: Counts) -> str:
     parts = []
     for name, colour in colours.items():
         width = 100.0 * getattr(counts, name) / whole
-        parts.append('<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
-            name, width, colour))
+        part = '<div title="%s" style="width:%.2f%%;background:%s"></div>' % (name, width, colour)
+        parts.append(part)
     style = 'display:flex;height:10px;max-width:40em;background:#e0e0e0'
     return '<div style="%s">%s</div>' % (style, ''.join(parts))
 
@@ -1503,7 +1583,8 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
     ended = counts.done + counts.failed + counts.cancelled
     lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
     lines.append(html_bar(counts))
-    lines.append('%d of %s: %s' % (ended, many(sum(counts), 'job'), counts))
+    message = '%d of %s: %s' % (ended, many(sum(counts), 'job'), counts)
+    lines.append(message)
     if page:
         lines.append('<a href="%s" target="_blank">web page</a>' % html.escape(page))
     if nodes:
@@ -1513,8 +1594,12 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
 
 def nodes_text(nodes: Sequence['DispyNode']) -> str:
     """'3 nodes, 9 CPUs': those that can be used."""
-    ready = [node for node in nodes if node.state == 'ready']
-    return '%s, %s' % (many(len(ready), 'node'), many(sum(node.cpus for node in ready), 'CPU'))
+    ready = []
+    for node in nodes:
+        if node.state == 'ready':
+            ready.append(node)
+    total_cpus = sum(node.cpus for node in ready)
+    return '%s, %s' % (many(len(ready), 'node'), many(total_cpus, 'CPU'))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1613,11 +1698,14 @@ class Account(NamedTuple):
 
 def known_table() -> str:
     """The table for people: `python -m dispy states`."""
-    width = max(len(known.name) for known in Known)
-    lines = ['%-*s  %s' % (width, '', '  '.join('%-9s' % occasion.name for occasion in Occasion))]
+    name_lengths = [len(known.name) for known in Known]
+    width = max(name_lengths)
+    message = '%-*s  %s' % (width, '', '  '.join('%-9s' % occasion.name for occasion in Occasion))
+    lines = [message]
     for known in Known:
         cells = '  '.join('%-9s' % KNOWN_TABLE[known, occasion].name for occasion in Occasion)
-        lines.append('%-*s  %s' % (width, known.name, cells.rstrip()))
+        line = '%-*s  %s' % (width, known.name, cells.rstrip())
+        lines.append(line)
     for kind in (Known, Occasion, Verdict):
         lines += ['', *('%-*s  %s' % (width, one.name, one.value) for one in kind)]
     return '\n'.join(lines)
@@ -1989,7 +2077,9 @@ class Repeats:
 
     def next_delay(self, error: Optional[BaseException]) -> Optional[float]:
         """Seconds until it is tried again after this failure; None if it is not."""
-        if error is None or not (self.on is True or isinstance(error, self.on)):
+        if error is None:
+            return None
+        if not (self.on is True or isinstance(error, self.on)):
             return None
         self.failures += 1
         return self.delay * 2 ** min(self.failures - 1, 60)  # type: ignore[no-any-return]
@@ -2042,14 +2132,16 @@ class _Queue:
     def pop(self) -> ScheduledJob:
         """Take what `head` returned."""
         self.length -= 1
-        return self._levels[self._order[-1]].popleft()
+        level = self._levels[self._order[-1]]
+        return level.popleft()
 
     def forget(self) -> None:
         """One that is in here was cancelled; it is dropped when it comes to the front."""
         self.length -= 1
 
     def __iter__(self) -> Iterator[ScheduledJob]:
-        return (work for level in self._levels.values() for work in level if work.state in _WAITING)
+        levels = self._levels.values()
+        return (work for level in levels for work in level if work.state in _WAITING)
 
 
 _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
@@ -2071,7 +2163,7 @@ class ComputationLoad:
         self.called: Dict[int, int] = {}
         # Jobs that have failed and may be repeated -> when; infinite until the program has said
         self.resting: Dict[ScheduledJob, float] = {}
-        self.withdrawn: Set[ScheduledJob] = set()     # on nodes, and cancelled if they have not begun
+        self.withdrawn: Set[ScheduledJob] = set()   # on nodes, and cancelled if they have not begun
         self.ranked = False                   # some jobs have a priority
         # When a job of it was sent last, in numbers of the schedule
         self.served = 0
@@ -2081,7 +2173,8 @@ class ComputationLoad:
         self.idle: Dict[Any, 'NodeLoad'] = {}      # those with a CPU for it
         # Those that hold more of its jobs than they have CPUs
         self.overloaded: Dict[Any, 'NodeLoad'] = {}
-        self.blocked_head: Optional[ScheduledJob] = None     # head of the queue that no idle node has room for
+        # Head of the queue that no idle node has room for
+        self.blocked_head: Optional[ScheduledJob] = None
         self.unloadable = ''                    # why no node can load its code
         # Most CPUs that a node has for it, None if that is not known now
         self.largest_node: Optional[int] = None
@@ -2090,7 +2183,8 @@ class ComputationLoad:
         """One of its jobs has a priority; those before it have none."""
         self.ranked = True
         for node in self.nodes.values():
-            node.ranks[self.comp] = collections.Counter({0: node.parts[self.comp]})
+            part = node.parts[self.comp]
+            node.ranks[self.comp] = collections.Counter({0: part})
 
     def queue_of(self, work: ScheduledJob) -> _Queue:
         """Where this job waits; which node it is for, a scheduler sees to."""
@@ -2120,7 +2214,8 @@ class ComputationLoad:
     def waiting(self) -> List[ScheduledJob]:
         """All jobs that wait."""
         queued = [work for queue in (self.queue, *self.pinned.values()) for work in queue]
-        return queued + self.too_wide + list(self.resting)
+        restings = list(self.resting)
+        return queued + self.too_wide + restings
 
     def take_out(self, work: ScheduledJob) -> None:
         """One of these waits no more."""
@@ -2136,20 +2231,24 @@ class ComputationLoad:
         found = self.waiting()
         for node in self.nodes.values():
             flight = node.in_flight[self.comp].values()
-            found += [work for work in flight if work.state is JobState.SENT]
+            for work in flight:
+                if work.state is JobState.SENT:
+                    found.append(work)
         return found
 
     def may_wait_there(self, work: ScheduledJob, times: int = RECALLS_MOST) -> bool:
         """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
         less than so many times."""
-        return not self.called or self.called.get(work.serial >> 16, 0) < times
+        if not self.called:
+            return True
+        return self.called.get(work.serial >> 16, 0) < times
 
 
 class NodeLoad:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
-                 'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks', 'trip',
-                 'probe', 'tried_until')
+                 'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks',
+                 'trip', 'probe', 'tried_until')
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -2207,7 +2306,8 @@ class NodeLoad:
         """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU
         whose job has run for as long as that work was to last is not counted: nobody knows when it
         will be free."""
-        ahead = self.ahead[comp].jobs(self.horizon) // rivals
+        jobs = self.ahead[comp].jobs(self.horizon)
+        ahead = jobs // rivals
         if ahead:
             return ahead * self._prompt(comp, now)
         return 0
@@ -2229,8 +2329,11 @@ class NodeLoad:
         # A sum, as the timer's: a difference is rounded
         horizon = self.horizon
         flight = self.in_flight[comp]
-        stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
-                    if since + horizon <= now)
+        cpus = []
+        for serial, since in begun.items():
+            if since + horizon <= now:
+                cpus.append(cpus_of(flight[serial]))
+        stuck = sum(cpus)
         return max(0, self.limits[comp] - stuck)
 
     def choice(self, comp: ComputationLoad, sharers: Sequence[ComputationLoad]) -> int:
@@ -2242,11 +2345,16 @@ class NodeLoad:
         limit = self.limits[comp.comp]
         if row or any(other.estimate.seconds is not None for other in sharers):
             return (row or ROW_FIRST) * max(1, limit // len(sharers))
-        there = [other for other in sharers if other.client == comp.client]
+        there = []
+        for other in sharers:
+            if other.client == comp.client:
+                there.append(other)
         if not self.parts[comp.comp]:
             return 1
-        part = sum(self.parts[other.comp] for other in there)
-        even = max(1, limit // len({other.client for other in sharers}))
+        parts = [self.parts[other.comp] for other in there]
+        part = sum(parts)
+        clients = {other.client for other in sharers}
+        even = max(1, limit // len(clients))
         if part < even:
             return even - part + self.waits(comp.comp)
         return int(part <= limit and not any(self.waits(other.comp) for other in there))
@@ -2256,7 +2364,9 @@ class NodeLoad:
         if len(self.comps) < 2:
             return False
         for name, other in self.comps.items():
-            if other is not comp and (self.parts[name] or other.length()):
+            if other is comp:
+                continue
+            if self.parts[name] or other.length():
                 return True
         return False
 
@@ -2274,7 +2384,8 @@ class NodeLoad:
             flight = self.in_flight[comp]
             begun = self.begun[comp]
             serials = list(begun)
-            used = sum(cpus_of(flight[serial]) for serial in begun)
+            cpus = [cpus_of(flight[serial]) for serial in begun]
+            used = sum(cpus)
             most = max(min(want, -(-left // (len(wants) - index))), used)
             for serial, work in flight.items() if used < most else ():
                 if serial not in begun:
@@ -2291,8 +2402,9 @@ class NodeLoad:
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
         rounds = self.rounds
-        if rounds > 1 and self.is_shared(comp):
-            rounds = 1
+        if rounds > 1:
+            if self.is_shared(comp):
+                rounds = 1
         name = comp.comp
         self.ahead[name].ended(len(ended), len(self.in_flight[name]), self.limits[name], rounds)
         if self.probe is not None:
@@ -2310,8 +2422,15 @@ class NodeLoad:
         """CPUs of jobs here that come before one that would be sent now; they differ in
         priority."""
         rank = priority_of(work)
-        lower = sum(cpus for other, cpus in self.ranks[comp.comp].items() if other < rank)
-        return self.parts[comp.comp] - max(0, lower - self.limits[comp.comp])
+        comp_rank = self.ranks[comp.comp]
+        chosen_cpus = []
+        for other, cpus in comp_rank.items():
+            if other < rank:
+                chosen_cpus.append(cpus)
+        lower = sum(chosen_cpus)
+        part = self.parts[comp.comp]
+        limit = self.limits[comp.comp]
+        return part - max(0, lower - limit)
 
     def limit(self, comp: str, cpus: int) -> None:
         """CPUs for a computation."""
@@ -2332,8 +2451,8 @@ class NodeLoad:
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
-        for table in (self.in_flight, self.comps, self.limits, self.parts, self.begun, self.recalled,
-                      self.ahead, self.ranks):
+        for table in (self.in_flight, self.comps, self.limits, self.parts, self.begun,
+                      self.recalled, self.ahead, self.ranks):
             table.pop(comp, None)  # type: ignore[attr-defined]
         self.draining.discard(comp)
         self._count()
@@ -2368,7 +2487,8 @@ class Books:
         self.comps: Dict[str, ComputationLoad] = {}
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
-        self.waiting: Dict[str, ComputationLoad] = {}       # with jobs that wait, and perhaps some that had
+        # With jobs that wait, and perhaps some that had
+        self.waiting: Dict[str, ComputationLoad] = {}
         # Client -> CPUs of its jobs on nodes
         self.client_cpus: Dict[str, int] = collections.Counter()
         # Nodes that something has happened to since the last flush
@@ -2400,7 +2520,11 @@ class Books:
         """The node and the computation of an event, if the one is set up for the other."""
         node = self.nodes.get(key)
         comp = self.comps.get(name)
-        if node is None or comp is None or name not in node.comps:
+        if node is None:
+            return None
+        if comp is None:
+            return None
+        if name not in node.comps:
             return None
         return node, comp
 
@@ -2420,10 +2544,13 @@ class Books:
         comp.running[work.serial] = node
         if comp.ranked:
             node.ranks[comp.comp][priority_of(work)] += cpus
-        if node.probe is None and node.cpus_reserved == node.used:   # it will not wait there
-            node.probe = (work.serial, self.now)
-        if node.key in comp.idle and node.room(comp.comp) < 1:
-            self.look_at(node)
+        # It will not wait there
+        if node.probe is None:
+            if node.cpus_reserved == node.used:
+                node.probe = (work.serial, self.now)
+        if node.key in comp.idle:
+            if node.room(comp.comp) < 1:
+                self.look_at(node)
         works = self._to_send.get((node.key, comp.comp))
         if works is None:
             works = self._to_send[node.key, comp.comp] = []
@@ -2455,7 +2582,8 @@ class Books:
             for work in there.in_flight[comp.comp].values():
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
 
-    def take_off(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> Dict[int, ScheduledJob]:
+    def take_off(self, node: NodeLoad, comp: ComputationLoad,
+                 serials: Sequence[int]) -> Dict[int, ScheduledJob]:
         """Take attempts off a node. Those are left out that are not there: results that come twice
         or too late."""
         landed: Dict[int, ScheduledJob] = {}
@@ -2486,7 +2614,9 @@ class Books:
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
-        if comp in node.draining and not node.in_flight[comp]:
+        if comp not in node.draining:
+            return
+        if not node.in_flight[comp]:
             self.do(NodeDrained(node.key, comp))
 
     def look_at(self, node: NodeLoad) -> None:
@@ -2514,7 +2644,8 @@ class Books:
         """What was to be withdrawn has begun, ended or cannot be asked for."""
         if work in comp.withdrawn:
             comp.withdrawn.discard(work)
-            self.do(Withdrawn(work, work.state is JobState.CANCELLED))
+            gone = work.state is JobState.CANCELLED
+            self.do(Withdrawn(work, gone))
 
     def reached(self, node: NodeLoad) -> None:
         """A node can be reached, perhaps again."""
@@ -2537,7 +2668,8 @@ class Placement:
         while waiting:
             for comp in waiting:
                 self._park(comp)
-            self._use_idle([comp for comp in waiting if comp.length()])
+            rivals = [comp for comp in waiting if comp.length()]
+            self._use_idle(rivals)
             is_filled = self._fill_queues(waiting)
             waiting = self._still_waiting()
             if not is_filled:   # otherwise another head may find an idle CPU
@@ -2558,7 +2690,9 @@ class Placement:
         """Jobs of these computations go to queues on nodes. Returns whether any did. While a job
         waits that may go to idle CPUs only, none is sent, or there would never be an idle one."""
         changed = self._books.changed
-        total = max(1, sum(node.cpus for node in changed.values()))
+        cpus = [node.cpus for node in changed.values()]
+        total_cpus = sum(cpus)
+        total = max(1, total_cpus)
         shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
         picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
         is_filled = False
@@ -2571,19 +2705,23 @@ class Placement:
         return is_filled
 
     def _still_waiting(self) -> List[ComputationLoad]:
-        waiting = [comp for comp in self._books.waiting.values() if comp.length()]
-        if len(waiting) < len(self._books.waiting):
-            self._books.waiting = {comp.comp: comp for comp in waiting}
+        books = self._books
+        waiting = [comp for comp in books.waiting.values() if comp.length()]
+        if len(waiting) < len(books.waiting):
+            books.waiting = {comp.comp: comp for comp in waiting}
         return waiting
 
     def _park(self, comp: ComputationLoad) -> None:
         """What no node can take shall not stop those behind it."""
         work = comp.queue.head()
-        if work is None or cpus_of(work) == 1:
+        if work is None:
+            return
+        if cpus_of(work) == 1:
             return
         if comp.largest_node is None:
-            comp.largest_node = max((node.limits[comp.comp] for node in comp.nodes.values()
-                               if node.away is None), default=0)
+            nodes = comp.nodes.values()
+            comp.largest_node = max((node.limits[comp.comp] for node in nodes if node.away is None),
+                                    default=0)
         widest = comp.largest_node
         while widest and work is not None and cpus_of(work) > widest:
             comp.too_wide.append(comp.queue.pop())
@@ -2596,7 +2734,9 @@ class Placement:
     def _may_be_ahead(comp: ComputationLoad) -> bool:
         """Whether the next job of a computation may wait on a node."""
         work = comp.queue.head()
-        return work is None or comp.may_wait_there(work)
+        if work is None:
+            return True
+        return comp.may_wait_there(work)
 
     def _rank(self, comp: ComputationLoad) -> Tuple[int, int, int]:
         """Who has least of this is next: the CPUs of its client, of these its own, and the time
@@ -2607,12 +2747,15 @@ class Placement:
 
     def _start_one(self, comp: ComputationLoad) -> bool:
         """Send the next job to an idle CPU."""
+        books = self._books
         for key, pinned in comp.pinned.items() if comp.pinned else ():
             if pinned.length and key in comp.idle:
                 node = comp.idle[key]
                 work = pinned.head()
-                if work is not None and cpus_of(work) <= node.room(comp.comp):
-                    self._books.put_on(node, comp, pinned.pop())
+                if work is None:
+                    continue
+                if cpus_of(work) <= node.room(comp.comp):
+                    books.put_on(node, comp, pinned.pop())
                     return True
         work = comp.queue.head()
         if work is None:
@@ -2620,10 +2763,11 @@ class Placement:
         cpus = cpus_of(work)
         nodes: Iterable[NodeLoad] = comp.idle.values()
         if comp.blocked_head is work:
-            nodes = [node for node in self._books.changed.values() if node.key in comp.idle]
+            changed = books.changed.values()
+            nodes = [node for node in changed if node.key in comp.idle]
         for node in nodes:
             if cpus <= node.room(comp.comp):
-                self._books.put_on(node, comp, comp.queue.pop())
+                books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked_head = work   # until something happens to a node
         return False
@@ -2632,10 +2776,9 @@ class Placement:
         """Send ahead what a node will soon come to: by how long jobs take; of long ones no more
         than a client's even part, so that the node, which gives a CPU to who has fewest, has
         someone to choose from. Returns whether anything is sent."""
-        rivals = [
-            comp for comp in node.comps.values()
-            if comp.comp in shares and comp.source(node.key).length
-        ]
+        books = self._books
+        comps = node.comps.values()
+        rivals = [comp for comp in comps if comp.comp in shares and comp.source(node.key).length]
         if not rivals:
             return False
         if len(rivals) > 1:
@@ -2645,22 +2788,27 @@ class Placement:
         sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
         before = node.used
         for comp in rivals:
-            reserve = min(node.reserve(comp.comp, self._books.now, len(rivals)),
+            reserve = min(node.reserve(comp.comp, books.now, len(rivals)),
                           node.limits[comp.comp] * shares[comp.comp])
             if len(sharers) > 1 and not self._fifo:
                 choice = node.choice(comp, sharers)
             else:
                 choice = 0
-            choice = min(choice, node.limits[comp.comp] * shares[comp.comp])
+            limit = node.limits[comp.comp]
+            choice = min(choice, limit * shares[comp.comp])
             while True:
                 source = comp.source(node.key)
                 work = source.head()
-                if work is None or not self._may_send(node, comp, work, reserve, choice):
+                if work is None:
                     break
-                self._books.put_on(node, comp, source.pop())
+                may_send = self._may_send(node, comp, work, reserve, choice)
+                if not may_send:
+                    break
+                books.put_on(node, comp, source.pop())
         return node.used > before
 
-    def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int, choice: int) -> bool:
+    def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
+                  choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
         may wait."""
         limit = node.limits[comp.comp]
@@ -2671,7 +2819,9 @@ class Placement:
         if cpus_of(work) > fits:
             return False
         if comp.called and not comp.may_wait_there(work):
-            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
+            if not choice > 0:
+                return False
+            return not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -2684,34 +2834,44 @@ class Placement:
     def reduce(self, node: NodeLoad) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
         longer than those before them, or some run that will not end soon."""
+        books = self._books
         for name, comp in node.comps.items() if node.away is None else ():
             spare = node.parts[name] - node.limits[name]
-            if spare <= 0 or comp.remote or name in node.draining:
+            if spare <= 0 or comp.remote:
                 continue
-            reserve = node.reserve(name, self._books.now)
+            if name in node.draining:
+                continue
+            reserve = node.reserve(name, books.now)
             if spare <= 2 * reserve:   # estimates go up and down a little
                 continue
             shared = node.is_shared(comp)
-            if not shared and spare <= node.bearable(name, self._books.now):
+            if not shared and spare <= node.bearable(name, books.now):
                 continue
             sharers = list(node.comps.values())
             if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
-                asked = sum(cpus_of(node.in_flight[name][serial]) for serial in node.recalled[name])
+                cpus = [cpus_of(node.in_flight[name][serial]) for serial in node.recalled[name]]
+                asked = sum(cpus)
                 most = spare - reserve - asked
                 # The last time is for an idle CPU elsewhere
                 if shared:
                     times = 1
                 else:
                     times = RECALLS_MOST
-                self.call_back(node, comp, self.movable(node, comp, most, math.inf, times), True)
+                serials = self.movable(node, comp, most, math.inf, times)
+                self.call_back(node, comp, serials, True)
 
     def balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
         for comp in self._books.comps.values():
-            if not comp.overloaded or not comp.idle or comp.queue.length:
+            if not comp.overloaded:
+                continue
+            if not comp.idle:
+                continue
+            if comp.queue.length:
                 continue
             # More than 64 are seen to in later turns
-            rooms = [node.room(comp.comp) for node in itertools.islice(comp.idle.values(), 64)]
+            idle = comp.idle.values()
+            rooms = [node.room(comp.comp) for node in itertools.islice(idle, 64)]
             free = sum(rooms)
             called = 0
             for donor in list(comp.overloaded.values()):
@@ -2725,7 +2885,8 @@ class Placement:
                 if called >= free:
                     break
 
-    def movable(self, node: NodeLoad, comp: ComputationLoad, most: int, room: float, times: int) -> List[int]:
+    def movable(self, node: NodeLoad, comp: ComputationLoad, most: int, room: float,
+                times: int) -> List[int]:
         """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
         those of low priority first; none that was called back so many times already (0: however
         often). Less `room` than all: for another node."""
@@ -2741,25 +2902,32 @@ class Placement:
         for serial, work in last:
             if most <= 0:
                 break
-            if serial in begun or serial in recalled or work.state is not JobState.SENT:
+            if serial in begun:
+                continue
+            if serial in recalled:
+                continue
+            if work.state is not JobState.SENT:
                 continue
             if times and not comp.may_wait_there(work, times):
                 if room < math.inf:
                     continue
                 break   # those before it would be overtaken
             for_this_node = bool(work.options) and 'node' in work.options  # type: ignore[operator]
-            if room < math.inf and (cpus_of(work) > room or for_this_node):
-                break
+            if room < math.inf:
+                if cpus_of(work) > room or for_this_node:
+                    break
             serials.append(serial)
             most -= cpus_of(work)
         return serials
 
-    def call_back(self, node: NodeLoad, comp: ComputationLoad, serials: List[int], own: bool) -> None:
+    def call_back(self, node: NodeLoad, comp: ComputationLoad, serials: List[int],
+                  own: bool) -> None:
         """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
         it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
-            self._books.do(SendRecall(node.key, comp.comp, serials))
+            send_recall = SendRecall(node.key, comp.comp, serials)
+            self._books.do(send_recall)
 
 
 class Limits:
@@ -2776,7 +2944,9 @@ class Limits:
         else:
             comp.offers[node.key] = cpus
             self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
-            self._books.do(LimitNode(node.key, comp.comp, node.limits[comp.comp]))
+            comp_limit = node.limits[comp.comp]
+            limit_node = LimitNode(node.key, comp.comp, comp_limit)
+            self._books.do(limit_node)
             self._share_limits(comp)
 
     def _share_limits(self, comp: ComputationLoad) -> None:
@@ -2785,22 +2955,31 @@ class Limits:
         left = (comp.most or 0) - sum(node.limits[comp.comp] for node in comp.nodes.values())
         for key, node in comp.nodes.items():
             limit = node.limits[comp.comp]
-            more = min(left, comp.offers.get(key, 0) - limit)
-            if more > 0 and node.away is None:
-                left -= more
-                self._set_limit(node, comp, limit + more)
-                self._books.do(LimitNode(key, comp.comp, limit + more))
+            offer = comp.offers.get(key, 0)
+            more = min(left, offer - limit)
+            if not more > 0:
+                continue
+            if node.away is not None:
+                continue
+            left -= more
+            self._set_limit(node, comp, limit + more)
+            cpus = limit + more
+            limit_node = LimitNode(key, comp.comp, cpus)
+            self._books.do(limit_node)
 
     def _set_limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
+        placement = self._placement
+        books = self._books
         node.draining.discard(comp.comp)
         lowered = cpus < node.limits[comp.comp]
         node.limit(comp.comp, cpus)
         if lowered and node.away is None and not comp.remote:
-            most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._books.now)
-            self._placement.call_back(node, comp,
-                                      self._placement.movable(node, comp, most, math.inf, 0), False)
+            part = node.parts[comp.comp]
+            most = part - cpus - node.reserve(comp.comp, books.now)
+            movable = placement.movable(node, comp, most, math.inf, 0)
+            placement.call_back(node, comp, movable, False)
         comp.largest_node = None
-        self._books.changed[node.key] = node
+        books.changed[node.key] = node
 
     def forget(self, node: NodeLoad, comp: ComputationLoad) -> None:
         """A computation is over on a node; nothing of it is in flight there."""
@@ -2837,8 +3016,12 @@ class Repetitions:
             repeats: Optional[Repeats] = work.options.get('repeats')
         else:
             repeats = None
-        if repeats is None or not repeats.may_be(row[1], len(work.lost_with)) \
-                or work.state is JobState.CANCELLING:
+        if repeats is None:
+            return False
+        lost_with_length = len(work.lost_with)
+        if not repeats.may_be(row[1], lost_with_length):
+            return False
+        if work.state is JobState.CANCELLING:
             return False
         move_job(work, 'back')
         self._books.answer(comp, work)
@@ -2847,19 +3030,31 @@ class Repetitions:
 
     def repeat(self, event: Repeat) -> None:
         """A job is to be tried again, after a delay."""
-        comp = self._books.comps.get(event.work.comp)
-        if comp is not None and event.work in comp.resting:   # not cancelled meanwhile
-            until = comp.resting[event.work] = self._books.now + event.delay
-            heapq.heappush(self._rests, (until, next(self._books.numbers), event.work))
-            self._books.do(JobWaits(event.work))
+        work = event.work
+        books = self._books
+        comp = books.comps.get(work.comp)
+        # Not cancelled meanwhile
+        if comp is None:
+            return
+        if work not in comp.resting:
+            return
+        until = comp.resting[work] = books.now + event.delay
+        next_number = next(books.numbers)
+        heapq.heappush(self._rests, (until, next_number, work))
+        books.do(JobWaits(work))
 
     def stay(self, event: RepeatNot) -> None:
         """The last failure of a job was its end."""
-        comp = self._books.comps.get(event.work.comp)
-        if comp is not None and event.work in comp.resting:
-            del comp.resting[event.work]
-            move_job(event.work, _EVENT_OF[Outcome(event.outcome)])
-            self._books.do(JobStays(event.work))
+        work = event.work
+        books = self._books
+        comp = books.comps.get(work.comp)
+        if comp is None:
+            return
+        if work not in comp.resting:
+            return
+        del comp.resting[work]
+        move_job(work, _EVENT_OF[Outcome(event.outcome)])
+        books.do(JobStays(work))
 
     def next_at(self) -> Optional[float]:
         """When the first of these jobs has rested."""
@@ -2873,13 +3068,17 @@ class Repetitions:
             self._rested(*heapq.heappop(self._rests))
 
     def _rested(self, until: float, number: int, work: ScheduledJob) -> None:
-        comp = self._books.comps.get(work.comp)
-        if comp is not None and comp.resting.get(work) == until:
-            del comp.resting[work]
-            comp.queue_of(work).push(work)
-            self._books.waiting[comp.comp] = comp
-            for node in itertools.islice(comp.nodes.values(), 64):
-                self._books.changed[node.key] = node
+        books = self._books
+        comp = books.comps.get(work.comp)
+        if comp is None:
+            return
+        if comp.resting.get(work) != until:
+            return
+        del comp.resting[work]
+        comp.queue_of(work).push(work)
+        books.waiting[comp.comp] = comp
+        for node in itertools.islice(comp.nodes.values(), 64):
+            books.changed[node.key] = node
 
 
 class Losses:
@@ -2891,39 +3090,47 @@ class Losses:
 
     def away(self, event: NodeAway) -> None:
         """What is there goes on for a while."""
-        node = self._books.nodes.get(event.node)
+        books = self._books
+        node = books.nodes.get(event.node)
         if node is not None:
             node.away = event
             node.tried_until = -math.inf
-            self._books.away[node.key] = self._books.changed[node.key] = node
+            books.away[node.key] = node
+            books.changed[node.key] = node
             for comp in node.comps.values():
                 comp.largest_node = None
                 there = [work for work in comp.withdrawn if comp.running.get(work.serial) is node]
                 for work in there:
-                    self._books.answer(comp, work)
+                    books.answer(comp, work)
 
     def tried(self, event: NodeTried) -> None:
         """It is not lost before that attempt has failed."""
         node = self._books.nodes.get(event.node)
-        if node is not None and node.away is not None:
+        if node is None:
+            return
+        if node.away is not None:
             node.tried_until = event.until
 
     def lost(self, event: NodeLost) -> None:
         """A node is gone for all computations."""
-        node = self._books.nodes.get(event.node)
+        books = self._books
+        node = books.nodes.get(event.node)
         if node is None:
             return
         for name in list(node.comps):
-            self._leave(node, name, event.name, event.text, event.known.get(name))
+            account = event.known.get(name)
+            self._leave(node, name, event.name, event.text, account)
         if not node.comps:
-            del self._books.nodes[event.node]
-            self._books.away.pop(node.key, None)
-            self._books.changed.pop(node.key, None)
+            del books.nodes[event.node]
+            books.away.pop(node.key, None)
+            books.changed.pop(node.key, None)
 
     def left(self, event: NodeLeft) -> None:
         """A computation does not use a node any more."""
         node = self._books.nodes.get(event.node)
-        if node is not None and event.comp in node.comps:
+        if node is None:
+            return
+        if event.comp in node.comps:
             self._leave(node, event.comp, event.name, event.text)
 
     def _leave(self,
@@ -2940,7 +3147,8 @@ class Losses:
             if verdict is Verdict.WAITS:
                 self.give_back(node, comp, serial)
             elif verdict is Verdict.LOST:
-                for work in self._books.take_off(node, comp, [serial]).values():
+                off = self._books.take_off(node, comp, [serial])
+                for work in off.values():
                     self.lose(comp, work, node_name, text)
         if not node.in_flight[name]:
             self._limits.forget(node, comp)
@@ -2949,7 +3157,8 @@ class Losses:
         """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
-        self._books.answer(comp, work)
+        books = self._books
+        books.answer(comp, work)
         work.lost_with += (node_name,)
         if work.options:
             retries = work.options.get('retries')
@@ -2968,35 +3177,41 @@ class Losses:
         may_go_on = tried < times and (retries or len(nodes) < MAX_LOST_NODES)
         if may_go_on and work.state is not JobState.CANCELLING:
             move_job(work, 'back')
-            self._books.wait_again(comp, work)
+            books.wait_again(comp, work)
         elif move_job(work, 'give up') is JobState.CANCELLED:
-            self._books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
+            books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
-            self._books.do(JobEnded(work, _abandoned(work, nodes, text, times, bool(retries))))
+            job_ended = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
+            books.do(job_ended)
 
-    def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account, occasion: Occasion) -> None:
+    def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account,
+               occasion: Occasion) -> None:
         """What becomes of attempts that were sent to a node, by what is known there."""
         for serial in sorted(node.in_flight[comp.comp], reverse=True):   # each goes to the front
             verdict, text = account.verdict(serial, occasion)
             if verdict is Verdict.WAITS:
                 self.give_back(node, comp, serial)
             elif verdict is Verdict.LOST:
-                for work in self._books.take_off(node, comp, [serial]).values():
+                off = self._books.take_off(node, comp, [serial])
+                for work in off.values():
                     self.lose(comp, work, node.name, text)
 
     def give_back(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
+        books = self._books
         own = node.recalled[comp.comp].get(serial, False)
-        for work in self._books.take_off(node, comp, [serial]).values():
+        off = books.take_off(node, comp, [serial])
+        for work in off.values():
             if own:
                 comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
-            if work in comp.withdrawn and work.state is not JobState.CANCELLING:
-                move_job(work, 'cancel')
+            if work in comp.withdrawn:
+                if work.state is not JobState.CANCELLING:
+                    move_job(work, 'cancel')
             if move_job(work, 'back') is JobState.REQUEUED:
-                self._books.wait_again(comp, work)
+                books.wait_again(comp, work)
             else:
-                self._books.do(JobEnded(work, 'cancelled before it was started'))
-                self._books.answer(comp, work)
+                books.do(JobEnded(work, 'cancelled before it was started'))
+                books.answer(comp, work)
 
 
 def _check_outcomes(rows: Sequence[tuple]) -> None:
@@ -3063,7 +3278,8 @@ class Schedule:
         self._repetitions.wake()
         for node in [node for node in books.away.values() if node.lost_at() <= now]:
             away: Any = node.away
-            self._node_doubted(NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text))
+            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(node_doubted)
             books.do(NodeGone(node.key))
         for node in books.changed.values():
             books.look_at(node)
@@ -3071,7 +3287,8 @@ class Schedule:
             placement.reduce(node)
         if books.waiting:
             placement.distribute()
-        if len(self.nodes) > 1 and books.changed:
+        node_count = len(self.nodes)
+        if node_count > 1 and books.changed:
             placement.balance()
         books.changed.clear()
         return actions
@@ -3085,7 +3302,8 @@ class Schedule:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        times = [node.lost_at() for node in self._books.away.values() if node.away is not None]
+        away = self._books.away.values()
+        times = [node.lost_at() for node in away if node.away is not None]
         if self._late:
             times.append(self._late[0][0])
         rested = self._repetitions.next_at()
@@ -3102,6 +3320,7 @@ class Schedule:
 
     def ran(self, work: ScheduledJob) -> float:
         """Seconds that a job has run, 0 if that is not known."""
+        books = self._books
         comp = self.comps.get(work.comp)
         if comp is not None:
             node = comp.running.get(work.serial)
@@ -3109,36 +3328,41 @@ class Schedule:
             node = None
         if node is None:
             return 0.0
-        return self._books.now - node.begun[work.comp].get(work.serial, self._books.now)
+        return books.now - node.begun[work.comp].get(work.serial, books.now)
 
     # -- jobs --------------------------------------------------------------------------------------
 
     def _opened(self, event: Opened) -> None:
-        self.comps[event.comp] = ComputationLoad(event, next(self._books.numbers))
+        order = next(self._books.numbers)
+        self.comps[event.comp] = ComputationLoad(event, order)
 
     def _submitted(self, event: Submitted) -> None:
+        books = self._books
         for work in event.works:
             # One with a journal has its number
             work.serial = work.serial or next(self._numbers) << 16
             comp = self.comps.get(work.comp)
             if comp is None:
                 move_job(work, 'cancel')
-                self._books.do(JobEnded(work, 'the cluster was closed'))
+                books.do(JobEnded(work, 'the cluster was closed'))
                 continue
             if comp.unloadable:
                 move_job(work, 'fail')
-                self._books.do(JobEnded(work, comp.unloadable))
+                books.do(JobEnded(work, comp.unloadable))
                 continue
             comp.queue_of(work).push(work)
-            self._books.waiting[comp.comp] = comp
-            if work.options and 'priority' in work.options and not comp.ranked:
-                comp.rank()
-            if not comp.idle and (not comp.cpus_in_flight or comp.ranked):
+            books.waiting[comp.comp] = comp
+            if work.options and 'priority' in work.options:
+                if not comp.ranked:
+                    comp.rank()
+            if comp.idle:
+                continue
+            if not comp.cpus_in_flight or comp.ranked:
                 # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
                 # queues. They give the next CPU to the computation that has fewest, and of its jobs
                 # to that of the highest priority.
                 for node in itertools.islice(comp.nodes.values(), 64):
-                    self._books.changed[node.key] = node
+                    books.changed[node.key] = node
 
     def _unloadable(self, event: Unloadable) -> None:
         comp = self.comps.get(event.comp)
@@ -3153,13 +3377,18 @@ class Schedule:
     def _cancel_asked(self, event: CancelAsked) -> None:
         work = event.work
         comp = self.comps.get(event.work.comp)
-        if work.state in ENDED or work.state is JobState.CANCELLING or comp is None:
+        if work.state in ENDED:
+            return
+        if work.state is JobState.CANCELLING:
+            return
+        if comp is None:
             return
         if work.state in _WAITING:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            self._books.do(SendCancel(comp.running[work.serial].key, comp.comp, [work.serial]))
+            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(send_cancel)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
@@ -3167,6 +3396,7 @@ class Schedule:
         self._books.do(JobEnded(work, 'cancelled before it was started'))
 
     def _withdraw_asked(self, event: WithdrawAsked) -> None:
+        books = self._books
         recalls: Dict[Tuple[Any, str], List[int]] = {}
         for work in event.works:
             comp = self.comps.get(work.comp)
@@ -3178,14 +3408,16 @@ class Schedule:
                 self._cancel_waiting(work, comp)
             elif comp is None or node is None or node.away is not None \
                     or work.state is not JobState.SENT:
-                self._books.do(Withdrawn(work, work.state is JobState.CANCELLED))
+                gone = work.state is JobState.CANCELLED
+                books.do(Withdrawn(work, gone))
             else:
                 comp.withdrawn.add(work)
                 if work.serial not in node.recalled[comp.comp]:
                     node.recalled[comp.comp][work.serial] = False
-                    recalls.setdefault((node.key, comp.comp), []).append(work.serial)
+                    recall = recalls.setdefault((node.key, comp.comp), [])
+                    recall.append(work.serial)
         for (key, name), serials in recalls.items():
-            self._books.do(SendRecall(key, name, serials))
+            books.do(SendRecall(key, name, serials))
 
     def keep(self, work: ScheduledJob) -> None:
         """The inverse of WithdrawAsked, if it has not been answered."""
@@ -3193,36 +3425,41 @@ class Schedule:
             self.comps[work.comp].withdrawn.discard(work)
 
     def _closed(self, event: Closed) -> None:
+        books = self._books
         comp = self.comps.pop(event.comp, None)
         if comp is None:
             return
-        self._books.waiting.pop(comp.comp, None)
+        books.waiting.pop(comp.comp, None)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
-            for work in self._books.take_off(node, comp, list(node.in_flight[comp.comp])).values():
+            serials = list(node.in_flight[comp.comp])
+            for work in books.take_off(node, comp, serials).values():
                 if work.state is not JobState.CANCELLING:
                     move_job(work, 'cancel')
                 move_job(work, 'cancelled')
-                self._books.do(JobEnded(work, 'cancelled: the cluster was closed'))
+                books.do(JobEnded(work, 'cancelled: the cluster was closed'))
             self._limits.forget(node, comp)
-        if not any(other.client == comp.client for other in self.comps.values()):
-            self._books.client_cpus.pop(comp.client, None)
+        comps = self.comps.values()
+        if not any(other.client == comp.client for other in comps):
+            books.client_cpus.pop(comp.client, None)
         for work in comp.waiting():
             move_job(work, 'cancel')
-            self._books.do(JobEnded(work, 'cancelled: the cluster was closed'))
+            books.do(JobEnded(work, 'cancelled: the cluster was closed'))
 
     # -- nodes -------------------------------------------------------------------------------------
 
     def _node_ready(self, event: NodeReady) -> None:
+        limits = self._limits
+        books = self._books
         comp = self.comps.get(event.comp)
         if comp is None:
             return
-        node = self._books.node(event.node)
+        node = books.node(event.node)
         node.name = event.name or node.name
         node.offers = event.offers
         node.trip = event.trip or node.trip
         node.probe = None
-        self._books.reached(node)
+        books.reached(node)
         node.begin(comp)
         comp.nodes[event.node] = node
         node.recalled[event.comp].clear()   # what was asked of it may not have arrived
@@ -3231,12 +3468,13 @@ class Schedule:
         flight = node.in_flight[event.comp]
         account = Account(frozenset(held), event.past, event.whole)
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
-        self._limits.limit(node, comp, event.cpus)
-        self._limits.unpark(comp, node)
+        limits.limit(node, comp, event.cpus)
+        limits.unpark(comp, node)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
-            self._books.do(SendCancel(node.key, comp.comp, unwanted))
+            send_cancel = SendCancel(node.key, comp.comp, unwanted)
+            books.do(send_cancel)
 
     def _node_told(self, event: NodeTold) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -3249,20 +3487,27 @@ class Schedule:
             node.away = node.away._replace(until=math.inf)
 
     def _node_offers(self, event: NodeOffers) -> None:
+        limits = self._limits
+        comp = event.comp
         node = self.nodes.get(event.node)
-        if node is not None and event.comp in node.comps:
-            node.offers = event.offers or node.offers
-            self._limits.limit(node, node.comps[event.comp], event.cpus)
-            self._limits.unpark(node.comps[event.comp], node)
+        if node is None:
+            return
+        if comp not in node.comps:
+            return
+        node.offers = event.offers or node.offers
+        limits.limit(node, node.comps[comp], event.cpus)
+        limits.unpark(node.comps[comp], node)
 
     def _node_drains(self, event: NodeDrains) -> None:
+        books = self._books
+        comp = event.comp
         node = self.nodes.get(event.node)
-        if node is None or event.comp not in node.comps:
-            self._books.do(NodeDrained(event.node, event.comp))
+        if node is None or comp not in node.comps:
+            books.do(NodeDrained(event.node, comp))
             return
-        self._limits.limit(node, node.comps[event.comp], 0)
-        node.draining.add(event.comp)
-        self._books.tell_drained(node, event.comp)
+        self._limits.limit(node, node.comps[comp], 0)
+        node.draining.add(comp)
+        books.tell_drained(node, comp)
 
     def _node_returned(self, event: NodeReturned) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -3271,7 +3516,8 @@ class Schedule:
                 self._losses.give_back(*pair, serial)
 
     def _node_started(self, event: NodeStarted) -> None:
-        pair = self._books.pair(event.node, event.comp)
+        books = self._books
+        pair = books.pair(event.node, event.comp)
         if pair is None:
             return
         node, comp = pair
@@ -3282,33 +3528,38 @@ class Schedule:
             work = flight.get(serial)
             if work is None:
                 continue
-            begun[serial] = self._books.now - max(0.0, ran)
+            begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
             if work.state is JobState.SENT:
                 move_job(work, 'start')
-            self._books.answer(comp, work)
+            books.answer(comp, work)
             pairs.append((work, ran))
             if not comp.remote:
                 late = begun[serial] + node.horizon
-                heapq.heappush(self._late, (late, next(self._books.numbers), node.key))
+                next_number = next(books.numbers)
+                heapq.heappush(self._late, (late, next_number, node.key))
         if pairs:
-            self._books.changed[node.key] = node
-            self._books.do(JobsStarted(node.key, comp.comp, pairs))
+            books.changed[node.key] = node
+            jobs_started = JobsStarted(node.key, comp.comp, pairs)
+            books.do(jobs_started)
 
     def _node_results(self, event: NodeResults) -> None:
-        pair = self._books.pair(event.node, event.comp)
-        serials = [row[0] for row in event.rows if row[1] not in PROVISIONAL]
+        rows = event.rows
+        books = self._books
+        pair = books.pair(event.node, event.comp)
+        serials = [row[0] for row in rows if row[1] not in PROVISIONAL]
         if pair is None:
             if event.comp in self.comps:   # of jobs that were given up: it need not keep them
-                self._books.do(SendAck(event.node, event.comp, serials))
+                send_ack = SendAck(event.node, event.comp, serials)
+                books.do(send_ack)
             return
         node, comp = pair
-        _check_outcomes(event.rows)
-        landed = self._books.take_off(node, comp, serials)
-        ended = [row for row in event.rows if row[0] in landed and row[1] not in PROVISIONAL]
-        node.learn(comp, ended, self._books.now)
+        _check_outcomes(rows)
+        landed = books.take_off(node, comp, serials)
+        ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
+        node.learn(comp, ended, books.now)
         pairs = []
-        for row in event.rows:
+        for row in rows:
             outcome = row[1]
             if outcome in PROVISIONAL:
                 pairs += self._provisional(node, comp, landed, row)
@@ -3316,18 +3567,20 @@ class Schedule:
             work = landed.pop(row[0], None)
             if work is None:
                 continue
-            if (work.options or outcome not in RETURNED) and self._is_tried_again(
-                    node, comp, work, row):
-                continue
+            if work.options or outcome not in RETURNED:
+                if self._is_tried_again(node, comp, work, row):
+                    continue
             move_job(work, _EVENT_OF[outcome])
             if comp.withdrawn:
-                self._books.answer(comp, work)
+                books.answer(comp, work)
             if comp.called:
                 comp.called.pop(row[0] >> 16, None)
             pairs.append((work, row))
-        self._books.do(SendAck(node.key, comp.comp, serials))
+        action = SendAck(node.key, comp.comp, serials)
+        books.do(action)
         if pairs:
-            self._books.do(JobsEnded(node.key, comp.comp, pairs))
+            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
+            books.do(jobs_ended)
 
     def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
@@ -3342,10 +3595,12 @@ class Schedule:
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
         if work.state is JobState.SENT:
-            self._books.do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
+            jobs_started = JobsStarted(node.key, comp.comp, [(work, 0.0)])
+            self._books.do(jobs_started)
         move_job(work, 'provisional')
 
-    def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, row: tuple) -> bool:
+    def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob,
+                        row: tuple) -> bool:
         """Whether the end of an attempt is not that of its job, or not yet."""
         options = work.options or {}
         if row[1] == Outcome.STOPPED:
@@ -3353,24 +3608,29 @@ class Schedule:
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
             return True
-        if row[1] == Outcome.DIED and options.get('retries') and not comp.remote:
-            self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
-            return True
+        if row[1] == Outcome.DIED:
+            retries = options.get('retries')
+            if retries and not comp.remote:
+                self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
+                return True
         if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
-            self._books.do(JobFailedOnce(node.key, comp.comp, work, row))
+            job_failed_once = JobFailedOnce(node.key, comp.comp, work, row)
+            self._books.do(job_failed_once)
             return True
         return False
 
     def _node_had(self, event: NodeHad) -> None:
+        books = self._books
         comp = self.comps[event.comp]
-        node = self._books.node(event.node)
+        node = books.node(event.node)
         node.name = event.name
         node.begin(comp)
         comp.nodes[event.node] = node
         self._limits.limit(node, comp, 0)
-        self._books.were_on(node, comp, event.works)
+        books.were_on(node, comp, event.works)
         text = 'the node did not come back'
-        self._losses.away(NodeAway(event.node, event.name, text, event.until))
+        node_away = NodeAway(event.node, event.name, text, event.until)
+        self._losses.away(node_away)
 
     # -- loss --------------------------------------------------------------------------------------
 
@@ -3381,17 +3641,21 @@ class Schedule:
         return LOSS_TABLE[event.evidence, STANDINGS[event.kind, is_busy]]
 
     def _node_doubted(self, event: NodeDoubted) -> None:
+        node = event.node
         loss = self.judge(event)
         if loss is Loss.RETURNS:
             for comp in event.comps:
-                self._node_ready(NodeReady(event.node, comp, 0, []))
+                self._node_ready(NodeReady(node, comp, 0, []))
         elif loss is Loss.AWAY:
-            self._losses.away(NodeAway(event.node, event.name, event.text, event.until))
+            node_away = NodeAway(node, event.name, event.text, event.until)
+            self._losses.away(node_away)
         elif loss is Loss.LOST:
-            self._losses.lost(NodeLost(event.node, event.name, event.text, event.known))
+            node_lost = NodeLost(node, event.name, event.text, event.known)
+            self._losses.lost(node_lost)
 
 
-def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int, has_retries: bool) -> str:
+def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int,
+               has_retries: bool) -> str:
     """Why a job is not tried again that was lost with these nodes. It might be tried so many
     times."""
     if times == 1:
@@ -3538,10 +3802,15 @@ def _names_in(target: Any) -> Iterator[str]:
 def _fits(target: Any, value: Any) -> bool:
     """Whether the targets of `a, b = 1, 2` get one value each."""
     displays = (ast.Tuple, ast.List)
-    if not isinstance(target, displays) or not isinstance(value, displays):
+    if not isinstance(target, displays):
+        return False
+    if not isinstance(value, displays):
         return False
     starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
-    return len(target.elts) == len(value.elts) and not starred
+    elt_count = len(target.elts)
+    if elt_count != len(value.elts):
+        return False
+    return not starred
 
 
 def _expressions_of(node: Any) -> Iterator[Any]:
@@ -3625,7 +3894,8 @@ class _ScopeNames:
 
     def add(self, name: str, kind: NameKind, constant: Tuple[Any, ...] = (),
             origin: str = '') -> None:
-        self.rows.setdefault(name, []).append((kind, constant, origin))
+        row = self.rows.setdefault(name, [])
+        row.append((kind, constant, origin))
 
     def table(self) -> Dict[str, NameBinding]:
         return {name: self._binding(rows) for name, rows in self.rows.items()}
@@ -3639,9 +3909,11 @@ class _ScopeNames:
             kind = NameKind.IMPORTED
         else:
             kind = NameKind.COMPUTED
-        binding = NameBinding(kind, tuple(dict.fromkeys(origin for _, _, origin in rows if origin)))
-        if kind is NameKind.CONSTANT and len(rows) == 1:
-            binding.value = rows[0][1][0]
+        origins = tuple(dict.fromkeys(origin for _, _, origin in rows if origin))
+        binding = NameBinding(kind, origins)
+        if kind is NameKind.CONSTANT:
+            if len(rows) == 1:
+                binding.value = rows[0][1][0]
         return binding
 
     def _assign(self, target: Any, value: Any) -> None:
@@ -3699,7 +3971,8 @@ class _ScopeNames:
         origin = self._resolve(node)
         for alias in node.names:
             if alias.name != '*':
-                self.add(alias.asname or alias.name, NameKind.IMPORTED, (), origin)
+                name = alias.asname or alias.name
+                self.add(name, NameKind.IMPORTED, (), origin)
 
     def _read_globals(self, node: ast.Global) -> None:
         self.globals.update(node.names)
@@ -3756,7 +4029,10 @@ def _locals_of(function: Any) -> FrozenSet[str]:
     them: that is followed as if the module had imported it."""
     rows = function.args
     parameters = rows.args + rows.kwonlyargs + rows.posonlyargs + [rows.vararg, rows.kwarg]
-    found = {parameter.arg for parameter in parameters if parameter is not None}
+    found = set()
+    for parameter in parameters:
+        if parameter is not None:
+            found.add(parameter.arg)
     kept_global: Set[str] = set()
     if isinstance(function, _FUNCTIONS):
         for node in ast.walk(function):
@@ -3776,10 +4052,12 @@ def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
         part, local = waiting.pop()
         if type(part) in (ast.Name, ast.Attribute):
             name = _dotted(part)
-            if isinstance(part, ast.Attribute) and part.attr in _FILE_NAMES:
-                found.add('__file__')
+            if isinstance(part, ast.Attribute):
+                if part.attr in _FILE_NAMES:
+                    found.add('__file__')
             if name and name.partition('.')[0] not in local:
-                found.update(itertools.accumulate(name.split('.'), '{}.{}'.format))
+                name_parts = name.split('.')
+                found.update(itertools.accumulate(name_parts, '{}.{}'.format))
             elif not name:
                 waiting.append((part.value, local))
             continue
@@ -3789,7 +4067,8 @@ def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
             local = local | _locals_of(part)
         elif isinstance(part, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             local = local.union(*(_names_in(row.target) for row in part.generators))
-        waiting += [(child, local) for child in ast.iter_child_nodes(part)]
+        for child in ast.iter_child_nodes(part):
+            waiting.append((child, local))
     return found
 
 
@@ -3799,7 +4078,9 @@ def _called(call: ast.Call, local: FrozenSet[str]) -> Iterator[str]:
         functions += call.args[:1]
     for function in functions:
         name = _dotted(function)
-        if name and name.partition('.')[0] not in local:
+        if not name:
+            continue
+        if name.partition('.')[0] not in local:
             yield name + '()'
 
 
@@ -3849,14 +4130,16 @@ class _FileUse:
         elif isinstance(node, ast.ImportFrom):
             origin = self._resolve(node)
             for alias in node.names:
-                self.links.append((alias.asname or alias.name, origin, alias.name))
+                link = (alias.asname or alias.name, origin, alias.name)
+                self.links.append(link)
 
     def _note(self, key: str, used: Set[str], scope: str) -> None:
         names: Any = self._classes.get(scope, ())
         for name in used:
             if name.partition('.')[0].rstrip('()') in names:
                 name = '%s.%s' % (scope, name)
-            self._users.setdefault(name, set()).add(key)
+            user = self._users.setdefault(name, set())
+            user.add(key)
 
     def _read_body(self, body: Sequence[Any], scope: str) -> None:
         """The statements of a module, or of the class that `scope` names."""
@@ -3877,7 +4160,9 @@ class _FileUse:
                     self._assign(item.optional_vars, item.context_expr, scope)
             elif isinstance(node, ast.Expr):
                 self._read_call(node.value, scope)
-            if self._walrus and not isinstance(node, ast.ClassDef):
+            if not self._walrus:
+                continue
+            if not isinstance(node, ast.ClassDef):
                 self._read_walrus(node, scope)
 
     def _assign(self, target: Any, value: Any, scope: str) -> None:
@@ -3888,9 +4173,14 @@ class _FileUse:
         used = _uses(value)
         while isinstance(target, ast.Subscript):   # a value in a container changes the container
             target = target.value
-        names = list(_names_in(target)) or list(filter(None, [_dotted(target)]))
+        all_names = list(_names_in(target))
+        names = all_names or list(filter(None, [_dotted(target)]))
         for name in names:
-            self._note('%s.%s' % (scope, name) if scope else name, used, scope)
+            if scope:
+                key = '%s.%s' % (scope, name)
+            else:
+                key = name
+            self._note(key, used, scope)
 
     def _read_walrus(self, node: Any, scope: str) -> None:
         for part in _expressions_of(node):
@@ -3900,7 +4190,9 @@ class _FileUse:
     def _read_call(self, call: Any, scope: str) -> None:
         """`paths.append(ROOT)` makes `paths` depend on ROOT."""
         method = getattr(call, 'func', None)
-        if isinstance(method, ast.Attribute) and method.attr in _MUTATORS:
+        if not isinstance(method, ast.Attribute):
+            return
+        if method.attr in _MUTATORS:
             for value in call.args + [keyword.value for keyword in call.keywords]:
                 self._assign(method.value, value, scope)
 
@@ -3912,7 +4204,8 @@ class _FileUse:
         # The names of a class are no variables of its methods.
         self._note(key, _uses(node), '')
         if scope:
-            self._users.setdefault(key, set()).add(scope + '()')
+            user = self._users.setdefault(key, set())
+            user.add(scope + '()')
         for part in ast.walk(node):
             if isinstance(part, ast.Global):
                 for name in part.names:
@@ -3925,9 +4218,11 @@ class _FileUse:
             qualified = node.name
         instance = qualified + '()'
         for base in node.bases:
-            self._note(instance, {name + '()' for name in _uses(base)}, scope)
+            used = {name + '()' for name in _uses(base)}
+            self._note(instance, used, scope)
         for name in self._classes.get(qualified, ()):
-            self._users.setdefault('%s.%s' % (qualified, name), set()).add(instance)
+            user = self._users.setdefault('%s.%s' % (qualified, name), set())
+            user.add(instance)
         self._read_body(node.body, qualified)
 
 
@@ -3984,14 +4279,17 @@ class ModuleSource:
         if self.error:
             return self.file_names
         if self._file_use is None:
-            self._file_use = _FileUse(_parse(self._text), self, self._resolve)
+            tree = _parse(self._text)
+            self._file_use = _FileUse(tree, self, self._resolve)
         seeds = list(self.file_names)
         for here, module, there in self._file_use.links:
             if there == '*':
                 seeds += others(module)
             elif there:
                 seeds += _renamed(others(module), there, here)
-                seeds += [here + '.' + name for name in others('%s.%s' % (module, there))]
+                for name in others('%s.%s' % (module, there)):
+                    seed = here + '.' + name
+                    seeds.append(seed)
             else:
                 seeds += [here + '.' + name for name in others(module)]
         # Modules that import each other have a.X, b.a.X, a.b.a.X and so on without end.
@@ -4010,7 +4308,10 @@ class ModuleSource:
     def has(self, *words: str) -> bool:
         """Whether any of these stands in the text."""
         if isinstance(self._text, bytes):
-            return any(word.encode() in self._text for word in words)
+            for word in words:
+                if word.encode() in self._text:
+                    return True
+            return False
         return any(word in self._text for word in words)
 
     def _read_imports(self, tree: ast.Module) -> None:
@@ -4052,14 +4353,27 @@ class ModuleSource:
                 value = value.value
             direct.add(value)
         for call in ast.walk(tree):
-            if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
-                function = getattr(call.func, 'attr', None) or getattr(call.func, 'id', None)
-                name = call.args[0].value
-                if function in ('import_module', '__import__') and isinstance(name, str) and name:
-                    stripped = name.lstrip('.')
-                    absolute = self._absolute(len(name) - len(stripped), stripped)
-                    if absolute:
-                        self.imports.append(ImportedModule(absolute, (), call in direct))
+            if not isinstance(call, ast.Call):
+                continue
+            if not call.args:
+                continue
+            if not isinstance(call.args[0], ast.Constant):
+                continue
+            attr = getattr(call.func, 'attr', None)
+            function = attr or getattr(call.func, 'id', None)
+            name = call.args[0].value
+            if function not in ('import_module', '__import__'):
+                continue
+            if not isinstance(name, str):
+                continue
+            if not name:
+                continue
+            stripped = name.lstrip('.')
+            level = len(name) - len(stripped)
+            absolute = self._absolute(level, stripped)
+            if absolute:
+                imported_module = ImportedModule(absolute, (), call in direct)
+                self.imports.append(imported_module)
 
     def _read_names(self, tree: ast.Module) -> None:
         walrus = self.has(':=')
@@ -4071,7 +4385,8 @@ class ModuleSource:
             body = _ScopeNames(self._resolve)
             body.read(node.body, walrus)
             for name in body.globals & body.rows.keys():
-                scope.rows.setdefault(name, []).extend(body.rows.pop(name))
+                row = scope.rows.setdefault(name, [])
+                row.extend(body.rows.pop(name))
             self.classes[qualified] = body.table()
             for inner in reversed(body.classes):
                 waiting.append(('%s.%s' % (qualified, inner.name), inner))
@@ -4099,8 +4414,15 @@ class ModuleSource:
     def _texts(node: Any) -> Tuple[str, ...]:
         if not isinstance(node, (ast.List, ast.Tuple)):
             return ()
-        values = [part.value for part in node.elts if isinstance(part, ast.Constant)]
-        return tuple(value for value in values if isinstance(value, str))
+        values = []
+        for part in node.elts:
+            if isinstance(part, ast.Constant):
+                values.append(part.value)
+        chosen_values = []
+        for value in values:
+            if isinstance(value, str):
+                chosen_values.append(value)
+        return tuple(chosen_values)
 
 
 class Whereabouts(NamedTuple):
@@ -4112,7 +4434,10 @@ class Whereabouts(NamedTuple):
 
 
 def _is_below(path: str, roots: Sequence[str]) -> bool:
-    return any(path.startswith(root) for root in roots)
+    for root in roots:
+        if path.startswith(root):
+            return True
+    return False
 
 
 def _as_roots(paths: Sequence[Optional[str]]) -> Tuple[str, ...]:
@@ -4133,7 +4458,9 @@ def _standard_roots() -> Tuple[str, ...]:
     paths += [sysconfig.get_path('stdlib'), sysconfig.get_path('platstdlib')]
     paths.append(sysconfig.get_config_var('DESTSHARED'))
     archive = 'python%d%d.zip' % sys.version_info[:2]
-    paths += [path for path in sys.path if os.path.basename(path) == archive]
+    for path in sys.path:
+        if os.path.basename(path) == archive:
+            paths.append(path)
     return _as_roots(paths)
 
 
@@ -4142,7 +4469,8 @@ def _site_roots() -> Tuple[str, ...]:
     """Where distributions are installed, whatever these directories are called."""
     site = sys.modules.get('site')
     user = module_dict(site).get('USER_SITE')
-    return _as_roots([sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), user])
+    path = sysconfig.get_path('purelib')
+    return _as_roots([path, sysconfig.get_path('platlib'), user])
 
 
 def archive_of(path: str) -> Tuple[str, str]:
@@ -4156,7 +4484,8 @@ def archive_of(path: str) -> Tuple[str, str]:
         archive = shorter
     if archive == path or not os.path.isfile(archive):
         return '', ''
-    return archive, path[len(archive) + 1:].replace(os.sep, '/')
+    short_path = path[len(archive) + 1:]
+    return archive, short_path.replace(os.sep, '/')
 
 
 class Installations:
@@ -4173,8 +4502,9 @@ class Installations:
         into a directory; '' if none says so."""
         table = self._table(holder)
         found = table.get(path)
-        if found is None and '/' in path:
-            found = table.get(path.partition('/')[0] + '/__init__.py')
+        if found is None:
+            if '/' in path:
+                found = table.get(path.partition('/')[0] + '/__init__.py')
         return found or ''
 
     def owner_of_name(self, holder: str, name: str) -> str:
@@ -4228,7 +4558,8 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
     """(metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
-        file = _METADATA_FILES.get(os.path.splitext(name)[1])
+        stem_and_suffix = os.path.splitext(name)
+        file = _METADATA_FILES.get(stem_and_suffix[1])
         path = os.path.join(directory, name, file or '')
         if file and os.path.isfile(path):
             with open(path, encoding='utf-8', errors='replace') as record:
@@ -4245,9 +4576,13 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 else:
                     below = member
                 name, _, file = below.partition('/')
-                expected = _METADATA_FILES.get(os.path.splitext(name)[1])
-                if member.endswith(below) and expected == file:
-                    yield name, file, members.read(member).decode('utf-8', 'replace')
+                stem_and_suffix = os.path.splitext(name)
+                expected = _METADATA_FILES.get(stem_and_suffix[1])
+                if not member.endswith(below):
+                    continue
+                if expected == file:
+                    decoded = members.read(member).decode('utf-8', 'replace')
+                    yield name, file, decoded
     except (OSError, zipfile.BadZipFile) as exc:
         logger.debug('%s cannot be read as an archive: %s', archive, exc)
 
@@ -4271,12 +4606,15 @@ class ModuleFinder:
         else:
             found = self._look(name, module)
             self._kept[name] = module, time.monotonic() + UNLOADED_TIME, found
-        if found.kind is not ModuleKind.BY_VALUE and self._is_by_value(name, module):
-            return found._replace(kind=ModuleKind.BY_VALUE)
+        if found.kind is not ModuleKind.BY_VALUE:
+            if self._is_by_value(name, module):
+                return found._replace(kind=ModuleKind.BY_VALUE)
         return found
 
     def _is_valid(self, kept: Tuple[Any, float, Whereabouts]) -> bool:
-        return kept[0] is not self or time.monotonic() < kept[1]
+        if kept[0] is not self:
+            return True
+        return time.monotonic() < kept[1]
 
     @staticmethod
     def _is_by_value(name: str, module: Any) -> bool:
@@ -4285,9 +4623,16 @@ class ModuleFinder:
         if module is sys.modules.get('__main__') or name in _MAIN_NAMES:
             return name.partition('.')[0] not in NOT_OWN
         registered = cloudpickle.list_registry_pickle_by_value()
-        if not registered or name.partition('.')[0] in NOT_OWN:
+        if not registered:
             return False
-        return any(name == other or name.startswith(other + '.') for other in registered)
+        if name.partition('.')[0] in NOT_OWN:
+            return False
+        for other in registered:
+            if name == other:
+                return True
+            if name.startswith(other + '.'):
+                return True
+        return False
 
     def _look(self, name: str, module: Any) -> Whereabouts:
         if module is None or not name:   # `sys.modules[name] = None` forbids an import
@@ -4296,9 +4641,10 @@ class ModuleFinder:
             found = self._look_at(name, module)
         else:
             found = self._look_for(name)
-            if found.kind is ModuleKind.MISSING and module is not self:
-                # A package has put it there.
-                found = Whereabouts(self._kind_without_file(name, None, None))
+            # A package has put it there.
+            if found.kind is ModuleKind.MISSING:
+                if module is not self:
+                    found = Whereabouts(self._kind_without_file(name, None, None))
         if name.partition('.')[0] in NOT_OWN:
             return found._replace(kind=ModuleKind.INSTALLED)
         return found
@@ -4321,8 +4667,9 @@ class ModuleFinder:
             return Whereabouts(kind, '', locations, loader)
         path = os.path.abspath(path)
         kind = self._kind_of_file(name, path)
-        if kind is ModuleKind.OWN and not self._leads_to(name, path):
-            kind = ModuleKind.BY_VALUE
+        if kind is ModuleKind.OWN:
+            if not self._leads_to(name, path):
+                kind = ModuleKind.BY_VALUE
         return Whereabouts(kind, path, locations, loader)
 
     def _look_for(self, name: str) -> Whereabouts:
@@ -4339,18 +4686,23 @@ class ModuleFinder:
             return Whereabouts(kind, path, locations, spec.loader)
         if locations is not None:
             return Whereabouts(self._kind_of_namespace(name, locations), '', locations, spec.loader)
-        return Whereabouts(self._kind_without_file(name, spec, None), '', None, spec.loader)
+        kind_without_file = self._kind_without_file(name, spec, None)
+        return Whereabouts(kind_without_file, '', None, spec.loader)
 
     @staticmethod
     def _is_frozen(spec: Any, loader: Any) -> bool:
         machinery: Any = importlib.machinery
-        if loader is machinery.BuiltinImporter or loader is machinery.FrozenImporter:
+        if loader is machinery.BuiltinImporter:
+            return True
+        if loader is machinery.FrozenImporter:
             return True
         if spec is not None:
             origin = spec.origin
         else:
             origin = None
-        return isinstance(origin, str) and origin in ('built-in', 'frozen')
+        if not isinstance(origin, str):
+            return False
+        return origin in ('built-in', 'frozen')
 
     @staticmethod
     def _as_locations(path: Any) -> Optional[Tuple[str, ...]]:
@@ -4361,7 +4713,11 @@ class ModuleFinder:
         except Exception as exc:   # the user's own; no submodules of this can be found
             logger.debug('the __path__ of a package cannot be read: %s', describe_exception(exc))
             return ()
-        return tuple(entry for entry in entries if isinstance(entry, str))
+        chosen_entries = []
+        for entry in entries:
+            if isinstance(entry, str):
+                chosen_entries.append(entry)
+        return tuple(chosen_entries)
 
     def _kind_without_file(self, name: str, spec: Any,
                            locations: Optional[Tuple[str, ...]]) -> ModuleKind:
@@ -4372,7 +4728,8 @@ class ModuleFinder:
             if kind is not ModuleKind.OWN:
                 return kind
             found = self._search(name)
-            there = self._as_locations(getattr(found, 'submodule_search_locations', None)) or ()
+            submodule_search_locations = getattr(found, 'submodule_search_locations', None)
+            there = self._as_locations(submodule_search_locations) or ()
             if set(map(os.path.realpath, there)) & set(map(os.path.realpath, locations)):
                 return self._below_parent(name)
             return ModuleKind.BY_VALUE
@@ -4387,8 +4744,13 @@ class ModuleFinder:
 
     def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
         """A part of it that is the user's own travels."""
-        files = [os.path.join(os.path.abspath(path), '__init__.py') for path in locations]
-        kinds = {self._kind_of_file(name, file) for file in files}
+        files = []
+        for path in locations:
+            absolute_path = os.path.abspath(path)
+            files.append(os.path.join(absolute_path, '__init__.py'))
+        kinds = set()
+        for file in files:
+            kinds.add(self._kind_of_file(name, file))
         if len(kinds) == 1:
             return kinds.pop()
         if ModuleKind.OWN in kinds:
@@ -4404,8 +4766,12 @@ class ModuleFinder:
     def _kind_of_file(self, name: str, path: str) -> ModuleKind:
         """By its path, and where that leaves it open by the metadata beside its top-level
         module."""
-        real = os.path.normcase(os.path.realpath(path))
-        if _is_below(real, _site_roots()) or SITE_DIRECTORIES & set(real.split(os.sep)):
+        real_path = os.path.realpath(path)
+        real = os.path.normcase(real_path)
+        if _is_below(real, _site_roots()):
+            return ModuleKind.INSTALLED
+        real_parts = real.split(os.sep)
+        if SITE_DIRECTORIES & set(real_parts):
             return ModuleKind.INSTALLED
         if _is_below(real, _standard_roots()):
             return ModuleKind.STANDARD
@@ -4413,9 +4779,11 @@ class ModuleFinder:
         holder = path
         for _ in range(levels):
             holder = os.path.dirname(holder)
-        below = path[len(holder):].replace(os.sep, '/').lstrip('/')
-        if holder.endswith('.egg') and os.path.isdir(os.path.join(holder, 'EGG-INFO')):
-            return ModuleKind.INSTALLED
+        short_path = path[len(holder):]
+        below = short_path.replace(os.sep, '/').lstrip('/')
+        if holder.endswith('.egg'):
+            if os.path.isdir(os.path.join(holder, 'EGG-INFO')):
+                return ModuleKind.INSTALLED
         if self.installations.owner(holder, below):
             return ModuleKind.INSTALLED
         if not path.endswith(tuple(importlib.machinery.all_suffixes())):
@@ -4427,9 +4795,14 @@ class ModuleFinder:
         if self._below_parent(name) is ModuleKind.BY_VALUE:
             return False
         spec = self._search(name)
-        if spec is None or not isinstance(spec.origin, str):
+        if spec is None:
             return False
-        return spec.origin == path or os.path.realpath(spec.origin) == os.path.realpath(path)
+        if not isinstance(spec.origin, str):
+            return False
+        if spec.origin == path:
+            return True
+        real_path = os.path.realpath(spec.origin)
+        return real_path == os.path.realpath(path)
 
     def _search(self, name: str) -> Any:
         """The spec of a module, by the finders. `importlib.util.find_spec` would import the
@@ -4458,8 +4831,9 @@ class ModuleFinder:
                 text = describe_exception(exc)
                 logger.debug('%s was asked for module %s: %s', location, name, text)
                 continue
-            if spec is not None and spec.loader is not None:
-                return spec
+            if spec is not None:
+                if spec.loader is not None:
+                    return spec
             if spec is not None:
                 portions += spec.submodule_search_locations or []
         if not portions:
@@ -4553,7 +4927,8 @@ def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], i
             content = file.read()
             after = os.fstat(file.fileno())
             stamp = FileStamp(after.st_mtime_ns, after.st_size, after.st_ino)
-            if stamp == FileStamp(before.st_mtime_ns, len(content), before.st_ino):
+            file_stamp = FileStamp(before.st_mtime_ns, len(content), before.st_ino)
+            if stamp == file_stamp:
                 return content, stamp, stat.S_IMODE(after.st_mode)
             file.seek(0)
     return content, None, stat.S_IMODE(after.st_mode)
@@ -4566,14 +4941,17 @@ def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
         if not zipfile.is_zipfile(archive):
             return bytes(loader.get_data(path))
         root = getattr(loader, 'archive', None)
-        if isinstance(root, str) and os.path.abspath(root) == archive:
-            # It knows where in the archive its files are, by the path that it has itself.
-            return bytes(loader.get_data(os.path.join(root, *member.split('/'))))
+        # It knows where in the archive its files are, by the path that it has itself.
+        if isinstance(root, str):
+            if os.path.abspath(root) == archive:
+                data = loader.get_data(os.path.join(root, *member.split('/')))
+                return bytes(data)
         with zipfile.ZipFile(archive) as members:
             return members.read(member)
     except Exception as exc:   # loaders may be the user's own
         text = describe_exception(exc)
-        raise OSError('%s in %s cannot be read: %s' % (member, archive, text)) from exc
+        message = '%s in %s cannot be read: %s' % (member, archive, text)
+        raise OSError(message) from exc
 
 
 def _is_settled(stamp: FileStamp) -> bool:
@@ -4599,22 +4977,26 @@ class ModuleDigests:
 
     def of(self, file: FileOfModule) -> Tuple[FileStamp, Tuple[int, bytes, int]]:
         """Stamp of a file, and its size, digest and mode, all of one read. Raises OSError."""
-        stamp = _stamp_of(file.path)
-        kept = self._kept.get(file.path)
-        if kept is not None and kept[0] == stamp:
-            return kept
-        if archive_of(file.path)[0]:
-            content, _, mode = _read_at_once(file.path, file.loader)
+        path = file.path
+        stamp = _stamp_of(path)
+        kept = self._kept.get(path)
+        if kept is not None:
+            if kept[0] == stamp:
+                return kept
+        if archive_of(path)[0]:
+            content, _, mode = _read_at_once(path, file.loader)
             found = len(content), hashlib.sha256(content).digest(), mode
-            return self._keep(file.path, stamp, found)
+            return self._keep(path, stamp, found)
         for _ in range(STABLE_READS):
-            size, digest = file_digest(file.path)
-            status = os.stat(file.path)
+            size, digest = file_digest(path)
+            status = os.stat(path)
             before = stamp
             stamp = FileStamp(status.st_mtime_ns, status.st_size, status.st_ino)
             found = size, digest, stat.S_IMODE(status.st_mode)
-            if stamp == before and size == stamp.size:
-                return self._keep(file.path, stamp, found)
+            if stamp != before:
+                continue
+            if size == stamp.size:
+                return self._keep(path, stamp, found)
         return stamp, found
 
     def _keep(self, path: str, stamp: Optional[FileStamp], found: Tuple[int, bytes, int]) -> Any:
@@ -4655,11 +5037,14 @@ class _ModuleWalk:
             parent = name.rpartition('.')[0]
             if parent:   # it is imported first
                 self._reach(parent, chain)
-        if where.kind is ModuleKind.OWN and where.path:
-            file = self._file_of(name, where)._replace(chain=chain + (name,))
-            self._waiting.append(file)
-            if not self._travels_otherwise(name):
-                self.found.append(file)
+        if where.kind is not ModuleKind.OWN:
+            return
+        if not where.path:
+            return
+        file = self._file_of(name, where)._replace(chain=chain + (name,))
+        self._waiting.append(file)
+        if not self._travels_otherwise(name):
+            self.found.append(file)
 
     def _travels_otherwise(self, name: str) -> bool:
         while name:
@@ -4670,15 +5055,18 @@ class _ModuleWalk:
 
     def _reach_members(self, imported: ImportedModule, chain: Tuple[str, ...]) -> None:
         """What is imported from a package may be a module in it."""
-        where = self._finder.look(imported.module)
-        if where.kind is not ModuleKind.OWN or where.locations is None:
+        module = imported.module
+        where = self._finder.look(module)
+        if where.kind is not ModuleKind.OWN:
+            return
+        if where.locations is None:
             return
         names: Sequence[str] = imported.names
         if names == ('*',):
-            names = self._starred(imported.module, where)
-        attributes = module_dict(sys.modules.get(imported.module))
+            names = self._starred(module, where)
+        attributes = module_dict(sys.modules.get(module))
         for name in names:
-            full = '%s.%s' % (imported.module, name)
+            full = '%s.%s' % (module, name)
             if full in sys.modules or name not in attributes:
                 self._reach(full, chain)
 
@@ -4688,8 +5076,9 @@ class _ModuleWalk:
             source = self._file_of(package, where).source
         else:
             source = None
-        if source is not None and source.exports is not None:
-            return source.exports
+        if source is not None:
+            if source.exports is not None:
+                return source.exports
         attributes = module_dict(sys.modules.get(package))
         return [name for name, value in list(attributes.items())
                 if value is not None and value is sys.modules.get('%s.%s' % (package, name))]
@@ -4705,11 +5094,14 @@ class DataFiles:
 
     def of(self, package: ModuleFile) -> List[FileOfModule]:
         """In the order of their names, as far as they are not too large together."""
+        name = package.name
         archive, member = archive_of(package.path)
         if archive:
-            rows = self._in_archive(archive, member.rpartition('/')[0])
+            directory = member.rpartition('/')[0]
+            rows = self._in_archive(archive, directory)
         else:
-            rows = self._in_directory(os.path.dirname(package.path))
+            root = os.path.dirname(package.path)
+            rows = self._in_directory(root)
         prefix = package.target.rpartition('/')[0]
         room = PACKAGE_DATA
         found: List[FileOfModule] = []
@@ -4721,14 +5113,16 @@ class DataFiles:
             else:
                 room -= size
                 found.append(FileOfModule(target, path, package.loader))
-        if left and package.name not in self._warned:
-            self._warned.add(package.name)
-            self._warn(package.name, left, len(left) + len(found))
+        if left and name not in self._warned:
+            self._warned.add(name)
+            count = len(left) + len(found)
+            self._warn(name, left, count)
         return found
 
     @staticmethod
     def _warn(package: str, left: List[Tuple[str, int]], count: int) -> None:
-        size = sum(size for _, size in left) / 2**20
+        total_size = sum(size for _, size in left)
+        size = total_size / 2**20
         logger.warning(
             'package %s has more data files than the %d MB that travel with a package; not sent '
             'are %d of %d files (%.1f MB), the first of them %s: list those that jobs need in '
@@ -4751,7 +5145,8 @@ class DataFiles:
             directories = []
             for entry in entries:
                 name = prefix + entry.name
-                if entry.is_dir(follow_symlinks=False) and _may_travel(entry.name):
+                is_dir = entry.is_dir(follow_symlinks=False)
+                if is_dir and _may_travel(entry.name):
                     directories.append((name + '/', entry.path))
                 elif self._is_data(entry):
                     yield name, entry.path, entry.stat().st_size
@@ -4777,7 +5172,9 @@ class DataFiles:
 
     def _is_data(self, entry: Any) -> bool:
         """Of links it counts where they lead."""
-        if entry.name.endswith(_CODE_SUFFIXES) or not _may_travel(entry.name):
+        if entry.name.endswith(_CODE_SUFFIXES):
+            return False
+        if not _may_travel(entry.name):
             return False
         try:
             if not entry.is_file():
@@ -4828,13 +5225,23 @@ class DataFiles:
                 packages.add(holder)
         for info in infos:
             below = info.filename[len(prefix):]
-            if not info.filename.startswith(prefix) or not below or info.is_dir():
+            if not info.filename.startswith(prefix):
+                continue
+            if not below:
+                continue
+            if info.is_dir():
                 continue
             parts = below.split('/')
-            inner = {prefix + '/'.join(parts[:end]) for end in range(1, len(parts))}
-            if inner & packages or below.endswith(_CODE_SUFFIXES):
+            inner = set()
+            for end in range(1, len(parts)):
+                inner.add(prefix + '/'.join(parts[:end]))
+            if inner & packages:
                 continue
-            if all(map(_is_shown, parts)) and all(map(_may_travel, parts)):
+            if below.endswith(_CODE_SUFFIXES):
+                continue
+            if not all(map(_is_shown, parts)):
+                continue
+            if all(map(_may_travel, parts)):
                 path = os.path.join(archive, *info.filename.split('/'))
                 yield below, path, info.file_size
 
@@ -4843,11 +5250,15 @@ _CODE_SUFFIXES = ('.py', '.pyc', '.pyo')
 
 
 def _is_package_file(name: str) -> bool:
-    return name.startswith('__init__.') and name[8:] in importlib.machinery.all_suffixes()
+    if not name.startswith('__init__.'):
+        return False
+    return name[8:] in importlib.machinery.all_suffixes()
 
 
 def _is_shown(name: str) -> bool:
-    return not name.startswith('.') and name != '__pycache__'
+    if name.startswith('.'):
+        return False
+    return name != '__pycache__'
 
 
 def _may_travel(name: str) -> bool:
@@ -4901,7 +5312,8 @@ class OwnModules:
         are in, in the order in which they are reached. `shipped` are modules that travel
         otherwise, with all below them."""
         walk = _ModuleWalk(self._finder, self._file_of, shipped)
-        walk.run(iter(sorted(set(names))))
+        sorted_names = sorted(set(names))
+        walk.run(iter(sorted_names))
         return walk.found
 
     def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
@@ -4936,10 +5348,13 @@ class OwnModules:
     def changed(self, closure: Sequence[ModuleFile], before: Dict[str, bytes]) -> List[ModuleFile]:
         """Modules whose files are not as they were when `before` was taken, as `digests`."""
         now = self.digests(closure)
-        return [
-            module for module in closure
-            if module.path in now and now[module.path] != before.get(module.path, now[module.path])
-        ]
+        modules: List[ModuleFile] = []
+        for module in closure:
+            if module.path not in now:
+                continue
+            if now[module.path] != before.get(module.path, now[module.path]):
+                modules.append(module)
+        return modules
 
     def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
         """The file of a module of the user's. The text of a loaded module is read once."""
@@ -4960,40 +5375,47 @@ class OwnModules:
     @staticmethod
     def _is_as_it_was(stamp: Optional[FileStamp], path: str) -> bool:
         try:
-            return stamp is not None and stamp == _stamp_of(path)
+            if stamp is None:
+                return False
+            return stamp == _stamp_of(path)
         except OSError:   # whoever reads it says so
             return False
 
     def _read_file(self, name: str, where: Whereabouts) -> Tuple[ModuleFile, Optional[FileStamp]]:
-        base = os.path.basename(where.path)
+        path = where.path
+        base = os.path.basename(path)
         is_package = _is_package_file(base)
         is_extension = base.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
         is_source = base.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES))
         parts = name.split('.')
         if is_source:
-            target = '/'.join(parts) + ('/__init__.py' if is_package else '.py')
+            joined_parts = '/'.join(parts)
+            target = joined_parts + ('/__init__.py' if is_package else '.py')
         else:
             target = '/'.join((parts if is_package else parts[:-1]) + [base])
         source = None
         stamp = None
         if is_source:
             try:
-                content, stamp, mode = _read_at_once(where.path, where.loader)
+                content, stamp, mode = _read_at_once(path, where.loader)
             except OSError as exc:
                 source = ModuleSource('', name, is_package)
                 source.error = str(exc)
             else:
-                self._digests.note(where.path, content, stamp, mode)
+                self._digests.note(path, content, stamp, mode)
                 source = ModuleSource(content, name, is_package)
-        if stamp is not None and not _is_settled(stamp):
-            stamp = None
-        file = ModuleFile(
-            name, where.path, target, is_package, is_extension, source, where.loader)
+        if stamp is not None:
+            if not _is_settled(stamp):
+                stamp = None
+        file = ModuleFile(name, path, target, is_package, is_extension, source, where.loader)
         return file, stamp
 
     def file_names(self, closure: Sequence[ModuleFile]) -> Dict[str, FrozenSet[str]]:
         """`ModuleSource.file_names` of each, with what they import from each other."""
-        sources = {module.name: module.source for module in closure if module.source is not None}
+        sources = {}
+        for module in closure:
+            if module.source is not None:
+                sources[module.name] = module.source
         found = {name: source.file_names for name, source in sources.items()}
         users: Dict[str, Set[str]] = {}
         for name, source in sources.items():
@@ -5017,8 +5439,10 @@ class OwnModules:
     def uses_dispy(self, closure: Sequence[ModuleFile]) -> bool:
         """Whether one of these imports a module of dispy."""
         ours = NOT_OWN - {'cloudpickle', 'psutil'}
-        return any(imported.module.partition('.')[0] in ours
-                   for _, imported in self._imports(closure))
+        for _, imported in self._imports(closure):
+            if imported.module.partition('.')[0] in ours:
+                return True
+        return False
 
     @staticmethod
     def _imports(closure: Sequence[ModuleFile]) -> Iterator[Tuple[ModuleFile, ImportedModule]]:
@@ -5037,7 +5461,8 @@ class OwnModules:
                 known = found.get(name)
                 if known is None or (imported.certain and not known[1]):
                     chain = module.chain + (name,)
-                    found[name] = self._version(name), imported.certain, chain
+                    version = self._version(name)
+                    found[name] = version, imported.certain, chain
         return found
 
     def _installed(self, imported: ImportedModule) -> List[str]:
@@ -5074,7 +5499,8 @@ class OwnModules:
         if _is_package_file(os.path.basename(path)):
             holder = os.path.dirname(holder)
         owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
-        return os.path.splitext(owner)[0].partition('-')[2]
+        stem_and_suffix = os.path.splitext(owner)
+        return stem_and_suffix[0].partition('-')[2]
 
 
 own_modules = OwnModules()
@@ -5120,24 +5546,27 @@ class StateCapture:
     def add(self, file: ModuleFile, placed: Iterable[str] = ()) -> None:
         """A module that the client has loaded, if its source is known. `placed` are the names whose
         values depend on where files lie: on the node these lie elsewhere."""
+        source = file.source
         module = sys.modules.get(file.name)
-        if module is None or file.source is None or file.source.error:
+        if module is None:
+            return
+        if source is None or source.error:
             return
         found: List[Tuple[StateRow, Any]] = []
         try:
             for name, value in list(module_dict(module).items()):
                 if name in placed:
                     continue
-                self._consider(file.source, (file.name, '', name), value,
-                               file.source.names.get(name), found)
-            for owner, table in file.source.classes.items():
-                self._add_class(file.source, owner, table, found)
+                binding = source.names.get(name)
+                self._consider(source, (file.name, '', name), value, binding, found)
+            for owner, table in source.classes.items():
+                self._add_class(source, owner, table, found)
         except _CannotTravel as exc:
-            self.warnings.append(
-                'module %s: what its variable %s holds (a %s) cannot be pickled, so nothing that '
-                'the program has set in this module reaches the jobs. Set it in setup, or call '
-                'cloudpickle.register_pickle_by_value(%s)'
-                % (file.name, *exc.args, file.name.partition('.')[0]))
+            warning = ('module %s: what its variable %s holds (a %s) cannot be pickled, so '
+                       'nothing that the program has set in this module reaches the jobs. '
+                       'Set it in setup, or call cloudpickle.register_pickle_by_value(%s)' %
+                       (file.name, *exc.args, file.name.partition('.')[0]))
+            self.warnings.append(warning)
             return
         for row, value in found:
             if keeps_identity(value):
@@ -5154,8 +5583,11 @@ class StateCapture:
             cls = find_named(source.name, owner)
         except Exception:  # it is not there any more, or a __getattr__ of the user's raises
             return
-        if not isinstance(cls, type) or issubclass(
-                cls, enum.Enum) or not is_named(cls, source.name, owner):
+        if not isinstance(cls, type):
+            return
+        if issubclass(cls, enum.Enum):
+            return
+        if not is_named(cls, source.name, owner):
             return
         for name, value in list(vars(cls).items()):
             self._consider(source, (source.name, owner, name), value, table.get(name), found)
@@ -5164,42 +5596,55 @@ class StateCapture:
                   binding: Optional[NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
         """A variable, if the node's own import would not give it the same value."""
         module, owner, name = key
-        if name.startswith('__') or isinstance(value, types.ModuleType) or self._is_as_imported(
-                key, value, binding, source):
+        if name.startswith('__'):
+            return
+        if isinstance(value, types.ModuleType):
+            return
+        if self._is_as_imported(key, value, binding, source):
             return
         given = binding is None or binding.kind is NameKind.CONSTANT   # then the program has set it
         form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
         if form is not None:
-            found.append((StateRow(module, owner, name, form, -1, not given), value))
-        elif given and (not owner
-                        or binding is not None) and not self._is_made_by_module(module, value):
-            raise _CannotTravel(name, '%s.%s' % (type(value).__module__, type(value).__qualname__))
+            state_row = StateRow(module, owner, name, form, -1, not given)
+            found.append((state_row, value))
+        elif given and (not owner or binding is not None):
+            if not self._is_made_by_module(module, value):
+                raise _CannotTravel(name,
+                                    '%s.%s' % (type(value).__module__, type(value).__qualname__))
 
     @staticmethod
     def _is_as_imported(key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding],
                         source: ModuleSource) -> bool:
         module, owner, name = key
         if binding is None:
-            return any(
-                module_dict(sys.modules.get(star)).get(name, key) is value for star in source.stars)
+            for star in source.stars:
+                if module_dict(sys.modules.get(star)).get(name, key) is value:
+                    return True
+            return False
         if binding.from_file:
             return True
         if binding.kind is NameKind.CONSTANT and hasattr(binding, 'value'):
-            return type(binding.value) is type(value) and bool(binding.value == value)
+            if type(binding.value) is not type(value):
+                return False
+            return bool(binding.value == value)
         if binding.kind is NameKind.IMPORTED:
-            return any(
-                own_modules.kind(origin) in (ModuleKind.STANDARD, ModuleKind.INSTALLED)
-                for origin in binding.origins)
+            for origin in binding.origins:
+                if own_modules.kind(origin) in (ModuleKind.STANDARD, ModuleKind.INSTALLED):
+                    return True
+            return False
         if binding.kind is NameKind.DEFINED:
-            return is_named(value, module, '%s.%s' %
-                            (owner, name) if owner else name) or not hasattr(value, '__qualname__')
+            if is_named(value, module, '%s.%s' % (owner, name) if owner else name):
+                return True
+            return not hasattr(value, '__qualname__')
         return False
 
     @staticmethod
     def _is_made_by_module(module: str, value: Any) -> bool:
         """Whether a function or class, which the source does not name, came of running the module
         all the same."""
-        return isinstance(value, (type, types.FunctionType)) and value.__module__ == module
+        if not isinstance(value, (type, types.FunctionType)):
+            return False
+        return value.__module__ == module
 
     def _number(self, value: Any) -> int:
         number = self._numbers.setdefault(id(value), len(self._objects))
@@ -5214,8 +5659,11 @@ class StateCapture:
             return [], b'', set()
         # All there at once: their ids must differ
         contents = [contents_of(value) for value in self._objects]
-        sealed = dumps((contents, self._values), _state_pickler(self._numbers))
-        kinds = [(type(value).__module__, type(value).__qualname__) for value in self._objects]
+        pickler = _state_pickler(self._numbers)
+        sealed = dumps((contents, self._values), pickler)
+        kinds = []
+        for value in self._objects:
+            kinds.append((type(value).__module__, type(value).__qualname__))
         body = in_one_piece(sealed.payload)
         return kinds, body, sealed.modules | {kind[0] for kind in kinds}
 
@@ -5260,7 +5708,8 @@ class ModuleBundles:
         """The code of the computation, with bundle 0. One pickle for all, so that they share their
         variables on the node."""
         labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
-        labels += [('depends, %s' % name, value) for name, value in objects.items()]
+        for name, value in objects.items():
+            labels.append(('depends, %s' % name, value))
         sealed = pack((computation, setup, cleanup, objects), labels, True)
         self.portable = sealed.portable
         self._make(0, sealed.modules)
@@ -5283,20 +5732,29 @@ class ModuleBundles:
         """The bundles that have these modules, but for number 0. New modules make a new one."""
         if modules <= self._plain:
             return set()
-        new = {
-            name
-            for name in modules - self._plain if name not in self._number_of and self._is_own(name)
-        }
+        new = set()
+        for name in modules - self._plain:
+            if name in self._number_of:
+                continue
+            if self._is_own(name):
+                new.add(name)
         if new:
-            self._make(max(1, len(self._bundles)), new)
+            number = max(1, len(self._bundles))
+            self._make(number, new)
         found = {self._number_of.get(name, 0) for name in modules} - {0}
         if not found:
             self._plain |= modules
         return found
 
     def _is_own(self, name: str) -> bool:
-        return own_modules.kind(name) is ModuleKind.OWN and not any(
-            name == shipped or name.startswith(shipped + '.') for shipped in self.shipped)
+        if own_modules.kind(name) is not ModuleKind.OWN:
+            return False
+        for shipped in self.shipped:
+            if name == shipped:
+                return False
+            if name.startswith(shipped + '.'):
+                return False
+        return True
 
     def _make(self, number: int, modules: AbstractSet[str]) -> None:
         """A bundle with these modules, unless another thread has just made one."""
@@ -5313,7 +5771,10 @@ class ModuleBundles:
             if modules and all(name in self._number_of for name in modules):
                 return
             number = len(self._bundles)
-            before = {target for bundle in self._bundles for target in bundle.files}
+            before = set()
+            for bundle in self._bundles:
+                for target in bundle.files:
+                    before.add(target)
             files = {
                 target: file
                 for target, file in own_modules.files(closure).items() if target not in before
@@ -5342,10 +5803,11 @@ class ModuleBundles:
             for file in new:
                 capture.add(file, placed.get(file.name, ()))
             kinds, state, met = capture.pickled()
-            more = {name
-                    for name in met if own_modules.kind(name) is ModuleKind.OWN
-                    } - wanted - {file.name
-                                  for file in closure}
+            names = set()
+            for name in met:
+                if own_modules.kind(name) is ModuleKind.OWN:
+                    names.add(name)
+            more = names - wanted - {file.name for file in closure}
             if not more:
                 return new, capture, kinds, state
             wanted |= more
@@ -5353,17 +5815,23 @@ class ModuleBundles:
     @staticmethod
     def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]],
                  state: bytes) -> bytes:
-        travelling = {file.name for file in closure} | {row.module for row in capture.rows}
+        names = {file.name for file in closure}
+        chosen_modules = {row.module for row in capture.rows}
+        travelling = names | chosen_modules
         compiled = [file.name for file in closure if file.is_extension]
         packages = {
             name: version
             for name, (version, _, _) in own_modules.packages(closure).items() if version
         }
+        modules = list(sys.modules)
+        order = []
+        for name in modules:
+            if name in travelling:
+                order.append(name)
+        rows = [tuple(row) for row in capture.rows]
         return pickle.dumps(
             {
-                'order': [name for name in list(sys.modules) if name in travelling],
-                'platform': sys.platform, 'rows': [tuple(row)
-                                                   for row in capture.rows], 'kinds': kinds,
+                'order': order, 'platform': sys.platform, 'rows': rows, 'kinds': kinds,
                 'state': state, 'packages': packages, 'compiled': compiled, 'build': build_tag()
             }, 5)
 
@@ -5388,8 +5856,8 @@ class ModuleBundles:
 
     @staticmethod
     def _file_rows(files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
-        return [(MODULES + name, size, digest, mode)
-                for name, size, digest, mode in own_modules.rows(files)]
+        rows = own_modules.rows(files)
+        return [(MODULES + name, size, digest, mode) for name, size, digest, mode in rows]
 
     def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
         """Rows for what a job has asked for: a bundle by number, or a module by name. Raises
@@ -5403,10 +5871,16 @@ class ModuleBundles:
             if bundle is None:
                 raise ModuleNotFoundError('the program knows no bundle of modules with number %d' %
                                           request)
-            return [self._row_of(bundle)] + ([] if embedded else self._file_rows(bundle.files))
+            row = self._row_of(bundle)
+            if embedded:
+                file_rows = []
+            else:
+                file_rows = self._file_rows(bundle.files)
+            return [row] + file_rows
         if embedded or own_modules.kind(request) is not ModuleKind.OWN:
             raise ModuleNotFoundError('the program has no module of its own called %s' % request)
-        files = own_modules.files(own_modules.closure([request], self.shipped))
+        closure = own_modules.closure([request], self.shipped)
+        files = own_modules.files(closure)
         with self._lock:
             self._extra.update(files)
         return self._file_rows(files)
@@ -5420,7 +5894,9 @@ class ModuleBundles:
             for bundle in self._bundles:
                 if name == bundle.name:
                     return bundle.content
-                if name.startswith(MODULES) and name[len(MODULES):] in bundle.files:
+                if not name.startswith(MODULES):
+                    continue
+                if name[len(MODULES):] in bundle.files:
                     return bundle.files[name[len(MODULES):]]
             if name.startswith(MODULES):
                 return self._extra.get(name[len(MODULES):])
@@ -5435,7 +5911,10 @@ class ModuleBundles:
         if now - self._looked_at >= every and not self._has_changed:
             self._looked_at = now
             with self._lock:
-                closure = [file for bundle in self._bundles for file in bundle.closure]
+                closure = []
+                for bundle in self._bundles:
+                    for file in bundle.closure:
+                        closure.append(file)
             self._has_changed = [file.name for file in own_modules.changed(closure, self._as_sent)]
         return self._has_changed
 
@@ -5493,7 +5972,11 @@ def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
     `labels` are the parts of the value, with what they are called; `share` as in `dumps`. Raises
     what pickling raises."""
     try:
-        return dumps(value, _code_pickler(client_pickler()) if exact else client_pickler(), share)
+        if exact:
+            pickler = _code_pickler(client_pickler())
+        else:
+            pickler = client_pickler()
+        return dumps(value, pickler, share)
     except _CANNOT as exc:
         text = explain_unpicklable(labels, exc)
         if not text or type(exc) not in _CANNOT:
@@ -5536,10 +6019,16 @@ def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
     seen = {id(value)}
     for _ in range(30):
         met = getattr(value, '__module__', None)
-        if isinstance(met, str) and own_modules.kind(met) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
-            module = met
-        found = next(((step, part) for step, part in _parts_of(value)
-                      if id(part) not in seen and not _can_be_packed(part)), None)
+        if isinstance(met, str):
+            if own_modules.kind(met) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
+                module = met
+        found = None
+        for step, part in _parts_of(value):
+            if id(part) in seen:
+                continue
+            if not _can_be_packed(part):
+                found = (step, part)
+                break
         if found is None:
             break
         path = '%s -> %s' % (path, found[0])
@@ -5567,8 +6056,8 @@ def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
         yield from (('.' + name, part) for name, part in list(vars(value).items())
                     if not name.startswith('__'))
     elif not isinstance(value, types.FunctionType):
-        yield from (('.' + name, part)
-                    for name, part in list(getattr(value, '__dict__', {}).items()))
+        for name, part in list(getattr(value, '__dict__', {}).items()):
+            yield ('.' + name, part)
         yield from (('.' + name, getattr(value, name)) for name in copyreg._slotnames(type(value))  # type: ignore[attr-defined]
                     if hasattr(value, name))
 
@@ -5577,10 +6066,12 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
         with contextlib.suppress(ValueError):   # it is empty
             yield 'variable %s' % name, cell.cell_contents
-    for name in sorted({name for code in _codes(function.__code__) for name in code.co_names}):
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    for name in sorted(names):
         if name in function.__globals__:
             yield 'global %s' % name, function.__globals__[name]
-    yield from (('default of %s' % function.__name__, part) for part in function.__defaults__ or ())
+    for part in function.__defaults__ or ():
+        yield ('default of %s' % function.__name__, part)
     yield from (('.' + name, part) for name, part in vars(function).items())
 
 
@@ -5661,8 +6152,9 @@ class SharedValues:
         else:
             whole = part
         value = self._by_object.get(id(whole))
-        if value is not None and value.data is whole and len(part) == len(whole):
-            return value
+        if value is not None and value.data is whole:
+            if len(part) == len(whole):
+                return value
         return None
 
     def of(self, part: Any) -> Value:
@@ -5677,10 +6169,12 @@ class SharedValues:
             sample = self._sample(part)
             value = self._by_sample.get(sample)
             # Of a bytearray, and not of a view, this is a comparison of memory.
-            if value is not None and type(value.data) is bytearray and value.data == part:
-                return value
+            if value is not None and type(value.data) is bytearray:
+                if value.data == part:
+                    return value
             data = bytearray(part)
-        return self.adopt(hashlib.sha256(data).digest(), data, sample)
+        digest = hashlib.sha256(data).digest()
+        return self.adopt(digest, data, sample)
 
     def _sample(self, part: memoryview) -> tuple:
         step = max(1, len(part) // self.SAMPLES)
@@ -5771,8 +6265,9 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
                    depends: Sequence[Any] = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what
     pickling raises. `depends` are files and objects for this job alone; files are read now."""
-    if not depends and not kwargs and ATOMS.issuperset(map(type, args)):
-        return pickle.dumps((args, kwargs), 5)
+    if not depends and not kwargs:
+        if ATOMS.issuperset(map(type, args)):
+            return pickle.dumps((args, kwargs), 5)
     objects: Dict[str, Any] = {}
     value: tuple = (args, kwargs)
     if depends:
@@ -5783,7 +6278,8 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
         (('argument %d' % number, value) for number, value in enumerate(args, 1)),
         (('argument %s' % name, value) for name, value in kwargs.items()),
         (('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()))
-    return own_memory(bundles.packed(value, labels, share=shared_values.payload))
+    payload = bundles.packed(value, labels, share=shared_values.payload)
+    return own_memory(payload)
 
 
 def own_memory(payload: Any) -> Any:
@@ -5825,7 +6321,8 @@ def _job_depends(
     for name, path in paths.items():
         check_name(name)
         with open_regular(path) as file:
-            files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
+            st_mode = os.stat(path).st_mode
+            files.append((name, stat.S_IMODE(st_mode) & 0o755 | 0o600, file.read()))
     return files, objects
 
 
@@ -5843,8 +6340,11 @@ def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict
             '%s: %.80r is neither a file, a directory, a module, a function, a class nor an '
             'instance of one'
             % (where, item))
-    found = {name: item for variables in (*globals_, vars(sys.modules['__main__']))
-             for name, value in list(variables.items()) if value is item}
+    found = {}
+    for variables in (*globals_, vars(sys.modules['__main__'])):
+        for name, value in list(variables.items()):
+            if value is item:
+                found[name] = item
     if isinstance(item, functools.partial):
         return found or {getattr(item.func, '__name__', 'partial'): item}
     return {type(item).__name__: type(item), **found}
@@ -5895,8 +6395,11 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
         paths[program] = path
     elif callable(computation):
         for label, function in (('setup', setup), ('cleanup', cleaner)):
-            if function is not None and not callable(function):
-                raise TypeError('%s must be a function, not %s' % (label, type(function).__name__))
+            if function is None:
+                continue
+            if not callable(function):
+                message = '%s must be a function, not %s' % (label, type(function).__name__)
+                raise TypeError(message)
         bundles.known_globals = globals_of(computation, setup, cleaner)
         objects, bundles.shipped = _sort_depends(depends, paths, bundles.known_globals)
         code = bundles.pack_code(computation, setup, cleaner, objects)
@@ -5904,14 +6407,16 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
         raise TypeError('computation must be a function or the path of a program, not %s' %
                         type(computation).__name__)
     files = _file_rows(paths, runnable)
+    python = tuple(sys.version_info[:3])
     spec: Dict[str, Any] = {
         'name': name, 'kind': 'program' if is_program else 'function', 'code': code, 'files': files,
         'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
-        'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0,
-        'setup_args': b'', 'portable': bundles.portable, 'sys_path': [], 'argv': []
+        'python': python, 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b'',
+        'portable': bundles.portable, 'sys_path': [], 'argv': []
     }
-    return PackedComputation(spec, paths, is_program, functools.partial(
-        pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
+    shippeds = tuple(bundles.shipped)
+    source = functools.partial(pack_source, computation, setup, cleaner, objects, shippeds)
+    return PackedComputation(spec, paths, is_program, source)
 
 
 def check_cargo(spec: dict) -> None:
@@ -5923,10 +6428,9 @@ def check_cargo(spec: dict) -> None:
             'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
-        raise ValueError(
-            'depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an '
-            'archive'
-            % (len(spec['files']), names, NAMES_MOST))
+        file_count = len(spec['files'])
+        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack '
+                         'them into an archive' % (file_count, names, NAMES_MOST))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -5934,8 +6438,9 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     for name, path in paths.items():
         check_name(name)
         size, digest = file_digest(path)
-        rows.append((name, size, digest,
-                     stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
+        st_mode = os.stat(path).st_mode
+        row = (name, size, digest, stat.S_IMODE(st_mode) | (0o500 if name == program else 0))
+        rows.append(row)
     return rows
 
 
@@ -5944,9 +6449,15 @@ def is_executable(path: str, start: bytes) -> bool:
     files are executable there."""
     if os.name != 'nt':
         return os.access(path, os.X_OK)
-    suffixes = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD').lower().split(';')
-    end = os.path.splitext(path)[1].lower()
-    return start == b'MZ' or end in ('.py', '.pyw') or (bool(end) and end in suffixes)
+    pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
+    suffixes = pathext.lower().split(';')
+    stem_and_suffix = os.path.splitext(path)
+    end = stem_and_suffix[1].lower()
+    if start == b'MZ':
+        return True
+    if end in ('.py', '.pyw'):
+        return True
+    return bool(end) and end in suffixes
 
 
 def _program_path(program: str) -> str:
@@ -5962,8 +6473,10 @@ def _program_path(program: str) -> str:
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start != b'#!' and not is_executable(path, start):
-        raise ValueError('computation: %s is not executable and does not begin with #!' % program)
+    if start != b'#!':
+        if not is_executable(path, start):
+            raise ValueError('computation: %s is not executable and does not begin with #!' %
+                             program)
     return path
 
 
@@ -6000,10 +6513,11 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
         for directory, _, names in os.walk(root):
             for name in names:
                 full = os.path.join(directory, name)
-                if os.path.islink(full) and not os.path.exists(full):
-                    # As locks of editors are
-                    logger.debug('depends: %s is a link to nothing and is left out', full)
-                    continue
+                # As locks of editors are
+                if os.path.islink(full):
+                    if not os.path.exists(full):
+                        logger.debug('depends: %s is a link to nothing and is left out', full)
+                        continue
                 if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
                     raise ValueError('depends: %s is no regular file' % full)
                 paths['/'.join([os.path.basename(root)] +
@@ -6011,7 +6525,8 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
     elif os.path.exists(path):
         raise ValueError('depends: %s is no regular file' % path)
     else:
-        raise FileNotFoundError('depends: there is no file %s (in %s)' % (path, os.getcwd()))
+        message = 'depends: there is no file %s (in %s)' % (path, os.getcwd())
+        raise FileNotFoundError(message)
 
 
 @functools.lru_cache(maxsize=None)
@@ -6048,7 +6563,8 @@ def _is_named(obj: Any, module: str, name: str) -> bool:
     by each look."""
     if isinstance(obj, types.MethodType):
         try:
-            return bool(functools.reduce(getattr, name.split('.'), sys.modules[module]) == obj)
+            name_parts = name.split('.')
+            return bool(functools.reduce(getattr, name_parts, sys.modules[module]) == obj)
         except (AttributeError, KeyError):
             return False
     return is_named(obj, module, name)
@@ -6077,17 +6593,20 @@ class SourcePicker:
         module = getattr(obj, '__module__', None)
         name = getattr(obj, '__qualname__', None)
         if not isinstance(module, str) or not isinstance(name, str):
-            raise NoSource('%s is a %s, no function at the top level of a file' %
-                           (what, type(obj).__name__))
+            reason = '%s is a %s, no function at the top level of a file' % (what,
+                                                                             type(obj).__name__)
+            raise NoSource(reason)
         if name.endswith('<lambda>'):
             raise NoSource('%s is a lambda' % what)
         if '<locals>' in name:
-            free = getattr(getattr(obj, '__code__', None), 'co_freevars', ())
+            code = getattr(obj, '__code__', None)
+            free = getattr(code, 'co_freevars', ())
             raise NoSource('%s is a closure over variable %s' % (what, ', '.join(free)) if free else
                            '%s is defined inside of %s' % (what, name.partition('.')[0]))
         if not _is_named(obj, module, name):
-            raise NoSource('%s, of type %s, is not what is called %s in module %s' %
-                           (what, type(obj).__name__, name, module))
+            message = '%s, of type %s, is not what is called %s in module %s' % (
+                what, type(obj).__name__, name, module)
+            raise NoSource(message)
         if not self._is_there(module):
             self._take(module, name.partition('.')[0], what)
         return module, name
@@ -6098,26 +6617,38 @@ class SourcePicker:
         found = []
         for module in list(self._taken):
             for node in self._statements(module):
-                before = {name: dict(taken) for name, taken in self._taken.items()}
+                before = {}
+                for name, taken in self._taken.items():
+                    before[name] = dict(taken)
                 obj = vars(sys.modules[module]).get(getattr(node, 'name', ''))
-                if isinstance(node, ast.ClassDef) and isinstance(
-                        obj, type) and node.name not in before[module]:
-                    try:
-                        self.refer(obj, node.name)
-                    except NoSource:   # a job that has one as argument is told
-                        self._taken = before
-                    else:
-                        found.append((module, node.name, self.rows(before)))
+                if not isinstance(node, ast.ClassDef):
+                    continue
+                if not isinstance(obj, type):
+                    continue
+                if node.name in before[module]:
+                    continue
+                try:
+                    self.refer(obj, node.name)
+                except NoSource:   # a job that has one as argument is told
+                    self._taken = before
+                else:
+                    found.append((module, node.name, self.rows(before)))
         return found
 
     def _statements(self, module: str) -> List[Any]:
         """Those at the top level of a module's file, and of the cells that define its classes."""
-        classes = [name for name, obj in vars(sys.modules[module]).items()
-                   if isinstance(obj, type) and obj.__module__ == module]
+        classes = []
+        for name, obj in vars(sys.modules[module]).items():
+            if not isinstance(obj, type):
+                continue
+            if obj.__module__ == module:
+                classes.append(name)
         found: List[Any] = []
-        for cell in ['', *sorted({self._cell_of(module, name) for name in classes} - {''})]:
+        cells = {self._cell_of(module, name) for name in classes}
+        for cell in ['', *sorted(cells - {''})]:
             with contextlib.suppress(NoSource):   # a job that has one as argument is told
-                found += self._read(module, cell)[1].body
+                contents = self._read(module, cell)
+                found += contents[1].body
         return found
 
     def rows(
@@ -6128,12 +6659,17 @@ class SourcePicker:
         order: List[str] = []
 
         def visit(module: str) -> None:
-            if module in self._taken and module not in order and module not in visiting:
-                visiting.add(module)
-                for name in self._taken[module].values():
-                    for link in name if isinstance(name, list) else ():
-                        visit(link[1])
-                order.append(module)
+            if module not in self._taken:
+                return
+            if module in order:
+                return
+            if module in visiting:
+                return
+            visiting.add(module)
+            for name in self._taken[module].values():
+                for link in name if isinstance(name, list) else ():
+                    visit(link[1])
+            order.append(module)
         visiting: Set[str] = set()
         for module in self._taken:
             visit(module)
@@ -6156,7 +6692,8 @@ class SourcePicker:
             else:
                 cell = ''
             parts.setdefault(cell, {})[name] = what
-        cells = [cell for cell in list(linecache.cache) if cell and cell in parts]
+        caches = list(linecache.cache)
+        cells = [cell for cell in caches if cell and cell in parts]
         if not cells or any(isinstance(what, range) for what in parts[''].values()):
             first = self._row(module, '', parts[''])
         else:
@@ -6170,16 +6707,20 @@ class SourcePicker:
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
         # What is not taken is left empty, so that the others keep their numbers
         kept = []
-        for number, line in enumerate(lines[:max(wanted, default=0)], 1):
+        highest_wanted = max(wanted, default=0)
+        for number, line in enumerate(lines[:highest_wanted], 1):
             if number in wanted:
                 kept.append(line)
             else:
                 kept.append('\n')
         file = cell or sys.modules[module].__file__ or ''
-        return (module, file, ''.join(kept), *_values_and_links(taken))
+        joined_kepts = ''.join(kept)
+        return (module, file, joined_kepts, *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
-        return module in self._shipped or own_modules.kind(module) not in _NOT_BY_NAME
+        if module in self._shipped:
+            return True
+        return own_modules.kind(module) not in _NOT_BY_NAME
 
     @staticmethod
     def _read_file(module: str, cell: str) -> Tuple[List[str], ast.Module, List[Any]]:
@@ -6194,10 +6735,13 @@ class SourcePicker:
             raise NoSource('the source of module %s is not to be had' % module) from None
         except SyntaxError as exc:
             raise NoSource('the file of module %s was changed: %s' % (module, exc)) from exc
-        return lines, tree, [
-            node for node in tree.body
-            if isinstance(node, ast.ImportFrom) and node.module == '__future__'
-        ]
+        nodes = []
+        for node in tree.body:
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module == '__future__':
+                nodes.append(node)
+        return lines, tree, nodes
 
     def _take(self, module: str, name: str, what: str) -> None:
         """A function or class, with all that it uses."""
@@ -6206,30 +6750,34 @@ class SourcePicker:
         taken = self._taken.setdefault(module, {})
         if name in taken:
             return
-        found = [
-            node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
-                                                            ast.ClassDef)) and node.name == name
-        ]
+        found = []
+        for node in tree.body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if node.name == name:
+                found.append(node)
         if not found:
             raise NoSource('%s: no statement at the top level of the file of module %s defines %s' %
                            (what, module, name))
         with _tree_lock:
             compiled = compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)
         codes = list(_codes(compiled))
-        if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(
-                vars(sys.modules[module])[name], 'dispatch'):
-            raise NoSource(
-                '%s: the implementations of %s (functools.singledispatch) are statements of their '
-                'own'
-                % (what, name))
+        if hasattr(vars(sys.modules[module])[name], 'registry'):
+            if hasattr(vars(sys.modules[module])[name], 'dispatch'):
+                raise NoSource('%s: the implementations of %s (functools.singledispatch) are '
+                               'statements of their own' % (what, name))
         file = cell or sys.modules[module].__file__
-        if not _is_as_written(vars(sys.modules[module])[name], file, codes):
+        is_as_written = _is_as_written(vars(sys.modules[module])[name], file, codes)
+        if not is_as_written:
             raise NoSource(
                 '%s: %s in the file of module %s is not what runs: was the file changed?' %
                 (what, name, module))
-        first = min(node.lineno for node in (found[-1], *found[-1].decorator_list))
+        decorator_list = found[-1].decorator_list
+        linenos = [node.lineno for node in (found[-1], *decorator_list)]
+        first = min(linenos)
         taken[name] = range(first, found[-1].end_lineno + 1)  # type: ignore[operator]
-        for used in sorted({used for code in codes for used in _names_used(code)}):
+        useds = {used for code in codes for used in _names_used(code)}
+        for used in sorted(useds):
             if used in vars(
                     sys.modules[module]) and used not in taken and used not in _OF_EVERY_MODULE:
                 self._take_global(module, used, name)
@@ -6252,13 +6800,15 @@ class SourcePicker:
         elif _is_plain(value):
             taken[name] = (value,)
         else:
-            raise NoSource('%s, of type %s, is no plain constant' % (what, type(value).__name__))
+            message = '%s, of type %s, is no plain constant' % (what, type(value).__name__)
+            raise NoSource(message)
 
     def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
         """Links for the import statements of a file, also of those within `if` and `try`, that have
         given a name its value."""
         try:
-            nodes: List[Any] = [self._read(module, '')[1]]
+            content = self._read(module, '')[1]
+            nodes: List[Any] = [content]
         except NoSource:   # cells: what they import is known by its own module and name
             return
         while nodes:
@@ -6276,7 +6826,9 @@ class SourcePicker:
         """Links for `import a`, `import a.b` and `import a.b as c`."""
         for alias in node.names:
             first = alias.name.partition('.')[0]
-            if name != (alias.asname or first) or not self._is_there(alias.name):
+            if name != (alias.asname or first):
+                continue
+            if not self._is_there(alias.name):
                 continue
             if alias.asname:
                 bound = alias.name
@@ -6302,8 +6854,9 @@ class SourcePicker:
             submodule = '%s.%s' % (origin, bound)
             if sys.modules.get(submodule) is value and self._is_there(submodule):
                 yield name, submodule, ''
-            elif self._is_there(origin) and _attribute_of(origin, bound) is value:
-                yield name, origin, bound
+            elif self._is_there(origin):
+                if _attribute_of(origin, bound) is value:
+                    yield name, origin, bound
 
     @staticmethod
     def _origin_of(module: str, node: ast.ImportFrom) -> str:
@@ -6339,17 +6892,24 @@ def cell_of(module: str, name: str) -> str:
     all of them, the latest first."""
     obj = vars(sys.modules[module]).get(name)
     functions = [obj, *(vars(obj).values() if isinstance(obj, type) else ())]
-    files = [inspect.unwrap(function).__code__.co_filename for function in functions
-             if isinstance(function, types.FunctionType)]
+    files = []
+    for function in functions:
+        if isinstance(function, types.FunctionType):
+            files.append(inspect.unwrap(function).__code__.co_filename)
     for file in files:
         if is_cell(file):
             return file
     has_file = getattr(sys.modules[module], '__file__', None) is not None
-    if not isinstance(obj, type) or (has_file and module not in _MAIN_NAMES):
+    if not isinstance(obj, type):
         return ''
-    start = re.compile(r'^class %s\b' % re.escape(name), re.M)
+    if has_file and module not in _MAIN_NAMES:
+        return ''
+    message = r'^class %s\b' % re.escape(name)
+    start = re.compile(message, re.M)
     for file in reversed(list(linecache.cache)):
-        if is_cell(file) and start.search(''.join(linecache.getlines(file))):
+        if not is_cell(file):
+            continue
+        if start.search(''.join(linecache.getlines(file))):
             return file
     return ''
 
@@ -6365,7 +6925,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _names_used(code: types.CodeType) -> Iterator[str]:
-    return (step.argval for step in dis.get_instructions(code)
+    instructions = dis.get_instructions(code)
+    return (step.argval for step in instructions
             if step.opname in ('LOAD_NAME', 'LOAD_GLOBAL', 'LOAD_FROM_DICT_OR_GLOBALS'))
 
 
@@ -6394,11 +6955,17 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
 
 def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
     """Whether the code object of a function that runs can have come of another."""
-    if code.co_name != running.co_name or code.co_firstlineno != running.co_firstlineno:
+    if code.co_name != running.co_name:
         return False
-    if not set(code.co_names) <= set(running.co_names):
+    if code.co_firstlineno != running.co_firstlineno:
         return False
-    constants = {const for const in code.co_consts if not isinstance(const, types.CodeType)}
+    distinct_co_names = set(code.co_names)
+    if not distinct_co_names <= set(running.co_names):
+        return False
+    constants = set()
+    for const in code.co_consts:
+        if not isinstance(const, types.CodeType):
+            constants.add(const)
     return constants <= set(running.co_consts)
 
 
@@ -6410,10 +6977,12 @@ def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, A
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
-        functions = (picker.refer(computation, 'the computation'), setup
-                     and picker.refer(setup, 'setup'), cleanup
+        refer = picker.refer(computation, 'the computation')
+        functions = (refer, setup and picker.refer(setup, 'setup'), cleanup
                      and picker.refer(cleanup, 'cleanup'))
-        depends = {name: _refer_depend(picker, name, obj) for name, obj in objects.items()}
+        depends = {}
+        for name, obj in objects.items():
+            depends[name] = _refer_depend(picker, name, obj)
         rows = picker.rows({})
         source = (sys.version_info[:2], rows, picker.classes(), (*functions, depends))
         return pickle.dumps(source, 5), ''
@@ -6494,7 +7063,8 @@ def address_of(host: str) -> Optional[str]:
     except (OSError, UnicodeError):
         return None
     found.sort(key=lambda row: row[0] != socket.AF_INET)
-    return _plain_host(str(found[0][4][0]))
+    word = str(found[0][4][0])
+    return _plain_host(word)
 
 
 def limited(offered: int, cpus: int) -> int:
@@ -6516,7 +7086,9 @@ def matches(pattern: str, word: str) -> bool:
     last = parts.pop()
     if len(word) < len(first) + len(last):
         return False
-    if not word.startswith(first) or not word.endswith(last):
+    if not word.startswith(first):
+        return False
+    if not word.endswith(last):
         return False
     at = len(first)
     end = len(word) - len(last)
@@ -6547,18 +7119,26 @@ class NodeSpec(NamedTuple):
         wanted = _plain_host(self.host)
         if not self.wild:
             return wanted in map(_plain_host, words)
-        return any(matches(wanted, _plain_host(word)) for word in words if word)
+        for word in words:
+            if word:
+                if matches(wanted, _plain_host(word)):
+                    return True
+        return False
 
     def may_fit(self, address: str) -> bool:
         """Whether a node at this address may be meant; it may also be meant by its name, which is
         not known yet."""
-        return self.fits(address) or not (set(self.host) <= set('0123456789.*') or ':' in self.host)
+        if self.fits(address):
+            return True
+        distinct_hosts = set(self.host)
+        return not (distinct_hosts <= set('0123456789.*') or ':' in self.host)
 
 
 def _plain_host(word: str) -> str:
     """Names and addresses in the one form in which they are compared."""
     try:
-        return str(ipaddress.ip_address(word.partition('%')[0]))
+        address = ipaddress.ip_address(word.partition('%')[0])
+        return str(address)
     except ValueError:
         return word.lower().rstrip('.')
 
@@ -6575,8 +7155,8 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
                                                                      'NodeInfo']) -> Allocation:
     """Ask the user's allocator for a JobCluster. Raises what it raises, and TypeError if what it
     returns is no number."""
-    available = DispyNodeAvailInfo(
-        *map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
+    fact = peer.facts.get('available', {})
+    available = DispyNodeAvailInfo(*map(fact.get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster,
                               peer.ip_addr,
                               peer.name,
@@ -6594,9 +7174,11 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
     core = core_of(cluster)
     bundles = core.bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
-    labels = [('setup argument %d' % place, value)
-              for place, value in enumerate(allocator.setup_args, 1)]
-    payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
+    labels = []
+    for place, value in enumerate(allocator.setup_args, 1):
+        labels.append(('setup argument %d' % place, value))
+    setup_args = tuple(allocator.setup_args)
+    payload = bundles.packed((setup_args, objects), labels)
     blob = in_one_piece(payload)
     check_setup_args(len(blob), core.remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
@@ -6609,8 +7191,9 @@ def check_setup_args(size: int, remote: bool) -> None:
     else:
         most = WHOLE_MOST
     if size > most:
-        raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
-                         % (size, most, ' of a SharedJobCluster' if remote else ''))
+        message = 'setup_args of %d bytes are over the limit of %d%s: send a file (depends)' % (
+            size, most, ' of a SharedJobCluster' if remote else '')
+        raise ValueError(message)
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
@@ -6620,7 +7203,9 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
         raise TypeError('nodes: %.80r is not a list of hosts' % (nodes,))
-    found = [_parse_node(node, port, elsewhere) for node in nodes]
+    found = []
+    for node in nodes:
+        found.append(_parse_node(node, port, elsewhere))
     if not found:
         raise ValueError("nodes is an empty list: give host names, 'local', or None for any node")
     return found
@@ -6628,7 +7213,11 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
 
 def any_node(nodes: Any) -> bool:
     """Whether no nodes are named: None, or, as in dispy 4, an empty list."""
-    return nodes is None or isinstance(nodes, (list, tuple, set)) and not nodes
+    if nodes is None:
+        return True
+    if not isinstance(nodes, (list, tuple, set)):
+        return False
+    return not nodes
 
 
 def _is_one_node(nodes: Any) -> bool:
@@ -6636,18 +7225,25 @@ def _is_one_node(nodes: Any) -> bool:
     port) or ('host1', 'host2')."""
     if not isinstance(nodes, tuple):
         return isinstance(nodes, (str, dict, DispyNode, NodeAllocate))
-    if not nodes or not isinstance(nodes[0], str):
+    if not nodes:
         return False
-    if len(nodes) == 1 or not isinstance(nodes[1], str):
+    if not isinstance(nodes[0], str):
+        return False
+    if len(nodes) == 1:
+        return True
+    if not isinstance(nodes[1], str):
         return True
     return number_in(nodes[1], True) is not None
 
 
 def _allocator_of(node: Any) -> Optional[NodeAllocate]:
     """Of an element with `depends` or `setup_args`, as dispy 4 took it; None for another."""
-    if isinstance(node, (tuple, list)) and 4 <= len(node) <= 5:
-        return NodeAllocate(*node)
-    if not isinstance(node, dict) or not node:
+    if isinstance(node, (tuple, list)):
+        if 4 <= len(node) <= 5:
+            return NodeAllocate(*node)
+    if not isinstance(node, dict):
+        return None
+    if not node:
         return None
     if set(node) - {'host', 'port', 'cpus', 'depends', 'setup_args'}:
         return None
@@ -6664,14 +7260,16 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
         allocator = node
     else:
         allocator = None
-    host, its_port, cpus = (*_parts_of_node(node, port), None, None)[:3]
+    parts = _parts_of_node(node, port)
+    host, its_port, cpus = (*parts, None, None)[:3]
     host = _check_host(host, elsewhere)
     number = number_in(port if its_port is None else its_port, True)
     if number is None or not 1 <= number <= 65535:
         raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' %
                          (its_port, host))
-    if cpus is not None and number_in(cpus, True) is None:
-        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+    if cpus is not None:
+        if number_in(cpus, True) is None:
+            raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
     return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
 
 
@@ -6683,10 +7281,12 @@ def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
         if node.startswith('[') or node.count(':') == 1:
             return host_and_port(node, port)
         return (node,)
-    if isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
-        return node['host'], node.get('port'), node.get('cpus')
-    if isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
-        return node
+    if isinstance(node, dict) and 'host' in node:
+        if not set(node) - {'host', 'port', 'cpus'}:
+            return node['host'], node.get('port'), node.get('cpus')
+    if isinstance(node, (tuple, list)):
+        if 1 <= len(node) <= 3:
+            return node
     raise TypeError(
         "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
         "'port':, 'cpus':}"
@@ -6694,9 +7294,14 @@ def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
 
 
 def _is_one_word(text: Any) -> bool:
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str):
         return False
-    return not any(character.isspace() or character in ',\0' for character in text)
+    if not text:
+        return False
+    for character in text:
+        if character.isspace() or character in ',\0':
+            return False
+    return True
 
 
 def _check_host(host: Any, elsewhere: bool) -> str:
@@ -6709,11 +7314,13 @@ def _check_host(host: Any, elsewhere: bool) -> str:
             'nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs '
             'here'
             % (LOCAL, '127.0.0.1'))
-    if '*' in host and discovery_reach() == 'off' and not elsewhere:
-        raise ValueError(
-            "nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY "
-            "forbids; name the hosts, or let nodes connect by themselves (host=, and "
-            "dispynode --scheduler-host there)" % host)
+    if '*' in host:
+        if discovery_reach() == 'off' and not elsewhere:
+            raise ValueError("nodes: %r: wildcards need discovery, which the environment's "
+                             "DISPY_DISCOVERY "
+                             "forbids; name the hosts, or let nodes connect by themselves (host=, "
+                             "and "
+                             "dispynode --scheduler-host there)" % host)
     return host
 
 
@@ -6734,15 +7341,17 @@ def check_own_file(path: str, what: str) -> None:
 def _check_status(status: os.stat_result, path: str, what: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise DispyError('%s: %s is no regular file' % (what, path))
-    if hasattr(os, 'geteuid') and status.st_uid != os.geteuid():
-        raise DispyError(
-            '%s: %s belongs to another user (number %d), who may have put anything into it' %
-            (what, path, status.st_uid))
-    if os.name != 'nt' and status.st_mode & 0o022:
-        raise DispyError(
-            '%s: %s can be written by others (mode %03o): if you know that what is in it is yours, '
-            'chmod 600 %s'
-            % (what, path, stat.S_IMODE(status.st_mode), path))
+    if hasattr(os, 'geteuid'):
+        if status.st_uid != os.geteuid():
+            raise DispyError('%s: %s belongs to another user (number %d), who may have put '
+                             'anything into it' % (what, path, status.st_uid))
+    if os.name == 'nt':
+        return
+    if not status.st_mode & 0o022:
+        return
+    message = ('%s: %s can be written by others (mode %03o): if you know that what is in '
+               'it is yours, chmod 600 %s' % (what, path, stat.S_IMODE(status.st_mode), path))
+    raise DispyError(message)
 
 
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
@@ -6773,7 +7382,9 @@ def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
     """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be
     known: it is of another machine or another container."""
     machine, pid, start = process
-    if not start or machine != _machine():
+    if not start:
+        return None
+    if machine != _machine():
         return None
     return start_of(pid, zombie=False) != start
 
@@ -6814,8 +7425,8 @@ class Database:
                 check_own_file(self.path + end, what)
             os.close(open_own_file(self.path, what))
         except OSError as exc:
-            raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror),
-                          self.path) from None
+            message = '%s cannot be opened: %s' % (what, exc.strerror)
+            raise OSError(exc.errno, message, self.path) from None
         self._db = sqlite3.connect(self.path,
                                    timeout=0,
                                    isolation_level=None,
@@ -6851,9 +7462,10 @@ class Database:
             run('PRAGMA user_version=%d' % self.VERSION)
         elif mark != self.MARK or version != self.VERSION:
             run('ROLLBACK')
-            raise DispyError('%s %s is %s: give another, or move it away' %
-                             (self._what, self.path, 'of version %d and this dispy knows %d' %
-                              (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
+            message = '%s %s is %s: give another, or move it away' % (
+                self._what, self.path, 'of version %d and this dispy knows %d' %
+                (version, self.VERSION) if mark == self.MARK else 'no file of dispy')
+            raise DispyError(message)
         run('COMMIT')
 
     @contextlib.contextmanager
@@ -6865,10 +7477,12 @@ class Database:
         except OSError:
             raise
         except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
-            if isinstance(exc, DispyError) and not isinstance(exc, PeerError):
-                raise
-            raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' %
-                             (self._what, self.path, type(exc).__name__, exc)) from exc
+            if isinstance(exc, DispyError):
+                if not isinstance(exc, PeerError):
+                    raise
+            message = '%s %s is damaged (%s: %s); nothing in it was changed: move it away' % (
+                self._what, self.path, type(exc).__name__, exc)
+            raise DispyError(message) from exc
 
     def note(self, statement: int, *row: Any) -> None:
         """A row for a statement of the next transaction."""
@@ -6915,16 +7529,20 @@ class Database:
             fit = []
             for row in rows:
                 try:
-                    self._db.execute('SELECT %s' % ', '.join('?' * len(row)), row)
+                    message = 'SELECT %s' % ', '.join('?' * len(row))
+                    self._db.execute(message, row)
                 except self._error:
                     fit.append(row)   # of the file, not of the row
                 except Exception:  # of this row: UnicodeEncodeError, OverflowError
                     continue
                 else:
                     fit.append(row)
-            is_last = number == len(self._notes) - 1
-            if rows and len(fit) == len(rows) and is_last and not any(self._notes[:number]):
-                fit = []   # nothing was found: better without them than never again
+            note_count = len(self._notes)
+            is_last = number == note_count - 1
+            # Nothing was found: better without them than never again
+            if rows and len(fit) == len(rows):
+                if is_last and not any(self._notes[:number]):
+                    fit = []
             self._notes[number] = fit
 
     def _failed(self, exc: Exception) -> bool:
@@ -6939,7 +7557,11 @@ def _is_end(found: Any) -> bool:
     Results."""
     if isinstance(found, str):
         return True
-    return found is not None and len(found) == 6 and is_outcome(*found)
+    if found is None:
+        return False
+    if len(found) != 6:
+        return False
+    return is_outcome(*found)
 
 
 class Journal(Database):
@@ -6978,8 +7600,8 @@ class Journal(Database):
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
         if must_exist and not os.path.exists(path):
-            raise FileNotFoundError('recover_file: there is no file %s (in %s)' %
-                                    (path, os.getcwd()))
+            message = 'recover_file: there is no file %s (in %s)' % (path, os.getcwd())
+            raise FileNotFoundError(message)
         # What is in FILE-new and not noted, by any thread: pairs of a statement and its row
         self._rows: Deque[Tuple[int, tuple]] = collections.deque()
         self._guard = threading.Lock()           # guards FILE-new, and what it is behind
@@ -7009,7 +7631,8 @@ class Journal(Database):
         os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
         head = os.read(self._new, len(self.NEW_MARK))
         # Made now, or torn when it was made
-        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):
+        new_mark_length = len(self.NEW_MARK)
+        if len(head) < new_mark_length and self.NEW_MARK.startswith(head):
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
         elif head != self.NEW_MARK:
@@ -7022,7 +7645,8 @@ class Journal(Database):
         one was never returned."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
-            for (kind, number, submitted), parts, _ in self._LOG.read(file):
+            contents = self._LOG.read(file)
+            for (kind, number, submitted), parts, _ in contents:
                 ident, payload, options, arguments = parts
                 if kind == self.VALUE:
                     self._add(kind, (ident, payload))
@@ -7032,7 +7656,8 @@ class Journal(Database):
                 self._add(kind, row if kind == self.INSERT else (ident, number))
         if self.commit():
             os.ftruncate(self._new, len(self.NEW_MARK))
-        self.last = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
+        cursor = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs')
+        self.last = cursor.fetchone()[0]
 
     def _add(self, statement: int, row: tuple) -> None:
         self._rows.append((statement, row))
@@ -7060,7 +7685,10 @@ class Journal(Database):
         number = self.last + 1
         ident = pickle.dumps(job.id)
         payload = in_one_piece(job.payload)
-        plain = {name: value for name, value in (job.options or {}).items() if name != 'repeats'}
+        plain = {}
+        for name, value in (job.options or {}).items():
+            if name != 'repeats':
+                plain[name] = value
         if plain:
             options = pickle.dumps(plain)
         else:
@@ -7070,8 +7698,9 @@ class Journal(Database):
             if type(job.payload) is SharedPayload:
                 self._keep_values(job.payload.values)
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
-            self._add(self.INSERT, (number, job.comp, ident, payload, options, job.submit_time,
-                                    arguments.decode(), self.WAITING))
+            row = (number, job.comp, ident, payload, options, job.submit_time, arguments.decode(),
+                   self.WAITING)
+            self._add(self.INSERT, row)
         self.last = number
         job.serial = number << 16
         job._journal = self
@@ -7105,16 +7734,20 @@ class Journal(Database):
         with self._guard:
             if self._new >= 0:   # otherwise it is closed
                 try:
-                    self._append(self.RENAME, job.serial >> 16, 0.0, ident)
+                    number = job.serial >> 16
+                    self._append(self.RENAME, number, 0.0, ident)
                 except OSError as exc:   # no room; `commit` tells that
                     logger.debug('the id of a job will be written later: %s', exc)
-                self._add(self.RENAME, (ident, job.serial >> 16))
+                row = (ident, job.serial >> 16)
+                self._add(self.RENAME, row)
 
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
-        sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
+        part_lengths = [len(part) for part in parts]
+        sizes = part_lengths + [0] * (4 - len(parts))
         head = self._HEAD.pack(kind, number, submitted, *sizes)
-        data = memoryview(b''.join(self._LOG.record(head, parts)))
+        record = self._LOG.record(head, parts)
+        data = memoryview(b''.join(record))
         start = os.fstat(self._new).st_size
         try:
             while data:
@@ -7138,8 +7771,9 @@ class Journal(Database):
         the file is known until this program ends, and not to the next."""
         state = work.state
         if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
-            text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (
-                size_of(result[4]), JOURNAL_MOST)
+            size = size_of(result[4])
+            text = ('its result of %d bytes was not kept in the recovery file, whose '
+                    'limit is %d' % (size, JOURNAL_MOST))
             state = JobState.TERMINATED
             result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text,
                                                                                None), *result[5:])
@@ -7164,7 +7798,8 @@ class Journal(Database):
 
     def commit(self) -> bool:
         """As Database, with what was submitted."""
-        if len(self._written) > len(self._needed):
+        written_length = len(self._written)
+        if written_length > len(self._needed):
             self._free_values()
         while self._rows:
             statement, row = self._rows.popleft()
@@ -7178,8 +7813,10 @@ class Journal(Database):
     def trim(self) -> None:
         """Empty FILE-new if all in it is in the database. Any thread."""
         with self._guard:
-            if self._committed == self._added and os.fstat(self._new).st_size > self.TRIM:
-                os.ftruncate(self._new, len(self.NEW_MARK))
+            if self._committed == self._added:
+                status = os.fstat(self._new)
+                if status.st_size > self.TRIM:
+                    os.ftruncate(self._new, len(self.NEW_MARK))
 
     # -- after a crash -----------------------------------------------------------------------------
 
@@ -7200,7 +7837,8 @@ class Journal(Database):
 
     def is_program(self) -> bool:
         """Whether the jobs are runs of a program."""
-        return bool(self._db.execute('SELECT max(program) FROM comps').fetchone()[0])
+        cursor = self._db.execute('SELECT max(program) FROM comps')
+        return bool(cursor.fetchone()[0])
 
     def known(self) -> List[Tuple[KeptJob, int, str, Any]]:
         """All of `jobs`. Raises DispyError for a file that is damaged."""
@@ -7212,16 +7850,18 @@ class Journal(Database):
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a
         crash."""
+        cursor = self._db.execute(
+            'SELECT number, comp, id, payload, options, submitted, arguments, state, '
+            'serial, node, status, result FROM jobs WHERE NOT delivered')
         for (number, comp, ident, payload, options, submitted, arguments, state, serial, node,
-             status, result) in self._db.execute(
-                'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, '
-                'node, status, result FROM jobs WHERE NOT delivered'):
+             status, result) in cursor:
             if options:
                 known = pickle.loads(options)
             else:
                 known = None
-            if known and payload is not None and 'values' in known:
-                payload = self._with_values(payload, known['values'])
+            if known and payload is not None:
+                if 'values' in known:
+                    payload = self._with_values(payload, known['values'])
             job = KeptJob(comp, payload, known, pickle.loads(ident), arguments)
             job.serial = serial or number << 16
             job.submit_time = submitted
@@ -7244,8 +7884,8 @@ class Journal(Database):
         for size, digest in rows:
             value = shared_values.find(digest)
             if value is None:
-                found = self._db.execute('SELECT data FROM vals WHERE digest = ?',
-                                         (digest, )).fetchone()
+                cursor = self._db.execute('SELECT data FROM vals WHERE digest = ?', (digest, ))
+                found = cursor.fetchone()
                 if found is None or len(found[0]) != size:
                     raise ValueError('a value of %d bytes is not there' % size)
                 value = shared_values.adopt(digest, found[0])
@@ -7268,7 +7908,8 @@ class Journal(Database):
         left = 1
         try:
             self.commit()
-            left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+            cursor = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered')
+            left = cursor.fetchone()[0]
         except self._error as exc:
             logger.error('recover_file %s cannot be read any more: %s', self.path, exc)
         self._db.close()
@@ -7297,11 +7938,13 @@ CANCEL_LOST = '`python -m dispy --cancel-lost`'
 def state_directory() -> str:
     """Where files of this user lie that outlive a program."""
     if os.name == 'nt':
-        base = os.environ.get('LOCALAPPDATA') or os.path.expanduser('~')
+        localappdata = os.environ.get('LOCALAPPDATA')
+        base = localappdata or os.path.expanduser('~')
     elif os.environ.get('XDG_STATE_HOME'):
         base = os.environ['XDG_STATE_HOME']
     elif sys.platform == 'darwin':
-        base = os.path.join(os.path.expanduser('~'), 'Library', 'Application Support')
+        expanded_path = os.path.expanduser('~')
+        base = os.path.join(expanded_path, 'Library', 'Application Support')
     else:
         base = os.path.join(os.path.expanduser('~'), '.local', 'state')
     return os.path.join(base, 'dispy')
@@ -7314,16 +7957,18 @@ def _make_state_directory() -> str:
         raise DispyError('this user has no home')
     os.makedirs(path, mode=0o700, exist_ok=True)
     status = os.stat(path)
-    if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise DispyError('the directory %s belongs to another user, or others can write into it'
-                         % path)
+    if hasattr(os, 'geteuid'):
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise DispyError(
+                'the directory %s belongs to another user, or others can write into it' % path)
     return path
 
 
 def own_script() -> str:
     """The path of the program that runs here; empty at a prompt and with `python -c`. It is not
     known any more when the program has come to its end."""
-    path = getattr(sys.modules.get('__main__'), '__file__', None)
+    module = sys.modules.get('__main__')
+    path = getattr(module, '__file__', None)
     if isinstance(path, str):
         return path
     return ''
@@ -7370,7 +8015,8 @@ class ComputationNotes:
         """Raises OSError, DispyError."""
         path = os.path.join(_make_state_directory(), '%s-%s%s' % (
             time.strftime('%Y%m%d-%H%M%S'), self._comp[:12], TRAIL_END))
-        self._file = os.fdopen(open_own_file(path, 'recovery file', os.O_APPEND), 'ab', 0)
+        own_file = open_own_file(path, 'recovery file', os.O_APPEND)
+        self._file = os.fdopen(own_file, 'ab', 0)
         self.path = path
         lock_file(self._file)
         if self.script:
@@ -7382,7 +8028,8 @@ class ComputationNotes:
             head = describe()
         else:
             head = {}
-        return json.dumps(dict(head, script=script)).encode()
+        dumped = json.dumps(dict(head, script=script))
+        return dumped.encode()
 
     def end(self, untold: Set[str]) -> None:
         """The cluster is closed. If some nodes could not be told so, the file stays, so that they
@@ -7461,8 +8108,10 @@ class Recoverable(_RecoverableFields, metaclass=Listed):
             count = ''
         else:
             count = ', %d jobs' % self.jobs
-        return '%s (%s) of %s%s: %s' % (os.path.basename(self.script) or 'a prompt', self.name,
-                                        _moment(self.began), count, self.path)
+        file_name = os.path.basename(self.script)
+        moment = _moment(self.began)
+        return '%s (%s) of %s%s: %s' % (file_name
+                                        or 'a prompt', self.name, moment, count, self.path)
 
 
 def _moment(seconds: float) -> str:
@@ -7487,9 +8136,9 @@ class RecoverableFiles:
         self.is_program = head['program']
         self.listen = head['listen']
         self.process = tuple(head['process'])
+        nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
-                               head['began'], head['code'],
-                               tuple(where.strip() for where in self.places))
+                               head['began'], head['code'], nodes)
 
     def note_over(self) -> None:
         """Its results are told; nodes that could not be told so may have them still."""
@@ -7512,7 +8161,8 @@ class RecoverableFiles:
         """What such a file says; None if its program lives, or another collects it. What is old,
         or says nothing of any node, is removed. Raises DispyError for a file that others can have
         written, or that is damaged; OSError."""
-        file = os.fdopen(open_own_file(path, 'recovery file', make=False), 'rb', 0)
+        own_file = open_own_file(path, 'recovery file', make=False)
+        file = os.fdopen(own_file, 'rb', 0)
         try:
             lock_file(file)
         except OSError:   # it lives, here or on another host with the same home
@@ -7529,15 +8179,22 @@ class RecoverableFiles:
                                      % path)
                 _close_trail(file, path, True)
                 return None
-            rows = [_json(line) for line in lines[1:]]
-            places = [row for row in rows if isinstance(row, str)]
-            if _OVER not in rows and has_ended(tuple(head['process'])) is False:
-                file.close()
-                return None
+            rows = []
+            for line in lines[1:]:
+                rows.append(_json(line))
+            places = []
+            for row in rows:
+                if isinstance(row, str):
+                    places.append(row)
+            if _OVER not in rows:
+                if has_ended(tuple(head['process'])) is False:
+                    file.close()
+                    return None
             if is_old or not places:
                 _close_trail(file, path, True)
                 return None
-            return cls(file, path, head, sorted(set(places)), _OVER in rows)
+            sorted_places = sorted(set(places))
+            return cls(file, path, head, sorted_places, _OVER in rows)
         except BaseException:
             file.close()
             raise
@@ -7552,16 +8209,28 @@ def _json(line: bytes) -> Any:
 
 
 def _is_head(head: Any) -> bool:
-    return isinstance(head, dict) \
-        and all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()) \
-        and head['dispy'] == 1 and re.fullmatch('[0-9a-f]{64}', head['key']) is not None \
-        and [type(part) for part in head['process']] == [str, int, str]
+    if not isinstance(head, dict):
+        return False
+    if not all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()):
+        return False
+    if head['dispy'] != 1:
+        return False
+    if re.fullmatch('[0-9a-f]{64}', head['key']) is None:
+        return False
+    kinds = []
+    for part in head['process']:
+        kinds.append(type(part))
+    return kinds == [str, int, str]
 
 
 def _paths_of_trails() -> List[str]:
     try:
         with os.scandir(state_directory()) as entries:
-            return sorted(entry.path for entry in entries if entry.name.endswith(TRAIL_END))
+            paths = []
+            for entry in entries:
+                if entry.name.endswith(TRAIL_END):
+                    paths.append(entry.path)
+            return sorted(paths)
     except OSError:   # none was ever written
         return []
 
@@ -7575,7 +8244,8 @@ def programs_left() -> List[RecoverableFiles]:
         except (OSError, DispyError) as exc:
             logger.debug('passed over: %s', exc)
         else:
-            found += [left] if left is not None else []
+            if left is not None:
+                found += [left]
     return sorted(found, key=lambda left: left.row.began, reverse=True)
 
 
@@ -7594,7 +8264,8 @@ def remedy_for_source(spec: dict) -> str:
     same = 'un dispynode there with %s' % python_of(spec['python'])
     if 'most' in spec:   # of an executor
         return 'R' + same
-    return 'Put the function into a file, at its top level, with def, and give it all that it needs as arguments; or r' + same
+    return ('Put the function into a file, at its top level, with def, and give it all '
+            'that it needs as arguments; or r' + same)
 
 
 _OF_SCHEDULER = re.compile(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
@@ -7608,10 +8279,12 @@ def how_to_share(text: str) -> str:
             port = ''
         else:
             port = ', scheduler_port=%s' % found.group(2)
-        return '. That scheduler shares its nodes: use SharedJobCluster(..., scheduler_host=%r%s)' % (
-            found.group(1), port)
-    if text.startswith('it serves ') and 'connection is lost' not in text:
-        return '. A node serves one client at a time. For several programs at once start a dispyscheduler, and use SharedJobCluster'
+        return ('. That scheduler shares its nodes: use SharedJobCluster(..., '
+                'scheduler_host=%r%s)' % (found.group(1), port))
+    if text.startswith('it serves '):
+        if 'connection is lost' not in text:
+            return ('. A node serves one client at a time. For several programs at once '
+                    'start a dispyscheduler, and use SharedJobCluster')
     return ''
 
 
@@ -7626,10 +8299,13 @@ def who_holds(text: str, place: str) -> str:
     for left in programs_left():
         left.close()
         row = left.row
-        if (row.host, row.pid) == (host, pid) and place in left.places:
-            return ': these are jobs of %s (%s), a program of yours that began %s and has ended; ' \
-                'they run to their end. dispy.recover_jobs() collects their results, %s ends them' % (
-                    row.script or 'a prompt', row.name, _moment(row.began), CANCEL_LOST)
+        if (row.host, row.pid) != (host, pid):
+            continue
+        if place in left.places:
+            return (': these are jobs of %s (%s), a program of yours that began %s and '
+                    'has ended; they run to their end. dispy.recover_jobs() collects '
+                    'their results, %s ends them' %
+                    (row.script or 'a prompt', row.name, _moment(row.began), CANCEL_LOST))
     return ''
 
 
@@ -7676,7 +8352,11 @@ class Pool:
         self._tasks.put((call, args))   # before the look at who is there, see `_help`
         with self._guard:
             self._given += 1
-            if self._given - self._done <= self._count or self._count >= self._most or self._looks:
+            if self._given - self._done <= self._count:
+                return
+            if self._count >= self._most:
+                return
+            if self._looks:
                 return
             self._looks = waits = bool(self._patience and self._count)
         if not waits:
@@ -7687,7 +8367,8 @@ class Pool:
     def _start(self, target: Callable[[], None], name: str) -> bool:
         """Whether there is a thread to be had."""
         try:
-            threading.Thread(target=target, name='%s-%s' % (self.name, name), daemon=True).start()
+            thread = threading.Thread(target=target, name='%s-%s' % (self.name, name), daemon=True)
+            thread.start()
         except RuntimeError:
             return False
         return True
@@ -7750,7 +8431,11 @@ class Pool:
             call(*args)
         except BaseException as exc:
             # The user's callback, sys.exit in it too; the next one is served all the same
-            about = next(('job %.80r' % (arg.id,) for arg in args if isinstance(arg, DispyJob)), '')
+            about = ''
+            for arg in args:
+                if isinstance(arg, DispyJob):
+                    about = 'job %.80r' % (arg.id,)
+                    break
             report_callback(call, about, exc)
         with self._guard:
             self._done += 1
@@ -7774,10 +8459,12 @@ def report_callback(call: Any, about: str, exc: BaseException) -> None:
     """A function of the user's that was called by a thread of ours has raised: log it without
     frames of ours."""
     trace = exc.__traceback__
-    code = getattr(getattr(call, '__func__', call), '__code__', None)
+    func = getattr(call, '__func__', call)
+    code = getattr(func, '__code__', None)
     is_ours = getattr(code, 'co_filename', '') in _OUR_FILES
     module = getattr(call, '__module__', None)
-    name = getattr(call, '__qualname__', None) or type(call).__qualname__
+    qualname = getattr(call, '__qualname__', None)
+    name = qualname or type(call).__qualname__
     if module not in (None, '__main__', 'builtins'):
         name = '%s.%s' % (module, name)
     while not is_ours and trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
@@ -7829,8 +8516,13 @@ class NodeInfo(NamedTuple):
         return self.facts
 
 
-def describe_node(peer: 'Union[NodeConnection, NodeInfo]', state: str, reason: str, cpus: int, busy: int,
-                  done: int = 0, seconds: float = 0.0) -> DispyNode:
+def describe_node(peer: 'Union[NodeConnection, NodeInfo]',
+                  state: str,
+                  reason: str,
+                  cpus: int,
+                  busy: int,
+                  done: int = 0,
+                  seconds: float = 0.0) -> DispyNode:
     """A node as users get it."""
     return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy,
                      done, seconds, peer.facts_now())
@@ -7882,7 +8574,9 @@ class Outgoing:
         self._frames.pop(comp, None)
         self.held_up.discard(comp)
 
-    def commit(self) -> Tuple[List[Tuple['NodeConnection', Any]], List[Tuple['NodeConnection', str, List[int]]]]:
+    def commit(
+        self
+    ) -> Tuple[List[Tuple['NodeConnection', Any]], List[Tuple['NodeConnection', str, List[int]]]]:
         """The end of a turn: what may leave now, and what may not, as (node, computation, serials).
         Sets `held_up`."""
         leaving: List[Tuple['NodeConnection', Any]] = []
@@ -7967,7 +8661,7 @@ class NodeConnection:
         self.whole = True
         self.second = SecondConnection(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
-        self.lost_at: Optional[float] = None       # when its link ended, until it is connected again
+        self.lost_at: Optional[float] = None   # when its link ended, until it is connected again
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0   # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
@@ -8002,11 +8696,18 @@ class NodeConnection:
     def is_better_called(self, host: str) -> bool:
         """Whether a node that was found by its IPv6 address, and not dialled yet, is dialled at
         this IPv4 address instead."""
-        if self.state is not NodeState.FOUND or self.listed:
+        if self.state is not NodeState.FOUND:
             return False
-        if ':' not in self.host or ':' in host:
+        if self.listed:
             return False
-        return all(use.spec.may_fit(host) for use in self.uses.values())
+        if ':' not in self.host:
+            return False
+        if ':' in host:
+            return False
+        for use in self.uses.values():
+            if not use.spec.may_fit(host):
+                return False
+        return True
 
     @property
     def state_word(self) -> str:
@@ -8037,8 +8738,11 @@ class NodeConnection:
         link = self.link
         if link is None:
             return dict(self.facts, tx=self.tx, rx=self.rx, heard=self.heard_last)
-        return dict(self.facts, tx=self.tx + link.bytes_out, rx=self.rx + link.bytes_in,
-                    heard=time.time() - max(0.0, time.monotonic() - link.heard))
+        heard = time.time() - max(0.0, time.monotonic() - link.heard)
+        return dict(self.facts,
+                    tx=self.tx + link.bytes_out,
+                    rx=self.rx + link.bytes_in,
+                    heard=heard)
 
     def count_link(self) -> None:
         """Its link has ended, or ends now."""
@@ -8055,11 +8759,17 @@ class NodeConnection:
             node = (node.ip_addr, node.port)
         names = (self.name, self.ip_addr, self.host)
         if isinstance(node, (tuple, list)):
-            return len(node) == 2 and node[0] in names and node[1] == self.port
+            if len(node) != 2:
+                return False
+            if node[0] not in names:
+                return False
+            return node[1] == self.port
         if not node:
             return False
         places = (format_address(self.ip_addr, self.port), format_address(self.host, self.port))
-        return node in names or node in places
+        if node in names:
+            return True
+        return node in places
 
     @property
     def kind(self) -> str:
@@ -8130,9 +8840,12 @@ class EmbeddedNode:
         if dispynode.logger.level == logging.NOTSET:
             # What a node tells its operator is nothing to the user of a program
             dispynode.logger.setLevel(logging.ERROR)
-        self._host = NodeHost(
-            driver, Options(available_cpus(), prefix=root, embedded=True, python=python,
-                            start_method=default_start_method()))
+        options = Options(available_cpus(),
+                          prefix=root,
+                          embedded=True,
+                          python=python,
+                          start_method=default_start_method())
+        self._host = NodeHost(driver, options)
         try:
             self._host.start(0)
         except BaseException:
@@ -8183,8 +8896,12 @@ def remove_abandoned_directories() -> None:
     above = tempfile.gettempdir()
     with contextlib.suppress(OSError):   # somebody else has removed one of them
         for entry in os.scandir(above):
-            if entry.name.startswith(LOCAL_PREFIX) and entry.is_dir(follow_symlinks=False) \
-                    and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+            if not entry.name.startswith(LOCAL_PREFIX):
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            status = entry.stat(follow_symlinks=False)
+            if status.st_uid == os.getuid():
                 remove_abandoned_directory(entry.path)
 
 
@@ -8219,10 +8936,17 @@ class NodeUser:
 
     def spec_of(self, peer: 'NodeConnection') -> Optional[NodeSpec]:
         """What of `specs` means a node. One that has dialled us has no port."""
-        if not peer.port and peer.name in self.callers:
-            return NodeSpec(peer.host, 0)
-        return next((spec for spec in self.specs if spec.fits(peer.ip_addr, peer.host, peer.name)
-                     and (spec.wild or peer.port in (0, spec.port))), None)
+        if not peer.port:
+            if peer.name in self.callers:
+                return NodeSpec(peer.host, 0)
+        for spec in self.specs:
+            if not spec.fits(peer.ip_addr, peer.host, peer.name):
+                continue
+            if spec.wild:
+                return spec
+            if peer.port in (0, spec.port):
+                return spec
+        return None
 
     # -- whether the program still needs it --------------------------------------------------------
 
@@ -8341,7 +9065,8 @@ class NodeUser:
         """The driver's thread is ending for a fault of ours."""
 
 
-START_NODE = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
+START_NODE = ('Start `python dispynode.py` on a host, with the same secret, and name it '
+              '(nodes=, at the shell -n)')
 
 
 class NodePolicy:
@@ -8385,7 +9110,8 @@ def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
         if where.startswith(' '):
             continue
         host, port = host_and_port(where.lstrip('@'), NODE_PORT)
-        specs.append(NodeSpec(host, port, scheduler=where.startswith('@')))
+        scheduler = where.startswith('@')
+        specs.append(NodeSpec(host, port, scheduler=scheduler))
     return specs
 
 
@@ -8423,11 +9149,16 @@ class Recovery(NodeUser):
         self.comp = uuid.uuid4().hex
         self.port = NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        places = {node.rpartition('#')[0] for _, node in sent}
+        places = set()
+        for _, node in sent:
+            places.add(node.rpartition('#')[0])
         self.specs = _specs_of_places(places | self._unmet)
         # Names of nodes that will dial us
         self.callers = {where[1:] for where in places if where.startswith(' ')}
-        hosts = [row[4] for row in rows if row[4]]
+        hosts = []
+        for row in rows:
+            if row[4]:
+                hosts.append(row[4])
         if hosts and any(node.startswith(' ') for _, node in sent):
             self.hosts = [(hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))]
         self.driver: Any = None
@@ -8445,15 +9176,18 @@ class Recovery(NodeUser):
         self.driver.recoveries.reclaim(peer, self, self.old)
         self._check()
 
-    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int], past: AttemptHistory) -> None:
+    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
+             past: AttemptHistory) -> None:
         """A node has told what it knows."""
         for number, (job, node) in list(self._jobs.items()):
             where, _, memory = node.rpartition('#')
-            if where != peer.place or job.comp != comp:
+            if where != peer.place:
+                continue
+            if job.comp != comp:
                 continue
             whole = memory != '' and peer.memory.startswith(memory)
-            verdict, text = Account(frozenset(serials), past,
-                                    whole).verdict(job.serial, Occasion.RECOVERED)
+            account = Account(frozenset(serials), past, whole)
+            verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
             if verdict is Verdict.WAITS:
                 del self._jobs[number]
                 self._again(job)
@@ -8461,7 +9195,8 @@ class Recovery(NodeUser):
                 del self._jobs[number]
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
-            self.driver.send(peer.link, Cancel(comp, list(serials)))
+            cancel = Cancel(comp, list(serials))
+            self.driver.send(peer.link, cancel)
         self._check()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
@@ -8478,7 +9213,9 @@ class Recovery(NodeUser):
         """A node gives back what has not begun."""
         for serial in serials:
             job, node = self._jobs.get(serial >> 16, (None, ''))
-            if job is not None and node.rpartition('#')[0] == peer.place:
+            if job is None:
+                continue
+            if node.rpartition('#')[0] == peer.place:
                 del self._jobs[serial >> 16]
                 self._again(job)
         self._check()
@@ -8487,7 +9224,9 @@ class Recovery(NodeUser):
         """Results came; some perhaps for the second time."""
         for row in rows:
             job, _ = self._jobs.get(row[0] >> 16, (None, ''))
-            if job is None or row[1] in PROVISIONAL:
+            if job is None:
+                continue
+            if row[1] in PROVISIONAL:
                 continue
             del self._jobs[row[0] >> 16]
             job.serial = row[0]
@@ -8503,12 +9242,17 @@ class Recovery(NodeUser):
         """End a job that runs."""
         for peer in self.met:
             where = self._jobs.get(job.serial >> 16, (None, ''))[1].rpartition('#')[0]
-            if where == peer.place and peer.link is not None:
+            if where != peer.place:
+                continue
+            if peer.link is not None:
                 self.driver.send(peer.link, Cancel(job.comp, [job.serial]))
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
-        return [job for job, _ in self._jobs.values()]
+        jobs: List[DispyJob] = []
+        for job, _ in self._jobs.values():
+            jobs.append(job)
+        return jobs
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
         """The program is connected to the node still, or again."""
@@ -8565,8 +9309,12 @@ class ResultCollection(NodeUser):
         self.specs = _specs_of_places(places)
         # That will dial us
         self.callers = {where[1:] for where in places if where.startswith(' ')}
-        hosts = [left.listen.rpartition(':') for left in lefts
-                 if left.listen and any(where.startswith(' ') for where in left.places)]
+        hosts = []
+        for left in lefts:
+            if not left.listen:
+                continue
+            if any(where.startswith(' ') for where in left.places):
+                hosts.append(left.listen.rpartition(':'))
         if hosts:
             self.hosts = [(hosts[0][0], int(hosts[0][2]))]
         else:
@@ -8593,7 +9341,9 @@ class ResultCollection(NodeUser):
         """Ask a node; `anew` on a new link, along which no answers come to what was asked
         before."""
         for key, stage in list(self._stages.items()):
-            if key[0] not in (peer.place, *peer.aliases) or peer.link is None:
+            if key[0] not in (peer.place, *peer.aliases):
+                continue
+            if peer.link is None:
                 continue
             if stage == 'ending' and anew:
                 self.driver.recoveries.dismiss(peer, key[1], self.lefts[key[1]].key)
@@ -8601,7 +9351,8 @@ class ResultCollection(NodeUser):
                 taking = stage != 'look'
                 if taking:
                     self._stages[key] = 'taking'
-                self.driver.recoveries.reclaim(peer, self, {key[1]: self.lefts[key[1]].key}, taking)
+                keys = {key[1]: self.lefts[key[1]].key}
+                self.driver.recoveries.reclaim(peer, self, keys, taking)
 
     def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
@@ -8617,14 +9368,22 @@ class ResultCollection(NodeUser):
             self._changed.notify_all()
 
     def _places_of(self, peer: NodeConnection, comp: str) -> List[Tuple[str, str]]:
-        return [key for key in self._stages
-                if key[1] == comp and key[0] in (peer.place, *peer.aliases)]
+        keys: List[Tuple[str, str]] = []
+        for key in self._stages:
+            if key[1] != comp:
+                continue
+            if key[0] in (peer.place, *peer.aliases):
+                keys.append(key)
+        return keys
 
-    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int], past: AttemptHistory) -> None:
+    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
+             past: AttemptHistory) -> None:
         """A node has told what it knows."""
         with self._changed:
             for key in self._places_of(peer, comp):
-                if self._stages[key] == 'ending' and not serials:
+                if self._stages[key] != 'ending':
+                    continue
+                if not serials:
                     self._stages[key] = 'over'
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 known = self.there.get(key, set())
@@ -8640,23 +9399,27 @@ class ResultCollection(NodeUser):
                 self.there[key] = {one for one in now if (comp, one >> 16) not in self.rows}
                 if taking:
                     for serial in known - now:
-                        self._went(comp, serial, Account(frozenset(now), past), peer)
+                        account = Account(frozenset(now), past)
+                        self._went(comp, serial, account, peer)
                     if self._cancel and serials:
-                        self.driver.send(peer.link, Cancel(comp, list(serials)))
+                        cancel = Cancel(comp, list(serials))
+                        self.driver.send(peer.link, cancel)
             self._changed.notify_all()
         self._ask(peer)
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
-        if (comp, serial >> 16) not in self.rows:
-            verdict, text = account.verdict(serial, Occasion.RECOVERED)
-            if verdict is Verdict.LOST:
-                state, text = (JobState.ABANDONED, 'abandoned: node %s: %s' % (peer, text))
-            else:
-                state, text = (JobState.CANCELLED,
-                               'cancelled: it had not begun when node %s ended or gave it '
-                               'back, and its program was gone' % peer)
-            self.gone[comp, serial >> 16] = state, text
+        if (comp, serial >> 16) in self.rows:
+            return
+        verdict, text = account.verdict(serial, Occasion.RECOVERED)
+        if verdict is Verdict.LOST:
+            state = JobState.ABANDONED
+            text = 'abandoned: node %s: %s' % (peer, text)
+        else:
+            state = JobState.CANCELLED
+            text = ('cancelled: it had not begun when node %s ended or gave it back, and '
+                    'its program was gone' % peer)
+        self.gone[comp, serial >> 16] = state, text
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun: there is nobody who could send it again."""
@@ -8665,7 +9428,9 @@ class ResultCollection(NodeUser):
                 gone = self.there.get(key, set()) & set(serials)
                 self.there.get(key, set()).difference_update(gone)
                 for serial in gone:
-                    self._went(comp, serial, Account(past=AttemptHistory(unbegun=frozenset(gone))), peer)
+                    attempt_history = AttemptHistory(unbegun=frozenset(gone))
+                    account = Account(past=attempt_history)
+                    self._went(comp, serial, account, peer)
             self._changed.notify_all()
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
@@ -8724,7 +9489,11 @@ class ResultCollection(NodeUser):
         """All that was to be taken has come, from nodes that have answered."""
         for key in self.taken:
             stage = self._stages.get(key)
-            if stage in ('take', 'taking') or (stage == 'done' and self.there.get(key)):
+            if stage in ('take', 'taking'):
+                return False
+            if stage != 'done':
+                continue
+            if self.there.get(key):
                 return False
         return True
 
@@ -8737,7 +9506,9 @@ class ResultCollection(NodeUser):
             for key, stage in stages.items():
                 if stage not in ('seen', 'done'):
                     return False
-                if self.there.get(key) and not wants_none:
+                if not self.there.get(key):
+                    continue
+                if not wants_none:
                     return False
             return bool(stages)
 
@@ -8754,14 +9525,23 @@ class ResultCollection(NodeUser):
     def is_forgotten(self, comps: Iterable[str]) -> bool:
         """All nodes have heard that these are over."""
         wanted = set(comps)
-        stages = [stage for key, stage in self._stages.items() if key[1] in wanted]
-        return bool(stages or not wanted) and all(stage == 'over' for stage in stages)
+        stages = []
+        for key, stage in self._stages.items():
+            if key[1] in wanted:
+                stages.append(stage)
+        if not bool(stages or not wanted):
+            return False
+        return all(stage == 'over' for stage in stages)
 
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            return len({serial for key, serials in self.there.items() if key[1] == comp
-                        for serial in serials})
+            chosen_serials = set()
+            for key, serials in self.there.items():
+                if key[1] == comp:
+                    for serial in serials:
+                        chosen_serials.add(serial)
+            return len(chosen_serials)
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -8790,13 +9570,15 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
-    access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
+    access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE,
+                                REDIAL_MOST)
     if path is None:
         journal = _journal_here()
     else:
         journal = None
-    if path is None and journal is None:
-        return _recover_newest(seconds, terminate_pending, access)
+    if path is None:
+        if journal is None:
+            return _recover_newest(seconds, terminate_pending, access)
     if path is not None and is_trail(path):
         left = RecoverableFiles.find(path)
         if left is None:
@@ -8849,7 +9631,8 @@ def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
     return 'recover_jobs: %s has left no jobs on nodes. %s' % (whose, hint)
 
 
-def _recover_newest(timeout: Optional[float], cancel: bool, access: ConnectionSettings) -> List[DispyJob]:
+def _recover_newest(timeout: Optional[float], cancel: bool,
+                    access: ConnectionSettings) -> List[DispyJob]:
     """What the newest program of this script has left that has left anything."""
     script = own_script()
     lefts = programs_left()
@@ -8903,14 +9686,19 @@ def _take(found: ResultCollection, timeout: Optional[float]) -> List[str]:
     else:
         until = time.monotonic() + timeout
     found.wait(lambda: not found.unreached(), min(REACH_TIME, until - time.monotonic()))
-    comps = [comp for comp in found.lefts if comp not in found.alive]
+    comps = []
+    for comp in found.lefts:
+        if comp not in found.alive:
+            comps.append(comp)
     found.driver.ask(lambda: found.take(comps))
     found.wait(found.is_through, None if timeout is None else max(0.0, until - time.monotonic()))
     return [comp for comp in comps if comp not in found.alive]
 
 
 @contextlib.contextmanager
-def gathering(lefts: Sequence[RecoverableFiles], access: ConnectionSettings, cancel: bool = False) -> Iterator[ResultCollection]:
+def gathering(lefts: Sequence[RecoverableFiles],
+              access: ConnectionSettings,
+              cancel: bool = False) -> Iterator[ResultCollection]:
     """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
     do we; others keep what they have."""
     found: ResultCollection = ResultCollection(lefts, cancel)
@@ -8932,8 +9720,9 @@ def gathering(lefts: Sequence[RecoverableFiles], access: ConnectionSettings, can
             driver.release()
     finally:
         for left in lefts:
-            if left.comp in whole and left.comp not in forgotten:
-                left.note_over()
+            if left.comp in whole:
+                if left.comp not in forgotten:
+                    left.note_over()
             left.close(remove=left.comp in forgotten)
 
 
@@ -8984,7 +9773,8 @@ def recoverable(timeout: float = REACH_TIME,
     most `timeout` seconds; files of which no node knows anything any more are removed. Raises
     SecretError, TypeError, ValueError. Any thread."""
     seconds = _seconds('timeout', timeout)
-    access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
+    access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE,
+                                REDIAL_MOST)
     lefts = programs_left()
     rows = []
     if not lefts:
@@ -8992,14 +9782,19 @@ def recoverable(timeout: float = REACH_TIME,
     with gathering(lefts, access) as found:
         found.wait(lambda: not found.unreached(), seconds)
         for left in lefts:
-            if left.comp in found.alive or left.over or found.is_whole(left.comp):
+            if left.comp in found.alive:
+                continue
+            if left.over:
+                continue
+            if found.is_whole(left.comp):
                 continue
             unreached = tuple(found.unreached(left.comp))
             if len(unreached) == len(left.places):
                 jobs = None
             else:
                 jobs = found.count(left.comp)
-            rows.append(left.row._replace(jobs=jobs, unreached=unreached))
+            row = left.row._replace(jobs=jobs, unreached=unreached)
+            rows.append(row)
     return rows
 
 
@@ -9028,8 +9823,9 @@ def cancel_lost(access: ConnectionSettings) -> int:
                 else:
                     ended = '%d jobs have not ended yet' % found.count(left.comp)
             row = left.row
-            print('%s (%s) of %s, PID %d on %s: %s' % (
-                row.script or 'a prompt', row.name, _moment(row.began), row.pid, row.host, ended))
+            message = '%s (%s) of %s, PID %d on %s: %s' % (
+                row.script or 'a prompt', row.name, _moment(row.began), row.pid, row.host, ended)
+            print(message)
     return min(rest, 100)
 
 
@@ -9120,9 +9916,10 @@ class JournalRecovery:
             self._restored.ended.append(job)
 
     def _lost(self, job: DispyJob, text: str) -> None:
-        if job.comp in self._reentrant and not self._cancel:
-            self._wait_again(job)
-            return
+        if job.comp in self._reentrant:
+            if not self._cancel:
+                self._wait_again(job)
+                return
         with self._lock:
             job.state = JobState.ABANDONED
             end_without(job, text)
@@ -9173,7 +9970,11 @@ class Unused:
         self._at = now + self.EVERY
         self._found.intersection_update(clusters)
         for comp, core in list(clusters.items()):
-            if comp not in self._found and core.is_idle() and self._is_unused(core, clusters):
+            if comp in self._found:
+                continue
+            if not core.is_idle():
+                continue
+            if self._is_unused(core, clusters):
                 self._found.add(comp)
                 self._close(core.cluster)
         if clusters:
@@ -9196,7 +9997,8 @@ class Unused:
     def _close(cluster: 'JobCluster') -> None:
         logger.info('%s: nothing in the program refers to this cluster any more, and it has no '
                     'jobs: it is closed', cluster.name)
-        threading.Thread(target=cluster.close, name='dispy-close', daemon=True).start()
+        thread = threading.Thread(target=cluster.close, name='dispy-close', daemon=True)
+        thread.start()
 
     @staticmethod
     def _references(owner: Any) -> int:
@@ -9218,7 +10020,9 @@ class Misfits:
         """One that answers. By its name, if that is known, and else by the first of its
         addresses."""
         found = self._found.setdefault(comp, {})
-        if len(found) < self.KEPT and (instance not in found or '(' in node):
+        if len(found) >= self.KEPT:
+            return
+        if instance not in found or '(' in node:
             found[instance] = node
 
     def forget(self, comp: str) -> None:
@@ -9227,8 +10031,11 @@ class Misfits:
 
     def text(self, comp: str, used: Container[bytes]) -> str:
         """These nodes, without the instances that are used by another of their addresses."""
-        nodes = sorted(node for instance, node in self._found.get(comp, {}).items()
-                       if instance not in used)
+        chosen_nodes = []
+        for instance, node in self._found.get(comp, {}).items():
+            if instance not in used:
+                chosen_nodes.append(node)
+        nodes = sorted(chosen_nodes)
         more = len(nodes) - self.SHOWN
         return ', '.join(nodes[:self.SHOWN]) + (' and %d more' % more if more > 0 else '')
 
@@ -9240,11 +10047,15 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
     if others:
         return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
     if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
-        return 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
-            'and name it to the scheduler (-n)'
-    silent = [(Unreached(state), port, scheduler) for state, port, scheduler in attempts
-              if state in SILENT]
-    if len(silent) < len([state for state, _, _ in attempts if state not in NOT_TRIED]):
+        return ('The scheduler is connected and has no node for it: start `python '
+                'dispynode.py` on a host, with the same secret, and name it to the '
+                'scheduler (-n)')
+    silent = []
+    for state, port, scheduler in attempts:
+        if state in SILENT:
+            silent.append((Unreached(state), port, scheduler))
+    states = [state for state, _, _ in attempts if state not in NOT_TRIED]
+    if len(silent) < len(states):
         return ''   # somebody has answered
     return _remedy_for_silence(silent, start)
 
@@ -9257,12 +10068,15 @@ def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: st
         words.append('Start `python dispyscheduler.py` there, with the same secret')
     if False in down or not silent:
         words.append(start)
-    ports = sorted({port for why, port, _ in silent if why is Unreached.UNREACHABLE and port})
+    chosen_ports = set()
+    for why, port, _ in silent:
+        if why is Unreached.UNREACHABLE and port:
+            chosen_ports.add(port)
+    ports = sorted(chosen_ports)
     if ports:
-        words.append(
-            'Where nobody answers, see whether the host is up, and whether its firewall lets TCP '
-            'port %s in'
-            % ' and '.join(map(str, ports)))
+        word = ('Where nobody answers, see whether the host is up, and whether its '
+                'firewall lets TCP port %s in' % ' and '.join(map(str, ports)))
+        words.append(word)
     if any(why in (Unreached.NO_SUCH_NAME, Unreached.NAME_SERVICE) for why, _, _ in silent):
         words.append('Correct a name that does not resolve, or give the address instead')
     return '. '.join(words)
@@ -9280,17 +10094,26 @@ class NodeTable:
 
     def of(self, comp: str) -> List[NodeConnection]:
         """Nodes of a cluster."""
-        return [peer for peer in self.by_key.values() if comp in peer.uses]
+        peers: List[NodeConnection] = []
+        for peer in self.by_key.values():
+            if comp in peer.uses:
+                peers.append(peer)
+        return peers
 
     def find(self, comp: str, node: Any) -> NodeConnection:
         """The node that a user's word means. Raises ValueError naming those there are."""
-        if node is None and len(self.of(comp)) == 1:
-            return self.of(comp)[0]
-        found = [peer for peer in self.of(comp) if peer.is_meant(node)]
+        if node is None:
+            if len(self.of(comp)) == 1:
+                return self.of(comp)[0]
+        found = []
+        for peer in self.of(comp):
+            if peer.is_meant(node):
+                found.append(peer)
         if len(found) != 1:
-            raise ValueError('%s %.80r; this cluster knows %s' %
-                             ('no node is' if not found else 'several nodes are', node,
-                              ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
+            message = '%s %.80r; this cluster knows %s' % (
+                'no node is' if not found else 'several nodes are', node,
+                ', '.join(sorted(map(str, self.of(comp)))) or 'none')
+            raise ValueError(message)
         return found[0]
 
     def has(self, peer: NodeConnection) -> bool:
@@ -9300,14 +10123,21 @@ class NodeTable:
     def heard_before(self, instance: bytes, address: Tuple[str, int]) -> Optional[NodeConnection]:
         """The node that an answer to a broadcast comes from, if it is known."""
         for peer in self.by_key.values():
-            if peer.instance == instance or peer.key == address:
+            if peer.instance == instance:
+                return peer
+            if peer.key == address:
                 return peer
         return None
 
     def linked_to(self, instance: bytes) -> List[NodeConnection]:
         """Nodes that are connected to this instance."""
-        return [peer for peer in self.by_key.values()
-                if peer.link is not None and peer.link.instance == instance]
+        peers: List[NodeConnection] = []
+        for peer in self.by_key.values():
+            if peer.link is None:
+                continue
+            if peer.link.instance == instance:
+                peers.append(peer)
+        return peers
 
     def twin_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
         """Another node that is connected, and is the same instance."""
@@ -9318,13 +10148,25 @@ class NodeTable:
 
     def away_with(self, instance: bytes) -> List[NodeConnection]:
         """Nodes that are not connected and were this instance, without the embedded one."""
-        return [peer for peer in self.by_key.values()
-                if peer.instance == instance and peer.link is None and not peer.embedded]
+        peers: List[NodeConnection] = []
+        for peer in self.by_key.values():
+            if peer.instance != instance:
+                continue
+            if peer.link is not None:
+                continue
+            if not peer.embedded:
+                peers.append(peer)
+        return peers
 
     def dialling_from(self, address: str) -> List[NodeConnection]:
         """Nodes that connect by themselves, from this address."""
-        return [peer for peer in self.by_key.values()
-                if not peer.port and peer.ip_addr == address]
+        peers: List[NodeConnection] = []
+        for peer in self.by_key.values():
+            if peer.port:
+                continue
+            if peer.ip_addr == address:
+                peers.append(peer)
+        return peers
 
     def move(self, peer: NodeConnection, host: str, port: int) -> None:
         """A node is known by another address from now on."""
@@ -9348,14 +10190,21 @@ class NodeTable:
 
     def add_unusable(self, key: Any, address: str, text: str) -> None:
         """One that cannot be used, and is no node that was named: said once."""
-        if key not in self.unusable and len(self.unusable) < 1000:
-            known = {(peer.host, peer.reason) for peer in self.unusable.values()}
-            peer = self.unusable[key] = NodeConnection(address, 0)
-            peer.reason = text
-            if (address, text) not in known:   # a host may have many of them
-                # Another user's node on this machine is no reason to worry.
-                logger.log(logging.INFO if is_own_address(address) else logging.WARNING,
-                           '%s cannot be used: %s', address, text)
+        if key in self.unusable:
+            return
+        if len(self.unusable) >= 1000:
+            return
+        unusable = self.unusable.values()
+        known = {(peer.host, peer.reason) for peer in unusable}
+        peer = self.unusable[key] = NodeConnection(address, 0)
+        peer.reason = text
+        if (address, text) not in known:   # a host may have many of them
+            # Another user's node on this machine is no reason to worry.
+            if is_own_address(address):
+                level = logging.INFO
+            else:
+                level = logging.WARNING
+            logger.log(level, '%s cannot be used: %s', address, text)
 
 
 class NodeSearch:
@@ -9377,20 +10226,27 @@ class NodeSearch:
         if asker is None:
             # Answers come to a port of our own; at the nodes' port those are heard that start
             # later.
-            asker = self._ears[port, multicast] = DiscoveryProbe(
-                DiscoverySockets(self._driver, self.reach, (port, ), (0, port), self._hear, multicast))
+            discovery_sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port),
+                                                 self._hear, multicast)
+            asker = self._ears[port, multicast] = DiscoveryProbe(discovery_sockets)
         asker.due = self._driver.now
         asker.wait = ASK_FIRST
 
     def is_at(self, port: int) -> bool:
         """Whether nodes are asked for at a UDP port."""
-        return any(asked == port for asked, _ in self._ears)
+        for asked, _ in self._ears:
+            if asked == port:
+                return True
+        return False
 
     def end_unwanted(self) -> None:
         """Do not ask any more where no cluster needs it."""
-        wanted = {(spec.port, other.multicast)
-                  for other in self._clusters.values()
-                  for spec in other.specs if spec.wild}
+        clusters = self._clusters.values()
+        wanted = set()
+        for other in clusters:
+            for spec in other.specs:
+                if spec.wild:
+                    wanted.add((spec.port, other.multicast))
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
 
@@ -9434,10 +10290,12 @@ class NodeSearch:
 
     def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
         """A node that a computation may use says that it is there."""
+        port = heard.port
+        instance = heard.instance
         now = self._driver.now
-        known = self._nodes.heard_before(heard.instance, (host, heard.port))
+        known = self._nodes.heard_before(instance, (host, port))
         if known is None:
-            known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
+            known = self._driver.selection.use_address(comp, host, port, spec, False)
             if ':' in host:
                 known.dialling.due = now + IPV6_LATER
             else:
@@ -9446,13 +10304,13 @@ class NodeSearch:
             self._driver.selection.consider(known, comp)
         else:
             if known.is_better_called(host):
-                self._nodes.move(known, host, heard.port)
+                self._nodes.move(known, host, port)
                 known.dialling.due = now
-            is_back = known.instance != heard.instance or known.state is NodeState.LOST
+            is_back = known.instance != instance or known.state is NodeState.LOST
             if is_back and not known.dialling.busy:
                 known.dialling.due = now
             self._driver.selection.take(known, comp, spec)
-        known.instance = heard.instance
+        known.instance = instance
         known.heard = now
 
     def close(self) -> None:
@@ -9462,7 +10320,12 @@ class NodeSearch:
 
     def sockets(self) -> List[Any]:
         """Those by which nodes are asked for."""
-        return [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+        ears = self._ears.values()
+        chosen_sockets: List[Any] = []
+        for asker in ears:
+            for ear in asker.ears.ears:
+                chosen_sockets.append(ear.socket)
+        return chosen_sockets
 
 
 class Connector:
@@ -9480,8 +10343,8 @@ class Connector:
 
     def _on_rejected(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self._driver.call_soon(self._nodes.add_unusable, address, address,
-                               'it connected and was turned away: ' + text)
+        message = 'it connected and was turned away: ' + text
+        self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
     def listen(self, host: str, port: int, may_fail: bool) -> None:
         """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that
@@ -9523,7 +10386,8 @@ class Connector:
     def end_listening(self, cluster: NodeUser) -> None:
         """A cluster is closed: where no other lets nodes connect, they cannot any more."""
         for where in cluster.hosts:
-            if any(where in other.hosts for other in self._clusters.values()):
+            clusters = self._clusters.values()
+            if any(where in other.hosts for other in clusters):
                 continue
             gate = self._acceptors.pop(where, None)
             if gate is not None:   # else its port was taken
@@ -9538,8 +10402,9 @@ class Connector:
                 # Each takes a thread and a descriptor; those that end make place for others
                 if len(self._dials) < DIALS_MOST:
                     self._dial(peer)
-            elif when is not None and peer.state in _MAY_DIAL:
-                due.append(when)
+            elif when is not None:
+                if peer.state in _MAY_DIAL:
+                    due.append(when)
 
     def _dial(self, peer: NodeConnection) -> None:
         peer.move('dial')
@@ -9559,7 +10424,8 @@ class Connector:
             peer.end_process()
             peer.local = EmbeddedNode(self._driver)
         except (DispyError, OSError) as exc:
-            self.dial_failed(ConnectFailed(peer, dial_text(exc), why_unreached(exc)))
+            connect_failed = ConnectFailed(peer, dial_text(exc), why_unreached(exc))
+            self.dial_failed(connect_failed)
             return
         self._connected(peer, peer.local.link)
         peer.local.connect()
@@ -9575,7 +10441,8 @@ class Connector:
 
     def _tried(self, peer: NodeConnection, lasts: float) -> None:
         """What is on a node that is away is not lost for so many s: it is tried to reach it."""
-        self._driver.decide(NodeTried(peer.key, self._driver.now + lasts))
+        until = self._driver.now + lasts
+        self._driver.decide(NodeTried(peer.key, until))
 
     def _reach_peer(self,
                     peer: NodeConnection,
@@ -9629,7 +10496,9 @@ class Connector:
         for comp, use in peer.uses.items():
             known = comp in twin.uses
             self._driver.selection.take(twin, comp, use.spec)
-            if known and twin.name and self._clusters[comp].cargo is None:
+            if not known or not twin.name:
+                continue
+            if self._clusters[comp].cargo is None:
                 # It may look for something by this name.
                 self._clusters[comp].node_connected(twin)
         # It has dialled us; when that ends, we dial it
@@ -9646,7 +10515,9 @@ class Connector:
     def _elder_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
         """A node that is not connected, has jobs, and is the same as one that was just reached."""
         for other in self._nodes.away_with(instance):
-            if other is not peer and other.key in self._driver.schedule.nodes:
+            if other is peer:
+                continue
+            if other.key in self._driver.schedule.nodes:
                 return other
         return None
 
@@ -9673,7 +10544,8 @@ class Connector:
         self._driver.attach(peer.link)
         self._nodes.by_link[peer.link.number] = peer
         # It is about to tell what it holds
-        self._tried(peer, PULSES_LOST * self._driver.access.pulse)
+        lasts = PULSES_LOST * self._driver.access.pulse
+        self._tried(peer, lasts)
         self._driver.send(peer.link,
                          ClientHello(self._driver.policy.introduction(), self._driver.access.pulse))
 
@@ -9702,21 +10574,25 @@ class Connector:
     def _known_arrival(self, instance: bytes, address: str) -> Optional[NodeConnection]:
         """The node that has dialled, if it was here before."""
         for other in self._nodes.away_with(instance):
-            if not other.port or other.key in self._driver.schedule.nodes:
+            if not other.port:
+                return other
+            if other.key in self._driver.schedule.nodes:
                 return other
         there = self._nodes.dialling_from(address)
         # Of several behind one address it may be another
-        if len(there) == 1 and there[0].link is None and not there[0].embedded:
-            return there[0]
+        if len(there) == 1:
+            if there[0].link is None:
+                if not there[0].embedded:
+                    return there[0]
         return None
 
     def try_second(self, link: Link) -> None:
         """Dial a node that is silent once more. What dials us does so itself."""
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
-            peer.second.start(
-                self._driver.now, self._driver.post,
-                functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
+            patience = max(1.0, link.pulse)
+            peer.second.start(self._driver.now, self._driver.post,
+                              functools.partial(self._reach_peer, peer, patience=patience))
 
     def _second_reached(self, event: Connected) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
@@ -9759,14 +10635,18 @@ class Connector:
         peer.unreached = event.why
         self.not_reached(peer, event.text)
         if peer.key in self._driver.schedule.nodes:
-            self._driver.lost_nodes.doubt(self._evidence_of(peer, event))
+            evidence = self._evidence_of(peer, event)
+            self._driver.lost_nodes.doubt(evidence)
         if self.is_forgotten(peer):
             self.forget(peer)
 
     def is_forgotten(self, peer: NodeConnection) -> bool:
         """Whether a node that cannot be reached is not tried any more: one that was found and not
         named, and does not answer by UDP either. Not while jobs are there that may come back."""
-        if peer.listed or self._driver.schedule.lost_at(peer.key) < math.inf:
+        if peer.listed:
+            return False
+        lost = self._driver.schedule.lost_at(peer.key)
+        if lost < math.inf:
             return False
         silent = self._driver.now - peer.heard > 2 * self._driver.access.redial
         return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
@@ -9775,15 +10655,19 @@ class Connector:
         """A node cannot be reached. Where nothing listens and it was on this machine, its lock file
         tells whether its process has ended."""
         unreached = NodeDoubted(peer.key, str(peer), Evidence.UNREACHED, event.text, peer.kind)
-        if event.why is not Unreached.DOWN or peer.scheduler:
+        if event.why is not Unreached.DOWN:
             return unreached
-        remains = DirectoryRemains(peer.facts.get('lock'), peer.instance)
+        if peer.scheduler:
+            return unreached
+        lock = peer.facts.get('lock')
+        remains = DirectoryRemains(lock, peer.instance)
         if not remains.has_ended():
             return unreached
         known = {}
         for comp in self._driver.schedule.nodes[peer.key].comps:
             kept = frozenset(remains.kept(comp))
-            known[comp] = Account(kept, remains.past(comp, peer.memory))
+            past = remains.past(comp, peer.memory)
+            known[comp] = Account(kept, past)
         return NodeDoubted(peer.key,
                            str(peer),
                            Evidence.PROCESS_ENDED,
@@ -9816,10 +10700,12 @@ class Connector:
             for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
                 cluster.node_unreachable(peer, text)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
-        last = self._driver.schedule.lost_at(peer.key) - LAST_TRY
+        lost = self._driver.schedule.lost_at(peer.key)
+        last = lost - LAST_TRY
         due = peer.dialling.due
-        if due is not None and self._driver.now < last < due:
-            peer.dialling.due = last
+        if due is not None:
+            if self._driver.now < last < due:
+                peer.dialling.due = last
         self._driver.soon()
 
     @staticmethod
@@ -9839,17 +10725,22 @@ class Connector:
 
     def sockets(self) -> List[Any]:
         """All that listen."""
-        return [gate.socket for gate in self._acceptors.values()] + self.searches.sockets()
+        chosen_sockets = []
+        for gate in self._acceptors.values():
+            chosen_sockets.append(gate.socket)
+        return chosen_sockets + self.searches.sockets()
 
 
 def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
-    """Whether a node is one of those that were named; `port` is the cluster's, which stands for that
-    of a node which was named without one."""
+    """Whether a node is one of those that were named; `port` is the cluster's, which stands for
+    that of a node which was named without one."""
     if spec.wild and spec.fits(peer.ip_addr, peer.host, peer.name):
         return True
     if not peer.is_meant(spec.host):
         return False
-    return peer.port in (0, spec.port) or (peer.name, port) == (spec.host, spec.port)
+    if peer.port in (0, spec.port):
+        return True
+    return (peer.name, port) == (spec.host, spec.port)
 
 
 class NodeSelection:
@@ -9874,7 +10765,8 @@ class NodeSelection:
                 self.use_address(comp, spec.host, spec.port, spec, True)
         self._driver.soon()
 
-    def use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> NodeConnection:
+    def use_address(self, comp: str, host: str, port: int, spec: NodeSpec,
+                    listed: bool) -> NodeConnection:
         """A cluster may use the node at an address; `listed`: because it names it."""
         peer = self._nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
         if peer is None:
@@ -9894,7 +10786,9 @@ class NodeSelection:
     def consider(self, peer: NodeConnection, comp: str) -> None:
         """Use a connected node if this cluster's specs mean it."""
         spec = self._clusters[comp].spec_of(peer)
-        if spec is not None and not peer.embedded:
+        if spec is None:
+            return
+        if not peer.embedded:
             self.take(peer, comp, spec)
 
     def use_embedded(self, comp: str) -> None:
@@ -9906,11 +10800,12 @@ class NodeSelection:
                 'no dispynode answers, so that one is started on this machine for this program '
                 '(nodes=%r does that without a search)',
                 LOCAL)
-        peer = self._nodes.by_key.setdefault(
-            LOCAL, NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True))
+        node_connection = NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True)
+        peer = self._nodes.by_key.setdefault(LOCAL, node_connection)
         most = self._clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
-            peer.uses[comp] = NodeAssignment(NodeSpec('127.0.0.1', 0))
+            node_spec = NodeSpec('127.0.0.1', 0)
+            peer.uses[comp] = NodeAssignment(node_spec)
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
             self._driver.setup.set_up(peer, comp)
         self.take(peer, comp, NodeSpec('127.0.0.1', 0))
@@ -9931,8 +10826,8 @@ class NodeSelection:
                 self._driver.send(peer.link, Shutdown(comp))
             self._driver.send(peer.link, Done(comp))
         for key in [key for key in peer.answers if key[0] == comp]:
-            peer.answers.pop(key).set_exception(
-                RuntimeError('the computation is not at node %s any more' % peer))
+            answer = peer.answers.pop(key)
+            answer.set_exception(RuntimeError('the computation is not at node %s any more' % peer))
 
     def drop_unused(self, peer: NodeConnection) -> None:
         """When no cluster uses a node any more, the next client may have it."""
@@ -9951,7 +10846,8 @@ class NodeSelection:
         peer.count_link()
         peer.link = None
         for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
-            self._driver.decide(NodeReturned(peer.key, comp, serials))
+            node_returned = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(node_returned)
         for use in peer.uses.values():
             use.move('lost')
             use.allocation = None
@@ -9970,15 +10866,19 @@ class NodeSelection:
     def set_cpus(self, comp: str, peer: NodeConnection, cpus: Optional[int]) -> int:
         """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
         use = peer.uses[comp]
-        if cpus is not None and cpus > peer.offered > 0 and not peer.embedded:
-            raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
+        if cpus is not None:
+            if cpus > peer.offered > 0:
+                if not peer.embedded:
+                    message = 'cpus=%d: node %s offers %d' % (cpus, peer, peer.offered)
+                    raise ValueError(message)
         use.wanted = cpus
         if use.state is AssignmentState.READY and not use.then:
             limit = self.tell_limit(peer, comp)
             self._driver.decide(
                 NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp))
-        elif use.state is AssignmentState.REFUSED and cpus != 0:
-            self._driver.setup.set_up(peer, comp)
+        elif use.state is AssignmentState.REFUSED:
+            if cpus != 0:
+                self._driver.setup.set_up(peer, comp)
         return peer.limit(comp)
 
     def tell_limit(self, peer: NodeConnection, comp: str) -> int:
@@ -9992,8 +10892,13 @@ class NodeSelection:
     def limit_node(self, action: LimitNode) -> None:
         """The Schedule has limited what a computation may use of a node."""
         peer = self._nodes.by_key.get(action.node)
-        if action.cpus and peer is not None and peer.link is not None:
-            self._driver.send(peer.link, Limit(action.comp, action.cpus))
+        if not action.cpus:
+            return
+        if peer is None:
+            return
+        if peer.link is not None:
+            limit = Limit(action.comp, action.cpus)
+            self._driver.send(peer.link, limit)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
@@ -10008,11 +10913,14 @@ class NodeSelection:
 
     def drained(self, action: NodeDrained) -> None:
         """The last job of a computation has ended at a node that it leaves."""
+        comp = action.comp
         peer = self._nodes.by_key.get(action.node)
         if peer is None:
             return
-        if action.comp in peer.uses and peer.uses[action.comp].then:
-            self._left(peer, action.comp, peer.uses[action.comp].then)
+        if comp in peer.uses:
+            if peer.uses[comp].then:
+                use_then = peer.uses[comp].then
+                self._left(peer, comp, use_then)
         self._driver.policy.node_drained(peer)
 
     def _left(self, peer: NodeConnection, comp: str, then: str) -> None:
@@ -10021,7 +10929,8 @@ class NodeSelection:
         if use.state is AssignmentState.READY:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
         self.done(peer, comp)
-        self._driver.decide(NodeLeft(peer.key, comp, str(peer), 'it was closed by the program'))
+        node_left = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
+        self._driver.decide(node_left)
         if then == 'close':
             use.move('close')
             use.reason = 'closed by the program'
@@ -10059,12 +10968,17 @@ class NodeSelection:
                 self.use(comp, [spec])
                 peer = self._nodes.by_key.get((spec.host, spec.port))  # type: ignore[assignment]
                 if peer is not None:
-                    words.setdefault(_plain_host(spec.host), []).append(peer)
+                    word = words.setdefault(_plain_host(spec.host), [])
+                    word.append(peer)
 
 
 def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     """Whether a computation goes to a node as source: its Python is another than here."""
-    if spec['kind'] != 'function' or spec['portable'] or peer.scheduler:
+    if spec['kind'] != 'function':
+        return False
+    if spec['portable']:
+        return False
+    if peer.scheduler:
         return False
     there = peer.facts.get('python', ())
     return bool(there[:2] != spec['python'][:2])
@@ -10081,13 +10995,14 @@ class ComputationSetup:
 
     def on_welcome(self, peer: NodeConnection, message: NodeHello) -> None:
         """A node is connected, and tells what it is."""
+        facts = message.facts
         peer.name = message.name
-        peer.facts = message.facts
+        peer.facts = facts
         peer.offered = message.cpus
         peer.trip = self._driver.now - peer.linked_at
         self._driver.lost_nodes.back(peer)
-        kept = message.facts.get('kept', {})
-        memory = str(message.facts.get('memory', ''))
+        kept = facts.get('kept', {})
+        memory = str(facts.get('memory', ''))
         peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
         peer.memory = memory
         node = self._driver.schedule.nodes.get(peer.key)
@@ -10134,7 +11049,8 @@ class ComputationSetup:
         it has on its disk, by computations."""
         known = {}
         for comp, serials in kept.items():
-            known[comp] = Account(frozenset(serials), AttemptHistory(whole=False))
+            attempt_history = AttemptHistory(whole=False)
+            known[comp] = Account(frozenset(serials), attempt_history)
         doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew',
                               peer.kind, known=known)
         self._driver.lost_nodes.doubt(doubted)
@@ -10144,9 +11060,10 @@ class ComputationSetup:
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
-                self._driver.decide(
-                    NodeOffers(peer.key, comp, self._driver.selection.tell_limit(peer, comp),
-                               peer.offered))
+                node_offers = NodeOffers(peer.key, comp,
+                                         self._driver.selection.tell_limit(peer, comp),
+                                         peer.offered)
+                self._driver.decide(node_offers)
             elif use.state is AssignmentState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
@@ -10156,7 +11073,11 @@ class ComputationSetup:
         use = peer.uses[comp]
         if not self._driver.policy.may_set_up(peer, comp):
             return
-        if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
+        if peer.link is None:
+            return
+        if not peer.name:
+            return
+        if use.state not in _MAY_OFFER:
             return
         if cluster.cargo is None:   # it only looks
             cluster.node_connected(peer)
@@ -10167,17 +11088,19 @@ class ComputationSetup:
                 cluster.ask_allocator(use.spec.allocator, peer, peer.link)
             return
         spec = self._code_for(peer, comp, cluster)
-        if spec is None or not self._has_cpu(peer, comp):
+        if spec is None:
+            return
+        if not self._has_cpu(peer, comp):
             return
         allocation = use.allocation
         if allocation is not None:
-            spec = dict(spec,
-                        cpus=allocation.cpus,
-                        setup_args=allocation.setup_args,
-                        files=spec['files'] + allocation.files)
+            files = spec['files'] + allocation.files
+            spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=files)
         try:
-            spec = dict(spec, support=cluster.support_for(peer), **cluster.modules_for(peer),
-                        **self._managers(peer))
+            support = cluster.support_for(peer)
+            modules = cluster.modules_for(peer)
+            managers = self._managers(peer)
+            spec = dict(spec, support=support, **modules, **managers)
         except OSError as exc:
             self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
             return
@@ -10186,9 +11109,12 @@ class ComputationSetup:
         use.unloadable = False
         self._check_unloadable(comp)
         self._driver.selection.probes.pop(comp, None)
-        spec.update(code=out_of_band(spec['code']), setup_args=out_of_band(spec['setup_args']),
-                    client=cluster.client)   # whose claims on the node's CPUs it shares
-        self._driver.send(peer.link, Compute(comp, spec))
+        # Whose claims on the node's CPUs it shares
+        out = out_of_band(spec['code'])
+        setup_args = out_of_band(spec['setup_args'])
+        spec.update(code=out, setup_args=setup_args, client=cluster.client)
+        compute = Compute(comp, spec)
+        self._driver.send(peer.link, compute)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
         """What a computation is, in a form that this node can load; None if there is none, or if it
@@ -10205,8 +11131,9 @@ class ComputationSetup:
         code, obstacle = cluster.source
         if obstacle:
             there = python_of(peer.facts.get('python', ()))
+            python = python_of(spec['python'])
             text = 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
-                there, python_of(spec['python']), obstacle, remedy_for_source(spec))
+                there, python, obstacle, remedy_for_source(spec))
             self._refusal(peer, comp, text, 'version')
             return None
         return dict(spec, kind='source', code=code)
@@ -10214,10 +11141,14 @@ class ComputationSetup:
     def _has_cpu(self, peer: NodeConnection, comp: str) -> bool:
         """Whether a computation may use a CPU of a node, or has to set it up none the less."""
         use = peer.uses[comp]
-        if peer.allowed(comp) >= 1 or use.wanted is not None:
+        if peer.allowed(comp) >= 1:
             return True
-        if not peer.offered and use.state is AssignmentState.REFUSED and use.reason:
-            return False   # the node has said why it offers none, and offers them when it does again
+        if use.wanted is not None:
+            return True
+        # The node has said why it offers none, and offers them when it does again
+        if not peer.offered:
+            if use.state is AssignmentState.REFUSED and use.reason:
+                return False
         if use.allocation is None:
             text = 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
             self._refusal(peer, comp, text, 'cpus')
@@ -10244,19 +11175,34 @@ class ComputationSetup:
                      source: Tuple[bytes, str]) -> None:
         """What the source of a computation is, or why there is none."""
         cluster.source = source
-        if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
+        if cluster.comp not in self._clusters:
+            return
+        if peer.link is not link:
+            return
+        if cluster.comp in peer.uses:
             self.set_up(peer, cluster.comp)
 
-    def source_missing(self, cluster: NodeUser, peer: NodeConnection, link: Link, text: str) -> None:
+    def source_missing(self, cluster: NodeUser, peer: NodeConnection, link: Link,
+                       text: str) -> None:
         """It could not be found out."""
-        if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
-            self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
+        if cluster.comp not in self._clusters:
+            return
+        if peer.link is not link:
+            return
+        if cluster.comp in peer.uses:
+            message = 'its source is not to be had: ' + text
+            self._refusal(peer, cluster.comp, message, 'source')
 
     def allocated(self, comp: str, peer: NodeConnection, link: Link, allocation: Allocation,
                   error: str) -> None:
         """What the user's allocator has said."""
-        if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
-            return   # closed or lost meanwhile
+        # Closed or lost meanwhile
+        if comp not in self._clusters:
+            return
+        if peer.link is not link:
+            return
+        if comp not in peer.uses:
+            return
         if error:
             self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
         elif peer.uses[comp].state is AssignmentState.ASKING:
@@ -10288,29 +11234,37 @@ class ComputationSetup:
 
     def on_refused(self, peer: NodeConnection, message: Refused) -> None:
         """A node does not take a computation, or cannot go on with it."""
-        use = peer.uses.get(message.comp)
-        if message.comp in self._driver.recoveries.by_comp:
-            self._driver.recoveries.by_comp[message.comp].refused(peer, message.comp, message.text)
+        code = message.code
+        comp = message.comp
+        use = peer.uses.get(comp)
+        if comp in self._driver.recoveries.by_comp:
+            self._driver.recoveries.by_comp[comp].refused(peer, comp, message.text)
             return
-        if message.comp not in self._clusters or use is None or not use.offered:
+        if comp not in self._clusters:
             return
-        was_ready = use.state is AssignmentState.READY   # its runner has died later: a new one may live
+        if use is None:
+            return
+        if not use.offered:
+            return
+        # Its runner has died later: a new one may live
+        was_ready = use.state is AssignmentState.READY
         if peer.link is not None:
-            peer.link.abandon(message.comp)   # nobody takes it there
+            peer.link.abandon(comp)   # nobody takes it there
         if was_ready:
-            self._driver.tell_all(DispyNode.Closed, peer, [message.comp])
-            self._driver.lost_nodes.doubt(NodeDoubted(
-                peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
-            self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
+            self._driver.tell_all(DispyNode.Closed, peer, [comp])
+            node_doubted = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text,
+                                       peer.kind, [comp])
+            self._driver.lost_nodes.doubt(node_doubted)
+            node_left = NodeLeft(peer.key, comp, str(peer), message.text)
+            self._driver.decide(node_left)
         text = source_here.added_to(message.text)
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, peer.name)
-        if message.code == 'busy':
+        if code == 'busy':
             text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
-        self._refusal(peer, message.comp, text,
-                      'process' if was_ready and message.code == 'setup' else message.code)
-        use.unloadable = message.code in ('code', 'initializer')
-        self._check_unloadable(message.comp)
+        self._refusal(peer, comp, text, 'process' if was_ready and code == 'setup' else code)
+        use.unloadable = code in ('code', 'initializer')
+        self._check_unloadable(comp)
         self._driver.policy.node_freed(peer)
 
     def _check_unloadable(self, comp: str) -> None:
@@ -10318,18 +11272,25 @@ class ComputationSetup:
         ever: they end."""
         text = self.why_unloadable(comp)
         known = self._driver.schedule.comps.get(comp)
-        if known is not None and known.unloadable != text:
+        if known is None:
+            return
+        if known.unloadable != text:
             self._driver.decide(Unloadable(comp, text))
 
     def why_unloadable(self, comp: str) -> str:
         """Why no node can load the code of a computation; empty if one may."""
         cluster = self._clusters[comp]
-        uses = [peer.uses[comp] for peer in self._nodes.of(comp)]
+        uses = []
+        for peer in self._nodes.of(comp):
+            uses.append(peer.uses[comp])
         others = bool(cluster.hosts) or any(spec.wild or spec.scheduler for spec in cluster.specs)
-        if not uses or not all(use.unloadable for use in uses):
+        if not uses:
             return ''
-        if cluster.cargo is not None and cluster.cargo.spec.get('initializer'):
-            return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
+        if not all(use.unloadable for use in uses):
+            return ''
+        if cluster.cargo is not None:
+            if cluster.cargo.spec.get('initializer'):
+                return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
         if others:
             return ''
         return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
@@ -10338,25 +11299,36 @@ class ComputationSetup:
         """Offer again what the node could not take, for a reason that passes."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
-            if comp in self._clusters and use.state is AssignmentState.REFUSED and use.passes:
+            if comp not in self._clusters:
+                continue
+            if use.state is not AssignmentState.REFUSED:
+                continue
+            if use.passes:
                 self.set_up(peer, comp)
 
     def on_ready(self, peer: NodeConnection, message: Ready) -> None:
         """A computation is set up at a node."""
-        self._driver.policy.becomes_ready(peer, message.comp)
-        use = peer.uses.get(message.comp)
-        if message.comp in self._clusters and use is not None and use.state is AssignmentState.SETTING_UP:
-            use.move('ready')
-            use.seat_told = False
-            peer.retry_wait = RETRY_FIRST
-            self._clusters[message.comp].node_ready(peer)
-            self._driver.tell_all(DispyNode.Initialized, peer, [message.comp])
-            if any(value is not None for value in peer.facts.get('available', {}).values()):
-                self._driver.tell_all(DispyNode.AvailInfo, peer, [message.comp])
-            limit = self._driver.selection.tell_limit(peer, message.comp)   # before the first job
-            ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
-                              peer.trip, AttemptHistory.of(message.past), peer.whole)
-            self._driver.decide(ready)
+        comp = message.comp
+        self._driver.policy.becomes_ready(peer, comp)
+        use = peer.uses.get(comp)
+        if comp not in self._clusters:
+            return
+        if use is None:
+            return
+        if use.state is not AssignmentState.SETTING_UP:
+            return
+        use.move('ready')
+        use.seat_told = False
+        peer.retry_wait = RETRY_FIRST
+        self._clusters[comp].node_ready(peer)
+        self._driver.tell_all(DispyNode.Initialized, peer, [comp])
+        available = peer.facts.get('available', {})
+        if any(value is not None for value in available.values()):
+            self._driver.tell_all(DispyNode.AvailInfo, peer, [comp])
+        limit = self._driver.selection.tell_limit(peer, comp)   # before the first job
+        ready = NodeReady(peer.key, comp, limit, message.held, str(peer), peer.offered,
+                          peer.trip, AttemptHistory.of(message.past), peer.whole)
+        self._driver.decide(ready)
 
 
 class FileTransfers:
@@ -10371,11 +11343,16 @@ class FileTransfers:
 
     def on_need(self, peer: NodeConnection, message: Need) -> None:
         """A node asks for files."""
-        cluster = self._clusters.get(message.comp)
-        if cluster is None or cluster.cargo is None or peer.link is None:
+        comp = message.comp
+        cluster = self._clusters.get(comp)
+        if cluster is None:
             return
-        if message.comp in peer.uses:
-            allocation = peer.uses[message.comp].allocation
+        if cluster.cargo is None:
+            return
+        if peer.link is None:
+            return
+        if comp in peer.uses:
+            allocation = peer.uses[comp].allocation
         else:
             allocation = None
         if allocation is not None:
@@ -10401,8 +11378,9 @@ class FileTransfers:
         source = cluster.value_source(row[2])
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
-            self._driver.say_to(peer,
-                                FileStored(cluster.comp, int(Purpose.VALUES), key, row[0], text))
+            purpose = int(Purpose.VALUES)
+            file_stored = FileStored(cluster.comp, purpose, key, row[0], text)
+            self._driver.say_to(peer, file_stored)
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             self.backlog.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
@@ -10411,11 +11389,13 @@ class FileTransfers:
         """A few pieces of files into links that have room."""
         for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.send):
             if purpose == Purpose.VALUES:
-                self._driver.send(
-                    link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
+                error = 'it cannot be read: %s' % text
+                file_stored = FileStored(comp, purpose, key, name, error)
+                self._driver.send(link, file_stored)
             elif purpose == Purpose.PLACED and link.number in self._nodes.by_link:
                 peer = self._nodes.by_link[link.number]
-                self._driver.queries.answer(peer, (comp, name), 'it cannot be read: %s' % text)
+                message = 'it cannot be read: %s' % text
+                self._driver.queries.answer(peer, (comp, name), message)
             elif purpose in ASKED_FOR:   # the node waits for it in vain
                 self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
 
@@ -10425,7 +11405,9 @@ class FileTransfers:
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if cluster is not None and job is not None:
+        if cluster is None:
+            return
+        if job is not None:
             cluster.file_piece(peer, job, message)
 
     def store(self, peer: NodeConnection, directory: str, message: FilePiece) -> None:
@@ -10485,32 +11467,40 @@ class JobExchange:
 
     def send_jobs(self, action: SendJobs) -> None:
         """The Schedule has chosen a node for them."""
-        self._clusters[action.comp].send_jobs(self._nodes.by_key[action.node], action.works)
+        cluster = self._clusters[action.comp]
+        cluster.send_jobs(self._nodes.by_key[action.node], action.works)
 
     def send_to_node(self, action: Any) -> None:
         """The Schedule wants jobs to be cancelled or given back."""
         peer = self._nodes.by_key.get(action.node)
-        if peer is not None and peer.link is not None:
-            if isinstance(action, SendCancel):
-                kind: Any = Cancel
-            else:
-                kind = ReturnJobs
-            serials = action.serials
-            stay = self._unsend(peer, action.comp, serials)
-            if stay:   # they have not come there, nor will they
-                self._driver.decide(NodeReturned(peer.key, action.comp, stay))
-                serials = [serial for serial in serials if serial not in stay]
-            for message in in_parts(kind, action.comp, serials):
-                self._driver.send(peer.link, message)
+        if peer is None:
+            return
+        if peer.link is None:
+            return
+        if isinstance(action, SendCancel):
+            kind: Any = Cancel
+        else:
+            kind = ReturnJobs
+        serials = action.serials
+        stay = self._unsend(peer, action.comp, serials)
+        if stay:   # they have not come there, nor will they
+            node_returned = NodeReturned(peer.key, action.comp, stay)
+            self._driver.decide(node_returned)
+            serials = [serial for serial in serials if serial not in stay]
+        for message in in_parts(kind, action.comp, serials):
+            self._driver.send(peer.link, message)
 
     def send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
+        comp = action.comp
         peer = self._nodes.by_key.get(action.node)
-        if peer is None or action.comp not in peer.uses:
+        if peer is None:
             return
-        acks = peer.uses[action.comp].acks
+        if comp not in peer.uses:
+            return
+        acks = peer.uses[comp].acks
         acks.extend(action.serials)
-        if len(acks) >= ACKS_MOST and not self.outgoing.has(action.comp):
+        if len(acks) >= ACKS_MOST and not self.outgoing.has(comp):
             self.acknowledge(peer)
         else:
             self._driver.chores_at = min(self._driver.chores_at, self._driver.now + ACK_AFTER)
@@ -10519,10 +11509,13 @@ class JobExchange:
         """Tell a node which results are here."""
         if peer.link is not None:
             for comp, use in peer.uses.items():
-                if use.acks and comp not in self.outgoing.held_up:
-                    for message in in_parts(Ack, comp, use.acks):
-                        self._driver.send(peer.link, message)
-                    use.acks = []
+                if not use.acks:
+                    continue
+                if comp in self.outgoing.held_up:
+                    continue
+                for message in in_parts(Ack, comp, use.acks):
+                    self._driver.send(peer.link, message)
+                use.acks = []
 
     @staticmethod
     def _unsend(peer: NodeConnection, comp: str, serials: Iterable[int]) -> List[int]:
@@ -10541,7 +11534,8 @@ class JobExchange:
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
-            self._driver.decide(NodeReturned(peer.key, comp, serials))
+            node_returned = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(node_returned)
         if self.outgoing.held_up:
             self._driver.chores_at = min(self._driver.chores_at, self._driver.now + Outgoing.AGAIN)
 
@@ -10560,36 +11554,45 @@ class JobExchange:
                 peer.blocked.add(comp)
             else:
                 peer.blocked.discard(comp)
-            if peer.uses[comp].state is AssignmentState.READY and not peer.uses[comp].then:
-                self._driver.decide(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered))
+            if peer.uses[comp].state is not AssignmentState.READY:
+                continue
+            if not peer.uses[comp].then:
+                node_offers = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
+                self._driver.decide(node_offers)
 
     def on_results(self, peer: NodeConnection, message: Results) -> None:
         """Jobs have ended at a node, or go on and have a provisional result."""
+        rows = message.rows
+        comp = message.comp
         if peer.link is not None and peer.link.later:
-            self._unsend(peer, message.comp, [row[0] for row in message.rows])
-        if message.comp in self._driver.recoveries.by_comp:
-            recovery = self._driver.recoveries.by_comp[message.comp]
-            recovery.results(peer, message.comp, message.rows)
+            self._unsend(peer, comp, [row[0] for row in rows])
+        if comp in self._driver.recoveries.by_comp:
+            recovery = self._driver.recoveries.by_comp[comp]
+            recovery.results(peer, comp, rows)
             serials = [
-                row[0] for row in message.rows if row[1] not in PROVISIONAL and recovery.acknowledges
+                row[0] for row in rows if row[1] not in PROVISIONAL and recovery.acknowledges
             ]
-            for ack in in_parts(Ack, message.comp, serials):
+            for ack in in_parts(Ack, comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
-        self._driver.decide(NodeResults(peer.key, message.comp, message.rows))
+        node_results = NodeResults(peer.key, comp, rows)
+        self._driver.decide(node_results)
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
-        if message.comp in self._driver.recoveries.by_comp:
-            self._driver.recoveries.by_comp[message.comp].returned(peer, message.comp,
-                                                                   message.serials)
+        serials = message.serials
+        comp = message.comp
+        if comp in self._driver.recoveries.by_comp:
+            self._driver.recoveries.by_comp[comp].returned(peer, comp, serials)
             return
-        self._unsend(peer, message.comp, message.serials)
-        self._driver.decide(NodeReturned(peer.key, message.comp, message.serials))
+        self._unsend(peer, comp, serials)
+        node_returned = NodeReturned(peer.key, comp, serials)
+        self._driver.decide(node_returned)
 
     def on_started(self, peer: NodeConnection, message: Started) -> None:
         """Jobs have begun."""
-        self._driver.decide(NodeStarted(peer.key, message.comp, message.rows))
+        node_started = NodeStarted(peer.key, message.comp, message.rows)
+        self._driver.decide(node_started)
 
     def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
@@ -10602,26 +11605,32 @@ class JobExchange:
         """What a running job prints or logs."""
         cluster = self._clusters.get(message.comp)
         job = self.job_of(peer, message.comp, message.serial)
-        if cluster is not None and job is not None:
+        if cluster is None:
+            return
+        if job is not None:
             cluster.output(peer, job, message)
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
-        self._driver.decide(NodeStarted(peer.key, job.comp, [(job.serial, 0.0)]))
+        node_started = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
+        self._driver.decide(node_started)
 
     def jobs_started(self, action: JobsStarted) -> None:
         """As the Schedule knows, jobs have begun."""
-        self._clusters[action.comp].jobs_started(self._nodes.by_key[action.node], action.pairs)
+        cluster = self._clusters[action.comp]
+        cluster.jobs_started(self._nodes.by_key[action.node], action.pairs)
 
     def failed_once(self, action: JobFailedOnce) -> None:
         """Whether a job is repeated is found out by an opener: its exception may be the user's."""
         if self._driver.files.incoming:
-            self._driver.files.abort_attempt((action.comp, action.row[0]))
+            attempt = (action.comp, action.row[0])
+            self._driver.files.abort_attempt(attempt)
         cluster = self._clusters[action.comp]
         peer = self._nodes.by_key[action.node]
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
-    def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob, row: tuple) -> None:
+    def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob,
+                    row: tuple) -> None:
         """An opener."""
         delay: Optional[float] = None
         try:
@@ -10647,17 +11656,21 @@ class JobExchange:
         if self._driver.files.incoming:
             for _, row in action.pairs:
                 if row[1] not in PROVISIONAL:
-                    self._driver.files.abort_attempt((action.comp, row[0]))
-        self._clusters[action.comp].jobs_ended(self._nodes.by_key[action.node], action.pairs)
+                    attempt = (action.comp, row[0])
+                    self._driver.files.abort_attempt(attempt)
+        cluster = self._clusters[action.comp]
+        cluster.jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
         self._driver.lost_nodes.requeued += 1
-        self._clusters[action.work.comp].job_waits(action.work)
+        cluster = self._clusters[action.work.comp]
+        cluster.job_waits(action.work)
 
     def job_parked(self, action: JobParked) -> None:
         """A job waits for a node that is large enough."""
-        self._clusters[action.work.comp].job_parked(action.work, action.text)
+        cluster = self._clusters[action.work.comp]
+        cluster.job_parked(action.work, action.text)
 
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
@@ -10665,7 +11678,8 @@ class JobExchange:
         self._driver.lost_nodes.ended += 1
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
-        self._clusters[work.comp].job_ended(work, action.text)
+        cluster = self._clusters[work.comp]
+        cluster.job_ended(work, action.text)
 
     def refused_frame(self, peer: NodeConnection, link: Link, message: Wrong) -> None:
         """The other side cannot use what was sent: the jobs that were in it end after a few times,
@@ -10674,7 +11688,8 @@ class JobExchange:
         for comp, serial in self._driver.refusals.refused(link, message.frame):
             row = (serial, int(Outcome.DIED), 0.0, 0.0,
                    ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
-            self._driver.decide(NodeResults(peer.key, comp, [row]))
+            node_results = NodeResults(peer.key, comp, [row])
+            self._driver.decide(node_results)
         peer.wrong = True
         raise LinkBroken(text)
 
@@ -10683,7 +11698,8 @@ class JobExchange:
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
                 for work in action.works]
-        self._driver.decide(NodeResults(action.node, action.comp, rows))
+        node_results = NodeResults(action.node, action.comp, rows)
+        self._driver.decide(node_results)
 
     def note_fault(self, text: str) -> None:
         """Jobs that were in hand are looked for soon, once for many faults."""
@@ -10709,7 +11725,8 @@ class JobExchange:
             known = {id(work) for work in self.submitted}
             known.update(id(event) for event in self._driver.posted())
             if comp in self._driver.schedule.comps:
-                known.update(map(id, self._driver.schedule.comps[comp].waiting()))
+                schedule_comp = self._driver.schedule.comps[comp]
+                known.update(map(id, schedule_comp.waiting()))
             for node in self._driver.schedule.nodes.values():
                 known.update(map(id, node.in_flight.get(comp, {}).values()))
             for work in lost:
@@ -10750,8 +11767,11 @@ class Cancellations:
                 self._driver.flush()
             works = known.not_begun()
             if but_first:
-                taken = {serial for key in known.nodes
-                         for serial in self._driver.schedule.runs(key).get(comp, ())}
+                taken = set()
+                for key in known.nodes:
+                    runs = self._driver.schedule.runs(key)
+                    for serial in runs.get(comp, ()):
+                        taken.add(serial)
                 works = [work for work in works if work.serial not in taken]
             self._driver.decide(WithdrawAsked(works))
             return len(works)
@@ -10760,7 +11780,10 @@ class Cancellations:
     def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
         """Cancel those that have not begun."""
         self._driver.jobs.take_submitted()
-        left = [job for job in jobs if job.state not in ENDED]
+        left = []
+        for job in jobs:
+            if job.state not in ENDED:
+                left.append(job)
         self._driver.decide(WithdrawAsked(left))
 
     def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
@@ -10781,8 +11804,9 @@ class Cancellations:
         return job.state is JobState.CANCELLED
 
     def withdrawn(self, action: Withdrawn) -> None:
-        self.answer(action.work, action.gone)
-        self._clusters[action.work.comp].job_goes_on(action.work)
+        work = action.work
+        self.answer(work, action.gone)
+        self._clusters[work.comp].job_goes_on(work)
 
     def answer(self, work: Any, is_gone: bool) -> None:
         future = self.withdrawals.pop(work, None)
@@ -10797,7 +11821,10 @@ class Recoveries:
         self._driver = driver
         self.by_comp: Dict[str, Union[Recovery, ResultCollection]] = {}
 
-    def reclaim(self, peer: NodeConnection, recovery: Union['Recovery', 'ResultCollection'], keys: Dict[str, bytes],
+    def reclaim(self,
+                peer: NodeConnection,
+                recovery: Union['Recovery', 'ResultCollection'],
+                keys: Dict[str, bytes],
                 take: bool = True) -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
         for comp, key in keys.items():
@@ -10809,7 +11836,9 @@ class Recoveries:
         found.dismiss(whole)
         for peer in found.met:
             for where, comp in found.taken if peer.link is not None else ():
-                if comp in whole or where not in (peer.place, *peer.aliases):
+                if comp in whole:
+                    continue
+                if where not in (peer.place, *peer.aliases):
                     continue
                 serials = [row[0] for (name, _), (row, _) in found.rows.items() if name == comp]
                 for ack in in_parts(Ack, comp, serials):
@@ -10818,9 +11847,11 @@ class Recoveries:
     def dismiss(self, peer: NodeConnection, comp: str, key: bytes) -> None:
         """Tell a node that a computation is over. Its answer to the question after that shows
         that it has heard it."""
-        self._driver.say_to(peer, Reclaim(comp, key, False))   # which shows the key
+        reclaim = Reclaim(comp, key, False)
+        self._driver.say_to(peer, reclaim)   # which shows the key
         self._driver.say_to(peer, Done(comp))
-        self._driver.say_to(peer, Reclaim(comp, key, False))
+        message = Reclaim(comp, key, False)
+        self._driver.say_to(peer, message)
 
     def let_go(self, found: 'ResultCollection', whole: Set[str]) -> None:
         """A gathering is over. Nodes that have more keep it: their links end without Bye."""
@@ -10841,19 +11872,23 @@ class Recoveries:
             for peer in recovery.met:
                 if peer.link is not None and whole:
                     self._driver.send(peer.link, Done(comp))
-                elif peer.link is not None and not any(comp != recovery.comp for comp in peer.uses):
-                    # Without Bye: they keep what they have
-                    self._driver.break_link(peer.link, 'the recovery has ended')
+                # Without Bye: they keep what they have
+                elif peer.link is not None:
+                    if not any(comp != recovery.comp for comp in peer.uses):
+                        self._driver.break_link(peer.link, 'the recovery has ended')
         self._driver.forget(recovery.comp)
 
     def on_held(self, peer: NodeConnection, message: KnownAttempts) -> None:
         """The results come by themselves."""
+        comp = message.comp
         past = AttemptHistory.of(message.past)
-        if message.comp in self.by_comp:
-            self.by_comp[message.comp].held(peer, message.comp, message.serials, past)
+        if comp in self.by_comp:
+            self.by_comp[comp].held(peer, comp, message.serials, past)
         else:
-            account = Account(frozenset(message.serials), past, peer.whole)
-            self._driver.decide(NodeTold(peer.key, message.comp, account))
+            distinct_serials = frozenset(message.serials)
+            account = Account(distinct_serials, past, peer.whole)
+            node_told = NodeTold(peer.key, comp, account)
+            self._driver.decide(node_told)
 
 
 class SchedulerCalls:
@@ -10877,9 +11912,10 @@ class SchedulerCalls:
         return future
 
     def on_return(self, peer: NodeConnection, message: Return) -> None:
+        error = message.error
         future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
-        if future is not None and message.error:
-            future.set_exception(_ERRORS.get(message.error[0], DispyError)(message.error[1]))
+        if future is not None and error:
+            future.set_exception(_ERRORS.get(error[0], DispyError)(error[1]))
         elif future is not None:
             future.set_result(message.value)
 
@@ -10891,26 +11927,27 @@ class SchedulerCalls:
 
     def on_where(self, peer: NodeConnection, message: JobsAssigned) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
-        if message.comp in self._driver.recoveries.by_comp:
-            self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials,
-                                                                message.node)
+        comp = message.comp
+        if comp in self._driver.recoveries.by_comp:
+            self._driver.recoveries.by_comp[comp].where(comp, message.serials, message.node)
             return
-        cluster = self._clusters.get(message.comp)
+        cluster = self._clusters.get(comp)
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
-            flight = node.in_flight.get(message.comp, {})
+            flight = node.in_flight.get(comp, {})
         else:
             flight = {}
         for job in [flight[serial] for serial in message.serials
                     if serial in flight] if cluster is not None else ():
             if self._driver.files.incoming:
-                self._driver.files.abort_attempt((message.comp, job.serial))
+                self._driver.files.abort_attempt((comp, job.serial))
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
 
     def on_news(self, peer: NodeConnection, message: NodeChanged) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
-            cluster.node_told(message.status, NodeInfo(*message.node))
+            node_info = NodeInfo(*message.node)
+            cluster.node_told(message.status, node_info)
 
     def on_said(self, peer: NodeConnection, message: Notice) -> None:
         cluster = self._clusters.get(message.comp)
@@ -10952,7 +11989,8 @@ class NodeQueries:
         """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
         use = peer.uses[comp]
         if not peer.scheduler:
-            busy = len(self._driver.schedule.runs(peer.key).get(comp, ()))
+            runs = self._driver.schedule.runs(peer.key)
+            busy = len(runs.get(comp, ()))
         else:
             busy = 0
         state = use.state.value
@@ -10962,8 +12000,9 @@ class NodeQueries:
             reason = peer.reason
         elif use.then:
             state = 'draining'
-        elif (use.wanted == 0 or peer.most == 0) and use.state is AssignmentState.READY:
-            reason = DEALLOCATED
+        elif use.wanted == 0 or peer.most == 0:
+            if use.state is AssignmentState.READY:
+                reason = DEALLOCATED
         return peer, state, reason, peer.limit(comp), busy
 
     def nodes_of(self, comp: str) -> List[Tuple[NodeConnection, str, str, int, int]]:
@@ -10983,7 +12022,8 @@ class NodeQueries:
 
     def rows_of(self, comp: str) -> List[NodeInfo]:
         """Nodes of a cluster, to be told to others."""
-        return [self.row_of(*found) for found in self.nodes_of(comp)]
+        nodes = self.nodes_of(comp)
+        return [self.row_of(*found) for found in nodes]
 
     @staticmethod
     def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
@@ -11008,17 +12048,21 @@ class NodeQueries:
         for port in sorted({spec.port for spec in wild}):
             lines.append(self._search_at(port))
         if cluster.hosts:
-            lines.append(self._listening_at(*cluster.hosts[0]))
+            listening = self._listening_at(*cluster.hosts[0])
+            lines.append(listening)
         peers = self._nodes.of(comp)
-        others = self._nodes.misfits.text(comp, {peer.instance for peer in peers})
+        instances = {peer.instance for peer in peers}
+        others = self._nodes.misfits.text(comp, instances)
         if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
             others = ''
         if others:
-            lines.append('of the nodes that answer, none fits %s. These do answer: %s'
-                         % (' or '.join(repr(spec.host) for spec in wild), others))
+            message = 'of the nodes that answer, none fits %s. These do answer: %s' % (' or '.join(
+                repr(spec.host) for spec in wild), others)
+            lines.append(message)
         attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
         todo = remedy(attempts, bool(others), self._driver.policy.start_node)
-        return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
+        joined_lines = '; '.join(lines)
+        return 'Tried: %s%s' % (joined_lines, todo and '. ' + todo)
 
     def _search_at(self, port: int) -> str:
         """Which nodes are asked for at a UDP port, for `complaint`."""
@@ -11043,8 +12087,8 @@ class NodeQueries:
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
         _, state, reason, _, _ = self.node_of(comp, peer)
-        if state not in NOT_CONNECTED and use.state is not AssignmentState.CLOSED or not (use.reason or
-                                                                                   peer.failures):
+        if state not in NOT_CONNECTED and use.state is not AssignmentState.CLOSED or not (
+                use.reason or peer.failures):
             return peer.key, ''
         if use.seat_told:
             return peer.key, ''
@@ -11062,21 +12106,21 @@ class NodeQueries:
             name = row[0]
         else:
             name = ''
-        peer, future = self._nodes.find(
-            comp,
-            node), concurrent.futures.Future()   # type: Tuple[NodeConnection, concurrent.futures.Future[Any]]
+        peer, future = self._nodes.find(comp, node), concurrent.futures.Future(
+        )   # type: Tuple[NodeConnection, concurrent.futures.Future[Any]]
         if peer.link is None or peer.uses[comp].state is not AssignmentState.READY:
-            raise RuntimeError(
-                'node %s is not ready: %s' %
-                (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
+            reason = peer.uses[comp].reason
+            message = 'node %s is not ready: %s' % (peer, reason or peer.reason
+                                                    or peer.uses[comp].state.value)
+            raise RuntimeError(message)
         if (comp, name) in peer.answers and not name:
             return peer.answers[comp, name]   # one answer for all who ask
         if (comp, name) in peer.answers:
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
         if row:
-            self._driver.files.backlog.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0),
-                                                row, path)
+            transfer = (comp, int(Purpose.PLACED), 0)
+            self._driver.files.backlog.add_file(peer.link.number, transfer, row, path)
         else:
             self._driver.send(peer.link, Query(comp))
         return future
@@ -11090,7 +12134,8 @@ class NodeQueries:
     def on_report(self, peer: NodeConnection, message: Report) -> None:
         """A node tells what is there."""
         if message.running:
-            self._driver.decide(NodeStarted(peer.key, message.comp, message.running))
+            node_started = NodeStarted(peer.key, message.comp, message.running)
+            self._driver.decide(node_started)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
@@ -11118,7 +12163,9 @@ class NodeQueries:
         for key, node in self._driver.schedule.nodes.items():
             peer = self._nodes.by_key.get(key)
             count = len(node.in_flight.get(comp, ()))
-            if peer is not None and not peer.embedded and count:
+            if peer is None:
+                continue
+            if not peer.embedded and count:
                 found[key] = count
         return found
 
@@ -11146,8 +12193,10 @@ class FailedJobs:
             text: str) -> None:
         """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
         self._count += 1
-        self._rows.append(FailedJob(self._count, time_ended or time.time(), cluster, job,
-                                    shown_arguments(payload), status, node, text[-FAILURE_TEXT:]))
+        short_text = text[-FAILURE_TEXT:]
+        failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
+                               shown_arguments(payload), status, node, short_text)
+        self._rows.append(failed_job)
 
     def all(self) -> List[FailedJob]:
         """All of them, the oldest first."""
@@ -11241,7 +12290,9 @@ class Overview:
         less than `apart` seconds ago. Returns whether it was asked."""
         where = (peer.key, comp)
         now = self._driver.now
-        if peer.link is None or not peer.name:
+        if peer.link is None:
+            return False
+        if not peer.name:
             return False
         if now - self._asked.get(where, -math.inf) < apart:
             return False
@@ -11295,12 +12346,18 @@ class Overview:
         sent = self.sent_to(key, comp)
         if not sent:
             return []
-        self.ask_node(self._driver.nodes.by_key[key], comp, self.JOBS_APART)
+        peer = self._driver.nodes.by_key[key]
+        self.ask_node(peer, comp, self.JOBS_APART)
         seconds = self._seconds_run(key, comp)
-        running = set(self._driver.schedule.runs(key).get(comp, ()))
+        runs = self._driver.schedule.runs(key)
+        run = runs.get(comp, ())
+        running = set(run)
         running.update(seconds)
-        return [JobAtNode(serial, work, serial in running, seconds.get(serial))
-                for serial, work in itertools.islice(sent.items(), most)]
+        job_at_nodes: List[JobAtNode] = []
+        for serial, work in itertools.islice(sent.items(), most):
+            job_at_node = JobAtNode(serial, work, serial in running, seconds.get(serial))
+            job_at_nodes.append(job_at_node)
+        return job_at_nodes
 
     def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
         """Serial -> seconds, of jobs at a node that are known to have begun."""
@@ -11310,7 +12367,8 @@ class Overview:
             at, report = self._reports[key, comp]
             for serial, ran in report.running:
                 seconds[serial] = ran + now - at
-        begun = self._driver.schedule.nodes[key].begun[comp]
+        node = self._driver.schedule.nodes[key]
+        begun = node.begun[comp]
         for serial, since in begun.items():
             seconds[serial] = now - since
         return seconds
@@ -11358,7 +12416,9 @@ class LostNodes:
         if peer is None:
             return
         self._tell_jobs(str(peer))
-        if peer.link is None and not peer.port and not peer.embedded:
+        if peer.link is not None or peer.port:
+            return
+        if not peer.embedded:
             self._driver.connector.forget(peer)
 
     def link_ended(self, channel: Link, text: str) -> None:
@@ -11366,7 +12426,10 @@ class LostNodes:
         driver = self._driver
         peer = driver.nodes.by_link[channel.number]
         peer.move('fail')
-        used = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
+        used = []
+        for comp, use in peer.uses.items():
+            if use.state is AssignmentState.READY:
+                used.append(comp)
         driver.tell_all(DispyNode.Closed, peer, used)
         driver.selection.unlink(peer, channel)
         if channel.stall:
@@ -11386,7 +12449,8 @@ class LostNodes:
         driver.warn_soon(used)
         reason = 'the connection ended: %s' % text
         if peer.port or peer.embedded:
-            driver.connector.not_reached(peer, reason, driver.now - peer.linked_at, line)
+            lived = driver.now - peer.linked_at
+            driver.connector.not_reached(peer, reason, lived, line)
             if not lost and not peer.wrong:
                 peer.dialling.due = driver.now
             peer.wrong = False
@@ -11471,7 +12535,8 @@ def logged(value: Any) -> str:
     if isinstance(value, (list, tuple, set, frozenset)):
         items = list(map(logged, itertools.islice(value, LOGGED_ITEMS)))
         if len(value) > LOGGED_ITEMS:
-            items.append('%d more' % (len(value) - LOGGED_ITEMS))
+            message = '%d more' % (len(value) - LOGGED_ITEMS)
+            items.append(message)
         return '[%s]' % ', '.join(items)
     return '<%s>' % kind.__name__
 
@@ -11672,7 +12737,8 @@ class Driver(Loop):
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in the driver's thread. Any thread."""
-        self.post(RunInDriver(functools.partial(call, *args), None))
+        run_in_driver = RunInDriver(functools.partial(call, *args), None)
+        self.post(run_in_driver)
 
     def _main(self) -> None:
         try:
@@ -11698,22 +12764,31 @@ class Driver(Loop):
             pool.close()
         self.connector.close()
         for event in list(self._inbox):
-            if isinstance(event, RunInDriver) and event.future is not None:
+            if not isinstance(event, RunInDriver):
+                continue
+            if event.future is not None:
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
         """In a forked child the driver's thread does not exist. Let go of its sockets without a
         word, so that nodes do not take the child for the client."""
-        self.broken = 'this process was forked from the one that made the cluster: make a new one here'
-        handles = [link.sock for link in self.links.values() if link.sock is not None] \
-            + self.connector.sockets()
+        self.broken = ('this process was forked from the one that made the cluster: make a new '
+                       'one here')
+        links = self.links.values()
+        socks = []
+        for link in links:
+            if link.sock is not None:
+                socks.append(link.sock)
+        handles = socks + self.connector.sockets()
         self._selector.close()
         for sock in (*handles, self._waker, self._wakened):
             sock.close()
         for peer in self.nodes.by_key.values():
             if peer.local is not None:
                 peer.local.after_fork()
-            if peer.process is not None and peer.process.stdin is not None:
+            if peer.process is None:
+                continue
+            if peer.process.stdin is not None:
                 os.close(peer.process.stdin.fileno())
 
     # -- clusters ----------------------------------------------------------------------------------
@@ -11746,6 +12821,7 @@ class Driver(Loop):
     def forget(self, comp: str, shutdown: bool = False) -> Set[str]:
         """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets
         them go. Returns the places of nodes that could not be told, as they are not connected."""
+        connector = self.connector
         untold: Set[str] = set()
         if self.clusters.get(comp) is None:
             return untold
@@ -11765,14 +12841,16 @@ class Driver(Loop):
             self.selection.done(peer, comp, shutdown)
             del peer.uses[comp]
             self.selection.drop_unused(peer)
-        self.connector.searches.end_unwanted()
-        self.connector.end_listening(cluster)
+        connector.searches.end_unwanted()
+        connector.end_listening(cluster)
         return untold
 
     def is_over(self, comp: str) -> bool:
         """Whether nobody here wants anything of a computation any more that a node still has for
         this process."""
-        return comp not in self.clusters and comp not in self.recoveries.by_comp
+        if comp in self.clusters:
+            return False
+        return comp not in self.recoveries.by_comp
 
     # -- loop --------------------------------------------------------------------------------------
 
@@ -11794,15 +12872,16 @@ class Driver(Loop):
         self._events[type(event)](event)
 
     def _asked(self, event: RunInDriver) -> None:
+        future = event.future
         try:
             answer = event.call()
         except Exception as exc:  # the asker gets it
-            if event.future is None:
+            if future is None:
                 raise
-            event.future.set_exception(exc)
+            future.set_exception(exc)
         else:
-            if event.future is not None:
-                event.future.set_result(answer)
+            if future is not None:
+                future.set_result(answer)
 
     # -- faults of ours ----------------------------------------------------------------------------
 
@@ -11814,10 +12893,12 @@ class Driver(Loop):
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
             return True
-        peer = self.nodes.by_key.get(getattr(subject, 'node', None))
-        if peer is not None and peer.link is not None:
-            self.break_link(peer.link, text)
-            return True
+        node = getattr(subject, 'node', None)
+        peer = self.nodes.by_key.get(node)
+        if peer is not None:
+            if peer.link is not None:
+                self.break_link(peer.link, text)
+                return True
         return super().on_fault(subject, text)
 
     def send(self, link: Link, message: Any) -> None:
@@ -11830,8 +12911,9 @@ class Driver(Loop):
         """As a Loop's; who asks a scheduler for something gets the error."""
         peer = self.nodes.by_link.get(link.number)
         future = None
-        if peer is not None and type(message) is Call:
-            future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
+        if peer is not None:
+            if type(message) is Call:
+                future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
         if future is not None:
             future.set_exception(ValueError(text))
         else:
@@ -11856,13 +12938,14 @@ class Driver(Loop):
         """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn
         before that, when results have come, and one after it, when jobs go there: so neither waits
         for another turn of the loop."""
-        local = self.connector.local
+        connector = self.connector
+        local = connector.local
         if local is not None:
             self.guard(None, local.turn)
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
-        local = self.connector.local   # it may be another
+        local = connector.local   # it may be another
         if local is not None and local.has_messages:
             self.guard(None, local.turn)
 
@@ -11880,36 +12963,44 @@ class Driver(Loop):
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
+        connector = self.connector
         if self.files.backlog.has_room():
             return 0.0
         times = [self.schedule.next_timer(), self.chores_at]
-        if self.connector.local is not None:
-            times.append(self.connector.local.next_timer())
-        return min(when for when in times if when is not None)
+        if connector.local is not None:
+            times.append(connector.local.next_timer())
+        whens = []
+        for when in times:
+            if when is not None:
+                whens.append(when)
+        return min(whens)
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
-        if self.schedule.away:
+        schedule = self.schedule
+        if schedule.away:
             self.lost_nodes.mark()
-        actions = self.schedule.flush(self.now)
+        actions = schedule.flush(self.now)
         if self.decisions.is_on:
             self.decisions.add(None, actions)
         self.act(actions)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
+        connector = self.connector
         self.decisions.look()
         due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
         self.jobs.end_lost_when_due(due)
-        self.connector.searches.ask_when_due(due)
-        self.connector.dial_when_due(due)
+        connector.searches.ask_when_due(due)
+        connector.dial_when_due(due)
         self.selection.start_embedded_when_due(due)
         for comp, when in list(self._warn_at.items()):
             if self.now >= when:
                 self._warn(comp)
             due.append(self._warn_at[comp])
         for peer in list(self.nodes.by_key.values()):
-            if any(use.acks for use in peer.uses.values()):
+            uses = peer.uses.values()
+            if any(use.acks for use in uses):
                 self.jobs.acknowledge(peer)
             if peer.retry_at is not None:
                 if self.now >= peer.retry_at:
@@ -11925,9 +13016,11 @@ class Driver(Loop):
     def _warn(self, comp: str) -> None:
         """Nobody waits in silence."""
         self._warn_at[comp] = self.now + WARN_EVERY
-        if not any(state == 'ready' for _, state, _, _, _ in self.queries.nodes_of(comp)):
-            self.clusters[comp].warn('%s waits for a node. %s' %
-                                     (self.clusters[comp].name, self.queries.explain_no_nodes(comp)))
+        nodes = self.queries.nodes_of(comp)
+        if not any(state == 'ready' for _, state, _, _, _ in nodes):
+            self.clusters[comp].warn(
+                '%s waits for a node. %s' %
+                (self.clusters[comp].name, self.queries.explain_no_nodes(comp)))
 
     # -- links -------------------------------------------------------------------------------------
 
@@ -11941,9 +13034,14 @@ class Driver(Loop):
             if kind is Wrong:
                 self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
-                ready = [comp for comp, use in peer.uses.items() if use.state is AssignmentState.READY]
-                self.lost_nodes.doubt(NodeDoubted(
-                    peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
+                ready = []
+                for comp, use in peer.uses.items():
+                    if use.state is AssignmentState.READY:
+                        ready.append(comp)
+                short_text = message.text[:200]
+                node_doubted = NodeDoubted(peer.key, str(peer), Evidence.BYE, short_text, peer.kind,
+                                           ready)
+                self.lost_nodes.doubt(node_doubted)
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -11971,7 +13069,10 @@ class Driver(Loop):
 
     def has_sent(self) -> bool:
         """Whether all that was said has left, where there is a link."""
-        return not any(link.wants_write for link in self.links.values())
+        for link in self.links.values():
+            if link.wants_write:
+                return False
+        return True
 
     def say_to(self, peer: NodeConnection, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
@@ -12056,13 +13157,18 @@ def own_python() -> str:
         python = os.fsdecode(spawn.get_executable() or '')
     else:
         python = ''
-    if getattr(sys, 'frozen', False) and python in ('', sys.executable):
-        raise StartError(
-            "no node can be started on this machine: this program is frozen into one executable "
-            "(%s), so that sys.executable is no Python, and would only start the program again. "
-            "Start `python dispynode.py` on this machine and name it (nodes=['127.0.0.1']), or "
-            "call multiprocessing.set_executable() with the path of a Python %d.%d before a "
-            "cluster is made" % (sys.executable, *sys.version_info[:2]))
+    frozen = getattr(sys, 'frozen', False)
+    if frozen and python in ('', sys.executable):
+        message = ("no node can be started on this machine: this program is frozen into one "
+                   "executable "
+                   "(%s), so that sys.executable is no Python, and would only start the "
+                   "program again. "
+                   "Start `python dispynode.py` on this machine and name it "
+                   "(nodes=['127.0.0.1']), or "
+                   "call multiprocessing.set_executable() with the path of a Python %d.%d "
+                   "before a "
+                   "cluster is made" % (sys.executable, *sys.version_info[:2]))
+        raise StartError(message)
     return python or sys.executable
 
 
@@ -12076,15 +13182,23 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
-    command = [python, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)),
-               '--embedded', '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
+    absolute_path = os.path.abspath(dispynode.__file__)
+    directory = os.path.dirname(absolute_path)
+    command = [
+        python, '-c', code % directory, '--embedded', '-i', '127.0.0.1', '-p', '0',
+        '--dest-path-prefix', prefix
+    ]
     variables = dict(os.environ)
     variables.pop('DISPY_SECRET', None)   # it has a secret of its own
     with process_start_lock:
-        process = peer.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0),   # Ctrl-C is ours
-            env=variables)
+        # Ctrl-C is ours
+        create_new_process_group = getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)
+        process = peer.process = subprocess.Popen(command,
+                                                  stdin=subprocess.PIPE,
+                                                  stdout=subprocess.PIPE,
+                                                  start_new_session=True,
+                                                  creationflags=create_new_process_group,
+                                                  env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')
@@ -12184,7 +13298,8 @@ class ClusterOptions:
         host = given['host']
         if host is None:
             host = given['ip_addr']
-        probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
+        elsewhere = remote or host is not None
+        probes, specs = nodes_meant(given['nodes'], port, elsewhere)
         if not specs and not remote:
             own_python()
         options['probes'] = probes
@@ -12214,7 +13329,9 @@ class ClusterOptions:
     @property
     def counts_failures(self) -> bool:
         """True if the program has no function that is told that a job has failed."""
-        return self.job_status is None and self.cluster_status is None
+        if self.job_status is not None:
+            return False
+        return self.cluster_status is None
 
     @property
     def pulse(self) -> float:
@@ -12229,7 +13346,8 @@ class ClusterOptions:
     def access(self) -> ConnectionSettings:
         """Return how nodes are reached. Raises SecretError or OSError."""
         files = tls_files(self.certfile, self.keyfile, self.cafile)
-        return ConnectionSettings(find_secret(self.secret), *files, self.pulse, self.longest_redial)
+        secret = find_secret(self.secret)
+        return ConnectionSettings(secret, *files, self.pulse, self.longest_redial)
 
 
 def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[NodeSpec]]:
@@ -12251,13 +13369,18 @@ def hosts_may_fail(host: Any, first: Optional[Tuple[str, int]]) -> bool:
     ip_addr, and two of them on one machine must not be in each other's way."""
     if first is None:
         return True
-    return isinstance(host, str) and first[0] == host.strip('[]')
+    if not isinstance(host, str):
+        return False
+    return first[0] == host.strip('[]')
 
 
 def check_function(name: str, function: Any) -> None:
     """Raise TypeError for a parameter that is neither a function nor None."""
-    if function is not None and not callable(function):
-        raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
+    if function is None:
+        return
+    if not callable(function):
+        message = '%s must be a function, not %s' % (name, type(function).__name__)
+        raise TypeError(message)
 
 
 def check_depends(depends: Any) -> None:
@@ -12376,8 +13499,9 @@ class JobBook:
                         left = None
                     else:
                         left = until - time.monotonic()
-                    if left is not None and left <= 0:
-                        return False
+                    if left is not None:
+                        if left <= 0:
+                            return False
                     in_slices(self.changed.wait, left)
             finally:
                 self._waiters -= own
@@ -12407,7 +13531,11 @@ class JobBook:
     def _totals(self) -> Tuple[int, int, int, int]:
         """Return the same as `totals`. Called with the lock held."""
         ends = self.unfinished
-        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
+        chosen_ends = []
+        for state in (*FAILED, JobState.FINISHED):
+            chosen_end = ends.get(int(state), 0)
+            chosen_ends.append(chosen_end)
+        failed = sum(chosen_ends)   # programs
         return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
 
     def by_state(self) -> Counts:
@@ -12430,7 +13558,8 @@ class JobBook:
 
     def seconds(self) -> float:
         """Return the sum of the seconds that jobs ran."""
-        return float(sum(row[2] for row in list(self.at_nodes.values())))
+        at_nodes = list(self.at_nodes.values())
+        return float(sum(row[2] for row in at_nodes))
 
     def close(self) -> bool:
         """Take no more jobs. Returns whether jobs were taken until now."""
@@ -12570,38 +13699,50 @@ class LiveOutput:
 
     def remove_monitor(self, monitor: Monitor) -> None:
         """Do not tell a monitor of jobs any more."""
-        self.monitors = tuple(other for other in self.monitors if other is not monitor)
+        monitors = []
+        for other in self.monitors:
+            if other is not monitor:
+                monitors.append(other)
+        self.monitors = tuple(monitors)
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
     def page(self) -> str:
         """Return the link to the web page that shows the cluster, or an empty text."""
-        return next((monitor.page for monitor in self.monitors if monitor.page), '')
+        for monitor in self.monitors:
+            if monitor.page:
+                return monitor.page
+        return ''
 
     def came(self, job: DispyJob, message: Output) -> None:
         """Show what a running job has printed or logged."""
+        data = message.data
         stream = message.stream
         if stream == 0:
-            self._show_record(job, *log_record_of(message.data))
+            self._show_record(job, *log_record_of(data))
             return
         if self.on_output is not None:
             shown = self._shown.setdefault(job, [0, 0])
-            shown[stream - 1] = message.offset + len(message.data)
-            self._show(job, stream, message.data)
+            shown[stream - 1] = message.offset + len(data)
+            self._show(job, stream, data)
         for monitor in self.monitors:
-            monitor.printed(job, stream, message.offset, bytes(message.data))
+            monitor.printed(job, stream, message.offset, bytes(data))
 
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show(job, stream, row[PAYLOAD + stream][at:])
+            data = row[PAYLOAD + stream][at:]
+            self._show(job, stream, data)
 
     def _show(self, job: DispyJob, stream: int, data: Any) -> None:
-        if len(data) and self.on_output is not None:
-            if self._cargo.is_program:
-                text: Union[bytes, str] = bytes(data)
-            else:
-                text = str(data, 'utf-8', 'replace')
-            self.driver.tell_later(self.on_output, job, STREAM_NAMES[stream], text)
+        if not len(data):
+            return
+        if self.on_output is None:
+            return
+        if self._cargo.is_program:
+            text: Union[bytes, str] = bytes(data)
+        else:
+            text = str(data, 'utf-8', 'replace')
+        self.driver.tell_later(self.on_output, job, STREAM_NAMES[stream], text)
 
     def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
         """Log what a job has logged, or, once, that a job has left files behind."""
@@ -12672,7 +13813,8 @@ class ResultDelivery:
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
-                    self.driver.post(StatusCallback(self._callbacks, DispyJob.Running, peer, job))
+                    status_callback = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
+                    self.driver.post(status_callback)
             fill_in(job, row, is_program, self._failures, peer.name)
             if job.status == 11 and not (is_program and job.result):
                 finished += 1
@@ -12707,8 +13849,9 @@ class ResultDelivery:
                 row, peer = self.ordered[job].popleft()
             if row[1] not in PROVISIONAL:
                 self.apply_results([(job, row)], peer)
-            elif self._show_provisional(job, row) and self._callbacks.job_status is not None:
-                self._callbacks.provisional(job)
+            elif self._show_provisional(job, row):
+                if self._callbacks.job_status is not None:
+                    self._callbacks.provisional(job)
 
     def _show_provisional(self, job: DispyJob, row: tuple) -> bool:
         """Give a job a provisional result. Returns False if the job has ended meanwhile or the
@@ -12761,7 +13904,8 @@ class ResultDelivery:
         driver = self.driver
         if callbacks.cluster_status is not None:
             for job in jobs:
-                driver.post(StatusCallback(callbacks, job.status, peer, job))
+                status_callback = StatusCallback(callbacks, job.status, peer, job)
+                driver.post(status_callback)
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
@@ -12807,12 +13951,14 @@ class Submitter:
             options = None
         if node is not None:
             options = dict(options or {}, node=node)
-        if options is not None and 'repeats' in options:
-            options['repeats'].is_program = self._is_program
+        if options is not None:
+            if 'repeats' in options:
+                options['repeats'].is_program = self._is_program
         if self._is_program and kwargs:
-            raise TypeError('a program takes no keyword arguments: %s' %
-                            ', '.join(map(str, kwargs)))
-        return self.enter(number, args, kwargs, options, self.pack(args, kwargs, depends))
+            message = 'a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs))
+            raise TypeError(message)
+        payload = self.pack(args, kwargs, depends)
+        return self.enter(number, args, kwargs, options, payload)
 
     def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
         """Return the arguments, packed as they are now. Raises ValueError if they are too large,
@@ -12830,9 +13976,11 @@ class Submitter:
         else:
             most = JOURNAL_MOST
         if size > most:
-            raise ValueError(
-                'arguments of %d bytes are over the limit of %d%s: send a file (depends)' %
+            message = (
+                'arguments of %d bytes are over the limit of %d%s: send a file '
+                '(depends)' %
                 (size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
+            raise ValueError(message)
         return payload
 
     def enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
@@ -12844,21 +13992,25 @@ class Submitter:
         if self.journal is None:
             job = DispyJob(self._comp, payload, options, number)
         else:
-            job = KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
+            arguments = words_of(args, kwargs)
+            job = KeptJob(self._comp, payload, options, number, arguments)
         book = self._book
         driver = self.driver
         with book.lock:
             if book.closed or driver.broken:
-                raise RuntimeError('submit: %s' % (driver.broken or 'the cluster was closed'))
-            if self.journal is not None and isinstance(job, KeptJob):
-                self.journal.submitted(job)
-                self.journal.trim()
+                message = 'submit: %s' % (driver.broken or 'the cluster was closed')
+                raise RuntimeError(message)
+            if self.journal is not None:
+                if isinstance(job, KeptJob):
+                    self.journal.submitted(job)
+                    self.journal.trim()
             if future is not None:
                 job._future = future
                 future.job = job
             book.enter(job)
             if self._callbacks.cluster_status is not None:
-                driver.post(StatusCallback(self._callbacks, DispyJob.Created, None, job))
+                status_callback = StatusCallback(self._callbacks, DispyJob.Created, None, job)
+                driver.post(status_callback)
             # With the lock held: `close` comes after it or before the test above
             driver.post(job)
         return job
@@ -12954,11 +14106,13 @@ class StatusReport:
             key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
             _, done, seconds = counts.get(key, (row, 0, 0.0))
-            nodes.append(
-                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
+            node_description = describe_node(row, row.state, row.reason, row.cpus, row.busy, done,
+                                             seconds)
+            nodes.append(node_description)
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
-                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
+                description = describe_node(peer, 'closed', '', peer.offered, 0, done, seconds)
+                nodes.append(description)
         return ClusterStatus(nodes, pending)
 
     def count_ready(self) -> int:
@@ -13020,7 +14174,8 @@ class JobTakeover:
         for job, _ in restored.sent:
             job.status = DispyJob.Running
         at_nodes = len(restored.sent)
-        self._book.take_over(at_nodes + len(restored.unsent))
+        count = at_nodes + len(restored.unsent)
+        self._book.take_over(count)
         for job in restored.unsent:
             self._renew(job)
             self.driver.post(job)
@@ -13123,14 +14278,16 @@ class ComputationUser(NodeUser):
         try:
             source = self.cargo.source()
         except Exception as exc:  # of those objects
-            source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
+            exception_description = describe_exception(exc, 1)
+            source = b'', 'its source could not be collected: ' + exception_description
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """Return the files of cloudpickle, if the node does not have the same version; a scheduler
         does not know which of its nodes needs them."""
-        needs = self.cargo.spec['kind'] != 'program' and (
-            peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
+        cargo_kind = self.cargo.spec['kind']
+        needs = cargo_kind != 'program' and (peer.scheduler or peer.facts.get('cloudpickle')
+                                             != cloudpickle.__version__)
         if needs:
             return _support_files()
         return {}
@@ -13138,9 +14295,13 @@ class ComputationUser(NodeUser):
     def modules_for(self, peer: NodeConnection) -> Dict[str, Any]:
         """Return what a node gets of the program's modules. A node that is a part of the program
         reads them where they are."""
-        found: Dict[str, Any] = {'modules': self.bundles.rows(peer.embedded)}
+        modules = self.bundles.rows(peer.embedded)
+        found: Dict[str, Any] = {'modules': modules}
         if peer.embedded:
-            entries = [entry for entry in sys.path if isinstance(entry, str)]
+            entries = []
+            for entry in sys.path:
+                if isinstance(entry, str):
+                    entries.append(entry)
             found['sys_path'] = list(map(os.path.abspath, entries))
             found['argv'] = [word for word in sys.argv if isinstance(word, str)]
         return found
@@ -13220,8 +14381,8 @@ class ProgramCluster(ComputationUser):
         self.directory = os.getcwd()
         self.function = ('', '')
         if not isinstance(computation, Calls):   # an executor has functions of all sorts
-            self.function = (getattr(computation, '__module__', ''),
-                             getattr(computation, '__qualname__', str(computation)))
+            qualname = getattr(computation, '__qualname__', str(computation))
+            self.function = (getattr(computation, '__module__', ''), qualname)
         self.bundles = ModuleBundles(self.name)
         self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
                                       options.dest_path, options.jobs_per_worker, self.name,
@@ -13240,9 +14401,13 @@ class ProgramCluster(ComputationUser):
         check_cargo(self.cargo.spec)
         for spec in self.specs:
             # It may choose others later, which are checked then
-            if spec.allocator is not None and spec.allocator.setup_args:
-                packed = self.bundles.packed((tuple(spec.allocator.setup_args), []), [])
-                check_setup_args(size_of(packed), self.remote)
+            if spec.allocator is None:
+                continue
+            if not spec.allocator.setup_args:
+                continue
+            setup_args = tuple(spec.allocator.setup_args)
+            packed = self.bundles.packed((setup_args, []), [])
+            check_setup_args(size_of(packed), self.remote)
         self.cargo.spec['key'] = digest_of(self.key)
         if isinstance(computation, (Calls, CommandLines)):
             self.cargo.spec.update(computation.spec)
@@ -13317,13 +14482,22 @@ class ProgramCluster(ComputationUser):
     def _warn_of_others(self) -> None:
         """Warn at the third cluster of one function that is open: a cell or a loop makes one each
         time."""
-        same = [core for core in map(core_of, list(_clusters))
-                if core.function == self.function and not core.closed]
-        if len(same) >= 3 and any(self.function) and self.function not in _told_of_many:
-            _told_of_many.add(self.function)
-            logger.warning('%s: %d clusters of this function are open, and each has processes of '
-                           'its own on the nodes. Call close() when a cluster is not needed any '
-                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
+        same = []
+        for core in map(core_of, list(_clusters)):
+            if core.function != self.function:
+                continue
+            if not core.closed:
+                same.append(core)
+        if len(same) < 3:
+            return
+        if not any(self.function):
+            return
+        if self.function in _told_of_many:
+            return
+        _told_of_many.add(self.function)
+        logger.warning('%s: %d clusters of this function are open, and each has processes of '
+                       'its own on the nodes. Call close() when a cluster is not needed any '
+                       'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """Return what another process needs to collect the results. The driver's thread."""
@@ -13415,10 +14589,12 @@ class ProgramCluster(ComputationUser):
         except (RuntimeError, concurrent.futures.TimeoutError):
             # The driver or the scheduler is gone
             return []
-        return [
-            describe_node(row, 'closed', '', row.cpus, 0) for row in rows
-            if row.state in ('ready', 'draining')
-        ]
+        node_descriptions: List[DispyNode] = []
+        for row in rows:
+            if row.state in ('ready', 'draining'):
+                node_description = describe_node(row, 'closed', '', row.cpus, 0)
+                node_descriptions.append(node_description)
+        return node_descriptions
 
     def tell_failures(self) -> None:
         """Warn, once, if jobs have failed and the program has not looked at any reason."""
@@ -13447,7 +14623,9 @@ class ProgramCluster(ComputationUser):
 
     def is_idle(self) -> bool:
         """Return whether the cluster has no jobs and is not closed."""
-        return not self.book.pending and not self.closed and self.takeover.recovery is None
+        if self.book.pending or self.closed:
+            return False
+        return self.takeover.recovery is None
 
     def is_replaced(self, others: Iterable[NodeUser]) -> bool:
         """Return whether a cluster of the same function was made later."""
@@ -13455,7 +14633,10 @@ class ProgramCluster(ComputationUser):
             return False
         clusters = [other for other in others if isinstance(other, ProgramCluster)]
         same = [other for other in clusters if other.function == self.function]
-        return any(other.book.began > self.book.began for other in same)
+        for other in same:
+            if other.book.began > self.book.began:
+                return True
+        return False
 
     # -- for monitors; any thread ------------------------------------------------------------------
 
@@ -13480,8 +14661,9 @@ class ProgramCluster(ComputationUser):
         else:
             logger.info('%s: node %s is used, with %s', self.name, peer,
                         many(peer.limit(self.comp), 'CPU'), extra=ROUTINE)
-        if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
-            self.driver.remove_old_trails()
+        if self.trail is not None and not peer.embedded:
+            if self.trail.add(peer.place):
+                self.driver.remove_old_trails()
         self.book.notify()
 
     def node_changed(self, status: int, peer: NodeConnection) -> None:
@@ -13552,7 +14734,8 @@ class ProgramCluster(ComputationUser):
 
     def _open_elsewhere(self, pairs: List[Tuple[DispyJob, tuple]], peer: NodeConnection) -> None:
         self.driver.openers.run(self.delivery.apply_results, pairs, peer)
-        self.book.answered([job for job, _ in pairs])
+        jobs = [job for job, _ in pairs]
+        self.book.answered(jobs)
 
     def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection,
                        goes_on: bool) -> None:
@@ -13591,7 +14774,8 @@ class ProgramCluster(ComputationUser):
 
     def driver_failed(self, text: str) -> None:
         """Abandon all jobs: the driver's thread ends for a fault of dispy."""
-        for job in self.book.jobs_owed() + self.takeover.left():
+        jobs_owed = self.book.jobs_owed()
+        for job in jobs_owed + self.takeover.left():
             if job.status not in ENDED:
                 self.delivery.end_with_driver(job, text)
 
@@ -13604,7 +14788,8 @@ def core_of(cluster: Any) -> Any:
 
 def name_of(computation: Any) -> str:
     """Return the name of a computation as people are shown it."""
-    return getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
+    name = getattr(computation, '__name__', None)
+    return name or os.path.basename(str(computation))[:60]
 
 
 def has_exception(row: tuple) -> bool:
@@ -13709,8 +14894,9 @@ def refuse_positions(remote: bool, more: tuple) -> None:
         kind = 'JobCluster'
         left = POSITIONS_LEFT
     names = ', '.join('%s=' % name for name in left[:len(more)])
-    raise TypeError('%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
-                    'give the others by name, as %s' % (kind, 7 + len(more), names or 'name='))
+    message = ('%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
+               'give the others by name, as %s' % (kind, 7 + len(more), names or 'name='))
+    raise TypeError(message)
 
 
 def node_port_of(dispy_port: Any, node_port: Any) -> int:
@@ -13725,15 +14911,18 @@ def node_port_of(dispy_port: Any, node_port: Any) -> int:
 def plain_dest_path(path: Any) -> Optional[str]:
     """The parameter `dest_path`; it is below the node's own directory. Raises TypeError,
     ValueError."""
-    if path is not None and not isinstance(path, str):
-        raise TypeError('dest_path=%.80r must be the name of a directory, not %s' %
-                        (path, type(path).__name__))
+    if path is not None:
+        if not isinstance(path, str):
+            message = 'dest_path=%.80r must be the name of a directory, not %s' % (
+                path, type(path).__name__)
+            raise TypeError(message)
     if not path:
         return path
-    if path.startswith(os.sep) and path.strip(os.sep):
-        logger.warning('dest_path=%r is taken as %r: it is below the directory of the node', path,
-                       path.lstrip(os.sep))
-        path = path.lstrip(os.sep)
+    if path.startswith(os.sep):
+        if path.strip(os.sep):
+            logger.warning('dest_path=%r is taken as %r: it is below the directory of the node',
+                           path, path.lstrip(os.sep))
+            path = path.lstrip(os.sep)
     check_name(path)
     return plain_text(path)
 
@@ -13976,7 +15165,9 @@ class JobCluster(OldCluster):
         port). The job waits while the node cannot be used. Raises ValueError for a node that this
         cluster does not know, naming those it does. Any thread."""
         submitter = self._core.submitter
-        return submitter.submit(next(submitter.numbers), args, kwargs, self._key_of_node(node))
+        next_number = next(submitter.numbers)
+        key = self._key_of_node(node)
+        return submitter.submit(next_number, args, kwargs, key)
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit_node`, with the job's `id`. Any thread."""
@@ -14009,7 +15200,8 @@ class JobCluster(OldCluster):
         a generator may be endless. For a job that failed its exception is raised (JobFailed if
         there is none); leaving the loop cancels the rest. Raises ValueError for an `in_flight`
         below 1. `progress` as in `wait`, of results that have been taken."""
-        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31, True)
+        high = 1 << 31
+        most = _in_range('in_flight', in_flight, 1000, 1, high, True)
         results = self._map(zip(*iterables), most)
         if progress:
             return in_sight(results, shortest(iterables))
@@ -14074,8 +15266,10 @@ class JobCluster(OldCluster):
     def jobs(self) -> JobList:
         """The jobs that have not ended, in the order of submission: a list, which a notebook shows
         as a table. Any thread."""
-        jobs = [job for job in self._core.book.jobs_owed() if job.status not in ENDED]
-        return JobList(sorted(jobs, key=lambda job: (job.submit_time, job.serial >> 16)))
+        jobs_owed = self._core.book.jobs_owed()
+        jobs = [job for job in jobs_owed if job.status not in ENDED]
+        sorted_jobs = sorted(jobs, key=lambda job: (job.submit_time, job.serial >> 16))
+        return JobList(sorted_jobs)
 
     def cancel_all(self) -> int:
         """End all jobs that have not ended: those that wait at once, those that run as `cancel`
@@ -14111,7 +15305,8 @@ class JobCluster(OldCluster):
         and every refusal with its reason, after `timeout` seconds (None: waits without limit),
         RuntimeError when the cluster is or gets closed. Any thread."""
         timeout = _seconds('timeout', timeout)
-        n = _in_range('n', n, 1, 0, 1 << 31, True)
+        high = 1 << 31
+        n = _in_range('n', n, 1, 0, high, True)
         core = self._core
         if timeout is None:
             until = None
@@ -14143,7 +15338,8 @@ class JobCluster(OldCluster):
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
         0. Raises TypeError or ValueError for what is no node. Any thread."""
         core = self._core
-        core.nodes.ask('allocate', parse_nodes(nodes, core.port, bool(core.hosts)))
+        elsewhere = bool(core.hosts)
+        core.nodes.ask('allocate', parse_nodes(nodes, core.port, elsewhere))
         return 0
 
     def allocate_node(self, node: Any) -> int:
@@ -14188,7 +15384,8 @@ class JobCluster(OldCluster):
         core = self._core
         serials = core.nodes.ask('jobs', node)
         if from_node:
-            report = answer_of(core.nodes.ask('question', node), CALL_TIME)
+            future = core.nodes.ask('question', node)
+            report = answer_of(future, CALL_TIME)
             running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
         queries = core.driver.queries
@@ -14252,7 +15449,8 @@ class JobCluster(OldCluster):
             state = nodes_text(nodes)
             page = core.live_output.page()
         title = '%s %s' % (type(self).__name__, self.name)
-        return html_of_cluster(title, state, core.book.by_state(), nodes, page)
+        counts = core.book.by_state()
+        return html_of_cluster(title, state, counts, nodes, page)
 
     # -- end ---------------------------------------------------------------------------------------
 
@@ -14303,7 +15501,9 @@ def text_of_unended(jobs: List[DispyJob], left: Set[DispyJob], timeout: Optional
     """
     text = '%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)
     for job in jobs:
-        if job in left and job.status not in ENDED:
+        if job not in left:
+            continue
+        if job.status not in ENDED:
             return '%s. The first of them: %s' % (text, job._unended(timeout))
     return text
 
@@ -14352,9 +15552,9 @@ def table_of_status(status: ClusterStatus, elapsed: float) -> str:
         used = busy / elapsed
     else:
         used = 0.0
-    lines.append(
-        'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f' %
-        (status.jobs_pending, busy, elapsed, used))
+    line = ('Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on '
+            'average: %.2f' % (status.jobs_pending, busy, elapsed, used))
+    lines.append(line)
     return '\n'.join(lines)
 
 
@@ -14370,7 +15570,9 @@ def row_of_status(node: DispyNode) -> str:
         each = '%.3f' % (node.cpu_time / node.jobs_done)
     state = node.state
     if node.reason:
-        state = '%s: %s' % (state, node.reason.strip().splitlines()[-1])
+        lines = node.reason.strip().splitlines()
+        line = lines[-1]
+        state = '%s: %s' % (state, line)
     return TABLE_ROW % (name[:32], node.cpus, node.jobs_done, each, '%.3f' % node.cpu_time, state)
 
 
@@ -14380,7 +15582,8 @@ def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeInfo]:
     rows: List[NodeInfo] = []
     while True:
         page = ask(len(rows), NODES_PAGE)
-        rows += [NodeInfo(*row) for row in page]
+        for row in page:
+            rows.append(NodeInfo(*row))
         if len(page) < NODES_PAGE:
             return rows
 
@@ -14413,7 +15616,8 @@ class SchedulerCommands(NodeCommands):
             if spec.allocator is not None:
                 self.allocators.append(spec.allocator)
                 number = len(self.allocators)
-            rows.append((spec.host, spec.port, spec.cpus, number))
+            row = (spec.host, spec.port, spec.cpus, number)
+            rows.append(row)
         return rows
 
     def ask(self, name: str, *args: Any) -> Any:
@@ -14424,8 +15628,9 @@ class SchedulerCommands(NodeCommands):
             return self._question(*args)
         if name == 'allocate':
             args = (self.plain(args[0]),)
-        elif name == 'leave' and args[1] == 'open':
-            args = (*args, self._cargo.spec['files'])
+        elif name == 'leave':
+            if args[1] == 'open':
+                args = (*args, self._cargo.spec['files'])
         args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
         return self._call(name, *args)
 
@@ -14453,8 +15658,11 @@ class SchedulerCommands(NodeCommands):
         if isinstance(node, DispyNode):
             node = (node.ip_addr, node.port)
         if row is None:
-            running = [(serial, 0.0) for serial in self._call('running', node)]
-            future.set_result(Report(self.comp, running, [], {}))
+            running = []
+            for serial in self._call('running', node):
+                running.append((serial, 0.0))
+            report = Report(self.comp, running, [], {})
+            future.set_result(report)
             return future
         to_scheduler = self.driver.ask(
             lambda: self.driver.queries.question(self.comp, None, row, path))
@@ -14476,8 +15684,11 @@ class SchedulerCommands(NodeCommands):
         if rows:
             return rows
         reason = 'has no node for this cluster yet'
-        return [row._replace(state='connected', reason=reason, cpus=0)
-                for row in self._ask_here('nodes')]
+        changed_rows: List[NodeInfo] = []
+        for row in self._ask_here('nodes'):
+            changed_row = row._replace(state='connected', reason=reason, cpus=0)
+            changed_rows.append(changed_row)
+        return changed_rows
 
     def rows_at_end(self) -> List[NodeInfo]:
         """Return the nodes, also when the cluster counts as closed."""
@@ -14504,7 +15715,10 @@ class SchedulerCommands(NodeCommands):
 
     def _is_connected(self) -> bool:
         peers = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
-        return any(peer.link is not None and peer.name for peer in peers)
+        for peer in peers:
+            if peer.link is not None and peer.name:
+                return True
+        return False
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
         """Return the address of the scheduler, which is not asked: that may take as long as it
@@ -14612,7 +15826,8 @@ class SharedProgramCluster(ProgramCluster):
         if name == 'allocate':
             number = args[0]
             row = NodeInfo(*args[1])
-            found = ask_allocator(self.nodes.allocators[number - 1], self.cluster, row)
+            allocator = self.nodes.allocators[number - 1]
+            found = ask_allocator(allocator, self.cluster, row)
             self.cargo.paths.update(found.paths)
             return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
         return super().answer_to(name, args)
@@ -14650,8 +15865,9 @@ class SharedJobCluster(JobCluster):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
         host, port = host_and_port(
             where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
-        self._shared = SharedOptions(NodeSpec(host, port, scheduler=True),
-                                     _flag('exclusive', exclusive), any_node(nodes))
+        node_spec = NodeSpec(host, port, scheduler=True)
+        flag = _flag('exclusive', exclusive)
+        self._shared = SharedOptions(node_spec, flag, any_node(nodes))
         super().__init__(computation, nodes, *args, **options)
 
     def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
@@ -14707,16 +15923,20 @@ class NodeScan(NodeUser):
 
     def _found(self) -> List[Tuple[DispyNode, bool]]:
         """Return the nodes, with whether each may still answer. The driver's thread."""
+        nodes = self.driver.queries.nodes_of(self.comp)
         return [(self._seen(peer, state, reason), self._is_open(peer))
-                for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)]
+                for peer, state, reason, _, _ in nodes]
 
     @staticmethod
     def _is_open(peer: NodeConnection) -> bool:
         """Return whether a node has neither answered nor failed yet. The driver's thread."""
         if peer.link is not None:
             return not peer.name
-        return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(
-            peer.port)
+        if peer.state not in (NodeState.FOUND, NodeState.DIALLING):
+            return False
+        if peer.failures:
+            return False
+        return bool(peer.port)
 
     @staticmethod
     def _seen(peer: NodeConnection, state: str, reason: str) -> DispyNode:
@@ -14784,7 +16004,8 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif self._clock() >= self._next or done == total:
             self._next = self._clock() + PROGRESS_EVERY
-            print('\r%s   ' % self._line(done, total), end='', file=sys.stderr, flush=True)
+            message = '\r%s   ' % self._line(done, total)
+            print(message, end='', file=sys.stderr, flush=True)
 
     def _set_total(self, total: Optional[int]) -> None:
         """Change the total of the bar; the bar of a notebook has a widget that must be told."""
@@ -14815,7 +16036,9 @@ class Progress:
 def in_notebook() -> bool:
     """Whether what is printed is shown in a notebook: this is a kernel of Jupyter."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
-    return shell is not None and hasattr(shell, 'kernel')
+    if shell is None:
+        return False
+    return hasattr(shell, 'kernel')
 
 
 _OF_HISTORY = re.compile(r'_+|_\d+')
@@ -14833,7 +16056,9 @@ def references_of_history(value: Any) -> int:
     count = 0
     for space in spaces:
         for name, one in list(space.items()):
-            if one is value and (isinstance(name, int) or _OF_HISTORY.fullmatch(name)):
+            if one is not value:
+                continue
+            if isinstance(name, int) or _OF_HISTORY.fullmatch(name):
                 count += 1
     return count
 
@@ -14841,7 +16066,9 @@ def references_of_history(value: Any) -> int:
 def shortest(iterables: Sequence[Any]) -> Optional[int]:
     """Return how many items `zip` makes of the iterables, or None if none of them knows its length.
     """
-    hints = [operator.length_hint(iterable, -1) for iterable in iterables]
+    hints = []
+    for iterable in iterables:
+        hints.append(operator.length_hint(iterable, -1))
     return min((hint for hint in hints if hint >= 0), default=None)
 
 
@@ -14855,8 +16082,9 @@ def in_sight(results: Any, total: Optional[int]) -> Iterator[Any]:
 
 def _own_hosts(host: Any) -> List[Any]:
     """Return the parameter `host`, which is one host or a list of them, as a list."""
-    if isinstance(host, list) and host and all(isinstance(each, str) for each in host):
-        return host
+    if isinstance(host, list) and host:
+        if all(isinstance(each, str) for each in host):
+            return host
     return [host]
 
 
@@ -14884,11 +16112,18 @@ def _own_host(host: Any) -> Optional[Tuple[str, int]]:
 def plain_number(value: Any, whole: bool = False) -> Any:
     """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number,
     also for bool; for NaN; and if it must be `whole` for others."""
-    if isinstance(value, bool) or type(value).__name__ in ('bool_', 'bool'):   # numpy's
+    # Numpy's
+    if isinstance(value, bool):
+        return None
+    if type(value).__name__ in ('bool_', 'bool'):
         return None
     if isinstance(value, numbers.Integral):
         return int(value)
-    if whole or not isinstance(value, numbers.Real) or value != value:
+    if whole:
+        return None
+    if not isinstance(value, numbers.Real):
+        return None
+    if value != value:
         return None
     try:
         return float(value)
@@ -14921,8 +16156,9 @@ def _in_range(name: str,
         return default
     number = number_in(value, whole)
     if number is None or not low <= number <= high:
-        raise ValueError('%s=%.80r is not a %snumber between %s and %s' %
-                         (name, value, 'whole ' if whole else '', low, high))
+        message = '%s=%.80r is not a %snumber between %s and %s' % (name, value, 'whole '
+                                                                    if whole else '', low, high)
+        raise ValueError(message)
     return number
 
 
@@ -14933,8 +16169,8 @@ def _seconds(name: str, value: Any) -> Optional[float]:
         return None
     number = plain_number(value)
     if number is None:
-        raise (ValueError if isinstance(value, numbers.Real) else TypeError)(
-            '%s=%.80r is not a number of seconds, nor None' % (name, value))
+        message = '%s=%.80r is not a number of seconds, nor None' % (name, value)
+        raise (ValueError if isinstance(value, numbers.Real) else TypeError)(message)
     if number > threading.TIMEOUT_MAX:
         return None
     return float(number)
@@ -14954,13 +16190,13 @@ def _take_options(kwargs: dict) -> Optional[dict]:
     options: Dict[str, Any] = {}
     for name in [name for name in kwargs if name.startswith('dispy_')]:
         if name not in _OPTIONS:
-            raise TypeError(
-                'submit: unknown keyword %s; there are %s, dispy_retry_on, dispy_retry_delay and '
-                'dispy_job_depends' % (name, ', '.join(_OPTIONS)))
+            reason = ('submit: unknown keyword %s; there are %s, dispy_retry_on, '
+                      'dispy_retry_delay and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
+            raise TypeError(reason)
         value = kwargs.pop(name)
         if value is not None:
-            options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None,
-                                                      *_OPTIONS[name])
+            message = 'submit: ' + name
+            options[name[len('dispy_'):]] = _in_range(message, value, None, *_OPTIONS[name])
     if repeats is not None:
         if not options.get('retries'):
             raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried '
@@ -14983,10 +16219,10 @@ def _take_repeats(kwargs: dict) -> Optional[Repeats]:
         kinds = on
     else:
         kinds = (on,)
-    if on is not True and not all(
-            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
-        raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions or '
-                        'several of these' % (on,))
+    if on is not True:
+        if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
+            raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions '
+                            'or several of these' % (on, ))
     seconds = _in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6)
     return Repeats(on if on is True else tuple(kinds), seconds, 0)
 
@@ -15018,8 +16254,9 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         """The state by the names of the standard library, which shows it and decides by it."""
         state = self._set_state
         job = self.job
-        if state == 'PENDING' and job is not None and job.status in (6, 7):
-            return 'RUNNING'
+        if state == 'PENDING' and job is not None:
+            if job.status in (6, 7):
+                return 'RUNNING'
         return state
 
     @_state.setter
@@ -15037,7 +16274,9 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             return False
         if _in_event_loop():
             withdraw_all(self._driver(), [self.job])
-            return self.job.status == JobState.CANCELLED and super().cancel()
+            if self.job.status != JobState.CANCELLED:
+                return False
+            return super().cancel()
         return withdraw(self._driver(), self.job) and super().cancel()
 
     def result(self, timeout: Optional[float] = None) -> Any:
@@ -15059,7 +16298,9 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
     def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
         """Return the exception of a wait with a text, and an exception that the call has raised as
         it is."""
-        if self.done() or self.job is None or exc.args:
+        if self.done():
+            return exc
+        if self.job is None or exc.args:
             return exc
         return concurrent.futures.TimeoutError(self.job._unended(timeout))
 
@@ -15080,12 +16321,14 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             self.set_result(job.result)
         else:
             error = error_of(job)
-            if getattr(error, 'dispy_unopened', False) and not isinstance(error, ImportError):
+            dispy_unopened = getattr(error, 'dispy_unopened', False)
+            if dispy_unopened and not isinstance(error, ImportError):
                 lost = WorkerLost('the call could not be opened by its worker:\n%s' % job.exception)
                 lost.__cause__ = error
                 error = lost
-            elif isinstance(error, WorkerLost) and NO_INITIALIZER in str(error):
-                core.unusable = str(error)
+            elif isinstance(error, WorkerLost):
+                if NO_INITIALIZER in str(error):
+                    core.unusable = str(error)
             self.set_exception(error)
 
 
@@ -15124,7 +16367,9 @@ def _show_printed(job: DispyJob) -> None:
 def _in_event_loop() -> bool:
     """Whether this thread runs an event loop of asyncio, which must not be kept waiting."""
     asyncio = sys.modules.get('asyncio')
-    return asyncio is not None and asyncio._get_running_loop() is not None
+    if asyncio is None:
+        return False
+    return asyncio._get_running_loop() is not None
 
 
 def _settle_future(job: DispyJob) -> None:
@@ -15171,7 +16416,10 @@ class _ExecutorClusters:
         with self._lock:
             if self.cluster is old and not core_of(old).closed and not self._closed:
                 self.cluster = self._make_cluster()
-                open_ones = [cluster for cluster in self._clusters if not core_of(cluster).closed]
+                open_ones = []
+                for cluster in self._clusters:
+                    if not core_of(cluster).closed:
+                        open_ones.append(cluster)
                 self._clusters[:] = [*open_ones, self.cluster]
                 _close_later([old])
             return self.cluster
@@ -15204,7 +16452,8 @@ def _close_later(clusters: Sequence[JobCluster]) -> None:
         for cluster in clusters:
             cluster.close()
     with contextlib.suppress(RuntimeError):   # the interpreter ends, and its clusters with it
-        threading.Thread(target=close, name='dispy-shutdown', daemon=True).start()
+        thread = threading.Thread(target=close, name='dispy-shutdown', daemon=True)
+        thread.start()
 
 
 class DispyExecutor(concurrent.futures.Executor):
@@ -15241,13 +16490,18 @@ class DispyExecutor(concurrent.futures.Executor):
             most = 0
         else:
             most = _positive('max_workers', max_workers)
-        if initializer is not None and not callable(initializer):
-            raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
+        if initializer is not None:
+            if not callable(initializer):
+                raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
         if mp_context is not None:
             options['start_method'] = _method_of(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
-        self._pool = _ExecutorClusters(functools.partial(
-            self._cluster_class, calls, nodes, job_status=_settle_future, **options))
+        make_cluster = functools.partial(self._cluster_class,
+                                         calls,
+                                         nodes,
+                                         job_status=_settle_future,
+                                         **options)
+        self._pool = _ExecutorClusters(make_cluster)
         self._options: Optional[dict] = None
 
     @property
@@ -15287,7 +16541,8 @@ class DispyExecutor(concurrent.futures.Executor):
             future.set_exception(_pickling_error(exc))
             return future
         try:
-            submitter.enter(next(submitter.numbers), args, kwargs, self._options, payload, future)
+            next_number = next(submitter.numbers)
+            submitter.enter(next_number, args, kwargs, self._options, payload, future)
         except RuntimeError as exc:
             if cluster is not self._pool.cluster:   # it has been replaced meanwhile
                 return self.submit(fn, *args, **kwargs)
@@ -15414,8 +16669,12 @@ def _results_of(futures: Deque[DispyFuture], until: Optional[float],
             yield _result_or_cancel(futures, until)
     finally:
         if futures:
-            jobs = [future.job for future in futures if future.job is not None]
-            withdraw_all(core_of(futures[0]._cluster).driver, jobs)
+            jobs = []
+            for future in futures:
+                if future.job is not None:
+                    jobs.append(future.job)
+            core = core_of(futures[0]._cluster)
+            withdraw_all(core.driver, jobs)
 
 
 def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
@@ -15499,7 +16758,8 @@ class JoblibCall:
         """Note that the call could not be submitted. Any thread."""
         self._error = error
         # joblib holds locks of its own while it submits
-        threading.Thread(target=self._tell, name='dispy-joblib', daemon=True).start()
+        thread = threading.Thread(target=self._tell, name='dispy-joblib', daemon=True)
+        thread.start()
 
     def _tell(self) -> None:
         self._backend.ended(self)
@@ -15534,7 +16794,9 @@ class _KeptCluster:
         """Whether it can be used: it may have been closed, or be of the parent of a forked
         process."""
         core = core_of(self.cluster)
-        return not core.closed and not core.driver.broken
+        if core.closed:
+            return False
+        return not core.driver.broken
 
 
 class JoblibClusters:
@@ -15556,8 +16818,10 @@ class JoblibClusters:
             if found is not None and core_of(found.cluster).bundles.changed():
                 # The file of a module has changed: later calls run its new text.
                 self._kept.remove(found)
-                threading.Thread(target=found.cluster.close, name='dispy-renew',
-                                 daemon=True).start()
+                thread = threading.Thread(target=found.cluster.close,
+                                          name='dispy-renew',
+                                          daemon=True)
+                thread.start()
                 found = None
             if found is None:
                 found = _KeptCluster(options, make())
@@ -15567,7 +16831,10 @@ class JoblibClusters:
 
     def _find(self, options: dict) -> Optional[_KeptCluster]:
         self._kept = [kept for kept in self._kept if kept.is_open]
-        return next((kept for kept in self._kept if kept.options == options), None)
+        for kept in self._kept:
+            if kept.options == options:
+                return kept
+        return None
 
     def release(self, user: Any) -> None:
         """Note that a user needs no cluster any more."""
@@ -15612,13 +16879,16 @@ class JoblibClusters:
         """CPUs that calls with these options would have. Nodes are asked for that and not used; the
         answer is remembered."""
         nodes = options.get('nodes')
-        if nodes == LOCAL or nodes is None and discovery_reach() == 'off':
+        if nodes == LOCAL:
             return available_cpus()
+        if nodes is None:
+            if discovery_reach() == 'off':
+                return available_cpus()
         with self._lock:
             found = self._find(options)
         if found is not None:
-            ready = sum(min(row.cpus, row.offered) for row in core_of(found.cluster).nodes.rows()
-                        if row.state == 'ready')
+            rows = core_of(found.cluster).nodes.rows()
+            ready = sum(min(row.cpus, row.offered) for row in rows if row.state == 'ready')
             if ready:
                 return ready
         now = time.monotonic()
@@ -15629,19 +16899,28 @@ class JoblibClusters:
             return known[0]
         cpus = self._ask(nodes, options) or available_cpus()
         with self._lock:
-            self._asked = [row for row in self._asked if row[0] != nodes] + [(nodes, now, cpus)]
+            chosen_rows = []
+            for row in self._asked:
+                if row[0] != nodes:
+                    chosen_rows.append(row)
+            self._asked = chosen_rows + [(nodes, now, cpus)]
         return cpus
 
     @staticmethod
     def _ask(nodes: Any, options: dict) -> int:
         """Return the number of CPUs of nodes that answer, without the program's own node."""
-        access = {
-            name: options[name]
-            for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options
-        }
-        with NodeScan(nodes, options.get('dispy_port') or NODE_PORT, **access) as survey:
+        access = {}
+        for name in ('secret', 'certfile', 'keyfile', 'cafile'):
+            if name in options:
+                access[name] = options[name]
+        port = options.get('dispy_port') or NODE_PORT
+        with NodeScan(nodes, port, **access) as survey:
             found = survey.look(listen=PROBE_TIME)
-        return sum(node.cpus for node in found if node.state == 'connected')
+        cpus = []
+        for node in found:
+            if node.state == 'connected':
+                cpus.append(node.cpus)
+        return sum(cpus)
 
     def after_fork(self) -> None:
         """Forget the clusters and the timer in a forked child: they are the parent's."""
@@ -15680,7 +16959,8 @@ class JoblibRun:
         if threads is not None:
             variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
             options['setup'] = functools.partial(set_numerical_threads, variables)
-        start = functools.partial(run_batch, os.urandom(8).hex(), initializer, tuple(initargs))
+        digits = os.urandom(8).hex()
+        start = functools.partial(run_batch, digits, initializer, tuple(initargs))
         # What people are told of it
         start.__name__ = 'calls of joblib'  # type: ignore[attr-defined]
         if 'scheduler_host' in options:
@@ -15706,8 +16986,10 @@ class JoblibRun:
         nodes = core_of(cluster).nodes
         cpus = 0
         for row in nodes.rows():
-            if row.key == LOCAL and n_jobs > row.offered:   # as many processes as are asked for
-                nodes.ask('set_cpus', row.key, n_jobs)
+            # As many processes as are asked for
+            if row.key == LOCAL:
+                if n_jobs > row.offered:
+                    nodes.ask('set_cpus', row.key, n_jobs)
             cpus += row.cpus
         with self._lock:
             self._cluster = cluster
@@ -15739,9 +17021,10 @@ class JoblibRun:
             # Of the user's objects, which cannot be pickled; or the cluster has been closed
             error: Exception = exc
             core = core_of(self._cluster)
-            if not core.closed and not core.driver.broken:
-                error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
-                error.__cause__ = exc
+            if not core.closed:
+                if not core.driver.broken:
+                    error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
+                    error.__cause__ = exc
             call.fail(error)
 
     def ended(self, call: JoblibCall) -> None:
@@ -15760,11 +17043,14 @@ class JoblibRun:
         with self._lock:
             self._waiting = collections.deque(
                 row for row in self._waiting if not getattr(row[0].parallel, '_aborting', True))
-            unwanted = [
-                call.job for call in self._calls if getattr(call.parallel, '_aborting', True)
-            ]
+            unwanted = []
+            for call in self._calls:
+                if getattr(call.parallel, '_aborting', True):
+                    unwanted.append(call.job)
         for job in unwanted:
-            if job is not None and job.status not in ENDED:
+            if job is None:
+                continue
+            if job.status not in ENDED:
                 # The cluster has ended, and its jobs with it
                 with contextlib.suppress(RuntimeError):
                     self._cluster.cancel(job)  # type: ignore[union-attr]
@@ -15774,9 +17060,12 @@ def _above_joblib(backend: Any) -> str:
     """Below what a call stands that is to use this backend, if that has taken the CPUs already: as
     with joblib's own backends."""
     process = sys.modules.get('multiprocessing.process')
-    if process is not None and process.current_process().daemon:
-        return 'multiprocessing'
-    if backend.in_main_thread() or backend.nesting_level == 0:
+    if process is not None:
+        if process.current_process().daemon:
+            return 'multiprocessing'
+    if backend.in_main_thread():
+        return ''
+    if backend.nesting_level == 0:
         return ''
     return 'threads'
 
@@ -15811,7 +17100,10 @@ def joblib_backend(parallel: Any) -> Any:
             nodes downwards, -1 is all."""
             if n_jobs == 0:
                 raise ValueError('n_jobs == 0 in Parallel has no meaning')
-            if n_jobs is None or dispynode.modules is not None:   # a job has one CPU
+            # A job has one CPU
+            if n_jobs is None:
+                return 1
+            if dispynode.modules is not None:
                 return 1
             above = _above_joblib(self)
             if above:
@@ -15823,7 +17115,8 @@ def joblib_backend(parallel: Any) -> Any:
                         stacklevel=3)
                 return 1
             if n_jobs < 0:
-                return max(1, self._get_run().cpus() + 1 + n_jobs)
+                cpus = self._get_run().cpus()
+                return max(1, cpus + 1 + n_jobs)
             return n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
@@ -15940,7 +17233,11 @@ def _at_exit() -> None:
 def _may_stay(core: ProgramCluster) -> bool:
     """Whether a cluster has something on nodes that can be collected after the end of this
     program."""
-    if core.trail is None or not core.trail.path or core.closed:
+    if core.trail is None:
+        return False
+    if not core.trail.path:
+        return False
+    if core.closed:
         return False
     try:
         return bool(core.driver.ask(core.left_behind))
@@ -15952,7 +17249,8 @@ def _may_stay(core: ProgramCluster) -> bool:
 def _stay_behind(cores: List[ProgramCluster]) -> None:
     """Let go of nodes without a message, so that they go on, and log what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
-    owed = sum(len(core.book.owed) for core in cores)
+    owed_lengths = [len(core.book.owed) for core in cores]
+    owed = sum(owed_lengths)
     for core in cores:
         # Its driver has failed
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
@@ -15968,8 +17266,8 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
     for core in cores:
         nodes.update(core.left_behind())
     trails = [core.trail for core in cores if core.trail is not None]
-    logger.warning('the program ends by an error, and %s; %s',
-                   _jobs_left(nodes, owed), _how_to_collect(trails))
+    jobs_left = _jobs_left(nodes, owed)
+    logger.warning('the program ends by an error, and %s; %s', jobs_left, _how_to_collect(trails))
 
 
 def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
@@ -15990,7 +17288,8 @@ def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
         text = '1 job runs on to its end'
     else:
         text = '%d jobs run on to their end' % running
-    text += ' on %s' % many(len(nodes), 'node')
+    message = ' on %s' % many(len(nodes), 'node')
+    text += message
     if owed > running:
         text += '; %d others had not begun and are lost' % (owed - running)
     return text
@@ -16010,11 +17309,19 @@ def _ended_by_error() -> bool:
     """Whether an exception that nobody caught ends this program: not Ctrl-C, nor sys.exit. The
     interpreter notes it in sys.last_value, as prompts, notebooks and test runners do with each
     that they have caught and shown: that is an older one, and decides nothing."""
-    error = getattr(sys, 'last_exc', None) or getattr(sys, 'last_value', None)
-    if error is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
+    last_exc = getattr(sys, 'last_exc', None)
+    error = last_exc or getattr(sys, 'last_value', None)
+    if error is None:
         return False
-    if hasattr(sys, 'ps1') or sys.flags.interactive or sys.flags.inspect \
-            or os.environ.get('PYTHONINSPECT') or '__IPYTHON__' in vars(builtins):
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return False
+    if hasattr(sys, 'ps1'):
+        return False
+    if sys.flags.interactive or sys.flags.inspect:
+        return False
+    if os.environ.get('PYTHONINSPECT'):
+        return False
+    if '__IPYTHON__' in vars(builtins):
         return False
     trace = error.__traceback__ or getattr(sys, 'last_traceback', None)
     if trace is None:
@@ -16024,7 +17331,10 @@ def _ended_by_error() -> bool:
     globals_ = trace.tb_frame.f_globals
     if globals_.get('__name__') == 'runpy':   # python -m
         return code.co_name == '_run_module_as_main'
-    return code.co_name == '<module>' and globals_ is vars(sys.modules.get('__main__'))
+    if code.co_name != '<module>':
+        return False
+    module = sys.modules.get('__main__')
+    return globals_ is vars(module)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -16106,7 +17416,8 @@ class Template:
         end = 0
         for match in REPLACEMENT.finditer(text):
             if match.start() > end:
-                self._pieces.append(text[end:match.start()])
+                short_text = text[end:match.start()]
+                self._pieces.append(short_text)
             self._pieces.append(Replacement.parse(match))
             end = match.end()
         if end < len(text):
@@ -16160,8 +17471,9 @@ class ProgramFile(NamedTuple):
         elif not os.path.isfile(word):
             raise FileNotFoundError(
                 'there is no program %s here. If the nodes have it, write `env %s`' % (word, word))
-        if installed is not None and os.path.samefile(installed, word):
-            return cls(name)
+        if installed is not None:
+            if os.path.samefile(installed, word):
+                return cls(name)
         if is_python_script(word):
             return cls('./' + name, word, True)
         return cls('./' + name, _program_path(word))
@@ -16173,7 +17485,9 @@ def is_python_script(path: str) -> bool:
         return True
     with open(path, 'rb') as file:
         line = file.readline(200)
-    return line.startswith(b'#!') and b'python' in line
+    if not line.startswith(b'#!'):
+        return False
+    return b'python' in line
 
 
 # What makes one word a line for a shell
@@ -16212,9 +17526,10 @@ class Command:
         return SHELL_SIGNS.search(word) is not None
 
     def _find_program(self, texts: List[str]) -> None:
-        if re.search(r'\s', texts[0]) and not os.path.isfile(texts[0]):
-            raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
-                             'word, and options stand before the command' % texts[0])
+        if re.search(r'\s', texts[0]):
+            if not os.path.isfile(texts[0]):
+                raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
+                                 'word, and options stand before the command' % texts[0])
         if REPLACEMENT.search(texts[0]):
             return
         self.program = ProgramFile.find(texts[0])
@@ -16240,7 +17555,8 @@ class Command:
     def words(self, values: Sequence[str], number: int) -> List[str]:
         """What a node runs, as CommandLines takes it."""
         if self.is_line:
-            return ['sh', '-c', self._templates[0].expand(values, number)]
+            expand = self._templates[0].expand(values, number)
+            return ['sh', '-c', expand]
         words = self._words(values, number)
         if self.program.by_python:
             words.insert(0, RUN_BY_PYTHON)
@@ -16314,7 +17630,9 @@ def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
     """Each combination of the values of groups; the sources of a group are linked. The first group
     is read as it comes."""
     first, *others = groups
-    rest = [list(linked(group)) for group in others]
+    rest = []
+    for group in others:
+        rest.append(list(linked(group)))
     for head in linked(first):
         for tails in itertools.product(*rest):
             yield tuple(itertools.chain(head, *tails))
@@ -16361,8 +17679,9 @@ class Inputs:
         for mark, words in marked:
             self._add(mark, words)
         if self.is_old and self._groups:
-            raise ValueError('-a and --args-file have the arguments of whole jobs: they do not go '
-                             'together with %s' % ', '.join((*SOURCE_MARKS, '--arg-file')))
+            message = ('-a and --args-file have the arguments of whole jobs: they do not go '
+                       'together with %s' % ', '.join((*SOURCE_MARKS, '--arg-file')))
+            raise ValueError(message)
         # Whether standard input is where the arguments come from, for want of anything else
         self.is_stdin = not self.is_old and not self._groups
         if self.is_stdin:
@@ -16452,7 +17771,8 @@ class HaltRule(NamedTuple):
 
     def is_reached(self, done: int, failed: int, total: int) -> bool:
         """Whether to stop, after so many jobs of all."""
-        counts = {'fail': failed, 'success': done - failed, 'done': done}
+        success = done - failed
+        counts = {'fail': failed, 'success': success, 'done': done}
         counted = counts[self.why]
         if self.is_percent:
             return counted * 100 >= self.limit * total
@@ -16540,7 +17860,10 @@ def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
 
 def write_row(file: Any, columns: Iterable[Any]) -> None:
     """Add a line to a table. What is empty is a dash."""
-    words = [JobLog.one_line(str(column)) or '-' for column in columns]
+    words = []
+    for column in columns:
+        word = JobLog.one_line(str(column)) or '-'
+        words.append(word)
     file.write('\t'.join(words) + '\n')
 
 
@@ -16556,7 +17879,8 @@ class JobLog:
 
     def write(self, ended: Ended) -> None:
         """Add a job."""
-        printed = len(ended.stdout) + len(ended.stderr)
+        stdout_length = len(ended.stdout)
+        printed = stdout_length + len(ended.stderr)
         begin = '%.3f' % ended.start
         seconds = '%10.3f' % ended.seconds
         command = self.one_line(ended.command)
@@ -16601,11 +17925,13 @@ class Resume:
         if number not in self._known:
             return False
         is_well, known = self._known[number]
-        if known != JobLog.one_line(command) and not self.changed:
-            self.changed = ('job %d is now `%s`, and was `%s` when %s was written. Jobs are known '
-                            'by their numbers alone: --resume needs the same command and the same '
-                            'arguments in the same order'
-                            % (number, shown(command), shown(known), self._path))
+        one_line = JobLog.one_line(command)
+        if known != one_line:
+            if not self.changed:
+                self.changed = ('job %d is now `%s`, and was `%s` when %s was written. Jobs are '
+                                'known by their numbers alone: --resume needs the same command '
+                                'and the same arguments in the same order' %
+                                (number, shown(command), shown(known), self._path))
         return is_well or not self._again
 
 
@@ -16621,13 +17947,16 @@ NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
 
 def as_file_name(value: str) -> str:
     """An argument as the name of a directory, as GNU parallel writes it."""
-    signs = [ESCAPES.get(sign, sign) for sign in value]
+    signs = []
+    for sign in value:
+        signs.append(ESCAPES.get(sign, sign))
     name = ''.join(signs)
     if name in ('', '.', '..'):
         name = '\\' + name   # no argument gives this otherwise
     data = os.fsencode(name)
     if len(data) > NAME_LONGEST:
-        digest = hashlib.sha256(data).hexdigest()[:16]
+        digest_text = hashlib.sha256(data).hexdigest()
+        digest = digest_text[:16]
         begin = os.fsdecode(data[:NAME_LONGEST - 20])
         name = '%s~%s' % (begin, digest)
     return name
@@ -16658,11 +17987,15 @@ class ResultFiles:
         name = self._free_name(ended)
         directory = os.path.join(self._root, name)
         os.makedirs(directory, exist_ok=True)
-        write_file(os.path.join(directory, 'stdout'), ended.stdout)
-        write_file(os.path.join(directory, 'stderr'), ended.stderr)
-        write_file(os.path.join(directory, 'seq'), b'%d' % ended.number)
+        stdout_path = os.path.join(directory, 'stdout')
+        write_file(stdout_path, ended.stdout)
+        stderr_path = os.path.join(directory, 'stderr')
+        write_file(stderr_path, ended.stderr)
+        path = os.path.join(directory, 'seq')
+        write_file(path, b'%d' % ended.number)
         reason = ended.reason or 'ok'
-        write_row(self._table, [ended.number, ended.tag, ended.node, reason, name])
+        columns = [ended.number, ended.tag, ended.node, reason, name]
+        write_row(self._table, columns)
 
     def _free_name(self, ended: Ended) -> str:
         """Jobs with the same arguments have a directory each."""
@@ -16686,7 +18019,8 @@ class NumberedFiles:
 
     def write(self, ended: Ended) -> None:
         """Write the files of a job. Raises OSError."""
-        path = os.path.join(self._directory, '%d' % ended.number)
+        name = '%d' % ended.number
+        path = os.path.join(self._directory, name)
         write_file(path + '.out', ended.stdout)
         write_file(path + '.err', ended.stderr)
 
@@ -16750,7 +18084,8 @@ def hosts_in(path: str) -> List[str]:
     words: List[str] = []
     with open(path) as file:
         for line in file:
-            words += line.partition('#')[0].split()
+            parts = line.partition('#')[0].split()
+            words += parts
     return words
 
 
@@ -16805,7 +18140,8 @@ def slots_option(text: str) -> int:
 def delimiter_option(text: str) -> bytes:
     """What ends a record, with escapes such as \\n, \\0 and \\x1f."""
     try:
-        data = os.fsencode(text).decode('unicode_escape').encode('latin-1')
+        decoded = os.fsencode(text).decode('unicode_escape')
+        data = decoded.encode('latin-1')
     except UnicodeError:
         data = os.fsencode(text)   # no escapes, but signs beyond Latin-1
     if not data:
@@ -16818,7 +18154,8 @@ def pattern_option(text: str) -> Any:
     try:
         return re.compile(text)
     except re.error as exc:
-        raise argparse.ArgumentTypeError('%r is no regular expression: %s' % (text, exc)) from None
+        message = '%r is no regular expression: %s' % (text, exc)
+        raise argparse.ArgumentTypeError(message) from None
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -16861,8 +18198,13 @@ class OptionParser(argparse.ArgumentParser):
         name = name.replace('_', '-')
         if name in known:
             return name
-        found = [other for other in known if other.startswith(name)]
-        actions = {id(known[other]) for other in found}
+        found = []
+        for other in known:
+            if other.startswith(name):
+                found.append(other)
+        actions = set()
+        for other in found:
+            actions.add(id(known[other]))
         if len(actions) == 1:
             return found[0]
         if found:
@@ -16895,7 +18237,9 @@ class OptionParser(argparse.ArgumentParser):
         if not left:
             return False
         word = left[0]
-        return len(word) == 1 or word.startswith('\\')
+        if len(word) == 1:
+            return True
+        return word.startswith('\\')
 
     @staticmethod
     def _long_name(action: argparse.Action) -> str:
@@ -17147,7 +18491,8 @@ class Plan:
         found = {'dispy_timeout': args.timeout, 'dispy_memory': args.memory,
                  'dispy_cpus': args.cpus, 'dispy_priority': args.priority}
         if args.retries > 1:
-            found.update(dispy_retries=args.retries - 1, dispy_retry_on=True)
+            dispy_retries = args.retries - 1
+            found.update(dispy_retries=dispy_retries, dispy_retry_on=True)
         return {name: value for name, value in found.items() if value is not None}
 
     @property
@@ -17174,7 +18519,8 @@ class Plan:
         if self.directory is not None:
             words.append(RUN_IN + self.directory)
         for template in self.returns:
-            name = self._below(template.expand(values, number), '--return')
+            path = template.expand(values, number)
+            name = self._below(path, '--return')
             words.append(BRING_BACK + name)
         return words
 
@@ -17183,7 +18529,8 @@ class Plan:
         files = OwnDirectory()
         for template in self.transfers:
             path = template.expand(values, number)
-            files.append(JobFile(path, self._below(path, '--transferfile')))
+            name = self._below(path, '--transferfile')
+            files.append(JobFile(path, name))
         return files
 
     @staticmethod
@@ -17193,8 +18540,9 @@ class Plan:
         if os.path.isabs(name):
             name = os.path.relpath(name)
         if name.startswith(os.pardir):
-            raise ValueError('%s %s: the path is not below the working directory, %s' % (
-                option, path, os.getcwd()))
+            message = '%s %s: the path is not below the working directory, %s' % (option, path,
+                                                                                  os.getcwd())
+            raise ValueError(message)
         return name.replace(os.sep, '/')
 
 
@@ -17240,7 +18588,9 @@ class Window:
         self._is_full = self.count >= most
         if self._is_full:
             return False
-        return self.count == 0 or self._bytes + size <= BYTES_AHEAD
+        if self.count == 0:
+            return True
+        return self._bytes + size <= BYTES_AHEAD
 
     def leave(self, size: int) -> None:
         """A job has ended."""
@@ -17291,7 +18641,8 @@ class Terminal:
 
     def message(self, text: str) -> None:
         """A line of ours."""
-        self.err((text + '\n').encode(errors='backslashreplace'))
+        data = (text + '\n').encode(errors='backslashreplace')
+        self.err(data)
 
     def flush(self) -> None:
         """All that has been printed is written."""
@@ -17370,7 +18721,11 @@ class Tally:
 
     def _time_left(self) -> str:
         left = self.all - self.done
-        if self._display != 'eta' or not left or not self.done:
+        if self._display != 'eta':
+            return ''
+        if not left:
+            return ''
+        if not self.done:
             return ''
         rate = self.done / (time.monotonic() - self._began)
         return ', about %.0f s left' % (left / rate)
@@ -17452,7 +18807,8 @@ class Feeder:
 
     def start(self) -> None:
         """Begin. The thread does not keep the interpreter from ending."""
-        threading.Thread(target=self._run, name='dispy-arguments', daemon=True).start()
+        thread = threading.Thread(target=self._run, name='dispy-arguments', daemon=True)
+        thread.start()
 
     def _run(self) -> None:
         error = ''
@@ -17480,13 +18836,15 @@ class Feeder:
     def _is_done(self, number: int, values: Values) -> bool:
         if self._resume is None:
             return False
-        return self._resume.skips(number, self._plan.command.text(values, number))
+        command = self._plan.command.text(values, number)
+        return self._resume.skips(number, command)
 
     def _refuse(self, number: int, values: Values, exc: Exception) -> None:
         if self._window.enter(0):
             self.jobs[number] = PendingJob(values, '')
             self.order.append(number)
-            self._events.put(NotSubmitted(number, values, str(exc)))
+            not_submitted = NotSubmitted(number, values, str(exc))
+            self._events.put(not_submitted)
 
     def _submit(self, number: int, values: Values) -> None:
         try:
@@ -17495,7 +18853,10 @@ class Feeder:
             size = 0
             if self._plan.has_directory:
                 files = self._plan.files(values, number)
-                size = sum(os.path.getsize(file.path) for file in files)
+                file_sizes = []
+                for file in files:
+                    file_sizes.append(os.path.getsize(file.path))
+                size = sum(file_sizes)
                 options = dict(options, dispy_job_depends=files)
         except (OSError, ValueError) as exc:
             self._refuse(number, values, exc)
@@ -17509,7 +18870,8 @@ class Feeder:
         try:
             job = self._cluster.submit_job_id(number, *words, **options)
         except (OSError, ValueError) as exc:
-            self._events.put(NotSubmitted(number, values, str(exc)))
+            not_submitted = NotSubmitted(number, values, str(exc))
+            self._events.put(not_submitted)
         else:
             job._call_when_ended(self._events.put)   # by way of the callbacks it takes longer
 
@@ -17517,7 +18879,8 @@ class Feeder:
         delay = self._plan.args.delay
         if delay:
             now = time.monotonic()
-            self._window.pause(self._last + delay - now)
+            seconds = self._last + delay - now
+            self._window.pause(seconds)
             self._last = time.monotonic()
 
 
@@ -17556,7 +18919,8 @@ class Shell:
     def _open_resume(self) -> Optional[Resume]:
         if not self._plan.is_resumed:
             return None
-        return Resume(self._args.joblog.lstrip('+'), self._args.resume_failed)
+        path = self._args.joblog.lstrip('+')
+        return Resume(path, self._args.resume_failed)
 
     def _open_files(self) -> None:
         is_resumed = self._plan.is_resumed
@@ -17575,8 +18939,9 @@ class Shell:
         """Make the cluster that runs the jobs. Raises what making one raises."""
         args = self._args
         path = self._plan.command.program.path
+        depends = list(args.depends)
         options: Dict[str, Any] = dict(access,
-                                       depends=list(args.depends),
+                                       depends=depends,
                                        host=args.host,
                                        cleanup=not args.keep_files)
         if args.debug:
@@ -17616,7 +18981,10 @@ class Shell:
         now = time.monotonic()
         if now >= when + CPUS_ASKED:
             nodes = self._cluster.status().nodes
-            ready = [node.cpus for node in nodes if node.state == 'ready']
+            ready = []
+            for node in nodes:
+                if node.state == 'ready':
+                    ready.append(node.cpus)
             cpus = sum(ready)
             if self._args.jobs:
                 cpus = min(cpus, self._args.jobs)
@@ -17638,9 +19006,10 @@ class Shell:
             return EXIT_USAGE
         except KeyboardInterrupt:
             done = self._tally.done
-            self._terminal.message(
-                'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
-                (done, done + len(self._feeder.jobs)))
+            job_count = len(self._feeder.jobs)
+            message = 'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (
+                done, done + job_count)
+            self._terminal.message(message)
             return 130   # as a shell has it: 128 and the signal's number
         finally:
             self._close_files()
@@ -17687,7 +19056,8 @@ class Shell:
             self._show_progress(True)
 
     def _show_progress(self, at_once: bool = False) -> None:
-        self._tally.read = len(self._feeder.jobs) + self._tally.done
+        job_count = len(self._feeder.jobs)
+        self._tally.read = job_count + self._tally.done
         self._tally.skipped = self._feeder.skipped
         if self._tally.read:
             self._terminal.progress(self._tally.line, at_once)
@@ -17721,9 +19091,10 @@ class Shell:
         by_signal = 0
         reason = ''
         node = self._names.of(address)
-        if job.status == JobState.FINISHED and job.result is not None:
-            status = max(job.result, 0)
-            by_signal = max(-job.result, 0)
+        if job.status == JobState.FINISHED:
+            if job.result is not None:
+                status = max(job.result, 0)
+                by_signal = max(-job.result, 0)
         if job.status != JobState.FINISHED or job.result:
             word, where, reason = state_of(job)
             reason = reason or job.exception or word   # also of one that somebody has cancelled
@@ -17748,7 +19119,8 @@ class Shell:
             self._show_in_order()
         else:
             self._show(ended)
-        self._window.leave(self._feeder.jobs.pop(ended.number).size)
+        job = self._feeder.jobs.pop(ended.number)
+        self._window.leave(job.size)
         self._show_progress()
         self._halt_if_due()
 
@@ -17794,16 +19166,19 @@ class Shell:
 
     def _on_printed(self, event: Printed) -> None:
         """Of a job that runs; if it has ended meanwhile, it has been shown."""
-        if event.number in self._feeder.jobs:
-            self._live.add(event.number, event.stream, event.data)
+        number = event.number
+        if number in self._feeder.jobs:
+            self._live.add(number, event.stream, event.data)
             first = self._feeder.order[0]
-            if first == event.number or not self._args.keep_order:
-                self._show_lines(event.number)
+            if first == number or not self._args.keep_order:
+                self._show_lines(number)
 
     def _show_lines(self, number: int) -> None:
         """The whole lines that a job has printed."""
         submitted = self._feeder.jobs.get(number)
-        if submitted is None or not self._args.line_buffer:
+        if submitted is None:
+            return
+        if not self._args.line_buffer:
             return
         for stream in ('stdout', 'stderr'):
             data = self._live.take(number, stream)
@@ -17844,8 +19219,10 @@ class BugReport:
         self._lines += ['', '== %s' % title]
         try:
             self._lines += map(self.plain, find())
-        except Exception as exc:  # whatever is wrong here, the other sections are wanted all the more
-            self._lines.append(self.plain('it cannot be found: %s: %s' % (type(exc).__name__, exc)))
+        except Exception as exc:
+            # Whatever is wrong here, the other sections are wanted all the more
+            line = 'it cannot be found: %s: %s' % (type(exc).__name__, exc)
+            self._lines.append(self.plain(line))
 
     def plain(self, line: str) -> str:
         """A line without what nobody else may see."""
@@ -17862,7 +19239,8 @@ class BugReport:
 
 def versions() -> Iterator[str]:
     """What runs here."""
-    yield 'dispy %s, %s' % (__version__, os.path.dirname(os.path.abspath(__file__)))
+    directory = os.path.dirname(os.path.abspath(__file__))
+    yield 'dispy %s, %s' % (__version__, directory)
     yield 'Python %s' % sys.version.replace('\n', ' ')
     yield 'system %s' % ' '.join(platform.uname()[:5])
     yield 'CPUs %d' % available_cpus()
@@ -17878,7 +19256,8 @@ def surroundings() -> Iterator[str]:
     yield 'DISPY_SECRET is %s' % ('set' if 'DISPY_SECRET' in os.environ else 'not set')
     path = dispynode.secret_path()
     if os.path.exists(path):
-        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(os.stat(path).st_mode))
+        st_mode = os.stat(path).st_mode
+        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(st_mode))
     else:
         yield 'there is no secret file %s' % path
 
@@ -17901,8 +19280,13 @@ def daemons() -> List[Any]:
     found = []
     for process in psutil.process_iter(['cmdline', 'username', 'pid']):
         words = process.info['cmdline'] or []
-        names = [os.path.basename(word).partition('.')[0] for word in words[:4]]
-        if any(name in DAEMONS for name in names) and process.info['username'] == _own_name():
+        names = []
+        for word in words[:4]:
+            file_name = os.path.basename(word)
+            names.append(file_name.partition('.')[0])
+        if not any(name in DAEMONS for name in names):
+            continue
+        if process.info['username'] == _own_name():
             found.append(process)
     return found
 
@@ -17934,14 +19318,17 @@ def waits_of(process: int) -> Iterator[str]:
         with contextlib.suppress(OSError):   # it has ended meanwhile, or belongs to root
             words = []
             for name in ('comm', 'wchan'):
-                with open(os.path.join(root, thread, name)) as file:
-                    words.append(file.read().strip() or '-')
+                path = os.path.join(root, thread, name)
+                with open(path) as file:
+                    word = file.read().strip() or '-'
+                    words.append(word)
             yield '  thread %s %s in %s' % (thread, *words)
 
 
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
-    found = set(glob.glob(os.path.expanduser('~/.dispy/*/log')))
+    expanded_path = os.path.expanduser('~/.dispy/*/log')
+    found = set(glob.glob(expanded_path))
     for process in daemons():
         words = process.info['cmdline']
         for word, value in zip(words, words[1:]):
@@ -17951,7 +19338,8 @@ def logs() -> Iterator[str]:
         yield '-- %s' % path
         with contextlib.suppress(OSError):
             with open(path, 'rb') as file:
-                file.seek(max(0, os.path.getsize(path) - LOG_BYTES))
+                file_size = os.path.getsize(path)
+                file.seek(max(0, file_size - LOG_BYTES))
                 lines = file.read().decode(errors='replace').splitlines()
             yield from lines[-LOG_LINES:]
 
@@ -17967,7 +19355,8 @@ def nodes_seen(args: argparse.Namespace) -> Iterator[str]:
 def _known_secrets(args: argparse.Namespace) -> Iterator[str]:
     yield os.environ.get('DISPY_SECRET', '')
     with contextlib.suppress(DispyError, OSError):
-        yield find_secret(args.secret, args.secret_file).decode(errors='replace').strip()
+        secret = find_secret(args.secret, args.secret_file)
+        yield secret.decode(errors='replace').strip()
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -17976,8 +19365,12 @@ def _report(argv: Sequence[str]) -> int:
         'Write a file for a report of a fault: versions, settings, daemons of this machine with '
         'the last lines of their logs, and the nodes. Secrets, tokens and arguments of jobs are '
         'left out.'))
-    parser.add_argument('-o', '--output', metavar='FILE', default=time.strftime(
-        'dispy-report-%Y%m%d-%H%M%S.txt'), help='-: standard output (default: %(default)s)')
+    moment = time.strftime('dispy-report-%Y%m%d-%H%M%S.txt')
+    parser.add_argument('-o',
+                        '--output',
+                        metavar='FILE',
+                        default=moment,
+                        help='-: standard output (default: %(default)s)')
     for names, kinds in OPTIONS['nodes']:
         parser.add_argument(*names, **kinds)
     args = parser.parse_args(argv)
@@ -18017,7 +19410,8 @@ class Deployment:
     """
 
     def __init__(self) -> None:
-        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
+        expanded_path = os.path.expanduser('~')
+        self._directory = os.path.join(expanded_path, '.dispy', platform.node() or 'node')
         self._script, self._noted, self._log = (os.path.join(self._directory, name)
                                                 for name in ('dispynode.py', 'note', 'log'))
         self._note: dict = {}
@@ -18025,7 +19419,8 @@ class Deployment:
     def __enter__(self) -> 'Deployment':
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         try:
-            self._lock = take_lock(os.path.join(self._directory, 'lock'), 0)
+            path = os.path.join(self._directory, 'lock')
+            self._lock = take_lock(path, 0)
         except StartError:
             raise StartError('another deploy or stop is at work on this host') from None
         try:
@@ -18057,9 +19452,8 @@ class Deployment:
             have = b''
         if have not in (b'', secret) and not replace_secret:
             raise StartError('%s has another secret; --replace-secret overwrites it' % path)
-        wanted = {
-            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
-        }
+        file = hashlib.sha256(source).hexdigest()
+        wanted = {'file': file, 'options': options, 'python': sys.executable}
         pid = self._running()
         if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
             return 'runs already: port %(port)d, PID %(pid)d' % self._note
@@ -18068,7 +19462,8 @@ class Deployment:
                 'not replaced: PID %d has another file, secret or options, and is at work; deploy '
                 'again when it is idle, or with --restart' % pid)
         # A secret that deploy has not put there
-        if self._digest(have) == self._note.get('secret'):
+        digest = self._digest(have)
+        if digest == self._note.get('secret'):
             foreign = b''
         else:
             foreign = have
@@ -18117,7 +19512,8 @@ class Deployment:
                 stderr=output,
                 start_new_session=True)
         self._note['pid'] = process.pid
-        write_private(self._noted, json.dumps(self._note).encode())
+        dumped = json.dumps(self._note)
+        write_private(self._noted, dumped.encode())
         until = time.monotonic() + DEPLOY_TIME
         found = None
         while found is None:
@@ -18129,13 +19525,13 @@ class Deployment:
             if process.returncode is not None or time.monotonic() > until:
                 process.kill()
                 code = process.wait()
-                raise StartError(
-                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
-                    or 'it ' + exit_text(code))
+                decoded = _since(self._log, said).decode(errors='replace')
+                raise StartError(decoded.strip().rpartition('\n')[2] or 'it ' + exit_text(code))
         port = int(found.group(1))
         self._note.update(port=port,
                           root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
-        write_private(self._noted, json.dumps(self._note).encode())
+        data = json.dumps(self._note).encode()
+        write_private(self._noted, data)
 
     def _running(self) -> int:
         """PID of the daemon, 0 when it runs no more. A number that was given to another process is
@@ -18273,11 +19669,11 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
                   'that runs already, from the same file, with the same options, is left alone.',
         'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'
     }
-    parser = argparse.ArgumentParser(
-        prog='dispy ' + task,
-        description=text[task] + ' The exit status is the number of hosts where '
-        'that failed, at most 101.',
-        usage='%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy'))
+    usage = '%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy')
+    description = text[
+        task] + ' The exit status is the number of hosts where that failed, at most 101.'
+    prog = 'dispy ' + task
+    parser = argparse.ArgumentParser(prog=prog, description=description, usage=usage)
     add = parser.add_argument
     add('hosts',
         nargs='*',
@@ -18353,7 +19749,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         ours, options = (argv, [])
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
-    with open(os.path.abspath(dispynode.__file__), 'rb') as source:
+    absolute_path = os.path.abspath(dispynode.__file__)
+    with open(absolute_path, 'rb') as source:
         packed = base64.b64encode(zlib.compress(source.read()))
     try:
         ssh = shlex.split(args.ssh)
@@ -18372,10 +19769,12 @@ def _deploy(task: str, argv: List[str]) -> int:
     program = (REMOTE % (packed, program_of_host(), request)).encode()
     failed = 0
     width = max(map(len, hosts))
-    with concurrent.futures.ThreadPoolExecutor(min(32, len(hosts))) as pool:
+    thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
+    with thread_pool_executor as pool:
         for host, (done, text) in zip(
                 hosts, pool.map(_on_host, commands, itertools.repeat(program))):
-            print('%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text), flush=True)
+            message = '%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text)
+            print(message, flush=True)
             failed += not done
     return min(failed, 101)
 
@@ -18385,7 +19784,9 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'DISPY', 'PYTHON', 'STATE')]
     usable = 0
     for node in sorted(nodes, key=lambda node: (node.name, node.ip_addr, node.port)):
-        row = [format_address(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-']
+        row = [
+            format_address(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-'
+        ]
         if node.state == 'connected':
             cpu, memory, _, _ = node.avail_info or (None,) * 4
             row += [
@@ -18401,7 +19802,9 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
         else:
             state = 'cannot be used: ' + (node.reason or node.state)
         rows.append((*row, ' '.join(state.split()) or 'free'))  # type: ignore[arg-type]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = []
+    for column in zip(*rows):
+        widths.append(max(map(len, column)))
     for line in rows:
         print('  '.join(map(str.ljust, line, widths)).rstrip())
     if not nodes:
@@ -18439,7 +19842,8 @@ def _cancel_lost(args: argparse.Namespace) -> int:
     """--cancel-lost."""
     access = _access_of(args)
     files = tls_files(args.certfile, args.keyfile, None)
-    return cancel_lost(ConnectionSettings(find_secret(access['secret']), *files, PULSE, REDIAL_MOST))
+    secret = find_secret(access['secret'])
+    return cancel_lost(ConnectionSettings(secret, *files, PULSE, REDIAL_MOST))
 
 
 def _look_at_nodes(args: argparse.Namespace) -> int:
@@ -18448,7 +19852,8 @@ def _look_at_nodes(args: argparse.Namespace) -> int:
         raise ValueError('--list-nodes asks the nodes themselves; '
                          '`python -m dispyscheduler nodes` asks a scheduler')
     logger.setLevel(logging.ERROR)   # the table says it
-    with NodeScan(_nodes_of(args), **_access_of(args)) as survey:
+    node_scan = NodeScan(_nodes_of(args), **_access_of(args))
+    with node_scan as survey:
         return _list_nodes(survey.look())
 
 

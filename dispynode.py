@@ -47,6 +47,19 @@ The life of a job here:
   6. A worker that dies is reported by the runner with the attempt it was running; that one has
      failed, those behind it go back to the queue, and a new worker is forked.
   7. `Done` ends the computation: cleanup runs, processes end, the directory is removed.
+
+This file reads from the top down: what is used stands before what uses it.
+  Part I: what nodes share with clients and schedulers
+    Constants and errors
+    Values and messages
+    Payloads
+    Code that travels
+    Secret, handshake and frames
+    Files, links, and the loop that owns them
+  Part II: the node
+    What a node decides
+    The job side
+    The daemon
 """
 
 import sys
@@ -119,6 +132,11 @@ from typing import (
 __all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
 __version__ = '5.0.0.dev0'
+
+
+# ==================================================================================================
+# Part I: what nodes share with clients and schedulers
+# ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -253,7 +271,10 @@ class Listed(type):
     standard library's `enum` does the same."""
 
     def __dir__(cls) -> List[str]:
-        ours = [vars(base) for base in cls.__mro__ if base.__module__.startswith('dispy')]
+        ours = []
+        for base in cls.__mro__:
+            if base.__module__.startswith('dispy'):
+                ours.append(vars(base))
         return [
             name for name in super().__dir__()
             if name[:1] != '_' and any(name in names for names in ours)
@@ -349,8 +370,12 @@ class AttemptHistory(NamedTuple):
 
     def and_also(self, other: 'AttemptHistory') -> 'AttemptHistory':
         """Return what both say."""
-        return AttemptHistory(self.whole and other.whole, self.unbegun | other.unbegun,
-                    self.lost | other.lost, self.given_up | other.given_up, other.text or self.text)
+        whole = self.whole and other.whole
+        unbegun = self.unbegun | other.unbegun
+        lost = self.lost | other.lost
+        given_up = self.given_up | other.given_up
+        text = other.text or self.text
+        return AttemptHistory(whole, unbegun, lost, given_up, text)
 
 
 class Reason(NamedTuple):
@@ -390,7 +415,9 @@ SHORTAGES = frozenset(
 
 def reason_of(exc: BaseException) -> str:
     """The code of a failure to store files or to start a process."""
-    if getattr(exc, 'errno', None) in SHORTAGES or isinstance(exc, MemoryError):
+    if getattr(exc, 'errno', None) in SHORTAGES:
+        return 'room'
+    if isinstance(exc, MemoryError):
         return 'room'
     return 'transfer'
 
@@ -709,13 +736,16 @@ DIGEST_SIZE = 32
 def digest_of(key: bytes) -> bytes:
     """What others than its program know of a computation's key."""
     if key:
-        return hashlib.sha256(b'dispy 5 key' + key).digest()
+        digester = hashlib.sha256(b'dispy 5 key' + key)
+        return digester.digest()
     return bytes(KEY_SIZE)
 
 
 def may_reclaim(digest: bytes, key: bytes) -> bool:
     """Whether this key is that of a computation; one that was begun without a key is anybody's."""
-    return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
+    if not digest.strip(b'\0'):
+        return True
+    return hmac.compare_digest(digest, digest_of(key))
 
 
 _TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
@@ -723,11 +753,11 @@ _TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
 
 def _field_types(message: type) -> Tuple[Any, ...]:
     """The types that the fields of a message have when it has come."""
-    return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in message.__annotations__.values())
+    annotations = message.__annotations__.values()
+    return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in annotations)
 
 
 FIELD_TYPES = {message: _field_types(message) for message in OPS}
-
 
 
 def serial_of(job: int, attempt: int = 0) -> int:
@@ -771,8 +801,10 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
     if len(text) <= most:
         return text
     half = most // 2
-    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half,
-                                                             text[-half:])
+    short_text = text[-half:]
+    text_length = len(text)
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], text_length - 2 * half,
+                                                             short_text)
 
 
 def over_limit(what: str, size: int) -> str:
@@ -787,14 +819,19 @@ def over_limit(what: str, size: int) -> str:
 
 def is_over_limit(size: int) -> bool:
     """Whether a value of a job is too large to be returned: for the limit, or for free memory."""
-    return size > VALUE_MOST or (size > LAZY and size > (free_memory() or size))
+    if size > VALUE_MOST:
+        return True
+    if not size > LAZY:
+        return False
+    return size > (free_memory() or size)
 
 
 def limit_values(most: int) -> None:
     """Take no larger values in this process, and make none (--max-value). Raises StartError."""
     global VALUE_MOST
     if most < BATCH_BYTES:   # less is not looked at one by one
-        raise StartError('--max-value %d: the least is %d' % (most, BATCH_BYTES))
+        text = '--max-value %d: the least is %d' % (most, BATCH_BYTES)
+        raise StartError(text)
     VALUE_MOST = min(most, VALUE_MOST)
     FROM_WORKER[RecordType.RESULT] = (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST)
 
@@ -804,18 +841,22 @@ def out_of_band(payload: Payload) -> Any:
     copied."""
     if type(payload) is tuple:
         return tuple(out_of_band(piece) for piece in payload)
-    if type(payload) is bytes and len(payload) < OUT_OF_BAND:
-        return payload
-    if isinstance(payload, bytes) and len(payload) < OUT_OF_BAND:   # of a subclass
-        return b''.join((payload,))
+    if type(payload) is bytes:
+        if len(payload) < OUT_OF_BAND:
+            return payload
+    # Of a subclass
+    if isinstance(payload, bytes):
+        if len(payload) < OUT_OF_BAND:
+            return b''.join((payload,))
     return pickle.PickleBuffer(payload)  # type: ignore[arg-type]
 
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
     size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
-    if size < OUT_OF_BAND and type(row[PAYLOAD]) is bytes:
-        return row, size
+    if size < OUT_OF_BAND:
+        if type(row[PAYLOAD]) is bytes:
+            return row, size
     return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
 
@@ -829,9 +870,11 @@ def batches(kind: Callable[[str, list], Any], comp: str,
         some.append(row)
         filled += size
         if filled >= BATCH_BYTES or len(some) >= ROWS_MOST:
-            if size >= BATCH_BYTES and len(some) > 1:   # alone, as it may have to go in parts
-                yield kind(comp, some[:-1])
-                some = some[-1:]
+            # Alone, as it may have to go in parts
+            if size >= BATCH_BYTES:
+                if len(some) > 1:
+                    yield kind(comp, some[:-1])
+                    some = some[-1:]
             yield kind(comp, some)
             some = []
             filled = 0
@@ -849,11 +892,13 @@ class InParts:
     def __init__(self, message: Any) -> None:
         self.message = message
         self.comp, (self.row,) = message
-        if len(self.row) == 7:
+        row_length = len(self.row)
+        if row_length == 7:
             place = 4
         else:
             place = 1
-        self._buffers = [memoryview(piece).cast('B') for piece in pieces_of(self.row[place])]
+        pieces = pieces_of(self.row[place])
+        self._buffers = [memoryview(piece).cast('B') for piece in pieces]
         self.total = self.left = sum(map(len, self._buffers))
         self.row = (*self.row[:place], HOLLOW, *self.row[place + 1:])
         self._parts = self._made()
@@ -871,11 +916,14 @@ class InParts:
             start = 0
             while start < len(buffer):
                 piece = buffer[start:start + FILE_PIECE - filled]
-                some.append(pickle.PickleBuffer(piece))
-                start = start + len(piece)
+                pickle_buffer = pickle.PickleBuffer(piece)
+                some.append(pickle_buffer)
+                piece_length = len(piece)
+                start = start + piece_length
                 filled = filled + len(piece)
-                if filled < FILE_PIECE and offset + filled < self.total:
-                    continue
+                if filled < FILE_PIECE:
+                    if offset + filled < self.total:
+                        continue
                 self.left -= filled
                 yield Part(self.comp, row, self.total, offset, tuple(some))
                 row = ()
@@ -891,7 +939,8 @@ def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
     """Make messages `kind(comp, serials)` of bounded length."""
-    for start in range(0, len(serials), SERIALS_MOST):
+    serial_count = len(serials)
+    for start in range(0, serial_count, SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
 
@@ -946,8 +995,9 @@ class PlainReader:
 
     def __init__(self, data: Buffer, bounds: Bounds) -> None:
         if len(data) > bounds.size:
-            raise PeerError('an envelope of %d bytes is over the limit of %d' %
-                            (len(data), bounds.size))
+            data_length = len(data)
+            text = 'an envelope of %d bytes is over the limit of %d' % (data_length, bounds.size)
+            raise PeerError(text)
         self._data = data
         self._bounds = bounds
         self._height = 0
@@ -965,7 +1015,8 @@ class PlainReader:
 
     def check(self) -> None:
         """Raises PeerError, or IndexError for a pickle that ends in the middle."""
-        if len(self._data) > self._bounds.operations or not self._is_without_dicts():
+        data_length = len(self._data)
+        if data_length > self._bounds.operations or not self._is_without_dicts():
             self._follow()
 
     def _is_without_dicts(self) -> bool:
@@ -984,7 +1035,10 @@ class PlainReader:
             elif length:
                 at += 1 + length + int.from_bytes(data[at + 1:at + 1 + length], 'little')
             else:
-                return operation == 0x2e and at + 1 == len(data)   # STOP
+                if operation != 0x2e:
+                    return False
+                data_length = len(data)
+                return at + 1 == data_length   # STOP
 
     def _follow(self) -> None:
         data = self._data
@@ -1005,14 +1059,16 @@ class PlainReader:
                     data[at + 1:at + 1 + length], 'little'))
                 height += 1
             elif operation == 0x2e:   # STOP
-                if at + 1 != len(data):
+                data_length = len(data)
+                if at + 1 != data_length:
                     raise PeerError('an envelope goes on behind its end')
                 return
             else:
                 self._height = height
                 at += self._special(operation)
                 height = self._height
-        raise PeerError('an envelope has more than %d operations' % self._bounds.operations)
+        text = 'an envelope has more than %d operations' % self._bounds.operations
+        raise PeerError(text)
 
     def _special(self, operation: int) -> int:
         """An operation that looks at the stack; the bytes that it takes."""
@@ -1025,7 +1081,8 @@ class PlainReader:
             self._height = self._marks.pop()
         elif name == pickle.SETITEMS:
             mark = self._marks.pop()
-            self._fill(mark, (self._height - mark) // 2)
+            count = (self._height - mark) // 2
+            self._fill(mark, count)
             self._height = mark
         elif name == pickle.SETITEM:
             self._height -= 2
@@ -1035,7 +1092,8 @@ class PlainReader:
             self._items[self._height] = 0
             self._dicts += 1
             if self._dicts > self._bounds.dicts:
-                raise PeerError('an envelope has more than %d dicts' % self._bounds.dicts)
+                text = 'an envelope has more than %d dicts' % self._bounds.dicts
+                raise PeerError(text)
         elif name in (pickle.BINGET, pickle.LONG_BINGET):
             self._height += 1
             self._items.pop(self._height, None)   # perhaps a dict that is full
@@ -1061,8 +1119,9 @@ class _Plain(pickle.Unpickler):
     """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise PeerError('an envelope names %s.%s; envelopes hold plain values only' %
-                        (module[:60], name[:60]))
+        text = 'an envelope names %s.%s; envelopes hold plain values only' % (module[:60],
+                                                                              name[:60])
+        raise PeerError(text)
 
 
 def open_envelope(data: Buffer,
@@ -1071,21 +1130,27 @@ def open_envelope(data: Buffer,
     """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more
     than `bounds`."""
     try:
-        PlainReader(data, bounds or BOUNDS).check()
-        return _Plain(io.BytesIO(data), buffers=buffers).load()
+        plain_reader = PlainReader(data, bounds or BOUNDS)
+        plain_reader.check()
+        bytes_io = io.BytesIO(data)
+        plain = _Plain(bytes_io, buffers=buffers)
+        return plain.load()
     except PeerError:
         raise
     except Exception as exc:  # the unpickler raises nearly anything on damaged input
-        raise PeerError('an envelope does not open: %s' % (exc,)) from exc
+        text = 'an envelope does not open: %s' % (exc,)
+        raise PeerError(text) from exc
 
 
 def open_plain(data: Buffer) -> Any:
     """Unpickle plain builtins as open_envelope does, but without bounds, where a process of the
     user's own opens what the user sent. Raises PeerError."""
     try:
-        return _Plain(io.BytesIO(data)).load()
+        bytes_io = io.BytesIO(data)
+        return _Plain(bytes_io).load()
     except Exception as exc:  # as above
-        raise PeerError('what should be plain values does not open: %s' % (exc,)) from exc
+        text = 'what should be plain values does not open: %s' % (exc,)
+        raise PeerError(text) from exc
 
 
 def is_shallow(value: Any, most: int = 20) -> bool:
@@ -1097,7 +1162,10 @@ def is_shallow(value: Any, most: int = 20) -> bool:
                  for part in (each.values() if type(each) is dict else each)]
         if not level:
             return True
-    return not any(type(each) in (tuple, list, dict) for each in level)
+    for each in level:
+        if type(each) in (tuple, list, dict):
+            return False
+    return True
 
 
 _INDEX = struct.Struct('>II')
@@ -1110,8 +1178,12 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
         return OPS[type(message)], 0, [body]
-    raw = [buffer.raw() for buffer in buffers]
-    head = _INDEX.pack(len(raw), len(body)) + struct.pack('>%dQ' % len(raw), *map(len, raw))
+    raw = []
+    for buffer in buffers:
+        raw.append(buffer.raw())
+    raw_length = len(raw)
+    body_length = len(body)
+    head = _INDEX.pack(raw_length, body_length) + struct.pack('>%dQ' % len(raw), *map(len, raw))
     return OPS[type(message)], 1, [head + body, *raw]
 
 
@@ -1131,7 +1203,8 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     kinds = FIELD_TYPES[message]
     if type(fields) is not tuple or len(fields) != len(kinds) or not all(
             map(isinstance, fields, kinds)):
-        raise PeerError('%s with wrong fields' % message.__name__)
+        text = '%s with wrong fields' % message.__name__
+        raise PeerError(text)
     check = CHECKS.get(message)
     try:
         if message in SPEAK_OF_COMPS:
@@ -1149,7 +1222,11 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
 
 def is_comp(name: str) -> bool:
     """Whether a computation may be called so; the empty name stands for none."""
-    return len(name) <= 64 and (name.isalnum() or not name) and name.isascii()
+    if len(name) > 64:
+        return False
+    if not (name.isalnum() or not name):
+        return False
+    return name.isascii()
 
 
 _NUMBERS = frozenset((int, float))
@@ -1161,54 +1238,105 @@ def _is_buffer(value: Any) -> bool:
 
 
 def _is_payload(value: Any) -> bool:
-    return _is_buffer(value) or (type(value) is tuple and all(map(_is_buffer, value)))
+    if _is_buffer(value):
+        return True
+    if type(value) is not tuple:
+        return False
+    return all(map(_is_buffer, value))
 
 
 def is_serial(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+    if type(value) is not int:
+        return False
+    return 0 <= value < 1 << 63
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in _NUMBERS and math.isfinite(value)
+    if type(value) not in _NUMBERS:
+        return False
+    return math.isfinite(value)
 
 
 def _is_options(value: Any) -> bool:
-    return type(value) is dict and not set(value) - {'cpus', 'timeout', 'memory', 'priority', 'retries', 'node', 'values'} \
-        and all(_is_number(option) for name, option in value.items() if name not in ('node', 'values')) \
-        and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1 and _is_key(value.get('node', '')) \
-        and _are_values(value.get('values', ()))
+    if type(value) is not dict:
+        return False
+    distinct_values = set(value)
+    if distinct_values - {'cpus', 'timeout', 'memory', 'priority', 'retries', 'node', 'values'}:
+        return False
+    if not all(
+            _is_number(option) for name, option in value.items() if name not in ('node', 'values')):
+        return False
+    cpus = value.get('cpus', 1)
+    if type(cpus) is not int:
+        return False
+    if not value.get('cpus', 1) >= 1:
+        return False
+    node = value.get('node', '')
+    if not _is_key(node):
+        return False
+    rows = value.get('values', ())
+    return _are_values(rows)
 
 
 def _are_values(rows: Any) -> bool:
     """Whether these are sizes and digests of values."""
-    return type(rows) is tuple and len(rows) <= BUFFERS_MOST and all(map(_is_value, rows))
+    if not (type(rows) is tuple and len(rows) <= BUFFERS_MOST):
+        return False
+    return all(map(_is_value, rows))
 
 
 def _is_value(row: Any) -> bool:
-    return type(row) is tuple and len(row) == 2 and type(row[0]) is int and 0 < row[0] < 1 << 62 \
-        and type(row[1]) is bytes and len(row[1]) == DIGEST_SIZE
+    if type(row) is not tuple:
+        return False
+    if len(row) != 2:
+        return False
+    if type(row[0]) is not int:
+        return False
+    if not (0 < row[0] < 1 << 62):
+        return False
+    if type(row[1]) is not bytes:
+        return False
+    return len(row[1]) == DIGEST_SIZE
 
 
 def _is_key(value: Any) -> bool:
     """Whether a scheduler can know a node by this."""
-    return type(value) is str or (type(value) is tuple
-                                  and all(type(part) in (str, int) for part in value))
+    if type(value) is str:
+        return True
+    if type(value) is not tuple:
+        return False
+    for part in value:
+        if type(part) not in (str, int):
+            return False
+    return True
 
 
 def _is_job(row: Any) -> bool:
-    return type(row) is tuple and len(row) == 3 and is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
-        and (row[2] is None or _is_options(row[2]))
+    if type(row) is not tuple:
+        return False
+    if len(row) != 3:
+        return False
+    if not is_serial(row[0]):
+        return False
+    if not (type(row[1]) is bytes or _is_payload(row[1])):
+        return False
+    if row[2] is None:
+        return True
+    return _is_options(row[2])
 
 
 def _is_result(row: Any) -> bool:
-    if type(row) is not tuple or len(row) != 7:
+    if type(row) is not tuple:
+        return False
+    if len(row) != 7:
         return False
     serial, outcome, start, end, *buffers = row
     # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite
     # number.
-    return type(serial) is int and 0 <= serial < 1 << 63 and type(outcome) is int and outcome in OUTCOMES \
-        and type(start) in _NUMBERS and type(end) in _NUMBERS and _BUFFER_TYPES.issuperset(map(type, buffers)) \
-        and is_outcome(outcome, start, end, *buffers)
+    return type(serial) is int and 0 <= serial < 1 << 63 and type(
+        outcome) is int and outcome in OUTCOMES and type(start) in _NUMBERS and type(
+            end) in _NUMBERS and _BUFFER_TYPES.issuperset(map(type, buffers)) and is_outcome(
+                outcome, start, end, *buffers)
 
 
 def refused_row(row: tuple, text: str) -> tuple:
@@ -1224,11 +1352,19 @@ def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: 
                stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
     size = len(payload)   # bounded by frames, parts and records
-    if not 0.0 <= start <= end <= LATEST or len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
+    if not 0.0 <= start <= end <= LATEST:
+        return False
+    if len(stdout) > OUTPUT_MOST:
+        return False
+    if len(stderr) > OUTPUT_MOST:
         return False
     if outcome == _RAISED:   # the length of its text, the text, the exception
-        return size >= 4 and int.from_bytes(payload[:4], 'big') <= size - 4
-    return size > 0 or outcome not in VALUES
+        if not size >= 4:
+            return False
+        return int.from_bytes(payload[:4], 'big') <= size - 4
+    if size > 0:
+        return True
+    return outcome not in VALUES
 
 
 def log_record_of(data: Buffer) -> Tuple[int, str, str]:
@@ -1242,39 +1378,77 @@ def log_record_of(data: Buffer) -> Tuple[int, str, str]:
 
 def _is_part(fields: tuple) -> bool:
     _, row, total, offset, data = fields
-    if not 0 <= offset <= total < 1 << 62 or not _is_payload(data):
+    if not 0 <= offset <= total < 1 << 62:
+        return False
+    if not _is_payload(data):
         return False
     if bool(row) != (total > 0 == offset):
         return False
-    return not row or (_is_job(row) if len(row) == 3 else _is_result(row))
+    if not row:
+        return True
+    if len(row) == 3:
+        return _is_job(row)
+    return _is_result(row)
 
 
 def _is_file(row: Any) -> bool:
     """Whether this is a row of a computation's files: name, size, digest, mode."""
-    return type(row) is tuple and [type(field)
-                                   for field in row] == [str, int, bytes, int] and row[1] >= 0
+    if type(row) is not tuple:
+        return False
+    kinds = []
+    for field in row:
+        kinds.append(type(field))
+    if kinds != [str, int, bytes, int]:
+        return False
+    return row[1] >= 0
 
 
 def _is_file_wanted(fields: Any) -> bool:
     """Whether these are purpose, key and row of a file."""
-    if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
+    if type(fields) is not tuple:
         return False
-    return fields[0] in PURPOSES and is_serial(fields[1]) and _is_file(fields[2])
+    if len(fields) != 3:
+        return False
+    if type(fields[0]) is not int:
+        return False
+    if not (fields[0] in PURPOSES and is_serial(fields[1])):
+        return False
+    return _is_file(fields[2])
 
 
 def _is_kept(kept: Any) -> bool:
-    return type(kept) is dict and all(
-        type(serials) is list and all(map(is_serial, serials)) for serials in kept.values())
+    if type(kept) is not dict:
+        return False
+    for serials in kept.values():
+        if not (type(serials) is list and all(map(is_serial, serials))):
+            return False
+    return True
 
 
 def _is_past(row: tuple) -> bool:
     """Whether this is a row of AttemptHistory, or nothing."""
-    return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
-        type(serials) is list and all(map(is_serial, serials)) for serials in row[1:4]))
+    if not row:
+        return True
+    if len(row) != 5:
+        return False
+    if type(row[0]) is not bool:
+        return False
+    if type(row[4]) is not str:
+        return False
+    for serials in row[1:4]:
+        if not (type(serials) is list and all(map(is_serial, serials))):
+            return False
+    return True
 
 
 def _is_running(pair: Any) -> bool:
-    return type(pair) is tuple and len(pair) == 2 and is_serial(pair[0]) and _is_number(pair[1])
+    if type(pair) is not tuple:
+        return False
+    if len(pair) != 2:
+        return False
+    if not is_serial(pair[0]):
+        return False
+    return _is_number(pair[1])
 
 
 OUTCOMES = frozenset(map(int, Outcome))
@@ -1285,7 +1459,8 @@ _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enume
 # Those that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
-# arguments of load_source in an envelope, for any; 'program': nothing. `program` is the name of its file;
+# arguments of load_source in an envelope, for any; 'program': nothing. `program` is the name of its
+# file;
 # if that is empty, the arguments of each job are a command line (CommandLines).
 SPEC_FIELDS: Dict[str, Any] = {
     'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
@@ -1303,15 +1478,20 @@ def result_key(spec: dict) -> bytes:
 
 def _is_spec(spec: dict) -> bool:
     key = result_key(spec)
-    if not _is_buffer(spec.get('authkey', b'')):
+    authkey = spec.get('authkey', b'')
+    if not _is_buffer(authkey):
         return False
-    return type(key) is bytes and len(key) == KEY_SIZE \
-        and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
-        and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
-        and spec['kind'] in ('function', 'source', 'program') \
-        and spec.get('start_method', '') in ('', FORK, SPAWN) \
-        and type(spec.get('initializer', False)) is bool and is_serial(spec.get('most', 0)) \
-        and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
+    return type(key) is bytes and len(key) == KEY_SIZE and all(
+        isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(
+            map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) and all(
+                type(word) is str
+                for word in (*spec['sys_path'], *spec['argv'])) and spec['kind'] in (
+                    'function', 'source', 'program') and spec.get(
+                        'start_method', '') in ('', FORK, SPAWN) and type(
+                            spec.get('initializer', False)) is bool and is_serial(
+                                spec.get('most', 0)) and spec['max_jobs'] >= 0 and all(
+                                    type(name) is str and _is_buffer(source)
+                                    for name, source in spec['support'].items())
 
 
 def _all_serials(fields: tuple) -> bool:
@@ -1321,8 +1501,8 @@ def _all_serials(fields: tuple) -> bool:
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     ClientHello: lambda fields: math.isfinite(fields[1]),
-    NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[
-        2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
+    NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(
+        fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
     FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
@@ -1374,21 +1554,318 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
     at = _INDEX.size + 8 * count
     if count > BUFFERS_MOST or at + body > len(payload):
         raise PeerError('a payload is shorter than its index says')
-    lengths = struct.unpack_from('>%dQ' % count, payload, _INDEX.size)
-    if at + body + sum(lengths) != len(payload):
+    layout = '>%dQ' % count
+    lengths = struct.unpack_from(layout, payload, _INDEX.size)
+    total_lengths = sum(lengths)
+    payload_length = len(payload)
+    if at + body + total_lengths != payload_length:
         raise PeerError('the parts of a payload do not add up')
     envelope = payload[at:at + body]
     at = at + body
     buffers = []
     for length in lengths:
-        buffers.append(payload[at:at + length])
+        buffer = payload[at:at + length]
+        buffers.append(buffer)
         at += length
     return envelope, buffers
 
 
+# -- what nodes and schedulers reckon alike --------------------------------------------------------
+
+class FetchValue(NamedTuple):
+    """Find out whether a value is there. Fed back as ValueSought."""
+    comp: str
+    size: int
+    digest: bytes
+
+
+class DropValue(NamedTuple):
+    """Remove a value."""
+    comp: str
+    digest: bytes
+
+
+class DurationEstimate:
+    """How long the next jobs of a computation may take, by those that ended last: their mean or
+    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
+    that is long goes unseen."""
+    LAST = 32
+    KEPT = 512      # for `row` and `remaining`
+    __slots__ = ('_last', '_seconds', '_mean', '_sorted', '_sums', '_new', '_rows')
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque(maxlen=self.KEPT)
+        # What `seconds` returns, until it is to be computed anew
+        self._seconds: Optional[float] = None
+        self._mean = 0.0
+        self._sorted: List[float] = []      # for `remaining`, and the sums of the first of these
+        self._sums: List[float] = [0.0]
+        self._new = 0                       # durations since this was computed:
+        self._rows: Dict[float, int] = {}   # what `row` has returned
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        if durations:
+            self._last.extend(durations)
+            self._seconds = None
+            self._new += len(durations)
+            if self._sorted:
+                self._sorted = []
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The estimate; None before the first job has ended."""
+        if self._seconds is None and self._last:
+            known = sorted(itertools.islice(reversed(self._last), self.LAST))
+            total_known = sum(known)
+            self._mean = max(total_known / len(known), 1e-6)
+            known_length = len(known)
+            self._seconds = max(self._mean, known[int(0.9 * known_length)])
+        return self._seconds
+
+    @property
+    def mean(self) -> Optional[float]:
+        """The mean of those that ended last; None before the first has ended."""
+        if self.seconds is None:
+            return None
+        return self._mean
+
+    def remaining(self, age: float) -> float:
+        """How long a job that has run for `age` seconds will go on: by those that took longer; if
+        there are none, for as long again."""
+        if not self._sorted:
+            self._sorted = sorted(self._last)
+            self._sums = [0.0, *itertools.accumulate(self._sorted)]
+        place = bisect.bisect_right(self._sorted, age)
+        sorted_length = len(self._sorted)
+        longer = sorted_length - place
+        if not longer:
+            return max(age, UNKNOWN_TIME)
+        return (self._sums[-1] - self._sums[place]) / longer - age
+
+    def row(self, seconds: float) -> int:
+        """How many jobs one after the other fill so many seconds of a CPU, however they fall: one
+        more than there were in the longest row that did not. If all that is known did not, twice
+        as many, but not less than ROW_FIRST; 0 before the first has ended. Looked at when an
+        eighth is new."""
+        if not self._last:
+            return 0
+        last_length = len(self._last)
+        if self._new > last_length >> 3:
+            self._new = 0
+            self._rows = {}
+        found = self._rows.get(seconds)
+        if found is None:
+            most = self._longest_row(seconds)
+            if most < len(self._last):
+                found = most + 1
+            else:
+                found = min(self.KEPT, max(ROW_FIRST, 2 * most))
+            self._rows[seconds] = found
+        return found
+
+    def _longest_row(self, seconds: float) -> int:
+        """The most jobs one after the other among the last that did not fill so many seconds."""
+        # So it is with short jobs, whose cost counts
+        total_last = sum(self._last)
+        if total_last < seconds:
+            return len(self._last)
+        last = list(self._last)
+        most = begin = 0
+        total = 0.0
+        for end, took in enumerate(last):
+            total += took
+            while total >= seconds and begin <= end:
+                total -= last[begin]
+                begin += 1
+            most = max(most, end + 1 - begin)
+        return most
+
+
+class Allowance:
+    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
+    by the estimate of their duration at once, but grows to that bound at most by doubling for each
+    round, which is as many ended jobs as were there when it grew last or might have been: what the
+    first jobs of a computation promise must be kept by those behind them."""
+    __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
+
+    def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
+        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
+        self._estimate = estimate
+        self._unknown = unknown
+        self._most = most
+        self._step = 1
+        self._left = 0     # jobs to end until the next doubling; 0: a round begins
+
+    def ended(self, count: int, there: int, cpus: int, rounds: int = 1) -> None:
+        """So many jobs have ended at this place, which has so many CPUs, and so many are still
+        there. What is there counts as so many rounds: several where messages take long, since the
+        ends of all of it are heard of at once there, and the CPUs are idle until more has come."""
+        if self._left == 0:
+            self._left = max(count + there, cpus * self._step) // rounds or 1
+        self._left -= count
+        for _ in range(rounds):
+            if self._left > 0:
+                break
+            self._step = min(2 * self._step, self._most)
+            self._left += max(there, cpus * self._step) // rounds or 1
+
+    def jobs(self, horizon: float) -> int:
+        """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
+        seconds = self._estimate.seconds
+        if seconds is None:
+            fits = self._unknown
+        else:
+            fits = int(horizon / seconds)
+        if fits < self._step:
+            self._step = max(1, fits)
+        return min(fits, self._step)
+
+
+class ValueRequests:
+    """Values that are known by digest at one place: which are there, which are needed, and whoever
+    waits for some. Each computation has its own. Who waits is served in the order of coming, and
+    one value of a computation at a time is fetched. When values are there that nobody needs, those
+    that were not needed for longest make room for others; one that is needed is fetched when there
+    is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
+    are rows (size, digest)."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most       # bytes
+        # (computation, digest) -> size, the one that was needed last at the end
+        self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
+        self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
+        self._waiting: Dict[str, Deque[Any]] = {}
+        self._coming: Dict[str, Tuple[int, bytes]] = {}
+        self._holders: Set[Any] = set()    # who has been served and still needs its values
+        self.total = 0          # bytes that are there
+
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiting)
+
+    def admit(self, comp: str, one: Any) -> bool:
+        """Whether all values are there that this one needs. Otherwise it waits."""
+        if comp not in self._waiting:
+            if self._has_all(comp, one):
+                self.hold(comp, one)
+                return True
+        self._waiting.setdefault(comp, collections.deque()).append(one)
+        return False
+
+    def _has_all(self, comp: str, one: Any) -> bool:
+        return all((comp, digest) in self._here for _, digest in one.values)
+
+    def hold(self, comp: str, one: Any) -> None:
+        """One needs its values, until they are released."""
+        self._holders.add(one)
+        for _, digest in one.values:
+            self._needs[comp, digest] += 1
+            if (comp, digest) in self._here:
+                self._here.move_to_end((comp, digest))
+
+    def release(self, comp: str, one: Any) -> None:
+        """One does not need its values any more, if it was served."""
+        for _, digest in one.values if one in self._holders else ():
+            self._needs[comp, digest] -= 1
+            if not self._needs[comp, digest]:
+                del self._needs[comp, digest]
+        self._holders.discard(one)
+
+    def waiting(self, comp: str) -> Sequence[Any]:
+        """Who waits."""
+        return self._waiting.get(comp, ())
+
+    def leave(self, comp: str, some: Container[Any]) -> List[Any]:
+        """These wait no more, if they do. Returns those that did."""
+        waiting = self._waiting.get(comp, ())
+        gone = []
+        for one in waiting:
+            if one in some:
+                gone.append(one)
+        if gone:
+            kept = collections.deque(one for one in waiting if one not in some)
+            self._set_waiting(comp, kept)
+        return gone
+
+    def _set_waiting(self, comp: str, kept: Deque[Any]) -> None:
+        if kept:
+            self._waiting[comp] = kept
+        else:
+            del self._waiting[comp]
+
+    def come(self, comp: str, size: int, digest: bytes) -> None:
+        """A value is there."""
+        if (comp, digest) not in self._here:
+            self.total += size
+        self._here[comp, digest] = size
+
+    def came(self, comp: str) -> None:
+        """The value that was fetched is there."""
+        self.come(comp, *self._coming.pop(comp))
+
+    def coming(self, comp: str) -> bytes:
+        """The digest of the value that is fetched; empty if none is."""
+        return self._coming.get(comp, (0, b''))[1]
+
+    def failed(self, comp: str) -> List[Any]:
+        """The value that was fetched cannot be had. Returns those that waited for it."""
+        _, digest = self._coming.pop(comp)
+        return self.leave(comp, {one for one in self.waiting(comp)
+                                 if any(digest == other for _, other in one.values)})
+
+    def postpone(self, comp: str) -> None:
+        """The value that was to be fetched finds no room now; the next `serve` tries again."""
+        self._coming.pop(comp, None)
+
+    def interrupt(self, comp: str) -> List[Any]:
+        """Whoever has the values is not connected any more. Returns those that waited."""
+        self._coming.pop(comp, None)
+        return list(self._waiting.pop(comp, ()))
+
+    def forget(self, comp: str) -> None:
+        """A computation is over, and its values are gone; all that it had was released."""
+        self.interrupt(comp)
+        for key in [key for key in self._here if key[0] == comp]:
+            self.total -= self._here.pop(key)
+            self._needs.pop(key, None)
+
+    def serve(self) -> Tuple[List[Tuple[str, Any]], List[Any]]:
+        """Whoever waits no more, with its computation, and actions: what is to be fetched, and what
+        makes room for that."""
+        served: List[Tuple[str, Any]] = []
+        actions: List[Any] = []
+        for comp in list(self._waiting):
+            waiting = self._waiting[comp]
+            while waiting and self._has_all(comp, waiting[0]):
+                self.hold(comp, waiting[0])
+                served.append((comp, waiting.popleft()))
+            self._set_waiting(comp, waiting)
+            if not waiting:
+                continue
+            if comp not in self._coming:
+                self._fetch(comp, waiting[0], actions)
+        return served, actions
+
+    def _fetch(self, comp: str, one: Any, actions: List[Any]) -> None:
+        own = {(name, digest) for name, waiting in self._waiting.items()
+               for _, digest in waiting[0].values}
+        size, digest = next(row for row in one.values if (comp, row[1]) not in self._here)
+        spare = [key for key in self._here if key not in own and key not in self._needs]
+        for key in spare:
+            if self.total + size <= self._most:
+                break
+            self.total -= self._here.pop(key)
+            drop_value = DropValue(*key)
+            actions.append(drop_value)
+        if self.total + size <= self._most or not any(key not in own for key in self._needs):
+            self._coming[comp] = (size, digest)
+            fetch_value = FetchValue(comp, size, digest)
+            actions.append(fetch_value)
+
+
 # --------------------------------------------------------------------------------------------------
-# Sealed payloads: what a user sent. Written by the client or a worker, opened by a worker or the
-# client.
+# Payloads: what a user sent. Written by the client or a worker, opened by a worker or the client.
 # --------------------------------------------------------------------------------------------------
 
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
@@ -1434,7 +1911,8 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     be packed as usual. Raises what pickling raises.
     """
     if type(value) in ATOMS:
-        return Sealed(pickle.dumps(value, 5), True, _NO_MODULES, True)
+        dumped = pickle.dumps(value, 5)
+        return Sealed(dumped, True, _NO_MODULES, True)
     pieces, buffers = _Pieces(), []  # type: Tuple[_Pieces, List[memoryview]]
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
@@ -1446,12 +1924,14 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     writer = (pickler or value_pickler())(pieces, 5, beside)
     writer.dump(value)
     shared = None
-    if share is not None and (buffers or len(pieces) > 1 or len(pieces[0]) >= OUT_OF_BAND):
-        shared = share(pieces, buffers)
+    if share is not None:
+        if buffers or len(pieces) > 1 or len(pieces[0]) >= OUT_OF_BAND:
+            shared = share(pieces, buffers)
     if shared is not None:
         payload: Payload = shared
     elif buffers:
-        payload = _with_buffers(b''.join(pieces), buffers)
+        body = b''.join(pieces)
+        payload = _with_buffers(body, buffers)
     else:
         if len(pieces) == 1:
             payload = pieces[0]
@@ -1461,7 +1941,8 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
 
 
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
-    head = _BUFFERS.pack(1, len(buffers)) + struct.pack('>Q%dQ' % len(buffers), len(body),
+    buffer_count = len(buffers)
+    head = _BUFFERS.pack(1, buffer_count) + struct.pack('>Q%dQ' % len(buffers), len(body),
                                                         *map(len, buffers))
     return (head + body, *buffers)
 
@@ -1469,10 +1950,14 @@ def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
 def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
     """A payload of these pieces and buffers; those that are rows (size, digest) do not stand in
     it."""
-    there = [part for part in (*pieces, *buffers) if type(part) is not tuple]
+    there = []
+    for part in (*pieces, *buffers):
+        if type(part) is not tuple:
+            there.append(part)
     spec = pickle.dumps(tuple([part if type(part) is tuple else len(part) for part in parts]
                               for parts in (pieces, buffers)), 5)
-    return b''.join((_SHARED.pack(3, len(spec)), spec, *there))
+    spec_length = len(spec)
+    return b''.join((_SHARED.pack(3, spec_length), spec, *there))
 
 
 class _Segments:
@@ -1487,11 +1972,14 @@ class _Segments:
         filled = 0
         while filled < len(view) and self._pieces:
             first = self._pieces[0]
-            some = first[:len(view) - filled]
+            view_length = len(view)
+            some = first[:view_length - filled]
             view[filled:filled + len(some)] = some
             filled += len(some)
-            self._pieces[0] = first[len(some):]
-            if not len(self._pieces[0]):
+            some_length = len(some)
+            self._pieces[0] = first[some_length:]
+            piece_length = len(self._pieces[0])
+            if not piece_length:
                 self._pieces.popleft()
         return filled
 
@@ -1511,7 +1999,8 @@ def _unseal_shared(payload: Buffer) -> Any:
     """Open a payload some parts of which are values that are known by digest."""
     view = memoryview(payload)
     at = _SHARED.size + _SHARED.unpack_from(view)[1]
-    spec = open_envelope(view[_SHARED.size:at])
+    data = view[_SHARED.size:at]
+    spec = open_envelope(data)
     if known_values is None:
         raise RuntimeError('this process has no values that are known by digest')
     opened: Tuple[List[Any], List[Any]] = ([], [])
@@ -1542,9 +2031,11 @@ known_values: Any = None
 
 def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
     """A payload that says which bundles of modules have to be there before it is opened."""
-    body = pickle.dumps(tuple(sorted(numbers)), 5)
+    sorted_numbers = sorted(numbers)
+    body = pickle.dumps(tuple(sorted_numbers), 5)
     pieces = pieces_of(payload)
-    return (_NEEDS.pack(2, len(body)) + body + bytes(pieces[0]), *pieces[1:])
+    body_length = len(body)
+    return (_NEEDS.pack(2, body_length) + body + bytes(pieces[0]), *pieces[1:])
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
@@ -1552,7 +2043,8 @@ def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
     if payload[0] != 2:
         return (), payload
     _, length = _NEEDS.unpack_from(payload)
-    numbers = open_envelope(payload[_NEEDS.size:_NEEDS.size + length])
+    data = payload[_NEEDS.size:_NEEDS.size + length]
+    numbers = open_envelope(data)
     return numbers, memoryview(payload)[_NEEDS.size + length:]
 
 
@@ -1584,7 +2076,8 @@ class _Source:
     def readinto(self, target: Any) -> int:
         """Do as the method of a file."""
         view = memoryview(target)
-        size = min(len(view), self._end - self._at)
+        view_length = len(view)
+        size = min(view_length, self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
             end = min(start + COPIED_AT_ONCE, size)
             view[start:end] = self._view[self._at:self._at + end - start]
@@ -1599,7 +2092,8 @@ class _Source:
 
     def readline(self) -> bytes:
         """Do as the method of a file. Only pickles of old protocols have lines."""
-        line = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)]).readline()
+        bytes_io = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)])
+        line = bytes_io.readline()
         self._went(len(line))
         return line
 
@@ -1614,7 +2108,11 @@ class _Source:
         first = -(-self._at // mmap.PAGESIZE)
         self._at = self._at + size
         last = self._at // mmap.PAGESIZE
-        if self._memory is not None and size > FILE_PIECE and last > first:
+        if self._memory is None:
+            return
+        if not size > FILE_PIECE:
+            return
+        if last > first:
             self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE,  # type: ignore[attr-defined]
                                  (last - first) * mmap.PAGESIZE)
 
@@ -1640,34 +2138,52 @@ def loads(payload: Buffer, once: bool = False) -> Any:
     view = memoryview(payload)
     ends = _ends_of(view)
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
-    return pickle.loads(view[ends[0]:ends[1]], buffers=[
-        bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
+    buffers = []
+    for begin, end in zip(ends[1:], ends[2:]):
+        buffer = bytearray(view[begin:end])
+        buffers.append(buffer)
+    return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
 
 
 def _ends_of(view: memoryview) -> List[int]:
     """Where the pickle of a payload begins, where it ends, and where the buffers behind it do."""
     _, count = _BUFFERS.unpack_from(view)
-    lengths = struct.unpack_from('>%dQ' % (count + 1), view, _BUFFERS.size)
-    return list(itertools.accumulate(lengths, initial=_BUFFERS.size + 8 * (count + 1)))
+    layout = '>%dQ' % (count + 1)
+    lengths = struct.unpack_from(layout, view, _BUFFERS.size)
+    initial = _BUFFERS.size + 8 * (count + 1)
+    return list(itertools.accumulate(lengths, initial=initial))
 
 
 def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
     """Open what the source has from `at` on, which is `view`."""
     if view[0] != 1:
-        source.goto(at, len(view))
+        view_length = len(view)
+        source.goto(at, view_length)
         return pickle.Unpickler(source).load()
     ends = _ends_of(view)
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
         source.goto(at + begin, end - begin)
         buffers.append(source.copy())
-    source.goto(at + ends[0], ends[1] - ends[0])
-    return pickle.Unpickler(source, buffers=buffers).load()
+    size = ends[1] - ends[0]
+    source.goto(at + ends[0], size)
+    unpickler = pickle.Unpickler(source, buffers=buffers)
+    return unpickler.load()
 
 
 # --------------------------------------------------------------------------------------------------
-# Objects by value: what has no module that could be imported. Used by clients and by workers alike.
+# Code that travels: objects by value, modules, and what payloads name. Used by clients and by
+# workers alike.
 # --------------------------------------------------------------------------------------------------
+
+def find_named(module: str, name: str) -> Any:
+    """What has this qualified name in a module; the module itself for an empty name."""
+    return functools.reduce(getattr,
+                            name.split('.') if name else (), importlib.import_module(module))
+
+
+# Classes that the computation does not need and that do not load here
+_left_out: Dict[Tuple[str, str], str] = {}
 
 # Functions and classes of importable modules are pickled by name. Those of a program's __main__,
 # and those that only a running function has, are pickled by value with cloudpickle's reducers.
@@ -1695,17 +2211,24 @@ class Versions:
             form = b''
         else:
             form = _form_of(value)
-        if known is not None and known[1] == form and self._is_same(known[0], value, form):
-            return known[2]
+        if known is not None and known[1] == form:
+            if self._is_same(known[0], value, form):
+                return known[2]
         version = os.urandom(8)
         self._known[name] = (value, form, version)
         return version
 
     @staticmethod
     def _is_same(before: Any, now: Any, form: bytes) -> bool:
-        if before is now or form:
+        if before is now:
             return True
-        return type(now) in ATOMS and type(before) is type(now) and before == now
+        if form:
+            return True
+        if type(now) not in ATOMS:
+            return False
+        if type(before) is not type(now):
+            return False
+        return before == now
 
 
 class _Form:
@@ -1756,7 +2279,8 @@ def _form_of(value: Any) -> bytes:
     pickled."""
     if isinstance(value, _IDENTICAL):
         return b''
-    return _digest_of_pickle(_FormPickler, value) or b''
+    digest = _digest_of_pickle(_FormPickler, value)
+    return digest or b''
 
 
 class Space:
@@ -1776,11 +2300,14 @@ class Space:
     def apply(self, variables: Dict[str, Tuple[bytes, Any]]) -> None:
         """Set what has another version than what was set before."""
         for name, (version, value) in variables.items():
-            if not self.native and self.applied.get(name) != version:
-                if name not in self.variables:
-                    spaces.added.append((self.variables, name))
-                self.applied[name] = version
-                self.variables[name] = value
+            if self.native:
+                continue
+            if self.applied.get(name) == version:
+                continue
+            if name not in self.variables:
+                spaces.added.append((self.variables, name))
+            self.applied[name] = version
+            self.variables[name] = value
 
 
 class Spaces:
@@ -1798,15 +2325,21 @@ class Spaces:
 
     def adopt_main(self, module: types.ModuleType) -> None:
         """The main module of the first program that is met here shall be this module."""
-        self._main, self._adopted = module, vars(module)
+        self._main = module
+        self._adopted = vars(module)
 
     def name_class(self, cls: type) -> None:
         """A class of the program's main module is found by its name there, so that jobs can pickle
         it by name."""
-        if self._adopted is not None and cls.__module__ in MAIN_NAMES and cls.__qualname__ == cls.__name__:
-            if cls.__name__ not in self._adopted:
-                self._adopted[cls.__name__] = cls
-                self.added.append((self._adopted, cls.__name__))
+        if self._adopted is None:
+            return
+        if cls.__module__ not in MAIN_NAMES:
+            return
+        if cls.__qualname__ != cls.__name__:
+            return
+        if cls.__name__ not in self._adopted:
+            self._adopted[cls.__name__] = cls
+            self.added.append((self._adopted, cls.__name__))
 
     def forget_added(self, names: Iterable[str]) -> None:
         """Those of these variables that came for the present job alone."""
@@ -1821,8 +2354,11 @@ class Spaces:
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
         """Return the space of a function's global variables. None for those of no __main__."""
         space = self._by_id.get(id(variables))
-        if space is None and variables.get('__name__') in MAIN_NAMES:
-            space = self._add(Space((self.instance, len(self._by_id)), variables, True))
+        if space is None:
+            variable = variables.get('__name__')
+            if variable in MAIN_NAMES:
+                token = (self.instance, len(self._by_id))
+                space = self._add(Space(token, variables, True))
         return space
 
     def of_token(self, token: tuple, basics: Dict[str, Any]) -> Space:
@@ -1845,7 +2381,8 @@ class Spaces:
         return self._by_id.get(id(variables))
 
     def _add(self, space: Space) -> Space:
-        self._by_token[space.token] = self._by_id[id(space.variables)] = space
+        self._by_token[space.token] = space
+        self._by_id[id(space.variables)] = space
         return space
 
 
@@ -1939,7 +2476,8 @@ def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeTy
         imported = sys.modules.get(module)
     else:
         imported = None
-    loader = getattr(getattr(imported, '__spec__', None), 'loader', None)
+    spec = getattr(imported, '__spec__', None)
+    loader = getattr(spec, 'loader', None)
     if not hasattr(loader, 'get_code'):
         return None
     waiting = [loader.get_code(module)]  # type: ignore[union-attr]
@@ -1949,7 +2487,9 @@ def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeTy
             continue
         if (code.co_name, code.co_firstlineno) == (foreign.name, foreign.line):
             return code  # type: ignore[no-any-return]
-        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        for const in code.co_consts:
+            if isinstance(const, types.CodeType):
+                waiting.append(const)
     return None
 
 
@@ -1963,7 +2503,8 @@ def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> A
     whoever calls it. Its file is for tracebacks; cloudpickle leaves it out since 3.1.3."""
     if version != sys.version_info[:2]:
         return ForeignCode(version, name, line)
-    return types.CodeType(*args).replace(co_filename=file)
+    code_type = types.CodeType(*args)
+    return code_type.replace(co_filename=file)
 
 
 def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
@@ -1975,9 +2516,10 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
             module, name
         ), 'it is not in the source sent. Put it into a file of its own, which the program imports '
            'or lists in depends, or run dispynode there with %s' % python_of(version))
-        raise TypeError(
-            '%s %s.%s of the client, which runs %s, cannot be had by %s: %s' %
-            (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
+        python = python_of(version)
+        text = '%s %s.%s of the client, which runs %s, cannot be had by %s: %s' % (
+            kind, module, name, python, python_of(sys.version_info), why)
+        raise TypeError(text) from None
 
 
 def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, version: bytes,
@@ -1995,8 +2537,9 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
         if space.native and isinstance(variables.get(name), types.FunctionType):
             return variables[name]
         known = space.functions.get(name)
-        if known is not None and known[0] == version:
-            return known[1]
+        if known is not None:
+            if known[0] == version:
+                return known[1]
     function = types.FunctionType(code, variables, name.rpartition('.')[2], None, cells or None)
     _unfinished.add(function)
     return function
@@ -2018,9 +2561,10 @@ def fill_function(function: Any, state: tuple) -> None:
             cell.cell_contents = value
         if space is None and variables:
             function.__globals__.update({key: value for key, (_, value) in variables.items()})
-        if space is not None and version and not space.native:
-            space.functions[name] = (version, function)
-            space.apply({name: (version, function)})
+        if space is not None:
+            if version and not space.native:
+                space.functions[name] = (version, function)
+                space.apply({name: (version, function)})
     if space is not None:
         space.apply(variables)
 
@@ -2256,8 +2800,8 @@ def _reduce_typed(variable: Any) -> tuple:
         option: getattr(variable, name)
         for option, name in names if getattr(variable, name, None)
     }
-    return make_typed, (type(variable), (variable.__name__, *getattr(variable, '__constraints__',
-                                                                     ())), options)
+    constraints = getattr(variable, '__constraints__', ())
+    return make_typed, (type(variable), (variable.__name__, *constraints), options)
 
 
 def _reduce_library(library: Any) -> tuple:
@@ -2294,7 +2838,8 @@ _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
 
 
 def _dead_reference() -> Any:
-    return weakref.ref(Space((), {}, False))
+    space = Space((), {}, False)
+    return weakref.ref(space)
 
 
 class ValueReducer:
@@ -2321,7 +2866,9 @@ class ValueReducer:
 
     def importable(self, module: str) -> bool:
         """Whether the other side finds this module by its name."""
-        return module in sys.modules and module not in MAIN_NAMES
+        if module not in sys.modules:
+            return False
+        return module not in MAIN_NAMES
 
     def reducer_override(self, obj: Any) -> Any:
         """Called by the pickler for everything that is not a builtin value."""
@@ -2336,7 +2883,8 @@ class ValueReducer:
         if kind is types.ModuleType or isinstance(obj, types.ModuleType):
             return self._reduce_module(obj)
         if isinstance(obj, types.BuiltinFunctionType) or 'function_or_method' in kind.__name__:
-            self._note(getattr(obj, '__module__', None))
+            module = getattr(obj, '__module__', None)
+            self._note(module)
             return NotImplemented
         special = self._special(kind)
         if special is not None:
@@ -2360,16 +2908,20 @@ class ValueReducer:
             return self._reduce_typed
         if issubclass(kind, threading.local):
             return self._reduce_local
-        if 'ctypes' in sys.modules and issubclass(kind, sys.modules['ctypes'].CDLL):
-            return _reduce_library
-        if kind in copyreg.dispatch_table or kind in _REDUCERS:
+        if 'ctypes' in sys.modules:
+            if issubclass(kind, sys.modules['ctypes'].CDLL):
+                return _reduce_library
+        if kind in copyreg.dispatch_table:
+            return None
+        if kind in _REDUCERS:
             return None
         if issubclass(kind, BaseException):
             if isinstance(kind.__init__, types.FunctionType):
                 return self._reduce_exception
             return None
-        if isinstance(kind.__reduce__, types.FunctionType) or isinstance(
-                kind.__reduce_ex__, types.FunctionType):
+        if isinstance(kind.__reduce__, types.FunctionType):
+            return self._reduce_named
+        if isinstance(kind.__reduce_ex__, types.FunctionType):
             return self._reduce_named
         return None
 
@@ -2380,10 +2932,15 @@ class ValueReducer:
     def _is_by_name(self, obj: Any, name: Any) -> bool:
         """Whether an object is what an importable module has under its qualified name."""
         module = getattr(obj, '__module__', None)
-        if not isinstance(module, str) or not isinstance(name, str) or not is_named(
-                obj, module, name):
+        if not isinstance(module, str):
             return False
-        if not self.importable(module) or self._is_registered(module):
+        if not isinstance(name, str):
+            return False
+        if not is_named(obj, module, name):
+            return False
+        if not self.importable(module):
+            return False
+        if self._is_registered(module):
             return False
         self.modules.add(module)
         return True
@@ -2391,8 +2948,9 @@ class ValueReducer:
     def _is_registered(self, module: str) -> bool:
         """Whether cloudpickle.register_pickle_by_value names the module or a package that it is
         in."""
-        return bool(self._registered) and any(
-            module == name or module.startswith(name + '.') for name in self._registered)
+        if not bool(self._registered):
+            return False
+        return any(module == name or module.startswith(name + '.') for name in self._registered)
 
     def _reduce_class(self, cls: Any) -> Any:
         if cls.__module__ == 'builtins':
@@ -2439,8 +2997,8 @@ class ValueReducer:
                 imported = sys.modules.get(module)
             else:
                 imported = None
-            by_name = imported is not None and vars(imported) is variables and self.importable(module) \
-                and not self._is_registered(module)
+            by_name = imported is not None and vars(imported) is variables and self.importable(
+                module) and not self._is_registered(module)
             found = self._spaces[id(variables)] = _SpaceRef(variables, module if by_name else '')
             if by_name:
                 self.modules.add(module)
@@ -2453,12 +3011,15 @@ class ValueReducer:
         if variable is not None:
             return variable
         if _is_dispatcher(function):
-            return self._of_main(function, _reduce_dispatcher(function))
+            made = _reduce_dispatcher(function)
+            return self._of_main(function, made)
         attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
         variables = slots.pop('__globals__')
-        closure = slots.pop('__closure__') or ()
+        slot = slots.pop('__closure__')
+        closure = slot or ()
         submodules = slots.pop('_cloudpickle_submodules')
-        imported = imports_of(function.__code__, function.__globals__.get('__package__'))
+        package = function.__globals__.get('__package__')
+        imported = imports_of(function.__code__, package)
         cells = []
         self.modules.update(imported)
         contents = []
@@ -2467,7 +3028,8 @@ class ValueReducer:
             cells.append(reference)
             with contextlib.suppress(ValueError):   # it is empty
                 contents.append((reference, cell.cell_contents))
-        place = self._space(function.__globals__, function.__globals__.get('__name__'))
+        module = function.__globals__.get('__name__')
+        place = self._space(function.__globals__, module)
         space = spaces.known(function.__globals__)
         # Another Python would find it in the source of its module
         if place.reduced[0] is not variables_of_module:
@@ -2483,7 +3045,8 @@ class ValueReducer:
                 *variables.values()
             ])
         name = function.__qualname__
-        version = self._version_of(function, space, not attributes and not closure)
+        is_plain = not attributes and not closure
+        version = self._version_of(function, space, is_plain)
         return (function_of, (place, function.__code__, function.__module__, name, version,
                               tuple(cells)), (attributes, slots, contents, rows, name, version,
                                               submodules), None, None, fill_function)
@@ -2493,7 +3056,10 @@ class ValueReducer:
         """The version by which a function is known in the space of its variables; empty if it is
         known by none. `is_plain`: it has neither attributes nor cells."""
         name = function.__qualname__
-        if space is None or space.variables.get(name) is not function:
+        if space is None:
+            return b''
+        variable = space.variables.get(name)
+        if variable is not function:
             return b''
         if not space.native:
             # Its program finds it by its name; any other gets what is written there
@@ -2511,8 +3077,11 @@ class ValueReducer:
         else:
             imported = None
         variables = getattr(imported, '__dict__', None)
-        if type(variables) is not dict or not self.importable(module) or self._is_registered(
-                module):
+        if type(variables) is not dict:
+            return None
+        if not self.importable(module):
+            return None
+        if self._is_registered(module):
             return None
         name = next((name for name, value in list(variables.items()) if value is function), None)
         if name is None:
@@ -2522,10 +3091,11 @@ class ValueReducer:
 
     def _reduce_module(self, module: types.ModuleType) -> Any:
         name = module.__name__
-        if sys.modules.get(name) is module and self.importable(
-                name) and not self._is_registered(name):
-            self.modules.add(name)
-            return importlib.import_module, (name,)
+        if sys.modules.get(name) is module:
+            importable = self.importable(name)
+            if importable and not self._is_registered(name):
+                self.modules.add(name)
+                return importlib.import_module, (name,)
         return super().dispatch_table[types.ModuleType](module)  # type: ignore[misc]
 
     def _of_main(self, obj: Any, made: tuple) -> tuple:
@@ -2536,7 +3106,8 @@ class ValueReducer:
             variables = vars(module)
         else:
             variables = {}
-        name = getattr(obj, '__qualname__', None) or getattr(obj, '__name__', None)
+        qualname = getattr(obj, '__qualname__', None)
+        name = qualname or getattr(obj, '__name__', None)
         if not isinstance(name, str) or variables.get(name) is not obj:
             name = next((key for key, value in list(variables.items()) if value is obj), '')
         if name:
@@ -2556,7 +3127,8 @@ class ValueReducer:
         pickle does: in another process it would guard nothing."""
         if self.exact or id(lock) in self._locks_of_code:
             return _LOCKS[type(lock)], ()
-        raise TypeError("cannot pickle '_thread.%s' object" % type(lock).__name__)
+        text = "cannot pickle '_thread.%s' object" % type(lock).__name__
+        raise TypeError(text)
 
     def _allow_locks(self, values: Iterable[Any]) -> None:
         """Find the locks that belong to a class or function: its own, and those in objects that it
@@ -2566,8 +3138,10 @@ class ValueReducer:
             value, depth = waiting.pop()
             if type(value) in _LOCKS:
                 self._locks_of_code[id(value)] = value
-            elif depth < 4 and not isinstance(value, _IDENTICAL) and type(value) not in ATOMS:
-                waiting += [(part, depth + 1) for part in _held_by(value)]
+            elif depth < 4 and not isinstance(value, _IDENTICAL):
+                if type(value) not in ATOMS:
+                    for part in _held_by(value):
+                        waiting.append((part, depth + 1))
 
     def _reduce_sentinel(self, obj: Any) -> Any:
         """A bare object(), which programs compare by identity."""
@@ -2577,28 +3151,38 @@ class ValueReducer:
         return made
 
     def _reduce_cached(self, function: Any) -> Any:
-        if self._is_by_name(function, getattr(function, '__qualname__', None)):
+        qualname = getattr(function, '__qualname__', None)
+        if self._is_by_name(function, qualname):
             return NotImplemented
-        return self._of_main(function, _reduce_cached(function))
+        made = _reduce_cached(function)
+        return self._of_main(function, made)
 
     def _reduce_typed(self, variable: Any) -> Any:
         if self._is_by_name(variable, variable.__name__):
             return NotImplemented
-        return self._of_main(variable, _reduce_typed(variable))
+        made = _reduce_typed(variable)
+        return self._of_main(variable, made)
 
     def _reduce_context_variable(self, variable: Any) -> Any:
-        return self._of_module(variable, _reduce_context_variable(variable))
+        made = _reduce_context_variable(variable)
+        return self._of_module(variable, made)
 
     def _reduce_local(self, local: Any) -> Any:
-        return self._of_module(local, (make_local, (type(local), dict(vars(local)))))
+        made = (make_local, (type(local), dict(vars(local))))
+        return self._of_module(local, made)
 
     def _of_module(self, obj: Any, made: tuple) -> tuple:
         """Something that has no name of its own, and is what an importable module has in a
         variable."""
         for module, imported in list(sys.modules.items()):
             variables = getattr(imported, '__dict__', None)
-            if module in MAIN_NAMES or type(variables) is not dict or not self.importable(
-                    module) or self._is_registered(module):
+            if module in MAIN_NAMES:
+                continue
+            if type(variables) is not dict:
+                continue
+            if not self.importable(module):
+                continue
+            if self._is_registered(module):
                 continue
             name = next((name for name, value in list(variables.items()) if value is obj), None)
             if name is not None:
@@ -2610,7 +3194,9 @@ class ValueReducer:
         """An exception whose constructor is the user's: what pickle does would call it with the
         arguments that the exception has kept, which may not be those that it takes."""
         reduced = exc.__reduce_ex__(5)
-        if isinstance(reduced, str) or reduced[:2] != (type(exc), exc.args):
+        if isinstance(reduced, str):
+            return reduced
+        if reduced[:2] != (type(exc), exc.args):
             return reduced
         if not self.exact:
             with contextlib.suppress(Exception):  # where it is opened it would fail just so
@@ -2625,7 +3211,8 @@ class ValueReducer:
             return reduced
         if self._is_by_name(obj, reduced):
             return reduced
-        return self._of_main(obj, (make_object, (type(obj), dict(vars(obj)))))
+        made = (make_object, (type(obj), dict(vars(obj))))
+        return self._of_main(obj, made)
 
 
 def _held_by(value: Any) -> List[Any]:
@@ -2660,10 +3247,13 @@ _TYPED = frozenset(
 
 def is_named(obj: Any, module: str, name: str) -> bool:
     """Whether an object is what its module has under a qualified name."""
-    if '<locals>' in name or module not in sys.modules:
+    if '<locals>' in name:
+        return False
+    if module not in sys.modules:
         return False
     try:
-        return functools.reduce(getattr, name.split('.'), sys.modules[module]) is obj
+        name_parts = name.split('.')
+        return functools.reduce(getattr, name_parts, sys.modules[module]) is obj
     except Exception:  # AttributeError, or whatever a __getattr__ of the user's raises
         return False
 
@@ -2672,10 +3262,11 @@ def is_named(obj: Any, module: str, name: str) -> bool:
 def _ctypes_bases() -> Dict[type, type]:
     """Classes of the classes of ctypes, which have no names there -> an example of each."""
     import ctypes
+    c_func_ptr = getattr(ctypes, '_CFuncPtr')
     return {
         type(base): base
         for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer,
-                     getattr(ctypes, '_CFuncPtr'))
+                     c_func_ptr)
     }
 
 
@@ -2687,7 +3278,10 @@ def _has_own_members(cls: Any) -> bool:
         if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
         for name in ('__new_member__', '__init__')
     ]
-    return any(isinstance(function, types.FunctionType) for function in made_by)
+    for function in made_by:
+        if isinstance(function, types.FunctionType):
+            return True
+    return False
 
 
 def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
@@ -2770,25 +3364,28 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
             continue
         names.add(origin)
         names.update('%s.%s' % (origin, name) for name in wanted if name != '*')
-    return names | _submodules_used(code, {name.partition('.')[0] for name in names})
+    packages = {name.partition('.')[0] for name in names}
+    return names | _submodules_used(code, packages)
 
 
 def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
     """Loaded submodules that a function can reach as attributes of packages that it imports itself.
     cloudpickle finds those of packages in global variables."""
     used = set(code.co_names)
-    return {name for name in list(sys.modules) if isinstance(name, str) and '.' in name
-            and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used}
+    all_modules = list(sys.modules)
+    return {
+        name
+        for name in all_modules if isinstance(name, str) and '.' in name
+        and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used
+    }
 
 
 def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:
     """Level, module, names of each import statement."""
     import dis
     if dis.opmap['IMPORT_NAME'] in code.co_code[::2]:
-        steps = [
-            step for step in dis.get_instructions(code)
-            if step.opname not in ('EXTENDED_ARG', 'CACHE')
-        ]
+        instructions = dis.get_instructions(code)
+        steps = [step for step in instructions if step.opname not in ('EXTENDED_ARG', 'CACHE')]
         for at, step in enumerate(steps):
             if step.opname == 'IMPORT_NAME':
                 level, wanted = (steps[at - back].argval for back in (2, 1))
@@ -2803,7 +3400,8 @@ def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]
 def cloudpickle_part(name: str) -> Any:
     """A function of cloudpickle's, in whichever of its modules this version has it."""
     import cloudpickle
-    modules = (cloudpickle, cloudpickle.cloudpickle, getattr(cloudpickle, 'cloudpickle_fast', None))
+    cloudpickle_fast = getattr(cloudpickle, 'cloudpickle_fast', None)
+    modules = (cloudpickle, cloudpickle.cloudpickle, cloudpickle_fast)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -2827,16 +3425,983 @@ def _value_pickler(known: int) -> Any:
     return ValuePickler
 
 
+# -- modules of the user ---------------------------------------------------------------------------
+
+# They are imported by their names from where the client's files were put, and then given what the
+# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
+# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+class StateRow(NamedTuple):
+    """A variable of a module, or an attribute of a class in it, as the program had it."""
+    module: str
+    owner: str        # qualified name of the class; empty: the module itself
+    name: str
+    form: bytes       # digest of what plain pickle makes of the value
+    # Of the object in the state's pickle that is changed in place; -1: the value is set
+    number: int
+    computed: bool    # the module's source computes it: on another platform it stays as it is there
+
+
+class _StateUnpickler(pickle.Unpickler):
+    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
+
+    def __init__(self, data: bytes, targets: List[Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._targets = targets
+
+    def persistent_load(self, number: Any) -> Any:
+        """The object on this node that has this number."""
+        return self._targets[number]
+
+
+def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
+    """A digest of what plain pickle makes of a value, with functions and classes by name; None if
+    it cannot, or if that is larger than `limit` bytes."""
+    return _digest_of_pickle(pickle.Pickler, value, limit)
+
+
+_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict,
+               collections.Counter, collections.deque)
+
+
+def keeps_identity(value: Any) -> bool:
+    """Whether a value is changed in place on a node: a container, or an instance that is nothing
+    but its attributes."""
+    kind = type(value)
+    if kind in _CONTAINERS:
+        return True
+    if kind is types.SimpleNamespace:
+        return True
+    if isinstance(
+            value,
+        (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
+        return False
+    own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
+           '__getnewargs_ex__')
+    return (isinstance(getattr(value, '__dict__', None), dict) and kind not in copyreg.dispatch_table
+            and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
+            and not copyreg._slotnames(kind))  # type: ignore[attr-defined]
+
+
+def contents_of(value: Any) -> Any:
+    """What `fill_in_place` takes."""
+    if isinstance(value, collections.defaultdict):
+        return value.default_factory, dict(value)
+    if isinstance(value, (list, collections.deque)):
+        return list(value)
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, set):
+        return set(value)
+    return dict(vars(value))
+
+
+def fill_in_place(target: Any, contents: Any) -> None:
+    """Give an object that keeps its identity the contents that it has in the program."""
+    if isinstance(target, collections.defaultdict):
+        target.default_factory, contents = contents
+    if isinstance(target, (list, dict, set, collections.deque)):
+        target.clear()
+        (target.extend if isinstance(target,
+                                     (list, collections.deque)) else target.update)(contents)
+    else:
+        vars(target).clear()
+        vars(target).update(contents)
+
+
+class ModuleState:
+    """Puts in place what a program has set in its modules."""
+
+    def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
+                 pickled: bytes) -> None:
+        same = platform_ == sys.platform
+        self._rows = [row for row in rows if same or not row.computed]
+        self._kinds = kinds        # number -> module and name of the object's class
+        self._pickled = pickled
+
+    def apply(self) -> None:
+        """Raises what importing the modules and opening the state raise."""
+        changed = [row for row in self._rows if plain_form(self._value(row)) != row.form]
+        if not changed:
+            return
+        targets = self._targets()
+        state_unpickler = _StateUnpickler(self._pickled, targets)
+        contents, values = state_unpickler.load()
+        for number in {row.number for row in changed if row.number >= 0}:
+            fill_in_place(targets[number], contents[number])
+        for row in changed:
+            if row.number >= 0:
+                value = targets[row.number]
+            else:
+                value = values[row.module, row.owner, row.name]
+            if self._value(row) is not value:
+                named = find_named(row.module, row.owner)
+                setattr(named, row.name, value)
+
+    @staticmethod
+    def _value(row: StateRow) -> Any:
+        named = find_named(row.module, row.owner)
+        return vars(named).get(row.name, _MISSING)
+
+    def _targets(self) -> List[Any]:
+        """Number -> the object here that becomes what the program has: the one under its name if
+        that is of the same class and no other number has it, else a new one."""
+        kind_count = len(self._kinds)
+        targets: List[Any] = [_MISSING] * kind_count
+        taken: Set[int] = set()
+        for row in self._rows:
+            if row.number < 0:
+                continue
+            if targets[row.number] is not _MISSING:
+                continue
+            value = self._value(row)
+            if type(value) is not find_named(*self._kinds[row.number]):
+                continue
+            if id(value) not in taken:
+                targets[row.number] = value
+                taken.add(id(value))
+        for number, target in enumerate(targets):
+            if target is _MISSING:
+                kind = find_named(*self._kinds[number])
+                targets[number] = kind.__new__(kind)
+        return targets
+
+
+_MISSING = object()
+# What is below the directory that a computation has for itself on a node.
+MODULES = 'modules/'      # files of the user's modules: the import root
+BUNDLES = 'bundles/'      # what belongs to groups of them
+BEHIND_ROOT = 'behind'    # modules that come after the node's own
+BUNDLE = 'bundle-%d'      # name of a bundle's file
+
+
+def values_in(private: str) -> str:
+    """The directory of values that are known by digest, each a file of that name."""
+    return os.path.join(private, 'values')
+
+
+_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
+
+
+class ValueFiles:
+    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
+    on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
+    memory stays its own when the file is removed. A mapping holds a descriptor (before Python
+    3.13): where very many live, as in jobs that keep all that they get, it is read instead."""
+    MAPPED_MOST = 128
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()
+
+    def open(self, size: int, digest: bytes) -> Any:
+        """A value, as a buffer that can be written to. Raises OSError."""
+        digits = digest.hex()
+        path = os.path.join(self._directory, digits)
+        with open(path, 'rb', buffering=0) as file:
+            mapped_length = len(self._mapped)
+            if mapped_length < self.MAPPED_MOST:
+                # No descriptor, or no mappings here
+                with contextlib.suppress(OSError, ValueError):
+                    handle = file.fileno()
+                    value = mmap.mmap(handle, size, access=mmap.ACCESS_COPY, **_NO_HANDLE)
+                    self._mapped.add(value)
+                    return value
+            data = bytearray(size)
+            view = memoryview(data)
+            at = 0
+            while at < size:
+                count = file.readinto(view[at:at + ReceiveBuffer.AT_ONCE])  # type: ignore[arg-type]
+                if not count:
+                    text = 'a value of %d bytes ends after %d' % (size, at)
+                    raise OSError(text)
+                at += count
+            return data
+
+
+class ModuleLoader:
+    """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
+
+    `private` is the directory that the computation has for itself, `directory` that of its jobs;
+    `path` is the program's own sys.path where the node is a part of the program (the files are read
+    where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
+    module's name, and returns '' or why it was not to be had. `loading` is true while a runner
+    loads.
+    """
+
+    def __init__(self, private: str, path: List[str], directory: str) -> None:
+        self.root = os.path.join(private, MODULES.rstrip('/'))
+        self.directory = directory
+        self._private = private
+        self._path = path
+        self._loaded: Set[int] = set()
+        self._denied: Set[str] = set()     # names that the client has not
+        self.ask: Optional[Callable[[Any], str]] = None
+        self.loading = True
+        self._left: List[str] = []         # what jobs had in sys.path
+        self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
+        self.notes: List[str] = []         # for the client's log
+
+    def install(self) -> None:
+        """Put the user's modules ahead of the node's own."""
+        if self._path:
+            sys.path[:] = [
+                *self._path, self.directory,
+                *(entry for entry in sys.path if entry not in self._path)
+            ]
+        else:
+            sys.path[:0] = [self.root, self.directory]
+        sys.path.append(os.path.join(self._private, BEHIND_ROOT))
+        OldModules.install()
+        sys.meta_path.append(self)
+
+    def here(self) -> Tuple[tuple, List[int]]:
+        """Arguments for a loader in a child of a job, and the bundles that it shall load."""
+        sorted_loadeds = sorted(self._loaded)
+        return (self._private, self._path, self.directory), sorted_loadeds
+
+    def need(self, numbers: Iterable[int]) -> None:
+        """Import the modules of these bundles, once. Raises what that raises, or
+        ModuleNotFoundError."""
+        for number in numbers:
+            if number not in self._loaded:
+                before = self.loading
+                self.loading = True
+                try:
+                    self._load(number)
+                finally:
+                    self.loading = before
+
+    def _load(self, number: int) -> None:
+        path = os.path.join(self._private, BUNDLES, BUNDLE % number)
+        if not os.path.exists(path):
+            if self.ask is None:
+                error = 'this process cannot ask for them'
+            else:
+                error = self.ask(number)
+            if error:
+                raise ModuleNotFoundError('modules of the program are not on this node: %s' % error)
+        with open(path, 'rb') as file:
+            bundle = open_plain(file.read())
+        importlib.invalidate_caches()
+        if bundle['compiled'] and bundle['build'] != build_tag():
+            text = 'module %s is compiled for %s; this node is %s' % (bundle['compiled'][0],
+                                                                      bundle['build'], build_tag())
+            raise ImportError(text)
+        for name in bundle['order']:
+            importlib.import_module(name)
+        rows = []
+        for row in bundle['rows']:
+            state_row = StateRow(*row)
+            rows.append(state_row)
+        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'])
+        module_state.apply()
+        self._loaded.add(number)
+        self.notes += compare_packages(bundle['packages'])
+
+    # -- a finder: the last one in sys.meta_path ---------------------------------------------------
+
+    def loaded(self) -> None:
+        """The runner has loaded its computation."""
+        self.loading = False
+        self._first = frozenset(sys.modules)
+
+    def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
+        """A job has changed sys.path, which is put back. A module that it imported may have done
+        that, and remains: what that module imports later is to be found where it expects it."""
+        entries = []
+        for entry in path:
+            if not isinstance(entry, str):
+                continue
+            if entry not in [*before, *self._left]:
+                entries.append(entry)
+        self._left += entries
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """A module that a job imports and nothing here has: the client may have it."""
+        if self._left and path is None and self._is_for_module():
+            spec = importlib.machinery.PathFinder.find_spec(name, self._left)
+            if spec is not None:
+                return spec
+        if self.ask is None:
+            return None
+        if self._path:
+            return None
+        if name in self._denied:
+            return None
+        is_of_user = self._is_of_user(name, path)
+        if not is_of_user:
+            return None
+        if self.ask(name):
+            self._denied.add(name)
+            return None
+        importlib.invalidate_caches()
+        return importlib.machinery.PathFinder.find_spec(name, path)
+
+    def _is_of_user(self, name: str, path: Any) -> bool:
+        """Whether the user's code imports it: what libraries try to import is none of the
+        client's."""
+        if path is not None:
+            for entry in path:
+                if str(entry).startswith(self.root):
+                    return True
+            return False
+        frame = self._importing_frame()
+        if frame is None:
+            return False
+        f_global = frame.f_globals.get('__name__')
+        if f_global in MAIN_NAMES:
+            return True
+        return frame.f_code.co_filename.startswith((self.root, self.directory))
+
+    def _is_for_module(self) -> bool:
+        """Whether a module that a job has imported imports another; not the computation."""
+        frame = self._importing_frame()
+        if frame is None:
+            return False
+        f_global = frame.f_globals.get('__name__')
+        return f_global not in self._first
+
+    @staticmethod
+    def _importing_frame() -> Any:
+        frame: Any = sys._getframe(0)
+        here = frame.f_code.co_filename
+        while frame is not None and frame.f_code.co_filename == here:
+            frame = frame.f_back
+        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in (
+                'importlib', '_frozen_importlib'):
+            frame = frame.f_back
+        return frame
+
+
+modules: Optional[ModuleLoader] = None   # of a runner and its workers
+
+
+def check_not_importing() -> None:
+    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then
+    would be made once more on each node, and so on without end."""
+    if modules is None:
+        return
+    if modules.loading:
+        raise RuntimeError(
+            'a module that a node imports makes a cluster: put that under "if __name__ == '
+            '\'__main__\':" or into a function that jobs do not call')
+
+
+def explain_import(exc: BaseException, name: str) -> str:
+    """What led to an import that failed, and what can be done; empty for another error. `name` is
+    the computation's."""
+    chain = [name]
+    trace = exc.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == '<module>':
+            f_global = trace.tb_frame.f_globals.get('__name__')
+            chain.append(str(f_global))
+        trace = trace.tb_next
+    if not isinstance(exc, ImportError):
+        if len(chain) == 1:
+            return ''
+        return 'the import failed: %s' % ' -> '.join(chain)
+    missing = exc.name or ''
+    if missing and missing != chain[-1]:
+        chain.append(missing)
+    if len(chain) > 2:
+        own = chain[1]
+    else:
+        own = missing
+    missing = missing.partition('.')[0]
+    own = own.partition('.')[0]
+    if not missing:
+        return 'the import failed: %s' % ' -> '.join(chain)
+    joined_chains = ' -> '.join(chain)
+    text = ('the import failed: %s. To mend that, install %s on this node (%s -m pip '
+            'install %s), or list its file in depends if it is a module of your own' %
+            (joined_chains, missing, sys.executable, missing))
+    if own in ('', missing):
+        return text
+    return ('%s; if the jobs do not need it, call '
+            'cloudpickle.register_pickle_by_value(%s) in the program' % (text, own))
+
+
+class OldModules:
+    """A finder for modules by the names that they had in dispy 4, where `dispy` was a package: the
+    module `dispy.httpd` is the module `dispy_httpd`, and so on. It stands first in sys.meta_path:
+    `dispy.__path__`, which old scripts read, is a directory that holds other modules too, and none
+    of them is a part of dispy.
+
+    On a host that has dispynode.py alone it also makes a module `dispy`, since a job may write to
+    `dispy.dispynode.dispynode_logger`.
+    """
+    NAMES = {'dispynode': 'dispynode', 'dispyscheduler': 'dispyscheduler', 'httpd': 'dispy_httpd',
+             'dispy_httpd': 'dispy_httpd'}
+
+    @classmethod
+    def install(cls) -> None:
+        """Begin to find them. May be called twice."""
+        if not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """See importlib.abc.MetaPathFinder."""
+        package, _, rest = name.partition('.')
+        if package != 'dispy':
+            return None
+        if not rest:
+            return self._stand_in(name)
+        if rest == 'config' and hasattr(sys.modules['dispy'], rest):
+            return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
+        if rest not in self.NAMES:
+            text = 'No module named %r: dispy has no such part' % name
+            raise ModuleNotFoundError(text, name=name)
+        return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def _stand_in(self, name: str) -> Any:
+        """A module `dispy` where there is none."""
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            if finder is modules:
+                continue
+            spec = finder.find_spec(name, None)
+            if spec is not None:
+                return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: Any) -> Any:
+        """See importlib.abc.Loader."""
+        return None
+
+    def exec_module(self, module: Any) -> None:
+        """Put the module that is meant into sys.modules; the import takes it from there."""
+        package, _, rest = module.__name__.partition('.')
+        if not rest:
+            module.__version__ = __version__
+            module.logger = logger
+            module.__getattr__ = _missing_in_dispy
+            return
+        if rest == 'config':
+            found = sys.modules[package].config
+        else:
+            found = importlib.import_module(self.NAMES[rest])
+        sys.modules[module.__name__] = found
+
+
+def _missing_in_dispy(name: str) -> Any:
+    """What a job asks of a `dispy` that is not on its host."""
+    raise AttributeError('module dispy has no attribute %r here: this host has dispynode.py alone. '
+                         'Install dispy on it' % name)
+
+
+dispynode_logger = logger   # its name in dispy 4
+
+
+def build_tag() -> str:
+    """What compiled modules have to fit: the platform and this Python."""
+    import sysconfig
+    return '%s %s' % (sysconfig.get_platform(), sys.implementation.cache_tag)
+
+
+_dict_of_module: Any = vars(types.ModuleType)['__dict__']
+
+
+def module_dict(module: Any) -> Dict[str, Any]:
+    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
+    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    if not issubclass(type(module), types.ModuleType):
+        return {}
+    found = _dict_of_module.__get__(module)
+    if found is not None:
+        return found
+    return {}
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package by its import name; empty if it is not to be found
+    out."""
+    import importlib.metadata
+    try:
+        version: Any = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:   # its distribution has another name
+        version = None
+    except Exception as exc:   # damaged metadata, or a finder of the user's
+        exception_description = describe_exception(exc)
+        logger.debug('the version of %s cannot be read: %s', name, exception_description)
+        version = None
+    if not isinstance(version, str):
+        module = sys.modules.get(name)
+        version = module_dict(module).get('__version__')
+    if isinstance(version, str):
+        return version
+    return ''
+
+
+def compare_packages(packages: Dict[str, str]) -> List[str]:
+    """Say what differs between the program and this node in major or minor versions."""
+    notes = []
+    for name, there in sorted(packages.items()):
+        if there:
+            here = package_version(name)
+        else:
+            here = ''
+        if not here:
+            continue
+        here_parts = here.split('.')
+        if here_parts[:2] != there.split('.')[:2]:
+            note = 'it has %s %s; the program has %s' % (name, here, there)
+            notes.append(note)
+    return notes
+
+
+# -- what payloads name: errors, sources, programs, calls ------------------------------------------
+
+def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
+    """Make the payload of a job that raised: the text, and the exception when it survives
+    pickling."""
+    body: bytes = b''
+    if exc is not None:
+        try:
+            dumped = dumps(exc)
+            pieces = pieces_of(dumped.payload)
+            body = b''.join(pieces)
+            loads(body)
+        except Exception:  # the user's exception does what it likes; the text is what counts
+            body = b''
+    raw = text.encode('utf-8', 'replace')
+    raw_length = len(raw)
+    return struct.pack('>I', raw_length) + raw + body
+
+
+def cut_error(exc: BaseException, skip: int = 0) -> Payload:
+    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
+    text = describe_exception(exc, skip)
+    payload = pack_error(text, exc)
+    size = size_of(payload)
+    if not is_over_limit(size):
+        return payload
+    return pack_error('%s\n(%s)' % (text, over_limit('the exception', size)), None)
+
+
+def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
+    """Take apart what `pack_error` has made, without opening the exception."""
+    length, = struct.unpack_from('>I', payload)
+    decoded = bytes(payload[4:4 + length]).decode('utf-8', 'replace')
+    return decoded, payload[4 + length:]
+
+
+def describe_exception(exc: BaseException, skip: int = 0) -> str:
+    """Traceback text that survives an exception whose __str__ raises."""
+    trace = exc.__traceback__
+    for _ in range(skip):
+        if trace is not None:
+            trace = trace.tb_next
+        else:
+            trace = None
+    try:
+        trace_lines = traceback.format_exception(type(exc), exc, trace)
+        text = ''.join(trace_lines)
+    except Exception:  # exactly that: the exception cannot even be shown
+        text = ''.join(
+            traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+    return shorten(text)
+
+
+def frames_of_ours(exc: BaseException) -> int:
+    """How many frames of a traceback come before the user's: those of this file and of the import
+    of a module."""
+    count = 0
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file != __file__:
+            if 'importlib' not in file:
+                break
+        count = count + 1
+        trace = trace.tb_next
+    return max(count, 1)
+
+
+def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> Any:
+    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules`
+    has rows of (name, file, text, values, links), `classes` rows of (module, class, such rows),
+    `wanted` (module, name) of what is returned."""
+    for name, file in {
+            row[:2]
+            for rows in (modules, *(extra[2] for extra in classes))
+            for row in rows
+    }:
+        # Jobs have the same one
+        if name in MAIN_NAMES:
+            module = sys.modules['__main__']
+        else:
+            module = types.ModuleType(name)
+        sys.modules[name] = module
+        module.__file__, module.__package__ = file, name.rpartition('.')[0]
+    try:
+        for row in modules:
+            _run_source(*row)
+    except Exception as exc:  # the user's statements, written for another version
+        python = python_of(version)
+        text = 'the source, written for %s, cannot be loaded by %s here: %s: %s' % (
+            python, python_of(sys.version_info), type(exc).__name__, exc)
+        error = RuntimeError(text)
+        # The frames of an import tell nothing
+        raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)
+    for name, class_name, rows in classes:
+        try:
+            for row in rows:
+                _run_source(*row)
+        except Exception as exc:  # as above; told to the job that has such an argument
+            _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
+    *functions, objects = wanted
+    return (*(where and find_named(*where) for where in functions),
+            {name: find_named(*where)
+             for name, where in objects.items()})
+
+
+def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
+    space = vars(sys.modules[name])
+    space.update(values)
+    for bound, module, attribute in links:
+        space[bound] = find_named(module, attribute)
+    # For the lines in tracebacks; a file may come in several parts
+    entry: Any = linecache.cache.get(file)
+    if entry:
+        known = entry[2]
+    else:
+        known = ()
+    lines = []
+    for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n'):
+        lines.append(line if line.strip() else old)
+    text_length = len(text)
+    linecache.cache[file] = (text_length, None, lines, file)
+    exec(compile(text, file, 'exec', dont_inherit=True), space)
+
+
+# In place of the name of a logger: a program has left files behind
+FILES_LEFT = 'dispy.files_left'
+
+
+def interpreter_of(path: str) -> List[str]:
+    """What runs a script on Windows, which does not read its first line: Python for one that names
+    Python there or has no such line and ends in .py, else what it names. Elsewhere the system
+    knows."""
+    if not IS_WINDOWS:
+        return []
+    try:
+        with open(path, 'rb') as file:
+            first = file.readline(1000)
+    except OSError:   # to start it will say why
+        return []
+    if not first.startswith(b'#!'):
+        return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
+    decoded = first[2:].decode('utf-8', 'replace')
+    words = decoded.split()
+    if words and words[0].endswith('/env'):
+        del words[0]
+        while words and words[0].startswith('-'):
+            del words[0]
+    if not words:
+        return []
+    program = words[0].rpartition('/')[2]
+    if program.startswith('python'):
+        return [sys.executable, *words[1:]]
+    return [shutil.which(program) or program, *words[1:]]
+
+
+# Signals that Python ignores, and programs do not
+_IGNORED_BY_PYTHON = [
+    getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
+
+
+class Program:
+    """A computation that is a program: called with arguments, returns the exit status."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # An interrupt goes to the whole process group and so to the program. Here it is noted and
+        # not raised: raised in the moment in which waitpid returns, it would lose the status.
+        self.interrupted = False
+        # Told the names of the files that the program leaves in its directory, once; None: no more
+        self.tell: Optional[Callable[[List[str]], None]] = None
+
+    def __call__(self, *args: Any) -> int:
+        if self.tell is None:
+            return self.run([self.path, *map(str, args)])
+        before = self._names_here()
+        status = self.run([self.path, *map(str, args)])
+        self._tell_left(before)
+        return status
+
+    def run(self, words: List[str], directory: Optional[str] = None) -> int:
+        """Run a command in a directory. Returns its exit status. Raises OSError if it cannot be
+        started, KeyboardInterrupt if an interrupt has ended it."""
+        self.interrupted = False
+        if IS_WINDOWS:
+            interpreter = interpreter_of(words[0])
+            status = self._run_on_windows([*interpreter, *words], directory)
+        elif directory is None and hasattr(os, 'posix_spawnp'):
+            status = self._spawn(words)
+        else:
+            popen = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory)
+            status = popen.wait()
+        if self.interrupted and status < 0:
+            raise KeyboardInterrupt   # one that ends by itself has returned
+        return status
+
+    def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
+        """A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes."""
+        create_new_process_group = getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)
+        process = subprocess.Popen(words,
+                                   stdin=subprocess.DEVNULL,
+                                   stdout=1,
+                                   stderr=2,
+                                   cwd=directory,
+                                   creationflags=create_new_process_group)
+        told = False
+        while True:
+            try:
+                return process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                if self.interrupted and not told:
+                    told = True
+                    with contextlib.suppress(OSError):   # it has no console: it will be killed
+                        ctrl_break_event = getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM)
+                        process.send_signal(ctrl_break_event)
+
+    @staticmethod
+    def _spawn(words: List[str]) -> int:
+        """As subprocess.Popen, in half of the time that this takes here. Standard input is nothing
+        in a worker, and the other descriptors are not inherited."""
+        process = os.posix_spawnp(words[0], words, _ENVIRON, setsigdef=_IGNORED_BY_PYTHON)
+        status = os.waitpid(process, 0)[1]
+        if os.WIFSIGNALED(status):
+            return -os.WTERMSIG(status)
+        return os.WEXITSTATUS(status)
+
+    def _tell_left(self, before: Set[str]) -> None:
+        left = sorted(self._names_here() - before)
+        if not left:
+            return
+        if self.tell is not None:
+            self.tell(left)
+            self.tell = None
+
+    @staticmethod
+    def _names_here() -> Set[str]:
+        """Of files in the directory of the job, without those that no program means to leave."""
+        try:
+            return {name for name in os.listdir('.') if not name.startswith(('.', '__'))}
+        except OSError:   # a job has removed the directory
+            return set()
+
+
+# What begins with NUL, which no argument of a program contains, is no word of a job's command line,
+# but says how the node is to run it.
+RUN_BY_PYTHON = '\0python'   # as the first word: the Python that runs the node
+RUN_IN = '\0in '             # and a directory: the command runs there
+BRING_BACK = '\0back '       # and the name of a file: the job's client gets it
+
+
+class CommandLines(Program):
+    """A computation that is whatever each job says: the arguments of a job are the words of a
+    command line, the first of which is a path, or the name of a program that the node's PATH has.
+
+    name - of the computation, for people; program - a file among those of the computation that the
+    jobs run, if they run one; most - CPUs that they may use at once over all nodes, 0 for all
+    """
+
+    def __init__(self, name: str, program: str = '', most: int = 0) -> None:
+        super().__init__('')
+        self.__name__ = name
+        self.program = program
+        self.most = most
+        # Brings a file to the client; set by the worker
+        self.send: Callable[[str], Any] = _not_here
+
+    @property
+    def spec(self) -> Dict[str, Any]:
+        """What nodes and schedulers have to know of it."""
+        if self.most:
+            return {'most': self.most}
+        return {}
+
+    def __call__(self, *args: Any) -> int:
+        words = []
+        for word in args:
+            if word[:1] != '\0' or word == RUN_BY_PYTHON:
+                words.append(word)
+        if words[0] == RUN_BY_PYTHON:
+            words[0] = sys.executable
+        word_count = len(words)
+        if word_count < len(args):
+            orders = args[len(words):]
+            return self._run_as_told(words, orders)
+        if self.tell is None:
+            return self._run_here(words)
+        before = self._names_here()
+        status = self._run_here(words)
+        self._tell_left(before)
+        return status
+
+    def _run_as_told(self, words: List[str], orders: Sequence[str]) -> int:
+        """Run a command in another directory, or bring files of it to the client."""
+        directory = None
+        names = []
+        for order in orders:
+            if order.startswith(RUN_IN):
+                run_in_length = len(RUN_IN)
+                directory = order[run_in_length:]
+            else:
+                bring_back_length = len(BRING_BACK)
+                names.append(order[bring_back_length:])
+        status = self._run_here(words, directory)
+        for name in names:
+            if status == 0 or os.path.exists(name):   # one that has failed may not have made it
+                self.send(name)
+        return status
+
+    def _run_here(self, words: List[str], directory: Optional[str] = None) -> int:
+        try:
+            return self.run(words, directory)
+        except FileNotFoundError:
+            if directory is not None:
+                if not os.path.isdir(directory):
+                    raise FileNotFoundError('this node has no directory %s' % directory) from None
+            if os.sep in words[0]:
+                raise
+            text = 'this node has no program %s in its PATH, which is %s' % (
+                words[0], os.environ.get('PATH', 'empty'))
+            raise FileNotFoundError(text) from None
+
+
+def _name_of(path: str, directory: str) -> str:
+    """The name that a job's file has for the client: relative to the job's directory, or the last
+    part of a path elsewhere."""
+    if os.path.isabs(path):
+        inside = os.path.relpath(path, directory)
+        if inside.startswith(os.pardir):
+            path = os.path.basename(path)
+        else:
+            path = inside
+    name = os.path.normpath(path).replace(os.sep, '/')
+    check_name(name)   # raises ValueError, for '..' too
+    return name
+
+
+class Calls:
+    """The computation of an executor, where each call names its function. Each worker process calls
+    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
+    nodes."""
+    __name__ = 'executor'
+
+    def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
+                 most: int = 0) -> None:
+        self.initializer = initializer
+        self.initargs = initargs
+        self.most = most
+
+    @property
+    def spec(self) -> Dict[str, Any]:
+        """What nodes and schedulers have to know of it."""
+        return {'initializer': self.initializer is not None, 'most': self.most}
+
+    def __call__(self, function: bytes, args: tuple, kwargs: dict) -> Any:
+        """The function is opened for each call, so that no call sees what another has done to
+        it."""
+        try:
+            call = loads(function)
+        except BaseException as exc:  # unpickling runs the user's code
+            mark_unopened(exc)
+            raise
+        return call(*args, **kwargs)
+
+
+def mark_unopened(exc: BaseException) -> None:
+    """Let an exception say to the client that a call, or its arguments, could not be opened."""
+    with contextlib.suppress(Exception):  # its class may refuse attributes
+        exc.dispy_unopened = True  # type: ignore[attr-defined]
+
+
+def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
+    """Several calls in one job."""
+    return [function(*args) for args in chunk]
+
+
+def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
+              batch: Callable[[], Any]) -> Any:
+    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
+    is called once in each worker process, which `token` tells."""
+    offer_to_joblib(joblib_backend_in_job)
+    if initializer is not None:
+        if token not in _initialized:
+            initializer(*initargs)
+            _initialized.add(token)
+    return batch()
+
+
+_initialized: Set[str] = set()
+
+
+def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
+    """Register a backend with joblib, if that has been imported and has none of this name;
+    make(joblib.parallel) returns its class."""
+    parallel = sys.modules.get('joblib.parallel')
+    if parallel is None:
+        return
+    if name not in parallel.BACKENDS:
+        parallel.register_parallel_backend(name, make(parallel))
+
+
+def joblib_backend_in_job(parallel: Any) -> Any:
+    """In a job there is one CPU: calls of joblib that name the backend there run one after the
+    other."""
+    class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
+        """As joblib's own for n_jobs=1, whatever else is asked for."""
+
+        def __init__(self, nesting_level: Optional[int] = None, **options: Any) -> None:
+            super().__init__(nesting_level=nesting_level)
+    return BackendInJob
+
+
+def set_numerical_threads(variables: Dict[str, str]) -> None:
+    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
+    backend for joblib."""
+    os.environ.update(variables)
+
+
+def globals_of(*functions: Any) -> List[Dict[str, Any]]:
+    """The global variables of these functions, once each; not those of this module, whose functions
+    an executor calls."""
+    found: List[Dict[str, Any]] = []
+    for function in functions:
+        while hasattr(function, 'func') and not hasattr(function, '__globals__'):   # a partial
+            function = function.func
+        if not isinstance(function, (types.FunctionType, types.MethodType)):
+            wrapped = getattr(function, '__wrapped__', None)
+            function = wrapped or getattr(type(function), '__call__', None)
+        func = getattr(function, '__func__', function)
+        variables = getattr(func, '__globals__', None)
+        if variables is globals():
+            variables = vars(sys.modules['__main__'])
+        if variables is None:
+            continue
+        if not any(variables is other for other in found):
+            found.append(variables)
+    return found
+
+
 # --------------------------------------------------------------------------------------------------
-# Secret and certificates
+# Secret, handshake and frames: what protects the bytes on the wire
 # --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
     """Return where the secret of this user lies when nothing else is said."""
     if os.name == 'nt':
-        base = os.environ.get('APPDATA') or os.path.expanduser('~')
+        appdata = os.environ.get('APPDATA')
+        base = appdata or os.path.expanduser('~')
     else:
-        base = os.environ.get('XDG_CONFIG_HOME') or os.path.join(os.path.expanduser('~'), '.config')
+        xdg_config_home = os.environ.get('XDG_CONFIG_HOME')
+        base = xdg_config_home or os.path.join(os.path.expanduser('~'), '.config')
     return os.path.join(base, 'dispy', 'secret')
 
 
@@ -2860,10 +4425,12 @@ def same_secret(key: Any) -> str:
         first = next(iter(key.values()))[0]
     whence = _secrets_from.get(_keys_from.get(first, b''), '')
     if os.path.isabs(whence):
-        todo = 'This side has its own from the file %s: copy that to the other side, or give both the same' % whence
+        todo = ('This side has its own from the file %s: copy that to the other side, or '
+                'give both the same' % whence)
     else:
         todo = 'This side has its own from %s. Give both the same' % (whence or 'secret= or -s')
-    return 'the two sides have different ones. %s (--secret-file; in programs secret=; DISPY_SECRET)' % todo
+    return ('the two sides have different ones. %s (--secret-file; in programs secret=; '
+            'DISPY_SECRET)' % todo)
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
@@ -2874,8 +4441,10 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     Raises SecretError for a file that others can read, that is empty or that cannot be read;
     TypeError.
     """
-    if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
-        raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
+    if secret is not None:
+        if not isinstance(secret, (str, bytes, bytearray)):
+            text = 'secret must be str or bytes, not %s' % type(secret).__name__
+            raise TypeError(text)
     if not secret and path:
         return read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
@@ -2903,14 +4472,17 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
 def read_secret(path: str) -> bytes:
     try:
         with open(path, 'rb') as file:
-            mode = os.fstat(file.fileno()).st_mode
-            data = file.read(64 * 1024).strip()
+            handle = file.fileno()
+            mode = os.fstat(handle).st_mode
+            contents = file.read(64 * 1024)
+            data = contents.strip()
     except OSError as exc:
         raise SecretError('the secret file %s cannot be read: %s' % (path, exc.strerror)) from exc
-    if os.name != 'nt' and mode & 0o077:
-        raise SecretError(
-            'the secret file %s can be read or written by others (mode %03o): run chmod 600 %s' %
-            (path, stat.S_IMODE(mode), path))
+    if os.name != 'nt':
+        if mode & 0o077:
+            text = ('the secret file %s can be read or written by others (mode %03o): run '
+                    'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
+            raise SecretError(text)
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
     _secrets_from[data] = os.path.abspath(path)
@@ -2921,20 +4493,24 @@ def make_secret(path: str) -> None:
     """Make the file whole or not at all; of two processes that make it at once one wins, and both
     use that."""
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))  # mode 0600
+        directory = os.path.dirname(path)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        folder = os.path.dirname(path)
+        handle, temporary = tempfile.mkstemp(dir=folder)   # mode 0600
         try:
             with os.fdopen(handle, 'w') as file:
-                file.write(os.urandom(32).hex() + '\n')
+                random_bytes = os.urandom(32)
+                digits = random_bytes.hex()
+                file.write(digits + '\n')
             os.link(temporary, path)
         except FileExistsError:
             logger.debug('another process made %s first', path)
         finally:
             os.unlink(temporary)
     except OSError as exc:
-        raise SecretError(
-            'no secret was given and %s cannot be made: %s; set DISPY_SECRET or give a file' %
-            (path, exc.strerror)) from exc
+        text = ('no secret was given and %s cannot be made: %s; set DISPY_SECRET or give '
+                'a file' % (path, exc.strerror))
+        raise SecretError(text) from exc
 
 
 @functools.lru_cache(maxsize=16)
@@ -2949,12 +4525,14 @@ def derive_key(secret: bytes) -> bytes:
 
 
 def _derived_key(secret: bytes) -> bytes:
-    if len(secret) == 64 and not secret.strip(b'0123456789abcdef'):
-        return hmac.digest(b'dispy 5 secret', secret, 'sha256')
+    if len(secret) == 64:
+        if not secret.strip(b'0123456789abcdef'):
+            return hmac.digest(b'dispy 5 secret', secret, 'sha256')
     if len(secret) < 12:
+        secret_length = len(secret)
         logger.warning(
-            'the secret is short (%d characters): it can be guessed by anybody on the network',
-            len(secret))
+            'the secret is short (%d characters): it can be guessed by anybody on the '
+            'network', secret_length)
     if not hasattr(hashlib, 'scrypt'):
         raise SecretError(
             'this Python cannot use a phrase as secret: its hashlib has no scrypt (as where it was '
@@ -2978,12 +4556,14 @@ def tls_context(server: bool,
     try:
         context.load_cert_chain(certfile, keyfile, _no_password)
     except (OSError, ssl.SSLError) as exc:
-        raise SecretError('the certificate %s with key %s cannot be used: %s'
-                          % (certfile, keyfile or 'in the same file', exc)) from exc
+        text = 'the certificate %s with key %s cannot be used: %s' % (certfile, keyfile
+                                                                      or 'in the same file', exc)
+        raise SecretError(text) from exc
     try:
         context.load_verify_locations(cafile or certfile)
     except (OSError, ssl.SSLError) as exc:
-        raise SecretError('the CA file %s cannot be used: %s' % (cafile or certfile, exc)) from exc
+        reason = 'the CA file %s cannot be used: %s' % (cafile or certfile, exc)
+        raise SecretError(reason) from exc
     return context
 
 
@@ -2996,8 +4576,8 @@ def path_option(name: str, value: Any) -> Optional[str]:
     except TypeError:
         path = None
     if not isinstance(path, str):
-        raise TypeError('%s=%.80r must be the path of a file, not %s' %
-                        (name, value, type(value).__name__))
+        text = '%s=%.80r must be the path of a file, not %s' % (name, value, type(value).__name__)
+        raise TypeError(text)
     if not path or '\0' in path:
         raise ValueError('%s=%.80r is no path of a file' % (name, path))
     return plain_text(path)
@@ -3015,10 +4595,13 @@ def tls_files(certfile: Any,
         for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))
     }
     for name in ('keyfile', 'cafile'):
-        if paths[name] is not None and paths['certfile'] is None:
-            raise SecretError(
-                '%s=%s was given without %s: nothing would be encrypted; give both, or neither' %
-                (words % name, paths[name], words % 'certfile'))
+        if paths[name] is None:
+            continue
+        if paths['certfile'] is not None:
+            continue
+        text = ('%s=%s was given without %s: nothing would be encrypted; give both, '
+                'or neither' % (words % name, paths[name], words % 'certfile'))
+        raise SecretError(text)
     return paths['certfile'], paths['keyfile'], paths['cafile']
 
 
@@ -3034,13 +4617,13 @@ def certificate_digest(certfile: str) -> bytes:
     with open(certfile) as file:
         text = file.read()
     start = text.index(ssl.PEM_HEADER)
-    end = text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
-    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(text[start:end])).digest()
+    pem_footer_length = len(ssl.PEM_FOOTER)
+    end = text.index(ssl.PEM_FOOTER) + pem_footer_length
+    pem_cert_to_der_cert = ssl.PEM_cert_to_DER_cert(text[start:end])
+    return hashlib.sha256(pem_cert_to_der_cert).digest()
 
 
-# --------------------------------------------------------------------------------------------------
-# Handshake: blocking, before a socket is handed to a loop. Two mirror functions.
-# --------------------------------------------------------------------------------------------------
+# -- handshake -------------------------------------------------------------------------------------
 
 #   C, who dialled                                   S, who accepted
 #   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
@@ -3057,7 +4640,7 @@ def certificate_digest(certfile: str) -> bytes:
 # have, which is Session.version.
 #   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
 #     meanings. tests/releases has it as it was recorded from each release.
-#   - A new message, field, kind of value or order of messages takes a new minor version, and is sent
+# - A new message, field, kind of value or order of messages takes a new minor version, and is sent
 #     only where Session.version has it.
 #   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
@@ -3104,11 +4687,12 @@ def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
 
 class _Keys:
     def __init__(self, psk: bytes, hello: bytes, challenge: bytes, binding: bytes) -> None:
-        self.transcript = hashlib.sha256(b'dispy 5 handshake' + hello + challenge +
-                                         binding).digest()
+        digester = hashlib.sha256(b'dispy 5 handshake' + hello + challenge + binding)
+        self.transcript = digester.digest()
         self._psk = psk
         self.client = hmac.digest(self.key(b'c finished'), self.transcript, 'sha256')
-        self.server = hmac.digest(self.key(b's finished'), self.transcript + self.client, 'sha256')
+        key = self.key(b's finished')
+        self.server = hmac.digest(key, self.transcript + self.client, 'sha256')
 
     def key(self, label: bytes) -> bytes:
         return _derive(self._psk, self.transcript, label)
@@ -3122,9 +4706,11 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
             raise Silence('%s %d s' % (NO_ANSWER, HANDSHAKE_TIME))
         sock.settimeout(left)
         try:
-            piece = sock.recv(size - len(data))
+            data_length = len(data)
+            piece = sock.recv(size - data_length)
         except socket.timeout as exc:
-            raise Silence('%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)) from exc
+            text = '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
+            raise Silence(text) from exc
         if not piece:
             raise EOFError
         data += piece
@@ -3141,21 +4727,28 @@ CLOSED_AT_ONCE = (
 def is_of_tls(exc: BaseException) -> bool:
     """Whether an exception is one of TLS. Where `ssl` was not imported, there is none."""
     ssl = sys.modules.get('ssl')
-    return ssl is not None and isinstance(exc, ssl.SSLError)
+    if ssl is None:
+        return False
+    return isinstance(exc, ssl.SSLError)
 
 
 def tls_text(exc: BaseException) -> str:
     """Return what a failure of TLS means and how to mend it."""
     reason = str(getattr(exc, 'reason', None) or exc)
-    if isinstance(exc, ConnectionError) or 'EOF' in reason:
+    if isinstance(exc, ConnectionError):
+        return CLOSED_AT_ONCE
+    if 'EOF' in reason:
         return CLOSED_AT_ONCE
     if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
-        text = 'nothing here vouches for its certificate (--certfile, in programs certfile= or cafile=)'
+        text = ('nothing here vouches for its certificate (--certfile, in programs '
+                'certfile= or cafile=)')
     elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith(
             'WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
-        text = 'it uses none or has no certificate, this side has one: both need one, or neither (--certfile, in programs certfile=)'
+        text = ('it uses none or has no certificate, this side has one: both need one, or '
+                'neither (--certfile, in programs certfile=)')
     elif 'ALERT' in reason.upper():
-        text = 'it does not accept the certificate of this side, for which its own file does not vouch (--certfile, in programs certfile= or cafile=)'
+        text = ('it does not accept the certificate of this side, for which its own file '
+                'does not vouch (--certfile, in programs certfile= or cafile=)')
     else:
         text = 'both sides need a certificate, or neither (--certfile, in programs certfile=)'
     return 'TLS failed: %s: %s' % (text, exc)
@@ -3192,13 +4785,15 @@ def handshake_dial(sock: Any,
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
+        release_length = len(_RELEASE)
+        name = challenge[-release_length:].rstrip(b'\0').decode('ascii', 'replace')
         raise HandshakeError(_other_version(name, 1, version))
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
     if not VERSIONS[0] <= version <= VERSIONS[1] or peer_role != wanted or flags != tls:
-        raise HandshakeError('it is a %s, speaks version %d and %s TLS, which does not fit'
-                             % (_role_name(peer_role), version, 'sees' if flags else 'sees no'))
+        text = 'it is a %s, speaks version %d and %s TLS, which does not fit' % (
+            _role_name(peer_role), version, 'sees' if flags else 'sees no')
+        raise HandshakeError(text)
     if peer_instance == instance:
         raise HandshakeError('it is this very process')
     keys = _Keys(psk, hello, challenge, binding)
@@ -3209,7 +4804,9 @@ def handshake_dial(sock: Any,
         raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
-    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role, version=version)
+    send_key = keys.key(b'c2s')
+    receive_key = keys.key(b's2c')
+    return Session(send_key, receive_key, peer_instance, peer_role, version=version)
 
 
 def handshake_accept(sock: Any,
@@ -3235,21 +4832,25 @@ def handshake_accept(sock: Any,
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
         alert = _CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32))
-        sock.sendall(alert[:-len(_RELEASE)] + _RELEASE)
+        release_length = len(_RELEASE)
+        sock.sendall(alert[:-release_length] + _RELEASE)
         raise HandshakeError(_other_version('', low, high))
     if wanted != role or peer_role not in tuple(
             allowed) or flags != tls or peer_instance == instance:
-        raise HandshakeError('the peer is a %s that wants a %s' %
-                             (_role_name(peer_role), _role_name(wanted)))
-    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
+        text = 'the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted))
+        raise HandshakeError(text)
+    random_bytes = os.urandom(32)
+    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
     sock.sendall(challenge)
     proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
         keys = _Keys(one, hello, challenge, binding)
-        if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
-            sock.sendall(_PROOF.pack(MAGIC, keys.server))
-            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number,
-                           version)
+        if not hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
+            continue
+        sock.sendall(_PROOF.pack(MAGIC, keys.server))
+        send_key = keys.key(b's2c')
+        receive_key = keys.key(b'c2s')
+        return Session(send_key, receive_key, peer_instance, peer_role, number, version)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -3260,10 +4861,7 @@ def _role_name(role: int) -> str:
     return 'unknown role %d' % role
 
 
-# --------------------------------------------------------------------------------------------------
-# Frames and records: bytes to units and back. Nothing here opens a socket, reads a clock or takes a
-# lock.
-# --------------------------------------------------------------------------------------------------
+# -- frames and records: bytes to units and back, without a socket ---------------------------------
 
 def mapped(size: int) -> memoryview:
     """Memory for so many bytes, which the system gives as it is filled. Raises MemoryError."""
@@ -3272,7 +4870,8 @@ def mapped(size: int) -> memoryview:
             return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return memoryview(mmap.mmap(-1, size))
     except (OSError, OverflowError, ValueError) as exc:
-        raise MemoryError('no memory for %d bytes: %s' % (size, exc)) from exc
+        text = 'no memory for %d bytes: %s' % (size, exc)
+        raise MemoryError(text) from exc
 
 
 def free_memory() -> Optional[int]:
@@ -3281,7 +4880,8 @@ def free_memory() -> Optional[int]:
     free = None
     with contextlib.suppress(OSError, ValueError, AttributeError):   # another system
         with open('/proc/meminfo', 'rb') as file:
-            found = re.search(rb'^MemAvailable: *(\d+) kB', file.read(), re.MULTILINE)
+            contents = file.read()
+            found = re.search(rb'^MemAvailable: *(\d+) kB', contents, re.MULTILINE)
         free = int(found.group(1)) << 10  # type: ignore[union-attr]
     if free is None:
         free = ask_psutil(lambda psutil: psutil.virtual_memory().available)
@@ -3298,7 +4898,8 @@ def _free_of_cgroup() -> Optional[int]:
         sizes = []
         for name in ('memory.max', 'memory.current'):
             with open(group + name) as file:
-                sizes.append(int(file.read()))   # 'max' is none
+                size = int(file.read())
+                sizes.append(size)   # 'max' is none
         with open(group + 'memory.stat') as file:
             cache = sum(int(line.split()[1]) for line in file if line.startswith('inactive_file '))
         return max(0, sizes[0] - sizes[1] + cache)
@@ -3341,8 +4942,10 @@ class ReceiveBuffer:
         """Where to receive next; never empty."""
         if self._large is None:
             return self._view[self._end:]
-        if self._filled == len(self._large):
-            self._grow(2 * self._filled)
+        large_length = len(self._large)
+        if self._filled == large_length:
+            size = 2 * self._filled
+            self._grow(size)
         return self._large[self._filled:self._filled + self.AT_ONCE]
 
     def _grow(self, size: int) -> None:
@@ -3384,7 +4987,8 @@ class ReceiveBuffer:
             # One copy for all units of this call: the staging buffer is used again
             if snapshot is None:
                 snapshot = memoryview(bytes(self._view[:self._end]))
-            units.append((self._head, snapshot[self._start:self._start + self._body_size]))
+            unit = (self._head, snapshot[self._start:self._start + self._body_size])
+            units.append(unit)
             self._start += self._body_size
             self._body_size = -1
         self._make_room()
@@ -3393,7 +4997,8 @@ class ReceiveBuffer:
     def _make_room(self) -> None:
         left = self._end - self._start
         if self._body_size > self.STAGING // 4:
-            self._grow(max(self.FIRST, left))
+            size = max(self.FIRST, left)
+            self._grow(size)
             assert self._large is not None
             self._large[:left] = self._view[self._start:self._end]
             self._filled = left
@@ -3434,14 +5039,17 @@ class FrameEncoder:
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
-            raise ValueError('%s with an envelope of %d bytes is over the limit of %d' %
-                             (type(message).__name__, len(pieces[0]), bounds.size))
+            piece_length = len(pieces[0])
+            reason = '%s with an envelope of %d bytes is over the limit of %d' % (
+                type(message).__name__, piece_length, bounds.size)
+            raise ValueError(reason)
         if size > MESSAGES[op][1]:
-            raise TooLarge('%s of %d bytes is over the limit of %d' %
-                           (type(message).__name__, size, MESSAGES[op][1]))
+            text = '%s of %d bytes is over the limit of %d' % (type(message).__name__, size,
+                                                               MESSAGES[op][1])
+            raise TooLarge(text)
         header = _FRAME.pack(size, op, encoding, 0, 0)
-        head = header + hmac.digest(self._key,
-                                    _SEQ.pack(self._seq, 0) + header, 'sha256')[:HEAD_TAG]
+        digest = hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')
+        head = header + digest[:HEAD_TAG]
         mac = self._mac.copy()
         mac.update(_SEQ.pack(self._seq, 1) + header)
         for piece in pieces:
@@ -3471,13 +5079,16 @@ class FrameDecoder(ReceiveBuffer):
         header = head[:_FRAME.size]
         # Heads are measured in order, one ahead of bodies at most, so they can be counted on their
         # own.
-        tag = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')[:HEAD_TAG]
+        digest = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')
+        tag = digest[:HEAD_TAG]
         if not hmac.compare_digest(tag, head[_FRAME.size:]):
             raise PeerError('a frame header is not authentic')
         self._measured += 1
         size, op = _FRAME.unpack(header)[:2]
-        if op in MESSAGES and op not in self._takes:
-            raise PeerError('%s may not come here' % MESSAGES[op][0].__name__)
+        if op in MESSAGES:
+            if op not in self._takes:
+                text = '%s may not come here' % MESSAGES[op][0].__name__
+                raise PeerError(text)
         if op in MESSAGES:
             limit = MESSAGES[op][1]
         else:
@@ -3492,11 +5103,13 @@ class FrameDecoder(ReceiveBuffer):
         mac = self._mac.copy()
         mac.update(_SEQ.pack(self._seq, 1) + header)
         mac.update(body[:-TAIL_TAG])
-        if not hmac.compare_digest(mac.digest(), body[-TAIL_TAG:]):
+        digest = mac.digest()
+        if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
             raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        message = decode(op, encoding, body[:-TAIL_TAG])
+        payload = body[:-TAIL_TAG]
+        message = decode(op, encoding, payload)
         self.opened += 1
         return message
 
@@ -3518,7 +5131,8 @@ class RecordType(enum.IntEnum):
     # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
     WATCH = 7
     ASK = 8         # is it alive?
-    # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not forked
+    # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
+    # forked
     READY = 16
     FAILED = 17     # body: text
     WORKER_STARTED = 18       # number: worker, serial: its pid
@@ -3551,19 +5165,23 @@ class RecordType(enum.IntEnum):
 # they are checked as what comes from outside is: a record that is not in the table, or is larger,
 # ends its worker or runner.
 FROM_WORKER = {
-    RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0),
-    RecordType.LOGGED: (8 * TEXT_MOST, 0, 0), RecordType.FILE: (MAX_CONTROL, FILE_PIECE, 0), RecordType.WANT: (MAX_CONTROL, 0, 0),
-    RecordType.HERE: (0, 0, 0), RecordType.INITIALIZED: (8 * TEXT_MOST, 0, 0)}
+    RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST),
+    RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0), RecordType.LOGGED: (8 * TEXT_MOST, 0, 0),
+    RecordType.FILE: (MAX_CONTROL, FILE_PIECE, 0), RecordType.WANT: (MAX_CONTROL, 0, 0),
+    RecordType.HERE: (0, 0, 0), RecordType.INITIALIZED: (8 * TEXT_MOST, 0, 0)
+}
 FROM_RUNNER = {
-    RecordType.READY: (8 * TEXT_MOST, 0, 0), RecordType.FAILED: (8 * TEXT_MOST, 0, 0), RecordType.WORKER_STARTED: (0, 0, 0),
-    RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST), RecordType.MEMORY_EXCEEDED: (0, 0, 0),
-    RecordType.OVERDUE: (0, 0, 0),
-    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0), RecordType.ALIVE: (0, 0, 0),
-    RecordType.END_NODE: (0, 0, 0)
+    RecordType.READY: (8 * TEXT_MOST, 0, 0), RecordType.FAILED: (8 * TEXT_MOST, 0, 0),
+    RecordType.WORKER_STARTED: (0, 0, 0), RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST),
+    RecordType.MEMORY_EXCEEDED: (0, 0, 0), RecordType.OVERDUE: (0, 0, 0),
+    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0),
+    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0)
 }
 # From a worker that loads the computation itself, beside what it sends to the daemon
-FROM_LOADING = {kind: FROM_RUNNER[kind]
-                for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)}
+FROM_LOADING = {
+    kind: FROM_RUNNER[kind]
+    for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)
+}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
@@ -3581,10 +5199,13 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
     """A record as buffers to be written one behind the other."""
     size = size_of(first)
-    head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
-    if size + len(second) + len(third) < OUT_OF_BAND:
+    second_length = len(second)
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, len(third))
+    third_length = len(third)
+    if size + len(second) + third_length < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
-    return [piece for piece in (head, *pieces_of(first), second, third) if len(piece)]
+    pieces = pieces_of(first)
+    return [piece for piece in (head, *pieces, second, third) if len(piece)]
 
 
 class RecordBuffer(ReceiveBuffer):
@@ -3599,25 +5220,25 @@ class RecordBuffer(ReceiveBuffer):
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
-                raise PeerError('record %d with bodies of %d, %d and %d bytes' %
-                                (kind, one, two, three))
+                text = 'record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three)
+                raise PeerError(text)
         return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
-        return [self._record(head, body) for head, body in self.buffer_updated(count)]
+        buffer_updated = self.buffer_updated(count)
+        chosen_records: List[Record] = []
+        for head, body in buffer_updated:
+            chosen_record = self._record(head, body)
+            chosen_records.append(chosen_record)
+        return chosen_records
 
     @staticmethod
     def _record(head: bytes, body: memoryview) -> Record:
         kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
-        return Record(kind, number, serial, start, end,
-                      (body[:one], body[one:one + two], body[one + two:one + two + three]))
+        bodies = (body[:one], body[one:one + two], body[one + two:one + two + three])
+        return Record(kind, number, serial, start, end, bodies)
 
-
-# --------------------------------------------------------------------------------------------------
-# Files: names from outside, and files that arrive in pieces. Jobs run in these trees and may have
-# planted links.
-# --------------------------------------------------------------------------------------------------
 
 # Names of devices on Windows, in each directory and with any extension
 _DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name in ('COM', 'LPT')
@@ -3634,26 +5255,34 @@ def check_apart(names: Iterable[str]) -> None:
         folded = unicodedata.normalize('NFC', name).casefold()
         other = seen.setdefault(folded, name)
         if other != name:
-            raise ValueError('files %.60r and %.60r would be one file on this system, which takes '
-                             'no notice of case: rename one of them' % (other, name))
+            text = ('files %.60r and %.60r would be one file on this system, which takes '
+                    'no notice of case: rename one of them' % (other, name))
+            raise ValueError(text)
 
+
+# --------------------------------------------------------------------------------------------------
+# Files, links, and the loop that owns them: accepting, connecting, discovery
+# --------------------------------------------------------------------------------------------------
 
 def check_name(name: str) -> Tuple[str, ...]:
     """The parts of a file name from outside. Raises ValueError for one that could climb out or
     surprise."""
-    parts = tuple(name.split('/'))
+    name_parts = name.split('/')
+    parts = tuple(name_parts)
     if len(parts) > 32:
         raise ValueError('file name %.60r has more than 32 parts' % name)
     for part in parts:
         if part in ('', '.', '..') or '\\' in part or ':' in part or any(
                 unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in part):
-            raise ValueError('file name %.60r is refused: part %.60r' % (name, part))
+            text = 'file name %.60r is refused: part %.60r' % (name, part)
+            raise ValueError(text)
         if IS_WINDOWS and (set(part) & set('<>"|?*') or part[-1] in ' .' or part.partition(
                 '.')[0].rstrip().upper() in _DEVICES):
             raise ValueError('file name %.60r is refused: part %.60r means something else on '
                              'Windows, or cannot be there' % (name, part))
         try:
-            if len(part.encode('utf-8')) > 255:
+            encoded = part.encode('utf-8')
+            if len(encoded) > 255:
                 raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
         except UnicodeEncodeError as exc:
             raise ValueError('file name %.60r is not UTF-8' % name) from exc
@@ -3693,11 +5322,13 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
 def open_regular(path: str) -> Any:
     """Open a file for reading. Raises ValueError at once for what is no regular file: opening a
     FIFO waits for its other end, and a device may never come to its end; OSError."""
-    handle = os.open(
-        path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
-        | getattr(os, 'O_CLOEXEC', 0))
+    o_nonblock = getattr(os, 'O_NONBLOCK', 0)
+    o_binary = getattr(os, 'O_BINARY', 0)
+    o_cloexec = getattr(os, 'O_CLOEXEC', 0)
+    handle = os.open(path, os.O_RDONLY | o_nonblock | o_binary | o_cloexec)
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError('%s is no regular file' % path)
         return os.fdopen(handle, 'rb')
     except BaseException:
@@ -3734,11 +5365,13 @@ class Digests:
         """Return the digest of a file. Raises OSError."""
         state = cls._state(path)
         known = cls._known.get(path)
-        if known is not None and known[0] == state:
-            return known[1]
+        if known is not None:
+            if known[0] == state:
+                return known[1]
         digest = file_digest(path)[1]
         if state[0] > FILE_PIECE and cls._state(path) == state:
-            if len(cls._known) >= cls.MOST:
+            known_length = len(cls._known)
+            if known_length >= cls.MOST:
                 cls._known = {}
             cls._known[path] = state, digest
         return digest
@@ -3754,10 +5387,10 @@ class Digests:
             # It is not there, or has a name that will be refused
             with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
-                if state[0] == size and cls._known.get(
-                        path, ((), b''))[0] != state and not os.path.islink(path):
-                    paths.append(path)
-                    total += size
+                if state[0] == size and cls._known.get(path, ((), b''))[0] != state:
+                    if not os.path.islink(path):
+                        paths.append(path)
+                        total += size
         if total > cls.INLINE:
             return paths
         return []
@@ -3790,28 +5423,42 @@ class IncomingFile:
         self._size = size
         self._digest = digest
         self._mode = mode & 0o755 | 0o600
-        self._seen, self._hash = 0, hashlib.sha256()
-        self._temporary = '.%s.part' % os.urandom(6).hex()
-        with _parent_of(root, self._parts) as (prefix, handle):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
-            if scratch is not None and not self._is_near(scratch, handle):
-                self._scratch = None
+        digester = hashlib.sha256()
+        self._seen = 0
+        self._hash = digester
+        random_bytes = os.urandom(6)
+        digits = random_bytes.hex()
+        self._temporary = '.%s.part' % digits
+        parent = _parent_of(root, self._parts)
+        with parent as (prefix, handle):
+            o_binary = getattr(os, 'O_BINARY', 0)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | o_binary
+            if scratch is not None:
+                is_near = self._is_near(scratch, handle)
+                if not is_near:
+                    self._scratch = None
             if self._scratch is not None:
-                self._file = os.open(os.path.join(self._scratch, self._temporary), flags, 0o600)
+                path = os.path.join(self._scratch, self._temporary)
+                self._file = os.open(path, flags, 0o600)
             else:
                 self._file = os.open(prefix + self._temporary, flags, 0o600, dir_fd=handle)
 
     @staticmethod
     def _is_near(scratch: str, handle: Optional[int]) -> bool:
         """Whether a file can be moved from there: both are of one file system."""
-        return handle is not None and os.stat(scratch).st_dev == os.fstat(handle).st_dev
+        if handle is None:
+            return False
+        st_dev = os.stat(scratch).st_dev
+        status = os.fstat(handle)
+        return st_dev == status.st_dev
 
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece; true when the file is whole and in its place."""
         if offset != self._seen or offset + len(data) > self._size:
-            raise ValueError(
-                'a piece at %d of %d bytes does not fit a file of %d of which %d are here' %
-                (offset, len(data), self._size, self._seen))
+            data_length = len(data)
+            text = ('a piece at %d of %d bytes does not fit a file of %d of which %d are '
+                    'here' % (offset, data_length, self._size, self._seen))
+            raise ValueError(text)
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view):]
@@ -3819,7 +5466,8 @@ class IncomingFile:
         self._seen += len(data)
         if self._seen < self._size:
             return False
-        if self._hash.digest() != self._digest:
+        digest = self._hash.digest()
+        if digest != self._digest:
             raise ValueError('the digest is wrong')
         if self._sync:
             os.fsync(self._file)
@@ -3827,8 +5475,10 @@ class IncomingFile:
         self._file = -1
         os.close(handle)
         # Handle: of the directory now
-        with _parent_of(self._root, self._parts) as (prefix, handle):
-            target = prefix + self._parts[-1]
+        parent = _parent_of(self._root, self._parts)
+        with parent as (prefix, handle):
+            part = self._parts[-1]
+            target = prefix + part
             if self._scratch is not None:
                 temporary = os.path.join(self._scratch, self._temporary)
                 os.chmod(temporary, self._mode)
@@ -3847,7 +5497,8 @@ class IncomingFile:
             os.close(handle)
         if self._scratch is not None:
             with contextlib.suppress(OSError):   # as below
-                os.unlink(os.path.join(self._scratch, self._temporary))
+                path = os.path.join(self._scratch, self._temporary)
+                os.unlink(path)
             return
         with contextlib.suppress(OSError, ValueError), _parent_of(self._root,
                                                                   self._parts) as (prefix, handle):
@@ -3879,7 +5530,9 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
             length = min(FILE_PIECE, size - offset)
             data = file.read(length)
             if len(data) < length:
-                raise OSError('it has %d bytes now and had %d' % (offset + len(data), size))
+                data_length = len(data)
+                text = 'it has %d bytes now and had %d' % (offset + data_length, size)
+                raise OSError(text)
             yield offset, data
 
 
@@ -3929,15 +5582,17 @@ class FileReceiver:
                 check_size(name, size, self._most, self._too_large)
             if not self._known(root, check_name(name), size, digest):
                 wanted[int(purpose), name] = row
-        needed = sum(size for _, size, _, _ in wanted.values())
+        sizes = [size for _, size, _, _ in wanted.values()]
+        needed = sum(sizes)
         free = shutil.disk_usage(root).free
         if needed > free:
-            raise NoRoom('%d bytes are needed for files and %d are free in %s'
-                         % (needed, free, root))
+            text = '%d bytes are needed for files and %d are free in %s' % (needed, free, root)
+            raise NoRoom(text)
         self.abort(purpose)
         key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
         self._wanted.update(wanted)
-        self._left[int(purpose)] += len(wanted)
+        wanted_length = len(wanted)
+        self._left[int(purpose)] += wanted_length
         return [(int(purpose), key, row) for _, row in sorted(wanted.items())]
 
     @staticmethod
@@ -3953,36 +5608,45 @@ class FileReceiver:
     def piece(self, piece: FilePiece) -> bool:
         """Take a piece; true when its file is whole and in its place. Raises ValueError or
         OSError."""
-        name = piece.row[0]
-        file = (piece.purpose, piece.key, name)
-        if piece.purpose in ASKED_FOR:
-            if piece.key != self._keys.get(piece.purpose):
+        purpose = piece.purpose
+        row = piece.row
+        name = row[0]
+        file = (purpose, piece.key, name)
+        if purpose in ASKED_FOR:
+            key = self._keys.get(purpose)
+            if piece.key != key:
                 return False   # of what is not wanted any more
-            if self._wanted.get((piece.purpose, name)) != piece.row:
+            if self._wanted.get((purpose, name)) != row:
                 raise ValueError('%.60r was not asked for' % name)
             begins = file not in self._partial
         else:
             begins = piece.offset == 0
             if begins:
-                check_size(name, piece.row[1], self._most, self._too_large)
+                check_size(name, row[1], self._most, self._too_large)
             elif file not in self._partial:
                 return False   # it has failed, and the other side does not know yet
         if begins:
             if file in self._partial:
                 self._partial.pop(file).abort()
-            _, size, digest, mode = piece.row
-            self._partial[file] = IncomingFile(
-                self._roots[Purpose(piece.purpose)], name, size, digest, mode, self._scratch,
-                sync=piece.purpose in self._sync)
+            _, size, digest, mode = row
+            root = self._roots[Purpose(purpose)]
+            self._partial[file] = IncomingFile(root,
+                                               name,
+                                               size,
+                                               digest,
+                                               mode,
+                                               self._scratch,
+                                               sync=purpose in self._sync)
         if not self._partial[file].piece(piece.offset, piece.data):
             return False
         del self._partial[file]
-        if self._wanted.pop((piece.purpose, name), None) is not None:
-            self._left[piece.purpose] -= 1
+        if self._wanted.pop((purpose, name), None) is not None:
+            self._left[purpose] -= 1
         return True
 
     def take(self, piece: FilePiece) -> Optional[FileStored]:
         """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        row = piece.row
         error = ''
         try:
             if not self.piece(piece):
@@ -3991,12 +5655,12 @@ class FileReceiver:
             error = self._where + (str(exc) or type(exc).__name__)
             self.code = reason_of(exc)
             if piece.purpose in FOR_CODE:   # of no use without the others
-                error = 'file %.100r cannot be stored: %s' % (piece.row[0], error)
+                error = 'file %.100r cannot be stored: %s' % (row[0], error)
                 for purpose in FOR_CODE:
                     self.abort(purpose)
             else:
-                self.abort(piece.purpose, piece.key, piece.row[0])
-        return FileStored(*piece[:3], piece.row[0], error)
+                self.abort(piece.purpose, piece.key, row[0])
+        return FileStored(*piece[:3], row[0], error)
 
     def again(self) -> List[Tuple[int, int, tuple]]:
         """The connection on which files came has ended: drop what is half here. Returns what Need
@@ -4010,7 +5674,10 @@ class FileReceiver:
 
     def wants(self, *purposes: int) -> bool:
         """Whether a file of one of these purposes has been asked for and is not there."""
-        return any(self._left[purpose] for purpose in purposes)
+        for purpose in purposes:
+            if self._left[purpose]:
+                return True
+        return False
 
     def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
               name: Optional[str] = None) -> None:
@@ -4038,259 +5705,1625 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
         raise
 
 
-class ModuleStore:
-    """Files of modules by their digests, so that each travels once to a node. It is kept below a
-    limit."""
+def printable(text: str) -> str:
+    """A text with its control characters, and what cannot be encoded, written out."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
+                   for c in text)
 
-    def __init__(self, root: str) -> None:
-        self._root = root
 
-    def _path(self, digest: bytes) -> str:
-        return os.path.join(self._root, digest.hex())
+def take_own_directory(path: str,
+                       mark: str,
+                       known: Sequence[str],
+                       option: str,
+                       mode: int = 0o700) -> None:
+    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there
+    may be removed. One that has other things in it, and was not begun by an earlier version, which
+    the files `known` tell, is refused. Raises StartError, OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path, mode=0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+        raise StartError('%s is not a directory of this user (%s)' % (path, option))
+    names = os.listdir(path)
+    if mark not in names:
+        if names and not any(name in names for name in known):
+            text = sorted(names)[0]
+            reason = ('%s holds other things, such as %s, and none of dispy\'s: files in it '
+                      'would be removed; give a directory that is empty or does not exist '
+                      '(%s)' % (path, printable(text), option))
+            raise StartError(reason)
+        os.close(
+            os.open(os.path.join(path, mark),
+                    os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
+    os.chmod(path, mode)
 
-    def bring(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Put those files that are here below a computation's own directory. A file that is damaged
-        is sent again."""
-        for name, size, digest, mode in rows:
-            target = os.path.join(root, *check_name(name))
-            path = self._path(digest)
-            try:
-                if not os.path.lexists(target) and file_digest(path) == (size, digest):
-                    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-                    shutil.copyfile(path, target)
-                    os.chmod(target, mode & 0o755 | 0o600)
-                    os.utime(path)
-            except OSError:   # it is not here
-                continue
 
-    def keep(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Take copies of files that have come."""
+def default_directory(port: int) -> str:
+    """Where the node at this port keeps its files when nothing else is said."""
+    if hasattr(os, 'getuid'):
+        user: Union[int, str] = os.getuid()
+    else:
+        user = os.environ.get('USERNAME', 'user')
+    return os.path.join(tempfile.gettempdir(), 'dispy-%s' % user, 'node-%d' % port)
+
+
+def machine() -> str:
+    """What this machine is known by while it runs; empty where nothing tells. Containers of one
+    machine have the same."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return file.read().strip()
+    except OSError:
+        return ''
+
+
+def _try_lock(file: Any, shared: bool = False) -> None:
+    if os.name == 'nt':
+        import msvcrt
+        # One byte is locked, at the file's position, which must be the same for all. It lies
+        # beyond the text because nobody else can read a byte that is locked.
+        file.seek(1 << 30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def lock_file(file: Any) -> None:
+    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
+    lock for a moment, so that it is tried several times. Raises OSError."""
+    for left in reversed(range(5)):
         try:
-            os.makedirs(self._root, mode=0o700, exist_ok=True)
-            for name, size, digest, _ in rows:
-                path = self._path(digest)
-                if size <= MODULES_KEPT // 4 and not os.path.exists(path):
-                    with replaced(path, '.new') as temporary:
-                        shutil.copyfile(os.path.join(root, *check_name(name)), temporary)
-            self._shorten()
-        except OSError as exc:   # no room: they are sent again to the next computation
-            logger.debug('files of modules are not kept: %s', exc)
-
-    def _shorten(self) -> None:
-        """Remove the files that were not used for longest."""
-        files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path)
-                        for entry in os.scandir(self._root)),
-                       reverse=True)
-        total = 0
-        for _, size, path in files:
-            total += size
-            if total > MODULES_KEPT:
-                os.unlink(path)
-
-
-class RecordLog:
-    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
-    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
-    record that is torn, at the end of the file, was never reported as kept and is not read."""
-    _CRC = struct.Struct('>I')
-
-    def __init__(self, head: struct.Struct, pieces: int) -> None:
-        self._head = head
-        self._pieces = pieces
-
-    def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
-        """Return a record as the file has it; to be written in one go, or not at all."""
-        pieces = (head, *pieces)
-        return [self._CRC.pack(self._crc_of(pieces)), *pieces]
-
-    def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
-        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
-        record). Ends before one that is torn."""
-        first = self._CRC.size
-        while True:
-            head = file.read(first + self._head.size)
-            if len(head) < first + self._head.size:
-                return
-            numbers = self._head.unpack_from(head, first)
-            sizes = numbers[-self._pieces:]
-            pieces = [file.read(size) for size in sizes]
-            is_whole = all(len(piece) == size for piece, size in zip(pieces, sizes))
-            crc = self._crc_of((memoryview(head)[first:], *pieces))
-            if not is_whole or self._CRC.pack(crc) != head[:first]:
-                return
-            yield numbers[:-self._pieces], pieces, len(head) + sum(sizes)
-
-    @staticmethod
-    def _crc_of(pieces: Iterable[Buffer]) -> int:
-        crc = 0
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
-        return crc
-
-
-class ResultSpool:
-    """Results of one computation on disk, while its client is away: a file of a header (magic,
-    instance of the client) and of records as workers write them (see RecordLog)."""
-    MAGIC = b'dispy5r\3'
-    HEAD = len(MAGIC) + 16 + KEY_SIZE
-    _LOG = RecordLog(_RECORD, 3)
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
-        """Keep rows of Results; they are on the disk when this returns. Raises OSError or
-        ValueError, and nothing of them is kept then: a file that was made for them is gone again,
-        since nobody would remove it later."""
-        with open(self.path, 'ab') as file:
-            start = file.tell()
-            try:
-                if not start:
-                    file.write(self.MAGIC + owner + digest)
-                for row in rows:
-                    head, *bodies = pack_record(RecordType.RESULT, row[OUTCOME], row[SERIAL], row[START],
-                                                row[END], *row[PAYLOAD:])
-                    file.writelines(self._LOG.record(head, bodies))
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                with contextlib.suppress(OSError):   # what is buffered has no room either
-                    file.close()
-                if start:
-                    os.truncate(self.path, start)
-                else:
-                    os.unlink(self.path)
+            return _try_lock(file)
+        except OSError:
+            if not left:
                 raise
-
-    def rows(self) -> Iterator[tuple]:
-        """Return what is kept, row after row; ends before what is torn."""
-        return (row for row, _ in self._rows())
-
-    def _rows(self) -> Iterator[Tuple[tuple, int]]:
-        """Rows, and how many bytes of the file each takes."""
-        with open(self.path, 'rb') as file:
-            file.seek(self.HEAD)
-            for (_, _, number, serial, start, end), bodies, size in self._LOG.read(file):
-                yield (serial, number, start, end, *bodies), size
-
-    def scan(self) -> Tuple[bytes, bytes, List[int]]:
-        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
-        that is none of ours."""
-        with open(self.path, 'rb') as file:
-            head = file.read(self.HEAD)
-        if len(head) < self.HEAD or not head.startswith(self.MAGIC):
-            raise ValueError('%s holds no results' % self.path)
-        size = len(head)
-        serials = []
-        for row, more in self._rows():
-            size += more
-            serials.append(row[SERIAL])
-        os.truncate(self.path, size)
-        return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
-
-    def remove(self) -> None:
-        """Remove the file: its results are not needed any more."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+            time.sleep(0.02)
 
 
-class Memory:
-    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a
-    computation in its directory, and `memory`, with what this memory is known by. A client that
-    finds another memory than before knows that what this one does not name may have begun. It is
-    another one when the machine has ended without the node (what was not on the disk yet is gone),
-    or something could not be written down.
-    """
+def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
+    """Take the lock file or raise StartError naming who has it. Released by the system when the
+    process ends."""
+    file = open(path, 'a+')
+    try:
+        lock_file(file)
+    except OSError as exc:
+        file.seek(0)
+        contents = file.read(200)
+        holder = contents.strip()
+        file.close()
+        directory = os.path.dirname(path)
+        reason = ('the directory %s is in use by a dispynode (%s): choose another with '
+                  '--dest-path-prefix' % (directory, holder or 'no PID is noted'))
+        raise StartError(reason) from exc
+    file.truncate(0)
+    pid = os.getpid()
+    text = 'PID %d, port %d\n%s' % (pid, port, 'instance %s\n' % instance.hex() if instance else '')
+    file.write(text)
+    file.flush()
+    return file
 
-    def __init__(self, directory: str, lasting: bool = True) -> None:
-        """`lasting`: it is to outlive the machine. Raises OSError."""
-        self._directory, self._path = directory, os.path.join(directory, 'memory')
-        self._lasting = lasting
-        self._known: Dict[str, AttemptHistory] = {}
-        self.ident = ''
-        try:
-            with open(self._path) as file:
-                ident, boot, clean = file.read().split(' ')
-            if clean == 'clean' or boot == machine():
-                self.ident = ident
-        except (OSError, ValueError):
-            logger.debug('this node begins to remember')
-        self._torn = False
-        self.ident = self.ident or os.urandom(16).hex()
-        self._write(self._path, '%s %s open' % (self.ident, machine()))
 
-    def _write(self, path: str, text: str) -> None:
-        with replaced(path) as temporary, open(temporary, 'w') as file:
-            file.write(text)
-            file.flush()
-            if self._lasting:
-                os.fsync(file.fileno())
+def write_private(path: str, data: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    folder = os.path.dirname(path)
+    handle, temporary = tempfile.mkstemp(dir=folder)   # mode 0600
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
-    def _file(self, comp: str) -> str:
-        return os.path.join(self._directory, 'g-' + comp)
 
-    def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, AttemptHistory]:
-        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier
-        process had when it was killed, and what had begun of them, None if nobody knows. Raises
-        OSError."""
-        for name in os.listdir(self._directory):
-            path = os.path.join(self._directory, name)
-            is_part = name.endswith('.part')
-            if not _is_ours(name[:-len('.part')] if is_part else name, 'g-'):
+def ask_psutil(question: Callable[[Any], Any]) -> Any:
+    """What `question(psutil)` returns; None where psutil is not installed or cannot tell. psutil
+    may raise anything, such as RuntimeError where Windows has its performance counters disabled."""
+    try:
+        import psutil
+        return question(psutil)
+    except ImportError:
+        return None
+    except Exception as exc:  # the figures are useful, but nothing here depends on them
+        logger.debug('psutil cannot tell: %s: %s', type(exc).__name__, exc)
+        return None
+
+
+def memory_of(pid: int) -> int:
+    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor
+    psutil)."""
+    try:
+        with open('/proc/%d/statm' % pid) as file:
+            contents = file.read()
+            content_part = contents.split()[1]
+            own = int(content_part) * mmap.PAGESIZE
+        with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
+            content_parts = file.read().split()
+            return own + sum(map(memory_of, map(int, content_parts)))
+    except OSError:   # it has ended, or there is no such thing here
+        if sys.platform == 'linux':
+            return 0
+
+    def sum_up(psutil: Any) -> int:
+        process = psutil.Process(pid)
+        rsses = []
+        for one in [process, *process.children(recursive=True)]:
+            rsses.append(one.memory_info().rss)
+        return sum(rsses)
+    return ask_psutil(sum_up) or 0   # the process may have ended
+
+
+def start_of(pid: int, zombie: bool = True) -> str:
+    """When a process began, in whatever unit tells it from another that gets its number; '' if
+    there is none, or if that cannot be told. `zombie`: one that has ended and waits to be reaped
+    counts. See proc(5)."""
+    try:
+        with open('/proc/%d/stat' % pid, 'rb') as file:
+            # The name before it may hold anything
+            contents = file.read()
+            state, *fields = contents.rpartition(b')')[2].split()
+        if zombie or state not in b'ZX':
+            return fields[18].decode()
+        return ''
+    except (OSError, IndexError, ValueError):
+        if os.path.isdir('/proc/self'):
+            return ''
+    return ask_psutil(lambda psutil: _start_told(psutil.Process(pid), zombie)) or ''
+
+
+def _start_told(process: Any, zombie: bool) -> str:
+    if zombie or process.status() != 'zombie':
+        return str(process.create_time())
+    return ''
+
+
+def is_child(pid: int, parent: int) -> bool:
+    """Whether a process is a child of another; false where nothing tells it."""
+    return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
+
+
+RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns its `User`
+
+
+def runner_start(handle: int) -> None:
+    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
+    puts back what it has inherited of signals: a program may block or ignore them."""
+    user = os.environ.pop(RUNNER_USER, None)
+    absolute_path = os.path.abspath(__file__)
+    sys.argv[:] = [absolute_path]
+    if _sigmask is not None:
+        _sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    control = socket.socket(fileno=handle)
+    runner_main(control, User(*json.loads(user)) if user else None)
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+def plain_address(address: str) -> str:
+    """An address as people write it: IPv4 behind IPv6 as IPv4."""
+    if address.startswith('::ffff:'):
+        if '.' in address:
+            return address[7:]
+    return address
+
+
+def address_in(where: Tuple[Any, ...]) -> str:
+    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1)
+    means something with the interface only: fe80::1%eth0. Raises OSError while no descriptor is
+    left."""
+    address = plain_address(where[0])
+    if len(where) == 4:
+        if where[3] and '%' not in address:
+            return '%s%%%s' % (address, socket.if_indextoname(where[3]))
+    return address
+
+
+def is_own_address(address: str) -> bool:
+    """Whether this machine has the address."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0,
+                                                       socket.AI_NUMERICHOST)[0]
+        with socket.socket(family, kind) as sock:
+            sock.bind(where)   # sends nothing
+    except OSError:
+        return False
+    return True
+
+
+def format_address(host: str, port: int) -> str:
+    """Write a host and a port for people: IPv6 addresses in brackets."""
+    return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
+
+
+def nearest_address(addresses: Sequence[str], to: str) -> str:
+    """Of several addresses of one host the one to tell the host `to`: of its family, with most
+    leading bits in common; empty if there is none. An address of this very machine is told to this
+    machine only."""
+    if not addresses:
+        return ''
+    try:
+        if to:
+            asker: Any = ipaddress.ip_address(to.partition('%')[0])
+        else:
+            asker = None
+        known = [ipaddress.ip_address(address) for address in addresses]
+    except ValueError:   # checked where they came in; a source address of a family we do not know
+        return ''
+    if asker is None:
+        return str(known[0])
+    fit = [
+        address for address in known
+        if address.version == asker.version and address.is_loopback <= asker.is_loopback
+    ]
+    if fit:
+        lowest_fit = min(fit, key=lambda address: int(address) ^ int(asker))
+        return str(lowest_fit)
+    return ''
+
+
+# -- channels and the loop -------------------------------------------------------------------------
+
+_WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+# macOS may give the receiver a dead socket if it is closed here before it has arrived there
+LATE_PASSING = sys.platform == 'darwin'
+
+
+def socket_pair() -> Tuple[socket.socket, socket.socket]:
+    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
+    pair = socket.socketpair()
+    for sock in pair:
+        set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    return pair
+
+
+def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0) -> Tuple[
+        bytes, Optional[socket.socket]]:
+    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
+    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
+    if hasattr(socket, 'SCM_RIGHTS'):
+        return pack_record(kind, number)[0], sock  # type: ignore[return-value]
+    shared = sock.share(pid)  # type: ignore[attr-defined]
+    return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
+
+
+def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
+    """Send bytes and a socket with the first of them. Raises OSError."""
+    handle = passing.fileno()
+    handles = array.array('i', [handle])
+    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+
+
+def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
+    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
+    if not hasattr(socket, 'SCM_RIGHTS'):
+        return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
+    handle = handles.popleft()
+    if handle < 0:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    out = _out_of_reach(handle)
+    return socket.socket(fileno=out)
+
+
+def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
+    """Set an option that a socket can do without. Python may lack the constant, and where Python
+    has it the system may not know the option."""
+    if hasattr(socket, name):
+        with contextlib.suppress(OSError):   # it works without
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
+def set_tcp_options(sock: socket.socket) -> None:
+    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
+    can be set."""
+    set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
+                        ('TCP_USER_TIMEOUT', 30000)):
+        set_option(sock, socket.IPPROTO_TCP, name, value)
+
+
+# Bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+SEGMENT = 1200
+_TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
+_OUT_OF_ORDER = 224                  # where its rcv_ooopack is
+_SMALL_MTU = ('. Either the network passes nothing in one direction, or it loses packets of '
+              'full size: then a link on the way has a smaller MTU than this host, and the ICMP '
+              'messages that say so are dropped. Lower the MTU of this host (ip link set DEVICE '
+              'mtu 1280), or let ICMP through')
+STALLS = {   # what `stall_of` returns -> what is said
+    'sent': 'packets that were sent there have not arrived, although short packets came from there '
+            'until the end' + _SMALL_MTU,
+    'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
+}
+
+
+def stall_of(sock: Any, silence: float, pulse: float) -> str:
+    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s,
+    although the way is there: 'sent', 'received' or ''. Only Linux tells; elsewhere ''."""
+    if not sys.platform.startswith('linux'):
+        return ''
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    except OSError:   # no TCP, or no socket any more
+        return ''
+    info_length = len(info)
+    if info_length < _OUT_OF_ORDER + 4:
+        return ''
+    fields = _TCP_INFO.unpack_from(info)
+    retransmits = fields[2]
+    unacknowledged = fields[8 + 4]
+    field = fields[8 + 12]
+    last_ack = field / 1000
+    if unacknowledged and retransmits > 1:
+        if silence < PULSES_SILENT * pulse:
+            return 'sent'
+    out_of_order, = struct.unpack_from('I', info, _OUT_OF_ORDER)
+    if out_of_order and silence > PULSES_SILENT * pulse > last_ack:
+        return 'received'
+    return ''
+
+
+class Channel:
+    """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop
+    thread only."""
+    # System calls in one turn, so that a busy channel does not starve the others
+    READS = 16
+
+    def __init__(self, sock: socket.socket, intake: ReceiveBuffer) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.queued = 0      # bytes that wait
+        self.bytes_out = self.bytes_in = 0   # since it was made
+        self.heard = 0.0     # when bytes last came, monotonic
+        self.paused = False  # not read from until there is room
+        self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
+        self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
+        self.interest = 0
+        self._intake = intake
+        self.later: Any = ()   # what is made when there is room for it
+        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
+        self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
+        self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
+        if hasattr(sock, 'do_handshake'):
+            import ssl
+            self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
+        """Send these behind what waits already; with the first of them a socket, which is closed
+        here then."""
+        for buffer in buffers:
+            if not isinstance(buffer, bytes):
+                view = memoryview(buffer).cast('B')
+            else:
+                view = memoryview(buffer)
+            self._out.append((view, passing))
+            self.queued += len(view)
+            passing = None
+        if self.dirty is not None:
+            self.dirty.add(self)
+
+    def write(self) -> None:
+        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
+        broken."""
+        enough = self.queued - WRITE_MOST
+        while self._out and self.queued > enough:
+            try:
+                sent = self._send_some()
+            except self._again:
+                return
+            self.queued -= sent
+            self.bytes_out += sent
+            while sent:
+                view, _ = self._out[0]
+                if sent < len(view):
+                    self._out[0] = (view[sent:], None)
+                    break
+                sent -= len(view)
+                self._out.popleft()
+
+    def drain(self, seconds: float) -> None:
+        """Send what was pushed, and wait so long for room at most. Raises OSError."""
+        now = time.monotonic()
+        until = now + seconds
+        self.write()
+        if not self._out:
+            return
+        if seconds <= 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            while self._out and selector.select(until - time.monotonic()):
+                self.write()
+                if time.monotonic() > until:
+                    return
+
+    def _send_some(self) -> int:
+        view, passing = self._out[0]
+        if passing is not None:
+            sent = send_with(self.sock, [view], passing)
+            passing.close()
+            self._out[0] = (view, None)
+            return sent
+        if not self._gathers or len(self._out) == 1 or len(view) > 1 << 18:
+            return self.sock.send(view[:1 << 20])
+        plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
+        views = [view for view, _ in plain]
+        return self.sock.sendmsg(views)
+
+    def receive(self, room: memoryview) -> int:
+        """Do as a socket's recv_into does."""
+        return self.sock.recv_into(room)
+
+    def read(self, now: float) -> List[Any]:
+        """Receive what is there; the whole units of it. Raises LinkBroken at the end of the
+        stream."""
+        units: List[Any] = []
+        for _ in range(self.READS):
+            room = self._intake.get_buffer()
+            try:
+                count = self.receive(room)
+            except self._again:
+                break
+            if count == 0:
+                if units:
+                    break    # what came is handled first; the end will be read again
+                raise LinkBroken('the connection was closed')
+            self.heard = now
+            self.bytes_in += count
+            units.extend(self._intake.buffer_updated(count))
+            if count >= len(room):
                 continue
-            if is_part or time.time() - os.stat(path).st_mtime > PAST_TIME:
-                os.unlink(path)
-            else:
-                self._known[name[2:]] = self.read(self._directory, name[2:])
-        for comp, begun in wrecks.items():
-            if begun is None:
-                past = AttemptHistory(whole=False)
-            else:
-                past = AttemptHistory(lost=begun)
-            self.write(comp, self._known.get(comp, AttemptHistory()).and_also(past))
-        return self._known
+            if self._gathers:
+                break
+        return units
 
-    @staticmethod
-    def read(directory: str, comp: str) -> AttemptHistory:
-        """What is written down of a computation. Raises OSError."""
-        path = os.path.join(directory, 'g-' + comp)
-        try:
-            with open(path) as file:
-                row = json.load(file)
-            if not _is_past(tuple(row)):
-                raise ValueError('it has other contents')
-            return AttemptHistory.of(row)
-        except FileNotFoundError:
-            return AttemptHistory()
-        except (TypeError, ValueError) as exc:
-            logger.warning('%s is of no use: %s', path, exc)
-            return AttemptHistory(whole=False)
+    @property
+    def wants_write(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._out or self.later)
 
-    def write(self, comp: str, past: AttemptHistory) -> None:
-        """This is what is known of a computation now."""
-        try:
-            if past == AttemptHistory():
-                self._known.pop(comp, None)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._file(comp))
-            else:
-                self._known[comp] = past
-                self._write(self._file(comp), json.dumps(past.row()))
-        except OSError as exc:
-            logger.error('what was given up cannot be written down: %s', exc)
-            self.tear()
+    def go_on(self) -> None:
+        """Make more of `later`, and send it."""
+        raise NotImplementedError
 
-    def tear(self) -> None:
-        """Something is not known here that ought to be: the next process begins another memory."""
-        self._torn = True
-        with contextlib.suppress(OSError):   # it is gone already
-            os.unlink(self._path)
+    def breaks(self, now: float) -> None:
+        """It is about to be closed, as it has broken."""
 
     def close(self) -> None:
-        """The node ends in good order."""
-        if not self._torn:
-            with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
-                self._write(self._path, '%s %s clean' % (self.ident, machine()))
+        """Close the socket and those that were to be passed."""
+        for _, passing in self._out:
+            if passing is not None:
+                passing.close()
+        self._out.clear()
+        self.sock.close()
+
+
+def unfit_text(size: int, text: str) -> str:
+    """What is said of arguments for which there is no room."""
+    return 'arguments of %d bytes cannot be taken: %s: send a file (depends)' % (size, text)
+
+
+def limit_text(where: str) -> str:
+    """Why a value over the limit of this process is not taken."""
+    return 'the limit for one value is %d (%s, --max-value)' % (VALUE_MOST, where)
+
+
+def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
+    """What stands for a message of one job that came in one frame, and whose arguments are over the
+    limit all the same: it is a lower one than the default. What is large comes alone."""
+    payload = message.rows[0][1]
+    size = size_of(payload)
+    if size > VALUE_MOST:
+        text = unfit_text(size, limit_text(where))
+        return Unfit(message.comp, message.rows[0], text)
+    return None
+
+
+def unfit_row(message: Unfit) -> tuple:
+    """The row of Results of a job for whose arguments there is no room."""
+    return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
+
+
+class IncomingValue:
+    """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
+    is passed over."""
+    __slots__ = ('kind', 'row', 'total', 'seen', 'place')
+
+    def __init__(self, row: tuple, total: int) -> None:
+        self.kind = Jobs if len(row) == 3 else Results   # type: Any
+        self.row = row
+        self.total = total
+        self.seen = 0
+        self.place: Any = None
+
+    @property
+    def copies(self) -> int:
+        """How often it is in memory until it can be used."""
+        if self.kind is Jobs:
+            return ARGUMENTS_COPIED
+        return RESULTS_COPIED
+
+    def message(self, comp: str) -> Any:
+        """What has come, when it is whole. Raises PeerError."""
+        if self.kind is Jobs:
+            at = 1
+        else:
+            at = 4
+        message = self.kind(comp, [(*self.row[:at], self.place.whole(), *self.row[at + 1:])])
+        if not CHECKS[self.kind](message):
+            text = '%s with wrong values' % self.kind.__name__
+            raise PeerError(text)
+        return message
+
+
+class InMemory:
+    """Memory for a value, which is taken as the value comes."""
+
+    def __init__(self, size: int) -> None:
+        """Raises MemoryError."""
+        self._view = mapped(size)
+
+    def add(self, offset: int, data: Buffer) -> None:
+        """These bytes have come. Raises OSError if they find no room."""
+        self._view[offset:offset + len(data)] = data
+
+    def whole(self) -> memoryview:
+        """All that has come."""
+        return self._view
+
+    def drop(self) -> None:
+        """It is not wanted any more."""
+
+
+class Values:
+    """What comes in parts on the links of a loop, one value at a time of each computation. One for
+    which there is no room is refused when it begins, with a text for its job, and passed over. The
+    loop's thread."""
+
+    def __init__(self, where: str, log: logging.Logger) -> None:
+        """`where` tells whose memory it is, for people."""
+        self.where = where
+        self._log = log
+        # (link, computation) -> what comes
+        self._coming: Dict[Tuple[int, str], IncomingValue] = {}
+
+    def take(self, link: int, part: Part, takes: Container[int]) -> Any:
+        """The message that is whole with this part; what stands for one for which there is no room;
+        or None. Raises PeerError."""
+        key = (link, part.comp)
+        buffers = pieces_of(part.data)
+        refused = None
+        if not part.offset:
+            self.drop(link, part.comp)
+            if not part.total:
+                return None
+            value = self._coming[key] = IncomingValue(part.row, part.total)
+            if OPS[value.kind] not in takes:
+                raise PeerError('%s may not come here' % value.kind.__name__)
+            refused = self._begin(part.comp, value)
+        else:
+            value = self._coming.get(key)  # type: ignore[assignment]
+        size = sum(map(len, buffers))
+        if value is None or (part.offset, part.total) != (value.seen, value.total) \
+                or not 0 < size <= part.total - part.offset:
+            raise PeerError('a part at %d of %d bytes does not follow what came before'
+                            % (part.offset, part.total))
+        for data in buffers:
+            if value.place is not None:
+                try:
+                    value.place.add(value.seen, data)
+                except OSError as exc:
+                    text = '%s (%s)' % (exc, self.where)
+                    refused = self._refuse(part.comp, value, text)
+            value.seen += len(data)
+        if value.seen < value.total:
+            return refused
+        del self._coming[key]
+        if value.place is not None:
+            return value.message(part.comp)
+        return refused
+
+    def _begin(self, comp: str, value: IncomingValue) -> Any:
+        if value.total > VALUE_MOST:
+            return self._refuse(comp, value, limit_text(self.where))
+        try:
+            value.place = self.find_place(value)
+        except (OSError, MemoryError) as exc:
+            text = '%s (%s)' % (exc, self.where)
+            return self._refuse(comp, value, text)
+        return None
+
+    def find_place(self, value: IncomingValue) -> Any:
+        """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
+        free = free_memory()
+        needed = value.copies * value.total + LAZY
+        if free is not None:
+            coming = self._coming.values()
+            free -= sum(other.copies * other.total - other.seen for other in coming
+                        if other.place is not None)
+            if needed > free:
+                text = '%d bytes of memory are free, and %d are needed' % (max(0, free), needed)
+                raise MemoryError(text)
+        return InMemory(value.total)
+
+    def _refuse(self, comp: str, value: IncomingValue, text: str) -> Any:
+        """What stands for a value for which there is no room. The rest of it is passed over."""
+        if value.place is not None:
+            value.place.drop()
+            value.place = None
+        row = value.row
+        if value.kind is Jobs:
+            return Unfit(comp, row, unfit_text(value.total, text))
+        text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
+            '(dispy_send_file)' % (value.total, text)
+        if row[OUTCOME] in PROVISIONAL:
+            self._log.error('provisional: %s', text)
+            return None
+        refused = (row[SERIAL], int(Outcome.RAISED), *row[START:PAYLOAD], pack_error(text, None),
+                   *row[STDOUT:])
+        return Results(comp, [refused])
+
+    def drop(self, link: int, comp: Optional[str] = None) -> None:
+        """What comes of a computation is not wanted any more; None: the link has ended."""
+        for key in [key for key in self._coming if key[0] == link and comp in (None, key[1])]:
+            value = self._coming.pop(key)
+            if value.place is not None:
+                value.place.drop()
+
+
+class Link(Channel):
+    """An authenticated connection that carries messages."""
+    AT_ONCE = 16     # parts that are made in one turn
+    _numbers = itertools.count(1)
+
+    def __init__(self,
+                 sock: socket.socket,
+                 session: Session,
+                 address: str,
+                 now: float,
+                 pulse: float = PULSE,
+                 takes: Iterable[int] = MESSAGES) -> None:
+        self._opener = FrameDecoder(session.receive_key, takes)
+        super().__init__(sock, self._opener)
+        self._sealer = FrameEncoder(session.send_key)
+        self.number = next(Link._numbers)
+        self.instance = session.peer_instance
+        self.role = session.peer_role
+        self.address = address
+        self.pulse = pulse
+        self.heard = self.said = now
+        self.on_purpose = False
+        self.stall = ''        # when it has broken: see stall_of
+        self._takes = takes
+        self.values: Optional[Values] = None   # the loop's, while attached
+        # Computation -> messages that go in parts, and those that have to stay behind them
+        self.later: Dict[str, Deque[Union[InParts, Results, Refused]]] = {}
+        self.unmade = 0    # bytes of `queued` that parts will be made of
+
+    def send(self, message: Any) -> None:
+        """Queue a message. Raises ValueError for one that is too large, before anything of it is
+        queued. One that is too large for a frame only goes in parts, and others overtake it: all
+        but what tells more of the same job, or that nothing more is told of the computation."""
+        if self.later and type(message) in (Results, Refused, Done):
+            if self._stays_behind(message):
+                return
+        try:
+            buffers = self._sealer.seal(message)
+        except TooLarge as exc:
+            self._in_parts(message, exc)
+        else:
+            self.push(buffers)
+
+    def _stays_behind(self, message: Any) -> bool:
+        if type(message) is Done:
+            self.abandon(message.comp)
+            return False
+        waiting = self.later.get(message.comp)
+        if not waiting:
+            return False
+        if type(message) is Results:
+            serials = {row[0] for row in message.rows}
+            rows = []
+            for each in waiting:
+                if not isinstance(each, Refused):
+                    for row in [each.row] if isinstance(each, InParts) else each.rows:
+                        rows.append(row)
+            if not any(row[0] in serials for row in rows):
+                return False
+        waiting.append(message)
+        return True
+
+    def goes_in_parts(self, message: Any) -> bool:
+        """Whether this message, of one row, was the last that was sent and goes in parts."""
+        if message.comp in self.later:
+            last = self.later[message.comp][-1]
+        else:
+            last = None
+        if not isinstance(last, InParts):
+            return False
+        return last.message is message
+
+    def _in_parts(self, message: Any, exc: TooLarge) -> None:
+        """Raises `exc` for a message that cannot go so."""
+        if type(message) not in (Jobs, Results) or len(message.rows) != 1:
+            raise exc
+        whole = InParts(message)
+        if whole.total > VALUE_MOST:
+            text = '%s with a value of %d bytes is over the limit of %d' % (type(message).__name__,
+                                                                            whole.total, VALUE_MOST)
+            raise TooLarge(text)
+        self.later.setdefault(message.comp, collections.deque()).append(whole)
+        self._count(whole.total)
+        if self.dirty is not None:
+            self.dirty.add(self)
+
+    def _count(self, size: int) -> None:
+        self.queued += size
+        self.unmade += size
+
+    def go_on(self) -> None:
+        """Make parts while the socket takes them."""
+        for _ in range(self.AT_ONCE):
+            for comp in list(self.later) if not self._out else ():
+                self._part(comp)
+            if self._out:
+                self.write()
+
+    def _part(self, comp: str) -> None:
+        """The next part of a computation's, or what stands behind the last."""
+        waiting = self.later[comp]
+        first = waiting[0]
+        if isinstance(first, InParts):
+            left = first.left
+            part = first.next()
+            if part is not None:
+                self.push(self._sealer.seal(part))
+                size = first.left - left
+                self._count(size)
+                return
+        else:
+            try:
+                self.push(self._sealer.seal(first))
+            except TooLarge as exc:
+                self._in_parts(first, exc)   # to the end, and from there to its place
+                waiting.rotate(1)
+                del waiting[1]
+                return
+        waiting.popleft()
+        if not waiting:
+            del self.later[comp]
+
+    def abandon(self, comp: str, serials: Optional[Iterable[int]] = None) -> List[int]:
+        """Do not send what is to go in parts for these serials and has not left; None: nothing that
+        waits of a computation. Returns the serials of what does not leave."""
+        waiting = self.later.get(comp, ())
+        if serials is None:
+            wanted = None
+        else:
+            wanted = set(serials)
+        unwanted = [each for each in waiting if isinstance(each, InParts)
+                    and (wanted is None or each.row[0] in wanted)]
+        for each in unwanted:
+            if each.left < each.total:
+                part = Part(comp, (), 0, 0, b'')
+                self.push(self._sealer.seal(part))
+            self._count(-each.left)
+        kept = collections.deque(each for each in waiting if each not in unwanted)
+        if kept and serials is not None:
+            self.later[comp] = kept
+        else:
+            self.later.pop(comp, None)
+        return [each.row[0] for each in unwanted]
+
+    @property
+    def owes(self) -> bool:
+        """Whether results are on their way in parts: a Bye would say that their jobs had never
+        begun."""
+        for waiting in self.later.values():
+            for each in waiting:
+                if not isinstance(each, InParts):
+                    continue
+                row_length = len(each.row)
+                if row_length == 7:
+                    return True
+        return False
+
+    def own_address(self) -> str:
+        """Of this end."""
+        address = self.sock.getsockname()[0]
+        return plain_address(address)
+
+    def breaks(self, now: float) -> None:
+        silence = now - self.heard
+        self.stall = stall_of(self.sock, silence, self.pulse)
+
+    def close(self) -> None:
+        """As a channel, with what has come in part."""
+        super().close()
+        self.later.clear()
+        if self.values is not None:
+            self.values.drop(self.number)
+
+    @property
+    def opened(self) -> int:
+        """Frames that have been opened, or the number of the one that could not be used."""
+        return self._opener.opened
+
+    @property
+    def sent(self) -> int:
+        """Frames that were sent."""
+        return self._sealer.sealed
+
+    def messages(self, now: float) -> List[Any]:
+        """The messages that have come. Raises PeerError or LinkBroken; the link is of no use
+        then."""
+        messages = []
+        contents = self.read(now)
+        for head, body in contents:
+            message = self._opener.open(head, body)
+            if type(message) is Part and self.values is not None:
+                takes: Any = self._takes
+                message = self.values.take(self.number, message, takes)
+                if message is None:
+                    continue
+            messages.append(message)
+        return messages
+
+
+def _payload_as_received(payload: Any) -> Any:
+    """A payload that an envelope may carry, as it is when it was received."""
+    if type(payload) is bytes:
+        return payload
+    if type(payload) is tuple:
+        return tuple(map(_payload_as_received, payload))
+    if type(payload) is pickle.PickleBuffer:
+        return payload.raw()
+    return payload
+
+
+def _jobs_as_received(message: Jobs) -> Tuple[Any, int]:
+    rows = message.rows
+    size = 0
+    for place, row in enumerate(rows):
+        payload = row[1]
+        if type(payload) is not bytes:
+            if rows is message.rows:   # which is the sender's
+                rows = list(rows)
+            payload = _payload_as_received(payload)
+            rows[place] = (row[0], payload, *row[2:])
+        size += size_of(payload)
+    if rows is not message.rows:
+        message = Jobs(message.comp, rows)
+    return message, size
+
+
+def _results_as_received(message: Results) -> Tuple[Any, int]:
+    rows = message.rows
+    size = 0
+    for place, row in enumerate(rows):
+        if type(row[PAYLOAD]) is type(row[STDOUT]) is type(row[STDERR]) is bytes:
+            size += len(row[PAYLOAD])
+            continue
+        if rows is message.rows:   # as above
+            rows = list(rows)
+        payloads = tuple(map(_payload_as_received, row[PAYLOAD:]))
+        rows[place] = (*row[:PAYLOAD], *payloads)
+        size += sum(map(size_of, payloads))
+    if rows is not message.rows:
+        message = Results(message.comp, rows)
+    return message, size
+
+
+def _compute_as_received(message: Compute) -> Tuple[Any, int]:
+    code = _payload_as_received(message.spec['code'])
+    setup_args = _payload_as_received(message.spec['setup_args'])
+    spec = dict(message.spec, code=code, setup_args=setup_args)
+    size = sum(map(size_of, (spec['code'], spec['setup_args'], *spec['support'].values())))
+    compute = Compute(message.comp, spec)
+    return compute, size
+
+
+def _data_as_received(message: Any) -> Tuple[Any, int]:
+    data = _payload_as_received(message.data)
+    return message._replace(data=data), size_of(data)
+
+
+class MemoryLink(Link):
+    """One end of a link whose other end is in the same loop: messages are handed over as objects,
+    and payloads as the same buffers. There is nothing to encode or to authenticate.
+
+    A message waits until the other side takes it, so that it is never handled in its sender's turn,
+    and neither side changes it from then on. What is too large for any link is refused here, too.
+    There are no pulses: neither side can be away.
+    """
+    # Message -> what makes of it what a socket would have brought, with its bytes
+    _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
+        Jobs: _jobs_as_received,
+        Results: _results_as_received,
+        Compute: _compute_as_received,
+        FilePiece: _data_as_received,
+        Output: _data_as_received,
+    }
+    SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
+
+    def __init__(self, instance: bytes, role: int, now: float) -> None:
+        """Of the other side. There is no socket, so that nothing of `Link` is set up."""
+        self.sock: Any = None
+        self.number = next(Link._numbers)
+        self.instance = instance
+        self.role = Role(role)
+        self.address = '127.0.0.1'
+        self.pulse = math.inf
+        self.heard = self.said = now
+        self.queued = 0
+        self.unmade = 0
+        self.bytes_out = 0
+        self.bytes_in = 0
+        self.interest = 0
+        self.paused = self.on_purpose = False
+        self.stall = ''
+        self.owner = None
+        self.dirty = None
+        self.values = None
+        self.later = {}
+        self.other: 'MemoryLink' = self
+        self._queue: Deque[Tuple[Any, int]] = collections.deque()
+        self._taken = self._handed = 0
+        self._is_over = False      # the other end was closed
+
+    @classmethod
+    def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
+        """The node's end, and the client's, of instances that are called so."""
+        of_node = cls(client, Role.CLIENT, now)
+        of_client = cls(node, Role.NODE, now)
+        of_node.other = of_client
+        of_client.other = of_node
+        return of_node, of_client
+
+    def send(self, message: Any) -> None:
+        """Hand a message over. Raises TooLarge."""
+        kind = type(message)
+        size = self.SMALL_SIZE
+        if kind in self._MADE:
+            message, size = self._MADE[kind](message)
+            if kind in (Jobs, Results) and len(message.rows) == 1:
+                most = VALUE_MOST
+            else:
+                most = MESSAGES[OPS[kind]][1]
+            if size > most:
+                text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
+                raise TooLarge(text)
+        self.other._queue.append((message, size))
+        self.queued += size
+        self.bytes_out += size
+        self._handed += 1
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether there is something to take."""
+        if not bool(self._queue or self._is_over):
+            return False
+        if self.dirty is None:
+            return False
+        return not self.paused
+
+    def messages(self, now: float) -> List[Any]:
+        if not self._queue and self._is_over:
+            raise LinkBroken('the connection was closed')
+        taken = self._queue
+        self._queue = collections.deque()
+        size = sum(size for _, size in taken)
+        self.other.queued -= size
+        self.bytes_in += size
+        self._taken += len(taken)
+        self.heard = now
+        return [message for message, _ in taken]
+
+    @property
+    def opened(self) -> int:
+        return self._taken
+
+    @property
+    def sent(self) -> int:
+        return self._handed
+
+    @property
+    def wants_write(self) -> bool:
+        return False
+
+    def own_address(self) -> str:
+        return self.address
+
+    def goes_in_parts(self, message: Any) -> bool:
+        return False
+
+    def write(self) -> None:
+        """All is there."""
+
+    def drain(self, seconds: float) -> None:
+        """As above."""
+
+    def breaks(self, now: float) -> None:
+        """There is no network to blame."""
+
+    def close(self) -> None:
+        """The other end takes what was handed to it, and then its end."""
+        self._queue.clear()
+        self.other._is_over = True
+
+
+_CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
+
+
+class Pipe(Channel):
+    """A channel to a process on this host that carries records."""
+
+    def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
+        if worker:
+            limits = FROM_WORKER
+        else:
+            limits = FROM_RUNNER
+        self._records = RecordBuffer(limits)
+        super().__init__(sock, self._records)
+        self.comp = comp
+        self.worker = worker
+        self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
+        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    def receive(self, room: memoryview) -> int:
+        if not self._asks:
+            return super().receive(room)
+        count, ancillary, _, _ = self.sock.recvmsg_into([room],
+                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
+        for level, kind, body in ancillary:
+            if level != socket.SOL_SOCKET:
+                continue
+            if kind != socket.SCM_CREDENTIALS:
+                continue
+            body_length = len(body)
+            if body_length < _CREDENTIALS.size:
+                continue
+            self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
+            self._asks = False
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        return count
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what comes now is large."""
+        return self._records.coming > LAZY
+
+    def records(self, now: float) -> List[Record]:
+        """The records that have come. Raises LinkBroken."""
+        contents = self.read(now)
+        chosen_records: List[Record] = []
+        for head, body in contents:
+            chosen_record = RecordBuffer._record(head, body)
+            chosen_records.append(chosen_record)
+        return chosen_records
+
+
+class Faults:
+    """Counts the faults of a loop for which nothing that it serves was to blame."""
+    # Faults, s
+    MOST = 50
+    WITHIN = 1.0
+
+    def __init__(self) -> None:
+        self._times: Deque[float] = collections.deque(maxlen=self.MOST)
+
+    def are_many(self, now: float) -> bool:
+        """Count one more; whether MOST have come within the last WITHIN seconds."""
+        self._times.append(now)
+        time_count = len(self._times)
+        if time_count != self.MOST:
+            return False
+        return now - self._times[0] < self.WITHIN
+
+
+# Frames with a job or result that could not be used, after which it is ended
+REFUSED_MOST = 3
+FRAMES_NOTED = 64             # of jobs or results, the last ones sent on a link
+NOTED = 1 << 20               # bytes of a frame of results from which it is noted what was in it
+
+
+class Refusals:
+    """Frames of jobs or results that went into links, so that it is known what was in one that the
+    other side could not use. After REFUSED_MOST such frames a job is ended, or its result is told
+    as lost: it would not come through the next time either."""
+
+    def __init__(self) -> None:
+        # link -> (numbers of the first and the last frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
+        # (computation, job number) -> frames
+        self._counts: Dict[Tuple[str, int], int] = collections.Counter()
+
+    def sent(self, link: Link, frame: Any) -> None:
+        """A frame of jobs or results was sent."""
+        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
+        first = last = link.sent - 1
+        if link.later and link.goes_in_parts(frame):   # some time among others
+            first = link.sent
+            last = link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
+        frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
+
+    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
+        """The other side cannot use this frame. Returns (computation, serial) of what is to be
+        ended for it."""
+        over = []
+        for first, last, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if first <= number <= last else ():
+                self._counts[comp, job_number(serial)] += 1
+                if self._counts[comp, job_number(serial)] >= REFUSED_MOST:
+                    del self._counts[comp, job_number(serial)]
+                    over.append((comp, serial))
+        return over
+
+    def forget(self, link: Link) -> None:
+        """A link has ended."""
+        self._sent.pop(link.number, None)
+
+
+class Loop:
+    """One thread, a selector, and everything that thread owns. Other threads only call `post`.
+
+    A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`,
+    `next_timer`. `turn()` does one round, `run()` repeats it until `stop()`.
+
+    An exception that nobody expected ends what it concerns, which the subclass finds out in
+    `on_fault`, and the loop goes on. A loop that fails many times within a second, without
+    anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
+    """
+    log = logger
+    PARTING = 0.0    # s that an end on purpose waits for room for its last words
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.now = clock()
+        self.links: Dict[int, Link] = {}
+        self._selector = selectors.DefaultSelector()
+        self._inbox: Deque[Any] = collections.deque()
+        self._dirty: Set[Channel] = set()
+        # At the end of this turn
+        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
+        self._signalled = False
+        self._waits = True         # or is about to: who posts has to wake it
+        self._wakes_on_signals = False
+        self._ended = False
+        self._faults = Faults()
+        self.values = Values('here', self.log)   # that come in parts
+        self._again = False        # a turn failed, and what it had to do may not be done
+        self._failed = ''          # why this loop cannot go on
+        self.refusals = Refusals()
+        # How each action of the state is carried out
+        self._acts: Dict[type, Callable[[Any], None]] = {}
+        self._pulse_at = 0.0
+        self._waker, self._wakened = socket.socketpair()
+        for sock in (self._waker, self._wakened):
+            sock.setblocking(False)
+        self._selector.register(self._wakened, selectors.EVENT_READ, self._drain_wakeups)
+
+    # -- to be said by the subclass ----------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Something was posted."""
+        raise NotImplementedError
+
+    def on_channel(self, channel: Any) -> None:
+        """A channel can be read. May raise LinkBroken, PeerError or OSError, which come back as
+        `on_broken`."""
+        raise NotImplementedError
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A channel is of no use any more; it is detached and closed already."""
+        raise NotImplementedError
+
+    def on_silent(self, link: 'Link') -> None:
+        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it
+        lasts."""
+
+    def second_failed(self, second: 'SecondConnection', link: Optional['Link']) -> None:
+        """Another connection beside this link could not be made. If the link is silent still, the
+        next one is tried."""
+        if not second.ended(self.now):
+            return
+        if link is None:
+            return
+        if self.is_silent(link):
+            self.on_silent(link)
+
+    def end_of_turn(self) -> None:
+        """After all that was read and posted: decide and send."""
+
+    def next_timer(self) -> Optional[float]:
+        """When there will be something to do at the latest, monotonic."""
+        return None
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """An unexpected exception was raised while `subject`, a channel, an event or an action, was
+        handled. End what it concerns; whether there was such a thing."""
+        if isinstance(subject, Channel):
+            self._break(subject, text)
+            return True
+        sock = getattr(subject, 'sock', None)
+        if sock is not None:   # of a connection that has just come about
+            sock.close()
+        return sock is not None
+
+    # -- any thread --------------------------------------------------------------------------------
+
+    def post(self, event: Any) -> None:
+        """Hand an event to the loop's thread. Any thread, also from a signal handler."""
+        self._inbox.append(event)
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        """End the wait of a turn, after something was put where the loop looks before it waits. A
+        loop that does not wait looks there by itself. Any thread."""
+        if not self._waits:
+            return
+        if self._signalled:
+            return
+        self._signalled = True
+        try:
+            self._waker.send(b'\0')
+        except (BlockingIOError, OSError):
+            # Full: it wakes anyway; closed: nobody is left to hear
+            self._signalled = not self._ended
+            if self._ended:
+                self._close_late()
+
+    def _close_late(self) -> None:
+        """Close the connections that nobody takes any more. Any thread."""
+        for event in list(self._inbox):
+            if hasattr(event, 'sock'):
+                event.sock.close()
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def wake_on_signals(self) -> None:
+        """Let every signal end the wait of a turn, so that its handler runs at once. Without this
+        a signal that comes just before the wait begins is not seen until something else ends the
+        wait; on Windows no signal ends it. For a process whose main thread runs this loop."""
+        handle = self._waker.fileno()
+        signal.set_wakeup_fd(handle, warn_on_full_buffer=False)
+        self._wakes_on_signals = True
+
+    def attach(self, channel: Channel) -> None:
+        """Own a channel from now on."""
+        channel.dirty = self._dirty
+        if channel.sock is not None:
+            channel.interest = selectors.EVENT_READ
+            self._selector.register(channel.sock, channel.interest, channel)
+        if isinstance(channel, Link) and channel.owner is None:
+            self.links[channel.number] = channel
+            channel.values = self.values
+            self.set_pulse(channel, channel.pulse)
+            self._bound(channel)
+        if channel.wants_write:
+            self._dirty.add(channel)
+
+    def _bound(self, link: 'Link') -> None:
+        """Where only select() can wait for sockets, which is on Windows, it cannot for more than
+        512, and the loop would end. The link is ended, and both sides are told why."""
+        if not isinstance(self._selector, selectors.SelectSelector):
+            return
+        map_length = len(self._selector.get_map())
+        if map_length <= SELECT_MOST:
+            return
+        text = 'there are more than %d connections, which this system cannot wait for' \
+            % SELECT_MOST
+        bye = Bye(text)
+        self.send(link, bye)
+        self._later_broken.append((link, text))
+
+    def set_pulse(self, link: 'Link', pulse: float) -> None:
+        """The other side gives a link up when it hears nothing for several of these."""
+        link.pulse = pulse
+        if self._pulse_at:
+            self._pulse_at = min(self._pulse_at, self.now + pulse / 2)
+        else:
+            self._pulse_at = 0.0
+
+    def detach(self, channel: Channel) -> None:
+        """Let go of a channel and close it. Does nothing the second time."""
+        if channel.dirty is not None:
+            channel.dirty = None
+            if channel.interest:
+                self._selector.unregister(channel.sock)
+            self._dirty.discard(channel)
+            channel.close()
+            if isinstance(channel, Link):
+                self.links.pop(channel.number, None)
+                self.refusals.forget(channel)
+
+    def add_reader(self, sock: Any, call: Callable[[], None]) -> None:
+        """Call when a listening socket has something."""
+        self._selector.register(sock, selectors.EVENT_READ, call)
+
+    def remove_reader(self, sock: Any) -> None:
+        """Watch a socket no more."""
+        self._selector.unregister(sock)
+
+    def send(self, link: Link, message: Any) -> None:
+        """Send a message on a link, if it is still there. Never raises: a message that cannot be
+        sent breaks its link, and what may become too large is cut where it comes into being."""
+        if link.dirty is not None:
+            link.said = self.now
+            before = link.queued
+            try:
+                link.send(message)
+                if link.queued - before >= NOTED:
+                    if type(message) is Results:
+                        self.refusals.sent(link, message)
+            except Exception as exc:  # it is too large, or holds what cannot be packed
+                self.log.error('%s for %s cannot be sent: %s',
+                               type(message).__name__, link.address, exc)
+                text = '%s cannot be sent: %s' % (type(message).__name__, exc)
+                self.unsaid(link, message, text)
+
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
+        otherwise the other side waits in vain, and the link is of no use any more."""
+        if type(message) is Return and not message.error:
+            error = ('ValueError', text[:NAME_MOST])
+            self.send(link, message._replace(error=error, value=None))
+        else:
+            self._later_broken.append((link, text))
+
+    def disconnect(self, link: Link, text: str) -> None:
+        """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
+        if not link.owes:
+            bye = Bye(text[:1000])
+            self.send(link, bye)
+        with contextlib.suppress(OSError):   # it is closed all the same
+            link.drain(self.PARTING)
+        self.detach(link)
+
+    def run(self) -> None:
+        """Turn after turn until `stop`."""
+        while not self._ended:
+            self.turn()
+        if self._failed:
+            raise LoopFailed(self._failed)
+
+    def stop(self) -> None:
+        """Make `run` return after this turn."""
+        self._ended = True
+
+    def turn(self, timeout: Optional[float] = None) -> None:
+        """One round: wait, read, take events, decide, write."""
+        # Set before `_patience` looks at what was posted: who posts after that sees it
+        self._waits = True
+        ready = self._selector.select(self._select_timeout(timeout))
+        self._waits = False
+        for key, mask in ready:
+            self.now = self.clock()
+            if callable(key.data):
+                self.guard(None, key.data)
+            elif key.data.dirty is not None:   # not detached meanwhile
+                self._handle_io(key.data, mask)
+        self.now = self.clock()
+        inbox_length = len(self._inbox)
+        self.take_events(inbox_length)
+        if self.links and self.now >= self._pulse_at:
+            self.guard(None, self._send_heartbeats)
+        try:
+            self.end_of_turn()
+        except Exception as exc:  # as in `guard`; this is done for each job that comes alone
+            self.fault(None, exc)
+        while self._later_broken:
+            self._break(*self._later_broken.popleft())
+        for channel in list(self._dirty):
+            self._write(channel)
+
+    def take_events(self, count: int) -> None:
+        """Handle that many of what was posted."""
+        for _ in range(count):
+            event = self._inbox.popleft()
+            try:
+                self.on_event(event)
+            except Exception as exc:  # as in `guard`, whose call every event would pay
+                self.fault(event, exc)
+
+    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
+        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        try:
+            call(*args)
+        except Exception as exc:  # whatever it is, others are served all the same
+            self.fault(subject, exc)
+
+    def _act(self, actions: List[Any]) -> None:
+        """Carry out what the state has decided, by the table of the loop."""
+        for action in actions:
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
+
+    def fault(self, subject: Any, exc: BaseException, owner: Any = None) -> None:
+        """Log an unexpected exception and end what it concerns: `owner` finds that out, a part of
+        this loop, or that of the channel which is the subject."""
+        if subject is not None:
+            name = type(subject).__name__
+        else:
+            name = 'a turn'
+        self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
+        concerned = False
+        judge = owner or getattr(subject, 'owner', None) or self
+        try:
+            text = 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc)
+            concerned = judge.on_fault(subject, text)
+        except Exception:  # one more; the first stands in the log already
+            self.log.exception('a fault of dispy while it ended what the last one concerned')
+        self._again = self._again or not concerned
+        if concerned:
+            return
+        now = self.clock()
+        if not self._faults.are_many(now):
+            return
+        self._failed = '%d faults within %g s, the last of them %s: %.500s' % (
+            Faults.MOST, Faults.WITHIN, type(exc).__name__, exc)
+        self.stop()
+
+    def _select_timeout(self, timeout: Optional[float]) -> Optional[float]:
+        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8
+        days."""
+        if self._inbox or self._again:
+            self._again = False
+            return 0
+        if timeout is None:
+            wait = LONGEST_SLEEP
+        else:
+            wait = min(timeout, LONGEST_SLEEP)
+        try:
+            when = self.next_timer()
+        except Exception as exc:
+            self.fault(None, exc)
+            return 0
+        if self.links:
+            pulse_at = self._pulse_at
+        else:
+            pulse_at = None
+        for time_of in (when, pulse_at):
+            if time_of is not None:
+                wait = min(wait, time_of - self.clock())
+        return max(0.0, wait)
+
+    def receive(self, channel: Channel) -> None:
+        """Handle what has come on a channel that the selector does not know."""
+        self._handle_io(channel, selectors.EVENT_READ)
+
+    def _drain_wakeups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakened.recv(4096)
+        self._signalled = False
+
+    def _handle_io(self, channel: Channel, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_READ:
+                (channel.owner or self).on_channel(channel)
+            if mask & selectors.EVENT_WRITE:
+                self._dirty.add(channel)
+        except (LinkBroken, OSError) as exc:
+            text = str(exc) or type(exc).__name__
+            self._break(channel, text)
+        except PeerError as exc:
+            self._refuse_link(channel, str(exc))
+        except MemoryError:
+            self._refuse_link(channel, NO_MEMORY)
+        except Exception as exc:  # of the channel, which is ended for it
+            self.fault(channel, exc)
+
+    def _refuse_link(self, channel: Channel, text: str) -> None:
+        """What came cannot be used. The other side is told, so that it does not connect and send
+        the same at once."""
+        if isinstance(channel, Link) and channel.dirty is not None:
+            self.log.error('what %s has sent cannot be used: %s', channel.address, text)
+            Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
+            with contextlib.suppress(OSError):   # it is broken all the same
+                channel.write()
+        self._break(channel, text)
+
+    def _write(self, channel: Channel) -> None:
+        try:
+            channel.write()
+            if channel.later:
+                channel.go_on()
+        except OSError as exc:
+            # The other side may have said why it goes
+            self._handle_io(channel, selectors.EVENT_READ)
+            text = str(exc)
+            self._break(channel, text)
+            return
+        except Exception as exc:  # as above
+            self.fault(channel, exc)
+            return
+        self._dirty.discard(channel)
+        self.interest(channel)
+
+    def interest(self, channel: Channel) -> None:
+        """Bring the selector up to what the channel waits for."""
+        if channel.paused:
+            EVENT_READ = 0
+        else:
+            EVENT_READ = selectors.EVENT_READ
+        if channel.wants_write:
+            EVENT_WRITE = selectors.EVENT_WRITE
+        else:
+            EVENT_WRITE = 0
+        wanted = EVENT_READ | EVENT_WRITE
+        if wanted == channel.interest:
+            return
+        if channel.dirty is None:
+            return
+        if channel.sock is None:
+            return
+        if not channel.interest:
+            self._selector.register(channel.sock, wanted, channel)
+        elif not wanted:
+            self._selector.unregister(channel.sock)
+        else:
+            self._selector.modify(channel.sock, wanted, channel)
+        channel.interest = wanted
+
+    def _break(self, channel: Channel, text: str) -> None:
+        if channel.dirty is not None:
+            channel.breaks(self.now)
+            self.detach(channel)
+            self.guard(None, (channel.owner or self).on_broken, channel, text)
+
+    break_link = _break    # for the parts
+
+    def _send_heartbeats(self) -> None:
+        """Signs of life on idle links, and an end to silent ones."""
+        # This process was stopped, or the machine slept: nobody else was silent for it
+        late = self.now - self._pulse_at
+        if self._pulse_at and late > min(link.pulse for link in self.links.values()):
+            for link in self.links.values():
+                link.heard = min(self.now, link.heard + late)
+        for link in list(self.links.values()):
+            if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
+                text = 'nothing was heard for %.0f s' % (self.now - link.heard)
+                self._break(link, text)
+                continue
+            if self.is_silent(link):
+                self.on_silent(link)
+            if not self.now - link.said >= link.pulse * 0.9:
+                continue
+            if not link.wants_write:
+                self.send(link, Pulse())
+        self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
+
+    def is_silent(self, link: 'Link') -> bool:
+        """Whether a second connection is to be tried while this one still counts."""
+        if not self.now - link.heard > PULSES_SILENT * link.pulse:
+            return False
+        return not link.paused
+
+    def close(self) -> None:
+        """Close all that is owned."""
+        self._ended = True
+        self._waits = True        # who posts from now on finds the waker closed
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, Channel):
+                self.detach(key.data)
+        self._selector.close()
+        if self._wakes_on_signals:
+            self._wakes_on_signals = False
+            signal.set_wakeup_fd(-1)
+        self._waker.close()
+        self._wakened.close()
+        self._signalled = False   # who posts from now on sees that this has ended
+        self._close_late()
 
 
 class SpoolSender:
@@ -4311,12 +7344,14 @@ class SpoolSender:
         """Send a file; `transfer` is its computation, purpose and key, `source` as in
         `read_pieces`."""
         pieces = read_pieces(source, row[1])
-        self.add(link, (*transfer, row[0]),
+        owner = (*transfer, row[0])
+        self.add(link, owner,
                  (FilePiece(*transfer, row, offset, out_of_band(data)) for offset, data in pieces))
 
     def add_results(self, link: int, comp: str, rows: Iterable[tuple]) -> None:
         """Send results."""
-        self.add(link, (comp,), batches(Results, comp, map(with_size, rows)))
+        messages = batches(Results, comp, map(with_size, rows))
+        self.add(link, (comp,), messages)
 
     def drop(self, comp: str) -> None:
         """Send nothing more of a computation."""
@@ -4331,8 +7366,11 @@ class SpoolSender:
 
     def has_room(self) -> bool:
         """Whether something can be sent now."""
-        return any(link.queued < 4 * BATCH_BYTES for link in map(self._links.get, self._waiting)
-                   if link)
+        for link in map(self._links.get, self._waiting):
+            if link:
+                if link.queued < 4 * BATCH_BYTES:
+                    return True
+        return False
 
     def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
         """Send what there is room for. Returns (link, owner, text) for what could not be read and
@@ -4352,11 +7390,6 @@ class SpoolSender:
         return failed
 
 
-# --------------------------------------------------------------------------------------------------
-# Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock,
-# takes a lock or touches a file.
-# --------------------------------------------------------------------------------------------------
-
 _Key = typing.TypeVar('_Key')
 _Value = typing.TypeVar('_Value')
 
@@ -4375,6 +7408,8 @@ class Recent(typing.OrderedDict[_Key, _Value]):
         if len(self) > self._most:
             self.popitem(last=False)
 
+
+# -- accepting -------------------------------------------------------------------------------------
 
 class HandshakeLimiter:
     """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
@@ -4406,13 +7441,21 @@ class HandshakeLimiter:
         if now >= self._failed.get(address, (0, 0.0))[1]:
             return False
         proved = self._proved.get(address)
-        return proved is None or now - proved > self.RECENT or self._open[address] >= self.FROM_MIXED
+        if proved is None:
+            return True
+        if now - proved > self.RECENT:
+            return True
+        return self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
         """Whether a connection from this address may begin its handshake; each admitted one must be
         `done`."""
-        if sum(self._open.values(
-        )) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE or self.is_shut(address, now):
+        total_open = sum(self._open.values())
+        if total_open >= self.AT_ONCE:
+            return False
+        if self._open[address] >= self.FROM_ONE:
+            return False
+        if self.is_shut(address, now):
             return False
         self._open[address] += 1
         return True
@@ -4438,8 +7481,11 @@ class HandshakeLimiter:
         self.leave(address)
         if proved:
             self._proved[address] = now
-        if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
-            return   # one that began before the others failed
+        # One that began before the others failed
+        if proved is None:
+            return
+        if now < self._failed.get(address, (0, 0.0))[1]:
+            return
         if proved:
             self._failed.pop(address, None)
             return
@@ -4473,6 +7519,522 @@ def network_of(address: str) -> str:
         return address
     return str(ipaddress.ip_network('%s/%d' % (found, 24 if found.version == 4 else 64), False))
 
+
+class Authenticated(NamedTuple):
+    """A peer has proved itself. Posted by a gate."""
+    sock: socket.socket
+    session: Session
+    address: str
+
+
+class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Accepts connections on one address; each has its TLS and handshake in a thread of its own,
+    bounded by a HandshakeLimiter. A loop watches the listening socket and calls `on_readable`."""
+    daemon_threads = True
+    allow_reuse_address = os.name != 'nt'
+    request_queue_size = 128
+    timeout = 0      # handle_request returns when nobody is there any more
+
+    def __init__(self,
+                 address: Tuple[str, int],
+                 psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
+                 role: Role,
+                 allowed: Sequence[Role],
+                 instance: bytes,
+                 deliver: Callable[[Authenticated], None],
+                 certfile: Optional[str] = None,
+                 keyfile: Optional[str] = None,
+                 cafile: Optional[str] = None,
+                 patience: float = HANDSHAKE_TIME,
+                 refused: Callable[[str, str], None] = lambda address, text: None) -> None:
+        self._patience = patience   # s for TLS and handshake
+        # Told when it is logged that somebody was turned away; in the connection's thread
+        self._refused = refused
+        self._psk = psk
+        self._role = role
+        self._allowed = tuple(allowed)
+        self._instance = instance
+        self._deliver = deliver
+        if certfile:
+            self._tls = tls_context(True, certfile, keyfile, cafile)
+        else:
+            self._tls = None
+        if certfile:
+            self._binding = certificate_digest(certfile)
+        else:
+            self._binding = NO_TLS
+        # The lock guards the keeper
+        self._keeper = HandshakeLimiter()
+        self._lock = threading.Lock()
+        # Handshakes by the ids of their sockets, in order
+        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}
+        self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        # All addresses of this host, IPv4 and IPv6
+        self._both = not address[0] and socket.has_dualstack_ipv6()
+        if ':' in address[0] or self._both:
+            self.address_family = socket.AF_INET6
+        else:
+            self.address_family = socket.AF_INET
+        super().__init__(address, None)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """As socketserver's, without its look-up of the host's name."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
+        super().server_bind()
+
+    def on_readable(self) -> None:
+        """Somebody is there. The loop's thread."""
+        self.handle_request()
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that
+        it does not stand in the queue and keep the loop awake."""
+        try:
+            sock, where = super().get_request()
+            address = address_in(where)
+            return sock, (address, *where[1:])
+        except OSError as exc:
+            if exc.errno in (errno.ENFILE, errno.EMFILE):
+                if self._spare >= 0:
+                    os.close(self._spare)
+                self._spare = -1
+                with contextlib.suppress(OSError):
+                    request = super().get_request()
+                    request[0].close()
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+                logger.error('no file descriptor is left for a new connection')
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether this address may begin a handshake."""
+        address = client_address[0]
+        victim = None
+        with self._lock:
+            now = time.monotonic()
+            if self._keeper.is_shut(address, now):
+                return False
+            if not self._keeper.admit(address, now):
+                under_way = [(number, other) for number, (other, _) in self._under_way.items()]
+                number = self._keeper.make_way(address, under_way)
+                if number is None:
+                    return False
+                _, victim = self._under_way.pop(number)
+            # A descriptor of our own to it: TLS takes the socket's away.
+            if self._tls:
+                descriptor = request.fileno()
+                fileno = os.dup(descriptor)
+                handle = socket.socket(fileno=fileno)
+            else:
+                handle = request
+            self._under_way[id(request)] = (address, handle)
+        if victim is not None:
+            with contextlib.suppress(OSError):   # it has ended meanwhile
+                victim.shutdown(socket.SHUT_RDWR)
+            if self._tls:
+                victim.close()
+        return True
+
+    def _is_over(self, request: Any) -> None:
+        """A handshake is over. With the lock held."""
+        _, handle = self._under_way.pop(id(request), ('', None))
+        if handle is None:
+            return
+        if handle is not request:
+            handle.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread."""
+        try:
+            super().process_request(request, client_address)
+        except BaseException:   # no thread could be started: its place is free again
+            with self._lock:
+                self._is_over(request)
+                self._keeper.leave(client_address[0])
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Carry out TLS and handshake. Runs in the connection's own thread."""
+        address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
+        deadline = time.monotonic() + self._patience
+        sock = request
+        try:
+            set_tcp_options(request)
+            request.settimeout(self._patience)
+            if self._tls:
+                sock = self._tls.wrap_socket(request, server_side=True)
+            else:
+                sock = request
+            session = handshake_accept(sock, self._psk, self._role, self._allowed, self._instance,
+                                       self._binding, deadline)
+            proved = True
+            self._kept.add(id(request))
+            authenticated = Authenticated(sock, session, address)
+            self._deliver(authenticated)
+        except HandshakeError as exc:
+            if isinstance(exc, Silence):
+                proved = None
+            else:
+                proved = False
+            self._log(address, str(exc))
+        except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
+            if is_of_tls(exc):
+                text = tls_text(exc)
+            else:
+                text = str(exc) or 'it hung up'
+            self._log(address, text)
+        finally:
+            if not proved:
+                sock.close()   # under TLS not the one that socketserver knows
+            with self._lock:
+                self._is_over(request)
+                now = time.monotonic()
+                self._keeper.done(address, proved, now)
+
+    def _log(self, address: str, text: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            may = self._keeper.may_log(address, now)
+        if may:
+            text = '%s (port %d)' % (text, self.server_address[1])
+            logger.warning('%s was turned away: %s', address, text)
+            self._refused(address, text)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called when the handshake is over, whatever came of it."""
+        if id(request) in self._kept:
+            self._kept.discard(id(request))
+        else:
+            super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A thread of ours failed: our own fault, to be seen."""
+        logger.exception('accepting %s failed', client_address[0])
+
+    def server_close(self) -> None:
+        """Stop listening."""
+        super().server_close()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
+
+# -- connecting ------------------------------------------------------------------------------------
+
+def dial(host: str,
+         port: int,
+         psk: bytes,
+         role: Role,
+         wanted: Role,
+         instance: bytes,
+         tls: Any = None,
+         note: Callable[[Any], None] = lambda sock: None,
+         patience: float = HANDSHAKE_TIME,
+         allowed: Optional[Callable[[str], bool]] = None,
+         segment: int = 0) -> Authenticated:
+    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls`
+    is a context of `tls_context`; `note` is told each socket as it is made, so that another thread
+    can shut it down; `patience` is for the connection, and again for the handshake. If `segment` is
+    given, packets carry at most so many bytes in both directions. Raises HandshakeError or OSError;
+    `dial_text` says it in words."""
+    failure: OSError = OSError('it has no address')
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        if allowed is not None:
+            if not allowed(str(address[0])):
+                failure = OSError('its address is none that may be connected to from here '
+                                  '(--allow-nodes of the dispyscheduler)')
+                continue
+        sock: Any = socket.socket(family, kind, protocol)
+        note(sock)
+        try:
+            sock.settimeout(patience)
+            if segment:
+                set_option(sock, socket.IPPROTO_TCP, 'TCP_MAXSEG', segment)
+            sock.connect(address)
+            break
+        except OSError as exc:
+            failure = exc
+            sock.close()
+    else:
+        if isinstance(failure, socket.timeout):
+            text = '%s %g s' % (NO_ANSWER, patience)
+            raise Silence(text) from failure
+        raise failure
+    try:
+        set_tcp_options(sock)
+        binding = NO_TLS
+        now = time.monotonic()
+        deadline = now + patience
+        if tls is not None:
+            sock = _dial_tls(sock, tls)
+            note(sock)
+            digester = hashlib.sha256(sock.getpeercert(True))
+            binding = digester.digest()
+        session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
+        peer_address = sock.getpeername()
+        return Authenticated(sock, session, address_in(peer_address))
+    except Silence as exc:
+        sock.close()
+        raise Silence('%s %g s' % (NO_ANSWER, patience)) from exc
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _dial_tls(sock: socket.socket, tls: Any) -> Any:
+    try:
+        return tls.wrap_socket(sock)
+    except OSError as exc:   # ssl.SSLError is one
+        raise HandshakeError(tls_text(exc)) from exc
+
+
+class Unreached(enum.Enum):
+    """What came of an attempt to reach a peer that has failed."""
+    DOWN = 'down'                    # its host is there, and nothing listens at the port
+    UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
+    NO_SUCH_NAME = 'no such name'
+    NAME_SERVICE = 'no name service'   # nobody says what address the name has
+    # Somebody is there who does not let us in, or whom we do not trust
+    REFUSED = 'refused'
+
+    def __str__(self) -> str:
+        return self.value  # type: ignore[no-any-return]
+
+
+NAME_SERVICE_FAILS = frozenset((socket.EAI_AGAIN, socket.EAI_FAIL))
+NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN))
+
+
+def dial_text(exc: BaseException) -> str:
+    """Why no connection came about."""
+    if isinstance(exc, ConnectionRefusedError):
+        return 'nothing listens there'
+    if isinstance(exc, socket.gaierror):
+        if exc.errno in NAME_SERVICE_FAILS:
+            return ('its name does not resolve, because the name service does not answer '
+                    '(%s)' % exc.strerror)
+        return 'its name does not resolve'
+    if isinstance(exc, UnicodeError):
+        return 'its name is none that a host can have: %s' % exc
+    if isinstance(exc, socket.timeout):
+        return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
+    # With TLS 1.3 a rejected certificate comes to light in the handshake
+    if is_of_tls(exc):
+        return tls_text(exc)
+    if isinstance(exc, OSError):
+        if exc.errno in NO_WAY:
+            return 'it cannot be reached: %s' % exc.strerror
+    return str(exc)
+
+
+def told_once(text: str) -> str:
+    """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
+    waited for it."""
+    if text.startswith(NO_ANSWER):
+        return NO_ANSWER
+    return text
+
+
+def why_unreached(exc: BaseException) -> Unreached:
+    """Return why no connection came about, as one of few cases."""
+    if isinstance(exc, ConnectionRefusedError):
+        return Unreached.DOWN
+    if isinstance(exc, UnicodeError):
+        return Unreached.NO_SUCH_NAME
+    if isinstance(exc, socket.gaierror):
+        if exc.errno in NAME_SERVICE_FAILS:
+            return Unreached.NAME_SERVICE
+        return Unreached.NO_SUCH_NAME
+    if isinstance(exc, HandshakeError):
+        if not isinstance(exc, Silence):
+            return Unreached.REFUSED
+    if is_of_tls(exc):
+        return Unreached.REFUSED
+    return Unreached.UNREACHABLE
+
+
+class Connected(NamedTuple):
+    """`peer` was reached. Posted by the thread of a Reconnector."""
+    peer: Any
+    sock: Any
+    session: Session
+    address: str
+
+
+class ConnectFailed(NamedTuple):
+    """`peer` was not reached. Posted by the thread of a Reconnector."""
+    peer: Any
+    text: str
+    why: Unreached = Unreached.UNREACHABLE
+
+
+class Reconnector:
+    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait is
+    twice as long. The loop's thread.
+
+    After the end of a connection the jobs that are there are lost if there is no other within
+    PULSES_LOST pulses. As long, attempts are short and one follows the other after a pulse at most:
+    one that was begun during a cut may never be answered, even when the cut is over, and what
+    follows it finds that out at once.
+    """
+
+    def __init__(self, first: float, most: float) -> None:
+        self._first = first
+        self._most = most
+        self._wait = first
+        self.due: Optional[float] = 0.0    # when to begin, None: not to begin
+        self._flaps = 0                    # links in a row that ended at once
+        self._hurry_until = -math.inf      # attempts are short and frequent
+        self._attempt: Optional[_Connecting] = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is at it."""
+        return self._attempt is not None
+
+    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
+                                                                            Authenticated]) -> None:
+        """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
+        posted with `peer`."""
+        connecting = _Connecting(post, peer, reach)
+        self.due = None
+        self._attempt = connecting
+        try:
+            self._attempt.thread.start()
+        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
+            self._attempt = None
+            text = 'no thread could be started: %s' % exc
+            post(ConnectFailed(peer, text))
+
+    def ended(self) -> None:
+        """Its event has come."""
+        self._attempt = None
+
+    def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
+        """It failed, or the link that came of it ended after `lived` seconds: once more, later.
+        With each connection that was made the wait begins anew, unless several in a row have ended
+        at once."""
+        if lived:
+            if lived > FLAP_TIME:
+                self._flaps = 0
+            else:
+                self._flaps = self._flaps + 1
+            self._hurry_until = -math.inf
+            if self._flaps < FLAPS:
+                self._wait = self._first
+                self._hurry_until = now + PULSES_LOST * pulse
+        self.due = now + (min(self._wait, pulse) if now < self._hurry_until else self._wait)
+        self._wait = min(2 * self._wait, self._most)
+
+    def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
+        """S that an attempt waits for an answer. As long as jobs may be lost meanwhile that is a
+        pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
+        if now >= self._hurry_until:
+            return HANDSHAKE_TIME
+        return min(HANDSHAKE_TIME, max(1.0, pulse, TRIPS * trip))
+
+    def abort(self, waits: bool = False) -> None:
+        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and
+        nothing comes of it. With `waits` it is waited for even so, as it starts a process that it
+        has to see to."""
+        if self._attempt is not None:
+            self._attempt.abort(waits)
+
+
+class _Connecting:
+    """One attempt of a Reconnector, which has a thread of its own."""
+
+    def __init__(self, post: Callable[[Any], None], peer: Any,
+                 reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
+        self._post = post
+        self._peer = peer
+        self._reach = reach
+        self._lock = threading.Lock()   # guards the two below
+        self._sock: Any = None
+        self._aborted = False
+        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+
+    def _work(self) -> None:
+        try:
+            found = self._reach(self._note)
+        except (DispyError, OSError, ValueError, RuntimeError) as exc:
+            # Runtime: no process at interpreter's exit
+            text = dial_text(exc)
+            why = why_unreached(exc)
+            connect_failed = ConnectFailed(self._peer, text, why)
+            self._post(connect_failed)
+        else:
+            connected = Connected(self._peer, *found)
+            self._post(connected)
+
+    def _note(self, sock: Any) -> None:
+        with self._lock:
+            self._sock = sock
+            if not self._aborted:
+                return
+        sock.close()
+        raise OSError('given up')
+
+    def abort(self, waits: bool) -> None:
+        """End it, and wait for its end if it has come so far that it can be woken."""
+        with self._lock:
+            self._aborted = True
+            sock = self._sock
+        if sock is not None:
+            with contextlib.suppress(OSError):   # not connected yet, or not any more
+                sock.shutdown(socket.SHUT_RDWR)
+        if sock is not None or waits:
+            self.thread.join(HANDSHAKE_TIME)
+
+
+class SecondConnection:
+    """A second connection to a peer whose link is silent: whichever speaks first is used. The
+    loop's thread.
+
+    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after
+    1, 3, 7 s, a new attempt finds out at once that a cut is over.
+    """
+
+    def __init__(self, peer: Any) -> None:
+        self.peer = peer
+        self._dialling = Reconnector(0.0, 0.0)
+        self._failed_at: Optional[float] = None    # when an attempt has failed last
+        self._began = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether an attempt is under way."""
+        return self._dialling.busy
+
+    def has_failed(self, since: float) -> bool:
+        """Whether an attempt has failed since then."""
+        if self._failed_at is None:
+            return False
+        return self._failed_at >= since
+
+    def start(self, now: float, post: Callable[[Any], None],
+              reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
+        """One more attempt, unless there is one."""
+        if not self.busy:
+            self._began = now
+            self._dialling.start(post, self, reach)
+
+    def ended(self, failed_at: Optional[float] = None) -> bool:
+        """Its event has come. Returns whether the next attempt may begin at once: one that was
+        refused at once has to wait."""
+        self._dialling.ended()
+        self._failed_at = failed_at
+        if failed_at is None:
+            return False
+        return failed_at - self._began > SECOND_APART
+
+    def abort(self) -> None:
+        """End the attempt."""
+        self._dialling.abort()
+
+
+# -- discovery -------------------------------------------------------------------------------------
 
 class DatagramType(enum.IntEnum):
     """What a datagram says."""
@@ -4563,16 +8125,19 @@ class Discovery:
             else:
                 family = 6
             address = packed.ljust(16, b'\0')
+        next_count = next(self._counts)
         body = _DATAGRAM.pack(MAGIC, kind, self._role, self._port, family, address, self._instance,
-                              next(self._counts), nonce, echo, bytes(32))[:-32]
-        return body + hmac.digest(
+                              next_count, nonce, echo, bytes(32))[:-32]
+        digest = hmac.digest(
             os.urandom(32) if kind is DatagramType.NOT_MINE else self._key, body, 'sha256')
+        return body + digest
 
     def parse(self, data: bytes, source: str,
              now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
-        if len(data) != DATAGRAM or data[:8] != MAGIC:
+        data_length = len(data)
+        if data_length != DATAGRAM or data[:8] != MAGIC:
             return None, None
         _, kind, role, port, family, address, instance, count, nonce, echo, tag = _DATAGRAM.unpack(
             data)
@@ -4582,18 +8147,19 @@ class Discovery:
             kind, role, port,
             str(ipaddress.ip_address(address[:4] if family == 4 else address)) if family else '',
             instance, nonce, echo)
-        if not hmac.compare_digest(tag, hmac.digest(self._key, data[:-32], 'sha256')):
+        digest = hmac.digest(self._key, data[:-32], 'sha256')
+        if not hmac.compare_digest(tag, digest):
             return self._of_stranger(heard, source, now)
-        if not self._is_new(instance, count):
+        is_new = self._is_new(instance, count)
+        if not is_new:
             return None, None   # repeated by somebody
         if kind == DatagramType.QUESTION:
-            if self._role is not Role.NODE or self._addresses and not nearest_address(self._addresses, source) \
-                    or not self._may_answer(now):
+            if self._role is not Role.NODE or self._addresses and not nearest_address(
+                    self._addresses, source) or not self._may_answer(now):
                 return None, None
             return heard, self.build(DatagramType.ANSWER, source, nonce)
-        if self._role is Role.NODE or kind not in (DatagramType.ANSWER,
-                                                   DatagramType.HELLO) or (kind == DatagramType.ANSWER
-                                                                  and echo not in self._asked):
+        if self._role is Role.NODE or kind not in (DatagramType.ANSWER, DatagramType.HELLO) or (
+                kind == DatagramType.ANSWER and echo not in self._asked):
             return None, None
         return heard, None
 
@@ -4612,20 +8178,22 @@ class Discovery:
 
     def _of_stranger(self, heard: Datagram, source: str,
                      now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        if heard.kind == DatagramType.NOT_MINE and heard.echo in self._asked:
-            return heard, None
+        if heard.kind == DatagramType.NOT_MINE:
+            if heard.echo in self._asked:
+                return heard, None
         asker = source, heard.instance
-        if heard.kind != DatagramType.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
-                or not self._may_tell(source, now):
+        if heard.kind != DatagramType.QUESTION or self._role is not Role.NODE or now - self._told.get(
+                asker, -self.OTHERS) < self.OTHERS or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         return None, self.build(DatagramType.NOT_MINE, source, heard.nonce)
 
     def _next_second(self, now: float) -> None:
-        if int(now) != self._second:
-            self._second = int(now)
-            self._answered = 0
-            self._unknown_answers = 0
+        if int(now) == self._second:
+            return
+        self._second = int(now)
+        self._answered = 0
+        self._unknown_answers = 0
 
     def _may_answer(self, now: float) -> bool:
         self._next_second(now)
@@ -4636,9 +8204,11 @@ class Discovery:
         """Whether a stranger is answered."""
         self._next_second(now)
         times = self._told_there.get(source)
-        if self._unknown_answers >= self.STRANGERS or (times is not None and len(times) == self.TOLD_MOST
-                                                 and now - times[0] < self.OTHERS):
+        if self._unknown_answers >= self.STRANGERS:
             return False
+        if times is not None and len(times) == self.TOLD_MOST:
+            if now - times[0] < self.OTHERS:
+                return False
         self._unknown_answers += 1
         if times is None:
             times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
@@ -4646,64 +8216,215 @@ class Discovery:
         return True
 
 
-def plain_address(address: str) -> str:
-    """An address as people write it: IPv4 behind IPv6 as IPv4."""
-    if address.startswith('::ffff:') and '.' in address:
-        return address[7:]
-    return address
+# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
+# would be asked from link-local addresses, and no node could be meant by the address that people
+# know.
+GROUP6 = 'ff15::d159:5'
+GROUP4 = '239.255.97.1'
+REACHES = ('lan', 'loopback', 'off')
 
 
-def address_in(where: Tuple[Any, ...]) -> str:
-    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1)
-    means something with the interface only: fe80::1%eth0. Raises OSError while no descriptor is
-    left."""
-    address = plain_address(where[0])
-    if len(where) == 4 and where[3] and '%' not in address:
-        return '%s%%%s' % (address, socket.if_indextoname(where[3]))
-    return address
+def discovery_reach() -> str:
+    """Return how far datagrams go, by the environment: 'lan', 'loopback' (this machine) or 'off'.
+    Raises ValueError."""
+    dispy_discovery = os.environ.get('DISPY_DISCOVERY')
+    reach = dispy_discovery or 'lan'
+    if reach not in REACHES:
+        raise ValueError(
+            "the environment's DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" %
+            reach)
+    return reach
 
 
-def is_own_address(address: str) -> bool:
-    """Whether this machine has the address."""
-    try:
-        family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0,
-                                                       socket.AI_NUMERICHOST)[0]
-        with socket.socket(family, kind) as sock:
-            sock.bind(where)   # sends nothing
-    except OSError:
-        return False
-    return True
+class UdpListener(socketserver.UDPServer):
+    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
+    source, reply)`."""
+    allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
+    timeout = 0
+    max_packet_size = DATAGRAM + 1
 
+    def __init__(self, family: int, host: str, port: int,
+                 hear: Callable[[bytes, str, Callable[[bytes], None]],
+                                None], multicast: bool) -> None:
+        self.address_family = family
+        self._hear = hear
+        self._multicast = multicast
+        self.speaks = True
+        super().__init__((host, port), None)  # type: ignore[arg-type]
 
-def format_address(host: str, port: int) -> str:
-    """Write a host and a port for people: IPv6 addresses in brackets."""
-    return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
-
-
-def nearest_address(addresses: Sequence[str], to: str) -> str:
-    """Of several addresses of one host the one to tell the host `to`: of its family, with most
-    leading bits in common; empty if there is none. An address of this very machine is told to this
-    machine only."""
-    if not addresses:
-        return ''
-    try:
-        if to:
-            asker: Any = ipaddress.ip_address(to.partition('%')[0])
+    def server_bind(self) -> None:
+        """Set options, bind the address, join groups."""
+        sock = self.socket
+        if sys.platform != 'linux':   # on Linux it would bar other users' nodes
+            set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
+        if self.address_family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         else:
-            asker = None
-        known = [ipaddress.ip_address(address) for address in addresses]
-    except ValueError:   # checked where they came in; a source address of a family we do not know
-        return ''
-    if asker is None:
-        return str(known[0])
-    fit = [
-        address for address in known
-        if address.version == asker.version and address.is_loopback <= asker.is_loopback
-    ]
-    if fit:
-        return str(min(fit, key=lambda address: int(address) ^ int(asker)))
-    return ''
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        super().server_bind()
+        sock.setblocking(False)
+        if self.server_address[0] not in ('', '0.0.0.0', '::'):
+            return
+        if not self.server_address[1]:
+            return
+        if self.address_family == socket.AF_INET6:
+            for index in interfaces():
+                # One without multicast, or with too many groups
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(
+                        socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP,
+                        socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
+        elif self._multicast:
+            for address in own_addresses() or ('0.0.0.0',):
+                with contextlib.suppress(OSError):   # as above
+                    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                                    socket.inet_aton(GROUP4) + socket.inet_aton(address))
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Take one datagram."""
+        data, sock = request
+
+        def reply(answer: bytes) -> None:
+            # No route, or the buffer is full: the asker asks again
+            with contextlib.suppress(OSError):
+                sock.sendto(answer, client_address)
+        try:
+            source = address_in(client_address)
+        except OSError:   # no descriptor is left: it will ask again
+            return
+        self._hear(data, source, reply)
+
+    def on_readable(self) -> None:
+        """Something came. The loop's thread."""
+        self.handle_request()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Our own fault, to be seen."""
+        logger.exception('a datagram from %s failed', client_address[0])
+
+
+def own_addresses() -> Dict[str, str]:
+    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs
+    psutil, else none. While they cannot be had, as without a descriptor, those that were there
+    before."""
+    global _own_addresses
+    found = ask_psutil(lambda psutil: psutil.net_if_addrs())
+    if found is not None:
+        _own_addresses = {
+            item.address: item.broadcast or ''
+            for items in found.values()
+            for item in items if item.family == socket.AF_INET
+        }
+    return _own_addresses
+
+
+_own_addresses = {}   # type: Dict[str, str]   # Python 3.7 compiles no annotation of a global name
+
+
+def interfaces() -> List[int]:
+    """Numbers of the interfaces of this host; none while no descriptor is left."""
+    try:
+        return [index for index, _ in socket.if_nameindex()]
+    except OSError as exc:
+        logger.debug('interfaces of this host: %s', exc)
+        return []
+
+
+# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
+# address of it, which has no broadcast: then one of those who listen hears it.
+LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
+
+
+class DiscoverySockets:
+    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
+    and speaks to `there`, from the first of its ports, where the answers come. The loop's
+    thread."""
+
+    def __init__(self,
+                 loop: Loop,
+                 reach: str,
+                 there: Iterable[int],
+                 ports: Iterable[int],
+                 hear: Callable[[bytes, str, Callable[[bytes], None]], None],
+                 multicast: bool = False) -> None:
+        self._loop: Loop = loop
+        self._reach: str = reach
+        distinct_theres = set(there)
+        self._there: List[int] = sorted(distinct_theres)
+        self._multicast: bool = multicast
+        self.ears: List[UdpListener] = []
+        self.error = ''
+        self._first = min(ports)
+        for number in sorted(set(ports)) if reach != 'off' else ():
+            # Bound to its broadcast address a socket hears what is said to this machine as a whole,
+            # and nothing else.
+            hosts = [(socket.AF_INET,
+                      '' if reach == 'lan' else LOOPBACK if number else '127.0.0.1')]
+            if reach == 'lan' and socket.has_ipv6:
+                hosts.append((socket.AF_INET6, '::'))
+            for family, host in hosts:
+                try:
+                    ear = UdpListener(family, host, number, hear, multicast)
+                except OSError as exc:
+                    # Taken by a program that does not share it, or no such family here
+                    if family == socket.AF_INET:
+                        self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
+                    continue
+                ear.speaks = number == self._first
+                self.ears.append(ear)
+                loop.add_reader(ear.socket, ear.on_readable)
+
+    def broadcast(self, say: Callable[[], bytes]) -> None:
+        """To everybody within reach: what `say` returns, by each family anew, so that a host of
+        both answers by both."""
+        for ear in self.ears:
+            if ear.speaks:
+                data = say()
+                for port in self._there:
+                    self._shout(ear, data, port)
+
+    def _shout(self, ear: UdpListener, data: bytes, port: int) -> None:
+        if ear.address_family == socket.AF_INET6:
+            targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
+        else:
+            hosts = {LOOPBACK}
+            if self._reach == 'lan':
+                broadcasts = set()
+                for broadcast in own_addresses().values():
+                    if broadcast:
+                        broadcasts.add(broadcast)
+                hosts |= broadcasts or {'255.255.255.255'}
+            sorted_hosts = sorted(hosts)
+            targets = [(host, port) for host in sorted_hosts]
+        for target in targets:
+            with contextlib.suppress(OSError):   # an interface that is down, or cannot do it
+                ear.socket.sendto(data, target)
+        if not self._multicast:
+            return
+        if ear.address_family != socket.AF_INET:
+            return
+        for address in own_addresses() or ('0.0.0.0',):
+            with contextlib.suppress(OSError):   # as above
+                ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                                      socket.inet_aton(address))
+                ear.socket.sendto(data, (GROUP4, port))
+
+    def close(self) -> None:
+        """Stop listening. Does nothing the second time."""
+        for ear in self.ears:
+            self._loop.remove_reader(ear.socket)
+            ear.server_close()
+        self.ears = []
+
+
+# ==================================================================================================
+# Part II: the node
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# What a node decides: events in, actions out. Nothing here opens a socket, reads a clock, takes a
+# lock or touches a file.
+# --------------------------------------------------------------------------------------------------
 
 class Lease(enum.Enum):
     """A client's hold on this node."""
@@ -5031,19 +8752,6 @@ class Fetch(NamedTuple):
     rows: list
 
 
-class FetchValue(NamedTuple):
-    """Find out whether a value is there. Fed back as ValueSought."""
-    comp: str
-    size: int
-    digest: bytes
-
-
-class DropValue(NamedTuple):
-    """Remove a value."""
-    comp: str
-    digest: bytes
-
-
 class StartRunner(NamedTuple):
     """Start the process that loads the code. Fed back as RunnerUp or RunnerGone."""
     comp: str
@@ -5115,269 +8823,37 @@ class Exit(NamedTuple):
     """Nothing is left to do."""
 
 
-class DurationEstimate:
-    """How long the next jobs of a computation may take, by those that ended last: their mean or
-    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
-    that is long goes unseen."""
-    LAST = 32
-    KEPT = 512      # for `row` and `remaining`
-    __slots__ = ('_last', '_seconds', '_mean', '_sorted', '_sums', '_new', '_rows')
-
-    def __init__(self) -> None:
-        self._last: Deque[float] = collections.deque(maxlen=self.KEPT)
-        # What `seconds` returns, until it is to be computed anew
-        self._seconds: Optional[float] = None
-        self._mean = 0.0
-        self._sorted: List[float] = []      # for `remaining`, and the sums of the first of these
-        self._sums: List[float] = [0.0]
-        self._new = 0                       # durations since this was computed:
-        self._rows: Dict[float, int] = {}   # what `row` has returned
-
-    def add(self, durations: Sequence[float]) -> None:
-        """Jobs have ended; how long they took."""
-        if durations:
-            self._last.extend(durations)
-            self._seconds = None
-            self._new += len(durations)
-            if self._sorted:
-                self._sorted = []
-
-    @property
-    def seconds(self) -> Optional[float]:
-        """The estimate; None before the first job has ended."""
-        if self._seconds is None and self._last:
-            known = sorted(itertools.islice(reversed(self._last), self.LAST))
-            self._mean = max(sum(known) / len(known), 1e-6)
-            self._seconds = max(self._mean, known[int(0.9 * len(known))])
-        return self._seconds
-
-    @property
-    def mean(self) -> Optional[float]:
-        """The mean of those that ended last; None before the first has ended."""
-        if self.seconds is None:
-            return None
-        return self._mean
-
-    def remaining(self, age: float) -> float:
-        """How long a job that has run for `age` seconds will go on: by those that took longer; if
-        there are none, for as long again."""
-        if not self._sorted:
-            self._sorted = sorted(self._last)
-            self._sums = [0.0, *itertools.accumulate(self._sorted)]
-        place = bisect.bisect_right(self._sorted, age)
-        longer = len(self._sorted) - place
-        if not longer:
-            return max(age, UNKNOWN_TIME)
-        return (self._sums[-1] - self._sums[place]) / longer - age
-
-    def row(self, seconds: float) -> int:
-        """How many jobs one after the other fill so many seconds of a CPU, however they fall: one
-        more than there were in the longest row that did not. If all that is known did not, twice
-        as many, but not less than ROW_FIRST; 0 before the first has ended. Looked at when an
-        eighth is new."""
-        if not self._last:
-            return 0
-        if self._new > len(self._last) >> 3:
-            self._new = 0
-            self._rows = {}
-        found = self._rows.get(seconds)
-        if found is None:
-            most = self._longest_row(seconds)
-            if most < len(self._last):
-                found = most + 1
-            else:
-                found = min(self.KEPT, max(ROW_FIRST, 2 * most))
-            self._rows[seconds] = found
-        return found
-
-    def _longest_row(self, seconds: float) -> int:
-        """The most jobs one after the other among the last that did not fill so many seconds."""
-        if sum(self._last) < seconds:   # so it is with short jobs, whose cost counts
-            return len(self._last)
-        last = list(self._last)
-        most = begin = 0
-        total = 0.0
-        for end, took in enumerate(last):
-            total += took
-            while total >= seconds and begin <= end:
-                total -= last[begin]
-                begin += 1
-            most = max(most, end + 1 - begin)
-        return most
+RELEASED_TEXT = 'its operator has taken it from this client'
+NO_FORK = 'worker processes cannot be started with fork here: this system does not have it. Use ' \
+    "start_method='spawn', or no start_method"
 
 
-class Allowance:
-    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
-    by the estimate of their duration at once, but grows to that bound at most by doubling for each
-    round, which is as many ended jobs as were there when it grew last or might have been: what the
-    first jobs of a computation promise must be kept by those behind them."""
-    __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
-
-    def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
-        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
-        self._estimate = estimate
-        self._unknown = unknown
-        self._most = most
-        self._step = 1
-        self._left = 0     # jobs to end until the next doubling; 0: a round begins
-
-    def ended(self, count: int, there: int, cpus: int, rounds: int = 1) -> None:
-        """So many jobs have ended at this place, which has so many CPUs, and so many are still
-        there. What is there counts as so many rounds: several where messages take long, since the
-        ends of all of it are heard of at once there, and the CPUs are idle until more has come."""
-        if self._left == 0:
-            self._left = max(count + there, cpus * self._step) // rounds or 1
-        self._left -= count
-        for _ in range(rounds):
-            if self._left > 0:
-                break
-            self._step = min(2 * self._step, self._most)
-            self._left += max(there, cpus * self._step) // rounds or 1
-
-    def jobs(self, horizon: float) -> int:
-        """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
-        seconds = self._estimate.seconds
-        if seconds is None:
-            fits = self._unknown
-        else:
-            fits = int(horizon / seconds)
-        if fits < self._step:
-            self._step = max(1, fits)
-        return min(fits, self._step)
+def can_fork() -> bool:
+    """Whether worker processes can be forked here."""
+    return hasattr(os, 'fork')
 
 
-class ValueRequests:
-    """Values that are known by digest at one place: which are there, which are needed, and whoever
-    waits for some. Each computation has its own. Who waits is served in the order of coming, and
-    one value of a computation at a time is fetched. When values are there that nobody needs, those
-    that were not needed for longest make room for others; one that is needed is fetched when there
-    is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
-    are rows (size, digest)."""
+def default_start_method() -> str:
+    """How workers are started where nobody says it. Forking a process that has used frameworks of
+    macOS kills the child. Raises StartError."""
+    given = os.environ.get('DISPY_START_METHOD', '')
+    if given not in ('', FORK, SPAWN):
+        raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
+                         % given)
+    if given:
+        return given
+    if can_fork() and sys.platform != 'darwin':
+        return FORK
+    return SPAWN
 
-    def __init__(self, most: int) -> None:
-        self._most = most       # bytes
-        # (computation, digest) -> size, the one that was needed last at the end
-        self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
-        self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
-        self._waiting: Dict[str, Deque[Any]] = {}
-        self._coming: Dict[str, Tuple[int, bytes]] = {}
-        self._holders: Set[Any] = set()    # who has been served and still needs its values
-        self.total = 0          # bytes that are there
 
-    def __bool__(self) -> bool:
-        """Whether anybody waits."""
-        return bool(self._waiting)
-
-    def admit(self, comp: str, one: Any) -> bool:
-        """Whether all values are there that this one needs. Otherwise it waits."""
-        if comp not in self._waiting and self._has_all(comp, one):
-            self.hold(comp, one)
-            return True
-        self._waiting.setdefault(comp, collections.deque()).append(one)
-        return False
-
-    def _has_all(self, comp: str, one: Any) -> bool:
-        return all((comp, digest) in self._here for _, digest in one.values)
-
-    def hold(self, comp: str, one: Any) -> None:
-        """One needs its values, until they are released."""
-        self._holders.add(one)
-        for _, digest in one.values:
-            self._needs[comp, digest] += 1
-            if (comp, digest) in self._here:
-                self._here.move_to_end((comp, digest))
-
-    def release(self, comp: str, one: Any) -> None:
-        """One does not need its values any more, if it was served."""
-        for _, digest in one.values if one in self._holders else ():
-            self._needs[comp, digest] -= 1
-            if not self._needs[comp, digest]:
-                del self._needs[comp, digest]
-        self._holders.discard(one)
-
-    def waiting(self, comp: str) -> Sequence[Any]:
-        """Who waits."""
-        return self._waiting.get(comp, ())
-
-    def leave(self, comp: str, some: Container[Any]) -> List[Any]:
-        """These wait no more, if they do. Returns those that did."""
-        waiting = self._waiting.get(comp, ())
-        gone = [one for one in waiting if one in some]
-        if gone:
-            kept = collections.deque(one for one in waiting if one not in some)
-            self._set_waiting(comp, kept)
-        return gone
-
-    def _set_waiting(self, comp: str, kept: Deque[Any]) -> None:
-        if kept:
-            self._waiting[comp] = kept
-        else:
-            del self._waiting[comp]
-
-    def come(self, comp: str, size: int, digest: bytes) -> None:
-        """A value is there."""
-        if (comp, digest) not in self._here:
-            self.total += size
-        self._here[comp, digest] = size
-
-    def came(self, comp: str) -> None:
-        """The value that was fetched is there."""
-        self.come(comp, *self._coming.pop(comp))
-
-    def coming(self, comp: str) -> bytes:
-        """The digest of the value that is fetched; empty if none is."""
-        return self._coming.get(comp, (0, b''))[1]
-
-    def failed(self, comp: str) -> List[Any]:
-        """The value that was fetched cannot be had. Returns those that waited for it."""
-        _, digest = self._coming.pop(comp)
-        return self.leave(comp, {one for one in self.waiting(comp)
-                                 if any(digest == other for _, other in one.values)})
-
-    def postpone(self, comp: str) -> None:
-        """The value that was to be fetched finds no room now; the next `serve` tries again."""
-        self._coming.pop(comp, None)
-
-    def interrupt(self, comp: str) -> List[Any]:
-        """Whoever has the values is not connected any more. Returns those that waited."""
-        self._coming.pop(comp, None)
-        return list(self._waiting.pop(comp, ()))
-
-    def forget(self, comp: str) -> None:
-        """A computation is over, and its values are gone; all that it had was released."""
-        self.interrupt(comp)
-        for key in [key for key in self._here if key[0] == comp]:
-            self.total -= self._here.pop(key)
-            self._needs.pop(key, None)
-
-    def serve(self) -> Tuple[List[Tuple[str, Any]], List[Any]]:
-        """Whoever waits no more, with its computation, and actions: what is to be fetched, and what
-        makes room for that."""
-        served: List[Tuple[str, Any]] = []
-        actions: List[Any] = []
-        for comp in list(self._waiting):
-            waiting = self._waiting[comp]
-            while waiting and self._has_all(comp, waiting[0]):
-                self.hold(comp, waiting[0])
-                served.append((comp, waiting.popleft()))
-            self._set_waiting(comp, waiting)
-            if waiting and comp not in self._coming:
-                self._fetch(comp, waiting[0], actions)
-        return served, actions
-
-    def _fetch(self, comp: str, one: Any, actions: List[Any]) -> None:
-        own = {(name, digest) for name, waiting in self._waiting.items()
-               for _, digest in waiting[0].values}
-        size, digest = next(row for row in one.values if (comp, row[1]) not in self._here)
-        spare = [key for key in self._here if key not in own and key not in self._needs]
-        for key in spare:
-            if self.total + size <= self._most:
-                break
-            self.total -= self._here.pop(key)
-            actions.append(DropValue(*key))
-        if self.total + size <= self._most or not any(key not in own for key in self._needs):
-            self._coming[comp] = (size, digest)
-            actions.append(FetchValue(comp, size, digest))
+ENDING_TEXT = {   # with what the job's options say
+    Outcome.CANCELLED: 'cancelled while it ran',
+    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
+    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s '
+                           'bytes, and was killed',
+    Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
+}
 
 
 class Attempt:
@@ -5415,8 +8891,8 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled', 'sending_file_on', 'stuck',
-                 'pardoned')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled',
+                 'sending_file_on', 'stuck', 'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key = key
@@ -5435,7 +8911,8 @@ class _Worker:
     def note_begun(self) -> None:
         """What it runs has begun, which its client is to be told."""
         self.told = True
-        self.comp.begun.append((self.queue[0].serial, self.since))
+        serial = self.queue[0].serial
+        self.comp.begun.append((serial, self.since))
 
 
 class Spooled(NamedTuple):
@@ -5473,7 +8950,8 @@ class _Computation:
         self.link = link
         self.spec = spec
         self.since = now        # when it came here
-        self.client_name = str(spec.get('client', comp))[:NAME_MOST]
+        client = spec.get('client', comp)
+        self.client_name = str(client)[:NAME_MOST]
         self.user = self.client_name   # whose it is, for people
         self.stage = Stage.PREPARING
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
@@ -5497,9 +8975,11 @@ class _Computation:
         # Keys of workers that are not ready for work yet, as the initializer runs in them or they
         # load the computation; and whether there are such
         self.starting: Set[int] = set()
-        self.initializer = bool(spec.get('initializer')) or start_method == SPAWN
+        initializer = spec.get('initializer')
+        self.initializer = bool(initializer) or start_method == SPAWN
         self.digest = result_key(spec)
-        self.most = spec.get('max_jobs') or 0
+        max_jobs = spec.get('max_jobs')
+        self.most = max_jobs or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
         # Questions to the client -> worker that waits for the answer
@@ -5526,7 +9006,12 @@ class _Computation:
 
     def cpus_used(self) -> int:
         """CPUs that it uses."""
-        return sum(worker.queue[0].cpus for worker in self.workers.values() if worker.queue)
+        workers = self.workers.values()
+        cpus = []
+        for worker in workers:
+            if worker.queue:
+                cpus.append(worker.queue[0].cpus)
+        return sum(cpus)
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
         """Let an attempt wait: behind those of its priority, or before them if it has waited
@@ -5565,7 +9050,8 @@ class NodeTables:
     def reply(self, comp: _Computation, message: Any) -> None:
         """Send a message to the client of a computation, if it is connected."""
         if comp.link in self.links:
-            self.do(Send(comp.link, message))
+            send = Send(comp.link, message)
+            self.do(send)
 
     def ask_for_files(self, comp: _Computation, files: list) -> None:
         """Ask the client of a computation for files, rows as in Need."""
@@ -5577,16 +9063,20 @@ class NodeTables:
         """The computation a message speaks of. None for one that has ended here: the message came
         too late."""
         comp = self.comps.get(name)
-        if comp is not None and comp.instance != self.links[link].instance:
-            raise PeerError('computation %.40r is of another client' % name)
-        if comp is not None and comp.stage is not Stage.CLOSING:
-            return comp
+        if comp is not None:
+            if comp.instance != self.links[link].instance:
+                raise PeerError('computation %.40r is of another client' % name)
+        if comp is not None:
+            if comp.stage is not Stage.CLOSING:
+                return comp
         return None
 
     def worker_at_work(self, key: int) -> Optional[_Worker]:
         """A worker; None when there is no such worker, or its computation is being closed."""
         worker = self.workers.get(key)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+        if worker is None:
+            return None
+        if worker.comp.stage is Stage.CLOSING:
             return None
         return worker
 
@@ -5596,7 +9086,8 @@ class NodeTables:
 
     def client_at(self, link: int) -> str:
         """The name of the client on a link, or its address."""
-        return self._client_names.get(link, self.links[link].address)
+        address = self.links[link].address
+        return self._client_names.get(link, address)
 
     def remove_link(self, link: int) -> Optional[LinkUp]:
         """Forget a link. Returns what was known of it."""
@@ -5608,7 +9099,8 @@ class NodeTables:
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
-            self.do(Broken(comp, exc))
+            broken = Broken(comp, exc)
+            self.do(broken)
 
 
 class Timer(NamedTuple):
@@ -5643,8 +9135,10 @@ class Timers:
         if len(self._heap) >= self._most:   # those of attempts that have ended
             self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
             heapq.heapify(self._heap)
-            self._most = 2 * len(self._heap) + 64
-        timer = Timer(when, next(self._numbers), comp, call, args, is_wanted)
+            heap_length = len(self._heap)
+            self._most = 2 * heap_length + 64
+        next_number = next(self._numbers)
+        timer = Timer(when, next_number, comp, call, args, is_wanted)
         heapq.heappush(self._heap, timer)
         self.next_at = self._heap[0].when
 
@@ -5722,7 +9216,9 @@ class NodeLease:
 
     def is_of_another(self, instance: bytes) -> bool:
         """Whether another client than this one holds the node."""
-        return self.state is not Lease.FREE and self.holder != instance
+        if self.state is Lease.FREE:
+            return False
+        return self.holder != instance
 
     def held_by(self, now: float) -> str:
         """Who holds the node and for how long, for people; empty when it is free."""
@@ -5753,7 +9249,9 @@ class NodeLease:
     def is_cooling_down(self, instance: bytes, now: float) -> bool:
         """Whether the node was taken from this client and may not be had by it yet."""
         holder, until = self._cooldown
-        return holder == instance and now < until
+        if holder != instance:
+            return False
+        return now < until
 
     def make_last(self) -> bool:
         """The client wants the node to end with its lease. Returns whether it will."""
@@ -5786,18 +9284,22 @@ class PastAttempts:
 
     def add(self, name: str, past: AttemptHistory) -> None:
         """Add to what is known of attempts that are not held any more."""
+        tables = self._tables
         if name not in self._known:
-            self._set_timer(name, self._tables.now)
+            self._set_timer(name, tables.now)
         self._known[name] = self._known.get(name, AttemptHistory()).and_also(past)
-        self._tables.do(Remember(name, self._known[name]))
+        remember = Remember(name, self._known[name])
+        tables.do(remember)
 
     def forget(self, name: str) -> None:
         """The client of a computation is done with it."""
         if self._known.pop(name, None) is not None:
-            self._tables.do(Remember(name, AttemptHistory()))
+            remember = Remember(name, AttemptHistory())
+            self._tables.do(remember)
 
     def _set_timer(self, name: str, now: float) -> None:
-        self._timers.at(now + PAST_TIME, name, self._expired, name, is_wanted=self._is_known)
+        when = now + PAST_TIME
+        self._timers.at(when, name, self._expired, name, is_wanted=self._is_known)
 
     def _is_known(self, name: str) -> bool:
         return name in self._known
@@ -5827,8 +9329,11 @@ class UndeliveredResults:
 
     def deliver(self, comp: _Computation) -> None:
         """Send what has not been sent; to the disk with it if the client is away."""
-        if comp.outbox and comp.link in self._tables.links:
-            self._tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
+        tables = self._tables
+        if comp.outbox and comp.link in tables.links:
+            results = Results(comp.comp, comp.outbox)
+            send = Send(comp.link, results)
+            tables.do(send)
             comp.outbox = []
         elif comp.outbox:
             self.spool(comp)
@@ -5837,8 +9342,9 @@ class UndeliveredResults:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._tables.do(
-                SpoolResults(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
+            spool_results = SpoolResults(comp.comp, comp.instance,
+                                         list(comp.unacknowledged.values()), comp.digest)
+            self._tables.do(spool_results)
 
     def spooling_failed(self, event: ResultsSpooled) -> None:
         """There is no room: results stay in memory, and are tried again."""
@@ -5861,20 +9367,23 @@ class UndeliveredResults:
                 spooled = Spooled(comp.instance, set(), 0.0, comp.digest)
             else:
                 spooled = Spooled(b'', set(), 0.0)
-            self._expire_at(now + self._zombie, event.comp)
+            when = now + self._zombie
+            self._expire_at(when, event.comp)
         spooled.serials.update(event.serials)
-        self.spooled[event.comp] = spooled._replace(until=now + self._zombie)
+        until = now + self._zombie
+        self.spooled[event.comp] = spooled._replace(until=until)
 
     def on_found(self, event: SpoolFound, now: float) -> None:
         """An earlier daemon has left results on the disk."""
-        self.spooled[event.comp] = Spooled(event.owner, set(event.serials), event.until,
-                                           event.digest)
+        distinct_serials = set(event.serials)
+        self.spooled[event.comp] = Spooled(event.owner, distinct_serials, event.until, event.digest)
         self._expire_at(event.until, event.comp)
 
     def forget(self, name: str) -> None:
         """Remove results of a computation from the disk."""
         if self.spooled.pop(name, None) is not None:
-            self._tables.do(Forget(name))
+            action = Forget(name)
+            self._tables.do(action)
 
     def note_key(self, link: int, name: str) -> None:
         """Note that the client at a link has shown the key of a computation."""
@@ -5884,9 +9393,12 @@ class UndeliveredResults:
         """Whether the client at a link may have results of a computation removed: they are its own,
         or it has shown their key."""
         spooled = self.spooled.get(name)
-        if spooled is None or (link, name) in self._key_shown:
+        if spooled is None:
             return True
-        return spooled.owner == self._tables.links[link].instance
+        if (link, name) in self._key_shown:
+            return True
+        instance = self._tables.links[link].instance
+        return spooled.owner == instance
 
     def spooled_serials(self, name: str) -> AbstractSet[int]:
         """Attempts of a computation whose results are on the disk."""
@@ -5907,7 +9419,11 @@ class UndeliveredResults:
             known = [*comp.attempts, *comp.unacknowledged]
         else:
             known = []
-        return known + (sorted(spooled.serials) if spooled is not None else [])
+        if spooled is not None:
+            serials = sorted(spooled.serials)
+        else:
+            serials = []
+        return known + serials
 
     def give_to(self, name: str, instance: bytes) -> None:
         """Results on the disk are this client's from now on."""
@@ -5917,20 +9433,27 @@ class UndeliveredResults:
     def has_key(self, name: str, key: bytes) -> bool:
         """Whether this is the key of the results that are on the disk."""
         spooled = self.spooled.get(name)
-        return spooled is not None and hmac.compare_digest(spooled.digest, key)
+        if spooled is None:
+            return False
+        return hmac.compare_digest(spooled.digest, key)
 
     def resend(self, name: str, link: int) -> None:
         """What its client has not acknowledged; it may have some of it. Once on a link."""
+        tables = self._tables
         if (link, name) in self._resent:
             return
         self._resent.add((link, name))
-        comp = self._tables.comps.get(name)
+        comp = tables.comps.get(name)
         if comp is not None and comp.unacknowledged:
-            self._tables.do(Send(link, Results(name, list(comp.unacknowledged.values()))))
+            rows = list(comp.unacknowledged.values())
+            results = Results(name, rows)
+            send = Send(link, results)
+            tables.do(send)
         if comp is not None:
             comp.outbox = []
         if name in self.spooled:
-            self._tables.do(SendSpooled(link, name))
+            send_spooled = SendSpooled(link, name)
+            tables.do(send_spooled)
 
     def forget_link(self, link: int) -> None:
         """A link is gone."""
@@ -5939,15 +9462,19 @@ class UndeliveredResults:
 
     def on_ack(self, link: int, message: Ack, now: float) -> None:
         """The client has these results."""
-        comp = self._tables.comp_of(link, message.comp)
+        tables = self._tables
+        comp = tables.comp_of(link, message.comp)
         spooled = self.spooled.get(message.comp)
         if comp is not None:
             for serial in message.serials:
                 comp.unacknowledged.pop(serial, None)
-        if spooled is not None and spooled.owner == self._tables.links[link].instance:
-            spooled.serials.difference_update(message.serials)
-            if not spooled.serials:
-                self.forget(message.comp)
+        if spooled is None:
+            return
+        if spooled.owner != tables.links[link].instance:
+            return
+        spooled.serials.difference_update(message.serials)
+        if not spooled.serials:
+            self.forget(message.comp)
 
     def _expire_at(self, when: float, name: str) -> None:
         self._timers.at(when, name, self._expire, name, is_wanted=self._is_spooled)
@@ -5956,9 +9483,10 @@ class UndeliveredResults:
         return name in self.spooled
 
     def _expire(self, name: str, now: float) -> None:
+        tables = self._tables
         if name not in self.spooled:
             return
-        if name not in self._tables.comps:
+        if name not in tables.comps:
             until = self.spooled[name].until
         else:
             until = now + max(self._zombie, 1.0)
@@ -5966,15 +9494,15 @@ class UndeliveredResults:
             self._expire_at(until, name)
             return
         serials = self.spooled[name].serials
+        serial_count = len(serials)
         logger.warning(
             '%d results of a computation whose client has not come back are given up '
-            '(--zombie-interval)',
-            len(serials))
-        self._past.add(
-            name,
-            AttemptHistory(given_up=frozenset(serials),
-                 text='node %s gave up its result after %g s '
-                 '(--zombie-interval)' % (self._tables.name, self._zombie)))
+            '(--zombie-interval)', serial_count)
+        distinct_serials = frozenset(serials)
+        text = 'node %s gave up its result after %g s (--zombie-interval)' % (tables.name,
+                                                                              self._zombie)
+        attempt_history = AttemptHistory(given_up=distinct_serials, text=text)
+        self._past.add(name, attempt_history)
         self.forget(name)
 
 
@@ -5998,23 +9526,29 @@ class Attempts:
 
     def on_jobs(self, link: int, message: Jobs, now: float) -> None:
         """Attempts have come; those that are known here have come before."""
-        comp = self._tables.comp_of(link, message.comp)
+        rows = message.rows
+        tables = self._tables
+        comp = tables.comp_of(link, message.comp)
         # Another connection has the place of this one, and was told what had come
-        if comp is None or comp.link != link:
+        if comp is None:
+            return
+        if comp.link != link:
             return
         if self.refuses_new:
             self._return_all(comp, message)
             return
-        is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > BATCH_BYTES
+        row_count = len(rows)
+        is_large = row_count == 1 and size_of(rows[0][1]) > BATCH_BYTES
         if is_large:
-            unfit = over_limit_here(message, 'on node %s' % self._tables.name)
+            text = 'on node %s' % tables.name
+            unfit = over_limit_here(message, text)
             if unfit is not None:
                 self.on_unfit(link, unfit, now)
                 return
         spooled = self._results.spooled_serials(comp.comp)
         if not comp.attempts:
             self._share.returns(comp, now)
-        for serial, payload, options in message.rows:
+        for serial, payload, options in rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in spooled:
                 continue
             attempt = Attempt(serial, payload, options, comp)
@@ -6028,29 +9562,43 @@ class Attempts:
                 comp.enqueue(attempt)
             self.count(attempt, True)
         if is_large:
-            self._note_parts(comp, message.rows[0])
+            self._note_parts(comp, rows[0])
 
     def _return_all(self, comp: _Computation, message: Jobs) -> None:
-        self._tables.reply(comp, JobsReturned(comp.comp, [row[0] for row in message.rows]))
+        serials = [row[0] for row in message.rows]
+        jobs_returned = JobsReturned(comp.comp, serials)
+        self._tables.reply(comp, jobs_returned)
 
     def _note_parts(self, comp: _Computation, row: tuple) -> None:
         """Note an attempt whose arguments came in parts."""
         serial, payload = row[:2]
-        if size_of(payload) > MAX_FRAME and serial in comp.attempts:
-            attempt = comp.attempts[serial]
-            if attempt not in self._in_parts:
-                self._in_parts.append(attempt)
+        size = size_of(payload)
+        if not size > MAX_FRAME:
+            return
+        if serial not in comp.attempts:
+            return
+        attempt = comp.attempts[serial]
+        if attempt not in self._in_parts:
+            self._in_parts.append(attempt)
 
     def on_unfit(self, link: int, message: Unfit, now: float) -> None:
         """An attempt whose arguments find no room here."""
         comp = self._tables.comp_of(link, message.comp)
-        if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
+        if comp is None:
+            return
+        if comp.link != link:
+            return
+        if self._is_known(comp, message.row[0]):
             return
         self.finish(comp, unfit_row(message))
 
     def _is_known(self, comp: _Computation, serial: int) -> bool:
         spooled = self._results.spooled_serials(comp.comp)
-        return serial in comp.attempts or serial in comp.unacknowledged or serial in spooled
+        if serial in comp.attempts:
+            return True
+        if serial in comp.unacknowledged:
+            return True
+        return serial in spooled
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -6070,7 +9618,8 @@ class Attempts:
         if held > RECEIVE_BUDGET and self._in_parts:
             self._in_parts = [attempt for attempt in self._in_parts
                               if attempt.serial in attempt.comp.attempts]
-            held -= sum(attempt.counted for attempt in self._in_parts)
+            total_counted = sum(attempt.counted for attempt in self._in_parts)
+            held -= total_counted
         return held > RECEIVE_BUDGET
 
     # -- ending and going back ---------------------------------------------------------------------
@@ -6107,7 +9656,8 @@ class Attempts:
                 comp.enqueue(attempt, again=True)
                 self.count(attempt, True)
         if back:
-            self._hand_back(comp, back[::-1])
+            serials = back[::-1]
+            self._hand_back(comp, serials)
 
     def return_waiting(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
         """Return attempts that wait here: these, or all."""
@@ -6118,11 +9668,13 @@ class Attempts:
         back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
         if not back:
             return
-        if len(back) == len(comp.waiting):
+        waiting_length = len(comp.waiting)
+        if len(back) == waiting_length:
             comp.waiting.clear()
         else:
             comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
-        self._hand_back(comp, self._leave(comp, back))
+        serials = self._leave(comp, back)
+        self._hand_back(comp, serials)
 
     def return_lacking(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
         """Attempts that waited for values are not waited for any more."""
@@ -6138,7 +9690,8 @@ class Attempts:
             if attempt.ending is not None:
                 self.finish_unstarted(comp, attempt)
             else:
-                serials.append(self._dismiss(comp, attempt))
+                serial = self._dismiss(comp, attempt)
+                serials.append(serial)
         return serials
 
     def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
@@ -6152,12 +9705,15 @@ class Attempts:
 
     def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
         """Attempts that never started are told to the client; when it is back if it is away."""
-        if comp.link in self._tables.links:
+        tables = self._tables
+        if comp.link in tables.links:
             for message in in_parts(JobsReturned, comp.comp,
                                     serials) if serials else [JobsReturned(comp.comp, [])]:
-                self._tables.reply(comp, message)
+                tables.reply(comp, message)
         elif serials:
-            self._past.add(comp.comp, AttemptHistory(unbegun=frozenset(serials)))
+            distinct_serials = frozenset(serials)
+            attempt_history = AttemptHistory(unbegun=distinct_serials)
+            self._past.add(comp.comp, attempt_history)
 
     def on_recall(self, link: int, message: ReturnJobs, now: float) -> None:
         """The client wants attempts back that have not started."""
@@ -6179,7 +9735,8 @@ class Attempts:
         """Ask a worker for what it has not started."""
         if not worker.recalled:
             worker.recalled = True
-            self._tables.do(TakeFromWorker(worker.key))
+            take_from_worker = TakeFromWorker(worker.key)
+            self._tables.do(take_from_worker)
 
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: nobody wants to know of its attempts."""
@@ -6204,11 +9761,16 @@ class Attempts:
 
     def on_value_sought(self, event: ValueSought, now: float) -> None:
         """A value is missing, is there, or cannot be had."""
-        comp = self._tables.comps.get(event.comp)
-        if comp is None or not event.digest or self.values.coming(event.comp) != event.digest:
+        tables = self._tables
+        comp = tables.comps.get(event.comp)
+        if comp is None:
+            return
+        if not event.digest:
+            return
+        if self.values.coming(event.comp) != event.digest:
             return
         if event.missing:
-            self._tables.ask_for_files(comp, event.missing)
+            tables.ask_for_files(comp, event.missing)
         elif event.error:
             for attempt in self.values.failed(event.comp):
                 self.finish(
@@ -6217,15 +9779,17 @@ class Attempts:
                         Unfit(
                             comp.comp, (attempt.serial, ),
                             unfit_text(sum(size for size, _ in attempt.values),
-                                       '%s (on node %s)' % (event.error, self._tables.name)))))
+                                       '%s (on node %s)' % (event.error, tables.name)))))
         else:
             self.values.came(event.comp)
 
     def value_stored(self, file: FileStored, now: float) -> None:
         """The value that is fetched is there, or cannot be had."""
         digest = self.values.coming(file.comp)
-        if digest.hex() == file.name:
-            self.on_value_sought(ValueSought(file.comp, digest, [], file.error), now)
+        digits = digest.hex()
+        if digits == file.name:
+            value_sought = ValueSought(file.comp, digest, [], file.error)
+            self.on_value_sought(value_sought, now)
 
     def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
         self.values.leave(comp.comp, (attempt,))
@@ -6250,44 +9814,53 @@ class Interruptions:
             return
         for serial in message.serials:
             attempt = comp.attempts.get(serial)
-            if attempt is not None and attempt.ending is None:
+            if attempt is None:
+                continue
+            if attempt.ending is None:
                 attempt.ending = Outcome.CANCELLED
                 self._end(comp, attempt, now)
 
     def _end(self, comp: _Computation, attempt: Attempt, now: float) -> None:
+        attempts = self._attempts
         if attempt in comp.waiting:
             comp.waiting.remove(attempt)
-            self._attempts.finish_unstarted(comp, attempt)
+            attempts.finish_unstarted(comp, attempt)
             return
-        if attempt.values and attempt in self._attempts.values.waiting(comp.comp):
-            self._attempts.finish_unstarted(comp, attempt)
+        if attempt.values and attempt in attempts.values.waiting(comp.comp):
+            attempts.finish_unstarted(comp, attempt)
             return
         for worker in comp.workers.values():
             if worker.queue and worker.queue[0] is attempt:
                 self.interrupt(worker, attempt, now)
             elif attempt in worker.queue:
-                self._attempts.take_back(worker)
+                attempts.take_back(worker)
 
     def end_all(self, now: float) -> None:
         """What waits is given back, what runs has its grace."""
+        attempts = self._attempts
+        tables = self._tables
         self.ends_all = True
-        for comp in self._tables.comps.values():
-            self._attempts.return_waiting(comp)
-        for worker in self._tables.workers.values():
+        for comp in tables.comps.values():
+            attempts.return_waiting(comp)
+        for worker in tables.workers.values():
             if worker.queue and worker.queue[0].ending is None:
                 worker.queue[0].ending = Outcome.STOPPED
                 self.interrupt(worker, worker.queue[0], now)
-            if len(worker.queue) > 1:
-                self._attempts.take_back(worker)
+            queue_length = len(worker.queue)
+            if queue_length > 1:
+                attempts.take_back(worker)
 
     def interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
         """Interrupt what a worker runs."""
-        self._tables.do(Interrupt(worker.key, attempt.serial))
-        self._set_timer(now + GRACE, self._kill, worker, attempt.serial)
+        action = Interrupt(worker.key, attempt.serial)
+        self._tables.do(action)
+        when = now + GRACE
+        self._set_timer(when, self._kill, worker, attempt.serial)
 
     def set_timeout(self, worker: _Worker, when: float) -> None:
         """What a worker runs has no more time than this."""
-        self._set_timer(when, self._time_out, worker, worker.queue[0].serial)
+        serial = worker.queue[0].serial
+        self._set_timer(when, self._time_out, worker, serial)
 
     def _set_timer(self, when: float, call: Callable[..., None], worker: _Worker,
                    serial: int) -> None:
@@ -6295,36 +9868,46 @@ class Interruptions:
 
     def _is_running(self, worker: _Worker, serial: int) -> bool:
         """Whether the worker is there and runs this attempt."""
-        return worker.key in self._tables.workers and bool(
-            worker.queue) and worker.queue[0].serial == serial
+        if not (worker.key in self._tables.workers and bool(worker.queue)):
+            return False
+        return worker.queue[0].serial == serial
 
     def _time_out(self, worker: _Worker, serial: int, now: float) -> None:
-        if self._is_running(worker, serial) and worker.queue[0].ending is None:
+        is_running = self._is_running(worker, serial)
+        if not is_running:
+            return
+        if worker.queue[0].ending is None:
             worker.queue[0].ending = Outcome.TIMED_OUT
             self.interrupt(worker, worker.queue[0], now)
 
     def _kill(self, worker: _Worker, serial: int, now: float) -> None:
         if self._is_running(worker, serial):
-            self._tables.do(Kill(worker.key))
-            self._set_timer(now + GRACE, self._stuck, worker, serial)
+            kill = Kill(worker.key)
+            self._tables.do(kill)
+            when = now + GRACE
+            self._set_timer(when, self._stuck, worker, serial)
 
     def _stuck(self, worker: _Worker, serial: int, now: float) -> None:
         """A worker was killed and has not ended: its process sleeps in the kernel and cannot be
         interrupted, as on a disk that has died. Its job is told, what stood behind it waits for
         another, and its CPUs come back when it has ended."""
-        if not self._is_running(worker, serial):
+        attempts = self._attempts
+        is_running = self._is_running(worker, serial)
+        if not is_running:
             return
         comp = worker.comp
         head = worker.queue.popleft()
         ending = head.ending or Outcome.DIED
-        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
-            head.ending_text(ending), GRACE, self._tables.name)
+        ending_text = head.ending_text(ending)
+        text = ('%s; it was killed, and its process has not ended within %d s '
+                '(uninterruptible): its CPU is lost to node %s' %
+                (ending_text, GRACE, self._tables.name))
         logger.error('%s: %s', comp.spec['name'], text)
         worker.stuck = head.cpus
-        self._attempts.finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
+        attempts.finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
         behind = list(worker.queue)
         worker.queue.clear()
-        self._attempts.requeue(comp, behind)
+        attempts.requeue(comp, behind)
 
     def on_too_big(self, event: MemoryExceeded, now: float) -> None:
         """What a worker runs uses too much memory, and the worker is killed for it."""
@@ -6338,8 +9921,9 @@ class Interruptions:
         """Results of jobs before this one may not have been read yet: it need not be the head."""
         worker = self._tables.workers.get(key)
         for attempt in worker.queue if worker is not None else ():
-            if attempt.serial == serial and (attempt.ending is None
-                                             or ending is Outcome.OUT_OF_MEMORY):
+            if attempt.serial != serial:
+                continue
+            if attempt.ending is None or ending is Outcome.OUT_OF_MEMORY:
                 attempt.ending = ending
 
 
@@ -6355,8 +9939,9 @@ class FairShare:
 
     def joins(self, comp: _Computation) -> None:
         """A computation has come; its client may have others here."""
-        comp.client = next((other.client for other in self._tables.comps.values()
-                            if other.client_name == comp.client_name), _Claim())
+        comps = self._tables.comps.values()
+        comp.client = next(
+            (other.client for other in comps if other.client_name == comp.client_name), _Claim())
 
     @staticmethod
     def returns(comp: _Computation, now: float) -> None:
@@ -6401,7 +9986,8 @@ class FairShare:
         used = {comp: sum(age * cpus for age, cpus in ages[comp]) for comp in here}
         groups: Dict[_Claim, List[_Computation]] = {}
         for comp in here:
-            groups.setdefault(comp.client, []).append(comp)
+            group = groups.setdefault(comp.client, [])
+            group.append(comp)
         self._forgive({client: sum(map(used.__getitem__, comps))
                        for client, comps in groups.items()})
         for client, comps in groups.items():
@@ -6430,8 +10016,9 @@ class FairShare:
                 if other.client is not client:
                     self._pardon(other, now)
         here = [other for other in comps if other.attempts]
-        for claim, others in ((client, {other.client for other in here}),
-                              (own, {other.own for other in here if other.client is client})):
+        owns = {other.own for other in here if other.client is client}
+        clients = {other.client for other in here}
+        for claim, others in ((client, clients), (own, owns)):
             if claim.fresh:
                 claim.fresh = False
                 least = min((other.reckoned for other in others - {claim} if not other.fresh),
@@ -6441,13 +10028,16 @@ class FairShare:
     @staticmethod
     def _pardon(comp: _Computation, now: float) -> None:
         for worker in comp.workers.values():
-            if worker.queue and not worker.pardoned:
-                worker.pardoned = True
-                age = now - worker.since
-                cpus = worker.queue[0].cpus
-                for claim in (comp.own, comp.client):
-                    claim.used += age * cpus
-                    claim.reckoned -= comp.estimate.remaining(age) * cpus
+            if not worker.queue:
+                continue
+            if worker.pardoned:
+                continue
+            worker.pardoned = True
+            age = now - worker.since
+            cpus = worker.queue[0].cpus
+            for claim in (comp.own, comp.client):
+                claim.used += age * cpus
+                claim.reckoned -= comp.estimate.remaining(age) * cpus
 
 
 class CpuScheduler:
@@ -6471,16 +10061,20 @@ class CpuScheduler:
 
     def assign_cpus(self, now: float) -> None:
         """Give CPUs to computations."""
-        ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
-        crowded = len(ready) > 1 and self._share_between(ready, now)
+        tables = self._tables
+        comps = tables.comps.values()
+        ready = [comp for comp in comps if comp.stage is Stage.READY]
+        ready_length = len(ready)
+        crowded = ready_length > 1 and self._share_between(ready, now)
         for comp in ready:
-            self._tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
         """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
         rivals = [comp for comp in ready if comp.waiting]
         self._share.see(ready, now)
-        if len(rivals) < 2 or self._cpus.free <= 0:
+        rival_count = len(rivals)
+        if rival_count < 2 or self._cpus.free <= 0:
             return len(rivals) > 1
         self._share.reckon(now)
         while len(rivals) > 1 and self._cpus.free > 0:
@@ -6494,12 +10088,17 @@ class CpuScheduler:
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
-        return 0 < comp.limit < self._cpus.total and comp.limit < cpus + comp.cpus_used()
+        if not (0 < comp.limit < self._cpus.total):
+            return False
+        return comp.limit < cpus + comp.cpus_used()
 
     def _start_on_worker(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
-        if not comp.waiting or comp.waiting[0].cpus > self._cpus.free or self._is_limited(
-                comp, comp.waiting[0].cpus):
+        if not comp.waiting:
+            return False
+        if comp.waiting[0].cpus > self._cpus.free:
+            return False
+        if self._is_limited(comp, comp.waiting[0].cpus):
             return False
         if comp.idle:
             worker = comp.idle.pop()
@@ -6513,7 +10112,9 @@ class CpuScheduler:
         worker.since = now
         comp.served = next(self._served)
         self._cpus.free -= comp.waiting[0].cpus
-        self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total)), now)
+        waiting_length = len(comp.waiting)
+        count = 1 + min(ahead, waiting_length // max(1, self._cpus.total))
+        self._feed(comp, worker, count, now)
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
@@ -6526,8 +10127,13 @@ class CpuScheduler:
             self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
-                room = ahead + 1 - len(worker.queue)
-                if comp.waiting and 2 * room > ahead and not worker.recalled:
+                queue_length = len(worker.queue)
+                room = ahead + 1 - queue_length
+                if not comp.waiting:
+                    continue
+                if not 2 * room > ahead:
+                    continue
+                if not worker.recalled:
                     self._feed(comp, worker, room, now)
         comp.refillable.clear()
 
@@ -6539,8 +10145,9 @@ class CpuScheduler:
             count = min(count, comp.most - worker.jobs_given)
         while count > 0 and comp.waiting:
             attempt = comp.waiting[0]
-            if (worker.queue and attempt.cpus != worker.queue[0].cpus) \
-                    or (attempts and (attempt.timeout or attempt.memory)):
+            if worker.queue and attempt.cpus != worker.queue[0].cpus:
+                break
+            if attempts and (attempt.timeout or attempt.memory):
                 break
             attempts.append(comp.waiting.popleft())
             if attempt.counted > LAZY:   # alone, as above
@@ -6555,13 +10162,15 @@ class CpuScheduler:
             else:   # it may begin before this is told
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
-            self._tables.do(SendToWorker(worker.key, attempts))
+            send_to_worker = SendToWorker(worker.key, attempts)
+            self._tables.do(send_to_worker)
 
     def _watch(self, worker: _Worker, attempt: Attempt) -> None:
         """Limits that hold also while this loop has no time, as in a program that is busy."""
         if attempt.memory or attempt.timeout:
-            self._tables.do(LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
-                                  attempt.timeout or 0.0))
+            limit_memory = LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
+                                       attempt.timeout or 0.0)
+            self._tables.do(limit_memory)
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since = now
@@ -6575,7 +10184,8 @@ class CpuScheduler:
         if self._interruptions.ends_all:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
-            self._interruptions.set_timeout(worker, now + head.timeout)
+            when = now + head.timeout
+            self._interruptions.set_timeout(worker, when)
         self._watch(worker, head)
         if head.ending is not None:   # cancelled while it stood behind another
             self._interruptions.interrupt(worker, head, now)
@@ -6585,8 +10195,11 @@ class CpuScheduler:
         taken back, for the estimate by which it was handed to them does not hold."""
         self.look_at = math.inf
         for worker in self._tables.workers.values():
-            ahead = len(worker.queue) > 1 and not worker.recalled
-            if not worker.queue or (worker.told and not ahead):
+            queue_length = len(worker.queue)
+            ahead = queue_length > 1 and not worker.recalled
+            if not worker.queue:
+                continue
+            if worker.told and not ahead:
                 continue
             when = worker.since + BEGUN_TIME
             if when > now:
@@ -6602,15 +10215,19 @@ class CpuScheduler:
     def on_results(self, event: WorkerResults, now: float) -> None:
         """Jobs have ended in a worker, or have sent provisional results."""
         worker = self._tables.workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+        if worker is None:
+            return
+        if worker.comp.stage is Stage.CLOSING:
             return
         comp = worker.comp
         durations = []
         place = 0
         ended = None
         for row in event.rows:
-            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
-                raise PeerError('a worker answered for %d, which it did not run' % row[SERIAL])
+            queue_length = len(worker.queue)
+            if place >= queue_length or worker.queue[place].serial != row[SERIAL]:
+                text = 'a worker answered for %d, which it did not run' % row[SERIAL]
+                raise PeerError(text)
             place += row[OUTCOME] not in PROVISIONAL
         comp.startup_failures = 0
         for row in event.rows:
@@ -6618,7 +10235,8 @@ class CpuScheduler:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
-            durations.append(row[END] - row[START])
+            duration = row[END] - row[START]
+            durations.append(duration)
             if attempt.timeout:
                 self._note_overdue(attempt, row)
             if attempt.ending is not None:
@@ -6627,10 +10245,16 @@ class CpuScheduler:
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
-        comp.cpu_seconds += sum(durations) * ended.cpus
-        self._share.charge(comp, sum(durations[worker.pardoned:]) * ended.cpus)
+        total_durations = sum(durations)
+        comp.cpu_seconds += total_durations * ended.cpus
+        seconds = sum(durations[worker.pardoned:]) * ended.cpus
+        self._share.charge(comp, seconds)
         worker.pardoned = False
-        comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
+        attempt_count = len(comp.attempts)
+        waiting_length = len(comp.waiting)
+        worker_count = len(comp.workers)
+        duration_count = len(durations)
+        comp.handed.ended(duration_count, attempt_count - waiting_length, worker_count)
         if worker.queue:
             comp.refillable[worker.key] = worker
             self._on_job_started(worker, now)
@@ -6640,8 +10264,11 @@ class CpuScheduler:
     @staticmethod
     def _note_overdue(attempt: Attempt, row: tuple) -> None:
         """Its runner may have ended it, before this loop has looked whether its time has passed."""
-        if attempt.ending is None and row[OUTCOME] == Outcome.RAISED \
-                and row[END] - row[START] >= attempt.timeout:
+        if attempt.ending is not None:
+            return
+        if row[OUTCOME] != Outcome.RAISED:
+            return
+        if row[END] - row[START] >= attempt.timeout:
             attempt.ending = Outcome.TIMED_OUT
 
     @staticmethod
@@ -6649,8 +10276,9 @@ class CpuScheduler:
         """The result of an attempt that was interrupted. One that was cancelled and returned all
         the same counts."""
         assert attempt.ending is not None   # ours
-        if attempt.ending is Outcome.CANCELLED and row[OUTCOME] in RETURNED:
-            return row
+        if attempt.ending is Outcome.CANCELLED:
+            if row[OUTCOME] in RETURNED:
+                return row
         return (row[SERIAL], int(attempt.ending), row[START], row[END],
                 attempt.ending_text(attempt.ending).encode(), *row[STDOUT:])
 
@@ -6678,38 +10306,47 @@ class CpuScheduler:
 
     def fail_running(self, comp: _Computation, text: str) -> None:
         """What runs has failed with this text; what waits was never started."""
+        attempts = self._attempts
         for worker in list(comp.workers.values()):
             if worker.queue:
                 head = worker.queue[0]
                 rest = list(worker.queue)[1:]
-                self._attempts.finish(comp, (head.serial, int(
+                attempts.finish(comp, (head.serial, int(
                     Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
                 self._cpus.free += head.cpus
                 worker.queue.clear()
                 comp.waiting.extend(rest)
-        self._attempts.return_waiting(comp)
+        attempts.return_waiting(comp)
 
     def fail_stopped(self) -> None:
         """The node ends or is taken from its holder: what runs has failed, and the rest was never
         started."""
         for worker in self._tables.workers.values():
             queue = list(worker.queue)
-            if queue and worker.comp.stage is Stage.READY:
-                self._attempts.finish(worker.comp, (queue[0].serial, int(
-                    Outcome.STOPPED), 0.0, 0.0, ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
-                worker.comp.waiting.extend(queue[1:])
+            if not queue:
+                continue
+            if worker.comp.stage is not Stage.READY:
+                continue
+            self._attempts.finish(worker.comp, (queue[0].serial, int(
+                Outcome.STOPPED), 0.0, 0.0, ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
+            worker.comp.waiting.extend(queue[1:])
 
     # -- workers -----------------------------------------------------------------------------------
 
     def _new_worker(self, comp: _Computation) -> _Worker:
-        worker = _Worker(next(self._keys), comp)
-        self._tables.workers[worker.key] = comp.workers[worker.key] = worker
-        self._tables.do(StartWorker(worker.key, comp.comp))
+        tables = self._tables
+        key = next(self._keys)
+        worker = _Worker(key, comp)
+        tables.workers[worker.key] = worker
+        comp.workers[worker.key] = worker
+        start_worker = StartWorker(worker.key, comp.comp)
+        tables.do(start_worker)
         return worker
 
     def _initialize(self, comp: _Computation, now: float) -> None:
         """Make workers for what waits. They get work when they are ready for it."""
-        most = min(self._cpus.free, len(comp.waiting))
+        waiting_length = len(comp.waiting)
+        most = min(self._cpus.free, waiting_length)
         while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
                 and now >= self._workers_at:
             comp.starting.add(self._new_worker(comp).key)
@@ -6719,18 +10356,21 @@ class CpuScheduler:
         self._idle(worker, 0)
 
     def _idle(self, worker: _Worker, cpus: int) -> None:
+        tables = self._tables
         comp = worker.comp
         self._cpus.free += cpus
         comp.refillable.pop(worker.key, None)
         if comp.most and worker.jobs_given >= comp.most:
             self._remove_worker(worker)
-            self._tables.do(Retire(worker.key))
+            retire = Retire(worker.key)
+            tables.do(retire)
         else:
-            worker.since = self._tables.now
+            worker.since = tables.now
             comp.idle.append(worker)
             if not comp.has_idle_timer:
                 comp.has_idle_timer = True
-                self._retire_at(self._tables.now + WORKER_IDLE, comp)
+                when = tables.now + WORKER_IDLE
+                self._retire_at(when, comp)
 
     def _retire_at(self, when: float, comp: _Computation) -> None:
         self._timers.at(when, comp.comp, self._retire_idle, comp, is_wanted=self._is_here)
@@ -6744,13 +10384,16 @@ class CpuScheduler:
         if not self._is_here(comp):
             return
         for worker in list(comp.idle):
-            if worker.since + WORKER_IDLE <= now:
-                self._remove_worker(worker)
-                self._tables.do(Retire(worker.key))
+            if not worker.since + WORKER_IDLE <= now:
+                continue
+            self._remove_worker(worker)
+            retire = Retire(worker.key)
+            self._tables.do(retire)
         comp.has_idle_timer = bool(comp.idle)
         if comp.idle:
             first = min(worker.since for worker in comp.idle)
-            self._retire_at(first + WORKER_IDLE, comp)
+            when = first + WORKER_IDLE
+            self._retire_at(when, comp)
 
     def _remove_worker(self, worker: _Worker) -> None:
         self._tables.workers.pop(worker.key, None)
@@ -6763,6 +10406,7 @@ class CpuScheduler:
 
     def worker_gone(self, worker: _Worker, event: WorkerGone, now: float) -> None:
         """The process of a worker has ended: what it ran has failed, and the rest waits again."""
+        attempts = self._attempts
         comp = worker.comp
         self._remove_worker(worker)
         self._cpus.free += worker.stuck
@@ -6781,28 +10425,33 @@ class CpuScheduler:
                 text = event.text
             else:
                 text = attempt.ending_text(ending)
-            self._attempts.finish(
-                comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode(
-                    'utf-8', 'replace'), bytes(event.stdout), bytes(event.stderr)))
+            attempts.finish(comp,
+                            (attempt.serial, int(ending), 0.0, 0.0, text.encode(
+                                'utf-8', 'replace'), bytes(event.stdout), bytes(event.stderr)))
         elif not worker.jobs_given:
             comp.startup_failures += 1
-        self._attempts.requeue(comp, worker.queue)
-        if worker.queue and worker.jobs_given == len(worker.queue):
+        attempts.requeue(comp, worker.queue)
+        if not worker.queue:
+            return
+        queue_length = len(worker.queue)
+        if worker.jobs_given == queue_length:
             comp.startup_failures += 1
 
     def on_start_failed(self, event: WorkerStartFailed, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
-        worker = self._tables.workers.get(event.worker)
+        tables = self._tables
+        worker = tables.workers.get(event.worker)
         if worker is None:
             return
         self._remove_worker(worker)
         comp = worker.comp
         if self._start_failure != event.text or now > self._workers_at + WORKER_TOLD:
             self._start_failure = event.text
-            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and keeps trying' % (
-                self._tables.name, event.text)
+            text = ('node %s cannot make a worker: %s; it goes on with those that it has, '
+                    'and keeps trying' % (tables.name, event.text))
             logger.error('%s', text)
-            self._tables.reply(comp, Notice(comp.comp, text))
+            notice = Notice(comp.comp, text)
+            tables.reply(comp, notice)
         self._workers_at = now + WORKER_RETRY_DELAY
         self._timers.at(self._workers_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
         if worker.queue:
@@ -6839,83 +10488,113 @@ class JobRequests:
 
     def on_file(self, event: WorkerFile, now: float) -> None:
         """A job sends a piece of a file."""
-        worker = self._tables.worker_at_work(event.worker)
+        piece = event.piece
+        tables = self._tables
+        worker = tables.worker_at_work(event.worker)
         if worker is None:
             return
-        if not worker.queue or worker.queue[0].serial != event.piece.key:
-            return   # of a job that does not run there
-        if event.piece.offset == 0:
+        # Of a job that does not run there
+        if not worker.queue:
+            return
+        if worker.queue[0].serial != piece.key:
+            return
+        if piece.offset == 0:
             worker.sending_file_on = worker.comp.link or -1
         if not worker.sending_file_on:
             return   # it was answered already: what is left of it is passed over
-        if worker.sending_file_on == worker.comp.link and worker.sending_file_on in self._tables.links:
-            self._tables.do(Send(worker.comp.link, event.piece))
+        if worker.sending_file_on == worker.comp.link and worker.sending_file_on in tables.links:
+            send = Send(worker.comp.link, piece)
+            tables.do(send)
         else:
             self._answer(worker, 'the client is not connected')
 
     def on_wants(self, event: WorkerWants, now: float) -> None:
         """Its job waits until the client has sent what is wanted, or cannot."""
-        worker = self._tables.worker_at_work(event.worker)
+        tables = self._tables
+        worker = tables.worker_at_work(event.worker)
         if worker is None:
             return
         comp = worker.comp
         worker.sending_file_on = worker.comp.link or -1
-        if comp.link not in self._tables.links:
+        if comp.link not in tables.links:
             self._answer(worker, 'the client is not connected')
             return
         number = next(self._numbers)
         comp.calls[number] = worker.key
-        self._tables.do(Send(comp.link, Call(comp.comp, number, 'modules', (event.request,))))
+        send = Send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
+        tables.do(send)
 
     def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
-        comp = self._tables.comp_of(link, message.comp)
+        tables = self._tables
+        comp = tables.comp_of(link, message.comp)
         if comp is not None:
-            worker = self._tables.workers.get(comp.calls.pop(message.number, 0))
+            last_call = comp.calls.pop(message.number, 0)
+            worker = tables.workers.get(last_call)
         else:
             worker = None
-        if comp is None or worker is None:
+        if comp is None:
+            return
+        if worker is None:
             return
         if message.error:
-            self._answer(worker, str(message.error[1])[:1000])
+            error = str(message.error[1])[:1000]
+            self._answer(worker, error)
             return
         if type(message.value) is not list or not all(map(_is_file, message.value)):
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
-        if len(comp.fetches) == 1:
-            self._tables.do(Fetch(comp.comp, message.value))
+        fetch_count = len(comp.fetches)
+        if fetch_count == 1:
+            fetch = Fetch(comp.comp, message.value)
+            tables.do(fetch)
 
     def on_fetched(self, event: Fetched, now: float) -> None:
         """Files that a job needs are missing, or are there."""
-        comp = self._tables.comps.get(event.comp)
-        if comp is None or not comp.fetches:
+        tables = self._tables
+        comp = tables.comps.get(event.comp)
+        if comp is None:
+            return
+        if not comp.fetches:
             return
         if event.missing:
-            self._tables.ask_for_files(comp, event.missing)
+            tables.ask_for_files(comp, event.missing)
             return
-        worker = self._tables.workers.get(comp.fetches.popleft()[0])
+        fetch = comp.fetches.popleft()
+        worker = tables.workers.get(fetch[0])
         if worker is not None:
             self._answer(worker, event.error)
         if comp.fetches:
-            self._tables.do(Fetch(comp.comp, comp.fetches[0][1]))
+            rows = comp.fetches[0][1]
+            action = Fetch(comp.comp, rows)
+            tables.do(action)
 
     def on_printed(self, event: WorkerPrinted, now: float) -> None:
         """A job has printed something."""
-        worker = self._tables.workers.get(event.worker)
-        if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
-            self._tables.reply(
-                worker.comp,
-                Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
+        tables = self._tables
+        worker = tables.workers.get(event.worker)
+        if worker is None:
+            return
+        if not worker.queue:
+            return
+        if worker.queue[0].serial == event.serial:
+            output = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
+            tables.reply(worker.comp, output)
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         """The client has the file of a job, or cannot have it; or it cannot send a value."""
         comp = self._tables.comp_of(link, message.comp)
         if message.purpose == Purpose.VALUES:
-            if comp is not None and comp.link == link and message.error:
-                self._attempts.value_stored(message, now)
+            if comp is not None:
+                if comp.link == link and message.error:
+                    self._attempts.value_stored(message, now)
             return
         for worker in comp.workers.values() if comp is not None else ():
-            if worker.sending_file_on and worker.queue and worker.queue[0].serial == message.key:
+            if not worker.sending_file_on:
+                continue
+            if not worker.queue:
+                continue
+            if worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
 
     def client_gone(self, comp: _Computation) -> None:
@@ -6928,7 +10607,8 @@ class JobRequests:
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.sending_file_on:
             worker.sending_file_on = 0
-            self._tables.do(AnswerJobFile(worker.key, error))
+            answer_job_file = AnswerJobFile(worker.key, error)
+            self._tables.do(answer_job_file)
 
 
 class Computations:
@@ -6952,33 +10632,41 @@ class Computations:
 
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
-        up = self._tables.links[link]
-        start_method = message.spec.get('start_method') or self._tables.start_method
-        comp = _Computation(message.comp, up.instance, link, message.spec, self._tables.now,
-                            start_method)
+        spec = message.spec
+        tables = self._tables
+        up = tables.links[link]
+        start_method = spec.get('start_method') or tables.start_method
+        comp = _Computation(message.comp, up.instance, link, spec, tables.now, start_method)
         if comp.client_name == comp.comp:   # no scheduler has said for whom it is
-            comp.user = self._tables.client_at(link)
-        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
-                    len(message.spec['files']))
+            comp.user = tables.client_at(link)
+        file_count = len(spec['files'])
+        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user, file_count)
         self._share.joins(comp)
-        self._tables.comps[message.comp] = comp
+        tables.comps[message.comp] = comp
         self.resize()
-        if self._results.has_key(message.comp, result_key(message.spec)):
+        key = result_key(spec)
+        if self._results.has_key(message.comp, key):
             self._results.give_to(message.comp, up.instance)
             self._results.resend(message.comp, link)
-        self._tables.do(PrepareDirectory(message.comp, message.spec))
+        prepare_directory = PrepareDirectory(message.comp, spec)
+        tables.do(prepare_directory)
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
+        tables = self._tables
         if comp.link != link:
-            logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
+            attempt_count = len(comp.attempts)
+            logger.info('%s: its client is back; %d jobs are here', comp, attempt_count)
         comp.link = link
         if comp.stage is Stage.RECEIVING:
-            self._tables.do(WantAgain(comp.comp))
+            want_again = WantAgain(comp.comp)
+            tables.do(want_again)
         if comp.stage is Stage.READY:
-            self._tables.do(Send(link, self._ready(comp)))
+            send = Send(link, self._ready(comp))
+            tables.do(send)
         self._results.resend(comp.comp, link)
-        comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
+        workers = comp.workers.values()
+        comp.begun = [(worker.queue[0].serial, worker.since) for worker in workers
                       if worker.queue and worker.told]
 
     def _ready(self, comp: _Computation) -> Ready:
@@ -6986,48 +10674,62 @@ class Computations:
 
     def on_prepared(self, event: DirectoryReady, now: float) -> None:
         """The directory is there, or nothing is possible."""
-        comp = self._tables.comps[event.comp]
+        tables = self._tables
+        comp = tables.comps[event.comp]
         if comp.stage is not Stage.PREPARING:
             return
         if event.error:
             self.refuse(comp, event.code, event.error)
         elif event.missing:
             comp.move('missing')
-            self._tables.ask_for_files(comp, event.missing)
+            tables.ask_for_files(comp, event.missing)
         else:
             self._start(comp, now)
 
     def on_wanted(self, event: Wanted, now: float) -> None:
         """Files are missing still; they are asked for on another link."""
-        comp = self._tables.comps.get(event.comp)
-        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
-            self._tables.ask_for_files(comp, event.missing)
+        tables = self._tables
+        comp = tables.comps.get(event.comp)
+        if comp is None:
+            return
+        if comp.stage is not Stage.RECEIVING:
+            return
+        if event.missing:
+            tables.ask_for_files(comp, event.missing)
 
     def on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
         """A piece of a file has come from a client."""
-        comp = self._tables.comp_of(link, message.comp)
+        tables = self._tables
+        comp = tables.comp_of(link, message.comp)
         asked = message.purpose in ASKED_FOR
         if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
-        if asked and comp is not None and comp.link != link:
-            return   # what came on another connection is sent again on this one
+        # What came on another connection is sent again on this one
+        if asked and comp is not None:
+            if comp.link != link:
+                return
         if comp is not None and (asked or comp.stage is Stage.READY):
-            self._tables.do(WriteFile(message))
+            tables.do(WriteFile(message))
         elif not asked and message.offset + len(message.data) >= message.row[1]:
             text = 'the computation is not set up there'
-            self._tables.do(Send(link, FileStored(*message[:3], message.row[0], text)))
+            file_stored = FileStored(*message[:3], message.row[0], text)
+            send = Send(link, file_stored)
+            tables.do(send)
 
     def on_stored(self, event: FileWritten, now: float) -> None:
         """A file is there, or cannot be stored."""
-        comp = self._tables.comps.get(event.file.comp)
-        error = event.file.error
-        if event.file.purpose == Purpose.VALUES:
-            self._attempts.value_stored(event.file, now)
-        elif comp is not None and event.file.purpose not in ASKED_FOR:
-            self._tables.reply(comp, event.file)
+        file = event.file
+        tables = self._tables
+        comp = tables.comps.get(file.comp)
+        error = file.error
+        if file.purpose == Purpose.VALUES:
+            self._attempts.value_stored(file, now)
+        elif comp is not None and file.purpose not in ASKED_FOR:
+            tables.reply(comp, file)
         elif comp is not None and (error or event.complete):
             if comp.fetches:
-                self._requests.on_fetched(Fetched(comp.comp, [], error), now)
+                fetched = Fetched(comp.comp, [], error)
+                self._requests.on_fetched(fetched, now)
             if comp.stage is Stage.RECEIVING and error:
                 self.refuse(comp, event.code, error)
             elif comp.stage is Stage.RECEIVING:
@@ -7036,8 +10738,10 @@ class Computations:
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
         logger.info('%s: its files are here, its runner is started', comp)
-        self._tables.do(StartRunner(comp.comp, comp.spec, comp.link))
-        self._set_timer(now + SETUP_TIME, comp, self._setup_late)
+        start_runner = StartRunner(comp.comp, comp.spec, comp.link)
+        self._tables.do(start_runner)
+        when = now + SETUP_TIME
+        self._set_timer(when, comp, self._setup_late)
 
     def _set_timer(self, when: float, comp: _Computation, call: Callable[..., None]) -> None:
         self._timers.at(when, comp.comp, call, comp.comp, is_wanted=self._is_here)
@@ -7047,23 +10751,29 @@ class Computations:
 
     def _setup_late(self, name: str, now: float) -> None:
         late = self._tables.comps.get(name)
-        if late is not None and late.stage is Stage.STARTING:
-            self.refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
+        if late is None:
+            return
+        if late.stage is Stage.STARTING:
+            text = 'setup did not end within %d s' % SETUP_TIME
+            self.refuse(late, 'setup', text)
 
     def on_runner_up(self, event: RunnerUp, now: float) -> None:
         """Code is loaded and setup has run."""
-        comp = self._tables.comps[event.comp]
+        tables = self._tables
+        comp = tables.comps[event.comp]
         if comp.stage is Stage.STARTING:
             comp.move('up')
             logger.info('%s: its runner is ready for jobs, %.1f s after the computation came',
                         comp, now - comp.since)
-            self._tables.reply(comp, self._ready(comp))
+            tables.reply(comp, self._ready(comp))
             for note in event.notes:
-                self._tables.reply(comp, Notice(comp.comp, 'node %s: %s' % (self._tables.name, note)))
+                notice = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
+                tables.reply(comp, notice)
 
     def resize(self) -> None:
         """Computations have come or gone, or may use other numbers of CPUs."""
-        self._cpus.resize(comp.limit for comp in self._tables.comps.values())
+        comps = self._tables.comps.values()
+        self._cpus.resize(comp.limit for comp in comps)
 
     # -- what cannot go on -------------------------------------------------------------------------
 
@@ -7075,32 +10785,39 @@ class Computations:
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
         self._results.spool(comp)
-        self._tables.reply(comp, Refused(comp.comp, code, text))
+        refused = Refused(comp.comp, code, text)
+        self._tables.reply(comp, refused)
         self.close(comp, at_once=True)
 
     def on_faulted(self, event: Faulted, now: float) -> None:
         """A fault of ours has to do with a computation."""
         comp = self._tables.comps.get(event.comp)
-        if comp is not None and comp.stage is not Stage.CLOSING:
+        if comp is None:
+            return
+        if comp.stage is not Stage.CLOSING:
             self._scheduler.fail_running(comp, event.text)
             self.refuse(comp, 'fault', event.text)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
         """The initializer has returned in a worker, or has failed there, as it would in all
         others."""
+        scheduler = self._scheduler
+        error = event.error
         worker = self._tables.workers.get(event.worker)
-        if worker is None or event.worker not in worker.comp.starting:
+        if worker is None:
+            return
+        if event.worker not in worker.comp.starting:
             return
         comp = worker.comp
         comp.starting.discard(event.worker)
         comp.startup_failures = 0
         if comp.stage is Stage.CLOSING:
             return
-        if event.error:
-            self._scheduler.fail_running(comp, event.error)
-            self.refuse(comp, 'initializer', event.error)
+        if error:
+            scheduler.fail_running(comp, error)
+            self.refuse(comp, 'initializer', error)
         else:
-            self._scheduler.initialized(worker)
+            scheduler.initialized(worker)
 
     def on_worker_gone(self, event: WorkerGone, now: float) -> None:
         """A worker has ended. Where workers die again and again before they run anything, no other
@@ -7111,17 +10828,23 @@ class Computations:
         comp = worker.comp
         initializing = worker.key in comp.starting
         self._scheduler.worker_gone(worker, event, now)
-        if comp.stage is not Stage.CLOSING and comp.startup_failures > 3:
-            code, when = 'worker', 'before they run anything'
-            if initializing and comp.spec.get('initializer'):
-                code, when = 'initializer', 'in the initializer'
-            elif initializing:
-                code, when = 'setup', 'while they load the computation or run setup'
-            self.refuse(comp, code, 'workers die %s: %s' % (when, event.text))
+        if comp.stage is Stage.CLOSING:
+            return
+        if not comp.startup_failures > 3:
+            return
+        code, when = 'worker', 'before they run anything'
+        if initializing and comp.spec.get('initializer'):
+            code, when = 'initializer', 'in the initializer'
+        elif initializing:
+            code, when = 'setup', 'while they load the computation or run setup'
+        text = 'workers die %s: %s' % (when, event.text)
+        self.refuse(comp, code, text)
 
     def on_runner_gone(self, event: RunnerGone, now: float) -> None:
         """The runner has ended, as it was to, or by itself."""
-        comp = self._tables.comps.get(event.comp)
+        text = event.text
+        tables = self._tables
+        comp = tables.comps.get(event.comp)
         if comp is None:
             return
         if comp.stage is not Stage.CLOSING:
@@ -7136,14 +10859,17 @@ class Computations:
                     ran = head
                 else:
                     ran = 0
-                self.on_worker_gone(
-                    WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
-            self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
+                worker_gone = WorkerGone(worker.key, 'the runner process ended: %s' % text, ran)
+                self.on_worker_gone(worker_gone, now)
+            if event.unloadable:
+                code = 'code'
+            else:
+                code = event.code
+            self.refuse(comp, code, text)
             return
-        logger.info('%s: its runner has ended%s', comp,
-                    event.text and ' (%s)' % event.text)
+        logger.info('%s: its runner has ended%s', comp, text and ' (%s)' % text)
         self._scheduler.remove_workers(comp)
-        del self._tables.comps[event.comp]
+        del tables.comps[event.comp]
         self.resize()
 
     # -- the end -----------------------------------------------------------------------------------
@@ -7151,39 +10877,57 @@ class Computations:
     def wait_for_client(self, comp: _Computation, now: float) -> None:
         """The client of a computation is away: what has not begun is given back, and results go to
         the disk."""
-        self._attempts.return_lacking(comp, self._attempts.values.interrupt(comp.comp))
+        attempts = self._attempts
+        attempts.return_lacking(comp, attempts.values.interrupt(comp.comp))
         self._results.spool(comp)
-        self._look_again(comp, now + ORPHAN_TIME)
+        when = now + ORPHAN_TIME
+        self._look_again(comp, when)
 
     def _look_again(self, comp: _Computation, when: float) -> None:
         comp.orphan_at = when
         self._set_timer(when, comp, self._client_stayed_away)
 
     def _client_stayed_away(self, name: str, now: float) -> None:
-        comp = self._tables.comps.get(name)
-        if comp is None or comp.link in self._tables.links or now < comp.orphan_at:
-            return   # its client is back, or was back and has a timer of its own
+        tables = self._tables
+        comp = tables.comps.get(name)
+        # Its client is back, or was back and has a timer of its own
+        if comp is None:
+            return
+        if comp.link in tables.links:
+            return
+        if now < comp.orphan_at:
+            return
         self._results.spool(comp)
         if not comp.attempts and not comp.unacknowledged:
             self.close(comp, at_once=False)
         else:
-            self._look_again(comp, now + 1.0)
+            when = now + 1.0
+            self._look_again(comp, when)
 
     def on_kept(self, event: ResultsSpooled, now: float) -> None:
         """Results of a computation whose client is away are on the disk, or cannot be written
         there."""
+        tables = self._tables
         if not event.error:
             self._results.on_spooled(event, now)
             return
         self._results.spooling_failed(event)
-        comp = self._tables.comps.get(event.comp)
-        if comp is not None and comp.link not in self._tables.links:
-            self._look_again(comp, now + ORPHAN_TIME)
+        comp = tables.comps.get(event.comp)
+        if comp is None:
+            return
+        if comp.link not in tables.links:
+            when = now + ORPHAN_TIME
+            self._look_again(comp, when)
 
     def evict_orphans(self) -> None:
         """Another client wants this node: what is lost and has nothing to do is not waited for."""
-        for comp in list(self._tables.comps.values()):
-            if comp.link not in self._tables.links and not comp.attempts and not comp.unacknowledged:
+        tables = self._tables
+        for comp in list(tables.comps.values()):
+            if comp.link in tables.links:
+                continue
+            if comp.attempts:
+                continue
+            if not comp.unacknowledged:
                 self.close(comp, at_once=True)
 
     def on_done(self, link: int, message: Done, now: float) -> None:
@@ -7204,17 +10948,20 @@ class Computations:
 
     def close(self, comp: _Computation, at_once: bool) -> None:
         """End a computation; `at_once`: without cleanup."""
+        tables = self._tables
         if comp.stage is Stage.CLOSING:
             return
         comp.move('close')
-        logger.info('%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them without '
-                    'a value, and %d had not; they used %.1f CPU seconds',
-                    comp, comp.user, self._tables.now - comp.since, comp.done, comp.failed,
-                    len(comp.attempts), comp.cpu_seconds)
+        attempt_count = len(comp.attempts)
+        logger.info(
+            '%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them '
+            'without a value, and %d had not; they used %.1f CPU seconds', comp, comp.user,
+            tables.now - comp.since, comp.done, comp.failed, attempt_count, comp.cpu_seconds)
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
-        self._tables.do(StopRunner(comp.comp, at_once))
+        stop_runner = StopRunner(comp.comp, at_once)
+        tables.do(stop_runner)
 
 
 class Inquiries:
@@ -7238,39 +10985,52 @@ class Inquiries:
 
     def answer(self, now: float) -> None:
         """Answer all that was asked in this turn."""
+        tables = self._tables
         while self._queries:
             link, name = self._queries.pop()
-            if link in self._tables.links:
-                self._tables.do(Send(link, self._report(link, name, now)))
+            if link in tables.links:
+                send = Send(link, self._report(link, name, now))
+                tables.do(send)
 
     def _report(self, link: int, name: str, now: float) -> Report:
+        tables = self._tables
         running = []
         waiting = []
-        comp = self._tables.comps.get(name)
-        is_its_own = comp is not None and comp.instance == self._tables.links[link].instance
+        comp = tables.comps.get(name)
+        is_its_own = comp is not None and comp.instance == tables.links[link].instance
         if comp is not None and is_its_own and comp.stage is not Stage.CLOSING:
-            running = [(worker.queue[0].serial, now - worker.since)
-                       for worker in comp.workers.values() if worker.queue]
-            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(bool(worker.queue) for worker in self._tables.workers.values())
-        available = dict(self._facts.get('available', {}), busy=busy,
-                         holder=self._lease.held_by(now))
+            workers = comp.workers.values()
+            running = [(worker.queue[0].serial, now - worker.since) for worker in workers
+                       if worker.queue]
+            distinct_attempts = set(comp.attempts)
+            serials = {serial for serial, _ in running}
+            waiting = sorted(distinct_attempts - serials)
+        busy = sum(bool(worker.queue) for worker in tables.workers.values())
+        fact = self._facts.get('available', {})
+        holder = self._lease.held_by(now)
+        available = dict(fact, busy=busy, holder=holder)
         return Report(name, running, waiting, available)
 
     def status(self, state: str, now: float) -> str:
         """Return what the node does, for people; `state`: whether it takes jobs."""
-        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
-            self._tables.name, self._cpus.total - self._cpus.free, self._cpus.offered, state,
-            _duration(now - self._born))]
+        tables = self._tables
+        text = '%s: %d of %d CPUs used, %s, up %s' % (tables.name, self._cpus.total -
+                                                      self._cpus.free, self._cpus.offered, state,
+                                                      _duration(now - self._born))
+        lines = [text]
         if self._lease.state is Lease.FREE:
             lines.append('held by no client, %d served' % self._lease.served)
         else:
-            lines.append('held by %s' % self._lease.held_by(now))
-        for comp in self._tables.comps.values():
-            running = sum(1 for worker in comp.workers.values() if worker.queue)
-            waiting = len(comp.attempts) - running
-            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' % (
-                comp.spec['name'], comp.stage.value, running, waiting, comp.done))
+            held = self._lease.held_by(now)
+            lines.append('held by %s' % held)
+        for comp in tables.comps.values():
+            workers = comp.workers.values()
+            running = sum(1 for worker in workers if worker.queue)
+            attempt_count = len(comp.attempts)
+            waiting = attempt_count - running
+            line = '  %s (%s): %d jobs running, %d waiting, %d done' % (
+                comp.spec['name'], comp.stage.value, running, waiting, comp.done)
+            lines.append(line)
         return '\n'.join(lines)
 
 
@@ -7290,7 +11050,8 @@ class Node:
         self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
-        self.tables = NodeTables(name, facts.get('start_method', FORK))
+        start_method = facts.get('start_method', FORK)
+        self.tables = NodeTables(name, start_method)
         self.timers = Timers()
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
@@ -7384,9 +11145,13 @@ class Node:
             self.scheduler.assign_cpus(now)
         for comp in list(tables.comps.values()):
             tables.guarded(comp.comp, self._tell, comp, now)
-            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
+            unacknowledged_length = len(comp.unacknowledged)
+            if not unacknowledged_length > BEGUN_KEPT // 2:
+                continue
+            if not comp.overrun:
                 comp.overrun = True
-                tables.do(NoteOverrun(comp.comp))
+                note_overrun = NoteOverrun(comp.comp)
+                tables.do(note_overrun)
         self.inquiries.answer(now)
         if self.stopping and not self._has_work():
             self._leave(now)
@@ -7394,8 +11159,9 @@ class Node:
 
     def decided(self) -> List[Any]:
         """Actions of the last `handle` or `flush`, which raised."""
-        actions = self.tables.actions
-        self.tables.actions = []
+        tables = self.tables
+        actions = tables.actions
+        tables.actions = []
         return actions
 
     def comp_of_worker(self, key: int) -> str:
@@ -7414,32 +11180,51 @@ class Node:
 
     def serves(self, link: int) -> bool:
         """Whether a computation of this link's client is here."""
-        return any(comp.link == link for comp in self.tables.comps.values())
+        for comp in self.tables.comps.values():
+            if comp.link == link:
+                return True
+        return False
 
     def is_preparing(self, name: str) -> bool:
         """Whether files of a computation are to be compared."""
         comp = self.tables.comps.get(name)
-        return comp is not None and comp.stage is Stage.PREPARING
+        if comp is None:
+            return False
+        return comp.stage is Stage.PREPARING
 
     def has_jobs(self, name: str) -> bool:
         """Whether a computation has jobs that run or wait."""
         comp = self.tables.comps.get(name)
-        return comp is not None and bool(comp.attempts)
+        if comp is None:
+            return False
+        return bool(comp.attempts)
 
     def _tell(self, comp: _Computation, now: float) -> None:
         """The client is told what has become of its jobs."""
         if self.attempts.refuses_new:
             self.attempts.return_waiting(comp)
         if comp.begun:
-            rows = [(serial, now - since) for serial, since in comp.begun]
-            self.tables.reply(comp, Started(comp.comp, rows))
+            rows = []
+            for serial, since in comp.begun:
+                row = (serial, now - since)
+                rows.append(row)
+            started = Started(comp.comp, rows)
+            self.tables.reply(comp, started)
             comp.begun = []
         self.results.deliver(comp)
 
     def _has_work(self) -> bool:
         """Whether workers run jobs, or clients that are connected have not acknowledged results."""
-        return any(worker.queue for worker in self.tables.workers.values()) \
-            or any(comp.unacknowledged and comp.link in self.tables.links for comp in self.tables.comps.values())
+        tables = self.tables
+        workers = tables.workers.values()
+        if any(worker.queue for worker in workers):
+            return True
+        for comp in tables.comps.values():
+            if not comp.unacknowledged:
+                continue
+            if comp.link in tables.links:
+                return True
+        return False
 
     # -- links and lease ---------------------------------------------------------------------------
 
@@ -7447,36 +11232,52 @@ class Node:
         self.tables.links[event.link] = event
 
     def _link_down(self, event: LinkDown, now: float) -> None:
-        if event.link in self.tables.links:
-            logger.info('%s has %s', self.tables.client_at(event.link),
+        tables = self.tables
+        if event.link in tables.links:
+            client = tables.client_at(event.link)
+            logger.info('%s has %s', client,
                         'disconnected' if event.on_purpose else 'lost its connection')
-        gone = self.tables.remove_link(event.link)
+        gone = tables.remove_link(event.link)
         self.lease.forget_link(event.link)
         self.results.forget_link(event.link)
-        if gone is None or gone.instance != self.lease.holder:
+        if gone is None:
             return
-        for comp in [comp for comp in self.tables.comps.values() if comp.link == event.link]:
+        if gone.instance != self.lease.holder:
+            return
+        comps = tables.comps.values()
+        for comp in [comp for comp in comps if comp.link == event.link]:
             self.requests.client_gone(comp)
             if event.on_purpose:
                 self.computations.give_up(comp)
             else:
                 self.computations.wait_for_client(comp, now)
-        if not any(link.instance == self.lease.holder for link in self.tables.links.values()):
+        links = tables.links.values()
+        if not any(link.instance == self.lease.holder for link in links):
             self.lease.orphan()
         self._free_lease(now)
 
     def _take_lease(self, link: int, now: float) -> None:
-        self.lease.take(self.tables.links[link].instance, self.tables.client_at(link), now)
+        tables = self.tables
+        instance = tables.links[link].instance
+        client = tables.client_at(link)
+        self.lease.take(instance, client, now)
 
     def _free_lease(self, now: float) -> None:
         """Free the lease when its holder has no computation here."""
-        if self.lease.state is Lease.FREE or self.tables.comps:
+        tables = self.tables
+        if self.lease.state is Lease.FREE:
+            return
+        if tables.comps:
             return
         self.lease.end()
         if not self.attempts.refuses_new:
             for link in self.lease.take_refused():
-                self.tables.do(Send(link, CpusChanged(self.cpus.offered)))
-        if self.lease.was_last() and not self.stopping:
+                cpus_changed = CpusChanged(self.cpus.offered)
+                send = Send(link, cpus_changed)
+                tables.do(send)
+        if not self.lease.was_last():
+            return
+        if not self.stopping:
             self._stop(Stop(), now)
 
     def _runner_gone(self, event: RunnerGone, now: float) -> None:
@@ -7488,40 +11289,58 @@ class Node:
     def _received(self, event: Received, now: float) -> None:
         handler = self._messages.get(type(event.message))
         if handler is None or event.link not in self.tables.links:
-            raise PeerError('%s may not come here' % type(event.message).__name__)
+            type_name = type(event.message).__name__
+            raise PeerError('%s may not come here' % type_name)
         handler(event.link, event.message, now)
 
     def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
-        self.tables.name_client(link, message.name[:200])
-        logger.info('%s has connected from %s', self.tables.client_at(link),
-                    self.tables.links[link].address)
-        instance = self.tables.links[link].instance
+        tables = self.tables
+        tables.name_client(link, message.name[:200])
+        client = tables.client_at(link)
+        address = tables.links[link].address
+        logger.info('%s has connected from %s', client, address)
+        instance = tables.links[link].instance
         # Of what it has here, also what has no results on the disk: it may be done with that
-        kept: Dict[str, List[int]] = {
-            comp.comp: [] for comp in self.tables.comps.values()
-            if comp.instance == instance and comp.stage is not Stage.CLOSING}
+        comps = tables.comps.values()
+        kept: Dict[str, List[int]] = {}
+        for comp in comps:
+            if comp.instance != instance:
+                continue
+            if comp.stage is not Stage.CLOSING:
+                kept[comp.comp] = []
         for name in self.results.spooled_of(instance):
             kept[name] = self.results.known_attempts(name)
-        self.tables.do(Send(link, NodeHello(self.name, self.cpus.offered, dict(
-            self.facts, holder=self.lease.held_by(now), kept=kept))))
+        node_hello = NodeHello(self.name, self.cpus.offered,
+                               dict(self.facts, holder=self.lease.held_by(now), kept=kept))
+        action = Send(link, node_hello)
+        tables.do(action)
         if self.paused:
-            self.tables.do(Send(link, CpusChanged(0)))
+            cpus_changed = CpusChanged(0)
+            send = Send(link, cpus_changed)
+            tables.do(send)
 
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
-        comp = self.tables.comp_of(link, message.comp)
-        if comp is not None and not hmac.compare_digest(comp.digest, result_key(message.spec)):
-            raise PeerError('computation %.40r has another key' % message.comp)
+        tables = self.tables
+        comp = tables.comp_of(link, message.comp)
+        if comp is not None:
+            if not hmac.compare_digest(comp.digest, result_key(message.spec)):
+                raise PeerError('computation %.40r has another key' % message.comp)
         if comp is not None:   # its client is back after a broken link
             self._take_lease(link, now)
             self.computations.client_back(comp, link)
             return
-        refusal = self._refusal(link, message.comp, now, message.spec.get('start_method', ''))
+        start_method = message.spec.get('start_method', '')
+        refusal = self._refusal(link, message.comp, now, start_method)
         if refusal is not None:
-            self.tables.do(Send(link, refusal))
-        elif self.lease.is_of_another(self.tables.links[link].instance):
+            send = Send(link, refusal)
+            tables.do(send)
+        elif self.lease.is_of_another(tables.links[link].instance):
             self.lease.refuse(link)
-            self.tables.do(
-                Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.lease.held_by(now))))
+            held = self.lease.held_by(now)
+            text = 'it serves %s' % held
+            refused = Refused(message.comp, 'busy', text)
+            action = Send(link, refused)
+            tables.do(action)
             self.computations.evict_orphans()
         else:
             self._take_lease(link, now)
@@ -7531,47 +11350,60 @@ class Node:
                  start_method: str = '') -> Optional[Refused]:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
+        tables = self.tables
         if self.stopping:
             return Refused(name, 'stopping', 'the node is being stopped')
         if self.paused:
-            return Refused(name, 'paused',
-                           'it takes no new jobs: %s' % ', '.join(self.paused.values()))
-        if self.lease.is_cooling_down(self.tables.links[link].instance, now):
+            joined_pauseds = ', '.join(self.paused.values())
+            text = 'it takes no new jobs: %s' % joined_pauseds
+            return Refused(name, 'paused', text)
+        if self.lease.is_cooling_down(tables.links[link].instance, now):
             return Refused(name, 'busy', RELEASED_TEXT)
-        if name in self.tables.comps:
+        if name in tables.comps:
             return Refused(name, 'closing', 'the same computation is still being closed')
-        if start_method == FORK and not can_fork():
-            return Refused(name, 'start_method', NO_FORK)
+        if start_method == FORK:
+            if not can_fork():
+                return Refused(name, 'start_method', NO_FORK)
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp = self.tables.comps.get(message.comp)
-        up = self.tables.links[link]
+        take = message.take
+        tables = self.tables
+        comp = tables.comps.get(message.comp)
+        up = tables.links[link]
         spooled = self.results.spooled.get(message.comp)
-        digests = [known.digest for known in (comp, spooled) if known is not None]
+        digests = []
+        for known in (comp, spooled):
+            if known is not None:
+                digests.append(known.digest)
         if not all(may_reclaim(digest, message.key) for digest in digests):
-            logger.warning('%s wants results of a computation and does not have its key',
-                           self.tables.client_at(link))
-            self.tables.do(Send(link, KnownAttempts(message.comp, [], AttemptHistory(whole=False).row())))
+            client = tables.client_at(link)
+            logger.warning('%s wants results of a computation and does not have its key', client)
+            attempt_history = AttemptHistory(whole=False)
+            past = attempt_history.row()
+            send = Send(link, KnownAttempts(message.comp, [], past))
+            tables.do(send)
             return
         self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
-            if comp.link in self.tables.links and comp.link != link:
-                self.tables.do(
-                    Send(
-                        link,
-                        Refused(message.comp, 'busy',
-                                'its client is connected: %s' % self.lease.held_by(now))))
+            if comp.link in tables.links and comp.link != link:
+                held = self.lease.held_by(now)
+                text = 'its client is connected: %s' % held
+                refused = Refused(message.comp, 'busy', text)
+                action = Send(link, refused)
+                tables.do(action)
                 return
-            if message.take:
+            if take:
                 comp.link = link
                 comp.instance = up.instance
                 self._take_lease(link, now)
-        if message.take:
+        if take:
             self.results.give_to(message.comp, up.instance)
-        self.tables.do(Send(link, KnownAttempts(
-            message.comp, self.results.known_attempts(message.comp), self.past.row(message.comp))))
-        if message.take:
+        serials = self.results.known_attempts(message.comp)
+        row = self.past.row(message.comp)
+        known_attempts = KnownAttempts(message.comp, serials, row)
+        tables.do(Send(link, known_attempts))
+        if take:
             self.results.resend(message.comp, link)
 
     def _on_limit(self, link: int, message: Limit, now: float) -> None:
@@ -7581,15 +11413,18 @@ class Node:
             self.computations.resize()
 
     def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
-        if self.tables.comp_of(link, message.comp) is not None:
-            self._end_wanted(EndWanted(message.comp), now)
+        comp = self.tables.comp_of(link, message.comp)
+        if comp is not None:
+            end_wanted = EndWanted(message.comp)
+            self._end_wanted(end_wanted, now)
 
     def _end_wanted(self, event: EndWanted, now: float) -> None:
         """End when the lease ends, if the operator allows that."""
-        if event.comp in self.tables.comps:
-            is_last = self.lease.make_last()
-            logger.info('%s asks for the end of this node%s', self.lease.holder_text,
-                        '' if is_last else ', which was started without --client-shutdown')
+        if event.comp not in self.tables.comps:
+            return
+        is_last = self.lease.make_last()
+        logger.info('%s asks for the end of this node%s', self.lease.holder_text,
+                    '' if is_last else ', which was started without --client-shutdown')
 
     # -- stopping ----------------------------------------------------------------------------------
 
@@ -7601,7 +11436,8 @@ class Node:
         self.stopping = self.attempts.refuses_new = True
         logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
                     GRACE)
-        self.timers.at(now + GRACE + 0.5, '', self._leave, is_wanted=lambda: True)
+        when = now + GRACE + 0.5
+        self.timers.at(when, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
         self.interruptions.end_all(now)
 
@@ -7614,18 +11450,23 @@ class Node:
 
     def _leave(self, now: float) -> None:
         """Account for every attempt, then leave."""
+        tables = self.tables
         self._account()
-        for comp in self.tables.comps.values():
+        for comp in tables.comps.values():
             self.results.spool(comp)
-        for link in self.tables.links:
-            self.tables.do(Drop(link, 'node stopped'))
-        for comp in self.tables.comps.values():
+        for link in tables.links:
+            drop = Drop(link, 'node stopped')
+            tables.do(drop)
+        for comp in tables.comps.values():
             self.computations.close(comp, at_once=True)
-        self.tables.do(Exit())
+        tables.do(Exit())
 
     def _offer(self, cpus: int) -> None:
-        for link in self.tables.links:
-            self.tables.do(Send(link, CpusChanged(cpus)))
+        tables = self.tables
+        for link in tables.links:
+            cpus_changed = CpusChanged(cpus)
+            send = Send(link, cpus_changed)
+            tables.do(send)
 
     # -- hours of service, and whoever sits at the terminal ----------------------------------------
 
@@ -7638,10 +11479,14 @@ class Node:
             self.interruptions.end_all(now)
 
     def _resume(self, event: Resume, now: float) -> None:
-        if self.paused.pop(event.by, None) is not None and not self.paused and not self.stopping:
-            logger.info('jobs are taken again')
-            self.attempts.refuses_new = self.interruptions.ends_all = False
-            self._offer(self.cpus.offered)
+        if self.paused.pop(event.by, None) is None:
+            return
+        if self.paused or self.stopping:
+            return
+        logger.info('jobs are taken again')
+        self.attempts.refuses_new = False
+        self.interruptions.ends_all = False
+        self._offer(self.cpus.offered)
 
     def _set_cpus(self, event: SetCpus, now: float) -> None:
         self.cpus.offered = event.cpus
@@ -7655,11 +11500,11 @@ class Node:
             logger.info('no client holds this node')
             return
         logger.info('taken from %s by the operator', self.lease.holder_text)
-        self.lease.cool_down(now + RELEASE_COOLDOWN)
+        until = now + RELEASE_COOLDOWN
+        self.lease.cool_down(until)
         self._account()
-        for comp in [
-                comp for comp in self.tables.comps.values() if comp.stage is not Stage.CLOSING
-        ]:
+        comps = self.tables.comps.values()
+        for comp in [comp for comp in comps if comp.stage is not Stage.CLOSING]:
             self.computations.refuse(comp, 'released', RELEASED_TEXT)
         self._free_lease(now)
 
@@ -7667,10 +11512,13 @@ class Node:
         if self.stopping:
             state = 'no new jobs: being stopped'
         elif self.paused:
-            state = 'no new jobs: %s' % ', '.join(self.paused.values())
+            joined_pauseds = ', '.join(self.paused.values())
+            state = 'no new jobs: %s' % joined_pauseds
         else:
             state = 'takes jobs'
-        self.tables.do(PrintStatus(self.inquiries.status(state, now)))
+        text = self.inquiries.status(state, now)
+        print_status = PrintStatus(text)
+        self.tables.do(print_status)
 
 
 class EventText(reprlib.Repr):
@@ -7687,7 +11535,9 @@ class EventText(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel = 4
-        self.maxdict = self.maxlist = self.maxtuple = 5
+        self.maxdict = 5
+        self.maxlist = 5
+        self.maxtuple = 5
         self.maxstring = self.maxother = 120
 
     def repr_instance(self, x: Any, level: int) -> str:
@@ -7700,8 +11550,9 @@ class EventText(reprlib.Repr):
             return '<%d bytes>' % len(x)
         if isinstance(x, pickle.PickleBuffer):
             return '<%d bytes>' % x.raw().nbytes
-        if isinstance(x, tuple) and hasattr(x, '_fields'):
-            return self._fields(x, level)
+        if isinstance(x, tuple):
+            if hasattr(x, '_fields'):
+                return self._fields(x, level)
         return str(super().repr_instance(x, level))
 
     repr_bytes = repr_bytearray = repr_memoryview = repr_instance
@@ -7714,25 +11565,35 @@ class EventText(reprlib.Repr):
     def _field(self, kind: type, name: str, value: Any, level: int) -> str:
         if name == 'spec':
             return '<%s %s>' % (value.get('kind'), value.get('name'))
-        if name in self.SERIALS and isinstance(value, int):
-            return self._attempt(value)
         if name in self.SERIALS:
-            return self._list(sorted(value), self._attempt)
-        if kind in self.ROWS and name == 'rows':
-            return self._list(value, lambda row: self._row(kind, row, level))
+            if isinstance(value, int):
+                return self._attempt(value)
+        if name in self.SERIALS:
+            sorted_values = sorted(value)
+            return self._list(sorted_values, self._attempt)
+        if kind in self.ROWS:
+            if name == 'rows':
+                return self._list(value, lambda row: self._row(kind, row, level))
         return self.repr1(value, level - 1)
 
     def _row(self, kind: type, row: tuple, level: int) -> str:
-        words = [self.repr1(value, level - 2)
-                 for value in row[1:] if value or type(value) in (int, float)]
+        words = []
+        for value in row[1:]:
+            if value or type(value) in (int, float):
+                word = self.repr1(value, level - 2)
+                words.append(word)
         if kind in self.RESULTS:
-            words[0] = Outcome(row[OUTCOME]).name
-        return '%s: %s' % (self._attempt(row[0]), ' '.join(words))
+            outcome = Outcome(row[OUTCOME])
+            words[0] = outcome.name
+        attempt = self._attempt(row[0])
+        return '%s: %s' % (attempt, ' '.join(words))
 
     def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
         texts = list(map(text_of, values[:self.maxlist]))
         if len(values) > self.maxlist:
-            texts.append('and %d more' % (len(values) - self.maxlist))
+            value_count = len(values)
+            text = 'and %d more' % (value_count - self.maxlist)
+            texts.append(text)
         return '[%s]' % ', '.join(texts)
 
     @staticmethod
@@ -7750,15 +11611,18 @@ class LoggedNode(Node):
     def handle(self, event: Any, now: float) -> List[Any]:
         """Take one event, as Node does, and log it."""
         logger.debug('event: %s', self._text.repr(event))
-        return self._log_actions(super().handle(event, now))
+        actions = super().handle(event, now)
+        return self._log_actions(actions)
 
     def flush(self, now: float) -> List[Any]:
         """End a turn, as Node does, and log what is decided then."""
-        return self._log_actions(super().flush(now))
+        actions = super().flush(now)
+        return self._log_actions(actions)
 
     def decided(self) -> List[Any]:
         """Return what was decided before an exception, as Node does, and log it."""
-        return self._log_actions(super().decided())
+        actions = super().decided()
+        return self._log_actions(actions)
 
     def _log_actions(self, actions: List[Any]) -> List[Any]:
         for action in actions:
@@ -7804,585 +11668,6 @@ class Hours(NamedTuple):
         return Phase.CLOSED
 
 
-RELEASED_TEXT = 'its operator has taken it from this client'
-NO_FORK = 'worker processes cannot be started with fork here: this system does not have it. Use ' \
-    "start_method='spawn', or no start_method"
-
-
-def can_fork() -> bool:
-    """Whether worker processes can be forked here."""
-    return hasattr(os, 'fork')
-
-
-def default_start_method() -> str:
-    """How workers are started where nobody says it. Forking a process that has used frameworks of
-    macOS kills the child. Raises StartError."""
-    given = os.environ.get('DISPY_START_METHOD', '')
-    if given not in ('', FORK, SPAWN):
-        raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
-                         % given)
-    if given:
-        return given
-    if can_fork() and sys.platform != 'darwin':
-        return FORK
-    return SPAWN
-
-
-ENDING_TEXT = {   # with what the job's options say
-    Outcome.CANCELLED: 'cancelled while it ran',
-    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
-    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s '
-                           'bytes, and was killed',
-    Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
-}
-
-
-# --------------------------------------------------------------------------------------------------
-# Modules of the user, on the node
-# --------------------------------------------------------------------------------------------------
-
-# They are imported by their names from where the client's files were put, and then given what the
-# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
-# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
-class StateRow(NamedTuple):
-    """A variable of a module, or an attribute of a class in it, as the program had it."""
-    module: str
-    owner: str        # qualified name of the class; empty: the module itself
-    name: str
-    form: bytes       # digest of what plain pickle makes of the value
-    # Of the object in the state's pickle that is changed in place; -1: the value is set
-    number: int
-    computed: bool    # the module's source computes it: on another platform it stays as it is there
-
-
-class _StateUnpickler(pickle.Unpickler):
-    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
-
-    def __init__(self, data: bytes, targets: List[Any]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._targets = targets
-
-    def persistent_load(self, number: Any) -> Any:
-        """The object on this node that has this number."""
-        return self._targets[number]
-
-
-def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what plain pickle makes of a value, with functions and classes by name; None if
-    it cannot, or if that is larger than `limit` bytes."""
-    return _digest_of_pickle(pickle.Pickler, value, limit)
-
-
-_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict,
-               collections.Counter, collections.deque)
-
-
-def keeps_identity(value: Any) -> bool:
-    """Whether a value is changed in place on a node: a container, or an instance that is nothing
-    but its attributes."""
-    kind = type(value)
-    if kind in _CONTAINERS or kind is types.SimpleNamespace:
-        return True
-    if isinstance(
-            value,
-        (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
-        return False
-    own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
-           '__getnewargs_ex__')
-    return (isinstance(getattr(value, '__dict__', None), dict) and kind not in copyreg.dispatch_table
-            and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
-            and not copyreg._slotnames(kind))  # type: ignore[attr-defined]
-
-
-def contents_of(value: Any) -> Any:
-    """What `fill_in_place` takes."""
-    if isinstance(value, collections.defaultdict):
-        return value.default_factory, dict(value)
-    if isinstance(value, (list, collections.deque)):
-        return list(value)
-    if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, set):
-        return set(value)
-    return dict(vars(value))
-
-
-def fill_in_place(target: Any, contents: Any) -> None:
-    """Give an object that keeps its identity the contents that it has in the program."""
-    if isinstance(target, collections.defaultdict):
-        target.default_factory, contents = contents
-    if isinstance(target, (list, dict, set, collections.deque)):
-        target.clear()
-        (target.extend if isinstance(target,
-                                     (list, collections.deque)) else target.update)(contents)
-    else:
-        vars(target).clear()
-        vars(target).update(contents)
-
-
-class ModuleState:
-    """Puts in place what a program has set in its modules."""
-
-    def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
-                 pickled: bytes) -> None:
-        same = platform_ == sys.platform
-        self._rows = [row for row in rows if same or not row.computed]
-        self._kinds = kinds        # number -> module and name of the object's class
-        self._pickled = pickled
-
-    def apply(self) -> None:
-        """Raises what importing the modules and opening the state raise."""
-        changed = [row for row in self._rows if plain_form(self._value(row)) != row.form]
-        if not changed:
-            return
-        targets = self._targets()
-        contents, values = _StateUnpickler(self._pickled, targets).load()
-        for number in {row.number for row in changed if row.number >= 0}:
-            fill_in_place(targets[number], contents[number])
-        for row in changed:
-            if row.number >= 0:
-                value = targets[row.number]
-            else:
-                value = values[row.module, row.owner, row.name]
-            if self._value(row) is not value:
-                setattr(find_named(row.module, row.owner), row.name, value)
-
-    @staticmethod
-    def _value(row: StateRow) -> Any:
-        return vars(find_named(row.module, row.owner)).get(row.name, _MISSING)
-
-    def _targets(self) -> List[Any]:
-        """Number -> the object here that becomes what the program has: the one under its name if
-        that is of the same class and no other number has it, else a new one."""
-        targets: List[Any] = [_MISSING] * len(self._kinds)
-        taken: Set[int] = set()
-        for row in self._rows:
-            if row.number < 0 or targets[row.number] is not _MISSING:
-                continue
-            value = self._value(row)
-            if type(value) is find_named(*self._kinds[row.number]) and id(value) not in taken:
-                targets[row.number] = value
-                taken.add(id(value))
-        for number, target in enumerate(targets):
-            if target is _MISSING:
-                kind = find_named(*self._kinds[number])
-                targets[number] = kind.__new__(kind)
-        return targets
-
-
-_MISSING = object()
-# What is below the directory that a computation has for itself on a node.
-MODULES = 'modules/'      # files of the user's modules: the import root
-BUNDLES = 'bundles/'      # what belongs to groups of them
-BEHIND_ROOT = 'behind'    # modules that come after the node's own
-BUNDLE = 'bundle-%d'      # name of a bundle's file
-
-
-def values_in(private: str) -> str:
-    """The directory of values that are known by digest, each a file of that name."""
-    return os.path.join(private, 'values')
-
-
-_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-
-
-class ValueFiles:
-    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
-    on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
-    memory stays its own when the file is removed. A mapping holds a descriptor (before Python
-    3.13): where very many live, as in jobs that keep all that they get, it is read instead."""
-    MAPPED_MOST = 128
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()
-
-    def open(self, size: int, digest: bytes) -> Any:
-        """A value, as a buffer that can be written to. Raises OSError."""
-        with open(os.path.join(self._directory, digest.hex()), 'rb', buffering=0) as file:
-            if len(self._mapped) < self.MAPPED_MOST:
-                # No descriptor, or no mappings here
-                with contextlib.suppress(OSError, ValueError):
-                    value = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_NO_HANDLE)
-                    self._mapped.add(value)
-                    return value
-            data = bytearray(size)
-            view = memoryview(data)
-            at = 0
-            while at < size:
-                count = file.readinto(view[at:at + ReceiveBuffer.AT_ONCE])  # type: ignore[arg-type]
-                if not count:
-                    raise OSError('a value of %d bytes ends after %d' % (size, at))
-                at += count
-            return data
-
-
-class ModuleLoader:
-    """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
-
-    `private` is the directory that the computation has for itself, `directory` that of its jobs;
-    `path` is the program's own sys.path where the node is a part of the program (the files are read
-    where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
-    module's name, and returns '' or why it was not to be had. `loading` is true while a runner
-    loads.
-    """
-
-    def __init__(self, private: str, path: List[str], directory: str) -> None:
-        self.root = os.path.join(private, MODULES.rstrip('/'))
-        self.directory = directory
-        self._private = private
-        self._path = path
-        self._loaded: Set[int] = set()
-        self._denied: Set[str] = set()     # names that the client has not
-        self.ask: Optional[Callable[[Any], str]] = None
-        self.loading = True
-        self._left: List[str] = []         # what jobs had in sys.path
-        self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
-        self.notes: List[str] = []         # for the client's log
-
-    def install(self) -> None:
-        """Put the user's modules ahead of the node's own."""
-        if self._path:
-            sys.path[:] = [
-                *self._path, self.directory,
-                *(entry for entry in sys.path if entry not in self._path)
-            ]
-        else:
-            sys.path[:0] = [self.root, self.directory]
-        sys.path.append(os.path.join(self._private, BEHIND_ROOT))
-        OldModules.install()
-        sys.meta_path.append(self)
-
-    def here(self) -> Tuple[tuple, List[int]]:
-        """Arguments for a loader in a child of a job, and the bundles that it shall load."""
-        return (self._private, self._path, self.directory), sorted(self._loaded)
-
-    def need(self, numbers: Iterable[int]) -> None:
-        """Import the modules of these bundles, once. Raises what that raises, or
-        ModuleNotFoundError."""
-        for number in numbers:
-            if number not in self._loaded:
-                before = self.loading
-                self.loading = True
-                try:
-                    self._load(number)
-                finally:
-                    self.loading = before
-
-    def _load(self, number: int) -> None:
-        path = os.path.join(self._private, BUNDLES, BUNDLE % number)
-        if not os.path.exists(path):
-            if self.ask is None:
-                error = 'this process cannot ask for them'
-            else:
-                error = self.ask(number)
-            if error:
-                raise ModuleNotFoundError('modules of the program are not on this node: %s' % error)
-        with open(path, 'rb') as file:
-            bundle = open_plain(file.read())
-        importlib.invalidate_caches()
-        if bundle['compiled'] and bundle['build'] != build_tag():
-            raise ImportError('module %s is compiled for %s; this node is %s' %
-                              (bundle['compiled'][0], bundle['build'], build_tag()))
-        for name in bundle['order']:
-            importlib.import_module(name)
-        rows = [StateRow(*row) for row in bundle['rows']]
-        ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state']).apply()
-        self._loaded.add(number)
-        self.notes += compare_packages(bundle['packages'])
-
-    # -- a finder: the last one in sys.meta_path ---------------------------------------------------
-
-    def loaded(self) -> None:
-        """The runner has loaded its computation."""
-        self.loading = False
-        self._first = frozenset(sys.modules)
-
-    def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
-        """A job has changed sys.path, which is put back. A module that it imported may have done
-        that, and remains: what that module imports later is to be found where it expects it."""
-        self._left += [entry for entry in path
-                       if isinstance(entry, str) and entry not in [*before, *self._left]]
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """A module that a job imports and nothing here has: the client may have it."""
-        if self._left and path is None and self._is_for_module():
-            spec = importlib.machinery.PathFinder.find_spec(name, self._left)
-            if spec is not None:
-                return spec
-        if self.ask is None or self._path or name in self._denied or not self._is_of_user(
-                name, path):
-            return None
-        if self.ask(name):
-            self._denied.add(name)
-            return None
-        importlib.invalidate_caches()
-        return importlib.machinery.PathFinder.find_spec(name, path)
-
-    def _is_of_user(self, name: str, path: Any) -> bool:
-        """Whether the user's code imports it: what libraries try to import is none of the
-        client's."""
-        if path is not None:
-            return any(str(entry).startswith(self.root) for entry in path)
-        frame = self._importing_frame()
-        if frame is None:
-            return False
-        return frame.f_globals.get('__name__') in MAIN_NAMES or frame.f_code.co_filename.startswith(
-            (self.root, self.directory))
-
-    def _is_for_module(self) -> bool:
-        """Whether a module that a job has imported imports another; not the computation."""
-        frame = self._importing_frame()
-        return frame is not None and frame.f_globals.get('__name__') not in self._first
-
-    @staticmethod
-    def _importing_frame() -> Any:
-        frame: Any = sys._getframe(0)
-        here = frame.f_code.co_filename
-        while frame is not None and frame.f_code.co_filename == here:
-            frame = frame.f_back
-        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in (
-                'importlib', '_frozen_importlib'):
-            frame = frame.f_back
-        return frame
-
-
-modules: Optional[ModuleLoader] = None   # of a runner and its workers
-
-
-def check_not_importing() -> None:
-    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then
-    would be made once more on each node, and so on without end."""
-    if modules is not None and modules.loading:
-        raise RuntimeError(
-            'a module that a node imports makes a cluster: put that under "if __name__ == '
-            '\'__main__\':" or into a function that jobs do not call')
-
-
-def explain_import(exc: BaseException, name: str) -> str:
-    """What led to an import that failed, and what can be done; empty for another error. `name` is
-    the computation's."""
-    chain = [name]
-    trace = exc.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name == '<module>':
-            chain.append(str(trace.tb_frame.f_globals.get('__name__')))
-        trace = trace.tb_next
-    if not isinstance(exc, ImportError):
-        if len(chain) == 1:
-            return ''
-        return 'the import failed: %s' % ' -> '.join(chain)
-    missing = exc.name or ''
-    if missing and missing != chain[-1]:
-        chain.append(missing)
-    if len(chain) > 2:
-        own = chain[1]
-    else:
-        own = missing
-    missing = missing.partition('.')[0]
-    own = own.partition('.')[0]
-    if not missing:
-        return 'the import failed: %s' % ' -> '.join(chain)
-    text = 'the import failed: %s. To mend that, install %s on this node (%s -m pip install %s), or list its file in depends if it is ' \
-        'a module of your own' % (' -> '.join(chain), missing, sys.executable, missing)
-    if own in ('', missing):
-        return text
-    return '%s; if the jobs do not need it, call cloudpickle.register_pickle_by_value(%s) in the program' % (
-        text, own)
-
-
-class OldModules:
-    """A finder for modules by the names that they had in dispy 4, where `dispy` was a package: the
-    module `dispy.httpd` is the module `dispy_httpd`, and so on. It stands first in sys.meta_path:
-    `dispy.__path__`, which old scripts read, is a directory that holds other modules too, and none
-    of them is a part of dispy.
-
-    On a host that has dispynode.py alone it also makes a module `dispy`, since a job may write to
-    `dispy.dispynode.dispynode_logger`.
-    """
-    NAMES = {'dispynode': 'dispynode', 'dispyscheduler': 'dispyscheduler', 'httpd': 'dispy_httpd',
-             'dispy_httpd': 'dispy_httpd'}
-
-    @classmethod
-    def install(cls) -> None:
-        """Begin to find them. May be called twice."""
-        if not any(isinstance(finder, cls) for finder in sys.meta_path):
-            sys.meta_path.insert(0, cls())
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """See importlib.abc.MetaPathFinder."""
-        package, _, rest = name.partition('.')
-        if package != 'dispy':
-            return None
-        if not rest:
-            return self._stand_in(name)
-        if rest == 'config' and hasattr(sys.modules['dispy'], rest):
-            return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
-        if rest not in self.NAMES:
-            raise ModuleNotFoundError('No module named %r: dispy has no such part' % name,
-                                      name=name)
-        return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
-
-    def _stand_in(self, name: str) -> Any:
-        """A module `dispy` where there is none."""
-        for finder in sys.meta_path:
-            if finder is not self and finder is not modules and finder.find_spec(name,
-                                                                                 None) is not None:
-                return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-
-    @staticmethod
-    def create_module(spec: Any) -> Any:
-        """See importlib.abc.Loader."""
-        return None
-
-    def exec_module(self, module: Any) -> None:
-        """Put the module that is meant into sys.modules; the import takes it from there."""
-        package, _, rest = module.__name__.partition('.')
-        if not rest:
-            module.__version__ = __version__
-            module.logger = logger
-            module.__getattr__ = _missing_in_dispy
-            return
-        if rest == 'config':
-            found = sys.modules[package].config
-        else:
-            found = importlib.import_module(self.NAMES[rest])
-        sys.modules[module.__name__] = found
-
-
-def _missing_in_dispy(name: str) -> Any:
-    """What a job asks of a `dispy` that is not on its host."""
-    raise AttributeError('module dispy has no attribute %r here: this host has dispynode.py alone. '
-                         'Install dispy on it' % name)
-
-
-dispynode_logger = logger   # its name in dispy 4
-
-
-def build_tag() -> str:
-    """What compiled modules have to fit: the platform and this Python."""
-    import sysconfig
-    return '%s %s' % (sysconfig.get_platform(), sys.implementation.cache_tag)
-
-
-_dict_of_module: Any = vars(types.ModuleType)['__dict__']
-
-
-def module_dict(module: Any) -> Dict[str, Any]:
-    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
-    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
-    if not issubclass(type(module), types.ModuleType):
-        return {}
-    found = _dict_of_module.__get__(module)
-    if found is not None:
-        return found
-    return {}
-
-
-def package_version(name: str) -> str:
-    """The version of an installed package by its import name; empty if it is not to be found
-    out."""
-    import importlib.metadata
-    try:
-        version: Any = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:   # its distribution has another name
-        version = None
-    except Exception as exc:   # damaged metadata, or a finder of the user's
-        logger.debug('the version of %s cannot be read: %s', name, describe_exception(exc))
-        version = None
-    if not isinstance(version, str):
-        version = module_dict(sys.modules.get(name)).get('__version__')
-    if isinstance(version, str):
-        return version
-    return ''
-
-
-def compare_packages(packages: Dict[str, str]) -> List[str]:
-    """Say what differs between the program and this node in major or minor versions."""
-    notes = []
-    for name, there in sorted(packages.items()):
-        if there:
-            here = package_version(name)
-        else:
-            here = ''
-        if here and here.split('.')[:2] != there.split('.')[:2]:
-            notes.append('it has %s %s; the program has %s' % (name, here, there))
-    return notes
-
-
-def main_for_children(directory: str) -> None:
-    """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import
-    the computation's main module, as it is when they are started, from a file. The user's script is
-    never run."""
-    from multiprocessing import spawn
-    original = spawn.get_preparation_data
-    main = MainFile(directory)
-
-    def get_preparation_data(name: str) -> dict:
-        data = original(name)
-        data.pop('init_main_from_path', None)
-        data['init_main_from_name'] = main.module()
-        data['sys_path'] = [
-            *data['sys_path'], directory,
-            os.path.dirname(os.path.abspath(__file__))
-        ]
-        return data
-    spawn.get_preparation_data = get_preparation_data
-
-
-_MAIN_TEXT = '''"""The main module of a computation, for children of its jobs."""
-import dispynode
-dispynode.load_main(globals(), %r)
-'''
-
-
-class MainFile:
-    """What the main module of a computation defines, in files for the children of its jobs. Each is
-    written once, as other children may be about to read it."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._numbers = itertools.count(1)
-        self._last = ('', 0, b'')   # module, the process that wrote it, what it says
-
-    def module(self) -> str:
-        """The name of a module that defines it as it is now."""
-        class Pickler(value_pickler()):  # type: ignore[misc]
-            complete = True
-        found: Dict[str, bytes] = {}
-        for name, value in list(vars(sys.modules['__main__']).items()):
-            if not name.startswith('__'):
-                with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
-                    found[name] = in_one_piece(dumps(value, Pickler).payload)
-        content = pickle.dumps((modules.here() if modules is not None else (), found))
-        module, pid, before = self._last
-        if (pid, before) != (os.getpid(), content):
-            module = 'dispy_main_%d_%d' % (os.getpid(), next(self._numbers))
-            path = os.path.join(self._directory, module)
-            with open(path + '.pickle', 'wb') as file:
-                file.write(content)
-            with open(path + '.py', 'w', encoding='utf-8') as source:
-                source.write(_MAIN_TEXT % (path + '.pickle'))
-            self._last = (module, os.getpid(), content)
-        return module
-
-
-def load_main(variables: Dict[str, Any], path: str) -> None:
-    """Define what the job's main module defines. Called in a child of a job."""
-    with open(path, 'rb') as file:
-        loader, found = pickle.load(file)   # written by the job's own worker
-    SharedMemoryTracker().install()
-    if loader:
-        ModuleLoader(*loader[0]).need(loader[1])   # the search path came from the job
-    main = sys.modules.get('__mp_main__')
-    if main is not None and vars(main) is variables:
-        spaces.adopt_main(main)
-    for name, payload in found.items():
-        with contextlib.suppress(Exception):  # it is missing when it is used
-            variables[name] = loads(payload)
-
-
 # --------------------------------------------------------------------------------------------------
 # The job side: worker and runner processes. One thread each; the only place where a user's code
 # runs.
@@ -8392,6 +11677,8 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 _ENVIRON = getattr(os.environ, '_data', os.environ)
 # Without the enum around it: 0.1 us
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)
+
+
 def _not_here(*args: Any) -> None:
     """In place of a function that this system or version of Python does not have."""
 
@@ -8432,7 +11719,9 @@ def _libc() -> Any:
 def _prctl(libc: Any, option: int, value: int) -> None:
     """Set what Linux knows of a process: to die with the parent, to adopt orphans. Elsewhere
     nothing is done."""
-    if libc is not None and sys.platform.startswith('linux'):
+    if libc is None:
+        return
+    if sys.platform.startswith('linux'):
         libc.prctl(option, value, 0, 0, 0)
 
 
@@ -8461,8 +11750,9 @@ def _out_of_reach(handle: int) -> int:
     else:
         wanted = min(4096, hard)
     try:
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        if soft != resource.RLIM_INFINITY:
+            if soft < wanted:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         high = fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, min(1024, wanted - 64))
     except (OSError, ValueError):
         return handle
@@ -8573,15 +11863,17 @@ class Slots:
     @classmethod
     def _parts(cls, shared: mmap.mmap) -> List[Any]:
         view = memoryview(shared).cast('Q')
-        return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
+        view_length = len(view)
+        return [view[at:at + cls.SIZE] for at in range(0, view_length, cls.SIZE)]
 
     @classmethod
     def open(cls, directory: str, number: int, index: int) -> Any:
         """Worker: the slots with this index in a file that the runner has made. Raises OSError."""
-        handle = os.open(os.path.join(directory, '%s%d' % (cls.NAME, number)),
-                         os.O_RDWR | _O_BINARY)
+        path = os.path.join(directory, '%s%d' % (cls.NAME, number))
+        handle = os.open(path, os.O_RDWR | _O_BINARY)
         try:
-            return cls._parts(mmap.mmap(handle, 8 * cls.SIZE * cls.TOGETHER))[index]
+            parts = cls._parts(mmap.mmap(handle, 8 * cls.SIZE * cls.TOGETHER))
+            return parts[index]
         finally:
             os.close(handle)
 
@@ -8600,12 +11892,15 @@ class Slots:
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
                 continue
-            with open(os.path.join(directory, name), 'rb') as file:
+            path = os.path.join(directory, name)
+            with open(path, 'rb') as file:
                 data = file.read()
-            if len(data) != 8 * cls.SIZE * cls.TOGETHER:
+            data_length = len(data)
+            if data_length != 8 * cls.SIZE * cls.TOGETHER:
                 return None
             numbers = memoryview(data).cast('Q')
-            for at in range(0, len(numbers), cls.SIZE):
+            number_count = len(numbers)
+            for at in range(0, number_count, cls.SIZE):
                 count = min(numbers[at + 2], BEGUN_KEPT)
                 begun.update(numbers[at + cls.FIRST:at + cls.FIRST + count])
         return frozenset(begun)
@@ -8614,14 +11909,16 @@ class Slots:
     def mark_unknown(cls, directory: str) -> None:
         """Note that from now on nobody knows what was begun. Called by the daemon. Raises
         OSError."""
-        os.close(
-            os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
+        path = os.path.join(directory, cls.NAME + 'unknown')
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
     """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
     a mark."""
-    left_out = total - len(head) - len(tail)
+    head_length = len(head)
+    tail_length = len(tail)
+    left_out = total - head_length - tail_length
     if left_out <= 0:
         return head + tail
     return b'%s\n[dispy: %d bytes left out here]\n%s' % (head, left_out, tail)
@@ -8637,13 +11934,18 @@ class CapturedOutput:
     """
 
     def __init__(self, directory: str, name: str = '') -> None:
-        self._path = os.path.join(directory, name) if name else ''
         if name:
-            self.handle = _out_of_reach(
-                os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600))
+            self._path = os.path.join(directory, name)
         else:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                self.handle = _out_of_reach(os.dup(file.fileno()))
+            self._path = ''
+        if name:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600)
+            self.handle = _out_of_reach(handle)
+        else:
+            temporary_file = tempfile.TemporaryFile(dir=directory)
+            with temporary_file as file:
+                descriptor = file.fileno()
+                self.handle = _out_of_reach(os.dup(descriptor))
             if os.name != 'nt':
                 import fcntl
                 fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
@@ -8656,7 +11958,8 @@ class CapturedOutput:
         if size < OUTPUT_KEPT:
             return self._empty(size)
         with self._alone():   # the runner may be shortening it
-            return self._empty(os.fstat(self.handle).st_size)
+            status = os.fstat(self.handle)
+            return self._empty(status.st_size)
 
     def _empty(self, size: int) -> bytes:
         data = self.peek(size)
@@ -8681,7 +11984,9 @@ class CapturedOutput:
         """All that was written, clipped."""
         if size <= 2 * OUTPUT_KEPT:
             return self._read(0, size)
-        return clip(self._read(0, OUTPUT_KEPT), self._read(size - OUTPUT_KEPT, OUTPUT_KEPT), size)
+        contents = self._read(0, OUTPUT_KEPT)
+        data = self._read(size - OUTPUT_KEPT, OUTPUT_KEPT)
+        return clip(contents, data, size)
 
     def since(self, at: int) -> bytes:
         """Return what was written from byte `at` on, up to OUTPUT_KEPT bytes. Called by the
@@ -8692,12 +11997,14 @@ class CapturedOutput:
         """Give back the disk blocks in the middle of a file that has grown large; what a job prints
         meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the job has
         ended."""
-        if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
+        status = os.fstat(self.handle)
+        if status.st_size <= 16 * OUTPUT_KEPT:
             self._hole = OUTPUT_KEPT
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
             from ctypes import c_long
             with self._alone():
-                end = os.fstat(self.handle).st_size - 2 * OUTPUT_KEPT
+                st_size = os.fstat(self.handle).st_size
+                end = st_size - 2 * OUTPUT_KEPT
                 # Smaller than before: another job's
                 if self._hole < end:
                     start = self._hole
@@ -8720,7 +12027,8 @@ class CapturedOutput:
             if not part:
                 break
             parts.append(part)
-            at = at + len(part)
+            part_length = len(part)
+            at = at + part_length
             size = size - len(part)
         return b''.join(parts)
 
@@ -8738,406 +12046,15 @@ class CapturedOutput:
                 os.unlink(self._path)
 
 
-def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
-    """Make the payload of a job that raised: the text, and the exception when it survives
-    pickling."""
-    body: bytes = b''
-    if exc is not None:
-        try:
-            body = b''.join(pieces_of(dumps(exc).payload))
-            loads(body)
-        except Exception:  # the user's exception does what it likes; the text is what counts
-            body = b''
-    raw = text.encode('utf-8', 'replace')
-    return struct.pack('>I', len(raw)) + raw + body
-
-
-def cut_error(exc: BaseException, skip: int = 0) -> Payload:
-    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
-    text = describe_exception(exc, skip)
-    payload = pack_error(text, exc)
-    size = size_of(payload)
-    if not is_over_limit(size):
-        return payload
-    return pack_error('%s\n(%s)' % (text, over_limit('the exception', size)), None)
-
-
-def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
-    """Take apart what `pack_error` has made, without opening the exception."""
-    length, = struct.unpack_from('>I', payload)
-    return bytes(payload[4:4 + length]).decode('utf-8', 'replace'), payload[4 + length:]
-
-
-def describe_exception(exc: BaseException, skip: int = 0) -> str:
-    """Traceback text that survives an exception whose __str__ raises."""
-    trace = exc.__traceback__
-    for _ in range(skip):
-        if trace is not None:
-            trace = trace.tb_next
-        else:
-            trace = None
-    try:
-        text = ''.join(traceback.format_exception(type(exc), exc, trace))
-    except Exception:  # exactly that: the exception cannot even be shown
-        text = ''.join(
-            traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
-    return shorten(text)
-
-
-def frames_of_ours(exc: BaseException) -> int:
-    """How many frames of a traceback come before the user's: those of this file and of the import
-    of a module."""
-    count = 0
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if file != __file__ and 'importlib' not in file:
-            break
-        count = count + 1
-        trace = trace.tb_next
-    return max(count, 1)
-
-
-def find_named(module: str, name: str) -> Any:
-    """What has this qualified name in a module; the module itself for an empty name."""
-    return functools.reduce(getattr,
-                            name.split('.') if name else (), importlib.import_module(module))
-
-
-# Classes that the computation does not need and that do not load here
-_left_out: Dict[Tuple[str, str], str] = {}
-
-
-def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> Any:
-    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules`
-    has rows of (name, file, text, values, links), `classes` rows of (module, class, such rows),
-    `wanted` (module, name) of what is returned."""
-    for name, file in {
-            row[:2]
-            for rows in (modules, *(extra[2] for extra in classes))
-            for row in rows
-    }:
-        # Jobs have the same one
-        if name in MAIN_NAMES:
-            module = sys.modules['__main__']
-        else:
-            module = types.ModuleType(name)
-        sys.modules[name] = module
-        module.__file__, module.__package__ = file, name.rpartition('.')[0]
-    try:
-        for row in modules:
-            _run_source(*row)
-    except Exception as exc:  # the user's statements, written for another version
-        error = RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
-            python_of(version), python_of(sys.version_info), type(exc).__name__, exc))
-        # The frames of an import tell nothing
-        raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)
-    for name, class_name, rows in classes:
-        try:
-            for row in rows:
-                _run_source(*row)
-        except Exception as exc:  # as above; told to the job that has such an argument
-            _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
-    *functions, objects = wanted
-    return (*(where and find_named(*where) for where in functions),
-            {name: find_named(*where)
-             for name, where in objects.items()})
-
-
-def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
-    space = vars(sys.modules[name])
-    space.update(values)
-    for bound, module, attribute in links:
-        space[bound] = find_named(module, attribute)
-    # For the lines in tracebacks; a file may come in several parts
-    entry: Any = linecache.cache.get(file)
-    if entry:
-        known = entry[2]
-    else:
-        known = ()
-    lines = [
-        line if line.strip() else old
-        for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n')
-    ]
-    linecache.cache[file] = (len(text), None, lines, file)
-    exec(compile(text, file, 'exec', dont_inherit=True), space)
-
-
-# In place of the name of a logger: a program has left files behind
-FILES_LEFT = 'dispy.files_left'
-
-
-def interpreter_of(path: str) -> List[str]:
-    """What runs a script on Windows, which does not read its first line: Python for one that names
-    Python there or has no such line and ends in .py, else what it names. Elsewhere the system knows."""
-    if not IS_WINDOWS:
-        return []
-    try:
-        with open(path, 'rb') as file:
-            first = file.readline(1000)
-    except OSError:   # to start it will say why
-        return []
-    if not first.startswith(b'#!'):
-        return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
-    words = first[2:].decode('utf-8', 'replace').split()
-    if words and words[0].endswith('/env'):
-        del words[0]
-        while words and words[0].startswith('-'):
-            del words[0]
-    if not words:
-        return []
-    program = words[0].rpartition('/')[2]
-    if program.startswith('python'):
-        return [sys.executable, *words[1:]]
-    return [shutil.which(program) or program, *words[1:]]
-
-
-# Signals that Python ignores, and programs do not
-_IGNORED_BY_PYTHON = [
-    getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
-
-
-class Program:
-    """A computation that is a program: called with arguments, returns the exit status."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        # An interrupt goes to the whole process group and so to the program. Here it is noted and
-        # not raised: raised in the moment in which waitpid returns, it would lose the status.
-        self.interrupted = False
-        # Told the names of the files that the program leaves in its directory, once; None: no more
-        self.tell: Optional[Callable[[List[str]], None]] = None
-
-    def __call__(self, *args: Any) -> int:
-        if self.tell is None:
-            return self.run([self.path, *map(str, args)])
-        before = self._names_here()
-        status = self.run([self.path, *map(str, args)])
-        self._tell_left(before)
-        return status
-
-    def run(self, words: List[str], directory: Optional[str] = None) -> int:
-        """Run a command in a directory. Returns its exit status. Raises OSError if it cannot be
-        started, KeyboardInterrupt if an interrupt has ended it."""
-        self.interrupted = False
-        if IS_WINDOWS:
-            status = self._run_on_windows([*interpreter_of(words[0]), *words], directory)
-        elif directory is None and hasattr(os, 'posix_spawnp'):
-            status = self._spawn(words)
-        else:
-            status = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory).wait()
-        if self.interrupted and status < 0:
-            raise KeyboardInterrupt   # one that ends by itself has returned
-        return status
-
-    def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
-        """A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes."""
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=1, stderr=2,
-                                   cwd=directory,
-                                   creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
-        told = False
-        while True:
-            try:
-                return process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                if self.interrupted and not told:
-                    told = True
-                    with contextlib.suppress(OSError):   # it has no console: it will be killed
-                        process.send_signal(getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM))
-
-    @staticmethod
-    def _spawn(words: List[str]) -> int:
-        """As subprocess.Popen, in half of the time that this takes here. Standard input is nothing
-        in a worker, and the other descriptors are not inherited."""
-        process = os.posix_spawnp(words[0], words, _ENVIRON, setsigdef=_IGNORED_BY_PYTHON)
-        status = os.waitpid(process, 0)[1]
-        if os.WIFSIGNALED(status):
-            return -os.WTERMSIG(status)
-        return os.WEXITSTATUS(status)
-
-    def _tell_left(self, before: Set[str]) -> None:
-        left = sorted(self._names_here() - before)
-        if left and self.tell is not None:
-            self.tell(left)
-            self.tell = None
-
-    @staticmethod
-    def _names_here() -> Set[str]:
-        """Of files in the directory of the job, without those that no program means to leave."""
-        try:
-            return {name for name in os.listdir('.') if not name.startswith(('.', '__'))}
-        except OSError:   # a job has removed the directory
-            return set()
-
-
-# What begins with NUL, which no argument of a program contains, is no word of a job's command line,
-# but says how the node is to run it.
-RUN_BY_PYTHON = '\0python'   # as the first word: the Python that runs the node
-RUN_IN = '\0in '             # and a directory: the command runs there
-BRING_BACK = '\0back '       # and the name of a file: the job's client gets it
-
-
-class CommandLines(Program):
-    """A computation that is whatever each job says: the arguments of a job are the words of a
-    command line, the first of which is a path, or the name of a program that the node's PATH has.
-
-    name - of the computation, for people; program - a file among those of the computation that the
-    jobs run, if they run one; most - CPUs that they may use at once over all nodes, 0 for all
-    """
-
-    def __init__(self, name: str, program: str = '', most: int = 0) -> None:
-        super().__init__('')
-        self.__name__ = name
-        self.program = program
-        self.most = most
-        # Brings a file to the client; set by the worker
-        self.send: Callable[[str], Any] = _not_here
-
-    @property
-    def spec(self) -> Dict[str, Any]:
-        """What nodes and schedulers have to know of it."""
-        if self.most:
-            return {'most': self.most}
-        return {}
-
-    def __call__(self, *args: Any) -> int:
-        words = [word for word in args if word[:1] != '\0' or word == RUN_BY_PYTHON]
-        if words[0] == RUN_BY_PYTHON:
-            words[0] = sys.executable
-        if len(words) < len(args):
-            return self._run_as_told(words, args[len(words):])
-        if self.tell is None:
-            return self._run_here(words)
-        before = self._names_here()
-        status = self._run_here(words)
-        self._tell_left(before)
-        return status
-
-    def _run_as_told(self, words: List[str], orders: Sequence[str]) -> int:
-        """Run a command in another directory, or bring files of it to the client."""
-        directory = None
-        names = []
-        for order in orders:
-            if order.startswith(RUN_IN):
-                directory = order[len(RUN_IN):]
-            else:
-                names.append(order[len(BRING_BACK):])
-        status = self._run_here(words, directory)
-        for name in names:
-            if status == 0 or os.path.exists(name):   # one that has failed may not have made it
-                self.send(name)
-        return status
-
-    def _run_here(self, words: List[str], directory: Optional[str] = None) -> int:
-        try:
-            return self.run(words, directory)
-        except FileNotFoundError:
-            if directory is not None and not os.path.isdir(directory):
-                raise FileNotFoundError('this node has no directory %s' % directory) from None
-            if os.sep in words[0]:
-                raise
-            raise FileNotFoundError('this node has no program %s in its PATH, which is %s' % (
-                words[0], os.environ.get('PATH', 'empty'))) from None
-
-
-def _name_of(path: str, directory: str) -> str:
-    """The name that a job's file has for the client: relative to the job's directory, or the last
-    part of a path elsewhere."""
-    if os.path.isabs(path):
-        inside = os.path.relpath(path, directory)
-        if inside.startswith(os.pardir):
-            path = os.path.basename(path)
-        else:
-            path = inside
-    name = os.path.normpath(path).replace(os.sep, '/')
-    check_name(name)   # raises ValueError, for '..' too
-    return name
-
-
-class Calls:
-    """The computation of an executor, where each call names its function. Each worker process calls
-    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
-    nodes."""
-    __name__ = 'executor'
-
-    def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
-                 most: int = 0) -> None:
-        self.initializer = initializer
-        self.initargs = initargs
-        self.most = most
-
-    @property
-    def spec(self) -> Dict[str, Any]:
-        """What nodes and schedulers have to know of it."""
-        return {'initializer': self.initializer is not None, 'most': self.most}
-
-    def __call__(self, function: bytes, args: tuple, kwargs: dict) -> Any:
-        """The function is opened for each call, so that no call sees what another has done to
-        it."""
-        try:
-            call = loads(function)
-        except BaseException as exc:  # unpickling runs the user's code
-            mark_unopened(exc)
-            raise
-        return call(*args, **kwargs)
-
-
-def mark_unopened(exc: BaseException) -> None:
-    """Let an exception say to the client that a call, or its arguments, could not be opened."""
-    with contextlib.suppress(Exception):  # its class may refuse attributes
-        exc.dispy_unopened = True  # type: ignore[attr-defined]
-
-
-def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
-    """Several calls in one job."""
-    return [function(*args) for args in chunk]
-
-
-def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
-              batch: Callable[[], Any]) -> Any:
-    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
-    is called once in each worker process, which `token` tells."""
-    offer_to_joblib(joblib_backend_in_job)
-    if initializer is not None and token not in _initialized:
-        initializer(*initargs)
-        _initialized.add(token)
-    return batch()
-
-
-_initialized: Set[str] = set()
-
-
-def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
-    """Register a backend with joblib, if that has been imported and has none of this name;
-    make(joblib.parallel) returns its class."""
-    parallel = sys.modules.get('joblib.parallel')
-    if parallel is not None and name not in parallel.BACKENDS:
-        parallel.register_parallel_backend(name, make(parallel))
-
-
-def joblib_backend_in_job(parallel: Any) -> Any:
-    """In a job there is one CPU: calls of joblib that name the backend there run one after the
-    other."""
-    class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
-        """As joblib's own for n_jobs=1, whatever else is asked for."""
-
-        def __init__(self, nesting_level: Optional[int] = None, **options: Any) -> None:
-            super().__init__(nesting_level=nesting_level)
-    return BackendInJob
-
-
-def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
-    backend for joblib."""
-    os.environ.update(variables)
-
-
 class _CallTurn:
     """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
 
     def __init__(self, directory: str) -> None:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            self._handle = _out_of_reach(os.dup(file.fileno()))
+        temporary_file = tempfile.TemporaryFile(dir=directory)
+        with temporary_file as file:
+            descriptor = file.fileno()
+            handle = os.dup(descriptor)
+            self._handle = _out_of_reach(handle)
 
     def __enter__(self) -> None:
         import fcntl
@@ -9173,8 +12090,8 @@ class NumericThreads:
     def __init__(self) -> None:
         self.cpus = 1   # a worker a CPU runs already
         names = {name for variables, _ in self.LIBRARIES.values() for name in variables}
-        self._of_user = frozenset(name for name in names.union(self.VARIABLES)
-                                  if name in os.environ)
+        chosen_names = [name for name in names.union(self.VARIABLES) if name in os.environ]
+        self._of_user = frozenset(chosen_names)
         for name in self.VARIABLES:
             os.environ.setdefault(name, '1')
 
@@ -9187,10 +12104,15 @@ class NumericThreads:
                 surroundings.set_environ(name, str(cpus))
         for path in self._loaded():
             for part, (variables, functions) in self.LIBRARIES.items():
-                if part in os.path.basename(path) and not self._of_user.intersection(variables):
+                file_name = os.path.basename(path)
+                if part not in file_name:
+                    continue
+                if not self._of_user.intersection(variables):
                     self._tell(path, functions, cpus)
         numexpr = sys.modules.get('numexpr')
-        if 'NUMEXPR_NUM_THREADS' not in self._of_user and hasattr(numexpr, 'set_num_threads'):
+        if 'NUMEXPR_NUM_THREADS' in self._of_user:
+            return
+        if hasattr(numexpr, 'set_num_threads'):
             numexpr.set_num_threads(cpus)   # type: ignore[union-attr]
 
     @staticmethod
@@ -9240,11 +12162,15 @@ class TrackerProcess:
     def stop(self) -> None:
         """Let it remove what is left and end; the workers have ended."""
         handle = getattr(self._tracker, '_fd', None)
-        if not self.pid or handle is None:
+        if not self.pid:
+            return
+        if handle is None:
             return
         os.close(handle)
-        self._tracker._fd = self._tracker._pid = None
-        until = time.monotonic() + GRACE
+        self._tracker._fd = None
+        self._tracker._pid = None
+        now = time.monotonic()
+        until = now + GRACE
         with contextlib.suppress(ChildProcessError):   # somebody else has waited for it
             while os.waitpid(self.pid, os.WNOHANG)[0] == 0 and time.monotonic() < until:
                 time.sleep(0.002)
@@ -9272,7 +12198,8 @@ class SharedMemoryTracker:
     def _register_own(self, name: str, kind: str) -> None:
         if kind == 'shared_memory':
             caller = sys._getframe(1)   # SharedMemory.__init__(name, create, size)
-            if not caller.f_locals.get('create', True):
+            create = caller.f_locals.get('create', True)
+            if not create:
                 return
         self._register(name, kind)
 
@@ -9295,7 +12222,8 @@ class Surroundings:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._nothing = _out_of_reach(os.open(os.devnull, os.O_RDONLY))
+        handle = os.open(os.devnull, os.O_RDONLY)
+        self._nothing = _out_of_reach(handle)
         self._environ = dict(_ENVIRON)
         self._umask = os.umask(0o077)
         os.umask(self._umask)
@@ -9343,8 +12271,9 @@ class Surroundings:
         affinity, policy, priority, digits, name = self._system
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
-        if policy is not None and self._parameters is not None:
-            os.sched_setscheduler(0, policy, self._parameters)
+        if policy is not None:
+            if self._parameters is not None:
+                os.sched_setscheduler(0, policy, self._parameters)
         if priority is not None:
             os.setpriority(os.PRIO_PROCESS, 0, priority)
         if digits is not None:
@@ -9403,8 +12332,10 @@ class Surroundings:
         the job has given up a right, such as that to a higher limit, or has left behind what
         raises when it is looked at."""
         try:
-            if self._ids is not None and self._ids_now() != self._ids:   # only root can change them
-                return False
+            # Only root can change them
+            if self._ids is not None:
+                if self._ids_now() != self._ids:
+                    return False
             self._restore_files()
             self._restore_environ()
             self._restore_signals()
@@ -9461,8 +12392,9 @@ class Surroundings:
             sys.setprofile(None)
         if self._numbers_now() != self._numbers:
             self._set_numbers()
-        if sys.path != self._path and modules is not None:
-            modules.keep_reachable(sys.path, self._path)
+        if sys.path != self._path:
+            if modules is not None:
+                modules.keep_reachable(sys.path, self._path)
         if self._hooks_now() != self._hooks:
             self._set_hooks()
         if sys.path != self._path:
@@ -9481,6 +12413,81 @@ class Surroundings:
         for number, was in self._limits.items():
             if resource.getrlimit(number) != was:
                 resource.setrlimit(number, was)
+
+
+def main_for_children(directory: str) -> None:
+    """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import
+    the computation's main module, as it is when they are started, from a file. The user's script is
+    never run."""
+    from multiprocessing import spawn
+    original = spawn.get_preparation_data
+    main = MainFile(directory)
+
+    def get_preparation_data(name: str) -> dict:
+        data = original(name)
+        data.pop('init_main_from_path', None)
+        data['init_main_from_name'] = main.module()
+        absolute_path = os.path.abspath(__file__)
+        folder = os.path.dirname(absolute_path)
+        data['sys_path'] = [*data['sys_path'], directory, folder]
+        return data
+    spawn.get_preparation_data = get_preparation_data
+
+
+_MAIN_TEXT = '''"""The main module of a computation, for children of its jobs."""
+import dispynode
+dispynode.load_main(globals(), %r)
+'''
+
+
+class MainFile:
+    """What the main module of a computation defines, in files for the children of its jobs. Each is
+    written once, as other children may be about to read it."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._numbers = itertools.count(1)
+        self._last = ('', 0, b'')   # module, the process that wrote it, what it says
+
+    def module(self) -> str:
+        """The name of a module that defines it as it is now."""
+        class Pickler(value_pickler()):  # type: ignore[misc]
+            complete = True
+        found: Dict[str, bytes] = {}
+        for name, value in list(vars(sys.modules['__main__']).items()):
+            if not name.startswith('__'):
+                with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
+                    dumped = dumps(value, Pickler)
+                    found[name] = in_one_piece(dumped.payload)
+        content = pickle.dumps((modules.here() if modules is not None else (), found))
+        module, pid, before = self._last
+        if (pid, before) != (os.getpid(), content):
+            next_number = next(self._numbers)
+            module = 'dispy_main_%d_%d' % (os.getpid(), next_number)
+            path = os.path.join(self._directory, module)
+            with open(path + '.pickle', 'wb') as file:
+                file.write(content)
+            with open(path + '.py', 'w', encoding='utf-8') as source:
+                source.write(_MAIN_TEXT % (path + '.pickle'))
+            self._last = (module, os.getpid(), content)
+        return module
+
+
+def load_main(variables: Dict[str, Any], path: str) -> None:
+    """Define what the job's main module defines. Called in a child of a job."""
+    with open(path, 'rb') as file:
+        loader, found = pickle.load(file)   # written by the job's own worker
+    SharedMemoryTracker().install()
+    if loader:
+        module_loader = ModuleLoader(*loader[0])
+        module_loader.need(loader[1])   # the search path came from the job
+    main = sys.modules.get('__mp_main__')
+    if main is not None:
+        if vars(main) is variables:
+            spaces.adopt_main(main)
+    for name, payload in found.items():
+        with contextlib.suppress(Exception):  # it is missing when it is used
+            variables[name] = loads(payload)
 
 
 class WorkerPipe:
@@ -9502,13 +12509,15 @@ class WorkerPipe:
     def receive(self, flags: int) -> None:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
-        count = self._sock.recv_into(self._intake.get_buffer(), 0, flags)
+        buffer = self._intake.get_buffer()
+        count = self._sock.recv_into(buffer, 0, flags)
         if count == 0:
             self.at_end()
             os._exit(0)
         for record in self._intake.records(count):
             if record.kind == RecordType.FILE_STORED:
-                self.answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
+                answer = bytes(record.bodies[0]).decode('utf-8', 'replace')
+                self.answers.append(answer)
             else:
                 self.jobs.append(record)
 
@@ -9521,9 +12530,13 @@ class WorkerPipe:
         else:   # Windows; there a descriptor may have any number for select()
             while select.select([self._sock], (), (), 0)[0]:
                 self.receive(0)
-        serials = [record.serial for record in self.jobs]
+        serials = []
+        for record in self.jobs:
+            serials.append(record.serial)
         self.jobs.clear()
-        self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
+        serial_count = len(serials)
+        layout = '>%dQ' % serial_count
+        self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack(layout, *serials))
 
     def send(self, *args: Any) -> None:
         """Send a record, given as to pack_record."""
@@ -9541,7 +12554,9 @@ class WorkerPipe:
                 self._sock.sendall(buffer)
                 continue
             view = memoryview(buffer).cast('B')
-            for start in range(0, len(view), WRITE_MOST):   # some systems refuse 2 GiB at once
+            # Some systems refuse 2 GiB at once
+            view_length = len(view)
+            for start in range(0, view_length, WRITE_MOST):
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def share(self) -> None:
@@ -9581,8 +12596,8 @@ class JobOutput:
     def collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
         lost = self._flush(1) + self._flush(2)
-        if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[1].closed \
-                or self._streams[2].closed or sys.stdin is not self._streams[0]:
+        if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[
+                1].closed or self._streams[2].closed or sys.stdin is not self._streams[0]:
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
@@ -9601,8 +12616,9 @@ class JobOutput:
         except OSError as exc:
             if exc.errno != errno.EBADF:   # otherwise it closed the descriptor
                 self._throw_away(stream, index)
-                return ('dispy: a part of what the job wrote to %s is lost: %s\n' % (
-                    'stdout' if index == 1 else 'stderr', exc)).encode()
+                text = 'dispy: a part of what the job wrote to %s is lost: %s\n' % (
+                    'stdout' if index == 1 else 'stderr', exc)
+                return text.encode()
         return b''
 
     def _throw_away(self, stream: Any, index: int) -> None:
@@ -9690,8 +12706,11 @@ class JobInterrupts:
         self._catch_up()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
-        if not self._slots[0] or self._slots[1] != self._slots[0]:
-            return   # meant for a job that has ended meanwhile
+        # Meant for a job that has ended meanwhile
+        if not self._slots[0]:
+            return
+        if self._slots[1] != self._slots[0]:
+            return
         self._slots[1] = 0
         if isinstance(self._function, Program):
             self._function.interrupted = True
@@ -9714,16 +12733,16 @@ class JobServices:
 
     def install(self, globals_: Sequence[Dict[str, Any]]) -> None:
         """Offer them to jobs, in the global variables of the computation too."""
-        offer_names(
-            {'dispy_provisional_result': self._provisional, 'dispy_send_file': self.send_file},
-            globals_)
+        names = {'dispy_provisional_result': self._provisional, 'dispy_send_file': self.send_file}
+        offer_names(names, globals_)
         if modules is not None:
             modules.ask = self._ask_client
-        if self._spec['logs'] >= 0:
-            self._log_handler = logging.Handler()
-            self._log_handler.emit = self._forward  # type: ignore[method-assign]
-            logging.getLogger().addHandler(self._log_handler)
-            logging.getLogger().setLevel(self._spec['logs'])
+        if not self._spec['logs'] >= 0:
+            return
+        self._log_handler = logging.Handler()
+        self._log_handler.emit = self._forward  # type: ignore[method-assign]
+        logging.getLogger().addHandler(self._log_handler)
+        logging.getLogger().setLevel(self._spec['logs'])
 
     def after_fork(self) -> None:
         """In a child of a job: another thread of the parent may have held this."""
@@ -9735,10 +12754,12 @@ class JobServices:
         raises, ValueError for a value over the limit."""
         payload, plain, _, _ = dumps(result)
         if is_over_limit(size_of(payload)):
-            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
+            size = size_of(payload)
+            raise ValueError(over_limit('dispy_provisional_result: the value', size))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(RecordType.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
+            self._pipe.send(RecordType.RESULT,
+                            Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
                             self._slots[0], now, now, payload)
         return 0
 
@@ -9747,7 +12768,9 @@ class JobServices:
         try:
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
-                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+                trace_lines = traceback.format_exception(*record.exc_info)
+                joined_trace_lines = ''.join(trace_lines)
+                text += '\n' + joined_trace_lines.rstrip()
             # A level may be an IntEnum and a name a subclass of str: the other side opens plain
             # values only.
             data = pickle.dumps((int(record.levelno), plain_text(
@@ -9762,10 +12785,12 @@ class JobServices:
     def tell_left(self, names: List[str]) -> None:
         """A program has left these files behind. It goes the way of log records."""
         if len(names) > 1:
-            others = ' and %d others' % (len(names) - 1)
+            name_count = len(names)
+            others = ' and %d others' % (name_count - 1)
         else:
             others = ''
-        text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
+        dispy_node_name = self._spec['names']['dispy_node_name']
+        text = '%r%s on node %s' % (names[0], others, dispy_node_name)
         data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
         with self._interrupts.beside_job():
             self._pipe.send(RecordType.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
@@ -9776,18 +12801,22 @@ class JobServices:
         any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here
         or kept there."""
         name = _name_of(path, self._spec['directory'])
-        check_size(name, os.path.getsize(path), self._spec['max_file'])
+        file_size = os.path.getsize(path)
+        check_size(name, file_size, self._spec['max_file'])
         size, digest = file_digest(path)
-        row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
+        st_mode = os.stat(path).st_mode
+        row = pickle.dumps((name, size, digest, stat.S_IMODE(st_mode)))
         with self._filing:
-            for offset, data in read_pieces(path, size):
+            pieces = read_pieces(path, size)
+            for offset, data in pieces:
                 with self._interrupts.beside_job():
-                    self._pipe.send(RecordType.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row,
-                                    data)
+                    self._pipe.send(RecordType.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0,
+                                    row, data)
             with self._interrupts.beside_job():
                 error = self._answer()
         if error:
-            raise OSError('%s could not be sent: %s' % (path, error))
+            text = '%s could not be sent: %s' % (path, error)
+            raise OSError(text)
         return 0
 
     def _ask_client(self, request: Any) -> str:
@@ -9843,11 +12872,13 @@ class JobDirectory:
         for name in os.listdir(self._directory):
             link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
-            check_size(name, len(data), self._spec['max_file'])
+            data_length = len(data)
+            check_size(name, data_length, self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
             if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
                 os.unlink(path)   # of the link alone
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            directory = os.path.dirname(path)
+            os.makedirs(directory, exist_ok=True)
             with open(path, 'wb') as file:
                 file.write(data)
             os.chmod(path, mode)
@@ -9904,8 +12935,10 @@ class Worker:
             self._pipe.at_end = functools.partial(self._end_well, clean_up)
         self._pipe.send(RecordType.HERE)
         self._prepare()
-        if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
-            self._function.tell = self._services.tell_left
+        # Else they are to stay
+        if isinstance(self._function, Program):
+            if self._spec['cleanup']:
+                self._function.tell = self._services.tell_left
         if isinstance(self._function, Program):
             keep_descriptors()
         if isinstance(self._function, CommandLines):
@@ -9926,7 +12959,10 @@ class Worker:
 
     def _end_well(self, clean_up: Callable[[], None]) -> None:
         """Clean up if no job runs, and not in a child that a job has forked."""
-        if not self._slots[0] and os.getpid() == self._pid:
+        if self._slots[0]:
+            return
+        pid = os.getpid()
+        if pid == self._pid:
             clean_up()
 
     def _prepare(self) -> None:
@@ -9936,7 +12972,8 @@ class Worker:
         self._services.install(self._globals)
         # Forked twins would draw the same "random" numbers; `random` sees to it itself
         if 'numpy' in sys.modules:
-            sys.modules['numpy'].random.seed()
+            random = sys.modules['numpy'].random
+            random.seed()
         if isinstance(self._function, Calls) and self._function.initializer is not None:
             self._initialize(self._function)
         elif self._spec['start_method'] == SPAWN:
@@ -9956,7 +12993,8 @@ class Worker:
             # As the standard library does
             log = logging.getLogger('concurrent.futures')
             log.critical('Exception in initializer:', exc_info=True)
-            text = 'the initializer has failed: %s' % describe_exception(exc, 1)
+            exception_description = describe_exception(exc, 1)
+            text = 'the initializer has failed: %s' % exception_description
             self._pipe.send(RecordType.INITIALIZED, 0, 0, 0.0, 0.0,
                             shorten(text).encode('utf-8', 'replace'))
             os._exit(1)
@@ -9965,8 +13003,9 @@ class Worker:
     # -- one job -----------------------------------------------------------------------------------
 
     def _run(self, record: Record) -> None:
+        serial = record.serial
         self._interrupts.is_late = False
-        Slots.begin(self._slots, record.serial)
+        Slots.begin(self._slots, serial)
         if record.number != self._numeric.cpus:
             self._numeric.use(record.number, self._surroundings)
         start = time.time()
@@ -9977,12 +13016,14 @@ class Worker:
         try:
             try:
                 self._interrupts.in_job = True
-                if self._slots[1] == record.serial:
+                if self._slots[1] == serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
                 spaces.added.clear()
                 args, kwargs, *extras = loads(record.bodies[0], True)
                 opened = True
-                if len(record.bodies[0]) > LAZY:   # the job has its memory
+                # The job has its memory
+                body_length = len(record.bodies[0])
+                if body_length > LAZY:
                     self._free(record)
                 if extras:
                     self._job_directory.enter(*extras)
@@ -9998,7 +13039,8 @@ class Worker:
             self._interrupts.in_job = False
             failure = exc
         # A child that the job has forked and that came back: the pipe is not its
-        if os.getpid() != self._pid:
+        pid = os.getpid()
+        if pid != self._pid:
             os._exit(0 if failure is None else 1)
         end = start + time.perf_counter() - ticks
         if isinstance(failure, KeyboardInterrupt):
@@ -10008,10 +13050,11 @@ class Worker:
         if self._job_directory.is_entered:
             self._job_directory.leave()
         try:
-            self._pipe.send(RecordType.RESULT, outcome, record.serial, start, end, payload, out, err)
+            self._pipe.send(RecordType.RESULT, outcome, serial, start, end, payload, out, err)
         except ValueError as exc:
-            self._pipe.send(RecordType.RESULT, Outcome.RAISED, record.serial, start, end,
-                            pack_error('the result could not be sent: %s' % exc, None), out, err)
+            text = 'the result could not be sent: %s' % exc
+            self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
+                            pack_error(text, None), out, err)
 
     @staticmethod
     def _free(record: Record) -> None:
@@ -10023,13 +13066,15 @@ class Worker:
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
         if failure is not None:
             if isinstance(failure, ImportError):
-                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
+                import_explanation = explain_import(failure, self._spec['name'])
+                failure.msg = '%s. %s' % (failure, import_explanation)
                 failure.args = (failure.msg,)
             return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain, _, _ = dumps(value)
             if is_over_limit(size_of(payload)):
-                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
+                size = size_of(payload)
+                return Outcome.RAISED, pack_error(over_limit('the result', size), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
             text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__,
@@ -10039,11 +13084,14 @@ class Worker:
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is
         free of."""
-        if threading.active_count() != self._threads and not self._are_idle_threads():
-            return False
+        if threading.active_count() != self._threads:
+            if not self._are_idle_threads():
+                return False
         if self._half_imported:
             return False
-        return not self._has_children() and self._surroundings.restore()
+        if self._has_children():
+            return False
+        return self._surroundings.restore()
 
     @staticmethod
     def _are_idle_threads() -> bool:
@@ -10059,7 +13107,8 @@ class Worker:
         if IS_WINDOWS:
             return processes_in_tree() > self._own_processes
         if self._own_children:   # whose exit statuses are not ours to take
-            return any(not has_ended(pid) for pid in set(children_here()) - self._own_children)
+            distinct_children_heres = set(children_here())
+            return any(not has_ended(pid) for pid in distinct_children_heres - self._own_children)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -10072,7 +13121,8 @@ def children_here() -> List[int]:
     """The children of this process by /proc; none where there is no such thing."""
     try:
         with open('/proc/self/task/%d/children' % os.getpid()) as file:
-            return [int(pid) for pid in file.read().split()]
+            content_parts = file.read().split()
+            return [int(pid) for pid in content_parts]
     except OSError:
         return []
 
@@ -10096,9 +13146,16 @@ def _is_of_library(frame: Any) -> bool:
         files.append(frame.f_code.co_filename)
         frame = frame.f_back
     own = [file for file in files if file != threading.__file__]
-    standard = os.path.dirname(os.__file__) + os.sep
-    return bool(own) and any(part in own[-1] for part in _SITE) and all(
-        file.startswith(standard) or any(part in file for part in _SITE) for file in own)
+    directory = os.path.dirname(os.__file__)
+    standard = directory + os.sep
+    if not bool(own):
+        return False
+    if not any(part in own[-1] for part in _SITE):
+        return False
+    for file in own:
+        if not (file.startswith(standard) or any(part in file for part in _SITE)):
+            return False
+    return True
 
 
 # Names of what joblib and loky make, with the number of the process that has made it.
@@ -10117,12 +13174,16 @@ def remove_joblib_remains(pids: Set[int], since: float) -> None:
             continue
         for name in names:
             match = _JOBLIB_NAME.match(name)
-            if match is None or int(match.group(1)) not in pids:
+            if match is None:
+                continue
+            if int(match.group(1)) not in pids:
                 continue
             path = os.path.join(directory, name)
             try:
                 status = os.lstat(path)
-                if status.st_uid != os.geteuid() or status.st_mtime < since:
+                if status.st_uid != os.geteuid():
+                    continue
+                if status.st_mtime < since:
                     continue
                 if stat.S_ISDIR(status.st_mode):
                     shutil.rmtree(path)
@@ -10130,24 +13191,6 @@ def remove_joblib_remains(pids: Set[int], since: float) -> None:
                     os.unlink(path)
             except OSError as exc:   # another user's, or it is gone already
                 logger.debug('%s of a job that has ended cannot be removed: %s', path, exc)
-
-
-def globals_of(*functions: Any) -> List[Dict[str, Any]]:
-    """The global variables of these functions, once each; not those of this module, whose functions
-    an executor calls."""
-    found: List[Dict[str, Any]] = []
-    for function in functions:
-        while hasattr(function, 'func') and not hasattr(function, '__globals__'):   # a partial
-            function = function.func
-        if not isinstance(function, (types.FunctionType, types.MethodType)):
-            function = getattr(function, '__wrapped__', None) or getattr(
-                type(function), '__call__', None)
-        variables = getattr(getattr(function, '__func__', function), '__globals__', None)
-        if variables is globals():
-            variables = vars(sys.modules['__main__'])
-        if variables is not None and not any(variables is other for other in found):
-            found.append(variables)
-    return found
 
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
@@ -10204,7 +13247,8 @@ def unpack_support(spec: dict) -> None:
     """Put the client's cloudpickle into its directory."""
     for name, source in spec['support'].items():
         path = os.path.join(support_of(spec), *check_name(name))
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        directory = os.path.dirname(path)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
         with open(path, 'wb') as file:
             file.write(source)
 
@@ -10231,7 +13275,8 @@ class ComputationCode:
         if self._spec['support']:
             sys.path.insert(0, support_of(self._spec))
         loader = self._loader()
-        offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
+        names = dict(self._spec['names'], os=os, sys=sys, time=time)
+        offer_names(names, ())
         if self._spec['kind'] == 'program':
             self.function: Callable[..., Any] = self._program()
             self.is_loaded = True
@@ -10240,8 +13285,10 @@ class ComputationCode:
             self.is_loaded = True
             if setup is not None:
                 answer = setup(*self._setup_args)
-                if answer is not None and answer != 0:
-                    raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
+                if answer is not None:
+                    if answer != 0:
+                        text = 'setup returned %.200r, which refuses this node' % (answer, )
+                        raise RuntimeError(text)
                 if self._spec['start_method'] == FORK:
                     self._warn_of_threads(loader)
         loader.loaded()
@@ -10249,29 +13296,36 @@ class ComputationCode:
     def _program(self) -> Program:
         os.environ['DISPY_PYTHON'] = sys.executable
         if self._spec['program']:
-            return Program(os.path.join(self._directory, self._spec['program']))
+            path = os.path.join(self._directory, self._spec['program'])
+            return Program(path)
         return CommandLines(self._spec['name'])
 
     @staticmethod
     def _warn_of_threads(loader: ModuleLoader) -> None:
-        left = [thread.name for thread in threading.enumerate()
-                if thread is not threading.main_thread()]
+        left = []
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread():
+                left.append(thread.name)
         if left:
+            left_length = len(left)
             loader.notes.append(
-                'setup() has left %d thread%s running (%s). Jobs run in other processes, in which '
-                'these threads do not exist: a job that waits for one of them waits for ever. '
-                'Start threads and pools of threads in the job that uses them'
-                % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
+                'setup() has left %d thread%s running (%s). Jobs run in other '
+                'processes, in which these threads do not exist: a job that waits for '
+                'one of them waits for ever. Start threads and pools of threads in '
+                'the job that uses them' % (left_length, 's' *
+                                            (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
         global modules, known_values
         main = types.ModuleType('__main__')
-        sys.modules['__main__'] = sys.modules['__mp_main__'] = main
+        sys.modules['__main__'] = main
+        sys.modules['__mp_main__'] = main
         spaces.adopt_main(main)
         modules = ModuleLoader(self._spec['private'], self._spec['sys_path'], self._directory)
         modules.install()
-        known_values = ValueFiles(values_in(self._spec['private']))
+        directory = values_in(self._spec['private'])
+        known_values = ValueFiles(directory)
         if self._spec['argv']:
             sys.argv = list(self._spec['argv'])
         main_for_children(self._spec['private'])
@@ -10282,13 +13336,15 @@ class ComputationCode:
         if self._spec['bundles']:
             loader.need((0,))
         if self._spec['kind'] == 'source':
-            self.function, setup, self._cleanup, objects = load_source(*open_plain(code))
+            plain = open_plain(code)
+            self.function, setup, self._cleanup, objects = load_source(*plain)
         else:
             self.function, setup, self._cleanup, objects = loads(code)
         if self._spec['setup_args']:
             self._setup_args, own_objects = loads(self._spec['setup_args'])
         else:
-            self._setup_args, own_objects = ((), {})
+            self._setup_args = ()
+            own_objects = {}
         self.globals = globals_of(self.function, setup, self._cleanup)
         offer_names(self._spec['names'], self.globals)
         for variables in self.globals:
@@ -10305,7 +13361,8 @@ class ComputationCode:
         try:
             self._cleanup(*self._setup_args)
         except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
-            return 'cleanup failed: ' + describe_exception(exc, 1)
+            exception_description = describe_exception(exc, 1)
+            return 'cleanup failed: ' + exception_description
         return ''
 
 
@@ -10324,18 +13381,23 @@ class RunningLimit:
 
     def is_over(self, now: float) -> bool:
         """Whether its time has passed, and nothing was done yet."""
-        return bool(self.seconds) and self.began is not None and self.ended_at is None \
-            and now - self.began >= self.seconds
+        if not (bool(self.seconds) and self.began is not None):
+            return False
+        if self.ended_at is not None:
+            return False
+        return now - self.began >= self.seconds
 
     def is_to_be_killed(self, now: float) -> bool:
         """Whether it was interrupted and goes on all the same."""
-        return self.ended_at is not None and now - self.ended_at >= GRACE
+        if self.ended_at is None:
+            return False
+        return now - self.ended_at >= GRACE
 
 
 class RunningLimits:
     """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The
-    runner does it some tenths of a second later if the node has not: a node that is part of a program has
-    no turn while that holds the GIL."""
+    runner does it some tenths of a second later if the node has not: a node that is part of a
+    program has no turn while that holds the GIL."""
 
     def __init__(self) -> None:
         self._known: Dict[int, Dict[int, RunningLimit]] = {}
@@ -10358,8 +13420,9 @@ class RunningLimits:
                       if before.began is not None and other != serial]:   # it has ended
             del jobs[other]
         limit = jobs.get(serial)
-        if limit is not None and limit.began is None:
-            limit.began = now
+        if limit is not None:
+            if limit.began is None:
+                limit.began = now
         return limit
 
     def keep(self, worker: int, serial: int) -> None:
@@ -10411,13 +13474,14 @@ class ProcessTree:
         self._library = _job_objects()
         self._handle: Any = self._library.CreateJobObjectW(None, None)
         limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
-        if not (self._handle and self._library.SetInformationJobObject(
-                self._handle, _JOB_LIMITS_CLASS, limits, len(limits))
-                and self._library.AssignProcessToJobObject(self._handle, int(process.sentinel))):
-            import ctypes
-            error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
-            self.close()
-            raise error
+        if self._handle and self._library.SetInformationJobObject(self._handle, _JOB_LIMITS_CLASS,
+                                                                  limits, len(limits)):
+            if self._library.AssignProcessToJobObject(self._handle, int(process.sentinel)):
+                return
+        import ctypes
+        error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
+        self.close()
+        raise error
 
     def kill(self) -> None:
         """End all of them."""
@@ -10463,7 +13527,8 @@ class WorkerProcesses:
         self._libc = libc
         self._send = send
         self._children: Dict[int, _Child] = {}
-        self._born = time.time() - 1.0   # clocks of file systems are a little behind
+        now = time.time()
+        self._born = now - 1.0   # clocks of file systems are a little behind
         self._own: Set[int] = set()   # children that setup left on purpose
         self.kept_alive: Set[int] = set()   # children of ours that are no workers
         # Killed, and they have not ended: they sleep and cannot be interrupted
@@ -10510,8 +13575,8 @@ class WorkerProcesses:
             with take(record) as sock:
                 process = self._start(record.number, sock)
         except (OSError, MemoryError) as exc:
-            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0,
-                       shortage(exc).encode('utf-8', 'replace'))
+            encoded = shortage(exc).encode('utf-8', 'replace')
+            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, encoded)
         else:
             self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
@@ -10519,8 +13584,10 @@ class WorkerProcesses:
         """The process of a worker with this pipe. Raises OSError, MemoryError."""
         with contextlib.ExitStack() as made:
             child = self._make_child(made)
-            process = multiprocessing.get_context('fork').Process(
-                target=self._work, args=(sock, child), name='dispy-worker-%d' % number)
+            context = multiprocessing.get_context('fork')
+            process = context.Process(target=self._work,
+                                      args=(sock, child),
+                                      name='dispy-worker-%d' % number)
             process.start()
             made.pop_all()
         self._children[number] = child._replace(process=process)
@@ -10531,12 +13598,18 @@ class WorkerProcesses:
         of files for its output, which it is to open by itself."""
         catches = []
         for name in names or ('', ''):
-            catches.append(CapturedOutput(self._spec['private'], name))
-            made.callback(catches[-1].close)
+            captured_output = CapturedOutput(self._spec['private'], name)
+            catches.append(captured_output)
+            catch = catches[-1]
+            made.callback(catch.close)
         if not self._slots:
             number = next(self._slot_files)
             slots = Slots.make(self._spec['private'], number, bool(names))
-            self._slots += [SlotPlace(one, number, at) for at, one in enumerate(slots)]
+            slot_places = []
+            for at, one in enumerate(slots):
+                slot_place = SlotPlace(one, number, at)
+                slot_places.append(slot_place)
+            self._slots += slot_places
         place = self._slots.pop()
         made.callback(self._slots.append, place)
         out, err = catches
@@ -10557,8 +13630,9 @@ class WorkerProcesses:
                 other.err.close()
             code = self._code
             assert code is not None   # ours
-            Worker(sock, child.slots, code.function, child.out, child.err, self._spec, self._libc,
-                   code.threads, code.globals).serve()
+            worker = Worker(sock, child.slots, code.function, child.out, child.err, self._spec,
+                            self._libc, code.threads, code.globals)
+            worker.serve()
         except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:
@@ -10570,12 +13644,16 @@ class WorkerProcesses:
 
     def interrupt(self, record: Record) -> None:
         """Interrupt a job if its worker still runs it."""
+        serial = record.serial
         child = self._children.get(record.number)
         # Not twice: its time may have passed for both of us
-        if child is not None and child.slots[1] != record.serial:
-            child.slots[1] = record.serial
-            if child.slots[0] == record.serial:
-                self._interrupt(child)
+        if child is None:
+            return
+        if child.slots[1] == serial:
+            return
+        child.slots[1] = serial
+        if child.slots[0] == serial:
+            self._interrupt(child)
 
     def kill(self, record: Record) -> None:
         """Kill a worker."""
@@ -10633,23 +13711,26 @@ class WorkerProcesses:
                 child.out.close()
                 child.err.close()
                 child.process.close()
-                child.slots[0] = child.slots[1] = 0
+                child.slots[0] = 0
+                child.slots[1] = 0
                 self._slots.append(child.where)
         self._undead = {pid for pid in self._undead if not has_ended(pid)}
 
     def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
-        self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out,
-                   err)
+        self._send(RecordType.WORKER_EXITED, key, child.slots[0], float(child.process.exitcode),
+                   0.0, b'', out, err)
 
     def kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux).
         One that sleeps and cannot be interrupted, as on a disk that has died, is waited for by
         nobody: it is looked at again from time to time. Returns all that there were, those of the
         group too."""
-        until = time.monotonic() + UNDEAD_TIME
+        now = time.monotonic()
+        until = now + UNDEAD_TIME
         found: Set[int] = set()
         while True:
-            known = {child.process.pid for child in self._children.values()}
+            children = self._children.values()
+            known = {child.process.pid for child in children}
             known |= self._own | self.kept_alive | self._undead
             strays = {pid for pid in children_here() if pid not in known}
             found |= strays
@@ -10672,29 +13753,36 @@ class WorkerProcesses:
             for stream, catch in ((1, child.out), (2, child.err)):
                 if catch.shown[0] != serial:
                     catch.shown = (serial, 0)
-                size = os.fstat(catch.handle).st_size
+                status = os.fstat(catch.handle)
+                size = status.st_size
                 # The middle of very much is not shown
                 at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)
                 if serial and size > at:
                     data = catch.since(at)
                 else:
                     data = b''
-                if data and child.slots[0] == serial:   # or it was of the next job
-                    catch.shown = (serial, at + len(data))
-                    self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
+                # Or it was of the next job
+                if not data:
+                    continue
+                if child.slots[0] != serial:
+                    continue
+                data_length = len(data)
+                catch.shown = (serial, at + data_length)
+                self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
         """End jobs that have run past their time, and kill workers whose jobs use more memory than
         they may."""
+        limits = self._limits
         now = time.monotonic()
         for key, child in self._children.items():
             serial = child.slots[0]
-            limit = self._limits.find(key, serial, now)
+            limit = limits.find(key, serial, now)
             if limit is None:
                 continue
             if limit.most and memory_of(child.process.pid) > limit.most \
                     and child.slots[0] == serial:
-                self._limits.keep(key, 0)
+                limits.keep(key, 0)
                 self._send(RecordType.MEMORY_EXCEEDED, key, serial)
                 self._kill(child)
             elif limit.is_to_be_killed(now):
@@ -10703,8 +13791,9 @@ class WorkerProcesses:
             elif limit.is_over(now):
                 limit.ended_at = now
                 self._send(RecordType.OVERDUE, key, serial)
-                self.interrupt(Record(RecordType.INTERRUPT, key, serial, 0.0, 0.0, _NO_BODIES))
-        self._limits.forget_all_but(self._children)
+                record = Record(RecordType.INTERRUPT, key, serial, 0.0, 0.0, _NO_BODIES)
+                self.interrupt(record)
+        limits.forget_all_but(self._children)
 
     def _shorten(self) -> None:
         for child in self._children.values():
@@ -10724,10 +13813,13 @@ class WorkerProcesses:
                 self._kill(child)
             until = time.monotonic() + GRACE
             for child in self._children.values():
-                child.process.join(max(0.0, until - time.monotonic()))
-            workers = {child.process.pid for child in self._children.values()}
+                now = time.monotonic()
+                child.process.join(max(0.0, until - now))
+            children = self._children.values()
+            workers = {child.process.pid for child in children}
             self._children.clear()
-            remove_joblib_remains(workers | self.kill_strays(), self._born)
+            pids = workers | self.kill_strays()
+            remove_joblib_remains(pids, self._born)
         finally:
             if _sigmask is not None:
                 _sigmask(signal.SIG_SETMASK, mask)
@@ -10738,7 +13830,8 @@ class WorkerProcesses:
 
 def stderr_tail(printed: bytes) -> str:
     """The end of what was printed, to stand below a text for people."""
-    tail = printed.decode('utf-8', 'replace')[-2000:]
+    decoded = printed.decode('utf-8', 'replace')
+    tail = decoded[-2000:]
     if tail:
         return '\nstderr:\n' + tail
     return ''
@@ -10751,11 +13844,14 @@ def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
         for name, value in list(variables.items()):
             kind = shared_kind(value)
             if kind:
-                raise RuntimeError(
-                    'the global variable %s is %s, which only forked processes share: workers '
-                    "that are started with start_method='spawn' run setup each and would have one "
-                    "each. Use start_method='fork', or multiprocessing.Manager in the program, "
-                    'whose proxies can be arguments' % (name, kind))
+                text = ('the global variable %s is %s, which only forked processes share: '
+                        'workers '
+                        "that are started with start_method='spawn' run setup each and "
+                        "would have one "
+                        "each. Use start_method='fork', or multiprocessing.Manager in the "
+                        "program, "
+                        'whose proxies can be arguments' % (name, kind))
+                raise RuntimeError(text)
 
 
 _SHARED_KINDS = (
@@ -10772,7 +13868,8 @@ def shared_kind(value: Any) -> str:
     kind = _shared_itself(value)
     if kind:
         return kind
-    for one in itertools.islice(_parts_of(value), 1000):
+    parts = _parts_of(value)
+    for one in itertools.islice(parts, 1000):
         kind = _shared_itself(one)
         if kind:
             return 'or has in it ' + kind
@@ -10782,9 +13879,11 @@ def shared_kind(value: Any) -> str:
 def _shared_itself(value: Any) -> str:
     for module, names in _SHARED_KINDS:
         kinds = [getattr(sys.modules.get(module), name, None) for name in names]
-        if isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
+        chosen_kinds = [kind for kind in kinds if isinstance(kind, type)]
+        if isinstance(value, tuple(chosen_kinds)):
             return 'a %s of multiprocessing' % type(value).__name__
-    if type(getattr(value, '_wrapper', None)).__module__ == 'multiprocessing.heap':
+    wrapper = getattr(value, '_wrapper', None)
+    if type(wrapper).__module__ == 'multiprocessing.heap':
         return 'a shared array or value of multiprocessing'
     managers = sys.modules.get('multiprocessing.managers')
     if managers is not None and isinstance(value, (managers.BaseProxy, managers.BaseManager)):
@@ -10813,7 +13912,8 @@ class LoadingLine:
         self.call = call          # when there is something to read
         self.is_up = False        # the worker has loaded the computation
         self.text = ''            # why it could not
-        self.until = time.monotonic() + SETUP_TIME
+        now = time.monotonic()
+        self.until = now + SETUP_TIME
         self.passed: Optional[socket.socket] = None   # until it has arrived
         self._intake = RecordBuffer(FROM_LOADING)
 
@@ -10823,7 +13923,8 @@ class LoadingLine:
         records: List[Record] = []
         while not records:
             try:
-                count = self.sock.recv_into(self._intake.get_buffer())
+                buffer = self._intake.get_buffer()
+                count = self.sock.recv_into(buffer)
             except _WOULD_BLOCK:
                 break
             except OSError:
@@ -10868,7 +13969,9 @@ class SpawnedWorkers(WorkerProcesses):
         self._selector = selector
         self._numbers = itertools.count(1)
         self._is_up = False
-        write_private(os.path.join(spec['private'], self.FILE), pickle.dumps((spec, bytes(code))))
+        path = os.path.join(spec['private'], self.FILE)
+        data = pickle.dumps((spec, bytes(code)))
+        write_private(path, data)
 
     def begin(self) -> None:
         from multiprocessing import resource_tracker
@@ -10879,7 +13982,8 @@ class SpawnedWorkers(WorkerProcesses):
             self._spawn()
         except (OSError, MemoryError) as exc:
             text = 'the first worker cannot be started: %s' % shortage(exc)
-            self._fail(0, text.encode('utf-8', 'replace'))
+            encoded = text.encode('utf-8', 'replace')
+            self._fail(0, encoded)
 
     def _start(self, number: int, sock: socket.socket) -> Any:
         for key, child in list(self._children.items()):
@@ -10916,13 +14020,17 @@ class SpawnedWorkers(WorkerProcesses):
             ours, theirs = socket_pair()
             made.callback(ours.close)
             with theirs:
-                process = multiprocessing.get_context('spawn').Process(
-                    target=worker_main, name='dispy-worker',
-                    args=(theirs, self._spec['private'], names, child.where[1:], os.getpid()))
+                context = multiprocessing.get_context('spawn')
+                pid = os.getpid()
+                process = context.Process(target=worker_main,
+                                          name='dispy-worker',
+                                          args=(theirs, self._spec['private'], names,
+                                                child.where[1:], pid))
                 process.start()
             made.callback(process.kill)
-            child = child._replace(process=process, tree=tree_of(process),
-                                   line=LoadingLine(ours, functools.partial(self._hear, process)))
+            tree = tree_of(process)
+            loading_line = LoadingLine(ours, functools.partial(self._hear, process))
+            child = child._replace(process=process, tree=tree, line=loading_line)
             made.pop_all()
         ours.setblocking(False)
         self._selector.register(ours, selectors.EVENT_READ, child.line.call)
@@ -10938,18 +14046,19 @@ class SpawnedWorkers(WorkerProcesses):
                 return
 
     def _listen(self, key: int, child: _Child) -> None:
+        line = child.line
         try:
-            records = child.line.receive()
+            records = line.receive()
             while records:
                 for record in records:
-                    self._on_record(key, child.line, record)
-                records = child.line.receive()
+                    self._on_record(key, line, record)
+                records = line.receive()
         except PeerError as exc:   # a job has written into it
             logger.error('a worker is killed: it sent nonsense to its runner: %s', exc)
             self._kill(child)
             records = None
         if records is None:
-            self._forget(child.line)
+            self._forget(line)
             if IS_WINDOWS:   # nothing else tells that it has ended, which takes a little more
                 child.process.join(0.1)
 
@@ -10958,22 +14067,24 @@ class SpawnedWorkers(WorkerProcesses):
             self._selector.unregister(line.sock)
 
     def _on_record(self, key: int, line: LoadingLine, record: Record) -> None:
+        bodies = record.bodies
         if record.kind == RecordType.ALIVE:
             line.forget_passed()
         elif record.kind == RecordType.READY:
             line.is_up = True
             if not self._is_up:
                 self._is_up = True
-                self._send(RecordType.READY, 0, 0, 0.0, 0.0, record.bodies[0])
+                self._send(RecordType.READY, 0, 0, 0.0, 0.0, bodies[0])
         elif record.kind == RecordType.END_NODE:
             if self._spec['client_shutdown']:
                 self._send(RecordType.END_NODE)
         elif not self._is_up:
-            self._fail(record.number, bytes(record.bodies[0]))
+            text = bytes(bodies[0])
+            self._fail(record.number, text)
         elif line.is_up:   # its cleanup has failed
-            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, record.bodies[0])
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, bodies[0])
         else:
-            line.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            line.text = bytes(bodies[0]).decode('utf-8', 'replace')
 
     def _fail(self, unloadable: int, text: bytes) -> None:
         """The computation cannot be used here."""
@@ -10982,23 +14093,30 @@ class SpawnedWorkers(WorkerProcesses):
             self._send(RecordType.FAILED, unloadable, 0, 0.0, 0.0, text)
 
     def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
+        line = child.line
         self._listen(key, child)   # what it said before
-        self._forget(child.line)
-        child.line.forget_passed()
-        child.line.sock.close()
+        self._forget(line)
+        line.forget_passed()
+        line.sock.close()
         if not self._is_up:
+            code = int(child.process.exitcode)
             text = 'the worker process %s while it loaded the computation or ran setup%s' % (
-                exit_text(int(child.process.exitcode)), stderr_tail(err))
-            self._fail(0, text.encode('utf-8', 'replace'))
+                exit_text(code), stderr_tail(err))
+            encoded = text.encode('utf-8', 'replace')
+            self._fail(0, encoded)
         elif key > 0:
-            err += child.line.text.encode('utf-8', 'replace')
+            err += line.text.encode('utf-8', 'replace')
             super()._tell_end(key, child, out, err)
 
     def look(self) -> None:
         super().look()
         now = time.monotonic()
         for child in self._children.values():
-            if self._is_up and not child.line.is_up and now > child.line.until:
+            if not self._is_up:
+                continue
+            if child.line.is_up:
+                continue
+            if now > child.line.until:
                 child.line.text = 'setup did not end within %d s' % SETUP_TIME
                 self._kill(child)
 
@@ -11013,7 +14131,8 @@ class SpawnedWorkers(WorkerProcesses):
             else:
                 self._kill(child)
         for child in ending:
-            child.process.join(max(0.0, until - time.monotonic()))
+            now = time.monotonic()
+            child.process.join(max(0.0, until - now))
         self.reap()
 
 
@@ -11052,8 +14171,9 @@ class LoadingProcess:
                 hint = ''
             else:
                 hint = explain_import(exc, self._spec['name'])
-            self._tell_failure(hint + '\n' * bool(hint) +
-                               describe_exception(exc, frames_of_ours(exc)))
+            frames = frames_of_ours(exc)
+            text = hint + '\n' * bool(hint) + describe_exception(exc, frames)
+            self._tell_failure(text)
             return False
         return True
 
@@ -11064,8 +14184,12 @@ class LoadingProcess:
         """It is about to be told that the computation cannot be used here."""
 
     def _tell_up(self) -> None:
-        self._send(RecordType.READY, 0, 0, 0.0, 0.0,
-                   pickle.dumps(modules.notes if modules is not None else []))
+        if modules is not None:
+            notes = modules.notes
+        else:
+            notes = []
+        dumped = pickle.dumps(notes)
+        self._send(RecordType.READY, 0, 0, 0.0, 0.0, dumped)
 
     def _tell_failure(self, text: str) -> None:
         """The computation cannot be used here; the record's number is 1 if its code cannot even be
@@ -11087,7 +14211,8 @@ class LoadingProcess:
     def _finalize() -> None:
         """This process ends without exit handlers, those of the user's modules; shared variables
         that setup has made leave named semaphores behind unless they are finalized."""
-        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
+        module = sys.modules.get('multiprocessing.util')
+        finalize = getattr(module, '_run_finalizers', None)
         if finalize is not None:
             finalize(0)
 
@@ -11100,12 +14225,16 @@ class LoadingProcess:
         while True:
             if hasattr(socket, 'CMSG_LEN'):
                 handles = array.array('i')
-                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.get_buffer()],
+                buffer = self._intake.get_buffer()
+                data, ancillary, flags, _ = self._control.recvmsg_into([buffer],
                                                                        socket.CMSG_SPACE(
                                                                            64 * handles.itemsize))
                 for level, kind, body in ancillary:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
+                    if level != socket.SOL_SOCKET:
+                        continue
+                    if kind == socket.SCM_RIGHTS:
+                        body_length = len(body)
+                        handles.frombytes(body[:body_length - len(body) % handles.itemsize])
                 if flags & socket.MSG_CTRUNC and not handles:
                     # No descriptor was left for it: the worker it was for cannot be made
                     handles.append(-1)
@@ -11132,7 +14261,9 @@ class Runner(LoadingProcess):
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
-        self._shall_end = self._is_ending = self._is_closed = False
+        self._shall_end = False
+        self._is_ending = False
+        self._is_closed = False
         self._tracker = TrackerProcess()
 
     def run(self) -> None:
@@ -11152,7 +14283,9 @@ class Runner(LoadingProcess):
             self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
         else:
             self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
-        self._catch_output(CapturedOutput(private), CapturedOutput(private))
+        captured_output = CapturedOutput(private)
+        err = CapturedOutput(private)
+        self._catch_output(captured_output, err)
         if os.name == 'posix':
             self._tracker.start()
             self._workers.kept_alive.add(self._tracker.pid)
@@ -11176,7 +14309,8 @@ class Runner(LoadingProcess):
         if self._shall_end:
             self._remove_abandoned()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            pid = os.getpid()
+            os.kill(pid, signal.SIGTERM)
 
     def _told_to_end(self, number: int, frame: Any) -> None:
         self._shall_end = True
@@ -11191,10 +14325,12 @@ class Runner(LoadingProcess):
         reader.setblocking(False)
         writer.setblocking(False)
         workers = self._workers
-        workers.closed_in_workers = (reader.fileno(), writer.fileno())
+        handle = reader.fileno()
+        workers.closed_in_workers = (handle, writer.fileno())
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        descriptor = writer.fileno()
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
         selector.register(self._control, selectors.EVENT_READ, self._receive)
         selector.register(reader, selectors.EVENT_READ, functools.partial(reader.recv, 4096))
         handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
@@ -11227,8 +14363,8 @@ class Runner(LoadingProcess):
             self._remove_abandoned()
 
     def _remove_abandoned(self) -> None:
-        """Remove the directory of a node that was part of a program, if that has ended without doing
-        so. A signal that tells of its end may come before its descriptors are closed."""
+        """Remove the directory of a node that was part of a program, if that has ended without
+        doing so. A signal that tells of its end may come before its descriptors are closed."""
         if not self._spec['root']:
             return
         with selectors.DefaultSelector() as selector:
@@ -11239,7 +14375,8 @@ class Runner(LoadingProcess):
         except OSError as exc:
             has_ended = not isinstance(exc, BlockingIOError)
         if has_ended:
-            os.chdir(os.path.dirname(self._spec['root']))
+            directory = os.path.dirname(self._spec['root'])
+            os.chdir(directory)
             remove_abandoned_directory(self._spec['root'], self._spec['private'], 50)
 
 
@@ -11255,7 +14392,8 @@ class SpawnedWorker(LoadingProcess):
         self._next_order()   # INIT: the runner sees to what this process starts
         self._catch_output(*(CapturedOutput(private, name) for name in names))
         slots = Slots.open(private, *place)
-        with open(os.path.join(private, SpawnedWorkers.FILE), 'rb') as file:
+        path = os.path.join(private, SpawnedWorkers.FILE)
+        with open(path, 'rb') as file:
             self._spec, code = pickle.load(file)   # from the runner that started this process
         limit_values(self._spec['max_value'])
         self._code = ComputationCode(self._spec)
@@ -11270,15 +14408,17 @@ class SpawnedWorker(LoadingProcess):
                 output.empty()
             if IS_WINDOWS:
                 _thread.start_new_thread(self._hear_orders, ())
-            Worker(sock, slots, self._code.function, self._out, self._err, self._spec, libc,
-                   self._code.threads, self._code.globals).serve(self._leave)
+            worker = Worker(sock, slots, self._code.function, self._out, self._err, self._spec,
+                            libc, self._code.threads, self._code.globals)
+            worker.serve(self._leave)
         else:
             self._leave()
 
     def tell_fault(self, text: str) -> None:
         """What is no fault of the computation keeps this worker from running jobs."""
         with contextlib.suppress(OSError):   # the runner is gone
-            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+            encoded = shorten(text).encode('utf-8', 'replace')
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, encoded)
 
     def _next_order(self) -> Record:
         if not self._records:
@@ -11302,7 +14442,9 @@ class SpawnedWorker(LoadingProcess):
             except (OSError, SystemExit):   # the runner is gone, and this process will be
                 return
             while self._records:
-                number = signals.get(RecordType(self._records.popleft().kind))
+                record = self._records.popleft()
+                record_type = RecordType(record.kind)
+                number = signals.get(record_type)
                 if number is not None:
                     signal.raise_signal(number)
 
@@ -11329,84 +14471,12 @@ def become(user: User) -> None:
     os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
 
 
-def ask_psutil(question: Callable[[Any], Any]) -> Any:
-    """What `question(psutil)` returns; None where psutil is not installed or cannot tell. psutil
-    may raise anything, such as RuntimeError where Windows has its performance counters disabled."""
-    try:
-        import psutil
-        return question(psutil)
-    except ImportError:
-        return None
-    except Exception as exc:  # the figures are useful, but nothing here depends on them
-        logger.debug('psutil cannot tell: %s: %s', type(exc).__name__, exc)
-        return None
-
-
-def memory_of(pid: int) -> int:
-    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor
-    psutil)."""
-    try:
-        with open('/proc/%d/statm' % pid) as file:
-            own = int(file.read().split()[1]) * mmap.PAGESIZE
-        with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
-            return own + sum(map(memory_of, map(int, file.read().split())))
-    except OSError:   # it has ended, or there is no such thing here
-        if sys.platform == 'linux':
-            return 0
-
-    def sum_up(psutil: Any) -> int:
-        process = psutil.Process(pid)
-        return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
-    return ask_psutil(sum_up) or 0   # the process may have ended
-
-
-def start_of(pid: int, zombie: bool = True) -> str:
-    """When a process began, in whatever unit tells it from another that gets its number; '' if
-    there is none, or if that cannot be told. `zombie`: one that has ended and waits to be reaped
-    counts. See proc(5)."""
-    try:
-        with open('/proc/%d/stat' % pid, 'rb') as file:
-            # The name before it may hold anything
-            state, *fields = file.read().rpartition(b')')[2].split()
-        if zombie or state not in b'ZX':
-            return fields[18].decode()
-        return ''
-    except (OSError, IndexError, ValueError):
-        if os.path.isdir('/proc/self'):
-            return ''
-    return ask_psutil(lambda psutil: _start_told(psutil.Process(pid), zombie)) or ''
-
-
-def _start_told(process: Any, zombie: bool) -> str:
-    if zombie or process.status() != 'zombie':
-        return str(process.create_time())
-    return ''
-
-
-def is_child(pid: int, parent: int) -> bool:
-    """Whether a process is a child of another; false where nothing tells it."""
-    return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
-
-
-RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns its `User`
-
-
-def runner_start(handle: int) -> None:
-    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
-    puts back what it has inherited of signals: a program may block or ignore them."""
-    user = os.environ.pop(RUNNER_USER, None)
-    sys.argv[:] = [os.path.abspath(__file__)]
-    if _sigmask is not None:
-        _sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    runner_main(socket.socket(fileno=handle), User(*json.loads(user)) if user else None)
-
-
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     """The runner process, with a session of its own: Ctrl-C at the terminal is no business of
     it."""
-    if hasattr(os, 'setsid') and os.getsid(0) != os.getpid():
-        os.setsid()
+    if hasattr(os, 'setsid'):
+        if os.getsid(0) != os.getpid():
+            os.setsid()
     _no_stdin()       # nor are lines that are typed there meant for setup()
     del sys.argv[1:]  # among which the secret may be
     if user is not None:
@@ -11414,7 +14484,9 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 0
     try:
-        Runner(socket.socket(fileno=_out_of_reach(control.detach()))).run()
+        out = _out_of_reach(control.detach())
+        runner = Runner(socket.socket(fileno=out))
+        runner.run()
     except SystemExit as exc:
         if isinstance(exc.code, int):
             code = exc.code
@@ -11429,7 +14501,8 @@ def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
     if hasattr(os, 'setsid'):
         os.setsid()   # a group of its own, for signals to the job and all it starts
     _no_stdin()
-    worker = SpawnedWorker(socket.socket(fileno=_out_of_reach(control.detach())))
+    out = _out_of_reach(control.detach())
+    worker = SpawnedWorker(socket.socket(fileno=out))
     try:
         if os.getppid() != runner:
             os._exit(1)   # nobody is there who could end this process
@@ -11443,1937 +14516,456 @@ def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
 
 
 # --------------------------------------------------------------------------------------------------
-# Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and
-# scheduler alike.
+# The daemon: carries out what Node decides; its directory, its processes, its command line
 # --------------------------------------------------------------------------------------------------
 
-_WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
-# macOS may give the receiver a dead socket if it is closed here before it has arrived there
-LATE_PASSING = sys.platform == 'darwin'
+NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
+# All that an idle node has in its directory
+KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
 
 
-def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
-    pair = socket.socketpair()
-    for sock in pair:
-        set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
-    return pair
-
-
-def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0) -> Tuple[
-        bytes, Optional[socket.socket]]:
-    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
-    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
-    if hasattr(socket, 'SCM_RIGHTS'):
-        return pack_record(kind, number)[0], sock  # type: ignore[return-value]
-    shared = sock.share(pid)  # type: ignore[attr-defined]
-    return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
-
-
-def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
-    """Send bytes and a socket with the first of them. Raises OSError."""
-    handles = array.array('i', [passing.fileno()])
-    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
-
-
-def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
-    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
-    if not hasattr(socket, 'SCM_RIGHTS'):
-        return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
-    handle = handles.popleft()
-    if handle < 0:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    return socket.socket(fileno=_out_of_reach(handle))
-
-
-def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
-    """Set an option that a socket can do without. Python may lack the constant, and where Python
-    has it the system may not know the option."""
-    if hasattr(socket, name):
-        with contextlib.suppress(OSError):   # it works without
-            sock.setsockopt(level, getattr(socket, name), value)
-
-
-def set_tcp_options(sock: socket.socket) -> None:
-    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
-    can be set."""
-    set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
-    set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
-    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
-                        ('TCP_USER_TIMEOUT', 30000)):
-        set_option(sock, socket.IPPROTO_TCP, name, value)
-
-
-# Bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
-SEGMENT = 1200
-_TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
-_OUT_OF_ORDER = 224                  # where its rcv_ooopack is
-_SMALL_MTU = '. Either the network passes nothing in one direction, or it loses packets of full size: then a link on the way has ' \
-    'a smaller MTU than this host, and the ICMP messages that say so are dropped. Lower the MTU of this host (ip link set ' \
-    'DEVICE mtu 1280), or let ICMP through'
-STALLS = {   # what `stall_of` returns -> what is said
-    'sent': 'packets that were sent there have not arrived, although short packets came from there '
-            'until the end' + _SMALL_MTU,
-    'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
-}
-
-
-def stall_of(sock: Any, silence: float, pulse: float) -> str:
-    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s,
-    although the way is there: 'sent', 'received' or ''. Only Linux tells; elsewhere ''."""
-    if not sys.platform.startswith('linux'):
-        return ''
+def _was_ours(root: str) -> bool:
+    """Whether a node without a mark has used this directory: its lock file tells."""
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    except OSError:   # no TCP, or no socket any more
-        return ''
-    if len(info) < _OUT_OF_ORDER + 4:
-        return ''
-    fields = _TCP_INFO.unpack_from(info)
-    retransmits = fields[2]
-    unacknowledged = fields[8 + 4]
-    last_ack = fields[8 + 12] / 1000
-    if unacknowledged and retransmits > 1 and silence < PULSES_SILENT * pulse:
-        return 'sent'
-    out_of_order, = struct.unpack_from('I', info, _OUT_OF_ORDER)
-    if out_of_order and silence > PULSES_SILENT * pulse > last_ack:
-        return 'received'
-    return ''
-
-
-class Channel:
-    """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop
-    thread only."""
-    # System calls in one turn, so that a busy channel does not starve the others
-    READS = 16
-
-    def __init__(self, sock: socket.socket, intake: ReceiveBuffer) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self.queued = 0      # bytes that wait
-        self.bytes_out = self.bytes_in = 0   # since it was made
-        self.heard = 0.0     # when bytes last came, monotonic
-        self.paused = False  # not read from until there is room
-        self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
-        self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
-        self.interest = 0
-        self._intake = intake
-        self.later: Any = ()   # what is made when there is room for it
-        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
-        self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
-        self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
-        if hasattr(sock, 'do_handshake'):
-            import ssl
-            self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
-        """Send these behind what waits already; with the first of them a socket, which is closed
-        here then."""
-        for buffer in buffers:
-            if not isinstance(buffer, bytes):
-                view = memoryview(buffer).cast('B')
-            else:
-                view = memoryview(buffer)
-            self._out.append((view, passing))
-            self.queued += len(view)
-            passing = None
-        if self.dirty is not None:
-            self.dirty.add(self)
-
-    def write(self) -> None:
-        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
-        broken."""
-        enough = self.queued - WRITE_MOST
-        while self._out and self.queued > enough:
-            try:
-                sent = self._send_some()
-            except self._again:
-                return
-            self.queued -= sent
-            self.bytes_out += sent
-            while sent:
-                view, _ = self._out[0]
-                if sent < len(view):
-                    self._out[0] = (view[sent:], None)
-                    break
-                sent -= len(view)
-                self._out.popleft()
-
-    def drain(self, seconds: float) -> None:
-        """Send what was pushed, and wait so long for room at most. Raises OSError."""
-        until = time.monotonic() + seconds
-        self.write()
-        if not self._out or seconds <= 0:
-            return
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.sock, selectors.EVENT_WRITE)
-            while self._out and selector.select(until - time.monotonic()):
-                self.write()
-                if time.monotonic() > until:
-                    return
-
-    def _send_some(self) -> int:
-        view, passing = self._out[0]
-        if passing is not None:
-            sent = send_with(self.sock, [view], passing)
-            passing.close()
-            self._out[0] = (view, None)
-            return sent
-        if not self._gathers or len(self._out) == 1 or len(view) > 1 << 18:
-            return self.sock.send(view[:1 << 20])
-        plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
-        return self.sock.sendmsg([view for view, _ in plain])
-
-    def receive(self, room: memoryview) -> int:
-        """Do as a socket's recv_into does."""
-        return self.sock.recv_into(room)
-
-    def read(self, now: float) -> List[Any]:
-        """Receive what is there; the whole units of it. Raises LinkBroken at the end of the
-        stream."""
-        units: List[Any] = []
-        for _ in range(self.READS):
-            room = self._intake.get_buffer()
-            try:
-                count = self.receive(room)
-            except self._again:
-                break
-            if count == 0:
-                if units:
-                    break    # what came is handled first; the end will be read again
-                raise LinkBroken('the connection was closed')
-            self.heard = now
-            self.bytes_in += count
-            units.extend(self._intake.buffer_updated(count))
-            if count < len(room) and self._gathers:
-                break
-        return units
-
-    @property
-    def wants_write(self) -> bool:
-        """Whether anything waits to be sent."""
-        return bool(self._out or self.later)
-
-    def go_on(self) -> None:
-        """Make more of `later`, and send it."""
-        raise NotImplementedError
-
-    def breaks(self, now: float) -> None:
-        """It is about to be closed, as it has broken."""
-
-    def close(self) -> None:
-        """Close the socket and those that were to be passed."""
-        for _, passing in self._out:
-            if passing is not None:
-                passing.close()
-        self._out.clear()
-        self.sock.close()
-
-
-def unfit_text(size: int, text: str) -> str:
-    """What is said of arguments for which there is no room."""
-    return 'arguments of %d bytes cannot be taken: %s: send a file (depends)' % (size, text)
-
-
-def limit_text(where: str) -> str:
-    """Why a value over the limit of this process is not taken."""
-    return 'the limit for one value is %d (%s, --max-value)' % (VALUE_MOST, where)
-
-
-def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
-    """What stands for a message of one job that came in one frame, and whose arguments are over the
-    limit all the same: it is a lower one than the default. What is large comes alone."""
-    size = size_of(message.rows[0][1])
-    if size > VALUE_MOST:
-        return Unfit(message.comp, message.rows[0], unfit_text(size, limit_text(where)))
-    return None
-
-
-def unfit_row(message: Unfit) -> tuple:
-    """The row of Results of a job for whose arguments there is no room."""
-    return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
-
-
-class IncomingValue:
-    """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
-    is passed over."""
-    __slots__ = ('kind', 'row', 'total', 'seen', 'place')
-
-    def __init__(self, row: tuple, total: int) -> None:
-        self.kind = Jobs if len(row) == 3 else Results   # type: Any
-        self.row = row
-        self.total = total
-        self.seen = 0
-        self.place: Any = None
-
-    @property
-    def copies(self) -> int:
-        """How often it is in memory until it can be used."""
-        if self.kind is Jobs:
-            return ARGUMENTS_COPIED
-        return RESULTS_COPIED
-
-    def message(self, comp: str) -> Any:
-        """What has come, when it is whole. Raises PeerError."""
-        if self.kind is Jobs:
-            at = 1
-        else:
-            at = 4
-        message = self.kind(comp, [(*self.row[:at], self.place.whole(), *self.row[at + 1:])])
-        if not CHECKS[self.kind](message):
-            raise PeerError('%s with wrong values' % self.kind.__name__)
-        return message
-
-
-class InMemory:
-    """Memory for a value, which is taken as the value comes."""
-
-    def __init__(self, size: int) -> None:
-        """Raises MemoryError."""
-        self._view = mapped(size)
-
-    def add(self, offset: int, data: Buffer) -> None:
-        """These bytes have come. Raises OSError if they find no room."""
-        self._view[offset:offset + len(data)] = data
-
-    def whole(self) -> memoryview:
-        """All that has come."""
-        return self._view
-
-    def drop(self) -> None:
-        """It is not wanted any more."""
-
-
-class Values:
-    """What comes in parts on the links of a loop, one value at a time of each computation. One for
-    which there is no room is refused when it begins, with a text for its job, and passed over. The
-    loop's thread."""
-
-    def __init__(self, where: str, log: logging.Logger) -> None:
-        """`where` tells whose memory it is, for people."""
-        self.where = where
-        self._log = log
-        # (link, computation) -> what comes
-        self._coming: Dict[Tuple[int, str], IncomingValue] = {}
-
-    def take(self, link: int, part: Part, takes: Container[int]) -> Any:
-        """The message that is whole with this part; what stands for one for which there is no room;
-        or None. Raises PeerError."""
-        key = (link, part.comp)
-        buffers = pieces_of(part.data)
-        refused = None
-        if not part.offset:
-            self.drop(link, part.comp)
-            if not part.total:
-                return None
-            value = self._coming[key] = IncomingValue(part.row, part.total)
-            if OPS[value.kind] not in takes:
-                raise PeerError('%s may not come here' % value.kind.__name__)
-            refused = self._begin(part.comp, value)
-        else:
-            value = self._coming.get(key)  # type: ignore[assignment]
-        size = sum(map(len, buffers))
-        if value is None or (part.offset, part.total) != (value.seen, value.total) \
-                or not 0 < size <= part.total - part.offset:
-            raise PeerError('a part at %d of %d bytes does not follow what came before'
-                            % (part.offset, part.total))
-        for data in buffers:
-            if value.place is not None:
-                try:
-                    value.place.add(value.seen, data)
-                except OSError as exc:
-                    refused = self._refuse(part.comp, value, '%s (%s)' % (exc, self.where))
-            value.seen += len(data)
-        if value.seen < value.total:
-            return refused
-        del self._coming[key]
-        if value.place is not None:
-            return value.message(part.comp)
-        return refused
-
-    def _begin(self, comp: str, value: IncomingValue) -> Any:
-        if value.total > VALUE_MOST:
-            return self._refuse(comp, value, limit_text(self.where))
-        try:
-            value.place = self.find_place(value)
-        except (OSError, MemoryError) as exc:
-            return self._refuse(comp, value, '%s (%s)' % (exc, self.where))
-        return None
-
-    def find_place(self, value: IncomingValue) -> Any:
-        """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
-        free = free_memory()
-        needed = value.copies * value.total + LAZY
-        if free is not None:
-            free -= sum(other.copies * other.total - other.seen for other in self._coming.values()
-                        if other.place is not None)
-            if needed > free:
-                raise MemoryError('%d bytes of memory are free, and %d are needed'
-                                  % (max(0, free), needed))
-        return InMemory(value.total)
-
-    def _refuse(self, comp: str, value: IncomingValue, text: str) -> Any:
-        """What stands for a value for which there is no room. The rest of it is passed over."""
-        if value.place is not None:
-            value.place.drop()
-            value.place = None
-        row = value.row
-        if value.kind is Jobs:
-            return Unfit(comp, row, unfit_text(value.total, text))
-        text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
-            '(dispy_send_file)' % (value.total, text)
-        if row[OUTCOME] in PROVISIONAL:
-            self._log.error('provisional: %s', text)
-            return None
-        refused = (row[SERIAL], int(Outcome.RAISED), *row[START:PAYLOAD], pack_error(text, None),
-                   *row[STDOUT:])
-        return Results(comp, [refused])
-
-    def drop(self, link: int, comp: Optional[str] = None) -> None:
-        """What comes of a computation is not wanted any more; None: the link has ended."""
-        for key in [key for key in self._coming if key[0] == link and comp in (None, key[1])]:
-            value = self._coming.pop(key)
-            if value.place is not None:
-                value.place.drop()
-
-
-class Link(Channel):
-    """An authenticated connection that carries messages."""
-    AT_ONCE = 16     # parts that are made in one turn
-    _numbers = itertools.count(1)
-
-    def __init__(self,
-                 sock: socket.socket,
-                 session: Session,
-                 address: str,
-                 now: float,
-                 pulse: float = PULSE,
-                 takes: Iterable[int] = MESSAGES) -> None:
-        self._opener = FrameDecoder(session.receive_key, takes)
-        super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key)
-        self.number = next(Link._numbers)
-        self.instance = session.peer_instance
-        self.role = session.peer_role
-        self.address = address
-        self.pulse = pulse
-        self.heard = self.said = now
-        self.on_purpose = False
-        self.stall = ''        # when it has broken: see stall_of
-        self._takes = takes
-        self.values: Optional[Values] = None   # the loop's, while attached
-        # Computation -> messages that go in parts, and those that have to stay behind them
-        self.later: Dict[str, Deque[Union[InParts, Results, Refused]]] = {}
-        self.unmade = 0    # bytes of `queued` that parts will be made of
-
-    def send(self, message: Any) -> None:
-        """Queue a message. Raises ValueError for one that is too large, before anything of it is
-        queued. One that is too large for a frame only goes in parts, and others overtake it: all
-        but what tells more of the same job, or that nothing more is told of the computation."""
-        if self.later and type(message) in (Results, Refused, Done) and self._stays_behind(message):
-            return
-        try:
-            buffers = self._sealer.seal(message)
-        except TooLarge as exc:
-            self._in_parts(message, exc)
-        else:
-            self.push(buffers)
-
-    def _stays_behind(self, message: Any) -> bool:
-        if type(message) is Done:
-            self.abandon(message.comp)
-            return False
-        waiting = self.later.get(message.comp)
-        if not waiting:
-            return False
-        if type(message) is Results:
-            serials = {row[0] for row in message.rows}
-            rows = [row for each in waiting if not isinstance(each, Refused)
-                    for row in ([each.row] if isinstance(each, InParts) else each.rows)]
-            if not any(row[0] in serials for row in rows):
-                return False
-        waiting.append(message)
-        return True
-
-    def goes_in_parts(self, message: Any) -> bool:
-        """Whether this message, of one row, was the last that was sent and goes in parts."""
-        if message.comp in self.later:
-            last = self.later[message.comp][-1]
-        else:
-            last = None
-        return isinstance(last, InParts) and last.message is message
-
-    def _in_parts(self, message: Any, exc: TooLarge) -> None:
-        """Raises `exc` for a message that cannot go so."""
-        if type(message) not in (Jobs, Results) or len(message.rows) != 1:
-            raise exc
-        whole = InParts(message)
-        if whole.total > VALUE_MOST:
-            raise TooLarge('%s with a value of %d bytes is over the limit of %d'
-                           % (type(message).__name__, whole.total, VALUE_MOST))
-        self.later.setdefault(message.comp, collections.deque()).append(whole)
-        self._count(whole.total)
-        if self.dirty is not None:
-            self.dirty.add(self)
-
-    def _count(self, size: int) -> None:
-        self.queued += size
-        self.unmade += size
-
-    def go_on(self) -> None:
-        """Make parts while the socket takes them."""
-        for _ in range(self.AT_ONCE):
-            for comp in list(self.later) if not self._out else ():
-                self._part(comp)
-            if self._out:
-                self.write()
-
-    def _part(self, comp: str) -> None:
-        """The next part of a computation's, or what stands behind the last."""
-        waiting = self.later[comp]
-        first = waiting[0]
-        if isinstance(first, InParts):
-            left = first.left
-            part = first.next()
-            if part is not None:
-                self.push(self._sealer.seal(part))
-                self._count(first.left - left)
-                return
-        else:
-            try:
-                self.push(self._sealer.seal(first))
-            except TooLarge as exc:
-                self._in_parts(first, exc)   # to the end, and from there to its place
-                waiting.rotate(1)
-                del waiting[1]
-                return
-        waiting.popleft()
-        if not waiting:
-            del self.later[comp]
-
-    def abandon(self, comp: str, serials: Optional[Iterable[int]] = None) -> List[int]:
-        """Do not send what is to go in parts for these serials and has not left; None: nothing that
-        waits of a computation. Returns the serials of what does not leave."""
-        waiting = self.later.get(comp, ())
-        if serials is None:
-            wanted = None
-        else:
-            wanted = set(serials)
-        unwanted = [each for each in waiting if isinstance(each, InParts)
-                    and (wanted is None or each.row[0] in wanted)]
-        for each in unwanted:
-            if each.left < each.total:
-                self.push(self._sealer.seal(Part(comp, (), 0, 0, b'')))
-            self._count(-each.left)
-        kept = collections.deque(each for each in waiting if each not in unwanted)
-        if kept and serials is not None:
-            self.later[comp] = kept
-        else:
-            self.later.pop(comp, None)
-        return [each.row[0] for each in unwanted]
-
-    @property
-    def owes(self) -> bool:
-        """Whether results are on their way in parts: a Bye would say that their jobs had never
-        begun."""
-        return any(isinstance(each, InParts) and len(each.row) == 7
-                   for waiting in self.later.values() for each in waiting)
-
-    def own_address(self) -> str:
-        """Of this end."""
-        return plain_address(self.sock.getsockname()[0])
-
-    def breaks(self, now: float) -> None:
-        self.stall = stall_of(self.sock, now - self.heard, self.pulse)
-
-    def close(self) -> None:
-        """As a channel, with what has come in part."""
-        super().close()
-        self.later.clear()
-        if self.values is not None:
-            self.values.drop(self.number)
-
-    @property
-    def opened(self) -> int:
-        """Frames that have been opened, or the number of the one that could not be used."""
-        return self._opener.opened
-
-    @property
-    def sent(self) -> int:
-        """Frames that were sent."""
-        return self._sealer.sealed
-
-    def messages(self, now: float) -> List[Any]:
-        """The messages that have come. Raises PeerError or LinkBroken; the link is of no use
-        then."""
-        messages = []
-        for head, body in self.read(now):
-            message = self._opener.open(head, body)
-            if type(message) is Part and self.values is not None:
-                takes: Any = self._takes
-                message = self.values.take(self.number, message, takes)
-                if message is None:
-                    continue
-            messages.append(message)
-        return messages
-
-
-def _payload_as_received(payload: Any) -> Any:
-    """A payload that an envelope may carry, as it is when it was received."""
-    if type(payload) is bytes:
-        return payload
-    if type(payload) is tuple:
-        return tuple(map(_payload_as_received, payload))
-    if type(payload) is pickle.PickleBuffer:
-        return payload.raw()
-    return payload
-
-
-def _jobs_as_received(message: Jobs) -> Tuple[Any, int]:
-    rows = message.rows
-    size = 0
-    for place, row in enumerate(rows):
-        payload = row[1]
-        if type(payload) is not bytes:
-            if rows is message.rows:   # which is the sender's
-                rows = list(rows)
-            payload = _payload_as_received(payload)
-            rows[place] = (row[0], payload, *row[2:])
-        size += size_of(payload)
-    if rows is not message.rows:
-        message = Jobs(message.comp, rows)
-    return message, size
-
-
-def _results_as_received(message: Results) -> Tuple[Any, int]:
-    rows = message.rows
-    size = 0
-    for place, row in enumerate(rows):
-        if type(row[PAYLOAD]) is type(row[STDOUT]) is type(row[STDERR]) is bytes:
-            size += len(row[PAYLOAD])
-            continue
-        if rows is message.rows:   # as above
-            rows = list(rows)
-        payloads = tuple(map(_payload_as_received, row[PAYLOAD:]))
-        rows[place] = (*row[:PAYLOAD], *payloads)
-        size += sum(map(size_of, payloads))
-    if rows is not message.rows:
-        message = Results(message.comp, rows)
-    return message, size
-
-
-def _compute_as_received(message: Compute) -> Tuple[Any, int]:
-    spec = dict(message.spec, code=_payload_as_received(message.spec['code']),
-                setup_args=_payload_as_received(message.spec['setup_args']))
-    size = sum(map(size_of, (spec['code'], spec['setup_args'], *spec['support'].values())))
-    return Compute(message.comp, spec), size
-
-
-def _data_as_received(message: Any) -> Tuple[Any, int]:
-    data = _payload_as_received(message.data)
-    return message._replace(data=data), size_of(data)
-
-
-class MemoryLink(Link):
-    """One end of a link whose other end is in the same loop: messages are handed over as objects,
-    and payloads as the same buffers. There is nothing to encode or to authenticate.
-
-    A message waits until the other side takes it, so that it is never handled in its sender's turn,
-    and neither side changes it from then on. What is too large for any link is refused here, too.
-    There are no pulses: neither side can be away.
-    """
-    # Message -> what makes of it what a socket would have brought, with its bytes
-    _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
-        Jobs: _jobs_as_received,
-        Results: _results_as_received,
-        Compute: _compute_as_received,
-        FilePiece: _data_as_received,
-        Output: _data_as_received,
+        path = os.path.join(root, 'lock')
+        with open_regular(path) as file:
+            return file.read(4) == b'PID '  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return False
+
+
+def _is_ours(name: str, *beginnings: str) -> bool:
+    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name
+    of a computation."""
+    if not (name.startswith(beginnings) and bool(name[2:])):
+        return False
+    return is_comp(name[2:])
+
+
+def _notes_of(data: Buffer) -> List[str]:
+    """What a runner has to say when it is up. Raises PeerError."""
+    notes = open_envelope(data)
+    if type(notes) is not list or not all(type(note) is str for note in notes):
+        raise PeerError('notes that are none')
+    return [shorten(note, NAME_MOST) for note in notes[:100]]
+
+
+def _keep(body: memoryview) -> Buffer:
+    """A body of a record for keeping: small ones on their own, so that they do not hold a whole
+    batch in memory."""
+    if len(body) < OUT_OF_BAND:
+        return bytes(body)
+    return body
+
+
+def shortage(exc: BaseException) -> str:
+    """Why a process could not be made, with the limit that was met and what raises it."""
+    number = getattr(exc, 'errno', None)
+    limits = {
+        errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
+        errno.EAGAIN: (
+            'RLIMIT_NPROC',
+            'no more processes: limit %s; raise it with ulimit -u, or pids.max of the cgroup')
     }
-    SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
-
-    def __init__(self, instance: bytes, role: int, now: float) -> None:
-        """Of the other side. There is no socket, so that nothing of `Link` is set up."""
-        self.sock: Any = None
-        self.number = next(Link._numbers)
-        self.instance = instance
-        self.role = Role(role)
-        self.address = '127.0.0.1'
-        self.pulse = math.inf
-        self.heard = self.said = now
-        self.queued = self.unmade = self.bytes_out = self.bytes_in = self.interest = 0
-        self.paused = self.on_purpose = False
-        self.stall = ''
-        self.owner = self.dirty = self.values = None
-        self.later = {}
-        self.other: 'MemoryLink' = self
-        self._queue: Deque[Tuple[Any, int]] = collections.deque()
-        self._taken = self._handed = 0
-        self._is_over = False      # the other end was closed
-
-    @classmethod
-    def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
-        """The node's end, and the client's, of instances that are called so."""
-        of_node = cls(client, Role.CLIENT, now)
-        of_client = cls(node, Role.NODE, now)
-        of_node.other = of_client
-        of_client.other = of_node
-        return of_node, of_client
-
-    def send(self, message: Any) -> None:
-        """Hand a message over. Raises TooLarge."""
-        kind = type(message)
-        size = self.SMALL_SIZE
-        if kind in self._MADE:
-            message, size = self._MADE[kind](message)
-            if kind in (Jobs, Results) and len(message.rows) == 1:
-                most = VALUE_MOST
-            else:
-                most = MESSAGES[OPS[kind]][1]
-            if size > most:
-                raise TooLarge('%s of %d bytes is over the limit of %d'
-                               % (kind.__name__, size, most))
-        self.other._queue.append((message, size))
-        self.queued += size
-        self.bytes_out += size
-        self._handed += 1
-
-    @property
-    def has_messages(self) -> bool:
-        """Whether there is something to take."""
-        return bool(self._queue or self._is_over) and self.dirty is not None and not self.paused
-
-    def messages(self, now: float) -> List[Any]:
-        if not self._queue and self._is_over:
-            raise LinkBroken('the connection was closed')
-        taken = self._queue
-        self._queue = collections.deque()
-        size = sum(size for _, size in taken)
-        self.other.queued -= size
-        self.bytes_in += size
-        self._taken += len(taken)
-        self.heard = now
-        return [message for message, _ in taken]
-
-    @property
-    def opened(self) -> int:
-        return self._taken
-
-    @property
-    def sent(self) -> int:
-        return self._handed
-
-    @property
-    def wants_write(self) -> bool:
-        return False
-
-    def own_address(self) -> str:
-        return self.address
-
-    def goes_in_parts(self, message: Any) -> bool:
-        return False
-
-    def write(self) -> None:
-        """All is there."""
-
-    def drain(self, seconds: float) -> None:
-        """As above."""
-
-    def breaks(self, now: float) -> None:
-        """There is no network to blame."""
-
-    def close(self) -> None:
-        """The other end takes what was handed to it, and then its end."""
-        self._queue.clear()
-        self.other._is_over = True
-
-
-_CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
-
-
-class Pipe(Channel):
-    """A channel to a process on this host that carries records."""
-
-    def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
-        self._records = RecordBuffer(FROM_WORKER if worker else FROM_RUNNER)
-        super().__init__(sock, self._records)
-        self.comp = comp
-        self.worker = worker
-        self.pid = 0     # of the process that wrote first, as the kernel tells it
-        self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
-        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-
-    def receive(self, room: memoryview) -> int:
-        if not self._asks:
-            return super().receive(room)
-        count, ancillary, _, _ = self.sock.recvmsg_into([room],
-                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
-        for level, kind, body in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(
-                    body) >= _CREDENTIALS.size:
-                self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
-                self._asks = False
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-        return count
-
-    @property
-    def is_large(self) -> bool:
-        """Whether what comes now is large."""
-        return self._records.coming > LAZY
-
-    def records(self, now: float) -> List[Record]:
-        """The records that have come. Raises LinkBroken."""
-        return [RecordBuffer._record(head, body) for head, body in self.read(now)]
-
-
-class Faults:
-    """Counts the faults of a loop for which nothing that it serves was to blame."""
-    # Faults, s
-    MOST = 50
-    WITHIN = 1.0
-
-    def __init__(self) -> None:
-        self._times: Deque[float] = collections.deque(maxlen=self.MOST)
-
-    def are_many(self, now: float) -> bool:
-        """Count one more; whether MOST have come within the last WITHIN seconds."""
-        self._times.append(now)
-        return len(self._times) == self.MOST and now - self._times[0] < self.WITHIN
-
-
-# Frames with a job or result that could not be used, after which it is ended
-REFUSED_MOST = 3
-FRAMES_NOTED = 64             # of jobs or results, the last ones sent on a link
-NOTED = 1 << 20               # bytes of a frame of results from which it is noted what was in it
-
-
-class Refusals:
-    """Frames of jobs or results that went into links, so that it is known what was in one that the
-    other side could not use. After REFUSED_MOST such frames a job is ended, or its result is told
-    as lost: it would not come through the next time either."""
-
-    def __init__(self) -> None:
-        # link -> (numbers of the first and the last frame, computation, serials), the last of them
-        self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
-        # (computation, job number) -> frames
-        self._counts: Dict[Tuple[str, int], int] = collections.Counter()
-
-    def sent(self, link: Link, frame: Any) -> None:
-        """A frame of jobs or results was sent."""
-        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
-        first = last = link.sent - 1
-        if link.later and link.goes_in_parts(frame):   # some time among others
-            first = link.sent
-            last = link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
-        frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
-
-    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
-        """The other side cannot use this frame. Returns (computation, serial) of what is to be
-        ended for it."""
-        over = []
-        for first, last, comp, serials in self._sent.get(link.number, ()):
-            for serial in serials if first <= number <= last else ():
-                self._counts[comp, job_number(serial)] += 1
-                if self._counts[comp, job_number(serial)] >= REFUSED_MOST:
-                    del self._counts[comp, job_number(serial)]
-                    over.append((comp, serial))
-        return over
-
-    def forget(self, link: Link) -> None:
-        """A link has ended."""
-        self._sent.pop(link.number, None)
-
-
-class Loop:
-    """One thread, a selector, and everything that thread owns. Other threads only call `post`.
-
-    A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`,
-    `next_timer`. `turn()` does one round, `run()` repeats it until `stop()`.
-
-    An exception that nobody expected ends what it concerns, which the subclass finds out in
-    `on_fault`, and the loop goes on. A loop that fails many times within a second, without
-    anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
-    """
-    log = logger
-    PARTING = 0.0    # s that an end on purpose waits for room for its last words
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.now = clock()
-        self.links: Dict[int, Link] = {}
-        self._selector = selectors.DefaultSelector()
-        self._inbox: Deque[Any] = collections.deque()
-        self._dirty: Set[Channel] = set()
-        # At the end of this turn
-        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
-        self._signalled = False
-        self._waits = True         # or is about to: who posts has to wake it
-        self._wakes_on_signals = False
-        self._ended = False
-        self._faults = Faults()
-        self.values = Values('here', self.log)   # that come in parts
-        self._again = False        # a turn failed, and what it had to do may not be done
-        self._failed = ''          # why this loop cannot go on
-        self.refusals = Refusals()
-        # How each action of the state is carried out
-        self._acts: Dict[type, Callable[[Any], None]] = {}
-        self._pulse_at = 0.0
-        self._waker, self._wakened = socket.socketpair()
-        for sock in (self._waker, self._wakened):
-            sock.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ, self._drain_wakeups)
-
-    # -- to be said by the subclass ----------------------------------------------------------------
-
-    def on_event(self, event: Any) -> None:
-        """Something was posted."""
-        raise NotImplementedError
-
-    def on_channel(self, channel: Any) -> None:
-        """A channel can be read. May raise LinkBroken, PeerError or OSError, which come back as
-        `on_broken`."""
-        raise NotImplementedError
-
-    def on_broken(self, channel: Any, text: str) -> None:
-        """A channel is of no use any more; it is detached and closed already."""
-        raise NotImplementedError
-
-    def on_silent(self, link: 'Link') -> None:
-        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it
-        lasts."""
-
-    def second_failed(self, second: 'SecondConnection', link: Optional['Link']) -> None:
-        """Another connection beside this link could not be made. If the link is silent still, the
-        next one is tried."""
-        if second.ended(self.now) and link is not None and self.is_silent(link):
-            self.on_silent(link)
-
-    def end_of_turn(self) -> None:
-        """After all that was read and posted: decide and send."""
-
-    def next_timer(self) -> Optional[float]:
-        """When there will be something to do at the latest, monotonic."""
-        return None
-
-    def on_fault(self, subject: Any, text: str) -> bool:
-        """An unexpected exception was raised while `subject`, a channel, an event or an action, was
-        handled. End what it concerns; whether there was such a thing."""
-        if isinstance(subject, Channel):
-            self._break(subject, text)
-            return True
-        sock = getattr(subject, 'sock', None)
-        if sock is not None:   # of a connection that has just come about
-            sock.close()
-        return sock is not None
-
-    # -- any thread --------------------------------------------------------------------------------
-
-    def post(self, event: Any) -> None:
-        """Hand an event to the loop's thread. Any thread, also from a signal handler."""
-        self._inbox.append(event)
-        self.wake_up()
-
-    def wake_up(self) -> None:
-        """End the wait of a turn, after something was put where the loop looks before it waits. A
-        loop that does not wait looks there by itself. Any thread."""
-        if self._waits and not self._signalled:
-            self._signalled = True
-            try:
-                self._waker.send(b'\0')
-            except (BlockingIOError, OSError):
-                # Full: it wakes anyway; closed: nobody is left to hear
-                self._signalled = not self._ended
-                if self._ended:
-                    self._close_late()
-
-    def _close_late(self) -> None:
-        """Close the connections that nobody takes any more. Any thread."""
-        for event in list(self._inbox):
-            if hasattr(event, 'sock'):
-                event.sock.close()
-
-    # -- the loop's thread -------------------------------------------------------------------------
-
-    def wake_on_signals(self) -> None:
-        """Let every signal end the wait of a turn, so that its handler runs at once. Without this
-        a signal that comes just before the wait begins is not seen until something else ends the
-        wait; on Windows no signal ends it. For a process whose main thread runs this loop."""
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._wakes_on_signals = True
-
-    def attach(self, channel: Channel) -> None:
-        """Own a channel from now on."""
-        channel.dirty = self._dirty
-        if channel.sock is not None:
-            channel.interest = selectors.EVENT_READ
-            self._selector.register(channel.sock, channel.interest, channel)
-        if isinstance(channel, Link) and channel.owner is None:
-            self.links[channel.number] = channel
-            channel.values = self.values
-            self.set_pulse(channel, channel.pulse)
-            self._bound(channel)
-        if channel.wants_write:
-            self._dirty.add(channel)
-
-    def _bound(self, link: 'Link') -> None:
-        """Where only select() can wait for sockets, which is on Windows, it cannot for more than
-        512, and the loop would end. The link is ended, and both sides are told why."""
-        if isinstance(self._selector, selectors.SelectSelector) and len(
-                self._selector.get_map()) > SELECT_MOST:
-            text = 'there are more than %d connections, which this system cannot wait for' \
-                % SELECT_MOST
-            self.send(link, Bye(text))
-            self._later_broken.append((link, text))
-
-    def set_pulse(self, link: 'Link', pulse: float) -> None:
-        """The other side gives a link up when it hears nothing for several of these."""
-        link.pulse = pulse
-        if self._pulse_at:
-            self._pulse_at = min(self._pulse_at, self.now + pulse / 2)
-        else:
-            self._pulse_at = 0.0
-
-    def detach(self, channel: Channel) -> None:
-        """Let go of a channel and close it. Does nothing the second time."""
-        if channel.dirty is not None:
-            channel.dirty = None
-            if channel.interest:
-                self._selector.unregister(channel.sock)
-            self._dirty.discard(channel)
-            channel.close()
-            if isinstance(channel, Link):
-                self.links.pop(channel.number, None)
-                self.refusals.forget(channel)
-
-    def add_reader(self, sock: Any, call: Callable[[], None]) -> None:
-        """Call when a listening socket has something."""
-        self._selector.register(sock, selectors.EVENT_READ, call)
-
-    def remove_reader(self, sock: Any) -> None:
-        """Watch a socket no more."""
-        self._selector.unregister(sock)
-
-    def send(self, link: Link, message: Any) -> None:
-        """Send a message on a link, if it is still there. Never raises: a message that cannot be
-        sent breaks its link, and what may become too large is cut where it comes into being."""
-        if link.dirty is not None:
-            link.said = self.now
-            before = link.queued
-            try:
-                link.send(message)
-                if link.queued - before >= NOTED and type(message) is Results:
-                    self.refusals.sent(link, message)
-            except Exception as exc:  # it is too large, or holds what cannot be packed
-                self.log.error('%s for %s cannot be sent: %s',
-                               type(message).__name__, link.address, exc)
-                self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
-
-    def unsaid(self, link: Link, message: Any, text: str) -> None:
-        """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
-        otherwise the other side waits in vain, and the link is of no use any more."""
-        if type(message) is Return and not message.error:
-            self.send(link, message._replace(error=('ValueError', text[:NAME_MOST]), value=None))
-        else:
-            self._later_broken.append((link, text))
-
-    def disconnect(self, link: Link, text: str) -> None:
-        """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
-        if not link.owes:
-            self.send(link, Bye(text[:1000]))
-        with contextlib.suppress(OSError):   # it is closed all the same
-            link.drain(self.PARTING)
-        self.detach(link)
-
-    def run(self) -> None:
-        """Turn after turn until `stop`."""
-        while not self._ended:
-            self.turn()
-        if self._failed:
-            raise LoopFailed(self._failed)
-
-    def stop(self) -> None:
-        """Make `run` return after this turn."""
-        self._ended = True
-
-    def turn(self, timeout: Optional[float] = None) -> None:
-        """One round: wait, read, take events, decide, write."""
-        # Set before `_patience` looks at what was posted: who posts after that sees it
-        self._waits = True
-        ready = self._selector.select(self._select_timeout(timeout))
-        self._waits = False
-        for key, mask in ready:
-            self.now = self.clock()
-            if callable(key.data):
-                self.guard(None, key.data)
-            elif key.data.dirty is not None:   # not detached meanwhile
-                self._handle_io(key.data, mask)
-        self.now = self.clock()
-        self.take_events(len(self._inbox))
-        if self.links and self.now >= self._pulse_at:
-            self.guard(None, self._send_heartbeats)
-        try:
-            self.end_of_turn()
-        except Exception as exc:  # as in `guard`; this is done for each job that comes alone
-            self.fault(None, exc)
-        while self._later_broken:
-            self._break(*self._later_broken.popleft())
-        for channel in list(self._dirty):
-            self._write(channel)
-
-    def take_events(self, count: int) -> None:
-        """Handle that many of what was posted."""
-        for _ in range(count):
-            event = self._inbox.popleft()
-            try:
-                self.on_event(event)
-            except Exception as exc:  # as in `guard`, whose call every event would pay
-                self.fault(event, exc)
-
-    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
-        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
-        try:
-            call(*args)
-        except Exception as exc:  # whatever it is, others are served all the same
-            self.fault(subject, exc)
-
-    def _act(self, actions: List[Any]) -> None:
-        """Carry out what the state has decided, by the table of the loop."""
-        for action in actions:
-            try:
-                self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
-                self.fault(action, exc)
-
-    def fault(self, subject: Any, exc: BaseException, owner: Any = None) -> None:
-        """Log an unexpected exception and end what it concerns: `owner` finds that out, a part of
-        this loop, or that of the channel which is the subject."""
-        if subject is not None:
-            name = type(subject).__name__
-        else:
-            name = 'a turn'
-        self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
-        concerned = False
-        judge = owner or getattr(subject, 'owner', None) or self
-        try:
-            concerned = judge.on_fault(
-                subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
-        except Exception:  # one more; the first stands in the log already
-            self.log.exception('a fault of dispy while it ended what the last one concerned')
-        self._again = self._again or not concerned
-        if not concerned and self._faults.are_many(self.clock()):
-            self._failed = '%d faults within %g s, the last of them %s: %.500s' % (
-                Faults.MOST, Faults.WITHIN, type(exc).__name__, exc)
-            self.stop()
-
-    def _select_timeout(self, timeout: Optional[float]) -> Optional[float]:
-        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8
-        days."""
-        if self._inbox or self._again:
-            self._again = False
-            return 0
-        if timeout is None:
-            wait = LONGEST_SLEEP
-        else:
-            wait = min(timeout, LONGEST_SLEEP)
-        try:
-            when = self.next_timer()
-        except Exception as exc:
-            self.fault(None, exc)
-            return 0
-        for time_of in (when, self._pulse_at if self.links else None):
-            if time_of is not None:
-                wait = min(wait, time_of - self.clock())
-        return max(0.0, wait)
-
-    def receive(self, channel: Channel) -> None:
-        """Handle what has come on a channel that the selector does not know."""
-        self._handle_io(channel, selectors.EVENT_READ)
-
-    def _drain_wakeups(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wakened.recv(4096)
-        self._signalled = False
-
-    def _handle_io(self, channel: Channel, mask: int) -> None:
-        try:
-            if mask & selectors.EVENT_READ:
-                (channel.owner or self).on_channel(channel)
-            if mask & selectors.EVENT_WRITE:
-                self._dirty.add(channel)
-        except (LinkBroken, OSError) as exc:
-            self._break(channel, str(exc) or type(exc).__name__)
-        except PeerError as exc:
-            self._refuse_link(channel, str(exc))
-        except MemoryError:
-            self._refuse_link(channel, NO_MEMORY)
-        except Exception as exc:  # of the channel, which is ended for it
-            self.fault(channel, exc)
-
-    def _refuse_link(self, channel: Channel, text: str) -> None:
-        """What came cannot be used. The other side is told, so that it does not connect and send
-        the same at once."""
-        if isinstance(channel, Link) and channel.dirty is not None:
-            self.log.error('what %s has sent cannot be used: %s', channel.address, text)
-            Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
-            with contextlib.suppress(OSError):   # it is broken all the same
-                channel.write()
-        self._break(channel, text)
-
-    def _write(self, channel: Channel) -> None:
-        try:
-            channel.write()
-            if channel.later:
-                channel.go_on()
-        except OSError as exc:
-            # The other side may have said why it goes
-            self._handle_io(channel, selectors.EVENT_READ)
-            self._break(channel, str(exc))
-            return
-        except Exception as exc:  # as above
-            self.fault(channel, exc)
-            return
-        self._dirty.discard(channel)
-        self.interest(channel)
-
-    def interest(self, channel: Channel) -> None:
-        """Bring the selector up to what the channel waits for."""
-        wanted = (0 if channel.paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE
-                                                                    if channel.wants_write else 0)
-        if wanted == channel.interest or channel.dirty is None or channel.sock is None:
-            return
-        if not channel.interest:
-            self._selector.register(channel.sock, wanted, channel)
-        elif not wanted:
-            self._selector.unregister(channel.sock)
-        else:
-            self._selector.modify(channel.sock, wanted, channel)
-        channel.interest = wanted
-
-    def _break(self, channel: Channel, text: str) -> None:
-        if channel.dirty is not None:
-            channel.breaks(self.now)
-            self.detach(channel)
-            self.guard(None, (channel.owner or self).on_broken, channel, text)
-
-    break_link = _break    # for the parts
-
-    def _send_heartbeats(self) -> None:
-        """Signs of life on idle links, and an end to silent ones."""
-        # This process was stopped, or the machine slept: nobody else was silent for it
-        late = self.now - self._pulse_at
-        if self._pulse_at and late > min(link.pulse for link in self.links.values()):
-            for link in self.links.values():
-                link.heard = min(self.now, link.heard + late)
-        for link in list(self.links.values()):
-            if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
-                self._break(link, 'nothing was heard for %.0f s' % (self.now - link.heard))
-                continue
-            if self.is_silent(link):
-                self.on_silent(link)
-            if self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
-                self.send(link, Pulse())
-        self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
-
-    def is_silent(self, link: 'Link') -> bool:
-        """Whether a second connection is to be tried while this one still counts."""
-        return self.now - link.heard > PULSES_SILENT * link.pulse and not link.paused
-
-    def close(self) -> None:
-        """Close all that is owned."""
-        self._ended = True
-        self._waits = True        # who posts from now on finds the waker closed
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, Channel):
-                self.detach(key.data)
-        self._selector.close()
-        if self._wakes_on_signals:
-            self._wakes_on_signals = False
-            signal.set_wakeup_fd(-1)
-        self._waker.close()
-        self._wakened.close()
-        self._signalled = False   # who posts from now on sees that this has ended
-        self._close_late()
-
-
-class Authenticated(NamedTuple):
-    """A peer has proved itself. Posted by a gate."""
-    sock: socket.socket
-    session: Session
-    address: str
-
-
-class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Accepts connections on one address; each has its TLS and handshake in a thread of its own,
-    bounded by a HandshakeLimiter. A loop watches the listening socket and calls `on_readable`."""
-    daemon_threads = True
-    allow_reuse_address = os.name != 'nt'
-    request_queue_size = 128
-    timeout = 0      # handle_request returns when nobody is there any more
-
-    def __init__(self,
-                 address: Tuple[str, int],
-                 psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
-                 role: Role,
-                 allowed: Sequence[Role],
-                 instance: bytes,
-                 deliver: Callable[[Authenticated], None],
-                 certfile: Optional[str] = None,
-                 keyfile: Optional[str] = None,
-                 cafile: Optional[str] = None,
-                 patience: float = HANDSHAKE_TIME,
-                 refused: Callable[[str, str], None] = lambda address, text: None) -> None:
-        self._patience = patience   # s for TLS and handshake
-        # Told when it is logged that somebody was turned away; in the connection's thread
-        self._refused = refused
-        self._psk = psk
-        self._role = role
-        self._allowed = tuple(allowed)
-        self._instance = instance
-        self._deliver = deliver
-        if certfile:
-            self._tls = tls_context(True, certfile, keyfile, cafile)
-        else:
-            self._tls = None
-        if certfile:
-            self._binding = certificate_digest(certfile)
-        else:
-            self._binding = NO_TLS
-        # The lock guards the keeper
-        self._keeper = HandshakeLimiter()
-        self._lock = threading.Lock()
-        # Handshakes by the ids of their sockets, in order
-        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}
-        self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
-        self._spare = os.open(os.devnull, os.O_RDONLY)
-        # All addresses of this host, IPv4 and IPv6
-        self._both = not address[0] and socket.has_dualstack_ipv6()
-        if ':' in address[0] or self._both:
-            self.address_family = socket.AF_INET6
-        else:
-            self.address_family = socket.AF_INET
-        super().__init__(address, None)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        """As socketserver's, without its look-up of the host's name."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
-        super().server_bind()
-
-    def on_readable(self) -> None:
-        """Somebody is there. The loop's thread."""
-        self.handle_request()
-
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that
-        it does not stand in the queue and keep the loop awake."""
-        try:
-            sock, where = super().get_request()
-            return sock, (address_in(where), *where[1:])
-        except OSError as exc:
-            if exc.errno in (errno.ENFILE, errno.EMFILE):
-                if self._spare >= 0:
-                    os.close(self._spare)
-                self._spare = -1
-                with contextlib.suppress(OSError):
-                    super().get_request()[0].close()
-                self._spare = os.open(os.devnull, os.O_RDONLY)
-                logger.error('no file descriptor is left for a new connection')
-            raise
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether this address may begin a handshake."""
-        address = client_address[0]
-        victim = None
-        with self._lock:
-            now = time.monotonic()
-            if self._keeper.is_shut(address, now):
-                return False
-            if not self._keeper.admit(address, now):
-                number = self._keeper.make_way(address,
-                                               [(number, other)
-                                                for number, (other, _) in self._under_way.items()])
-                if number is None:
-                    return False
-                _, victim = self._under_way.pop(number)
-            # A descriptor of our own to it: TLS takes the socket's away.
-            if self._tls:
-                handle = socket.socket(fileno=os.dup(request.fileno()))
-            else:
-                handle = request
-            self._under_way[id(request)] = (address, handle)
-        if victim is not None:
-            with contextlib.suppress(OSError):   # it has ended meanwhile
-                victim.shutdown(socket.SHUT_RDWR)
-            if self._tls:
-                victim.close()
-        return True
-
-    def _is_over(self, request: Any) -> None:
-        """A handshake is over. With the lock held."""
-        _, handle = self._under_way.pop(id(request), ('', None))
-        if handle is not None and handle is not request:
-            handle.close()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread."""
-        try:
-            super().process_request(request, client_address)
-        except BaseException:   # no thread could be started: its place is free again
-            with self._lock:
-                self._is_over(request)
-                self._keeper.leave(client_address[0])
-            raise
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Carry out TLS and handshake. Runs in the connection's own thread."""
-        address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
-        deadline = time.monotonic() + self._patience
-        sock = request
-        try:
-            set_tcp_options(request)
-            request.settimeout(self._patience)
-            if self._tls:
-                sock = self._tls.wrap_socket(request, server_side=True)
-            else:
-                sock = request
-            session = handshake_accept(sock, self._psk, self._role, self._allowed, self._instance,
-                                       self._binding, deadline)
-            proved = True
-            self._kept.add(id(request))
-            self._deliver(Authenticated(sock, session, address))
-        except HandshakeError as exc:
-            if isinstance(exc, Silence):
-                proved = None
-            else:
-                proved = False
-            self._log(address, str(exc))
-        except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
-            self._log(
-                address,
-                tls_text(exc) if is_of_tls(exc) else str(exc) or 'it hung up')
-        finally:
-            if not proved:
-                sock.close()   # under TLS not the one that socketserver knows
-            with self._lock:
-                self._is_over(request)
-                self._keeper.done(address, proved, time.monotonic())
-
-    def _log(self, address: str, text: str) -> None:
-        with self._lock:
-            may = self._keeper.may_log(address, time.monotonic())
-        if may:
-            text = '%s (port %d)' % (text, self.server_address[1])
-            logger.warning('%s was turned away: %s', address, text)
-            self._refused(address, text)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Called when the handshake is over, whatever came of it."""
-        if id(request) in self._kept:
-            self._kept.discard(id(request))
-        else:
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A thread of ours failed: our own fault, to be seen."""
-        logger.exception('accepting %s failed', client_address[0])
-
-    def server_close(self) -> None:
-        """Stop listening."""
-        super().server_close()
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
-
-
-def dial(host: str,
-         port: int,
-         psk: bytes,
-         role: Role,
-         wanted: Role,
-         instance: bytes,
-         tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None,
-         patience: float = HANDSHAKE_TIME,
-         allowed: Optional[Callable[[str], bool]] = None,
-         segment: int = 0) -> Authenticated:
-    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls`
-    is a context of `tls_context`; `note` is told each socket as it is made, so that another thread
-    can shut it down; `patience` is for the connection, and again for the handshake. If `segment` is
-    given, packets carry at most so many bytes in both directions. Raises HandshakeError or OSError;
-    `dial_text` says it in words."""
-    failure: OSError = OSError('it has no address')
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
-        if allowed is not None and not allowed(str(address[0])):
-            failure = OSError(
-                'its address is none that may be connected to from here (--allow-nodes of the '
-                'dispyscheduler)'
-            )
-            continue
-        sock: Any = socket.socket(family, kind, protocol)
-        note(sock)
-        try:
-            sock.settimeout(patience)
-            if segment:
-                set_option(sock, socket.IPPROTO_TCP, 'TCP_MAXSEG', segment)
-            sock.connect(address)
-            break
-        except OSError as exc:
-            failure = exc
-            sock.close()
-    else:
-        if isinstance(failure, socket.timeout):
-            raise Silence('%s %g s' % (NO_ANSWER, patience)) from failure
-        raise failure
-    try:
-        set_tcp_options(sock)
-        binding = NO_TLS
-        deadline = time.monotonic() + patience
-        if tls is not None:
-            sock = _dial_tls(sock, tls)
-            note(sock)
-            binding = hashlib.sha256(sock.getpeercert(True)).digest()
-        session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
-        return Authenticated(sock, session, address_in(sock.getpeername()))
-    except Silence as exc:
-        sock.close()
-        raise Silence('%s %g s' % (NO_ANSWER, patience)) from exc
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _dial_tls(sock: socket.socket, tls: Any) -> Any:
-    try:
-        return tls.wrap_socket(sock)
-    except OSError as exc:   # ssl.SSLError is one
-        raise HandshakeError(tls_text(exc)) from exc
-
-
-class Unreached(enum.Enum):
-    """What came of an attempt to reach a peer that has failed."""
-    DOWN = 'down'                    # its host is there, and nothing listens at the port
-    UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
-    NO_SUCH_NAME = 'no such name'
-    NAME_SERVICE = 'no name service'   # nobody says what address the name has
-    # Somebody is there who does not let us in, or whom we do not trust
-    REFUSED = 'refused'
-
-    def __str__(self) -> str:
-        return self.value  # type: ignore[no-any-return]
-
-
-NAME_SERVICE_FAILS = frozenset((socket.EAI_AGAIN, socket.EAI_FAIL))
-NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN))
-
-
-def dial_text(exc: BaseException) -> str:
-    """Why no connection came about."""
-    if isinstance(exc, ConnectionRefusedError):
-        return 'nothing listens there'
-    if isinstance(exc, socket.gaierror):
-        if exc.errno in NAME_SERVICE_FAILS:
-            return 'its name does not resolve, because the name service does not answer (%s)' % exc.strerror
-        return 'its name does not resolve'
-    if isinstance(exc, UnicodeError):
-        return 'its name is none that a host can have: %s' % exc
-    if isinstance(exc, socket.timeout):
-        return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
-    # With TLS 1.3 a rejected certificate comes to light in the handshake
-    if is_of_tls(exc):
-        return tls_text(exc)
-    if isinstance(exc, OSError) and exc.errno in NO_WAY:
-        return 'it cannot be reached: %s' % exc.strerror
+    if number in limits:
+        name, text = limits[number]
+        return text % _limit_of(name)
+    if number == errno.ENOSPC:
+        return 'no more room or no more files on the disk: %s' % exc
+    if number == errno.ENOMEM:
+        return 'no more memory'
+    if isinstance(exc, MemoryError):
+        return 'no more memory'
     return str(exc)
 
 
-def told_once(text: str) -> str:
-    """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
-    waited for it."""
-    if text.startswith(NO_ANSWER):
-        return NO_ANSWER
-    return text
-
-
-def why_unreached(exc: BaseException) -> Unreached:
-    """Return why no connection came about, as one of few cases."""
-    if isinstance(exc, ConnectionRefusedError):
-        return Unreached.DOWN
-    if isinstance(exc, UnicodeError):
-        return Unreached.NO_SUCH_NAME
-    if isinstance(exc, socket.gaierror):
-        if exc.errno in NAME_SERVICE_FAILS:
-            return Unreached.NAME_SERVICE
-        return Unreached.NO_SUCH_NAME
-    if (isinstance(exc, HandshakeError)
-            and not isinstance(exc, Silence)) or is_of_tls(exc):
-        return Unreached.REFUSED
-    return Unreached.UNREACHABLE
-
-
-class Connected(NamedTuple):
-    """`peer` was reached. Posted by the thread of a Reconnector."""
-    peer: Any
-    sock: Any
-    session: Session
-    address: str
-
-
-class ConnectFailed(NamedTuple):
-    """`peer` was not reached. Posted by the thread of a Reconnector."""
-    peer: Any
-    text: str
-    why: Unreached = Unreached.UNREACHABLE
-
-
-class Reconnector:
-    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait is
-    twice as long. The loop's thread.
-
-    After the end of a connection the jobs that are there are lost if there is no other within
-    PULSES_LOST pulses. As long, attempts are short and one follows the other after a pulse at most:
-    one that was begun during a cut may never be answered, even when the cut is over, and what
-    follows it finds that out at once.
-    """
-
-    def __init__(self, first: float, most: float) -> None:
-        self._first = first
-        self._most = most
-        self._wait = first
-        self.due: Optional[float] = 0.0    # when to begin, None: not to begin
-        self._flaps = 0                    # links in a row that ended at once
-        self._hurry_until = -math.inf      # attempts are short and frequent
-        self._attempt: Optional[_Connecting] = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a thread is at it."""
-        return self._attempt is not None
-
-    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
-                                                                            Authenticated]) -> None:
-        """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
-        posted with `peer`."""
-        self.due, self._attempt = None, _Connecting(post, peer, reach)
-        try:
-            self._attempt.thread.start()
-        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
-            self._attempt = None
-            post(ConnectFailed(peer, 'no thread could be started: %s' % exc))
-
-    def ended(self) -> None:
-        """Its event has come."""
-        self._attempt = None
-
-    def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
-        """It failed, or the link that came of it ended after `lived` seconds: once more, later.
-        With each connection that was made the wait begins anew, unless several in a row have ended
-        at once."""
-        if lived:
-            if lived > FLAP_TIME:
-                self._flaps = 0
-            else:
-                self._flaps = self._flaps + 1
-            self._hurry_until = -math.inf
-            if self._flaps < FLAPS:
-                self._wait = self._first
-                self._hurry_until = now + PULSES_LOST * pulse
-        self.due = now + (min(self._wait, pulse) if now < self._hurry_until else self._wait)
-        self._wait = min(2 * self._wait, self._most)
-
-    def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
-        """S that an attempt waits for an answer. As long as jobs may be lost meanwhile that is a
-        pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
-        if now >= self._hurry_until:
-            return HANDSHAKE_TIME
-        return min(HANDSHAKE_TIME, max(1.0, pulse, TRIPS * trip))
-
-    def abort(self, waits: bool = False) -> None:
-        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and
-        nothing comes of it. With `waits` it is waited for even so, as it starts a process that it
-        has to see to."""
-        if self._attempt is not None:
-            self._attempt.abort(waits)
-
-
-class _Connecting:
-    """One attempt of a Reconnector, which has a thread of its own."""
-
-    def __init__(self, post: Callable[[Any], None], peer: Any,
-                 reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
-        self._post = post
-        self._peer = peer
-        self._reach = reach
-        self._lock = threading.Lock()   # guards the two below
-        self._sock: Any = None
-        self._aborted = False
-        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
-
-    def _work(self) -> None:
-        try:
-            found = self._reach(self._note)
-        except (DispyError, OSError, ValueError, RuntimeError) as exc:
-            # Runtime: no process at interpreter's exit
-            self._post(ConnectFailed(self._peer, dial_text(exc), why_unreached(exc)))
-        else:
-            self._post(Connected(self._peer, *found))
-
-    def _note(self, sock: Any) -> None:
-        with self._lock:
-            self._sock = sock
-            if not self._aborted:
-                return
-        sock.close()
-        raise OSError('given up')
-
-    def abort(self, waits: bool) -> None:
-        """End it, and wait for its end if it has come so far that it can be woken."""
-        with self._lock:
-            self._aborted = True
-            sock = self._sock
-        if sock is not None:
-            with contextlib.suppress(OSError):   # not connected yet, or not any more
-                sock.shutdown(socket.SHUT_RDWR)
-        if sock is not None or waits:
-            self.thread.join(HANDSHAKE_TIME)
-
-
-class SecondConnection:
-    """A second connection to a peer whose link is silent: whichever speaks first is used. The
-    loop's thread.
-
-    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after
-    1, 3, 7 s, a new attempt finds out at once that a cut is over.
-    """
-
-    def __init__(self, peer: Any) -> None:
-        self.peer = peer
-        self._dialling = Reconnector(0.0, 0.0)
-        self._failed_at: Optional[float] = None    # when an attempt has failed last
-        self._began = 0.0
-
-    @property
-    def busy(self) -> bool:
-        """Whether an attempt is under way."""
-        return self._dialling.busy
-
-    def has_failed(self, since: float) -> bool:
-        """Whether an attempt has failed since then."""
-        return self._failed_at is not None and self._failed_at >= since
-
-    def start(self, now: float, post: Callable[[Any], None],
-              reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
-        """One more attempt, unless there is one."""
-        if not self.busy:
-            self._began = now
-            self._dialling.start(post, self, reach)
-
-    def ended(self, failed_at: Optional[float] = None) -> bool:
-        """Its event has come. Returns whether the next attempt may begin at once: one that was
-        refused at once has to wait."""
-        self._dialling.ended()
-        self._failed_at = failed_at
-        return failed_at is not None and failed_at - self._began > SECOND_APART
-
-    def abort(self) -> None:
-        """End the attempt."""
-        self._dialling.abort()
-
-
-# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
-# would be asked from link-local addresses, and no node could be meant by the address that people
-# know.
-GROUP6 = 'ff15::d159:5'
-GROUP4 = '239.255.97.1'
-REACHES = ('lan', 'loopback', 'off')
-
-
-def discovery_reach() -> str:
-    """Return how far datagrams go, by the environment: 'lan', 'loopback' (this machine) or 'off'.
-    Raises ValueError."""
-    reach = os.environ.get('DISPY_DISCOVERY') or 'lan'
-    if reach not in REACHES:
-        raise ValueError(
-            "the environment's DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" %
-            reach)
-    return reach
-
-
-class UdpListener(socketserver.UDPServer):
-    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
-    source, reply)`."""
-    allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
-    timeout = 0
-    max_packet_size = DATAGRAM + 1
-
-    def __init__(self, family: int, host: str, port: int,
-                 hear: Callable[[bytes, str, Callable[[bytes], None]],
-                                None], multicast: bool) -> None:
-        self.address_family = family
-        self._hear = hear
-        self._multicast = multicast
-        self.speaks = True
-        super().__init__((host, port), None)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        """Set options, bind the address, join groups."""
-        sock = self.socket
-        if sys.platform != 'linux':   # on Linux it would bar other users' nodes
-            set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
-        if self.address_family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        super().server_bind()
-        sock.setblocking(False)
-        if self.server_address[0] not in ('', '0.0.0.0', '::') or not self.server_address[1]:
-            return
-        if self.address_family == socket.AF_INET6:
-            for index in interfaces():
-                # One without multicast, or with too many groups
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(
-                        socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP,
-                        socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
-        elif self._multicast:
-            for address in own_addresses() or ('0.0.0.0',):
-                with contextlib.suppress(OSError):   # as above
-                    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
-                                    socket.inet_aton(GROUP4) + socket.inet_aton(address))
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Take one datagram."""
-        data, sock = request
-
-        def reply(answer: bytes) -> None:
-            # No route, or the buffer is full: the asker asks again
-            with contextlib.suppress(OSError):
-                sock.sendto(answer, client_address)
-        try:
-            source = address_in(client_address)
-        except OSError:   # no descriptor is left: it will ask again
-            return
-        self._hear(data, source, reply)
-
-    def on_readable(self) -> None:
-        """Something came. The loop's thread."""
-        self.handle_request()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Our own fault, to be seen."""
-        logger.exception('a datagram from %s failed', client_address[0])
-
-
-def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs
-    psutil, else none. While they cannot be had, as without a descriptor, those that were there
-    before."""
-    global _own_addresses
-    found = ask_psutil(lambda psutil: psutil.net_if_addrs())
-    if found is not None:
-        _own_addresses = {
-            item.address: item.broadcast or ''
-            for items in found.values()
-            for item in items if item.family == socket.AF_INET
-        }
-    return _own_addresses
-
-
-_own_addresses = {}   # type: Dict[str, str]   # Python 3.7 compiles no annotation of a global name
-
-
-def interfaces() -> List[int]:
-    """Numbers of the interfaces of this host; none while no descriptor is left."""
+def _limit_of(name: str) -> str:
+    """A limit of this process for people; of processes also that of its cgroup, which may be
+    lower."""
+    found = []
     try:
-        return [index for index, _ in socket.if_nameindex()]
-    except OSError as exc:
-        logger.debug('interfaces of this host: %s', exc)
-        return []
+        import resource
+        soft = resource.getrlimit(getattr(resource, name))[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft)
+    except (ImportError, AttributeError):
+        logger.debug('there is no %s here', name)
+    if name == 'RLIMIT_NPROC':
+        found += _cgroup_pids()
+    if found:
+        return str(min(found))
+    return 'of the system'
 
 
-# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
-# address of it, which has no broadcast: then one of those who listen hears it.
-LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
+def _cgroup_pids() -> List[int]:
+    """Limits of processes by the cgroups that this process is in (Linux)."""
+    found = []
+    with contextlib.suppress(OSError, ValueError), open('/proc/self/cgroup') as file:
+        for line in file:
+            _, controllers, path = line.rstrip('\n').split(':', 2)
+            if controllers not in ('', 'pids'):
+                continue
+            below = os.path.join('/sys/fs/cgroup', controllers, path.lstrip('/'))
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(below,
+                                                                             'pids.max')) as limit:
+                contents = limit.read()
+                found.append(int(contents))   # 'max' is no number
+    return found
 
 
-class DiscoverySockets:
-    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
-    and speaks to `there`, from the first of its ports, where the answers come. The loop's
-    thread."""
+# Exit codes of Windows that people meet
+NT_STATUS = {
+    0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
+    0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
+    0xC0000409: 'abort, or a stack buffer overrun'}
 
-    def __init__(self,
-                 loop: Loop,
-                 reach: str,
-                 there: Iterable[int],
-                 ports: Iterable[int],
-                 hear: Callable[[bytes, str, Callable[[bytes], None]], None],
-                 multicast: bool = False) -> None:
-        self._loop: Loop = loop
-        self._reach: str = reach
-        self._there: List[int] = sorted(set(there))
-        self._multicast: bool = multicast
-        self.ears: List[UdpListener] = []
-        self.error = ''
-        self._first = min(ports)
-        for number in sorted(set(ports)) if reach != 'off' else ():
-            # Bound to its broadcast address a socket hears what is said to this machine as a whole,
-            # and nothing else.
-            hosts = [(socket.AF_INET,
-                      '' if reach == 'lan' else LOOPBACK if number else '127.0.0.1')]
-            if reach == 'lan' and socket.has_ipv6:
-                hosts.append((socket.AF_INET6, '::'))
-            for family, host in hosts:
-                try:
-                    ear = UdpListener(family, host, number, hear, multicast)
-                except OSError as exc:
-                    # Taken by a program that does not share it, or no such family here
-                    if family == socket.AF_INET:
-                        self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
+
+def exit_text(code: Optional[int]) -> str:
+    """What an exit code says, in words."""
+    # Windows: an exception that nothing has handled
+    if code is not None:
+        if code >= 1 << 31:
+            name = NT_STATUS.get(code, 'see "NTSTATUS values"')
+            return 'ended with exit code %d (0x%X, %s)' % (code, code, name)
+    if code is None or code >= 0:
+        return 'ended with exit code %s' % code
+    try:
+        signals = signal.Signals(-code)
+        name = signals.name
+    except ValueError:
+        name = 'unknown'
+    return 'was killed by signal %d (%s%s)' % (
+        -code, name, '; the kernel does this when memory runs out' if code == -9 else '')
+
+
+def node_facts() -> dict:
+    """What a client may want to know of this host."""
+    with process_start_lock:   # it may start `uname`
+        system = platform.platform()
+    python = tuple(sys.version_info[:3])
+    cloudpickle = installed_version('cloudpickle')
+    pid = os.getpid()
+    return {
+        'python': python, 'dispy': __version__, 'platform': system, 'cloudpickle': cloudpickle,
+        'pid': pid
+    }
+
+
+def availability(directory: str) -> dict:
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
+    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
+    that fails does not hide the others."""
+    cpu = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
+    memory = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+    swap = ask_psutil(lambda psutil: psutil.swap_memory().free)
+    found: Dict[str, Optional[float]] = {'cpu': cpu, 'memory': memory, 'disk': None, 'swap': swap}
+    with contextlib.suppress(OSError):   # the directory was removed
+        usage = shutil.disk_usage(directory)
+        found['disk'] = usage.free
+    return found
+
+
+def installed_version(package: str) -> str:
+    """Version of a package without importing it; empty when it is not there."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return ''
+    if not spec.origin:
+        return ''
+    if not hasattr(spec.loader, 'get_data'):
+        return ''
+    # It may lie in an archive
+    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
+    found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
+    if found:
+        return found.group(1).decode()
+    return ''
+
+
+# -- what is kept on the disk ----------------------------------------------------------------------
+
+class ModuleStore:
+    """Files of modules by their digests, so that each travels once to a node. It is kept below a
+    limit."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def _path(self, digest: bytes) -> str:
+        digits = digest.hex()
+        return os.path.join(self._root, digits)
+
+    def bring(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
+        """Put those files that are here below a computation's own directory. A file that is damaged
+        is sent again."""
+        for name, size, digest, mode in rows:
+            target = os.path.join(root, *check_name(name))
+            path = self._path(digest)
+            try:
+                if not os.path.lexists(target) and file_digest(path) == (size, digest):
+                    directory = os.path.dirname(target)
+                    os.makedirs(directory, mode=0o700, exist_ok=True)
+                    shutil.copyfile(path, target)
+                    os.chmod(target, mode & 0o755 | 0o600)
+                    os.utime(path)
+            except OSError:   # it is not here
+                continue
+
+    def keep(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
+        """Take copies of files that have come."""
+        try:
+            os.makedirs(self._root, mode=0o700, exist_ok=True)
+            for name, size, digest, _ in rows:
+                path = self._path(digest)
+                if not size <= MODULES_KEPT // 4:
                     continue
-                ear.speaks = number == self._first
-                self.ears.append(ear)
-                loop.add_reader(ear.socket, ear.on_readable)
+                if not os.path.exists(path):
+                    with replaced(path, '.new') as temporary:
+                        shutil.copyfile(os.path.join(root, *check_name(name)), temporary)
+            self._shorten()
+        except OSError as exc:   # no room: they are sent again to the next computation
+            logger.debug('files of modules are not kept: %s', exc)
 
-    def broadcast(self, say: Callable[[], bytes]) -> None:
-        """To everybody within reach: what `say` returns, by each family anew, so that a host of
-        both answers by both."""
-        for ear in self.ears:
-            if ear.speaks:
-                data = say()
-                for port in self._there:
-                    self._shout(ear, data, port)
+    def _shorten(self) -> None:
+        """Remove the files that were not used for longest."""
+        files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path)
+                        for entry in os.scandir(self._root)),
+                       reverse=True)
+        total = 0
+        for _, size, path in files:
+            total += size
+            if total > MODULES_KEPT:
+                os.unlink(path)
 
-    def _shout(self, ear: UdpListener, data: bytes, port: int) -> None:
-        if ear.address_family == socket.AF_INET6:
-            targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
-        else:
-            hosts = {LOOPBACK}
-            if self._reach == 'lan':
-                hosts |= {broadcast
-                          for broadcast in own_addresses().values()
-                          if broadcast} or {'255.255.255.255'}
-            targets = [(host, port) for host in sorted(hosts)]
-        for target in targets:
-            with contextlib.suppress(OSError):   # an interface that is down, or cannot do it
-                ear.socket.sendto(data, target)
-        if self._multicast and ear.address_family == socket.AF_INET:
-            for address in own_addresses() or ('0.0.0.0',):
-                with contextlib.suppress(OSError):   # as above
-                    ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
-                                          socket.inet_aton(address))
-                    ear.socket.sendto(data, (GROUP4, port))
+
+class RecordLog:
+    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
+    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
+    record that is torn, at the end of the file, was never reported as kept and is not read."""
+    _CRC = struct.Struct('>I')
+
+    def __init__(self, head: struct.Struct, pieces: int) -> None:
+        self._head = head
+        self._pieces = pieces
+
+    def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
+        """Return a record as the file has it; to be written in one go, or not at all."""
+        pieces = (head, *pieces)
+        crc = self._crc_of(pieces)
+        return [self._CRC.pack(crc), *pieces]
+
+    def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
+        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
+        record). Ends before one that is torn."""
+        first = self._CRC.size
+        while True:
+            head = file.read(first + self._head.size)
+            if len(head) < first + self._head.size:
+                return
+            numbers = self._head.unpack_from(head, first)
+            sizes = numbers[-self._pieces:]
+            pieces = []
+            for size in sizes:
+                contents = file.read(size)
+                pieces.append(contents)
+            is_whole = all(len(piece) == size for piece, size in zip(pieces, sizes))
+            crc = self._crc_of((memoryview(head)[first:], *pieces))
+            if not is_whole:
+                return
+            if self._CRC.pack(crc) != head[:first]:
+                return
+            head_length = len(head)
+            total_sizes = sum(sizes)
+            yield numbers[:-self._pieces], pieces, head_length + total_sizes
+
+    @staticmethod
+    def _crc_of(pieces: Iterable[Buffer]) -> int:
+        crc = 0
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+
+class ResultSpool:
+    """Results of one computation on disk, while its client is away: a file of a header (magic,
+    instance of the client) and of records as workers write them (see RecordLog)."""
+    MAGIC = b'dispy5r\3'
+    HEAD = len(MAGIC) + 16 + KEY_SIZE
+    _LOG = RecordLog(_RECORD, 3)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
+        """Keep rows of Results; they are on the disk when this returns. Raises OSError or
+        ValueError, and nothing of them is kept then: a file that was made for them is gone again,
+        since nobody would remove it later."""
+        with open(self.path, 'ab') as file:
+            start = file.tell()
+            try:
+                if not start:
+                    file.write(self.MAGIC + owner + digest)
+                for row in rows:
+                    head, *bodies = pack_record(RecordType.RESULT, row[OUTCOME], row[SERIAL],
+                                                row[START], row[END], *row[PAYLOAD:])
+                    file.writelines(self._LOG.record(head, bodies))
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):   # what is buffered has no room either
+                    file.close()
+                if start:
+                    os.truncate(self.path, start)
+                else:
+                    os.unlink(self.path)
+                raise
+
+    def rows(self) -> Iterator[tuple]:
+        """Return what is kept, row after row; ends before what is torn."""
+        return (row for row, _ in self._rows())
+
+    def _rows(self) -> Iterator[Tuple[tuple, int]]:
+        """Rows, and how many bytes of the file each takes."""
+        with open(self.path, 'rb') as file:
+            file.seek(self.HEAD)
+            contents = self._LOG.read(file)
+            for (_, _, number, serial, start, end), bodies, size in contents:
+                yield (serial, number, start, end, *bodies), size
+
+    def scan(self) -> Tuple[bytes, bytes, List[int]]:
+        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
+        that is none of ours."""
+        with open(self.path, 'rb') as file:
+            head = file.read(self.HEAD)
+        head_length = len(head)
+        if head_length < self.HEAD or not head.startswith(self.MAGIC):
+            text = '%s holds no results' % self.path
+            raise ValueError(text)
+        size = len(head)
+        serials = []
+        for row, more in self._rows():
+            size += more
+            serials.append(row[SERIAL])
+        os.truncate(self.path, size)
+        magic_length = len(self.MAGIC)
+        return head[magic_length:len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
+
+    def remove(self) -> None:
+        """Remove the file: its results are not needed any more."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+class Memory:
+    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a
+    computation in its directory, and `memory`, with what this memory is known by. A client that
+    finds another memory than before knows that what this one does not name may have begun. It is
+    another one when the machine has ended without the node (what was not on the disk yet is gone),
+    or something could not be written down.
+    """
+
+    def __init__(self, directory: str, lasting: bool = True) -> None:
+        """`lasting`: it is to outlive the machine. Raises OSError."""
+        memory_path = os.path.join(directory, 'memory')
+        self._directory = directory
+        self._path = memory_path
+        self._lasting = lasting
+        self._known: Dict[str, AttemptHistory] = {}
+        self.ident = ''
+        try:
+            with open(self._path) as file:
+                contents = file.read()
+                ident, boot, clean = contents.split(' ')
+            if clean == 'clean' or boot == machine():
+                self.ident = ident
+        except (OSError, ValueError):
+            logger.debug('this node begins to remember')
+        self._torn = False
+        self.ident = self.ident or os.urandom(16).hex()
+        text = '%s %s open' % (self.ident, machine())
+        self._write(self._path, text)
+
+    def _write(self, path: str, text: str) -> None:
+        with replaced(path) as temporary, open(temporary, 'w') as file:
+            file.write(text)
+            file.flush()
+            if self._lasting:
+                os.fsync(file.fileno())
+
+    def _file(self, comp: str) -> str:
+        return os.path.join(self._directory, 'g-' + comp)
+
+    def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, AttemptHistory]:
+        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier
+        process had when it was killed, and what had begun of them, None if nobody knows. Raises
+        OSError."""
+        for name in os.listdir(self._directory):
+            path = os.path.join(self._directory, name)
+            is_part = name.endswith('.part')
+            is_ours = _is_ours(name[:-len('.part')] if is_part else name, 'g-')
+            if not is_ours:
+                continue
+            if is_part or time.time() - os.stat(path).st_mtime > PAST_TIME:
+                os.unlink(path)
+            else:
+                self._known[name[2:]] = self.read(self._directory, name[2:])
+        for comp, begun in wrecks.items():
+            if begun is None:
+                past = AttemptHistory(whole=False)
+            else:
+                past = AttemptHistory(lost=begun)
+            and_also = self._known.get(comp, AttemptHistory()).and_also(past)
+            self.write(comp, and_also)
+        return self._known
+
+    @staticmethod
+    def read(directory: str, comp: str) -> AttemptHistory:
+        """What is written down of a computation. Raises OSError."""
+        path = os.path.join(directory, 'g-' + comp)
+        try:
+            with open(path) as file:
+                row = json.load(file)
+            is_past = _is_past(tuple(row))
+            if not is_past:
+                raise ValueError('it has other contents')
+            return AttemptHistory.of(row)
+        except FileNotFoundError:
+            return AttemptHistory()
+        except (TypeError, ValueError) as exc:
+            logger.warning('%s is of no use: %s', path, exc)
+            return AttemptHistory(whole=False)
+
+    def write(self, comp: str, past: AttemptHistory) -> None:
+        """This is what is known of a computation now."""
+        try:
+            if past == AttemptHistory():
+                self._known.pop(comp, None)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._file(comp))
+            else:
+                self._known[comp] = past
+                path = self._file(comp)
+                text = json.dumps(past.row())
+                self._write(path, text)
+        except OSError as exc:
+            logger.error('what was given up cannot be written down: %s', exc)
+            self.tear()
+
+    def tear(self) -> None:
+        """Something is not known here that ought to be: the next process begins another memory."""
+        self._torn = True
+        with contextlib.suppress(OSError):   # it is gone already
+            os.unlink(self._path)
 
     def close(self) -> None:
-        """Stop listening. Does nothing the second time."""
-        for ear in self.ears:
-            self._loop.remove_reader(ear.socket)
-            ear.server_close()
-        self.ears = []
+        """The node ends in good order."""
+        if not self._torn:
+            with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
+                text = '%s %s clean' % (self.ident, machine())
+                self._write(self._path, text)
 
 
-# --------------------------------------------------------------------------------------------------
-# The daemon: carries out what Node decides
-# --------------------------------------------------------------------------------------------------
+# -- the loop and its parts ------------------------------------------------------------------------
 
 class Options(NamedTuple):
     """How a node is to be; one field an option of the command line."""
@@ -13446,8 +15038,9 @@ class NodeDirectory:
             self._taken(self.memory, self.memory.begin(self._wrecks(root)))
             self._remove_leftovers(root)
         except OSError as exc:
-            raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
-                root, ' by ' + user.name if user else '', exc.strerror)) from exc
+            text = 'the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
+                root, ' by ' + user.name if user else '', exc.strerror)
+            raise StartError(text) from exc
         self.root = os.path.realpath(root)
 
     def _take_base(self, root: str) -> None:
@@ -13456,15 +15049,20 @@ class NodeDirectory:
         else:
             mode = 0o700
         if not self._options.prefix:
-            self._take_above(os.path.dirname(root), mode)
+            above = os.path.dirname(root)
+            self._take_above(above, mode)
         take_own_directory(root, NODE_MARK, ('lock', ) if _was_ours(root) else (),
                            '--dest-path-prefix', mode)
-        self._lock_file = take_lock(os.path.join(root, 'lock'), self._port, self._instance)
+        lock_path = os.path.join(root, 'lock')
+        self._lock_file = take_lock(lock_path, self._port, self._instance)
         self.base = os.path.realpath(root)
         if self._options.clean:
             for name in os.listdir(root):
                 path = os.path.join(root, name)
-                if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
+                is_ours = _is_ours(name, 'r-', 'g-')
+                if not (is_ours or name == 'memory'):
+                    continue
+                if os.path.isfile(path):
                     os.unlink(path)
 
     @staticmethod
@@ -13482,19 +15080,25 @@ class NodeDirectory:
         begun; None if nobody knows."""
         wrecks: Dict[str, Optional[FrozenSet[int]]] = {}
         for name in os.listdir(root):
-            if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
-                try:
-                    wrecks[name[2:]] = Slots.read(os.path.join(root, name))
-                except OSError as exc:
-                    logger.warning('what had begun cannot be read: %s', exc)
-                    wrecks[name[2:]] = None
+            is_ours = _is_ours(name, 'p-')
+            if not is_ours:
+                continue
+            if not os.path.isdir(os.path.join(root, name)):
+                continue
+            try:
+                wrecks[name[2:]] = Slots.read(os.path.join(root, name))
+            except OSError as exc:
+                logger.warning('what had begun cannot be read: %s', exc)
+                wrecks[name[2:]] = None
         return wrecks
 
     def _remove_leftovers(self, root: str) -> None:
         with self.as_user():
             for name in os.listdir(root):
                 path = os.path.join(root, name)
-                if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
+                if not (self._options.clean or _is_ours(name, 'c-', 'p-')):
+                    continue
+                if os.path.isdir(path):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _check_reach(self, user: User) -> None:
@@ -13504,9 +15108,9 @@ class NodeDirectory:
                 with self.as_user(), open(path, 'rb'):
                     pass
             except OSError as exc:
-                raise StartError(
-                    '--user %s cannot read %s: use a Python and a dispynode.py that all can read' %
-                    (user.name, path)) from exc
+                text = ('--user %s cannot read %s: use a Python and a dispynode.py that '
+                        'all can read' % (user.name, path))
+                raise StartError(text) from exc
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
@@ -13536,12 +15140,13 @@ class NodeDirectory:
     def ensure(self) -> None:
         """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it.
         Raises StartError, OSError."""
-        if not os.path.isdir(self.root):
-            logger.error('the directory %s has disappeared and is made anew', self.root)
-            if self._lock_file is not None:
-                self._lock_file.close()
-                self._lock_file = None
-            self.take(self._port)
+        if os.path.isdir(self.root):
+            return
+        logger.error('the directory %s has disappeared and is made anew', self.root)
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+        self.take(self._port)
 
     # -- what stands in it -------------------------------------------------------------------------
 
@@ -13558,8 +15163,8 @@ class NodeDirectory:
         if not dest_path:
             return os.path.join(self.root, ('k-' if keep else 'c-') + comp)
         parts = check_name(dest_path)
-        if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-',
-                    'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
+        is_ours = _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-')
+        if is_ours or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
             raise ValueError(
                 'dest_path %.100r begins as names of the node itself do; choose another' %
                 dest_path)
@@ -13567,7 +15172,8 @@ class NodeDirectory:
 
     def spool(self, comp: str) -> ResultSpool:
         """The file with results of a computation whose client is away."""
-        return ResultSpool(os.path.join(self.base, 'r-' + comp))
+        path = os.path.join(self.base, 'r-' + comp)
+        return ResultSpool(path)
 
     def spooled(self) -> List[str]:
         """Computations that have such a file."""
@@ -13601,7 +15207,8 @@ class NodeDirectory:
         self._lock_file.close()
         self._lock_file = None
         with self.as_user():
-            shutil.rmtree(self.path_of_modules(), ignore_errors=True)
+            path = self.path_of_modules()
+            shutil.rmtree(path, ignore_errors=True)
         if self._options.embedded:
             shutil.rmtree(self.root, ignore_errors=True)
         elif self._options.user is not None:
@@ -13614,9 +15221,11 @@ def is_abandoned(root: str, tries: int = 1) -> bool:
     the lock of the directory as long as it lives."""
     for left in reversed(range(tries)):
         try:
-            with open_regular(os.path.join(root, 'lock')) as file:
+            path = os.path.join(root, 'lock')
+            with open_regular(path) as file:
                 _try_lock(file, True)
-                return bool(re.match(br'PID \d+, port 0\n', file.read(100)))
+                contents = file.read(100)
+                return bool(re.match(br'PID \d+, port 0\n', contents))
         except OSError:
             if not left:
                 return False
@@ -13644,9 +15253,11 @@ class ComputationDirectory:
         self.directory = directory
         self.private = private
         self.keep = keep
-        self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
-                                      Purpose.MODULES: private, Purpose.VALUES: values_in(private)},
-                                     max_file, scratch=private)
+        roots = {
+            Purpose.DEPENDS: directory, Purpose.PLACED: directory, Purpose.MODULES: private,
+            Purpose.VALUES: values_in(private)
+        }
+        self.receiver = FileReceiver(roots, max_file, scratch=private)
         self.fetched: list = []                      # rows of those that are on their way
 
 
@@ -13664,7 +15275,8 @@ class ComputationFiles:
 
     def start(self) -> None:
         """The node's directory is there."""
-        self._modules = ModuleStore(self._directory.path_of_modules())
+        root = self._directory.path_of_modules()
+        self._modules = ModuleStore(root)
 
     def of(self, comp: str) -> ComputationDirectory:
         """The directories of a computation that was prepared."""
@@ -13698,26 +15310,32 @@ class ComputationFiles:
                 missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(files, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
-            self._host.post(DirectoryReady(comp, [], 'files cannot be stored: %s' % exc,
-                                       reason_of(exc)))
+            error = 'files cannot be stored: %s' % exc
+            reason = reason_of(exc)
+            directory_ready = DirectoryReady(comp, [], error, reason)
+            self._host.post(directory_ready)
         else:
-            self._host.post(DirectoryReady(comp, missing))
+            event = DirectoryReady(comp, missing)
+            self._host.post(event)
 
     def _digest(self, action: PrepareDirectory, paths: Sequence[str]) -> None:
         """Large files are there from before: whether they are the same is found out beside the
         loop."""
         def work() -> None:
             Digests.learn(paths)
-            self._host.post(Digested(action))
+            digested = Digested(action)
+            self._host.post(digested)
         self._digesting.add(action.comp)
-        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
+        thread = threading.Thread(target=work, name='dispy-digest', daemon=True)
+        thread.start()
 
     def on_digested(self, event: Digested) -> None:
         """Digests of files that were there are known."""
-        if self._host.node.is_preparing(event.action.comp):
-            self.prepare(event.action)
+        action = event.action
+        if self._host.node.is_preparing(action.comp):
+            self.prepare(action)
         else:
-            self._digesting.discard(event.action.comp)
+            self._digesting.discard(action.comp)
 
     def _want_modules(self, files: ComputationDirectory, rows: list) -> list:
         """Files of modules that have to be sent, as in Need; those that came for other computations
@@ -13729,16 +15347,21 @@ class ComputationFiles:
 
     def fetch(self, action: Fetch) -> None:
         """Post which of these files of modules are missing."""
+        comp = action.comp
         try:
             with self._directory.as_user():
-                missing = self._want_modules(self._known[action.comp], action.rows)
+                missing = self._want_modules(self._known[comp], action.rows)
         except (OSError, ValueError) as exc:
-            self._host.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
+            error = 'files cannot be stored: %s' % exc
+            fetched = Fetched(comp, [], error)
+            self._host.post(fetched)
         else:
-            self._host.post(Fetched(action.comp, missing))
+            event = Fetched(comp, missing)
+            self._host.post(event)
 
     def fetch_value(self, action: FetchValue) -> None:
         """Post whether a value is missing."""
+        digest = action.digest
         files = self._known.get(action.comp)
         if files is None:   # it is over
             return
@@ -13751,25 +15374,30 @@ class ComputationFiles:
             with self._directory.as_user():
                 os.makedirs(values_in(files.private), mode=0o700, exist_ok=True)
                 if not error:
-                    row = (action.digest.hex(), action.size, action.digest, 0o400)
+                    digits = digest.hex()
+                    row = (digits, action.size, digest, 0o400)
                     missing = files.receiver.want(Purpose.VALUES, [row])
         except (OSError, ValueError) as exc:
             error = str(exc)
-        self._host.post(ValueSought(action.comp, action.digest, missing, error))
+        value_sought = ValueSought(action.comp, digest, missing, error)
+        self._host.post(value_sought)
 
     def drop_value(self, action: DropValue) -> None:
         """Remove a value."""
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user(), contextlib.suppress(OSError):   # it has gone
-                os.unlink(os.path.join(values_in(files.private), action.digest.hex()))
+                path = os.path.join(values_in(files.private), action.digest.hex())
+                os.unlink(path)
 
     def want_again(self, action: WantAgain) -> None:
         """Post which files are missing still: the link on which they came has ended."""
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user():
-                self._host.post(Wanted(action.comp, files.receiver.again()))
+                missing = files.receiver.again()
+                wanted = Wanted(action.comp, missing)
+                self._host.post(wanted)
 
     def store(self, action: WriteFile) -> None:
         """Write a piece of a file."""
@@ -13782,7 +15410,8 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        self._host.post(FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
+        file_written = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
+        self._host.post(file_written)
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -13834,34 +15463,47 @@ class ResultStore:
             try:
                 owner, digest, serials = spool.scan()
                 if not serials:
-                    raise ValueError('%s is empty' % spool.path)
-                left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
-                self._host.tell(
-                    SpoolFound(comp, owner, serials, self._host.now + max(0.0, left), digest))
+                    text = '%s is empty' % spool.path
+                    raise ValueError(text)
+                now = time.time()
+                status = os.stat(spool.path)
+                st_mtime = status.st_mtime
+                left = self._zombie - (now - st_mtime)
+                until = self._host.now + max(0.0, left)
+                spool_found = SpoolFound(comp, owner, serials, until, digest)
+                self._host.tell(spool_found)
+                serial_count = len(serials)
                 logger.info('%d results of an earlier computation wait for their client',
-                            len(serials))
+                            serial_count)
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 spool.remove()
 
     def keep(self, action: SpoolResults) -> None:
         """Write results to the disk."""
+        comp = action.comp
         try:
             self._directory.ensure()
-            self._directory.spool(action.comp).append(action.owner, action.rows, action.digest)
+            self._directory.spool(comp).append(action.owner, action.rows, action.digest)
         except (OSError, ValueError, StartError) as exc:
-            self._unkept.add(action.comp)
-            self._host.post(ResultsSpooled(action.comp, [], str(exc)))
+            self._unkept.add(comp)
+            error = str(exc)
+            results_spooled = ResultsSpooled(comp, [], error)
+            self._host.post(results_spooled)
         else:
-            self._unkept.discard(action.comp)
-            self._host.tell(ResultsSpooled(action.comp, [row[SERIAL] for row in action.rows]))
+            self._unkept.discard(comp)
+            serials = []
+            for row in action.rows:
+                serials.append(row[SERIAL])
+            self._host.tell(ResultsSpooled(comp, serials))
 
     def forget(self, action: Forget) -> None:
         """Remove the results of a computation."""
-        self._unkept.discard(action.comp)
-        self.backlog.drop(action.comp)
-        self.refused = {key: text for key, text in self.refused.items() if key[0] != action.comp}
-        self._directory.spool(action.comp).remove()
+        comp = action.comp
+        self._unkept.discard(comp)
+        self.backlog.drop(comp)
+        self.refused = {key: text for key, text in self.refused.items() if key[0] != comp}
+        self._directory.spool(comp).remove()
 
     def usable(self, comp: str, row: tuple) -> tuple:
         """A row of Results, or what is told in the place of one that its client could not take."""
@@ -13872,8 +15514,8 @@ class ResultStore:
 
     def send_kept(self, action: SendSpooled) -> None:
         """Send results from the disk, as the link has room."""
-        self.backlog.add_results(action.link, action.comp,
-                                 self._kept_rows(action.link, action.comp))
+        kept_rows = self._kept_rows(action.link, action.comp)
+        self.backlog.add_results(action.link, action.comp, kept_rows)
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
         """Read results from the disk. Those that are not there any more have been lost, which their
@@ -13901,7 +15543,8 @@ class ResultStore:
             if self._host.now >= when:
                 del self.read_later[link, comp]
                 if link in self._host.links:
-                    self.backlog.add_results(link, comp, self._kept_rows(link, comp))
+                    kept_rows = self._kept_rows(link, comp)
+                    self.backlog.add_results(link, comp, kept_rows)
 
     def close(self) -> None:
         """Results that could not be kept are lost, which must be known later."""
@@ -13936,14 +15579,20 @@ class RunnerProcess:
             self._popen = self._start(control, user, python or sys.executable)
             self.pid: int = self._popen.pid
         else:
-            self._process = multiprocessing.get_context('spawn').Process(
-                target=runner_main, args=(control, user), name='dispy-runner')
+            context = multiprocessing.get_context('spawn')
+            self._process = context.Process(target=runner_main,
+                                            args=(control, user),
+                                            name='dispy-runner')
             self._process.start()
             self.pid = self._process.pid
 
     def _start(self, control: socket.socket, user: Optional[User], python: str) -> Any:
-        places = [entry for entry in sys.path if isinstance(entry, str)]
-        home = os.path.dirname(os.path.abspath(__file__))
+        places = []
+        for entry in sys.path:
+            if isinstance(entry, str):
+                places.append(entry)
+        absolute_path = os.path.abspath(__file__)
+        home = os.path.dirname(absolute_path)
         if home not in places:
             places.append(home)
         variables = dict(os.environ)
@@ -13972,7 +15621,8 @@ class RunnerProcess:
         return self._process.exitcode  # type: ignore[no-any-return]
 
     def tree(self) -> Optional[ProcessTree]:
-        """What ends it with all that it starts, where groups of processes do not. Raises OSError."""
+        """What ends it with all that it starts, where groups of processes do not. Raises
+        OSError."""
         if self._process is None:
             return None
         return tree_of(self._process)
@@ -14047,8 +15697,9 @@ class RunnerWatch:
             self._ask_at = now + RUNNER_ASKED
         if now < self._ask_at:
             return False
-        if self._asked_at is not None and now - self._ask_at > RUNNER_ASKED:
-            self._asked_at += now - self._ask_at
+        if self._asked_at is not None:
+            if now - self._ask_at > RUNNER_ASKED:
+                self._asked_at += now - self._ask_at
         self._ask_at = now + RUNNER_ASKED
         if self._asked_at is None:
             self._asked_at = now
@@ -14057,7 +15708,9 @@ class RunnerWatch:
 
     def is_undead(self, now: float) -> bool:
         """Whether it was killed and will not end soon."""
-        return self.killed_at is not None and now >= self.killed_at + GRACE
+        if self.killed_at is None:
+            return False
+        return now >= self.killed_at + GRACE
 
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
@@ -14087,7 +15740,9 @@ class ComputationProcesses:
         self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until it has arrived
         self.start_method = FORK
         self.control: Optional[Pipe] = None
-        self.up = self.closing = self.unloadable = False
+        self.up = False
+        self.closing = False
+        self.unloadable = False
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
         self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
@@ -14138,13 +15793,21 @@ class ComputationProcesses:
         need no import in jobs."""
         given = ('name', 'sys_path', 'argv', 'kind', 'program', 'live', 'logs', 'cleanup')
         found = {name: spec[name] for name in given}
-        found.update(
-            authkey=bytes(spec.get('authkey', b'')), setup_args=bytes(spec['setup_args']),
-            bundles=any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']),
-            support={name: bytes(source) for name, source in spec['support'].items()},
-            directory=self.files.directory, private=self.files.private, names=names,
-            max_file=options.max_file, max_value=VALUE_MOST, start_method=self.start_method,
-            client_shutdown=options.client_shutdown)
+        authkey = bytes(spec.get('authkey', b''))
+        bundles = any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules'])
+        support = {name: bytes(source) for name, source in spec['support'].items()}
+        setup_args = bytes(spec['setup_args'])
+        found.update(authkey=authkey,
+                     setup_args=setup_args,
+                     bundles=bundles,
+                     support=support,
+                     directory=self.files.directory,
+                     private=self.files.private,
+                     names=names,
+                     max_file=options.max_file,
+                     max_value=VALUE_MOST,
+                     start_method=self.start_method,
+                     client_shutdown=options.client_shutdown)
         return found
 
     def pass_pipe(self, worker: int, theirs: socket.socket) -> None:
@@ -14170,7 +15833,9 @@ class ComputationProcesses:
     def kill(self, worker: int) -> None:
         """Kill a worker's process and its group, unless the number is another process's by now."""
         pid, start = self.pids.get(worker, (0, ''))
-        if not pid or start_of(pid) != start:
+        if not pid:
+            return
+        if start_of(pid) != start:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if hasattr(os, 'killpg'):
@@ -14195,28 +15860,41 @@ class HeldPipes:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
         links = self._host.links.values()
-        if pipe.dirty is not None and any(link.queued > BACKPRESSURE_BYTES for link in links) \
-                and self._must_wait(pipe, BACKPRESSURE_BYTES):
-            pipe.paused = True
-            self._held.add(pipe)
-            self._host.interest(pipe)
+        if pipe.dirty is None:
+            return
+        if not any(link.queued > BACKPRESSURE_BYTES for link in links):
+            return
+        if not self._must_wait(pipe, BACKPRESSURE_BYTES):
+            return
+        pipe.paused = True
+        self._held.add(pipe)
+        self._host.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
         """Whether more than so much waits on a link. A large result on its way keeps others back
         that are large, of which memory should hold no two, and not those that are small."""
-        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
-                   for link in self._host.links.values())
+        for link in self._host.links.values():
+            if link.queued - link.unmade > most:
+                return True
+            if link.unmade and pipe.is_large:
+                return True
+        return False
 
     def let_go(self) -> None:
         """Read again those for which links have room."""
-        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)]:
+        for pipe in [
+                pipe for pipe in self._held if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)
+        ]:
             pipe.paused = False
             self._host.interest(pipe)
             self._held.remove(pipe)
 
     def may_let_go(self) -> bool:
         """Whether there are such."""
-        return any(not self._must_wait(pipe, BACKPRESSURE_BYTES // 2) for pipe in self._held)
+        for pipe in self._held:
+            if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2):
+                return True
+        return False
 
 
 class WorkerReader:
@@ -14237,13 +15915,17 @@ class WorkerReader:
             if record.kind == RecordType.RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
-                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0])))
-                rows.append((record.serial, record.number, record.start, record.end,
-                             *map(_keep, record.bodies)))
+                    body_length = len(record.bodies[0])
+                    text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
+                        record.number, record.start, record.end, body_length)
+                    raise PeerError(text)
+                row = (record.serial, record.number, record.start, record.end,
+                       *map(_keep, record.bodies))
+                rows.append(row)
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                self._host.tell(WorkerResults(pipe.worker, rows))
+                worker_results = WorkerResults(pipe.worker, rows)
+                self._host.tell(worker_results)
                 rows = []
             self._from_job(pipe, record)
         if rows:
@@ -14255,35 +15937,43 @@ class WorkerReader:
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
+        serial = record.serial
+        bodies = record.bodies
         if record.kind == RecordType.LOGGED:
-            log_record_of(record.bodies[0])
-            self._host.tell(
-                WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+            log_record_of(bodies[0])
+            data = bytes(bodies[0])
+            worker_printed = WorkerPrinted(pipe.worker, serial, 0, 0, data)
+            self._host.tell(worker_printed)
         elif record.kind == RecordType.FILE:
-            row = open_envelope(record.bodies[0])
-            if not _is_file(row) or not is_serial(record.serial):
+            row = open_envelope(bodies[0])
+            is_file = _is_file(row)
+            if not is_file or not is_serial(serial):
                 raise PeerError('a file that is none')
-            piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
-                              record.number * FILE_PIECE, out_of_band(record.bodies[1]))
-            self._host.tell(WorkerFile(pipe.worker, piece))
+            offset = record.number * FILE_PIECE
+            purpose = int(Purpose.FROM_JOB)
+            piece = FilePiece(pipe.comp, purpose, serial, row, offset, out_of_band(bodies[1]))
+            worker_file = WorkerFile(pipe.worker, piece)
+            self._host.tell(worker_file)
             self.held.hold_back(pipe)
         elif record.kind == RecordType.WANT:
-            request = open_envelope(record.bodies[0])
+            request = open_envelope(bodies[0])
             if type(request) not in (int, str) or (type(request) is int
                                                    and not is_serial(request)):
                 raise PeerError('modules that are none')
-            self._host.tell(WorkerWants(pipe.worker, record.serial, request))
+            worker_wants = WorkerWants(pipe.worker, serial, request)
+            self._host.tell(worker_wants)
         elif record.kind == RecordType.INITIALIZED:
-            text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            text = bytes(bodies[0]).decode('utf-8', 'replace')
             error = text and 'on node %s %s' % (self._host.node.name, text)
-            self._host.tell(WorkerInitialized(pipe.worker, error))
+            worker_initialized = WorkerInitialized(pipe.worker, error)
+            self._host.tell(worker_initialized)
         elif record.kind == RecordType.JOBS_RETURNED:
-            body = record.bodies[0]
+            body = bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._host.tell(
-                WorkerReturnedJobs(pipe.worker,
-                                   list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+            body_length = len(body)
+            layout = '>%dQ' % (body_length // 8)
+            self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
 class ProcessHost:
@@ -14318,17 +16008,19 @@ class ProcessHost:
 
     def start_runner(self, action: StartRunner) -> None:
         """Start the process that loads the code of a computation."""
-        run = ComputationProcesses(self._files.of(action.comp))
-        run.start_method = action.spec.get('start_method') or self._options.start_method
+        comp = action.comp
+        files = self._files.of(comp)
+        run = ComputationProcesses(files)
+        start_method = action.spec.get('start_method')
+        run.start_method = start_method or self._options.start_method
         try:
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
-            self._host.post(
-                RunnerGone(action.comp,
-                           'its process cannot be started: %s' % shortage(exc),
-                           code='process'))
+            text = 'its process cannot be started: %s' % shortage(exc)
+            runner_gone = RunnerGone(comp, text, code='process')
+            self._host.post(runner_gone)
             return
-        self._runs[action.comp] = run
+        self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
         link = self._host.links.get(action.link)
@@ -14338,11 +16030,13 @@ class ProcessHost:
 
     def stop_runner(self, action: StopRunner) -> None:
         """End the runner of a computation, and with it its workers."""
-        run = self._runs.get(action.comp)
+        comp = action.comp
+        run = self._runs.get(comp)
         if run is None or run.process is None:
-            self._runs.pop(action.comp, None)
-            self._files.discard(action.comp)
-            self._host.post(RunnerGone(action.comp, ''))
+            self._runs.pop(comp, None)
+            self._files.discard(comp)
+            runner_gone = RunnerGone(comp, '')
+            self._host.post(runner_gone)
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
@@ -14356,7 +16050,8 @@ class ProcessHost:
 
     def runner_silent(self, pipe: Pipe) -> None:
         """The pipe of a runner has ended."""
-        self._look_at_runner(self._runs[pipe.comp])
+        run = self._runs[pipe.comp]
+        self._look_at_runner(run)
 
     def _look_at_runner(self, run: ComputationProcesses) -> None:
         """Its process has ended, or its socket alone: it is on its way out, or a job or setup has
@@ -14366,8 +16061,10 @@ class ProcessHost:
         if run.process.exitcode is not None:
             self._runner_ended(run)
             return
-        if run.control is not None and run.control.dirty is None and run.kill_at is None:
-            run.kill_at = self._host.now + GRACE
+        if run.control is not None:
+            if run.control.dirty is None:
+                if run.kill_at is None:
+                    run.kill_at = self._host.now + GRACE
         if run.watch is not None:
             run.watch.look_at = self._host.now + RunnerWatch.SOON
 
@@ -14384,7 +16081,9 @@ class ProcessHost:
     def _see_to_runner(self, run: ComputationProcesses) -> None:
         """Kill it if it is to be killed or does not answer; look at it if it cannot be watched
         otherwise."""
-        if run.process is None or run.watch is None:
+        if run.process is None:
+            return
+        if run.watch is None:
             return
         if run.kill_at is not None and self._host.now >= run.kill_at:
             run.kill_at = None
@@ -14395,15 +16094,17 @@ class ProcessHost:
             run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
             run.process.kill()
             run.watch.killed_at = self._host.now
-        elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
-            run.control.push(pack_record(RecordType.ASK))
+        elif run.watch.shall_ask and run.control is not None:
+            if run.control.dirty is not None:
+                run.control.push(pack_record(RecordType.ASK))
         if run.watch.is_undead(self._host.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)',
                          run.process.pid)
             self._runner_ended(run)
-        elif run.watch.look_at is not None and self._host.now >= run.watch.look_at:
-            run.watch.look_at = run.watch.next_look(self._host.now)
-            self._look_at_runner(run)
+        elif run.watch.look_at is not None:
+            if self._host.now >= run.watch.look_at:
+                run.watch.look_at = run.watch.next_look(self._host.now)
+                self._look_at_runner(run)
 
     def _runner_ended(self, run: ComputationProcesses) -> None:
         """What it and its workers wrote before is read first: the rest of what they had never
@@ -14422,8 +16123,10 @@ class ProcessHost:
         if code is not None:
             run.process.close()
         run.process = None
-        if os.getpid() == 1 and not self._options.embedded:   # in a program, orphans are its own
-            self.reap()
+        # In a program, orphans are its own
+        if os.getpid() == 1:
+            if not self._options.embedded:
+                self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
         passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
@@ -14464,11 +16167,17 @@ class ProcessHost:
         """Orphans of a container come to PID 1 and are zombies until it takes note of their end.
         One of our own children hides those behind it until it has been waited for in its place,
         which reaps again."""
-        ours = {run.process.pid for run in self._runs.values() if run.process is not None}
+        runs = self._runs.values()
+        ours = set()
+        for run in runs:
+            if run.process is not None:
+                ours.add(run.process.pid)
         with contextlib.suppress(ChildProcessError):
             while True:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if ended is None or ended.si_pid in ours:
+                if ended is None:
+                    return
+                if ended.si_pid in ours:
                     return
                 os.waitpid(ended.si_pid, 0)
 
@@ -14481,14 +16190,17 @@ class ProcessHost:
                 self._from_worker(pipe)
             else:
                 for record in pipe.records(self._host.now):
-                    self._from_runner(self._runs[pipe.comp], record)
+                    run = self._runs[pipe.comp]
+                    self._from_runner(run, record)
         except PeerError as exc:   # its user's code wrote into what it should not have
-            self._nonsense(pipe, str(exc))
+            text = str(exc)
+            self._nonsense(pipe, text)
         except MemoryError:
             self.end_writer(pipe, NO_MEMORY)
 
     def _from_worker(self, pipe: Pipe) -> int:
-        return self._reader.read(self._runs[pipe.comp], pipe)
+        run = self._runs[pipe.comp]
+        return self._reader.read(run, pipe)
 
     def _from_runner(self, run: ComputationProcesses, record: Record) -> None:
         if run.watch is not None:
@@ -14505,7 +16217,8 @@ class ProcessHost:
         """The runner answers, which is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
-        self._host.tell(EndWanted(run.comp))
+        end_wanted = EndWanted(run.comp)
+        self._host.tell(end_wanted)
 
     def _on_up(self, run: ComputationProcesses, record: Record) -> None:
         run.up = True
@@ -14519,7 +16232,9 @@ class ProcessHost:
 
     def _on_worker_started(self, run: ComputationProcesses, record: Record) -> None:
         run.arrived(record.number)
-        if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
+        if hasattr(socket, 'SCM_CREDENTIALS'):
+            return
+        if is_child(record.serial, run.process.pid):
             run.known(record.number, record.serial)
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
@@ -14530,16 +16245,20 @@ class ProcessHost:
                          bytes(record.bodies[0]).decode('utf-8', 'replace')))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        self._host.tell(MemoryExceeded(record.number, record.serial))
+        memory_exceeded = MemoryExceeded(record.number, record.serial)
+        self._host.tell(memory_exceeded)
 
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
-        self._host.tell(WorkerOverdue(record.number, record.serial))
+        worker_overdue = WorkerOverdue(record.number, record.serial)
+        self._host.tell(worker_overdue)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
             raise PeerError('output of no stream')
+        stream = int(record.start)
+        offset = int(record.end)
         self._host.tell(
-            WorkerPrinted(record.number, record.serial, int(record.start), int(record.end),
+            WorkerPrinted(record.number, record.serial, stream, offset,
                           out_of_band(_keep(record.bodies[0]))))
 
     def _on_worker_exited(self, run: ComputationProcesses, record: Record) -> None:
@@ -14560,14 +16279,17 @@ class ProcessHost:
         run.pids.pop(record.number, None)
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
-        tail = stderr[-1000:].decode('utf-8', 'replace').strip()
+        decoded = stderr[-1000:].decode('utf-8', 'replace')
+        tail = decoded.strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        self._host.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+        worker_gone = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
+        self._host.tell(worker_gone)
 
     def _let_go(self, run: ComputationProcesses, worker: int) -> None:
         """Nothing more comes from a worker, and nothing goes there."""
-        self._host.detach(run.pipes.pop(worker))
+        channel = run.pipes.pop(worker)
+        self._host.detach(channel)
         del self._of_worker[worker]
 
     def _let_go_of_all(self, run: ComputationProcesses) -> None:
@@ -14578,7 +16300,8 @@ class ProcessHost:
 
     def _nonsense(self, pipe: Pipe, text: str) -> None:
         """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
-        self.end_writer(pipe, 'it sent nonsense: %s' % text)
+        why = 'it sent nonsense: %s' % text
+        self.end_writer(pipe, why)
 
     def end_writer(self, pipe: Pipe, why: str) -> None:
         """What comes through a pipe cannot be taken: whoever writes it is killed."""
@@ -14593,7 +16316,8 @@ class ProcessHost:
                 self._host.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
-        self.kill(Kill(pipe.worker))
+        kill = Kill(pipe.worker)
+        self.kill(kill)
         run.kill(pipe.worker)
         self._host.detach(pipe)
 
@@ -14601,31 +16325,38 @@ class ProcessHost:
 
     def start_worker(self, action: StartWorker) -> None:
         """Have a worker forked."""
+        worker = action.worker
         run = self._runs[action.comp]
         try:
             ours, theirs = socket_pair()
         except OSError as exc:   # no descriptors
-            self._host.tell(WorkerStartFailed(action.worker, shortage(exc)))
+            self._host.tell(WorkerStartFailed(worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
-        pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
-        self._of_worker[action.worker] = run
+        pipe = run.pipes[worker] = Pipe(ours, action.comp, worker)
+        self._of_worker[worker] = run
         self._host.attach(pipe)
-        run.pass_pipe(action.worker, theirs)
+        run.pass_pipe(worker, theirs)
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
             for attempt in action.attempts:
-                run.pipes[action.worker].push(pack_record(
-                    RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
+                pipe = run.pipes[action.worker]
+                pipe.push(
+                    pack_record(RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                attempt.payload))
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
                second: float = 0.0) -> None:
         run = self._of_worker.get(worker)
-        if run is not None and run.control is not None and run.control.dirty is not None:
+        if run is None:
+            return
+        if run.control is None:
+            return
+        if run.control.dirty is not None:
             run.control.push(pack_record(kind, worker, serial, first, second))
 
     def watch(self, action: LimitMemory) -> None:
@@ -14649,8 +16380,9 @@ class ProcessHost:
         """Tell a worker what became of what its job has sent or wanted."""
         run = self._of_worker.get(action.worker)
         if run is not None:
-            run.pipes[action.worker].push(
-                pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
+            pipe = run.pipes[action.worker]
+            encoded = action.error.encode('utf-8', 'replace')
+            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, encoded))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
@@ -14710,7 +16442,9 @@ class Uplinks:
 
     def start(self) -> None:
         """Connections may be made from now on. Raises StartError."""
-        if self._uplinks and self._options.certfile:
+        if not self._uplinks:
+            return
+        if self._options.certfile:
             self._tls = tls_context(False, self._options.certfile, self._options.keyfile)
 
     def _reach(self, uplink: Uplink, patience: float) -> Callable[..., Authenticated]:
@@ -14726,10 +16460,16 @@ class Uplinks:
 
     def connect(self) -> None:
         """Begin the attempts that are due."""
+        daemon = self._daemon
         for uplink in self._uplinks:
-            if uplink.dialling.due is not None and uplink.dialling.due <= self._daemon.now and not self._daemon.node.stopping:
-                reach = self._reach(uplink, uplink.dialling.patience(self._daemon.now, PULSE))
-                uplink.dialling.start(self._daemon.post, uplink, reach)
+            if uplink.dialling.due is None:
+                continue
+            if not uplink.dialling.due <= daemon.now:
+                continue
+            if not daemon.node.stopping:
+                patience = uplink.dialling.patience(daemon.now, PULSE)
+                reach = self._reach(uplink, patience)
+                uplink.dialling.start(daemon.post, uplink, reach)
 
     def connected(self, uplink: Uplink, link: Link) -> None:
         """An attempt has led to a link."""
@@ -14741,47 +16481,56 @@ class Uplinks:
 
     def failed(self, event: ConnectFailed) -> None:
         """An attempt has failed."""
+        daemon = self._daemon
         uplink = event.peer
         text = event.text
         if isinstance(uplink, SecondConnection):
-            self._daemon.second_failed(uplink, self._daemon.links.get(uplink.peer.link))
+            link = daemon.links.get(uplink.peer.link)
+            daemon.second_failed(uplink, link)
             return
         uplink.dialling.ended()
-        uplink.dialling.again(self._daemon.now)
+        uplink.dialling.again(daemon.now)
         about = told_once(text)
         # One that closes at once refuses us for a while, for the reason that was told.
-        if uplink.told != about and not (uplink.told and text == CLOSED_AT_ONCE):
-            uplink.told = about
-            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying',
-                           format_address(uplink.host, uplink.port), text)
+        if uplink.told == about:
+            return
+        if uplink.told and text == CLOSED_AT_ONCE:
+            return
+        uplink.told = about
+        logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying',
+                       format_address(uplink.host, uplink.port), text)
 
     def link_ended(self, link: Link) -> None:
         """A link has ended; if it is one of these, it is made again."""
+        daemon = self._daemon
         for uplink in self._uplinks:
             if uplink.link == link.number:
                 uplink.link = 0
-                uplink.dialling.again(self._daemon.now, self._daemon.now - uplink.since)
+                uplink.dialling.again(daemon.now, daemon.now - uplink.since)
 
     def link_silent(self, link: Link) -> None:
         """A scheduler that we have dialled is silent: another connection is tried. Others dial
         us."""
+        daemon = self._daemon
         for uplink in self._uplinks:
-            if uplink.link == link.number and not self._daemon.node.stopping:
-                uplink.second.start(self._daemon.now, self._daemon.post,
-                                    self._reach(uplink, max(1.0, link.pulse)))
+            if uplink.link != link.number:
+                continue
+            if not daemon.node.stopping:
+                patience = max(1.0, link.pulse)
+                uplink.second.start(daemon.now, daemon.post, self._reach(uplink, patience))
 
     def second_reached(self, event: Connected) -> Optional[Connected]:
         """It takes the place of a link that is silent still; None if that has spoken, or another
         has its place."""
+        daemon = self._daemon
         uplink = event.peer.peer
         event.peer.ended()
-        old = self._daemon.links.get(uplink.link)
-        if old is None or not self._daemon.is_silent(old):
+        old = daemon.links.get(uplink.link)
+        if old is None or not daemon.is_silent(old):
             event.sock.close()
             return None
-        self._break_link(
-            old, 'nothing was heard for %.0f s, and it was reached anew' %
-            (self._daemon.now - old.heard))
+        text = 'nothing was heard for %.0f s, and it was reached anew' % (daemon.now - old.heard)
+        self._break_link(old, text)
         uplink.dialling.due = None
         return event._replace(peer=uplink)
 
@@ -14814,16 +16563,17 @@ class NodeDiscovery:
         options = self._options
         addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
         reach = options.reach
-        if reach == 'lan' and addresses and all(
-                ipaddress.ip_address(address).is_loopback for address in addresses):
-            reach = 'loopback'
+        if reach == 'lan' and addresses:
+            if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+                reach = 'loopback'
         self._port = port
-        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port,
-                                    addresses)
+        key = derive_key(options.secret)
+        self._discovery = Discovery(key, Role.NODE, self._instance, port, addresses)
         # Its own port for those who name it; the usual one so that it is found at whatever port it
         # serves.
         ports = {options.port or NODE_PORT, NODE_PORT}
-        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear, options.multicast)
+        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear,
+                                         options.multicast)
         if self._sockets.error:
             logger.warning('%s: this node is not found by asking, but can be named',
                            self._sockets.error)
@@ -14839,19 +16589,23 @@ class NodeDiscovery:
             self.hello_at = None
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        heard, answer = self._discovery.parse(data, source, self._daemon.now)
+        daemon = self._daemon
+        heard, answer = self._discovery.parse(data, source, daemon.now)
         if answer is not None:
             reply(answer)
-            if heard is None and self._daemon.now - self._stranger_at > 10.0:
-                self._stranger_at = self._daemon.now
-                # Another user of this machine is no reason to worry.
-                if is_own_address(source):
-                    level = logging.INFO
-                else:
-                    level = logging.WARNING
-                logger.log(
-                    level, '%s looks for nodes and has another secret than this node (port %d): %s',
-                    source, self._port, same_secret(derive_key(self._options.secret)))
+            if heard is not None:
+                return
+            if not daemon.now - self._stranger_at > 10.0:
+                return
+            self._stranger_at = daemon.now
+            # Another user of this machine is no reason to worry.
+            if is_own_address(source):
+                level = logging.INFO
+            else:
+                level = logging.WARNING
+            logger.log(
+                level, '%s looks for nodes and has another secret than this node (port %d): %s',
+                source, self._port, same_secret(derive_key(self._options.secret)))
 
     def close(self) -> None:
         """Answer no more."""
@@ -14939,7 +16693,8 @@ class NodeHost:
     def _directory_taken(self, memory: Memory, past: Dict[str, AttemptHistory]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
-            self.tell(Remembered(comp, known))
+            remembered = Remembered(comp, known)
+            self.tell(remembered)
 
     def _exit(self, action: Exit) -> None:
         self.has_ended = True
@@ -14992,12 +16747,14 @@ class NodeHost:
         """A client has proved itself."""
         self.links[link.number] = link
         self.node.facts['available'] = availability(self.directory.root)
-        self.tell(LinkUp(link.number, link.instance, link.address))
+        event = LinkUp(link.number, link.instance, link.address)
+        self.tell(event)
 
     def link_down(self, link: Link) -> None:
         """A link has ended."""
         self.links.pop(link.number, None)
-        self.tell(LinkDown(link.number, link.on_purpose))
+        event = LinkDown(link.number, link.on_purpose)
+        self.tell(event)
 
     def take(self, link: Link, message: Any) -> None:
         """A message of a client. Raises LinkBroken or PeerError if the link ends with it."""
@@ -15007,13 +16764,14 @@ class NodeHost:
         if isinstance(message, Wrong):
             text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
             for comp, serial in self.loop.refusals.refused(link, message.frame):
-                self.results.refused[
-                    comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+                short_text = message.text[:NAME_MOST]
+                self.results.refused[comp, serial] = 'the result could not be taken: ' + short_text
             raise LinkBroken(text)
         if not isinstance(message, Pulse):
             if type(message) is Query:
                 self.node.facts['available'] = availability(self.directory.root)
-            self.tell(Received(link.number, message))
+            received = Received(link.number, message)
+            self.tell(received)
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
@@ -15069,17 +16827,24 @@ class NodeHost:
         else:
             link = self.links.get(getattr(subject, 'link', 0))
         if comp and not isinstance(subject, Link):
-            self.tell(Faulted(comp, text))
+            faulted = Faulted(comp, text)
+            self.tell(faulted)
         elif link is not None:
             self.loop.break_link(link, text)
-        return bool(comp) or link is not None
+        if bool(comp):
+            return True
+        return link is not None
 
     # -- turns -------------------------------------------------------------------------------------
 
     def next_timer(self) -> Optional[float]:
         """The state's, or the end of a runner that does not end; at once when something was posted
         or held pipes can be read again."""
-        if self._posted or self.processes.held.may_let_go() or self.results.backlog.has_room():
+        if self._posted:
+            return self.now
+        if self.processes.held.may_let_go():
+            return self.now
+        if self.results.backlog.has_room():
             return self.now
         times = [self.node.next_timer(), *self.processes.times(),
                  *self.results.read_later.values()]
@@ -15135,7 +16900,8 @@ class NodeHost:
 
     def _show(self, action: PrintStatus) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
-            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
+            text_parts = action.text.split('\n')
+            print('\n'.join(map(printable, text_parts)), flush=True)
 
     def _send_waiting(self) -> None:
         """Files and kept results into links that have room."""
@@ -15180,7 +16946,8 @@ class Daemon(Loop):
         try:
             for host in options.hosts:
                 self._acceptors.append(self._listen(host, port))
-                port = self._acceptors[0].server_address[1]
+                server_address = self._acceptors[0].server_address
+                port = server_address[1]
             self.node_host.start(port)
             self.uplinks.start()
         except BaseException:
@@ -15194,23 +16961,23 @@ class Daemon(Loop):
     def _listen(self, host: str, port: int) -> Acceptor:
         options = self._options
         try:
+            key = derive_key(options.secret)
             return Acceptor((host, port),
-                        derive_key(options.secret),
-                        Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self.node_host.instance,
-                        self.post,
-                        options.certfile,
-                        options.keyfile,
-                        patience=options.msg_timeout)
+                            key,
+                            Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                            self.node_host.instance,
+                            self.post,
+                            options.certfile,
+                            options.keyfile,
+                            patience=options.msg_timeout)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
             where = format_address(host, port)
             if exc.errno == errno.EADDRINUSE:
-                raise StartError(
-                    'port %d is in use (%s), perhaps by another dispynode; choose another port '
-                    'with -p/--port'
-                    % (port, where)) from exc
+                text = ('port %d is in use (%s), perhaps by another dispynode; choose '
+                        'another port with -p/--port' % (port, where))
+                raise StartError(text) from exc
             raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
                              (where, exc)) from exc
 
@@ -15263,7 +17030,9 @@ class Daemon(Loop):
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or what the node knows of."""
-        return self.node_host.on_fault(subject, text) or super().on_fault(subject, text)
+        if self.node_host.on_fault(subject, text):
+            return True
+        return super().on_fault(subject, text)
 
     def on_channel(self, channel: Any) -> None:
         """A link has something."""
@@ -15272,7 +17041,8 @@ class Daemon(Loop):
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, ClientHello):
-            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+            pulse = min(max(message.pulse, 0.1), 3600.0)
+            self.set_pulse(link, pulse)
         self.node_host.take(link, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
@@ -15290,14 +17060,17 @@ class Daemon(Loop):
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the node's own turn."""
         while self._inbox:
-            self.take_events(len(self._inbox))
+            inbox_length = len(self._inbox)
+            self.take_events(inbox_length)
         self.node_host.take_posted()
-        if self._clock_at is not None and self.now >= self._clock_at:
-            self._look_at_clock(time.localtime())
+        if self._clock_at is not None:
+            if self.now >= self._clock_at:
+                self._look_at_clock(time.localtime())
         self.node_host.turn()
         self.uplinks.connect()
-        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
-            self.discovery.hello()
+        if self.discovery.hello_at is not None:
+            if self.now >= self.discovery.hello_at:
+                self.discovery.hello()
         if self.node_host.has_ended:
             self.stop()
 
@@ -15305,263 +17078,14 @@ class Daemon(Loop):
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
         assert self._options.hours is not None   # ours
         self._clock_at = self.now + 60 - min(local.tm_sec, 59)
-        phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
+        minute = local.tm_hour * 60 + local.tm_min
+        phase = self._options.hours.phase(minute)
         if phase is not self._phase:
             self._phase = phase
             self.tell(
                 Resume('hours') if phase is Phase.SERVING else Pause(
                     'hours', 'its hours of service begin at %02d:%02d' %
                     divmod(self._options.hours.start, 60), phase is Phase.CLOSED))
-
-
-NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
-# All that an idle node has in its directory
-KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
-
-
-def _was_ours(root: str) -> bool:
-    """Whether a node without a mark has used this directory: its lock file tells."""
-    try:
-        with open_regular(os.path.join(root, 'lock')) as file:
-            return file.read(4) == b'PID '  # type: ignore[no-any-return]
-    except (OSError, ValueError):
-        return False
-
-
-def _is_ours(name: str, *beginnings: str) -> bool:
-    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name
-    of a computation."""
-    return name.startswith(beginnings) and bool(name[2:]) and is_comp(name[2:])
-
-
-def _notes_of(data: Buffer) -> List[str]:
-    """What a runner has to say when it is up. Raises PeerError."""
-    notes = open_envelope(data)
-    if type(notes) is not list or not all(type(note) is str for note in notes):
-        raise PeerError('notes that are none')
-    return [shorten(note, NAME_MOST) for note in notes[:100]]
-
-
-def _keep(body: memoryview) -> Buffer:
-    """A body of a record for keeping: small ones on their own, so that they do not hold a whole
-    batch in memory."""
-    if len(body) < OUT_OF_BAND:
-        return bytes(body)
-    return body
-
-
-def shortage(exc: BaseException) -> str:
-    """Why a process could not be made, with the limit that was met and what raises it."""
-    number = getattr(exc, 'errno', None)
-    limits = {
-        errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
-        errno.EAGAIN: (
-            'RLIMIT_NPROC',
-            'no more processes: limit %s; raise it with ulimit -u, or pids.max of the cgroup')
-    }
-    if number in limits:
-        name, text = limits[number]
-        return text % _limit_of(name)
-    if number == errno.ENOSPC:
-        return 'no more room or no more files on the disk: %s' % exc
-    if number == errno.ENOMEM or isinstance(exc, MemoryError):
-        return 'no more memory'
-    return str(exc)
-
-
-def _limit_of(name: str) -> str:
-    """A limit of this process for people; of processes also that of its cgroup, which may be
-    lower."""
-    found = []
-    try:
-        import resource
-        soft = resource.getrlimit(getattr(resource, name))[0]
-        if soft != resource.RLIM_INFINITY:
-            found.append(soft)
-    except (ImportError, AttributeError):
-        logger.debug('there is no %s here', name)
-    if name == 'RLIMIT_NPROC':
-        found += _cgroup_pids()
-    if found:
-        return str(min(found))
-    return 'of the system'
-
-
-def _cgroup_pids() -> List[int]:
-    """Limits of processes by the cgroups that this process is in (Linux)."""
-    found = []
-    with contextlib.suppress(OSError, ValueError), open('/proc/self/cgroup') as file:
-        for line in file:
-            _, controllers, path = line.rstrip('\n').split(':', 2)
-            if controllers not in ('', 'pids'):
-                continue
-            below = os.path.join('/sys/fs/cgroup', controllers, path.lstrip('/'))
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(below,
-                                                                             'pids.max')) as limit:
-                found.append(int(limit.read()))   # 'max' is no number
-    return found
-
-
-# Exit codes of Windows that people meet
-NT_STATUS = {
-    0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
-    0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
-    0xC0000409: 'abort, or a stack buffer overrun'}
-
-
-def exit_text(code: Optional[int]) -> str:
-    """What an exit code says, in words."""
-    if code is not None and code >= 1 << 31:   # Windows: an exception that nothing has handled
-        name = NT_STATUS.get(code, 'see "NTSTATUS values"')
-        return 'ended with exit code %d (0x%X, %s)' % (code, code, name)
-    if code is None or code >= 0:
-        return 'ended with exit code %s' % code
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = 'unknown'
-    return 'was killed by signal %d (%s%s)' % (
-        -code, name, '; the kernel does this when memory runs out' if code == -9 else '')
-
-
-def node_facts() -> dict:
-    """What a client may want to know of this host."""
-    with process_start_lock:   # it may start `uname`
-        system = platform.platform()
-    return {
-        'python': tuple(sys.version_info[:3]), 'dispy': __version__,
-        'platform': system, 'cloudpickle': installed_version('cloudpickle'),
-        'pid': os.getpid()
-    }
-
-
-def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
-    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
-    that fails does not hide the others."""
-    found: Dict[str, Optional[float]] = {
-        'cpu': ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent()),
-        'memory': ask_psutil(lambda psutil: psutil.virtual_memory().available),
-        'disk': None,
-        'swap': ask_psutil(lambda psutil: psutil.swap_memory().free)}
-    with contextlib.suppress(OSError):   # the directory was removed
-        found['disk'] = shutil.disk_usage(directory).free
-    return found
-
-
-def installed_version(package: str) -> str:
-    """Version of a package without importing it; empty when it is not there."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.origin or not hasattr(spec.loader, 'get_data'):
-        return ''
-    # It may lie in an archive
-    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
-    found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
-    if found:
-        return found.group(1).decode()
-    return ''
-
-
-def take_own_directory(path: str,
-                       mark: str,
-                       known: Sequence[str],
-                       option: str,
-                       mode: int = 0o700) -> None:
-    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there
-    may be removed. One that has other things in it, and was not begun by an earlier version, which
-    the files `known` tell, is refused. Raises StartError, OSError."""
-    with contextlib.suppress(FileExistsError):
-        os.makedirs(path, mode=0o700)
-    status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
-        raise StartError('%s is not a directory of this user (%s)' % (path, option))
-    names = os.listdir(path)
-    if mark not in names:
-        if names and not any(name in names for name in known):
-            raise StartError(
-                '%s holds other things, such as %s, and none of dispy\'s: files in it would be '
-                'removed; give a directory that is empty or does not exist (%s)' %
-                (path, printable(sorted(names)[0]), option))
-        os.close(
-            os.open(os.path.join(path, mark),
-                    os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
-    os.chmod(path, mode)
-
-
-def default_directory(port: int) -> str:
-    """Where the node at this port keeps its files when nothing else is said."""
-    if hasattr(os, 'getuid'):
-        user: Union[int, str] = os.getuid()
-    else:
-        user = os.environ.get('USERNAME', 'user')
-    return os.path.join(tempfile.gettempdir(), 'dispy-%s' % user, 'node-%d' % port)
-
-
-def machine() -> str:
-    """What this machine is known by while it runs; empty where nothing tells. Containers of one
-    machine have the same."""
-    try:
-        with open('/proc/sys/kernel/random/boot_id') as file:
-            return file.read().strip()
-    except OSError:
-        return ''
-
-
-def _try_lock(file: Any, shared: bool = False) -> None:
-    if os.name == 'nt':
-        import msvcrt
-        # One byte is locked, at the file's position, which must be the same for all. It lies
-        # beyond the text because nobody else can read a byte that is locked.
-        file.seek(1 << 30)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-
-
-def lock_file(file: Any) -> None:
-    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
-    lock for a moment, so that it is tried several times. Raises OSError."""
-    for left in reversed(range(5)):
-        try:
-            return _try_lock(file)
-        except OSError:
-            if not left:
-                raise
-            time.sleep(0.02)
-
-
-def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the
-    process ends."""
-    file = open(path, 'a+')
-    try:
-        lock_file(file)
-    except OSError as exc:
-        file.seek(0)
-        holder = file.read(200).strip()
-        file.close()
-        raise StartError(
-            'the directory %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
-            % (os.path.dirname(path), holder or 'no PID is noted')) from exc
-    file.truncate(0)
-    file.write('PID %d, port %d\n%s' %
-               (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
-    file.flush()
-    return file
-
-
-def write_private(path: str, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 class DirectoryRemains:
@@ -15575,17 +17099,28 @@ class DirectoryRemains:
     def __init__(self, lock: Any, instance: bytes) -> None:
         """`lock`: machine and path of the lock file, as the node has told."""
         self._machine = self._path = ''
-        if type(lock) is tuple and [type(part) for part in lock] == [str, str]:
-            self._machine, self._path = lock
+        if type(lock) is tuple:
+            kinds = []
+            for part in lock:
+                kinds.append(type(part))
+            if kinds == [str, str]:
+                self._machine, self._path = lock
         self._instance = instance
 
     def has_ended(self) -> bool:
         """Whether the process has ended, for certain."""
-        if not self._machine or self._machine != machine() or os.name == 'nt':
+        if not self._machine:
+            return False
+        if self._machine != machine():
+            return False
+        if os.name == 'nt':
             return False
         try:
             with open(self._path, 'r+') as file:
-                named = 'instance %s' % self._instance.hex() in file.read(400)
+                digits = self._instance.hex()
+                text = 'instance %s' % digits
+                contents = file.read(400)
+                named = text in contents
                 _try_lock(file, shared=True)
                 return named
         except OSError:   # it is not ours to read, or is locked
@@ -15596,7 +17131,8 @@ class DirectoryRemains:
         known by."""
         root = os.path.dirname(self._path)
         try:
-            with open(os.path.join(root, 'memory')) as file:
+            memory_path = os.path.join(root, 'memory')
+            with open(memory_path) as file:
                 whole = memory != '' and file.read().startswith(memory + ' ')
             past = Memory.read(root, comp)
             private = os.path.join(root, 'p-' + comp)
@@ -15605,22 +17141,22 @@ class DirectoryRemains:
             begun = Slots.read(private)
         except OSError:
             return AttemptHistory(whole=False)
-        return past.and_also(AttemptHistory(whole=whole and begun is not None, lost=begun or frozenset()))
+        attempt_history = AttemptHistory(whole=whole and begun is not None,
+                                         lost=begun or frozenset())
+        return past.and_also(attempt_history)
 
     def kept(self, comp: str) -> List[int]:
         """Attempts whose results it has kept."""
         try:
-            return [
-                row[0]
-                for row in ResultSpool(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()
-            ]
+            directory = os.path.dirname(self._path)
+            path = os.path.join(directory, 'r-' + comp)
+            rows = ResultSpool(path).rows()
+            return [row[0] for row in rows]
         except OSError:   # none, as a rule
             return []
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 def available_cpus() -> int:
     """CPUs this process may use."""
@@ -15650,14 +17186,16 @@ def count_cpus(wanted: Optional[int]) -> int:
     else:
         cpus = have + wanted
     if wanted == 0 or cpus < 1:
-        raise ValueError('-c/--cpus %d leaves nothing to offer: this host has %d' % (wanted, have))
+        text = '-c/--cpus %d leaves nothing to offer: this host has %d' % (wanted, have)
+        raise ValueError(text)
     return cpus
 
 
 def size_option(text: str) -> int:
     """Read a number of bytes, with k, m, g or t behind it for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
-        number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
+        short_text = text[:-1]
+        number, factor = (short_text, 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
     else:
         number, factor = (text, 1)
     if not number.isdigit() or int(number) < 1:
@@ -15695,8 +17233,9 @@ def minutes_option(text: str) -> float:
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
-    raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' %
-                                     (text, SHORTEST / 60, LONGEST // 60))
+    reason = '%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60,
+                                                                          LONGEST // 60)
+    raise argparse.ArgumentTypeError(reason)
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
@@ -15707,16 +17246,21 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
     if start is None or (stop is None and end is None):
         raise ValueError(
             '--service-start needs --service-stop, --service-end or both, and they need it')
-    minutes = [
-        int(text[:2]) * 60 + int(text[3:]) if text is not None else None
-        for text in (start, stop, end)
-    ]
+    minutes = []
+    for text in (start, stop, end):
+        if text is not None:
+            minute = int(text[:2]) * 60 + int(text[3:])
+        else:
+            minute = None
+        minutes.append(minute)
     hours = Hours(minutes[0] or 0, minutes[1], minutes[2])
     if hours.start in (hours.stop, hours.end):
         raise ValueError('the service would stop when it starts, at %s (--service-start)' % start)
-    if stop is not None and end is not None and hours.phase(minutes[1]
-                                                            or 0) is Phase.CLOSED and stop != end:
-        raise ValueError('--service-stop %s comes after --service-end %s' % (stop, end))
+    if stop is not None and end is not None:
+        phase = hours.phase(minutes[1] or 0)
+        if phase is Phase.CLOSED:
+            if stop != end:
+                raise ValueError('--service-stop %s comes after --service-end %s' % (stop, end))
     return hours
 
 
@@ -15731,7 +17275,8 @@ def find_user(name: str) -> User:
     try:
         entry = pwd.getpwnam(name)
     except KeyError as exc:
-        raise StartError('--user %s: this host knows no such user' % name) from exc
+        text = '--user %s: this host knows no such user' % name
+        raise StartError(text) from exc
     if entry.pw_uid == 0:
         raise StartError(
             '--user %s is root, who can read the secret: leave --user out if jobs shall run as root'
@@ -15773,7 +17318,11 @@ class Each(argparse.Action):
         else:
             given = values
         # `-i "$(hostname -I)"` gives all addresses in one argument
-        words = [word for text in given for word in text.split() or [text]]
+        words = []
+        for text in given:
+            text_parts = text.split()
+            for word in text_parts or [text]:
+                words.append(word)
         setattr(namespace, self.dest, words if before is self.default else before + words)
 
 
@@ -15799,8 +17348,16 @@ OBSOLETE_NODE = {
 def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bool, str]]) -> None:
     """Let a parser accept options without a meaning."""
     for option, (takes_value, _) in options.items():
-        parser.add_argument(option, action=Obsolete, nargs=None if takes_value else 0,
-                            dest='obsolete', default=[], help=argparse.SUPPRESS)
+        if takes_value:
+            nargs = None
+        else:
+            nargs = 0
+        parser.add_argument(option,
+                            action=Obsolete,
+                            nargs=nargs,
+                            dest='obsolete',
+                            default=[],
+                            help=argparse.SUPPRESS)
 
 
 def tell_obsolete(args: argparse.Namespace, options: Dict[str, Tuple[bool, str]]) -> None:
@@ -15833,8 +17390,10 @@ class OldConfig:
         try:
             found.read_string(text)
         except configparser.Error as exc:
-            raise ValueError('it is neither JSON nor a file that dispy 4 has saved: %s'
-                             % str(exc).splitlines()[0]) from exc
+            lines = str(exc).splitlines()
+            line = lines[0]
+            raise ValueError('it is neither JSON nor a file that dispy 4 has saved: %s' %
+                             line) from exc
         words: List[str] = []
         for key, value in found.defaults().items():
             words += cls._words_of(key, value.strip(), parser)
@@ -15857,7 +17416,8 @@ class OldConfig:
         try:
             items = ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            raise ValueError('%s = %.80s is no list' % (key, value)) from None
+            text = '%s = %.80s is no list' % (key, value)
+            raise ValueError(text) from None
         return ['%s=%s' % (option, item) for item in items]
 
 
@@ -15879,7 +17439,8 @@ class OptionParser(argparse.ArgumentParser):
         """A wrong option ends the program; one in a file raises StartError, which names the
         file."""
         if self._file:
-            raise StartError('--config %s: %s' % (self._file, message))
+            text = '--config %s: %s' % (self._file, message)
+            raise StartError(text)
         super().error(message)
 
     def options_of_files(self) -> Dict[str, argparse.Action]:
@@ -15978,7 +17539,8 @@ def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Names
     ]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('--config')
-    path = first.parse_known_args(argv)[0].config
+    known_args = first.parse_known_args(argv)
+    path = known_args[0].config
     if path is not None:
         parser.take_defaults(path)
     return parser.parse_args(argv)
@@ -16000,9 +17562,9 @@ def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str
     add = parser.add_argument
     add('--max-file-size', type=size_option, metavar='N[kmgt]',
         help='larger files, of programs and of jobs, are refused (default: no limit)')
-    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which there is '
-             'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    text = ('larger arguments and results of jobs are refused, as are those for which '
+            'there is no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]', help=text)
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true',
@@ -16011,7 +17573,8 @@ def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str
         help='read options from this JSON file; the command line overrides it')
     add('--save-config', metavar='FILE',
         help='write these options, without secrets, to a JSON file, and end')
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    version = '%(prog)s ' + __version__
+    add('--version', action='version', version=version)
     accept_obsolete(parser, obsolete)
 
 
@@ -16064,11 +17627,10 @@ def _parser() -> OptionParser:
         metavar='FILE',
         help='certificate for TLS; clients need one that is vouched for by the same file')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--user',
-        metavar='NAME',
-        help='started as root: run jobs as this user, who cannot read the '
-        'secret; of the environment they get %s and what begins with %s' %
-        (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
+    text = ('started as root: run jobs as this user, who cannot read the secret; of the '
+            'environment they get %s and what begins with %s' %
+            (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
+    add('--user', metavar='NAME', help=text)
     add('--service-start',
         type=_time_of_day,
         metavar='HH:MM',
@@ -16103,11 +17665,13 @@ def _parser() -> OptionParser:
         type=seconds_option,
         metavar='S',
         help='seconds between searches for clients')
-    add('--start-method', choices=(FORK, SPAWN),
-        help='how worker processes are started for clients that do not say: fork, after the '
-             'computation was loaded and its setup has run once, or spawn: anew, and each loads the '
-             'computation and runs its setup (default: what DISPY_START_METHOD in the environment '
-             'says, otherwise fork on Linux and spawn elsewhere)')
+    add('--start-method',
+        choices=(FORK, SPAWN),
+        help='how worker processes are started for clients that do not say: fork, after '
+        'the computation was loaded and its setup has run once, or spawn: anew, and '
+        'each loads the computation and runs its setup (default: what '
+        'DISPY_START_METHOD in the environment says, otherwise fork on Linux and '
+        'spawn elsewhere)')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -16119,15 +17683,8 @@ class LogFormatter(logging.Formatter):
     neither make a line of their own nor speak to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return '\n  '.join(map(printable, super().format(record).splitlines()))
-
-
-def printable(text: str) -> str:
-    """A text with its control characters, and what cannot be encoded, written out."""
-    if text.isprintable():
-        return text
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
-                   for c in text)
+        lines = super().format(record).splitlines()
+        return '\n  '.join(map(printable, lines))
 
 
 class PrivateFileHandler(logging.handlers.WatchedFileHandler):
@@ -16173,15 +17730,16 @@ def own_host(word: str) -> str:
     interface. Raises StartError."""
     interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
     families = (socket.AF_INET, socket.AF_INET6)
-    items = [item for item in interfaces.get(word, ()) if item.family in families]
+    interface = interfaces.get(word, ())
+    items = [item for item in interface if item.family in families]
     for item in sorted(items, key=lambda item: (families.index(item.family), '%' in item.address)):
         return str(item.address).partition('%')[0]
     try:
         return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
     except OSError as exc:
-        raise StartError(
-            '%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' %
-            (word, exc)) from exc
+        text = ('%s is no address, name or interface of this host: %s (-i/--host, '
+                '--ext-host)' % (word, exc))
+        raise StartError(text) from exc
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
@@ -16212,7 +17770,9 @@ KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEX
 def clear_environment() -> None:
     """Remove from the environment what is not for jobs of another user."""
     for name in list(os.environ):
-        if name not in KEPT_VARIABLES and not name.startswith(KEPT_BEGINNINGS):
+        if name in KEPT_VARIABLES:
+            continue
+        if not name.startswith(KEPT_BEGINNINGS):
             del os.environ[name]
 
 
@@ -16230,13 +17790,15 @@ def parse_command(line: str) -> Any:
     cannot be."""
     words = line.split()
     if words[:1] == ['cpus']:
-        if len(words) != 2 or not words[1].lstrip('-').isdigit():
+        word_count = len(words)
+        if word_count != 2 or not words[1].lstrip('-').isdigit():
             raise ValueError('cpus N, and N is a number')
-        return SetCpus(count_cpus(int(words[1])))
-    return {
-        'quit': Stop(), 'stop': Pause('operator', 'its operator has stopped it'),
-        'start': Resume('operator'), 'release': Release()
-    }.get(line.strip(), Status())
+        wanted = int(words[1])
+        return SetCpus(count_cpus(wanted))
+    pause = Pause('operator', 'its operator has stopped it')
+    resume = Resume('operator')
+    return {'quit': Stop(), 'stop': pause, 'start': resume,
+            'release': Release()}.get(line.strip(), Status())
 
 
 def _prompt(post: Callable[[Any], None]) -> None:
@@ -16255,7 +17817,8 @@ def _prompt(post: Callable[[Any], None]) -> None:
         *lines, rest = (rest + data).split(b'\n')
         for line in lines:
             try:
-                post(parse_command(line.decode('utf-8', 'replace')))
+                decoded = line.decode('utf-8', 'replace')
+                post(parse_command(decoded))
             except ValueError as exc:
                 print(exc, flush=True)
 
@@ -16282,11 +17845,14 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
-        if number is not None and (name != 'SIGHUP'
-                                   or signal.getsignal(number) is not signal.SIG_IGN):
+        if number is None:
+            continue
+        if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
                           lambda number, frame: daemon.post(Stop()))
-    if os.getpid() == 1 and hasattr(os, 'waitid'):
+    if os.getpid() != 1:
+        return
+    if hasattr(os, 'waitid'):
         signal.signal(signal.SIGCHLD, lambda number, frame: daemon.post(ChildEnded()))
         daemon.post(ChildEnded())
 
@@ -16311,9 +17877,10 @@ def _make_ready_for(user: Optional[User]) -> None:
     if user is not None:
         clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
         os.initgroups(user.name, user.gid)
-    elif hasattr(os, 'geteuid') and os.geteuid() == 0:
-        logger.warning(
-            'jobs run as root and can read the secret: --user NAME lets them run as another user')
+    elif hasattr(os, 'geteuid'):
+        if os.geteuid() == 0:
+            logger.warning('jobs run as root and can read the secret: --user NAME lets them run '
+                           'as another user')
 
 
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
@@ -16329,15 +17896,15 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
         user = None
     secret = _find_secret_of(args)
     _make_ready_for(user)
-    return Options(cpus, own_hosts(args.host
-                                   or ('', )), args.port, args.name, args.dest_path_prefix, secret,
+    port = own_hosts(args.host or ('', ))
+    return Options(cpus, port, args.port, args.name, args.dest_path_prefix, secret,
                    args.certfile, args.keyfile, args.clean, args.embedded,
                    tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
                    'off' if args.embedded else discovery_reach(), args.ping_interval, user, hours,
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
-                   args.msg_timeout, args.force_cleanup,
-                   args.start_method or default_start_method())
+                   args.msg_timeout, args.force_cleanup, args.start_method
+                   or default_start_method())
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
@@ -16351,7 +17918,8 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
         if hasattr(signal, 'SIGTTIN'):
             # In the background a read fails instead of stopping the node
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-        threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
+        thread = threading.Thread(target=_prompt, args=(daemon.post,), daemon=True)
+        thread.start()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -16364,14 +17932,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         try:
             cpus = count_cpus(args.cpus or None)
             hours = find_hours(args.service_start, args.service_stop, args.service_end)
-            schedulers = tuple(
-                host_and_port(text, args.scheduler_port) for text in args.scheduler_host)
+            host_and_ports = []
+            for text in args.scheduler_host:
+                host_and_ports.append(host_and_port(text, args.scheduler_port))
+            schedulers = tuple(host_and_ports)
         except ValueError as exc:
             parser.error(str(exc))
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
-        daemon = Daemon(_options_of(args, cpus, hours, schedulers))
+        options = _options_of(args, cpus, hours, schedulers)
+        daemon = Daemon(options)
         port = daemon.start()
     except (StartError, SecretError, OSError, ValueError) as exc:
         print('dispynode: %s' % exc, file=sys.stderr)

@@ -76,29 +76,33 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (
-    ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART,
-    ConnectionSettings, Allocation, CancelAsked, PackedComputation, Database, DispyNode,
-    FailedJobs, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults,
-    NodeInfo, NodeSpec, NodeUse, NodeUser, Overview, NodeConnection, Schedule, AssignmentState,
-    WithdrawAsked, ScheduledJob, cpus_of, has_ended, job_row, parse_nodes, shown_arguments,
-    shown_state, NodeChanged, JobsAssigned)
-from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueRequests, pack_error,
-    IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES, NAME_MOST,
-    NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of,
-    OptionParser, add_daemon_options, daemon_parser, tell_obsolete, PULSE, RETURNED,
-    SCHEDULER_PORT, ZOMBIE_TIME, Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute,
-    DispyError, Done, Each, FilePiece, FileReceiver, FileStored, Acceptor, KnownAttempts,
-    ClientHello, Jobs, Limit, Link, LinkBroken, Need, CpusChanged, Outcome, Output, PeerError,
-    Pulse, Purpose, Query, Ready, ReturnJobs, Reclaim, Refused, Results, Return, JobsReturned,
-    Role, Notice, Shutdown, StartError, Started, Unfit, Values, NodeHello, Wrong, __version__,
-    write_private, out_of_band, check_name, derive_key, digest_of, discovery_reach, find_secret,
-    batches, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
-    over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
-    open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
-    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of,
-    size_option, with_size, take_own_directory, tls_files, unpack_error, ENDING_SIGNALS)
+from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST
+from dispy import REPORTS_APART
+from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
+from dispy import FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnection, NodeDrains
+from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
+from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob
+from dispy import WithdrawAsked
+from dispy import cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state
+from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
+from dispynode import ENDING_SIGNALS, EXIT_STATUSES, FOR_CODE, LAZY, NAME_MOST, NODE_PORT
+from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RETURNED
+from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
+from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
+from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
+from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturned, KnownAttempts
+from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
+from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
+from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
+from dispynode import ValueRequests, Values, Wrong
+from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
+from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
+from dispynode import in_parts, is_comp, limit_values, log_record_of, make_secret, may_reclaim
+from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
+from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
+from dispynode import reason_of, refused_row, replaced, result_key, run_until_ended, save_config
+from dispynode import seconds_option, set_up_log, shorten, size_of, size_option, take_own_directory
+from dispynode import tell_obsolete, tls_files, unfit_row, unpack_error, with_size, write_private
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -175,7 +179,9 @@ def stored(path: str, is_own: bool = False) -> Any:
 
 def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
     """Return the file in which a payload lies already, if there is one."""
-    if len(pieces) != 1 or type(pieces[0]) is not memoryview:
+    if len(pieces) != 1:
+        return None
+    if type(pieces[0]) is not memoryview:
         return None
     value = pieces[0].obj
     if isinstance(value, StoredValue) and value.path:
@@ -251,7 +257,8 @@ class DiskReserve:
     @property
     def size(self) -> int:
         """The size of the file: RESERVE, or less on a small disk."""
-        return min(RESERVE, shutil.disk_usage(self._root).total // 16)
+        usage = shutil.disk_usage(self._root)
+        return min(RESERVE, usage.total // 16)
 
     def free(self) -> int:
         """Return how many bytes of the disk are free."""
@@ -310,7 +317,8 @@ class LargeFiles:
 
     def path(self, number: int, end: str) -> str:
         """Return the path of a file. `end` is 'p' for arguments and 'r' for a result."""
-        return os.path.join(self.directory, '%d.%s' % (number, end))
+        name = '%d.%s' % (number, end)
+        return os.path.join(self.directory, name)
 
     def find(self, knows: Callable[[int], bool]) -> None:
         """Find the files of the jobs that `knows` says are there, and delete what an earlier run
@@ -319,8 +327,11 @@ class LargeFiles:
             number, _, end = name.partition('.')
             came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
             if not came:
-                if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
-                    continue   # none of ours
+                # None of ours
+                if not number.isdigit():
+                    continue
+                if end not in ('p', 'r', 'p.part', 'r.part'):
+                    continue
                 if end in ('p', 'r') and knows(int(number)):
                     self.numbers.add(int(number))
                     continue
@@ -328,7 +339,8 @@ class LargeFiles:
 
     def new_place(self) -> OnDisk:
         """Create a file for a value that comes in parts. Raises OSError."""
-        name = '%s%d.part' % (self.NEW, next(self._new_values))
+        next_new_value = next(self._new_values)
+        name = '%s%d.part' % (self.NEW, next_new_value)
         return OnDisk(os.path.join(self.directory, name))
 
     def add(self, number: int, end: str, pieces: Sequence[Any]) -> None:
@@ -477,7 +489,8 @@ class State(Database):
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
-        given = [0, *self._comps.values(), *self._places.values()]
+        comps = self._comps.values()
+        given = [0, *comps, *self._places.values()]
         self._newest = itertools.count(1 + max(given))
         self.files.find(self._knows)
         self._short = 0   # bytes of the disk that are missing
@@ -516,15 +529,19 @@ class State(Database):
         self.note(self.NODE, place, key, peer.host, peer.port, peer.name, peer.instance)
         self.note(self.MEMORY, place, peer.memory)
         lock = peer.facts.get('lock')
-        if type(lock) is not tuple or list(map(type, lock)) != [str, str]:
-            return   # a node without a lock file
+        # A node without a lock file
+        if type(lock) is not tuple:
+            return
+        if list(map(type, lock)) != [str, str]:
+            return
         machine, file = [part[:LOCK_MOST] for part in lock]
         self.note(self.LOCK, place, machine, file)
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
         """Note the jobs of a program that has not come back for their results, by its own
         numbers."""
-        data = struct.pack('>%dQ' % len(serials), *serials)
+        layout = '>%dQ' % len(serials)
+        data = struct.pack(layout, *serials)
         self.note(self.PAST, comp, time.time(), data, text)
 
     def past(self, comp: str) -> AttemptHistory:
@@ -533,7 +550,8 @@ class State(Database):
         if row is None:
             return AttemptHistory()
         data, text = row
-        given_up = struct.unpack('>%dQ' % (len(data) // 8), data)
+        layout = '>%dQ' % (len(data) // 8)
+        given_up = struct.unpack(layout, data)
         return AttemptHistory(given_up=frozenset(given_up), text=text)
 
     # -- jobs --------------------------------------------------------------------------------------
@@ -543,7 +561,8 @@ class State(Database):
         bring `promised` bytes more. Raises OSError."""
         free = self._reserve.free() - promised - self._reserve.size
         if size > free:
-            raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
+            message = '%d bytes are free on its disk' % max(0, free)
+            raise OSError(errno.ENOSPC, message)
         return self.files.new_place()
 
     def submitted(self, work: 'ClientJob', payload: Any) -> None:
@@ -568,8 +587,9 @@ class State(Database):
         at = bisect.bisect_left(new, (number,))
         if at < len(new):
             row = new[at]
-            if row[0] == number and row[3] is not None:
-                return row[3]
+            if row[0] == number:
+                if row[3] is not None:
+                    return row[3]
         row = self._db.execute('SELECT payload FROM jobs WHERE number = ?', (number,)).fetchone()
         if row is not None and row[0] is not None:
             return row[0]
@@ -580,7 +600,8 @@ class State(Database):
         place = self._places[_key_text(key)]
         notes = self._notes[self.MOVE]
         for work in works:
-            notes.append((self.SENT, work.serial & 0xffff, place, work.serial >> 16))
+            note = (self.SENT, work.serial & 0xffff, place, work.serial >> 16)
+            notes.append(note)
 
     def waits(self, work: 'ClientJob') -> None:
         """Note a job that is back from a node."""
@@ -602,7 +623,8 @@ class State(Database):
         """Note a row of Results, with the serial that the program knows. The payload of a very
         large one is a file alone."""
         if size_of(row[4]) > LAZY:
-            self.files.add(number, 'r', pieces_of(row[4]))
+            pieces = pieces_of(row[4])
+            self.files.add(number, 'r', pieces)
             row = (*row[:4], None, *row[5:])
         payloads = tuple(map(_plain, row[4:]))
         data = pickle.dumps(row[:4] + payloads, 5)
@@ -659,9 +681,15 @@ class State(Database):
         """Return whether there is anything that cannot wait. A note that results were acknowledged
         can: if it is lost, the results come once more and are acknowledged as known."""
         removed = self._notes[self.REMOVE]
-        if self.files.has_gone or len(removed) >= REMOVED_MOST:
+        if self.files.has_gone:
             return True
-        return any(rows for rows in self._notes if rows is not removed)
+        if len(removed) >= REMOVED_MOST:
+            return True
+        for rows in self._notes:
+            if rows is not removed:
+                if rows:
+                    return True
+        return False
 
     def _empty_log(self) -> None:
         """Make SQLite write the content of its log into the database file."""
@@ -677,11 +705,13 @@ class State(Database):
         if not wanted and not files:
             return True
         # What is in the log only would make the file grow later
-        if self._reserve.free() < LOW_DISK + 4 * (wanted + files):
+        free = self._reserve.free()
+        if free < LOW_DISK + 4 * (wanted + files):
             with contextlib.suppress(self._error):
                 self._empty_log()
         # Of what was removed
-        inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]
+        row = self._db.execute('PRAGMA freelist_count').fetchone()
+        inside = PAGE_SIZE * row[0]
         margin = self._reserve.size
         if inside >= margin:
             margin //= 8
@@ -733,7 +763,8 @@ class State(Database):
     def _result(self, number: int, data: Optional[bytes]) -> tuple:
         """Return a row of Results. Raises OSError."""
         if data is None:
-            with open(self.files.path(number, 'r'), 'rb') as file:
+            path = self.files.path(number, 'r')
+            with open(path, 'rb') as file:
                 data = file.read()
         found: tuple = open_plain(data)
         if found[4] is None:
@@ -791,7 +822,10 @@ class State(Database):
 
 def _bytes_in(notes: Sequence[tuple], column: int) -> int:
     """Return the number of bytes in one column of rows that wait to be written."""
-    sizes = [len(row[column]) for row in notes if row[column] is not None]
+    sizes = []
+    for row in notes:
+        if row[column] is not None:
+            sizes.append(len(row[column]))
     return sum(sizes)
 
 
@@ -960,7 +994,8 @@ class ClientValues:
             path = os.path.join(self._directory, name)
             if len(name) == 2 * DIGEST_SIZE:
                 size = os.path.getsize(path)
-                self._desk.come(self._computation.comp, size, bytes.fromhex(name))
+                digest = bytes.fromhex(name)
+                self._desk.come(self._computation.comp, size, digest)
             else:   # it came when that ended
                 os.unlink(path)
 
@@ -988,7 +1023,10 @@ class ClientValues:
         values."""
         wanted = set(serials)
         waiting = self._desk.waiting(self._computation.comp)
-        gone = {early for early in waiting if early.row[0] in wanted}
+        gone = set()
+        for early in waiting:
+            if early.row[0] in wanted:
+                gone.add(early)
         self._desk.leave(self._computation.comp, gone)
         return [early.row[0] for early in gone]
 
@@ -1009,7 +1047,8 @@ class ClientValues:
                 with contextlib.suppress(OSError):   # it has gone
                     os.unlink(self.path(action.digest))
                 continue
-            row = (action.digest.hex(), action.size, action.digest, 0o400)
+            digits = action.digest.hex()
+            row = (digits, action.size, action.digest, 0o400)
             try:
                 missing = self._computation.receiver.want(Purpose.VALUES, [row])
             except (OSError, ValueError) as exc:
@@ -1032,7 +1071,8 @@ class ClientValues:
 
     def came(self, name: str) -> None:
         """The value that was asked for is here."""
-        if self._desk.coming(self._computation.comp).hex() == name:
+        digits = self._desk.coming(self._computation.comp).hex()
+        if digits == name:
             self._desk.came(self._computation.comp)
 
     def failed(self) -> List[int]:
@@ -1082,7 +1122,8 @@ class ClientComputation(NodeUser):
         self.reentrant = shared['reentrant']
         self.exclusive = shared['exclusive']
         self.cloudpickle = shared['cloudpickle']
-        self.absence = Absence(bool(shared['recovers']), shared['process'])
+        recovers = bool(shared['recovers'])
+        self.absence = Absence(recovers, shared['process'])
         # Whether another process may come for the results, see `dispy.Trail`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
@@ -1140,7 +1181,8 @@ class ClientComputation(NodeUser):
         support = spec['support'].items()
         spec['support'] = {name: bytes(source) for name, source in support}
         paths = self.paths_of(spec['files'])
-        self.cargo = PackedComputation(spec, paths, spec['kind'] == 'program', _no_source)
+        is_program = spec['kind'] == 'program'
+        self.cargo = PackedComputation(spec, paths, is_program, _no_source)
 
     def path_of(self, name: str) -> str:
         """Return the path of a file of the program."""
@@ -1163,7 +1205,8 @@ class ClientComputation(NodeUser):
 
     def job_seconds(self) -> float:
         """Return how many seconds its jobs have run."""
-        return sum(seconds for _, seconds in self.ended_at.values())
+        ended_at = self.ended_at.values()
+        return sum(seconds for _, seconds in ended_at)
 
     def remove(self) -> None:
         """Delete its files."""
@@ -1173,9 +1216,10 @@ class ClientComputation(NodeUser):
 
     def send(self, message: Any) -> None:
         """Send a message to the program, if it is connected."""
-        link = self._scheduler.links.get(self.link)
+        scheduler = self._scheduler
+        link = scheduler.links.get(self.link)
         if link is not None:
-            self._scheduler.send(link, message)
+            scheduler.send(link, message)
 
     def warn(self, text: str) -> None:
         """Log a warning here and send it to the program."""
@@ -1189,17 +1233,22 @@ class ClientComputation(NodeUser):
 
     def node_unreachable(self, peer: NodeConnection, text: str) -> None:
         """Tell the program why a node cannot be used."""
-        self.send(Notice(self.comp, 'node %s cannot be used: %s' % (peer, text)))
+        message = 'node %s cannot be used: %s' % (peer, text)
+        notice = Notice(self.comp, message)
+        self.send(notice)
 
     def node_changed(self, status: int, peer: NodeConnection) -> None:
         """Tell the program that a node is used or is not used any more."""
-        if self.link not in self._scheduler.links or self.comp not in peer.uses:
+        if self.link not in self._scheduler.links:
+            return
+        if self.comp not in peer.uses:
             return
         state = 'ready'
         if status == DispyNode.Closed:
             state = 'closed'
         row = self.row_of(peer)._replace(state=state)
-        self.send(NodeChanged(self.comp, status, tuple(row)))
+        message = NodeChanged(self.comp, status, tuple(row))
+        self.send(message)
 
     def row_of(self, peer: NodeConnection) -> NodeInfo:
         """Describe one of its nodes for the program."""
@@ -1260,7 +1309,9 @@ class ClientComputation(NodeUser):
 
     def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[Any, float]]) -> None:
         """Tell the program which jobs have begun."""
-        rows = [(work.client_serial, ran) for work, ran in pairs]
+        rows = []
+        for work, ran in pairs:
+            rows.append((work.client_serial, ran))
         self.send(Started(self.comp, rows))
 
     def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[Any, tuple]]) -> None:
@@ -1294,7 +1345,8 @@ class ClientComputation(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        self.send(JobsAssigned(self.comp, (), [work.client_serial]))
+        jobs_assigned = JobsAssigned(self.comp, (), [work.client_serial])
+        self.send(jobs_assigned)
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1305,7 +1357,8 @@ class ClientComputation(NodeUser):
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            self.send(Started(work.comp, [(work.client_serial, ran)]))
+            started = Started(work.comp, [(work.client_serial, ran)])
+            self.send(started)
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
@@ -1315,18 +1368,20 @@ class ClientComputation(NodeUser):
 
     def file_piece(self, peer: NodeConnection, work: Any, message: FilePiece) -> None:
         """Pass a piece of a job's file on to the program."""
+        scheduler = self._scheduler
+        key = message.key
         if message.offset == 0:
-            self.files[message.key] = (self.link, message.row[0])
-        if message.key not in self.files:
+            self.files[key] = (self.link, message.row[0])
+        if key not in self.files:
             return   # it was answered already: what is left of it is passed over
-        began_by, _ = self.files[message.key]
-        if self.link in self._scheduler.links and began_by == self.link:
+        began_by, _ = self.files[key]
+        if self.link in scheduler.links and began_by == self.link:
             self.send(message._replace(key=work.client_serial, data=out_of_band(message.data)))
         else:
-            del self.files[message.key]
+            del self.files[key]
             text = 'the client is not connected'
             stored = FileStored(*message[:3], message.row[0], text)
-            self._scheduler.say_to(peer, stored)
+            scheduler.say_to(peer, stored)
 
     def jobs_owed(self) -> List[Any]:
         """Return the jobs that have not ended."""
@@ -1392,14 +1447,20 @@ def raise_descriptors() -> None:
     except ImportError:   # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 10240 if sys.platform == 'darwin' else 1 << 16
+    if sys.platform == 'darwin':
+        most = 10240
+    else:
+        most = 1 << 16
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        except (OSError, ValueError) as exc:
-            logger.debug('the limit of descriptors stays at %d: %s', soft, exc)
+    if soft == resource.RLIM_INFINITY:
+        return
+    if not soft < most:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as exc:
+        logger.debug('the limit of descriptors stays at %d: %s', soft, exc)
 
 
 def links_of_one() -> int:
@@ -1428,7 +1489,8 @@ def specs_of(rows: Any) -> List[NodeSpec]:
 def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
     """Return one of them. `number` is of the NodeAllocate that the program is asked, or 0 if there
     is none."""
-    spec = parse_nodes((host, port, cpus), NODE_PORT, True)[0]
+    nodes = parse_nodes((host, port, cpus), NODE_PORT, True)
+    spec = nodes[0]
     allocator: Any = None
     if number:
         allocator = ClientAllocator(number)
@@ -1579,7 +1641,9 @@ class ProgramOverview(Overview):
         """Return whether a computation may not be set up at a node because the node was released
         for all, and note that the computation was told so."""
         use = peer.uses[comp]
-        if comp == KeepConnected.comp or peer.key not in self._released:
+        if comp == KeepConnected.comp:
+            return False
+        if peer.key not in self._released:
             return False
         if use.state is AssignmentState.CLOSED or use.offered:
             return False
@@ -1605,23 +1669,28 @@ class ProgramOverview(Overview):
     def _clusters(self, first: int, count: int) -> List[dict]:
         computations = self._scheduler.computations.opened()
         count = min(count, PAGE)
-        return [self._cluster(computation) for computation in computations[first:first + count]]
+        clusters: List[dict] = []
+        for computation in computations[first:first + count]:
+            clusters.append(self._cluster(computation))
+        return clusters
 
     def _cluster(self, computation: ClientComputation) -> dict:
+        scheduler = self._scheduler
         row: Dict[str, Any] = {}
         row.update(zip(self.COUNTS, computation.jobs_counted()))
         row['number'] = computation.number
         row['comp'] = computation.comp
         row['name'] = computation.name[:200]
         row['program'] = computation.program
-        row['connected'] = computation.link in self._scheduler.links
+        row['connected'] = computation.link in scheduler.links
         row['job_seconds'] = computation.job_seconds()
-        row['elapsed'] = self._scheduler.now - computation.since
+        row['elapsed'] = scheduler.now - computation.since
         return row
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
-        computations = self._scheduler.computations.opened()
-        peers = self._scheduler.nodes.by_key.values()
+        scheduler = self._scheduler
+        computations = scheduler.computations.opened()
+        peers = scheduler.nodes.by_key.values()
         page = itertools.islice(peers, first, first + min(count, PAGE))
         return [self._node(peer, computations, asking) for peer in page]
 
@@ -1643,7 +1712,8 @@ class ProgramOverview(Overview):
                 use = NodeUse(number, state, reason, cpus, at_work, used, int(ended), ran)
                 uses.append(tuple(use))
         state, reason = self._state_for_all(peer)
-        row = self.node_row(peer, self.free_at(peer, KeepConnected.comp))
+        free = self.free_at(peer, KeepConnected.comp)
+        row = self.node_row(peer, free)
         row['state'] = state
         row['reason'] = reason
         row['cpus'] = min(peer.offered, peer.most)
@@ -1656,7 +1726,8 @@ class ProgramOverview(Overview):
         """Return the state of a node for a computation, the reason, and the CPUs that it may
         use."""
         _, state, reason, cpus, _ = self._scheduler.queries.node_of(comp, peer)
-        return shown_state(state, reason), reason[-500:], cpus
+        short_reason = reason[-500:]
+        return shown_state(state, reason), short_reason, cpus
 
     def _state_for_all(self, peer: NodeConnection) -> Tuple[str, str]:
         """Return the state of a node for whoever wants it, and the reason."""
@@ -1669,7 +1740,8 @@ class ProgramOverview(Overview):
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
         FailedJob."""
-        return [tuple(row) for row in self._failed_jobs.since(known)]
+        since = self._failed_jobs.since(known)
+        return [tuple(row) for row in since]
 
     def _jobs(self, key: Any) -> List[tuple]:
         """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
@@ -1680,7 +1752,8 @@ class ProgramOverview(Overview):
             left = PAGE - len(rows)
             for job in self.jobs_at(peer.key, computation.comp, left):
                 number = job.work.client_serial
-                rows.append((computation.number, number, job.is_running, job.seconds))
+                row = (computation.number, number, job.is_running, job.seconds)
+                rows.append(row)
         return rows
 
     def _arguments(self, jobs: list) -> list:
@@ -1732,11 +1805,12 @@ class ProgramOverview(Overview):
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """Look for a node. All computations whose `nodes` mean it may use it."""
+        scheduler = self._scheduler
         node: Any = host
         if port is not None:
             node = (host, port)
-        default_port = self._scheduler.clusters[KeepConnected.comp].port
-        self._scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
+        default_port = scheduler.clusters[KeepConnected.comp].port
+        scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
@@ -1755,13 +1829,16 @@ class ProgramOverview(Overview):
         peer = self._peer(key)
         told = self._released.setdefault(peer.key, set())
         for comp, use in list(peer.uses.items()):
-            if comp != KeepConnected.comp and use.state is not AssignmentState.CLOSED:
+            if comp == KeepConnected.comp:
+                continue
+            if use.state is not AssignmentState.CLOSED:
                 told.add(comp)
                 self._scheduler.selection.leave(comp, peer.key, 'close', False)
         return 1
 
     def _use(self, key: Any) -> int:
         """Use a node again that was released or drained, with all its CPUs."""
+        scheduler = self._scheduler
         peer = self._peer(key)
         peer.most = sys.maxsize
         for comp in self._released.pop(peer.key, set()):
@@ -1774,8 +1851,8 @@ class ProgramOverview(Overview):
             use.move('open')
             use.reason = ''
             use.allocation = None
-            self._scheduler.setup.set_up(peer, comp)
-        self._scheduler.sharing.limit(peer, list(peer.uses))
+            scheduler.setup.set_up(peer, comp)
+        scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
     _ANSWERS: Dict[str, Callable[..., Any]] = {
@@ -1803,8 +1880,9 @@ def _failure_text(row: tuple) -> str:
     payload = row[4]
     if len(payload) <= LAZY:
         payload = _plain(payload)
-    if row[1] == Outcome.RAISED and len(payload) >= 4:
-        return unpack_error(payload)[0]
+    if row[1] == Outcome.RAISED:
+        if len(payload) >= 4:
+            return unpack_error(payload)[0]
     return str(payload, 'utf-8', 'replace')
 
 
@@ -1847,7 +1925,8 @@ class Quota:
 
     def moved(self, computation: ClientComputation, instance: bytes) -> None:
         """Count a computation for another process of the program, which has taken it over."""
-        size = sum(work.size for work in computation.works.values())
+        works = computation.works.values()
+        size = sum(work.size for work in works)
         self._queued[computation.instance] -= size
         self._queued[instance] += size
 
@@ -1879,15 +1958,16 @@ class Quota:
     def take_again(self) -> None:
         """Offer CPUs again to the programs that have less than half of what they may have. The disk
         has room."""
+        scheduler = self._scheduler
         for number, instance in list(self._waiting.items()):
-            link = self._scheduler.links.get(number)
+            link = scheduler.links.get(number)
             if link is None:
                 del self._waiting[number]
                 continue
             queued = self._queued.get(instance, 0)
             if queued <= self._most // 2:
                 del self._waiting[number]
-                self._scheduler.send(link, CpusChanged(UNLIMITED_CPUS))
+                scheduler.send(link, CpusChanged(UNLIMITED_CPUS))
 
 
 class NodeSharing(NodePolicy):
@@ -1916,17 +1996,20 @@ class NodeSharing(NodePolicy):
         """Return a function that says which addresses of a node may be connected to, or None for
         all. It is called by a dial thread."""
         allowed = self._scheduler.options.allowed
-        if peer.host in self.named or may_dial(peer.host, '', allowed):
+        if peer.host in self.named:
+            return None
+        if may_dial(peer.host, '', allowed):
             return None
         return lambda address: may_dial('', address, allowed)
 
     def may_set_up(self, peer: NodeConnection, comp: str) -> bool:
         """Return whether a computation may be set up at a node. It may not when all jobs of a
         program that is gone have ended, nor at a node that was released for all."""
-        computation = self._scheduler.clusters.get(comp)
+        scheduler = self._scheduler
+        computation = scheduler.clusters.get(comp)
         if isinstance(computation, ClientComputation) and computation.rests:
             return False
-        return not self._scheduler.overview.keeps_from(peer, comp)
+        return not scheduler.overview.keeps_from(peer, comp)
 
     def node_met(self, peer: NodeConnection) -> None:
         """Note a node, so that it is known again after the end of this process."""
@@ -1970,10 +2053,13 @@ class NodeSharing(NodePolicy):
 
     def _holds(self, comp: str) -> bool:
         """Return whether a computation that wants its nodes alone still has a program or jobs."""
-        computation = self._scheduler.clusters.get(comp)
+        scheduler = self._scheduler
+        computation = scheduler.clusters.get(comp)
         if not isinstance(computation, ClientComputation):
             return False
-        return computation.link in self._scheduler.links or bool(computation.works)
+        if computation.link in scheduler.links:
+            return True
+        return bool(computation.works)
 
     def _assign(self, peer: NodeConnection) -> None:
         """Decide whom a node serves: the first computation that wants it alone, when the jobs of
@@ -1992,7 +2078,11 @@ class NodeSharing(NodePolicy):
         """Return the first computation that wants a node alone, or an empty text."""
         for comp in self._wanting:
             use = peer.uses.get(comp)
-            if use is not None and use.state is not AssignmentState.CLOSED and self._holds(comp):
+            if use is None:
+                continue
+            if use.state is AssignmentState.CLOSED:
+                continue
+            if self._holds(comp):
                 return comp
         return ''
 
@@ -2001,20 +2091,28 @@ class NodeSharing(NodePolicy):
         node = self._scheduler.schedule.nodes.get(peer.key)
         if node is None:
             return False
-        others = [jobs for comp, jobs in node.in_flight.items() if comp != owner]
+        others = []
+        for comp, jobs in node.in_flight.items():
+            if comp != owner:
+                others.append(jobs)
         return any(others)
 
     def limit(self, peer: NodeConnection, comps: Iterable[str]) -> None:
         """Tell a node and the Schedule what computations may use there now."""
+        scheduler = self._scheduler
         for comp in comps:
             use = peer.uses.get(comp)
-            if use is None or use.state is not AssignmentState.READY or use.then:
+            if use is None:
                 continue
-            cpus = self._scheduler.selection.tell_limit(peer, comp)
+            if use.state is not AssignmentState.READY:
+                continue
+            if use.then:
+                continue
+            cpus = scheduler.selection.tell_limit(peer, comp)
             if cpus:
-                self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
+                scheduler.decide(NodeOffers(peer.key, comp, cpus))
             else:
-                self._scheduler.decide(NodeDrains(peer.key, comp))
+                scheduler.decide(NodeDrains(peer.key, comp))
 
 
 class Commit:
@@ -2041,27 +2139,32 @@ class Commit:
 
     def stick(self) -> None:
         """The disk does not take the transaction: it is tried again after a while."""
+        scheduler = self._scheduler
         # Results of nodes wait there; programs are read: what they end makes room
         if self.stuck_until is None:
             for link in self._links_of_nodes():
                 link.paused = True
-                self._scheduler.interest(link)
-        self.stuck_until = self._scheduler.now + RETRY_TIME
+                scheduler.interest(link)
+        self.stuck_until = scheduler.now + RETRY_TIME
 
     def unstick(self) -> None:
         """The disk has taken a transaction: nodes are read again."""
+        scheduler = self._scheduler
         if self.stuck_until is not None:
             self.stuck_until = None
             for link in self._links_of_nodes():
                 link.paused = False
-                link.heard = self._scheduler.now
-                self._scheduler.interest(link)
+                link.heard = scheduler.now
+                scheduler.interest(link)
 
     def _links_of_nodes(self) -> List[Link]:
-        return [
-            link for link in self._scheduler.links.values()
-            if link.number not in self._scheduler.programs.sessions
-        ]
+        scheduler = self._scheduler
+        links = scheduler.links.values()
+        chosen_links: List[Link] = []
+        for link in links:
+            if link.number not in scheduler.programs.sessions:
+                chosen_links.append(link)
+        return chosen_links
 
 
 # A part of the scheduler, and its method for a message
@@ -2085,10 +2188,11 @@ class ProgramLinks(Part):
 
     def program_came(self, event: Authenticated) -> None:
         """A program has connected."""
-        options = self._scheduler.options
-        link = Link(event.sock, event.session, event.address, self._scheduler.now, options.pulse,
+        scheduler = self._scheduler
+        options = scheduler.options
+        link = Link(event.sock, event.session, event.address, scheduler.now, options.pulse,
                     OF_CLIENTS)
-        self._scheduler.attach(link)
+        scheduler.attach(link)
         operator = not options.separate or event.session.secret == 1
         self.sessions[link.number] = _Session(link, [event.address], operator)
         self._bound_links(link)
@@ -2096,30 +2200,34 @@ class ProgramLinks(Part):
     def _bound_links(self, link: Link) -> None:
         """End a link if its address has more than its share: the programs of one host may not take
         all descriptors."""
-        addresses = [session.link.address for session in self.sessions.values()]
+        sessions = self.sessions.values()
+        addresses = [session.link.address for session in sessions]
         there = addresses.count(link.address)
         most = links_of_one()
         if there > most:
             logger.error(
                 '%s has %d connections, and the limit for one address is %d: the last is ended',
                 link.address, there, most)
-            self._scheduler.disconnect(
-                link,
-                'there are %d connections from this address, and the limit is %d' % (there, most))
+            message = 'there are %d connections from this address, and the limit is %d' % (there,
+                                                                                           most)
+            self._scheduler.disconnect(link, message)
             self.sessions.pop(link.number, None)
 
     def bound_answers(self) -> None:
         """Do not read from programs that do not read their answers, until they have."""
+        scheduler = self._scheduler
         for session in self.sessions.values():
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
             is_slow = queued > BACKPRESSURE_BYTES
-            if link.dirty is None or link.paused == is_slow:
+            if link.dirty is None:
+                continue
+            if link.paused == is_slow:
                 continue
             if is_slow or queued <= BACKPRESSURE_BYTES // 2:
                 link.paused = is_slow
-                link.heard = self._scheduler.now
-                self._scheduler.interest(link)
+                link.heard = scheduler.now
+                scheduler.interest(link)
 
     def take_messages(self, channel: Link) -> None:
         """Handle the messages of a program."""
@@ -2150,7 +2258,9 @@ class ProgramLinks(Part):
         that was in it."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
             computation = self.computation_of(link, comp)
-            if computation is None or serial not in computation.ended:
+            if computation is None:
+                continue
+            if serial not in computation.ended:
                 continue
             number = computation.ended[serial]
             text = 'the program could not take the result: ' + message.text[:NAME_MOST]
@@ -2163,11 +2273,15 @@ class ProgramLinks(Part):
         name = self.name_of(channel)
         del self.sessions[channel.number]
         computations = self._scheduler.computations
-        left = [each for each in computations.all() if each.link == channel.number]
+        left = []
+        for each in computations.all():
+            if each.link == channel.number:
+                left.append(each)
         if channel.on_purpose:
             logger.info('the link of %s ended: %s', name, text)
         else:
-            jobs = sum(len(computation.works) for computation in left)
+            work_counts = [len(computation.works) for computation in left]
+            jobs = sum(work_counts)
             logger.warning('the link of %s ended: %s; %d jobs of it have not ended', name, text,
                            jobs)
         for computation in left:
@@ -2184,13 +2298,15 @@ class ProgramLinks(Part):
         return computation
 
     def _on_introduce(self, link: Link, message: ClientHello) -> None:
+        scheduler = self._scheduler
         name = message.name[:200]
-        self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+        pulse = min(max(message.pulse, 0.1), 3600.0)
+        scheduler.set_pulse(link, pulse)
         self.sessions[link.number].names[0] = name
         logger.info('%s is connected from %s', name, link.address)
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
-        facts['memory'] = self._scheduler.instance.hex()
+        facts['memory'] = scheduler.instance.hex()
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
@@ -2244,9 +2360,10 @@ class ProgramComputations(Part):
     def make(self, comp: str, client: bytes, spec: dict) -> ClientComputation:
         """Return a computation that is not open yet. Raises PeerError, OSError."""
         options = self._scheduler.options
-        return ClientComputation(
-            self._scheduler, comp, client, spec, self._directory_of(comp), options.max_file_size,
-            self._state.key_of(comp), options.max_queued)
+        directory = self._directory_of(comp)
+        key = self._state.key_of(comp)
+        return ClientComputation(self._scheduler, comp, client, spec, directory,
+                                 options.max_file_size, key, options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
         if not comp or not is_comp(comp) or comp == KeepConnected.comp:
@@ -2279,24 +2396,27 @@ class ProgramComputations(Part):
 
     def _begin(self, link: Link, message: Compute) -> Optional[ClientComputation]:
         """Make a computation that is new here, if there is room for it."""
-        self._check_shared(message.spec.get('shared'))
+        comp = message.comp
+        scheduler = self._scheduler
+        spec = message.spec
+        self._check_shared(spec.get('shared'))
         own = [computation for computation in self.all() if computation.instance == link.instance]
         text = ''
         if len(own) >= COMPS_MOST:
             text = 'this program has %d computations here, and the limit is %d' % (
                 len(own), COMPS_MOST)
-        elif self._scheduler.commit.stuck_until is not None:
+        elif scheduler.commit.stuck_until is not None:
             text = 'the disk of the scheduler is full'
         if text:
-            self._send(link, Refused(message.comp, 'busy', text))
+            self._send(link, Refused(comp, 'busy', text))
             return None
-        if message.comp in self.unopened:
-            raise PeerError('computation %.40r is of another program' % message.comp)
-        if self._scheduler.options.cleanup_nodes:
-            message.spec['cleanup'] = True
-        computation = self.make(message.comp, link.instance, message.spec)
+        if comp in self.unopened:
+            raise PeerError('computation %.40r is of another program' % comp)
+        if scheduler.options.cleanup_nodes:
+            spec['cleanup'] = True
+        computation = self.make(comp, link.instance, spec)
         self._came_back(computation, link)
-        self.unopened[message.comp] = computation
+        self.unopened[comp] = computation
         return computation
 
     def _check_shared(self, shared: Any) -> None:
@@ -2309,29 +2429,32 @@ class ProgramComputations(Part):
 
     def _go_on(self, computation: ClientComputation, link: Link) -> bool:
         """A program is back, or asks once more. Return False if files of it are still to come."""
-        if self._is_connected(computation) and computation.link != link.number:
+        scheduler = self._scheduler
+        is_connected = self._is_connected(computation)
+        if is_connected and computation.link != link.number:
             old = self._links[computation.link]
-            self._scheduler.break_link(old, 'its program has connected anew')
+            scheduler.break_link(old, 'its program has connected anew')
         again = computation.link == link.number   # a Reclaim on this link was answered
         self._came_back(computation, link)
         if not computation.ready:
             return False
-        told_at = (link.number, self._scheduler.now)
+        told_at = (link.number, scheduler.now)
         if computation.told_at == told_at:
             return True   # it asks again and again in one breath; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
-        self._send(link, Ready(computation.comp, computation.known()))
+        ready = Ready(computation.comp, computation.known())
+        self._send(link, ready)
         if not again:
             jobs = len(computation.works)
             results = len(computation.ended)
             logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
                         computation.name, computation.program, jobs, results)
-            self._scheduler.program_jobs.resend(computation)
+            scheduler.program_jobs.resend(computation)
         # Perhaps because its program could not be asked
-        for peer in self._scheduler.nodes.of(computation.comp):
+        for peer in scheduler.nodes.of(computation.comp):
             if peer.uses[computation.comp].state is AssignmentState.REFUSED:
-                self._scheduler.setup.set_up(peer, computation.comp)
+                scheduler.setup.set_up(peer, computation.comp)
         return True
 
     def _came_back(self, computation: ClientComputation, link: Link) -> None:
@@ -2357,11 +2480,12 @@ class ProgramComputations(Part):
 
     def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are here, or `error` says why they cannot be."""
+        scheduler = self._scheduler
         if error:
             self.unopened.pop(computation.comp, None)
             computation.remove()
             computation.send(Refused(computation.comp, code, error))
-            self._scheduler.program_calls.answer_early(computation)
+            scheduler.program_calls.answer_early(computation)
             return
         if self.unopened.pop(computation.comp, None) is None:
             return
@@ -2370,13 +2494,14 @@ class ProgramComputations(Part):
         self.open(computation)
         past = self._state.past(computation.comp)
         computation.send(Ready(computation.comp, [], past.row()))
-        self._scheduler.program_calls.answer_early(computation)
+        scheduler.program_calls.answer_early(computation)
 
     def open(self, computation: ClientComputation) -> None:
         """Begin to use nodes for a computation whose files are here."""
-        self._scheduler.overview.opened(computation)
+        scheduler = self._scheduler
+        scheduler.overview.opened(computation)
         self._sharing.begins(computation)
-        self._scheduler.open(computation, False)
+        scheduler.open(computation, False)
         whose = computation.program or 'a program that is not connected'
         alone = ''
         if computation.exclusive:
@@ -2386,20 +2511,22 @@ class ProgramComputations(Part):
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
-        computation = self.get(message.comp)
+        comp = message.comp
+        computation = self.get(comp)
         if computation is None:
-            past = self._state.past(message.comp)
-            self._send(link, KnownAttempts(message.comp, [], past.row()))
+            past = self._state.past(comp)
+            known_attempts = KnownAttempts(comp, [], past.row())
+            self._send(link, known_attempts)
         elif not may_reclaim(computation.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
                            self._scheduler.programs.name_of(link))
             past = AttemptHistory(whole=False)
-            self._send(link, KnownAttempts(message.comp, [], past.row()))
+            self._send(link, KnownAttempts(comp, [], past.row()))
         elif self._is_connected(computation) and computation.link != link.number:
-            self._send(link, Refused(message.comp, 'busy', 'its program is connected'))
+            self._send(link, Refused(comp, 'busy', 'its program is connected'))
         elif not message.take:
             known = [*computation.known(), *computation.absence.dropped]
-            self._send(link, KnownAttempts(message.comp, known))
+            self._send(link, KnownAttempts(comp, known))
         else:
             self._hand_over(computation, link)
 
@@ -2410,7 +2537,8 @@ class ProgramComputations(Part):
         if is_other:
             self._cancel_dropped(computation)
         self._state.commit()   # from where they are sent now
-        self._send(link, KnownAttempts(computation.comp, computation.known()))
+        known_attempts = KnownAttempts(computation.comp, computation.known())
+        self._send(link, known_attempts)
         self._scheduler.program_jobs.resend(computation)
 
     def _cancel_dropped(self, computation: ClientComputation) -> None:
@@ -2440,7 +2568,8 @@ class ProgramComputations(Part):
 
     def program_gone(self, computation: ClientComputation) -> None:
         """Let a computation go on for a while without its program."""
-        now = self._scheduler.now
+        scheduler = self._scheduler
+        now = scheduler.now
         why = 'its program is not connected'
         computation.link = 0
         self.expect_program(computation)
@@ -2451,15 +2580,16 @@ class ProgramComputations(Part):
         computation.values.interrupt()
         while computation.wanted:
             computation.wanted.popleft()[-1](why)
-        self._scheduler.program_files.end_files(computation)
+        scheduler.program_files.end_files(computation)
         self._sharing.look_again()
         logger.debug('%s: its program is gone at %.3f; the results are given up at %.3f',
                      computation.name, now, computation.given_up_at)
 
     def expect_program(self, computation: ClientComputation) -> None:
         """Set how long a program that is not connected is waited for."""
-        now = self._scheduler.now
-        options = self._scheduler.options
+        scheduler = self._scheduler
+        now = scheduler.now
+        options = scheduler.options
         computation.given_up_at = now + options.zombie
         computation.rests_at = now + ORPHAN_TIME
         computation.absence.begin(now, options.gone)
@@ -2514,12 +2644,13 @@ class ProgramComputations(Part):
     def end_turn_of(self, computation: ClientComputation) -> None:
         """Send results to the program of a computation, and decide what becomes of the computation
         while its program is away."""
-        now = self._scheduler.now
+        scheduler = self._scheduler
+        now = scheduler.now
         link = self._links.get(computation.link)
         if now >= computation.values.retry_at:
             computation.values.retry_at = math.inf
             if link is not None:
-                self._scheduler.program_files.serve_values(link, computation)
+                scheduler.program_files.serve_values(link, computation)
         if computation.outbox:
             if link is not None:
                 self._send_results(computation, link)
@@ -2536,7 +2667,10 @@ class ProgramComputations(Part):
         """Send what has ended in this turn. While the link is full, results wait on the disk."""
         rows = computation.outbox
         if link.queued - link.unmade >= 4 * BATCH_BYTES:
-            ended = [computation.ended[row[0]] for row in rows if row[1] not in PROVISIONAL]
+            ended = []
+            for row in rows:
+                if row[1] not in PROVISIONAL:
+                    ended.append(computation.ended[row[0]])
             self._scheduler.program_jobs.send_ended(computation, ended)
             rows = [row for row in rows if row[1] in PROVISIONAL]
         for frame in batches(Results, computation.comp, map(with_size, rows)):
@@ -2558,39 +2692,43 @@ class ProgramComputations(Part):
 
     def on_done(self, link: Link, message: Done) -> None:
         """A program has ended a computation."""
-        computation = self.unopened.get(message.comp)
+        scheduler = self._scheduler
+        comp = message.comp
+        computation = self.unopened.get(comp)
         if computation is None:
-            computation = self._scheduler.programs.computation_of(link, message.comp)
+            computation = scheduler.programs.computation_of(link, comp)
         if computation is not None and computation.link == link.number:
-            self.unopened.pop(message.comp, None)
+            self.unopened.pop(comp, None)
             self.end(computation)
-            self._scheduler.program_calls.answer_early(computation)
-        self._state.note(self._state.PAST_OVER, message.comp)
+            scheduler.program_calls.answer_early(computation)
+        self._state.note(self._state.PAST_OVER, comp)
 
     def end(self, computation: ClientComputation) -> None:
         """End a computation and remove its jobs, at nodes and on the disk."""
+        scheduler = self._scheduler
         comp = computation.comp
         if comp in self._clusters:
-            self._scheduler.forget(comp)
-            self._scheduler.overview.over(computation)
+            scheduler.forget(comp)
+            scheduler.overview.over(computation)
             self._state.over(comp)
             numbers = [work.number for work in computation.works.values()]
             numbers += computation.ended.values()
             numbers += computation.absence.dropped.values()
             self._state.removed(numbers)
             self._tell_end(computation)
-        self._scheduler.program_jobs.forget(computation)
+        scheduler.program_jobs.forget(computation)
         computation.receiver.abort()
         computation.remove()
         self._sharing.is_over(computation)
-        self._scheduler.soon()
+        scheduler.soon()
 
     @staticmethod
     def _tell_end(computation: ClientComputation) -> None:
         whose = computation.program or 'a program that was not connected'
         submitted, done, failed, cancelled = computation.jobs_counted()
+        work_count = len(computation.works)
         counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
-            submitted, done, failed, cancelled, len(computation.works))
+            submitted, done, failed, cancelled, work_count)
         logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', computation.name,
                     counts, computation.cpu_seconds, computation.number, whose)
 
@@ -2648,21 +2786,24 @@ class ProgramFiles(Part):
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
         """A program sends a piece of a file."""
+        purpose = message.purpose
         computation = self._computations.unopened.get(message.comp)
         if computation is None:
             computation = self._programs.computation_of(link, message.comp)
-        if message.purpose == Purpose.FROM_JOB:
+        if purpose == Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if computation is None or computation.link != link.number:
+        if computation is None:
             return
-        if message.purpose in FOR_CODE and not computation.wanted:
+        if computation.link != link.number:
+            return
+        if purpose in FOR_CODE and not computation.wanted:
             return
         stored = computation.receiver.take(message)
         if stored is None:
             return
-        if message.purpose == Purpose.VALUES:
+        if purpose == Purpose.VALUES:
             self._value_stored(link, computation, stored)
-        elif message.purpose not in ASKED_FOR:
+        elif purpose not in ASKED_FOR:
             self._send(link, stored)
         elif stored.error or not computation.receiver.wants(*FOR_CODE):
             then = computation.wanted.popleft()[-1]
@@ -2671,14 +2812,15 @@ class ProgramFiles(Part):
 
     def _value_stored(self, link: Link, computation: ClientComputation, stored: FileStored) -> None:
         """A value that jobs wait for is here, or cannot be."""
-        if not stored.error:
+        error = stored.error
+        if not error:
             computation.values.came(stored.name)
             computation.values.told = False
         elif computation.receiver.code == 'room':
-            self._no_room(link, computation, stored.error)
+            self._no_room(link, computation, error)
             return
         else:
-            self._without_values(link, computation, stored.error)
+            self._without_values(link, computation, error)
         self.serve_values(link, computation)
 
     def _without_values(self, link: Link, computation: ClientComputation, error: str) -> None:
@@ -2721,7 +2863,9 @@ class ProgramFiles(Part):
             if message.error:
                 self._without_values(link, computation, message.error)
             return
-        if computation is None or message.key not in computation.works:
+        if computation is None:
+            return
+        if message.key not in computation.works:
             return
         work = computation.works[message.key]
         if computation.files.pop(work.serial, None) is not None:
@@ -2729,18 +2873,22 @@ class ProgramFiles(Part):
 
     def _say_to_node_of(self, comp: str, serial: int, message: FileStored) -> None:
         """Send a message to the node where a job is, if it is at one that is connected."""
+        scheduler = self._scheduler
         known = self._schedule.comps.get(comp)
-        if known is None or serial not in known.running:
+        if known is None:
             return
-        peer = self._scheduler.nodes.by_key.get(known.running[serial].key)
+        if serial not in known.running:
+            return
+        peer = scheduler.nodes.by_key.get(known.running[serial].key)
         if peer is not None:
-            self._scheduler.say_to(peer, message)
+            scheduler.say_to(peer, message)
 
     def end_files(self, computation: ClientComputation) -> None:
         """The connection to a program has ended while its jobs sent files to it."""
         error = 'the connection to the client has ended'
         for serial, (_, name) in computation.files.items():
-            stored = FileStored(computation.comp, int(Purpose.FROM_JOB), serial, name, error)
+            purpose = int(Purpose.FROM_JOB)
+            stored = FileStored(computation.comp, purpose, serial, name, error)
             self._say_to_node_of(computation.comp, serial, stored)
         computation.files.clear()
 
@@ -2749,9 +2897,13 @@ class ProgramFiles(Part):
         now on get them at once."""
         spec = computation.cargo.spec
         known = {row[0] for row in spec['modules']}
-        more = [row for row in rows if row[0] not in known]
+        more = []
+        for row in rows:
+            if row[0] not in known:
+                more.append(row)
         if more:
-            computation.take_spec(dict(spec, modules=spec['modules'] + more))
+            modules = spec['modules'] + more
+            computation.take_spec(dict(spec, modules=modules))
             self._state.began(computation)
 
     def change_files(self, computation: ClientComputation, rows: list,
@@ -2812,8 +2964,11 @@ class ProgramJobs(Part):
         quota = self._quota
         for row in rows:
             serial, payload, options = row
-            if serial in computation.works or serial in computation.ended:
-                continue   # it came before
+            # It came before
+            if serial in computation.works:
+                continue
+            if serial in computation.ended:
+                continue
             needs_values = options and 'values' in options and not admitted
             if needs_values and not computation.values.admit(row):
                 lacking = True
@@ -2850,8 +3005,11 @@ class ProgramJobs(Part):
         forgotten."""
         computation = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
-        if computation is not None and serial not in computation.known():
-            self._send(link, Results(message.comp, [unfit_row(message)]))
+        if computation is None:
+            return
+        if serial not in computation.known():
+            results = Results(message.comp, [unfit_row(message)])
+            self._send(link, results)
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
         """A program cancels jobs."""
@@ -2865,7 +3023,11 @@ class ProgramJobs(Part):
     @staticmethod
     def _known(computation: ClientComputation, serials: Sequence[int]) -> List[ScheduledJob]:
         """Return those of these jobs that have not ended."""
-        return [computation.works[serial] for serial in serials if serial in computation.works]
+        works: List[ScheduledJob] = []
+        for serial in serials:
+            if serial in computation.works:
+                works.append(computation.works[serial])
+        return works
 
     def _cancel_early(self, link: Link, computation: ClientComputation,
                       serials: Sequence[int]) -> None:
@@ -2888,23 +3050,27 @@ class ProgramJobs(Part):
         computation = self._programs.computation_of(link, message.comp)
         if computation is not None:
             ended = computation.ended
-            known = [serial for serial in message.serials if serial in ended]
+            known = []
+            for serial in message.serials:
+                if serial in ended:
+                    known.append(serial)
             self._state.removed([ended.pop(serial) for serial in known])
 
     def end(self, computation: ClientComputation, work: ClientJob, row: tuple,
             node: Any = None) -> None:
         """End a job with this row of Results. `node` is where it was, if it was at a node."""
+        scheduler = self._scheduler
         number = work.number
         if computation.works.pop(work.client_serial, None) is None:
             return
-        self._scheduler.overview.ended(computation, work, row, node)
+        scheduler.overview.ended(computation, work, row, node)
         self._quota.remove(computation, work)
         if work.values:
             self._files.done_with_values(computation, work)
         self._forget_payload(work)
         computation.files.pop(work.serial, None)
         if computation.exclusive and not computation.works:
-            self._scheduler.sharing.look_again()
+            scheduler.sharing.look_again()
         self._state.ended(number, row)
         computation.ended[work.client_serial] = number
         computation.outbox.append(row)
@@ -2947,17 +3113,19 @@ class ProgramJobs(Part):
     def _tell_jobs_at(self, computation: ClientComputation, node: Any) -> None:
         """Tell a program which of its jobs are at a node, and which of these run. `node` is the
         Schedule's."""
-        now = self._scheduler.now
+        scheduler = self._scheduler
+        now = scheduler.now
         sent = node.in_flight[computation.comp]
         serials = [work.client_serial for work in sent.values()]
-        peer = self._scheduler.nodes.by_key.get(node.key)
+        peer = scheduler.nodes.by_key.get(node.key)
         if serials and peer is not None:
             where = (peer.ip_addr, peer.port, peer.name)
             computation.send(JobsAssigned(computation.comp, where, serials))
         begun = node.begun[computation.comp]
         rows = []
         for serial, since in begun.items():
-            rows.append((sent[serial].client_serial, now - since))
+            row = (sent[serial].client_serial, now - since)
+            rows.append(row)
         if rows:
             computation.send(Started(computation.comp, rows))
 
@@ -2973,7 +3141,9 @@ class ProgramJobs(Part):
         if again:
             self.unread_until = math.inf
         for computation in self._computations.opened():
-            if not computation.unread or computation.link not in self._links:
+            if not computation.unread:
+                continue
+            if computation.link not in self._links:
                 continue
             if again:
                 numbers = list(computation.unread)
@@ -3009,6 +3179,7 @@ class ProgramCalls(Part):
 
     def on_call(self, link: Link, message: Call) -> None:
         """A program asks something."""
+        name = message.name
         computation = self._programs.computation_of(link, message.comp)
 
         def answer(value: Any, error: tuple = ()) -> None:
@@ -3017,28 +3188,31 @@ class ProgramCalls(Part):
         try:
             if self._is_early(link, message, answer):
                 return
-            if computation is None and message.name != 'overview':
+            if computation is None and name != 'overview':
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._scheduler.jobs.take_submitted()
             if computation is None:
                 answer(self._overview(link, message.args))
             else:
-                method = self._CALLS.get(message.name, ProgramCalls._command)
-                method(self, computation, message.name, message.args, answer)
+                method = self._CALLS.get(name, ProgramCalls._command)
+                method(self, computation, name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
 
     def _overview(self, link: Link, args: tuple) -> Tuple[float, Any]:
         """Answer a monitor, which speaks of no computation."""
+        scheduler = self._scheduler
         if self._programs.sessions[link.number].operator:
-            return self._scheduler.overview.answer(*args)
-        return self._scheduler.overview.answer_anybody(*args)
+            return scheduler.overview.answer(*args)
+        return scheduler.overview.answer_anybody(*args)
 
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
         """Return whether the files of the computation are still to come. Questions about its jobs
         wait until they are here."""
         computation = self._computations.unopened.get(message.comp)
-        if computation is None or computation.link != link.number:
+        if computation is None:
+            return False
+        if computation.link != link.number:
             return False
         if message.name == 'nodes':
             answer([])
@@ -3104,7 +3278,11 @@ class ProgramCalls(Part):
                 return
             running = {serial for serial, _ in done.result().running}
             jobs: Dict[int, Any] = queries.jobs_at(computation.comp, node)
-            answer([work.client_serial for serial, work in jobs.items() if serial in running])
+            client_serials = []
+            for serial, work in jobs.items():
+                if serial in running:
+                    client_serials.append(work.client_serial)
+            answer(client_serials)
         queries.question(computation.comp, node).add_done_callback(answered)
 
     def _place(self, computation: ClientComputation, name: str, args: tuple,
@@ -3152,7 +3330,9 @@ class ProgramCalls(Part):
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
         computation = self._programs.computation_of(link, message.comp)
-        if computation is not None and message.number in computation.calls:
+        if computation is None:
+            return
+        if message.number in computation.calls:
             then = computation.calls.pop(message.number)
             then(message.error, message.value)
 
@@ -3219,7 +3399,9 @@ class ProgramCalls(Part):
     def _bundle_of(message: Call) -> str:
         """Return the name of the file of modules that a job needs, or an empty text if it needs
         something else."""
-        if message.name != 'modules' or len(message.args) != 1:
+        if message.name != 'modules':
+            return ''
+        if len(message.args) != 1:
             return ''
         number = message.args[0]
         if type(number) is not int:
@@ -3259,7 +3441,8 @@ class Restoration(Part):
         for name in os.listdir(self._state.root):
             comp = name[2:].partition('.')[0]
             if name.startswith('c-') and comp not in there:
-                shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+                path = os.path.join(self._state.root, name)
+                shutil.rmtree(path, ignore_errors=True)
 
     def _restore(self, computation: ClientComputation) -> None:
         """Go on with a computation."""
@@ -3269,7 +3452,8 @@ class Restoration(Part):
         scheduler.computations.expect_program(computation)
         waiting: List[ClientJob] = []
         sent: Dict[Any, List[ClientJob]] = {}
-        for number, serial, options, state, own, node in self._state.jobs(computation.comp):
+        jobs = self._state.jobs(computation.comp)
+        for number, serial, options, state, own, node in jobs:
             if state == State.ENDED:
                 computation.ended[serial] = number
             elif state == State.DROPPED:
@@ -3283,7 +3467,8 @@ class Restoration(Part):
         scheduler.computations.open(computation)
         for key, works in sent.items():
             name = self._restore_node(key)
-            had = NodeHad(key, computation.comp, works, name, scheduler.now + RETURN_TIME)
+            until = scheduler.now + RETURN_TIME
+            had = NodeHad(key, computation.comp, works, name, until)
             scheduler.decide(had)
         scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
         if computation.works or computation.ended:
@@ -3419,8 +3604,8 @@ class Scheduler(Driver):
                 raise StartError(
                     'port %d is in use: another dispyscheduler? Choose another with -p/--port' %
                     port) from exc
-            raise StartError('cannot listen at %s:%d: %s (-i/--host, -p/--port)' %
-                             (host or '*', port, exc)) from exc
+            message = 'cannot listen at %s:%d: %s (-i/--host, -p/--port)' % (host or '*', port, exc)
+            raise StartError(message) from exc
         self._program_acceptors.append(door)
         return door
 
@@ -3544,7 +3729,8 @@ TASKS = {
 
 
 def _task_parser(task: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispyscheduler ' + task, description=TASKS[task])
+    prog = 'dispyscheduler ' + task
+    parser = argparse.ArgumentParser(prog=prog, description=TASKS[task])
     add = parser.add_argument
     if task == 'cancel':
         add('programs', nargs='+', type=int, metavar='NUMBER', help='of a program, as of status')
@@ -3586,7 +3772,9 @@ class Operator:
 
     def programs(self) -> List[Dict[str, Any]]:
         """A row for each computation of a program."""
-        found = {row['number']: self._program(row) for row in self._pages('clusters')}
+        found = {}
+        for row in self._pages('clusters'):
+            found[row['number']] = self._program(row)
         for node in self._pages('nodes', False):
             for number, _, _, _, jobs, cpus, *_ in node['uses']:
                 if number in found:
@@ -3598,10 +3786,11 @@ class Operator:
     @staticmethod
     def _program(row: Dict[str, Any]) -> Dict[str, Any]:
         ended = row['done'] + row['failed'] + row['cancelled']
+        waiting = row['submitted'] - ended
         return {
             'number': row['number'], 'program': row['program'], 'name': row['name'],
             'connected': row['connected'], 'seconds': row['elapsed'], 'running': 0,
-            'waiting': row['submitted'] - ended, 'done': row['done'], 'failed': row['failed'],
+            'waiting': waiting, 'done': row['done'], 'failed': row['failed'],
             'cancelled': row['cancelled'], 'cpus': 0, 'job_seconds': row['job_seconds']
         }
 
@@ -3626,7 +3815,10 @@ class Operator:
         rows = self._pages('nodes', False)
         keys = []
         for word in words:
-            found = [row['key'] for row in rows if word in self._names(row)]
+            found = []
+            for row in rows:
+                if word in self._names(row):
+                    found.append(row['key'])
             if not found:
                 raise ValueError('the scheduler has no node %s' % word)
             keys += found
@@ -3638,7 +3830,9 @@ class Operator:
 
     def jobs(self, words: Sequence[str]) -> List[Dict[str, Any]]:
         """A row for each job that is on one of these nodes, or on any."""
-        programs = {row['number']: row for row in self._pages('clusters')}
+        programs = {}
+        for row in self._pages('clusters'):
+            programs[row['number']] = row
         wanted = self.keys_of(words)
         rows: List[Dict[str, Any]] = []
         for node in self._pages('nodes', False):
@@ -3646,10 +3840,11 @@ class Operator:
                 continue
             for number, serial, _, seconds in self._answer('jobs', node['key']):
                 program = programs.get(number, {'program': '', 'name': ''})
+                job = serial >> 16
                 rows.append({
                     'number': number, 'program': program['program'], 'name': program['name'],
-                    'job': serial >> 16, 'node': node['name'] or node['address'],
-                    'running': seconds is not None, 'seconds': seconds
+                    'job': job, 'node': node['name'] or node['address'], 'running': seconds
+                    is not None, 'seconds': seconds
                 })
         return rows
 
@@ -3711,9 +3906,13 @@ def _print_table(task: str, rows: Sequence[Dict[str, Any]]) -> None:
     columns = TABLES[task]
     lines = [[title for title, _, _ in columns]]
     for row in rows:
-        words = [write(row[field]) for _, field, write in columns]
+        words = []
+        for _, field, write in columns:
+            words.append(write(row[field]))
         lines.append([' '.join(word.split()) or '-' for word in words])
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = []
+    for column in zip(*lines):
+        widths.append(max(map(len, column)))
     for line in lines:
         print('  '.join(map(str.ljust, line, widths)).rstrip())
 
@@ -3739,7 +3938,9 @@ def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
         _print_rows(task, rows, args.json)
         return int(not usable)
     elif task == 'cancel':
-        counts = {number: operator.cancel(number, args.waiting) for number in args.programs}
+        counts = {}
+        for number in args.programs:
+            counts[number] = operator.cancel(number, args.waiting)
         _print_counts(counts, args.json)
     else:
         keys = operator.keys_of(args.nodes)
@@ -3798,7 +3999,8 @@ def default_state_dir(port: int) -> str:
     else:
         base = os.environ.get('XDG_STATE_HOME')
     if not base:
-        base = os.path.join(os.path.expanduser('~'), '.local', 'state')
+        expanded_path = os.path.expanduser('~')
+        base = os.path.join(expanded_path, '.local', 'state')
     return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
@@ -4039,15 +4241,20 @@ def _options_of(args: argparse.Namespace) -> Options:
         'separate': separate,
         'operator_secret': operator_secret,
     }
-    given: Dict[str, Any] = {field: getattr(args, name) for field, name in OPTION_OF.items()}
-    return Options(
-        hosts=tuple(args.host or ('',)),
-        nodes=tuple(args.node),
-        state_dir=root,
-        zombie=60 * args.zombie_interval,
-        max_file_size=args.max_file_size or sys.maxsize,
-        **given,
-        **secrets)
+    given: Dict[str, Any] = {}
+    for field, name in OPTION_OF.items():
+        given[field] = getattr(args, name)
+    hosts = tuple(args.host or ('',))
+    max_file_size = args.max_file_size or sys.maxsize
+    zombie = 60 * args.zombie_interval
+    nodes = tuple(args.node)
+    return Options(hosts=hosts,
+                   nodes=nodes,
+                   state_dir=root,
+                   zombie=zombie,
+                   max_file_size=max_file_size,
+                   **given,
+                   **secrets)
 
 
 def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
