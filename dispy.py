@@ -640,7 +640,8 @@ class DispyJob(ScheduledJob):
         thread."""
         if self.status in ENDED:
             return True
-        return in_slices(self.finish.wait, _seconds('timeout', timeout))  # type: ignore[no-any-return]
+        seconds = _seconds('timeout', timeout)
+        return in_slices(self.finish.wait, seconds)  # type: ignore[no-any-return]
 
     def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
         """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread;
@@ -1341,7 +1342,8 @@ def status_words(status: Any) -> str:
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
 # What a node says (explain_import), which does not know what the module is here
 _INSTALL = re.compile(
-    r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends if it is a module of your own'
+    r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends '
+    r'if it is a module of your own'
 )
 
 
@@ -6058,8 +6060,9 @@ def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
     elif not isinstance(value, types.FunctionType):
         for name, part in list(getattr(value, '__dict__', {}).items()):
             yield ('.' + name, part)
-        yield from (('.' + name, getattr(value, name)) for name in copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-                    if hasattr(value, name))
+        slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+        for name in filter(functools.partial(hasattr, value), slots):
+            yield ('.' + name, getattr(value, name))
 
 
 def _parts_of_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]]:
@@ -7578,9 +7581,11 @@ class Journal(Database):
     WAITING, SENT, ENDED = range(3)
     TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
     TABLES = """
-        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT, key BLOB);
-        CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
-            arguments TEXT, state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
+        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER,
+            host TEXT, key BLOB);
+        CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB,
+            options BLOB, submitted REAL, arguments TEXT, state INTEGER, serial INTEGER,
+            node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
     # Values that jobs which have not ended have in their arguments; each is here once.
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
@@ -8338,8 +8343,8 @@ class Pool:
         self.name = name
         self._most = most
         self._patience = patience
-        self._tasks: 'queue.SimpleQueue[Optional[Tuple[Callable[..., Any], tuple]]]' = queue.SimpleQueue(
-        )
+        # Functions with their arguments; None ends a thread
+        self._tasks: 'queue.SimpleQueue[Any]' = queue.SimpleQueue()
         self._given = 0             # tasks
         self._guard = threading.Lock()   # guards those below
         self._done = 0              # tasks
@@ -8662,7 +8667,10 @@ class NodeConnection:
         self.second = SecondConnection(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
         self.lost_at: Optional[float] = None   # when its link ended, until it is connected again
-        self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0   # type: Tuple[str, str, dict, int]
+        self.name = ''
+        self.ip_addr = host
+        self.facts: Dict[str, Any] = {}
+        self.offered = 0
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
         # Bytes that packets may carry; 0: as many as the system says
@@ -10556,7 +10564,8 @@ class Connector:
             if other.port or other.embedded:   # we have dialled it
                 self._send_away(event)
                 return
-            self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
+            text = 'the node has connected anew'
+            self._driver.break_link(other.link, text)  # type: ignore[arg-type]
         peer = self._known_arrival(instance, event.address)
         if peer is None:
             peer = NodeConnection(event.address, 0)
@@ -11016,7 +11025,7 @@ class ComputationSetup:
         # What it has from before comes first, also if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
             if comp in self._clusters and (kept.get(comp) or comp in sent):
-                self._driver.send(peer.link, Reclaim(comp, self._clusters[comp].key))  # type: ignore[arg-type]
+                self._driver.say_to(peer, Reclaim(comp, self._clusters[comp].key))
             elif self._driver.is_over(comp):
                 # It ended while the node could not be told
                 self._driver.say_to(peer, Done(comp))
@@ -11383,7 +11392,8 @@ class FileTransfers:
             self._driver.say_to(peer, file_stored)
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
-            self.backlog.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
+            number = peer.link.number  # type: ignore[union-attr]
+            self.backlog.add_file(number, transfer, row, source)
 
     def send(self) -> None:
         """A few pieces of files into links that have room."""
@@ -17072,7 +17082,8 @@ def _above_joblib(backend: Any) -> str:
 
 def joblib_backend(parallel: Any) -> Any:
     """Return the class of the backend, made from what the module joblib.parallel has."""
-    class DispyBackend(parallel.AutoBatchingMixin, parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
+    class DispyBackend(  # type: ignore[misc, name-defined]
+            parallel.AutoBatchingMixin, parallel.ParallelBackendBase):
         """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
         supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
         default_n_jobs = -1
@@ -19628,7 +19639,8 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
 
 
 # What the parts that run on a host need there: nothing of this module.
-HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess, sys, time
+HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess
+import sys, time
 from typing import Any, List
 import dispynode
 from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
@@ -19639,7 +19651,9 @@ DEPLOYED = %r
 # What a host's Python is given to run. It says itself if it is too old, and takes no module from
 # the directory it is in.
 REMOTE = """import sys
-if sys.version_info < (3, 8): sys.exit('Python 3.8 or later is needed, this is ' + sys.version.split()[0] + ' (--python)')
+if sys.version_info < (3, 8):
+    version = sys.version.split()[0]
+    sys.exit('Python 3.8 or later is needed, this is ' + version + ' (--python)')
 sys.path[:] = filter(None, sys.path)
 import base64, types, zlib
 source = zlib.decompress(base64.b64decode(%a))

@@ -726,7 +726,9 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
 # What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
-SPEAK_OF_COMPS = {message for message in OPS if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
+SPEAK_OF_COMPS = {
+    message for message in OPS
+    if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
 # Some fields of these hold values whose shape nothing else checks.
 LOOSE = {Compute, NodeHello, Call, Return, Report}
 KEY_SIZE = 32    # bytes of the digest of a computation's key
@@ -934,7 +936,8 @@ class InParts:
 
 def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
     """Messages that ask for these files, each (purpose, key, row) as in FilePiece."""
-    return batches(Need, comp, ((file, 4 * len(file[2][0]) + 128) for file in files))  # type: ignore[arg-type, misc]
+    sizes = ((file, 4 * len(file[2][0]) + 128) for file in files)  # type: ignore[misc]
+    return batches(Need, comp, sizes)  # type: ignore[arg-type]
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
@@ -1055,8 +1058,12 @@ class PlainReader:
                 continue
             length = lengths[operation]
             if length:
-                at += 1 + length + (data[at + 1] if length == 1 else int.from_bytes(
-                    data[at + 1:at + 1 + length], 'little'))
+                if length == 1:
+                    at += 2 + data[at + 1]
+                else:
+                    begin = at + 1
+                    at = begin + length
+                    at += int.from_bytes(data[begin:at], 'little')
                 height += 1
             elif operation == 0x2e:   # STOP
                 data_length = len(data)
@@ -1333,10 +1340,15 @@ def _is_result(row: Any) -> bool:
     serial, outcome, start, end, *buffers = row
     # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite
     # number.
-    return type(serial) is int and 0 <= serial < 1 << 63 and type(
-        outcome) is int and outcome in OUTCOMES and type(start) in _NUMBERS and type(
-            end) in _NUMBERS and _BUFFER_TYPES.issuperset(map(type, buffers)) and is_outcome(
-                outcome, start, end, *buffers)
+    if type(serial) is not int or not 0 <= serial < 1 << 63:
+        return False
+    if type(outcome) is not int or outcome not in OUTCOMES:
+        return False
+    if type(start) not in _NUMBERS or type(end) not in _NUMBERS:
+        return False
+    if not _BUFFER_TYPES.issuperset(map(type, buffers)):
+        return False
+    return is_outcome(outcome, start, end, *buffers)
 
 
 def refused_row(row: tuple, text: str) -> tuple:
@@ -1478,20 +1490,37 @@ def result_key(spec: dict) -> bytes:
 
 def _is_spec(spec: dict) -> bool:
     key = result_key(spec)
-    authkey = spec.get('authkey', b'')
-    if not _is_buffer(authkey):
+    if type(key) is not bytes or len(key) != KEY_SIZE:
         return False
-    return type(key) is bytes and len(key) == KEY_SIZE and all(
-        isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(
-            map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) and all(
-                type(word) is str
-                for word in (*spec['sys_path'], *spec['argv'])) and spec['kind'] in (
-                    'function', 'source', 'program') and spec.get(
-                        'start_method', '') in ('', FORK, SPAWN) and type(
-                            spec.get('initializer', False)) is bool and is_serial(
-                                spec.get('most', 0)) and spec['max_jobs'] >= 0 and all(
-                                    type(name) is str and _is_buffer(source)
-                                    for name, source in spec['support'].items())
+    for name, kind in SPEC_FIELDS.items():
+        if not isinstance(spec.get(name), kind):
+            return False
+    if spec['kind'] not in ('function', 'source', 'program') or spec['max_jobs'] < 0:
+        return False
+    return _has_right_parts(spec) and _has_right_options(spec)
+
+
+def _has_right_parts(spec: dict) -> bool:
+    """Whether the lists and dictionaries of a spec have what belongs there."""
+    files = (*spec['files'], *spec['modules'])
+    words = (*spec['sys_path'], *spec['argv'])
+    support = spec['support']
+    if not all(map(_is_file, files)):
+        return False
+    if not all(type(word) is str for word in (*words, *support)):
+        return False
+    return all(map(_is_buffer, support.values()))
+
+
+def _has_right_options(spec: dict) -> bool:
+    """Whether what a spec need not have is right where it is there."""
+    if not _is_buffer(spec.get('authkey', b'')):
+        return False
+    if spec.get('start_method', '') not in ('', FORK, SPAWN):
+        return False
+    if type(spec.get('initializer', False)) is not bool:
+        return False
+    return is_serial(spec.get('most', 0))
 
 
 def _all_serials(fields: tuple) -> bool:
@@ -2113,8 +2142,10 @@ class _Source:
         if not size > FILE_PIECE:
             return
         if last > first:
-            self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE,  # type: ignore[attr-defined]
-                                 (last - first) * mmap.PAGESIZE)
+            advice = mmap.MADV_DONTNEED  # type: ignore[attr-defined]
+            size = (last - first) * mmap.PAGESIZE
+            self._memory.madvise(  # type: ignore[attr-defined]
+                advice, first * mmap.PAGESIZE, size)
 
 
 def loads(payload: Buffer, once: bool = False) -> Any:
@@ -2391,8 +2422,8 @@ _class_versions: 'weakref.WeakKeyDictionary[type, Versions]' = weakref.WeakKeyDi
 # By cloudpickle's number
 _classes: 'weakref.WeakValueDictionary[str, type]' = weakref.WeakValueDictionary()
 # classes that came from elsewhere -> number, and name -> version of the attributes that were set
-_received: 'weakref.WeakKeyDictionary[type, Tuple[str, Dict[str, bytes]]]' = weakref.WeakKeyDictionary(
-)
+_ReceivedClasses = weakref.WeakKeyDictionary
+_received: '_ReceivedClasses[type, Tuple[str, Dict[str, bytes]]]' = _ReceivedClasses()
 # Functions that were made and have no state yet
 _unfinished: 'weakref.WeakSet[Any]' = weakref.WeakSet()
 
@@ -2955,7 +2986,9 @@ class ValueReducer:
     def _reduce_class(self, cls: Any) -> Any:
         if cls.__module__ == 'builtins':
             hidden = _hidden_types().get(cls)
-            return (find_named, hidden) if hidden else super().reducer_override(cls)  # type: ignore[misc]
+            if hidden:
+                return find_named, hidden
+            return super().reducer_override(cls)  # type: ignore[misc]
         if self._is_by_name(cls, cls.__qualname__):
             return NotImplemented
         if cls.__module__ == '_ctypes':
@@ -3341,8 +3374,8 @@ def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tupl
     return (*args[:2], bases, options, *args[4:])
 
 
-_imports: 'weakref.WeakKeyDictionary[types.CodeType, List[Tuple[int, str, tuple]]]' = weakref.WeakKeyDictionary(
-)
+_ImportsOfCode = weakref.WeakKeyDictionary
+_imports: '_ImportsOfCode[types.CodeType, List[Tuple[int, str, tuple]]]' = _ImportsOfCode()
 
 
 def imports_of(code: types.CodeType, package: Any) -> Set[str]:
@@ -3477,9 +3510,14 @@ def keeps_identity(value: Any) -> bool:
         return False
     own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
            '__getnewargs_ex__')
-    return (isinstance(getattr(value, '__dict__', None), dict) and kind not in copyreg.dispatch_table
-            and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
-            and not copyreg._slotnames(kind))  # type: ignore[attr-defined]
+    if not isinstance(getattr(value, '__dict__', None), dict):
+        return False
+    if kind in copyreg.dispatch_table:
+        return False
+    for name in own:
+        if getattr(kind, name, None) is not getattr(object, name, None):
+            return False
+    return not copyreg._slotnames(kind)  # type: ignore[attr-defined]
 
 
 def contents_of(value: Any) -> Any:
@@ -5236,7 +5274,8 @@ class RecordBuffer(ReceiveBuffer):
     @staticmethod
     def _record(head: bytes, body: memoryview) -> Record:
         kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
-        bodies = (body[:one], body[one:one + two], body[one + two:one + two + three])
+        both = one + two
+        bodies = (body[:one], body[one:both], body[both:both + three])
         return Record(kind, number, serial, start, end, bodies)
 
 
@@ -5246,6 +5285,14 @@ _DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name 
 IS_WINDOWS = os.name == 'nt'
 # Whether names that differ only in case, or in how letters with accents are composed, are one file
 NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
+
+
+def _means_something_else(part: str) -> bool:
+    """Whether Windows takes a part of a name for a device, or has no file of that name."""
+    if set(part) & set('<>"|?*') or part[-1] in ' .':
+        return True
+    stem = part.partition('.')[0]
+    return stem.rstrip().upper() in _DEVICES
 
 
 def check_apart(names: Iterable[str]) -> None:
@@ -5272,12 +5319,12 @@ def check_name(name: str) -> Tuple[str, ...]:
     if len(parts) > 32:
         raise ValueError('file name %.60r has more than 32 parts' % name)
     for part in parts:
-        if part in ('', '.', '..') or '\\' in part or ':' in part or any(
-                unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in part):
+        categories = {unicodedata.category(c) for c in part}
+        if part in ('', '.', '..') or '\\' in part or ':' in part \
+                or categories & {'Cc', 'Zl', 'Zp'}:
             text = 'file name %.60r is refused: part %.60r' % (name, part)
             raise ValueError(text)
-        if IS_WINDOWS and (set(part) & set('<>"|?*') or part[-1] in ' .' or part.partition(
-                '.')[0].rstrip().upper() in _DEVICES):
+        if IS_WINDOWS and _means_something_else(part):
             raise ValueError('file name %.60r is refused: part %.60r means something else on '
                              'Windows, or cannot be there' % (name, part))
         try:
@@ -8143,23 +8190,34 @@ class Discovery:
             data)
         if instance == self._instance:
             return None, None
-        heard = Datagram(
-            kind, role, port,
-            str(ipaddress.ip_address(address[:4] if family == 4 else address)) if family else '',
-            instance, nonce, echo)
+        if family == 4:
+            address = address[:4]
+        shown = ''
+        if family:
+            shown = str(ipaddress.ip_address(address))
+        heard = Datagram(kind, role, port, shown, instance, nonce, echo)
         digest = hmac.digest(self._key, data[:-32], 'sha256')
         if not hmac.compare_digest(tag, digest):
             return self._of_stranger(heard, source, now)
         is_new = self._is_new(instance, count)
         if not is_new:
             return None, None   # repeated by somebody
-        if kind == DatagramType.QUESTION:
-            if self._role is not Role.NODE or self._addresses and not nearest_address(
-                    self._addresses, source) or not self._may_answer(now):
+        return self._judge(heard, source, now)
+
+    def _judge(self, heard: Datagram, source: str,
+               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+        """What a datagram of somebody with the secret means, and the answer to it."""
+        if heard.kind == DatagramType.QUESTION:
+            if self._role is not Role.NODE:
                 return None, None
-            return heard, self.build(DatagramType.ANSWER, source, nonce)
-        if self._role is Role.NODE or kind not in (DatagramType.ANSWER, DatagramType.HELLO) or (
-                kind == DatagramType.ANSWER and echo not in self._asked):
+            if self._addresses and not nearest_address(self._addresses, source):
+                return None, None
+            if not self._may_answer(now):
+                return None, None
+            return heard, self.build(DatagramType.ANSWER, source, heard.nonce)
+        if self._role is Role.NODE or heard.kind not in (DatagramType.ANSWER, DatagramType.HELLO):
+            return None, None
+        if heard.kind == DatagramType.ANSWER and heard.echo not in self._asked:
             return None, None
         return heard, None
 
@@ -8182,8 +8240,10 @@ class Discovery:
             if heard.echo in self._asked:
                 return heard, None
         asker = source, heard.instance
-        if heard.kind != DatagramType.QUESTION or self._role is not Role.NODE or now - self._told.get(
-                asker, -self.OTHERS) < self.OTHERS or not self._may_tell(source, now):
+        if heard.kind != DatagramType.QUESTION or self._role is not Role.NODE:
+            return None, None
+        told_at = self._told.get(asker, -self.OTHERS)
+        if now - told_at < self.OTHERS or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         return None, self.build(DatagramType.NOT_MINE, source, heard.nonce)
@@ -8358,8 +8418,13 @@ class DiscoverySockets:
         for number in sorted(set(ports)) if reach != 'off' else ():
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
-            hosts = [(socket.AF_INET,
-                      '' if reach == 'lan' else LOOPBACK if number else '127.0.0.1')]
+            if reach == 'lan':
+                host = ''
+            elif number:
+                host = LOOPBACK
+            else:
+                host = '127.0.0.1'
+            hosts = [(socket.AF_INET, host)]
             if reach == 'lan' and socket.has_ipv6:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
@@ -9672,7 +9737,9 @@ class Attempts:
         if len(back) == waiting_length:
             comp.waiting.clear()
         else:
-            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
+            rest = [attempt for attempt in comp.waiting
+                    if attempt.serial not in wanted]  # type: ignore[operator]
+            comp.waiting = collections.deque(rest)
         serials = self._leave(comp, back)
         self._hand_back(comp, serials)
 
@@ -9773,13 +9840,10 @@ class Attempts:
             tables.ask_for_files(comp, event.missing)
         elif event.error:
             for attempt in self.values.failed(event.comp):
-                self.finish(
-                    comp,
-                    unfit_row(
-                        Unfit(
-                            comp.comp, (attempt.serial, ),
-                            unfit_text(sum(size for size, _ in attempt.values),
-                                       '%s (on node %s)' % (event.error, tables.name)))))
+                size = sum(size for size, _ in attempt.values)
+                text = unfit_text(size, '%s (on node %s)' % (event.error, tables.name))
+                unfit = Unfit(comp.comp, (attempt.serial, ), text)
+                self.finish(comp, unfit_row(unfit))
         else:
             self.values.came(event.comp)
 
@@ -10327,8 +10391,9 @@ class CpuScheduler:
                 continue
             if worker.comp.stage is not Stage.READY:
                 continue
-            self._attempts.finish(worker.comp, (queue[0].serial, int(
-                Outcome.STOPPED), 0.0, 0.0, ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
+            text = ENDING_TEXT[Outcome.STOPPED].encode()
+            row = (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0, text, b'', b'')
+            self._attempts.finish(worker.comp, row)
             worker.comp.waiting.extend(queue[1:])
 
     # -- workers -----------------------------------------------------------------------------------
@@ -10425,9 +10490,9 @@ class CpuScheduler:
                 text = event.text
             else:
                 text = attempt.ending_text(ending)
-            attempts.finish(comp,
-                            (attempt.serial, int(ending), 0.0, 0.0, text.encode(
-                                'utf-8', 'replace'), bytes(event.stdout), bytes(event.stderr)))
+            data = text.encode('utf-8', 'replace')
+            printed = (bytes(event.stdout), bytes(event.stderr))
+            attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, data, *printed))
         elif not worker.jobs_given:
             comp.startup_failures += 1
         attempts.requeue(comp, worker.queue)
@@ -12593,11 +12658,17 @@ class JobOutput:
             with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
                 stream.flush()
 
+    def _has_own_streams(self) -> bool:
+        """Whether the job has left the streams as they were."""
+        stdin, stdout, stderr = self._streams
+        if sys.stdin is not stdin or sys.stdout is not stdout or sys.stderr is not stderr:
+            return False
+        return not (stdout.closed or stderr.closed)
+
     def collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
         lost = self._flush(1) + self._flush(2)
-        if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[
-                1].closed or self._streams[2].closed or sys.stdin is not self._streams[0]:
+        if not self._has_own_streams():
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
@@ -15714,7 +15785,10 @@ class RunnerWatch:
 
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
-        return self._ask_at, self.look_at, None if self.killed_at is None else self.killed_at + GRACE
+        undead_at = None
+        if self.killed_at is not None:
+            undead_at = self.killed_at + GRACE
+        return self._ask_at, self.look_at, undead_at
 
     def after_fork(self) -> None:
         """In a forked child: it is watched by the parent."""

@@ -34,13 +34,13 @@ WIDTH = 100
 
 # What does not keep its limit yet. These figures may only fall: a line goes when its limit is kept.
 NOT_YET = {
-    'dispynode.py': {'large': 0.65, 'nested': 2, 'wide': 11, 'class': 465, 'classes': 3},
-    'dispy.py': {'wide': 14, 'class': 444, 'classes': 2},
+    'dispynode.py': {'class': 465, 'classes': 3},
+    'dispy.py': {'class': 444, 'classes': 2},
 }
 FOREIGN_YET = 129      # the same for FOREIGN
 # Complaints of flake8 by their codes, in the whole tree.
 FLAKE8_YET = {
-    'E122': 1, 'E125': 9, 'E127': 2, 'E128': 22, 'E131': 1, 'E251': 1, 'E501': 491
+    'E122': 1, 'E125': 9, 'E127': 2, 'E128': 22, 'E131': 1, 'E251': 1, 'E501': 490
 }
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
