@@ -54,7 +54,11 @@ if __name__ == '__main__':
     # and not at the end: all that follows would be made for nothing.
     import importlib
     import sys
-    sys.exit(importlib.import_module('dispy').main())
+    try:
+        program = importlib.import_module('dispy')
+    except ImportError as exc:   # a file or a package that it needs is not there
+        sys.exit(str(exc))
+    sys.exit(program.main())
 
 import argparse
 import ast
@@ -130,8 +134,6 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         text = '%s (%s)' % (missing, exc)
     else:
         text = str(exc)
-    if __name__ == '__main__' and missing:
-        sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 try:
@@ -7858,8 +7860,9 @@ class Journal(Database):
         cursor = self._db.execute(
             'SELECT number, comp, id, payload, options, submitted, arguments, state, '
             'serial, node, status, result FROM jobs WHERE NOT delivered')
+        # All at once: a cursor in the frames of an error would keep the file locked
         for (number, comp, ident, payload, options, submitted, arguments, state, serial, node,
-             status, result) in cursor:
+             status, result) in cursor.fetchall():
             if options:
                 known = pickle.loads(options)
             else:
@@ -9820,6 +9823,8 @@ def cancel_lost(access: ConnectionSettings) -> int:
         _take(found, 3 * GRACE)
         rest = 0
         for left in lefts:
+            if left.over:   # its program wanted nothing any more
+                continue
             ended = '%d jobs and results were there, all are gone' % before[left.comp]
             if left.comp in found.alive:
                 ended = 'left alone, its program lives'

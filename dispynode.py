@@ -403,6 +403,7 @@ REASONS: Dict[str, Reason] = {
     'setup': Reason(
         'the code could not be loaded, or setup raised, returned something or did not end', False),
     'initializer': Reason('the initializer of an executor has failed in a worker', False),
+    'start_method': Reason('it cannot start workers in the way that was asked for', False),
     'version': Reason('functions cannot go there as source', False),
     'allocate': Reason("the program's allocate() has failed or wants none", False),
     'cpus': Reason('it has no CPU to use for this computation', False),

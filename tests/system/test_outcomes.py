@@ -172,7 +172,7 @@ def test_exit_statuses_are_failures(make_cluster, program, tmp_path):
             other = cluster.submit(tmp_path / 'd', 3, dispy_retries=4, dispy_retry_on=subprocess.CalledProcessError)
             assert other.get(30) == 0
             cluster.wait(30)
-            counts = dispy_httpd.counts_of(cluster)
+            counts = dispy_httpd.counts_of(dispy.core_of(cluster))
             assert (counts['done'], counts['failed']) == (3, 1), counts
         finally:
             http.shutdown(wait=False)

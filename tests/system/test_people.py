@@ -542,14 +542,16 @@ def test_the_monitor_alone_shows_the_scheduler_of_this_machine_or_the_nodes(tmp_
 
 
 def test_nodes_are_named_by_the_same_option_in_all_commands():
-    for parser, option in ((dispy._parser(), 'nodes'), (dispy_httpd._parser(), 'nodes'), (dispyscheduler._parser(), 'node')):
+    for parser, option in ((dispy_httpd._parser(), 'nodes'), (dispyscheduler._parser(), 'node')):
         for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c']):
             assert getattr(parser.parse_args(words), option) == ['a', 'b:5', 'c'], parser.prog
         assert getattr(parser.parse_args([]), option) == []
     for parser in (dispy_httpd._parser(), dispyscheduler._parser()):   # they have no PROGRAM that might be meant
         assert parser.parse_args(['-n', 'a', 'b:5', '-n', 'c']) == parser.parse_args(['--nodes', 'a b:5 c'])
-    args = dispy._parser().parse_args(['-n', 'a', 'program'])
-    assert (args.nodes, args.program) == (['a'], 'program')
+    parser = dispy._parser()
+    for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c'], ['-n', 'a', '-n', 'b:5', '-n', 'c']):
+        options, command = parser.split([*words, 'program'])
+        assert (parser.parse_args(options).nodes, list(command)) == (['a', 'b:5', 'c'], ['program'])
 
 
 def test_an_allocator_has_a_list_of_files_of_its_own():
