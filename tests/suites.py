@@ -144,12 +144,13 @@ class Ended:
 
 
 def workers_of(cluster):
-    """Process number -> worker process of a cluster on this machine."""
+    """Process number -> worker process of a cluster on this machine. Workers are children of a runner, which is a child
+    of this process; a runner whose workers are forked works in the directory of the computation, too."""
     import psutil
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if dispy.core_of(cluster).comp in process.cwd() and dispy.core_of(cluster).comp in process.parent().cwd():
+            if dispy.core_of(cluster).comp in process.cwd() and process.ppid() != os.getpid():
                 process.join = process.wait
                 found[process.pid] = process
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):
