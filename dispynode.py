@@ -864,7 +864,7 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
 
 
 def batches(kind: Callable[[str, list], Any], comp: str,
-           rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
+            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
     """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
     bytes."""
     some = []
@@ -1931,7 +1931,7 @@ class Sealed(NamedTuple):
 
 
 def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
-         share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
+          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
     copied.
 
@@ -3505,9 +3505,8 @@ def keeps_identity(value: Any) -> bool:
         return True
     if kind is types.SimpleNamespace:
         return True
-    if isinstance(
-            value,
-        (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
+    if isinstance(value, (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset,
+                          BaseException)):
         return False
     own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
            '__getnewargs_ex__')
@@ -8181,7 +8180,7 @@ class Discovery:
         return body + digest
 
     def parse(self, data: bytes, source: str,
-             now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+              now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
         data_length = len(data)
@@ -16315,9 +16314,8 @@ class ProcessHost:
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.arrived(record.number)
         self._let_go(run, record.number)
-        self._host.tell(
-            WorkerStartFailed(record.number,
-                         bytes(record.bodies[0]).decode('utf-8', 'replace')))
+        text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+        self._host.tell(WorkerStartFailed(record.number, text))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
         memory_exceeded = MemoryExceeded(record.number, record.serial)
@@ -17452,7 +17450,7 @@ class OldConfig:
         ('safe_setup', 'True'): [],
         ('scheduler_alg', 'fair_cluster'): ['--fair'],
         ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
-    # Its default; nodes were at the next port, as they are now
+        # Its default; nodes were at the next port, as they are now
         ('dispy_port', '9700'): []
     }
     NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
@@ -17684,9 +17682,8 @@ def _parser() -> OptionParser:
         action=Each,
         default=[],
         metavar='HOST[:PORT]',
-        help=
-        'connect to this scheduler, or client that listens (host=), and keep trying: for nodes '
-        'that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
+        help='connect to this scheduler, or client that listens (host=), and keep trying: for '
+        'nodes that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
     add('--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N',
         help='port of a --scheduler-host for which none is given (default: %(default)s)')
     add('--ipv4-udp-multicast',
