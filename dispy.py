@@ -3224,6 +3224,107 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
         raise PeerError('a result with an unknown outcome')
 
 
+class ScheduleRequests:
+    """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._numbers = itertools.count(1)
+
+    def submit(self, event: Submitted) -> None:
+        """Jobs wait for a node."""
+        books = self._books
+        comps = books.comps
+        for work in event.works:
+            # One with a journal has its number
+            work.serial = work.serial or next(self._numbers) << 16
+            comp = comps.get(work.comp)
+            if comp is None:
+                move_job(work, 'cancel')
+                books.do(JobEnded(work, 'the cluster was closed'))
+                continue
+            if comp.unloadable:
+                move_job(work, 'fail')
+                books.do(JobEnded(work, comp.unloadable))
+                continue
+            comp.queue_of(work).push(work)
+            books.waiting[comp.comp] = comp
+            if work.options and 'priority' in work.options:
+                if not comp.ranked:
+                    comp.rank()
+            if comp.idle:
+                continue
+            if not comp.cpus_in_flight or comp.ranked:
+                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
+                # queues. They give the next CPU to the computation that has fewest, and of its jobs
+                # to that of the highest priority.
+                for node in itertools.islice(comp.nodes.values(), 64):
+                    books.changed[node.key] = node
+
+    def unloadable(self, event: Unloadable) -> None:
+        """No node can load the code of a computation: its jobs fail."""
+        comp = self._books.comps.get(event.comp)
+        if comp is None:
+            return
+        comp.unloadable = event.text
+        for work in comp.waiting() if event.text else ():
+            move_job(work, 'fail')
+            comp.take_out(work)
+            self._books.do(JobEnded(work, event.text))
+
+    def cancel(self, event: CancelAsked) -> None:
+        """A job is not wanted any more."""
+        work = event.work
+        comp = self._books.comps.get(event.work.comp)
+        if work.state in ENDED:
+            return
+        if work.state is JobState.CANCELLING:
+            return
+        if comp is None:
+            return
+        if work.state in _WAITING:
+            self._cancel_waiting(work, comp)
+        else:
+            move_job(work, 'cancel')
+            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(send_cancel)
+
+    def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
+        move_job(work, 'cancel')
+        comp.take_out(work)
+        self._books.do(JobEnded(work, 'cancelled before it was started'))
+
+    def withdraw(self, event: WithdrawAsked) -> None:
+        """Jobs are not wanted any more, unless they have begun."""
+        books = self._books
+        recalls: Dict[Tuple[Any, str], List[int]] = {}
+        for work in event.works:
+            comp = books.comps.get(work.comp)
+            if comp is not None:
+                node = comp.running.get(work.serial)
+            else:
+                node = None
+            if comp is not None and work.state in _WAITING:
+                self._cancel_waiting(work, comp)
+            elif comp is None or node is None or node.away is not None \
+                    or work.state is not JobState.SENT:
+                gone = work.state is JobState.CANCELLED
+                books.do(Withdrawn(work, gone))
+            else:
+                comp.withdrawn.add(work)
+                if work.serial not in node.recalled[comp.comp]:
+                    node.recalled[comp.comp][work.serial] = False
+                    recall = recalls.setdefault((node.key, comp.comp), [])
+                    recall.append(work.serial)
+        for (key, name), serials in recalls.items():
+            books.do(SendRecall(key, name, serials))
+
+    def keep(self, work: ScheduledJob) -> None:
+        """The inverse of WithdrawAsked, if it has not been answered."""
+        if work.comp in self._books.comps:
+            self._books.comps[work.comp].withdrawn.discard(work)
+
+
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
@@ -3236,18 +3337,18 @@ class Schedule:
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
         self._losses = Losses(self._books, self._limits)
-        self._numbers = itertools.count(1)
+        self.requests = ScheduleRequests(self._books)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
         self._handlers: Dict[type, Callable[[Any], None]] = {
-            Unloadable: self._unloadable,
+            Unloadable: self.requests.unloadable,
             Opened: self._opened,
-            Submitted: self._submitted,
-            CancelAsked: self._cancel_asked,
+            Submitted: self.requests.submit,
+            CancelAsked: self.requests.cancel,
             Repeat: self._repetitions.repeat,
             RepeatNot: self._repetitions.stay,
-            WithdrawAsked: self._withdraw_asked,
+            WithdrawAsked: self.requests.withdraw,
             NodeStarted: self._node_started,
             NodeReady: self._node_ready,
             NodeTold: self._node_told,
@@ -3334,99 +3435,11 @@ class Schedule:
             return 0.0
         return books.now - node.begun[work.comp].get(work.serial, books.now)
 
-    # -- jobs --------------------------------------------------------------------------------------
+    # -- computations ------------------------------------------------------------------------------
 
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
         self.comps[event.comp] = ComputationLoad(event, order)
-
-    def _submitted(self, event: Submitted) -> None:
-        books = self._books
-        for work in event.works:
-            # One with a journal has its number
-            work.serial = work.serial or next(self._numbers) << 16
-            comp = self.comps.get(work.comp)
-            if comp is None:
-                move_job(work, 'cancel')
-                books.do(JobEnded(work, 'the cluster was closed'))
-                continue
-            if comp.unloadable:
-                move_job(work, 'fail')
-                books.do(JobEnded(work, comp.unloadable))
-                continue
-            comp.queue_of(work).push(work)
-            books.waiting[comp.comp] = comp
-            if work.options and 'priority' in work.options:
-                if not comp.ranked:
-                    comp.rank()
-            if comp.idle:
-                continue
-            if not comp.cpus_in_flight or comp.ranked:
-                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
-                # queues. They give the next CPU to the computation that has fewest, and of its jobs
-                # to that of the highest priority.
-                for node in itertools.islice(comp.nodes.values(), 64):
-                    books.changed[node.key] = node
-
-    def _unloadable(self, event: Unloadable) -> None:
-        comp = self.comps.get(event.comp)
-        if comp is None:
-            return
-        comp.unloadable = event.text
-        for work in comp.waiting() if event.text else ():
-            move_job(work, 'fail')
-            comp.take_out(work)
-            self._books.do(JobEnded(work, event.text))
-
-    def _cancel_asked(self, event: CancelAsked) -> None:
-        work = event.work
-        comp = self.comps.get(event.work.comp)
-        if work.state in ENDED:
-            return
-        if work.state is JobState.CANCELLING:
-            return
-        if comp is None:
-            return
-        if work.state in _WAITING:
-            self._cancel_waiting(work, comp)
-        else:
-            move_job(work, 'cancel')
-            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
-            self._books.do(send_cancel)
-
-    def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
-        move_job(work, 'cancel')
-        comp.take_out(work)
-        self._books.do(JobEnded(work, 'cancelled before it was started'))
-
-    def _withdraw_asked(self, event: WithdrawAsked) -> None:
-        books = self._books
-        recalls: Dict[Tuple[Any, str], List[int]] = {}
-        for work in event.works:
-            comp = self.comps.get(work.comp)
-            if comp is not None:
-                node = comp.running.get(work.serial)
-            else:
-                node = None
-            if comp is not None and work.state in _WAITING:
-                self._cancel_waiting(work, comp)
-            elif comp is None or node is None or node.away is not None \
-                    or work.state is not JobState.SENT:
-                gone = work.state is JobState.CANCELLED
-                books.do(Withdrawn(work, gone))
-            else:
-                comp.withdrawn.add(work)
-                if work.serial not in node.recalled[comp.comp]:
-                    node.recalled[comp.comp][work.serial] = False
-                    recall = recalls.setdefault((node.key, comp.comp), [])
-                    recall.append(work.serial)
-        for (key, name), serials in recalls.items():
-            books.do(SendRecall(key, name, serials))
-
-    def keep(self, work: ScheduledJob) -> None:
-        """The inverse of WithdrawAsked, if it has not been answered."""
-        if work.comp in self.comps:
-            self.comps[work.comp].withdrawn.discard(work)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -9717,7 +9730,7 @@ def gathering(lefts: Sequence[RecoverableFiles],
     whole: Set[str] = set()
     forgotten: Set[str] = set()
     try:
-        driver = Driver.alone(access)
+        driver = drivers.alone(access)
         try:
             driver.ask(lambda: found.begin(driver))
             yield found
@@ -9729,7 +9742,7 @@ def gathering(lefts: Sequence[RecoverableFiles],
         finally:
             with contextlib.suppress(RuntimeError):   # it has failed
                 driver.ask(lambda: driver.recoveries.let_go(found, whole))
-            driver.release()
+            drivers.release(driver)
     finally:
         for left in lefts:
             if left.comp in whole:
@@ -9911,7 +9924,7 @@ class JournalRecovery:
 
     def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
         restored = self._restored
-        driver = Driver.alone(access)
+        driver = drivers.alone(access)
         try:
             over = threading.Event()
             recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
@@ -9921,7 +9934,7 @@ class JournalRecovery:
             is_whole = recovery.collected.is_set()
             driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
-            driver.release()
+            drivers.release(driver)
 
     def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
         with self._lock:
@@ -11514,7 +11527,7 @@ class JobExchange:
         if len(acks) >= ACKS_MOST and not self.outgoing.has(comp):
             self.acknowledge(peer)
         else:
-            self._driver.chores_at = min(self._driver.chores_at, self._driver.now + ACK_AFTER)
+            self._driver.chores.within(ACK_AFTER)
 
     def acknowledge(self, peer: NodeConnection) -> None:
         """Tell a node which results are here."""
@@ -11548,7 +11561,7 @@ class JobExchange:
             node_returned = NodeReturned(peer.key, comp, serials)
             self._driver.decide(node_returned)
         if self.outgoing.held_up:
-            self._driver.chores_at = min(self._driver.chores_at, self._driver.now + Outgoing.AGAIN)
+            self._driver.chores.within(Outgoing.AGAIN)
 
     def _hold_up(self, comp: str, is_new: bool) -> None:
         """The journal of a cluster cannot be written, or can be again."""
@@ -11811,7 +11824,7 @@ class Cancellations:
         ended. Whether it has been cancelled."""
         future = self.withdrawals.pop(job, None)
         if future is not None:
-            self._driver.schedule.keep(job)
+            self._driver.schedule.requests.keep(job)
         return job.state is JobState.CANCELLED
 
     def withdrawn(self, action: Withdrawn) -> None:
@@ -12457,7 +12470,7 @@ class LostNodes:
             peer.lost_at = driver.now
         self.doubt(doubted)
         peer.told.clear()
-        driver.warn_soon(used)
+        driver.chores.warn_soon(used)
         reason = 'the connection ended: %s' % text
         if peer.port or peer.embedded:
             lived = driver.now - peer.linked_at
@@ -12585,8 +12598,79 @@ class DecisionLog:
             self._log.debug('end of a turn: %s', ', '.join(map(logged, actions)))
 
 
+class Chores:
+    """What a driver does now and then: dial, ask, give up probing, warn, and look for clusters that
+    nobody uses any more. The driver's thread.
+
+    at - when something is due
+    """
+    MOST = 60.0     # s between two looks
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._unused = Unused()
+        self._warn_at: Dict[str, float] = {}   # by computations
+        self.at = 0.0
+
+    def begin(self, comp: str, warns: bool) -> None:
+        """A cluster is opened; `warns`: its user hears of it when no node can be used."""
+        self._warn_at[comp] = self._driver.now + WARN_AFTER if warns else math.inf
+
+    def forget(self, comp: str) -> None:
+        """A cluster is closed."""
+        del self._warn_at[comp]
+
+    def soon(self) -> None:
+        """Look in this turn for what is due."""
+        self.at = self._driver.now
+
+    def within(self, seconds: float) -> None:
+        """Look after so many seconds at the latest."""
+        self.at = min(self.at, self._driver.now + seconds)
+
+    def warn_soon(self, comps: Iterable[str]) -> None:
+        """Look soon whether these computations have no node any more."""
+        for comp in comps:
+            self._warn_at[comp] = min(self._warn_at[comp], self._driver.now + WARN_AFTER)
+
+    def do(self) -> None:
+        """Do what is due, and find out when to do so next."""
+        driver = self._driver
+        now = driver.now
+        driver.decisions.look()
+        due = [now + self.MOST, self._unused.look(driver.clusters, now)]
+        driver.jobs.end_lost_when_due(due)
+        driver.connector.searches.ask_when_due(due)
+        driver.connector.dial_when_due(due)
+        driver.selection.start_embedded_when_due(due)
+        for comp, when in list(self._warn_at.items()):
+            if now >= when:
+                self._warn(comp)
+            due.append(self._warn_at[comp])
+        for peer in list(driver.nodes.by_key.values()):
+            uses = peer.uses.values()
+            if any(use.acks for use in uses):
+                driver.jobs.acknowledge(peer)
+            if peer.retry_at is not None:
+                if now >= peer.retry_at:
+                    driver.setup.retry(peer)
+                else:
+                    due.append(peer.retry_at)
+        self.at = min(due)
+
+    def _warn(self, comp: str) -> None:
+        """Nobody waits in silence."""
+        driver = self._driver
+        self._warn_at[comp] = driver.now + WARN_EVERY
+        nodes = driver.queries.nodes_of(comp)
+        if not any(state == 'ready' for _, state, _, _, _ in nodes):
+            cluster = driver.clusters[comp]
+            cluster.warn('%s waits for a node. %s'
+                         % (cluster.name, driver.queries.explain_no_nodes(comp)))
+
+
 class Driver(Loop):
-    """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed.
+    """See the module's docstring. Made and ended by `Drivers`.
 
     It is the loop: it has the Schedule, the clusters and the timers, and hands what comes to its
     parts, of which each owns its state.
@@ -12604,6 +12688,7 @@ class Driver(Loop):
     calls - questions to a scheduler and from it
     queries - what clusters ask about nodes
     overview - what monitors ask about nodes and jobs
+    chores - what is to be done now and then
     """
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
@@ -12622,15 +12707,11 @@ class Driver(Loop):
         self.access = access
         self.values.where = 'in the program'
         self.schedule = Schedule()
-        self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
         self.openers = Pool('dispy-opener', 2)
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
         self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
-        self._unused = Unused()
-        self._warn_at: Dict[str, float] = {}
-        self.chores_at = 0.0
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -12644,6 +12725,8 @@ class Driver(Loop):
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
         self.overview = Overview(self)
+        self.chores = Chores(self)
+        self.soon = self.chores.soon      # for the parts
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
@@ -12695,38 +12778,8 @@ class Driver(Loop):
 
     # -- life; user threads ------------------------------------------------------------------------
 
-    @staticmethod
-    def acquire(access: ConnectionSettings) -> 'Driver':
-        """The running driver for this access, made if need be. Any thread. Raises SecretError."""
-        with _lock:
-            driver = _drivers.get(access)
-            if driver is None or driver.broken or driver._ended:
-                driver = Driver(access)
-                driver.thread.start()
-                _drivers[access] = driver
-            driver.users += 1
-            return driver
-
-    @staticmethod
-    def alone(access: ConnectionSettings) -> 'Driver':
-        """A driver that no cluster shares: to nodes it is another program. Any thread. Raises
-        SecretError."""
-        driver = Driver(access, os.urandom(16))
-        driver.users = 1
-        driver.thread.start()
-        with _lock:
-            _alone.add(driver)
-        return driver
-
-    def release(self) -> None:
-        """A cluster is done with it; the last one ends it. Any thread but the driver's."""
-        with _lock:
-            self.users -= 1
-            if self.users:
-                return
-            if _drivers.get(self.access) is self:
-                del _drivers[self.access]
-            _alone.discard(self)
+    def finish(self) -> None:
+        """Leave all nodes and end the thread. Any thread but the driver's."""
         with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
             self.ask(self._leave)
 
@@ -12817,10 +12870,7 @@ class Driver(Loop):
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
                         cluster.cpus_in_all())
         self.decide(opened)
-        if cluster.warns:
-            self._warn_at[comp] = self.now + WARN_AFTER
-        else:
-            self._warn_at[comp] = math.inf
+        self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
         if probe:
             self.selection.probes[comp] = self.now + PROBE_TIME
@@ -12840,7 +12890,7 @@ class Driver(Loop):
         self.decide(Closed(comp))
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
-        del self._warn_at[comp]
+        self.chores.forget(comp)
         self.nodes.misfits.forget(comp)
         self.overview.forget(comp)
         self.selection.probes.pop(comp, None)
@@ -12969,15 +13019,15 @@ class Driver(Loop):
         # Before anything of this turn is sent, and before results are acknowledged
         if self.jobs.outgoing.journals:
             self.guard(None, self.jobs.note_down)
-        if self.now >= self.chores_at:
-            self.guard(None, self._chores)
+        if self.now >= self.chores.at:
+            self.guard(None, self.chores.do)
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
         connector = self.connector
         if self.files.backlog.has_room():
             return 0.0
-        times = [self.schedule.next_timer(), self.chores_at]
+        times = [self.schedule.next_timer(), self.chores.at]
         if connector.local is not None:
             times.append(connector.local.next_timer())
         whens = []
@@ -12995,43 +13045,6 @@ class Driver(Loop):
         if self.decisions.is_on:
             self.decisions.add(None, actions)
         self.act(actions)
-
-    def _chores(self) -> None:
-        """Dial, ask, give up probing, warn; and when to do so next."""
-        connector = self.connector
-        self.decisions.look()
-        due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
-        self.jobs.end_lost_when_due(due)
-        connector.searches.ask_when_due(due)
-        connector.dial_when_due(due)
-        self.selection.start_embedded_when_due(due)
-        for comp, when in list(self._warn_at.items()):
-            if self.now >= when:
-                self._warn(comp)
-            due.append(self._warn_at[comp])
-        for peer in list(self.nodes.by_key.values()):
-            uses = peer.uses.values()
-            if any(use.acks for use in uses):
-                self.jobs.acknowledge(peer)
-            if peer.retry_at is not None:
-                if self.now >= peer.retry_at:
-                    self.setup.retry(peer)
-                else:
-                    due.append(peer.retry_at)
-        self.chores_at = min(due)
-
-    def soon(self) -> None:
-        """Look in this turn for what is due."""
-        self.chores_at = self.now
-
-    def _warn(self, comp: str) -> None:
-        """Nobody waits in silence."""
-        self._warn_at[comp] = self.now + WARN_EVERY
-        nodes = self.queries.nodes_of(comp)
-        if not any(state == 'ready' for _, state, _, _, _ in nodes):
-            self.clusters[comp].warn(
-                '%s waits for a node. %s' %
-                (self.clusters[comp].name, self.queries.explain_no_nodes(comp)))
 
     # -- links -------------------------------------------------------------------------------------
 
@@ -13066,11 +13079,6 @@ class Driver(Loop):
         """A link came to its end: the node is lost until it is reached again."""
         self.lost_nodes.link_ended(channel, text)
 
-    def warn_soon(self, comps: Iterable[str]) -> None:
-        """Look soon whether these computations have no node any more."""
-        for comp in comps:
-            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
-
     def remove_old_trails(self) -> None:
         """Once in a program."""
         global _trails_looked_at
@@ -13089,6 +13097,55 @@ class Driver(Loop):
         """Send a message to a node or scheduler, if it is connected."""
         if peer.link is not None:
             self.send(peer.link, message)
+
+
+class Drivers:
+    """The drivers of this process. Clusters that have the same settings share one. Any thread."""
+
+    def __init__(self) -> None:
+        self._shared: Dict[ConnectionSettings, Driver] = {}
+        self._users: 'collections.Counter[Driver]' = collections.Counter()   # clusters
+
+    def acquire(self, access: ConnectionSettings) -> Driver:
+        """Return the running driver for these settings, which is made if need be. Raises
+        SecretError."""
+        with _lock:
+            driver = self._shared.get(access)
+            if driver is None or driver.broken or driver.has_ended:
+                driver = Driver(access)
+                driver.thread.start()
+                self._shared[access] = driver
+            self._users[driver] += 1
+            return driver
+
+    def alone(self, access: ConnectionSettings) -> Driver:
+        """Return a driver that no cluster shares: to nodes it is another program. Raises
+        SecretError."""
+        driver = Driver(access, os.urandom(16))
+        driver.thread.start()
+        with _lock:
+            self._users[driver] = 1
+        return driver
+
+    def release(self, driver: Driver) -> None:
+        """A cluster is done with a driver; the last one ends it. Any thread but the driver's."""
+        with _lock:
+            if driver not in self._users:   # this process is a fork of its own
+                return
+            self._users[driver] -= 1
+            if self._users[driver]:
+                return
+            del self._users[driver]
+            if self._shared.get(driver.access) is driver:
+                del self._shared[driver.access]
+        driver.finish()
+
+    def after_fork(self) -> None:
+        """In a forked child: all of them are the parent's."""
+        for driver in self._users:
+            driver.after_fork()
+        self._shared.clear()
+        self._users.clear()
 
 
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
@@ -13122,10 +13179,9 @@ _MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, Assignm
 # Options of a job that its node has to know
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
-# Guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
+# Guards the table of drivers, the making of jobs' events, cloudpickle's registry
 _lock = threading.Lock()
-_drivers: Dict[ConnectionSettings, Driver] = {}
-_alone: Set[Driver] = set()   # others
+drivers = Drivers()
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()   # those that are open
 _told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
 _instance = os.urandom(16)    # this process to nodes
@@ -13137,10 +13193,7 @@ def _forked() -> None:
     global _lock, _instance
     _lock = threading.Lock()
     _instance = os.urandom(16)
-    for driver in [*_drivers.values(), *_alone]:
-        driver.after_fork()
-    _drivers.clear()
-    _alone.clear()
+    drivers.after_fork()
     shared_values.after_fork()
     joblib_clusters.after_fork()
     for cluster in list(_clusters):
@@ -14470,7 +14523,7 @@ class ProgramCluster(ComputationUser):
         self.takeover.begin(journal, known)
 
     def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
-        driver = self.driver = Driver.acquire(access)
+        driver = self.driver = drivers.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
                  self.report, self.takeover)
@@ -14484,7 +14537,7 @@ class ProgramCluster(ComputationUser):
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
             self.cluster = None
-            driver.release()
+            drivers.release(driver)
             raise
         _clusters.add(cluster)
         logger.info('%s: the computation begins', self.name, extra=ROUTINE)
@@ -14580,7 +14633,7 @@ class ProgramCluster(ComputationUser):
             self.journal.close(remove=True)
         self._log_end()
         if threading.current_thread() is not driver.thread:
-            driver.release()
+            drivers.release(driver)
 
     def _log_end(self) -> None:
         """Log what came of the computation, in numbers."""
@@ -15910,7 +15963,7 @@ class NodeScan(NodeUser):
         self.comp = uuid.uuid4().hex
         files = tls_files(certfile, keyfile, cafile)
         access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
-        self.driver = Driver.acquire(access)
+        self.driver = drivers.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def look(self,
@@ -15964,7 +16017,7 @@ class NodeScan(NodeUser):
     def close(self) -> None:
         """Let the nodes go."""
         self.driver.ask(lambda: self.driver.forget(self.comp))
-        self.driver.release()
+        drivers.release(self.driver)
 
     def __enter__(self) -> 'NodeScan':
         return self

@@ -133,7 +133,7 @@ from typing import (
     Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type)
 
 try:
-    from dispy import Driver
+    from dispy import drivers
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     text = str(exc)
     if exc.name == 'dispy':
@@ -1090,7 +1090,7 @@ class SchedulerLink(dispy.NodeScan):
         self.address = (host, port)
         self.port = port
         self.comp = uuid.uuid4().hex
-        self.driver = Driver.acquire(access)
+        self.driver = drivers.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def why_not(self) -> str:

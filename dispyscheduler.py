@@ -2475,7 +2475,7 @@ class ProgramComputations(Part):
         absence = computation.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
-            self._schedule.keep(work)
+            self._schedule.requests.keep(work)
         absence.dropping.clear()
 
     def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
