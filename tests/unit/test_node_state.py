@@ -10,18 +10,15 @@ import pytest
 from conftest import walk_seeds
 from dispynode import (
     BEGUN_TIME, END_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME,
-    STAGE_TABLE,
-    Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker, FilePiece,
-    FileStored, Faulted, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs,
-    SpoolResults,
-    ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged, Outcome, Pause,
-    PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose, Query, Ready,
-    ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, JobsReturned,
-    RunnerGone, RunnerUp, WorkerInitialized, Send, SendSpooled, SetCpus, PrintStatus, Shutdown,
-    Stage, Started,
-    StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker,
-    LimitMemory, NodeHello, WorkerGone, WorkerResults, WorkerReturnedJobs, MemoryExceeded,
-    WorkerStartFailed, decode, encode, size_of)
+    STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker,
+    FilePiece, FileStored, Faulted, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs,
+    SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged,
+    Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose,
+    Query, Ready, ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire,
+    JobsReturned, RunnerGone, RunnerUp, WorkerInitialized, Send, SendSpooled, SetCpus, PrintStatus,
+    Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile,
+    FileWritten, TakeFromWorker, LimitMemory, NodeHello, WorkerGone, WorkerResults,
+    WorkerReturnedJobs, MemoryExceeded, WorkerStartFailed, decode, encode, size_of)
 from talk_node import (
     Talk, bounded, fed, only, result, row_of, rows, said, spec, texts)
 

@@ -11,8 +11,8 @@ import pytest
 import dispy
 from dispy import (
     Command, Ended, HaltRule, JobLog, ShownOutput, Resume, Template, Window, as_file_name, as_node,
-    combinations, delimiter_option,
-    duration_option, hosts_in, records, results_path, split_sources, tagged)
+    combinations, delimiter_option, duration_option, hosts_in, records, results_path, split_sources,
+    tagged)
 
 
 def plan(*words):
