@@ -5269,12 +5269,13 @@ class RecordBuffer(ReceiveBuffer):
         buffer_updated = self.buffer_updated(count)
         chosen_records: List[Record] = []
         for head, body in buffer_updated:
-            chosen_record = self._record(head, body)
+            chosen_record = self.record_of(head, body)
             chosen_records.append(chosen_record)
         return chosen_records
 
     @staticmethod
-    def _record(head: bytes, body: memoryview) -> Record:
+    def record_of(head: bytes, body: memoryview) -> Record:
+        """The record of which these are the head and the bodies."""
         kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
         both = one + two
         bodies = (body[:one], body[one:both], body[both:both + three])
@@ -6429,7 +6430,7 @@ class Values:
 class Link(Channel):
     """An authenticated connection that carries messages."""
     AT_ONCE = 16     # parts that are made in one turn
-    _numbers = itertools.count(1)
+    numbers = itertools.count(1)
 
     def __init__(self,
                  sock: socket.socket,
@@ -6441,7 +6442,7 @@ class Link(Channel):
         self._opener = FrameDecoder(session.receive_key, takes)
         super().__init__(sock, self._opener)
         self._sealer = FrameEncoder(session.send_key)
-        self.number = next(Link._numbers)
+        self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
         self.address = address
@@ -6704,7 +6705,7 @@ class MemoryLink(Link):
     def __init__(self, instance: bytes, role: int, now: float) -> None:
         """Of the other side. There is no socket, so that nothing of `Link` is set up."""
         self.sock: Any = None
-        self.number = next(Link._numbers)
+        self.number = next(Link.numbers)
         self.instance = instance
         self.role = Role(role)
         self.address = '127.0.0.1'
@@ -6722,9 +6723,9 @@ class MemoryLink(Link):
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
-        self._queue: Deque[Tuple[Any, int]] = collections.deque()
+        self.incoming: Deque[Tuple[Any, int]] = collections.deque()
         self._taken = self._handed = 0
-        self._is_over = False      # the other end was closed
+        self.is_over = False      # the other end was closed
 
     @classmethod
     def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
@@ -6748,7 +6749,7 @@ class MemoryLink(Link):
             if size > most:
                 text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
                 raise TooLarge(text)
-        self.other._queue.append((message, size))
+        self.other.incoming.append((message, size))
         self.queued += size
         self.bytes_out += size
         self._handed += 1
@@ -6756,17 +6757,17 @@ class MemoryLink(Link):
     @property
     def has_messages(self) -> bool:
         """Whether there is something to take."""
-        if not bool(self._queue or self._is_over):
+        if not bool(self.incoming or self.is_over):
             return False
         if self.dirty is None:
             return False
         return not self.paused
 
     def messages(self, now: float) -> List[Any]:
-        if not self._queue and self._is_over:
+        if not self.incoming and self.is_over:
             raise LinkBroken('the connection was closed')
-        taken = self._queue
-        self._queue = collections.deque()
+        taken = self.incoming
+        self.incoming = collections.deque()
         size = sum(size for _, size in taken)
         self.other.queued -= size
         self.bytes_in += size
@@ -6803,8 +6804,8 @@ class MemoryLink(Link):
 
     def close(self) -> None:
         """The other end takes what was handed to it, and then its end."""
-        self._queue.clear()
-        self.other._is_over = True
+        self.incoming.clear()
+        self.other.is_over = True
 
 
 _CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
@@ -6855,7 +6856,7 @@ class Pipe(Channel):
         contents = self.read(now)
         chosen_records: List[Record] = []
         for head, body in contents:
-            chosen_record = RecordBuffer._record(head, body)
+            chosen_record = RecordBuffer.record_of(head, body)
             chosen_records.append(chosen_record)
         return chosen_records
 
@@ -7190,7 +7191,7 @@ class Loop:
         except Exception as exc:  # whatever it is, others are served all the same
             self.fault(subject, exc)
 
-    def _act(self, actions: List[Any]) -> None:
+    def act(self, actions: List[Any]) -> None:
         """Carry out what the state has decided, by the table of the loop."""
         for action in actions:
             try:
@@ -17816,7 +17817,7 @@ NODE_EPILOG = '''dispy 4's spellings with underscores are understood. --config k
     option but the secret, as {"cpus": 4, "host": ["::1"]}. ''' + EXIT_STATUSES
 
 
-def _parser() -> OptionParser:
+def make_parser() -> OptionParser:
     parser = daemon_parser('dispynode', 'Run jobs of dispy clients on this host.', NODE_EPILOG)
     add = parser.add_argument
     add('-c',
@@ -18160,7 +18161,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
-        parser = _parser()
+        parser = make_parser()
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
         try:
             cpus = count_cpus(args.cpus or None)

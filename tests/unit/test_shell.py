@@ -17,7 +17,7 @@ from dispy import (
 
 def plan(*words):
     """What a command line asks for."""
-    parser = dispy._parser()
+    parser = dispy.make_parser()
     options, rest = parser.split(list(words))
     return dispy.Plan(parser.parse_args(options), rest)
 
@@ -155,7 +155,7 @@ def test_sources_of_all_kinds(tmp_path):
 # -- options ---------------------------------------------------------------------------------------
 
 def options(*words):
-    parser = dispy._parser()
+    parser = dispy.make_parser()
     found, rest = parser.split(list(words))
     return parser.parse_args(found), rest
 
