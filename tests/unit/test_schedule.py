@@ -666,7 +666,7 @@ def test_a_job_whose_answer_is_not_waited_for_goes_on():
     talk.ready('n')
     talk.submit([work])
     talk.tell(WithdrawAsked([work]))
-    talk.schedule.keep(work)
+    talk.schedule.requests.keep(work)
     actions = talk.tell(NodeReturned('n', 'c', [work.serial]))
     assert sent(actions) == [work] and not only(actions, Withdrawn)
 
