@@ -49,6 +49,9 @@ def pytest_xdist_auto_num_workers(config):
         return 0
     if config.option.dist == 'no':   # not given
         config.option.dist = 'worksteal'   # some tests take a minute
+    # What all of them need is compiled before they ask for it, all at the same time.
+    subprocess.run([sys.executable, '-c', 'import dispyscheduler, dispy_httpd, psutil, pytest'],
+                   check=True, cwd=ROOT)
     return 2 * (os.cpu_count() or 1) + 2
 
 
@@ -81,9 +84,11 @@ if OURS not in os.environ.get('DISPY_TESTS', ''):
     os.environ['DISPY_TESTS'] = tempfile.mkdtemp(prefix=OURS)
     os.environ['XDG_CONFIG_HOME'] = os.environ['XDG_STATE_HOME'] = os.environ['DISPY_TESTS']
     atexit.register(shutil.rmtree, os.environ['DISPY_TESTS'], True)
-    # The tests start thousands of processes, and each would compile the modules anew without a cache.
-    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
-    os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+    if not WORKER:
+        # The tests start thousands of processes, and each would compile the modules anew without a
+        # cache. Workers have that of the process which has started them.
+        os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+        os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402
