@@ -1,6 +1,7 @@
 """What all tests share: only loopback, a secret and a home of the tests' own, and nothing may be left over."""
 
 import atexit
+import contextlib
 import ctypes
 import logging
 import os
@@ -135,6 +136,47 @@ def scheduler_and_node(tmp_path_factory):
         _of_session.update((node.process.pid, scheduler.process.pid))
         yield scheduler.port, node.port
         _of_session.clear()
+
+
+class Places:
+    """The places of programs.py, each made when it is first asked for, and anew when a test has failed
+    there."""
+
+    def __init__(self, make_directory):
+        self._make_directory = make_directory
+        self._made = {}     # kind -> (what ends it, the word for `Project`)
+
+    def of(self, kind):
+        """The word for `Project`."""
+        if kind not in self._made:
+            from programs import somewhere
+            before = set(_child_pids())
+            stack = contextlib.ExitStack()
+            word = stack.enter_context(somewhere(kind, self._make_directory('place')))
+            _of_session.update(set(_child_pids()) - before)
+            self._made[kind] = stack, word
+        return self._made[kind][1]
+
+    def end(self):
+        for stack, _ in self._made.values():
+            stack.close()
+        self._made.clear()
+
+
+@pytest.fixture(scope='session')
+def all_places(tmp_path_factory):
+    places = Places(tmp_path_factory.mktemp)
+    yield places
+    places.end()
+
+
+@pytest.fixture
+def places(request, all_places):
+    """Nodes that have nothing of the user's, and schedulers of such nodes, for all tests of this run."""
+    failed = request.session.testsfailed
+    yield all_places
+    if request.session.testsfailed > failed:   # what this test has left there is not for the next one
+        all_places.end()
 
 
 @pytest.fixture(params=KINDS)

@@ -16,19 +16,17 @@ KINDS = ['local', 'node', 'scheduler']
 
 
 @pytest.fixture(params=KINDS)
-def program(request, tmp_path):
+def program(request, tmp_path, places):
     """A user's directory, for each kind of node."""
-    with somewhere(request.param, tmp_path / 'nodes') as where:
-        found = Project(tmp_path / 'program', where)
-        found.kind = request.param
-        yield found
+    found = Project(tmp_path / 'program', places.of(request.param))
+    found.kind = request.param
+    return found
 
 
 @pytest.fixture
-def on_node(tmp_path):
+def on_node(tmp_path, places):
     """A user's directory, for a bare node."""
-    with somewhere('node', tmp_path / 'nodes') as where:
-        yield Project(tmp_path / 'program', where)
+    return Project(tmp_path / 'program', places.of('node'))
 
 
 @pytest.fixture
