@@ -601,7 +601,7 @@ def test_pools_in_jobs(program, method):
     """For functions and classes of the script and of a module; in a JobCluster and in an executor."""
     program.files(helper='N = 1\n\nclass Thing:\n    def __init__(self, n):\n        self.n = n\n\ndef double(n):\n    return 2 * n * N\n\ndef of_thing(thing):\n'
                          '    return isinstance(thing, Thing), thing\n'
-                         '\ndef pool(method):\n    import multiprocessing\n    with multiprocessing.get_context(method).Pool(2) as pool:\n'
+                         '\ndef pool(method):\n    import multiprocessing\n    with multiprocessing.get_context(method).Pool(1) as pool:\n'
                          '        return pool.map(double, [1, 2])\n')
     program.write('script.py', '''
         import multiprocessing
@@ -620,7 +620,7 @@ def test_pools_in_jobs(program, method):
             return isinstance(own, Own), own
 
         def compute(method):
-            with multiprocessing.get_context(method).Pool(2) as pool:
+            with multiprocessing.get_context(method).Pool(1) as pool:
                 own, thing = pool.apply(of_own, (Own(1),)), pool.apply(helper.of_thing, (helper.Thing(1),))
                 return (pool.map(square, range(4)), pool.map(helper.double, range(3)), own[0], type(own[1]) is Own, thing[0],
                         type(thing[1]) is helper.Thing, helper.pool(method))
