@@ -43,7 +43,8 @@ def hold(path, name=None):
 
 
 def fill(directory):
-    """Fill the file system of a directory until nothing fits; the path of what fills it is returned."""
+    """Fill the file system of a directory until nothing fits; the path of what fills it is
+    returned."""
     path = os.path.join(directory, 'filler')
     with open(path, 'wb', buffering=0) as file:
         for size in (65536, 4096, 1):
