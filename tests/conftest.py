@@ -56,7 +56,7 @@ def pytest_xdist_auto_num_workers(config):
     # What all of them need is compiled before they ask for it, all at the same time.
     subprocess.run([sys.executable, '-c', 'import dispyscheduler, dispy_httpd, psutil, pytest'],
                    check=True, cwd=ROOT)
-    return 2 * (os.cpu_count() or 1) + 2
+    return 3 * (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(config, items):
