@@ -856,9 +856,13 @@ def out_of_band(payload: Payload) -> Any:
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
-    size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
+    payload, stdout, stderr = row[PAYLOAD:]
+    if type(payload) is type(stdout) is type(stderr) is bytes:   # nearly always
+        size = len(payload) + len(stdout) + len(stderr)
+    else:
+        size = size_of(payload) + size_of(stdout) + size_of(stderr)
     if size < OUT_OF_BAND:
-        if type(row[PAYLOAD]) is bytes:
+        if type(payload) is bytes:
             return row, size
     return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
@@ -1364,6 +1368,8 @@ def refused_row(row: tuple, text: str) -> tuple:
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
                stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
+    if outcome == 1 and payload and not stdout and not stderr:   # it has returned: nearly always
+        return 0.0 <= start <= end <= LATEST
     size = len(payload)   # bounded by frames, parts and records
     if not 0.0 <= start <= end <= LATEST:
         return False
@@ -5237,11 +5243,14 @@ class Record(NamedTuple):
 def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
     """A record as buffers to be written one behind the other."""
-    size = size_of(first)
+    if type(first) is tuple:
+        size = size_of(first)
+    else:
+        size = len(first)
     second_length = len(second)
-    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, len(third))
     third_length = len(third)
-    if size + len(second) + third_length < OUT_OF_BAND:
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, third_length)
+    if size + second_length + third_length < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
     pieces = pieces_of(first)
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
@@ -6721,7 +6730,7 @@ class MemoryLink(Link):
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
-        self._queue: Deque[Tuple[Any, int]] = collections.deque()
+        self._queue: Deque[Any] = collections.deque()
         self._taken = self._handed = 0
         self._is_over = False      # the other end was closed
 
@@ -6747,7 +6756,7 @@ class MemoryLink(Link):
             if size > most:
                 text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
                 raise TooLarge(text)
-        self.other._queue.append((message, size))
+        self.other._queue.append(message)
         self.queued += size
         self.bytes_out += size
         self._handed += 1
@@ -6755,23 +6764,21 @@ class MemoryLink(Link):
     @property
     def has_messages(self) -> bool:
         """Whether there is something to take."""
-        if not bool(self._queue or self._is_over):
+        if not self._queue and not self._is_over:
             return False
-        if self.dirty is None:
-            return False
-        return not self.paused
+        return self.dirty is not None and not self.paused
 
     def messages(self, now: float) -> List[Any]:
         if not self._queue and self._is_over:
             raise LinkBroken('the connection was closed')
-        taken = self._queue
-        self._queue = collections.deque()
-        size = sum(size for _, size in taken)
-        self.other.queued -= size
+        size = self.other.queued   # of all that was handed over and not taken
+        self.other.queued = 0
         self.bytes_in += size
-        self._taken += len(taken)
         self.heard = now
-        return [message for message, _ in taken]
+        taken = list(self._queue)
+        self._queue.clear()
+        self._taken += len(taken)
+        return taken
 
     @property
     def opened(self) -> int:
@@ -6851,12 +6858,7 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        contents = self.read(now)
-        chosen_records: List[Record] = []
-        for head, body in contents:
-            chosen_record = RecordBuffer._record(head, body)
-            chosen_records.append(chosen_record)
-        return chosen_records
+        return [RecordBuffer._record(head, body) for head, body in self.read(now)]
 
 
 class Faults:
@@ -7149,7 +7151,7 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """One round: wait, read, take events, decide, write."""
-        # Set before `_patience` looks at what was posted: who posts after that sees it
+        # Set before `_select_timeout` looks at what was posted: who posts after that sees it
         self._waits = True
         ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
@@ -7160,8 +7162,8 @@ class Loop:
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._handle_io(key.data, mask)
         self.now = self.clock()
-        inbox_length = len(self._inbox)
-        self.take_events(inbox_length)
+        if self._inbox:
+            self.take_events(len(self._inbox))
         if self.links and self.now >= self._pulse_at:
             self.guard(None, self._send_heartbeats)
         try:
@@ -7170,7 +7172,7 @@ class Loop:
             self.fault(None, exc)
         while self._later_broken:
             self._break(*self._later_broken.popleft())
-        for channel in list(self._dirty):
+        for channel in list(self._dirty) if self._dirty else ():
             self._write(channel)
 
     def take_events(self, count: int) -> None:
@@ -7228,22 +7230,18 @@ class Loop:
         if self._inbox or self._again:
             self._again = False
             return 0
-        if timeout is None:
-            wait = LONGEST_SLEEP
-        else:
-            wait = min(timeout, LONGEST_SLEEP)
         try:
             when = self.next_timer()
         except Exception as exc:
             self.fault(None, exc)
             return 0
-        if self.links:
-            pulse_at = self._pulse_at
-        else:
-            pulse_at = None
-        for time_of in (when, pulse_at):
-            if time_of is not None:
-                wait = min(wait, time_of - self.clock())
+        if self.links and (when is None or self._pulse_at < when):
+            when = self._pulse_at
+        wait = LONGEST_SLEEP
+        if when is not None:
+            wait = min(wait, when - self.clock())
+        if timeout is not None:
+            wait = min(wait, timeout)
         return max(0.0, wait)
 
     def receive(self, channel: Channel) -> None:
@@ -7251,8 +7249,10 @@ class Loop:
         self._handle_io(channel, selectors.EVENT_READ)
 
     def _drain_wakeups(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             self._wakened.recv(4096)
+        except BlockingIOError:
+            pass    # it was drained before; a context manager costs as much as the call
         self._signalled = False
 
     def _handle_io(self, channel: Channel, mask: int) -> None:
@@ -7300,15 +7300,11 @@ class Loop:
 
     def interest(self, channel: Channel) -> None:
         """Bring the selector up to what the channel waits for."""
-        if channel.paused:
-            EVENT_READ = 0
-        else:
-            EVENT_READ = selectors.EVENT_READ
+        wanted = 0
+        if not channel.paused:
+            wanted = selectors.EVENT_READ
         if channel.wants_write:
-            EVENT_WRITE = selectors.EVENT_WRITE
-        else:
-            EVENT_WRITE = 0
-        wanted = EVENT_READ | EVENT_WRITE
+            wanted |= selectors.EVENT_WRITE
         if wanted == channel.interest:
             return
         if channel.dirty is None:
@@ -10129,10 +10125,12 @@ class CpuScheduler:
         tables = self._tables
         comps = tables.comps.values()
         ready = [comp for comp in comps if comp.stage is Stage.READY]
-        ready_length = len(ready)
-        crowded = ready_length > 1 and self._share_between(ready, now)
+        crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
-            tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            if comp.waiting:
+                tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            else:
+                comp.refillable.clear()
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
         """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
@@ -10183,8 +10181,10 @@ class CpuScheduler:
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
-        ahead = comp.handed.jobs(AHEAD_TIME)
-        while self._start_on_worker(comp, ahead, now):
+        ahead = 0
+        if len(comp.waiting) > 1 or comp.refillable:   # otherwise nothing stands behind another
+            ahead = comp.handed.jobs(AHEAD_TIME)
+        while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
         # It came when there were more
         if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit
@@ -11207,17 +11207,15 @@ class Node:
             self.scheduler.look(now)
         if self.attempts.values:
             self.attempts.serve_values()
-        if not self.attempts.refuses_new:
+        refuses_new = self.attempts.refuses_new
+        if not refuses_new:
             self.scheduler.assign_cpus(now)
         for comp in list(tables.comps.values()):
-            tables.guarded(comp.comp, self._tell, comp, now)
-            unacknowledged_length = len(comp.unacknowledged)
-            if not unacknowledged_length > BEGUN_KEPT // 2:
-                continue
-            if not comp.overrun:
+            if comp.outbox or comp.begun or refuses_new:
+                tables.guarded(comp.comp, self._tell, comp, now)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
-                note_overrun = NoteOverrun(comp.comp)
-                tables.do(note_overrun)
+                tables.do(NoteOverrun(comp.comp))
         self.inquiries.answer(now)
         if self.stopping and not self._has_work():
             self._leave(now)
@@ -14630,6 +14628,12 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
+def _row_of(record: Record) -> tuple:
+    """A row of Results, of the record of a worker."""
+    payload, stdout, stderr = map(_keep, record.bodies)
+    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+
+
 def shortage(exc: BaseException) -> str:
     """Why a process could not be made, with the limit that was met and what raises it."""
     number = getattr(exc, 'errno', None)
@@ -15934,10 +15938,12 @@ class HeldPipes:
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        links = self._host.links.values()
         if pipe.dirty is None:
             return
-        if not any(link.queued > BACKPRESSURE_BYTES for link in links):
+        for link in self._host.links.values():
+            if link.queued > BACKPRESSURE_BYTES:
+                break
+        else:
             return
         if not self._must_wait(pipe, BACKPRESSURE_BYTES):
             return
@@ -15987,16 +15993,14 @@ class WorkerReader:
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
         for record in records:
-            if record.kind == RecordType.RESULT:
+            if record.kind == _RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
                     body_length = len(record.bodies[0])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
                         record.number, record.start, record.end, body_length)
                     raise PeerError(text)
-                row = (record.serial, record.number, record.start, record.end,
-                       *map(_keep, record.bodies))
-                rows.append(row)
+                rows.append(_row_of(record))
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 worker_results = WorkerResults(pipe.worker, rows)
@@ -16051,6 +16055,10 @@ class WorkerReader:
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
+_JOB = int(RecordType.JOB)        # a member's value is found faster so
+_RESULT = int(RecordType.RESULT)
+
+
 class ProcessHost:
     """Runners and workers of all computations: starts them, reads what they send, carries out what
     is to be done with them, and tells the state what becomes of them. The loop's thread."""
@@ -16063,6 +16071,7 @@ class ProcessHost:
         self._of_worker: Dict[int, ComputationProcesses] = {}
         self._reader = WorkerReader(host)
         self.held = self._reader.held
+        self.look_at = math.inf    # when to look after runners
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.ALIVE: self._on_alive,
@@ -16098,6 +16107,7 @@ class ProcessHost:
         self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
+        self.look_at = self._host.now
         link = self._host.links.get(action.link)
         addresses = self._options.ext_hosts[:1] or (
             link.own_address() if link is not None else '127.0.0.1',)
@@ -16115,6 +16125,7 @@ class ProcessHost:
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
+        self.look_at = self._host.now
         if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
             for worker in list(run.pipes):
                 self._let_go(run, worker)
@@ -16142,16 +16153,21 @@ class ProcessHost:
                     run.kill_at = self._host.now + GRACE
         if run.watch is not None:
             run.watch.look_at = self._host.now + RunnerWatch.SOON
+        self.look_at = self._host.now
 
     def see_to_runners(self) -> None:
-        """Look after all runners, once a turn."""
+        """Look after all runners. Called when `look_at` has come, which is set here, and earlier
+        when something is done to a runner."""
         for run in list(self._runs.values()):
             self._host.guard(run, self._see_to_runner, run)
+        times = itertools.chain.from_iterable(run.times() for run in self._runs.values())
+        self.look_at = min((when for when in times if when is not None), default=math.inf)
 
-    def times(self) -> Iterator[Optional[float]]:
-        """When there is something to do."""
-        for run in self._runs.values():
-            yield from run.times()
+    def _look_soon(self) -> None:
+        """A runner that may have been idle has work: it is to answer from now on."""
+        soon = self._host.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
+        if soon < self.look_at:
+            self.look_at = soon
 
     def _see_to_runner(self, run: ComputationProcesses) -> None:
         """Kill it if it is to be killed or does not answer; look at it if it cannot be watched
@@ -16413,16 +16429,17 @@ class ProcessHost:
         self._of_worker[worker] = run
         self._host.attach(pipe)
         run.pass_pipe(worker, theirs)
+        self._look_soon()
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
+            pipe = run.pipes[action.worker]
             for attempt in action.attempts:
-                pipe = run.pipes[action.worker]
                 pipe.push(
-                    pack_record(RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                attempt.payload))
+                    pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
+            self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
                second: float = 0.0) -> None:
@@ -16714,6 +16731,8 @@ class NodeHost:
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
                                 options.client_shutdown, loop.now)
         self._posted: Deque[Any] = collections.deque()
+        self._stirred = True        # the state was told something that it has not had a turn for
+        self._next_at = 0.0         # what `next_timer` has returned
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
@@ -16850,8 +16869,9 @@ class NodeHost:
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
+        self._stirred = True
         try:
-            actions = self.node.handle(event, self.now)
+            actions = self.node.handle(event, self.loop.now)
         except BaseException:
             self._act(self.node.decided())   # what was decided before the state noticed
             raise
@@ -16879,7 +16899,10 @@ class NodeHost:
             self.processes.on_readable(channel)
         else:
             for message in channel.messages(self.now):
-                self.take(channel, message)
+                if type(message) is Jobs or type(message) is Ack:   # nearly always
+                    self.tell(Received(channel.number, message))
+                else:
+                    self.take(channel, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
         """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
@@ -16915,15 +16938,26 @@ class NodeHost:
     def next_timer(self) -> Optional[float]:
         """The state's, or the end of a runner that does not end; at once when something was posted
         or held pipes can be read again."""
+        results = self.results
         if self._posted:
             return self.now
         if self.processes.held.may_let_go():
             return self.now
-        if self.results.backlog.has_room():
+        if results.backlog and results.backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), *self.processes.times(),
-                 *self.results.read_later.values()]
-        return min((when for when in times if when is not None), default=None)
+        when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
+        if results.read_later:
+            when = min(when, *results.read_later.values())
+        self._next_at = when
+        if when < math.inf:
+            return when
+        return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a turn has something to do, in a loop that has asked for `next_timer` before it
+        waited."""
+        return self._stirred or bool(self._posted) or self._next_at <= self.loop.now
 
     def take_posted(self) -> None:
         """Handle what was posted, and what comes of that."""
@@ -16936,8 +16970,11 @@ class NodeHost:
 
     def turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
-        self.take_posted()
-        self.processes.see_to_runners()
+        self._stirred = False
+        if self._posted:
+            self.take_posted()
+        if self.loop.now >= self.processes.look_at:
+            self.processes.see_to_runners()
         self.guard(None, self._flush)
         if self.results.read_later:
             self.results.read_again()
