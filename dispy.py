@@ -7039,7 +7039,8 @@ class NodeAllocate:
         port: Optional[int] = None,
         cpus: int = 0,
         depends: Sequence[Any] = (),
-        setup_args: Sequence[Any] = ()) -> None:
+        setup_args: Sequence[Any] = ()
+    ) -> None:
         self.host = host
         self.setup_args = setup_args
         # A list of its own, to which `allocate` may add. What is no list is refused later.
@@ -10393,15 +10394,10 @@ class Connector:
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
-                gate = Acceptor((host, port),
-                            self._psk,
-                            Role.SCHEDULER, (Role.NODE, ),
-                            self._driver.instance,
-                            self._driver.post,
-                            access.certfile,
-                            access.keyfile,
-                            access.cafile,
-                            refused=self._on_rejected)
+                gate = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
+                                self._driver.instance, self._driver.post,
+                                access.certfile, access.keyfile, access.cafile,
+                                refused=self._on_rejected)
             except OSError as exc:
                 taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
@@ -10587,8 +10583,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        self._driver.send(peer.link,
-                         ClientHello(self._driver.policy.introduction(), self._driver.access.pulse))
+        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
         """A node has dialled."""
@@ -12072,7 +12068,7 @@ class NodeQueries:
     def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
         """One of them."""
         return NodeInfo(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
-                       peer.offered, peer.facts_now())
+                        peer.offered, peer.facts_now())
 
     def explain_no_nodes(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
@@ -15867,7 +15863,7 @@ class SharedProgramCluster(ProgramCluster):
             return
         host, port, name = node
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
-                                             {})
+                                              {})
 
     def answer_to(self, name: str, args: tuple) -> Any:
         """Return what a scheduler asks; it also asks for the source and for the program's
