@@ -2120,8 +2120,11 @@ class _Queue:
 
     def push(self, work: ScheduledJob) -> None:
         """Behind those of its priority."""
-        self._level(work).append(work)
         self.length += 1
+        if work.options or 0 not in self._levels:
+            self._level(work).append(work)
+        else:
+            self._levels[0].append(work)
 
     def push_front(self, work: ScheduledJob) -> None:
         """Before those of its priority: it has waited already."""
@@ -2566,9 +2569,10 @@ class Books:
                 self.look_at(node)
         works = self._to_send.get((node.key, comp.comp))
         if works is None:
-            works = self._to_send[node.key, comp.comp] = []
+            self._to_send[node.key, comp.comp] = [work]
             self.changed[node.key] = node
-        works.append(work)
+        else:
+            works.append(work)
 
     def send(self) -> None:
         """Have those jobs sent that were put on nodes in this turn."""
@@ -2811,15 +2815,14 @@ class Placement:
                 choice = 0
             limit = node.limits[comp.comp]
             choice = min(choice, limit * shares[comp.comp])
+            source = comp.source(node.key)
             while True:
-                source = comp.source(node.key)
                 work = source.head()
-                if work is None:
-                    break
-                may_send = self._may_send(node, comp, work, reserve, choice)
-                if not may_send:
+                if work is None or not self._may_send(node, comp, work, reserve, choice):
                     break
                 books.put_on(node, comp, source.pop())
+                if comp.pinned:
+                    source = comp.source(node.key)
         return node.used > before
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
@@ -13137,6 +13140,8 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     """A row of Jobs, with these of its options, and its bytes."""
+    if type(payload) is bytes and not work.options and len(payload) < OUT_OF_BAND:
+        return (work.serial, payload, None), len(payload)   # nearly always
     options = work.options and {name: work.options[name] for name in names if name in work.options}
     return (work.serial, out_of_band(payload), options or None), size_of(payload)
 

@@ -6155,10 +6155,9 @@ class Channel:
         """Send these behind what waits already; with the first of them a socket, which is closed
         here then."""
         for buffer in buffers:
-            if not isinstance(buffer, bytes):
-                view = memoryview(buffer).cast('B')
-            else:
-                view = memoryview(buffer)
+            view = memoryview(buffer)
+            if type(buffer) is not bytes:
+                view = view.cast('B')
             self._out.append((view, passing))
             self.queued += len(view)
             passing = None
@@ -9634,7 +9633,8 @@ class Attempts:
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
-            self.count(attempt, True)
+            attempt.counted = size_of(payload)
+            self.held_bytes += attempt.counted
         if is_large:
             self._note_parts(comp, rows[0])
 
@@ -10233,7 +10233,8 @@ class CpuScheduler:
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
             # What runs does not keep links from being read: orders come along them
-            self._attempts.count(attempt, False)
+            self._attempts.held_bytes -= attempt.counted
+            attempt.counted = 0
             worker.queue.append(attempt)
             count -= 1
         if attempts:
@@ -16003,6 +16004,17 @@ class ComputationProcesses:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, SIGKILL)
 
+    def kill_workers(self) -> None:
+        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
+        of their groups, and for that of a runner that was killed in a setup that hung."""
+        if self.tree is not None:
+            self.tree.close()
+        elif hasattr(os, 'killpg'):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, SIGKILL)
+            for worker in list(self.pids):
+                self.kill(worker)
+
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
         return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
@@ -16282,7 +16294,7 @@ class ProcessHost:
         """What it and its workers wrote before is read first: the rest of what they had never
         began, but for what they noted."""
         code = run.process.exitcode
-        self._kill_workers(run)
+        run.kill_workers()
         self._read_out(run)
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
@@ -16322,18 +16334,6 @@ class ProcessHost:
                     continue
             except (LinkBroken, PeerError, OSError) as exc:
                 logger.debug('the pipe of a worker: %s', exc)   # as above
-
-    @staticmethod
-    def _kill_workers(run: ComputationProcesses) -> None:
-        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
-        of their groups, and for that of a runner that was killed in a setup that hung."""
-        if run.tree is not None:
-            run.tree.close()
-        elif hasattr(os, 'killpg'):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(run.process.pid, SIGKILL)
-            for worker in list(run.pids):
-                run.kill(worker)
 
     def reap(self) -> None:
         """Orphans of a container come to PID 1 and are zombies until it takes note of their end.
@@ -16515,10 +16515,13 @@ class ProcessHost:
         """Write attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
-            pipe = run.pipes[action.worker]
+            buffers: List[Buffer] = []
             for attempt in action.attempts:
-                pipe.push(
-                    pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
+                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                       attempt.payload)
+            if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
+                buffers = [b''.join(buffers)]
+            run.pipes[action.worker].push(buffers)
             self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
@@ -16579,7 +16582,7 @@ class ProcessHost:
                 run.process.join(3.0)
                 run.process.kill()
                 run.process.join(3.0)
-                self._kill_workers(run)
+                run.kill_workers()
             self._let_go_of_all(run)
         self._runs.clear()
 
