@@ -671,6 +671,12 @@ class DispyJob(ProgramJob):
         thread."""
         if self.status in ENDED:
             return True
+        if timeout is None and self.event is None:
+            # What the driver does for it is one call, where an event takes a dozen
+            ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+            self.call_when_ended(ended.put)
+            next_of(ended)
+            return True
         seconds = _seconds('timeout', timeout)
         return in_slices(self.finish.wait, seconds)  # type: ignore[no-any-return]
 
@@ -2131,8 +2137,11 @@ class _Queue:
 
     def push(self, work: ScheduledJob) -> None:
         """Behind those of its priority."""
-        self._level(work).append(work)
         self.length += 1
+        if work.options or 0 not in self._levels:
+            self._level(work).append(work)
+        else:
+            self._levels[0].append(work)
 
     def push_front(self, work: ScheduledJob) -> None:
         """Before those of its priority: it has waited already."""
@@ -2465,10 +2474,13 @@ class NodeLoad:
     def take(self, comp: str, cpus: int) -> None:
         """CPUs of one more job of a computation, negative of one less."""
         limit = self.limits[comp]
-        part = self.parts[comp]
-        self.parts[comp] = part + cpus
+        before = self.parts[comp]
+        after = self.parts[comp] = before + cpus
         self.used += cpus
-        self.cpus_reserved += min(part + cpus, limit) - min(part, limit)
+        if after <= limit and before <= limit:
+            self.cpus_reserved += cpus
+        else:
+            self.cpus_reserved += min(after, limit) - min(before, limit)
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
@@ -2574,9 +2586,10 @@ class Books:
                 self.look_at(node)
         works = self._to_send.get((node.key, comp.comp))
         if works is None:
-            works = self._to_send[node.key, comp.comp] = []
+            self._to_send[node.key, comp.comp] = [work]
             self.changed[node.key] = node
-        works.append(work)
+        else:
+            works.append(work)
 
     def send(self) -> None:
         """Have those jobs sent that were put on nodes in this turn."""
@@ -2689,12 +2702,11 @@ class Placement:
         while waiting:
             for comp in waiting:
                 self._park(comp)
-            rivals = [comp for comp in waiting if comp.length()]
-            self._use_idle(rivals)
-            is_filled = self._fill_queues(waiting)
+            self._use_idle(waiting)
             waiting = self._still_waiting()
-            if not is_filled:   # otherwise another head may find an idle CPU
+            if not waiting or not self._fill_queues(waiting):
                 break
+            waiting = self._still_waiting()   # another head may find an idle CPU
         self._books.send()
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
@@ -2704,7 +2716,7 @@ class Placement:
                 comp = min(rivals, key=self._rank)
             else:
                 comp = rivals[0]
-            if not self._start_one(comp):
+            if not comp.length() or not self._start_one(comp):
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
@@ -2727,8 +2739,11 @@ class Placement:
 
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
-        waiting = [comp for comp in books.waiting.values() if comp.length()]
-        if len(waiting) < len(books.waiting):
+        waiting = [comp for comp in books.waiting.values()
+                   if comp.queue.length or comp.pinned and comp.length()]
+        if not waiting:
+            books.waiting.clear()
+        elif len(waiting) < len(books.waiting):
             books.waiting = {comp.comp: comp for comp in waiting}
         return waiting
 
@@ -2817,15 +2832,14 @@ class Placement:
                 choice = 0
             limit = node.limits[comp.comp]
             choice = min(choice, limit * shares[comp.comp])
+            source = comp.source(node.key)
             while True:
-                source = comp.source(node.key)
                 work = source.head()
-                if work is None:
-                    break
-                may_send = self._may_send(node, comp, work, reserve, choice)
-                if not may_send:
+                if work is None or not self._may_send(node, comp, work, reserve, choice):
                     break
                 books.put_on(node, comp, source.pop())
+                if comp.pinned:
+                    source = comp.source(node.key)
         return node.used > before
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
@@ -3237,8 +3251,9 @@ class Losses:
 
 def _check_outcomes(rows: Sequence[tuple]) -> None:
     """Raises PeerError for a result whose outcome this version does not know."""
-    if any(row[1] not in OUTCOMES for row in rows):
-        raise PeerError('a result with an unknown outcome')
+    for row in rows:
+        if row[1] not in OUTCOMES:
+            raise PeerError('a result with an unknown outcome')
 
 
 class ScheduleRequests:
@@ -3398,11 +3413,8 @@ class Schedule:
             if node is not None:
                 books.changed[node.key] = node
         self._repetitions.wake()
-        for node in [node for node in books.away.values() if node.lost_at() <= now]:
-            away: Any = node.away
-            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
-            self._node_doubted(node_doubted)
-            books.do(NodeGone(node.key))
+        if books.away:
+            self._give_up_overdue(now)
         for node in books.changed.values():
             books.look_at(node)
         for node in books.changed.values():
@@ -3415,6 +3427,14 @@ class Schedule:
         books.changed.clear()
         return actions
 
+    def _give_up_overdue(self, now: float) -> None:
+        """Nodes that have not come back in their time."""
+        for node in [node for node in self.away.values() if node.lost_at() <= now]:
+            away: Any = node.away
+            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(node_doubted)
+            self._books.do(NodeGone(node.key))
+
     def lost_at(self, key: Any) -> float:
         """As of the node; never if it is not known."""
         node = self.nodes.get(key)
@@ -3424,14 +3444,17 @@ class Schedule:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        away = self._books.away.values()
-        times = [node.lost_at() for node in away if node.away is not None]
+        times = []
+        if self.away:
+            times = [node.lost_at() for node in self.away.values() if node.away is not None]
         if self._late:
             times.append(self._late[0][0])
         rested = self._repetitions.next_at()
         if rested is not None:
             times.append(rested)
-        return min(times, default=None)
+        if times:
+            return min(times)
+        return None
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
         """As of the node; nothing if it is not known."""
@@ -3704,8 +3727,11 @@ def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int,
 
 def _bytes_of(work: ScheduledJob) -> int:
     """Bytes of its arguments that are in memory."""
-    if work.payload is not None:
-        return size_of(work.payload)
+    payload = work.payload
+    if type(payload) is bytes:   # nearly always
+        return len(payload)
+    if payload is not None:
+        return size_of(payload)
     return 0
 
 
@@ -8907,6 +8933,11 @@ class EmbeddedNode:
         """Whether the driver has sent something."""
         return self._end.has_messages
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a turn of the node has something to do."""
+        return self._host.is_due or self._end.has_messages
+
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
         if self._end.has_messages:
@@ -12980,7 +13011,7 @@ class Driver(Loop):
     def send(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
         super().send(link, message)
-        if type(message) is Jobs:
+        if type(message) is Jobs and link.sock is not None:   # in memory there are no frames
             self.refusals.sent(link, message)
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
@@ -13017,7 +13048,8 @@ class Driver(Loop):
         connector = self.connector
         local = connector.local
         if local is not None:
-            self.guard(None, local.turn)
+            if local.is_due:
+                self.guard(None, local.turn)
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
@@ -13040,16 +13072,15 @@ class Driver(Loop):
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
         connector = self.connector
-        if self.files.backlog.has_room():
+        if self.files.backlog and self.files.backlog.has_room():
             return 0.0
-        times = [self.schedule.next_timer(), self.chores.at]
-        if connector.local is not None:
-            times.append(connector.local.next_timer())
-        whens = []
-        for when in times:
-            if when is not None:
-                whens.append(when)
-        return min(whens)
+        first = self.chores.at
+        local = connector.local
+        for part in (self.schedule, local) if local is not None else (self.schedule,):
+            when = part.next_timer()
+            if when is not None and when < first:
+                first = when
+        return first
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
@@ -13181,6 +13212,8 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     """A row of Jobs, with these of its options, and its bytes."""
+    if type(payload) is bytes and not work.options and len(payload) < OUT_OF_BAND:
+        return (work.serial, payload, None), len(payload)   # nearly always
     options = work.options and {name: work.options[name] for name in names if name in work.options}
     return (work.serial, out_of_band(payload), options or None), size_of(payload)
 
@@ -13505,6 +13538,7 @@ class JobBook:
         self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
         self.all_ended: Optional[float] = None     # when no job was pending, since the epoch
         self._waiters = 0                # callbacks that are in `wait`
+        self._watchers = 0               # threads that wait for `changed`
 
     def enter(self, job: DispyJob) -> None:
         """Count a job that is submitted. Called with the lock held."""
@@ -13557,7 +13591,8 @@ class JobBook:
             # Callbacks that wait for the others do not count themselves
             if self.pending <= self._waiters:
                 self.all_ended = time.time()
-                self.changed.notify_all()
+                if self._watchers:
+                    self.changed.notify_all()
 
     def wait(self, timeout: Optional[float]) -> bool:
         """Wait until no job is pending, at most so many seconds; whether none is. In a callback the
@@ -13568,6 +13603,7 @@ class JobBook:
         else:
             until = time.monotonic() + timeout
         with self.changed:
+            self._watchers += 1
             self._waiters += own
             if own:
                 self.changed.notify_all()
@@ -13584,12 +13620,17 @@ class JobBook:
                     in_slices(self.changed.wait, left)
             finally:
                 self._waiters -= own
+                self._watchers -= 1
         return True
 
     def wait_for_change(self, seconds: float) -> None:
         """Wait until a node or a job has changed, at most so many seconds."""
         with self.changed:
-            self.changed.wait(seconds)
+            self._watchers += 1
+            try:
+                self.changed.wait(seconds)
+            finally:
+                self._watchers -= 1
 
     def notify(self) -> None:
         """Wake the threads that wait for a node, because a node has changed."""

@@ -858,9 +858,13 @@ def out_of_band(payload: Payload) -> Any:
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
-    size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
+    payload, stdout, stderr = row[PAYLOAD:]
+    if type(payload) is type(stdout) is type(stderr) is bytes:   # nearly always
+        size = len(payload) + len(stdout) + len(stderr)
+    else:
+        size = size_of(payload) + size_of(stdout) + size_of(stderr)
     if size < OUT_OF_BAND:
-        if type(row[PAYLOAD]) is bytes:
+        if type(payload) is bytes:
             return row, size
     return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
@@ -1366,6 +1370,8 @@ def refused_row(row: tuple, text: str) -> tuple:
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
                stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
+    if outcome == 1 and payload and not stdout and not stderr:   # it has returned: nearly always
+        return 0.0 <= start <= end <= LATEST
     size = len(payload)   # bounded by frames, parts and records
     if not 0.0 <= start <= end <= LATEST:
         return False
@@ -5238,11 +5244,14 @@ class Record(NamedTuple):
 def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
     """A record as buffers to be written one behind the other."""
-    size = size_of(first)
+    if type(first) is tuple:
+        size = size_of(first)
+    else:
+        size = len(first)
     second_length = len(second)
-    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, len(third))
     third_length = len(third)
-    if size + len(second) + third_length < OUT_OF_BAND:
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, third_length)
+    if size + second_length + third_length < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
     pieces = pieces_of(first)
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
@@ -6148,10 +6157,9 @@ class Channel:
         """Send these behind what waits already; with the first of them a socket, which is closed
         here then."""
         for buffer in buffers:
-            if not isinstance(buffer, bytes):
-                view = memoryview(buffer).cast('B')
-            else:
-                view = memoryview(buffer)
+            view = memoryview(buffer)
+            if type(buffer) is not bytes:
+                view = view.cast('B')
             self._out.append((view, passing))
             self.queued += len(view)
             passing = None
@@ -6723,7 +6731,7 @@ class MemoryLink(Link):
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
-        self.incoming: Deque[Tuple[Any, int]] = collections.deque()
+        self.incoming: Deque[Any] = collections.deque()
         self._taken = self._handed = 0
         self.is_over = False      # the other end was closed
 
@@ -6749,7 +6757,7 @@ class MemoryLink(Link):
             if size > most:
                 text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
                 raise TooLarge(text)
-        self.other.incoming.append((message, size))
+        self.other.incoming.append(message)
         self.queued += size
         self.bytes_out += size
         self._handed += 1
@@ -6757,23 +6765,21 @@ class MemoryLink(Link):
     @property
     def has_messages(self) -> bool:
         """Whether there is something to take."""
-        if not bool(self.incoming or self.is_over):
+        if not self.incoming and not self.is_over:
             return False
-        if self.dirty is None:
-            return False
-        return not self.paused
+        return self.dirty is not None and not self.paused
 
     def messages(self, now: float) -> List[Any]:
         if not self.incoming and self.is_over:
             raise LinkBroken('the connection was closed')
-        taken = self.incoming
-        self.incoming = collections.deque()
-        size = sum(size for _, size in taken)
-        self.other.queued -= size
+        size = self.other.queued   # of all that was handed over and not taken
+        self.other.queued = 0
         self.bytes_in += size
-        self._taken += len(taken)
         self.heard = now
-        return [message for message, _ in taken]
+        taken = list(self.incoming)
+        self.incoming.clear()
+        self._taken += len(taken)
+        return taken
 
     @property
     def opened(self) -> int:
@@ -6853,12 +6859,7 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        contents = self.read(now)
-        chosen_records: List[Record] = []
-        for head, body in contents:
-            chosen_record = RecordBuffer.record_of(head, body)
-            chosen_records.append(chosen_record)
-        return chosen_records
+        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
 
 
 class Faults:
@@ -7151,7 +7152,7 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """One round: wait, read, take events, decide, write."""
-        # Set before `_patience` looks at what was posted: who posts after that sees it
+        # Set before `_select_timeout` looks at what was posted: who posts after that sees it
         self._waits = True
         ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
@@ -7162,8 +7163,8 @@ class Loop:
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._handle_io(key.data, mask)
         self.now = self.clock()
-        inbox_length = len(self._inbox)
-        self.take_events(inbox_length)
+        if self._inbox:
+            self.take_events(len(self._inbox))
         if self.links and self.now >= self._pulse_at:
             self.guard(None, self._send_heartbeats)
         try:
@@ -7172,7 +7173,7 @@ class Loop:
             self.fault(None, exc)
         while self._later_broken:
             self._break(*self._later_broken.popleft())
-        for channel in list(self._dirty):
+        for channel in list(self._dirty) if self._dirty else ():
             self._write(channel)
 
     def take_events(self, count: int) -> None:
@@ -7230,22 +7231,18 @@ class Loop:
         if self._inbox or self._again:
             self._again = False
             return 0
-        if timeout is None:
-            wait = LONGEST_SLEEP
-        else:
-            wait = min(timeout, LONGEST_SLEEP)
         try:
             when = self.next_timer()
         except Exception as exc:
             self.fault(None, exc)
             return 0
-        if self.links:
-            pulse_at = self._pulse_at
-        else:
-            pulse_at = None
-        for time_of in (when, pulse_at):
-            if time_of is not None:
-                wait = min(wait, time_of - self.clock())
+        if self.links and (when is None or self._pulse_at < when):
+            when = self._pulse_at
+        wait = LONGEST_SLEEP
+        if when is not None:
+            wait = min(wait, when - self.clock())
+        if timeout is not None:
+            wait = min(wait, timeout)
         return max(0.0, wait)
 
     def receive(self, channel: Channel) -> None:
@@ -7253,8 +7250,10 @@ class Loop:
         self._handle_io(channel, selectors.EVENT_READ)
 
     def _drain_wakeups(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             self._wakened.recv(4096)
+        except BlockingIOError:
+            pass    # it was drained before; a context manager costs as much as the call
         self._signalled = False
 
     def _handle_io(self, channel: Channel, mask: int) -> None:
@@ -7302,15 +7301,11 @@ class Loop:
 
     def interest(self, channel: Channel) -> None:
         """Bring the selector up to what the channel waits for."""
-        if channel.paused:
-            EVENT_READ = 0
-        else:
-            EVENT_READ = selectors.EVENT_READ
+        wanted = 0
+        if not channel.paused:
+            wanted = selectors.EVENT_READ
         if channel.wants_write:
-            EVENT_WRITE = selectors.EVENT_WRITE
-        else:
-            EVENT_WRITE = 0
-        wanted = EVENT_READ | EVENT_WRITE
+            wanted |= selectors.EVENT_WRITE
         if wanted == channel.interest:
             return
         if channel.dirty is None:
@@ -9640,7 +9635,8 @@ class Attempts:
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
-            self.count(attempt, True)
+            attempt.counted = size_of(payload)
+            self.held_bytes += attempt.counted
         if is_large:
             self._note_parts(comp, rows[0])
 
@@ -10238,10 +10234,12 @@ class CpuScheduler:
         tables = self._tables
         comps = tables.comps.values()
         ready = [comp for comp in comps if comp.stage is Stage.READY]
-        ready_length = len(ready)
-        crowded = ready_length > 1 and self._share_between(ready, now)
+        crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
-            tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            if comp.waiting:
+                tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            else:
+                comp.refillable.clear()
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
         """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
@@ -10292,8 +10290,10 @@ class CpuScheduler:
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
-        ahead = comp.handed.jobs(AHEAD_TIME)
-        while self._start_on_worker(comp, ahead, now):
+        ahead = 0
+        if len(comp.waiting) > 1 or comp.refillable:   # otherwise nothing stands behind another
+            ahead = comp.handed.jobs(AHEAD_TIME)
+        while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
         # It came when there were more
         if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit
@@ -10327,7 +10327,8 @@ class CpuScheduler:
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
             # What runs does not keep links from being read: orders come along them
-            self._attempts.count(attempt, False)
+            self._attempts.held_bytes -= attempt.counted
+            attempt.counted = 0
             worker.queue.append(attempt)
             count -= 1
         if attempts:
@@ -11434,17 +11435,15 @@ class Node:
             self.scheduler.look(now)
         if self.attempts.values:
             self.attempts.serve_values()
-        if not self.attempts.refuses_new:
+        refuses_new = self.attempts.refuses_new
+        if not refuses_new:
             self.scheduler.assign_cpus(now)
         for comp in list(tables.comps.values()):
-            tables.guarded(comp.comp, self._tell, comp, now)
-            unacknowledged_length = len(comp.unacknowledged)
-            if not unacknowledged_length > BEGUN_KEPT // 2:
-                continue
-            if not comp.overrun:
+            if comp.outbox or comp.begun or refuses_new:
+                tables.guarded(comp.comp, self._tell, comp, now)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
-                note_overrun = NoteOverrun(comp.comp)
-                tables.do(note_overrun)
+                tables.do(NoteOverrun(comp.comp))
         self.inquiries.answer(now)
         self.computations.refuse_ended()
         if self.service.stopping:
@@ -14777,6 +14776,12 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
+def _row_of(record: Record) -> tuple:
+    """A row of Results, of the record of a worker."""
+    payload, stdout, stderr = map(_keep, record.bodies)
+    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+
+
 def shortage(exc: BaseException) -> str:
     """Why a process could not be made, with the limit that was met and what raises it."""
     number = getattr(exc, 'errno', None)
@@ -16065,6 +16070,17 @@ class ComputationProcesses:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, SIGKILL)
 
+    def kill_workers(self) -> None:
+        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
+        of their groups, and for that of a runner that was killed in a setup that hung."""
+        if self.tree is not None:
+            self.tree.close()
+        elif hasattr(os, 'killpg'):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, SIGKILL)
+            for worker in list(self.pids):
+                self.kill(worker)
+
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
         return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
@@ -16081,10 +16097,12 @@ class HeldPipes:
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        links = self._host.links.values()
         if pipe.dirty is None:
             return
-        if not any(link.queued > BACKPRESSURE_BYTES for link in links):
+        for link in self._host.links.values():
+            if link.queued > BACKPRESSURE_BYTES:
+                break
+        else:
             return
         if not self._must_wait(pipe, BACKPRESSURE_BYTES):
             return
@@ -16134,16 +16152,14 @@ class WorkerReader:
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
         for record in records:
-            if record.kind == RecordType.RESULT:
+            if record.kind == _RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
                     body_length = len(record.bodies[0])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
                         record.number, record.start, record.end, body_length)
                     raise PeerError(text)
-                row = (record.serial, record.number, record.start, record.end,
-                       *map(_keep, record.bodies))
-                rows.append(row)
+                rows.append(_row_of(record))
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 worker_results = WorkerResults(pipe.worker, rows)
@@ -16198,14 +16214,21 @@ class WorkerReader:
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
+_JOB = int(RecordType.JOB)        # a member's value is found faster so
+_RESULT = int(RecordType.RESULT)
+
+
 class WorkerPipes:
     """The pipes to workers: has workers forked, and carries out what is to be done with those that
     are there. The loop's thread."""
 
-    def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses]) -> None:
-        """`run_of` gives the processes of a computation by its name."""
+    def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses],
+                 look_soon: Callable[[], None]) -> None:
+        """`run_of` gives the processes of a computation by its name; `look_soon` is called when a
+        runner that may have been idle has work."""
         self._host = host
         self._run_of = run_of
+        self._look_soon = look_soon
         self._of_worker: Dict[int, ComputationProcesses] = {}
 
     def start_worker(self, action: StartWorker) -> None:
@@ -16223,16 +16246,20 @@ class WorkerPipes:
         self._of_worker[worker] = run
         self._host.attach(pipe)
         run.pass_pipe(worker, theirs)
+        self._look_soon()
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
+            buffers: List[Buffer] = []
             for attempt in action.attempts:
-                pipe = run.pipes[action.worker]
-                pipe.push(
-                    pack_record(RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                attempt.payload))
+                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                       attempt.payload)
+            if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
+                buffers = [b''.join(buffers)]
+            run.pipes[action.worker].push(buffers)
+            self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
                second: float = 0.0) -> None:
@@ -16294,9 +16321,10 @@ class ProcessHost:
         self._files = files
         self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
-        self.workers = WorkerPipes(host, self._runs.__getitem__)
+        self.workers = WorkerPipes(host, self._runs.__getitem__, self._look_soon)
         self._reader = WorkerReader(host)
         self.held = self._reader.held
+        self.look_at = math.inf    # when to look after runners
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.ALIVE: self._on_alive,
@@ -16332,6 +16360,7 @@ class ProcessHost:
         self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
+        self.look_at = self._host.now
         link = self._host.links.get(action.link)
         addresses = self._options.ext_hosts[:1] or (
             link.own_address() if link is not None else '127.0.0.1',)
@@ -16349,6 +16378,7 @@ class ProcessHost:
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
+        self.look_at = self._host.now
         if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
             for worker in list(run.pipes):
                 self.workers.let_go(run, worker)
@@ -16376,16 +16406,21 @@ class ProcessHost:
                     run.kill_at = self._host.now + GRACE
         if run.watch is not None:
             run.watch.look_at = self._host.now + RunnerWatch.SOON
+        self.look_at = self._host.now
 
     def see_to_runners(self) -> None:
-        """Look after all runners, once a turn."""
+        """Look after all runners. Called when `look_at` has come, which is set here, and earlier
+        when something is done to a runner."""
         for run in list(self._runs.values()):
             self._host.guard(run, self._see_to_runner, run)
+        times = itertools.chain.from_iterable(run.times() for run in self._runs.values())
+        self.look_at = min((when for when in times if when is not None), default=math.inf)
 
-    def times(self) -> Iterator[Optional[float]]:
-        """When there is something to do."""
-        for run in self._runs.values():
-            yield from run.times()
+    def _look_soon(self) -> None:
+        """A runner that may have been idle has work: it is to answer from now on."""
+        soon = self._host.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
+        if soon < self.look_at:
+            self.look_at = soon
 
     def _see_to_runner(self, run: ComputationProcesses) -> None:
         """Kill it if it is to be killed or does not answer; look at it if it cannot be watched
@@ -16419,7 +16454,7 @@ class ProcessHost:
         """What it and its workers wrote before is read first: the rest of what they had never
         began, but for what they noted."""
         code = run.process.exitcode
-        self._kill_workers(run)
+        run.kill_workers()
         self._read_out(run)
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
@@ -16460,18 +16495,6 @@ class ProcessHost:
                     continue
             except (LinkBroken, PeerError, OSError) as exc:
                 logger.debug('the pipe of a worker: %s', exc)   # as above
-
-    @staticmethod
-    def _kill_workers(run: ComputationProcesses) -> None:
-        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
-        of their groups, and for that of a runner that was killed in a setup that hung."""
-        if run.tree is not None:
-            run.tree.close()
-        elif hasattr(os, 'killpg'):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(run.process.pid, SIGKILL)
-            for worker in list(run.pids):
-                run.kill(worker)
 
     def reap(self) -> None:
         """Orphans of a container come to PID 1 and are zombies until it takes note of their end.
@@ -16643,7 +16666,7 @@ class ProcessHost:
                 run.process.join(3.0)
                 run.process.kill()
                 run.process.join(3.0)
-                self._kill_workers(run)
+                run.kill_workers()
             self._let_go_of_all(run)
         self._runs.clear()
 
@@ -16875,6 +16898,8 @@ class NodeHost:
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
                                 options.client_shutdown, loop.now)
         self._posted: Deque[Any] = collections.deque()
+        self._stirred = True        # the state was told something that it has not had a turn for
+        self._next_at = 0.0         # what `next_timer` has returned
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
@@ -17011,8 +17036,9 @@ class NodeHost:
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
+        self._stirred = True
         try:
-            actions = self.node.handle(event, self.now)
+            actions = self.node.handle(event, self.loop.now)
         except BaseException:
             self._act(self.node.decided())   # what was decided before the state noticed
             raise
@@ -17040,7 +17066,10 @@ class NodeHost:
             self.processes.on_readable(channel)
         else:
             for message in channel.messages(self.now):
-                self.take(channel, message)
+                if type(message) is Jobs or type(message) is Ack:   # nearly always
+                    self.tell(Received(channel.number, message))
+                else:
+                    self.take(channel, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
         """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
@@ -17077,15 +17106,26 @@ class NodeHost:
     def next_timer(self) -> Optional[float]:
         """The state's, or the end of a runner that does not end; at once when something was posted
         or held pipes can be read again."""
+        results = self.results
         if self._posted:
             return self.now
         if self.processes.held.may_let_go():
             return self.now
-        if self.results.backlog.has_room():
+        if results.backlog and results.backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), *self.processes.times(),
-                 *self.results.read_later.values()]
-        return min((when for when in times if when is not None), default=None)
+        when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
+        if results.read_later:
+            when = min(when, *results.read_later.values())
+        self._next_at = when
+        if when < math.inf:
+            return when
+        return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a turn has something to do, in a loop that has asked for `next_timer` before it
+        waited."""
+        return self._stirred or bool(self._posted) or self._next_at <= self.loop.now
 
     def take_posted(self) -> None:
         """Handle what was posted, and what comes of that."""
@@ -17098,8 +17138,11 @@ class NodeHost:
 
     def turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
-        self.take_posted()
-        self.processes.see_to_runners()
+        self._stirred = False
+        if self._posted:
+            self.take_posted()
+        if self.loop.now >= self.processes.look_at:
+            self.processes.see_to_runners()
         self.guard(None, self._flush)
         if self.results.read_later:
             self.results.read_again()
