@@ -50,12 +50,20 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 if __name__ == '__main__':
-    # The module is imported once more under its own name, so that classes have one identity. Here,
-    # and not at the end: all that follows would be made for nothing.
-    import importlib
+    # The module is run once more under its own name, so that classes have one identity. Here, and
+    # not at the end: all that follows would be made for nothing. The code is compiled already;
+    # where no byte code can be kept, to compile it again takes longer than all imports.
+    import importlib.util
+    import os
     import sys
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispy', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispy')
+    program = importlib.util.module_from_spec(spec)
+    sys.modules['dispy'] = program
     try:
-        program = importlib.import_module('dispy')
+        exec(sys._getframe().f_code, vars(program))
     except ImportError as exc:   # a file or a package that it needs is not there
         sys.exit(str(exc))
     sys.exit(program.main())
@@ -19500,11 +19508,14 @@ class Deployment:
         return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
                                         self._note['pid'])
 
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+    def stop(self, when_idle: bool = False, grace: Optional[float] = None) -> str:
+        """Undo `deploy`. Returns what was done. With `when_idle`, the node ends when its jobs have
+        ended, and at most `grace` seconds later in any case. Raises StartError or OSError."""
         if not self._note:
             return 'nothing was deployed here'
         pid = self._running()
+        if pid and when_idle:
+            self._let_finish(pid, grace)
         self._end(pid)
         self._remove()
         if pid:
@@ -19569,10 +19580,27 @@ class Deployment:
         root = self._note.get('root', '')
         return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
 
+    def _let_finish(self, pid: int, grace: Optional[float]) -> None:
+        """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
+        until = math.inf
+        if grace is not None:
+            until = time.monotonic() + grace
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        while self._running() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _grace(self) -> float:
+        """Seconds that its jobs have when it is stopped."""
+        wanted = self._note.get('wanted', {})
+        parser = dispynode._parser()
+        return float(parser.parse_args(wanted.get('options', [])).grace)
+
     def _end(self, pid: int) -> None:
         """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
         is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+        begin = time.monotonic() + self._grace()
+        for until in (begin + 2 * GRACE, begin + 5 * GRACE):
             if self._running():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
@@ -19637,16 +19665,19 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
         with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+            if task == 'deploy':
+                text = deployed.deploy(source, *request)
+            else:
+                text = deployed.stop(*request)
+            print(DEPLOYED + text)
     except (StartError, SecretError, OSError) as exc:
         sys.exit(str(exc))
 
 
 # What the parts that run on a host need there: nothing of this module.
-HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess
-import sys, time
-from typing import Any, List
+HOST_IMPORTS = '''import contextlib, hashlib, json, math, os, platform, re, shutil, signal
+import subprocess, sys, time
+from typing import Any, List, Optional
 import dispynode
 from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
                        read_secret, secret_path, take_lock, write_private)
@@ -19719,20 +19750,29 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         add('--restart',
             action='store_true',
             help='replace a node with another file or options also while it is at work')
+    else:
+        add('--when-idle',
+            action='store_true',
+            help='let the nodes take no new jobs, and end each when its jobs have ended')
+        add('--grace',
+            type=duration_option,
+            metavar='TIME',
+            help='with --when-idle: after this time end a node with the jobs that still run there '
+                 '(default: wait as long as they take)')
     return parser
 
 
-def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
+def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> Tuple[bool, str]:
     """Run a program by ssh: whether it did what it should, and the line that says so, or why
-    not."""
+    not. It has `patience` seconds."""
     try:
         done = subprocess.run(command,
                               input=program,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE,
-                              timeout=HOST_TIME)
-    except subprocess.TimeoutExpired:
-        return False, 'no answer in %d s' % HOST_TIME
+                              timeout=patience)
+    except subprocess.TimeoutExpired as exc:
+        return False, 'no answer in %d s' % exc.timeout
     said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip()
                  for output in (done.stdout, done.stderr))
     if done.returncode == 0 and said.startswith(DEPLOYED):
@@ -19747,7 +19787,9 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     if task != 'deploy':
         if options:
             raise ValueError('stop takes no options of dispynode')
-        return (task,)
+        if args.grace is not None and not args.when_idle:
+            raise ValueError('--grace says how long --when-idle waits, which is not given')
+        return (task, args.when_idle, args.grace)
     node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
@@ -19757,6 +19799,15 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     else:
         secret = find_secret(None, args.secret_file).strip()
     return (task, secret, options, args.replace_secret, args.restart)
+
+
+def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
+    """Seconds that a host may take for what it is to do; None: any number."""
+    if task == 'stop' and args.when_idle:
+        if args.grace is None:
+            return None
+        return HOST_TIME + float(args.grace)
+    return HOST_TIME
 
 
 def _deploy(task: str, argv: List[str]) -> int:
@@ -19791,7 +19842,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
     with thread_pool_executor as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program),
+                                itertools.repeat(_patience(task, args)))):
             message = '%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text)
             print(message, flush=True)
             failed += not done

@@ -70,6 +70,23 @@ if sys.version_info < (3, 8):
     sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
              (sys.version_info[:2] + (sys.executable, )))
 
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity here and in the runners. Here,
+    # and not at the end: all that follows would be made for nothing. The code is compiled already.
+    import importlib.util
+    import os
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispynode', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispynode')
+    program = importlib.util.module_from_spec(spec)
+    sys.modules['dispynode'] = program
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
+    del __file__
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    exec(sys._getframe().f_code, vars(program))
+    sys.exit(program.main())
+
 import argparse
 import array
 import bisect
@@ -8718,6 +8735,10 @@ class Stop(NamedTuple):
     """The daemon shall end."""
 
 
+class Finish(NamedTuple):
+    """The daemon shall end when its jobs have ended, and takes no new ones."""
+
+
 class Pause(NamedTuple):
     """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes
     on, or is ended too."""
@@ -9167,6 +9188,17 @@ class NodeTables:
         except Exception as exc:  # ours; the shell logs it and tells Faulted
             broken = Broken(comp, exc)
             self.do(broken)
+
+    def has_work(self) -> bool:
+        """Whether workers run jobs, or clients that are connected have not acknowledged results."""
+        if any(worker.queue for worker in self.workers.values()):
+            return True
+        for comp in self.comps.values():
+            if not comp.unacknowledged:
+                continue
+            if comp.link in self.links:
+                return True
+        return False
 
 
 class Timer(NamedTuple):
@@ -9806,6 +9838,13 @@ class Attempts:
             take_from_worker = TakeFromWorker(worker.key)
             self._tables.do(take_from_worker)
 
+    def take_back_all(self) -> None:
+        """Ask workers for what stands behind jobs that run."""
+        for worker in self._tables.workers.values():
+            behind = len(worker.queue) - 1
+            if behind > 0:
+                self.take_back(worker)
+
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: nobody wants to know of its attempts."""
         self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
@@ -9864,12 +9903,15 @@ class Attempts:
 class Interruptions:
     """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
     run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and
-    after GRACE more its result is that nothing could end it."""
+    after GRACE more its result is that nothing could end it. Where the node is to end, `grace`
+    takes the place of the first."""
 
-    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts,
+                 grace: float) -> None:
         self._tables = tables
         self._timers = timers
         self._attempts = attempts
+        self._grace = grace         # s
         self.ends_all = False       # what starts now is ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
@@ -9919,7 +9961,10 @@ class Interruptions:
         """Interrupt what a worker runs."""
         action = Interrupt(worker.key, attempt.serial)
         self._tables.do(action)
-        when = now + GRACE
+        if attempt.ending is Outcome.STOPPED:
+            when = now + self._grace
+        else:
+            when = now + GRACE
         self._set_timer(when, self._kill, worker, attempt.serial)
 
     def set_timeout(self, worker: _Worker, when: float) -> None:
@@ -11111,11 +11156,14 @@ class Node:
                  zombie: float = ZOMBIE_TIME,
                  serve: int = 0,
                  client_shutdown: bool = False,
-                 now: float = 0.0) -> None:
+                 now: float = 0.0,
+                 grace: float = GRACE) -> None:
         self.name = name
         self.facts = facts
+        self._grace = grace
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
+        self._finishing = False             # it ends when its jobs have ended
         start_method = facts.get('start_method', FORK)
         self.tables = NodeTables(name, start_method)
         self.timers = Timers()
@@ -11126,7 +11174,7 @@ class Node:
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
         self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share)
-        self.interruptions = Interruptions(self.tables, self.timers, self.attempts)
+        self.interruptions = Interruptions(self.tables, self.timers, self.attempts, grace)
         self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
                                       self.interruptions, share)
         self.requests = JobRequests(self.tables, self.attempts)
@@ -11160,6 +11208,7 @@ class Node:
             Fetched: self.requests.on_fetched,
             EndWanted: self._end_wanted,
             Stop: self._stop,
+            Finish: self._finish,
             Pause: self._pause,
             Resume: self._resume,
             SetCpus: self._set_cpus,
@@ -11219,7 +11268,7 @@ class Node:
                 note_overrun = NoteOverrun(comp.comp)
                 tables.do(note_overrun)
         self.inquiries.answer(now)
-        if self.stopping and not self._has_work():
+        if (self.stopping or self._finishing) and not self.tables.has_work():
             self._leave(now)
         return tables.actions
 
@@ -11278,19 +11327,6 @@ class Node:
             self.tables.reply(comp, started)
             comp.begun = []
         self.results.deliver(comp)
-
-    def _has_work(self) -> bool:
-        """Whether workers run jobs, or clients that are connected have not acknowledged results."""
-        tables = self.tables
-        workers = tables.workers.values()
-        if any(worker.queue for worker in workers):
-            return True
-        for comp in tables.comps.values():
-            if not comp.unacknowledged:
-                continue
-            if comp.link in tables.links:
-                return True
-        return False
 
     # -- links and lease ---------------------------------------------------------------------------
 
@@ -11500,12 +11536,19 @@ class Node:
             self._leave(now)
             return
         self.stopping = self.attempts.refuses_new = True
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
-                    GRACE)
-        when = now + GRACE + 0.5
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %g s to end',
+                    self._grace)
+        when = now + self._grace + 0.5
         self.timers.at(when, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
         self.interruptions.end_all(now)
+
+    def _finish(self, event: Finish, now: float) -> None:
+        """Take no new jobs, and leave when those that are here have ended."""
+        self._finishing = True
+        pause = Pause('finish', 'the node ends when its jobs have ended')
+        self._pause(pause, now)
+        self.attempts.take_back_all()
 
     def _account(self) -> None:
         """Answer for every attempt: what runs has failed, the rest was never started."""
@@ -15066,6 +15109,7 @@ class Options(NamedTuple):
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
     start_method: str = FORK               # of workers, for clients that do not say
     python: str = ''                       # what runs the runners, if not sys.executable
+    grace: float = GRACE                   # s that jobs have to end when the node is stopped
 
 
 class ChildEnded(NamedTuple):
@@ -16712,7 +16756,7 @@ class NodeHost:
         name = options.name or platform.node() or 'node'
         facts = dict(node_facts(), start_method=options.start_method)
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
-                                options.client_shutdown, loop.now)
+                                options.client_shutdown, loop.now, options.grace)
         self._posted: Deque[Any] = collections.deque()
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
@@ -17718,6 +17762,12 @@ def _parser() -> OptionParser:
         type=_time_of_day,
         metavar='HH:MM',
         help='end what still runs at this time of day')
+    add('--grace',
+        type=seconds_option,
+        default=GRACE,
+        metavar='S',
+        help='seconds that jobs have to end after they were interrupted because the node is '
+        'stopped; then they are killed (default: %(default)g)')
     add('--serve', type=serve_option, metavar='N',
         help='end after so many clients (default, 0 and less: do not)')
     add('--client-shutdown',
@@ -17853,7 +17903,7 @@ def clear_environment() -> None:
 
 def _embedded(daemon: Daemon) -> None:
     """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
-    read as in `_prompt`."""
+    read as in `read_commands`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -17872,16 +17922,20 @@ def parse_command(line: str) -> Any:
         return SetCpus(count_cpus(wanted))
     pause = Pause('operator', 'its operator has stopped it')
     resume = Resume('operator')
-    return {'quit': Stop(), 'stop': pause, 'start': resume,
-            'release': Release()}.get(line.strip(), Status())
+    return {'quit': Stop(), 'stop': pause, 'start': resume, 'release': Release(),
+            'finish': Finish()}.get(line.strip(), Status())
 
 
-def _prompt(post: Callable[[Any], None]) -> None:
-    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in
-    sys.stdin holds a lock that the interpreter wants when it ends."""
+PROMPT = 'commands: quit, stop, start, cpus N, release, finish; anything else shows the status'
+
+
+def read_commands(told: str, take: Callable[[str], None]) -> None:
+    """Give `take` the lines from the terminal, until it has gone; in a thread of its own. `told`
+    says what may be written there, and so does the ValueError of a line that may not. Read with
+    os.read: a thread that waits in sys.stdin holds a lock that the interpreter wants when it
+    ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else shows the status',
-          flush=True)
+    print(told, flush=True)
     while True:
         try:
             data = os.read(0, 4096)
@@ -17892,8 +17946,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
         *lines, rest = (rest + data).split(b'\n')
         for line in lines:
             try:
-                decoded = line.decode('utf-8', 'replace')
-                post(parse_command(decoded))
+                take(line.decode('utf-8', 'replace'))
             except ValueError as exc:
                 print(exc, flush=True)
 
@@ -17915,8 +17968,9 @@ ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
-    handlers, and none ignored: programs that jobs start would inherit that."""
+    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that;
+    SIGUSR1 does when no job is there any more. With handlers, and none ignored: programs that jobs
+    start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
@@ -17925,6 +17979,8 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
         if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
                           lambda number, frame: daemon.post(Stop()))
+    if hasattr(signal, 'SIGUSR1'):
+        signal.signal(signal.SIGUSR1, lambda number, frame: daemon.post(Finish()))
     if os.getpid() != 1:
         return
     if hasattr(os, 'waitid'):
@@ -17979,7 +18035,16 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
-                   or default_start_method())
+                   or default_start_method(), grace=args.grace)
+
+
+def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
+    """Start the thread that reads what the operator of a daemon writes at its terminal; see
+    `read_commands`. The main thread."""
+    if hasattr(signal, 'SIGTTIN'):
+        # In the background a read fails instead of stopping the daemon
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    threading.Thread(target=read_commands, args=(told, take), daemon=True).start()
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
@@ -17990,11 +18055,7 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
     elif has_terminal and not args.daemon:
-        if hasattr(signal, 'SIGTTIN'):
-            # In the background a read fails instead of stopping the node
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-        thread = threading.Thread(target=_prompt, args=(daemon.post,), daemon=True)
-        thread.start()
+        listen_at_terminal(PROMPT, lambda line: daemon.post(parse_command(line)))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -18030,11 +18091,3 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
     return run_until_ended(daemon)
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
-    del __file__
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-    sys.exit(importlib.import_module('dispynode').main())

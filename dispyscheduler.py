@@ -435,13 +435,15 @@ class State(Database):
             place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT,
             instance BLOB)
         """
-    # Those that the first release did not have: what was given up, the memories of nodes, and their
-    # lock files
+    # Those that the first release did not have: what was given up, the memories of nodes, their
+    # lock files, and nodes that an operator has drained
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
-        'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
-    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER = range(12)
+        'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)',
+        'drains (node TEXT PRIMARY KEY, reason TEXT, since REAL)')
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN = \
+        range(13)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -454,7 +456,8 @@ class State(Database):
         'INSERT OR REPLACE INTO memories VALUES (?, ?)',
         'INSERT OR REPLACE INTO locks VALUES (?, ?, ?)',
         'INSERT OR REPLACE INTO past VALUES (?, ?, ?, ?)',
-        'DELETE FROM past WHERE comp = ?')
+        'DELETE FROM past WHERE comp = ?',
+        'INSERT OR REPLACE INTO drains VALUES (?, ?, ?)')
 
     def __init__(self, root: str) -> None:
         """Open the state in this directory. Raises DispyError, OSError."""
@@ -487,6 +490,7 @@ class State(Database):
         for table in self.LATER_TABLES:
             run('CREATE TABLE IF NOT EXISTS ' + table)
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
+        run('DELETE FROM drains WHERE since = 0')
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         comps = self._comps.values()
@@ -536,6 +540,17 @@ class State(Database):
             return
         machine, file = [part[:LOCK_MOST] for part in lock]
         self.note(self.LOCK, place, machine, file)
+
+    def drained(self, node: str, reason: str, since: float) -> None:
+        """Note that a node is drained, by the name that `Drains` has for it; `since` is 0 if it is
+        used again."""
+        self.note(self.DRAIN, node, reason, since)
+
+    def drains(self) -> Dict[str, Tuple[str, float]]:
+        """Return a dictionary from drained nodes to the reason and the time, in seconds since the
+        epoch."""
+        rows = self._db.execute('SELECT node, reason, since FROM drains WHERE since > 0')
+        return {node: (reason, since) for node, reason, since in rows}
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
         """Note the jobs of a program that has not come back for their results, by its own
@@ -1544,16 +1559,65 @@ class Stop(NamedTuple):
 RELEASED = 'released at the scheduler'
 
 
+class Drains:
+    """The nodes that an operator has drained, and why. They are drained until they are used again,
+    also if they or the scheduler are started anew. The loop's thread."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._known = state.drains()
+
+    @staticmethod
+    def _name(peer: NodeConnection) -> str:
+        """What a node is known by after a new start: its address, or the name of one that
+        connects by itself."""
+        if peer.port:
+            return '%s port %d' % (peer.host, peer.port)
+        return peer.name
+
+    def begin(self, peer: NodeConnection, reason: str) -> None:
+        """Let no more jobs begin on a node."""
+        peer.most = 0
+        drain = (reason, time.time())
+        self._known[self._name(peer)] = drain
+        self._state.drained(self._name(peer), *drain)
+
+    def end(self, peer: NodeConnection) -> None:
+        """A node is used again."""
+        peer.most = sys.maxsize
+        if self._known.pop(self._name(peer), None) is not None:
+            self._state.drained(self._name(peer), '', 0.0)
+
+    def restore(self, peer: NodeConnection) -> None:
+        """A node is connected that may have been drained before."""
+        if self._name(peer) in self._known:
+            peer.most = 0
+
+    def reason_of(self, peer: NodeConnection) -> Optional[str]:
+        """Return why a node is drained, in one text with the time, or None if it is not."""
+        drain = self._known.get(self._name(peer))
+        if drain is None:
+            return None
+        reason, since = drain
+        local = time.localtime(since)
+        at = time.strftime('since %Y-%m-%d %H:%M', local)
+        if reason:
+            return '%s (%s)' % (reason, at)
+        return at
+
+
 class ProgramOverview(Overview):
     """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
     knows the secret of the programs may see and manage everything; if the operator has a secret of
     his own, this needs that one. An answer has at most PAGE rows. Counts, limits and releases are
-    of this process: a scheduler that is started again has forgotten them. The loop's thread."""
+    of this process: a scheduler that is started again has forgotten them, but not which nodes are
+    drained. The loop's thread."""
     COUNTS = ('submitted', 'done', 'failed', 'cancelled')   # as of NodeUser.jobs_counted
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
         self._scheduler = scheduler
+        self._drains = scheduler.drains
         self._numbers = itertools.count(1)
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
@@ -1733,9 +1797,17 @@ class ProgramOverview(Overview):
         """Return the state of a node for whoever wants it, and the reason."""
         if peer.key in self._released:
             return 'closed', RELEASED
-        if peer.most == 0:
-            return shown_state(peer.state_word, DEALLOCATED), DEALLOCATED
+        reason = self._drains.reason_of(peer)
+        if reason is not None:
+            return self._drained_state(peer), reason
         return peer.state_word, peer.reason[-2000:]
+
+    @staticmethod
+    def _drained_state(peer: NodeConnection) -> str:
+        """Return what a drained node is: one that is away is not yet, or not any more, at work."""
+        if peer.link is None:
+            return peer.state_word
+        return shown_state(peer.state_word, DEALLOCATED)
 
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
@@ -1813,13 +1885,20 @@ class ProgramOverview(Overview):
         scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
         return 1
 
-    def _cpus(self, key: Any, cpus: int) -> int:
-        """Limit the CPUs of a node that each computation may use; 0 drains the node."""
+    def _cpus(self, key: Any, cpus: int, reason: str = '') -> int:
+        """Limit the CPUs of a node that each computation may use; 0 drains the node, for this
+        reason."""
         peer = self._peer(key)
+        if type(reason) is not str:
+            raise ValueError('reason=%.40r is no text' % (reason,))
         offered = peer.offered
         if type(cpus) is not int or cpus < 0 or cpus > offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
-        peer.most = cpus
+        if cpus:
+            self._drains.end(peer)
+            peer.most = cpus
+        else:
+            self._drains.begin(peer, reason[:REASON_MOST])
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
@@ -1840,7 +1919,7 @@ class ProgramOverview(Overview):
         """Use a node again that was released or drained, with all its CPUs."""
         scheduler = self._scheduler
         peer = self._peer(key)
-        peer.most = sys.maxsize
+        self._drains.end(peer)
         for comp in self._released.pop(peer.key, set()):
             use = peer.uses.get(comp)
             if use is None:
@@ -2013,6 +2092,7 @@ class NodeSharing(NodePolicy):
 
     def node_met(self, peer: NodeConnection) -> None:
         """Note a node, so that it is known again after the end of this process."""
+        self._scheduler.drains.restore(peer)
         self._scheduler.state.met(peer)
 
     def becomes_ready(self, peer: NodeConnection, comp: str) -> None:
@@ -3536,6 +3616,7 @@ class Scheduler(Driver):
             options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse,
             options.ping)
         super().__init__(access, self.state.instance, self.sharing)
+        self.drains = Drains(self.state)
         self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
@@ -3740,6 +3821,7 @@ def _task_parser(task: str) -> argparse.ArgumentParser:
     elif task == 'jobs':
         add('nodes', nargs='*', metavar='NODE', help='only on these')
     if task == 'drain':
+        add('--reason', default='', metavar='TEXT', help='why, as `nodes` shows it to others')
         add('--wait', action='store_true', help='until no job is on them any more')
     add('--scheduler-host', default='127.0.0.1', metavar='HOST[:PORT]',
         help='where the scheduler is (default: this machine)')
@@ -3856,9 +3938,9 @@ class Operator:
                 count += self._answer('cancel', number, node['key'], None)
         return int(count)
 
-    def drain(self, key: Any) -> None:
-        """No more jobs begin on a node."""
-        self._answer('cpus', key, 0)
+    def drain(self, key: Any, reason: str) -> None:
+        """No more jobs begin on a node, for this reason."""
+        self._answer('cpus', key, 0, reason)
 
     def resume(self, key: Any) -> None:
         """A node is used again."""
@@ -3944,9 +4026,11 @@ def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
         _print_counts(counts, args.json)
     else:
         keys = operator.keys_of(args.nodes)
-        order = {'drain': operator.drain, 'resume': operator.resume}[task]
         for key in keys:
-            order(key)
+            if task == 'drain':
+                operator.drain(key, args.reason)
+            else:
+                operator.resume(key)
         if task == 'drain' and args.wait:
             operator.wait_until_idle(keys)
     return 0

@@ -20,7 +20,7 @@ from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import own_hosts
 from dispynode import (
-    Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser,
+    Finish, Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser,
     parse_arguments, size_option, available_cpus, parse_command, find_hours)
 from nodes import NodeProcess, run_node
 from scenes import Gate, hold, square
@@ -203,7 +203,8 @@ def test_a_stranger_has_as_long_as_msg_timeout_says(tmp_path):
 
 @pytest.mark.parametrize('line, event', [
     ('quit', Stop()), ('stop', Pause('operator', 'its operator has stopped it')), ('start', Resume('operator')), ('release', Release()),
-    ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('', Status()), ('status', Status()), ('help me', Status())])
+    ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('finish', Finish()),
+    ('', Status()), ('status', Status()), ('help me', Status())])
 def test_commands(line, event):
     assert parse_command(line) == event
 
@@ -279,6 +280,34 @@ def test_the_prompt(tmp_path):
             eventually(lambda: terminal.said('free'))
         terminal.type(b'quit\n')
         assert terminal.process.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
+def test_a_node_that_gets_sigusr1_ends_when_it_is_idle(tmp_path):
+    with NodeProcess(tmp_path, cpus=1) as node:
+        with dispy.JobCluster(hold, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
+            flag = Gate(tmp_path / 'flag')
+            jobs = [cluster.submit(flag.path) for _ in range(2)]
+            eventually(flag.started)
+            node.process.send_signal(signal.SIGUSR1)
+            eventually(lambda: [each.cpus for each in cluster.status().nodes] == [0])
+            assert node.process.poll() is None and jobs[0].status == DispyJob.Running
+            flag.open()
+            assert jobs[0].wait(20) and jobs[0].status == DispyJob.Finished
+            assert node.process.wait(20) == 0
+            with NodeProcess(tmp_path, cpus=1, port=node.port):   # as after an upgrade
+                assert jobs[1].wait(30) and jobs[1].status == DispyJob.Finished
+
+
+@pytest.mark.parametrize('name', ['dispy', 'dispynode'])
+def test_a_module_that_is_run_is_compiled_once(name, tmp_path):
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE='1', PYTHONPYCACHEPREFIX=str(tmp_path))
+    done = subprocess.run([sys.executable, '-v', '-m', name, '--version'], cwd=ROOT,
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout.startswith(name.encode() + b' ')
+    path = os.path.join(ROOT, name + '.py')
+    # The interpreter says so of each file that it has loaded from its source
+    assert done.stderr.decode(errors='replace').count('code object from %s\n' % path) == 1
 
 
 def test_stop_and_start_at_the_prompt(tmp_path):

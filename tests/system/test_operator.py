@@ -77,6 +77,41 @@ def test_an_operator_sees_and_orders(tmp_path):
         assert shell.returncode == 1 and b'job 1 (a) failed' in err and b'cancelled' in err
 
 
+def test_a_node_stays_drained_for_its_reason_until_it_is_resumed(tmp_path):
+    """Also over a new start of the node, and of the scheduler; one that connects by itself, too."""
+    directory = tmp_path / 'scheduler'
+    with SchedulerProcess(directory, '-n', '127.0.0.1:9') as scheduler:
+        port = scheduler.port
+        words = ('--name', 'lab2', '--scheduler-host', '127.0.0.1:%d' % port)
+        with NodeProcess(tmp_path / 'node', *words) as node:
+            eventually(lambda: [row for row in rows(scheduler, 'nodes') if row['name'] == 'lab2'])
+            assert operate(scheduler, 'drain', 'lab2', '--reason', 'new\n disk') == (0, '', '')
+    with SchedulerProcess(directory, '-n', '127.0.0.1:9', port=port) as scheduler, \
+            NodeProcess(tmp_path / 'node', *words, port=node.port):
+
+        def known():
+            return {row['name']: row for row in rows(scheduler, 'nodes')}
+
+        eventually(lambda: known().get('lab2', {}).get('state') == 'drained')
+        assert known()['lab2']['reason'].startswith('new\n disk (since 20')
+        out = operate(scheduler, 'nodes')[1]
+        assert 'new disk (since' in out
+        with dispy.SharedJobCluster(wait_for, scheduler_port=port) as cluster:
+            (tmp_path / 'flag').write_text('')
+            job = cluster.submit(str(tmp_path / 'flag'))
+            eventually(lambda: cluster.status().nodes)
+            assert [each.cpus for each in cluster.status().nodes] == [0] and not job.wait(0)
+            scheduler.kill()
+            with SchedulerProcess(directory, '-n', '127.0.0.1:9', port=port) as scheduler:
+                eventually(lambda: known().get('lab2', {}).get('state') == 'drained')
+                assert not job.wait(0)
+                assert operate(scheduler, 'resume', 'lab2') == (0, '', '')
+                assert job.wait(30) and job.status == job.Finished
+                scheduler.kill()
+            with SchedulerProcess(directory, '-n', '127.0.0.1:9', port=port) as scheduler:
+                eventually(lambda: known().get('lab2', {}).get('state') == 'connected')
+
+
 def test_what_cannot_be_asked(scheduler_and_node):
     class Scheduler:
         port = scheduler_and_node[0]
