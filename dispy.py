@@ -60,7 +60,7 @@ if __name__ == '__main__':
         spec = importlib.util.spec_from_file_location('dispy', os.path.abspath(__file__))
     else:
         spec = importlib.util.find_spec('dispy')
-    program = importlib.util.module_from_spec(spec)
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules['dispy'] = program
     try:
         exec(sys._getframe().f_code, vars(program))

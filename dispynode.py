@@ -79,7 +79,7 @@ if __name__ == '__main__':
         spec = importlib.util.spec_from_file_location('dispynode', os.path.abspath(__file__))
     else:
         spec = importlib.util.find_spec('dispynode')
-    program = importlib.util.module_from_spec(spec)
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules['dispynode'] = program
     # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
     del __file__
