@@ -6960,6 +6960,7 @@ class Loop:
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
+        self.woke_at = 0.0         # when this turn had something to do
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self._ended = False
@@ -7170,6 +7171,7 @@ class Loop:
         self._waits = True
         ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
+        self.woke_at = self.clock()
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
@@ -8737,6 +8739,11 @@ class Stop(NamedTuple):
 
 class Finish(NamedTuple):
     """The daemon shall end when its jobs have ended, and takes no new ones."""
+
+
+class CallSoon(NamedTuple):
+    """Something is to be called in the thread of the loop."""
+    call: Callable[[], None]
 
 
 class Pause(NamedTuple):
@@ -17054,6 +17061,7 @@ class Daemon(Loop):
             ConnectFailed: self.uplinks.failed,
             Connected: self._dialled,
             Authenticated: self._arrived,
+            CallSoon: lambda event: event.call(),
         }
 
     # -- start and end -----------------------------------------------------------------------------
@@ -17119,6 +17127,11 @@ class Daemon(Loop):
         return min((when for when in times if when is not None), default=None)
 
     # -- events ------------------------------------------------------------------------------------
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call it in the thread of the loop. Any thread."""
+        event = CallSoon(call)
+        self.post(event)
 
     def on_event(self, event: Any) -> None:
         """Arrivals from the gate, and what is for the node."""
@@ -17406,6 +17419,54 @@ def find_user(name: str) -> User:
 FAULT_STATUS = 3
 EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+class ServiceManager:
+    """systemd, if it has started this process as a service of Type=notify. It is told when the
+    service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
+    daemon has its turns. Without systemd nothing is told."""
+
+    def __init__(self, environment: Any = os.environ) -> None:
+        """Takes its variables out of the environment: what jobs start does not speak for us."""
+        self._socket = environment.pop('NOTIFY_SOCKET', '')
+        interval = environment.pop('WATCHDOG_USEC', '')
+        process = environment.pop('WATCHDOG_PID', str(os.getpid()))
+        self.interval: Optional[float] = None   # s in which it wants to hear of us
+        if interval.isdigit() and process == str(os.getpid()):
+            self.interval = int(interval) / 1e6
+
+    def tell(self, text: str) -> None:
+        """Send assignments, one a line, as `man sd_notify` has them."""
+        if not self._socket:
+            return
+        address = self._socket
+        if address.startswith('@'):   # a name that is no file
+            address = '\0' + address[1:]
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), address)
+        except OSError as exc:
+            logger.warning('systemd cannot be told %r by %s: %s', text, self._socket, exc)
+
+    def ready(self, status: str, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Tell that the service is ready, and watch it. `call_soon` has the loop call something;
+        any thread may call it."""
+        self.tell('READY=1\nSTATUS=%s' % status)
+        if self._socket and self.interval is not None:
+            thread = threading.Thread(target=self._watch, args=(call_soon,), daemon=True,
+                                      name='dispy-watchdog')
+            thread.start()
+
+    def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """A thread of its own. It stands still while the loop does, and systemd ends the service
+        then."""
+        turn = threading.Event()
+        while True:
+            turn.clear()
+            call_soon(turn.set)
+            turn.wait()
+            self.tell('WATCHDOG=1')
+            time.sleep(self.interval / 3)  # type: ignore[operator]
 
 
 def run_until_ended(loop: Loop) -> int:
@@ -17980,7 +18041,10 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
             signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
                           lambda number, frame: daemon.post(Stop()))
     if hasattr(signal, 'SIGUSR1'):
-        signal.signal(signal.SIGUSR1, lambda number, frame: daemon.post(Finish()))
+        def finish(number: int, frame: Any) -> None:
+            daemon.post(Finish())
+
+        signal.signal(signal.SIGUSR1, finish)
     if os.getpid() != 1:
         return
     if hasattr(os, 'waitid'):
@@ -18061,6 +18125,7 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
+    manager = ServiceManager()
     _standard_files()
     try:
         parser = _parser()
@@ -18090,4 +18155,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
+    manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
     return run_until_ended(daemon)

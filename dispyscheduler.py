@@ -41,6 +41,7 @@ Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 import argparse
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -56,7 +57,9 @@ import os
 import pickle
 import re
 import shutil
+import shlex
 import signal
+import stat
 import struct
 import sys
 import time
@@ -94,10 +97,11 @@ from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturne
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
-from dispynode import ValueRequests, Values, Wrong
+from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
 from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
-from dispynode import in_parts, is_comp, limit_values, log_record_of, make_secret, may_reclaim
+from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
+from dispynode import make_secret, may_reclaim
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
 from dispynode import reason_of, refused_row, replaced, result_key, run_until_ended, save_config
@@ -1606,6 +1610,34 @@ class Drains:
         return at
 
 
+class TurnTimes:
+    """How long the turns of the scheduler take. The loop's thread."""
+    SPAN = 30.0     # s; the longest turn is that of this span and of the one before
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.seconds = 0.0
+        self._longest = 0.0
+        self._longest_before = 0.0
+        self._since = 0.0
+
+    def add(self, began: float, now: float) -> None:
+        """A turn has ended."""
+        seconds = now - began
+        self.turns += 1
+        self.seconds += seconds
+        if now - self._since >= self.SPAN:
+            self._longest_before = self._longest
+            self._longest = 0.0
+            self._since = now
+        self._longest = max(self._longest, seconds)
+
+    @property
+    def longest(self) -> float:
+        """The longest turn of the last minute, about."""
+        return max(self._longest, self._longest_before)
+
+
 class ProgramOverview(Overview):
     """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
     knows the secret of the programs may see and manage everything; if the operator has a secret of
@@ -1809,6 +1841,30 @@ class ProgramOverview(Overview):
             return peer.state_word
         return shown_state(peer.state_word, DEALLOCATED)
 
+    def _load(self) -> Dict[str, float]:
+        """Return how much the scheduler has to do, for metrics."""
+        scheduler = self._scheduler
+        times = scheduler.turn_times
+        works = 0
+        results = 0
+        for computation in scheduler.computations.opened():
+            works += len(computation.works)
+            results += len(computation.ended)
+        at_nodes = 0
+        for node in scheduler.schedule.nodes.values():
+            at_nodes += sum(map(len, node.in_flight.values()))
+        links = scheduler.links.values()
+        return {
+            'turns': times.turns,
+            'seconds': times.seconds,
+            'longest': times.longest,
+            'waiting': works - at_nodes,
+            'results': results,
+            'bytes': sum(link.queued for link in links),
+            'links': len(links),
+            'stuck': int(scheduler.commit.stuck_until is not None),
+        }
+
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
         FailedJob."""
@@ -1938,6 +1994,7 @@ class ProgramOverview(Overview):
         'clusters': _clusters,
         'nodes': _nodes,
         'failures': _failures,
+        'load': _load,
         'jobs': _jobs,
         'arguments': _arguments,
         'cancel': _cancel,
@@ -3626,6 +3683,7 @@ class Scheduler(Driver):
         self.program_files = ProgramFiles(self)
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)
+        self.turn_times = TurnTimes()
         self._program_acceptors: List[Acceptor] = []
         for part in (self.computations, self.program_jobs, self.program_files, self.program_calls):
             self.programs.add_handlers(part)
@@ -3728,6 +3786,11 @@ class Scheduler(Driver):
             super().send(link, message)
         else:
             self.commit.later.append((link, message))
+
+    def turn(self, timeout: Optional[float] = None) -> None:
+        """One round, whose time is taken without the wait for something to do."""
+        super().turn(timeout)
+        self.turn_times.add(self.woke_at, self.clock())
 
     def end_of_turn(self) -> None:
         """Decide, write, and send."""
@@ -4048,6 +4111,43 @@ def _print_counts(counts: Dict[int, int], as_json: bool) -> None:
         print('program %d: %s cancelled' % (number, jobs))
 
 
+PROMPT = ('commands: quit; status, jobs, nodes, cancel NUMBER, drain NODE, resume NODE, with the '
+          'options of `dispyscheduler COMMAND`')
+
+
+class OperatorPrompt:
+    """The commands that whoever has started a scheduler at a terminal writes there."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._operator = Operator(self._ask)
+
+    def _ask(self, *question: Any) -> Tuple[float, Any]:
+        overview = self._scheduler.overview
+        answer: Tuple[float, Any] = self._scheduler.ask(lambda: overview.answer(*question))
+        return answer
+
+    def take(self, line: str) -> None:
+        """Carry out a line. The thread that reads the terminal. Raises ValueError with a text for
+        a line that makes no sense."""
+        task, *words = shlex.split(line) or ['status']
+        if task == 'quit':
+            self._scheduler.post(Stop())
+        elif task not in TASKS:
+            raise ValueError(PROMPT)
+        else:
+            self._carry_out(task, words)
+
+    def _carry_out(self, task: str, words: List[str]) -> None:
+        try:
+            args = _task_parser(task).parse_args(words)
+            _carry_out(self._operator, task, args)
+        except SystemExit:   # of argparse, which has said why
+            return
+        except (RuntimeError, concurrent.futures.TimeoutError) as exc:
+            raise ValueError(str(exc) or 'the scheduler does not answer') from exc
+
+
 def operate(task: str, argv: Sequence[str]) -> int:
     """A question to a scheduler that runs, or an order. Returns the exit status: 0, or 1 if it
     cannot be asked or does not take the order."""
@@ -4205,8 +4305,24 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'nargs': '?',
         'const': HTTPD_PORT,
         'metavar': 'PORT',
-        'help': 'show all this in a browser (needs dispy_httpd.py), at this port of '
-                '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT}),
+        'help': 'show all this in a browser (needs dispy_httpd.py), at this port; the link '
+                'is in the log if nobody else can read that, and in the file monitor of the '
+                'state directory (default: %d)' % HTTPD_PORT}),
+    (('--httpd-host',), {
+        'default': '127.0.0.1',
+        'metavar': 'ADDR',
+        'help': 'address at which that page is served (default: %(default)s); with another '
+                'give --httpd-certfile too'}),
+    (('--httpd-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate of that page, for TLS'}),
+    (('--httpd-keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--httpd-token-file',), {
+        'metavar': 'FILE',
+        'help': "file with the page's token, which is made if there is no such file "
+                '(default: monitor-token in the state directory)'}),
     (('--cleanup-nodes',), {
         'action': 'store_true',
         'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
@@ -4229,6 +4345,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv = sys.argv[1:]
     if argv and argv[0] in TASKS:
         return operate(argv[0], argv[1:])
+    manager = ServiceManager()
+    has_terminal = sys.stdin is not None and sys.stdin.isatty()
     parser = _parser()
     try:
         args = parse_arguments(parser, argv)
@@ -4248,7 +4366,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         try:
             port = scheduler.start()
             if args.httpd is not None:
-                monitor = _monitor(scheduler, port, args.httpd, args.log_file)
+                monitor = _monitor(scheduler, port, args)
         except BaseException:
             scheduler.close()
             raise
@@ -4257,6 +4375,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     _end_on_signals(scheduler, args.daemon)
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
+    if has_terminal and not args.daemon:
+        listen_at_terminal(PROMPT, OperatorPrompt(scheduler).take)
+    manager.ready('at port %d' % port, scheduler.call_soon)
     try:
         return run_until_ended(scheduler)
     finally:
@@ -4391,7 +4512,19 @@ def _is_network(word: str) -> bool:
         return False
 
 
-def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
+def is_log_private(path: Optional[str]) -> bool:
+    """Return whether nobody else can read the log, which is a file or standard error."""
+    if os.name == 'nt':
+        return True
+    if path:
+        return not os.stat(path).st_mode & 0o077
+    if sys.stderr.isatty():
+        return True
+    mode = os.fstat(sys.stderr.fileno()).st_mode
+    return stat.S_ISREG(mode) and not mode & 0o077
+
+
+def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
     """Return a web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
@@ -4406,20 +4539,25 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
     name = 'all programs of the dispyscheduler at port %d' % port
     source = dispy_httpd.SchedulerSource(ask, name, close)
 
+    root = os.path.abspath(scheduler.state.root)
+    token_path = args.httpd_token_file or os.path.join(root, 'monitor-token')
+
     def tell(text: str) -> None:
-        # Others would have the token
-        is_open = False
-        if log_file and os.name != 'nt':
-            is_open = bool(os.stat(log_file).st_mode & 0o077)
-        if is_open:
-            path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
-            write_private(path, text.encode() + b'\n')
-            text = 'the link of the monitor is in %s, since others can read this log' % path
+        path = os.path.join(root, 'monitor')
+        write_private(path, text.encode() + b'\n')
+        if not is_log_private(args.log_file):   # others would have the token
+            text = 'the link of the monitor is in %s, since others may read this log' % path
         logger.info('%s', text)
     try:
-        return dispy_httpd.SourceHTTPServer(source, port=at, tell=tell)
-    except (ValueError, OSError) as exc:
+        token = dispy_httpd.kept_token(token_path)
+        server = dispy_httpd.SourceHTTPServer(
+            source, args.httpd_host, args.httpd, keyfile=args.httpd_keyfile,
+            certfile=args.httpd_certfile, tell=tell, token=token)
+        if not token:
+            server.keep_token(token_path)
+    except (ValueError, OSError, DispyError) as exc:
         raise StartError('--httpd: %s' % exc) from exc
+    return server
 
 
 def _clean(root: str) -> None:
