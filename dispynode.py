@@ -195,6 +195,7 @@ PULSES_LOST = 5               # silent pulses after which a link is broken
 PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
+END_TIME = 2.0                # s that workers which were killed may take to end
 CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these take at most
@@ -8543,6 +8544,7 @@ class Stage(enum.Enum):
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
     READY = 'ready'
+    ENDING = 'ending'          # what runs is killed: it is to be known what had begun
     CLOSING = 'closing'        # workers end, cleanup runs
 
 
@@ -8551,7 +8553,17 @@ STAGE_TABLE = {
     (Stage.RECEIVING, 'complete'): Stage.STARTING, (Stage.STARTING, 'up'): Stage.READY,
     (Stage.PREPARING, 'close'): Stage.CLOSING, (Stage.RECEIVING, 'close'): Stage.CLOSING,
     (Stage.STARTING, 'close'): Stage.CLOSING, (Stage.READY, 'close'): Stage.CLOSING,
+    (Stage.READY, 'end'): Stage.ENDING, (Stage.ENDING, 'close'): Stage.CLOSING,
 }
+
+
+class ForcedEnd(NamedTuple):
+    """Why a computation ends while its jobs run: a reason (see REASONS) and a text for its client,
+    and the outcome and text of the jobs that had begun."""
+    code: str
+    text: str
+    outcome: Outcome
+    job_text: str
 
 
 # Events: what the shell tells the state.
@@ -9048,6 +9060,7 @@ class _Computation:
         self.client_name = str(client)[:NAME_MOST]
         self.user = self.client_name   # whose it is, for people
         self.stage = Stage.PREPARING
+        self.forced_end: Optional[ForcedEnd] = None
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
         self.unacknowledged: Dict[int, tuple] = {}
@@ -9196,10 +9209,24 @@ class NodeTables:
             broken = Broken(comp, exc)
             self.do(broken)
 
-    def has_work(self) -> bool:
-        """Whether workers run jobs, or clients that are connected have not acknowledged results."""
-        if any(worker.queue for worker in self.workers.values()):
+    def offer(self, cpus: int) -> None:
+        """Tell all clients how many CPUs are offered."""
+        for link in self.links:
+            cpus_changed = CpusChanged(cpus)
+            send = Send(link, cpus_changed)
+            self.do(send)
+
+    def has_jobs(self) -> bool:
+        """Whether workers have jobs."""
+        return any(worker.queue for worker in self.workers.values())
+
+    def has_work(self, leaving: bool) -> bool:
+        """Whether workers have jobs, or clients that are connected have not acknowledged results;
+        once what runs was killed, these are not waited for."""
+        if self.has_jobs():
             return True
+        if leaving:
+            return False
         for comp in self.comps.values():
             if not comp.unacknowledged:
                 continue
@@ -9639,7 +9666,7 @@ class Attempts:
             return
         if comp.link != link:
             return
-        if self.refuses_new:
+        if self._refuses_jobs(comp):
             self._return_all(comp, message)
             return
         row_count = len(rows)
@@ -9668,6 +9695,9 @@ class Attempts:
             self.count(attempt, True)
         if is_large:
             self._note_parts(comp, rows[0])
+
+    def _refuses_jobs(self, comp: _Computation) -> bool:
+        return self.refuses_new or comp.stage is Stage.ENDING
 
     def _return_all(self, comp: _Computation, message: Jobs) -> None:
         serials = [row[0] for row in message.rows]
@@ -10421,33 +10451,31 @@ class CpuScheduler:
         elif worker.queue and worker.queue[0] is not head:
             self._on_job_started(worker, now)
 
-    def fail_running(self, comp: _Computation, text: str) -> None:
-        """What runs has failed with this text; what waits was never started."""
-        attempts = self._attempts
-        for worker in list(comp.workers.values()):
+    def kill_running(self, comp: _Computation) -> bool:
+        """Kill the workers of a computation that have jobs: when they have ended, it is known what
+        they had begun. Returns whether there are any."""
+        killed = False
+        for worker in comp.workers.values():
             if worker.queue:
-                head = worker.queue[0]
-                rest = list(worker.queue)[1:]
-                attempts.finish(comp, (head.serial, int(
-                    Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
-                self._cpus.free += head.cpus
-                worker.queue.clear()
-                comp.waiting.extend(rest)
-        attempts.return_waiting(comp)
+                kill = Kill(worker.key)
+                self._tables.do(kill)
+                killed = True
+        return killed
 
-    def fail_stopped(self) -> None:
-        """The node ends or is taken from its holder: what runs has failed, and the rest was never
-        started."""
-        for worker in self._tables.workers.values():
-            queue = list(worker.queue)
-            if not queue:
+    def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
+        """Nobody tells what had begun: what stands first at a worker has failed, and the rest was
+        never started."""
+        attempts = self._attempts
+        for worker in comp.workers.values():
+            if not worker.queue:
                 continue
-            if worker.comp.stage is not Stage.READY:
-                continue
-            text = ENDING_TEXT[Outcome.STOPPED].encode()
-            row = (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0, text, b'', b'')
-            self._attempts.finish(worker.comp, row)
-            worker.comp.waiting.extend(queue[1:])
+            head = worker.queue.popleft()
+            self._cpus.free += head.cpus
+            data = text.encode('utf-8', 'replace')
+            attempts.finish(comp, (head.serial, int(outcome), 0.0, 0.0, data, b'', b''))
+            comp.waiting.extend(worker.queue)
+            worker.queue.clear()
+        attempts.return_waiting(comp)
 
     # -- workers -----------------------------------------------------------------------------------
 
@@ -10538,11 +10566,7 @@ class CpuScheduler:
                 self._share.charge(comp, used)
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
-            ending = attempt.ending or Outcome.DIED
-            if ending is Outcome.DIED:
-                text = event.text
-            else:
-                text = attempt.ending_text(ending)
+            ending, text = self._how_it_ended(attempt, comp, event.text)
             data = text.encode('utf-8', 'replace')
             printed = (bytes(event.stdout), bytes(event.stderr))
             attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, data, *printed))
@@ -10554,6 +10578,16 @@ class CpuScheduler:
         queue_length = len(worker.queue)
         if worker.jobs_given == queue_length:
             comp.startup_failures += 1
+
+    @staticmethod
+    def _how_it_ended(attempt: Attempt, comp: _Computation, text: str) -> Tuple[Outcome, str]:
+        """The outcome of an attempt whose worker has ended, and the text of its error; `text` is
+        of the worker."""
+        if attempt.ending is not None:
+            return attempt.ending, attempt.ending_text(attempt.ending)
+        if comp.forced_end is not None:
+            return comp.forced_end.outcome, comp.forced_end.job_text
+        return Outcome.DIED, text
 
     def on_start_failed(self, event: WorkerStartFailed, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
@@ -10907,14 +10941,45 @@ class Computations:
         self._tables.reply(comp, refused)
         self.close(comp, at_once=True)
 
+    def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
+        """Refuse a computation while its jobs run. These are killed first: only when their workers
+        have ended, it is known which had begun and have failed, and which wait again elsewhere."""
+        if comp.stage in (Stage.ENDING, Stage.CLOSING):
+            return
+        comp.forced_end = forced_end
+        if comp.stage is not Stage.READY:
+            self.refuse(comp, forced_end.code, forced_end.text)
+            return
+        comp.move('end')
+        self._attempts.return_waiting(comp)
+        self._scheduler.kill_running(comp)
+        when = now + END_TIME
+        self._set_timer(when, comp, self._end_late)
+
+    def _end_late(self, name: str, now: float) -> None:
+        """Workers that were killed have not ended."""
+        comp = self._tables.comps.get(name)
+        if comp is None or comp.stage is not Stage.ENDING:
+            return
+        forced_end = comp.forced_end
+        assert forced_end is not None   # it is set before the stage
+        self._scheduler.fail_running(comp, forced_end.outcome, forced_end.job_text)
+
+    def refuse_ended(self) -> None:
+        """Refuse the computations of which nothing runs any more."""
+        for comp in list(self._tables.comps.values()):
+            if comp.stage is not Stage.ENDING or comp.forced_end is None:
+                continue
+            if not any(worker.queue for worker in comp.workers.values()):
+                self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
+
     def on_faulted(self, event: Faulted, now: float) -> None:
         """A fault of ours has to do with a computation."""
         comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
-        if comp.stage is not Stage.CLOSING:
-            self._scheduler.fail_running(comp, event.text)
-            self.refuse(comp, 'fault', event.text)
+        forced_end = ForcedEnd('fault', event.text, Outcome.DIED, event.text)
+        self.end(comp, forced_end, now)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
         """The initializer has returned in a worker, or has failed there, as it would in all
@@ -10932,8 +10997,8 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         if error:
-            scheduler.fail_running(comp, error)
-            self.refuse(comp, 'initializer', error)
+            forced_end = ForcedEnd('initializer', error, Outcome.DIED, error)
+            self.end(comp, forced_end, now)
         else:
             scheduler.initialized(worker)
 
@@ -10983,6 +11048,8 @@ class Computations:
                 code = 'code'
             else:
                 code = event.code
+            if comp.forced_end is not None:
+                code, text = comp.forced_end[:2]
             self.refuse(comp, code, text)
             return
         logger.info('%s: its runner has ended%s', comp, text and ' (%s)' % text)
@@ -11171,6 +11238,7 @@ class Node:
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
         self._finishing = False             # it ends when its jobs have ended
+        self.leaving = False     # what runs was killed, and its end is waited for
         start_method = facts.get('start_method', FORK)
         self.tables = NodeTables(name, start_method)
         self.timers = Timers()
@@ -11275,7 +11343,8 @@ class Node:
                 note_overrun = NoteOverrun(comp.comp)
                 tables.do(note_overrun)
         self.inquiries.answer(now)
-        if (self.stopping or self._finishing) and not self.tables.has_work():
+        self.computations.refuse_ended()
+        if (self.stopping or self._finishing) and not self.tables.has_work(self.leaving):
             self._leave(now)
         return tables.actions
 
@@ -11542,12 +11611,13 @@ class Node:
         if self.stopping:
             self._leave(now)
             return
-        self.stopping = self.attempts.refuses_new = True
+        self.stopping = True
+        self.attempts.refuses_new = True
         logger.info('stopping: jobs that wait are given back, and jobs that run have %g s to end',
                     self._grace)
         when = now + self._grace + 0.5
         self.timers.at(when, '', self._leave, is_wanted=lambda: True)
-        self._offer(0)
+        self.tables.offer(0)
         self.interruptions.end_all(now)
 
     def _finish(self, event: Finish, now: float) -> None:
@@ -11557,18 +11627,21 @@ class Node:
         self._pause(pause, now)
         self.attempts.take_back_all()
 
-    def _account(self) -> None:
-        """Answer for every attempt: what runs has failed, the rest was never started."""
-        self.scheduler.fail_stopped()
-        for comp in self.tables.comps.values():
-            self.attempts.return_waiting(comp)
-            self.results.deliver(comp)
-
     def _leave(self, now: float) -> None:
-        """Account for every attempt, then leave."""
+        """Kill what runs, wait until it is known what of it had begun, and leave."""
         tables = self.tables
-        self._account()
+        if not self.leaving and tables.has_jobs():
+            self.leaving = True
+            for comp in tables.comps.values():
+                self.scheduler.kill_running(comp)
+            when = now + END_TIME
+            self.timers.at(when, '', self._leave, is_wanted=lambda: True)
+            return
+        text = ENDING_TEXT[Outcome.STOPPED]
         for comp in tables.comps.values():
+            if comp.stage is not Stage.CLOSING:
+                self.scheduler.fail_running(comp, Outcome.STOPPED, text)
+            self.results.deliver(comp)
             self.results.spool(comp)
         for link in tables.links:
             drop = Drop(link, 'node stopped')
@@ -11577,20 +11650,13 @@ class Node:
             self.computations.close(comp, at_once=True)
         tables.do(Exit())
 
-    def _offer(self, cpus: int) -> None:
-        tables = self.tables
-        for link in tables.links:
-            cpus_changed = CpusChanged(cpus)
-            send = Send(link, cpus_changed)
-            tables.do(send)
-
     # -- hours of service, and whoever sits at the terminal ----------------------------------------
 
     def _pause(self, event: Pause, now: float) -> None:
         self.paused[event.by] = event.text
         self.attempts.refuses_new = True
         logger.info('no new jobs are taken: %s', event.text)
-        self._offer(0)
+        self.tables.offer(0)
         if event.end:
             self.interruptions.end_all(now)
 
@@ -11602,14 +11668,14 @@ class Node:
         logger.info('jobs are taken again')
         self.attempts.refuses_new = False
         self.interruptions.ends_all = False
-        self._offer(self.cpus.offered)
+        self.tables.offer(self.cpus.offered)
 
     def _set_cpus(self, event: SetCpus, now: float) -> None:
         self.cpus.offered = event.cpus
         self.computations.resize()
         logger.info('%d CPUs are offered', self.cpus.offered)
         if not self.attempts.refuses_new:
-            self._offer(self.cpus.offered)
+            self.tables.offer(self.cpus.offered)
 
     def _take_from_holder(self, event: Release, now: float) -> None:
         if self.lease.state is Lease.FREE:
@@ -11618,10 +11684,11 @@ class Node:
         logger.info('taken from %s by the operator', self.lease.holder_text)
         until = now + RELEASE_COOLDOWN
         self.lease.cool_down(until)
-        self._account()
-        comps = self.tables.comps.values()
-        for comp in [comp for comp in comps if comp.stage is not Stage.CLOSING]:
-            self.computations.refuse(comp, 'released', RELEASED_TEXT)
+        text = ENDING_TEXT[Outcome.STOPPED]
+        forced_end = ForcedEnd('released', RELEASED_TEXT, Outcome.STOPPED, text)
+        for comp in list(self.tables.comps.values()):
+            self.computations.end(comp, forced_end, now)
+        self.computations.refuse_ended()
         self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
@@ -11999,6 +12066,13 @@ class Slots:
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
+
+    @staticmethod
+    def take_back(slots: Any) -> None:
+        """Note that the attempt that was noted last has not begun after all. Called by a worker."""
+        slots[0] = 0
+        slots[1] = 0
+        slots[2] -= 1
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
@@ -12650,6 +12724,10 @@ class WorkerPipe:
         for record in self.jobs:
             serials.append(record.serial)
         self.jobs.clear()
+        self.give_back_serials(serials)
+
+    def give_back_serials(self, serials: List[int]) -> None:
+        """Return jobs that have not started."""
         serial_count = len(serials)
         layout = '>%dQ' % serial_count
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack(layout, *serials))
@@ -13128,6 +13206,10 @@ class Worker:
         serial = record.serial
         self._interrupts.is_late = False
         Slots.begin(self._slots, serial)
+        if self._slots[1] == serial:   # it was to be ended before it came
+            Slots.take_back(self._slots)
+            self._pipe.give_back_serials([serial])
+            return
         if record.number != self._numeric.cpus:
             self._numeric.use(record.number, self._surroundings)
         start = time.time()

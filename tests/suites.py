@@ -150,7 +150,9 @@ def workers_of(cluster):
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if dispy.core_of(cluster).comp in process.cwd() and process.ppid() != os.getpid():
+            in_directory = dispy.core_of(cluster).comp in process.cwd()
+            tracks = 'resource_tracker' in ' '.join(process.cmdline())   # that of multiprocessing
+            if in_directory and not tracks and process.ppid() != os.getpid():
                 process.join = process.wait
                 found[process.pid] = process
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):

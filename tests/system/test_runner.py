@@ -357,6 +357,37 @@ def test_a_cancelled_job_sees_keyboard_interrupt_and_may_still_return(make_clust
         assert jobs[1].status == dispy.DispyJob.Cancelled
 
 
+def test_a_job_that_is_cancelled_before_its_worker_has_read_it_never_begins(make_cluster, tmp_path):
+    def compute(path):
+        if path:
+            with open(path, 'w'):
+                pass
+        time.sleep(0.02)
+        return os.getpid()
+
+    flag = str(tmp_path / 'flag')
+    with make_cluster(compute, nodes='local') as cluster:
+        cluster.wait_nodes(1, 30)
+        cpus = cluster.status().nodes[0].cpus
+        pids = set()
+        eventually(lambda: pids.update(job() for job in [cluster.submit('') for _ in range(20)]) or len(pids) == cpus)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            jobs = [cluster.submit(flag) for _ in range(cpus)]
+            eventually(lambda: jobs[0].status == dispy.DispyJob.Running)
+            for job in jobs:
+                cluster.cancel(job)
+            time.sleep(0.5)   # the runner, which nothing shows, has noted the end of the jobs
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        assert cluster.wait(20)
+    for job in jobs:
+        assert job.status == dispy.DispyJob.Cancelled and 'before it started' in job.exception
+    assert not os.path.exists(flag)
+
+
 def test_cancelling_hits_no_other_job(make_cluster):
     """Jobs are cancelled in the moment in which they end: no interrupt strays into the next."""
     def compute(n):

@@ -8,14 +8,13 @@ import pytest
 
 from conftest import walk_seeds
 from dispynode import (
-    BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME, STAGE_TABLE,
+    BEGUN_TIME, END_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME, STAGE_TABLE,
     Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker, FilePiece,
-    FileStored, Finish, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs,
-    SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged,
-    Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose,
-    Query, Ready, ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire,
-    JobsReturned,
-    RunnerGone, RunnerUp, Send, SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started,
+    FileStored, Faulted, Finish, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs,
+    SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged, Outcome, Pause,
+    PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose, Query, Ready,
+    ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, JobsReturned,
+    RunnerGone, RunnerUp, WorkerInitialized, Send, SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started,
     StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker,
     LimitMemory, NodeHello, WorkerGone, WorkerResults, WorkerReturnedJobs, MemoryExceeded,
     WorkerStartFailed, decode, encode, size_of)
@@ -1045,7 +1044,19 @@ def test_a_second_stop_leaves_at_once():
     talk.ready()
     talk.jobs(1)
     assert not only(talk.tell(Stop()), Exit)
-    assert only(talk.tell(Stop()), Exit)
+    assert talk.tell(Stop()) == [Kill(1)], 'only then it is known what had begun'
+    actions = talk.tell(WorkerGone(1, 'killed', 1))
+    assert rows(actions) == [(1, Outcome.STOPPED)] and actions[-1] == Exit(), 'it waits for no Ack'
+
+
+def test_a_third_stop_waits_for_nothing():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(Stop())
+    talk.tell(Stop())
+    actions = talk.tell(Stop())
+    assert rows(actions) == [(1, Outcome.STOPPED)] and actions[-1] == Exit()
 
 
 def test_stop_kills_after_the_grace_and_leaves_in_any_case():
@@ -1054,7 +1065,45 @@ def test_stop_kills_after_the_grace_and_leaves_in_any_case():
     talk.jobs(1)
     talk.tell(Stop())
     assert only(talk.after(GRACE), Kill) == [Kill(1)]
-    assert only(talk.after(0.5), Exit)
+    assert not only(talk.after(0.5), Exit)
+    actions = talk.after(END_TIME)
+    assert rows(actions) == [(1, Outcome.STOPPED)] and actions[-1] == Exit()
+
+
+ENDS = {
+    'a second stop': lambda talk: talk.tell(Stop()) and talk.tell(Stop()),
+    'release': lambda talk: talk.tell(Release()),
+    'a fault': lambda talk: talk.tell(Faulted('c', 'a fault')),
+    'the initializer': lambda talk: talk.tell(WorkerInitialized(2, 'ValueError')),
+}
+
+
+@pytest.mark.parametrize('how', ENDS)
+@pytest.mark.parametrize('begun', (True, False))
+def test_what_had_not_begun_when_all_ended_waits_elsewhere(how, begun):
+    talk = Talk(2)
+    talk.ready(initializer=True)
+    talk.jobs(1)
+    talk.tell(WorkerInitialized(1, ''))
+    talk.jobs(2)
+    actions = ENDS[how](talk)
+    assert only(actions, Kill) == [Kill(1)] and not rows(actions)
+    assert not said(actions, Refused)
+    assert said(talk.jobs(3), JobsReturned) == [JobsReturned('c', [3])]
+    actions = talk.tell(WorkerGone(1, 'killed', 1 if begun else 0))
+    back = [serial for message in said(actions, JobsReturned) for serial in message.serials]
+    ended = [serial for serial, _ in rows(actions)]
+    assert (ended, back) == (([1], []) if begun else ([], [1]))
+
+
+def test_workers_that_do_not_end_are_not_waited_for():
+    talk = Talk(1)
+    talk.ready()
+    fed(talk.jobs(1, 2))
+    talk.tell(Release())
+    actions = talk.after(END_TIME)
+    assert rows(actions) == [(1, Outcome.STOPPED)]
+    assert said(actions, Refused)[0].code == 'released'
 
 
 def test_jobs_have_the_grace_of_the_operator_when_the_node_stops():
@@ -1187,7 +1236,9 @@ def test_release_takes_the_node_from_its_client():
     fed(talk.jobs(1, 2))
     talk.link(2, b'other', 'you@there')
     actions = talk.tell(Release())
-    assert rows(actions) == [(1, Outcome.STOPPED)] and said(actions, JobsReturned) == [JobsReturned('c', [2])]
+    assert said(actions, JobsReturned) == [JobsReturned('c', [2])]
+    actions = talk.tell(WorkerGone(1, 'killed', 1))
+    assert rows(actions) == [(1, Outcome.STOPPED)]
     assert [(refused.comp, refused.code) for refused in said(actions, Refused)] == [('c', 'released')]
     assert only(actions, StopRunner) == [StopRunner('c', True)]
     talk.tell(RunnerGone('c', ''))
