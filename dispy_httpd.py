@@ -2485,16 +2485,20 @@ class SourceHTTPServer(DispyHTTPServer):
         call()
 
 
-def kept_token(path: str) -> str:
+def kept_token(path: str, option: str) -> str:
     """Return the token that an earlier server has left in a file, or an empty text if there is no
-    file. Raises SecretError for one that others can read, and for one that holds no token."""
+    file. Raises SecretError for one that others can read, and for one that holds no token, with the
+    option that names it."""
     if not os.path.lexists(path):
         return ''
-    data = read_secret(path)
+    try:
+        data = read_secret(path)
+    except SecretError as exc:
+        raise SecretError('%s: %s' % (option, exc)) from exc
     token = data.decode('ascii', 'replace')
     if not TOKEN.fullmatch(token):
-        raise SecretError('the file %s holds no token, which has 16 to 200 letters, digits, - and _'
-                          % path)
+        raise SecretError('%s: the file %s holds no token, which has 16 to 200 letters, digits, - '
+                          'and _' % (option, path))
     return token
 
 
@@ -2641,7 +2645,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         tls_files(args.certfile, args.keyfile, None, '--%s')
         token = ''
         if args.token_file is not None:
-            token = kept_token(args.token_file)
+            token = kept_token(args.token_file, '--token-file')
         source = _source_of(args)
         tell = functools.partial(_tell_link, args.token_file is not None)
         server = SourceHTTPServer(source, args.host, args.port, args.poll_sec, args.keyfile,

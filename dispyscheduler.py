@@ -4549,7 +4549,7 @@ def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
             text = 'the link of the monitor is in %s, since others may read this log' % path
         logger.info('%s', text)
     try:
-        token = dispy_httpd.kept_token(token_path)
+        token = dispy_httpd.kept_token(token_path, '--httpd-token-file')
         server = dispy_httpd.SourceHTTPServer(
             source, args.httpd_host, args.httpd, keyfile=args.httpd_keyfile,
             certfile=args.httpd_certfile, tell=tell, token=token)
