@@ -17513,6 +17513,8 @@ class ServiceManager:
         self._socket = environment.pop('NOTIFY_SOCKET', '')
         interval = environment.pop('WATCHDOG_USEC', '')
         process = environment.pop('WATCHDOG_PID', str(os.getpid()))
+        self._turn = threading.Event()
+        self._is_over = threading.Event()
         self.interval: Optional[float] = None   # s in which it wants to hear of us
         if interval.isdigit() and process == str(os.getpid()):
             self.interval = int(interval) / 1e6
@@ -17542,13 +17544,18 @@ class ServiceManager:
     def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
         """A thread of its own. It stands still while the loop does, and systemd ends the service
         then."""
-        turn = threading.Event()
-        while True:
-            turn.clear()
-            call_soon(turn.set)
-            turn.wait()
+        apart = self.interval / 3  # type: ignore[operator]
+        while not self._is_over.wait(apart):
+            self._turn.clear()
+            call_soon(self._turn.set)
+            self._turn.wait()
             self.tell('WATCHDOG=1')
-            time.sleep(self.interval / 3)  # type: ignore[operator]
+
+    def close(self) -> None:
+        """The service ends."""
+        self.tell('STOPPING=1')
+        self._is_over.set()
+        self._turn.set()
 
 
 def run_until_ended(loop: Loop) -> int:
@@ -18238,4 +18245,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
     manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
-    return run_until_ended(daemon)
+    try:
+        return run_until_ended(daemon)
+    finally:
+        manager.close()

@@ -4381,6 +4381,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return run_until_ended(scheduler)
     finally:
+        manager.close()
         if monitor is not None:
             monitor.shutdown()
 

@@ -345,7 +345,8 @@ def test_the_watchdog_hears_nothing_of_a_loop_that_stands_still(tmp_path):
         sock.settimeout(20)
         first()
         assert sock.recv(1000) == b'WATCHDOG=1'
-    shutil.rmtree(path)
+        manager.close()
+        shutil.rmtree(path)
     other = ServiceManager({'NOTIFY_SOCKET': '', 'WATCHDOG_USEC': '1000', 'WATCHDOG_PID': '1'})
     assert other.interval is None, 'another process is meant'
 
