@@ -153,8 +153,8 @@ from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_O
 from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RETURNED, ROW_FIRST, RUN_BY_PYTHON
-from dispynode import RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STALLS, VALUE_MOST
-from dispynode import WHOLE_MOST
+from dispynode import RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS, STALLS
+from dispynode import VALUE_MOST, WHOLE_MOST
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
@@ -7024,7 +7024,8 @@ class NodeAllocate:
         port: Optional[int] = None,
         cpus: int = 0,
         depends: Sequence[Any] = (),
-        setup_args: Sequence[Any] = ()) -> None:
+        setup_args: Sequence[Any] = ()
+    ) -> None:
         self.host = host
         self.setup_args = setup_args
         # A list of its own, to which `allocate` may add. What is no list is refused later.
@@ -10373,15 +10374,10 @@ class Connector:
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
-                gate = Acceptor((host, port),
-                            self._psk,
-                            Role.SCHEDULER, (Role.NODE, ),
-                            self._driver.instance,
-                            self._driver.post,
-                            access.certfile,
-                            access.keyfile,
-                            access.cafile,
-                            refused=self._on_rejected)
+                gate = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
+                                self._driver.instance, self._driver.post,
+                                access.certfile, access.keyfile, access.cafile,
+                                refused=self._on_rejected)
             except OSError as exc:
                 taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
@@ -10567,8 +10563,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        self._driver.send(peer.link,
-                         ClientHello(self._driver.policy.introduction(), self._driver.access.pulse))
+        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
         """A node has dialled."""
@@ -12052,7 +12048,7 @@ class NodeQueries:
     def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
         """One of them."""
         return NodeInfo(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
-                       peer.offered, peer.facts_now())
+                        peer.offered, peer.facts_now())
 
     def explain_no_nodes(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
@@ -15839,7 +15835,7 @@ class SharedProgramCluster(ProgramCluster):
             return
         host, port, name = node
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
-                                             {})
+                                              {})
 
     def answer_to(self, name: str, args: tuple) -> Any:
         """Return what a scheduler asks; it also asks for the source and for the program's
@@ -19213,6 +19209,7 @@ class Shell:
 # Command line: a file for a report of a fault
 # --------------------------------------------------------------------------------------------------
 
+STACKS_TIME = 1.0         # s that a daemon may take to write its stacks
 LOG_LINES = 200           # of each log, from its end
 LOG_BYTES = 1 << 16       # that are looked at for these
 DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
@@ -19349,6 +19346,49 @@ def waits_of(process: int) -> Iterator[str]:
             yield '  thread %s %s in %s' % (thread, *words)
 
 
+def stacks() -> Iterator[str]:
+    """The stacks of the daemons on this machine: where each thread of them is in the program, and
+    no values."""
+    for process in daemons():
+        path = _stacks_path(process.pid)
+        if path is None:
+            yield 'PID %d: not known' % process.pid
+            continue
+        yield '-- PID %d' % process.pid
+        with contextlib.suppress(OSError):   # it has ended meanwhile
+            os.truncate(path, 0)
+            os.kill(process.pid, signal.SIGUSR2)
+            yield from _read_stacks(path)
+
+
+def _stacks_path(process: int) -> Optional[str]:
+    """Where a daemon writes its stacks at SIGUSR2; None if it does not."""
+    root = '/proc/%d/fd' % process
+    with contextlib.suppress(OSError):   # another system, or the process of another user
+        status = _since('/proc/%d/status' % process)
+        caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
+        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+            return None   # the signal would end it
+        for name in os.listdir(root):
+            path = os.path.join(root, name)
+            if os.readlink(path).startswith('/memfd:' + STACKS):
+                return path
+    return None
+
+
+def _read_stacks(path: str) -> List[str]:
+    """What a daemon has written, when no more comes."""
+    until = time.monotonic() + STACKS_TIME
+    data = b''
+    while time.monotonic() < until:
+        time.sleep(STACKS_TIME / 20)
+        before = data
+        data = _since(path)
+        if data and data == before:
+            break
+    return data.decode(errors='replace').splitlines()
+
+
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
     expanded_path = os.path.expanduser('~/.dispy/*/log')
@@ -19402,6 +19442,7 @@ def _report(argv: Sequence[str]) -> int:
     report.add('versions', versions)
     report.add('settings', surroundings)
     report.add('daemons on this machine', processes)
+    report.add('stacks', stacks)
     report.add('nodes', functools.partial(nodes_seen, args))
     report.add('logs', logs)
     if args.output == '-':

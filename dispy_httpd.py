@@ -153,7 +153,7 @@ from dispy import (
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
                        __version__, find_secret, host_and_port, _no_password, write_private,
                        pieces_of, read_secret, size_of, tls_files, split_needs, Each,
-                       HANDSHAKE_TIME, ServiceManager)
+                       HANDSHAKE_TIME, ServiceManager, write_stacks_on_signal)
 
 __all__ = ['DispyHTTPServer']
 
@@ -2641,6 +2641,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    write_stacks_on_signal()
     try:
         tls_files(args.certfile, args.keyfile, None, '--%s')
         token = ''

@@ -882,7 +882,7 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
 
 
 def batches(kind: Callable[[str, list], Any], comp: str,
-           rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
+            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
     """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
     bytes."""
     some = []
@@ -1949,7 +1949,7 @@ class Sealed(NamedTuple):
 
 
 def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
-         share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
+          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
     copied.
 
@@ -3523,9 +3523,8 @@ def keeps_identity(value: Any) -> bool:
         return True
     if kind is types.SimpleNamespace:
         return True
-    if isinstance(
-            value,
-        (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
+    if isinstance(value, (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset,
+                          BaseException)):
         return False
     own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
            '__getnewargs_ex__')
@@ -8201,7 +8200,7 @@ class Discovery:
         return body + digest
 
     def parse(self, data: bytes, source: str,
-             now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+              now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
         data_length = len(data)
@@ -16448,9 +16447,8 @@ class ProcessHost:
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.arrived(record.number)
         self._let_go(run, record.number)
-        self._host.tell(
-            WorkerStartFailed(record.number,
-                         bytes(record.bodies[0]).decode('utf-8', 'replace')))
+        text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+        self._host.tell(WorkerStartFailed(record.number, text))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
         memory_exceeded = MemoryExceeded(record.number, record.serial)
@@ -17503,6 +17501,25 @@ EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
 
 
+STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes stacks
+
+
+def write_stacks_on_signal() -> None:
+    """Let SIGUSR2 write the stacks of all threads, also of a loop that stands still, where `dispy
+    report` finds them: in memory that others of this user can open below /proc. The main thread.
+    Only Linux has that."""
+    if not hasattr(os, 'memfd_create'):
+        return
+    import faulthandler
+    import fcntl
+    try:
+        handle = os.memfd_create(STACKS)
+        fcntl.fcntl(handle, fcntl.F_SETFL, os.O_APPEND)
+        faulthandler.register(signal.SIGUSR2, handle, all_threads=True)
+    except OSError as exc:   # no descriptors, or a sandbox without this call
+        logger.debug('stacks cannot be written: %s', exc)
+
+
 class ServiceManager:
     """systemd, if it has started this process as a service of Type=notify. It is told when the
     service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
@@ -17646,7 +17663,7 @@ class OldConfig:
         ('safe_setup', 'True'): [],
         ('scheduler_alg', 'fair_cluster'): ['--fair'],
         ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
-    # Its default; nodes were at the next port, as they are now
+        # Its default; nodes were at the next port, as they are now
         ('dispy_port', '9700'): []
     }
     NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
@@ -17878,9 +17895,8 @@ def _parser() -> OptionParser:
         action=Each,
         default=[],
         metavar='HOST[:PORT]',
-        help=
-        'connect to this scheduler, or client that listens (host=), and keep trying: for nodes '
-        'that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
+        help='connect to this scheduler, or client that listens (host=), and keep trying: for '
+        'nodes that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
     add('--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N',
         help='port of a --scheduler-host for which none is given (default: %(default)s)')
     add('--ipv4-udp-multicast',
@@ -18238,6 +18254,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
     _on_signals(daemon, args.daemon)
+    write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()

@@ -107,6 +107,7 @@ from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, p
 from dispynode import reason_of, refused_row, replaced, result_key, run_until_ended, save_config
 from dispynode import seconds_option, set_up_log, shorten, size_of, size_option, take_own_directory
 from dispynode import tell_obsolete, tls_files, unfit_row, unpack_error, with_size, write_private
+from dispynode import write_stacks_on_signal
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -4374,6 +4375,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispyscheduler: %s' % exc, file=sys.stderr)
         return 1
     _end_on_signals(scheduler, args.daemon)
+    write_stacks_on_signal()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
     if has_terminal and not args.daemon:
         listen_at_terminal(PROMPT, OperatorPrompt(scheduler).take)
