@@ -2613,7 +2613,7 @@ class ProgramComputations(Part):
         absence = computation.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
-            self._schedule.keep(work)
+            self._schedule.requests.keep(work)
         absence.dropping.clear()
 
     def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
@@ -3332,8 +3332,10 @@ class ProgramCalls(Part):
             if computation is None:
                 answer(self._overview(link, message.args))
             else:
-                method = self._CALLS.get(name, ProgramCalls._command)
-                method(self, computation, name, message.args, answer)
+                if name in self._CALLS:
+                    self._CALLS[name](self, computation, name, message.args, answer)
+                else:
+                    self._command(computation, name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
 
@@ -4330,7 +4332,7 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
 ]
 
 
-def _parser() -> OptionParser:
+def make_parser() -> OptionParser:
     parser = daemon_parser('dispyscheduler',
                            'Share nodes between several programs (dispy.SharedJobCluster).',
                            EXIT_STATUSES)
@@ -4348,7 +4350,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return operate(argv[0], argv[1:])
     manager = ServiceManager()
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
-    parser = _parser()
+    parser = make_parser()
     try:
         args = parse_arguments(parser, argv)
         if args.fair and args.fifo:

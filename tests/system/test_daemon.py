@@ -26,7 +26,7 @@ from dispy import DispyJob
 from dispynode import own_hosts
 from dispynode import (
     Finish, Hours, Pause, Phase, Release, Resume, ServiceManager, SetCpus, StartError, Status, Stop,
-    _parser, parse_arguments, size_option, available_cpus, parse_command, find_hours)
+    make_parser, parse_arguments, size_option, available_cpus, parse_command, find_hours)
 from nodes import NodeProcess, run_node
 from scenes import Gate, hold, square
 
@@ -40,7 +40,7 @@ DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1',
 
 
 def parsed(*argv):
-    return parse_arguments(_parser(), argv)
+    return parse_arguments(make_parser(), argv)
 
 
 # -- hours of service ------------------------------------------------------------------------------
@@ -685,8 +685,8 @@ def test_options_of_the_examples_exist():
             line, = [line[len(begin):] for line in file if line.startswith(begin)]
         words = json.loads(line) if line.startswith('[') else line.split()
         assert parsed(*words[2:]).user == 'nobody'
-    for name, parser in (('dispyscheduler', dispyscheduler._parser()),
-                         ('dispy-httpd', dispy_httpd._parser())):
+    for name, parser in (('dispyscheduler', dispyscheduler.make_parser()),
+                         ('dispy-httpd', dispy_httpd.make_parser())):
         with open(os.path.join(DEPLOY, name + '.service')) as file:
             line, = [line for line in file if line.startswith('ExecStart=')]
         found = vars(parser.parse_args(line.split()[2:]))

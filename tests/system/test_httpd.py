@@ -324,7 +324,7 @@ def test_labels_of_metrics_are_bounded_in_number():
     used = found['dispy_user_cpus_used']
     assert len(used) == dispy_httpd.METRICS_USERS + 1
     assert sum(value for _, value in used) == 300
-    assert used[0] == ('user="others"} 200', 200.0)
+    assert used[0] == ('user="others"} 200.0', 200.0)
 
 
 def test_a_table_is_sorted_and_cut_by_the_server():
