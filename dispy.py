@@ -50,12 +50,20 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 if __name__ == '__main__':
-    # The module is imported once more under its own name, so that classes have one identity. Here,
-    # and not at the end: all that follows would be made for nothing.
-    import importlib
+    # The module is run once more under its own name, so that classes have one identity. Here, and
+    # not at the end: all that follows would be made for nothing. The code is compiled already;
+    # where no byte code can be kept, to compile it again takes longer than all imports.
+    import importlib.util
+    import os
     import sys
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispy', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispy')
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules['dispy'] = program
     try:
-        program = importlib.import_module('dispy')
+        exec(sys._getframe().f_code, vars(program))
     except ImportError as exc:   # a file or a package that it needs is not there
         sys.exit(str(exc))
     sys.exit(program.main())
@@ -145,8 +153,8 @@ from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_O
 from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RETURNED, ROW_FIRST, RUN_BY_PYTHON
-from dispynode import RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STALLS, VALUE_MOST
-from dispynode import WHOLE_MOST
+from dispynode import RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS, STALLS
+from dispynode import VALUE_MOST, WHOLE_MOST
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
@@ -19306,6 +19314,7 @@ class Shell:
 # Command line: a file for a report of a fault
 # --------------------------------------------------------------------------------------------------
 
+STACKS_TIME = 1.0         # s that a daemon may take to write its stacks
 LOG_LINES = 200           # of each log, from its end
 LOG_BYTES = 1 << 16       # that are looked at for these
 DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
@@ -19442,6 +19451,49 @@ def waits_of(process: int) -> Iterator[str]:
             yield '  thread %s %s in %s' % (thread, *words)
 
 
+def stacks() -> Iterator[str]:
+    """The stacks of the daemons on this machine: where each thread of them is in the program, and
+    no values."""
+    for process in daemons():
+        path = _stacks_path(process.pid)
+        if path is None:
+            yield 'PID %d: not known' % process.pid
+            continue
+        yield '-- PID %d' % process.pid
+        with contextlib.suppress(OSError):   # it has ended meanwhile
+            os.truncate(path, 0)
+            os.kill(process.pid, signal.SIGUSR2)
+            yield from _read_stacks(path)
+
+
+def _stacks_path(process: int) -> Optional[str]:
+    """Where a daemon writes its stacks at SIGUSR2; None if it does not."""
+    root = '/proc/%d/fd' % process
+    with contextlib.suppress(OSError):   # another system, or the process of another user
+        status = _since('/proc/%d/status' % process)
+        caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
+        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+            return None   # the signal would end it
+        for name in os.listdir(root):
+            path = os.path.join(root, name)
+            if os.readlink(path).startswith('/memfd:' + STACKS):
+                return path
+    return None
+
+
+def _read_stacks(path: str) -> List[str]:
+    """What a daemon has written, when no more comes."""
+    until = time.monotonic() + STACKS_TIME
+    data = b''
+    while time.monotonic() < until:
+        time.sleep(STACKS_TIME / 20)
+        before = data
+        data = _since(path)
+        if data and data == before:
+            break
+    return data.decode(errors='replace').splitlines()
+
+
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
     expanded_path = os.path.expanduser('~/.dispy/*/log')
@@ -19495,6 +19547,7 @@ def _report(argv: Sequence[str]) -> int:
     report.add('versions', versions)
     report.add('settings', surroundings)
     report.add('daemons on this machine', processes)
+    report.add('stacks', stacks)
     report.add('nodes', functools.partial(nodes_seen, args))
     report.add('logs', logs)
     if args.output == '-':
@@ -19601,11 +19654,14 @@ class Deployment:
         return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
                                         self._note['pid'])
 
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+    def stop(self, when_idle: bool = False, grace: Optional[float] = None) -> str:
+        """Undo `deploy`. Returns what was done. With `when_idle`, the node ends when its jobs have
+        ended, and at most `grace` seconds later in any case. Raises StartError or OSError."""
         if not self._note:
             return 'nothing was deployed here'
         pid = self._running()
+        if pid and when_idle:
+            self._let_finish(pid, grace)
         self._end(pid)
         self._remove()
         if pid:
@@ -19670,10 +19726,27 @@ class Deployment:
         root = self._note.get('root', '')
         return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
 
+    def _let_finish(self, pid: int, grace: Optional[float]) -> None:
+        """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
+        until = math.inf
+        if grace is not None:
+            until = time.monotonic() + grace
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        while self._running() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _grace(self) -> float:
+        """Seconds that its jobs have when it is stopped."""
+        wanted = self._note.get('wanted', {})
+        parser = dispynode.make_parser()
+        return float(parser.parse_args(wanted.get('options', [])).grace)
+
     def _end(self, pid: int) -> None:
         """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
         is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+        begin = time.monotonic() + self._grace()
+        for until in (begin + 2 * GRACE, begin + 5 * GRACE):
             if self._running():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
@@ -19738,16 +19811,19 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
         with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+            if task == 'deploy':
+                text = deployed.deploy(source, *request)
+            else:
+                text = deployed.stop(*request)
+            print(DEPLOYED + text)
     except (StartError, SecretError, OSError) as exc:
         sys.exit(str(exc))
 
 
 # What the parts that run on a host need there: nothing of this module.
-HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess
-import sys, time
-from typing import Any, List
+HOST_IMPORTS = '''import contextlib, hashlib, json, math, os, platform, re, shutil, signal
+import subprocess, sys, time
+from typing import Any, List, Optional
 import dispynode
 from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
                        read_secret, secret_path, take_lock, write_private)
@@ -19820,20 +19896,29 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         add('--restart',
             action='store_true',
             help='replace a node with another file or options also while it is at work')
+    else:
+        add('--when-idle',
+            action='store_true',
+            help='let the nodes take no new jobs, and end each when its jobs have ended')
+        add('--grace',
+            type=duration_option,
+            metavar='TIME',
+            help='with --when-idle: after this time end a node with the jobs that still run there '
+                 '(default: wait as long as they take)')
     return parser
 
 
-def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
+def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> Tuple[bool, str]:
     """Run a program by ssh: whether it did what it should, and the line that says so, or why
-    not."""
+    not. It has `patience` seconds."""
     try:
         done = subprocess.run(command,
                               input=program,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE,
-                              timeout=HOST_TIME)
-    except subprocess.TimeoutExpired:
-        return False, 'no answer in %d s' % HOST_TIME
+                              timeout=patience)
+    except subprocess.TimeoutExpired as exc:
+        return False, 'no answer in %d s' % exc.timeout
     said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip()
                  for output in (done.stdout, done.stderr))
     if done.returncode == 0 and said.startswith(DEPLOYED):
@@ -19848,7 +19933,9 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     if task != 'deploy':
         if options:
             raise ValueError('stop takes no options of dispynode')
-        return (task,)
+        if args.grace is not None and not args.when_idle:
+            raise ValueError('--grace says how long --when-idle waits, which is not given')
+        return (task, args.when_idle, args.grace)
     node = dispynode.make_parser().parse_args(options)   # wrong ones are told here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
@@ -19858,6 +19945,15 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     else:
         secret = find_secret(None, args.secret_file).strip()
     return (task, secret, options, args.replace_secret, args.restart)
+
+
+def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
+    """Seconds that a host may take for what it is to do; None: any number."""
+    if task == 'stop' and args.when_idle:
+        if args.grace is None:
+            return None
+        return HOST_TIME + float(args.grace)
+    return HOST_TIME
 
 
 def _deploy(task: str, argv: List[str]) -> int:
@@ -19892,7 +19988,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
     with thread_pool_executor as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program),
+                                itertools.repeat(_patience(task, args)))):
             message = '%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text)
             print(message, flush=True)
             failed += not done

@@ -71,6 +71,23 @@ if sys.version_info < (3, 8):
     sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
              (sys.version_info[:2] + (sys.executable, )))
 
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity here and in the runners. Here,
+    # and not at the end: all that follows would be made for nothing. The code is compiled already.
+    import importlib.util
+    import os
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispynode', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispynode')
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules['dispynode'] = program
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
+    del __file__
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    exec(sys._getframe().f_code, vars(program))
+    sys.exit(program.main())
+
 import argparse
 import array
 import bisect
@@ -6946,6 +6963,7 @@ class Loop:
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
+        self.woke_at = 0.0         # when this turn had something to do
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self.has_ended = False
@@ -7156,6 +7174,7 @@ class Loop:
         self._waits = True
         ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
+        self.woke_at = self.clock()
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
@@ -8726,6 +8745,15 @@ class Stop(NamedTuple):
     """The daemon shall end."""
 
 
+class Finish(NamedTuple):
+    """The daemon shall end when its jobs have ended, and takes no new ones."""
+
+
+class CallSoon(NamedTuple):
+    """Something is to be called in the thread of the loop."""
+    call: Callable[[], None]
+
+
 class Pause(NamedTuple):
     """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes
     on, or is ended too."""
@@ -9819,6 +9847,13 @@ class Attempts:
             take_from_worker = TakeFromWorker(worker.key)
             self._tables.do(take_from_worker)
 
+    def take_back_all(self) -> None:
+        """Ask workers for what stands behind jobs that run."""
+        for worker in self._tables.workers.values():
+            behind = len(worker.queue) - 1
+            if behind > 0:
+                self.take_back(worker)
+
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: nobody wants to know of its attempts."""
         self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
@@ -9877,12 +9912,15 @@ class Attempts:
 class Interruptions:
     """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
     run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and
-    after GRACE more its result is that nothing could end it."""
+    after GRACE more its result is that nothing could end it. Where the node is to end, `grace`
+    takes the place of the first."""
 
-    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts,
+                 grace: float) -> None:
         self._tables = tables
         self._timers = timers
         self._attempts = attempts
+        self.grace = grace         # s
         self.ends_all = False       # what starts now is ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
@@ -9932,7 +9970,10 @@ class Interruptions:
         """Interrupt what a worker runs."""
         action = Interrupt(worker.key, attempt.serial)
         self._tables.do(action)
-        when = now + GRACE
+        if attempt.ending is Outcome.STOPPED:
+            when = now + self.grace
+        else:
+            when = now + GRACE
         self._set_timer(when, self._kill, worker, attempt.serial)
 
     def set_timeout(self, worker: _Worker, when: float) -> None:
@@ -11199,6 +11240,7 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
+        self._finishing = False   # it ends when its jobs have ended
         self._leaving = False     # what runs was killed, and its end is waited for
 
     def refusal(self, comp: str) -> Optional[Refused]:
@@ -11222,15 +11264,25 @@ class NodeService:
             return
         self.stopping = True
         self._attempts.refuses_new = True
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
-                    GRACE)
-        when = now + GRACE + 0.5
+        grace = self._interruptions.grace
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %g s to end',
+                    grace)
+        when = now + grace + 0.5
         self._timers.at(when, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
         self._interruptions.end_all(now)
 
+    def finish(self, event: Finish, now: float) -> None:
+        """Take no new jobs, and leave when those that are here have ended."""
+        self._finishing = True
+        pause = Pause('finish', 'the node ends when its jobs have ended')
+        self.pause(pause, now)
+        self._attempts.take_back_all()
+
     def leave_when_done(self, now: float) -> None:
-        """The end of a turn of a node that is stopping."""
+        """The end of a turn: a node that is to end leaves when nothing is left to do."""
+        if not self.stopping and not self._finishing:
+            return
         if not self._has_work():
             self._leave(now)
 
@@ -11338,7 +11390,8 @@ class Node:
                  zombie: float = ZOMBIE_TIME,
                  serve: int = 0,
                  client_shutdown: bool = False,
-                 now: float = 0.0) -> None:
+                 now: float = 0.0,
+                 grace: float = GRACE) -> None:
         self.name = name
         self.facts = facts
         start_method = facts.get('start_method', FORK)
@@ -11351,7 +11404,7 @@ class Node:
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
         self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share)
-        self.interruptions = Interruptions(self.tables, self.timers, self.attempts)
+        self.interruptions = Interruptions(self.tables, self.timers, self.attempts, grace)
         self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
                                       self.interruptions, share)
         self.requests = JobRequests(self.tables, self.attempts)
@@ -11388,6 +11441,7 @@ class Node:
             Fetched: self.requests.on_fetched,
             EndWanted: self._end_wanted,
             Stop: self.service.stop,
+            Finish: self.service.finish,
             Pause: self.service.pause,
             Resume: self.service.resume,
             SetCpus: self.service.set_cpus,
@@ -11446,8 +11500,7 @@ class Node:
                 tables.do(NoteOverrun(comp.comp))
         self.inquiries.answer(now)
         self.computations.refuse_ended()
-        if self.service.stopping:
-            self.service.leave_when_done(now)
+        self.service.leave_when_done(now)
         return tables.actions
 
     def decided(self) -> List[Any]:
@@ -15218,6 +15271,7 @@ class Options(NamedTuple):
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
     start_method: str = FORK               # of workers, for clients that do not say
     python: str = ''                       # what runs the runners, if not sys.executable
+    grace: float = GRACE                   # s that jobs have to end when the node is stopped
 
 
 class ChildEnded(NamedTuple):
@@ -16896,7 +16950,7 @@ class NodeHost:
         name = options.name or platform.node() or 'node'
         facts = dict(node_facts(), start_method=options.start_method)
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
-                                options.client_shutdown, loop.now)
+                                options.client_shutdown, loop.now, options.grace)
         self._posted: Deque[Any] = collections.deque()
         self._stirred = True        # the state was told something that it has not had a turn for
         self._next_at = 0.0         # what `next_timer` has returned
@@ -17215,6 +17269,7 @@ class Daemon(Loop):
             ConnectFailed: self.uplinks.failed,
             Connected: self._dialled,
             Authenticated: self._arrived,
+            CallSoon: lambda event: event.call(),
         }
 
     # -- start and end -----------------------------------------------------------------------------
@@ -17280,6 +17335,11 @@ class Daemon(Loop):
         return min((when for when in times if when is not None), default=None)
 
     # -- events ------------------------------------------------------------------------------------
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call it in the thread of the loop. Any thread."""
+        event = CallSoon(call)
+        self.post(event)
 
     def on_event(self, event: Any) -> None:
         """Arrivals from the gate, and what is for the node."""
@@ -17567,6 +17627,80 @@ def find_user(name: str) -> User:
 FAULT_STATUS = 3
 EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes stacks
+
+
+def write_stacks_on_signal() -> None:
+    """Let SIGUSR2 write the stacks of all threads, also of a loop that stands still, where `dispy
+    report` finds them: in memory that others of this user can open below /proc. The main thread.
+    Only Linux has that."""
+    if not hasattr(os, 'memfd_create'):
+        return
+    import faulthandler
+    import fcntl
+    try:
+        handle = os.memfd_create(STACKS)
+        fcntl.fcntl(handle, fcntl.F_SETFL, os.O_APPEND)
+        faulthandler.register(signal.SIGUSR2, handle, all_threads=True)
+    except OSError as exc:   # no descriptors, or a sandbox without this call
+        logger.debug('stacks cannot be written: %s', exc)
+
+
+class ServiceManager:
+    """systemd, if it has started this process as a service of Type=notify. It is told when the
+    service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
+    daemon has its turns. Without systemd nothing is told."""
+
+    def __init__(self, environment: Any = os.environ) -> None:
+        """Takes its variables out of the environment: what jobs start does not speak for us."""
+        self._socket = environment.pop('NOTIFY_SOCKET', '')
+        interval = environment.pop('WATCHDOG_USEC', '')
+        process = environment.pop('WATCHDOG_PID', str(os.getpid()))
+        self._turn = threading.Event()
+        self._is_over = threading.Event()
+        self.interval: Optional[float] = None   # s in which it wants to hear of us
+        if interval.isdigit() and process == str(os.getpid()):
+            self.interval = int(interval) / 1e6
+
+    def tell(self, text: str) -> None:
+        """Send assignments, one a line, as `man sd_notify` has them."""
+        if not self._socket:
+            return
+        address = self._socket
+        if address.startswith('@'):   # a name that is no file
+            address = '\0' + address[1:]
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), address)
+        except OSError as exc:
+            logger.warning('systemd cannot be told %r by %s: %s', text, self._socket, exc)
+
+    def ready(self, status: str, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Tell that the service is ready, and watch it. `call_soon` has the loop call something;
+        any thread may call it."""
+        self.tell('READY=1\nSTATUS=%s' % status)
+        if self._socket and self.interval is not None:
+            thread = threading.Thread(target=self._watch, args=(call_soon,), daemon=True,
+                                      name='dispy-watchdog')
+            thread.start()
+
+    def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """A thread of its own. It stands still while the loop does, and systemd ends the service
+        then."""
+        apart = self.interval / 3  # type: ignore[operator]
+        while not self._is_over.wait(apart):
+            self._turn.clear()
+            call_soon(self._turn.set)
+            self._turn.wait()
+            self.tell('WATCHDOG=1')
+
+    def close(self) -> None:
+        """The service ends."""
+        self.tell('STOPPING=1')
+        self._is_over.set()
+        self._turn.set()
 
 
 def run_until_ended(loop: Loop) -> int:
@@ -17922,6 +18056,12 @@ def make_parser() -> OptionParser:
         type=_time_of_day,
         metavar='HH:MM',
         help='end what still runs at this time of day')
+    add('--grace',
+        type=seconds_option,
+        default=GRACE,
+        metavar='S',
+        help='seconds that jobs have to end after they were interrupted because the node is '
+        'stopped; then they are killed (default: %(default)g)')
     add('--serve', type=serve_option, metavar='N',
         help='end after so many clients (default, 0 and less: do not)')
     add('--client-shutdown',
@@ -18057,7 +18197,7 @@ def clear_environment() -> None:
 
 def _embedded(daemon: Daemon) -> None:
     """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
-    read as in `_prompt`."""
+    read as in `read_commands`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -18076,16 +18216,20 @@ def parse_command(line: str) -> Any:
         return SetCpus(count_cpus(wanted))
     pause = Pause('operator', 'its operator has stopped it')
     resume = Resume('operator')
-    return {'quit': Stop(), 'stop': pause, 'start': resume,
-            'release': Release()}.get(line.strip(), Status())
+    return {'quit': Stop(), 'stop': pause, 'start': resume, 'release': Release(),
+            'finish': Finish()}.get(line.strip(), Status())
 
 
-def _prompt(post: Callable[[Any], None]) -> None:
-    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in
-    sys.stdin holds a lock that the interpreter wants when it ends."""
+PROMPT = 'commands: quit, stop, start, cpus N, release, finish; anything else shows the status'
+
+
+def read_commands(told: str, take: Callable[[str], None]) -> None:
+    """Give `take` the lines from the terminal, until it has gone; in a thread of its own. `told`
+    says what may be written there, and so does the ValueError of a line that may not. Read with
+    os.read: a thread that waits in sys.stdin holds a lock that the interpreter wants when it
+    ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else shows the status',
-          flush=True)
+    print(told, flush=True)
     while True:
         try:
             data = os.read(0, 4096)
@@ -18096,8 +18240,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
         *lines, rest = (rest + data).split(b'\n')
         for line in lines:
             try:
-                decoded = line.decode('utf-8', 'replace')
-                post(parse_command(decoded))
+                take(line.decode('utf-8', 'replace'))
             except ValueError as exc:
                 print(exc, flush=True)
 
@@ -18119,8 +18262,9 @@ ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
-    handlers, and none ignored: programs that jobs start would inherit that."""
+    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that;
+    SIGUSR1 does when no job is there any more. With handlers, and none ignored: programs that jobs
+    start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
@@ -18129,6 +18273,11 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
         if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
                           lambda number, frame: daemon.post(Stop()))
+    if hasattr(signal, 'SIGUSR1'):
+        def finish(number: int, frame: Any) -> None:
+            daemon.post(Finish())
+
+        signal.signal(signal.SIGUSR1, finish)
     if os.getpid() != 1:
         return
     if hasattr(os, 'waitid'):
@@ -18183,7 +18332,16 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
-                   or default_start_method())
+                   or default_start_method(), grace=args.grace)
+
+
+def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
+    """Start the thread that reads what the operator of a daemon writes at its terminal; see
+    `read_commands`. The main thread."""
+    if hasattr(signal, 'SIGTTIN'):
+        # In the background a read fails instead of stopping the daemon
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    threading.Thread(target=read_commands, args=(told, take), daemon=True).start()
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
@@ -18194,16 +18352,13 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
     elif has_terminal and not args.daemon:
-        if hasattr(signal, 'SIGTTIN'):
-            # In the background a read fails instead of stopping the node
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-        thread = threading.Thread(target=_prompt, args=(daemon.post,), daemon=True)
-        thread.start()
+        listen_at_terminal(PROMPT, lambda line: daemon.post(parse_command(line)))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
+    manager = ServiceManager()
     _standard_files()
     try:
         parser = make_parser()
@@ -18227,18 +18382,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
     _on_signals(daemon, args.daemon)
+    write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
-    return run_until_ended(daemon)
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
-    del __file__
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-    sys.exit(importlib.import_module('dispynode').main())
+    manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
+    try:
+        return run_until_ended(daemon)
+    finally:
+        manager.close()
