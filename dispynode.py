@@ -260,6 +260,7 @@ RECEIVE_BUDGET = 256 << 20
 
 UNITS_MOST = 1 << 16          # of one resource
 RESOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_.-]{0,63}')
+NOT_RESOURCES = frozenset(('cpu', 'cpus', 'memory'))
 GPU = 'gpu'                   # the resource whose units are devices, which jobs are shown
 AUTO = 'auto'                 # as many as there are
 
@@ -15406,6 +15407,9 @@ def find_offer(words: Sequence[str], search: Optional[GpuSearch] = None,
             message = ('--resource %.200s: it must be NAME=N, with a name of letters, digits, _, . '
                        'and - and a whole number, or gpu=auto' % word)
             raise ValueError(message)
+        if name in NOT_RESOURCES:
+            raise ValueError('--resource %.200s: CPUs are offered by --cpus, and memory is that of '
+                             'the host' % word)
         if name in counts:
             raise ValueError('--resource %.200s: %s is given twice' % (word, name))
         if is_auto:

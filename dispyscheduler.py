@@ -1124,6 +1124,7 @@ class ClientComputation(NodeUser):
         self.cloudpickle = shared['cloudpickle']
         recovers = bool(shared['recovers'])
         self.absence = Absence(recovers, shared['process'])
+        self._waits_told: Set[str] = set()   # why jobs wait
         # Whether another process may come for the results, see `dispy.Trail`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
@@ -1350,7 +1351,10 @@ class ClientComputation(NodeUser):
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
-        self.warn('a job waits: %s' % text)
+        if text not in self._waits_told:
+            self._waits_told.add(text)
+            self.warn('a job waits: %s. It begins when a node comes that has it. This is said once '
+                      'for all jobs like it' % text)
 
     def job_goes_on(self, work: Any) -> None:
         """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
@@ -2307,6 +2311,7 @@ class ProgramLinks(Part):
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
         facts['memory'] = scheduler.instance.hex()
+        facts['resources'] = {}   # jobs may ask for some, which are counted here
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
