@@ -2896,30 +2896,35 @@ class Placement:
 
     def _park(self, comp: ComputationLoad) -> None:
         """What no node can take shall not stop those behind it."""
-        for line in comp.shared_queues():
+        for line in (*comp.shared_queues(), *comp.pinned.values()):
             work = line.head()
-            while work is not None and work.options:
-                text = self._lack(comp, work)
-                if not text:
-                    break
-                comp.too_wide.append(line.pop())
-                self._books.do(JobParked(work, text))
+            while work is not None and work.options and self.is_parked(comp, work):
+                line.pop()
                 work = line.head()
-        for key, line in comp.pinned.items():
-            if line.length and key in comp.nodes:
-                self._park_pinned(comp, comp.nodes[key], line)
 
-    def _park_pinned(self, comp: ComputationLoad, node: NodeLoad, line: _Queue) -> None:
-        """The same for jobs that are for one node alone."""
-        work = line.head()
-        while work is not None and node.away is None and node.limits[comp.comp] > 0:
-            text = lack_at([node], comp, cpus_of(work), needs_of(work))
-            if not text:
-                break
-            comp.too_wide.append(line.pop())
-            text = '%s; it is for node %s alone' % (text, node.name)
+    def is_parked(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether a job needs more than any node has, for which it waits beside its queue. That is
+        told."""
+        pinned = None
+        if not comp.remote:
+            pinned = work.options.get('node')  # type: ignore[union-attr]
+        if pinned is None:
+            text = self._lack(comp, work)
+        else:
+            text = self._lack_there(comp, work, pinned)
+        if text:
+            comp.too_wide.append(work)
             self._books.do(JobParked(work, text))
-            work = line.head()
+        return bool(text)
+
+    @staticmethod
+    def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
+        """Why this node alone can never run a job; empty if it can, or cannot be used now."""
+        node = comp.nodes.get(key)
+        if node is None or node.away is not None or not node.limits[comp.comp] > 0:
+            return ''
+        text = lack_at([node], comp, cpus_of(work), needs_of(work))
+        return text and '%s; it is for node %s alone' % (text, node.name)
 
     @staticmethod
     def _lack(comp: ComputationLoad, work: ScheduledJob) -> str:
@@ -3571,6 +3576,8 @@ class Schedule:
             if comp.unloadable:
                 move_job(work, 'fail')
                 books.do(JobEnded(work, comp.unloadable))
+                continue
+            if work.options and self._placement.is_parked(comp, work):
                 continue
             comp.queue_of(work).push(work)
             books.waiting[comp.comp] = comp
@@ -7235,7 +7242,8 @@ class NodeAllocate:
         port: Optional[int] = None,
         cpus: int = 0,
         depends: Sequence[Any] = (),
-        setup_args: Sequence[Any] = ()) -> None:
+        setup_args: Sequence[Any] = ()
+    ) -> None:
         self.host = host
         self.setup_args = setup_args
         # A list of its own, to which `allocate` may add. What is no list is refused later.
@@ -10602,15 +10610,10 @@ class Connector:
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
-                gate = Acceptor((host, port),
-                            self._psk,
-                            Role.SCHEDULER, (Role.NODE, ),
-                            self._driver.instance,
-                            self._driver.post,
-                            access.certfile,
-                            access.keyfile,
-                            access.cafile,
-                            refused=self._on_rejected)
+                gate = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
+                                self._driver.instance, self._driver.post,
+                                access.certfile, access.keyfile, access.cafile,
+                                refused=self._on_rejected)
             except OSError as exc:
                 taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
@@ -10796,8 +10799,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        self._driver.send(peer.link,
-                         ClientHello(self._driver.policy.introduction(), self._driver.access.pulse))
+        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
         """A node has dialled."""
@@ -12295,7 +12298,7 @@ class NodeQueries:
     def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
         """One of them."""
         return NodeInfo(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
-                       peer.offered, peer.facts_now())
+                        peer.offered, peer.facts_now())
 
     def explain_no_nodes(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
@@ -16106,7 +16109,7 @@ class SharedProgramCluster(ProgramCluster):
             return
         host, port, name = node
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
-                                             {})
+                                              {})
 
     def answer_to(self, name: str, args: tuple) -> Any:
         """Return what a scheduler asks; it also asks for the source and for the program's

@@ -178,6 +178,7 @@ PULSES_LOST = 5               # silent pulses after which a link is broken
 PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
+END_TIME = 2.0                # s that workers which were killed may take to end
 CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these take at most
@@ -871,7 +872,7 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
 
 
 def batches(kind: Callable[[str, list], Any], comp: str,
-           rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
+            rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
     """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
     bytes."""
     some = []
@@ -1960,7 +1961,7 @@ class Sealed(NamedTuple):
 
 
 def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
-         share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
+          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
     copied.
 
@@ -3534,9 +3535,8 @@ def keeps_identity(value: Any) -> bool:
         return True
     if kind is types.SimpleNamespace:
         return True
-    if isinstance(
-            value,
-        (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
+    if isinstance(value, (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset,
+                          BaseException)):
         return False
     own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
            '__getnewargs_ex__')
@@ -8219,7 +8219,7 @@ class Discovery:
         return body + digest
 
     def parse(self, data: bytes, source: str,
-             now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+              now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
         data_length = len(data)
@@ -8562,6 +8562,7 @@ class Stage(enum.Enum):
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
     READY = 'ready'
+    ENDING = 'ending'          # what runs is killed: it is to be known what had begun
     CLOSING = 'closing'        # workers end, cleanup runs
 
 
@@ -8570,7 +8571,17 @@ STAGE_TABLE = {
     (Stage.RECEIVING, 'complete'): Stage.STARTING, (Stage.STARTING, 'up'): Stage.READY,
     (Stage.PREPARING, 'close'): Stage.CLOSING, (Stage.RECEIVING, 'close'): Stage.CLOSING,
     (Stage.STARTING, 'close'): Stage.CLOSING, (Stage.READY, 'close'): Stage.CLOSING,
+    (Stage.READY, 'end'): Stage.ENDING, (Stage.ENDING, 'close'): Stage.CLOSING,
 }
+
+
+class ForcedEnd(NamedTuple):
+    """Why a computation ends while its jobs run: a reason (see REASONS) and a text for its client,
+    and the outcome and text of the jobs that had begun."""
+    code: str
+    text: str
+    outcome: Outcome
+    job_text: str
 
 
 # Events: what the shell tells the state.
@@ -9073,6 +9084,7 @@ class _Computation:
         self.client_name = str(client)[:NAME_MOST]
         self.user = self.client_name   # whose it is, for people
         self.stage = Stage.PREPARING
+        self.forced_end: Optional[ForcedEnd] = None
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
         self.unacknowledged: Dict[int, tuple] = {}
@@ -9777,7 +9789,7 @@ class Attempts:
             return
         if comp.link != link:
             return
-        if self.refuses_new:
+        if self._refuses_jobs(comp):
             self._return_all(comp, message)
             return
         row_count = len(rows)
@@ -9813,6 +9825,9 @@ class Attempts:
         if attempt.cpus > self._cpus.most:
             return 'the job wants %d CPUs and the node has %d' % (attempt.cpus, self._cpus.most)
         return self._units.lack(attempt.resources, 'node %s' % self._tables.name)
+
+    def _refuses_jobs(self, comp: _Computation) -> bool:
+        return self.refuses_new or comp.stage is Stage.ENDING
 
     def _return_all(self, comp: _Computation, message: Jobs) -> None:
         serials = [row[0] for row in message.rows]
@@ -10567,33 +10582,31 @@ class CpuScheduler:
         elif worker.queue and worker.queue[0] is not head:
             self._on_job_started(worker, now)
 
-    def fail_running(self, comp: _Computation, text: str) -> None:
-        """What runs has failed with this text; what waits was never started."""
-        attempts = self._attempts
-        for worker in list(comp.workers.values()):
+    def kill_running(self, comp: _Computation) -> bool:
+        """Kill the workers of a computation that have jobs: when they have ended, it is known what
+        they had begun. Returns whether there are any."""
+        killed = False
+        for worker in comp.workers.values():
             if worker.queue:
-                head = worker.queue[0]
-                rest = list(worker.queue)[1:]
-                attempts.finish(comp, (head.serial, int(
-                    Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
-                self._cpus.free += head.cpus
-                worker.queue.clear()
-                comp.waiting.extend(rest)
-        attempts.return_waiting(comp)
+                kill = Kill(worker.key)
+                self._tables.do(kill)
+                killed = True
+        return killed
 
-    def fail_stopped(self) -> None:
-        """The node ends or is taken from its holder: what runs has failed, and the rest was never
-        started."""
-        for worker in self._tables.workers.values():
-            queue = list(worker.queue)
-            if not queue:
+    def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
+        """Nobody tells what had begun: what stands first at a worker has failed, and the rest was
+        never started."""
+        attempts = self._attempts
+        for worker in comp.workers.values():
+            if not worker.queue:
                 continue
-            if worker.comp.stage is not Stage.READY:
-                continue
-            text = ENDING_TEXT[Outcome.STOPPED].encode()
-            row = (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0, text, b'', b'')
-            self._attempts.finish(worker.comp, row)
-            worker.comp.waiting.extend(queue[1:])
+            head = worker.queue.popleft()
+            self._cpus.free += head.cpus
+            data = text.encode('utf-8', 'replace')
+            attempts.finish(comp, (head.serial, int(outcome), 0.0, 0.0, data, b'', b''))
+            comp.waiting.extend(worker.queue)
+            worker.queue.clear()
+        attempts.return_waiting(comp)
 
     # -- workers -----------------------------------------------------------------------------------
 
@@ -10689,11 +10702,7 @@ class CpuScheduler:
                 self._share.charge(comp, used)
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
-            ending = attempt.ending or Outcome.DIED
-            if ending is Outcome.DIED:
-                text = event.text
-            else:
-                text = attempt.ending_text(ending)
+            ending, text = self._how_it_ended(attempt, comp, event.text)
             data = text.encode('utf-8', 'replace')
             printed = (bytes(event.stdout), bytes(event.stderr))
             attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, data, *printed))
@@ -10705,6 +10714,16 @@ class CpuScheduler:
         queue_length = len(worker.queue)
         if worker.jobs_given == queue_length:
             comp.startup_failures += 1
+
+    @staticmethod
+    def _how_it_ended(attempt: Attempt, comp: _Computation, text: str) -> Tuple[Outcome, str]:
+        """The outcome of an attempt whose worker has ended, and the text of its error; `text` is
+        of the worker."""
+        if attempt.ending is not None:
+            return attempt.ending, attempt.ending_text(attempt.ending)
+        if comp.forced_end is not None:
+            return comp.forced_end.outcome, comp.forced_end.job_text
+        return Outcome.DIED, text
 
     def on_start_failed(self, event: WorkerStartFailed, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
@@ -11061,14 +11080,45 @@ class Computations:
         self._tables.reply(comp, refused)
         self.close(comp, at_once=True)
 
+    def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
+        """Refuse a computation while its jobs run. These are killed first: only when their workers
+        have ended, it is known which had begun and have failed, and which wait again elsewhere."""
+        if comp.stage in (Stage.ENDING, Stage.CLOSING):
+            return
+        comp.forced_end = forced_end
+        if comp.stage is not Stage.READY:
+            self.refuse(comp, forced_end.code, forced_end.text)
+            return
+        comp.move('end')
+        self._attempts.return_waiting(comp)
+        self._scheduler.kill_running(comp)
+        when = now + END_TIME
+        self._set_timer(when, comp, self._end_late)
+
+    def _end_late(self, name: str, now: float) -> None:
+        """Workers that were killed have not ended."""
+        comp = self._tables.comps.get(name)
+        if comp is None or comp.stage is not Stage.ENDING:
+            return
+        forced_end = comp.forced_end
+        assert forced_end is not None   # it is set before the stage
+        self._scheduler.fail_running(comp, forced_end.outcome, forced_end.job_text)
+
+    def refuse_ended(self) -> None:
+        """Refuse the computations of which nothing runs any more."""
+        for comp in list(self._tables.comps.values()):
+            if comp.stage is not Stage.ENDING or comp.forced_end is None:
+                continue
+            if not any(worker.queue for worker in comp.workers.values()):
+                self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
+
     def on_faulted(self, event: Faulted, now: float) -> None:
         """A fault of ours has to do with a computation."""
         comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
-        if comp.stage is not Stage.CLOSING:
-            self._scheduler.fail_running(comp, event.text)
-            self.refuse(comp, 'fault', event.text)
+        forced_end = ForcedEnd('fault', event.text, Outcome.DIED, event.text)
+        self.end(comp, forced_end, now)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
         """The initializer has returned in a worker, or has failed there, as it would in all
@@ -11086,8 +11136,8 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         if error:
-            scheduler.fail_running(comp, error)
-            self.refuse(comp, 'initializer', error)
+            forced_end = ForcedEnd('initializer', error, Outcome.DIED, error)
+            self.end(comp, forced_end, now)
         else:
             scheduler.initialized(worker)
 
@@ -11137,6 +11187,8 @@ class Computations:
                 code = 'code'
             else:
                 code = event.code
+            if comp.forced_end is not None:
+                code, text = comp.forced_end[:2]
             self.refuse(comp, code, text)
             return
         logger.info('%s: its runner has ended%s', comp, text and ' (%s)' % text)
@@ -11322,6 +11374,7 @@ class Node:
         self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
+        self.leaving = False     # what runs was killed, and its end is waited for
         start_method = facts.get('start_method', FORK)
         self.tables = NodeTables(name, start_method)
         self.timers = Timers()
@@ -11427,6 +11480,7 @@ class Node:
                 note_overrun = NoteOverrun(comp.comp)
                 tables.do(note_overrun)
         self.inquiries.answer(now)
+        self.computations.refuse_ended()
         if self.stopping and not self._has_work():
             self._leave(now)
         return tables.actions
@@ -11487,12 +11541,19 @@ class Node:
             comp.begun = []
         self.results.deliver(comp)
 
+    def _runs_jobs(self) -> bool:
+        """Whether workers have jobs."""
+        workers = self.tables.workers.values()
+        return any(worker.queue for worker in workers)
+
     def _has_work(self) -> bool:
-        """Whether workers run jobs, or clients that are connected have not acknowledged results."""
+        """Whether workers have jobs, or clients that are connected have not acknowledged results;
+        once what runs was killed, these are not waited for."""
         tables = self.tables
-        workers = tables.workers.values()
-        if any(worker.queue for worker in workers):
+        if self._runs_jobs():
             return True
+        if self.leaving:
+            return False
         for comp in tables.comps.values():
             if not comp.unacknowledged:
                 continue
@@ -11707,7 +11768,8 @@ class Node:
         if self.stopping:
             self._leave(now)
             return
-        self.stopping = self.attempts.refuses_new = True
+        self.stopping = True
+        self.attempts.refuses_new = True
         logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
                     GRACE)
         when = now + GRACE + 0.5
@@ -11715,18 +11777,21 @@ class Node:
         self._offer(0)
         self.interruptions.end_all(now)
 
-    def _account(self) -> None:
-        """Answer for every attempt: what runs has failed, the rest was never started."""
-        self.scheduler.fail_stopped()
-        for comp in self.tables.comps.values():
-            self.attempts.return_waiting(comp)
-            self.results.deliver(comp)
-
     def _leave(self, now: float) -> None:
-        """Account for every attempt, then leave."""
+        """Kill what runs, wait until it is known what of it had begun, and leave."""
         tables = self.tables
-        self._account()
+        if not self.leaving and self._runs_jobs():
+            self.leaving = True
+            for comp in tables.comps.values():
+                self.scheduler.kill_running(comp)
+            when = now + END_TIME
+            self.timers.at(when, '', self._leave, is_wanted=lambda: True)
+            return
+        text = ENDING_TEXT[Outcome.STOPPED]
         for comp in tables.comps.values():
+            if comp.stage is not Stage.CLOSING:
+                self.scheduler.fail_running(comp, Outcome.STOPPED, text)
+            self.results.deliver(comp)
             self.results.spool(comp)
         for link in tables.links:
             drop = Drop(link, 'node stopped')
@@ -11776,10 +11841,11 @@ class Node:
         logger.info('taken from %s by the operator', self.lease.holder_text)
         until = now + RELEASE_COOLDOWN
         self.lease.cool_down(until)
-        self._account()
-        comps = self.tables.comps.values()
-        for comp in [comp for comp in comps if comp.stage is not Stage.CLOSING]:
-            self.computations.refuse(comp, 'released', RELEASED_TEXT)
+        text = ENDING_TEXT[Outcome.STOPPED]
+        forced_end = ForcedEnd('released', RELEASED_TEXT, Outcome.STOPPED, text)
+        for comp in list(self.tables.comps.values()):
+            self.computations.end(comp, forced_end, now)
+        self.computations.refuse_ended()
         self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
@@ -12172,6 +12238,13 @@ class Slots:
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
+
+    @staticmethod
+    def take_back(slots: Any) -> None:
+        """Note that the attempt that was noted last has not begun after all. Called by a worker."""
+        slots[0] = 0
+        slots[1] = 0
+        slots[2] -= 1
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
@@ -12823,6 +12896,10 @@ class WorkerPipe:
         for record in self.jobs:
             serials.append(record.serial)
         self.jobs.clear()
+        self.give_back_serials(serials)
+
+    def give_back_serials(self, serials: List[int]) -> None:
+        """Return jobs that have not started."""
         serial_count = len(serials)
         layout = '>%dQ' % serial_count
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack(layout, *serials))
@@ -13301,6 +13378,10 @@ class Worker:
         serial = record.serial
         self._interrupts.is_late = False
         Slots.begin(self._slots, serial)
+        if self._slots[1] == serial:   # it was to be ended before it came
+            Slots.take_back(self._slots)
+            self._pipe.give_back_serials([serial])
+            return
         if record.number != self._numeric.cpus:
             self._numeric.use(record.number, self._surroundings)
         start = time.time()
@@ -16738,9 +16819,8 @@ class ProcessHost:
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.arrived(record.number)
         self._let_go(run, record.number)
-        self._host.tell(
-            WorkerStartFailed(record.number,
-                         bytes(record.bodies[0]).decode('utf-8', 'replace')))
+        text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+        self._host.tell(WorkerStartFailed(record.number, text))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
         memory_exceeded = MemoryExceeded(record.number, record.serial)
@@ -17886,7 +17966,7 @@ class OldConfig:
         ('safe_setup', 'True'): [],
         ('scheduler_alg', 'fair_cluster'): ['--fair'],
         ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
-    # Its default; nodes were at the next port, as they are now
+        # Its default; nodes were at the next port, as they are now
         ('dispy_port', '9700'): []
     }
     NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
@@ -18118,9 +18198,8 @@ def _parser() -> OptionParser:
         action=Each,
         default=[],
         metavar='HOST[:PORT]',
-        help=
-        'connect to this scheduler, or client that listens (host=), and keep trying: for nodes '
-        'that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
+        help='connect to this scheduler, or client that listens (host=), and keep trying: for '
+        'nodes that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
     add('--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N',
         help='port of a --scheduler-host for which none is given (default: %(default)s)')
     add('--ipv4-udp-multicast',

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""SHA-256 of every file below a directory, computed on all CPUs; like `sha256sum` over `find`, spread out.
+"""SHA-256 of every file below a directory, computed on all CPUs; like `sha256sum` over `find`,
+spread out.
 
     python examples/checksum_tree.py DIR [--nodes HOST[:PORT] ...] [--output FILE]
 
-Without --nodes, a node is started on this machine. With nodes on other hosts, DIR must be reachable there under
-the same path (a shared file system), as it is the nodes that read the files.
+Without --nodes, a node is started on this machine. With nodes on other hosts, DIR must be reachable
+there under the same path (a shared file system), as it is the nodes that read the files.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import dispy
 
 
 def checksums(paths):
-    """The job: digests of some files. Returns a list of (path, bytes, digest or None, error or None)."""
+    """The job: digests of some files. Returns a list of (path, bytes, digest or None, error or
+    None)."""
     import hashlib
     found = []
     for path in paths:
@@ -59,8 +61,10 @@ def parse_node(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('directory', metavar='DIR')
-    parser.add_argument('--nodes', nargs='+', type=parse_node, default='local', metavar='HOST[:PORT]')
-    parser.add_argument('--output', metavar='FILE', help='write lines "digest  path" there, as sha256sum does')
+    parser.add_argument('--nodes', nargs='+', type=parse_node, default='local',
+                        metavar='HOST[:PORT]')
+    parser.add_argument('--output', metavar='FILE',
+                        help='write lines "digest  path" there, as sha256sum does')
     args = parser.parse_args()
     if not os.path.isdir(args.directory):
         parser.error('%s is not a directory' % args.directory)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Classes: a method as the computation, instances as arguments and as results; nothing has to be installed on nodes."""
+"""Classes: a method as the computation, instances as arguments and as results; nothing has to be
+installed on nodes."""
 
 import dispy
 

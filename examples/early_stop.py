@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Provisional results: many searches for the same thing; when one has come near enough, all are stopped."""
+"""Provisional results: many searches for the same thing; when one has come near enough, all are
+stopped."""
 
 import random
 
@@ -16,7 +17,8 @@ def search(seed, target):
             low = middle
         else:
             high = middle
-        dispy_provisional_result((high - low, (low + high) / 2))   # noqa: F821 - a name that every job knows
+        # A name that every job knows
+        dispy_provisional_result((high - low, (low + high) / 2))   # noqa: F821
 
 
 best = {'width': float('inf'), 'value': None}
@@ -35,4 +37,5 @@ def look(job):
 with dispy.JobCluster(search, nodes='local', job_status=look) as cluster:
     jobs = [cluster.submit(seed, 27) for seed in range(4)]
     cluster.wait()
-print('cube root of 27 is about %.6f; jobs are %s' % (best['value'], ', '.join(job.status_text() for job in jobs)))
+print('cube root of 27 is about %.6f; jobs are %s'
+      % (best['value'], ', '.join(job.status_text() for job in jobs)))

@@ -10,7 +10,8 @@ import dispy
 def upper(name):
     with open(name) as source, open('upper-' + name, 'w') as target:
         target.write(source.read().upper())
-    return dispy_send_file('upper-' + name)   # noqa: F821 - the file is on the client when this returns
+    # The file is on the client when this returns
+    return dispy_send_file('upper-' + name)   # noqa: F821
 
 
 with tempfile.TemporaryDirectory() as directory:

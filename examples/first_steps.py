@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The shortest program: a function, some inputs, all CPUs of this machine. Output and failures come back too."""
+"""The shortest program: a function, some inputs, all CPUs of this machine. Output and failures come
+back too."""
 
 import dispy
 

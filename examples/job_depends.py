@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Files and functions for one job alone: `dispy_job_depends`. One name is another thing in each job, and gone after it."""
+"""Files and functions for one job alone: `dispy_job_depends`. One name is another thing in each
+job, and gone after it."""
 
 import math
 import os

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What jobs print and log, while they run: `on_output` hears the one, the program's own logging the other."""
+"""What jobs print and log, while they run: `on_output` hears the one, the program's own logging the
+other."""
 
 import logging
 import sys
@@ -23,6 +24,7 @@ def heard(job, stream, text):
 
 
 logging.basicConfig(stream=sys.stdout, format='%(levelname)s %(message)s')
-with dispy.JobCluster(work, nodes='local', on_output=heard, forward_logs=True, loglevel=logging.WARNING) as cluster:
+with dispy.JobCluster(work, nodes='local', on_output=heard, forward_logs=True,
+                      loglevel=logging.WARNING) as cluster:
     for n in (3, 4):
         cluster.submit_job_id('of %d steps' % n, n)

@@ -30,4 +30,5 @@ with dispy.JobCluster(simulate, nodes=sys.argv[2:] or 'local') as cluster:
     cluster.wait()
     failed = [job for job in jobs if job.exception]
     server.shutdown()
-print('%d jobs, %d of them failed: %s' % (len(jobs), len(failed), failed[0].exception.splitlines()[-1] if failed else 'none'))
+print('%d jobs, %d of them failed: %s'
+      % (len(jobs), len(failed), failed[0].exception.splitlines()[-1] if failed else 'none'))

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Pi by throwing darts: a lazy stream of inputs with `map`, stopped when the estimate is good enough."""
+"""Pi by throwing darts: a lazy stream of inputs with `map`, stopped when the estimate is good
+enough."""
 
 import itertools
 import math
@@ -15,7 +16,8 @@ def throw(seed, darts=100000):
 
 inside = thrown = 0
 with dispy.JobCluster(throw, nodes='local') as cluster:
-    results = cluster.map(itertools.count(), in_flight=8)   # inputs without end; at most 8 jobs under way
+    # Inputs without end; at most 8 jobs under way
+    results = cluster.map(itertools.count(), in_flight=8)
     for hits, darts in results:
         inside, thrown = inside + hits, thrown + darts
         estimate, error = 4 * inside / thrown, 4 * math.sqrt(0.17 / thrown)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Priorities, and jobs that want several CPUs: what is urgent goes before what waits, whenever it was submitted."""
+"""Priorities, and jobs that want several CPUs: what is urgent goes before what waits, whenever it
+was submitted."""
 
 import time
 
@@ -13,8 +14,10 @@ def work(name, seconds):
 
 with dispy.JobCluster(work, nodes='local') as cluster:
     cluster.wait_nodes(1)
-    whole = cluster.status().nodes[0].cpus   # each job takes all CPUs of the node, so one runs at a time
-    cluster.submit('trial', 0.2, dispy_cpus=whole)()   # until it is known how long jobs take, a node has one more in hand
+    # Each job takes all CPUs of the node, so one runs at a time
+    whole = cluster.status().nodes[0].cpus
+    # Until it is known how long jobs take, a node has one more in hand
+    cluster.submit('trial', 0.2, dispy_cpus=whole)()
     jobs = [cluster.submit('any', 0.4, dispy_cpus=whole)]
     while jobs[0].status != dispy.DispyJob.Running:
         time.sleep(0.01)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How far it is: `progress=True` shows it on a terminal, as a bar if tqdm is installed; into a file or pipe, nothing."""
+"""How far it is: `progress=True` shows it on a terminal, as a bar if tqdm is installed; into a file
+or pipe, nothing."""
 
 import dispy
 

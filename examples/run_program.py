@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""A program instead of a function: it is copied to the nodes and run once per argument list; result is its exit status."""
+"""A program instead of a function: it is copied to the nodes and run once per argument list; result
+is its exit status."""
 
 import os
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Data that every job needs, loaded once a node by `setup` and shared by its jobs; results by callback as they come."""
+"""Data that every job needs, loaded once a node by `setup` and shared by its jobs; results by
+callback as they come."""
 
 import collections
 import os
@@ -38,7 +39,8 @@ def main():
     import tempfile
     with tempfile.TemporaryDirectory() as scratch:
         path = shutil.copy(directory, os.path.join(scratch, 'licence.txt'))
-        with dispy.JobCluster(count, nodes='local', setup=setup, depends=[path], job_status=ended) as cluster:
+        with dispy.JobCluster(count, nodes='local', setup=setup, depends=[path],
+                              job_status=ended) as cluster:
             for letter in 'abcdefghijklmnopqrstuvwxyz':
                 cluster.submit_job_id(letter, letter)
     print(', '.join('%s %d' % item for item in totals.most_common(5)))

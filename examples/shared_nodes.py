@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Two clusters share the nodes of a dispyscheduler: the one that comes later does not wait for the other's queue.
+"""Two clusters share the nodes of a dispyscheduler: the one that comes later does not wait for the
+other's queue.
 
     python dispynode.py &                           # on each host
     python dispyscheduler.py &                      # on one host
-    python examples/shared_nodes.py [HOST[:PORT]]   # of the scheduler; several programs may do this at once
+    python examples/shared_nodes.py [HOST[:PORT]]   # of the scheduler
+
+Several programs may do the last at once.
 """
 
 import sys
@@ -30,5 +33,6 @@ with dispy.SharedJobCluster(compute, scheduler_host=host) as many, \
     began = time.time()
     print('few: %s' % [job() for job in [few.submit(n) for n in range(4)]])
     waiting = sum(job.status != dispy.DispyJob.Finished for job in queue)
-    print('after %.1f s, while %d jobs of the other still wait or run' % (time.time() - began, waiting))
+    print('after %.1f s, while %d jobs of the other still wait or run'
+          % (time.time() - began, waiting))
     many.cancel_waiting()

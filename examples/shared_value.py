@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""A variable that the jobs of a node share: made once by `setup`, seen and changed by all processes there."""
+"""A variable that the jobs of a node share: made once by `setup`, seen and changed by all processes
+there."""
 
 import dispy
 
@@ -14,7 +15,8 @@ def setup():
 
 
 def primes(first, last):
-    """Primes of a range, until the jobs on this node have found as many as are wanted, all together."""
+    """Primes of a range, until the jobs on this node have found as many as are wanted, all
+    together."""
     mine = []
     for n in range(first, last):
         if all(n % divisor for divisor in range(2, int(n ** 0.5) + 1)):

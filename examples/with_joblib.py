@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""joblib over the nodes: `Parallel` as it is, in a `with` that names dispy; so does all of scikit-learn."""
+"""joblib over the nodes: `Parallel` as it is, in a `with` that names dispy; so does all of
+scikit-learn."""
 
 import math
 import sys

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Word count over text files, map and reduce: each job counts one file, the client adds up as they end.
+"""Word count over text files, map and reduce: each job counts one file, the client adds up as they
+end.
 
     python examples/word_count.py [FILE ...]
 """
@@ -19,7 +20,8 @@ def count(path):
 
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-paths = sys.argv[1:] or sorted(glob.glob(os.path.join(root, '*.py')) + glob.glob(os.path.join(root, '*.md')))
+paths = sys.argv[1:] or sorted(glob.glob(os.path.join(root, '*.py'))
+                               + glob.glob(os.path.join(root, '*.md')))
 total = collections.Counter()
 with dispy.JobCluster(count, nodes='local') as cluster:
     jobs = [cluster.submit(os.path.abspath(path)) for path in paths]
@@ -28,5 +30,6 @@ with dispy.JobCluster(count, nodes='local') as cluster:
             print(job.exception, file=sys.stderr)
         else:
             total.update(job.result)
-print('%d files, %d words, %d different; most of all: %s' % (
-    len(paths), sum(total.values()), len(total), ', '.join('%s %d' % item for item in total.most_common(3))))
+print('%d files, %d words, %d different; most of all: %s'
+      % (len(paths), sum(total.values()), len(total),
+         ', '.join('%s %d' % item for item in total.most_common(3))))

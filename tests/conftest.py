@@ -1,4 +1,5 @@
-"""What all tests share: only loopback, a secret and a home of the tests' own, and nothing may be left over."""
+"""What all tests share: only loopback, a secret and a home of the tests' own, and nothing may be
+left over."""
 
 import atexit
 import ctypes
@@ -17,11 +18,13 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests', 'faults')]   # the tools there are for others too
 os.environ['DISPY_DISCOVERY'] = 'loopback'
-# What a later Python will not do any more is an error in our modules; for this process setup.cfg says it.
+# What a later Python will not do any more is an error in our modules; for this process setup.cfg
+# says it.
 os.environ['PYTHONWARNINGS'] = ','.join(
     'error::%s:%s' % (kind, module) for kind in ('DeprecationWarning', 'PendingDeprecationWarning')
     for module in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd'))
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
+# as a shell starts what it puts into the background; programs started here would not hear it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
 WORKER = os.environ.get('PYTEST_XDIST_WORKER', '')   # a worker of `pytest -n`, or none
@@ -41,8 +44,8 @@ def take_network():
 
 
 def pytest_xdist_auto_num_workers(config):
-    """`pytest -n auto`: tests wait more than they compute, so that there are more processes than CPUs.
-    One process where workers would meet."""
+    """`pytest -n auto`: tests wait more than they compute, so that there are more processes than
+    CPUs. One process where workers would meet."""
     try:
         subprocess.run(['unshare', '--net', 'true'], check=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
@@ -53,9 +56,9 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that take long begin first: one that is begun last would be waited for alone. `worksteal`
-    gives each worker a part of the tests in their order, so each part begins with some of them. Those
-    of a file that are marked so with `together` stay with one worker."""
+    """Tests that take long begin first: one that is begun last would be waited for alone.
+    `worksteal` gives each worker a part of the tests in their order, so each part begins with some
+    of them. Those of a file that are marked so with `together` stay with one worker."""
     parts = getattr(config, 'workerinput', {}).get('workercount', 1)
     long, others = {}, []
     for item in items:
@@ -81,7 +84,8 @@ if OURS not in os.environ.get('DISPY_TESTS', ''):
     os.environ['DISPY_TESTS'] = tempfile.mkdtemp(prefix=OURS)
     os.environ['XDG_CONFIG_HOME'] = os.environ['XDG_STATE_HOME'] = os.environ['DISPY_TESTS']
     atexit.register(shutil.rmtree, os.environ['DISPY_TESTS'], True)
-    # The tests start thousands of processes, and each would compile the modules anew without a cache.
+    # The tests start thousands of processes, and each would compile the modules anew without a
+    # cache.
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
     os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -108,8 +112,10 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption('--long', action='store_true', help='tests that can be longer are: a million inputs, not a hundred thousand')
-    parser.addoption('--start-method', choices=('fork', 'spawn'), help='how nodes start workers in tests that do not say it')
+    parser.addoption('--long', action='store_true',
+                     help='tests that can be longer are: a million inputs, not a hundred thousand')
+    parser.addoption('--start-method', choices=('fork', 'spawn'),
+                     help='how nodes start workers in tests that do not say it')
 
 
 def pytest_runtest_setup(item):
@@ -126,7 +132,8 @@ def scheduler_and_node(tmp_path_factory):
     """Ports of a dispyscheduler and of a node that it has, for all tests of this run."""
     from nodes import NodeProcess, SchedulerProcess
     root = tmp_path_factory.mktemp('shared')
-    with NodeProcess(root / 'node') as node, SchedulerProcess(root / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+    with NodeProcess(root / 'node') as node, \
+            SchedulerProcess(root / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
         _of_session.update((node.process.pid, scheduler.process.pid))
         yield scheduler.port, node.port
         _of_session.clear()
@@ -134,7 +141,8 @@ def scheduler_and_node(tmp_path_factory):
 
 @pytest.fixture(params=KINDS)
 def make_cluster(request):
-    """A callable with the parameters of JobCluster: what a test does with it holds for every kind of cluster."""
+    """A callable with the parameters of JobCluster: what a test does with it holds for every kind
+    of cluster."""
     if request.param == 'JobCluster':
         return dispy.JobCluster
     scheduler, node = request.getfixturevalue('scheduler_and_node')
@@ -142,7 +150,8 @@ def make_cluster(request):
     def make(computation, nodes=None, *args, **options):
         """'local' and None are a node that the scheduler has."""
         own = nodes is None or (isinstance(nodes, str) and nodes == 'local')
-        return dispy.SharedJobCluster(computation, [('127.0.0.1', node)] if own else nodes, *args, scheduler_port=scheduler, **options)
+        return dispy.SharedJobCluster(computation, [('127.0.0.1', node)] if own else nodes, *args,
+                                      scheduler_port=scheduler, **options)
     return make
 
 
@@ -167,10 +176,12 @@ def lives(pid):
 
 def on_a_terminal(*command):
     """Run a program whose stderr is a terminal: (exit code, what it showed there)."""
-    pty, termios = pytest.importorskip('pty', reason='no pseudo-terminals here'), pytest.importorskip('termios')
+    pty, termios = (pytest.importorskip('pty', reason='no pseudo-terminals here'),
+                    pytest.importorskip('termios'))
     fcntl = pytest.importorskip('fcntl')
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))   # tqdm shows nothing in no columns
+    # Tqdm shows nothing in no columns
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, cwd=ROOT)
     os.close(theirs)
     text = b''
@@ -187,7 +198,8 @@ def on_a_terminal(*command):
 
 
 def walk_seeds(walk_class, first):
-    """Twenty random walks; a failing seed stands in the message, and walk_class(seed) repeats it."""
+    """Twenty random walks; a failing seed stands in the message, and walk_class(seed) repeats
+    it."""
     for seed in range(first, first + 20):
         walk = walk_class(seed)
         try:
@@ -220,7 +232,8 @@ def _children():
         if pid not in _of_session:
             try:
                 child = psutil.Process(pid)
-                if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):   # lives as long as this process
+                # Lives as long as this process
+                if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):
                     continue
                 found += [child, *child.children(recursive=True)]
             except psutil.NoSuchProcess:   # it has ended meanwhile
@@ -273,15 +286,17 @@ def unit_tests_are_alone(request):
 
 @pytest.fixture
 def small_disk(request, tmp_path):
-    """A directory that is a file system of its own, of '1m' or what the test asks for as its parameter."""
+    """A directory that is a file system of its own, of '1m' or what the test asks for as its
+    parameter."""
     path = tmp_path / 'small'
     path.mkdir()
     size = getattr(request, 'param', '1m')
     try:
-        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=%s' % size, 'tmpfs', str(path)], check=True,
-                       stderr=subprocess.PIPE, universal_newlines=True)
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=%s' % size, 'tmpfs', str(path)],
+                       check=True, stderr=subprocess.PIPE, universal_newlines=True)
     except (OSError, subprocess.CalledProcessError) as exc:
-        pytest.skip('a file system is mounted here, which takes root on Linux: %s' % (getattr(exc, 'stderr', '') or exc))
+        pytest.skip('a file system is mounted here, which takes root on Linux: %s'
+                    % (getattr(exc, 'stderr', '') or exc))
     yield str(path)
     subprocess.run(['umount', '--lazy', str(path)], check=True)
 
@@ -295,8 +310,10 @@ def whole_arguments(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def log_as_before():
-    """What a test sets of the loggers (a cluster's `loglevel`, a daemon's `main`) is that test's alone."""
-    loggers = [logging.getLogger(name) for name in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd')]
+    """What a test sets of the loggers (a cluster's `loglevel`, a daemon's `main`) is that test's
+    alone."""
+    loggers = [logging.getLogger(name)
+               for name in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd')]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     yield
     for logger, (level, logger.propagate, logger.handlers[:]) in zip(loggers, before):

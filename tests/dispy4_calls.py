@@ -18,9 +18,12 @@ import dispy
 
 # Names of calls that differ, and why.
 DIFFERS = {
-    'submit of what cannot be pickled': 'raises where the mistake is; dispy 4 returns a job that never ends',
-    'submit_node of an unknown node': 'ValueError names the nodes that there are; dispy 4 returns None',
-    'recover_jobs of a file that is not there': 'FileNotFoundError; dispy 4 prints a line and returns []',
+    'submit of what cannot be pickled': 'raises where the mistake is; '
+    'dispy 4 returns a job that never ends',
+    'submit_node of an unknown node': 'ValueError names the nodes that '
+    'there are; dispy 4 returns None',
+    'recover_jobs of a file that is not there': 'FileNotFoundError; dispy '
+    '4 prints a line and returns []',
     'with swallows exceptions': 'an exception inside `with` goes through',
     'status of a cancelled running job': 'Cancelled (8); Terminated (9) is for what failed',
     'cluster()': 'as wait(), whether all jobs have ended; dispy 4 returns None',
@@ -90,7 +93,8 @@ def raised(function, *args, **kwargs):
 @call('numbers of DispyJob')
 def _(of):
     job = dispy.DispyJob
-    return [job.Created, job.Running, job.ProvisionalResult, job.Cancelled, job.Terminated, job.Abandoned, job.Finished]
+    return [job.Created, job.Running, job.ProvisionalResult, job.Cancelled, job.Terminated,
+            job.Abandoned, job.Finished]
 
 
 @call('numbers of DispyNode')
@@ -101,7 +105,8 @@ def _(of):
 @call('DispyJob(None, args, kwargs)')
 def _(of):
     job = dispy.DispyJob(None, (1, 2), {'c': 3})
-    return [type(job.id) is int, list(job._args), job._kwargs, job.status, job.result, job.ip_addr, job.finish.is_set()]
+    return [type(job.id) is int, list(job._args), job._kwargs, job.status, job.result, job.ip_addr,
+            job.finish.is_set()]
 
 
 @call('DispyJob(id, args, kwargs)')
@@ -112,8 +117,8 @@ def _(of):
 @call('DispyNode(ip_addr, name, cpus)')
 def _(of):
     node = dispy.DispyNode('10.0.0.1', 'one', 3)
-    return [node.ip_addr, node.name, node.cpus, node.avail_cpus, node.busy, node.jobs_done, node.cpu_time,
-            node.tx, node.rx, node.update_time, node.avail_info]
+    return [node.ip_addr, node.name, node.cpus, node.avail_cpus, node.busy, node.jobs_done,
+            node.cpu_time, node.tx, node.rx, node.update_time, node.avail_info]
 
 
 @call('DispyNodeAvailInfo(cpu, memory, disk, swap)')
@@ -135,7 +140,8 @@ def _(of):
 
 @call('NodeAllocate.allocate')
 def _(of):
-    return [dispy.NodeAllocate('127.0.0.1', cpus=cpus).allocate(None, '127.0.0.1', 'one', 4) for cpus in (0, 2, -1, 9)]
+    return [dispy.NodeAllocate('127.0.0.1', cpus=cpus).allocate(None, '127.0.0.1', 'one', 4)
+            for cpus in (0, 2, -1, 9)]
 
 
 @call('_dispy_version')
@@ -299,7 +305,8 @@ def _(of):
 @call('attributes of a node')
 def _(of):
     node = of.cluster.status().nodes[0]
-    return [node.cpus, node.avail_cpus, node.busy, node.tx > 0, node.rx > 0, node.update_time > 1e9, type(node.name) is str]
+    return [node.cpus, node.avail_cpus, node.busy, node.tx > 0, node.rx > 0, node.update_time > 1e9,
+            type(node.name) is str]
 
 
 @call('end_time and cpu_time')
@@ -331,7 +338,8 @@ def _(of):
 
 @call('send_file(path, node, relay=False)')
 def _(of):
-    return [of.cluster.send_file(__file__, '127.0.0.1', relay=False), of.cluster.send_file(__file__, '127.0.0.1', False)]
+    return [of.cluster.send_file(__file__, '127.0.0.1', relay=False),
+            of.cluster.send_file(__file__, '127.0.0.1', False)]
 
 
 @call('submit of what cannot be pickled')
@@ -359,7 +367,8 @@ def _(of):
 def _(of):
     of.wait_closed()
     job = [status for status, _, other in TOLD if other == of.job.id][:3]
-    nodes = [status for status, _, other in TOLD if other is None and status != dispy.DispyNode.AvailInfo]
+    nodes = [status for status, _, other in TOLD if other is None
+             and status != dispy.DispyNode.AvailInfo]
     return [job, nodes]
 
 
@@ -434,7 +443,8 @@ def _(of):
 @call('with swallows exceptions')
 def _(of):
     try:
-        with dispy.JobCluster(double, nodes=['127.0.0.1'], host='127.0.0.1', loglevel=dispy.logger.ERROR):
+        with dispy.JobCluster(double, nodes=['127.0.0.1'], host='127.0.0.1',
+                              loglevel=dispy.logger.ERROR):
             raise KeyError(1)
     except KeyError:
         return 'raises'
@@ -457,13 +467,15 @@ class Made:
         until = time.time() + 30
         while not self.cluster.status().nodes and time.time() < until:
             time.sleep(0.1)
-        while not any(status == dispy.DispyNode.Initialized for status, _, _ in TOLD) and time.time() < until:
+        while (not any(status == dispy.DispyNode.Initialized for status, _, _ in TOLD)
+               and time.time() < until):
             time.sleep(0.1)
 
     @staticmethod
     def wait_closed():
         until = time.time() + 10
-        while not any(status == dispy.DispyNode.Closed for status, _, _ in TOLD) and time.time() < until:
+        while (not any(status == dispy.DispyNode.Closed for status, _, _ in TOLD)
+               and time.time() < until):
             time.sleep(0.1)
 
     @staticmethod
@@ -494,7 +506,8 @@ if __name__ == '__main__':
         different = [name for name in result if result[name] != other.get(name)]
         print('%d calls, %d differ' % (len(result), len(different)))
         for name in different:
-            print('%s\n    there: %s\n    here:  %s\n    %s' % (name, other.get(name), result[name], DIFFERS.get(name, 'NO REASON')))
+            print('%s\n    there: %s\n    here:  %s\n    %s'
+                  % (name, other.get(name), result[name], DIFFERS.get(name, 'NO REASON')))
     else:
         for name, value in result.items():
             print('%-50s %s' % (name, value))

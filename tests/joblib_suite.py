@@ -2,14 +2,19 @@
 
     python tests/joblib_suite.py [options of pytest]
 
-The text of the installed joblib/test/test_parallel.py is changed in a copy below a temporary directory: 'loky' becomes
-'dispy', also as the expected class, and of two generators of one backend the second need not fail, as with backends that do
-not share one pool. The tests that have the backend as a parameter are run. Those that differ:
+The text of the installed joblib/test/test_parallel.py is changed in a copy below a temporary
+directory: 'loky' becomes 'dispy', also as the expected class, and of two generators of one backend
+the second need not fail, as with backends that do not share one pool. The tests that have the
+backend as a parameter are run. Those that differ:
 
-test_nested_parallel_warnings[dispy-multiprocessing-True]   a job may use multiprocessing: workers are no daemonic processes
-test_error_capture[dispy]                                   looks at the backend's attribute _workers
-test_nested_backend_in_sequential[...-dispy-None] (2)       the default of n_jobs is -1, as with other backends for clusters
-test_auto_memmap_on_arrays_from_generator[dispy]            expects an instance of numpy.memmap; ours is an array on a mapping
+test_nested_parallel_warnings[dispy-multiprocessing-True]
+    A job may use multiprocessing: workers are no daemonic processes.
+test_error_capture[dispy]
+    It looks at the backend's attribute _workers.
+test_nested_backend_in_sequential[...-dispy-None] (2)
+    The default of n_jobs is -1, as with other backends for clusters.
+test_auto_memmap_on_arrays_from_generator[dispy]
+    It expects an instance of numpy.memmap; ours is an array on a mapping.
 test_memmapping_leaks[dispy]                                the same
 """
 
@@ -50,10 +55,12 @@ def main():
         for name, content in (('test_parallel_dispy.py', text), ('sitecustomize.py', SITE)):
             with open(os.path.join(directory, name), 'w', encoding='utf-8') as file:
                 file.write(content)
-        environment = dict(os.environ, DISPY_DISCOVERY='off', PYTHONPATH=os.pathsep.join((directory, ROOT)))
-        return subprocess.call([
-            sys.executable, '-m', 'pytest', '-q', '-W', 'ignore', '-p', 'no:cacheprovider', '--tb=line',
-            '-k', 'dispy- or -dispy or dispy]', 'test_parallel_dispy.py', *sys.argv[1:]], cwd=directory, env=environment)
+        environment = dict(os.environ, DISPY_DISCOVERY='off',
+                           PYTHONPATH=os.pathsep.join((directory, ROOT)))
+        return subprocess.call([sys.executable, '-m', 'pytest', '-q', '-W', 'ignore', '-p',
+                                'no:cacheprovider', '--tb=line',
+                                '-k', 'dispy- or -dispy or dispy]', 'test_parallel_dispy.py',
+                                *sys.argv[1:]], cwd=directory, env=environment)
 
 
 if __name__ == '__main__':

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, eventually
 
 SSHD = shutil.which('sshd') or shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
-needs_sshd = pytest.mark.skipif(not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'),
-                                reason='needs ssh, ssh-keygen and sshd (Debian: openssh-client, openssh-server)')
+needs_sshd = pytest.mark.skipif(
+    not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'),
+    reason='needs ssh, ssh-keygen and sshd (Debian: openssh-client, openssh-server)')
 
 
 def start_here(argv, env=None, **options):
@@ -38,7 +39,8 @@ time.time = stepped
 
 
 class Clock:
-    """A clock on the wall that can be set, for the processes that get `environment`, and what these start."""
+    """A clock on the wall that can be set, for the processes that get `environment`, and what these
+    start."""
 
     def __init__(self, directory):
         self._path = os.path.join(str(directory), 'step')
@@ -56,17 +58,17 @@ class Clock:
 
 
 def script_of(name, env):
-    """What runs the module: the command that is installed, which loads it from the cache of compiled
-    modules. `python dispynode.py` compiles the whole file at each start; so starts who has another
-    PYTHONPATH."""
+    """What runs the module: the command that is installed, which loads it from the cache of
+    compiled modules. `python dispynode.py` compiles the whole file at each start; so starts who has
+    another PYTHONPATH."""
     if 'PYTHONPATH' in (env or {}):
         return os.path.join(ROOT, name + '.py')
     return os.path.join(ROOT, 'commands', name + '.py')
 
 
 class NodeProcess:
-    """A dispynode with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
-    `start` starts it: both differ for a node on another host."""
+    """A dispynode with options; `port` once it listens, `log()` what it said. `host` is where
+    clients reach it, `start` starts it: both differ for a node on another host."""
 
     def __init__(self, directory, *options, cpus=2, python=sys.executable, script=None,
                  port=0, env=None, host='127.0.0.1', listen=('-i', '127.0.0.1'), start=start_here):
@@ -77,8 +79,10 @@ class NodeProcess:
         self.prefix = os.path.join(self.directory, 'node')
         with open(self._log, 'ab') as log:
             self._from = log.tell()
-            self.process = start([python, script or script_of('dispynode', env), *listen, '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
-                                  *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+            self.process = start([python, script or script_of('dispynode', env), *listen, '-p',
+                                  str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
+                                  *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                 env=env)
         self.port = int(eventually(self._listening, what='start of a node'))
 
     def log(self):
@@ -124,8 +128,9 @@ class SchedulerProcess(NodeProcess):
         with open(self._log, 'ab') as log:
             self._from = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, script or script_of('dispyscheduler', env), '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
+                [sys.executable, script or script_of('dispyscheduler', env), '-i', '127.0.0.1',
+                 '-p', str(port), '--state-dir', self.state, *options], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
         self.port = int(eventually(self._listening, what='start of a scheduler'))
 
 
@@ -148,6 +153,7 @@ def runner_of(node):
 
 def run_node(*options, env=None, stdin=subprocess.DEVNULL, python=sys.executable):
     """A node that is expected not to start: (exit code, stderr)."""
-    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options], stdin=stdin,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, **(env or {})))
+    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options],
+                          stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30,
+                          env=dict(os.environ, **(env or {})))
     return done.returncode, done.stderr.decode()

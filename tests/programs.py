@@ -1,5 +1,6 @@
-"""Programs of a user's for tests: files in a directory, run in processes of their own, on the embedded node, on a node that
-has nothing of the user's, or through a scheduler that has such a node."""
+"""Programs of a user's for tests: files in a directory, run in processes of their own, on the
+embedded node, on a node that has nothing of the user's, or through a scheduler that has such a
+node."""
 
 import contextlib
 import functools
@@ -23,7 +24,8 @@ import sys
 import dispy
 
 # A node that imports this module has a command line of its own.
-MODE, *PORTS = next((word for word in sys.argv if word.split(',')[0] in ('local', 'node', 'scheduler')), 'local').split(',')
+WORDS = [word.split(',') for word in sys.argv] + [['local']]
+MODE, *PORTS = next(words for words in WORDS if words[0] in ('local', 'node', 'scheduler'))
 PORTS = [int(port) for port in PORTS]
 ALONE = [('127.0.0.1', PORTS[-1])] if PORTS else 'local'
 
@@ -32,7 +34,8 @@ KIND = dispy.SharedJobCluster if MODE == 'scheduler' else dispy.JobCluster
 
 
 def make_cluster(computation, nodes=None, **options):
-    """A JobCluster or SharedJobCluster. `setup_args` are those of the node, which is no embedded one."""
+    """A JobCluster or SharedJobCluster. `setup_args` are those of the node, which is not
+    an embedded one."""
     if MODE == 'scheduler':
         options['scheduler_port'] = PORTS[0]
     setup_args = options.pop('setup_args', None)
@@ -57,7 +60,8 @@ _patience = [20]
 
 
 def outcome(job):
-    """What came of a job: its result, or the text of its failure. After one that gave no answer others have less time."""
+    """What came of a job: its result, or the text of its failure. After one that gave no answer,
+    others have less time."""
     try:
         result = job(_patience[0])
     except TimeoutError:
@@ -102,7 +106,8 @@ class Done:
 
 
 class Project:
-    """A directory of a user's. `where` is the first word of its programs: how they make their clusters."""
+    """A directory of a user's. `where` is the first word of its programs: how they make their
+    clusters."""
 
     def __init__(self, directory, where='local'):
         self.directory = str(directory)
@@ -126,28 +131,33 @@ class Project:
     def run(self, *command, python=sys.executable, timeout=60, env=None, cwd=None):
         """Run `python COMMAND... WHERE` in the directory."""
         command = command or ('script.py',)
-        process = subprocess.run([python, *command, self.where], cwd=cwd or self.directory, timeout=timeout, stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, **(env or {})))
+        process = subprocess.run([python, *command, self.where], cwd=cwd or self.directory,
+                                 timeout=timeout, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, env=dict(os.environ, **(env or {})))
         return Done(process)
 
 
 def make_venv(directory, python=sys.executable):
     """The Python of a virtual environment that has no packages."""
-    subprocess.run([python, '-m', 'venv', '--without-pip', str(directory)], check=True, env=dict(os.environ, PYTHONPATH=''))
+    subprocess.run([python, '-m', 'venv', '--without-pip', str(directory)], check=True,
+                   env=dict(os.environ, PYTHONPATH=''))
     return os.path.join(str(directory), 'Scripts' if os.name == 'nt' else 'bin', 'python')
 
 
 def bare_node(directory, *options, python=sys.executable, env=None, **more):
-    """A dispynode in an empty directory, with nothing of the user's or of this project's beside dispynode.py."""
+    """A dispynode in an empty directory, with nothing of the user's or of this project's beside
+    dispynode.py."""
     os.makedirs(str(directory))
     script = shutil.copy(os.path.join(ROOT, 'dispynode.py'), str(directory))
-    return NodeProcess(directory, *options, python=python, script=script, env=dict({'PYTHONPATH': '', 'PYTHONNOUSERSITE': '1'}, **(env or {})),
+    return NodeProcess(directory, *options, python=python, script=script,
+                       env=dict({'PYTHONPATH': '', 'PYTHONNOUSERSITE': '1'}, **(env or {})),
                        start=functools.partial(start_here, cwd=str(directory)), **more)
 
 
 @contextlib.contextmanager
 def somewhere(kind, directory):
-    """The word for `Project`: for 'local', for a bare 'node', or for a 'scheduler' with such a node."""
+    """The word for `Project`: for 'local', for a bare 'node', or for a 'scheduler' with such a
+    node."""
     if kind == 'local':
         yield 'local'
         return
@@ -155,7 +165,8 @@ def somewhere(kind, directory):
         if kind == 'node':
             yield 'node,%d' % node.port
             return
-        with SchedulerProcess(os.path.join(str(directory), 'scheduler'), '-n', '127.0.0.1:%d' % node.port) as scheduler:
+        with SchedulerProcess(os.path.join(str(directory), 'scheduler'), '-n',
+                              '127.0.0.1:%d' % node.port) as scheduler:
             yield 'scheduler,%d,%d' % (scheduler.port, node.port)
 
 
@@ -166,11 +177,14 @@ HERE = '%d.%d' % sys.version_info[:2]   # the version of this Python
 def other_pythons():
     """Python executables of other minor versions from 3.8 on, one a version."""
     pyenv = os.environ.get('PYENV_ROOT', os.path.join(os.path.expanduser('~'), '.pyenv'))
-    found = sorted(glob.glob(os.path.join(pyenv, 'versions', '*', 'bin', 'python3')) + glob.glob('/usr/bin/python3.[0-9]*'))
+    found = sorted(glob.glob(os.path.join(pyenv, 'versions', '*', 'bin', 'python3'))
+                   + glob.glob('/usr/bin/python3.[0-9]*'))
     others = {}
     for path in found:
         try:
-            minor = subprocess.check_output([path, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], stderr=subprocess.DEVNULL).decode().strip()
+            minor = subprocess.check_output([path, '-c', 'import sys; '
+                                             'print("%d.%d" % sys.version_info[:2])'],
+                                            stderr=subprocess.DEVNULL).decode().strip()
         except (OSError, subprocess.CalledProcessError):
             continue
         if minor != HERE and tuple(map(int, minor.split('.'))) >= (3, 8):

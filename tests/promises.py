@@ -1,7 +1,9 @@
-"""Schedule and nodes with workers on a virtual clock, and jobs whose lengths are chosen to fool them.
+"""Schedule and nodes with workers on a virtual clock, and jobs whose lengths are chosen to fool
+them.
 
-Real are `Schedule` and `Node`, which decide; modelled are links with a round trip, pipes and workers. Jobs are `Trial`s, that
-know when they were submitted, began and ended. What is promised is checked by whoever runs it; see test_promises.py.
+Real are `Schedule` and `Node`, which decide; modelled are links with a round trip, pipes and
+workers. Jobs are `Trial`s, that know when they were submitted, began and ended. What is promised is
+checked by whoever runs it; see test_promises.py.
 """
 
 import collections
@@ -19,7 +21,8 @@ from dispynode import (
 
 PIPE = 0.0003      # s between a daemon and its workers
 BIRTH = 0.005      # s until a worker that is forked is there
-SPEC = {'name': 'compute', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0, 'python': (3, 8),
+SPEC = {'name': 'compute', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True,
+        'dest_path': '', 'max_jobs': 0, 'python': (3, 8),
         'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b''}
 
 
@@ -83,11 +86,13 @@ class Place:
     def __init__(self, world, key, cpus, trip):
         self.world, self.key, self.cpus, self.trip = world, key, cpus, trip
         self.node, self.workers, self.due = Node(key, cpus, {}), {}, None
-        self.idle = collections.deque([0.0] * cpus)   # since when CPUs are idle; who begins takes the one that is so for longest
+        # Since when CPUs are idle; who begins takes the one that is so for longest
+        self.idle = collections.deque([0.0] * cpus)
         self.tell(LinkUp(1, b'me', 'here'))
 
     def set_up(self, comp, client):
-        for event in (Received(1, Compute(comp, dict(SPEC, client=client))), DirectoryReady(comp, []), RunnerUp(comp)):
+        for event in (Received(1, Compute(comp, dict(SPEC, client=client))),
+                      DirectoryReady(comp, []), RunnerUp(comp)):
             self.tell(event)
 
     def tell(self, *events):
@@ -120,14 +125,16 @@ class Place:
             elif kind is TakeFromWorker:
                 self.workers[action.worker].later(self.workers[action.worker].take_back)
             elif kind is Interrupt:
-                self.workers[action.worker].later(self.workers[action.worker].interrupt, action.serial)
+                self.workers[action.worker].later(self.workers[action.worker].interrupt,
+                                                  action.serial)
 
 
 class ModelWorker:
     """A worker process: job after job."""
 
     def __init__(self, place, key):
-        self.place, self.key, self.queue, self.job, self.ticket = place, key, collections.deque(), None, 0
+        self.place, self.key, self.queue, self.job, self.ticket = (place, key, collections.deque(),
+                                                                   None, 0)
         self.born_at = place.world.now + BIRTH
 
     def later(self, call, *args):
@@ -169,7 +176,8 @@ class ModelWorker:
     def take_back(self):
         back = list(self.queue)
         self.queue.clear()
-        self.place.world.at(self.place.world.now + PIPE, self.place.tell, WorkerReturnedJobs(self.key, back))
+        self.place.world.at(self.place.world.now + PIPE, self.place.tell,
+                            WorkerReturnedJobs(self.key, back))
 
 
 class World:
@@ -183,7 +191,8 @@ class World:
         self.begun = []            # in order
         self.submitted = 0
         self.waiting_since = 0.0   # when there was no job last that had not begun
-        self.gaps = []             # (seconds for which a CPU was idle though a job waited, node, until when)
+        # (seconds for which a CPU was idle though a job waited, node, until when)
+        self.gaps = []
 
     def at(self, when, call, *args):
         heapq.heappush(self.heap, (when, next(self.order), call, args))
@@ -241,7 +250,8 @@ class World:
                 rows = [(work.serial, b'', work.options) for work in action.works]
                 self.say(action.node, Jobs(action.comp, rows))
             elif kind in (SendRecall, SendCancel, SendAck):
-                self.say(action.node, {SendRecall: ReturnJobs, SendCancel: Cancel, SendAck: Ack}[kind](action.comp, action.serials))
+                self.say(action.node, {SendRecall: ReturnJobs, SendCancel: Cancel,
+                                       SendAck: Ack}[kind](action.comp, action.serials))
             elif kind is JobWaits:
                 action.work.calls += 1
 
@@ -258,13 +268,15 @@ class World:
         """A node's message arrives."""
         kind = type(message)
         if kind is Ready:
-            self.event(NodeReady(place.key, message.comp, place.cpus, message.held, '', place.cpus, place.trip))
+            self.event(NodeReady(place.key, message.comp, place.cpus, message.held, '', place.cpus,
+                                 place.trip))
         elif kind in (Results, JobsReturned, Started):
             event = {Results: NodeResults, JobsReturned: NodeReturned, Started: NodeStarted}[kind]
             self.event(event(place.key, message.comp, message[1]))
 
     def started(self, job):
-        self.gaps.append((self.now - max(job.node.idle.popleft(), self.waiting_since), job.node.key, self.now))
+        self.gaps.append((self.now - max(job.node.idle.popleft(), self.waiting_since), job.node.key,
+                          self.now))
         self.begun.append(job)
 
     def finished(self, job):

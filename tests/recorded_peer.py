@@ -1,6 +1,7 @@
-"""The other side of a link as release 5.0 has it, written down once and not changed any more: handshake and frames by
-`struct` and `hmac` alone, and nothing of dispynode.py, so that a change there is noticed. What its messages are stands in
-releases/5.0.json; `python tests/recorded_peer.py RELEASE` writes such a file for the messages of this release."""
+"""The other side of a link as release 5.0 has it, written down once and not changed any more:
+handshake and frames by `struct` and `hmac` alone, and nothing of dispynode.py, so that a change
+there is noticed. What its messages are stands in releases/5.0.json; `python tests/recorded_peer.py
+RELEASE` writes such a file for the messages of this release."""
 
 import hashlib
 import hmac
@@ -52,7 +53,8 @@ class RecordedPeer:
             return hmac.digest(self._psk, label + b'\0' + transcript + b'\x01', 'sha256')
         self._key = key
         client = hmac.digest(key(b'c finished'), transcript, 'sha256')
-        return PROOF.pack(MAGIC, client), PROOF.pack(MAGIC, hmac.digest(key(b's finished'), transcript + client, 'sha256'))
+        return (PROOF.pack(MAGIC, client),
+                PROOF.pack(MAGIC, hmac.digest(key(b's finished'), transcript + client, 'sha256')))
 
     def dial(self, versions=(1, 1), wanted=NODE):
         """As a client; the minor version that was chosen."""
@@ -84,8 +86,10 @@ class RecordedPeer:
         """A message, all in its envelope."""
         payload = pickle.dumps(fields, 5)
         header = FRAME.pack(len(payload), self.ops[name], 0, 0, 0)
-        head = hmac.digest(self._send_key, struct.pack('>QB', self._sent, 0) + header, 'sha256')[:16]
-        tail = hmac.digest(self._send_key, struct.pack('>QB', self._sent, 1) + header + payload, 'sha256')
+        head = hmac.digest(self._send_key, struct.pack('>QB', self._sent, 0) + header,
+                           'sha256')[:16]
+        tail = hmac.digest(self._send_key, struct.pack('>QB', self._sent, 1) + header + payload,
+                           'sha256')
         self._sent += 1
         self._sock.sendall(header + head + payload + tail)
 
@@ -96,8 +100,10 @@ class RecordedPeer:
         payload, tail = self._read(size), self._read(32)
         seq = self._received
         self._received += 1
-        assert tag == hmac.digest(self._receive_key, struct.pack('>QB', seq, 0) + header, 'sha256')[:16]
-        assert tail == hmac.digest(self._receive_key, struct.pack('>QB', seq, 1) + header + payload, 'sha256')
+        assert tag == hmac.digest(self._receive_key, struct.pack('>QB', seq, 0) + header,
+                                  'sha256')[:16]
+        assert tail == hmac.digest(self._receive_key, struct.pack('>QB', seq, 1) + header + payload,
+                                   'sha256')
         buffers = []
         if encoding == 1:
             count, length = struct.unpack_from('>II', payload)
@@ -129,8 +135,8 @@ def rows():
         op, encoding, pieces = dispynode.encode(message)
         payload = b''.join(map(bytes, pieces))
         if len(payload) < 4096:
-            found.append({'op': op, 'name': type(message).__name__, 'fields': list(message._fields), 'encoding': encoding,
-                          'payload': payload.hex()})
+            found.append({'op': op, 'name': type(message).__name__, 'fields': list(message._fields),
+                          'encoding': encoding, 'payload': payload.hex()})
     return found
 
 

@@ -43,7 +43,8 @@ def hold(path, name=None):
 
 
 def fill(directory):
-    """Fill the file system of a directory until nothing fits; the path of what fills it is returned."""
+    """Fill the file system of a directory until nothing fits; the path of what fills it is
+    returned."""
     path = os.path.join(directory, 'filler')
     with open(path, 'wb', buffering=0) as file:
         for size in (65536, 4096, 1):
@@ -58,4 +59,5 @@ def fill(directory):
 def pattern(size, seed=b''):
     """Bytes that differ everywhere."""
     block = hashlib.sha512(seed).digest()
-    return b''.join(hashlib.sha512(block + number.to_bytes(8, 'big')).digest() for number in range(size // 64 + 1))[:size]
+    return b''.join(hashlib.sha512(block + number.to_bytes(8, 'big')).digest()
+                    for number in range(size // 64 + 1))[:size]

@@ -9,7 +9,8 @@ CLIENT, NODE = b'client instance.', b'instance of node'
 
 
 class Side(threading.Thread):
-    """One side in a thread of its own: `result` or `error` when it has ended; the socket is closed after an error."""
+    """One side in a thread of its own: `result` or `error` when it has ended; the socket is closed
+    after an error."""
 
     def __init__(self, call, sock, *args, **named):
         super().__init__(daemon=True)

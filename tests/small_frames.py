@@ -27,7 +27,9 @@ LAZY = %d
 def stand_in(directory, changes=''):
     """A dispynode.py and a dispyscheduler.py with small frames, and other changes of the first."""
     os.makedirs(str(directory), exist_ok=True)
-    for name, text in (('dispynode', SMALL_FRAMES + textwrap.dedent(changes)), ('dispyscheduler', 'LAZY = %d\n' % LAZY)):
+    for name, text in (('dispynode', SMALL_FRAMES + textwrap.dedent(changes)),
+                       ('dispyscheduler', 'LAZY = %d\n' % LAZY)):
         with open(os.path.join(str(directory), name + '.py'), 'w') as file:
-            file.write(STAND_IN % {'name': name, 'path': os.path.join(ROOT, name + '.py'), 'changes': text})
+            file.write(STAND_IN
+                       % {'name': name, 'path': os.path.join(ROOT, name + '.py'), 'changes': text})
     return os.path.join(str(directory), 'dispynode.py')

@@ -1,7 +1,8 @@
-"""Runs test suites of others over DispyExecutor: those of CPython's concurrent.futures, where that Python has its `test`
-package, and those of loky, from its source distribution. None of their code is here, only what stands between.
+"""Runs test suites of others over DispyExecutor: those of CPython's concurrent.futures, where that
+Python has its `test` package, and those of loky, from its source distribution. None of their code
+is here, only what stands between.
 
-    python suites.py cpython [KIND] [PATTERN]   # KIND: the start method that the tests ask for, Spawn, Fork or Forkserver
+    python suites.py cpython [KIND] [PATTERN]   # KIND: Spawn, Fork or Forkserver, to start
     python suites.py loky DIRECTORY [PATTERN]   # of an unpacked source distribution
 
 The last line of stdout is JSON: {test: [outcome, text]} with the outcomes ok, failed and skipped.
@@ -23,20 +24,23 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 
 import dispy  # noqa: E402
 
-dispy._methods_noted.update(('spawn', 'forkserver', 'loky'))   # programs of the suites shall write nothing to stderr
+# Programs of the suites shall write nothing to stderr
+dispy._methods_noted.update(('spawn', 'forkserver', 'loky'))
 
 
 TEST_TIME = 60   # s of one test
 
 
 class Server:
-    """Semaphores, events and queues of the suites live in this process; workers, which are no children of it, call them
-    over loopback. Those of multiprocessing can only be inherited by children."""
+    """Semaphores, events and queues of the suites live in this process; workers, which are no
+    children of it, call them over loopback. Those of multiprocessing can only be inherited by
+    children."""
 
     def __init__(self):
         self.key = os.urandom(16)
         self.things = {}
-        self.listener = multiprocessing.connection.Listener(('127.0.0.1', 0), backlog=100, authkey=self.key)
+        self.listener = multiprocessing.connection.Listener(('127.0.0.1', 0), backlog=100,
+                                                            authkey=self.key)
         threading.Thread(target=self._accept, name='things', daemon=True).start()
 
     def __reduce__(self):
@@ -44,7 +48,8 @@ class Server:
 
     def _accept(self):
         while True:
-            threading.Thread(target=self._serve, args=(self.listener.accept(),), daemon=True).start()
+            threading.Thread(target=self._serve, args=(self.listener.accept(),),
+                             daemon=True).start()
 
     def _serve(self, connection):
         with connection:
@@ -144,13 +149,16 @@ class Ended:
 
 
 def workers_of(cluster):
-    """Process number -> worker process of a cluster on this machine. Workers are children of a runner, which is a child
-    of this process; a runner whose workers are forked works in the directory of the computation, too."""
+    """Process number -> worker process of a cluster on this machine. Workers are children of a
+    runner, which is a child of this process; a runner whose workers are forked works in the
+    directory of the computation, too."""
     import psutil
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if dispy.core_of(cluster).comp in process.cwd() and process.ppid() != os.getpid():
+            in_directory = dispy.core_of(cluster).comp in process.cwd()
+            tracks = 'resource_tracker' in ' '.join(process.cmdline())   # that of multiprocessing
+            if in_directory and not tracks and process.ppid() != os.getpid():
                 process.join = process.wait
                 found[process.pid] = process
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):
@@ -161,7 +169,8 @@ def workers_of(cluster):
 class Adapted(dispy.DispyExecutor):
     """With the names under which the suites look at what is inside of a process pool."""
 
-    def __init__(self, max_workers=None, mp_context=None, initializer=None, initargs=(), *, max_tasks_per_child=None, context=None):
+    def __init__(self, max_workers=None, mp_context=None, initializer=None, initargs=(), *,
+                 max_tasks_per_child=None, context=None):
         super().__init__(max_workers, mp_context or context, initializer, initargs,
                          max_tasks_per_child=max_tasks_per_child, nodes='local')
         self._max_workers = max_workers or os.cpu_count()
@@ -172,7 +181,8 @@ class Adapted(dispy.DispyExecutor):
         until = time.monotonic() + 10
         while time.monotonic() < until:
             found = workers_of(self.cluster)
-            if len(found) >= min(self._max_workers, max(1, dispy.core_of(self.cluster).book.pending)):
+            if len(found) >= min(self._max_workers,
+                                 max(1, dispy.core_of(self.cluster).book.pending)):
                 break
             time.sleep(0.05)
         found = workers_of(self.cluster)
@@ -195,7 +205,8 @@ def install():
     """In the place of the process pool."""
     import concurrent.futures.process
     Adapted.__name__ = Adapted.__qualname__ = 'ProcessPoolExecutor'
-    concurrent.futures.ProcessPoolExecutor = concurrent.futures.process.ProcessPoolExecutor = Adapted
+    concurrent.futures.ProcessPoolExecutor = concurrent.futures.process.ProcessPoolExecutor = (
+        Adapted)
     concurrent.futures.process._RemoteTraceback = dispy.RemoteTraceback
     multiprocessing.get_context = Context
 
@@ -206,7 +217,8 @@ def cpython(kind='Spawn', pattern=''):
     install()
     from test import support
     from test.support import script_helper
-    names = ['test_' + name for name in ('wait', 'as_completed', 'init', 'shutdown', 'process_pool', 'deadlock')]
+    names = ['test_' + name
+             for name in ('wait', 'as_completed', 'init', 'shutdown', 'process_pool', 'deadlock')]
     modules = [__import__('test.test_concurrent_futures.' + name, fromlist=['x']) for name in names]
     support.use_resources = ['walltime', 'cpu']
     run = script_helper.assert_python_ok
@@ -245,7 +257,8 @@ def cpython(kind='Spawn', pattern=''):
         for test in unittest.defaultTestLoader.loadTestsFromModule(module):
             for case in test:
                 name = type(case).__name__
-                of_kind = name.startswith('ProcessPool%s' % kind) and not name.startswith('ProcessPool%sserver' % kind)
+                of_kind = (name.startswith('ProcessPool%s' % kind)
+                           and not name.startswith('ProcessPool%sserver' % kind))
                 if (of_kind or name.startswith('Failing')) and pattern in case.id():
                     suite.addTest(case)
     suite.run(Result())
@@ -267,10 +280,11 @@ class Flags:
 
 
 class AdaptedLoky(Adapted):
-    """With loky's parameters and what its tests look at besides. What it alone has is not tested."""
+    """With loky's parameters and what its tests look at besides. What it alone has is not
+    tested."""
 
-    def __init__(self, max_workers=None, job_reducers=None, result_reducers=None, timeout=None, context=None,
-                 initializer=None, initargs=(), env=None):
+    def __init__(self, max_workers=None, job_reducers=None, result_reducers=None, timeout=None,
+                 context=None, initializer=None, initargs=(), env=None):
         import pytest
         for name, value in (('job_reducers', job_reducers), ('timeout', timeout), ('env', env)):
             if value is not None:
@@ -293,9 +307,11 @@ class AdaptedLoky(Adapted):
         super().shutdown(wait)
 
 
-def check_workers(executor=None, expected_process_number=None, expected_max_process_number=None, patience=10):
+def check_workers(executor=None, expected_process_number=None, expected_max_process_number=None,
+                  patience=10):
     """Workers are started when there is work for them, so that there may be fewer."""
-    most = expected_max_process_number if expected_process_number is None else expected_process_number
+    most = (expected_max_process_number if expected_process_number is None
+            else expected_process_number)
     if executor is not None:
         until = time.monotonic() + patience
         while len(workers_of(executor.cluster)) > most and time.monotonic() < until:
@@ -334,7 +350,8 @@ def loky(directory, pattern=''):
     _executor_mixin._check_subprocesses_number = check_workers
     _executor_mixin.ExecutorMixin.check_no_running_workers = classmethod(no_workers)
     run = _test_process_executor.check_subprocess_call
-    program = 'import sys; sys.path[:0] = [%r, %r]; import suites; suites.install_loky()\n' % (HERE, directory)
+    program = ('import sys; sys.path[:0] = [%r, %r]; import suites; suites.install_loky()\n'
+               % (HERE, directory))
     _test_process_executor.check_subprocess_call = lambda command, **options: run(
         [*command[:-1], program + command[-1]], **options)
     outcomes = {}
@@ -353,8 +370,10 @@ def loky(directory, pattern=''):
     # This one waits for something inside of loky and then for minutes.
     left_out = 'TestsProcessPoolLokyExecutor::test_killed_child_with_cancelled_work_items'
     outcomes[left_out] = ['skipped', "it waits for what stands in loky's _running_work_items"]
-    pytest.main(['-v', '--deselect', 'tests/test_process_executor_loky.py::' + left_out, '-p', 'no:cacheprovider', '--skip-high-memory', '--loky-verbosity=40', '-o', 'faulthandler_timeout=%d' % TEST_TIME,
-                 '-o', 'faulthandler_exit_on_timeout=1', 'tests/test_process_executor_loky.py', *(('-k', pattern) if pattern else ())],
+    pytest.main(['-v', '--deselect', 'tests/test_process_executor_loky.py::' + left_out, '-p',
+                 'no:cacheprovider', '--skip-high-memory', '--loky-verbosity=40', '-o',
+                 'faulthandler_timeout=%d' % TEST_TIME, '-o', 'faulthandler_exit_on_timeout=1',
+                 'tests/test_process_executor_loky.py', *(('-k', pattern) if pattern else ())],
                 plugins=[Plugin])
     return outcomes
 

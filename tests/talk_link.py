@@ -12,10 +12,12 @@ class Talk:
 
     def __init__(self, port, secret=None, role=Role.CLIENT, wanted=Role.SCHEDULER, instance=None):
         secret = os.environ['DISPY_SECRET'] if secret is None else secret
-        arrival = dial('127.0.0.1', port, derive_key(secret.encode()), role, wanted, instance or os.urandom(16))
+        arrival = dial('127.0.0.1', port, derive_key(secret.encode()), role, wanted, instance
+                       or os.urandom(16))
         self.sock = arrival.sock
         self.sock.settimeout(20)
-        self._sealer, self._opener = FrameEncoder(arrival.session.send_key), FrameDecoder(arrival.session.receive_key)
+        self._sealer, self._opener = (FrameEncoder(arrival.session.send_key),
+                                      FrameDecoder(arrival.session.receive_key))
         self._units = []
 
     def say(self, *messages):
@@ -44,7 +46,8 @@ class Talk:
 def spec(**changes):
     """A computation as a client of this version sends it."""
     cluster = dispy.SharedJobCluster(answer, scheduler_port=1, loglevel=logging.CRITICAL)
-    made = dict(dispy.core_of(cluster).cargo.spec, modules=[], code=bytes(dispy.core_of(cluster).cargo.spec['code']), files=[])
+    made = dict(dispy.core_of(cluster).cargo.spec, modules=[],
+                code=bytes(dispy.core_of(cluster).cargo.spec['code']), files=[])
     made['shared'] = dict(made['shared'])
     cluster.close(terminate=True)
     return dict(made, **changes)

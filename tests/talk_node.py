@@ -1,4 +1,5 @@
-"""A conversation with a Node: what it is told, and what it does about that. One method is one turn."""
+"""A conversation with a Node: what it is told, and what it does about that. One method is one
+turn."""
 
 import collections
 
@@ -8,8 +9,9 @@ from dispynode import (
 
 
 def spec(**changes):
-    fields = {'name': 'compute', 'kind': 'function', 'code': b'code', 'files': [], 'cleanup': True, 'dest_path': '',
-              'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'',
+    fields = {'name': 'compute', 'kind': 'function', 'code': b'code', 'files': [], 'cleanup': True,
+              'dest_path': '', 'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '',
+              'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'',
               'modules': [], 'portable': False, 'sys_path': [], 'argv': []}
     return dict(fields, **changes)
 
@@ -25,7 +27,8 @@ def bounded(node):
     def counted():
         timer = pop()
         turns[node.tables.now, timer.call] += 1
-        assert turns[node.tables.now, timer.call] < 20000, 'timer %s is due again and again' % (timer,)
+        assert turns[node.tables.now, timer.call] < 20000, 'timer %s is due again and again' % (
+            timer,)
         return timer
     node.timers.pop = counted
 
@@ -70,10 +73,12 @@ class Talk:
         return self.tell(RunnerUp(comp))
 
     def jobs(self, *serials, comp='c', link=1, payload=b'12', **options):
-        return self.say(Jobs(comp, [(serial, payload, options or None) for serial in serials]), link)
+        return self.say(Jobs(comp, [(serial, payload, options or None) for serial in serials]),
+                        link)
 
     def results(self, worker, *rows):
-        return self.tell(WorkerResults(worker, [row if type(row) is tuple else result(row) for row in rows]))
+        return self.tell(
+            WorkerResults(worker, [row if type(row) is tuple else result(row) for row in rows]))
 
     def learn_short(self, serial=900, comp='c'):
         """Jobs take 0.1 ms: workers are fed ahead."""
@@ -86,7 +91,8 @@ def only(actions, kind):
 
 
 def fed(actions):
-    return [(action.worker, [attempt.serial for attempt in action.attempts]) for action in only(actions, SendToWorker)]
+    return [(action.worker, [attempt.serial for attempt in action.attempts])
+            for action in only(actions, SendToWorker)]
 
 
 def said(actions, kind):
@@ -99,4 +105,5 @@ def rows(actions):
 
 
 def texts(actions):
-    return {row[0]: bytes(row[4]).decode() for message in said(actions, Results) for row in message.rows}
+    return {row[0]: bytes(row[4]).decode() for message in said(actions, Results)
+            for row in message.rows}

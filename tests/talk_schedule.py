@@ -1,6 +1,7 @@
 """A conversation with a Schedule: what it is told, and which jobs it sends where."""
 
-from dispy import ENDED, JobState, NodeReady, NodeResults, Opened, Schedule, SendJobs, Submitted, ScheduledJob
+from dispy import (ENDED, JobState, NodeReady, NodeResults, Opened, Schedule, SendJobs, Submitted,
+                   ScheduledJob)
 from dispynode import Outcome
 
 
@@ -44,7 +45,8 @@ class Talk:
         works = jobs(times, comp, node=node)
         self.submit(works)
         while works:
-            self.results(node, [work for work in works if work.state is JobState.SENT], comp, took=took)
+            self.results(node, [work for work in works if work.state is JobState.SENT], comp,
+                         took=took)
             works = [work for work in works if work.state not in ENDED]
 
 

@@ -3,8 +3,8 @@
 
     python tests/bench/cancel.py [--tree DIR] [--rounds N]
 
-`--tree` measures another copy of dispy. A call that says of itself that it was cancelled must not have run: each of
-them writes a line into a file of its own.
+`--tree` measures another copy of dispy. A call that says of itself that it was cancelled must not
+have run: each of them writes a line into a file of its own.
 """
 
 import argparse
@@ -41,7 +41,8 @@ def executor(place, **options):
 
 
 def at_shutdown(place):
-    """How many of 50 calls of 0.2 s after 3,000 quick ones are cancelled by `shutdown`, and s until it returns."""
+    """How many of 50 calls of 0.2 s after 3,000 quick ones are cancelled by `shutdown`, and s until
+    it returns."""
     pool = executor(place)
     for future in [pool.submit(rest, 0.0) for _ in range(3000)]:
         future.result()
@@ -53,8 +54,8 @@ def at_shutdown(place):
 
 
 def at_random(place, rng):
-    """Of 200 calls of 10 ms that are cancelled at random times: how many say that they were, how many of these ran, how
-    many that were not did not run."""
+    """Of 200 calls of 10 ms that are cancelled at random times: how many say that they were, how
+    many of these ran, how many that were not did not run."""
     with tempfile.TemporaryDirectory() as directory, executor(place) as pool:
         futures = [pool.submit(note, directory, number) for number in range(200)]
         order = list(range(200))
@@ -75,24 +76,28 @@ def main():
     print('%-76s %-30s %s' % (ARGS.tree[-76:], 'measured', 'promised'))
     with Place(2, tree=ARGS.tree) as place:
         found = [at_shutdown(place) for _ in range(ARGS.rounds)]
-        print('%-76s %-30s %s' % (
-            'of 50 calls of 0.2 s after 3,000 quick ones, cancelled: fewest, median',
-            '%d, %d' % (min(found)[0], statistics.median(count for count, _ in found)), 'at least %d' % PROMISED_CANCELLED))
-        print('%-76s %-30s %s' % (
-            '... shutdown(cancel_futures=True) returns: median, latest',
-            '%.2f s, %.2f s' % (statistics.median(took for _, took in found), max(took for _, took in found)),
-            'within %.1f s' % PROMISED_SECONDS), flush=True)
+        print('%-76s %-30s %s'
+              % ('of 50 calls of 0.2 s after 3,000 quick ones, cancelled: fewest, median',
+                 '%d, %d' % (min(found)[0], statistics.median(count for count, _ in found)),
+                 'at least %d' % PROMISED_CANCELLED))
+        print('%-76s %-30s %s'
+              % ('... shutdown(cancel_futures=True) returns: median, latest', '%.2f s, %.2f s'
+                 % (statistics.median(took for _, took in found), max(took for _, took in found)),
+                 'within %.1f s' % PROMISED_SECONDS), flush=True)
         rows = [at_random(place, random.Random(number)) for number in range(ARGS.rounds)]
-        print('%-76s %-30s %s' % (
-            '200 calls of 10 ms cancelled at random times, %d rounds: cancel() was True' % len(rows),
-            '%d to %d' % (min(rows)[0], max(rows)[0]), 'some'))
-        print('%-76s %-30s %s' % ('... of these, ran all the same', '%d' % sum(row[1] for row in rows), '0'))
-        print('%-76s %-30s %s' % ('... cancel() was False, and did not run', '%d' % sum(row[2] for row in rows), '0'))
+        print('%-76s %-30s %s'
+              % ('200 calls of 10 ms cancelled at random times, %d rounds: cancel() was True'
+                 % len(rows), '%d to %d' % (min(rows)[0], max(rows)[0]), 'some'))
+        print('%-76s %-30s %s'
+              % ('... of these, ran all the same', '%d' % sum(row[1] for row in rows), '0'))
+        print('%-76s %-30s %s' % ('... cancel() was False, and did not run',
+                                  '%d' % sum(row[2] for row in rows), '0'))
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--tree', default=ROOT, metavar='DIR', help='where dispy.py is (default: this tree)')
+    parser.add_argument('--tree', default=ROOT, metavar='DIR',
+                        help='where dispy.py is (default: this tree)')
     parser.add_argument('--rounds', type=int, default=5)
     ARGS = parser.parse_args()
     sys.path.insert(0, os.path.abspath(ARGS.tree))

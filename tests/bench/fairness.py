@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What the schedule promises, measured on real nodes over loopback: how long a job of high priority waits, how two
-programs share nodes, when a latecomer begins, and whether a job waits behind a full node beside an idle one.
+"""What the schedule promises, measured on real nodes over loopback: how long a job of high priority
+waits, how two programs share nodes, when a latecomer begins, and whether a job waits behind a full
+node beside an idle one.
 
     python tests/bench/fairness.py [--tree DIR] [--only NAME]... [--rounds N]
 
-The jobs sleep, so that a small machine can stand for a large one. `--tree` measures another copy of dispy, so that
-two versions can be compared on the same machine.
+The jobs sleep, so that a small machine can stand for a large one. `--tree` measures another copy of
+dispy, so that two versions can be compared on the same machine.
 """
 
 import argparse
@@ -64,14 +65,16 @@ class Place:
         self._directory = tempfile.TemporaryDirectory()
         root = self._directory.name
         self.services = [Service(root, 'dispynode.py', [
-            '-c', str(count), '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', os.path.join(root, 'n%d' % number)],
-            'node%d' % number, tree) for number, count in enumerate(cpus)]
+            '-c', str(count), '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix',
+            os.path.join(root, 'n%d' % number)], 'node%d' % number, tree)
+                         for number, count in enumerate(cpus)]
         self.nodes = [('127.0.0.1', service.port) for service in self.services]
         self.scheduler = None
         if scheduler:
             named = [word for host, port in self.nodes for word in ('-n', '%s:%d' % (host, port))]
             self.scheduler = Service(root, 'dispyscheduler.py', [
-                '-i', '127.0.0.1', '-p', '0', '--state-dir', os.path.join(root, 'state'), *named], 'scheduler', tree)
+                '-i', '127.0.0.1', '-p', '0', '--state-dir', os.path.join(root, 'state'), *named],
+                                     'scheduler', tree)
             self.services.append(self.scheduler)
 
     def __enter__(self):
@@ -84,7 +87,8 @@ class Place:
 
 
 def priority_after(first):
-    """Seconds until a job of high priority is done that comes after 45 jobs of 1 s on 3 CPUs; before these, others."""
+    """Seconds until a job of high priority is done that comes after 45 jobs of 1 s on 3 CPUs;
+    before these, others."""
     with Place(3) as place:
         cluster = dispy.JobCluster(sleep, nodes=place.nodes, loglevel=logging.ERROR)
         cluster.wait_nodes()
@@ -103,15 +107,19 @@ def priority_after(first):
 
 def measure_priority():
     """The table of what comes first."""
-    for name, first in [('%d quick jobs' % count, [(0.0,)] * count) for count in (0, 1, 3, 10, 100)] + [
-            ('3 jobs that fail', [('nonsense',)] * 3),
-            ('ascending lengths', [(0.001 * 1.5 ** number,) for number in range(15)])]:
-        yield 'job of high priority, after %s' % name, '%.2f s' % priority_after(first), 'under 1.2 s'
+    for name, first in (
+            [('%d quick jobs' % count, [(0.0,)] * count) for count in (0, 1, 3, 10, 100)]
+            + [('3 jobs that fail', [('nonsense',)] * 3),
+               ('ascending lengths', [(0.001 * 1.5 ** number,) for number in range(15)])]):
+        yield ('job of high priority, after %s' % name, '%.2f s' % priority_after(first),
+               'under 1.2 s')
 
 
 def program(port, quick, jobs, length, start):
-    """A program of its own: prints how many of its long jobs have ended after each second since the start."""
-    cluster = dispy.SharedJobCluster(sleep, scheduler_host='127.0.0.1', scheduler_port=port, loglevel=logging.ERROR)
+    """A program of its own: prints how many of its long jobs have ended after each second since the
+    start."""
+    cluster = dispy.SharedJobCluster(sleep, scheduler_host='127.0.0.1', scheduler_port=port,
+                                     loglevel=logging.ERROR)
     cluster.wait_nodes()
     time.sleep(max(0.0, start - time.time()))
     for _ in range(quick):
@@ -125,13 +133,14 @@ def program(port, quick, jobs, length, start):
 
 
 def run_programs(rows):
-    """Rows of (quick jobs first, s after which it begins) of programs side by side; a list of ends for each."""
+    """Rows of (quick jobs first, s after which it begins) of programs side by side; a list of ends
+    for each."""
     with Place(2, 2, 2, scheduler=True) as place:
         start = time.time() + 3.0
         programs = [subprocess.Popen(
             [sys.executable, HERE, '--tree', ARGS.tree, '--program',
-             json.dumps([place.scheduler.port, quick, 400, 0.5, start + late])], stdout=subprocess.PIPE)
-            for quick, late in rows]
+             json.dumps([place.scheduler.port, quick, 400, 0.5, start + late])],
+            stdout=subprocess.PIPE) for quick, late in rows]
         return [json.loads(process.communicate()[0]) for process in programs]
 
 
@@ -139,7 +148,8 @@ def measure_shares():
     """Two programs with 400 jobs of 0.5 s each on 6 CPUs."""
     for first, second in ((0, 0), (20, 0), (0, 20), (20, 20)):
         ends = run_programs([(first, 0.0), (second, 0.0)])
-        yield ('two programs, first with %d quick jobs, second with %d: jobs in %d s' % (first, second, SECONDS),
+        yield ('two programs, first with %d quick jobs, second with %d: jobs in %d s'
+               % (first, second, SECONDS),
                ' : '.join(str(sum(end > BOTH for end in found)) for found in ends), '1 : 1')
 
 
@@ -147,8 +157,8 @@ def measure_latecomer():
     """Jobs that a program gets in its first seconds beside one that has been there."""
     for quick in (0, 20):
         ends = run_programs([(quick, 0.0), (0, LATE)])
-        yield ('latecomer beside a program that began with %d quick jobs: jobs in its first %d s' % (quick, LATE),
-               str(sum(end <= LATE for end in ends[1])), 'about 27')
+        yield ('latecomer beside a program that began with %d quick jobs: jobs in its first %d s'
+               % (quick, LATE), str(sum(end <= LATE for end in ends[1])), 'about 27')
 
 
 def measure_idle():
@@ -168,11 +178,12 @@ def measure_idle():
             first.close(terminate=True)
             second.close(terminate=True)
     yield ('short call beside 3 jobs of 12 s on 2 x 2 CPUs: longest wait of %d rounds' % len(found),
-           '%.2f s (median %.2f s, %d over 1 s)' % (max(found), statistics.median(found), sum(wait > 1 for wait in found)),
-           'under 1 s')
+           '%.2f s (median %.2f s, %d over 1 s)'
+           % (max(found), statistics.median(found), sum(wait > 1 for wait in found)), 'under 1 s')
 
 
-MEASURES = {'priority': measure_priority, 'shares': measure_shares, 'latecomer': measure_latecomer, 'idle': measure_idle}
+MEASURES = {'priority': measure_priority, 'shares': measure_shares, 'latecomer': measure_latecomer,
+            'idle': measure_idle}
 
 
 def main():
@@ -184,9 +195,12 @@ def main():
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--tree', default=ROOT, metavar='DIR', help='where dispy.py is (default: this tree)')
-    parser.add_argument('--only', action='append', choices=list(MEASURES), help='measure this alone; may be repeated')
-    parser.add_argument('--rounds', type=int, default=20, help='of the idle node beside the full one')
+    parser.add_argument('--tree', default=ROOT, metavar='DIR',
+                        help='where dispy.py is (default: this tree)')
+    parser.add_argument('--only', action='append', choices=list(MEASURES),
+                        help='measure this alone; may be repeated')
+    parser.add_argument('--rounds', type=int, default=20,
+                        help='of the idle node beside the full one')
     parser.add_argument('--program', help=argparse.SUPPRESS)
     ARGS = parser.parse_args()
     sys.path.insert(0, os.path.abspath(ARGS.tree))

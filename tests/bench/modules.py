@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""What it costs that modules travel: a program with a package of 200 modules, of about 150 lines each.
+"""What it costs that modules travel: a program with a package of 200 modules, of about 150 lines
+each.
 
     python tests/bench/modules.py [--modules N] [--rounds N]
 
-For the embedded node and for a real dispynode it prints the median time from the making of a cluster to its first result,
-for the first and for the second cluster of a program, and the bytes of files that the node gets. Beside them stands the
-same for a function of the script that uses none of the modules.
+For the embedded node and for a real dispynode it prints the median time from the making of a
+cluster to its first result, for the first and for the second cluster of a program, and the bytes of
+files that the node gets. Beside them stands the same for a function of the script that uses none of
+the modules.
 """
 
 import argparse
@@ -63,7 +65,8 @@ for name, function in (('none', plain), ('first', of_package), ('second', of_pac
     with dispy.JobCluster(function, nodes=nodes) as cluster:
         assert cluster.submit(1)(60) is not None
         found[name] = time.perf_counter() - start
-        found['bytes of ' + name] = sum(row[1] for row in dispy.core_of(cluster).bundles.rows(nodes == 'local'))
+        found['bytes of '
+              + name] = sum(row[1] for row in dispy.core_of(cluster).bundles.rows(nodes == 'local'))
 print(json.dumps(found))
 '''
 
@@ -86,7 +89,8 @@ def measure(directory, nodes, rounds):
     import json
     runs = []
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, 'program.py', json.dumps(nodes)], cwd=directory, check=True,
+        done = subprocess.run([sys.executable, 'program.py', json.dumps(nodes)], cwd=directory,
+                              check=True,
                               env=dict(os.environ, PYTHONPATH=ROOT), stdout=subprocess.PIPE)
         runs.append(json.loads(done.stdout))
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
@@ -104,10 +108,12 @@ def main():
         with open(os.path.join(directory, 'program.py'), 'w') as file:
             file.write(PROGRAM)
         with NodeProcess(os.path.join(directory, 'node')) as node:
-            print('%-12s %14s %14s %14s %12s' % ('node', 'no modules, s', 'first, s', 'second, s', 'bytes'))
+            print('%-12s %14s %14s %14s %12s'
+                  % ('node', 'no modules, s', 'first, s', 'second, s', 'bytes'))
             for name, nodes in (('embedded', 'local'), ('dispynode', list(node.address))):
                 found = measure(directory, nodes, args.rounds)
-                print('%-12s %14.2f %14.2f %14.2f %12d' % (name, found['none'], found['first'], found['second'], found['bytes of first']))
+                print('%-12s %14.2f %14.2f %14.2f %12d' % (
+                    name, found['none'], found['first'], found['second'], found['bytes of first']))
 
 
 if __name__ == '__main__':

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What a dispyscheduler can bear, and what a job costs in it: each line of the table is a real dispyscheduler process over
-loopback, but for those of `Schedule`, which is called in this process.
+"""What a dispyscheduler can bear, and what a job costs in it: each line of the table is a real
+dispyscheduler process over loopback, but for those of `Schedule`, which is called in this process.
 
     python tests/bench/scheduler.py [--quick] [--only PART ...]
 
-Parts: queued (a program queues a million jobs), crowd (200 nodes and 10 programs, made up by one process that speaks the
-protocol for all of them), real (one node of 2 CPUs, beside JobCluster), decide (`Schedule` alone), durable (the disk).
+Parts: queued (a program queues a million jobs), crowd (200 nodes and 10 programs, made up by one
+process that speaks the protocol for all of them), real (one node of 2 CPUs, beside JobCluster),
+decide (`Schedule` alone), durable (the disk).
 """
 
 import argparse
@@ -29,8 +30,9 @@ import psutil  # noqa: E402
 import dispy  # noqa: E402
 import dispynode  # noqa: E402
 import dispyscheduler  # noqa: E402
-from dispynode import (  # noqa: E402
-    Ack, Bye, Compute, ClientHello, Jobs, Link, Loop, Outcome, Ready, ReturnJobs, Results, JobsReturned, Role, NodeHello, derive_key, dial)
+from dispynode import (   # noqa: E402
+                       Ack, Bye, Compute, ClientHello, Jobs, Link, Loop, Outcome, Ready, ReturnJobs,
+                       Results, JobsReturned, Role, NodeHello, derive_key, dial)
 
 SPAWN = multiprocessing.get_context('spawn')
 
@@ -50,10 +52,12 @@ class Daemon:
     def __init__(self, program, *options, before=''):
         self._directory = tempfile.TemporaryDirectory()
         path = self.root = self._directory.name
-        own = ('--state-dir', os.path.join(path, 'state')) if program == 'dispyscheduler' else ('--dest-path-prefix', os.path.join(path, 'node'))
+        own = (('--state-dir', os.path.join(path, 'state')) if program == 'dispyscheduler'
+               else ('--dest-path-prefix', os.path.join(path, 'node')))
         code = 'import sys, {0}\n{1}\nsys.exit({0}.main())'.format(program, before)
         with open(os.path.join(path, 'log'), 'w') as log:
-            self._process = subprocess.Popen([sys.executable, '-c', code, '-i', '127.0.0.1', '-p', '0', *own, *options], cwd=ROOT,
+            self._process = subprocess.Popen([sys.executable, '-c', code, '-i', '127.0.0.1', '-p',
+                                              '0', *own, *options], cwd=ROOT,
                                              stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.usage = psutil.Process(self._process.pid)
         self.port = self._wait_for_port()
@@ -83,7 +87,8 @@ class Daemon:
     def disk(self):
         """Bytes of the files that hold its state."""
         directory = os.path.join(self.root, 'state')
-        return sum(os.path.getsize(os.path.join(directory, name)) for name in os.listdir(directory) if name.startswith('state.db'))
+        return sum(os.path.getsize(os.path.join(directory, name))
+                   for name in os.listdir(directory) if name.startswith('state.db'))
 
     def __enter__(self):
         return self
@@ -95,16 +100,17 @@ class Daemon:
 
 
 def in_another(function, *args):
-    """Run it in a process of its own; a pair of that process and the pipe that is its first argument."""
+    """Run it in a process of its own; a pair of that process and the pipe that is its first
+    argument."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=function, args=(theirs, *args), daemon=True)
     process.start()
     return process, ours
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A million jobs that wait
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def queue_many(pipe, port, seconds, count):
     """A program that submits as fast as it can."""
@@ -123,7 +129,8 @@ def queue_many(pipe, port, seconds, count):
 def measure_queued(quick):
     """One program's jobs wait, and the first of another comes."""
     count, seconds = (50000 if quick else 1000000), 0.2
-    with Daemon('dispynode', '-c', '2') as node, Daemon('dispyscheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+    with Daemon('dispynode', '-c', '2') as node, Daemon('dispyscheduler', '-n',
+                                                        '127.0.0.1:%d' % node.port) as scheduler:
         program, pipe = in_another(queue_many, scheduler.port, seconds, count)
         pipe.recv()
         before, start = scheduler.settled(), time.perf_counter()
@@ -136,29 +143,32 @@ def measure_queued(quick):
         yield 'bytes of memory a job', '%.0f' % ((after - before) / count)
         yield 'bytes on disk a job', '%.0f' % (scheduler.disk() / count)
         waits = []
-        with contextlib.closing(dispy.SharedJobCluster(rest, scheduler_port=scheduler.port, loglevel=logging.ERROR)) as cluster:
+        with contextlib.closing(dispy.SharedJobCluster(rest, scheduler_port=scheduler.port,
+                                                       loglevel=logging.ERROR)) as cluster:
             for _ in range(5):
                 begun = time.time()
                 job = cluster.submit(0.0)
                 job()
                 waits.append(job.start_time - begun)
-        yield 's until the first job of another starts, jobs of %.1f s run' % seconds, '%.3f, most %.3f' % (statistics.median(waits), max(waits))
+        yield ('s until the first job of another starts, jobs of %.1f s run' % seconds,
+               '%.3f, most %.3f' % (statistics.median(waits), max(waits)))
         program.kill()
         program.join()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Many nodes and many programs
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Crowd(Loop):
     """Nodes that answer each job at once, and programs; one thread."""
     FACTS = {'python': tuple(sys.version_info[:3]), 'dispy': dispy.__version__, 'cloudpickle': ''}
-    SPEC = {'name': 'crowd', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': False, 'dest_path': '', 'max_jobs': 0, 'live': False, 'logs': 0,
+    SPEC = {'name': 'crowd', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': False,
+            'dest_path': '', 'max_jobs': 0, 'live': False, 'logs': 0,
             'python': FACTS['python'], 'support': {}, 'program': '', 'cpus': 0, 'setup_args': b'',
             'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
-            'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '', 'recovers': False,
-                       'collected': False, 'process': dispy.own_process()}}
+            'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '',
+                       'recovers': False, 'collected': False, 'process': dispy.own_process()}}
 
     def __init__(self, port, nodes, programs):
         super().__init__()
@@ -174,7 +184,8 @@ class Crowd(Loop):
             self.wait(0.1)
 
     def _dial(self, port, role):
-        arrival = dial('127.0.0.1', port, derive_key(os.environ['DISPY_SECRET'].encode()), role, Role.SCHEDULER, os.urandom(16))
+        arrival = dial('127.0.0.1', port, derive_key(os.environ['DISPY_SECRET'].encode()), role,
+                       Role.SCHEDULER, os.urandom(16))
         link = Link(arrival.sock, arrival.session, arrival.address, self.now)
         link.role = role
         self.attach(link)
@@ -184,8 +195,9 @@ class Crowd(Loop):
         for message in channel.messages(self.now):
             kind, at = type(message), time.time()
             if kind is Jobs:
-                self.send(channel, Results(message.comp, [(serial, int(Outcome.RETURNED), at, at + 1e-5, payload, b'', b'')
-                                                         for serial, payload, _ in message.rows]))
+                self.send(channel, Results(
+                    message.comp, [(serial, int(Outcome.RETURNED), at, at + 1e-5, payload, b'', b'')
+                                   for serial, payload, _ in message.rows]))
             elif kind is Results:
                 self.results += len(message.rows)
                 self.send(channel, Ack(message.comp, [row[0] for row in message.rows]))
@@ -212,10 +224,13 @@ class Crowd(Loop):
 
     def run_jobs(self, count, first):
         """So many of each program."""
-        payload, wanted = b''.join(dispynode.pieces_of(dispynode.dumps(((1,), {}))[0])), self.results + count * len(self.programs)
+        payload, wanted = (b''.join(dispynode.pieces_of(dispynode.dumps(((1,), {}))[0])),
+                           self.results + count * len(self.programs))
         for number, link in enumerate(self.programs):
             for begin in range(first, first + count, 1000):
-                self.send(link, Jobs('program%d' % number, [(serial << 16, payload, None) for serial in range(begin, min(begin + 1000, first + count))]))
+                self.send(link, Jobs('program%d' % number,
+                                     [(serial << 16, payload, None) for serial
+                                      in range(begin, min(begin + 1000, first + count))]))
         while self.results < wanted:
             self.wait(1.0)
 
@@ -243,7 +258,8 @@ def measure_crowd(quick):
         process, pipe = in_another(be_crowd, scheduler.port, nodes, programs)
         start = time.perf_counter()
         pipe.recv()
-        yield '%d nodes of 8 CPUs, %d programs: s until all is set up' % (nodes, programs), '%.1f' % (time.perf_counter() - start)
+        yield ('%d nodes of 8 CPUs, %d programs: s until all is set up' % (nodes, programs),
+               '%.1f' % (time.perf_counter() - start))
         rates, costs, memory, disk = [], [], [], []
         for _ in range(rounds):
             cpu = scheduler.seconds()
@@ -254,15 +270,17 @@ def measure_crowd(quick):
             disk.append(scheduler.disk())
         yield 'empty jobs a second', '%.0f' % statistics.median(rates)
         yield 'us of CPU a job in the scheduler', '%.1f' % statistics.median(costs)
-        yield 'MB of memory after %d jobs, after %d' % (programs * count, programs * count * rounds), '%.1f, %.1f' % (memory[0] / 1e6, memory[-1] / 1e6)
+        yield ('MB of memory after %d jobs, after %d'
+               % (programs * count, programs * count * rounds),
+               '%.1f, %.1f' % (memory[0] / 1e6, memory[-1] / 1e6))
         yield 'MB on disk, the same', '%.1f, %.1f' % (disk[0] / 1e6, disk[-1] / 1e6)
         pipe.send(0)
         process.join()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real nodes and programs
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def gather(cluster, count):
     """Jobs a second."""
@@ -286,25 +304,30 @@ def measure_real(quick):
     """One program, one node of 2 CPUs: with the scheduler, and without."""
     count, trips = (2000, 50) if quick else (20000, 500)
     with Daemon('dispynode', '-c', '2') as node:
-        with contextlib.closing(dispy.JobCluster(empty, nodes=[('127.0.0.1', node.port)], loglevel=logging.ERROR)) as cluster:
+        with contextlib.closing(dispy.JobCluster(empty, nodes=[('127.0.0.1', node.port)],
+                                                 loglevel=logging.ERROR)) as cluster:
             gather(cluster, 200)
             alone = gather(cluster, count), round_trip(cluster, trips)
         figures = {}
         for sync in ('FULL', 'NORMAL'):
-            with Daemon('dispyscheduler', '-n', '127.0.0.1:%d' % node.port, before='dispyscheduler.State.SYNC = %r' % sync) as scheduler:
-                with contextlib.closing(dispy.SharedJobCluster(empty, scheduler_port=scheduler.port, loglevel=logging.ERROR)) as cluster:
+            with Daemon('dispyscheduler', '-n', '127.0.0.1:%d' % node.port,
+                        before='dispyscheduler.State.SYNC = %r' % sync) as scheduler:
+                with contextlib.closing(dispy.SharedJobCluster(empty, scheduler_port=scheduler.port,
+                                                               loglevel=logging.ERROR)) as cluster:
                     gather(cluster, 200)
                     figures[sync] = gather(cluster, count), round_trip(cluster, trips)
-    for name, (rate, trip) in (('JobCluster', alone), ('SharedJobCluster', figures['FULL']), ('... synchronous=NORMAL', figures['NORMAL'])):
+    for name, (rate, trip) in (('JobCluster', alone), ('SharedJobCluster', figures['FULL']),
+                               ('... synchronous=NORMAL', figures['NORMAL'])):
         yield '%s: empty jobs a second, round trip p50 ms' % name, '%.0f, %.3f' % (rate, trip)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedule alone
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def decide(nodes, batch, events):
-    """us an event, `handle` and its part of `flush`, when each turn has `batch` results of full nodes."""
+    """us an event, `handle` and its part of `flush`, when each turn has `batch` results of full
+    nodes."""
     schedule = dispy.Schedule()
     schedule.handle(dispy.Opened('c', 'program', False), 0.0)
     for key in range(nodes):
@@ -315,11 +338,13 @@ def decide(nodes, batch, events):
         for action in actions:
             if type(action) is dispy.SendJobs:
                 running.extend((action.node, work.serial) for work in action.works)
-    schedule.handle(dispy.Submitted([dispy.ScheduledJob('c', b'') for _ in range(8 * nodes + events)]), 0.0)
+    schedule.handle(
+        dispy.Submitted([dispy.ScheduledJob('c', b'') for _ in range(8 * nodes + events)]), 0.0)
     act(schedule.flush(0.0))
     while count < events:
-        ended = [dispy.NodeResults(key, 'c', [(serial, int(Outcome.RETURNED), 0.0, 1.0, b'', b'', b'')])
-                 for key, serial in running[count:count + batch]]
+        ended = (
+            [dispy.NodeResults(key, 'c', [(serial, int(Outcome.RETURNED), 0.0, 1.0, b'', b'', b'')])
+             for key, serial in running[count:count + batch]])
         count += len(ended)
         start = time.thread_time()   # other processes do not count
         for event in ended:
@@ -333,13 +358,15 @@ def decide(nodes, batch, events):
 def measure_decide(quick):
     """Whether decisions get slower with more nodes."""
     for nodes in (10, 100, 1000, 10000):
-        yield 'Schedule, %d nodes: us an event, alone in its turn and with up to 99 others' % nodes, '%.1f, %.1f' % tuple(
-            min(decide(nodes, batch, 2000 if quick else 20000) for _ in range(3)) for batch in (1, 100))
+        yield ('Schedule, %d nodes: us an event, alone in its turn and with up to 99 others'
+               % nodes, '%.1f, %.1f'
+               % tuple(min(decide(nodes, batch, 2000 if quick else 20000) for _ in range(3))
+                       for batch in (1, 100)))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The disk
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def measure_durable(quick):
     """What a transaction costs: a job is submitted and removed in it, or a thousand."""
@@ -351,21 +378,24 @@ def measure_durable(quick):
                 start, number = time.perf_counter(), 0
                 for _ in range(turns):
                     for number in range(number + 1, number + batch + 1):
-                        state.submitted(dispyscheduler.ClientJob('c', None, None, number << 16, number), b'x' * 50)
+                        state.submitted(dispyscheduler.ClientJob('c', None, None, number << 16,
+                                                                 number), b'x' * 50)
                     state.commit()
                 spent = time.perf_counter() - start
                 state.close()
-            yield 'synchronous=%s, %d new jobs each: transactions a second, us a job' % (sync, batch), '%.0f, %.1f' % (
-                turns / spent, spent / turns / batch * 1e6)
+            yield ('synchronous=%s, %d new jobs each: transactions a second, us a job'
+                   % (sync, batch), '%.0f, %.1f' % (turns / spent, spent / turns / batch * 1e6))
 
 
-PARTS = {'queued': measure_queued, 'crowd': measure_crowd, 'real': measure_real, 'decide': measure_decide, 'durable': measure_durable}
+PARTS = {'queued': measure_queued, 'crowd': measure_crowd, 'real': measure_real,
+         'decide': measure_decide, 'durable': measure_durable}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='fewer jobs, to see that it runs')
-    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART', help='of: %s' % ' '.join(PARTS))
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
+                        help='of: %s' % ' '.join(PARTS))
     args = parser.parse_args()
     for part in args.only:
         for name, value in PARTS[part](args.quick):

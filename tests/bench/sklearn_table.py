@@ -1,10 +1,11 @@
-"""How long joblib's calls and estimators of scikit-learn take with the backend 'dispy' on the program's own node, beside
-joblib's own backend in the same run, and whether both give the same.
+"""How long joblib's calls and estimators of scikit-learn take with the backend 'dispy' on the
+program's own node, beside joblib's own backend in the same run, and whether both give the same.
 
     python tests/bench/sklearn_table.py [--rounds N] [--n-jobs N] [--only WORD]
 
-Each row is measured with both backends by turns. `first` is the first call of a fresh program, which starts processes and
-imports in them what the calls need; the other columns are medians of the calls after it.
+Each row is measured with both backends by turns. `first` is the first call of a fresh program,
+which starts processes and imports in them what the calls need; the other columns are medians of the
+calls after it.
 """
 
 import argparse
@@ -48,7 +49,8 @@ def sklearn_rows(n_jobs):
     features, labels = make_classification(4000, 40, n_informative=12, random_state=0)
 
     def grid_search():
-        found = GridSearchCV(SVC(), {'C': [0.5, 1, 2, 4], 'gamma': ['scale', 0.01]}, cv=3, n_jobs=n_jobs).fit(features, labels)
+        found = GridSearchCV(SVC(), {'C': [0.5, 1, 2, 4], 'gamma': ['scale', 0.01]}, cv=3,
+                             n_jobs=n_jobs).fit(features, labels)
         return [found.best_params_, *found.cv_results_['mean_test_score'].tolist()]
 
     def cross_validation():
@@ -59,16 +61,18 @@ def sklearn_rows(n_jobs):
         return model.predict_proba(features[:200]).tolist()
 
     def bagging():
-        model = BaggingClassifier(DecisionTreeClassifier(), 60, random_state=0, n_jobs=n_jobs).fit(features, labels)
+        model = BaggingClassifier(DecisionTreeClassifier(), 60, random_state=0, n_jobs=n_jobs).fit(
+            features, labels)
         return model.predict_proba(features[:200]).tolist()
 
     def stacking():
         models = [('tree', DecisionTreeClassifier(random_state=0)), ('svc', SVC(random_state=0)),
                   ('forest', RandomForestClassifier(60, random_state=0))]
-        model = StackingClassifier(models, LogisticRegression(), cv=3, n_jobs=n_jobs).fit(features, labels)
+        model = StackingClassifier(models, LogisticRegression(), cv=3, n_jobs=n_jobs).fit(features,
+                                                                                          labels)
         return model.predict_proba(features[:200]).tolist()
-    return {'GridSearchCV': grid_search, 'cross_val_score': cross_validation, 'RandomForest': forest,
-            'Bagging': bagging, 'Stacking': stacking}
+    return {'GridSearchCV': grid_search, 'cross_val_score': cross_validation,
+            'RandomForest': forest, 'Bagging': bagging, 'Stacking': stacking}
 
 
 def timed(backend, call):
@@ -83,14 +87,16 @@ def timed(backend, call):
 
 def first_call(kind, name, backend, n_jobs):
     """In a process of its own: seconds of the first call."""
-    command = [sys.executable, os.path.abspath(__file__), '--one', json.dumps([kind, name, backend, n_jobs])]
+    command = [sys.executable, os.path.abspath(__file__), '--one',
+               json.dumps([kind, name, backend, n_jobs])]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=dict(
         os.environ, DISPY_DISCOVERY='off')).stdout.split()[-1])
 
 
 def show(kind, rows, rounds, n_jobs, only):
     """One table."""
-    print('%-20s %9s %9s %9s %9s %7s  %s' % (kind, 'loky', 'dispy', 'loky', 'dispy', 'ratio', 'equal'))
+    print('%-20s %9s %9s %9s %9s %7s  %s'
+          % (kind, 'loky', 'dispy', 'loky', 'dispy', 'ratio', 'equal'))
     print('%-20s %9s %9s %9s %9s' % ('', 'first', 'first', 'median', 'median'))
     for name, call in rows.items():
         if only not in name:
@@ -105,8 +111,9 @@ def show(kind, rows, rounds, n_jobs, only):
                 seconds, found[backend] = timed(backend, call)
                 times[backend].append(seconds)
         loky, own = (statistics.median(times[backend]) for backend in ('loky', 'dispy'))
-        print('%-20s %8.3fs %8.3fs %8.3fs %8.3fs %6.2fx  %s' % (
-            name, first['loky'], first['dispy'], loky, own, own / loky, found['loky'] == found['dispy']), flush=True)
+        print('%-20s %8.3fs %8.3fs %8.3fs %8.3fs %6.2fx  %s'
+              % (name, first['loky'], first['dispy'], loky, own, own / loky,
+                 found['loky'] == found['dispy']), flush=True)
     print()
 
 

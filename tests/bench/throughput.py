@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""One workload over several engines side by side, in one run: dispy with the node that is a part of the program, dispy
-with a real dispynode process and a secret over loopback, without and with TLS, concurrent.futures.ProcessPoolExecutor,
-multiprocessing.Pool and, where it is installed, loky; two workers each.
+"""One workload over several engines side by side, in one run: dispy with the node that is a part of
+the program, dispy with a real dispynode process and a secret over loopback, without and with TLS,
+concurrent.futures.ProcessPoolExecutor, multiprocessing.Pool and, where it is installed, loky; two
+workers each.
 
     python tests/bench/throughput.py [--json] [--rounds N] [--quick]
     python tests/bench/throughput.py --against DIR [--rounds N] [--quick] [--only PART ...]
 
-The engines take turns within a round, and the median over rounds is shown, since machines are noisy: compare
-the ratios of one run, not figures of two. The second form compares this copy of dispy with another one, in DIR,
-which take turns too: on 2 CPUs, on a node of 16 CPUs whose jobs sleep, on a link with a round trip of 150 ms, and
-in a scheduler with 200 nodes that are made up by one process.
+The engines take turns within a round, and the median over rounds is shown, since machines are
+noisy: compare the ratios of one run, not figures of two. The second form compares this copy of
+dispy with another one, in DIR, which take turns too: on 2 CPUs, on a node of 16 CPUs whose jobs
+sleep, on a link with a round trip of 150 ms, and in a scheduler with 200 nodes that are made up by
+one process.
 """
 
 import argparse
@@ -59,8 +61,8 @@ def rest(seconds):
 
 
 def distant(port, trip):
-    """Another port that leads to this one, on a link on which a message and its answer take so many seconds.
-    Bytes are late, and as many of them are on their way as there may be."""
+    """Another port that leads to this one, on a link on which a message and its answer take so many
+    seconds. Bytes are late, and as many of them are on their way as there may be."""
     listener = socket.create_server(('127.0.0.1', 0))
 
     def pump(source, target):
@@ -156,8 +158,10 @@ class Dispy:
         self._directory = tempfile.TemporaryDirectory()
         with open(os.path.join(self._directory.name, 'log'), 'w') as log:
             self._node = subprocess.Popen(
-                [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-c', str(cpus), '-i', '127.0.0.1', '-p', '0',
-                 '--dest-path-prefix', os.path.join(self._directory.name, 'node'), *self._words()], stdin=subprocess.DEVNULL, stderr=log)
+                [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-c', str(cpus), '-i',
+                 '127.0.0.1', '-p', '0',
+                 '--dest-path-prefix', os.path.join(self._directory.name, 'node'), *self._words()],
+                stdin=subprocess.DEVNULL, stderr=log)
         self._port = self._wait_for_port()
         if trip:
             self._port = distant(self._port, trip)
@@ -185,7 +189,8 @@ class Dispy:
         if cluster is None:
             for other in self._clusters.values():
                 other.close()
-            cluster = dispy.JobCluster(function, nodes=[('127.0.0.1', self._port)], loglevel=logging.ERROR, **self._options())
+            cluster = dispy.JobCluster(function, nodes=[('127.0.0.1', self._port)],
+                                       loglevel=logging.ERROR, **self._options())
             self._clusters = {function: cluster}
         return cluster.submit(argument)
 
@@ -211,10 +216,12 @@ class Tls(Dispy):
     name = 'dispy over TLS'
 
     def _certificate(self):
-        paths = [os.path.join(self._directory.name, name) for name in ('certificate.pem', 'key.pem')]
+        paths = [os.path.join(self._directory.name, name)
+                 for name in ('certificate.pem', 'key.pem')]
         if not os.path.exists(paths[0]):
-            subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=benchmark',
-                            '-out', paths[0], '-keyout', paths[1]], check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days',
+                            '2', '-subj', '/CN=benchmark', '-out', paths[0], '-keyout', paths[1]],
+                           check=True, stderr=subprocess.DEVNULL)
         return paths
 
     def _words(self):
@@ -238,7 +245,8 @@ class Local(Dispy):
         if function not in self._clusters:
             for other in self._clusters.values():
                 other.close()
-            self._clusters = {function: dispy.JobCluster(function, nodes='local', loglevel=logging.ERROR)}
+            self._clusters = {function: dispy.JobCluster(function, nodes='local',
+                                                         loglevel=logging.ERROR)}
             if self._cpus != WORKERS:
                 self._clusters[function].wait_nodes(1, 30)
                 self._clusters[function].set_node_cpus('127.0.0.1', self._cpus)
@@ -279,7 +287,8 @@ def measure_round_trip(engine, count):
         engine.get(engine.submit(empty, number))
         times.append(time.perf_counter() - start)
     times.sort()
-    return {'round trip p50 ms': times[count // 2] * 1e3, 'round trip p99 ms': times[int(count * 0.99)] * 1e3}
+    return {'round trip p50 ms': times[count // 2] * 1e3,
+            'round trip p99 ms': times[int(count * 0.99)] * 1e3}
 
 
 def measure_cpu(engine, count):
@@ -297,7 +306,8 @@ def measure_array(engine, count):
         return {}
     array = numpy.frombuffer(os.urandom(64 << 20), dtype=numpy.uint8)
     gather(engine, empty, range(8))
-    return {'64 MiB MB/s': 2 * count * array.nbytes / 1e6 / sum(gather(engine, empty, [array]) for _ in range(count))}
+    return {'64 MiB MB/s': 2 * count * array.nbytes / 1e6
+            / sum(gather(engine, empty, [array]) for _ in range(count))}
 
 
 def measure_short(engine, count):
@@ -363,7 +373,8 @@ MEMORY = """
 import gc, sys, time
 sys.path.insert(0, {root!r})
 import dispy, psutil
-cluster = dispy.JobCluster(lambda x: x, nodes=[('127.0.0.1', 9)], loglevel=50)   # nothing listens there: all are queued
+# Nothing listens there: all are queued
+cluster = dispy.JobCluster(lambda x: x, nodes=[('127.0.0.1', 9)], loglevel=50)
 process = psutil.Process()
 warm = [cluster.submit(None) for _ in range(1000)]
 cluster.cancel(warm[-1])    # answered by the driver: it has taken what was posted before
@@ -371,19 +382,22 @@ before = process.memory_info().rss
 jobs = [cluster.submit(None) for _ in range({count})]
 cluster.cancel(jobs[-1])
 after = process.memory_info().rss
-print((after - before) / {count} - sys.getsizeof(getattr(jobs[0], 'payload', None) or jobs[0]._payload))
+print((after - before) / {count}
+      - sys.getsizeof(getattr(jobs[0], 'payload', None) or jobs[0]._payload))
 cluster.close(terminate=True)
 """
 
 
 def measure_memory(count):
     """Bytes of client memory a queued job takes besides its arguments, in a process of its own."""
-    out = subprocess.run([sys.executable, '-c', MEMORY.format(root=ROOT, count=count)], stdout=subprocess.PIPE, check=True)
+    out = subprocess.run([sys.executable, '-c', MEMORY.format(root=ROOT, count=count)],
+                         stdout=subprocess.PIPE, check=True)
     return float(out.stdout)
 
 
 def measure_lengths(cpus, trip, function, jobs):
-    """Jobs a second of a node, empty ones and of three lengths; for each as many as are in `jobs`."""
+    """Jobs a second of a node, empty ones and of three lengths; for each as many as are in
+    `jobs`."""
     engine, found = Dispy(cpus, trip), {}
     try:
         gather(engine, empty, range(200))
@@ -398,8 +412,10 @@ def measure_lengths(cpus, trip, function, jobs):
 
 def measure_crowd(quick):
     """Jobs a second of a scheduler with 200 nodes, by the benchmark of that copy."""
-    command = [sys.executable, os.path.join(ROOT, 'tests', 'bench', 'scheduler.py'), '--only', 'crowd'] + ['--quick'] * quick
-    text = subprocess.run(command, stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
+    command = [sys.executable, os.path.join(ROOT, 'tests', 'bench', 'scheduler.py'), '--only',
+               'crowd'] + ['--quick'] * quick
+    text = subprocess.run(command, stdout=subprocess.PIPE, check=True,
+                          universal_newlines=True).stdout
     return {'empty': float(re.search(r'^empty jobs a second +([0-9.]+)', text, re.M).group(1))}
 
 
@@ -410,8 +426,10 @@ def counts(quick, *jobs):
 
 # part: its name in the table, and what it measures, of fewer jobs if it is to be quick
 PARTS = {
-    '2': ('2 CPUs, jobs that compute', lambda quick: measure_lengths(2, 0.0, burn, counts(quick, 20000, 3000, 800, 200))),
-    '16': ('16 CPUs, jobs that sleep', lambda quick: measure_lengths(16, 0.0, rest, counts(quick, 20000, 12000, 6000, 3200))),
+    '2': ('2 CPUs, jobs that compute',
+          lambda quick: measure_lengths(2, 0.0, burn, counts(quick, 20000, 3000, 800, 200))),
+    '16': ('16 CPUs, jobs that sleep',
+           lambda quick: measure_lengths(16, 0.0, rest, counts(quick, 20000, 12000, 6000, 3200))),
     'far': ('16 CPUs, link of 150 ms, jobs that sleep',
             lambda quick: measure_lengths(16, 0.15, rest, counts(quick, 20000, 12000, 6000, 3200))),
     'crowd': ('200 nodes of 8 CPUs and 10 programs, on a scheduler', measure_crowd)}
@@ -423,26 +441,31 @@ def compare(other, rounds, parts, quick):
     for number in range(rounds):
         for part in parts:
             for tree in (other, OWN)[::-1 if number % 2 else 1]:
-                command = [sys.executable, os.path.abspath(__file__), '--part', part] + ['--quick'] * quick
+                command = ([sys.executable, os.path.abspath(__file__), '--part', part]
+                           + ['--quick'] * quick)
                 environ = dict(os.environ, DISPY_BENCH_TREE=os.path.abspath(tree))
-                out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environ, timeout=600).stdout
+                out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environ,
+                                     timeout=600).stdout
                 for name, value in json.loads(out.splitlines()[-1]).items():
                     found.setdefault((part, name), {}).setdefault(tree, []).append(value)
-    print('%-54s %-8s %10s %10s %8s %14s' % ('jobs a second, median of %d' % rounds, 'jobs of', 'there', 'here', 'ratio', 'of ratios'))
+    print('%-54s %-8s %10s %10s %8s %14s' % ('jobs a second, median of %d' % rounds, 'jobs of',
+                                             'there', 'here', 'ratio', 'of ratios'))
     for (part, name), values in found.items():
         there, here = statistics.median(values[other]), statistics.median(values[OWN])
         ratios = sorted(new / old for new, old in zip(values[OWN], values[other]))
-        print('%-54s %-8s %10.0f %10.0f %8.2f %14s' % (
-            PARTS[part][0], name, there, here, here / there, '%.2f to %.2f' % (ratios[0], ratios[-1])), flush=True)
+        print('%-54s %-8s %10.0f %10.0f %8.2f %14s'
+              % (PARTS[part][0], name, there, here, here / there,
+                 '%.2f to %.2f' % (ratios[0], ratios[-1])), flush=True)
 
 
 ENGINES = (Local, Dispy, Tls, Futures, Pool, Loky)
 OWN_ENGINES = [engine.name for engine in ENGINES if issubclass(engine, Dispy)]
 # measurement, count; of each the ratio of dispy to the others is shown
-WORKLOADS = {
-    'empty': (measure_empty, 20000), 'trip': (measure_round_trip, 500), 'cpu': (measure_cpu, 20000), 'large': (measure_large, 100),
-    'array': (measure_array, 4), '20ms': (measure_efficiency, 200), '2ms': (measure_short, 1000), 'busy2ms': (measure_beside_2, 400),
-    'busy0.5ms': (measure_beside_half, 1000)}
+WORKLOADS = {'empty': (measure_empty, 20000), 'trip': (measure_round_trip, 500),
+             'cpu': (measure_cpu, 20000), 'large': (measure_large, 100),
+             'array': (measure_array, 4), '20ms': (measure_efficiency, 200),
+             '2ms': (measure_short, 1000), 'busy2ms': (measure_beside_2, 400),
+             'busy0.5ms': (measure_beside_half, 1000)}
 
 
 def is_there(engine_class):
@@ -456,13 +479,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--json', action='store_true', help='print JSON instead of the table')
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--quick', action='store_true', help='a tenth of the jobs, one round: to see that it runs')
+    parser.add_argument('--quick', action='store_true',
+                        help='a tenth of the jobs, one round: to see that it runs')
     parser.add_argument('--against', metavar='DIR', help='compare with the copy of dispy there')
     parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
                         help='what is compared with it, of: %s' % ' '.join(PARTS))
-    parser.add_argument('--workloads', nargs='+', choices=WORKLOADS, default=list(WORKLOADS), metavar='NAME',
-                        help='what is measured, of: %s' % ' '.join(WORKLOADS))
-    parser.add_argument('--engines', nargs='+', choices=[engine.name for engine in ENGINES], metavar='NAME',
+    parser.add_argument('--workloads', nargs='+', choices=WORKLOADS, default=list(WORKLOADS),
+                        metavar='NAME', help='what is measured, of: %s' % ' '.join(WORKLOADS))
+    parser.add_argument('--engines', nargs='+', choices=[engine.name for engine in ENGINES],
+                        metavar='NAME',
                         default=[engine.name for engine in ENGINES], help='of: %(choices)s')
     parser.add_argument('--part', choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -484,8 +509,10 @@ def main():
                         figures[engine.name].setdefault(name, []).append(value)
             finally:
                 engine.close()
-    table = {name: {key: statistics.median(values) for key, values in found.items()} for name, found in figures.items()}
-    ratios = {'%s / %s' % (own, other): {key: table[own][key] / table[other][key] for key in table[own]}
+    table = {name: {key: statistics.median(values) for key, values in found.items()}
+             for name, found in figures.items()}
+    ratios = {'%s / %s'
+              % (own, other): {key: table[own][key] / table[other][key] for key in table[own]}
               for own in table if own in OWN_ENGINES for other in table if other not in OWN_ENGINES}
     without, recoverable = zip(*(measure_recoverable(20000 // divide) for _ in range(rounds)))
     own = {'empty jobs/s with recover_file': statistics.median(recoverable),
@@ -493,7 +520,8 @@ def main():
            'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
            'bytes per queued job': measure_memory(100000 // divide)}
     if args.json:
-        print(json.dumps({'rounds': rounds, 'python': sys.version.split()[0], 'cpus': os.cpu_count(), 'median': table,
+        print(json.dumps({'rounds': rounds, 'python': sys.version.split()[0],
+                          'cpus': os.cpu_count(), 'median': table,
                           'ratios': ratios, 'dispy': own, 'all': figures}))
         return
     keys = list(next(iter(table.values())))

@@ -1,4 +1,5 @@
-"""What it costs that many jobs have one large array in their arguments: memory of the program, and bytes on the links to nodes.
+"""What it costs that many jobs have one large array in their arguments: memory of the program, and
+bytes on the links to nodes.
 
     python tests/bench/values.py [--jobs N] [--mb N]
 """
@@ -36,7 +37,8 @@ def main():
     options = parser.parse_args()
     array = numpy.ones(options.mb * 1000000 // 8)
     own = psutil.Process()
-    with tempfile.TemporaryDirectory() as directory, NodeProcess(directory + '/a', cpus=1) as one, NodeProcess(directory + '/b', cpus=1) as two, \
+    with tempfile.TemporaryDirectory() as directory, NodeProcess(directory + '/a', cpus=1) as one, \
+            NodeProcess(directory + '/b', cpus=1) as two, \
             Proxy(one.address) as first, Proxy(two.address) as second:
         with dispy.JobCluster(total, nodes=[first.address, second.address]) as cluster:
             cluster.wait_nodes(2)
@@ -47,11 +49,13 @@ def main():
                 most = max(most, own.memory_info().rss - before)
             submitted = time.perf_counter() - began
             right = sum(job() == len(array) for job in jobs)
-            print('%d of %d jobs with %d MB each returned what they should; submitted in %.1f s, ended after %.1f s' % (
-                right, options.jobs, options.mb, submitted, time.perf_counter() - began))
+            print('%d of %d jobs with %d MB each returned what they should; '
+                  'submitted in %.1f s, ended after %.1f s'
+                  % (right, options.jobs, options.mb, submitted, time.perf_counter() - began))
             print("the program's memory grew by %.1f MB at most" % (most / 1e6))
             for proxy in (first, second):
-                sent = [sum(connection.sent[way] for connection in proxy.connections) / 1e6 for way in (UP, DOWN)]
+                sent = [sum(connection.sent[way] for connection in proxy.connections) / 1e6
+                        for way in (UP, DOWN)]
                 print('a node was sent %.2f MB, and sent %.2f MB' % tuple(sent))
 
 

@@ -33,18 +33,21 @@ PATHS = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults'
 
 
 class Client:
-    """A program with a cluster on a node; `code` has `cluster(**options)`, `compute`, `path` of a ledger, and `directory`. Made
-    when it has printed its first line. `options` are those of its Python."""
+    """A program with a cluster on a node; `code` has `cluster(**options)`, `compute`, `path` of a
+    ledger, and `directory`. Made when it has printed its first line. `options` are those of its
+    Python."""
 
     def __init__(self, code, path, node, wait=True, options=()):
         self.directory = os.path.dirname(path)
         self.process = subprocess.Popen(
-            [sys.executable, *options, '-c', HEAD.format(paths=PATHS) + textwrap.dedent(code), path, str(node.port), node.host, self.directory],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+            [sys.executable, *options, '-c', HEAD.format(paths=PATHS) + textwrap.dedent(code), path,
+             str(node.port), node.host, self.directory], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
         self.first = self._first_line() if wait else ''
 
     def _first_line(self):
-        """The first that the program prints; what it logs before, as that a node is still busy, is passed over."""
+        """The first that the program prints; what it logs before, as that a node is still busy, is
+        passed over."""
         line = self.process.stdout.readline()
         while re.match(r'[-0-9]+ [:0-9]+ dispy - ', line):
             line = self.process.stdout.readline()
@@ -81,7 +84,8 @@ MAKE = '''
 def make(kind, **options):
     if kind == 'JobCluster':
         return cluster(**options)
-    return dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=host, scheduler_port=port, **options)
+    return dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=host,
+                                  scheduler_port=port, **options)
 
 
 '''

@@ -1,6 +1,8 @@
 """The ledger of a run: who was started where, what came of it, and whether anything is left.
 
-    lost = submitted - ended        unexpected = ended - submitted        duplicated = ended more than once
+    lost = submitted - ended
+    unexpected = ended - submitted
+    duplicated = ended more than once
 """
 
 import collections
@@ -15,8 +17,8 @@ from conftest import eventually
 
 
 def enter(path, job):
-    """One attempt of a job: a line with job, host and process ID, by one write, so that lines never mix. Give it to jobs by
-    `depends=[enter]`, or call it in a computation that refers to it."""
+    """One attempt of a job: a line with job, host and process ID, by one write, so that lines never
+    mix. Give it to jobs by `depends=[enter]`, or call it in a computation that refers to it."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(fd, ('%s\t%s\t%d\n' % (job, socket.gethostname(), os.getpid())).encode())
@@ -31,7 +33,8 @@ class Attempt(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Jobs by their names as text, sorted; `again`: jobs that were started more than once; executions: attempts of all jobs."""
+    """Jobs by their names as text, sorted; `again`: jobs that were started more than once;
+    executions: attempts of all jobs."""
     submitted: int
     ended: int
     lost: list
@@ -61,20 +64,24 @@ class Ledger:
         return [Attempt(job, host, int(pid)) for job, host, pid in rows]
 
     def check(self, submitted, ended):
-        """A Tally of the jobs (numbers or text) that were submitted and those that have ended, once for every time they did."""
+        """A Tally of the jobs (numbers or text) that were submitted and those that have ended, once
+        for every time they did."""
         ended = collections.Counter(map(str, ended))
         submitted = set(map(str, submitted))
         started = collections.Counter(attempt.job for attempt in self.attempts())
         return Tally(len(submitted), sum(ended.values()), sorted(submitted - set(ended)),
-                     sorted((set(ended) | set(started)) - submitted), sorted(job for job in ended if ended[job] > 1),
+                     sorted((set(ended) | set(started)) - submitted),
+                     sorted(job for job in ended if ended[job] > 1),
                      sorted(job for job in started if started[job] > 1), sum(started.values()))
 
 
 def open_files(pid):
-    """What the descriptors of a process lead to, sorted; files and connections alone where /proc is missing."""
+    """What the descriptors of a process lead to, sorted; files and connections alone where /proc is
+    missing."""
     if not os.path.isdir('/proc/self/fd'):
         process = psutil.Process(pid)
-        return sorted([file.path for file in process.open_files()] + [str(found) for found in process.net_connections()])
+        return sorted([file.path for file in process.open_files()]
+                      + [str(found) for found in process.net_connections()])
     found = []
     for number in os.listdir('/proc/%d/fd' % pid):
         with contextlib.suppress(FileNotFoundError):   # closed meanwhile
@@ -84,18 +91,21 @@ def open_files(pid):
 
 @contextlib.contextmanager
 def nothing_left(*pids, seconds=20.0):
-    """At its end these processes have, within so many seconds, no more children and descriptors than at its beginning.
-    Begin when a node has served a client: it has a helper of multiprocessing's and a pipe to it from then on."""
+    """At its end these processes have, within so many seconds, no more children and descriptors
+    than at its beginning. Begin when a node has served a client: it has a helper of
+    multiprocessing's and a pipe to it from then on."""
     def held(pid):
         return len(psutil.Process(pid).children(recursive=True)), len(open_files(pid))
     before = {pid: held(pid) for pid in pids}
     yield
     for pid in pids:
         try:
-            eventually(lambda: all(now <= then for now, then in zip(held(pid), before[pid])), seconds)
+            eventually(lambda: all(now <= then for now, then in zip(held(pid), before[pid])),
+                       seconds)
         except AssertionError:
-            raise AssertionError('process %d had %d children and %d descriptors; left are %s and %s' % (
-                pid, *before[pid], psutil.Process(pid).children(recursive=True), open_files(pid))) from None
+            raise AssertionError('process %d had %d children and %d descriptors; left are %s and %s'
+                                 % (pid, *before[pid], psutil.Process(pid).children(recursive=True),
+                                    open_files(pid))) from None
 
 
 def one_more_each(cluster, *args, timeout=60):

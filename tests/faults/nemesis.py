@@ -1,4 +1,5 @@
-"""A seeded sequence of faults: nodes that are killed, started again and stopped, connections that are cut and healed."""
+"""A seeded sequence of faults: nodes that are killed, started again and stopped, connections that
+are cut and healed."""
 
 import random
 import signal
@@ -11,8 +12,9 @@ FAULTS = ('kill', 'stop', 'cut', 'hold')
 
 
 class Nemesis:
-    """`count` nodes, each behind a proxy, of which one suffers every `every` seconds, and recovers before its turn comes again.
-    What happens, and to which, depends on the seed alone: `history` has it as (fault, node) pairs.
+    """`count` nodes, each behind a proxy, of which one suffers every `every` seconds, and recovers
+    before its turn comes again. What happens, and to which, depends on the seed alone: `history`
+    has it as (fault, node) pairs.
 
     with Nemesis(directory, seed=1) as nemesis:
         cluster = JobCluster(..., nodes=nemesis.addresses, reentrant=True)
@@ -27,8 +29,8 @@ class Nemesis:
         self._over = threading.Event()
         self._thread = None
         self.failed = None      # what ended the thread
-        self.nodes = [NodeProcess('%s/node-%d' % (directory, number), '--name', 'node-%d' % number, cpus=cpus)
-                      for number in range(count)]
+        self.nodes = [NodeProcess('%s/node-%d' % (directory, number), '--name', 'node-%d' % number,
+                                  cpus=cpus) for number in range(count)]
         self.proxies = [Proxy(node.address) for node in self.nodes]
         for proxy in self.proxies:
             proxy.accept()
@@ -49,7 +51,8 @@ class Nemesis:
     def _run(self):
         try:
             while not self._over.wait(self.every):
-                number, fault = self._random.randrange(len(self.nodes)), self._random.choice(self._faults)
+                number, fault = (self._random.randrange(len(self.nodes)),
+                                 self._random.choice(self._faults))
                 lasts = self._random.choice((0.0, 0.2, 0.5, 0.9)) * self.every
                 self.history.append((fault, number, lasts))
                 getattr(self, '_' + fault)(number, lasts)
@@ -60,7 +63,8 @@ class Nemesis:
         self.nodes[number].kill()
         self._over.wait(lasts)
         node = self.nodes[number]
-        self.nodes[number] = NodeProcess(node.directory, '--name', 'node-%d' % number, cpus=self._cpus, port=node.port)
+        self.nodes[number] = NodeProcess(node.directory, '--name', 'node-%d' % number,
+                                         cpus=self._cpus, port=node.port)
 
     def _stop(self, number, lasts):
         self.nodes[number].process.send_signal(signal.SIGSTOP)
@@ -84,7 +88,8 @@ class Nemesis:
         if self._thread is not None:
             self._thread.join(60)
         if self.failed is not None:
-            raise AssertionError('nemesis, seed %d, after %s' % (self.seed, self.history)) from self.failed
+            raise AssertionError('nemesis, seed %d, '
+                                 'after %s' % (self.seed, self.history)) from self.failed
 
     def close(self):
         self._over.set()

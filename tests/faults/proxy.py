@@ -1,10 +1,12 @@
 """A TCP proxy on loopback that does to a connection what networks do.
 
-    client ==UP==> proxy ==UP==> node          the threads: one accepts, two a connection copy, one each way
+    client ==UP==> proxy ==UP==> node
            <=DOWN=       <=DOWN=
 
-Faults come at once (`cut`, `hold`, `refuse`), or at a byte: `at(n, fault, way)` arms one that strikes the first connection on
-which byte n (from 0) of that way comes by, and that one alone.
+One thread accepts; two threads for each connection copy, one each way.
+
+Faults come at once (`cut`, `hold`, `refuse`), or at a byte: `at(n, fault, way)` arms one that
+strikes the first connection on which byte n (from 0) of that way comes by, and that one alone.
 """
 
 import collections
@@ -30,7 +32,8 @@ class Connection:
         self._copying = 2               # threads
         self.is_open = True
         self.forgotten = False          # what comes is dropped, without a word
-        self.threads = [threading.Thread(target=self._copy, args=(way,), name='proxy-' + way) for way in (UP, DOWN)]
+        self.threads = [threading.Thread(target=self._copy, args=(way,), name='proxy-' + way)
+                        for way in (UP, DOWN)]
 
     def start(self):
         for thread in self.threads:
@@ -69,22 +72,24 @@ class Connection:
                     self.sent[way] += count
 
     def cut(self, reset=True):
-        """Both sides see its end: by a reset, before which bytes on the way may be lost, or in good order. Any thread."""
+        """Both sides see its end: by a reset, before which bytes on the way may be lost, or in good
+        order. Any thread."""
         with self._lock:
             self.is_open = False
             for sock in self._ends[UP] if self._copying else ():
                 if reset:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
                 with contextlib.suppress(OSError):   # the other side was first
-                    # SHUT_RD wakes the thread that reads there, and tells the other side nothing until it is closed.
+                    # SHUT_RD wakes the thread that reads there, and tells the other side nothing
+                    # until it is closed.
                     sock.shutdown(socket.SHUT_RD if reset else socket.SHUT_WR)
 
 
 class Proxy:
     """`with Proxy(node.address) as proxy:`, and `nodes=[proxy.address]`.
 
-    delay: seconds that every piece waits; rate: bytes a second, each way of each connection (None: no limit);
-    record: keep what was passed on. All may be changed at any time."""
+    delay: seconds that every piece waits; rate: bytes a second, each way of each connection (None:
+    no limit); record: keep what was passed on. All may be changed at any time."""
 
     def __init__(self, to, delay=0.0, rate=None, record=False):
         self.to, self.delay, self.rate, self.record = to, delay, rate, record
@@ -114,7 +119,7 @@ class Proxy:
             for thread in connection.threads:
                 thread.join(20)
 
-    # -- new connections --------------------------------------------------------------------------------------
+    # -- new connections ---------------------------------------------------------------------------
 
     @property
     def count(self):
@@ -144,7 +149,8 @@ class Proxy:
         self._listener.bind(self.address)
         self._listener.listen(64)
         self.address = self._listener.getsockname()
-        self._accepting = threading.Thread(target=self._accept, args=(self._listener,), name='proxy-accept')
+        self._accepting = threading.Thread(target=self._accept, args=(self._listener,),
+                                           name='proxy-accept')
         self._accepting.start()
 
     def _accept(self, listener):
@@ -165,7 +171,7 @@ class Proxy:
                 self.connections.append(Connection(self, client, server))
                 self.connections[-1].start()
 
-    # -- faults -----------------------------------------------------------------------------------------------
+    # -- faults ------------------------------------------------------------------------------------
 
     def cut(self, reset=True):
         """Every connection is closed now."""
@@ -180,21 +186,22 @@ class Proxy:
         self._flows.set()
 
     def forget(self):
-        """As a NAT that has forgotten, or after a change of address: what comes on the connections so far is dropped without a
-        word, new ones flow."""
+        """As a NAT that has forgotten, or after a change of address: what comes on the connections
+        so far is dropped without a word, new ones flow."""
         for connection in self.open:
             connection.forgotten = True
 
     def swallow(self, *ways):
-        """What comes these ways is read and dropped, on all connections; without ways it flows again, on new connections."""
+        """What comes these ways is read and dropped, on all connections; without ways it flows
+        again, on new connections."""
         self._swallowed = frozenset(ways)
         if not ways:
             self.forget()   # a stream with a gap is of no use
 
     def at(self, byte, fault, way=UP):
-        """Arm a fault: 'cut' (all bytes before this one arrive, then the end), 'reset', 'hold', 'flip' (the lowest bit of
-        that byte), or ('repeat', n): the n bytes before this one are sent once more. Faults of a way are armed in the order
-        of their bytes."""
+        """Arm a fault: 'cut' (all bytes before this one arrive, then the end), 'reset', 'hold',
+        'flip' (the lowest bit of that byte), or ('repeat', n): the n bytes before this one are sent
+        once more. Faults of a way are armed in the order of their bytes."""
         kind = fault[0] if isinstance(fault, tuple) else fault
         if kind not in ('cut', 'reset', 'hold', 'flip', 'repeat'):
             raise ValueError('%r is no fault' % (fault,))

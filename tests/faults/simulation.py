@@ -1,20 +1,24 @@
 """The whole system in one process, on a virtual clock and a seeded network, with faults.
 
-    python tests/faults/simulation.py --seed 7            # that seed, once more, event by event the same
-    python tests/faults/simulation.py --full              # 24 h, 50 nodes, 200,000 jobs, 5,000 faults
+    python tests/faults/simulation.py --seed 7   # that seed, once more, event by event the same
+    python tests/faults/simulation.py --full     # 24 h, 50 nodes, 200,000 jobs, 5,000 faults
 
-Real are the parts that decide: `Driver` with its `Schedule`, `JobCluster`, `Journal` and `Recovery` of a client; `Daemon` with its
-`Node` and `Shelf` of a node. Modelled is what is below them: clock, sockets, dialling, runners and workers. A process is a
-`Loop` whose turns `World` calls; what it says in a turn leaves at the end of the turn; a sample passes `encode` and `decode`.
+Real are the parts that decide: `Driver` with its `Schedule`, `JobCluster`, `Journal` and `Recovery`
+of a client; `Daemon` with its `Node` and `Shelf` of a node. Modelled is what is below them: clock,
+sockets, dialling, runners and workers. A process is a `Loop` whose turns `World` calls; what it
+says in a turn leaves at the end of the turn; a sample passes `encode` and `decode`.
 
-    Session (a user's program, also its later lives)                  Host (its disk outlives its daemon)
-      SimClient -- SimLink -- Plug  ~~~ World: delay, block, cut ~~~  Plug -- SimLink -- SimDaemon -- Worker
+    Session (a user's program,               World:            Host (its disk outlives
+      also its later lives)            delay, block, cut          its daemon)
+      SimClient -- SimLink -- Plug  ~~~~~~~~~~~~~~~~~~~~~~~  Plug -- SimLink -- SimDaemon -- Worker
 
-The network keeps the order within a link and none between links. Blocked is a direction between two hosts: what is on its way
-arrives later, or never if the link is broken meanwhile. Pulses are not sent: a link end that hears nothing, because
-the way is blocked or the other process is stopped or its host without power, is broken after PULSES_LOST of them.
+The network keeps the order within a link and none between links. Blocked is a direction between two
+hosts: what is on its way arrives later, or never if the link is broken meanwhile. Pulses are not
+sent: a link end that hears nothing, because the way is blocked or the other process is stopped or
+its host without power, is broken after PULSES_LOST of them.
 
-What must be true is checked in `check_*` after every turn, or every `SWEEP` seconds where it needs a look at everything.
+What must be true is checked in `check_*` after every turn, or every `SWEEP` seconds where it needs
+a look at everything.
 """
 
 import argparse
@@ -52,7 +56,8 @@ from dispynode import (
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
 SWEEP = 30.0             # s between looks at everything
-UNWANTED = 30.0          # s that an attempt may run that nobody wants, while its client and its node are connected
+# s that an attempt may run that nobody wants, while its client and its node are connected
+UNWANTED = 30.0
 ZOMBIE = 1800.0          # s that results wait on a disk here
 SAMPLE = 16              # one message in so many is encoded and decoded
 SECRET = '0' * 64        # one that need not be stretched
@@ -65,7 +70,7 @@ class Killed(BaseException):
     """This process is no more."""
 
 
-# -- network ------------------------------------------------------------------------------------------------------
+# -- network ---------------------------------------------------------------------------------------
 
 class Plug:
     """One end of a connection, as the operating system has it."""
@@ -76,7 +81,8 @@ class Plug:
         self.inbox, self.held = [], []         # arrived and not read; sent and blocked
         self.last = 0.0                        # when what was sent last arrives
         self.closed = self.cut = False
-        self.fuse = None                       # messages that are still carried before the connection is cut
+        # Messages that are still carried before the connection is cut
+        self.fuse = None
         self.quiet = None                      # since when nothing can be heard
 
     def getsockname(self):
@@ -129,7 +135,8 @@ class Plug:
     def heed(self):
         """Whether anything can be heard here may have changed."""
         world, other = self.world, self.other
-        deaf = not self.closed and (other.owner.stopped or not other.owner.alive or world.is_blocked(other.owner.host, self.owner.host))
+        deaf = not self.closed and (other.owner.stopped or not other.owner.alive
+                                    or world.is_blocked(other.owner.host, self.owner.host))
         if deaf and self.quiet is None:
             self.quiet = world.now
             world.at(self.quiet + SILENCE + world.rng.random() * PULSE / 2, self.despair)
@@ -163,7 +170,8 @@ class SimLink:
 
     def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
-        self.number, self.instance, self.role = next(SimLink.numbers), session.peer_instance, session.peer_role
+        self.number, self.instance, self.role = (next(SimLink.numbers), session.peer_instance,
+                                                 session.peer_role)
         self.said, self.sent, self.opened = now, 0, 0
         self.on_purpose = self.paused = self.owes = False
         self.later = {}   # nothing here is so large that it goes in parts
@@ -214,7 +222,7 @@ class SimLink:
         return inbox
 
 
-# -- processes ----------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 class SimLoop(Loop):
     """A process: a loop without sockets, whose turns the world calls."""
@@ -399,7 +407,8 @@ class SimJournal(Journal):
 
 
 class SimShelf(ResultSpool):
-    """The real one, on a disk that may be full or slow, of a daemon that may be killed while it writes."""
+    """The real one, on a disk that may be full or slow, of a daemon that may be killed while it
+    writes."""
     daemon = None
 
     def append(self, owner, rows, digest):
@@ -423,7 +432,8 @@ class SimDirectory(NodeDirectory):
         """What `take` does."""
         self.base = self.root = home.directory
         self.memory = Memory(self.base)
-        self._taken(self.memory, self.memory.begin({comp: frozenset(begun) for comp, begun in home.begun.items()}))
+        self._taken(self.memory, self.memory.begin({comp: frozenset(begun)
+                                                    for comp, begun in home.begun.items()}))
         home.begun.clear()
 
     def spool(self, comp):
@@ -449,13 +459,16 @@ class SimProcesses(ProcessHost):
 
     def start_runner(self, action):
         self.runners[action.comp] = runner = object()
-        self.daemon.later(self.daemon.world.rng.uniform(0.05, 2.0), lambda: self.runners.get(action.comp) is runner and self.daemon.post(RunnerUp(action.comp)))
+        self.daemon.later(self.daemon.world.rng.uniform(0.05, 2.0),
+                          lambda: self.runners.get(action.comp) is runner
+                          and self.daemon.post(RunnerUp(action.comp)))
 
     def stop_runner(self, action, text=''):
         self.runners.pop(action.comp, None)
 
         def gone():
-            for worker in [worker for worker in self.workers.values() if worker.comp == action.comp]:
+            for worker in [worker
+                           for worker in self.workers.values() if worker.comp == action.comp]:
                 worker.die(told=False)
             self.daemon.post(RunnerGone(action.comp, text))
         self.daemon.later(self.daemon.world.rng.uniform(0.001, 0.5), gone)
@@ -472,7 +485,8 @@ class SimProcesses(ProcessHost):
         self.daemon.may_die('before it sends')
         worker = self.workers.get(action.worker)
         if worker is not None:
-            self.daemon.later(PIPE, worker.feed, [(attempt.serial, attempt.payload) for attempt in action.attempts])
+            self.daemon.later(PIPE, worker.feed,
+                              [(attempt.serial, attempt.payload) for attempt in action.attempts])
 
     def retire(self, action):
         worker = self.workers.get(action.worker)
@@ -502,8 +516,10 @@ class SimDaemon(Daemon, SimLoop):
 
     def __init__(self, home):
         self.home, self.host = home, home.name
-        super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE), SimNodeHost)
-        self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), self.processes.workers
+        super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE),
+                         SimNodeHost)
+        self.instance, self.workers = bytes(self.world.rng.getrandbits(8)
+                                            for _ in range(16)), self.processes.workers
         self.directory.daemon = self
         self.directory.have(home)
         self.node_host.results.find_kept()
@@ -521,7 +537,8 @@ class SimDaemon(Daemon, SimLoop):
         self.world.at(self.world.now + seconds, lambda: self.alive and call(*args))
 
     def end(self):
-        assert not any(comp.attempts for comp in self.node.tables.comps.values()), 'it ends and has not answered for all'
+        assert not any(comp.attempts for comp
+                       in self.node.tables.comps.values()), 'it ends and has not answered for all'
         self.home.begun.clear()   # as its directories go
         self.world.kill(self)
         self.world.at(self.world.now + self.world.rng.expovariate(1 / 10), self.home.start)
@@ -562,8 +579,8 @@ class Worker:
             self.die()
             return
         raises = interrupted or self.job.fate == 'raises'
-        row = (self.running, int(Outcome.RAISED if raises else Outcome.RETURNED), 1e9 + self.began, 1e9 + self.world.now,
-               RAISED if raises else VALUE, b'', b'')
+        row = (self.running, int(Outcome.RAISED if raises else Outcome.RETURNED), 1e9 + self.began,
+               1e9 + self.world.now, RAISED if raises else VALUE, b'', b'')
         if not raises:
             self.world.returned[self.comp, self.running] = self.job
         self.daemon.later(PIPE, self.daemon.post, WorkerResults(self.key, [row]))
@@ -590,7 +607,8 @@ class Worker:
             self.alive = False
             self.daemon.workers.pop(self.key, None)
             if told:
-                self.daemon.later(PIPE, self.daemon.post, WorkerGone(self.key, 'killed', self.running))
+                self.daemon.later(PIPE, self.daemon.post,
+                                  WorkerGone(self.key, 'killed', self.running))
 
 
 class Host:
@@ -600,7 +618,8 @@ class Host:
         self.world, self.name, self.cpus = world, name, cpus
         self.directory = os.path.join(world.directory, name)
         self.full_until = self.slow_until = 0.0
-        self.begun = {}            # computation -> serials that its workers have noted, until the next daemon reads it
+        # Computation -> serials that its workers have noted, until the next daemon reads it
+        self.begun = {}
         self.daemon = None
         os.mkdir(self.directory)
         self.start()
@@ -611,7 +630,7 @@ class Host:
             self.world.at(self.world.now, self.daemon.wake)
 
 
-# -- users --------------------------------------------------------------------------------------------------------
+# -- users -----------------------------------------------------------------------------------------
 
 class Job:
     """What is known of a job outside the system."""
@@ -623,20 +642,25 @@ class Job:
 
 
 class Session:
-    """A program of a user: submits jobs in bursts, cancels some, submits more in callbacks, closes when all have ended. If it
-    is killed it is begun anew with its recover_file, or never."""
+    """A program of a user: submits jobs in bursts, cancels some, submits more in callbacks, closes
+    when all have ended. If it is killed it is begun anew with its recover_file, or never."""
 
     def __init__(self, world, user, jobs):
         self.world, self.user, self.left = world, user, jobs
         rng = world.rng
         self.reentrant = rng.random() < 0.5
-        self.nodes = sorted(rng.sample(sorted(world.hosts), rng.randint((len(world.hosts) + 1) // 2, len(world.hosts))))
-        self.path = os.path.join(world.directory, 'journal-%d' % next(world.numbers)) if rng.random() < world.journals else None
+        self.nodes = sorted(rng.sample(sorted(world.hosts),
+                                       rng.randint((len(world.hosts) + 1) // 2, len(world.hosts))))
+        self.path = (os.path.join(world.directory, 'journal-%d' % next(world.numbers))
+                     if rng.random() < world.journals else None)
         self.scale = rng.choice((0.02, 1.0, 10.0, 60.0)) * world.scale
-        self.lengths = getattr(self, rng.choice(('exponential', 'exponential', 'quick_first', 'one_slow', 'alternating', 'growing', 'bimodal')))()
+        self.lengths = getattr(self,
+                               rng.choice(('exponential', 'exponential', 'quick_first', 'one_slow',
+                                           'alternating', 'growing', 'bimodal')))()
         self.jobs = {}             # of which the end has not been seen
         self.cluster = self.driver = None
-        self.recent = []           # of which the end was seen in this turn, and may not be committed
+        # Of which the end was seen in this turn, and may not be committed
+        self.recent = []
         self.begin()
 
     def begin(self):
@@ -646,12 +670,14 @@ class Session:
         world.note('begin', self.user, '')
         world.next_session = self
         if self.cluster is not None and world.rng.random() < 0.3:
-            self.recover(dispy.recover_jobs(self.path, world.rng.choice((0.0, 5.0, 60.0)), world.rng.random() < 0.3, SECRET))
+            self.recover(dispy.recover_jobs(self.path, world.rng.choice((0.0, 5.0, 60.0)),
+                                            world.rng.random() < 0.3, SECRET))
             if not self.jobs:
                 self.over()
                 return
             world.next_session = self   # others may have begun meanwhile
-        self.cluster = cluster = JobCluster(compute, nodes=self.nodes, reentrant=self.reentrant, recover_file=self.path, secret=SECRET,
+        self.cluster = cluster = JobCluster(compute, nodes=self.nodes, reentrant=self.reentrant,
+                                            recover_file=self.path, secret=SECRET,
                                             job_status=self.ended, loglevel=logging.CRITICAL)
         self.driver = dispy.core_of(cluster).driver
         if dispy.core_of(cluster).journal is not None:
@@ -697,7 +723,8 @@ class Session:
     def submit_one(self):
         world, rng = self.world, self.world.rng
         self.left -= 1
-        rare = {'dispy_cpus': rng.randint(1, 2), 'dispy_priority': rng.randint(-1, 1), 'dispy_timeout': self.scale, 'dispy_retries': 2}
+        rare = {'dispy_cpus': rng.randint(1, 2), 'dispy_priority': rng.randint(-1, 1),
+                'dispy_timeout': self.scale, 'dispy_retries': 2}
         options = {name: value for name, value in rare.items() if rng.random() < 0.04}
         job = Job(next(world.numbers), next(self.lengths),
                   rng.choices(('returns', 'raises', 'dies', 'stubborn'), (90, 5, 3, 2))[0], options)
@@ -706,7 +733,8 @@ class Session:
         world.by_payload[bytes(job.handle.payload)] = self, job
         world.submitted += 1
 
-    # lengths of jobs, most of them chosen to fool whoever believes that the next job is like the last
+    # lengths of jobs, most of them chosen to fool whoever believes that the next job is like the
+    # last
 
     def exponential(self):
         while True:
@@ -749,7 +777,8 @@ class Session:
         cluster, self.left = self.cluster, 0
         with mock.patch.object(dispy.core_of(cluster).book, 'wait', lambda timeout: True):
             cluster.close(terminate=True)
-        assert not self.jobs, 'jobs that have not ended when their cluster is closed: %s' % self.jobs
+        assert not self.jobs, ('jobs that have not ended when their cluster is closed: %s'
+                               % self.jobs)
         self.over()
 
     def over(self):
@@ -771,7 +800,8 @@ class Session:
             self.over()
             return
         if world.rng.random() < 0.3:
-            os.write(journal._new, bytes(range(world.rng.randint(1, 60))))   # torn: that job was never returned
+            # Torn: that job was never returned
+            os.write(journal._new, bytes(range(world.rng.randint(1, 60))))
         journal._db.close()
         os.close(journal._new)
         if world.rng.random() < 0.1:
@@ -784,21 +814,25 @@ def compute(number):
     """Never run."""
 
 
-# -- world --------------------------------------------------------------------------------------------------------
+# -- world -----------------------------------------------------------------------------------------
 
 class World:
     """The clock, the network, the faults, and the books of what must be true."""
     current = None
 
-    def __init__(self, seed, hosts=8, users=3, jobs=2000, faults=300, hours=1.0, scale=1.0, journals=0.6, directory=None):
+    def __init__(self, seed, hosts=8, users=3, jobs=2000, faults=300, hours=1.0, scale=1.0,
+                 journals=0.6, directory=None):
         self.rng, self.now, self.heap, self.order = random.Random(seed), 0.0, [], itertools.count()
         self.directory, self.until = directory, hours * 3600.0
         self.budget, self.scale, self.journals = jobs, scale, journals
-        self.trace = self.messages = self.turns = self.submitted = self.starts = self.shelved = self.faults = 0
+        self.trace = self.messages = self.turns = self.submitted = 0
+        self.starts = self.shelved = self.faults = 0
         self.numbers, self.jobs, self.by_payload, self.returned = itertools.count(1), {}, {}, {}
-        self.outcomes = {}         # (computation, serial) -> outcome that its node has told last, until that is acknowledged
+        # (computation, serial) -> outcome that its node has told last, until that is acknowledged
+        self.outcomes = {}
         self.statuses, self.told = collections.Counter(), collections.Counter()
-        self.plugs, self.blocked, self.slow_network, self.over = {}, collections.Counter(), 0.0, False
+        self.plugs, self.blocked, self.slow_network, self.over = ({}, collections.Counter(), 0.0,
+                                                                  False)
         self.victim = 'n0'
         self.strange = {}          # (daemon, worker, serial) that nobody wants -> since when
         self.next_session, World.current, SimLink.numbers = None, self, itertools.count(1)
@@ -818,7 +852,8 @@ class World:
 
     def note(self, what, where, to):
         """Into the trace, of which only a checksum is kept."""
-        self.trace = zlib.crc32(('%.6f %s %s %s' % (self.now, what, where, to)).encode(), self.trace)
+        self.trace = zlib.crc32(('%.6f %s %s %s' % (self.now, what, where, to)).encode(),
+                                self.trace)
 
     def run(self):
         """Until nothing is to be done; the last faults end, then everything must end."""
@@ -840,10 +875,13 @@ class World:
         call(*args)
 
     def complaint(self):
-        return ['%s: %d jobs, %s; %s' % (session.user, len(session.jobs), [(job.number, job.handle.state.name, job.handle.status, job.handle.lost_with)
-                                                                          for job in list(session.jobs.values())[:3]],
-                                         [(str(peer), peer.state.value, peer.reason, [(use.state.value, use.reason) for use in peer.uses.values()])
-                                          for peer in session.driver.nodes.by_key.values()][:8])
+        return ['%s: %d jobs, %s; %s'
+                % (session.user, len(session.jobs),
+                   [(job.number, job.handle.state.name, job.handle.status, job.handle.lost_with)
+                    for job in list(session.jobs.values())[:3]],
+                   [(str(peer), peer.state.value, peer.reason,
+                     [(use.state.value, use.reason) for use in peer.uses.values()])
+                    for peer in session.driver.nodes.by_key.values()][:8])
                 for session in self.sessions.values() if session]
 
     # network
@@ -858,9 +896,11 @@ class World:
         home, delay = self.hosts[peer.host], self.delay() + 0.001
         if self.is_blocked(driver.host, home.name) or self.is_blocked(home.name, driver.host) \
                 or (home.daemon.alive and home.daemon.stopped):
-            self.at(self.now + patience, driver.post, ConnectFailed(peer, 'no answer within %g s' % patience))
+            self.at(self.now + patience, driver.post,
+                    ConnectFailed(peer, 'no answer within %g s' % patience))
         elif not home.daemon.alive:
-            self.at(self.now + delay, driver.post, ConnectFailed(peer, 'connection refused', Unreached.DOWN))
+            self.at(self.now + delay, driver.post,
+                    ConnectFailed(peer, 'connection refused', Unreached.DOWN))
         else:
             self.at(self.now + delay, self.connect, driver, peer, home)
 
@@ -927,7 +967,8 @@ class World:
     def carry_on(self, process, since):
         process.stopped = False
         for link in process.links.values():
-            if link.sock.quiet is not None:   # it could not listen: nobody is to blame for that (Loop._beat)
+            # It could not listen: nobody is to blame for that (Loop._beat)
+            if link.sock.quiet is not None:
                 link.sock.quiet += self.now - max(since, link.sock.quiet)
                 self.at(link.sock.quiet + SILENCE, link.sock.despair)
         self.heed(process.host)
@@ -952,14 +993,17 @@ class World:
     def node_killed(self, rng, home, driver, names):
         daemon = home.daemon
         if rng.random() < 0.5:   # somewhere in one of its next turns
-            daemon.doomed = rng.choice(('before it sends', 'while it sends', 'while it writes', 'while it writes'))
+            daemon.doomed = rng.choice(('before it sends', 'while it sends', 'while it writes',
+                                        'while it writes'))
             if daemon.doomed == 'while it writes':
-                self.block([pair for user in self.sessions for pair in ((user, home.name), (home.name, user))], 20.0)
+                self.block([pair for user in self.sessions
+                            for pair in ((user, home.name), (home.name, user))], 20.0)
             self.at(self.now + 60.0, self.kill, daemon)
         else:
             self.kill(daemon, silent=rng.random() < 0.3)
         if rng.random() < 0.2:
-            self.at(self.now + 0.5, lambda: home.daemon.alive or [os.unlink(entry.path) for entry in os.scandir(home.directory)])
+            self.at(self.now + 0.5, lambda: home.daemon.alive
+                    or [os.unlink(entry.path) for entry in os.scandir(home.directory)])
         for after in (1.0, 60.0, 61.0):
             self.at(self.now + after + rng.expovariate(1 / 5), home.start)
 
@@ -967,10 +1011,12 @@ class World:
         self.stop(home.daemon, rng.choice((1.0, 8.0, 12.0, 40.0)))
 
     def operator(self, rng, home, driver, names):
-        event = rng.choice((Stop(), Release(), Pause('operator', 'why'), Pause('hours', 'why', True), SetCpus(rng.randint(1, home.cpus))))
+        event = rng.choice((Stop(), Release(), Pause('operator', 'why'),
+                            Pause('hours', 'why', True), SetCpus(rng.randint(1, home.cpus))))
         home.daemon.post(event)
         for undo in (Resume('operator'), Resume('hours'), SetCpus(home.cpus)):
-            self.at(self.now + rng.uniform(1, 120), lambda undo=undo, daemon=home.daemon: daemon.post(undo))
+            self.at(self.now + rng.uniform(1, 120), lambda undo=undo,
+                    daemon=home.daemon: daemon.post(undo))
 
     def worker_killed(self, rng, home, driver, names):
         for worker in list(home.daemon.workers.values())[:rng.choice((1, 1, 8))]:
@@ -1025,22 +1071,28 @@ class World:
         session, job = self.by_payload[bytes(payload)]
         job.starts += 1
         self.starts += 1
-        assert session.reentrant or 'dispy_retries' in job.options or job.starts == 1, 'job %d, not reentrant, is started again' % job.number
+        assert (session.reentrant or 'dispy_retries' in job.options
+                or job.starts == 1), 'job %d, not reentrant, is started again' % job.number
         return job
 
     def ended(self, job, status):
         assert job.status is None, 'job %d ends twice' % job.number
         assert status in ENDED
-        assert job.handle.result in (None, 42) and 'could not be opened' not in (job.handle.exception or ''), 'its result is damaged'
-        assert not job.acked or status == JobState.FINISHED, 'the result of job %d was acknowledged, and it ends as %s' % (job.number, status)
+        assert job.handle.result in (None, 42) and 'could not be opened' not in (
+            job.handle.exception or ''), 'its result is damaged'
+        assert not job.acked or status == JobState.FINISHED, (
+            'the result of job %d was acknowledged, and it ends as %s' % (job.number, status))
         job.status = status
         self.statuses[JobState(status).name] += 1
         self.note('ended', job.number, int(status))
 
     def check_ack(self, message):
         for serial in message.serials:
-            job, outcome = self.returned.pop((message.comp, serial), None), self.outcomes.pop((message.comp, serial), None)
-            if job is not None and outcome == Outcome.RETURNED and job.status is None and job.handle.serial == serial and not job.handle.lost_with:
+            job, outcome = self.returned.pop((message.comp, serial),
+                                             None), self.outcomes.pop((message.comp, serial), None)
+            if (
+                    job is not None and outcome == Outcome.RETURNED and job.status is None
+                    and job.handle.serial == serial and not job.handle.lost_with):
                 job.acked = True
 
     def check_client(self, driver):
@@ -1049,12 +1101,15 @@ class World:
         for comp in schedule.comps.values():
             flying = len(comp.running)
             session = driver.session
-            if comp.comp != dispy.core_of(session.cluster).comp or dispy.core_of(session.cluster).closed:
+            if comp.comp != dispy.core_of(session.cluster).comp or dispy.core_of(
+                    session.cluster).closed:
                 continue
             recovering = len(dispy.core_of(session.cluster).takeover.left())
-            known = comp.length() + len(comp.too_wide) + flying + recovering + len(driver.jobs.submitted) + sum(
-                1 for event in driver._inbox if isinstance(event, (DispyJob, dispy.JobCallback)))
-            assert known == len(session.jobs), '%d jobs have not ended, %d are known' % (len(session.jobs), known)
+            known = comp.length() + len(comp.too_wide) + flying + recovering + len(
+                driver.jobs.submitted) + sum(1 for event in driver._inbox
+                                             if isinstance(event, (DispyJob, dispy.JobCallback)))
+            assert known == len(session.jobs), '%d jobs have not ended, %d are known' % (
+                len(session.jobs), known)
 
     def check_node(self, node):
         """CPUs are conserved."""
@@ -1063,7 +1118,8 @@ class World:
             if worker.queue:
                 used += worker.queue[0].cpus
         cpus = node.cpus
-        assert cpus.free == cpus.total - used, 'CPUs of %s: %d, %d used, %d free' % (node.name, cpus.total, used, cpus.free)
+        assert cpus.free == cpus.total - used, 'CPUs of %s: %d, %d used, %d free' % (
+            node.name, cpus.total, used, cpus.free)
         assert cpus.free >= 0 or cpus.total < cpus.most, 'oversubscribed'
         assert node.attempts.held_bytes >= 0
 
@@ -1076,7 +1132,8 @@ class World:
             places.update(work.serial for work in works)
         for comp in schedule.comps.values():
             places.update(work.serial for work in comp.waiting())
-            assert max(comp.called.values(), default=0) <= dispy.RECALLS_MOST, 'a job was called back too often'
+            assert max(comp.called.values(),
+                       default=0) <= dispy.RECALLS_MOST, 'a job was called back too often'
         assert not places or max(places.values()) == 1, 'a job is in two places'
 
     def sweep(self):
@@ -1086,14 +1143,17 @@ class World:
             self.check_everywhere(session.driver)
             recovered = set(session.cluster.recovered)   # of which nobody knows yet
             for job in session.jobs.values():
-                assert job.handle.status != DispyJob.Running or job.starts or job.handle in recovered, \
+                assert (job.handle.status != DispyJob.Running or job.starts
+                        or job.handle in recovered), \
                     'job %d is Running and has never begun' % job.number
             for node in session.driver.schedule.nodes.values():
-                strange.update((('is nowhere', *key), self.now) for key in self.missing(session.driver, node))
+                strange.update((('is nowhere', *key), self.now)
+                               for key in self.missing(session.driver, node))
         for home in self.hosts.values():
             for worker in home.daemon.workers.values():
                 if worker.running and not self.is_wanted(home.daemon, worker):
-                    strange['runs and nobody wants it', home.name, worker, worker.running] = self.now
+                    strange['runs and nobody wants it', home.name, worker,
+                            worker.running] = self.now
         for key in strange:
             strange[key] = self.strange.get(key, self.now)
             assert self.now - strange[key] <= UNWANTED, 'an attempt %s: %s' % (key[0], key[1:])
@@ -1104,7 +1164,8 @@ class World:
         """Whether both ends hear each other and work."""
         if link is None or link.sock.other.link is None or self.slow_network > self.now - 10:
             return False
-        return all(plug.quiet is None and plug.owner.alive and not plug.owner.stopped and not plug.closed for plug in (link.sock, link.sock.other))
+        return all(plug.quiet is None and plug.owner.alive and not plug.owner.stopped
+                   and not plug.closed for plug in (link.sock, link.sock.other))
 
     def is_wanted(self, daemon, worker):
         comp = daemon.node.tables.comps.get(worker.comp)
@@ -1113,7 +1174,8 @@ class World:
             return True   # nobody can say
         driver = link.sock.other.owner
         known = driver.schedule.comps.get(worker.comp)
-        return worker.comp in driver.recoveries.by_comp or (known is not None and worker.running in known.running)
+        return worker.comp in driver.recoveries.by_comp or (known is not None
+                                                            and worker.running in known.running)
 
     def missing(self, driver, node):
         """Attempts that a client believes on a node which does not know them."""
@@ -1128,11 +1190,16 @@ class World:
         for home in self.hosts.values():
             node = home.daemon.node
             assert home.daemon.alive, '%s is not alive at the end' % home.name
-            assert node.cpus.free == node.cpus.total and not node.tables.workers and not node.tables.comps, '%s is not free at the end: %s' % (
-                home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node.tables.comps.values()])
+            assert (node.cpus.free == node.cpus.total and not node.tables.workers
+                    and not node.tables.comps), '%s is not free at the end: %s' % (
+                        home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged))
+                                    for comp in node.tables.comps.values()])
             assert node.lease.state is Lease.FREE and node.attempts.held_bytes == 0
-            left = [name for name in os.listdir(home.directory) if name != 'memory' and not name.startswith('g-')]   # numbers, for a month
-            assert not node.results.spooled and not left, 'results are left on the disk of %s: %s' % (home.name, left)
+            # Numbers, for a month
+            left = [name for name in os.listdir(home.directory) if name != 'memory'
+                    and not name.startswith('g-')]
+            assert (not node.results.spooled
+                    and not left), 'results are left on the disk of %s: %s' % (home.name, left)
         left = [job.number for job in self.jobs.values() if job.status is None]
         assert not left, 'never ended: %s' % left[:20]
 
@@ -1161,28 +1228,37 @@ class World:
         self.at(self.now + self.rng.uniform(0.1, 20.0), self.new_session, session.user)
 
     def summary(self):
-        return '%d jobs (%s), %d starts, %d kept on disks, %d faults, %d messages, %d turns in %.1f h, trace %08x' % (
-            self.submitted, ', '.join('%d %s' % (count, name.lower()) for name, count in sorted(self.statuses.items())), self.starts,
-            self.shelved, self.faults, self.messages, self.turns, self.now / 3600, self.trace)
+        return ('%d jobs (%s), %d starts, %d kept on disks, %d faults, '
+                '%d messages, %d turns in %.1f h, trace %08x'
+                % (self.submitted, ', '.join('%d %s' % (count, name.lower()) for name, count
+                                             in sorted(self.statuses.items())), self.starts,
+                   self.shelved, self.faults, self.messages, self.turns, self.now / 3600,
+                   self.trace))
 
 
-FAULTS = {World.node_killed: 6, World.node_stopped: 4, World.operator: 4, World.worker_killed: 4, World.runner_killed: 2, World.disk: 4,
-          World.link_cut: 8, World.blocked_way: 6, World.partition: 3, World.slow: 2, World.client_killed: 3, World.client_stopped: 2}
+FAULTS = {World.node_killed: 6, World.node_stopped: 4, World.operator: 4, World.worker_killed: 4,
+          World.runner_killed: 2, World.disk: 4, World.link_cut: 8, World.blocked_way: 6,
+          World.partition: 3, World.slow: 2, World.client_killed: 3, World.client_stopped: 2}
 FULL = dict(hosts=50, users=4, jobs=200000, faults=5000, hours=24.0, journals=0.3)
 
 
 def simulate(seed, **options):
     """One run; returns its World. Raises AssertionError, or what the product raises."""
-    where = '/dev/shm' if os.path.isdir('/dev/shm') else None   # what is synchronised to a disk takes its time
+    # What is synchronised to a disk takes its time
+    where = '/dev/shm' if os.path.isdir('/dev/shm') else None
     directory = tempfile.mkdtemp(prefix='dispy-sim-', dir=where)
     rng = random.Random(seed)
-    ids = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex='%032x' % rng.getrandbits(128)))
+    ids = types.SimpleNamespace(
+        uuid4=lambda: types.SimpleNamespace(hex='%032x' % rng.getrandbits(128)))
     threads = types.SimpleNamespace(**dict(vars(threading), Event=SimEvent))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, True)
-        stack.enter_context(mock.patch.multiple(dispynode, Link=SimLink, availability=lambda directory: {}, node_facts=lambda: dict(FACTS)))
-        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, Driver=SimClient, Reconnector=SimDialling, Pool=SimPool, Journal=SimJournal,
-                                                uuid=ids, threading=threads))
+        stack.enter_context(mock.patch.multiple(dispynode, Link=SimLink,
+                                                availability=lambda directory: {},
+                                                node_facts=lambda: dict(FACTS)))
+        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, Driver=SimClient,
+                                                Reconnector=SimDialling, Pool=SimPool,
+                                                Journal=SimJournal, uuid=ids, threading=threads))
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)
         world = World(seed, directory=directory, **options)
@@ -1198,7 +1274,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--seeds', type=int, default=1, help='so many, from --seed on')
-    parser.add_argument('--full', action='store_true', help='24 h, 50 nodes, 200,000 jobs, 5,000 faults')
+    parser.add_argument('--full', action='store_true',
+                        help='24 h, 50 nodes, 200,000 jobs, 5,000 faults')
     parser.add_argument('--profile', action='store_true')
     args = parser.parse_args(argv)
     for seed in range(args.seed, args.seed + args.seeds):

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Jobs under faults, for so many minutes: what was submitted has to end, once, and nothing may grow.
+"""Jobs under faults, for so many minutes: what was submitted has to end, once, and nothing may
+grow.
 
     python tests/faults/soak.py --minutes 10 --seed 1
 
-Prints a line a minute and, at the end, submitted, ended, lost, unexpected, duplicated, executions; memory and descriptors of each
-process at start and end; exit status 1 if anything was lost or came twice.
+Prints a line a minute and, at the end, submitted, ended, lost, unexpected, duplicated, executions;
+memory and descriptors of each process at start and end; exit status 1 if anything was lost or came
+twice.
 """
 
 import argparse
@@ -15,7 +17,8 @@ import sys
 import tempfile
 import time
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)),
+                os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from ledger import Ledger, enter, open_files  # noqa: E402
 from nemesis import nemesis  # noqa: E402
@@ -39,7 +42,8 @@ def held(pid):
 
 
 def soak(directory, seconds, seed, every=3.0, jobs_most=None, nodes=4, faults=None, say=print):
-    """Jobs and faults. Returns (tally, history of faults, texts of jobs that failed, table of memory and descriptors)."""
+    """Jobs and faults. Returns (tally, history of faults, texts of jobs that failed, table of
+    memory and descriptors)."""
     ledger, failed = Ledger(os.path.join(directory, 'ledger')), []
     ended = array.array('L')   # not a list: what is measured is dispy's memory
 
@@ -50,8 +54,9 @@ def soak(directory, seconds, seed, every=3.0, jobs_most=None, nodes=4, faults=No
             failed.append(job.exception or 'job %s returned %r' % (job.id, job.result))
     options = {'faults': faults} if faults else {}
     with nemesis(seed, directory, count=nodes, every=every, **options) as trouble:
-        with dispy.JobCluster(compute, depends=[enter], nodes=trouble.addresses, reentrant=True, job_status=done,
-                              pulse_interval=0.5, ping_interval=1.0, loglevel=logging.CRITICAL) as cluster:
+        with dispy.JobCluster(compute, depends=[enter], nodes=trouble.addresses, reentrant=True,
+                              job_status=done, pulse_interval=0.5, ping_interval=1.0,
+                              loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(nodes, 30)
             for _ in range(2 * nodes):
                 cluster.submit_job_id('first', ledger.path, 'first', 0)
@@ -67,13 +72,15 @@ def soak(directory, seconds, seed, every=3.0, jobs_most=None, nodes=4, faults=No
                     time.sleep(0.01)
                 if time.monotonic() > told + 60:
                     told = time.monotonic()
-                    say('%d submitted, %d ended, %d faults' % (count, len(ended), len(trouble.history)))
+                    say('%d submitted, %d ended, %d faults'
+                        % (count, len(ended), len(trouble.history)))
             cluster.wait(120 if jobs_most is None else seconds)
             trouble.end()
             cluster.wait(120)
             final = {pid: held(pid) for pid in [os.getpid(), *trouble.pids]}
         rows = [('client', os.getpid(), start[os.getpid()], final[os.getpid()])]
-        rows += [('node-%d' % number, pid, start.get(pid), final[pid]) for number, pid in enumerate(trouble.pids)]
+        rows += [('node-%d' % number, pid, start.get(pid), final[pid])
+                 for number, pid in enumerate(trouble.pids)]
     attempts = Ledger(os.path.join(directory, 'ledger'))
     tally = attempts.check([*range(count), 'first'], [*ended, 'first'])
     return tally, trouble.history, failed, rows
@@ -88,15 +95,18 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         tally, history, failed, rows = soak(directory, 60 * args.minutes, args.seed, args.every)
     print('seed %d, %d faults: %s' % (args.seed, len(history), ', '.join(
-        '%d %s' % (sum(fault == name for fault, _, _ in history), name) for name in sorted({fault for fault, _, _ in history}))))
-    print('submitted %d  ended %d  lost %d  unexpected %d  duplicated %d  executions %d  failed %d' % (
-        tally.submitted - 1, tally.ended - 1, len(tally.lost), len(tally.unexpected), len(tally.duplicated), tally.executions, len(failed)))
+        '%d %s' % (sum(fault == name for fault, _, _ in history), name)
+        for name in sorted({fault for fault, _, _ in history}))))
+    print('submitted %d  ended %d  lost %d  unexpected %d  duplicated %d  executions %d  failed %d'
+          % (tally.submitted - 1, tally.ended - 1, len(tally.lost), len(tally.unexpected),
+             len(tally.duplicated), tally.executions, len(failed)))
     for text in failed[:5]:
         print('  ' + text.strip())
     print('%-8s %8s %18s %18s' % ('process', 'PID', 'MiB, start -> end', 'descriptors'))
     for name, pid, before, after in rows:
-        print('%-8s %8d %18s %18s' % (name, pid, '%s -> %.1f' % ('%.1f' % before[0] if before else 'new', after[0]),
-                                      '%s -> %d' % (before[1] if before else 'new', after[1])))
+        print('%-8s %8d %18s %18s'
+              % (name, pid, '%s -> %.1f' % ('%.1f' % before[0] if before else 'new', after[0]),
+                 '%s -> %d' % (before[1] if before else 'new', after[1])))
     return 0 if tally.clean and not failed else 1
 
 

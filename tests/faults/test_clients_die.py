@@ -59,8 +59,10 @@ def collect(path, calls=3, **options):
 
 
 @pytest.mark.parametrize('seed', range(6))
-def test_a_client_is_killed_at_a_random_moment_and_its_jobs_are_recovered(tmp_path, ledger, node, seed):
-    """Finished, running and unsent are what was submitted; a result is delivered once in any number of calls."""
+def test_a_client_is_killed_at_a_random_moment_and_its_jobs_are_recovered(tmp_path, ledger, node,
+                                                                          seed):
+    """Finished, running and unsent are what was submitted; a result is delivered once in any number
+    of calls."""
     with Client(SUBMITTING, ledger.path, node) as client:
         assert client.first == 'ready\n'
         time.sleep(random.Random(seed).uniform(0.0, 1.2))
@@ -69,8 +71,10 @@ def test_a_client_is_killed_at_a_random_moment_and_its_jobs_are_recovered(tmp_pa
     ended, unsent = collect(str(tmp_path / 'jobs'), timeout=60)
     ids = [job.id for job in ended + unsent]
     assert len(ids) == len(set(ids))
-    assert submitted <= set(ids) and len(set(ids) - submitted) <= 1   # one may have been submitted and not been entered
-    assert all(job.status == DispyJob.Finished and job.result == job.id for job in ended), [job.exception for job in ended if job.exception]
+    # One may have been submitted and not been entered
+    assert submitted <= set(ids) and len(set(ids) - submitted) <= 1
+    assert all(job.status == DispyJob.Finished and job.result == job.id
+               for job in ended), [job.exception for job in ended if job.exception]
     assert all(job.args[1] == job.id and job.kwargs == {} for job in unsent)
     started = [int(attempt.job) for attempt in ledger.attempts()]
     assert len(started) == len(set(started)) and not set(started) & {job.id for job in unsent}
@@ -86,7 +90,7 @@ def test_a_file_whose_jobs_have_all_been_delivered_is_removed(tmp_path, ledger, 
         print('ready', flush=True)
         jobs.wait()
         os.kill(os.getpid(), signal.SIGKILL)
-        ''', ledger.path, node) as client:
+            ''', ledger.path, node) as client:
         client.process.wait(60)
     found = dispy.recover_jobs(str(tmp_path / 'jobs'), timeout=60)
     assert sorted(job.result for job in found) == list(range(20))
@@ -95,7 +99,8 @@ def test_a_file_whose_jobs_have_all_been_delivered_is_removed(tmp_path, ledger, 
         dispy.recover_jobs(str(tmp_path / 'jobs'))
 
 
-def test_a_clean_end_removes_the_file_and_an_unclean_one_leaves_it_private_and_without_the_secret(tmp_path, node):
+def test_a_clean_end_removes_the_file_and_an_unclean_one_leaves_it_private_and_without_the_secret(
+        tmp_path, node):
     path = tmp_path / 'jobs'
     with dispy.JobCluster(abs, nodes=[node.address], recover_file=str(path)) as cluster:
         assert list(cluster.map(range(-100, 0))) == list(range(100, 0, -1))
@@ -125,11 +130,14 @@ def test_two_recoveries_at_once(tmp_path, ledger, node):
     """One of them gets the file, the other is told."""
     killed_while_running(ledger, node)
     path = str(tmp_path / 'jobs')
-    code = 'import sys; sys.path[:0] = %r; import dispy; print(len(dispy.recover_jobs(sys.argv[1], timeout=60)))' % PATHS
-    both = [subprocess.Popen([sys.executable, '-c', code, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             universal_newlines=True) for _ in range(2)]
+    code = (
+        'import sys; sys.path[:0] = %r; import dispy; print(len(dispy.recover_jobs(sys.argv[1], '
+        'timeout=60)))' % PATHS)
+    both = [subprocess.Popen([sys.executable, '-c', code, path], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, universal_newlines=True) for _ in range(2)]
     said = sorted(process.communicate(timeout=90)[0].splitlines()[-1] for process in both)
-    assert said[0] == '4' and said[1].startswith('dispynode.DispyError: recover_file') and said[1].endswith('is in use by another program')
+    assert (said[0] == '4' and said[1].startswith('dispynode.DispyError: recover_file')
+            and said[1].endswith('is in use by another program'))
 
 
 def test_a_recovery_while_the_program_lives_is_refused(tmp_path, ledger, node):
@@ -143,7 +151,8 @@ def test_a_recovery_that_runs_out_of_time_returns_what_runs_as_running(tmp_path,
     found = dispy.recover_jobs(str(tmp_path / 'jobs'), timeout=0.5)
     assert [job.status for job in found if job.id < 2] == [DispyJob.Running] * 2
     ended, unsent = collect(str(tmp_path / 'jobs'), timeout=60)
-    assert sorted(job.id for job in ended + unsent) == [0, 1, 2, 3] and {0, 1} <= {job.result for job in ended}
+    assert (sorted(job.id for job in ended + unsent) == [0, 1, 2, 3]
+            and {0, 1} <= {job.result for job in ended})
 
 
 def test_a_recovery_that_cancels_what_runs(tmp_path, ledger, node):
@@ -158,8 +167,9 @@ def test_recovery_from_another_address(tmp_path):
     with Hosts() as hosts:
         first, second, far = [hosts.host(name) for name in ('first', 'second', 'far')]
         with far.node(env=own) as node:
-            program = first.popen([sys.executable, first.script(HEAD.format(paths=PATHS) + textwrap.dedent(RUNNING)), ledger.path,
-                                   node.port, node.host, str(tmp_path)], env=own)
+            program = first.popen(
+                [sys.executable, first.script(HEAD.format(paths=PATHS) + textwrap.dedent(RUNNING)),
+                 ledger.path, node.port, node.host, str(tmp_path)], env=own)
             eventually(lambda: len(ledger.attempts()) >= 2)
             program.kill()
             program.wait()
@@ -167,10 +177,12 @@ def test_recovery_from_another_address(tmp_path):
                 import sys
                 sys.path[:0] = sys.argv[2:]
                 import dispy
-                for job in sorted(dispy.recover_jobs(sys.argv[1], timeout=60), key=lambda job: job.id):
+                for job in sorted(dispy.recover_jobs(sys.argv[1], timeout=60),
+                                  key=lambda job: job.id):
                     print(job.id, job.status_text(), job.result)
                 ''', str(tmp_path / 'jobs'), *PATHS, env=own).splitlines()
-    assert shown[:2] == ['0 finished 0', '1 finished 1'] and [line.split()[0] for line in shown] == list('0123')
+    assert (shown[:2] == ['0 finished 0', '1 finished 1']
+            and [line.split()[0] for line in shown] == list('0123'))
 
 
 def test_another_program_carries_on(tmp_path, ledger, node):
@@ -187,12 +199,14 @@ def test_another_program_carries_on(tmp_path, ledger, node):
         enter(path, number)
         time.sleep(seconds)
         return number
-    with dispy.JobCluster(compute, depends=[enter], nodes=[node.address], recover_file=str(tmp_path / 'jobs'),
+    with dispy.JobCluster(compute, depends=[enter], nodes=[node.address],
+                          recover_file=str(tmp_path / 'jobs'),
                           job_status=lambda job: ended.append(job.id)) as cluster:
         jobs = list(cluster.recovered)
         assert sorted(job.id for job in jobs) == list(range(100))
         assert cluster.wait(60)
-        assert [job.result for job in jobs] == [job.id for job in jobs], [job.exception for job in jobs if job.exception]
+        assert ([job.result for job in jobs]
+                == [job.id for job in jobs]), [job.exception for job in jobs if job.exception]
         more = cluster.submit(ledger.path, 'more')
         assert more() == 'more'
     tally = ledger.check([*range(100), 'more'], [job.id for job in jobs] + ['more'])
@@ -212,7 +226,8 @@ def test_carrying_on_is_killed_and_carried_on_with_again(tmp_path, ledger, node)
         before = len(ledger.attempts())
         with Client(begin, ledger.path, node) as client:
             assert 0 <= int(client.first) <= 200
-            eventually(lambda: len(ledger.attempts()) > before + 20 or client.process.poll() is not None, 60)
+            eventually(lambda: len(ledger.attempts()) > before + 20
+                       or client.process.poll() is not None, 60)
         # What had ended was handed over as `recovered`, and stays so.
     ended, unsent = collect(str(tmp_path / 'jobs'), timeout=60)
     started = [attempt.job for attempt in ledger.attempts()]
@@ -231,13 +246,14 @@ def test_client_and_node_are_killed(tmp_path, ledger, reentrant):
                 jobs.submit_job_id(number, path, number, 0 if number < 6 else 600)
             print('ready', flush=True)
             time.sleep(600)
-            ''' % reentrant, ledger.path, node) as client:
+                ''' % reentrant, ledger.path, node) as client:
             eventually(lambda: len(ledger.attempts()) == 8)
             client.kill()
         eventually(lambda: 'has ended' in node.log())
         node.kill()
         with NodeProcess(node.directory, port=node.port):
-            found = sorted(dispy.recover_jobs(str(tmp_path / 'jobs'), timeout=60), key=lambda job: job.id)
+            found = sorted(dispy.recover_jobs(str(tmp_path / 'jobs'), timeout=60),
+                           key=lambda job: job.id)
     assert [job.result for job in found[:6]] == list(range(6))
     begun = {attempt.job for attempt in ledger.attempts()}
     assert len(begun) == 8
@@ -259,7 +275,8 @@ def damage(name, change):
 
 @pytest.mark.parametrize('spoil, text', (
     (damage('jobs', lambda data: b'not a database at all ' * 500), 'not a database'),
-    (damage('jobs', lambda data: data[:100] + b'\xff' * 4000 + data[4100:]), 'cannot be used|damaged'),
+    (damage('jobs', lambda data: data[:100] + b'\xff' * 4000 + data[4100:]),
+     'cannot be used|damaged'),
 ))
 def test_a_damaged_recovery_file_is_refused_and_left_alone(tmp_path, ledger, node, spoil, text):
     killed_while_running(ledger, node)
@@ -280,7 +297,8 @@ def test_a_foreign_file_and_one_of_another_version_are_refused(tmp_path):
     with sqlite3.connect(path) as database:
         database.execute('CREATE TABLE mine (value)')
     database.close()
-    with pytest.raises(dispy.DispyError, match='is no file of dispy: give another, or move it away'):
+    with pytest.raises(dispy.DispyError,
+                       match='is no file of dispy: give another, or move it away'):
         dispy.recover_jobs(path)
     with sqlite3.connect(path) as database:
         database.execute('PRAGMA application_id=%d' % dispy.Journal.MARK)
@@ -289,7 +307,8 @@ def test_a_foreign_file_and_one_of_another_version_are_refused(tmp_path):
     with pytest.raises(dispy.DispyError, match='of version 99 and this dispy knows 3'):
         dispy.JobCluster(abs, nodes='local', recover_file=path)
     with pytest.raises(OSError):
-        dispy.JobCluster(abs, nodes='local', recover_file=str(tmp_path / 'no' / 'such' / 'directory'))
+        dispy.JobCluster(abs, nodes='local',
+                         recover_file=str(tmp_path / 'no' / 'such' / 'directory'))
 
 
 def test_a_torn_end_of_what_was_submitted_costs_what_was_torn(tmp_path):
@@ -312,25 +331,27 @@ def test_a_torn_end_of_what_was_submitted_costs_what_was_torn(tmp_path):
             file.write(whole[:length])
         open(path, 'wb').close()
         found = dispy.recover_jobs(path)
-        assert [job.args for job in found] == [(number,) for number in range(max(0, length - mark) // size)]
+        assert [job.args for job in found] == [(number,)
+                                               for number in range(max(0, length - mark) // size)]
         for end in ('', '-new'):
             if os.path.exists(path + end):
                 os.unlink(path + end)
 
 
-# -- a client that is gone for good -------------------------------------------------------------------------------
+# -- a client that is gone for good ----------------------------------------------------------------
 
 def test_a_client_is_gone_for_good_and_the_node_is_free_for_the_next_at_once(ledger, node):
     """It had no jobs there."""
-    with Client('with cluster() as jobs:\n    jobs.submit(path, 0)()\n    print("ready", flush=True)\n    time.sleep(600)',
-                ledger.path, node):
+    with Client('with cluster() as jobs:\n    jobs.submit(path, 0)()\n'
+                '    print("ready", flush=True)\n    time.sleep(600)', ledger.path, node):
         pass
     with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         assert cluster.submit(-1)(20) == 1
 
 
 def test_a_client_is_gone_for_good_and_the_node_is_free_after_its_last_job(ledger, node):
-    killed_while_running(ledger, node, RUNNING.replace('1.5', '2').replace("recover_file=directory + '/jobs', ", ''))
+    killed_while_running(
+        ledger, node, RUNNING.replace('1.5', '2').replace("recover_file=directory + '/jobs', ", ''))
     with nothing_left(node.process.pid), dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         assert cluster.submit(-1)(30) == 1
     assert len(ledger.attempts()) == 4   # those that waited there as well
@@ -339,7 +360,8 @@ def test_a_client_is_gone_for_good_and_the_node_is_free_after_its_last_job(ledge
 @pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
 @pytest.mark.parametrize('seconds', (0.8, 3.0))
 def test_a_client_that_is_stopped_and_wakes_up(ledger, node, seconds):
-    """Less than five pulses, and more: nothing is lost, nothing runs twice, though its jobs are not reentrant."""
+    """Less than five pulses, and more: nothing is lost, nothing runs twice, though its jobs are not
+    reentrant."""
     with Client('''
         with cluster(pulse_interval=0.3, ping_interval=0.5) as cluster:
             jobs = [cluster.submit_job_id(number, path, number, 0.02) for number in range(200)]
@@ -347,7 +369,7 @@ def test_a_client_that_is_stopped_and_wakes_up(ledger, node, seconds):
             cluster.wait()
             print([job.result for job in jobs if job.exception is None] == list(range(200)),
                   {job.exception for job in jobs})
-        ''', ledger.path, node) as client:
+            ''', ledger.path, node) as client:
         eventually(lambda: len(ledger.attempts()) > 20)
         client.process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
@@ -357,7 +379,7 @@ def test_a_client_that_is_stopped_and_wakes_up(ledger, node, seconds):
     assert tally.clean and not tally.again
 
 
-# -- ends that are not clean --------------------------------------------------------------------------------------
+# -- ends that are not clean -----------------------------------------------------------------------
 
 INTERRUPTED = '''
 print('ready', flush=True)
@@ -396,8 +418,8 @@ def test_an_exception_inside_with_frees_the_node(ledger, node):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
 def test_fork_after_creating_a_cluster_on_a_node(ledger, node):
-    """The child ends in whatever way: its parent's jobs and its recovery file are not touched. Python 3.12 and later warn
-    of every fork of a process with threads."""
+    """The child ends in whatever way: its parent's jobs and its recovery file are not touched.
+    Python 3.12 and later warn of every fork of a process with threads."""
     with Client('''
         import subprocess
         with cluster(recover_file=directory + '/jobs') as jobs:
@@ -417,7 +439,7 @@ def test_fork_after_creating_a_cluster_on_a_node(ledger, node):
             second = [jobs.submit(path, number) for number in range(10, 20)]
             print([job() for job in first + second] == list(range(20)))
         print(os.path.exists(directory + '/jobs'))
-        ''', ledger.path, node, options=['-W', 'ignore']) as client:
+            ''', ledger.path, node, options=['-W', 'ignore']) as client:
         assert client.first == 'ready\n' and client.rest() == 'True\nFalse\n'
 
 
@@ -437,7 +459,7 @@ def test_a_forked_child_that_ends_takes_nothing_out_of_the_recovery_file(tmp_pat
                 sys.exit(0)
         print('ready', flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-        ''', ledger.path, node) as client:
+            ''', ledger.path, node) as client:
         client.process.wait(20)
     ended, unsent = collect(str(tmp_path / 'jobs'), timeout=60)
     assert sorted(job.id for job in ended + unsent) == list(range(200))

@@ -1,4 +1,5 @@
-"""Short cuts are short: forwarders that are away, addresses that change, names that nobody answers for."""
+"""Short cuts are short: forwarders that are away, addresses that change, names that nobody answers
+for."""
 
 import collections
 import contextlib
@@ -36,17 +37,20 @@ def node(tmp_path):
 
 def all_once(ledger, jobs):
     """Whether every job has finished, and has begun once."""
-    assert {job.status for job in jobs} == {DispyJob.Finished}, [job.exception for job in jobs if job.exception][:2]
+    assert ({job.status for job in jobs}
+            == {DispyJob.Finished}), [job.exception for job in jobs if job.exception][:2]
     begun = collections.Counter(attempt.job for attempt in ledger.attempts())
     return set(begun.values()) == {1} and len(begun) == len(jobs)
 
 
 def cluster_at(*proxies, **options):
-    return dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address for proxy in proxies], ping_interval=0.5, **options)
+    return dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address for proxy in proxies],
+                            ping_interval=0.5, **options)
 
 
 def test_a_forwarder_that_is_away_proves_no_end_of_the_node(node, ledger):
-    """Nothing listens at the address for a while, as when `ssh -L` is started anew: what runs goes on."""
+    """Nothing listens at the address for a while, as when `ssh -L` is started anew: what runs goes
+    on."""
     with Proxy(node.address) as proxy, cluster_at(proxy) as cluster:
         jobs = [cluster.submit(ledger.path, number, 3.0) for number in range(2)]
         eventually(lambda: len(ledger.attempts()) == 2)
@@ -60,9 +64,11 @@ def test_a_forwarder_that_is_away_proves_no_end_of_the_node(node, ledger):
 
 
 def test_a_node_that_was_killed_on_this_machine_is_known_to_have_ended(tmp_path, ledger):
-    """By its lock file: what ran there is lost at once, what waited has not begun and goes elsewhere."""
+    """By its lock file: what ran there is lost at once, what waited has not begun and goes
+    elsewhere."""
     with NodeProcess(tmp_path / 'a', cpus=1) as node, NodeProcess(tmp_path / 'b', cpus=1) as other:
-        with dispy.JobCluster(compute, depends=[enter], nodes=[node.address], pulse_interval=60) as cluster:
+        with dispy.JobCluster(compute, depends=[enter], nodes=[node.address],
+                              pulse_interval=60) as cluster:
             jobs = [cluster.submit(ledger.path, number, 0.001) for number in range(300)]
             jobs.append(cluster.submit(ledger.path, 'long', 600))
             jobs += [cluster.submit(ledger.path, number, 0.001) for number in range(300, 400)]
@@ -83,8 +89,9 @@ def test_a_second_connection_is_tried_while_the_first_is_silent(tmp_path, node, 
             if kind == 'JobCluster':
                 cluster = cluster_at(proxy, pulse_interval=0.5)
             else:
-                cluster = dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=proxy.address[0],
-                                                 scheduler_port=proxy.address[1], pulse_interval=0.5)
+                cluster = dispy.SharedJobCluster(
+                    compute, depends=[enter], scheduler_host=proxy.address[0],
+                    scheduler_port=proxy.address[1], pulse_interval=0.5)
             with cluster:
                 jobs = [cluster.submit(ledger.path, number, 6.0) for number in range(2)]
                 eventually(lambda: len(ledger.attempts()) == 2)
@@ -135,28 +142,35 @@ def test_what_has_lost_its_connection_is_tried_often_and_not_for_long():
     assert waits == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 30.0]
     assert patiences == 6 * [2.0] + 2 * [dispynode.HANDSHAKE_TIME]
     dialling.again(now, lived=100.0, pulse=0.2)
-    assert [dialling.patience(now, 0.2, trip) for trip in (0.0, 0.3, 5.0)] == [1.0, 3.0, dispynode.HANDSHAKE_TIME]
+    assert ([dialling.patience(now, 0.2, trip) for trip in (0.0, 0.3, 5.0)]
+            == [1.0, 3.0, dispynode.HANDSHAKE_TIME])
     for _ in range(8):
         dialling.again(now, lived=0.01)
-    assert dialling.due > now + 5.0, 'a link that ends at once again and again is no storm of connects'
+    assert (dialling.due > now
+            + 5.0), 'a link that ends at once again and again is no storm of connects'
 
 
 @pytest.mark.parametrize('way', [UP, DOWN])
 @pytest.mark.parametrize('who', ['the program', 'the node'])
-def test_an_attempt_that_is_never_answered_is_not_waited_for_until_jobs_are_lost(tmp_path, ledger, way, who):
-    """The connection is cut, and what is tried next falls into silence. When that is over nobody answers this attempt either,
-    as where a router has forgotten it, but another one, which has to come before the jobs are lost."""
+def test_an_attempt_that_is_never_answered_is_not_waited_for_until_jobs_are_lost(tmp_path, ledger,
+                                                                                 way, who):
+    """The connection is cut, and what is tried next falls into silence. When that is over nobody
+    answers this attempt either, as where a router has forgotten it, but another one, which has to
+    come before the jobs are lost."""
     with contextlib.ExitStack() as stack:
         if who == 'the program':
             node = stack.enter_context(NodeProcess(tmp_path / 'node', cpus=2))
             proxy = stack.enter_context(Proxy(node.address))
             cluster = stack.enter_context(cluster_at(proxy, pulse_interval=1.5))
         else:
-            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:9', '--pulse-interval', '1.5'))
+            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:9',
+                                                             '--pulse-interval', '1.5'))
             proxy = stack.enter_context(Proxy(scheduler.address))
-            stack.enter_context(NodeProcess(tmp_path / 'node', '--scheduler-host', '127.0.0.1:%d' % proxy.address[1], cpus=2))
-            cluster = stack.enter_context(dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=scheduler.host,
-                                                                 scheduler_port=scheduler.port))
+            stack.enter_context(NodeProcess(tmp_path / 'node', '--scheduler-host',
+                                            '127.0.0.1:%d' % proxy.address[1], cpus=2))
+            cluster = stack.enter_context(
+                dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=scheduler.host,
+                                       scheduler_port=scheduler.port))
         jobs = [cluster.submit(ledger.path, number, 10.0) for number in range(2)]
         eventually(lambda: len(ledger.attempts()) == 2, 40)
         count = proxy.count
@@ -170,7 +184,8 @@ def test_an_attempt_that_is_never_answered_is_not_waited_for_until_jobs_are_lost
 
 
 def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
-    """A thread that asks for a name cannot be woken: it is not waited for, and makes no connection when the name comes."""
+    """A thread that asks for a name cannot be woken: it is not waited for, and makes no connection
+    when the name comes."""
     answer, posted, joined = threading.Event(), [], []
     made = []
     listener = socket.create_server(('127.0.0.1', 0))
@@ -181,7 +196,8 @@ def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
 
     def dial(note):
         monkeypatch.setattr(dispynode.socket, 'getaddrinfo', slow)
-        return dispynode.dial('slow.example', 1, b'k' * 32, dispynode.Role.CLIENT, dispynode.Role.NODE, b'i' * 16, note=note)
+        return dispynode.dial('slow.example', 1, b'k' * 32, dispynode.Role.CLIENT,
+                              dispynode.Role.NODE, b'i' * 16, note=note)
     before = set(threading.enumerate())
     dialling = dispynode.Reconnector(0.5, 30.0)
     dialling.start(posted.append, 'peer', dial)
@@ -219,7 +235,8 @@ def length_of(name):
 @pytest.mark.parametrize('kind', ['JobCluster', 'SharedJobCluster'])
 @pytest.mark.parametrize('what', ['large', 'many'])
 def test_a_link_that_breaks_while_files_come_goes_on_where_it_was(tmp_path, node, kind, what):
-    """Twice, at two places: what is half there is dropped, and what is wanted is said again on the new link."""
+    """Twice, at two places: what is half there is dropped, and what is wanted is said again on the
+    new link."""
     files = tmp_path / 'files'
     files.mkdir()
     for number in range(1 if what == 'large' else 300):
@@ -228,11 +245,13 @@ def test_a_link_that_breaks_while_files_come_goes_on_where_it_was(tmp_path, node
         with Proxy(node.address if kind == 'JobCluster' else scheduler.address) as proxy:
             for byte in (3 << 20, 5 << 20) if what == 'large' else (300000, 700000):
                 proxy.at(byte, 'reset')
-            options = {'depends': [str(files / name.name) for name in files.iterdir()], 'ping_interval': 0.5}
+            options = {'depends': [str(files / name.name) for name in files.iterdir()],
+                       'ping_interval': 0.5}
             if kind == 'JobCluster':
                 cluster = dispy.JobCluster(length_of, nodes=[proxy.address], **options)
             else:
-                cluster = dispy.SharedJobCluster(length_of, scheduler_host=proxy.address[0], scheduler_port=proxy.address[1], **options)
+                cluster = dispy.SharedJobCluster(length_of, scheduler_host=proxy.address[0],
+                                                 scheduler_port=proxy.address[1], **options)
             with cluster:
                 job = cluster.submit('file-0')
                 assert job(60) == (8 << 20 if what == 'large' else 4096)

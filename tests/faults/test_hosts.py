@@ -121,7 +121,8 @@ def test_another_secret_is_told_to_the_client(hosts):
         assert re.search(r'%s.*secret' % re.escape(far.ip), told), told
         far_secret = far.read('home/.config/dispy/secret').strip()
         assert far_secret not in told and client.ip in node.log()
-        assert client.python(CLIENT, far.ip, env={'DISPY_SECRET': far_secret}).splitlines() == answers(far)
+        assert (client.python(CLIENT, far.ip, env={'DISPY_SECRET': far_secret}).splitlines()
+                == answers(far))
 
 
 def test_a_host_without_a_secret_makes_its_own(hosts):
@@ -143,12 +144,14 @@ def test_down_unreachable_and_unknown_names_are_told_apart(hosts):
     client, idle, gone = hosts.host('client'), hosts.host('idle'), hosts.host('gone')
     gone.cut()
     told = client.python(REFUSED, idle.ip, '10.99.0.1', 'no-such-host.example')
-    for part in ('%s:9701: down: nothing listens' % idle.ip, '10.99.0.1:9701: unreachable: it cannot be reached',
+    for part in ('%s:9701: down: nothing listens' % idle.ip,
+                 '10.99.0.1:9701: unreachable: it cannot be reached',
                  'no-such-host.example:9701: no such name: its name does not resolve'):
         assert part in told, told
     assert 'refused' not in told and 'Errno' not in told, told
     told = client.python(REFUSED.replace('timeout=2', 'timeout=11'), gone.ip)
-    assert re.search(r'%s:9701: unreachable: (no answer within \d+ s|it cannot be reached)' % re.escape(gone.ip), told), told
+    assert re.search(r'%s:9701: unreachable: (no answer within \d+ s|it cannot be reached)'
+                     % re.escape(gone.ip), told), told
     assert 'firewall lets TCP port 9701 in' in told and 'Start' not in told, told
 
 
@@ -166,7 +169,8 @@ def test_a_link_local_address_is_shown_with_its_interface(hosts):
                 print(job.ip_addr, cluster.status().nodes)
                 cluster.print_status()
             ''', address)
-        assert shown.splitlines()[0].startswith('%s [<DispyNode [%s]:9701' % (address, address)), shown
+        assert shown.splitlines()[0].startswith('%s [<DispyNode [%s]:9701'
+                                                % (address, address)), shown
         assert shown.count(address) == 3
         listed = client.run([sys.executable, '-m', 'dispy', '--list-nodes', '-n', address])
         assert '[%s]:9701' % address in listed and 'free' in listed, listed

@@ -1,4 +1,5 @@
-"""A program that is gone holds no node, no process and no memory once what it may still collect has ended."""
+"""A program that is gone holds no node, no process and no memory once what it may still collect has
+ended."""
 
 import contextlib
 import gc
@@ -30,7 +31,8 @@ def answer():
 
 @pytest.mark.parametrize('kept', [False, True])
 def test_a_program_of_a_scheduler_that_was_killed_holds_no_node(tmp_path, ledger, kept):
-    """Another cluster that wants the node has it soon; results that are kept are files, and are had by who comes back."""
+    """Another cluster that wants the node has it soon; results that are kept are files, and are had
+    by who comes back."""
     with NodeProcess(tmp_path / 'node', cpus=1) as node, \
             SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port) as scheduler:
         with Client(program('SharedJobCluster', '''
@@ -69,7 +71,8 @@ with make(KIND, pulse_interval=0.2, ping_interval=0.5) as cluster_:
             client.process.send_signal(signal.SIGSTOP)
             eventually(lambda: not runners_of(node), 30, 'the end of the runner')
             client.process.send_signal(signal.SIGCONT)
-            assert [line for line in client.rest().splitlines() if line in ('first', 'second')] == ['first', 'second']
+            assert ([line for line in client.rest().splitlines() if line in ('first', 'second')]
+                    == ['first', 'second'])
     assert len(ledger.attempts()) == 2
 
 
@@ -94,7 +97,8 @@ def test_the_last_result_of_a_cluster_is_not_kept_by_it(tmp_path):
 
 
 def test_results_that_a_program_had_noted_are_not_kept_by_nodes(tmp_path, ledger):
-    """It noted them, and was killed before they were acknowledged; who collects them acknowledges them too."""
+    """It noted them, and was killed before they were acknowledged; who collects them acknowledges
+    them too."""
     with NodeProcess(tmp_path / 'node', cpus=1) as node:
         with Client('''
 dispy.JobExchange.acknowledge = lambda self, peer: None
@@ -107,7 +111,8 @@ time.sleep(600)
 ''', ledger.path, node) as client:
             client.kill()
         eventually(lambda: any(name.startswith('r-') for name in os.listdir(node.prefix)))
-        assert sorted(job.result for job in dispy.recover_jobs(str(tmp_path / 'file'), timeout=20)) == [0, 1, 2]
+        assert (sorted(job.result for job in dispy.recover_jobs(str(tmp_path / 'file'), timeout=20))
+                == [0, 1, 2])
         eventually(lambda: not any(name.startswith('r-') for name in os.listdir(node.prefix)))
 
 
@@ -116,9 +121,10 @@ def row(serial, data):
 
 
 def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
-    """The disk is full. What is left of a file that could not be made is removed at once: results that stay in memory are
-    acknowledged later, and then nobody knows that there is a file."""
-    shelf, before = ResultSpool(os.path.join(small_disk, 'r-full')), ResultSpool(os.path.join(small_disk, 'r-before'))
+    """The disk is full. What is left of a file that could not be made is removed at once: results
+    that stay in memory are acknowledged later, and then nobody knows that there is a file."""
+    shelf, before = (ResultSpool(os.path.join(small_disk, 'r-full')),
+                     ResultSpool(os.path.join(small_disk, 'r-before')))
     store, memory = ModuleStore(os.path.join(small_disk, 'modules')), Memory(small_disk)
     before.append(b'a' * 16, [row(1, b'kept')])
     os.mkdir(os.path.join(small_disk, 'modules'))
@@ -126,7 +132,8 @@ def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
     source.write_bytes(bytes(8192))
     there = sorted(os.listdir(small_disk))
     filler = fill(small_disk)
-    os.truncate(filler, os.path.getsize(filler) // 4096 * 4096 - 4096)   # a page, so that something can be written
+    # A page, so that something can be written
+    os.truncate(filler, os.path.getsize(filler) // 4096 * 4096 - 4096)
     for full in (shelf, before):
         with pytest.raises(OSError):
             full.append(b'a' * 16, [row(2, b'fits'), row(3, bytes(100000))])
@@ -134,7 +141,8 @@ def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
     memory.write('given-up', AttemptHistory(given_up=frozenset(range(100000))))
     os.unlink(filler)
     left = sorted(os.listdir(small_disk))
-    assert [name for name in left if name not in there] == [] and os.listdir(os.path.join(small_disk, 'modules')) == []
+    assert ([name for name in left if name not in there] == []
+            and os.listdir(os.path.join(small_disk, 'modules')) == [])
     assert [number for number, *_ in before.rows()] == [1]
 
 
@@ -167,7 +175,8 @@ def test_a_node_that_was_away_when_a_cluster_closed_keeps_nothing(tmp_path, kind
         proxy = stack.enter_context(Proxy(('127.0.0.1', node.port)))
         options = {'nodes': [proxy.address]}
         if kind == 'SharedJobCluster':
-            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % proxy.address[1]))
+            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n',
+                                                             '127.0.0.1:%d' % proxy.address[1]))
             options = {'scheduler_host': '127.0.0.1', 'scheduler_port': scheduler.port}
         make = getattr(dispy, kind)
         with make(answer, **options) as other:
@@ -185,7 +194,8 @@ def test_a_node_that_was_away_when_a_cluster_closed_keeps_nothing(tmp_path, kind
 
 
 def test_a_program_that_is_gone_told_nodes_later(tmp_path):
-    """A node was away when its cluster closed, and the program has ended: who looks for what is left tells the node."""
+    """A node was away when its cluster closed, and the program has ended: who looks for what is
+    left tells the node."""
     begun = tmp_path / 'begun'
     with NodeProcess(tmp_path / 'node', cpus=2) as node, Proxy(('127.0.0.1', node.port)) as proxy:
         cluster = dispy.JobCluster(slow_answer, nodes=[proxy.address])

@@ -1,4 +1,5 @@
-"""Programs without a recover_file that end before their jobs: what runs on nodes goes on, is found, collected or ended."""
+"""Programs without a recover_file that end before their jobs: what runs on nodes goes on, is found,
+collected or ended."""
 
 import json
 import os
@@ -41,7 +42,8 @@ def hold(directory, name):
 
 def start(count=4, running=4, name='', **options):
     cluster = KIND(hold, **dict(WHERE, **options))
-    jobs = [cluster.submit(directory, '%d-%s%d' % (os.getpid(), name, number)) for number in range(count)]
+    jobs = [cluster.submit(directory, '%d-Zqs%d' % (os.getpid(), name, number))
+            for number in range(count)]
     mine = 'begun-%d-%s' % (os.getpid(), name)
     while sum(job.status == dispy.DispyJob.Running for job in jobs) < running \
             or sum(name.startswith(mine) for name in os.listdir(directory)) < running:
@@ -61,7 +63,8 @@ except dispy.DispyError as exc:
 
 
 class Place:
-    """A directory for programs, the files that their jobs make, and the state directory, which has nothing of other tests."""
+    """A directory for programs, the files that their jobs make, and the state directory, which has
+    nothing of other tests."""
 
     def __init__(self, path, monkeypatch):
         self.path, self.state = path, path / 'state'
@@ -73,8 +76,9 @@ class Place:
 
     def start(self, node, code, *words, name='program.py', options=(), **more):
         """A program, which runs."""
-        return subprocess.Popen([sys.executable, *options, self.write(code, name), str(node.port), str(self.path), *words],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, cwd=ROOT, **more)
+        return subprocess.Popen([sys.executable, *options, self.write(code, name), str(node.port),
+                                 str(self.path), *words], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, universal_newlines=True, cwd=ROOT, **more)
 
     def run(self, node, code, *words, **more):
         """A program that ends by itself: (exit status, stdout, stderr)."""
@@ -120,8 +124,8 @@ def is_free(node):
 
 
 def command(*words):
-    return subprocess.run([sys.executable, '-m', 'dispy', *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, cwd=ROOT, timeout=90)
+    return subprocess.run([sys.executable, '-m', 'dispy', *words], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True, cwd=ROOT, timeout=90)
 
 
 FOUR = [(number, DispyJob.Finished) for number in range(1, 5)]
@@ -132,19 +136,22 @@ def collected(jobs):
     return [(job.id, job.status) for job in jobs]
 
 
-# -- how a program ends ---------------------------------------------------------------------------------------------
+# -- how a program ends ----------------------------------------------------------------------------
 
 def test_after_a_kill_four_of_four_go_on_and_are_collected_once(place, node):
     place.killed(node)
     file, = place.files()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert (stat.S_IMODE(file.stat().st_mode) == 0o600
+            and stat.S_IMODE(file.parent.stat().st_mode) == 0o700)
     assert file.stat().st_size < 1000 and os.environ['DISPY_SECRET'] not in file.read_text()
     place.end()
     eventually(lambda: len(place.names('ended')) == 4)
     status, out, err = place.run(node, RECOVERS)
     lines = out.splitlines()
-    assert status == 0 and [line.split()[:2] for line in lines] == [[str(n), 'finished'] for n in range(1, 5)], out + err
-    assert sorted(line.split('of ')[1] for line in lines) == sorted(name[len('begun-'):] for name in place.names('begun'))
+    assert status == 0 and [line.split()[:2] for line in lines] == [[str(n), 'finished']
+                                                                    for n in range(1, 5)], out + err
+    assert (sorted(line.split('of ')[1] for line in lines)
+            == sorted(name[len('begun-'):] for name in place.names('begun')))
     assert place.files() == []
     assert 'has left no jobs' in place.run(node, RECOVERS)[1] and len(place.names('begun')) == 4
     assert is_free(node)
@@ -155,18 +162,22 @@ def test_after_an_exception_outside_with_four_of_four_go_on_and_are_collected(pl
     status, out, err = place.run(node, RAISES)
     assert status == 1 and 'ValueError: a mistake' in err
     last = err.splitlines()[-1]
-    assert '4 jobs run on to their end on 1 node;' in last and 'dispy.recover_jobs()' in last and 'python -m dispy --cancel-lost' in last
+    assert ('4 jobs run on to their end on 1 node;' in last and 'dispy.recover_jobs()' in last
+            and 'python -m dispy --cancel-lost' in last)
     assert place.names('ended') == []
     place.end()
     status, out, err = place.run(node, RECOVERS)
-    assert [line.split()[:2] for line in out.splitlines()] == [[str(n), 'finished'] for n in range(1, 5)], out + err
+    assert [line.split()[:2] for line in out.splitlines()] == [[str(n), 'finished']
+                                                               for n in range(1, 5)], out + err
     assert len(place.names('ended')) == 4 and place.files() == []
 
 
 def test_jobs_that_had_not_begun_are_lost_and_counted(place, node):
     """A node holds some beyond what it runs only when they are short."""
     _, _, err = place.run(node, "cluster, jobs = start(30, 4)\nraise ValueError('a mistake')\n")
-    found = re.search(r'(\d+) jobs run on to their end on 1 node; (\d+) others had not begun and are lost', err.splitlines()[-1])
+    found = re.search(
+        r'(\d+) jobs run on to their end on 1 node; (\d+) others had not begun and are lost',
+        err.splitlines()[-1])
     assert found and int(found.group(1)) + int(found.group(2)) == 30, err
     place.end()
     _, out, _ = place.run(node, RECOVERS)
@@ -188,10 +199,13 @@ except ValueError:
 
 
 @pytest.mark.parametrize('code, status', [
-    (INSIDE, 1), (CAUGHT, 0), ('cluster, jobs = start()\nsys.exit(3)\n', 3), ('cluster, jobs = start()\n', 0),
-    ("cluster, jobs = start()\nsys.exit('a text')\n", 1), ('cluster, jobs = start()\nraise KeyboardInterrupt\n', None),
+    (INSIDE, 1), (CAUGHT, 0), ('cluster, jobs = start()\nsys.exit(3)\n', 3),
+    ('cluster, jobs = start()\n', 0),
+    ("cluster, jobs = start()\nsys.exit('a text')\n", 1),
+    ('cluster, jobs = start()\nraise KeyboardInterrupt\n', None),
     ('import builtins\nbuiltins.__IPYTHON__ = True\n' + RAISES, 1)],
-    ids=['inside with', 'caught', 'sys.exit', 'the end', 'sys.exit with a text', 'KeyboardInterrupt', 'in a notebook'])
+                         ids=['inside with', 'caught', 'sys.exit', 'the end',
+                              'sys.exit with a text', 'KeyboardInterrupt', 'in a notebook'])
 def test_other_ends_cancel_and_leave_no_file(place, node, code, status):
     found, _, err = place.run(node, code)
     assert found == status or status is None and found, err
@@ -210,7 +224,8 @@ def test_control_c_cancels(place, node):
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
         process.wait(20)
-    assert 'KeyboardInterrupt' in err and 'run on' not in err and place.files() == [] and is_free(node)
+    assert ('KeyboardInterrupt' in err and 'run on' not in err and place.files() == []
+            and is_free(node))
 
 
 PROMPT = '''
@@ -224,8 +239,9 @@ print('later', flush=True)
 def at_a_prompt(place, node, options, code=PROMPT, name=None):
     """Lines typed at a prompt, after a script if `name` is given."""
     file = [place.write('', name)] if name else ['-']
-    process = subprocess.Popen([sys.executable, *options, *file, str(node.port), str(place.path)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *options, *file, str(node.port), str(place.path)],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, universal_newlines=True, cwd=ROOT)
     out, err = process.communicate(code if name else PROGRAM.format(paths=PATHS) + code, timeout=60)
     return out, err
 
@@ -254,18 +270,22 @@ def test_under_pytest_an_older_error_decides_nothing(place, node):
     '''
     place.write('made = None', 'test_state.py')
     file = place.write(code, 'test_inner.py').replace('\\', '/')
-    text = open(file).read().replace("int(sys.argv[1]), sys.argv[2]", "%d, %r" % (node.port, str(place.path)))
+    text = open(file).read().replace("int(sys.argv[1]), sys.argv[2]",
+                                     "%d, %r" % (node.port, str(place.path)))
     open(file, 'w').write(text)
     open(os.path.join(str(place.path), 'test_state.py'), 'w').write('made = None')
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--rootdir', str(place.path), file],
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, cwd=str(place.path), timeout=90)
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
+                           '--rootdir', str(place.path), file],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+                          cwd=str(place.path), timeout=90)
     assert '1 failed' in done.stdout and 'run on' not in done.stdout, done.stdout
     assert len(place.names('begun')) == 4 and place.files() == [] and is_free(node)
 
 
 def test_a_module_that_is_run_by_its_name_and_fails(place, node):
     place.write(RAISES, 'module.py')
-    done = subprocess.run([sys.executable, '-m', 'module', str(node.port), str(place.path)], stderr=subprocess.PIPE,
+    done = subprocess.run([sys.executable, '-m', 'module', str(node.port), str(place.path)],
+                          stderr=subprocess.PIPE,
                           universal_newlines=True, cwd=str(place.path), timeout=60)
     assert '4 jobs run on' in done.stderr.splitlines()[-1], done.stderr
     place.end()
@@ -274,15 +294,17 @@ def test_a_module_that_is_run_by_its_name_and_fails(place, node):
     assert collected(dispy.recover_jobs(row, 30)) == FOUR
 
 
-# -- whose jobs they are --------------------------------------------------------------------------------------------
+# -- whose jobs they are ---------------------------------------------------------------------------
 
 def test_another_script_is_told_what_there_is_and_may_name_it(place, node):
     pid = place.killed(node)
     row, = dispy.recoverable()
     assert (row.pid, row.name, row.jobs, row.unreached) == (pid, 'hold', 4, ())
-    assert row.nodes == ('127.0.0.1:%d' % node.port,) and row.script == os.path.realpath(str(place.path / 'program.py'))
+    assert (row.nodes == ('127.0.0.1:%d' % node.port,)
+            and row.script == os.path.realpath(str(place.path / 'program.py')))
     _, out, err = place.run(node, RECOVERS, name='other.py')
-    assert out.startswith('DispyError: recover_jobs: ') and 'other.py has left no jobs' in out and row.path in out, out + err
+    assert (out.startswith('DispyError: recover_jobs: ') and 'other.py has left no jobs' in out
+            and row.path in out), out + err
     out, err = at_a_prompt(place, node, ['-i'], RECOVERS + '\n')
     assert 'DispyError' in out and 'no script' in out and row.path in out, err
     with pytest.raises(FileNotFoundError, match='each of which may be given'):
@@ -293,7 +315,8 @@ def test_another_script_is_told_what_there_is_and_may_name_it(place, node):
 
 def test_two_programs_of_one_script_one_after_the_other(place, tmp_path):
     """The newest comes first, then the older one."""
-    with NodeProcess(tmp_path / 'a', cpus=4) as first, NodeProcess(tmp_path / 'b', cpus=4) as second:
+    with NodeProcess(tmp_path / 'a',
+                     cpus=4) as first, NodeProcess(tmp_path / 'b', cpus=4) as second:
         older, newer = place.killed(first), place.killed(second)
         assert [row.pid for row in dispy.recoverable()] == [newer, older]
         place.end()
@@ -321,8 +344,10 @@ def test_both_clusters_of_one_program(place, tmp_path):
 
 def test_a_living_program_beside_a_dead_one(place, tmp_path):
     """Nobody takes or ends what belongs to the one that lives."""
-    with NodeProcess(tmp_path / 'a', cpus=4) as first, NodeProcess(tmp_path / 'b', cpus=4) as second:
-        lives = place.start(second, "cluster, jobs = start()\nprint('ready', flush=True)\ncluster.wait()\nprint([job() for job in jobs])\n")
+    with NodeProcess(tmp_path / 'a',
+                     cpus=4) as first, NodeProcess(tmp_path / 'b', cpus=4) as second:
+        lives = place.start(second, "cluster, jobs = start()\nprint('ready', flush=True)\n"
+                            "cluster.wait()\nprint([job() for job in jobs])\n")
         with lives.stdout, lives.stderr:
             assert lives.stdout.readline() == 'ready\n'
             dead = place.killed(first)
@@ -333,7 +358,8 @@ def test_a_living_program_beside_a_dead_one(place, tmp_path):
             with pytest.raises(DispyError, match='its program lives'):
                 dispy.recover_jobs(str(other))
             done = command('--cancel-lost')
-            assert done.returncode == 0 and 'PID %d' % dead in done.stdout and str(lives.pid) not in done.stdout, done.stdout
+            assert (done.returncode == 0 and 'PID %d' % dead in done.stdout
+                    and str(lives.pid) not in done.stdout), done.stdout
             assert is_free(first) and place.files() == [other]
             place.end()
             assert lives.stdout.readline().count('result of') == 4
@@ -343,7 +369,8 @@ def test_a_living_program_beside_a_dead_one(place, tmp_path):
 
 def test_a_program_on_another_host_with_the_same_home_is_known_by_its_nodes(place, node):
     """No lock is seen, and its process cannot be: its nodes know that it is connected."""
-    lives = place.start(node, "cluster, jobs = start()\nprint('ready', flush=True)\ncluster.wait()\nprint([job() for job in jobs])\n")
+    lives = place.start(node, "cluster, jobs = start()\nprint('ready', flush=True)\n"
+                        "cluster.wait()\nprint([job() for job in jobs])\n")
     with lives.stdout, lives.stderr:
         assert lives.stdout.readline() == 'ready\n'
         file, = place.files()
@@ -360,7 +387,8 @@ def test_a_program_on_another_host_with_the_same_home_is_known_by_its_nodes(plac
         place.end()
         assert lives.stdout.readline().count('result of') == 4
         lives.wait(20)
-    assert dispy.recoverable() == [] and place.files() == []   # when it is over, nothing is left there
+    # When it is over, nothing is left there
+    assert dispy.recoverable() == [] and place.files() == []
 
 
 def test_a_fork_that_lives_on_does_not_pass_for_the_program(place, node):
@@ -388,12 +416,13 @@ def test_a_fork_that_lives_on_does_not_pass_for_the_program(place, node):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-# -- ending and collecting ------------------------------------------------------------------------------------------
+# -- ending and collecting -------------------------------------------------------------------------
 
 def test_cancel_lost_ends_what_runs(place, node):
     pid = place.killed(node)
     done = command('--cancel-lost')
-    assert done.returncode == 0 and 'PID %d' % pid in done.stdout and '4 jobs and results were there, all are gone' in done.stdout
+    assert (done.returncode == 0 and 'PID %d' % pid in done.stdout
+            and '4 jobs and results were there, all are gone' in done.stdout)
     assert place.files() == [] and is_free(node)
     place.end()
     time.sleep(0.1)
@@ -429,16 +458,19 @@ def test_results_that_were_collected_do_not_come_again(place, node):
     row, = dispy.recoverable()
     (place.path / 'end-0').touch()
     first = dispy.recover_jobs(row, 2)
-    assert [(job.id, job.status) for job in first] == [(1, DispyJob.Finished)] + [(n, DispyJob.Running) for n in (2, 3, 4)]
+    assert ([(job.id, job.status) for job in first]
+            == [(1, DispyJob.Finished)] + [(n, DispyJob.Running) for n in (2, 3, 4)])
     place.end()
-    assert [(job.id, job.result) for job in dispy.recover_jobs(row, 30)] == [(n, 'result of %d' % (n - 1)) for n in (2, 3, 4)]
+    assert ([(job.id, job.result) for job in dispy.recover_jobs(row, 30)]
+            == [(n, 'result of %d' % (n - 1)) for n in (2, 3, 4)])
     assert place.files() == [] and is_free(node)
 
 
 def test_terminate_pending_cancels(place, node):
     place.killed(node)
     row, = dispy.recoverable()
-    assert {job.status for job in dispy.recover_jobs(row, 30, terminate_pending=True)} == {DispyJob.Cancelled}
+    assert ({job.status for job in dispy.recover_jobs(row, 30, terminate_pending=True)}
+            == {DispyJob.Cancelled})
     assert place.files() == [] and is_free(node)
 
 
@@ -467,14 +499,16 @@ def test_a_later_run_is_told_by_name_and_time_who_holds_its_nodes(place, node, c
     place.killed(node)
     with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         job = cluster.submit(-1)
-        text = eventually(lambda: next((node.reason for node in cluster.status().all_nodes if 'connection is lost' in node.reason), ''))
-        assert str(place.path / 'program.py') in text and '(hold)' in text and '--cancel-lost' in text
+        text = eventually(lambda: next((node.reason for node in cluster.status().all_nodes
+                                        if 'connection is lost' in node.reason), ''))
+        assert (str(place.path / 'program.py') in text and '(hold)' in text
+                and '--cancel-lost' in text)
         assert re.search(r'began \d{4}-\d\d-\d\d \d\d:\d\d:\d\d', text)
         assert command('--cancel-lost').returncode == 0
         assert job(30) == 1
 
 
-# -- files ----------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 def test_no_file_where_none_is_wanted_and_none_for_the_embedded_node(place, node):
     for options in ({'nodes': 'local'}, {'nodes': [node.address], 'recover_file': False}):
@@ -491,7 +525,8 @@ def test_no_file_where_none_is_wanted_and_none_for_the_embedded_node(place, node
 
 
 @pytest.mark.parametrize('how', ('no directory', 'others', 'full'))
-def test_where_none_can_be_written_the_cluster_works_without(place, node, how, caplog, monkeypatch, request):
+def test_where_none_can_be_written_the_cluster_works_without(place, node, how, caplog, monkeypatch,
+                                                             request):
     if how == 'no directory':
         place.state.write_text('a file')
     elif how == 'others':
@@ -507,7 +542,8 @@ def test_where_none_can_be_written_the_cluster_works_without(place, node, how, c
     with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         assert cluster.submit(-1)(30) == 1
         assert dispy.core_of(cluster).trail.path == ''
-    records = [record for record in caplog.records if 'could not be collected' in record.getMessage()]
+    records = [record
+               for record in caplog.records if 'could not be collected' in record.getMessage()]
     assert len(records) == 1 and records[0].levelname == 'INFO'
 
 
@@ -530,7 +566,8 @@ def test_files_older_than_a_month_are_removed(place, node):
         long_ago = time.time() - 31 * 86400
         os.utime(str(path), (long_ago, long_ago))
     with NodeProcess(place.path / 'other') as other:   # by any program that makes such a file
-        place.run(other, 'cluster, jobs = start(1, 1)\nopen(directory + "/end", "w").close()\ncluster.wait()\ntime.sleep(0.5)\ncluster.close()\n')
+        place.run(other, 'cluster, jobs = start(1, 1)\nopen(directory + "/end", "w").close()\n'
+                  'cluster.wait()\ntime.sleep(0.5)\ncluster.close()\n')
     assert place.files() == []
 
 
@@ -566,7 +603,7 @@ def test_a_file_with_another_key_gets_nothing(place, node):
     assert collected(dispy.recover_jobs(str(file), 30)) == FOUR
 
 
-# -- through a scheduler --------------------------------------------------------------------------------------------
+# -- through a scheduler ---------------------------------------------------------------------------
 
 @pytest.fixture
 def scheduler(tmp_path, node):
@@ -577,17 +614,22 @@ def scheduler(tmp_path, node):
 @pytest.mark.parametrize('ends', ('killed', 'error'))
 def test_through_a_scheduler_what_runs_goes_on_and_what_waits_is_cancelled(place, scheduler, ends):
     if ends == 'killed':
-        place.killed(scheduler, "cluster, jobs = start(10, 4)\nprint('ready', flush=True)\ntime.sleep(600)\n", 'shared')
+        place.killed(scheduler,
+                     "cluster, jobs = start(10, 4)\nprint('ready', flush=True)\ntime.sleep(600)\n",
+                     'shared')
         eventually(lambda: '6 jobs that have not begun are cancelled' in scheduler.log())
     else:
-        _, _, err = place.run(scheduler, "cluster, jobs = start(10, 4)\nraise ValueError('a mistake')\n", 'shared')
-        assert '4 jobs run on to their end on 1 node; 6 others had not begun and are lost' in err.splitlines()[-1], err
+        _, _, err = place.run(
+            scheduler, "cluster, jobs = start(10, 4)\nraise ValueError('a mistake')\n", 'shared')
+        assert ('4 jobs run on to their end on 1 node; 6 others had not begun and are lost'
+                in err.splitlines()[-1]), err
     row, = dispy.recoverable()
     assert row.nodes == ('@127.0.0.1:%d' % scheduler.port,)
     assert row.jobs == 10 if ends == 'killed' else 4 <= row.jobs <= 10
     place.end()
     eventually(lambda: len(place.names('ended')) == 4)
-    time.sleep(4)   # by then its nodes are let go; results stay, though its process is known to have ended
+    # By then its nodes are let go; results stay, though its process is known to have ended
+    time.sleep(4)
     jobs = dispy.recover_jobs(row, 30)
     assert [job.status for job in jobs].count(DispyJob.Finished) == 4
     cancelled = [job for job in jobs if job.status == DispyJob.Cancelled]
@@ -605,11 +647,12 @@ def test_cancel_lost_through_a_scheduler(place, scheduler):
     assert place.files() == []
 
 
-# -- recovery files -------------------------------------------------------------------------------------------------
+# -- recovery files --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settled', (False, True))
 def test_ids_that_are_set_after_submit_and_arguments_are_recovered(place, node, settled):
-    """The way of scripts for dispy 4. `settled`: the file has been written into its database before."""
+    """The way of scripts for dispy 4. `settled`: the file has been written into its database
+    before."""
     code = '''
     cluster = KIND(hold, recover_file=directory + '/jobs', **WHERE)
     jobs = []
@@ -634,8 +677,10 @@ def test_ids_that_are_set_after_submit_and_arguments_are_recovered(place, node, 
     last = ('again',) if settled else ()
     assert sorted(job.id for job in jobs) == [('mine', number, *last) for number in range(8)]
     for job in jobs:
-        assert "name='job %d'" % job.id[1] in job.arguments and repr(str(place.path))[:20] in job.arguments
-    assert [job.args for job in jobs if job.status == DispyJob.Finished] == [None] * len(place.names('ended'))
+        assert ("name='job %d'" % job.id[1] in job.arguments
+                and repr(str(place.path))[:20] in job.arguments)
+    assert ([job.args for job in jobs if job.status == DispyJob.Finished]
+            == [None] * len(place.names('ended')))
 
 
 def test_arguments_are_bounded_and_may_fail():
@@ -648,14 +693,17 @@ def test_arguments_are_bounded_and_may_fail():
 
 @pytest.mark.parametrize('kept', (False, True))
 def test_a_node_that_connects_by_itself_is_waited_for(place, tmp_path, kept):
-    """`dispynode --scheduler-host`: it cannot be reached, and comes to whoever collects. `kept`: with a recover_file."""
+    """`dispynode --scheduler-host`: it cannot be reached, and comes to whoever collects. `kept`:
+    with a recover_file."""
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
         port = sock.getsockname()[1]
-    options = ['--scheduler-host', '127.0.0.1:%d' % port, '--ping-interval', '1', '--name', 'caller']
+    options = ['--scheduler-host', '127.0.0.1:%d' % port, '--ping-interval', '1', '--name',
+               'caller']
     with NodeProcess(tmp_path / 'n', *options, cpus=4) as node:
         file = ', recover_file=directory + "/jobs"' if kept else ''
-        place.killed(node, WAITS.replace('start()', "start(host=('127.0.0.1', %d), nodes='*', dispy_port=9%s)" % (port, file)))
+        place.killed(node, WAITS.replace(
+            'start()', "start(host=('127.0.0.1', %d), nodes='*', dispy_port=9%s)" % (port, file)))
         place.end()
         if kept:
             path = str(tmp_path / 'jobs')

@@ -36,7 +36,8 @@ def node(tmp_path):
 
 def cluster_of(*proxies, **options):
     options.setdefault('pulse_interval', 1.0)
-    return dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address for proxy in proxies], ping_interval=0.5, **options)
+    return dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address for proxy in proxies],
+                            ping_interval=0.5, **options)
 
 
 def submit(cluster, ledger, numbers, seconds=0.02, size=0):
@@ -45,14 +46,16 @@ def submit(cluster, ledger, numbers, seconds=0.02, size=0):
 
 def finished(jobs):
     """Numbers of jobs with their results."""
-    assert not [job.exception for job in jobs if job.exception], [job.exception for job in jobs if job.exception][:3]
+    assert not [job.exception for job in jobs
+                if job.exception], [job.exception for job in jobs if job.exception][:3]
     return [job.result[0] for job in jobs]
 
 
 def test_a_link_cut_for_a_second_costs_nothing(node, ledger):
     """Nothing is lost, and nothing runs twice, although the jobs are not reentrant."""
     ended = []
-    with Proxy(node.address) as proxy, cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
+    with Proxy(node.address) as proxy, \
+            cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
         jobs = submit(cluster, ledger, range(200))
         eventually(lambda: len(ended) > 20)
         proxy.hold()
@@ -67,7 +70,8 @@ def test_a_link_cut_for_a_second_costs_nothing(node, ledger):
 
 @pytest.mark.parametrize('reentrant', (True, False))
 def test_a_link_cut_for_longer_than_the_limit(node, ledger, reentrant):
-    """As 20 s of a limit of 10. The node drops what it still runs when the client is back; what was abandoned stays so."""
+    """As 20 s of a limit of 10. The node drops what it still runs when the client is back; what was
+    abandoned stays so."""
     with Hosts() as hosts:
         client, far = hosts.host('client'), hosts.host('far')
         with far.node():
@@ -79,7 +83,8 @@ def test_a_link_cut_for_longer_than_the_limit(node, ledger, reentrant):
                     time.sleep(0.05)
                     return number
 
-                with dispy.JobCluster(compute, nodes=[(%r, 9701)], reentrant=%r, pulse_interval=0.2, ping_interval=0.5,
+                with dispy.JobCluster(compute, nodes=[(%r, 9701)], reentrant=%r,
+                                      pulse_interval=0.2, ping_interval=0.5,
                                       loglevel=50) as cluster:   # its output is read
                     cluster.wait_nodes(1, timeout=20)
                     jobs = [cluster.submit(number) for number in range(200)]
@@ -105,7 +110,8 @@ def test_a_link_cut_for_longer_than_the_limit(node, ledger, reentrant):
 
 @pytest.mark.parametrize('sent, received', ((True, False), (False, True)))
 def test_a_link_cut_in_one_direction_only(sent, received):
-    """Both sides notice; for less than the limit nothing is lost, for more a reentrant job runs again."""
+    """Both sides notice; for less than the limit nothing is lost, for more a reentrant job runs
+    again."""
     with Hosts() as hosts:
         client, far = hosts.host('client'), hosts.host('far')
         with far.node():
@@ -117,7 +123,8 @@ def test_a_link_cut_in_one_direction_only(sent, received):
                     time.sleep(0.02)
                     return number
 
-                with dispy.JobCluster(compute, nodes=[(%r, 9701)], reentrant=True, pulse_interval=0.2, ping_interval=0.5) as cluster:
+                with dispy.JobCluster(compute, nodes=[(%r, 9701)], reentrant=True,
+                                      pulse_interval=0.2, ping_interval=0.5) as cluster:
                     jobs = [cluster.submit(number) for number in range(200)]
                     jobs[10]()
                     print('ready', flush=True)
@@ -136,7 +143,8 @@ def test_a_link_cut_in_one_direction_only(sent, received):
 
 @pytest.mark.parametrize('sent, received', ((True, False), (False, True)))
 def test_packets_of_full_size_that_are_lost_are_named_and_avoided(sent, received):
-    """A link with a small MTU whose routers say nothing. Short packets arrive, so that a connection comes about each time."""
+    """A link with a small MTU whose routers say nothing. Short packets arrive, so that a connection
+    comes about each time."""
     with Hosts() as hosts:
         client, far = hosts.host('client'), hosts.host('far')
         client.commands('ip link set dev eth0 gso_max_segs 1')
@@ -151,7 +159,8 @@ def test_packets_of_full_size_that_are_lost_are_named_and_avoided(sent, received
                 def compute(number, data):
                     return number, os.urandom(3000)
 
-                with dispy.JobCluster(compute, nodes=[sys.argv[1]], pulse_interval=0.5, ping_interval=0.5) as cluster:
+                with dispy.JobCluster(compute, nodes=[sys.argv[1]], pulse_interval=0.5,
+                                      ping_interval=0.5) as cluster:
                     jobs = [cluster.submit(number, os.urandom(3000)) for number in range(20)]
                     print([job.get(60)[0] for job in jobs] == list(range(20)))
                 ''', far.ip)
@@ -164,7 +173,8 @@ def test_packets_of_full_size_that_are_lost_are_named_and_avoided(sent, received
 
 def test_a_flapping_link_costs_nothing_and_brings_no_storm_of_connects(node, ledger):
     ended = []
-    with Proxy(node.address) as proxy, cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
+    with Proxy(node.address) as proxy, \
+            cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
         jobs = submit(cluster, ledger, range(300))
         began = time.monotonic()
         for _ in range(20):
@@ -214,13 +224,16 @@ def recorded(node, ledger):
 @pytest.mark.parametrize('way', (UP, DOWN))
 @pytest.mark.parametrize('fault', ('cut', 'reset', 'flip'))
 def test_a_link_broken_at_any_byte_of_any_message(node, ledger, way, fault, request):
-    """Bytes spread over a recorded session; with --long every 7th of them. Each time all jobs end with their results."""
+    """Bytes spread over a recorded session; with --long every 7th of them. Each time all jobs end
+    with their results."""
     size = recorded(node, ledger)[way]
-    places = range(0, size, 7) if request.config.getoption('--long') else sorted(random.Random(fault + way).sample(range(size), 12)) + [0]
+    places = (range(0, size, 7) if request.config.getoption('--long')
+              else sorted(random.Random(fault + way).sample(range(size), 12)) + [0])
     for place in places:
         names = ['%s-%d-%d' % (fault, place, number) for number in range(6)]
         ended = []
-        with Proxy(node.address) as proxy, cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
+        with Proxy(node.address) as proxy, \
+                cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
             proxy.at(place, fault, way)
             jobs = submit(cluster, ledger, names, 0.001, 3000)
             assert cluster.wait(30), (place, cluster.status())
@@ -231,7 +244,8 @@ def test_a_link_broken_at_any_byte_of_any_message(node, ledger, way, fault, requ
 
 
 def test_a_slow_link_full_of_data_is_not_called_dead(node, ledger):
-    """Results of 2 MB over 400 kB/s with a limit of 1 s: no pulse fits between them, and the connection is never made anew."""
+    """Results of 2 MB over 400 kB/s with a limit of 1 s: no pulse fits between them, and the
+    connection is never made anew."""
     with Proxy(node.address) as proxy, cluster_of(proxy, pulse_interval=0.2) as cluster:
         cluster.wait_nodes(1, 20)
         proxy.rate = 400000
@@ -243,10 +257,12 @@ def test_a_slow_link_full_of_data_is_not_called_dead(node, ledger):
 
 
 def test_a_link_that_hangs_is_noticed_and_nothing_is_lost(node, ledger):
-    """No byte passes, and no connection ends, for 3 s of a limit of 1 s; the same with nothing to do."""
+    """No byte passes, and no connection ends, for 3 s of a limit of 1 s; the same with nothing to
+    do."""
     ended = []
     with Proxy(node.address) as proxy:
-        with cluster_of(proxy, pulse_interval=0.2, reentrant=True, job_status=lambda job: ended.append(job.id)) as cluster:
+        with cluster_of(proxy, pulse_interval=0.2, reentrant=True,
+                        job_status=lambda job: ended.append(job.id)) as cluster:
             jobs = submit(cluster, ledger, range(100), 0.01)
             eventually(lambda: len(ended) > 10)
             proxy.hold()
@@ -262,7 +278,8 @@ def test_a_link_that_hangs_is_noticed_and_nothing_is_lost(node, ledger):
 
 
 def test_a_client_that_does_not_read_holds_back_the_jobs_and_not_the_memory(node, ledger):
-    """Results of 400 MB while the link crawls: what does not fit stays in the workers, and the daemon's memory is bounded."""
+    """Results of 400 MB while the link crawls: what does not fit stays in the workers, and the
+    daemon's memory is bounded."""
     import psutil
     process, most = psutil.Process(node.process.pid), []
     over = threading.Event()

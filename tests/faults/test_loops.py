@@ -1,4 +1,5 @@
-"""No loop stands still: digests beside it, no wait for the disk with each small file, no look-up that ends it."""
+"""No loop stands still: digests beside it, no wait for the disk with each small file, no look-up
+that ends it."""
 
 import hashlib
 import os
@@ -8,7 +9,8 @@ import pytest
 
 import dispynode
 from conftest import eventually
-from dispynode import Digested, Digests, FilePiece, FileReceiver, IncomingFile, Options, PrepareDirectory, DirectoryReady, Purpose
+from dispynode import (Digested, Digests, FilePiece, FileReceiver, IncomingFile, Options,
+                       PrepareDirectory, DirectoryReady, Purpose)
 from talk_node import spec
 
 LARGE = Digests.INLINE + 1
@@ -46,7 +48,8 @@ def wanted(directory, rows):
 
 def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
     """They are there from before: `prepare` returns at once, and what came of it is posted."""
-    daemon = dispynode.Daemon(Options(1, ('127.0.0.1',), 0, prefix=str(tmp_path / 'node'), secret=b'a secret of tests'))
+    daemon = dispynode.Daemon(Options(1, ('127.0.0.1',), 0, prefix=str(tmp_path / 'node'),
+                                      secret=b'a secret of tests'))
     daemon.start()
     go_on, digest = threading.Event(), dispynode.file_digest
     monkeypatch.setattr(dispynode, 'file_digest', lambda path: go_on.wait(60) and digest(path))
@@ -54,7 +57,8 @@ def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
         (tmp_path / 'node' / 'files').mkdir()
         path = tmp_path / 'node' / 'files' / 'large'
         path.write_bytes(b'x' * LARGE)
-        action = PrepareDirectory('c', dict(spec(files=[row(path, 'large')], dest_path='files', cleanup=False), modules=[], sys_path=[], argv=[]))
+        action = PrepareDirectory('c', dict(spec(files=[row(path, 'large')], dest_path='files',
+                                                 cleanup=False), modules=[], sys_path=[], argv=[]))
         host = daemon.node_host
         host.files.prepare(action)
         assert not host._posted
@@ -81,14 +85,16 @@ def test_small_files_of_a_computation_are_not_waited_for_on_the_disk(tmp_path, m
 
 
 def test_half_a_file_lies_where_it_is_cleaned(tmp_path):
-    """In the computation's own directory, and not among the files that are kept and that jobs see."""
+    """In the computation's own directory, and not among the files that are kept and that jobs
+    see."""
     kept, scratch = tmp_path / 'kept', tmp_path / 'scratch'
     kept.mkdir(), scratch.mkdir()
     data = b'0123456789'
     receiver = FileReceiver({Purpose.DEPENDS: str(kept)}, scratch=str(scratch))
     [need] = receiver.want(Purpose.DEPENDS, [('a/file', 10, hashlib.sha256(data).digest(), 0o640)])
     receiver.piece(FilePiece('c', *need, 0, data[:5]))
-    assert not [name for _, _, names in os.walk(kept) for name in names] and len(list(scratch.iterdir())) == 1
+    assert (not [name for _, _, names in os.walk(kept) for name in names]
+            and len(list(scratch.iterdir())) == 1)
     receiver.piece(FilePiece('c', *need, 5, data[5:]))
     assert (kept / 'a' / 'file').read_bytes() == data and not list(scratch.iterdir())
     other = IncomingFile(str(kept), 'b', 10, b'', 0o600, str(scratch))

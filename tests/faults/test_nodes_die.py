@@ -29,7 +29,8 @@ def compute(path, number, seconds=0.0):
 def cluster_of(*nodes, **options):
     options.setdefault('pulse_interval', PULSE)
     options.setdefault('ping_interval', 0.5)
-    return dispy.JobCluster(compute, depends=[enter], nodes=[node.address for node in nodes], **options)
+    return dispy.JobCluster(compute, depends=[enter], nodes=[node.address for node in nodes],
+                            **options)
 
 
 class Answers(list):
@@ -58,12 +59,14 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_reentrant(tmp_p
             jobs = []
             for _ in range(10):
                 before = len(ended)
-                jobs += [cluster.submit_job_id(len(jobs) + n, ledger.path, len(jobs) + n, 0.002) for n in range(100)]
+                jobs += [cluster.submit_job_id(len(jobs) + n, ledger.path, len(jobs) + n, 0.002)
+                         for n in range(100)]
                 eventually(lambda: len(ended) >= before + 20, 30)
                 node.kill()
                 node = restart(node)
             assert cluster.wait(120), cluster.status()
-            assert [job.result for job in jobs] == list(range(1000)), [job.exception for job in jobs if job.exception][:3]
+            assert ([job.result for job in jobs]
+                    == list(range(1000))), [job.exception for job in jobs if job.exception][:3]
             tally = ledger.check(range(1000), ended)
             assert tally.clean, tally
             one_more_each(cluster, ledger.path, 'more')
@@ -80,13 +83,14 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_not_reentrant(t
             jobs = []
             for _ in range(10):
                 before = len(ended)
-                jobs += [cluster.submit_job_id(len(jobs) + n, ledger.path, len(jobs) + n, 0.002) for n in range(100)]
+                jobs += [cluster.submit_job_id(len(jobs) + n, ledger.path, len(jobs) + n, 0.002)
+                         for n in range(100)]
                 eventually(lambda: len(ended) >= before + 20, 30)
                 node.kill()
                 node = restart(node)
             assert cluster.wait(120), cluster.status()
-            assert all(job.result == job.id if job.status == DispyJob.Finished else
-                       job.status == DispyJob.Abandoned and str(node.port) in job.exception for job in jobs)
+            assert all(job.result == job.id if job.status == DispyJob.Finished else job.status
+                       == DispyJob.Abandoned and str(node.port) in job.exception for job in jobs)
             tally = ledger.check(range(1000), ended)
             assert tally.clean and not tally.again, tally
             one_more_each(cluster, ledger.path, 'more')
@@ -95,7 +99,8 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_not_reentrant(t
 
 
 def test_jobs_that_run_on_a_killed_node_are_abandoned_at_once(tmp_path, ledger):
-    """At once: long before five default pulses are over, although nothing is started in its place."""
+    """At once: long before five default pulses are over, although nothing is started in its
+    place."""
     with NodeProcess(tmp_path / 'node') as node, cluster_of(node, pulse_interval=60) as cluster:
         jobs = [cluster.submit(ledger.path, number, 600) for number in range(2)]
         eventually(lambda: len(ledger.attempts()) == 2)
@@ -108,9 +113,11 @@ def test_jobs_that_run_on_a_killed_node_are_abandoned_at_once(tmp_path, ledger):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
 def test_results_that_were_not_acknowledged_are_delivered_after_a_restart(tmp_path, ledger):
-    """The client is stopped and the network swallows the results; the node notices, keeps them, and is killed."""
+    """The client is stopped and the network swallows the results; the node notices, keeps them, and
+    is killed."""
     def kept():
-        return [os.path.join(node.prefix, name) for name in os.listdir(node.prefix) if name.startswith('r-')]
+        return [os.path.join(node.prefix, name)
+                for name in os.listdir(node.prefix) if name.startswith('r-')]
     with NodeProcess(tmp_path / 'node') as node, Proxy(node.address) as proxy:
         with Client('''
             with cluster(pulse_interval=0.2, ping_interval=0.5) as cluster:
@@ -118,12 +125,14 @@ def test_results_that_were_not_acknowledged_are_delivered_after_a_restart(tmp_pa
                 print('ready', flush=True)
                 cluster.wait()
                 print([(job.result, job.exception) for job in jobs])
-            ''', ledger.path, types.SimpleNamespace(host=proxy.address[0], port=proxy.address[1])) as client:
+            ''', ledger.path,
+                    types.SimpleNamespace(host=proxy.address[0], port=proxy.address[1])) as client:
             eventually(lambda: len(ledger.attempts()) == 2)
             client.process.send_signal(signal.SIGSTOP)
             proxy.hold()
             eventually(lambda: 'ended: nothing was heard' in node.log())
-            eventually(lambda: [len(list(ResultSpool(path).rows())) for path in kept()] == [2])   # both
+            # Both
+            eventually(lambda: [len(list(ResultSpool(path).rows())) for path in kept()] == [2])
             node.kill()
             with restart(node) as again:
                 assert '2 results of an earlier computation' in again.log()
@@ -141,7 +150,8 @@ def test_a_node_stopped_for_less_than_five_pulses_runs_nothing_twice(tmp_path, l
     with NodeProcess(tmp_path / 'one') as one, NodeProcess(tmp_path / 'two') as two:
         with cluster_of(one, two, reentrant=True, pulse_interval=1.0, job_status=ended) as cluster:
             cluster.wait_nodes(2, 20)
-            jobs = [cluster.submit_job_id(number, ledger.path, number, 0.02) for number in range(300)]
+            jobs = [cluster.submit_job_id(number, ledger.path, number, 0.02)
+                    for number in range(300)]
             for _ in range(3):
                 one.process.send_signal(signal.SIGSTOP)
                 time.sleep(1.5)
@@ -149,7 +159,8 @@ def test_a_node_stopped_for_less_than_five_pulses_runs_nothing_twice(tmp_path, l
                 time.sleep(0.3)
             assert cluster.wait(60)
             tally = ledger.check(range(300), ended)
-            assert tally.clean and not tally.again and {job.status for job in jobs} == {DispyJob.Finished}
+            assert (tally.clean and not tally.again
+                    and {job.status for job in jobs} == {DispyJob.Finished})
             one_more_each(cluster, ledger.path, 'more')
 
 
@@ -160,7 +171,8 @@ def stop_all(process, number):
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
-def test_jobs_of_a_node_stopped_for_more_than_five_pulses_run_elsewhere_and_its_results_are_dropped(tmp_path, ledger):
+def test_jobs_of_a_node_stopped_for_more_than_five_pulses_run_elsewhere_and_its_results_are_dropped(
+        tmp_path, ledger):
     ended = Answers()
     with NodeProcess(tmp_path / 'one') as one, NodeProcess(tmp_path / 'two') as two:
         with cluster_of(one, two, reentrant=True, job_status=ended) as cluster:
@@ -173,7 +185,8 @@ def test_jobs_of_a_node_stopped_for_more_than_five_pulses_run_elsewhere_and_its_
             tally = ledger.check(range(4), ended)
             assert tally.clean and len(tally.again) == 2 and tally.executions == 6
             stop_all(psutil.Process(one.process.pid), signal.SIGCONT)
-            eventually(lambda: [node.state for node in cluster.status().all_nodes] == ['ready', 'ready'], 30)
+            eventually(lambda: [node.state for node in cluster.status().all_nodes]
+                       == ['ready', 'ready'], 30)
             one_more_each(cluster, ledger.path, 'more')
             used = {job.ip_addr for job in jobs}
             assert len(ended) == 8 and used
@@ -193,16 +206,19 @@ def kills_its_node(path, number):
 
 
 def test_a_job_that_kills_its_node_is_given_up_after_three_nodes_with_their_names(tmp_path, ledger):
-    nodes = [NodeProcess(tmp_path / name, '--name', name, cpus=1) for name in ('ann', 'ben', 'cid', 'dan')]
+    nodes = [NodeProcess(tmp_path / name, '--name', name, cpus=1)
+             for name in ('ann', 'ben', 'cid', 'dan')]
     try:
-        with dispy.JobCluster(kills_its_node, depends=[enter], nodes=[node.address for node in nodes], reentrant=True,
+        with dispy.JobCluster(kills_its_node, depends=[enter],
+                              nodes=[node.address for node in nodes], reentrant=True,
                               pulse_interval=PULSE) as cluster:
             cluster.wait_nodes(4, 20)
             poison = cluster.submit(ledger.path, 'poison')
             assert poison(60) is None and poison.status == DispyJob.Abandoned
             dead = [node for node in nodes if node.process.poll() is not None]
             assert len(dead) == 3
-            assert all(os.path.basename(node.directory) in poison.exception for node in dead), poison.exception
+            assert all(os.path.basename(node.directory) in poison.exception
+                       for node in dead), poison.exception
             assert cluster.submit(ledger.path, 'other')(60) == 'other'
     finally:
         for node in nodes:
@@ -215,7 +231,8 @@ def test_half_of_eight_nodes_killed_at_once(tmp_path, ledger):
     try:
         with cluster_of(*nodes, reentrant=True, job_status=ended) as cluster:
             cluster.wait_nodes(8, 30)
-            jobs = [cluster.submit_job_id(number, ledger.path, number, 0.02) for number in range(1000)]
+            jobs = [cluster.submit_job_id(number, ledger.path, number, 0.02)
+                    for number in range(1000)]
             eventually(lambda: len(ended) > 100, 60)
             for node in nodes[::2]:
                 node.process.send_signal(signal.SIGKILL)

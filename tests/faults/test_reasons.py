@@ -1,4 +1,5 @@
-"""Reasons for which a node does not take a computation: those that pass are tried again, those that do not are final."""
+"""Reasons for which a node does not take a computation: those that pass are tried again, those that
+do not are final."""
 
 import contextlib
 import functools
@@ -21,7 +22,8 @@ def answer():
 
 
 def refusals(caplog):
-    return [record.getMessage() for record in caplog.records if 'does not take' in record.getMessage()]
+    return [record.getMessage()
+            for record in caplog.records if 'does not take' in record.getMessage()]
 
 
 def test_every_code_of_a_refusal_stands_in_the_table():
@@ -30,12 +32,14 @@ def test_every_code_of_a_refusal_stands_in_the_table():
     for name in ('dispy.py', 'dispynode.py', 'dispyscheduler.py'):
         with open(os.path.join(ROOT, name)) as file:
             text = file.read()
-        found |= set(re.findall(r"Refused\([\w.]+, '(\w+)'", text)) | set(re.findall(r"\.refuse\(comp, '(\w+)'", text))
+        found |= set(re.findall(r"Refused\([\w.]+, '(\w+)'", text)) | set(
+            re.findall(r"\.refuse\(comp, '(\w+)'", text))
         found |= set(re.findall(r"\.refuse\(comp, '\w+' if \w+ else '(\w+)'", text))
         found |= set(re.findall(r"\bcode(?:, \w+)? = '(\w+)'", text)) & set(REASONS)
     assert found <= set(REASONS) and {'busy', 'closing', 'stopping', 'released', 'worker'} <= found
     assert {code for code, reason in REASONS.items() if not reason.passes} == {
-        'transfer', 'setup', 'code', 'version', 'allocate', 'module', 'cpus', 'initializer', 'start_method'}
+        'transfer', 'setup', 'code', 'version', 'allocate', 'module', 'cpus', 'initializer',
+        'start_method'}
 
 
 # There is room for this module as well, which imports dispy, whose files travel along.
@@ -47,7 +51,8 @@ def test_a_disk_that_was_full_when_files_came_is_tried_again(tmp_path, small_dis
     data.write_bytes(os.urandom(300000))
     with contextlib.ExitStack() as stack:
         if where == 'node':
-            node = stack.enter_context(NodeProcess(tmp_path / 'node', '--dest-path-prefix', small_disk))
+            node = stack.enter_context(NodeProcess(tmp_path / 'node', '--dest-path-prefix',
+                                                   small_disk))
         else:
             node = stack.enter_context(NodeProcess(tmp_path / 'node'))
             scheduler = stack.enter_context(SchedulerProcess(
@@ -57,7 +62,8 @@ def test_a_disk_that_was_full_when_files_came_is_tried_again(tmp_path, small_dis
         if where == 'node':
             cluster = dispy.JobCluster(answer, nodes=[node.address], depends=[str(data)])
         else:
-            cluster = dispy.SharedJobCluster(answer, scheduler_port=scheduler.port, depends=[str(data)])
+            cluster = dispy.SharedJobCluster(answer, scheduler_port=scheduler.port,
+                                             depends=[str(data)])
         with cluster:
             job = cluster.submit()
             eventually(lambda: refusals(caplog))
@@ -76,7 +82,8 @@ def wait_for_file(path):
 
 def test_a_runner_that_was_killed_in_setup_is_started_again(tmp_path, caplog):
     with NodeProcess(tmp_path / 'node') as node:
-        with dispy.JobCluster(answer, nodes=[node.address], setup=functools.partial(wait_for_file, str(tmp_path / 'go'))) as cluster:
+        with dispy.JobCluster(answer, nodes=[node.address], setup=functools.partial(
+                wait_for_file, str(tmp_path / 'go'))) as cluster:
             job = cluster.submit()
             for _ in range(3):
                 eventually(lambda: runners_of(node))
@@ -87,7 +94,8 @@ def test_a_runner_that_was_killed_in_setup_is_started_again(tmp_path, caplog):
         assert len(refusals(caplog)) == 1 and 'SIGKILL' in refusals(caplog)[0]
 
 
-@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of another process cannot be set here')
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'),
+                    reason='limits of another process cannot be set here')
 def test_descriptors_that_were_lacking_for_a_runner_are_back(tmp_path, caplog):
     with NodeProcess(tmp_path / 'node') as node:
         with dispy.JobCluster(len, nodes=[node.address]) as first:
@@ -95,7 +103,8 @@ def test_descriptors_that_were_lacking_for_a_runner_are_back(tmp_path, caplog):
         limits = resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE)
         with dispy.JobCluster(answer, nodes=[node.address]) as cluster:
             assert cluster.submit()(30) == 42
-            resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (len(os.listdir('/proc/%d/fd' % node.process.pid)), limits[1]))
+            resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE,
+                             (len(os.listdir('/proc/%d/fd' % node.process.pid)), limits[1]))
             with dispy.JobCluster(len, nodes=[node.address]) as other:
                 job = other.submit('abcd')
                 eventually(lambda: refusals(caplog))
@@ -111,10 +120,13 @@ def refuse(path):
 
 def test_a_setup_that_raised_is_final(tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
-        with dispy.JobCluster(answer, nodes=[node.address], setup=functools.partial(refuse, str(tmp_path / 'ran'))) as cluster:
+        with dispy.JobCluster(answer, nodes=[node.address],
+                              setup=functools.partial(refuse, str(tmp_path / 'ran'))) as cluster:
             cluster.submit()
-            eventually(lambda: cluster.status().all_nodes and cluster.status().all_nodes[0].state == 'refused')
-            with dispy.JobCluster(len, nodes=[node.address]) as other:   # what is final does not keep others from being tried
+            eventually(lambda: cluster.status().all_nodes
+                       and cluster.status().all_nodes[0].state == 'refused')
+            # What is final does not keep others from being tried
+            with dispy.JobCluster(len, nodes=[node.address]) as other:
                 assert other.submit('ab')(30) == 2
             time.sleep(1.0)   # a reason that passes would have been tried again several times
             assert (tmp_path / 'ran').read_text() == 'x'

@@ -1,4 +1,5 @@
-"""The process that makes workers: killed under load, stopped, held open by its children, without room for a worker."""
+"""The process that makes workers: killed under load, stopped, held open by its children, without
+room for a worker."""
 
 import collections
 import contextlib
@@ -43,10 +44,12 @@ def test_a_runner_that_is_killed_takes_no_job_with_it_that_has_not_begun(tmp_pat
             assert cluster.wait(60)
     assert {job.status for job in jobs} <= {DispyJob.Finished, DispyJob.Terminated}
     failed = [job for job in jobs if job.status == DispyJob.Terminated]
-    assert len(failed) <= 2 and all('runner process ended' in job.exception for job in failed), failed
+    assert len(failed) <= 2 and all('runner process ended' in job.exception
+                                    for job in failed), failed
     begun = collections.Counter(attempt.job for attempt in ledger.attempts())
     # A job that had begun may have had no time to write so.
-    assert {str(number) for number, job in enumerate(jobs) if job not in failed} <= set(map(str, begun))
+    assert {str(number) for number, job in enumerate(jobs) if job not in failed} <= set(
+        map(str, begun))
     assert max(begun.values()) == 1
 
 
@@ -92,9 +95,11 @@ def test_a_worker_that_cannot_be_made_is_told_and_the_others_go_on(tmp_path, led
         with dispy.JobCluster(compute, depends=[enter], nodes=[node.address]) as cluster:
             jobs = [cluster.submit(ledger.path, number, 0.02) for number in range(200)]
             assert cluster.wait(60)
-        assert {job.status for job in jobs} == {DispyJob.Finished}, [job.exception for job in jobs if job.exception][:1]
+        assert ({job.status for job in jobs}
+                == {DispyJob.Finished}), [job.exception for job in jobs if job.exception][:1]
         assert len(ledger.attempts()) == 200
-        told = [record for record in caplog.records if 'cannot make a worker' in record.getMessage()]
+        told = [record
+                for record in caplog.records if 'cannot make a worker' in record.getMessage()]
         assert len(told) == 1 and text in told[0].getMessage(), told
 
 
@@ -115,7 +120,8 @@ def test_a_runner_that_is_killed_while_a_child_of_setup_lives_is_noticed(tmp_pat
     if how == 'C' and not hasattr(os, 'pidfd_open') and sys.version_info >= (3, 9):
         pytest.skip('processes cannot be watched here')
     with NodeProcess(tmp_path / 'node', cpus=1) as node:
-        with dispy.JobCluster(child_of_setup, nodes=[node.address], setup=dispy_setup(how)) as cluster:
+        with dispy.JobCluster(child_of_setup, nodes=[node.address],
+                              setup=dispy_setup(how)) as cluster:
             first = cluster.submit()
             left = first(30)
             assert lives(left)
@@ -155,7 +161,8 @@ class Deaf:
         self.workers = dispynode.WorkerProcesses({}, None, None, print)
         self.child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
         monkeypatch.setattr(dispynode.os, 'kill', lambda pid, number: None)
-        monkeypatch.setattr(dispynode, 'children_here', lambda: [self.child.pid] if self.child.returncode is None else [])
+        monkeypatch.setattr(dispynode, 'children_here',
+                            lambda: [self.child.pid] if self.child.returncode is None else [])
 
 
 def test_nobody_waits_for_a_stray_process_that_cannot_be_killed(monkeypatch):
@@ -176,7 +183,8 @@ def test_nobody_waits_for_a_stray_process_that_cannot_be_killed(monkeypatch):
 
 @pytest.fixture
 def freezer():
-    """`cgroup.procs` of a cgroup whose processes sleep and cannot be killed (version 1 of cgroups)."""
+    """`cgroup.procs` of a cgroup whose processes sleep and cannot be killed (version 1 of
+    cgroups)."""
     group = '/sys/fs/cgroup/freezer/dispy-test-%d' % os.getpid()
     try:
         os.mkdir(group)
@@ -224,7 +232,8 @@ def test_a_job_that_cannot_be_killed_is_told_and_costs_its_cpu(tmp_path, freezer
             assert job.wait(40) and job.status == DispyJob.Cancelled
             assert cluster.submit(ledger.path, freezer, 'nobody')(30) == 'nobody'   # the other CPU
             thaw(freezer)
-            assert [cluster.submit(ledger.path, freezer, 'nobody')(30) for _ in range(4)] == 4 * ['nobody']
+            assert ([cluster.submit(ledger.path, freezer, 'nobody')(30) for _ in range(4)]
+                    == 4 * ['nobody'])
 
 
 def thaw(group):

@@ -1,4 +1,5 @@
-"""The whole system on a virtual clock, seed after seed. With --long more seeds, and a day of 50 nodes and 200,000 jobs."""
+"""The whole system on a virtual clock, seed after seed. With --long more seeds, and a day of 50
+nodes and 200,000 jobs."""
 
 import pytest
 
@@ -30,7 +31,8 @@ def test_a_seed_repeats_itself():
 def test_all_faults_occur_and_their_outcomes_too():
     world = run(3)
     assert len(world.told) == 12 and min(world.told.values()) > 0
-    assert {name for name, count in world.statuses.items() if count} == {'FINISHED', 'TERMINATED', 'CANCELLED', 'ABANDONED'}
+    assert {name for name, count in world.statuses.items() if count} == {'FINISHED', 'TERMINATED',
+                                                                         'CANCELLED', 'ABANDONED'}
     assert world.shelved
 
 

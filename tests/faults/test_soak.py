@@ -7,7 +7,8 @@ from soak import soak
 
 @pytest.mark.long
 def test_ten_thousand_jobs_with_a_node_killed_every_three_seconds(tmp_path):
-    tally, history, failed, _ = soak(str(tmp_path), 240, 7, jobs_most=10000, nodes=4, faults=('kill',))
+    tally, history, failed, _ = soak(str(tmp_path), 240, 7, jobs_most=10000, nodes=4,
+                                     faults=('kill',))
     assert tally.submitted == 10001 and tally.clean, tally
     assert not failed, failed[:5]
     assert len(history) >= 5
@@ -15,7 +16,8 @@ def test_ten_thousand_jobs_with_a_node_killed_every_three_seconds(tmp_path):
 
 @pytest.mark.long
 def test_everything_for_a_while(tmp_path):
-    """Killed, stopped, cut, held; a failing seed stands in the message of nemesis and repeats it."""
+    """Killed, stopped, cut, held; a failing seed stands in the message of nemesis and repeats
+    it."""
     tally, history, failed, rows = soak(str(tmp_path), 15, 11, every=0.5)
     assert tally.clean, (tally, history)
     assert not failed, (failed[:5], history)

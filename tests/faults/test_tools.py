@@ -18,7 +18,7 @@ from nodes import NodeProcess
 from proxy import DOWN, UP, Proxy
 
 
-# -- hosts --------------------------------------------------------------------------------------------------------
+# -- hosts -----------------------------------------------------------------------------------------
 
 SEND = '''
     import socket, sys
@@ -26,7 +26,8 @@ SEND = '''
     sock = socket.socket(family, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     if sys.argv[1].startswith('ff'):
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, socket.if_nametoindex('eth0'))
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF,
+                        socket.if_nametoindex('eth0'))
     for _ in range(int(sys.argv[2])):
         sock.sendto(b'hello', (sys.argv[1], 9701))
 '''
@@ -35,7 +36,8 @@ RECEIVE = '''
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     sock.bind(('::', 9701))
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP,
-                    socket.inet_pton(socket.AF_INET6, 'ff02::97') + struct.pack('@I', socket.if_nametoindex('eth0')))
+                    socket.inet_pton(socket.AF_INET6, 'ff02::97')
+                    + struct.pack('@I', socket.if_nametoindex('eth0')))
     print('ready', flush=True)
     for _ in range(int(sys.argv[1])):
         print(sock.recvfrom(100)[1][0].split('%')[0], flush=True)
@@ -62,8 +64,10 @@ def test_datagrams_between_hosts(hosts):
     assert hearing[0].communicate()[0].split()[:2] == ['::ffff:' + a.ip, a.ip6]
     assert len(hearing[1].communicate()[0].split()) == 4
     sent, received = a.packets(), c.packets()
-    assert (sent['udp_sent'], sent['broadcast_sent'], sent['multicast_sent'], sent['udp_received']) == (6, 2, 2, 0)
-    assert (received['udp_received'], received['broadcast_received'], received['multicast_received']) == (4, 2, 2)
+    assert ((sent['udp_sent'], sent['broadcast_sent'], sent['multicast_sent'], sent['udp_received'])
+            == (6, 2, 2, 0))
+    assert (received['udp_received'], received['broadcast_received'],
+            received['multicast_received']) == (4, 2, 2)
     assert b.packets()['udp_sent'] == 0
 
 
@@ -72,13 +76,15 @@ def test_a_host_has_its_own_name_home_and_secret(hosts):
     seen = '''
         import os, socket
         import dispynode
-        print(socket.gethostname(), socket.gethostbyname(socket.gethostname()), os.environ.get('DISPY_DISCOVERY'))
+        print(socket.gethostname(), socket.gethostbyname(socket.gethostname()),
+              os.environ.get('DISPY_DISCOVERY'))
         print(dispynode.secret_path(), os.getcwd())
         '''
     assert a.python(seen).split() == ['a', a.ip, 'None', a.secret_file, a.directory]
     assert not os.path.exists(os.path.join(b.directory, 'home', '.config'))
     a.etc_hosts({'a': '127.0.1.1', 'b': b.ip})
-    assert a.python('import socket; print(socket.gethostbyname("a"), socket.gethostbyname("b"))').split() == ['127.0.1.1', b.ip]
+    assert a.python('import socket; print(socket.gethostbyname("a"), '
+                    'socket.gethostbyname("b"))').split() == ['127.0.1.1', b.ip]
 
 
 def test_a_cable_is_cut_and_mended(hosts):
@@ -101,8 +107,8 @@ def test_a_cable_is_cut_and_mended(hosts):
     def dialled(seconds):
         return a.python(dial, b.ip, seconds).strip()
     eventually(lambda: dialled(10) == 'connected')
-    for fault in (a.cut, lambda: a.cut(received=False), lambda: b.cut(sent=False), lambda: a.drop('ip daddr ' + b.ip),
-                  lambda: b.drop('tcp dport 9701')):
+    for fault in (a.cut, lambda: a.cut(received=False), lambda: b.cut(sent=False),
+                  lambda: a.drop('ip daddr ' + b.ip), lambda: b.drop('tcp dport 9701')):
         fault()
         assert dialled(0.3) in ('timeout', 'TimeoutError')
         a.mend()
@@ -134,17 +140,20 @@ sys.path[:0] = sys.argv[1:]
 from hosts import Hosts
 with Hosts() as hosts:
     host = hosts.host('doomed', nat=True)
-    host.popen([sys.executable, '-c', 'import subprocess, time; subprocess.Popen(["sleep", "600"]); time.sleep(600)'])
+    host.popen([sys.executable, '-c',
+                'import subprocess, time; subprocess.Popen(["sleep", "600"]); time.sleep(600)'])
     host.popen(['sleep', '600'], start_new_session=True)
     while len(host.processes()) < 3:
         pass
     print(*[space.directory for space in hosts._namespaces])
-    print(*[pid for space in hosts._namespaces for pid in [space.pid, *space.processes()]], flush=True)
+    print(*[pid for space in hosts._namespaces for pid in [space.pid, *space.processes()]],
+          flush=True)
     input()
 ''', os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults')],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
     with run:
-        directories, pids = run.stdout.readline().split(), [int(pid) for pid in run.stdout.readline().split()]
+        directories, pids = (run.stdout.readline().split(),
+                             [int(pid) for pid in run.stdout.readline().split()])
         assert len(directories) == 3 and len(pids) == 6
         run.send_signal(signal.SIGKILL)
     eventually(lambda: not any(map(lives, pids)))
@@ -160,11 +169,12 @@ def test_the_output_of_a_program_that_fails(hosts):
         a.run(['sh', '-c', 'echo out; exec sleep 600'], timeout=0.2)
 
 
-# -- proxy --------------------------------------------------------------------------------------------------------
+# -- proxy -----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def echo():
-    """The address of a server that sends back what it gets, and the list of what it got by connection."""
+    """The address of a server that sends back what it gets, and the list of what it got by
+    connection."""
     got = []
 
     def serve(sock):
@@ -223,7 +233,8 @@ def test_what_passes_is_the_same_and_is_counted(echo):
         for _ in range(3):
             assert talk(proxy, TEXT, len(TEXT)) == TEXT
         assert proxy.count == 3
-        assert [bytes(connection.recorded[way]) for connection in proxy.connections for way in (UP, DOWN)] == [TEXT] * 6
+        assert [bytes(connection.recorded[way]) for connection in proxy.connections
+                for way in (UP, DOWN)] == [TEXT] * 6
 
 
 @pytest.mark.parametrize('byte', (0, 1, 65535, 65536, 100000))
@@ -244,7 +255,8 @@ def test_a_bit_flipped_and_a_piece_repeated(echo):
     with Proxy(echo[0]) as proxy:
         proxy.at(70000, 'flip', UP)
         proxy.at(80000, ('repeat', 100), UP)
-        changed = TEXT[:70000] + bytes([TEXT[70000] ^ 1]) + TEXT[70001:80000] + TEXT[79900:80000] + TEXT[80000:]
+        changed = (TEXT[:70000] + bytes([TEXT[70000] ^ 1]) + TEXT[70001:80000] + TEXT[79900:80000]
+                   + TEXT[80000:])
         assert talk(proxy, TEXT, len(changed)) == changed
         proxy.at(3, 'flip', DOWN)
         assert talk(proxy, b'\0\0\0\0\0', 5) == b'\0\0\0\1\0'
@@ -294,13 +306,15 @@ def test_jobs_through_a_proxy(tmp_path):
     with NodeProcess(tmp_path) as node, Proxy(node.address) as proxy:
         with dispy.JobCluster(pow, nodes=[proxy.address]) as cluster:
             assert cluster.submit(2, 3)() == 8
-        with nothing_left(node.process.pid), dispy.JobCluster(pow, nodes=[proxy.address]) as cluster:
-            assert list(cluster.map(range(100), [2] * 100)) == [number ** 2 for number in range(100)]
+        with nothing_left(node.process.pid), dispy.JobCluster(pow,
+                                                              nodes=[proxy.address]) as cluster:
+            assert list(cluster.map(range(100), [2] * 100)) == [number ** 2
+                                                                for number in range(100)]
             assert [job.result for job in one_more_each(cluster, 2, 3)] == [8, 8]
         assert proxy.count == 2
 
 
-# -- ledger -------------------------------------------------------------------------------------------------------
+# -- ledger ----------------------------------------------------------------------------------------
 
 def test_a_ledger_finds_what_is_wrong(tmp_path):
     ledger = Ledger(tmp_path / 'ledger')
@@ -310,7 +324,8 @@ def test_a_ledger_finds_what_is_wrong(tmp_path):
     assert ledger.attempts()[0] == ('1', socket.gethostname(), os.getpid())
     tally = ledger.check([1, 2, 3, 4], [1, 2, 3, 3, 8])
     assert tally == (4, 5, ['4'], ['8', '9'], ['3'], ['2'], 5) and not tally.clean
-    assert not ledger.check([1, 2, 3], [1, 2]).clean and ledger.check([1, 2, 3, 9], [9, 3, 2, 1]).clean
+    assert (not ledger.check([1, 2, 3], [1, 2]).clean
+            and ledger.check([1, 2, 3, 9], [9, 3, 2, 1]).clean)
 
 
 def test_jobs_in_a_ledger(tmp_path):
@@ -318,7 +333,8 @@ def test_jobs_in_a_ledger(tmp_path):
         enter(path, number)
         return number
     ledger = Ledger(tmp_path / 'ledger')
-    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(compute, depends=[enter], nodes=[node.address]) as cluster:
+    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(compute, depends=[enter],
+                                                                  nodes=[node.address]) as cluster:
         jobs = [cluster.submit_job_id(number, ledger.path, number) for number in range(200)]
         assert cluster.wait(60)
     tally = ledger.check(range(200), [job.result for job in jobs])
@@ -335,8 +351,8 @@ def test_a_process_and_a_descriptor_that_are_left_are_found():
         process.stdin.write(line + '\n')
         process.stdin.flush()
         process.stdout.readline()
-    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          universal_newlines=True) as process:
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, universal_newlines=True) as process:
         tell('')
         with nothing_left(process.pid):
             tell('kept = open(os.devnull)')

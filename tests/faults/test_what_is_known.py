@@ -1,4 +1,5 @@
-"""What never began is never given up: links that swallow, nodes that end while their clients are away, limits that pass."""
+"""What never began is never given up: links that swallow, nodes that end while their clients are
+away, limits that pass."""
 
 import collections
 import os
@@ -37,8 +38,10 @@ def place(request, tmp_path):
         if request.param == 'JobCluster':
             yield request.param, node.address, node
         else:
-            with SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port, '--zombie-interval', str(zombie)) as scheduler:
-                eventually(lambda: 'connected' in scheduler.log() or scheduler.process.poll() is None)
+            with SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port,
+                                  '--zombie-interval', str(zombie)) as scheduler:
+                eventually(lambda: 'connected' in scheduler.log()
+                           or scheduler.process.poll() is None)
                 yield request.param, scheduler.address, node
 
 
@@ -83,16 +86,19 @@ print(len(jobs), {job.status_text() for job in jobs})
     assert set(begun(ledger).values()) == {1} and len(begun(ledger)) == 21
 
 
-def test_a_node_that_ends_in_good_order_while_its_client_is_away_loses_nothing_that_waits(tmp_path, ledger):
-    """Its connection is cut, and cannot be made anew before the node has ended. Many jobs are there, two of which run: these
-    are lost, the others have not begun."""
+def test_a_node_that_ends_in_good_order_while_its_client_is_away_loses_nothing_that_waits(tmp_path,
+                                                                                          ledger):
+    """Its connection is cut, and cannot be made anew before the node has ended. Many jobs are
+    there, two of which run: these are lost, the others have not begun."""
     node = NodeProcess(tmp_path / 'node', cpus=2)
     with Proxy(node.address) as proxy:
-        with dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address], ping_interval=0.5) as cluster:
+        with dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address],
+                              ping_interval=0.5) as cluster:
             for number in range(400):
                 cluster.submit(ledger.path, number, 0.001)
             assert cluster.wait(30)
-            jobs = [cluster.submit(ledger.path, number, 30 if number < 1002 else 0.001) for number in range(1000, 1060)]
+            jobs = [cluster.submit(ledger.path, number, 30 if number < 1002 else 0.001)
+                    for number in range(1000, 1060)]
             eventually(lambda: {'1000', '1001'} <= set(begun(ledger)))
             proxy.refuse()
             proxy.cut()
@@ -102,7 +108,8 @@ def test_a_node_that_ends_in_good_order_while_its_client_is_away_loses_nothing_t
                 proxy.accept()
                 assert cluster.wait(30)
     assert [job.status for job in jobs[:2]] == 2 * [DispyJob.Abandoned]
-    assert {job.status for job in jobs[2:]} == {DispyJob.Finished}, [job.exception for job in jobs[2:] if job.exception][:1]
+    assert ({job.status for job in jobs[2:]}
+            == {DispyJob.Finished}), [job.exception for job in jobs[2:] if job.exception][:1]
     assert max(begun(ledger).values()) == 1
 
 
@@ -134,10 +141,12 @@ with make(KIND, pulse_interval=0.2, ping_interval=0.5) as cluster_:
 
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_a_node_that_was_killed_and_is_back_says_what_had_begun(tmp_path, ledger, reentrant):
-    """Through a proxy, so that its client cannot look at what it has left. Those that waited there run, and none twice."""
+    """Through a proxy, so that its client cannot look at what it has left. Those that waited there
+    run, and none twice."""
     node = NodeProcess(tmp_path / 'node', cpus=1)
     with Proxy(node.address) as proxy:
-        with dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address], ping_interval=0.5, reentrant=reentrant) as cluster:
+        with dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address], ping_interval=0.5,
+                              reentrant=reentrant) as cluster:
             for number in range(300):
                 cluster.submit(ledger.path, number, 0.001)
             cluster.wait(30)
@@ -148,7 +157,8 @@ def test_a_node_that_was_killed_and_is_back_says_what_had_begun(tmp_path, ledger
             node = NodeProcess(tmp_path / 'node', cpus=1, port=node.port)
             assert cluster.wait(60)
     node.stop()
-    assert {job.status for job in jobs} == {DispyJob.Finished}, [job.exception for job in jobs if job.exception][:1]
+    assert ({job.status for job in jobs}
+            == {DispyJob.Finished}), [job.exception for job in jobs if job.exception][:1]
     assert long.status == (DispyJob.Finished if reentrant else DispyJob.Abandoned)
     if not reentrant:
         assert max(begun(ledger).values()) == 1
@@ -161,8 +171,8 @@ def compute(path, number, seconds):
 
 
 def test_what_cannot_be_noted_is_not_sent(tmp_path, small_disk, ledger):
-    """The recovery file is on a full disk: nothing that is sent is told as never started, nothing is delivered twice, and the
-    cluster goes on when there is room."""
+    """The recovery file is on a full disk: nothing that is sent is told as never started, nothing
+    is delivered twice, and the cluster goes on when there is room."""
     with NodeProcess(tmp_path / 'node', cpus=2) as node:
         code = '''
 with cluster(recover_file=directory + '/small/file') as cluster_:
@@ -184,7 +194,8 @@ with cluster(recover_file=directory + '/small/file') as cluster_:
 '''
         with Client(code, ledger.path, node) as client:
             filler = fill(small_disk)
-            os.truncate(filler, os.path.getsize(filler) - 8192)   # so that submit itself can write a little
+            # So that submit itself can write a little
+            os.truncate(filler, os.path.getsize(filler) - 8192)
             fill_again = os.path.join(small_disk, 'filler')
             client.process.stdin.write('\n')
             client.process.stdin.flush()
@@ -205,9 +216,11 @@ for job in dispy.recover_jobs(directory + '/small/file', timeout=20):
         assert len(told) == submitted
 
 
-def test_a_full_recovery_file_is_told_and_goes_on_when_there_is_room(tmp_path, small_disk, ledger, caplog):
+def test_a_full_recovery_file_is_told_and_goes_on_when_there_is_room(tmp_path, small_disk, ledger,
+                                                                     caplog):
     with NodeProcess(tmp_path / 'node', cpus=2) as node:
-        with dispy.JobCluster(compute, depends=[enter], nodes=[node.address], recover_file=os.path.join(small_disk, 'file')) as cluster:
+        with dispy.JobCluster(compute, depends=[enter], nodes=[node.address],
+                              recover_file=os.path.join(small_disk, 'file')) as cluster:
             cluster.wait_nodes(1, 20)
             filler = fill(small_disk)
             os.truncate(filler, os.path.getsize(filler) - 8192)
@@ -215,7 +228,8 @@ def test_a_full_recovery_file_is_told_and_goes_on_when_there_is_room(tmp_path, s
             with pytest.raises(OSError):
                 while True:
                     jobs.append(cluster.submit(ledger.path, len(jobs), 0.0))
-            eventually(lambda: any('recovery file cannot be written' in record.getMessage() for record in caplog.records))
+            eventually(lambda: any('recovery file cannot be written' in record.getMessage()
+                                   for record in caplog.records))
             os.unlink(filler)
             assert cluster.wait(30)
             assert {job.status for job in jobs} == {DispyJob.Finished}

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Three programs, three nodes and a scheduler under random faults; then everything is looked at from outside.
+"""Three programs, three nodes and a scheduler under random faults; then everything is looked at
+from outside.
 
     python tests/faults/trial.py --seed 1 --seconds 60            one run; a failing seed is printed
     python tests/faults/trial.py --first 1 --runs 40              many of them
 
-Programs: one that collects by `recover_jobs` what it had when it was killed, one that carries on with its recover_file, and a plain
-one of the scheduler. All they use is the public interface; what became of jobs is read from what they and the jobs themselves write.
+Programs: one that collects by `recover_jobs` what it had when it was killed, one that carries on
+with its recover_file, and a plain one of the scheduler. All they use is the public interface; what
+became of jobs is read from what they and the jobs themselves write.
 
-Afterwards: lost 0, told twice 0, begun twice 0 (none is reentrant), Terminated only if begun, Abandoned only if begun or if the
-node did not come back before the limit, since several faults had kept it away for that long, one after the other; and nothing is
-left within 30 s: processes, files, rows of the scheduler, descriptors.
+Afterwards: lost 0, told twice 0, begun twice 0 (none is reentrant), Terminated only if begun,
+Abandoned only if begun or if the node did not come back before the limit, since several faults had
+kept it away for that long, one after the other; and nothing is left within 30 s: processes, files,
+rows of the scheduler, descriptors.
 """
 
 import argparse
@@ -26,7 +29,8 @@ import sys
 import tempfile
 import time
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)),
+                os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from ledger import Ledger, open_files  # noqa: E402
 from nodes import Clock, NodeProcess, SchedulerProcess  # noqa: E402
@@ -70,15 +74,18 @@ def tell(job, way='called'):
 def main():
     options = dict(depends=[enter], job_status=tell, ping_interval=1.0)
     if kind == 'plain':
-        cluster = dispy.SharedJobCluster(compute, scheduler_host=host, scheduler_port=port, **options)
+        cluster = dispy.SharedJobCluster(compute, scheduler_host=host, scheduler_port=port,
+                                         **options)
     else:
         if kind == 'recovers' and os.path.exists(file):
             for job in dispy.recover_jobs(file, timeout=15):
-                if job.status in (dispy.DispyJob.Finished, dispy.DispyJob.Terminated, dispy.DispyJob.Abandoned, dispy.DispyJob.Cancelled):
+                if job.status in (dispy.DispyJob.Finished, dispy.DispyJob.Terminated,
+                                  dispy.DispyJob.Abandoned, dispy.DispyJob.Cancelled):
                     tell(job, 'collected')
         cluster = dispy.JobCluster(compute, nodes=[(host, port)], recover_file=file, **options)
     for job in getattr(cluster, 'recovered', ()):
-        if job.status in (dispy.DispyJob.Finished, dispy.DispyJob.Terminated, dispy.DispyJob.Abandoned, dispy.DispyJob.Cancelled):
+        if job.status in (dispy.DispyJob.Finished, dispy.DispyJob.Terminated,
+                          dispy.DispyJob.Abandoned, dispy.DispyJob.Cancelled):
             tell(job, 'recovered')   # one that has ended after the start comes to job_status too
     with cluster:
         number = 0
@@ -111,8 +118,9 @@ class Program:
         self.due = None
         with open(os.path.join(self.trial.directory, 'log-' + self.name), 'a') as log:
             self.process = subprocess.Popen(
-                [sys.executable, '-c', PROGRAM.format(paths=PATHS), self.kind, self.name, str(self.lives), self.trial.directory,
-                 self.address[0], str(self.address[1])], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, '-c', PROGRAM.format(paths=PATHS), self.kind, self.name,
+                 str(self.lives), self.trial.directory, self.address[0], str(self.address[1])],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=dict(os.environ, **self.trial.clock.environment))
 
     def look(self, now):
@@ -136,9 +144,10 @@ class Program:
 class Absence:
     """When nodes and those that have jobs there could not reach each other.
 
-    What is on a node is lost LOST s after it was last heard, which may be a PULSE before the fault; an attempt to reach it that
-    was begun during the fault takes a PULSE. So one fault that lasts less than LOST - 2 * PULSE explains no loss. Several do, if
-    there are less than MEET s between them: for an attempt that was begun before, the wait after it, and a new one.
+    What is on a node is lost LOST s after it was last heard, which may be a PULSE before the fault;
+    an attempt to reach it that was begun during the fault takes a PULSE. So one fault that lasts
+    less than LOST - 2 * PULSE explains no loss. Several do, if there are less than MEET s between
+    them: for an attempt that was begun before, the wait after it, and a new one.
     """
     LOST, PULSE, MEET = 10.0, 2.0, 5.0
     TOLD = 20.0   # s after the last fault by which it is told
@@ -166,8 +175,8 @@ class Absence:
                 chains[-1][1] = max(chains[-1][1], end)
             else:
                 chains.append([begin, end])
-        return any(end - begin >= self.LOST - 2 * self.PULSE and begin + self.LOST - self.PULSE <= told <= end + self.TOLD
-                   for begin, end in chains)
+        return any(end - begin >= self.LOST - 2 * self.PULSE and begin
+                   + self.LOST - self.PULSE <= told <= end + self.TOLD for begin, end in chains)
 
 
 class Disk:
@@ -176,8 +185,9 @@ class Disk:
     def __init__(self, path):
         self.path, self._filler = path, os.path.join(path, 'filler')
         os.makedirs(path)
-        self.is_small = os.geteuid() == 0 and subprocess.call(
-            ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', path], stderr=subprocess.DEVNULL) == 0
+        self.is_small = (os.geteuid() == 0 and subprocess.call(
+            ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', path], stderr=subprocess.DEVNULL)
+                         == 0)
 
     def fill(self):
         with open(self._filler, 'wb', buffering=0) as file:
@@ -205,7 +215,8 @@ class Trial:
         self.clock.environment['XDG_STATE_HOME'] = os.path.join(directory, 'state-of-programs')
         # Each node and the scheduler (the last) have a small disk, where one can be mounted.
         self.disks = [Disk(os.path.join(directory, 'disk-%d' % number)) for number in range(4)]
-        self.faults = {name: count for name, count in self.FAULTS.items() if name != 'disk_full' or self.disks[0].is_small}
+        self.faults = {name: count for name, count in self.FAULTS.items() if name != 'disk_full'
+                       or self.disks[0].is_small}
         self.nodes = [self._node(number) for number in range(3)]
         self.proxies = [Proxy(node.address) for node in self.nodes]
         for proxy in self.proxies:
@@ -221,20 +232,23 @@ class Trial:
 
     def _node(self, number, port=0):
         prefix = os.path.join(self.disks[number].path, 'node')
-        node = NodeProcess(os.path.join(self.directory, 'node-%d' % number), '--name', 'node-%d' % number,
-                           '--dest-path-prefix', prefix, cpus=2, port=port, env=self.clock.environment)
+        node = NodeProcess(os.path.join(self.directory, 'node-%d' % number), '--name',
+                           'node-%d' % number, '--dest-path-prefix', prefix, cpus=2, port=port,
+                           env=self.clock.environment)
         node.prefix = prefix
         return node
 
     def _scheduler(self, port):
         state = os.path.join(self.disks[3].path, 'state')
-        scheduler = SchedulerProcess(
-            os.path.join(self.directory, 'scheduler'), '-n', '127.0.0.1:%d' % self.proxies[2].address[1],
-            '--state-dir', state, port=port, env=self.clock.environment)
+        scheduler = SchedulerProcess(os.path.join(self.directory, 'scheduler'), '-n',
+                                     '127.0.0.1:%d' % self.proxies[2].address[1],
+                                     '--state-dir', state, port=port, env=self.clock.environment)
         scheduler.state = state
         return scheduler
 
-    # -- faults: each returns how it ends, or None; `lasts` is less than the limit of a silent link ----------------
+    # -- faults --------------------------------------------------------------------------------
+
+    # Each returns how it ends, or None; `lasts` is less than the limit of a silent link.
 
     def program_killed(self, which):
         self.programs[which].signal(signal.SIGKILL)
@@ -277,7 +291,8 @@ class Trial:
         with contextlib.suppress(psutil.Error):
             runners = [child for child in psutil.Process(self.nodes[which].process.pid).children()
                        if any('runner_start' in word for word in child.cmdline())]
-            found = runners if name == 'runner' else [worker for runner in runners for worker in runner.children()]
+            found = runners if name == 'runner' else [worker for runner in runners
+                                                      for worker in runner.children()]
             if found:
                 return self.rng.choice(sorted(found, key=lambda process: process.pid))
         return None
@@ -334,7 +349,8 @@ class Trial:
     def no_descriptors(self, which):
         process = self.nodes[which].process
         limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (len(open_files(process.pid)), limits[1]))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE,
+                         (len(open_files(process.pid)), limits[1]))
 
         def back():
             if process.poll() is None:
@@ -348,8 +364,9 @@ class Trial:
     def clock_stepped(self, which):
         self.clock.set(self.rng.choice((-7200, -60, 0, 60, 7200)))
 
-    FAULTS = {'program_killed': 3, 'program_stopped': 3, 'node_killed': 3, 'node_ended': 3, 'node_stopped': 3, 'scheduler_killed': 1,
-              'scheduler_stopped': 1, 'runner_killed': 3, 'runner_stopped': 3, 'worker_killed': 3, 'link_cut': 4, 'link_forgotten': 4,
+    FAULTS = {'program_killed': 3, 'program_stopped': 3, 'node_killed': 3, 'node_ended': 3,
+              'node_stopped': 3, 'scheduler_killed': 1, 'scheduler_stopped': 1, 'runner_killed': 3,
+              'runner_stopped': 3, 'worker_killed': 3, 'link_cut': 4, 'link_forgotten': 4,
               'link_silent_one_way': 4, 'link_held': 4, 'link_slow': 4, 'no_descriptors': 3,
               'disk_full': 4, 'clock_stepped': 1}   # and among how many
 
@@ -360,10 +377,12 @@ class Trial:
         victim = (kind if kind in ('program', 'link', 'clock', 'scheduler') else 'node'), which
         if name == 'disk_full' and which == 3:
             victim = 'scheduler', 0
-        if victim in self.busy or (victim[0] == 'node' and self.nodes[which].process.poll() is not None):
+        if victim in self.busy or (victim[0] == 'node'
+                                   and self.nodes[which].process.poll() is not None):
             return
         self.history.append((round(now - self.began, 1), name, which, round(lasts, 1)))
-        back = self.absence.begin(self.apart(name, which), 2 * Absence.PULSE if name == 'link_forgotten' else float('inf'))
+        back = self.absence.begin(self.apart(name, which),
+                                  2 * Absence.PULSE if name == 'link_forgotten' else float('inf'))
         heal = getattr(self, name)(which)
         if heal is not None:
             self.busy.add(victim)
@@ -387,7 +406,7 @@ class Trial:
             self.busy.discard(entry[1])
             entry[2]()
 
-    # -- a run --------------------------------------------------------------------------------------------------------
+    # -- a run -------------------------------------------------------------------------------------
 
     def run(self, seconds):
         self.began = time.monotonic()
@@ -408,12 +427,14 @@ class Trial:
             for program in self.programs:
                 program.look(time.monotonic())
             if time.monotonic() > until:
-                return ['does not end: %s' % [program.kind for program in self.programs if not program.ended_well]] + self.findings(False)
+                return ['does not end: %s' % [program.kind for program in self.programs
+                                              if not program.ended_well]] + self.findings(False)
             time.sleep(0.05)
         return self.findings(True)
 
     def _rows(self, name):
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.directory, name)) as file:
+        with contextlib.suppress(FileNotFoundError), \
+                open(os.path.join(self.directory, name)) as file:
             return [line.rstrip('\n').split('\t') for line in file]
         return []
 
@@ -424,12 +445,14 @@ class Trial:
         for life, job, status, text, way, when in self._rows('told'):
             told[job].append((life, status, text, float(when)))
             ways[job, life, way] += 1
-        begun = collections.Counter(attempt.job for attempt in Ledger(os.path.join(self.directory, 'ledger')).attempts())
+        begun = collections.Counter(attempt.job for attempt
+                                    in Ledger(os.path.join(self.directory, 'ledger')).attempts())
         last = {program.name: str(program.lives) for program in self.programs}
         self.counts = collections.Counter(rows[-1][1] for rows in told.values())
         self.counts.update(submitted=len(submitted), begun=sum(begun.values()))
         if ended:
-            lost = [job for life, job in submitted if job not in told and (not job.startswith('plain') or life == last['plain'])]
+            lost = [job for life, job in submitted if job not in told
+                    and (not job.startswith('plain') or life == last['plain'])]
             found += ['lost: %s' % job for job in lost]
         found += ['told %d times in life %s (%s): %s' % (count, life, way, job)
                   for (job, life, way), count in ways.items() if count > 1]
@@ -438,19 +461,23 @@ class Trial:
                 found.append('told in two ways: %s %s' % (job, rows))
             if rows[-1][1] == 'cancelled':
                 found.append('cancelled by nobody: %s: %s' % (job, rows[-1][2]))
-            if rows[-1][1] in ('abandoned', 'terminated') and not begun[job] and not self._is_explained(*rows[-1]):
+            if (
+                    rows[-1][1] in ('abandoned', 'terminated') and not begun[job]
+                    and not self._is_explained(*rows[-1])):
                 found.append('%s and never begun: %s: %s' % (rows[-1][1], job, rows[-1][2]))
         found += ['begun %d times: %s' % (count, job) for job, count in begun.items() if count > 1]
         if ended:
             # What killed programs have left may be collected for a day; here nobody wants it.
-            subprocess.run([sys.executable, '-m', 'dispy', '--cancel-lost'], stdout=subprocess.DEVNULL, timeout=60,
-                           cwd=self.directory, env=dict(os.environ, **self.clock.environment), check=True)
+            subprocess.run([sys.executable, '-m', 'dispy', '--cancel-lost'],
+                           stdout=subprocess.DEVNULL, timeout=60, cwd=self.directory,
+                           env=dict(os.environ, **self.clock.environment), check=True)
             found += self.left_over()
         return found
 
     def _is_explained(self, life, status, text, when):
         node = re.match(r'abandoned: lost with node node-(\d) ', text)
-        explained = status == 'abandoned' and node is not None and self.absence.explains(int(node.group(1)), when)
+        explained = (status == 'abandoned' and node is not None
+                     and self.absence.explains(int(node.group(1)), when))
         self.counts['lost with a node that was away'] += explained
         return explained
 
@@ -459,20 +486,26 @@ class Trial:
         while True:
             left = []
             for node in self.nodes:
-                children = [child for child in psutil.Process(node.process.pid).children(recursive=True)
+                children = [child
+                            for child in psutil.Process(node.process.pid).children(recursive=True)
                             if not any('resource_tracker' in word for word in child.cmdline())]
                 files = [name for name in os.listdir(node.prefix) if name != 'p-.modules' and (
                     name.startswith(('p-', 'c-', 'k-', 'r-')) or name.endswith('.part'))]
                 more = len(open_files(node.process.pid)) - self.before[node.port]
-                left += ['%s: left %s' % (os.path.basename(node.directory), what) for what in (children, files) if what]
-                left += ['%s: %d descriptors more' % (os.path.basename(node.directory), more)] if more > 6 else []
+                left += ['%s: left %s' % (os.path.basename(node.directory), what)
+                         for what in (children, files) if what]
+                left += (['%s: %d descriptors more' % (os.path.basename(node.directory), more)]
+                         if more > 6 else [])
             if not left or time.monotonic() > until:
                 break
             time.sleep(0.2)
         self.scheduler.stop()
-        with contextlib.closing(sqlite3.connect(os.path.join(self.scheduler.state, 'state.db'))) as db:
-            rows = [db.execute('SELECT count(*) FROM %s' % table).fetchone()[0] for table in ('comps', 'jobs')]
-        return left + (['scheduler: %d computations, %d jobs are left' % tuple(rows)] if any(rows) else [])
+        with contextlib.closing(
+                sqlite3.connect(os.path.join(self.scheduler.state, 'state.db'))) as db:
+            rows = [db.execute('SELECT count(*) FROM %s' % table).fetchone()[0]
+                    for table in ('comps', 'jobs')]
+        return left + (['scheduler: %d computations, %d jobs are left' % tuple(rows)] if any(rows)
+                       else [])
 
     def close(self):
         with contextlib.suppress(Exception):
@@ -515,7 +548,9 @@ def main():
             directory = args.keep or stack.enter_context(tempfile.TemporaryDirectory())
             os.makedirs(directory, exist_ok=True)
             findings, history, counts = trial(seed, args.seconds, directory)
-        print('seed %d: %d faults, %s: %s' % (seed, len(history), dict(counts), 'clean' if not findings else '%d FINDINGS' % len(findings)), flush=True)
+        print('seed %d: %d faults, %s: %s'
+              % (seed, len(history), dict(counts),
+                 'clean' if not findings else '%d FINDINGS' % len(findings)), flush=True)
         if findings:
             failed.append(seed)
             print('  ' + '\n  '.join(findings[:12]), flush=True)

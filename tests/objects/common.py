@@ -1,4 +1,5 @@
-"""What the objects of things.py take from another module of the user's; it is copied beside them, or into their package."""
+"""What the objects of things.py take from another module of the user's; it is copied beside them,
+or into their package."""
 
 import enum
 import functools

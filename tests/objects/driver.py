@@ -1,6 +1,6 @@
 """Runs every object of things.py in every role and writes what came of it as JSON.
 
-    script.py OUTPUT reference                  what ProcessPoolExecutor with fork gives in the same program
+    script.py OUTPUT reference                  what ProcessPoolExecutor with fork gives in it
     script.py OUTPUT local                      on the embedded node
     script.py OUTPUT node PORT                  on a dispynode
     script.py OUTPUT other PORT                 on a dispynode of another minor version of Python
@@ -10,7 +10,8 @@ A cell is (object, role); what came of it is [kind, value]:
     value       what the probe or the call gave
     refused     the constructor or submit raised; the text
     failed      the job ended otherwise; the text
-    silent      nothing came within SILENCE seconds after the last answer, or from nodes that have all refused; their reasons
+    silent      nothing came within SILENCE seconds after the last answer, or from nodes that have
+                all refused; their reasons
 """
 
 import concurrent.futures
@@ -24,11 +25,15 @@ import time
 
 ROLES = ['computation', 'call', 'cluster', 'argument', 'result', 'exception', 'raised']
 OWN_CLUSTERS = [   # these are the computation of a JobCluster of their own
-    'plain_function', 'function_with_mutable_default', 'with_attributes', 'decorated', 'decorated_twice', 'decorated_by_class',
-    'mutually_recursive', 'function_of_globals', 'importing_inside', 'lambda', 'local_function', 'closure', 'recursive_closure',
-    'closure_over_class', 'finding_its_module', 'function_of_helpers', 'lru_cache_function', 'caller_of_lru_cache', 'singledispatch',
-    'partial', 'partial_of_lambda', 'partial_of_method', 'bound_method', 'class_method', 'static_method', 'inherited_method',
-    'callable_instance', 'callable_with_lambda', 'builtin_function', 'function_with_lock', 'function_of_a_library']
+                'plain_function', 'function_with_mutable_default', 'with_attributes', 'decorated',
+                'decorated_twice', 'decorated_by_class',
+                'mutually_recursive', 'function_of_globals', 'importing_inside', 'lambda',
+                'local_function', 'closure', 'recursive_closure',
+                'closure_over_class', 'finding_its_module', 'function_of_helpers',
+                'lru_cache_function', 'caller_of_lru_cache', 'singledispatch',
+                'partial', 'partial_of_lambda', 'partial_of_method', 'bound_method', 'class_method',
+                'static_method', 'inherited_method', 'callable_instance', 'callable_with_lambda',
+                'builtin_function', 'function_with_lock', 'function_of_a_library']
 NOT_RAISED = {'exception_with_cause'}   # both sides replace its cause by the remote traceback
 SILENCE = 20.0    # s without any answer after which the cells that wait are given up
 REFUSED = 0.5    # s after which the cells of a cluster whose nodes have all refused are given up
@@ -49,7 +54,8 @@ def plain(value):
     if type(value) in (set, frozenset):
         return sorted(plain(item) for item in value)
     state = getattr(value, '__dict__', None)
-    return [type(value).__qualname__, plain(dict(state)) if state else re.sub('0x[0-9a-f]+', '0x', repr(value))]
+    return [type(value).__qualname__,
+            plain(dict(state)) if state else re.sub('0x[0-9a-f]+', '0x', repr(value))]
 
 
 def text_of(exc):
@@ -100,7 +106,8 @@ class Table:
         self.cells['%s/%s' % (name, role)] = found
 
     def judge(self, name, role, value, error, text):
-        """What a job's end means for its role: `error` is what it raised, `text` says how it ended if not well."""
+        """What a job's end means for its role: `error` is what it raised, `text` says how it ended
+        if not well."""
         if role in ('exception', 'raised'):
             if error is None:
                 return ['failed', text or 'nothing was raised']
@@ -114,11 +121,11 @@ class Table:
         return attempt(self.probe(name), value) if role == 'result' else ['value', plain(value)]
 
 
-# -- the reference ---------------------------------------------------------------------------------------------------------
+# -- the reference ---------------------------------------------------------------------------------
 
 class Reference:
-    """Each cell as ProcessPoolExecutor with fork gives it, or as a call in this program does where that cannot pickle.
-    The third item says which of them it was."""
+    """Each cell as ProcessPoolExecutor with fork gives it, or as a call in this program does where
+    that cannot pickle. The third item says which of them it was."""
 
     def __init__(self, table):
         self.table = table
@@ -133,7 +140,8 @@ class Reference:
                 if name in OWN_CLUSTERS:
                     self.note(name, 'cluster', self.table.make(name), *arguments)
             for role in self.table.job_roles(name):
-                self.note(name, role, self.table.space['caller'], *self.table.job_arguments(name, role))
+                self.note(name, role, self.table.space['caller'],
+                          *self.table.job_arguments(name, role))
         if self.pool is not None:
             self.pool.shutdown()
 
@@ -141,7 +149,8 @@ class Reference:
         obstacle = self.obstacle(name, role, function, args)
         found = None if obstacle else self.in_pool(name, role, function, args)
         if found is None:
-            self.table.note(name, role, self.in_program(name, role, function, args) + ['program', obstacle])
+            self.table.note(name, role,
+                            self.in_program(name, role, function, args) + ['program', obstacle])
         else:
             self.table.note(name, role, found + ['fork', ''])
 
@@ -159,7 +168,8 @@ class Reference:
 
     def in_pool(self, name, role, function, args):
         if self.pool is None:
-            self.pool = concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('fork'))
+            self.pool = concurrent.futures.ProcessPoolExecutor(
+                2, mp_context=multiprocessing.get_context('fork'))
         future = self.pool.submit(function, *args)
         try:
             error = future.exception(30)
@@ -182,7 +192,7 @@ class Reference:
         return self.table.judge(name, role, value, error, '')
 
 
-# -- clusters --------------------------------------------------------------------------------------------------------------
+# -- clusters --------------------------------------------------------------------------------------
 
 class Runner:
     """Runs the table on nodes. `make_cluster(computation)` makes a cluster."""
@@ -198,8 +208,9 @@ class Runner:
         self.run_clusters([(name, 'cluster') for name in OWN_CLUSTERS if name in self.table.names])
 
     def run_grouped(self):
-        """Where functions travel as source, and so not as arguments: functions that stand for many objects, and then
-        clusters for each object that is in none of them, and for those of groups that were refused."""
+        """Where functions travel as source, and so not as arguments: functions that stand for many
+        objects, and then clusters for each object that is in none of them, and for those of groups
+        that were refused."""
         for group in [name for name in self.table.space if name.startswith('group_')]:
             self.run_clusters([(group, 'group')])
             cells = ['%s/%s' % (name, role) for name, role, _ in self.jobs_of_group(group)]
@@ -208,7 +219,8 @@ class Runner:
                     self.table.cells.pop(cell, None)   # the node could not load it
         left = [name for name in self.table.names if name + '/argument' not in self.table.cells]
         self.run_clusters([(name, '') for name in left])
-        self.run_clusters([(name, 'computation') for name in self.table.names if name + '/computation' not in self.table.cells])
+        self.run_clusters([(name, 'computation') for name in self.table.names
+                           if name + '/computation' not in self.table.cells])
         self.run_clusters([(name, 'call') for name in self.table.callables()])
         for name in OWN_CLUSTERS:
             if name + '/call' in self.table.cells:
@@ -237,11 +249,14 @@ class Runner:
 
     def run_executor(self, executor):
         waiting = []
-        calls = [(name, 'computation', self.table.space['use_' + name], ()) for name in self.table.names]
-        calls += [(name, 'call', self.table.make(name), self.table.arguments(name)) for name in self.table.callables()]
+        calls = [(name, 'computation', self.table.space['use_' + name], ())
+                 for name in self.table.names]
+        calls += [(name, 'call', self.table.make(name), self.table.arguments(name))
+                  for name in self.table.callables()]
         for name, role, function, arguments in calls:
             try:
-                waiting.append((name, role, executor.submit(function, *arguments), executor.cluster))
+                waiting.append((name, role, executor.submit(function, *arguments),
+                                executor.cluster))
             except Exception as exc:
                 self.table.note(name, role, ['refused', text_of(exc)])
         self.collect(waiting, [executor.cluster])
@@ -264,8 +279,10 @@ class Runner:
         jobs = []
         for name in self.table.names:
             if name in code.co_consts:
-                roles = self.table.job_roles(name) + ['computation'] * ('use_' + name in code.co_names)
-                jobs += [(name, role, (name, role) + ((self.table.make(name),) if role == 'argument' else ())) for role in roles]
+                roles = self.table.job_roles(name) + ['computation'] * ('use_'
+                                                                        + name in code.co_names)
+                jobs += [(name, role, (name, role) + ((self.table.make(name),) if role == 'argument'
+                                                      else ())) for role in roles]
         return jobs
 
     def run_cluster(self, name, role, clusters, waiting):
@@ -274,7 +291,8 @@ class Runner:
         elif role == '':
             computation, jobs = self.table.space['all_' + name], []
             for job_role in self.table.job_roles(name):
-                jobs.append((name, job_role, (job_role,) + ((self.table.make(name),) if job_role == 'argument' else ())))
+                jobs.append((name, job_role, (job_role,)
+                             + ((self.table.make(name),) if job_role == 'argument' else ())))
         elif role == 'computation':
             computation, jobs = self.table.space['use_' + name], [(name, role, ())]
         else:
@@ -290,7 +308,8 @@ class Runner:
             self.submit(waiting, name_of_job, job_role, cluster, *args)
 
     def collect(self, waiting, clusters, grouped=False):
-        """Wait for all that is not given up; what a group gives up is not noted, for it is tried again alone."""
+        """Wait for all that is not given up; what a group gives up is not noted, for it is tried
+        again alone."""
         last = looked = time.monotonic()
         while waiting and time.monotonic() < last + SILENCE:
             ended = [row for row in waiting if self.has_ended(row[2])]
@@ -321,10 +340,12 @@ class Runner:
 
     def outcome(self, name, role, job):
         if not isinstance(job, concurrent.futures.Future):
-            text = '' if job.status == job.Finished else (job.exception or 'status %s' % job.status).strip()
+            text = ('' if job.status == job.Finished
+                    else (job.exception or 'status %s' % job.status).strip())
             return self.table.judge(name, role, job.result, job.error, text)
         error = job.exception()
-        return self.table.judge(name, role, None if error else job.result(), error, text_of(error) if error else '')
+        return self.table.judge(name, role, None if error else job.result(), error,
+                                text_of(error) if error else '')
 
 
 def has_refused(cluster):
@@ -334,7 +355,8 @@ def has_refused(cluster):
 
 
 def reasons(cluster):
-    return '; '.join(node.reason.strip() for node in cluster.status().all_nodes if node.reason)[-600:]
+    return '; '.join(node.reason.strip()
+                     for node in cluster.status().all_nodes if node.reason)[-600:]
 
 
 def main(space):

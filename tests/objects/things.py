@@ -1,15 +1,16 @@
-"""Objects of every sort, as users define and hold them. tests/system/test_objects.py writes copies of this file as a script, as a
-module beside a script, as a module of a package and as an editable install.
+"""Objects of every sort, as users define and hold them. tests/system/test_objects.py writes copies
+of this file as a script, as a module beside a script, as a module of a package and as an editable
+install.
 
-`make_X` gives an object and `probe_X` describes what a user would see of it, in plain values. `call_X` holds the arguments
-of a call where the object itself can be called. The copies also have
+`make_X` gives an object and `probe_X` describes what a user would see of it, in plain values.
+`call_X` holds the arguments of a call where the object itself can be called. The copies also have
 
     held_X = make_X()
     def use_X():
         return probe_X(held_X)
 
-Blocks from `#: since 3.N` (or `#: needs MODULE`) to `#: end` are left out where the version is older (the module is not
-installed). Probes change nothing that another probe sees.
+Blocks from `#: since 3.N` (or `#: needs MODULE`) to `#: end` are left out where the version is
+older (the module is not installed). Probes change nothing that another probe sees.
 """
 
 import abc
@@ -64,7 +65,7 @@ TABLE = {'a': [1, 2], 'b': (None, b'x')}
 NAMES = ['first', 'second']
 
 
-# -- functions -------------------------------------------------------------------------------------------------------------
+# -- functions -------------------------------------------------------------------------------------
 
 def plain_function(n):
     return n * FACTOR
@@ -140,7 +141,8 @@ def make_annotated():
 
 def probe_annotated(thing):
     hints = typing.get_type_hints(thing)
-    return sorted(hints), hints['n'] is int, hints['text'] is str, thing.__doc__, thing(1, '', 1.0, 2.0)
+    return (sorted(hints), hints['n'] is int, hints['text'] is str, thing.__doc__,
+            thing(1, '', 1.0, 2.0))
 
 
 call_annotated = (1, '', 2.0)
@@ -183,7 +185,8 @@ def make_decorated():
 
 
 def probe_decorated(thing):
-    return thing(1), thing.__name__, thing.__doc__, thing.__wrapped__(1), thing.__module__ == __name__
+    return (thing(1), thing.__name__, thing.__doc__, thing.__wrapped__(1),
+            thing.__module__ == __name__)
 
 
 call_decorated = (1,)
@@ -651,7 +654,7 @@ def probe_contextmanager(thing):
         return value
 
 
-# -- functools and operator ------------------------------------------------------------------------------------------------
+# -- functools and operator ------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
 def cached_fib(n):
@@ -663,7 +666,8 @@ def make_lru_cache_function():
 
 
 def probe_lru_cache_function(thing):
-    return thing(10), type(thing).__name__, thing.cache_info().maxsize, thing.__wrapped__(1), thing is cached_fib
+    return (thing(10), type(thing).__name__, thing.cache_info().maxsize, thing.__wrapped__(1),
+            thing is cached_fib)
 
 
 call_lru_cache_function = (10,)
@@ -961,7 +965,7 @@ def probe_function_of_c(thing):
 call_function_of_c = (4,)
 
 
-# -- methods and callables -------------------------------------------------------------------------------------------------
+# -- methods and callables -------------------------------------------------------------------------
 
 class Shape(Base):
     """The class of most instances here."""
@@ -1002,7 +1006,8 @@ def make_bound_method():
 
 
 def probe_bound_method(thing):
-    return thing(2), type(thing.__self__) is Shape, thing.__self__ == Shape(5), thing.__func__ is Shape.scaled
+    return (thing(2), type(thing.__self__) is Shape, thing.__self__ == Shape(5),
+            thing.__func__ is Shape.scaled)
 
 
 call_bound_method = (2,)
@@ -1145,14 +1150,15 @@ def probe_callable_with_lambda(thing):
 call_callable_with_lambda = (2,)
 
 
-# -- classes and instances -------------------------------------------------------------------------------------------------
+# -- classes and instances -------------------------------------------------------------------------
 
 def make_plain_class():
     return Shape
 
 
 def probe_plain_class(thing):
-    return thing is Shape, thing(3).double, issubclass(thing, Base), thing.__mro__[1] is Base, thing.__module__ == __name__
+    return (thing is Shape, thing(3).double, issubclass(thing, Base), thing.__mro__[1] is Base,
+            thing.__module__ == __name__)
 
 
 def make_instance():
@@ -1160,8 +1166,8 @@ def make_instance():
 
 
 def probe_instance(thing):
-    return (type(thing) is Shape, isinstance(thing, Base), thing == Shape(3), thing.double, thing.parent(), thing.kind is Kind.ROUND,
-            hash(thing) == hash(Shape(3)), vars(thing))
+    return (type(thing) is Shape, isinstance(thing, Base), thing == Shape(3), thing.double,
+            thing.parent(), thing.kind is Kind.ROUND, hash(thing) == hash(Shape(3)), vars(thing))
 
 
 def make_instance_of_base():
@@ -1362,8 +1368,8 @@ def make_dataclass():
 
 
 def probe_dataclass(thing):
-    return (type(thing) is Point, thing == Point(1, tags=['a']), dataclasses.asdict(thing), [field.name for field in dataclasses.fields(thing)],
-            repr(thing))
+    return (type(thing) is Point, thing == Point(1, tags=['a']), dataclasses.asdict(thing),
+            [field.name for field in dataclasses.fields(thing)], repr(thing))
 
 
 def make_dataclass_class():
@@ -1371,7 +1377,8 @@ def make_dataclass_class():
 
 
 def probe_dataclass_class(thing):
-    return thing is Point, thing(5).total, dataclasses.is_dataclass(thing), [field.name for field in dataclasses.fields(thing) if field.init]
+    return (thing is Point, thing(5).total, dataclasses.is_dataclass(thing),
+            [field.name for field in dataclasses.fields(thing) if field.init])
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -1389,7 +1396,8 @@ def probe_frozen_dataclass(thing):
         thing.x = 2
     except dataclasses.FrozenInstanceError as exc:
         error = type(exc).__name__
-    return thing == Frozen(1), hash(thing) == hash(Frozen(1)), thing < Frozen(2), error, {thing: 1}[Frozen(1)]
+    return (thing == Frozen(1), hash(thing) == hash(Frozen(1)), thing < Frozen(2), error,
+            {thing: 1}[Frozen(1)])
 
 
 @dataclasses.dataclass
@@ -1436,7 +1444,8 @@ def make_frozen_dataclass_with_slots():
 
 
 def probe_frozen_dataclass_with_slots(thing):
-    return thing == FrozenSlotted(x=1), hash(thing) == hash(FrozenSlotted(x=1)), type(thing) is FrozenSlotted
+    return (thing == FrozenSlotted(x=1), hash(thing) == hash(FrozenSlotted(x=1)),
+            type(thing) is FrozenSlotted)
 
 
 #: end
@@ -1497,7 +1506,7 @@ def probe_typed_dict_class(thing):
     return thing is Movie, sorted(thing.__annotations__), thing.__total__, thing(year=1)
 
 
-# -- enums -----------------------------------------------------------------------------------------------------------------
+# -- enums -----------------------------------------------------------------------------------------
 
 class Color(enum.Enum):
     RED = 1
@@ -1521,7 +1530,8 @@ def make_enum_member():
 
 
 def probe_enum_member(thing):
-    return thing is Color.RED, thing == Color.RED, thing in Color, thing.shout(), thing.quiet, thing is Color.ALIAS, {Color.RED: 1}[thing]
+    return (thing is Color.RED, thing == Color.RED, thing in Color, thing.shout(), thing.quiet,
+            thing is Color.ALIAS, {Color.RED: 1}[thing])
 
 
 def make_enum_class():
@@ -1529,7 +1539,8 @@ def make_enum_class():
 
 
 def probe_enum_class(thing):
-    return thing is Color, [member.name for member in thing], thing.default() is Color.RED, thing('green') is Color.GREEN
+    return (thing is Color, [member.name for member in thing], thing.default() is Color.RED,
+            thing('green') is Color.GREEN)
 
 
 class Level(enum.IntEnum):
@@ -1556,7 +1567,8 @@ def make_flag():
 
 
 def probe_flag(thing):
-    return thing is Permission.BOTH, Permission.READ in thing, thing.value, (thing & Permission.READ) is Permission.READ
+    return (thing is Permission.BOTH, Permission.READ in thing, thing.value,
+            (thing & Permission.READ) is Permission.READ)
 
 
 class Bits(enum.IntFlag):
@@ -1689,7 +1701,7 @@ def probe_enum_as_key(thing):
     return thing[Color.RED][0] is Color.GREEN, Kind.ROUND in thing[Level.LOW]
 
 
-# -- abstract classes, metaclasses, descriptors ----------------------------------------------------------------------------
+# -- abstract classes, metaclasses, descriptors ----------------------------------------------------
 
 class Abstract(abc.ABC):
     @abc.abstractmethod
@@ -1723,7 +1735,8 @@ def probe_abstract_class(thing):
         thing()
     except TypeError as exc:
         error = type(exc).__name__
-    return thing is Abstract, sorted(thing.__abstractmethods__), error, issubclass(Registered, thing), type(thing) is abc.ABCMeta
+    return (thing is Abstract, sorted(thing.__abstractmethods__), error,
+            issubclass(Registered, thing), type(thing) is abc.ABCMeta)
 
 
 def make_instance_of_abstract():
@@ -1866,7 +1879,8 @@ def make_init_subclass():
 
 
 def probe_init_subclass(thing):
-    return sorted(thing.known), thing.known['a'] is PluginA, type(thing.known['b']()) is PluginB, thing is Plugin
+    return (sorted(thing.known), thing.known['a'] is PluginA, type(thing.known['b']()) is PluginB,
+            thing is Plugin)
 
 
 def make_instance_of_plugin():
@@ -1874,7 +1888,8 @@ def make_instance_of_plugin():
 
 
 def probe_instance_of_plugin(thing):
-    return type(thing) is Plugin.known['a'] is PluginA, len(Plugin.known), Plugin.known['b'] is PluginB
+    return (type(thing) is Plugin.known['a'] is PluginA, len(Plugin.known),
+            Plugin.known['b'] is PluginB)
 
 
 class Indexed:
@@ -1922,7 +1937,8 @@ def probe_descriptor_instance(thing):
         WithDescriptor('x')
     except TypeError as exc:
         error = str(exc)
-    return thing.width, vars(thing), error, isinstance(WithDescriptor.width, Typed), WithDescriptor.width.owner
+    return thing.width, vars(thing), error, isinstance(WithDescriptor.width,
+                                                       Typed), WithDescriptor.width.owner
 
 
 def make_property_object():
@@ -1978,7 +1994,8 @@ def make_instance_with_lock_in_class():
 
 
 def probe_instance_with_lock_in_class(thing):
-    return thing.work(1), type(thing) is WithLock, WithLock.lock.locked(), thing.lock is WithLock.lock
+    return (thing.work(1), type(thing) is WithLock, WithLock.lock.locked(),
+            thing.lock is WithLock.lock)
 
 
 def make_class_with_lock():
@@ -2128,7 +2145,7 @@ def probe_mixins(thing):
     return thing.log(), thing['a'], thing.extra, [cls.__name__ for cls in type(thing).__mro__]
 
 
-# -- how instances are pickled ---------------------------------------------------------------------------------------------
+# -- how instances are pickled ---------------------------------------------------------------------
 
 class WithState:
     def __init__(self):
@@ -2148,7 +2165,8 @@ def make_getstate():
 
 
 def probe_getstate(thing):
-    return thing.n, thing.lock.acquire(False) and thing.lock.release() is None, type(thing) is WithState
+    return (thing.n, thing.lock.acquire(False) and thing.lock.release() is None,
+            type(thing) is WithState)
 
 
 class WithReduce:
@@ -2356,7 +2374,8 @@ def make_shared_references():
 
 
 def probe_shared_references(thing):
-    return thing[0] is thing[1], thing[2]['inner'] is thing[0], thing[3] is thing[0][0], type(thing[3]) is Shape
+    return (thing[0] is thing[1], thing[2]['inner'] is thing[0], thing[3] is thing[0][0],
+            type(thing[3]) is Shape)
 
 
 def make_list_in_itself():
@@ -2370,23 +2389,27 @@ def probe_list_in_itself(thing):
 
 
 def make_instances_as_keys():
-    return {Shape(1): 'one', (Shape(2), Kind.ROUND): 'two'}, {Shape(3), Shape(4)}, frozenset([Frozen(1)])
+    return {Shape(1): 'one',
+            (Shape(2), Kind.ROUND): 'two'}, {Shape(3), Shape(4)}, frozenset([Frozen(1)])
 
 
 def probe_instances_as_keys(thing):
-    return thing[0][Shape(1)], thing[0][Shape(2), Kind.ROUND], Shape(3) in thing[1], Frozen(1) in thing[2]
+    return thing[0][Shape(1)], thing[0][Shape(2),
+                                        Kind.ROUND], Shape(3) in thing[1], Frozen(1) in thing[2]
 
 
 def make_mixed_containers():
-    return {'shapes': [Shape(n) for n in range(3)], 'function': plain_function, 'class': Shape, 'level': Level.LOW, 'nested': ({'a': Point(1)},)}
+    return {'shapes': [Shape(n) for n in range(3)], 'function': plain_function, 'class': Shape,
+            'level': Level.LOW, 'nested': ({'a': Point(1)},)}
 
 
 def probe_mixed_containers(thing):
-    return (sorted(thing['shapes'])[0] == Shape(0), thing['function'](1), type(thing['shapes'][0]) is thing['class'] is Shape,
+    return (sorted(thing['shapes'])[0] == Shape(0), thing['function'](1),
+            type(thing['shapes'][0]) is thing['class'] is Shape,
             thing['level'] is Level.LOW, thing['nested'][0]['a'] == Point(1))
 
 
-# -- subclasses of built-in types ------------------------------------------------------------------------------------------
+# -- subclasses of built-in types ------------------------------------------------------------------
 
 class OwnDict(dict):
     def __missing__(self, key):
@@ -2541,7 +2564,7 @@ def probe_class_of_module(thing):
     return thing('x').value, thing is OwnModule
 
 
-# -- typing ----------------------------------------------------------------------------------------------------------------
+# -- typing ----------------------------------------------------------------------------------------
 
 T = typing.TypeVar('T')
 Number = typing.TypeVar('Number', int, float)
@@ -2625,7 +2648,8 @@ def make_typing_any():
 
 
 def probe_typing_any(thing):
-    return thing[0] is typing.Any, thing[1] == typing.Union[int, str], thing[2].__args__ == (int, str), thing[3] == typing.Tuple[int, ...]
+    return (thing[0] is typing.Any, thing[1] == typing.Union[int, str],
+            thing[2].__args__ == (int, str), thing[3] == typing.Tuple[int, ...])
 
 
 def make_literal():
@@ -2698,7 +2722,7 @@ def probe_union_of_types(thing):
 
 
 #: end
-# -- exceptions ------------------------------------------------------------------------------------------------------------
+# -- exceptions ------------------------------------------------------------------------------------
 
 class Trouble(Exception):
     """The simplest of the user's own."""
@@ -2857,12 +2881,14 @@ def probe_exception_with_notes(thing):
 
 
 def make_exception_group():
-    return ExceptionGroup('several', [Trouble('a'), CodedError(1), ExceptionGroup('inner', [OwnOSError(1, 'b')])])
+    return ExceptionGroup('several', [Trouble('a'), CodedError(1),
+                                      ExceptionGroup('inner', [OwnOSError(1, 'b')])])
 
 
 def probe_exception_group(thing):
     matched, rest = thing.split(Trouble)
-    return len(thing.exceptions), type(matched.exceptions[0]) is Trouble, type(rest.exceptions[1].exceptions[0]) is OwnOSError, thing.message
+    return (len(thing.exceptions), type(matched.exceptions[0]) is Trouble,
+            type(rest.exceptions[1].exceptions[0]) is OwnOSError, thing.message)
 
 
 class OwnGroup(ExceptionGroup):
@@ -2879,7 +2905,7 @@ def probe_own_exception_group(thing):
 
 
 #: end
-# -- threads and contexts --------------------------------------------------------------------------------------------------
+# -- threads and contexts --------------------------------------------------------------------------
 
 def make_lock():
     return threading.Lock()
@@ -3047,7 +3073,7 @@ def probe_function_with_lock(thing):
 call_function_with_lock = ()
 
 
-# -- weak references -------------------------------------------------------------------------------------------------------
+# -- weak references -------------------------------------------------------------------------------
 
 class Owner:
     """Holds its things both strongly and weakly."""
@@ -3111,7 +3137,7 @@ def probe_weak_reference(thing):
     return thing() is Shape
 
 
-# -- modules and names -----------------------------------------------------------------------------------------------------
+# -- modules and names -----------------------------------------------------------------------------
 
 def make_module_of_the_library():
     return math
@@ -3135,7 +3161,8 @@ def make_own_module():
 
 
 def probe_own_module(thing):
-    return thing is common_module, thing.CONSTANT, thing.Base is Base, thing.__name__ == common_module.__name__
+    return (thing is common_module, thing.CONSTANT, thing.Base is Base,
+            thing.__name__ == common_module.__name__)
 
 
 def make_module_in_a_container():
@@ -3183,7 +3210,7 @@ def probe_instance_with_logger(thing):
     return thing.log is logging.getLogger('objects.deep'), thing == Shape(3)
 
 
-# -- values ----------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 def make_namespace():
     return types.SimpleNamespace(a=1, shape=Shape(2))
@@ -3318,7 +3345,8 @@ def probe_ellipsis(thing):
 
 
 def make_types_of_singletons():
-    return [type(None), type(Ellipsis), type(NotImplemented), type(plain_function), types.GeneratorType, type({}.keys()), types.MethodType]
+    return [type(None), type(Ellipsis), type(NotImplemented), type(plain_function),
+            types.GeneratorType, type({}.keys()), types.MethodType]
 
 
 def probe_types_of_singletons(thing):
@@ -3330,7 +3358,8 @@ def make_numbers():
 
 
 def probe_numbers(thing):
-    return thing[0] == 2 ** 100, thing[1], math.isinf(thing[2]), abs(thing[3]), thing[4] is True, math.copysign(1, thing[5])
+    return (thing[0] == 2 ** 100, thing[1], math.isinf(thing[2]), abs(thing[3]), thing[4] is True,
+            math.copysign(1, thing[5]))
 
 
 def make_decimal():
@@ -3338,7 +3367,8 @@ def make_decimal():
 
 
 def probe_decimal(thing):
-    return str(thing[0]), thing[1].prec, str(thing[1].divide(decimal.Decimal(1), decimal.Decimal(3)))
+    return (str(thing[0]), thing[1].prec,
+            str(thing[1].divide(decimal.Decimal(1), decimal.Decimal(3))))
 
 
 def make_fraction():
@@ -3351,11 +3381,13 @@ def probe_fraction(thing):
 
 def make_datetime():
     zone = datetime.timezone(datetime.timedelta(hours=2), 'X')
-    return datetime.datetime(2024, 1, 2, 3, 4, tzinfo=zone), datetime.timezone.utc, datetime.timedelta(days=1), datetime.time(1, 2)
+    return (datetime.datetime(2024, 1, 2, 3, 4, tzinfo=zone), datetime.timezone.utc,
+            datetime.timedelta(days=1), datetime.time(1, 2))
 
 
 def probe_datetime(thing):
-    return thing[0].isoformat(), thing[0].tzname(), thing[1] is datetime.timezone.utc, thing[2].days, str(thing[3])
+    return (thing[0].isoformat(), thing[0].tzname(), thing[1] is datetime.timezone.utc,
+            thing[2].days, str(thing[3]))
 
 
 class OwnZone(datetime.tzinfo):
@@ -3400,7 +3432,8 @@ def probe_uuid(thing):
 
 
 def make_path():
-    return pathlib.Path('a') / 'b.txt', pathlib.PurePosixPath('/x'), pathlib.PureWindowsPath('c:\\x')
+    return (pathlib.Path('a') / 'b.txt', pathlib.PurePosixPath('/x'),
+            pathlib.PureWindowsPath('c:\\x'))
 
 
 def probe_path(thing):
@@ -3529,7 +3562,7 @@ def probe_interned_key(thing):
     return sorted(thing['a', 1]['b']), sorted(thing[None])
 
 
-# -- iterators -------------------------------------------------------------------------------------------------------------
+# -- iterators -------------------------------------------------------------------------------------
 
 def make_count():
     return itertools.count(5, 2)
@@ -3571,7 +3604,7 @@ def probe_iterable(thing):
     return list(thing), type(thing) is OwnIterator
 
 
-# -- ctypes ----------------------------------------------------------------------------------------------------------------
+# -- ctypes ----------------------------------------------------------------------------------------
 
 class Pixel(ctypes.Structure):
     _fields_ = [('x', ctypes.c_int), ('y', ctypes.c_double)]
@@ -3627,7 +3660,7 @@ def probe_library(thing):
     return thing.abs(-3), type(thing) is ctypes.CDLL
 
 
-# -- numpy -----------------------------------------------------------------------------------------------------------------
+# -- numpy -----------------------------------------------------------------------------------------
 
 #: needs numpy
 import numpy   # noqa: E402
@@ -3694,7 +3727,7 @@ def probe_numpy_random(thing):
 
 
 #: end
-# -- what only a forked process can have -----------------------------------------------------------------------------------
+# -- what only a forked process can have -----------------------------------------------------------
 
 def make_open_file():
     return open(os.devnull)

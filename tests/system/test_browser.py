@@ -1,4 +1,5 @@
-"""The web monitor in a real browser: Debian's Chromium, without a screen. Pictures of every page come to tests/screenshots."""
+"""The web monitor in a real browser: Debian's Chromium, without a screen. Pictures of every page
+come to tests/screenshots."""
 
 import contextlib
 import os
@@ -14,36 +15,45 @@ from conftest import ROOT, eventually
 from nodes import NodeProcess, SchedulerProcess
 
 webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
-from selenium.common.exceptions import StaleElementReferenceException, WebDriverException  # noqa: E402
+from selenium.common.exceptions import (  # noqa: E402
+    StaleElementReferenceException, WebDriverException)
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
+                None)
 DRIVER = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='there is no Chromium with its chromedriver')
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER),
+                                reason='there is no Chromium with its chromedriver')
 
 SCREENSHOTS = os.path.join(ROOT, 'tests', 'screenshots')
-EVIL = '<script>window.broken = 1</script><img src=x onerror="window.broken = 1"> & "quotes" \'and\' more'
+EVIL = ('<script>window.broken = 1</script><img src=x onerror="window.broken '
+        '= 1"> & "quotes" \'and\' more')
 
 
 class Browser:
-    """One window. `page(name)` goes to a page of the monitor; the others look at what is there now."""
+    """One window. `page(name)` goes to a page of the monitor; the others look at what is there
+    now."""
 
     def __init__(self, directory, url, width=1280, height=860, dark=False):
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
-        for word in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-                     '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage', '--user-data-dir=%s' % directory):
+        for word in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic',
+                     '--no-first-run', '--disable-background-networking',
+                     '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage',
+                     '--user-data-dir=%s' % directory):
             options.add_argument(word)
         options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self.command = self.driver.execute_cdp_cmd
         self.size(width, height)
-        self.command('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
+        self.command('Emulation.setEmulatedMedia', {
+            'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
         self.url = url
 
     def size(self, width, height):
-        self.command('Emulation.setDeviceMetricsOverride', {'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': width < 500})
+        self.command('Emulation.setDeviceMetricsOverride', {
+            'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': width < 500})
 
     def open(self):
         self.driver.get(self.url)
@@ -72,23 +82,28 @@ class Browser:
 
     def click(self, words, selector='button'):
         def tried():
-            element = next((element for element in self.all(selector) if words in element.text and element.is_enabled()), None)
+            element = next((element for element in self.all(selector) if words in element.text
+                            and element.is_enabled()), None)
             if element is not None:
-                with contextlib.suppress(StaleElementReferenceException, WebDriverException):   # it has moved
+                # It has moved
+                with contextlib.suppress(StaleElementReferenceException, WebDriverException):
                     element.click()
                     return True
         self.see(tried, 'a click on ' + words)
 
     def figures(self):
         """What stands under Done, Failed and so on, of the first cluster, at one moment."""
-        return self.driver.execute_script('return Object.fromEntries([...document.querySelector("section").querySelectorAll("[data-figure]")]'
-                                          '.map(e => [e.dataset.figure, parseInt(e.firstChild.data.replace(/[^0-9]/g, ""))]))')
+        return self.driver.execute_script(
+            'return Object.fromEntries('
+            '[...document.querySelector("section").querySelectorAll("[data-figure]")]'
+            '.map(e => [e.dataset.figure, parseInt(e.firstChild.data.replace(/[^0-9]/g, ""))]))')
 
     def script(self, text, *args):
         return self.driver.execute_script(text, *args)
 
     def errors(self):
-        return [line['message'] for line in self.driver.get_log('browser') if line['level'] in ('SEVERE', 'WARNING')]
+        return [line['message'] for line in self.driver.get_log('browser')
+                if line['level'] in ('SEVERE', 'WARNING')]
 
     def picture(self, name):
         os.makedirs(SCREENSHOTS, exist_ok=True)
@@ -100,7 +115,8 @@ def browse(tmp_path):
     """A callable that opens browsers: browse(server, **options)."""
     with contextlib.ExitStack() as stack:
         def opened(server, **options):
-            browser = Browser(tmp_path / ('browser-%d' % time.monotonic_ns()), getattr(server, 'url', server), **options)
+            browser = Browser(tmp_path / ('browser-%d' % time.monotonic_ns()),
+                              getattr(server, 'url', server), **options)
             stack.callback(browser.driver.quit)
             return browser.open()
         yield opened
@@ -138,15 +154,20 @@ def test_two_browsers_show_the_numbers_of_500_jobs(browse):
         while cluster.status().jobs_pending:
             for browser in browsers:
                 shown = browser.figures()
-                total = sum(shown[word] for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting'))
+                total = sum(shown[word]
+                            for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting'))
                 submitted, *ended = dispy.core_of(cluster).jobs_counted()
                 ended = sum(ended)
-                assert total in (0, 500) and shown['Done'] + shown['Failed'] <= ended and shown['CPUs used'] <= cluster.status().nodes[0].cpus
+                assert (total in (0, 500) and shown['Done'] + shown['Failed'] <= ended
+                        and shown['CPUs used'] <= cluster.status().nodes[0].cpus)
         done = sum(job.status == dispy.DispyJob.Finished for job in jobs)
         for browser in browsers:
-            browser.see(lambda: [browser.figures()[word] for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting')] == [done, 500 - done, 0, 0, 0])
+            browser.see(lambda: [browser.figures()[word]
+                                 for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting')]
+                        == [done, 500 - done, 0, 0, 0])
             browser.page('nodes').see(lambda: browser.text('td[data-label="Jobs done"]') == '500')
-            browser.page('failures').see(lambda: sum(int(element.text) for element in browser.all('.count')) == 10)
+            browser.page('failures').see(
+                lambda: sum(int(element.text) for element in browser.all('.count')) == 10)
             assert browser.errors() == []
 
 
@@ -161,14 +182,19 @@ def test_jobs_are_cancelled_and_their_arguments_shown_literally(browse, tmp_path
         name = cluster.status().nodes[0].name
         browser.page('nodes').click(name, 'td a')
         browser.reads(EVIL, 'waiting for ' + EVIL)
-        assert browser.script('return window.broken') is None and browser.all('main script, main img') == []
+        assert (browser.script('return window.broken') is None
+                and browser.all('main script, main img') == [])
         first = browser.see(lambda: browser.all('td[data-label=Job]')[0].text)
-        browser.see(lambda: browser.all('tbody tr')[0].find_element(By.TAG_NAME, 'button').click() or True)
+        browser.see(lambda: browser.all('tbody tr')[0].find_element(By.TAG_NAME, 'button').click()
+                    or True)
         browser.reads('1 job is being ended')
         ended = eventually(lambda: [job for job in jobs if job.status in dispy.ENDED])
         assert [job.id for job in ended] == [first] and ended[0].status == dispy.DispyJob.Cancelled
-        browser.see(lambda: first not in [element.text for element in browser.all('td[data-label=Job]')])
-        browser.see(lambda: browser.all('tbody tr')[0].find_element(By.CSS_SELECTOR, 'input').click() or True)
+        browser.see(lambda: first not in [element.text
+                                          for element in browser.all('td[data-label=Job]')])
+        browser.see(
+            lambda: browser.all('tbody tr')[0].find_element(By.CSS_SELECTOR, 'input').click()
+            or True)
         browser.click('Cancel 1 chosen job')
         browser.click('Yes: cancel 1 chosen job')
         eventually(lambda: sum(job.status == dispy.DispyJob.Cancelled for job in jobs) == 2)
@@ -184,7 +210,8 @@ def test_jobs_are_cancelled_and_their_arguments_shown_literally(browse, tmp_path
 
 
 def test_a_node_is_added_limited_drained_and_released(browse, tmp_path):
-    with NodeProcess(tmp_path / 'one', '--name', 'one') as one, NodeProcess(tmp_path / 'two', '--name', 'two') as two:
+    with NodeProcess(tmp_path / 'one', '--name',
+                     'one') as one, NodeProcess(tmp_path / 'two', '--name', 'two') as two:
         with dispy.JobCluster(work, nodes=[one.address]) as cluster, monitor(cluster) as server:
             cluster.wait_nodes(1, 20)
             browser = browse(server).page('manage')
@@ -200,7 +227,8 @@ def test_a_node_is_added_limited_drained_and_released(browse, tmp_path):
             browser.all('input[name=host]')[0].send_keys('127.0.0.1')
             browser.all('input[name=port]')[0].send_keys(str(two.port))
             time.sleep(0.6)
-            assert browser.all('input[name=host]')[0].get_attribute('value') == '127.0.0.1'     # updates leave it alone
+            # Updates leave it alone
+            assert browser.all('input[name=host]')[0].get_attribute('value') == '127.0.0.1'
             browser.click('Add')
             eventually(lambda: nodes().get('two') == ('ready', 2))
             browser.reads('two')
@@ -219,8 +247,10 @@ def test_a_node_is_added_limited_drained_and_released(browse, tmp_path):
 def test_where_no_stream_comes_through_it_polls(browse):
     with dispy.JobCluster(work, nodes='local') as cluster, monitor(cluster) as server:
         browser = browse('about:blank')
-        browser.command('Page.addScriptToEvaluateOnNewDocument', {'source': '''const real = window.fetch;
-            window.fetch = (url, more) => more.headers.Accept === "text/event-stream" ? Promise.reject(new TypeError("no")) : real(url, more);'''})
+        browser.command('Page.addScriptToEvaluateOnNewDocument',
+                        {'source': '''const real = window.fetch;
+            window.fetch = (url, more) => more.headers.Accept === "text/event-stream"
+                ? Promise.reject(new TypeError("no")) : real(url, more);'''})
         browser.url = server.url
         browser.open().reads('polled', 'idle')
         cluster.submit(1)
@@ -228,7 +258,8 @@ def test_where_no_stream_comes_through_it_polls(browse):
 
 
 def test_the_token_and_the_end(browse):
-    """Without it the page says how to get it; with it, the address bar does not keep it, and a reload needs no link."""
+    """Without it the page says how to get it; with it, the address bar does not keep it, and a
+    reload needs no link."""
     with dispy.JobCluster(work, nodes='local') as cluster:
         server = dispy_httpd.DispyHTTPServer(cluster, port=0, poll_sec=0.25)
         try:
@@ -236,7 +267,8 @@ def test_the_token_and_the_end(browse):
             browser.reads('the link that the program printed', 'no token')
             browser.url = server.url
             browser.open().reads('live', 'idle')
-            assert 'token' not in browser.driver.current_url and browser.script('return document.cookie') == ''
+            assert ('token' not in browser.driver.current_url
+                    and browser.script('return document.cookie') == '')
             browser.driver.refresh()
             browser.reads('live', 'idle')
         finally:
@@ -255,7 +287,8 @@ def test_the_keyboard_is_enough(browse):
                 browser.driver.switch_to.active_element.send_keys(Keys.TAB)
                 active = browser.driver.switch_to.active_element
                 if words in active.text:
-                    assert browser.script('return getComputedStyle(arguments[0]).outlineStyle', active) != 'none'
+                    assert browser.script('return getComputedStyle(arguments[0]).outlineStyle',
+                                          active) != 'none'
                     return active
             raise AssertionError('%s is not reached' % words)
         tab_to('Nodes').send_keys(Keys.ENTER)
@@ -276,12 +309,17 @@ def scene(number, end):
     return number
 
 
-@pytest.mark.parametrize('look, width, height, dark', [('light', 1280, 860, False), ('dark', 1280, 860, True), ('phone', 390, 844, False), ('phone-dark', 390, 844, True)])
+@pytest.mark.parametrize('look, width, height, dark',
+                         [('light', 1280, 860, False), ('dark', 1280, 860, True),
+                          ('phone', 390, 844, False), ('phone-dark', 390, 844, True)])
 def test_pictures_of_every_page(browse, tmp_path, look, width, height, dark):
-    """To be looked at. Nothing is wider than the window, and the browser has nothing to complain of."""
+    """To be looked at. Nothing is wider than the window, and the browser has nothing to complain
+    of."""
     end = str(tmp_path / 'end')
-    with NodeProcess(tmp_path / 'a', '--name', 'basement') as a, NodeProcess(tmp_path / 'b', '--name', 'attic', cpus=1) as b:
-        with dispy.JobCluster(scene, nodes=[a.address, b.address, ('127.0.0.1', 9)], loglevel=dispy.logger.ERROR) as cluster, monitor(cluster) as server:
+    with NodeProcess(tmp_path / 'a', '--name',
+                     'basement') as a, NodeProcess(tmp_path / 'b', '--name', 'attic', cpus=1) as b:
+        with dispy.JobCluster(scene, nodes=[a.address, b.address, ('127.0.0.1', 9)],
+                              loglevel=dispy.logger.ERROR) as cluster, monitor(cluster) as server:
             cluster.wait_nodes(2, 20)
             for n in range(60):
                 cluster.submit(n, end)
@@ -289,28 +327,35 @@ def test_pictures_of_every_page(browse, tmp_path, look, width, height, dark):
             browser = browse(server, width=width, height=height, dark=dark)
             eventually(lambda: dispy.core_of(cluster).book.finished > 30, seconds=40)
             for page in ('clusters', 'nodes', 'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
-                browser.page(page).see(lambda: browser.all('main h1') and 'Loading' not in browser.text())
+                browser.page(page).see(lambda: browser.all('main h1')
+                                       and 'Loading' not in browser.text())
                 if page == 'failures':
                     browser.click('', 'summary')
                 elif page.startswith('node?'):
                     browser.see(lambda: browser.all('pre'))
                 assert browser.script('return document.documentElement.scrollWidth') <= width
                 if width < 500:
-                    browser.size(width, max(height, min(3000, browser.script('return document.documentElement.scrollHeight'))))
+                    browser.size(width, max(height, min(
+                        3000, browser.script('return document.documentElement.scrollHeight'))))
                 browser.picture('%s-%s' % (page.partition('?')[0], look))
                 browser.size(width, height)
             assert browser.errors() == []
             (tmp_path / 'end').write_text('')
 
 
-@pytest.mark.parametrize('look, width, height, dark', [('light', 1280, 860, False), ('phone-dark', 390, 844, True)])
+@pytest.mark.parametrize('look, width, height, dark',
+                         [('light', 1280, 860, False), ('phone-dark', 390, 844, True)])
 def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, dark):
     """Its numbers are the clusters'; a node is drained and used again for both."""
     end = str(tmp_path / 'end')
-    with NodeProcess(tmp_path / 'a', '--name', 'basement') as a, NodeProcess(tmp_path / 'b', '--name', 'attic', cpus=1) as b, \
-            SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % a.port, '-n', '127.0.0.1:%d' % b.port, '--httpd', '0') as scheduler, \
-            dispy.SharedJobCluster(scene, scheduler_port=scheduler.port) as first, dispy.SharedJobCluster(work, scheduler_port=scheduler.port) as second:
-        browser = browse(re.search(r'http://\S+', scheduler.log()).group(0), width=width, height=height, dark=dark)
+    with NodeProcess(tmp_path / 'a', '--name', 'basement') as a, \
+            NodeProcess(tmp_path / 'b', '--name', 'attic', cpus=1) as b, \
+            SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % a.port,
+                             '-n', '127.0.0.1:%d' % b.port, '--httpd', '0') as scheduler, \
+            dispy.SharedJobCluster(scene, scheduler_port=scheduler.port) as first, \
+            dispy.SharedJobCluster(work, scheduler_port=scheduler.port) as second:
+        browser = browse(re.search(r'http://\S+', scheduler.log()).group(0), width=width,
+                         height=height, dark=dark)
         first.wait_nodes(2, 20)
         for n in range(60):
             second.submit(n)
@@ -320,24 +365,34 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
         eventually(lambda: dispy.core_of(first).book.finished > 30, seconds=40)
 
         def shown(name):
-            return browser.script('const card = document.querySelector(`section[aria-label="cluster ${arguments[0]}"]`); return card && Object.fromEntries('
-                                  '[...card.querySelectorAll("[data-figure]")].map(e => [e.dataset.figure, parseInt(e.firstChild.data.replace(/[^0-9]/g, ""))]))', name)
-        browser.see(lambda: [shown('work')[word] for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting')] == [59, 1, 0, 0, 0])
-        browser.see(lambda: sum(shown('scene')[word] for word in ('Done', 'Failed', 'Running', 'Waiting')) == 60 and shown('scene')['Running'] == 3)
+            return browser.script(
+                'const card = document.querySelector(`section[aria-label="cluster '
+                '${arguments[0]}"]`); return card && Object.fromEntries('
+                '[...card.querySelectorAll("[data-figure]")].map(e => '
+                '[e.dataset.figure, parseInt(e.firstChild.data.replace(/[^0-9]/g, ""))]))', name)
+        browser.see(lambda: [shown('work')[word]
+                             for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting')]
+                    == [59, 1, 0, 0, 0])
+        browser.see(
+            lambda: sum(shown('scene')[word] for word in ('Done', 'Failed', 'Running', 'Waiting'))
+            == 60 and shown('scene')['Running'] == 3)
         browser.reads('PID %d' % os.getpid(), 'all programs of the dispyscheduler')
         for page in ('clusters', 'nodes', 'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
-            browser.page(page).see(lambda: browser.all('main h1') and 'Loading' not in browser.text())
+            browser.page(page).see(lambda: browser.all('main h1')
+                                   and 'Loading' not in browser.text())
             if page == 'failures':
                 browser.click('', 'summary')
             elif page.startswith('node?'):
                 browser.reads(end, 'running')
             assert browser.script('return document.documentElement.scrollWidth') <= width
             if width < 500:
-                browser.size(width, max(height, min(3000, browser.script('return document.documentElement.scrollHeight'))))
+                browser.size(width, max(height, min(
+                    3000, browser.script('return document.documentElement.scrollHeight'))))
             browser.picture('scheduler-%s-%s' % (page.partition('?')[0], look))
             browser.size(width, height)
         browser.page('manage').click('Drain')
-        eventually(lambda: sorted(node.cpus for node in first.status().nodes)[0] == 0 and 0 in [node.cpus for node in second.status().nodes])
+        eventually(lambda: sorted(node.cpus for node in first.status().nodes)[0] == 0
+                   and 0 in [node.cpus for node in second.status().nodes])
         browser.click('Use again')
         eventually(lambda: sorted(node.cpus for node in first.status().nodes) == [1, 2])
         assert browser.errors() == []

@@ -31,18 +31,20 @@ def cluster(make_cluster):
 
 def script(text, *args, **kwargs):
     """Run a program of a user's in a process of its own; (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(text), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(text), *args],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           cwd=kwargs.pop('cwd', ROOT), timeout=60, **kwargs)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-# -- jobs -------------------------------------------------------------------------------------------------------
+# -- jobs ------------------------------------------------------------------------------------------
 
 def test_results_come_back_with_all_that_belongs_to_them(cluster):
     before = time.time()
     job = cluster.submit(7)
     assert job() == 49
-    assert (job.id, job.status, job.exception, job.error, job.stdout, job.stderr) == (1, DispyJob.Finished, None, None, '', '')
+    assert ((job.id, job.status, job.exception, job.error, job.stdout, job.stderr)
+            == (1, DispyJob.Finished, None, None, '', ''))
     assert before - 1 <= job.submit_time <= job.start_time <= job.end_time <= time.time() + 1
     assert job.ip_addr == '127.0.0.1'
     assert job.finish.is_set() and job.wait(0) and job(0) == 49
@@ -94,8 +96,10 @@ def test_what_cannot_be_pickled_raises_in_submit_and_leaves_nothing(cluster):
 
 
 @pytest.mark.parametrize('option, value, error, text', [
-    ('dispy_timeout', -1, ValueError, 'dispy_timeout=-1'), ('dispy_cpus', 0, ValueError, 'dispy_cpus=0'),
-    ('dispy_priority', 'high', ValueError, "dispy_priority='high'"), ('dispy_colour', 1, TypeError, 'dispy_colour')])
+    ('dispy_timeout', -1, ValueError, 'dispy_timeout=-1'),
+    ('dispy_cpus', 0, ValueError, 'dispy_cpus=0'),
+    ('dispy_priority', 'high', ValueError, "dispy_priority='high'"),
+    ('dispy_colour', 1, TypeError, 'dispy_colour')])
 def test_bad_options_of_a_job(cluster, option, value, error, text):
     with pytest.raises(error, match=text):
         cluster.submit(1, **{option: value})
@@ -141,7 +145,8 @@ def test_two_jobs_of_three_cpus_are_never_together_on_a_node_of_four(make_cluste
             time.sleep(0.02)
             file.write(marks[1:])
     log = tmp_path / 'log'
-    with NodeProcess(tmp_path / 'node', cpus=4) as node, make_cluster(compute, nodes=[node.address]) as cluster:
+    with NodeProcess(tmp_path / 'node',
+                     cpus=4) as node, make_cluster(compute, nodes=[node.address]) as cluster:
         for _ in range(20):
             cluster.submit(str(log), b'<>', dispy_cpus=3)
             cluster.submit(str(log), b'ab')
@@ -175,7 +180,7 @@ def test_cancel_a_waiting_job(make_cluster):
         assert {job.status for job in jobs} == {DispyJob.Cancelled}
 
 
-# -- what can be a computation --------------------------------------------------------------------------------------
+# -- what can be a computation ---------------------------------------------------------------------
 
 FACTOR = 3
 
@@ -212,7 +217,8 @@ def adder(n):
 
 
 @pytest.mark.parametrize('computation, argument, expected', [
-    (scale, 1, 6), (lambda n: n + FACTOR, 1, 4), (adder(10), 1, 11), (functools.partial(pow, 2), 5, 32), (Shape(4).area, 2, 32),
+    (scale, 1, 6), (lambda n: n + FACTOR, 1, 4), (adder(10), 1, 11),
+    (functools.partial(pow, 2), 5, 32), (Shape(4).area, 2, 32),
     (Shape.unit, 3, 9), (Shape.twice, 4, 8), (Shape(1), 2, 3), (len, 'four', 4), (Shape, 5, None)])
 def test_any_callable_is_a_computation(make_cluster, computation, argument, expected):
     with make_cluster(computation, nodes='local') as cluster:
@@ -248,7 +254,8 @@ def test_depends_files_directories_modules_functions(make_cluster, tmp_path):
         def compute():
             import shapes_package
             with open('data.txt') as file:
-                return file.read(), shapes_package.DEEP, os.path.exists('shapes_package/inner/deep.py'), unseen(5)
+                return (file.read(), shapes_package.DEEP,
+                        os.path.exists('shapes_package/inner/deep.py'), unseen(5))
 
         def unseen(n):
             return n + 1
@@ -273,7 +280,8 @@ def test_depends_files_directories_modules_functions(make_cluster, tmp_path):
 
 def test_a_program(make_cluster, tmp_path):
     program = tmp_path / 'a program.sh'
-    program.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done\necho error >&2\nprintf "\\377"\nexit 3\n')
+    program.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done\necho error >&2\n'
+                       'printf "\\377"\nexit 3\n')
     with make_cluster(str(program), nodes='local') as cluster:
         job = cluster.submit('one', 'two words', 3)
         assert job() == 3 and job.status == DispyJob.Finished
@@ -293,21 +301,28 @@ def test_a_program_is_interrupted_and_killed(make_cluster, tmp_path):
         assert job.wait(20) and job.status == DispyJob.Cancelled
 
 
-# -- bad input: a clear error at once, nothing started --------------------------------------------------------------
+# -- bad input: a clear error at once, nothing started ---------------------------------------------
 
 @pytest.mark.parametrize('arguments, error, text', [
-    (dict(computation=5), TypeError, 'computation must be a function or the path of a program, not int'),
+    (dict(computation=5), TypeError,
+     'computation must be a function or the path of a program, not int'),
     (dict(computation='/no/such/program'), FileNotFoundError, '/no/such/program'),
     (dict(nodes=5), TypeError, 'nodes: 5'), (dict(nodes=['a:b']), ValueError, "'a:b'"),
-    (dict(nodes=['a:70000']), ValueError, '70000'), (dict(secret=5), TypeError, 'secret'), (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),
-    (dict(nodes=[('host', 70000)]), ValueError, '70000'), (dict(nodes=[('host', 1, 'x')]), TypeError, "'x'"),
+    (dict(nodes=['a:70000']), ValueError, '70000'), (dict(secret=5), TypeError, 'secret'),
+    (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),
+    (dict(nodes=[('host', 70000)]), ValueError, '70000'),
+    (dict(nodes=[('host', 1, 'x')]), TypeError, "'x'"),
     (dict(nodes=[{'host': 'a', 'colour': 1}]), TypeError, 'colour'),
-    (dict(pulse_interval=0), ValueError, 'pulse_interval=0'), (dict(ping_interval='x'), ValueError, "ping_interval='x'"),
-    (dict(dispy_port=0), ValueError, 'dispy_port=0'), (dict(max_jobs_per_worker=0), ValueError, 'max_jobs_per_worker=0'),
+    (dict(pulse_interval=0), ValueError, 'pulse_interval=0'),
+    (dict(ping_interval='x'), ValueError, "ping_interval='x'"),
+    (dict(dispy_port=0), ValueError, 'dispy_port=0'),
+    (dict(max_jobs_per_worker=0), ValueError, 'max_jobs_per_worker=0'),
     (dict(job_status=1), TypeError, 'job_status'), (dict(depends='x'), TypeError, 'depends'),
-    (dict(depends=['/no/such/file']), FileNotFoundError, '/no/such/file'), (dict(depends=[5]), TypeError, 'depends'),
+    (dict(depends=['/no/such/file']), FileNotFoundError, '/no/such/file'),
+    (dict(depends=[5]), TypeError, 'depends'),
     (dict(setup=5), TypeError, 'setup'), (dict(dest_path='../up'), ValueError, 'up'),
-    (dict(certfile='/no/such.pem'), dispy.SecretError, '/no/such.pem'), (dict(colour='red'), TypeError, 'colour')])
+    (dict(certfile='/no/such.pem'), dispy.SecretError, '/no/such.pem'),
+    (dict(colour='red'), TypeError, 'colour')])
 def test_bad_arguments_of_a_cluster(make_cluster, arguments, error, text):
     with pytest.raises(error, match=text):
         make_cluster(**dict(dict(computation=square, nodes='local'), **arguments))
@@ -334,7 +349,7 @@ def test_bad_environment(make_cluster, monkeypatch):
         make_cluster(square)
 
 
-# -- callbacks -------------------------------------------------------------------------------------------------------
+# -- callbacks -------------------------------------------------------------------------------------
 
 def test_callbacks_are_called_once_and_waited_for(make_cluster):
     called, lock = [], threading.Lock()
@@ -410,13 +425,14 @@ def test_cluster_status_is_told_every_change_in_order(make_cluster, tmp_path):
         node.stop()
         eventually(lambda: len(seen) == 6)
     of_node = dispy.DispyNode
-    assert [status for status, _, other in seen if other is job] == [DispyJob.Created, DispyJob.Running, DispyJob.Finished]
+    assert ([status for status, _, other in seen if other is job]
+            == [DispyJob.Created, DispyJob.Running, DispyJob.Finished])
     assert [node and node.name for _, node, other in seen if other is job] == [None, 'one', 'one']
     assert [(status, node.name) for status, node, other in seen if other is None] == [
         (of_node.Initialized, 'one'), (of_node.AvailInfo, 'one'), (of_node.Closed, 'one')]
 
 
-# -- several clusters ---------------------------------------------------------------------------------------------------
+# -- several clusters ------------------------------------------------------------------------------
 
 def test_clusters_one_after_another_at_once_and_from_threads(make_cluster):
     def work(n):
@@ -434,11 +450,14 @@ def test_clusters_one_after_another_at_once_and_from_threads(make_cluster):
 
 
 def test_two_clusters_share_an_embedded_node():
-    with dispy.JobCluster(os.getppid, nodes='local') as one, dispy.JobCluster(square, nodes='local') as two:
+    with dispy.JobCluster(os.getppid,
+                          nodes='local') as one, dispy.JobCluster(square, nodes='local') as two:
         assert one.submit()() and two.submit(3)() == 9
         children = [' '.join(child.cmdline()) for child in psutil.Process().children()]
-        assert len([line for line in children if 'runner_start' in line]) == 2 and not [line for line in children if '--embedded' in line]
-        assert dispy.core_of(one).driver.connector.local is dispy.core_of(two).driver.connector.local
+        assert (len([line for line in children if 'runner_start' in line]) == 2
+                and not [line for line in children if '--embedded' in line])
+        assert (dispy.core_of(one).driver.connector.local
+                is dispy.core_of(two).driver.connector.local)
         one.close()
         assert two.submit(4)() == 16
 
@@ -447,11 +466,12 @@ def test_nodes_none_starts_a_node_when_none_answers(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     with dispy.JobCluster(square, dispy_port=9) as cluster:   # nothing listens at 9
         assert cluster.submit(5)() == 25
-    assert len([record for record in caplog.records if 'one is started' in record.getMessage()]) == 1
+    assert (len([record for record in caplog.records if 'one is started' in record.getMessage()])
+            == 1)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# -- leaving --------------------------------------------------------------------------------------------------------------
+# -- leaving ---------------------------------------------------------------------------------------
 
 def test_leaving_by_an_exception_cancels_and_lets_it_through(make_cluster):
     with pytest.raises(ZeroDivisionError):
@@ -483,28 +503,33 @@ def test_a_program_that_just_ends_leaves_nothing(tmp_path):
 
 
 def test_control_c_in_a_wait():
-    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(PROGRAM) + WAIT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(PROGRAM) + WAIT],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     process.stdout.readline()
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert b'interrupted' in out and process.returncode != 0
-    eventually(lambda: not any(child.is_running() for child in children), what='end of all processes')
+    eventually(lambda: not any(child.is_running() for child in children),
+               what='end of all processes')
 
 
 def test_kill_9_of_the_client_ends_its_embedded_node():
-    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(PROGRAM) + WAIT], stdout=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(PROGRAM) + WAIT],
+                               stdout=subprocess.PIPE, cwd=ROOT)
     process.stdout.readline()
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     process.stdout.close()
-    eventually(lambda: not any(child.is_running() for child in children), what='end of all processes')
+    eventually(lambda: not any(child.is_running() for child in children),
+               what='end of all processes')
 
 
 def test_the_main_program_needs_no_guard(tmp_path):
-    """A script without `if __name__ == '__main__'`, functions and classes of __main__ as arguments and results."""
+    """A script without `if __name__ == '__main__'`, functions and classes of __main__ as arguments
+    and results."""
     path = tmp_path / 'main.py'
     path.write_text(textwrap.dedent('''
         import dispy
@@ -517,8 +542,10 @@ def test_the_main_program_needs_no_guard(tmp_path):
         print(type(result) is Point, result.x)
         cluster.close()
     '''))
-    done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    assert (done.stdout.decode(), done.stderr.decode(), done.returncode) == ('main runs\nTrue 2\n', '', 0)
+    done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60)
+    assert (done.stdout.decode(), done.stderr.decode(), done.returncode) == ('main runs\nTrue 2\n',
+                                                                             '', 0)
 
 
 def test_a_job_may_use_a_pool_of_processes_with_functions_of_the_main_program():
@@ -561,7 +588,7 @@ def test_a_forked_child_neither_hangs_nor_speaks_for_its_parent():
     assert (code, out) == (0, '4\n'), err
 
 
-# -- status ---------------------------------------------------------------------------------------------------------------
+# -- status ----------------------------------------------------------------------------------------
 
 def test_print_status(cluster, capsys):
     for n in range(20):
@@ -575,7 +602,8 @@ def test_print_status(cluster, capsys):
 def test_what_is_free_on_a_node(cluster):
     cluster.wait_nodes(1, 20)
     node, = cluster.status().nodes
-    assert 0 <= node.avail_info.cpu <= 100 and node.avail_info.memory > 0 and node.avail_info.disk > 0
+    assert (0 <= node.avail_info.cpu <= 100 and node.avail_info.memory > 0
+            and node.avail_info.disk > 0)
     assert node.platform and node.cpus >= 1 and repr(node).startswith('<DispyNode 127.0.0.1')
 
 
@@ -583,7 +611,8 @@ def test_a_client_without_a_node_says_so(make_cluster, caplog, monkeypatch):
     monkeypatch.setattr(dispy, 'WARN_AFTER', 0.1)
     with make_cluster(square, nodes=[('127.0.0.1', 9), 'no-such-host.invalid']) as cluster:
         job = cluster.submit(1)
-        text = eventually(lambda: [r.getMessage() for r in caplog.records if 'waits for a node' in r.getMessage()])[0]
+        text = eventually(lambda: [r.getMessage() for r in caplog.records
+                                   if 'waits for a node' in r.getMessage()])[0]
         assert '127.0.0.1:9' in text and 'nothing listens there' in text and 'dispynode' in text
         with pytest.raises(dispy.NoNodes, match='no-such-host'):
             cluster.wait_nodes(1, timeout=0.2)
@@ -599,7 +628,8 @@ def test_a_failure_of_the_driver_ends_all_jobs(caplog, monkeypatch):
     def fail(*args):
         raise AssertionError('a bug')
     monkeypatch.setattr(dispy.core_of(cluster).driver.schedule, 'flush', fail)
-    dispy.core_of(cluster).driver.post(dispy.RunInDriver(lambda: None, dispy.concurrent.futures.Future()))
+    dispy.core_of(cluster).driver.post(dispy.RunInDriver(lambda: None,
+                                                         dispy.concurrent.futures.Future()))
     assert cluster.wait(20)
     assert {job.status for job in jobs} == {DispyJob.Abandoned} and 'a bug' in jobs[0].exception
     with pytest.raises(RuntimeError, match='a bug'):
@@ -607,11 +637,12 @@ def test_a_failure_of_the_driver_ends_all_jobs(caplog, monkeypatch):
     cluster.close()
 
 
-# -- after a crash ----------------------------------------------------------------------------------------------
+# -- after a crash ---------------------------------------------------------------------------------
 
 def test_jobs_that_are_being_recovered_end_when_their_cluster_is_closed(tmp_path):
     path = str(tmp_path / 'jobs')
-    journal = dispy.Journal(path)   # as a program has left it that was killed while a node ran its job
+    # as a program has left it that was killed while a node ran its job
+    journal = dispy.Journal(path)
     journal.begin('c', 'square', False, False, None)
     lost = dispy.KeptJob('c', dispy.pack_arguments((7,), {}, dispy.ModuleBundles('c')), None, 1)
     journal.submitted(lost)

@@ -1,5 +1,5 @@
-"""The parts of a cluster: its options and their checks, the book of its jobs, and that no part keeps a cluster which the
-program has dropped."""
+"""The parts of a cluster: its options and their checks, the book of its jobs, and that no part
+keeps a cluster which the program has dropped."""
 
 import dataclasses
 import gc
@@ -14,23 +14,29 @@ import dispy
 from conftest import eventually
 from dispy import ClusterOptions, Counts, DispyJob, JobBook, JobState
 
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(dispy.JobCluster).parameters.items()}
+DEFAULTS = {name: parameter.default
+            for name, parameter in inspect.signature(dispy.JobCluster).parameters.items()}
 
 
 def options(remote=False, **given):
     return ClusterOptions.from_arguments(dict(DEFAULTS, nodes='local', **given), remote)
 
 
-# -- options -----------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, value, error', [
-    ('dispy_port', 0, ValueError), ('dispy_port', 'x', ValueError), ('pulse_interval', 0.05, ValueError),
-    ('pulse_interval', math.nan, ValueError), ('ping_interval', 3601, ValueError), ('poll_interval', 'soon', ValueError),
-    ('max_jobs_per_worker', 1.5, ValueError), ('max_jobs_per_worker', 0, ValueError), ('job_status', 1, TypeError),
-    ('callback', 'print', TypeError), ('cluster_status', 1, TypeError), ('on_output', [], TypeError), ('dest_path', 1, TypeError),
+    ('dispy_port', 0, ValueError), ('dispy_port', 'x', ValueError),
+    ('pulse_interval', 0.05, ValueError),
+    ('pulse_interval', math.nan, ValueError), ('ping_interval', 3601, ValueError),
+    ('poll_interval', 'soon', ValueError),
+    ('max_jobs_per_worker', 1.5, ValueError), ('max_jobs_per_worker', 0, ValueError),
+    ('job_status', 1, TypeError),
+    ('callback', 'print', TypeError), ('cluster_status', 1, TypeError),
+    ('on_output', [], TypeError), ('dest_path', 1, TypeError),
     ('depends', 'file', TypeError), ('depends', 5, TypeError), ('cleanup', 'yes', TypeError),
     ('reentrant', None, TypeError),
-    ('forward_logs', 2, TypeError), ('recover_file', 5, TypeError), ('recover_file', '', ValueError),
+    ('forward_logs', 2, TypeError), ('recover_file', 5, TypeError),
+    ('recover_file', '', ValueError),
     ('fault_recover', 5, TypeError),
     ('host', 5, TypeError), ('host', ('a', 'b', 'c'), TypeError), ('host', ('a', 0), ValueError)])
 def test_a_wrong_option_is_named(name, value, error):
@@ -38,7 +44,8 @@ def test_a_wrong_option_is_named(name, value, error):
         options(**{name: value})
 
 
-@pytest.mark.parametrize('nodes, error', [([1], TypeError), ([('h', 70000)], ValueError), ([''], ValueError)])
+@pytest.mark.parametrize('nodes, error',
+                         [([1], TypeError), ([('h', 70000)], ValueError), ([''], ValueError)])
 def test_wrong_nodes_are_named(nodes, error):
     with pytest.raises(error, match='nodes'):
         ClusterOptions.from_arguments(dict(DEFAULTS, nodes=nodes), False)
@@ -46,11 +53,14 @@ def test_wrong_nodes_are_named(nodes, error):
 
 def test_options_by_both_names_and_by_default():
     plain = options()
-    assert (plain.pulse, plain.longest_redial, plain.loglevel, plain.probes, plain.specs) == (2.0, 30.0, 20, False, [])
-    assert plain.keeps_trail and plain.recover_file is None and plain.counts_failures and plain.hosts == []
-    seen = options(callback=print, ip_addr='127.0.0.1', fault_recover='file', node_port=9000, pulse_interval='5',
-                   loglevel='ERROR')
-    assert (seen.job_status, seen.hosts, seen.recover_file, seen.port) == (print, [('127.0.0.1', 9702)], 'file', 9000)
+    assert ((plain.pulse, plain.longest_redial, plain.loglevel, plain.probes, plain.specs)
+            == (2.0, 30.0, 20, False, []))
+    assert (plain.keeps_trail and plain.recover_file is None and plain.counts_failures
+            and plain.hosts == [])
+    seen = options(callback=print, ip_addr='127.0.0.1', fault_recover='file', node_port=9000,
+                   pulse_interval='5', loglevel='ERROR')
+    assert ((seen.job_status, seen.hosts, seen.recover_file, seen.port)
+            == (print, [('127.0.0.1', 9702)], 'file', 9000))
     assert (seen.pulse, seen.pulse_interval, seen.loglevel) == (5.0, 5.0, 40)
     assert not seen.keeps_trail and not seen.counts_failures
     assert options(recover_file=False).keeps_trail is False
@@ -71,7 +81,7 @@ def test_options_are_checked_before_anything_begins():
     assert dispy.logger.level == level and set(threading.enumerate()) == threads
 
 
-# -- the book of jobs ---------------------------------------------------------------------------------------------------------
+# -- the book of jobs ------------------------------------------------------------------------------
 
 class Node:
     ip_addr, name = '10.0.0.1', 'n'
@@ -88,17 +98,20 @@ def jobs_in(book, count):
 def test_the_book_counts_jobs():
     book = JobBook()
     jobs = jobs_in(book, 6)
-    assert book.by_state() == Counts(0, 0, 0, 0, 6) and book.progress() == (0, 6) and set(book.jobs_owed()) == set(jobs)
+    assert (book.by_state() == Counts(0, 0, 0, 0, 6) and book.progress() == (0, 6)
+            and set(book.jobs_owed()) == set(jobs))
     jobs[0].status = DispyJob.Running
     assert book.by_state() == Counts(0, 0, 0, 1, 5)
-    for job, state in zip(jobs[:4], (JobState.FINISHED, JobState.TERMINATED, JobState.CANCELLED, JobState.ABANDONED)):
+    for job, state in zip(jobs[:4], (JobState.FINISHED, JobState.TERMINATED, JobState.CANCELLED,
+                                     JobState.ABANDONED)):
         job.status = int(state)
         if state is not JobState.FINISHED:
             book.add_failure(job.status)
     book.add_results(jobs[:3], 1, Node, 2.5)
     book.answered(jobs[3:4])
     book.settle(4)
-    assert book.totals() == (6, 1, 2, 1) and book.by_state() == Counts(1, 2, 1, 0, 2) and book.progress() == (4, 6)
+    assert (book.totals() == (6, 1, 2, 1) and book.by_state() == Counts(1, 2, 1, 0, 2)
+            and book.progress() == (4, 6))
     assert book.nodes() == {'10.0.0.1:n': (Node, 3, 2.5)} and book.seconds() == 2.5
     assert book.jobs_owed() and book.all_ended is None
     book.settle(2)
@@ -142,15 +155,19 @@ def test_a_book_that_is_closed_stays_so():
     assert book.close() and not book.close() and book.closed
 
 
-# -- the cluster and its parts ---------------------------------------------------------------------------------------------------
+# -- the cluster and its parts ---------------------------------------------------------------------
 
 def test_no_part_keeps_a_cluster():
-    """It is freed as soon as the program has dropped it and it is closed, without the garbage collector."""
-    cluster = dispy.JobCluster(abs, nodes='local', job_status=lambda job: None, cluster_status=lambda *told: None)
+    """It is freed as soon as the program has dropped it and it is closed, without the garbage
+    collector."""
+    cluster = dispy.JobCluster(abs, nodes='local', job_status=lambda job: None,
+                               cluster_status=lambda *told: None)
     core = dispy.core_of(cluster)
     assert core.cluster is cluster and cluster.submit(-1)(60) == 1
-    parts = (core.book, core.callbacks, core.live_output, core.delivery, core.submitter, core.nodes, core.report, core.takeover)
-    assert [part for part in parts if core in vars(part).values() or cluster in vars(part).values()] == []
+    parts = (core.book, core.callbacks, core.live_output, core.delivery, core.submitter, core.nodes,
+             core.report, core.takeover)
+    assert [part for part in parts if core in vars(part).values()
+            or cluster in vars(part).values()] == []
     refs = weakref.ref(cluster), weakref.ref(core)
     cluster.close()
     gc.disable()

@@ -1,4 +1,5 @@
-"""The daemon among other programs: options, files of options, hours, the prompt, containers, jobs of another user."""
+"""The daemon among other programs: options, files of options, hours, the prompt, containers, jobs
+of another user."""
 
 import argparse
 import json
@@ -28,22 +29,26 @@ from scenes import Gate, hold, square
 # Nodes without pytest run the functions of this module: by its name it could not be imported there.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root may become another user')
-DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0', '-c', '1']
+root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0,
+                               reason='only root may become another user')
+DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0', '-c',
+          '1']
 
 
 def parsed(*argv):
     return parse_arguments(_parser(), argv)
 
 
-# -- hours of service -------------------------------------------------------------------------------------
+# -- hours of service ------------------------------------------------------------------------------
 
 S, D, C = Phase.SERVING, Phase.DRAINING, Phase.CLOSED
 
 
 @pytest.mark.parametrize('start, stop, end, expected', [
-    ('08:00', '17:00', '18:00', {'07:59': C, '08:00': S, '16:59': S, '17:00': D, '17:59': D, '18:00': C, '00:00': C}),
-    ('22:00', '05:30', '06:00', {'21:59': C, '22:00': S, '23:59': S, '00:00': S, '05:29': S, '05:30': D, '06:00': C, '12:00': C}),
+    ('08:00', '17:00', '18:00',
+     {'07:59': C, '08:00': S, '16:59': S, '17:00': D, '17:59': D, '18:00': C, '00:00': C}),
+    ('22:00', '05:30', '06:00', {'21:59': C, '22:00': S, '23:59': S, '00:00': S, '05:29': S,
+                                 '05:30': D, '06:00': C, '12:00': C}),
     ('20:00', '23:00', '01:00', {'20:00': S, '23:00': D, '00:30': D, '01:00': C, '19:59': C}),
     ('08:00', None, '18:00', {'17:59': S, '18:00': C, '07:59': C}),
     ('08:00', '17:00', None, {'16:59': S, '17:00': D, '23:59': D, '07:59': D, '08:00': S}),
@@ -55,25 +60,31 @@ def test_hours(start, stop, end, expected):
 
 
 def test_hours_that_make_no_sense():
-    assert find_hours(None, None, None) is None and find_hours('01:02', '03:04', None) == Hours(62, 184, None)
-    for hours, text in ((('08:00', None, None), '--service-stop'), ((None, '08:00', None), '--service-start'),
-                        (('08:00', '08:00', None), '08:00'), (('08:00', '18:00', '17:00'), '--service-end 17:00')):
+    assert (find_hours(None, None, None) is None
+            and find_hours('01:02', '03:04', None) == Hours(62, 184, None))
+    for hours, text in ((('08:00', None, None), '--service-stop'),
+                        ((None, '08:00', None), '--service-start'),
+                        (('08:00', '08:00', None), '08:00'),
+                        (('08:00', '18:00', '17:00'), '--service-end 17:00')):
         with pytest.raises(ValueError, match=text):
             find_hours(*hours)
 
 
 def test_outside_its_hours_a_node_tells_when_they_begin(tmp_path):
-    in_hours = [time.strftime('%H:%M', time.localtime(time.time() + 3600 * hours)) for hours in (2, 3)]
-    with NodeProcess(tmp_path, '--service-start', in_hours[0], '--service_end', in_hours[1]) as node:
+    in_hours = [time.strftime('%H:%M', time.localtime(time.time() + 3600 * hours))
+                for hours in (2, 3)]
+    with NodeProcess(tmp_path, '--service-start', in_hours[0], '--service_end',
+                     in_hours[1]) as node:
         with dispy.JobCluster(square, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
             with pytest.raises(dispy.NoNodes, match='hours of service begin at %s' % in_hours[0]):
                 cluster.wait_nodes(1, 1)
             cluster.close(terminate=True)
 
 
-# -- options ----------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('text, size', [('1', 1), ('300k', 300 << 10), ('20M', 20 << 20), ('1g', 1 << 30), ('2t', 2 << 40)])
+@pytest.mark.parametrize('text, size', [('1', 1), ('300k', 300 << 10), ('20M', 20 << 20),
+                                        ('1g', 1 << 30), ('2t', 2 << 40)])
 def test_sizes(text, size):
     assert size_option(text) == size
 
@@ -85,31 +96,40 @@ def test_no_sizes(text):
 
 
 @pytest.mark.parametrize('options, text', [
-    (['--service-start', '8'], '--service-start'), (['--service_start', '24:00', '--service-stop', '01:00'], '24:00'),
-    (['--service-stop', '08:00'], '--service-start'), (['--serve', 'few'], '--serve'), (['--max-file-size', '1x'], '1x'),
-    (['--zombie-interval', '-1'], '--zombie-interval'), (['--msg-timeout', 'nan'], 'nan'), (['--ping-interval', 'x'], '--ping-interval')])
+    (['--service-start', '8'], '--service-start'),
+    (['--service_start', '24:00', '--service-stop', '01:00'], '24:00'),
+    (['--service-stop', '08:00'], '--service-start'), (['--serve', 'few'], '--serve'),
+    (['--max-file-size', '1x'], '1x'),
+    (['--zombie-interval', '-1'], '--zombie-interval'), (['--msg-timeout', 'nan'], 'nan'),
+    (['--ping-interval', 'x'], '--ping-interval')])
 def test_wrong_usage(options, text):
     code, err = run_node('-p', '0', *options)
     assert code == 2 and text in err and 'Traceback' not in err
 
 
 def test_spellings_of_dispy_4():
-    args = parsed('--ip_addr', '::1', '--node_port=9', '--dest_path_prefix', '/a_b', '--keyfile', 'k_k', '--certfile', 'c', '--zombie_interval=5',
-                  '--ping_interval', '2', '--service_start', '08:00', '--service_stop', '9:05', '--service_end', '10:00', '--max_file_size=1m',
-                  '--msg_timeout', '3', '--client_shutdown', '--save_config=s_s', '--daemon', '--serve', '2')
-    assert (args.host, args.port, args.dest_path_prefix, args.keyfile, args.zombie_interval) == (['::1'], 9, '/a_b', 'k_k', 5.0)
-    assert (args.ping_interval, args.service_stop, args.max_file_size, args.msg_timeout) == (2.0, '09:05', 1 << 20, 3.0)
+    args = parsed('--ip_addr', '::1', '--node_port=9', '--dest_path_prefix', '/a_b', '--keyfile',
+                  'k_k', '--certfile', 'c', '--zombie_interval=5',
+                  '--ping_interval', '2', '--service_start', '08:00', '--service_stop', '9:05',
+                  '--service_end', '10:00', '--max_file_size=1m', '--msg_timeout', '3',
+                  '--client_shutdown', '--save_config=s_s', '--daemon', '--serve', '2')
+    assert ((args.host, args.port, args.dest_path_prefix, args.keyfile, args.zombie_interval)
+            == (['::1'], 9, '/a_b', 'k_k', 5.0))
+    assert ((args.ping_interval, args.service_stop, args.max_file_size, args.msg_timeout)
+            == (2.0, '09:05', 1 << 20, 3.0))
     assert args.client_shutdown and args.daemon and args.save_config == 's_s' and args.serve == 2
 
 
 def test_what_was_saved_is_loaded_and_the_command_line_wins(tmp_path):
     path = str(tmp_path / 'config')
-    options = ['-c', '-1', '-i', '127.0.0.1', '-i', '::1', '-p', '0', '--name', 'n', '--max-file-size', '2k', '--serve', '3', '--daemon',
-               '--service-start', '8:00', '--service-end', '9:00', '--msg-timeout', '2.5', '--secret-file', 'f']
+    options = ['-c', '-1', '-i', '127.0.0.1', '-i', '::1', '-p', '0', '--name', 'n',
+               '--max-file-size', '2k', '--serve', '3', '--daemon', '--service-start', '8:00',
+               '--service-end', '9:00', '--msg-timeout', '2.5', '--secret-file', 'f']
     code, err = run_node(*options, '-s', 'top secret', '--save_config', path)
     assert (code, err) == (0, '')
     saved = json.loads((tmp_path / 'config').read_text())
-    assert 'top secret' not in (tmp_path / 'config').read_text() and saved['service-start'] == '08:00'
+    assert ('top secret' not in (tmp_path / 'config').read_text()
+            and saved['service-start'] == '08:00')
     loaded = parsed('--config', path)
     for name, value in vars(parsed(*options)).items():
         if name not in ('config', 'host'):
@@ -120,10 +140,14 @@ def test_what_was_saved_is_loaded_and_the_command_line_wins(tmp_path):
 
 
 @pytest.mark.parametrize('text, expected', [
-    ('{"colour": 1}', 'colour'), ('{"secret": "x"}', 'secret'), ('{"config": "x"}', 'config'), ('{"cpus": "2"}', 'cpus.*int is wanted'),
-    ('{"cpus": true}', 'cpus'), ('{"daemon": 1}', 'daemon.*bool'), ('{"host": [1]}', 'host'), ('{"name": 1}', 'name.*str'),
-    ('{"msg-timeout": "1"}', 'msg-timeout.*int or float'), ('{"serve": 1.5}', 'serve'), ('{"service-start": "25:00"}', '25:00'),
-    ('{"max-file-size": null}', 'max-file-size'), ('{"msg-timeout": 0}', '--msg-timeout.*0'), ('[1]', 'option'), ('{', 'cannot be read')])
+    ('{"colour": 1}', 'colour'), ('{"secret": "x"}', 'secret'), ('{"config": "x"}', 'config'),
+    ('{"cpus": "2"}', 'cpus.*int is wanted'),
+    ('{"cpus": true}', 'cpus'), ('{"daemon": 1}', 'daemon.*bool'), ('{"host": [1]}', 'host'),
+    ('{"name": 1}', 'name.*str'),
+    ('{"msg-timeout": "1"}', 'msg-timeout.*int or float'), ('{"serve": 1.5}', 'serve'),
+    ('{"service-start": "25:00"}', '25:00'),
+    ('{"max-file-size": null}', 'max-file-size'), ('{"msg-timeout": 0}', '--msg-timeout.*0'),
+    ('[1]', 'option'), ('{', 'cannot be read')])
 def test_a_wrong_configuration_is_refused_by_file_and_key(tmp_path, text, expected):
     path = tmp_path / 'config'
     path.write_text(text)
@@ -139,18 +163,21 @@ def test_a_configuration_that_is_not_there():
 
 def test_underscores_and_single_values_in_a_configuration(tmp_path):
     path = tmp_path / 'config'
-    path.write_text('{"dest_path_prefix": "/d", "host": "::1", "max-file-size": "1k", "ping-interval": 1}')
+    path.write_text('{"dest_path_prefix": "/d", "host": "::1", "max-file-size": '
+                    '"1k", "ping-interval": 1}')
     args = parsed('--config=%s' % path)
-    assert (args.dest_path_prefix, args.host, args.max_file_size, args.ping_interval) == ('/d', ['::1'], 1024, 1.0)
+    assert ((args.dest_path_prefix, args.host, args.max_file_size, args.ping_interval)
+            == ('/d', ['::1'], 1024, 1.0))
 
 
-# -- clients ----------------------------------------------------------------------------------------------
+# -- clients ---------------------------------------------------------------------------------------
 
 def test_it_ends_after_so_many_clients(tmp_path):
     with NodeProcess(tmp_path, '--serve', '2') as node:
         for _ in range(2):
             assert node.process.poll() is None
-            with dispy.JobCluster(square, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
+            with dispy.JobCluster(square, nodes=[node.address],
+                                  loglevel=logging.CRITICAL) as cluster:
                 assert cluster.submit(3)() == 9
             eventually(lambda: 'free' in node.log())
         assert node.process.wait(20) == 0
@@ -180,12 +207,15 @@ def test_files_that_are_too_large(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'data').write_bytes(b'x' * 2000)
     with NodeProcess(tmp_path / 'node', '--max-file-size', '1k') as node:
-        with dispy.JobCluster(square, nodes=[node.address], depends=[str(tmp_path / 'data')], loglevel=logging.CRITICAL) as cluster:
-            with pytest.raises(dispy.NoNodes, match='data has 2000 bytes and the node takes 1024 at most .its --max-file-size'):
+        with dispy.JobCluster(square, nodes=[node.address], depends=[str(tmp_path / 'data')],
+                              loglevel=logging.CRITICAL) as cluster:
+            with pytest.raises(dispy.NoNodes, match='data has 2000 bytes '
+                               'and the node takes 1024 at most .its --max-file-size'):
                 cluster.wait_nodes(1, 1)
             cluster.close(terminate=True)
         with dispy.JobCluster(send, nodes=[node.address]) as cluster:
-            jobs = [cluster.submit(1024), cluster.submit(1025), cluster.submit(1, dispy_job_depends=[str(tmp_path / 'data')])]
+            jobs = [cluster.submit(1024), cluster.submit(1025),
+                    cluster.submit(1, dispy_job_depends=[str(tmp_path / 'data')])]
             assert jobs[0]() == 0
             for job in jobs[1:]:
                 assert job() is None and '--max-file-size' in job.exception
@@ -199,16 +229,19 @@ def test_a_stranger_has_as_long_as_msg_timeout_says(tmp_path):
             assert sock.recv(100) == b''
 
 
-# -- the prompt -------------------------------------------------------------------------------------------
+# -- the prompt ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('line, event', [
-    ('quit', Stop()), ('stop', Pause('operator', 'its operator has stopped it')), ('start', Resume('operator')), ('release', Release()),
-    ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('', Status()), ('status', Status()), ('help me', Status())])
+    ('quit', Stop()), ('stop', Pause('operator', 'its operator has stopped it')),
+    ('start', Resume('operator')), ('release', Release()),
+    ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('', Status()), ('status', Status()),
+    ('help me', Status())])
 def test_commands(line, event):
     assert parse_command(line) == event
 
 
-@pytest.mark.parametrize('line', ['cpus', 'cpus x', 'cpus 1 2', 'cpus 0', 'cpus -%d' % available_cpus()])
+@pytest.mark.parametrize('line',
+                         ['cpus', 'cpus x', 'cpus 1 2', 'cpus 0', 'cpus -%d' % available_cpus()])
 def test_wrong_commands(line):
     with pytest.raises(ValueError, match='cpus'):
         parse_command(line)
@@ -222,8 +255,9 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         self.log, self.text = str(directory / 'log'), b''
         with open(self.log, 'wb') as log:
-            self.process = subprocess.Popen([*DAEMON[:-1], str(cpus), '--dest-path-prefix', str(directory / 'node'), *options],
-                                            stdin=theirs, stdout=theirs, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                [*DAEMON[:-1], str(cpus), '--dest-path-prefix', str(directory / 'node'), *options],
+                stdin=theirs, stdout=theirs, stderr=log, start_new_session=True)
         os.close(theirs)
         os.set_blocking(self.ours, False)
 
@@ -261,21 +295,25 @@ def test_the_prompt(tmp_path):
     with Terminal(tmp_path) as terminal:
         eventually(lambda: terminal.shows('commands: quit, stop, start'))
         terminal.type(b'\n')
-        eventually(lambda: terminal.shows('0 of 2 CPUs used, takes jobs') and terminal.shows('held by no client'))
+        eventually(lambda: terminal.shows('0 of 2 CPUs used, takes jobs')
+                   and terminal.shows('held by no client'))
         with dispy.JobCluster(hold, nodes=[terminal.address], loglevel=logging.CRITICAL) as cluster:
             flag = Gate(tmp_path / 'flag')
             job = cluster.submit(flag.path)
             eventually(flag.started)
             terminal.type(b'what?\n')
-            eventually(lambda: terminal.shows('1 of 2 CPUs used') and terminal.shows('held by ') and terminal.shows('PID %d' % os.getpid())
+            eventually(lambda: terminal.shows('1 of 2 CPUs used') and terminal.shows('held by ')
+                       and terminal.shows('PID %d' % os.getpid())
                        and terminal.shows('1 jobs running, 0 waiting, 0 done'))
             terminal.type(b'cpus 1\n')
             eventually(lambda: [node.cpus for node in cluster.status().nodes] == [1])
             terminal.type(b'cpus 1000x\n')
             eventually(lambda: terminal.shows('N is a number'))
             terminal.type(b'release\n')
-            assert job.wait(20) and job.status == DispyJob.Abandoned and 'taken from this client' in job.exception
-            eventually(lambda: [node for node in cluster.status().all_nodes if 'operator has taken it' in node.reason])
+            assert (job.wait(20) and job.status == DispyJob.Abandoned
+                    and 'taken from this client' in job.exception)
+            eventually(lambda: [node for node in cluster.status().all_nodes
+                                if 'operator has taken it' in node.reason])
             eventually(lambda: terminal.said('free'))
         terminal.type(b'quit\n')
         assert terminal.process.wait(20) == 0
@@ -314,15 +352,17 @@ def test_a_daemon_leaves_the_terminal_alone_and_outlives_it(tmp_path):
         assert terminal.process.wait(20) == 0
 
 
-# -- no terminal, containers ------------------------------------------------------------------------------
+# -- no terminal, containers -----------------------------------------------------------------------
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs a POSIX shell')
 @pytest.mark.parametrize('closed', ['<&-', '<&- >&- 2>&-', '>&-', '</dev/null'])
 def test_closed_standard_files(tmp_path, closed):
     """And none of them is mistaken for a socket: jobs print, and programs run."""
     log = tmp_path / 'log'
-    process = subprocess.Popen(['sh', '-c', 'exec "$@" ' + closed, 'sh', *DAEMON, '--dest-path-prefix', str(tmp_path / 'node'),
-                                '--log-file', str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(['sh', '-c', 'exec "$@" ' + closed, 'sh', *DAEMON,
+                                '--dest-path-prefix', str(tmp_path / 'node'),
+                                '--log-file', str(log)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         eventually(lambda: log.exists() and 'at port' in log.read_text())
         port = int(log.read_text().split('at port ')[1].split(',')[0])
@@ -341,29 +381,37 @@ def test_closed_standard_files(tmp_path, closed):
 
 
 def in_container(command):
-    """`command` of a shell as PID 1 of a namespace of its own; the process on this side that is its PID 1."""
-    outside = subprocess.Popen(['unshare', '--kill-child', '--pid', '--fork', '--mount-proc', 'sh', '-c', command])
-    return outside, eventually(lambda: psutil.Process(outside.pid).children() or outside.poll() is not None)
+    """`command` of a shell as PID 1 of a namespace of its own; the process on this side that is its
+    PID 1."""
+    outside = subprocess.Popen(['unshare', '--kill-child', '--pid', '--fork', '--mount-proc', 'sh',
+                                '-c', command])
+    return outside, eventually(lambda: psutil.Process(outside.pid).children()
+                               or outside.poll() is not None)
 
 
 @root_only
-@pytest.mark.skipif(not shutil.which('unshare') or subprocess.call(['unshare', '--kill-child', '--pid', '--fork', '--mount-proc', 'true'], stderr=subprocess.DEVNULL),
+@pytest.mark.skipif(not shutil.which('unshare')
+                    or subprocess.call(['unshare', '--kill-child', '--pid', '--fork',
+                                        '--mount-proc', 'true'], stderr=subprocess.DEVNULL),
                     reason='no PID namespaces (unshare) here')
 def test_as_pid_1_it_reaps_orphans_and_sigterm_ends_it(tmp_path):
     log = tmp_path / 'log'
-    outside, (inside,) = in_container('sh -c "sleep 0.01 & sleep 1 & sleep 1 &"; exec %s --dest-path-prefix %s --log-file %s'
+    outside, (inside,) = in_container('sh -c "sleep 0.01 & sleep 1 & '
+                                      'sleep 1 &"; exec %s --dest-path-prefix %s --log-file %s'
                                       % (' '.join(DAEMON), tmp_path / 'node', log))
     try:
         eventually(lambda: log.exists() and 'PID 1\n' in log.read_text())
         port = int(log.read_text().split('at port ')[1].split(',')[0])
         with dispy.JobCluster(square, nodes=[('127.0.0.1', port)]) as cluster:
             assert [cluster.submit(n)() for n in range(3)] == [0, 1, 4]
-            runner, = [child for child in inside.children() if 'runner_start' in ' '.join(child.cmdline())]
+            runner, = [child for child in inside.children()
+                       if 'runner_start' in ' '.join(child.cmdline())]
             orphans = [child for child in inside.children() if 'sleep' in child.name()]
             eventually(lambda: not [child for child in orphans if child.is_running()])
             runner.kill()   # is not mistaken for one
             eventually(lambda: cluster.submit(5)() == 25)   # the first may have come too early
-        eventually(lambda: not [child for child in inside.children() if child.status() == psutil.STATUS_ZOMBIE])
+        eventually(lambda: not [child for child in inside.children()
+                                if child.status() == psutil.STATUS_ZOMBIE])
         inside.terminate()
         assert outside.wait(20) == 0
         assert log.read_text().rstrip().endswith('ended')
@@ -379,13 +427,14 @@ def test_no_descriptor_is_lost_from_client_to_client(tmp_path):
         for _ in range(4):
             with dispy.JobCluster(square, nodes=[node.address]) as cluster:
                 assert cluster.submit(3)() == 9
-            eventually(lambda: not psutil.Process(node.process.pid).children(recursive=True)[1:])   # the tracker of multiprocessing stays
+            # The tracker of multiprocessing stays
+            eventually(lambda: not psutil.Process(node.process.pid).children(recursive=True)[1:])
             counts.append(len(os.listdir('/proc/%d/fd' % node.process.pid)))
         # What belonged to the last one may be closed a moment later.
         eventually(lambda: len(os.listdir('/proc/%d/fd' % node.process.pid)) <= counts[1])
 
 
-# -- jobs of another user ---------------------------------------------------------------------------------
+# -- jobs of another user --------------------------------------------------------------------------
 
 def who(secret):
     """Who a job is, what it may do, and a file of it."""
@@ -403,8 +452,10 @@ def who(secret):
         back = False
     with open('given') as file:
         given = file.read()
-    return (os.getresuid(), os.getresgid(), 0 in os.getgroups(), opened, back, 'DISPY_SECRET' in os.environ, os.environ['USER'], given,
-            dispy_send_file('mine'), os.access('..', os.W_OK), os.access('../..', os.W_OK))   # noqa: F821
+    return (os.getresuid(), os.getresgid(), 0 in os.getgroups(), opened, back,
+            'DISPY_SECRET' in os.environ, os.environ['USER'], given,
+            dispy_send_file('mine'),   # noqa: F821
+            os.access('..', os.W_OK), os.access('../..', os.W_OK))
 
 
 @pytest.fixture
@@ -420,10 +471,13 @@ def open_directory():
 def python_for_all():
     """A Python of this minor version that the user nobody can run with our files."""
     nobody = pytest.importorskip('pwd').getpwnam('nobody').pw_uid
-    probe = 'import sys, dataclasses; open(%r); print(sys.version_info[:2])' % os.path.join(ROOT, 'dispynode.py')
-    for python in filter(None, [sys.executable, *map(shutil.which, ('python%d.%d' % sys.version_info[:2], 'python3')), '/usr/bin/python3']):
+    probe = ('import sys, dataclasses; open(%r); print(sys.version_info[:2])'
+             % os.path.join(ROOT, 'dispynode.py'))
+    for python in filter(None, [sys.executable, *map(
+            shutil.which, ('python%d.%d' % sys.version_info[:2], 'python3')), '/usr/bin/python3']):
         try:
-            found = subprocess.run([python, '-c', probe], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd='/',
+            found = subprocess.run([python, '-c', probe], stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, cwd='/',
                                    preexec_fn=lambda: os.setuid(nobody))
         except OSError:
             continue
@@ -442,24 +496,28 @@ def test_jobs_of_another_user(tmp_path, open_directory, python_for_all, monkeypa
         file.write(os.environ['DISPY_SECRET'])
     os.chmod(secret, 0o600)
     given.write_text('a gift')
-    with NodeProcess(open_directory, '--user', 'nobody', '--secret-file', secret, python=python_for_all) as node:
+    with NodeProcess(open_directory, '--user', 'nobody', '--secret-file', secret,
+                     python=python_for_all) as node:
         assert 'jobs run as root' not in node.log()
         with dispy.JobCluster(who, nodes=[node.address], depends=[str(given)]) as cluster:
             job = cluster.submit(secret)
             found = job()
             assert job.exception is None, job.exception
-            assert found == ((nobody.pw_uid,) * 3, (nobody.pw_gid,) * 3, False, False, False, False, 'nobody', 'a gift', 0, True, False)
+            assert found == ((nobody.pw_uid,) * 3, (nobody.pw_gid,) * 3, False, False, False, False,
+                             'nobody', 'a gift', 0, True, False)
         assert (tmp_path / 'mine').read_text() == 'from uid %d' % nobody.pw_uid
         with dispy.JobCluster(square, nodes=[node.address], dest_path='a/b') as cluster:
             assert cluster.submit(3)() == 9
         assert psutil.Process(node.process.pid).uids().effective == 0
         assert node.stop() == 0
-        assert sorted(name for _, _, names in os.walk(node.prefix) for name in names) == ['dispy-node', 'lock', 'memory']
+        assert (sorted(name for _, _, names in os.walk(node.prefix) for name in names)
+                == ['dispy-node', 'lock', 'memory'])
 
 
 @root_only
 def test_what_a_job_has_planted_leads_nowhere(tmp_path, open_directory, python_for_all):
-    """A link in the place of a directory of the next computation is followed with the user's rights alone."""
+    """A link in the place of a directory of the next computation is followed with the user's rights
+    alone."""
     target = os.path.join(open_directory, 'private')
     os.mkdir(target, 0o700)
 
@@ -472,7 +530,8 @@ def test_what_a_job_has_planted_leads_nowhere(tmp_path, open_directory, python_f
     with NodeProcess(open_directory, '--user', 'nobody', python=python_for_all) as node:
         with dispy.JobCluster(plant, nodes=[node.address]) as cluster:
             assert cluster.submit(target)().endswith('user-nobody')
-        with dispy.JobCluster(square, nodes=[node.address], dest_path='a/b', depends=[str(given)], loglevel=logging.CRITICAL) as cluster:
+        with dispy.JobCluster(square, nodes=[node.address], dest_path='a/b', depends=[str(given)],
+                              loglevel=logging.CRITICAL) as cluster:
             with pytest.raises(dispy.NoNodes, match='cannot be stored'):
                 cluster.wait_nodes(1, 1)
             cluster.close(terminate=True)
@@ -495,7 +554,8 @@ def test_a_user_that_is_not_there():
 def test_a_directory_that_the_user_cannot_reach(open_directory, python_for_all):
     closed = os.path.join(open_directory, 'closed')
     os.mkdir(closed, 0o700)
-    code, err = run_node('-p', '0', '--user', 'nobody', '--dest-path-prefix', os.path.join(closed, 'node'), python=python_for_all)
+    code, err = run_node('-p', '0', '--user', 'nobody', '--dest-path-prefix',
+                         os.path.join(closed, 'node'), python=python_for_all)
     assert code == 1 and 'nobody' in err and '--dest-path-prefix' in err and 'Traceback' not in err
 
 
@@ -506,15 +566,17 @@ def test_only_root_may_name_a_user(monkeypatch):
         find_user('nobody')
 
 
-# -- examples/deploy --------------------------------------------------------------------------------------
+# -- examples/deploy -------------------------------------------------------------------------------
 
 DEPLOY = os.path.join(ROOT, 'examples', 'deploy')
 
 
 @pytest.mark.skipif(not shutil.which('systemd-analyze'), reason='no systemd-analyze here')
-@pytest.mark.skipif(not os.path.exists('/usr/bin/python3'), reason='no /usr/bin/python3 here, which the unit file names')
+@pytest.mark.skipif(not os.path.exists('/usr/bin/python3'),
+                    reason='no /usr/bin/python3 here, which the unit file names')
 def test_the_unit_file():
-    done = subprocess.run(['systemd-analyze', 'verify', os.path.join(DEPLOY, 'dispynode.service')], stderr=subprocess.PIPE)
+    done = subprocess.run(['systemd-analyze', 'verify', os.path.join(DEPLOY, 'dispynode.service')],
+                          stderr=subprocess.PIPE)
     assert done.returncode == 0 and b'dispynode.service' not in done.stderr, done.stderr.decode()
 
 
@@ -522,7 +584,8 @@ def test_the_compose_file():
     yaml = pytest.importorskip('yaml', reason='no parser of YAML here')
     with open(os.path.join(DEPLOY, 'compose.yaml')) as file:
         services = yaml.safe_load(file)['services']
-    assert services['node']['deploy']['replicas'] == 3 and services['client']['depends_on'] == ['node']
+    assert (services['node']['deploy']['replicas'] == 3
+            and services['client']['depends_on'] == ['node'])
 
 
 def test_options_of_the_examples_exist():
@@ -536,7 +599,8 @@ def test_options_of_the_examples_exist():
 
 @pytest.mark.parametrize('words, hosts', [
     (('',), ('',)), (('0.0.0.0',), ('',)), (('::',), ('',)), (('127.0.0.1', '0.0.0.0'), ('',)),
-    (('127.0.0.1', 'localhost', '127.0.0.1'), ('127.0.0.1',)), (('127.0.0.1', '127.0.0.2'), ('127.0.0.1', '127.0.0.2'))])
+    (('127.0.0.1', 'localhost', '127.0.0.1'), ('127.0.0.1',)),
+    (('127.0.0.1', '127.0.0.2'), ('127.0.0.1', '127.0.0.2'))])
 def test_addresses_to_listen_at(words, hosts):
     """A wildcard is all addresses and is told to nobody; one that is named twice is one."""
     assert own_hosts(words) == hosts

@@ -1,4 +1,5 @@
-"""`dispy deploy` and `dispy stop`, and a forwarded port, by ssh to a real sshd on loopback; homes are the tests' own."""
+"""`dispy deploy` and `dispy stop`, and a forwarded port, by ssh to a real sshd on loopback; homes
+are the tests' own."""
 
 import json
 import os
@@ -24,12 +25,15 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = needs_sshd
 SECRET = os.environ['DISPY_SECRET']
-OLD = sys.executable + """ -c 'import sys; sys.version_info, sys.version = (3, 7, 0), "3.7.0 (of old)"; exec(sys.stdin.read())'"""
+OLD = sys.executable + (
+    """ -c 'import sys; sys.version_info, sys.version = (3, 7, 0), "3.7.0 (of old)"; """
+    """exec(sys.stdin.read())'""")
 NODE = ('-i', '127.0.0.1', '-p', '0', '-c', '1')
 
 
 class Host:
-    """An sshd at a port of its own, whose sessions have HOME, and all else that a node writes to, in a directory."""
+    """An sshd at a port of its own, whose sessions have HOME, and all else that a node writes to,
+    in a directory."""
 
     def __init__(self, directory):
         self.home, self.temporary = str(directory / 'home'), str(directory / 'temporary')
@@ -42,33 +46,40 @@ class Host:
         with socket.socket() as sock:
             sock.bind(('127.0.0.1', 0))
             self.port = sock.getsockname()[1]
-        lines = ['ListenAddress 127.0.0.1', 'Port %d' % self.port, 'HostKey ' + key, 'AuthorizedKeysFile %s.pub' % key,
-                 'StrictModes no', 'UsePAM no', 'PasswordAuthentication no', 'PidFile none', 'MaxStartups 100',
-                 'SetEnv HOME=%s XDG_CONFIG_HOME=%s/.config TMPDIR=%s' % (self.home, self.home, self.temporary)]
+        lines = ['ListenAddress 127.0.0.1', 'Port %d' % self.port, 'HostKey ' + key,
+                 'AuthorizedKeysFile %s.pub' % key, 'StrictModes no', 'UsePAM no',
+                 'PasswordAuthentication no', 'PidFile none', 'MaxStartups 100',
+                 'SetEnv HOME=%s XDG_CONFIG_HOME=%s/.config TMPDIR=%s'
+                 % (self.home, self.home, self.temporary)]
         (directory / 'config').write_text('\n'.join(lines) + '\n')
         with open(str(log), 'wb') as output:
-            self._sshd = subprocess.Popen([SSHD, '-D', '-e', '-f', str(directory / 'config')], stdin=subprocess.DEVNULL,
-                                          stdout=output, stderr=output)
+            self._sshd = subprocess.Popen([SSHD, '-D', '-e', '-f', str(directory / 'config')],
+                                          stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         self.name = 'ssh://127.0.0.1:%d' % self.port
-        self.ssh = ['ssh', '-F', 'none', '-i', key, '-o', 'IdentitiesOnly=yes', '-o', 'UserKnownHostsFile=/dev/null',
+        self.ssh = ['ssh', '-F', 'none', '-i', key, '-o', 'IdentitiesOnly=yes', '-o',
+                    'UserKnownHostsFile=/dev/null',
                     '-o', 'StrictHostKeyChecking=no', '-o', 'LogLevel=ERROR']
         self.directory = os.path.join(self.home, '.dispy', platform.node() or 'node')
         self.secret = os.path.join(self.home, '.config', 'dispy', 'secret')
         try:
-            eventually(lambda: self._sshd.poll() is not None or 'Server listening' in log.read_text(), what='start of sshd')
-            session = subprocess.run([*self.ssh, self.name, 'echo $HOME'], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            eventually(lambda: self._sshd.poll() is not None
+                       or 'Server listening' in log.read_text(), what='start of sshd')
+            session = subprocess.run([*self.ssh, self.name, 'echo $HOME'], stdin=subprocess.DEVNULL,
+                                     stdout=subprocess.PIPE,
                                      stderr=subprocess.STDOUT, timeout=30).stdout.decode().strip()
             if session != self.home:
-                pytest.skip('this user cannot have an sshd here: %s; %s' % (session, log.read_text()[-300:]))
+                pytest.skip('this user cannot have an sshd here: %s; %s'
+                            % (session, log.read_text()[-300:]))
         except BaseException:
             self.close()
             raise
 
     def dispy(self, task, *args, python=sys.executable, host=None):
         """(exit status, rows as {host: text}, stderr) of `dispy deploy` or `stop` of this host."""
-        done = subprocess.run([sys.executable, '-m', 'dispy', task, '--ssh', shlex.join(self.ssh), '--python', python,
-                               *([host or self.name] if host != '' else []), *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=120)
+        done = subprocess.run(
+            [sys.executable, '-m', 'dispy', task, '--ssh', shlex.join(self.ssh), '--python', python,
+             *([host or self.name] if host != '' else []), *args], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
         rows = [line.split(None, 1) for line in done.stdout.decode().splitlines()]
         return done.returncode, dict(rows), done.stderr.decode()
 
@@ -87,8 +98,9 @@ class Host:
 
     def nothing_is_left(self):
         """Whether the home and the directory for temporary files are as they were."""
-        return not os.listdir(self.temporary) and not [name for _, _, names in os.walk(self.home) for name in names] \
-            and not os.path.exists(os.path.dirname(self.directory))
+        return (not os.listdir(self.temporary)
+                and not [name for _, _, names in os.walk(self.home) for name in names]
+                and not os.path.exists(os.path.dirname(self.directory)))
 
     def close(self):
         """End a daemon that a failed test has left, and sshd."""
@@ -151,7 +163,8 @@ def test_several_hosts_from_a_file(host, other, tmp_path):
     ports = [int(re.search(r'port (\d+)', text).group(1)) for text in rows.values()]
     with dispy.JobCluster(where, nodes=[('127.0.0.1', port) for port in ports]) as cluster:
         cluster.wait_nodes(2, timeout=20)
-    assert host.dispy('stop', '--hosts', str(hosts), host='') == (0, {host.name: 'stopped', localhost: 'stopped'}, '')
+    assert (host.dispy('stop', '--hosts', str(hosts), host='')
+            == (0, {host.name: 'stopped', localhost: 'stopped'}, ''))
     assert host.nothing_is_left() and other.nothing_is_left()
 
 
@@ -183,8 +196,9 @@ def test_a_host_that_does_not_know_the_key(host, other):
     assert code == 1 and 'Permission denied (publickey' in text
 
 
-@pytest.mark.parametrize('python, text', [('/no/such/python', '/no/such/python'), ('true', 'no word of what was done'),
-                                          ("sh -c 'echo Here I am; echo Not today >&2'", 'Not today'), (OLD, 'this is 3.7.0 (--python)')])
+@pytest.mark.parametrize('python, text', [
+    ('/no/such/python', '/no/such/python'), ('true', 'no word of what was done'),
+    ("sh -c 'echo Here I am; echo Not today >&2'", 'Not today'), (OLD, 'this is 3.7.0 (--python)')])
 def test_a_python_that_is_none(host, python, text):
     code, found = host.one('deploy', '--', *NODE, python=python)
     assert code == 1 and found.startswith('FAILED: ') and text in found and host.nothing_is_left()
@@ -194,7 +208,8 @@ def test_the_port_is_in_use(host, tmp_path):
     """What the node itself says is shown, and nothing stays there, the secret neither."""
     with NodeProcess(tmp_path / 'node') as node:
         code, text = host.one('deploy', '--', '-i', '127.0.0.1', '-p', str(node.port))
-    assert code == 1 and text.startswith('FAILED: dispynode: port %d is in use' % node.port) and host.nothing_is_left()
+    assert (code == 1 and text.startswith('FAILED: dispynode: port %d is in use' % node.port)
+            and host.nothing_is_left())
 
 
 def test_other_options(host):
@@ -230,16 +245,19 @@ def test_a_replacement_that_does_not_start(host, tmp_path):
     _, _, pid = host.deploy()
     with NodeProcess(tmp_path / 'node') as node:
         code, text = host.one('deploy', '--', '-i', '127.0.0.1', '-p', str(node.port))
-    assert code == 1 and 'is in use' in text and text.endswith('(PID %d, which ran, was ended)' % pid)
+    assert (code == 1 and 'is in use' in text
+            and text.endswith('(PID %d, which ran, was ended)' % pid))
     assert ended(pid) and host.nothing_is_left()
 
 
 def test_one_host_by_two_names(host):
-    """Two deployments at once do not get in each other's way: one starts the node, the other says what it found."""
+    """Two deployments at once do not get in each other's way: one starts the node, the other says
+    what it found."""
     code, rows, err = host.dispy('deploy', host.name.replace('127.0.0.1', 'localhost'), '--', *NODE)
     texts = sorted(rows.values(), reverse=True)
     assert texts[0].startswith('started') and not err
-    assert texts[1].startswith('runs already') if code == 0 else texts[1].endswith('is at work on this host')
+    assert (texts[1].startswith('runs already') if code == 0
+            else texts[1].endswith('is at work on this host'))
     assert host.one('stop') == (0, 'stopped') and host.nothing_is_left()
 
 
@@ -277,7 +295,8 @@ def test_a_pid_where_there_is_no_proc(monkeypatch):
     isdir = os.path.isdir
     monkeypatch.setattr(os.path, 'isdir', lambda path: path != '/proc/self' and isdir(path))
     deployed = dispy.Deployment()
-    with subprocess.Popen([sys.executable, '-c', 'input()', deployed._script], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, '-c', 'input()', deployed._script],
+                          stdin=subprocess.PIPE) as process:
         for pid, expected in ((process.pid, process.pid), (os.getpid(), 0), (0, 0)):
             deployed._note = {'pid': pid}
             assert deployed._running() == expected
@@ -287,7 +306,8 @@ def test_a_pid_where_there_is_no_proc(monkeypatch):
 
 
 def test_a_secret_that_is_there(host):
-    """Another one is not overwritten, unless that is told; one that deploy has not put there stays."""
+    """Another one is not overwritten, unless that is told; one that deploy has not put there
+    stays."""
     os.makedirs(os.path.dirname(host.secret))
     for text in ('another secret, of somebody', SECRET):
         with open(host.secret, 'w') as file:
@@ -316,26 +336,32 @@ def test_the_secret_of_before_comes_back(host, tmp_path):
         file.write('another secret, of somebody\n')
     os.chmod(host.secret, 0o600)
     with NodeProcess(tmp_path / 'node') as node:
-        code, text = host.one('deploy', '--replace-secret', '--', '-i', '127.0.0.1', '-p', str(node.port))
-    assert code == 1 and 'is in use' in text and open(host.secret).read() == 'another secret, of somebody\n'
+        code, text = host.one('deploy', '--replace-secret', '--', '-i', '127.0.0.1', '-p',
+                              str(node.port))
+    assert (code == 1 and 'is in use' in text
+            and open(host.secret).read() == 'another secret, of somebody\n')
 
 
 @pytest.mark.parametrize('args, text', [
-    ((), 'no HOST'), (('--hosts', '/no/such/file'), '/no/such/file'), (('--ssh', '/no/such/ssh', 'x'), '/no/such/ssh'),
+    ((), 'no HOST'), (('--hosts', '/no/such/file'), '/no/such/file'),
+    (('--ssh', '/no/such/ssh', 'x'), '/no/such/ssh'),
     (('x', '--', '--colour'), '--colour'), (('x', '--', '-s', 'secret'), 'list of processes'),
     (('--secret-file', '/no/such/secret', 'x'), '/no/such/secret')])
 def test_wrong_usage(args, text):
-    done = subprocess.run([sys.executable, '-m', 'dispy', 'deploy', *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, '-m', 'dispy', 'deploy', *args],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 2 and text in done.stderr.decode() and b'Traceback' not in done.stderr and not done.stdout
+    assert (done.returncode == 2 and text in done.stderr.decode()
+            and b'Traceback' not in done.stderr and not done.stdout)
 
 
 def test_a_program_called_deploy(tmp_path):
     program = tmp_path / 'deploy'
     program.write_text('#!/bin/sh\necho "it ran with $1"\n')
     program.chmod(0o755)
-    done = subprocess.run([sys.executable, '-m', 'dispy', '-n', 'local', '-a', 'this', './deploy'], cwd=str(tmp_path),
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, env=dict(os.environ, PYTHONPATH=ROOT))
+    done = subprocess.run([sys.executable, '-m', 'dispy', '-n', 'local', '-a', 'this', './deploy'],
+                          cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          timeout=60, env=dict(os.environ, PYTHONPATH=ROOT))
     assert (done.returncode, done.stdout) == (0, b'it ran with this\n')
 
 
@@ -345,8 +371,9 @@ def test_a_forwarded_port(host, tmp_path):
         sock.bind(('127.0.0.1', 0))
         port = sock.getsockname()[1]
     with NodeProcess(tmp_path / 'node') as node:
-        tunnel = subprocess.Popen([*host.ssh, '-N', '-L', '127.0.0.1:%d:127.0.0.1:%d' % (port, node.port),
-                                   '-o', 'ExitOnForwardFailure=yes', host.name], stdin=subprocess.DEVNULL)
+        tunnel = subprocess.Popen(
+            [*host.ssh, '-N', '-L', '127.0.0.1:%d:127.0.0.1:%d' % (port, node.port),
+             '-o', 'ExitOnForwardFailure=yes', host.name], stdin=subprocess.DEVNULL)
         try:
             with dispy.JobCluster(where, nodes=[('127.0.0.1', port)]) as cluster:
                 cluster.wait_nodes(1, timeout=20)

@@ -47,7 +47,8 @@ def fail(n):
 
 def test_any_function_a_call(executor):
     offset = 5
-    futures = [executor.submit(square, 3), executor.submit(square, 3, m=1), executor.submit(lambda n: n + offset, 1),
+    futures = [executor.submit(square, 3), executor.submit(square, 3, m=1),
+               executor.submit(lambda n: n + offset, 1),
                executor.submit(len, 'four'), executor.submit('{}-{}'.format, 1, 2)]
     assert [future.result(30) for future in futures] == [9, 10, 6, 4, '1-2']
     with pytest.raises(TypeError, match='cannot be called'):
@@ -67,12 +68,14 @@ def test_wait_and_as_completed(executor):
     futures = [executor.submit(square, n) for n in range(50)]
     done, left = concurrent.futures.wait(futures, timeout=30)
     assert done == set(futures) and not left
-    assert sorted(future.result() for future in concurrent.futures.as_completed(futures)) == [n * n for n in range(50)]
+    assert (sorted(future.result() for future in concurrent.futures.as_completed(futures))
+            == [n * n for n in range(50)])
 
 
 @pytest.mark.parametrize('chunksize', [1, 7, 1000])
 def test_map(executor, chunksize):
-    assert list(executor.map(square, range(100), range(100), chunksize=chunksize)) == [n * n + n for n in range(100)]
+    assert (list(executor.map(square, range(100), range(100), chunksize=chunksize))
+            == [n * n + n for n in range(100)])
     with pytest.raises(Odd, match='no 0'):
         list(executor.map(fail, range(3), chunksize=chunksize))
     with pytest.raises(ValueError, match='chunksize=0'):
@@ -207,8 +210,10 @@ def begin(value):
 
 
 def test_an_initializer_runs_in_every_worker_process():
-    with dispy.DispyExecutor(initializer=begin, initargs=('x',), max_tasks_per_child=2, nodes='local') as executor:
-        futures = [executor.submit(lambda: (os.environ['SET_BY_INITIALIZER'], os.getpid())) for _ in range(8)]
+    with dispy.DispyExecutor(initializer=begin, initargs=('x',), max_tasks_per_child=2,
+                             nodes='local') as executor:
+        futures = [executor.submit(lambda: (os.environ['SET_BY_INITIALIZER'], os.getpid()))
+                   for _ in range(8)]
         found = [future.result(30) for future in futures]
     assert all(text == 'x%d' % pid for text, pid in found)
     assert max([pid for _, pid in found].count(pid) for _, pid in found) <= 2
@@ -218,7 +223,8 @@ def test_an_initializer_runs_in_every_worker_process():
         dispy.DispyExecutor(max_tasks_per_child=0)
 
 
-@pytest.mark.parametrize('how', [lambda: fail(7), lambda: os._exit(3)], ids=['raises', 'ends the process'])
+@pytest.mark.parametrize('how', [lambda: fail(7), lambda: os._exit(3)],
+                         ids=['raises', 'ends the process'])
 def test_an_initializer_that_fails_breaks_the_executor(how):
     with dispy.DispyExecutor(initializer=how, nodes='local', loglevel=logging.CRITICAL) as executor:
         futures = [executor.submit(square, n) for n in range(20)]
@@ -233,10 +239,13 @@ def test_an_initializer_that_fails_breaks_the_executor(how):
 def test_the_start_method_is_noted_once(caplog, monkeypatch):
     monkeypatch.setattr(dispy, '_methods_noted', set())
     with caplog.at_level(logging.INFO, 'dispy'):
-        for context in ('forkserver', 'forkserver', 'spawn', multiprocessing.get_context('spawn'), None, 'fork'):
-            dispy.DispyExecutor(mp_context=context, nodes=[('127.0.0.1', 9)], loglevel=logging.INFO).shutdown()
-    assert [record.getMessage() for record in caplog.records if 'mp_context' in record.getMessage()] == [
-        'mp_context: workers are started by spawn, as there is no forkserver']
+        for context in ('forkserver', 'forkserver', 'spawn', multiprocessing.get_context('spawn'),
+                        None, 'fork'):
+            dispy.DispyExecutor(mp_context=context, nodes=[('127.0.0.1', 9)],
+                                loglevel=logging.INFO).shutdown()
+    assert [record.getMessage()
+            for record in caplog.records if 'mp_context' in record.getMessage()] == [
+                'mp_context: workers are started by spawn, as there is no forkserver']
 
 
 def test_any_name_can_be_a_keyword_of_the_call(executor, make_cluster):
@@ -255,9 +264,11 @@ def test_what_cannot_be_pickled_or_opened_is_the_exception_of_the_future(executo
     assert isinstance(executor.submit(square, Stubborn()).exception(5), pickle.PicklingError)
     with pytest.raises(pickle.PicklingError):
         list(executor.map(square, [1, Stubborn()]))
-    for there in (executor.submit(capture, Bad(ValueError('odd'))), executor.submit(Bad, SystemExit(3))):
+    for there in (executor.submit(capture, Bad(ValueError('odd'))),
+                  executor.submit(Bad, SystemExit(3))):
         error = there.exception(30)
-        assert isinstance(error, dispy.WorkerLost) and isinstance(error, concurrent.futures.BrokenExecutor)
+        assert isinstance(error, dispy.WorkerLost) and isinstance(error,
+                                                                  concurrent.futures.BrokenExecutor)
     assert executor.submit(square, 3).result(30) == 9   # it goes on
 
 
@@ -266,7 +277,8 @@ def test_a_worker_that_is_killed(executor):
     pid = future.result(30)
     assert psutil.pid_exists(pid)
     error = executor.submit(os.kill, 0, signal.SIGKILL).exception(30)
-    assert isinstance(error, concurrent.futures.BrokenExecutor) and isinstance(error, dispy.JobFailed)
+    assert (isinstance(error, concurrent.futures.BrokenExecutor)
+            and isinstance(error, dispy.JobFailed))
     assert executor.submit(square, 4).result(30) == 16
     late = executor.with_options(timeout=0.2).submit(time.sleep, 60).exception(30)
     assert type(late) is dispy.JobFailed
@@ -276,7 +288,8 @@ def test_a_future_shows_that_it_runs(executor):
     future = executor.submit(own_pid, 1.0)
     eventually(future.running)
     assert future._state == 'RUNNING' and 'state=running' in repr(future) and not future.cancel()
-    assert future.result(30) and future._state == 'FINISHED' and future.job.status == dispy.DispyJob.Finished
+    assert (future.result(30) and future._state == 'FINISHED'
+            and future.job.status == dispy.DispyJob.Finished)
 
 
 def test_results_are_freed_with_the_last_reference(executor):
@@ -291,7 +304,8 @@ def test_results_are_freed_with_the_last_reference(executor):
         future = executor.submit(Thing, 1)
         job, seen = weakref.ref(future), weakref.ref(future.result(30))
         del future
-        eventually(lambda: seen() is None and job() is None, what='the end of a future and its result')
+        eventually(lambda: seen() is None and job() is None,
+                   what='the end of a future and its result')
     finally:
         gc.enable()
 
@@ -302,7 +316,8 @@ def test_map_takes_inputs_as_results_are_taken(executor):
     assert next(results) == 0 and next(results) == 1 and len(taken) == 5
     results.close()
     taken.clear()
-    chunks = executor.map(square, (taken.append(n) or n for n in itertools.count()), buffersize=2, chunksize=10)
+    chunks = executor.map(square, (taken.append(n) or n for n in itertools.count()), buffersize=2,
+                          chunksize=10)
     assert [next(chunks) for _ in range(3)] == [0, 1, 4] and len(taken) == 30
     chunks.close()
     for wrong, error in ((0, ValueError), ('x', TypeError)):
@@ -373,8 +388,8 @@ def test_asyncio(executor, tmp_path):
         assert await loop.run_in_executor(executor, square, 5) == 25
         with pytest.raises(Odd):
             await loop.run_in_executor(executor, fail, 5)
-        assert await asyncio.gather(*(asyncio.wrap_future(executor.submit(square, n)) for n in range(20))) == [
-            n * n for n in range(20)]
+        assert await asyncio.gather(*(asyncio.wrap_future(executor.submit(square, n))
+                                      for n in range(20))) == [n * n for n in range(20)]
         blocking = [executor.submit(wait_for, str(flag)) for _ in range(2 * (os.cpu_count() or 1))]
         waiting = executor.submit(square, 1)
         wrapped = asyncio.wrap_future(waiting)
@@ -388,14 +403,15 @@ def test_asyncio(executor, tmp_path):
     assert all(future.result(30) for future in blocking)
 
 
-# -- joblib ---------------------------------------------------------------------------------------------------------------
+# -- joblib ----------------------------------------------------------------------------------------
 
 def test_joblib():
     joblib = pytest.importorskip('joblib')
     dispy.register_joblib()
     offset = 10
     with joblib.parallel_backend('dispy', nodes='local'):
-        results = joblib.Parallel(n_jobs=-1)(joblib.delayed(lambda n: n * n + offset)(n) for n in range(100))
+        results = joblib.Parallel(n_jobs=-1)(joblib.delayed(lambda n: n * n + offset)(n)
+                                             for n in range(100))
     assert results == [n * n + 10 for n in range(100)]
 
 

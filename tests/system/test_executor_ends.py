@@ -11,7 +11,8 @@ from conftest import ROOT, eventually, lives
 
 def run_program(text, **options):
     program = 'import sys; sys.path.insert(0, %r)\n%s' % (ROOT, textwrap.dedent(text))
-    return subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
 
 
 def test_the_end_of_the_program_waits_for_calls():

@@ -16,13 +16,14 @@ import pytest
 from conftest import eventually
 
 import dispynode
-from dispynode import Authenticated, Acceptor, HandshakeError, Loop, Role, handshake_dial, tls_context
+from dispynode import (Authenticated, Acceptor, HandshakeError, Loop, Role, handshake_dial,
+                       tls_context)
 
 PSK, OTHER_PSK = b'k' * 32, b'K' * 32
 CLIENT, NODE = b'client instance.', b'instance of node'
 
 
-# -- the gate -------------------------------------------------------------------------------------------------------
+# -- the gate --------------------------------------------------------------------------------------
 
 class House(Loop):
     """A loop that does nothing but keep a gate and those who came in."""
@@ -30,7 +31,8 @@ class House(Loop):
     def __init__(self, **options):
         super().__init__()
         self.arrivals = []
-        self.gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **options)
+        self.gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post,
+                             **options)
         self.add_reader(self.gate.socket, self.gate.on_readable)
         self._thread = threading.Thread(target=self.run)
 
@@ -62,7 +64,8 @@ def house(request):
 
 @pytest.fixture
 def come(house):
-    """Connects to the gate from a loopback address; all are closed in the end, and the gate has noticed."""
+    """Connects to the gate from a loopback address; all are closed in the end, and the gate has
+    noticed."""
     with contextlib.ExitStack() as stack:
         def connect(address='127.0.0.1'):
             try:
@@ -103,7 +106,8 @@ def test_an_honest_peer_comes_in(house, come):
     eventually(lambda: house.arrivals)
     [arrival] = house.arrivals
     assert arrival.address == '127.0.0.1'
-    assert (arrival.session.send_key, arrival.session.peer_instance) == (session.receive_key, CLIENT)
+    assert (arrival.session.send_key, arrival.session.peer_instance) == (session.receive_key,
+                                                                         CLIENT)
 
 
 def test_the_socket_that_came_in_stays_open_and_is_tuned(house, come):
@@ -130,7 +134,8 @@ def test_many_come_in_at_once(house, come):
 
 def test_silent_ones_do_not_keep_others_out(house, come):
     silent = [come() for _ in range(40)]
-    eventually(lambda: sum(map(closed, silent)) == 8, what='end of those over the bound of an address')
+    eventually(lambda: sum(map(closed, silent)) == 8,
+               what='end of those over the bound of an address')
     assert shake(come('127.0.0.2'))
     assert shake(come())    # of that address the oldest makes way
     eventually(lambda: sum(map(closed, silent)) == 9, what='end of the one that made way')
@@ -162,7 +167,8 @@ def test_a_wrong_secret_is_logged_once(house, come, caplog):
 def test_five_failures_shut_the_door_for_that_address_only(house, come):
     for _ in range(5):
         assert turned_away(come())
-    eventually(lambda: house.gate._keeper._failed.get('127.0.0.1', (0, 0))[0] == 5, what='all failures are noted')
+    eventually(lambda: house.gate._keeper._failed.get('127.0.0.1', (0, 0))[0] == 5,
+               what='all failures are noted')
     assert turned_away(come(), PSK)
     assert shake(come('127.0.0.2'))
     eventually(lambda: len(house.arrivals) == 1)
@@ -225,7 +231,7 @@ def test_ipv6():
         gate.server_close()
 
 
-# -- nothing left: descriptors, threads ---------------------------------------------------------------------------------
+# -- nothing left: descriptors, threads ------------------------------------------------------------
 
 @pytest.fixture
 def gate():
@@ -258,8 +264,8 @@ def test_without_descriptors_the_caller_is_turned_away(gate, monkeypatch, caplog
     os.fstat(gate._spare)    # there again for the next time
 
 
-# Guards against: the spare descriptor's number is kept when it could not be opened again, and closed once more later,
-# when it may belong to another file.
+# Guards against: the spare descriptor's number is kept when it could not be opened again, and
+# closed once more later, when it may belong to another file.
 def test_a_lost_spare_descriptor_is_not_closed_again(gate, monkeypatch):
     def no_more(*_args, **_named):
         raise OSError(24, 'Too many open files')
@@ -275,7 +281,8 @@ def test_a_lost_spare_descriptor_is_not_closed_again(gate, monkeypatch):
         assert os.read(reader, 1) == b'x'
     finally:
         for handle in (reader, writer):
-            with contextlib.suppress(OSError):   # closed by somebody else, which the test has shown above
+            # Closed by somebody else, which the test has shown above
+            with contextlib.suppress(OSError):
                 os.close(handle)
 
 
@@ -291,7 +298,7 @@ def test_a_place_is_free_again_when_no_thread_starts(gate, monkeypatch, caplog):
     assert not gate._keeper._open
 
 
-# -- TLS -------------------------------------------------------------------------------------------------------------------
+# -- TLS -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def certificate(tmp_path_factory):
@@ -299,8 +306,8 @@ def certificate(tmp_path_factory):
     if not shutil.which('openssl'):
         pytest.skip('certificates are made with the openssl command')
     path = str(tmp_path_factory.mktemp('certificate') / 'both.pem')
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes',
-                    '-days', '2',
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                    'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
                     '-subj', '/CN=test', '-keyout', path, '-out', path + '.crt'],
                    check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with open(path, 'a') as both, open(path + '.crt') as file:
@@ -317,9 +324,11 @@ def tls_house(certificate):
 
 def tls_shake(house, certificate, psk=PSK):
     """Come in over TLS; the socket is closed when that fails."""
-    sock = tls_context(False, certificate).wrap_socket(socket.create_connection(house.gate.server_address, 10))
+    sock = tls_context(False, certificate).wrap_socket(
+        socket.create_connection(house.gate.server_address, 10))
     try:
-        handshake_dial(sock, psk, Role.CLIENT, Role.NODE, CLIENT, dispynode.certificate_digest(certificate))
+        handshake_dial(sock, psk, Role.CLIENT, Role.NODE, CLIENT,
+                       dispynode.certificate_digest(certificate))
     except BaseException:
         sock.close()
         raise
@@ -353,8 +362,8 @@ def test_a_silent_one_before_tls_does_not_keep_others_out(tls_house, certificate
         tls_shake(tls_house, certificate).close()
 
 
-# Guards against: the TLS socket of a refused peer is not closed but left to the garbage collector (wrap_socket took the
-# descriptor of the one that is closed).
+# Guards against: the TLS socket of a refused peer is not closed but left to the garbage collector
+# (wrap_socket took the descriptor of the one that is closed).
 def test_the_tls_socket_of_a_refused_peer_is_closed(tls_house, certificate):
     before = set(threading.enumerate())
     with warnings.catch_warnings(record=True) as said:

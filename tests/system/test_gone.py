@@ -1,4 +1,5 @@
-"""A program that is gone, at a scheduler: what waits is cancelled, what runs goes on, and who comes back loses nothing."""
+"""A program that is gone, at a scheduler: what waits is cancelled, what runs goes on, and who comes
+back loses nothing."""
 
 import logging
 import math
@@ -33,7 +34,8 @@ def serve(tmp_path, node):
     started = []
 
     def start(*options, port=0):
-        started.append(SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--pulse-interval', '1',
+        started.append(SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port,
+                                        '--pulse-interval', '1',
                                         '--ping-interval', '1', *options, port=port))
         return started[-1]
     yield start
@@ -43,7 +45,8 @@ def serve(tmp_path, node):
 
 @pytest.fixture
 def begun(tmp_path):
-    """A directory where jobs leave files when they begin; they run until there is one called 'end'."""
+    """A directory where jobs leave files when they begin; they run until there is one called
+    'end'."""
     directory = tmp_path / 'begun'
     directory.mkdir()
     yield directory
@@ -62,7 +65,8 @@ class Overview:
     """What the scheduler says of all clusters."""
 
     def __init__(self, scheduler):
-        self._link = SchedulerLink('127.0.0.1', scheduler.port, ConnectionSettings(dispy.find_secret(None), None, None, None, PULSE, 1.0))
+        self._link = SchedulerLink('127.0.0.1', scheduler.port, ConnectionSettings(
+            dispy.find_secret(None), None, None, None, PULSE, 1.0))
 
     def of(self, pid=None):
         """The one cluster there is, or that of a program."""
@@ -96,7 +100,8 @@ def hold(directory, name):
 PROGRAM = '''
 import os, sys, time
 import dispy
-scheduler, directory, recover, tells = int(sys.argv[1]), sys.argv[2], sys.argv[3] or None, sys.argv[4]
+scheduler, directory, recover, tells = (int(sys.argv[1]), sys.argv[2], sys.argv[3] or None,
+                                        sys.argv[4])
 def hold(directory, name):
     import os, time
     open(os.path.join(directory, str(name)), 'w').close()
@@ -118,7 +123,8 @@ time.sleep(600)
 
 def killed(scheduler, begun, recover='', tells='nothing'):
     """A program with 30 jobs, two of which run, is no more. Its PID."""
-    program = start_here([sys.executable, '-c', PROGRAM, str(scheduler.port), str(begun), recover, tells], stdout=subprocess.PIPE, cwd=ROOT)
+    program = start_here([sys.executable, '-c', PROGRAM, str(scheduler.port), str(begun), recover,
+                          tells], stdout=subprocess.PIPE, cwd=ROOT)
     with program.stdout:
         assert program.stdout.readline() == b'ready\n'
     program.kill()
@@ -141,12 +147,17 @@ def test_what_waits_is_cancelled_at_once_when_the_process_is_gone(serve, begun):
     assert len([name for name in names(begun) if not name.startswith('mine')]) == 2
     scheduler.stop()
     log = scheduler.log()
-    for pattern in (r'INFO: node \S+ \(127.0.0.1:\d+\) is connected, and offers 2 CPUs\n',
-                    r'INFO: \S+ PID %d is connected from 127.0.0.1\n' % pid, r'INFO: hold: begins \(computation 1 of \S+ PID %d\)\n' % pid,
-                    r'INFO: \S+: node \S+ \(127.0.0.1:\d+\) is used, with 2 CPUs\n',
-                    r'WARNING: the link of \S+ PID %d ended: .*; 30 jobs of it have not ended\n' % pid, r'its 28 jobs that have not begun are cancelled',
-                    r'INFO: hold: begins \(computation 2 of \S+ PID %d\)\n' % os.getpid(),
-                    r'is over: 3 jobs, 3 done, 0 failed, 0 cancelled, 0 not ended; \d+\.\d CPU seconds \(computation 2 of \S+ PID %d\)\n' % os.getpid()):
+    for pattern in (
+            r'INFO: node \S+ \(127.0.0.1:\d+\) is connected, and offers 2 CPUs\n',
+            r'INFO: \S+ PID %d is connected from 127.0.0.1\n' % pid,
+            r'INFO: hold: begins \(computation 1 of \S+ PID %d\)\n' % pid,
+            r'INFO: \S+: node \S+ \(127.0.0.1:\d+\) is used, with 2 CPUs\n',
+            r'WARNING: the link of \S+ PID %d ended: .*; 30 jobs of it have not ended\n' % pid,
+            r'its 28 jobs that have not begun are cancelled',
+            r'INFO: hold: begins \(computation 2 of \S+ PID %d\)\n' % os.getpid(),
+            r'is over: 3 jobs, 3 done, 0 failed, 0 cancelled, 0 not ended; '
+            r'\d+\.\d CPU seconds \(computation 2 of \S+ PID %d\)\n'
+            % os.getpid()):
         assert re.search(pattern, log), (pattern, log)
 
 
@@ -170,7 +181,8 @@ def test_jobs_cancelled_so_are_recovered_as_cancelled(serve, begun, tmp_path):
     jobs = dispy.recover_jobs(str(tmp_path / 'recover'), 30)
     cancelled = [job for job in jobs if job.status == DispyJob.Cancelled]
     assert len(jobs) == 30 and len(cancelled) == 28
-    assert all('had not begun' in job.exception and '--gone-after' in job.exception for job in cancelled)
+    assert all('had not begun' in job.exception and '--gone-after' in job.exception
+               for job in cancelled)
     assert len(names(begun)) == 2
 
 
@@ -206,7 +218,7 @@ def test_a_program_that_is_back_in_time_notices_nothing(serve, begun, caplog):
         cluster.close()
 
 
-# -- the decision -----------------------------------------------------------------------------------------------------------
+# -- the decision ----------------------------------------------------------------------------------
 
 def test_absence_of_a_program_elsewhere():
     absence = Absence(False, ELSEWHERE)
@@ -222,7 +234,8 @@ def test_absence_of_a_program_elsewhere():
 
 
 def test_absence_of_a_program_on_this_machine():
-    child = start_here([sys.executable, '-c', 'import sys; sys.path.insert(0, %r); import dispy; print(dispy.own_process(), flush=True); input()'
+    child = start_here([sys.executable, '-c', 'import sys; sys.path.insert(0, '
+                        '%r); import dispy; print(dispy.own_process(), flush=True); input()'
                         % ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with child.stdin, child.stdout:
         process = eval(child.stdout.readline())

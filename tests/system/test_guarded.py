@@ -1,4 +1,5 @@
-"""Every turn of a loop is guarded: an unexpected exception ends what it concerns, and the loop goes on."""
+"""Every turn of a loop is guarded: an unexpected exception ends what it concerns, and the loop goes
+on."""
 
 import contextlib
 import logging
@@ -130,7 +131,7 @@ def test_faults_that_are_far_apart_are_no_reason_to_stop():
     assert any(faults.are_many(1000.0) for now in range(Faults.MOST))
 
 
-# -- the daemons ------------------------------------------------------------------------------------------------------
+# -- the daemons -----------------------------------------------------------------------------------
 
 # Runs a daemon's module with one method replaced by one that raises while a file is there.
 BROKEN = '''
@@ -156,12 +157,15 @@ def square(n):
 def broken_node(tmp_path, owner, name, flag):
     script = tmp_path / 'broken.py'
     script.write_text(BROKEN)
-    return NodeProcess(tmp_path / 'node', script=str(script), listen=(owner, name, str(flag), 'dispynode', '-i', '127.0.0.1'))
+    return NodeProcess(tmp_path / 'node', script=str(script),
+                       listen=(owner, name, str(flag), 'dispynode', '-i', '127.0.0.1'))
 
 
 @pytest.mark.parametrize('owner, name', [
-    ('Attempts', 'on_jobs'), ('CpuScheduler', '_dispatch'), ('UndeliveredResults', 'deliver'), ('Node', '_on_compute'), ('Computations', 'on_runner_up'),
-    ('ComputationFiles', 'prepare'), ('ProcessHost', 'start_runner'), ('ProcessHost', 'start_worker'), ('ProcessHost', 'feed'), ('NodeHost', '_send'),
+    ('Attempts', 'on_jobs'), ('CpuScheduler', '_dispatch'), ('UndeliveredResults', 'deliver'),
+    ('Node', '_on_compute'), ('Computations', 'on_runner_up'),
+    ('ComputationFiles', 'prepare'), ('ProcessHost', 'start_runner'),
+    ('ProcessHost', 'start_worker'), ('ProcessHost', 'feed'), ('NodeHost', '_send'),
     ('ProcessHost', '_from_worker')])
 def test_a_node_outlives_its_faults(tmp_path, owner, name):
     """What the fault concerns ends; afterwards the next program is served."""
@@ -193,11 +197,12 @@ def test_exit_status_3_says_that_a_fault_has_ended_it(tmp_path):
 
 @pytest.mark.parametrize('module', ['dispynode', 'dispyscheduler'])
 def test_help_tells_the_exit_statuses(module):
-    text = subprocess.run([sys.executable, os.path.join(ROOT, module + '.py'), '--help'], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([sys.executable, os.path.join(ROOT, module + '.py'), '--help'],
+                          capture_output=True, text=True, check=True).stdout
     assert '3, it was ended by a fault of its own' in ' '.join(text.split())
 
 
-# -- the client -------------------------------------------------------------------------------------------------------
+# -- the client ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['send_jobs', 'jobs_ended', 'take_submitted', 'on_results'])
 def test_after_a_fault_in_the_driver_every_job_ends(monkeypatch, name):
@@ -218,10 +223,12 @@ def test_after_a_fault_in_the_driver_every_job_ends(monkeypatch, name):
         monkeypatch.setattr(dispy.JobExchange, name, broken)
         for action, method in list(dispy.core_of(cluster).driver._acts.items()):
             if method.__name__ == name:
-                dispy.core_of(cluster).driver._acts[action] = lambda action: broken(dispy.core_of(cluster).driver.jobs, action)
+                dispy.core_of(cluster).driver._acts[action] = lambda action: broken(
+                    dispy.core_of(cluster).driver.jobs, action)
         for message, method in list(dispy.core_of(cluster).driver._messages.items()):
             if method.__name__ == name:
-                dispy.core_of(cluster).driver._messages[message] = lambda peer, message: broken(dispy.core_of(cluster).driver.jobs, peer, message)
+                dispy.core_of(cluster).driver._messages[message] = lambda peer, message: broken(
+                    dispy.core_of(cluster).driver.jobs, peer, message)
         jobs = [cluster.submit(n) for n in range(5)]
         assert cluster.wait(30), [job.status_text() for job in jobs]
         assert times
@@ -252,19 +259,24 @@ def test_a_scheduler_outlives_its_faults(tmp_path):
     script.write_text(BROKEN)
     with NodeProcess(tmp_path / 'node') as node:
         scheduler = SchedulerProcess.__new__(SchedulerProcess)
-        scheduler.directory, scheduler._log, scheduler._from = str(tmp_path), str(tmp_path / 'log'), 0
+        scheduler.directory, scheduler._log, scheduler._from = str(tmp_path), str(
+            tmp_path / 'log'), 0
         with open(scheduler._log, 'ab') as log:
             scheduler.process = subprocess.Popen(
-                [sys.executable, str(script), 'ProgramComputations', 'end_turn_of', str(flag), 'dispyscheduler', '-i', '127.0.0.1', '-p', '0',
-                 '--state-dir', str(tmp_path / 'state'), '-n', '127.0.0.1:%d' % node.port], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                [sys.executable, str(script), 'ProgramComputations', 'end_turn_of', str(flag),
+                 'dispyscheduler', '-i', '127.0.0.1', '-p', '0',
+                 '--state-dir', str(tmp_path / 'state'), '-n', '127.0.0.1:%d' % node.port],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         with scheduler:
             scheduler.port = int(eventually(scheduler._listening, what='start'))
             flag.write_text('')
-            cluster = dispy.SharedJobCluster(square, scheduler_port=scheduler.port, loglevel=logging.CRITICAL)
+            cluster = dispy.SharedJobCluster(square, scheduler_port=scheduler.port,
+                                             loglevel=logging.CRITICAL)
             cluster.submit(3)
             eventually(lambda: 'on purpose' in scheduler.log(), what='the fault')
             flag.unlink()
             cluster.close(terminate=True)
-            with dispy.SharedJobCluster(square, scheduler_port=scheduler.port, loglevel=logging.CRITICAL) as cluster:
+            with dispy.SharedJobCluster(square, scheduler_port=scheduler.port,
+                                        loglevel=logging.CRITICAL) as cluster:
                 assert cluster.submit(4)(30) == 16
             assert scheduler.process.poll() is None

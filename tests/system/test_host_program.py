@@ -46,8 +46,8 @@ def test_the_program_of_a_host_is_whole():
 
 def test_a_node_alone_does_not_know_what_only_schedulers_say():
     program = 'import dispynode as d; print(sorted(d.MESSAGES), hasattr(d, "Deployment"))'
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, check=True,
-                          universal_newlines=True)
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE,
+                          check=True, universal_newlines=True)
     alone = [op for op in sorted(dispynode.MESSAGES) if op not in dispy.SCHEDULER_MESSAGES]
     assert done.stdout.split('\n')[0] == '%s False' % alone
     assert dispy.SCHEDULER_MESSAGES.keys() == {48, 49} and dispynode.OPS[dispy.JobsAssigned] == 48

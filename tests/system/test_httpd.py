@@ -48,7 +48,8 @@ class Site:
     def send(self, data, tls=None, half=False):
         """Bytes as they are: (status, headers, body)."""
         with socket.create_connection((self.host, self.port), 20) as plain:
-            with tls.wrap_socket(plain) if tls is not None else contextlib.nullcontext(plain) as sock:
+            with tls.wrap_socket(plain) if tls is not None else contextlib.nullcontext(
+                    plain) as sock:
                 with contextlib.suppress(OSError):   # it may answer, and hang up, before it has all
                     sock.sendall(data)
                     if half:
@@ -62,15 +63,19 @@ class Site:
                         answer += piece
         head, _, body = answer.partition(b'\r\n\r\n')
         lines = head.decode().split('\r\n')
-        return int((lines[0].split() + ['0', '0'])[1]), dict(line.split(': ', 1) for line in lines[1:]), body
+        return int((lines[0].split() + ['0', '0'])[1]), dict(line.split(': ', 1)
+                                                             for line in lines[1:]), body
 
-    def raw(self, method='GET', path='/api/clusters', body=b'', without=(), more=(), version='HTTP/1.1', **headers):
+    def raw(self, method='GET', path='/api/clusters', body=b'', without=(), more=(),
+            version='HTTP/1.1', **headers):
         """A request that is served, but for what is said otherwise."""
         words = {'Host': '%s:%d' % (self.host, self.port), 'Authorization': 'Bearer ' + self.token}
         if method == 'POST':
-            words.update({'Content-Type': 'application/json', 'Content-Length': str(len(body)), 'Origin': '%s://%s:%d' % (self.scheme, self.host, self.port)})
+            words.update({'Content-Type': 'application/json', 'Content-Length': str(len(body)),
+                          'Origin': '%s://%s:%d' % (self.scheme, self.host, self.port)})
         words.update({name.replace('_', '-'): value for name, value in headers.items()})
-        lines = ['%s %s %s' % (method, path, version)] + ['%s: %s' % item for item in words.items() if item[0] not in without] + list(more)
+        lines = ['%s %s %s' % (method, path, version)] + ['%s: %s' % item for item in words.items()
+                                                          if item[0] not in without] + list(more)
         return '\r\n'.join(lines).encode('latin-1') + b'\r\n\r\n' + body
 
     def get(self, path, **headers):
@@ -132,10 +137,11 @@ def site(tmp_path):
 
 def job_rows(site, n):
     node, = site.rows('/api/nodes')
-    return eventually(lambda: [rows for rows in [site.rows('/api/node?id=' + node['id'])] if len(rows) >= n], what='%d jobs on the node' % n)[0]
+    return eventually(lambda: [rows for rows in [site.rows('/api/node?id=' + node['id'])]
+                               if len(rows) >= n], what='%d jobs on the node' % n)[0]
 
 
-# -- what it tells --------------------------------------------------------------------------------------
+# -- what it tells ---------------------------------------------------------------------------------
 
 def test_the_numbers_are_the_clusters(make_cluster, capsys):
     """At every moment the states add up, and in the end all is as the cluster says."""
@@ -144,19 +150,24 @@ def test_the_numbers_are_the_clusters(make_cluster, capsys):
         jobs = [cluster.submit(n) for n in range(500)]
         while True:
             row, = site.rows('/api/clusters')
-            assert row['waiting'] + row['running'] + row['done'] + row['failed'] + row['cancelled'] == row['submitted']
+            assert (row['waiting'] + row['running'] + row['done'] + row['failed'] + row['cancelled']
+                    == row['submitted'])
             assert row['used'] <= row['cpus'] or row['state'] == 'waiting for a node'
             if row['done'] + row['failed'] == 500:
                 break
         assert cluster.wait(20) and {job.status for job in jobs[::2]} == {dispy.DispyJob.Finished}
-        assert (row['submitted'], row['done'], row['failed'], row['cancelled'], row['name']) == (500, 250, 250, 0, 'fail')
+        assert ((row['submitted'], row['done'], row['failed'], row['cancelled'], row['name'])
+                == (500, 250, 250, 0, 'fail'))
         node, = site.rows('/api/nodes')
         known, = cluster.status().nodes
-        assert (node['jobs'], node['cpus'], node['address'], node['name']) == (known.jobs_done, known.cpus, known.ip_addr, known.name)
-        assert abs(node['job_seconds'] - known.cpu_time) < 0.01 and node['state'] == 'ready' and node['disk'] > 0
+        assert ((node['jobs'], node['cpus'], node['address'], node['name'])
+                == (known.jobs_done, known.cpus, known.ip_addr, known.name))
+        assert (abs(node['job_seconds'] - known.cpu_time) < 0.01 and node['state'] == 'ready'
+                and node['disk'] > 0)
         assert row['plot'][0][1] <= row['plot'][-1][1] <= 500
         cluster.close()
-        row, = eventually(lambda: [row for row in site.rows('/api/clusters') if row['state'] == 'closed'])
+        row, = eventually(lambda: [row for row in site.rows('/api/clusters')
+                                   if row['state'] == 'closed'])
         assert (row['done'], row['failed'], row['waiting'], row['running']) == (250, 250, 0, 0)
         node, = site.rows('/api/nodes')
         assert (node['state'], node['jobs']) == ('closed', 500)
@@ -165,27 +176,33 @@ def test_the_numbers_are_the_clusters(make_cluster, capsys):
 def test_what_was_before_the_server_was_made_is_counted(make_cluster):
     with make_cluster(fail, nodes='local') as cluster:
         jobs = [cluster.submit(n) for n in range(10)]
-        assert cluster.wait(20) and len(jobs) == 10 and dispy.core_of(cluster).live_output.monitors == ()
+        assert (cluster.wait(20) and len(jobs) == 10
+                and dispy.core_of(cluster).live_output.monitors == ())
         with serve(cluster) as site:
             row, = site.rows('/api/clusters')
             assert (row['done'], row['failed'], row['state']) == (5, 5, 'idle')
             assert site.rows('/api/failures') == []
-        assert dispy.core_of(cluster).live_output.monitors == () and dispy.core_of(cluster).cargo.spec['live'] is False
+        assert (dispy.core_of(cluster).live_output.monitors == ()
+                and dispy.core_of(cluster).cargo.spec['live'] is False)
 
 
 def test_several_clusters_one_server(tmp_path):
     """Each is there with its own numbers; one node that both use is one row."""
-    with dispy.JobCluster(fail, nodes='local') as one, dispy.JobCluster(wait_for, nodes='local') as two, serve(one) as site:
+    with dispy.JobCluster(fail, nodes='local') as one, \
+            dispy.JobCluster(wait_for, nodes='local') as two, serve(one) as site:
         site.server.add_cluster(two)
         site.server.add_cluster(two)
         one.submit(1)
         one.submit(2)
         two.submit(str(tmp_path))
         assert one.wait(20) and two.wait(20)
-        rows = eventually(lambda: [rows for rows in [site.rows('/api/clusters')] if [row['done'] for row in rows] == [1, 1]])[0]
-        assert [(row['number'], row['name'], row['failed']) for row in rows] == [(1, 'fail', 1), (2, 'wait_for', 0)]
+        rows = eventually(lambda: [rows for rows in [site.rows('/api/clusters')]
+                                   if [row['done'] for row in rows] == [1, 1]])[0]
+        assert [(row['number'], row['name'], row['failed']) for row in rows] == [(1, 'fail', 1),
+                                                                                 (2, 'wait_for', 0)]
         node, = site.rows('/api/nodes')
-        assert node['jobs'] == 3 and [(use['number'], use['jobs']) for use in node['clusters']] == [(1, 2), (2, 1)]
+        assert (node['jobs'] == 3
+                and [(use['number'], use['jobs']) for use in node['clusters']] == [(1, 2), (2, 1)])
         site.server.del_cluster(one)
         assert eventually(lambda: [row['number'] for row in site.rows('/api/clusters')] == [2])
         with pytest.raises(TypeError, match='is no cluster'):
@@ -195,7 +212,8 @@ def test_several_clusters_one_server(tmp_path):
 def test_a_server_before_its_cluster_and_the_call_of_dispy_4(tmp_path):
     with serve(None) as site:
         assert site.rows('/api/clusters') == []
-        with dispy.JobCluster(wait_for, nodes='local', cluster_status=site.server.cluster_status) as cluster:
+        with dispy.JobCluster(wait_for, nodes='local',
+                              cluster_status=site.server.cluster_status) as cluster:
             site.server.add_cluster(cluster)
             assert cluster.submit(str(tmp_path), 3)() == 3
             assert eventually(lambda: site.rows('/api/clusters')[0]['done'] == 1)
@@ -207,17 +225,21 @@ def test_failures_are_grouped_by_their_last_line(make_cluster):
             cluster.submit_job_id('<%d>' % n, n)
         assert cluster.wait(20)
         groups = site.rows('/api/failures?sort=text&desc=0')
-        assert [(group['text'], group['count']) for group in groups] == [('ValueError: 1 is odd', 2), ('ValueError: 3 is odd', 2)]
-        assert 'in fail' in groups[0]['trace'] and {(job['id'], job['arguments'], job['status']) for job in groups[0]['jobs']} == {
-            ('<5>', '5', 'terminated'), ('<1>', '1', 'terminated')}
+        assert ([(group['text'], group['count']) for group in groups]
+                == [('ValueError: 1 is odd', 2), ('ValueError: 3 is odd', 2)])
+        assert ('in fail' in groups[0]['trace']
+                and {(job['id'], job['arguments'], job['status']) for job in groups[0]['jobs']}
+                == {('<5>', '5', 'terminated'), ('<1>', '1', 'terminated')})
 
 
 def test_a_job_with_its_arguments_and_output(site):
-    """Text that would be markup, or code, comes as it is; what a job prints is there while it runs."""
+    """Text that would be markup, or code, comes as it is; what a job prints is there while it
+    runs."""
     evil = '<script>alert("x")</script> & \'quotes\''
     site.cluster.submit_job_id(evil, str(site.end), 1, text=evil)
     row, = eventually(lambda: [rows for rows in [job_rows(site, 1)] if rows[0]['stdout']])[0]
-    assert row['id'] == evil and row['stdout'] == evil + '\n' and row['live'] and row['state'] == 'running'
+    assert (row['id'] == evil and row['stdout'] == evil + '\n' and row['live']
+            and row['state'] == 'running')
     assert row['arguments'] == '%r, 1, text=%r' % (str(site.end), evil)
 
 
@@ -237,15 +259,20 @@ class Trap:
 
 
 @pytest.mark.parametrize('value, text', [
-    (1.5, '1.5'), ('a' * 999, None), (range(3), 'range(0, 3)'), ({'a': [None]}, "{'a': [None]}"), (Trap(), '<posix.abort>'), (Trap, 'test_httpd.Trap'), (len, 'len'),
-    (dispy.NodeSpec('h', 1), '<dispy.NodeSpec>'), (b'\0' * 20000, '19.6 KiB of arguments'), (os.path.join, None), (lambda: 0, '<function>'), (list(range(99)), '[0, 1, 2, 3, 4, 5, 6, 7, ...]')])
+    (1.5, '1.5'), ('a' * 999, None), (range(3), 'range(0, 3)'), ({'a': [None]}, "{'a': [None]}"),
+    (Trap(), '<posix.abort>'), (Trap, 'test_httpd.Trap'), (len, 'len'),
+    (dispy.NodeSpec('h', 1), '<dispy.NodeSpec>'), (b'\0' * 20000, '19.6 KiB of arguments'),
+    (os.path.join, None), (lambda: 0, '<function>'),
+    (list(range(99)), '[0, 1, 2, 3, 4, 5, 6, 7, ...]')])
 def test_arguments_are_shown_without_running_what_they_are(value, text):
     shown = dispy_httpd.arguments_text(dispy.pack_arguments((value,), {}, dispy.ModuleBundles('c')))
-    assert len(shown) < 310 and (text is None or shown == text.replace('posix', os.name if os.name != 'posix' else 'posix'))
+    assert len(shown) < 310 and (
+        text is None or shown == text.replace('posix', os.name if os.name != 'posix' else 'posix'))
 
 
 def test_an_id_of_any_type_has_a_text():
-    assert [dispy_httpd.id_text(number) for number in (1, 'a', (1, 'b'), Trap(), [Trap()])] == ['1', 'a', "(1, 'b')", '<Trap>', '<list>']
+    assert ([dispy_httpd.id_text(number) for number in (1, 'a', (1, 'b'), Trap(), [Trap()])]
+            == ['1', 'a', "(1, 'b')", '<Trap>', '<list>'])
 
 
 def test_prometheus_reads_the_metrics(site):
@@ -255,10 +282,13 @@ def test_prometheus_reads_the_metrics(site):
     eventually(lambda: site.rows('/api/clusters')[0]['running'] == 1)
     status, headers, body = site.send(site.raw('GET', '/metrics'))
     assert status == 200 and headers['Content-Type'].startswith('text/plain; version=0.0.4')
-    families = {family.name: family for family in parser.text_string_to_metric_families(body.decode())}
+    families = {family.name: family
+                for family in parser.text_string_to_metric_families(body.decode())}
     jobs = {sample.labels['state']: sample for sample in families['dispy_jobs'].samples}
-    assert jobs['running'].value == 1 and jobs['running'].labels == {'cluster': site.cluster.name, 'number': '1', 'state': 'running'}
-    assert families['dispy_jobs_ended'].type == 'counter' and families['dispy_node_cpus_used'].samples[0].value == 1
+    assert (jobs['running'].value == 1 and jobs['running'].labels
+            == {'cluster': site.cluster.name, 'number': '1', 'state': 'running'})
+    assert (families['dispy_jobs_ended'].type == 'counter'
+            and families['dispy_node_cpus_used'].samples[0].value == 1)
 
 
 def test_a_table_is_sorted_and_cut_by_the_server():
@@ -270,11 +300,14 @@ def test_a_table_is_sorted_and_cut_by_the_server():
     assert page() == (list(range(10)), 1, 1)
     assert page(sort='n', desc='1', per='3', page='2') == ([6, 5, 4], 2, 4)
     assert page(per='4', page='99') == ([8, 9], 3, 3)
-    assert page(sort='free') == ([0, 1, 2, 3, 4, 6, 7, 8, 9, 5], 1, 1)     # what is not known comes last, either way
+    # What is not known comes last, either way
+    assert page(sort='free') == ([0, 1, 2, 3, 4, 6, 7, 8, 9, 5], 1, 1)
     assert page(sort='free', desc='0')[0] == [9, 8, 7, 6, 4, 3, 2, 1, 0, 5]
     names = [{'name': name} for name in ('node10', 'node9', '9', 'node', 'node9b')]
-    assert [row['name'] for row in dispy_httpd.table(names, {}, ('name',))['rows']] == ['9', 'node', 'node9', 'node9b', 'node10']
-    for wrong in ({'sort': 'x'}, {'page': '0'}, {'per': '201'}, {'desc': '2'}, {'page': '-1'}, {'page': '\u0663'}):
+    assert ([row['name'] for row in dispy_httpd.table(names, {}, ('name',))['rows']]
+            == ['9', 'node', 'node9', 'node9b', 'node10'])
+    for wrong in ({'sort': 'x'}, {'page': '0'}, {'per': '201'}, {'desc': '2'}, {'page': '-1'},
+                  {'page': '\u0663'}):
         with pytest.raises(dispy_httpd.Refusal):
             page(**wrong)
 
@@ -282,7 +315,8 @@ def test_a_table_is_sorted_and_cut_by_the_server():
 def test_a_plot_stays_small_and_whole():
     history = dispy_httpd.History()
     rates = [history.add(1000.0 + second, 10 * second, 2, 4) for second in range(5000)]
-    assert len(history.points) <= dispy_httpd.PLOT_POINTS and history.points[0][:2] == [1000.0, 0] and history.points[-1][0] > 5900
+    assert (len(history.points) <= dispy_httpd.PLOT_POINTS and history.points[0][:2] == [1000.0, 0]
+            and history.points[-1][0] > 5900)
     assert rates[0] == 0.0 and all(abs(rate - 10.0) < 0.01 for rate in rates[5:])
     assert [history.add(6000.0 + second, 50000, 0, 4) for second in range(40)][-1] == 0.0
 
@@ -293,7 +327,8 @@ class Idle:
 
 
 def test_a_snapshot_costs_the_same_with_many_jobs(site):
-    """Not a time: what the driver's thread calls for it is counted, with 2 jobs and with 20,000, on one node and on 200."""
+    """Not a time: what the driver's thread calls for it is counted, with 2 jobs and with 20,000, on
+    one node and on 200."""
     driver, (watched,) = dispy.core_of(site.cluster).driver, site.server._source.watched()
 
     def calls():
@@ -316,26 +351,30 @@ def test_a_snapshot_costs_the_same_with_many_jobs(site):
         site.cluster.submit(str(site.end))
     driver.ask(lambda: None)
     many, _ = driver.ask(calls)
-    assert nodes == 1 and many <= few + 2 and len(dispy.core_of(site.cluster).driver.schedule.comps[dispy.core_of(site.cluster).comp].queue._levels[0]) > 19000
+    assert nodes == 1 and many <= few + 2 and len(dispy.core_of(site.cluster).driver.schedule.comps[
+        dispy.core_of(site.cluster).comp].queue._levels[0]) > 19000
 
     peers = [dispy.NodeConnection('10.0.0.%d' % n, 9701) for n in range(200)]
 
     def add():
         for n, peer in enumerate(peers):
-            peer.name, peer.link, peer.uses[dispy.core_of(site.cluster).comp] = 'node%03d' % n, Idle(), dispy.NodeAssignment(dispy.NodeSpec('x', 1))
+            peer.name, peer.link, peer.uses[dispy.core_of(site.cluster).comp] = (
+                'node%03d' % n, Idle(), dispy.NodeAssignment(dispy.NodeSpec('x', 1)))
             driver.nodes.by_key[peer.key] = peer
     driver.ask(add)
     try:
         most, nodes = driver.ask(calls)
         assert nodes == 201 and most < 30 * 200
-        found = eventually(lambda: [found for _, found in [site.get('/api/nodes?sort=name&page=2')] if found['total'] == 201])[0]
-        assert [row['name'] for row in found['rows']][:2] == ['node050', 'node051'] and found['pages'] == 5
+        found = eventually(lambda: [found for _, found in [site.get('/api/nodes?sort=name&page=2')]
+                                    if found['total'] == 201])[0]
+        assert ([row['name'] for row in found['rows']][:2] == ['node050', 'node051']
+                and found['pages'] == 5)
     finally:
         driver.ask(lambda: [driver.nodes.by_key.pop(peer.key) for peer in peers])
         site.cluster.cancel_waiting()
 
 
-# -- streams ----------------------------------------------------------------------------------------------
+# -- streams ---------------------------------------------------------------------------------------
 
 def test_a_stream_tells_what_has_changed_and_the_end(tmp_path):
     with dispy.JobCluster(wait_for, nodes='local') as cluster:
@@ -343,9 +382,11 @@ def test_a_stream_tells_what_has_changed_and_the_end(tmp_path):
         site = Site(server)
         with site.stream('/api/clusters') as following:
             name, first = following()
-            assert name == 'message' and first['rows'][0]['plot'] is not None and first['manages'] is True
+            assert (name == 'message' and first['rows'][0]['plot'] is not None
+                    and first['manages'] is True)
             jobs = [cluster.submit(str(tmp_path), n) for n in range(5)]
-            seen = eventually(lambda: [event for event in [following()[1]] if event['rows'][0]['done'] == 5])[0]
+            seen = eventually(lambda: [event for event in [following()[1]]
+                                       if event['rows'][0]['done'] == 5])[0]
             assert seen['rows'][0]['submitted'] == 5 and all(job() is not None for job in jobs)
             ender = threading.Thread(target=server.shutdown)
             ender.start()
@@ -374,7 +415,8 @@ def test_many_browsers_one_snapshot(site):
 
 
 def test_a_stream_of_a_node_that_goes_ends_with_a_reason(tmp_path):
-    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(wait_for, nodes=[node.address]) as cluster, serve(cluster) as site:
+    with NodeProcess(tmp_path / 'node') as node, \
+            dispy.JobCluster(wait_for, nodes=[node.address]) as cluster, serve(cluster) as site:
         cluster.wait_nodes(1, 20)
         eventually(lambda: [row for row in site.rows('/api/nodes') if row['state'] == 'ready'])
         with site.stream('/api/node?id=1.%s:%d' % node.address) as following:
@@ -383,21 +425,25 @@ def test_a_stream_of_a_node_that_goes_ends_with_a_reason(tmp_path):
             assert 'there is no node' in eventually(lambda: following()[1].get('error'))
 
 
-# -- what it changes ----------------------------------------------------------------------------------------
+# -- what it changes -------------------------------------------------------------------------------
 
 def test_jobs_are_cancelled_one_some_all_and_those_that_wait(site):
     jobs = [site.cluster.submit(str(site.end), n) for n in range(30)]
     node, = site.rows('/api/nodes')
     first = job_rows(site, 2)
-    assert site.post('/api/cancel', cluster=1, node=node['id'], jobs=[first[0]['job']]) == (200, {'done': 1})
+    assert (site.post('/api/cancel', cluster=1, node=node['id'], jobs=[first[0]['job']])
+            == (200, {'done': 1}))
     ended = eventually(lambda: [job for job in jobs if job.status in dispy.ENDED])
-    assert [str(job.id) for job in ended] == [first[0]['id']] and ended[0].status == dispy.DispyJob.Cancelled
-    assert site.post('/api/cancel', cluster=1, node=node['id'], jobs=[first[0]['job'], 99999])[1] == {'done': 0}
+    assert ([str(job.id) for job in ended] == [first[0]['id']]
+            and ended[0].status == dispy.DispyJob.Cancelled)
+    assert (site.post('/api/cancel', cluster=1, node=node['id'], jobs=[first[0]['job'], 99999])[1]
+            == {'done': 0})
     assert site.post('/api/cancel_waiting', cluster=1)[0] == 200
     eventually(lambda: site.rows('/api/clusters')[0]['waiting'] == 0)
     status, answer = site.post('/api/cancel', cluster=1, node=node['id'], jobs='all')
     assert status == 200 and answer['done'] >= 1 and site.cluster.wait(20)
-    row = eventually(lambda: [row for row in site.rows('/api/clusters') if row['cancelled'] == 30])[0]
+    row = eventually(lambda: [row
+                              for row in site.rows('/api/clusters') if row['cancelled'] == 30])[0]
     assert row['failed'] == 0 and site.rows('/api/failures') == []
 
 
@@ -407,25 +453,29 @@ def test_nodes_are_added_limited_drained_used_again_and_released(make_cluster, t
             cluster.wait_nodes(1, 20)
 
             def state(node):
-                return next(((row['state'], row['cpus']) for row in site.rows('/api/nodes') if row['port'] == node.port), None)
+                return next(((row['state'], row['cpus'])
+                             for row in site.rows('/api/nodes') if row['port'] == node.port), None)
             name = '1.%s:%d' % one.address
             eventually(lambda: state(one) == ('ready', 2))
-            assert site.post('/api/cpus', node=name, cpus=1) == (200, {'done': 1}) and cluster.status().nodes[0].cpus == 1
+            assert (site.post('/api/cpus', node=name, cpus=1) == (200, {'done': 1})
+                    and cluster.status().nodes[0].cpus == 1)
             assert site.post('/api/cpus', node=name, cpus=3)[0] == 400
             assert site.post('/api/drain', node=name)[0] == 200
             eventually(lambda: state(one) == ('drained', 0))
             assert site.post('/api/use', node=name, cluster=1)[0] == 200
             eventually(lambda: state(one) == ('ready', 2))
-            assert site.post('/api/add', cluster=1, host=two.address[0], port=two.port, cpus=None)[0] == 200
+            assert site.post('/api/add', cluster=1, host=two.address[0], port=two.port,
+                             cpus=None)[0] == 200
             eventually(lambda: state(two) == ('ready', 2))
             assert site.post('/api/release', node=name)[0] == 200
             eventually(lambda: state(one)[0] == 'closed')
             assert cluster.submit(str(tmp_path))() == 0
-            assert site.post('/api/drain', node='1.nowhere:1')[0] == 404 and site.post('/api/drain', node=name, cluster=7)[0] == 404
+            assert (site.post('/api/drain', node='1.nowhere:1')[0] == 404
+                    and site.post('/api/drain', node=name, cluster=7)[0] == 404)
             assert site.post('/api/add', cluster=1, host='a b')[0] == 400
 
 
-# -- what it refuses ----------------------------------------------------------------------------------------
+# -- what it refuses -------------------------------------------------------------------------------
 
 def hostile():
     """(name, status, what makes the request of a Site)"""
@@ -436,8 +486,10 @@ def hostile():
     yield 'the token as Basic', 401, lambda s: s.raw(Authorization='Basic ' + s.token)
     yield 'an empty token', 401, lambda s: s.raw(Authorization='Bearer ')
     yield 'a token that is no ASCII', 401, lambda s: s.raw(Authorization='Bearer \xe4\xff')
-    yield 'the token in the query', 401, lambda s: s.raw(path='/api/clusters?token=' + s.token, without=['Authorization'])
-    yield 'the token as a cookie', 401, lambda s: s.raw(without=['Authorization'], Cookie='token=' + s.token)
+    yield 'the token in the query', 401, lambda s: s.raw(path='/api/clusters?token=' + s.token,
+                                                         without=['Authorization'])
+    yield 'the token as a cookie', 401, lambda s: s.raw(without=['Authorization'],
+                                                        Cookie='token=' + s.token)
     yield 'metrics without token', 401, lambda s: s.raw(path='/metrics', without=['Authorization'])
     yield 'a change without token', 401, lambda s: s.raw(without=['Authorization'], **post)
     yield 'two tokens', 400, lambda s: s.raw(more=['Authorization: Bearer x'])
@@ -449,18 +501,23 @@ def hostile():
     yield 'no Host', 400, lambda s: s.raw(without=['Host'])
     yield 'two Hosts', 400, lambda s: s.raw(more=['Host: evil.example'])
     yield 'another Origin', 403, lambda s: s.raw(Origin='http://evil.example')
-    yield 'another Origin changes something', 403, lambda s: s.raw(Origin='http://evil.example', **post)
+    yield 'another Origin changes something', 403, lambda s: s.raw(Origin='http://evil.example',
+                                                                   **post)
     yield 'Origin null', 403, lambda s: s.raw(Origin='null', **post)
     yield 'Origin at another port', 403, lambda s: s.raw(Origin='http://127.0.0.1:1')
-    yield 'Origin by another scheme', 403, lambda s: s.raw(Origin='https://%s:%d' % (s.host, s.port))
+    yield 'Origin by another scheme', 403, lambda s: s.raw(Origin='https://%s:%d'
+                                                           % (s.host, s.port))
     yield 'a cross-site fetch', 403, lambda s: s.raw(Sec_Fetch_Site='cross-site')
     yield 'a same-site fetch', 403, lambda s: s.raw(Sec_Fetch_Site='same-site', **post)
-    yield 'the script from another site', 403, lambda s: s.raw(path='/app.js', Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='no-cors')
-    yield 'the page in a frame of another site', 403, lambda s: s.raw(path='/', Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='iframe')
+    yield ('the script from another site', 403,
+           lambda s: s.raw(path='/app.js', Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='no-cors'))
+    yield 'the page in a frame of another site', 403, lambda s: s.raw(
+        path='/', Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='iframe')
     yield 'text/plain', 415, lambda s: s.raw(Content_Type='text/plain', **post)
     yield 'a form', 415, lambda s: s.raw(Content_Type='application/x-www-form-urlencoded', **post)
     yield 'no type', 415, lambda s: s.raw(without=['Content-Type'], **post)
-    yield 'JSON in UTF-16', 415, lambda s: s.raw(Content_Type='application/json; charset=utf-16', **post)
+    yield 'JSON in UTF-16', 415, lambda s: s.raw(Content_Type='application/json; charset=utf-16',
+                                                 **post)
     yield 'a change by GET', 405, lambda s: s.raw(path='/api/cancel_waiting')
     yield 'a POST where nothing changes', 405, lambda s: s.raw('POST', '/api/clusters', b'{}')
     yield 'DELETE', 405, lambda s: s.raw('DELETE')
@@ -472,26 +529,35 @@ def hostile():
     yield 'a whole address as path', 400, lambda s: s.raw(path='http://evil.example/')
     yield 'a header of 1 MiB', 431, lambda s: s.raw(X='x' * (1 << 20))
     yield 'very many headers', 431, lambda s: s.raw(more=['X-%d: x' % n for n in range(150)])
-    yield 'headers of 20 KiB in all', 431, lambda s: s.raw(more=['X-%d: %s' % (n, 'x' * 2000) for n in range(10)])
+    yield ('headers of 20 KiB in all', 431,
+           lambda s: s.raw(more=['X-%d: %s' % (n, 'x' * 2000) for n in range(10)]))
     yield 'a request line of 1 MiB', 414, lambda s: s.raw(path='/' + 'x' * (1 << 20))
-    yield 'a body of 1 MiB', 413, lambda s: s.raw('POST', '/api/cancel', b'{' + b' ' * (1 << 20) + b'}')
-    yield 'a body said to be of 10 GB', 413, lambda s: s.raw('POST', '/api/cancel', b'{}', Content_Length='10000000000')
+    yield 'a body of 1 MiB', 413, lambda s: s.raw('POST', '/api/cancel',
+                                                  b'{' + b' ' * (1 << 20) + b'}')
+    yield 'a body said to be of 10 GB', 413, lambda s: s.raw('POST', '/api/cancel', b'{}',
+                                                             Content_Length='10000000000')
     yield 'no length', 411, lambda s: s.raw(without=['Content-Length'], **post)
     yield 'a negative length', 400, lambda s: s.raw(Content_Length='-1', **post)
     yield 'two lengths', 400, lambda s: s.raw(more=['Content-Length: 3'], **post)
     yield 'chunks', 501, lambda s: s.raw(Transfer_Encoding='chunked', **post)
-    yield 'a GET with a body', 400, lambda s: s.raw(body=b'GET / HTTP/1.1\r\n\r\n', Content_Length='18')
+    yield 'a GET with a body', 400, lambda s: s.raw(body=b'GET / HTTP/1.1\r\n\r\n',
+                                                    Content_Length='18')
     yield 'Expect', 417, lambda s: s.raw(Expect='100-continue', **post)
     yield 'no JSON', 400, lambda s: s.raw('POST', '/api/cancel', b'cluster=1')
     yield 'JSON nested deeply', 400, lambda s: s.raw('POST', '/api/cancel', b'[' * 60000)
     yield 'a list', 400, lambda s: s.raw('POST', '/api/cancel', b'[1]')
-    yield 'an unknown field', 400, lambda s: s.raw('POST', '/api/cancel_waiting', b'{"cluster": 1, "secret": 1}')
-    yield 'a field of another type', 400, lambda s: s.raw('POST', '/api/cancel_waiting', b'{"cluster": "1"}')
-    yield 'true for a number', 400, lambda s: s.raw('POST', '/api/cancel_waiting', b'{"cluster": true}')
+    yield 'an unknown field', 400, lambda s: s.raw('POST', '/api/cancel_waiting',
+                                                   b'{"cluster": 1, "secret": 1}')
+    yield 'a field of another type', 400, lambda s: s.raw('POST', '/api/cancel_waiting',
+                                                          b'{"cluster": "1"}')
+    yield 'true for a number', 400, lambda s: s.raw('POST', '/api/cancel_waiting',
+                                                    b'{"cluster": true}')
     yield 'a field that is missing', 400, lambda s: s.raw('POST', '/api/cancel_waiting', b'{}')
-    yield 'jobs that are none', 400, lambda s: s.raw('POST', '/api/cancel', b'{"cluster": 1, "node": "1.local", "jobs": ["x"]}')
+    yield 'jobs that are none', 400, lambda s: s.raw(
+        'POST', '/api/cancel', b'{"cluster": 1, "node": "1.local", "jobs": ["x"]}')
     yield 'no such cluster', 404, lambda s: s.raw('POST', '/api/cancel_waiting', b'{"cluster": 9}')
-    yield 'a method of the source that is no change', 404, lambda s: s.raw('POST', '/api/close', b'{}')
+    yield 'a method of the source that is no change', 404, lambda s: s.raw('POST', '/api/close',
+                                                                           b'{}')
     yield 'an unknown word in the query', 400, lambda s: s.raw(path='/api/clusters?colour=1')
     yield 'a word twice', 400, lambda s: s.raw(path='/api/clusters?page=1&page=2')
     yield 'sorted by what is no column', 400, lambda s: s.raw(path='/api/clusters?sort=__class__')
@@ -513,7 +579,8 @@ HOSTILE = list(hostile())
 def standing():
     """One server for all that is refused; its cluster is not touched."""
     # pulse_interval: a driver of its own, whose threads other tests do not start
-    with dispy.JobCluster(wait_for, nodes='local', pulse_interval=3) as cluster, serve(cluster) as site:
+    with dispy.JobCluster(wait_for, nodes='local',
+                          pulse_interval=3) as cluster, serve(cluster) as site:
         cluster.wait_nodes(1, 20)
         yield site
 
@@ -522,8 +589,10 @@ def standing():
 def test_a_hostile_request(standing, name, status, request_of):
     found, headers, body = standing.send(request_of(standing))
     assert found == status, (found, body)
-    assert headers['X-Content-Type-Options'] == 'nosniff' and "script-src 'self'" in headers['Content-Security-Policy']
-    assert headers['Content-Type'] == 'application/json' and set(json.loads(body)) == {'error'} and standing.token.encode() not in body
+    assert (headers['X-Content-Type-Options'] == 'nosniff'
+            and "script-src 'self'" in headers['Content-Security-Policy'])
+    assert (headers['Content-Type'] == 'application/json' and set(json.loads(body)) == {'error'}
+            and standing.token.encode() not in body)
     assert 'Access-Control-Allow-Origin' not in headers and 'Set-Cookie' not in headers
 
 
@@ -532,26 +601,35 @@ def test_there_are_forty_of_them():
 
 
 def test_a_body_that_does_not_come(standing):
-    assert standing.send(standing.raw('POST', '/api/cancel', b'{', Content_Length='10'), half=True)[0] == 400
+    assert standing.send(standing.raw('POST', '/api/cancel', b'{', Content_Length='10'),
+                         half=True)[0] == 400
 
 
-@pytest.mark.parametrize('headers', [dict(Host='localhost:%d'), dict(Host='LOCALHOST:%d'), dict(Host='127.0.0.1:9999'), dict(Sec_Fetch_Site='same-origin'),
-                                     dict(Accept='*/*')])
+@pytest.mark.parametrize('headers', [dict(Host='localhost:%d'), dict(Host='LOCALHOST:%d'), dict(
+    Host='127.0.0.1:9999'), dict(Sec_Fetch_Site='same-origin'), dict(Accept='*/*')])
 def test_what_is_served(standing, headers):
-    assert standing.get('/api/clusters', **{name: value % standing.port if '%' in value else value for name, value in headers.items()})[0] == 200
+    assert standing.get('/api/clusters', **{name: value % standing.port if '%' in value else value
+                                            for name, value in headers.items()})[0] == 200
 
 
 def test_the_page_holds_no_data_and_nothing_from_outside(standing):
-    for path, kind in (('/', 'text/html'), ('/app.js', 'text/javascript'), ('/style.css', 'text/css'), ('/icon.svg', 'image/svg+xml')):
-        status, headers, body = standing.send(standing.raw(path=path, without=['Authorization'], Sec_Fetch_Site='none'))
-        assert status == 200 and headers['Content-Type'].startswith(kind) and standing.token.encode() not in body and b'wait_for' not in body
-        assert headers['Referrer-Policy'] == 'no-referrer' and headers['Cache-Control'] == 'no-store' and headers['X-Frame-Options'] == 'DENY'
+    for path, kind in (('/', 'text/html'), ('/app.js', 'text/javascript'),
+                       ('/style.css', 'text/css'), ('/icon.svg', 'image/svg+xml')):
+        status, headers, body = standing.send(standing.raw(path=path, without=['Authorization'],
+                                                           Sec_Fetch_Site='none'))
+        assert (status == 200 and headers['Content-Type'].startswith(kind)
+                and standing.token.encode() not in body and b'wait_for' not in body)
+        assert (headers['Referrer-Policy'] == 'no-referrer'
+                and headers['Cache-Control'] == 'no-store' and headers['X-Frame-Options'] == 'DENY')
         assert 'unsafe' not in headers['Content-Security-Policy']
-        assert b'//' not in body.replace(b'http://www.w3.org/2000/svg', b'').replace(b'// ', b'') or path == '/app.js'
+        assert (b'//' not in body.replace(b'http://www.w3.org/2000/svg', b'').replace(b'// ', b'')
+                or path == '/app.js')
         assert standing.send(standing.raw('HEAD', path))[2] == b''
-    assert b'innerHTML' not in body and 'innerHTML' not in dispy_httpd.SCRIPT and 'eval(' not in dispy_httpd.SCRIPT and ' style=' not in dispy_httpd.HTML
+    assert (b'innerHTML' not in body and 'innerHTML' not in dispy_httpd.SCRIPT
+            and 'eval(' not in dispy_httpd.SCRIPT and ' style=' not in dispy_httpd.HTML)
     link = dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='document')
-    assert standing.send(standing.raw(path='/', **link))[0] == 200      # a link to it on another page may be followed
+    # A link to it on another page may be followed
+    assert standing.send(standing.raw(path='/', **link))[0] == 200
     assert standing.send(standing.raw(**link))[0] == 403
 
 
@@ -560,7 +638,8 @@ def test_who_is_silent_is_cut_off(monkeypatch):
     with serve(None) as site:
         for begin in (b'', b'GET / HT', b'GET / HTTP/1.1\r\nHost: x\r\nX: '):
             assert site.send(begin)[0] in (0, 408)
-        with socket.create_connection((site.host, site.port), 20) as sock:    # a byte now and then is no better
+        # A byte now and then is no better
+        with socket.create_connection((site.host, site.port), 20) as sock:
             with pytest.raises(OSError):
                 while True:
                     sock.sendall(b'x')
@@ -577,11 +656,13 @@ def test_so_many_at_once_and_no_more(monkeypatch):
         eventually(lambda: site.send(site.raw())[0] == 200)
 
 
-@pytest.mark.skipif(shutil.which('openssl') is None, reason='there is no openssl to make a certificate')
+@pytest.mark.skipif(shutil.which('openssl') is None,
+                    reason='there is no openssl to make a certificate')
 def test_tls(tmp_path):
     path = str(tmp_path / 'web.pem')
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '2', '-subj', '/CN=dispy', '-keyout',
-                    path, '-out', path + '.crt'], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                    'ec_paramgen_curve:P-256', '-nodes', '-days', '2', '-subj', '/CN=dispy',
+                    '-keyout', path, '-out', path + '.crt'], check=True, stderr=subprocess.DEVNULL)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.check_hostname = False
     tls.load_verify_locations(path + '.crt')
@@ -610,17 +691,20 @@ def test_all_addresses_but_no_names_of_others(caplog):
     with serve(None, host='0.0.0.0') as site:
         site.host = '127.0.0.1'
         assert 'without TLS' in caplog.text
-        assert site.get('/api/clusters', Host='10.1.2.3:80')[0] == 200      # an address is no name that can be made to lead here
+        # An address is no name that can be made to lead here
+        assert site.get('/api/clusters', Host='10.1.2.3:80')[0] == 200
         assert site.get('/api/clusters', Host='evil.example')[0] == 421
 
 
-# -- nodes beside any program -------------------------------------------------------------------------------
+# -- nodes beside any program ----------------------------------------------------------------------
 
 def test_nodes_are_watched_and_left_to_their_client(tmp_path):
     """The monitor is a process of its own; a program uses the node meanwhile, and both see it."""
     with NodeProcess(tmp_path / 'node') as node:
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), '--nodes', '%s:%d' % node.address, '-p', '0', '--token-file',
-                                    str(tmp_path / 'token')], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), '--nodes',
+                                    '%s:%d' % node.address, '-p', '0', '--token-file',
+                                    str(tmp_path / 'token')], stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL)
         try:
             line = process.stderr.readline().decode()
             assert line.startswith('dispy monitor: http://127.0.0.1:')
@@ -628,16 +712,20 @@ def test_nodes_are_watched_and_left_to_their_client(tmp_path):
             class Started:
                 url = line.split()[-1]
             site = Site(Started)
-            assert eventually(lambda: (tmp_path / 'token').exists() and (tmp_path / 'token').read_text()) == site.token
-            row = eventually(lambda: [row for row in site.rows('/api/nodes') if row['state'] == 'connected'])[0]
+            assert eventually(lambda: (tmp_path / 'token').exists()
+                              and (tmp_path / 'token').read_text()) == site.token
+            row = eventually(lambda: [row for row in site.rows('/api/nodes')
+                                      if row['state'] == 'connected'])[0]
             assert (row['cpus'], row['used'], row['holder'], row['port']) == (2, 0, '', node.port)
             with dispy.JobCluster(wait_for, nodes=[node.address]) as cluster:
                 job = cluster.submit(str(tmp_path / 'end'))
-                row = eventually(lambda: [row for row in site.rows('/api/nodes') if row['used'] == 1 and row['holder']])[0]
+                row = eventually(lambda: [row for row in site.rows('/api/nodes') if row['used'] == 1
+                                          and row['holder']])[0]
                 assert 'PID %d' % os.getpid() in row['holder'] and row['disk'] > 0
                 (tmp_path / 'end').write_text('')
                 assert job(20) == 0
-            assert site.rows('/api/clusters') == [] and site.get('/api/node?id=' + row['id'])[1]['manages'] is False
+            assert (site.rows('/api/clusters') == []
+                    and site.get('/api/node?id=' + row['id'])[1]['manages'] is False)
             status, answer = site.post('/api/drain', node=row['id'])
             assert status == 409 and 'only looked at' in answer['error']
             process.send_signal(signal.SIGTERM)
@@ -648,10 +736,11 @@ def test_nodes_are_watched_and_left_to_their_client(tmp_path):
             process.stderr.close()
 
 
-# -- a scheduler ----------------------------------------------------------------------------------------
+# -- a scheduler -----------------------------------------------------------------------------------
 
 class Shared:
-    """A scheduler with a node of its own, watched from inside and, by a process beside it, from outside."""
+    """A scheduler with a node of its own, watched from inside and, by a process beside it, from
+    outside."""
 
     def __init__(self, root):
         self.root, self.end = root, root / 'end'
@@ -660,13 +749,17 @@ class Shared:
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             self.node = stack.enter_context(NodeProcess(self.root / 'node', '--name', 'attic'))
-            self.scheduler = stack.enter_context(SchedulerProcess(self.root / 'scheduler', '-n', '127.0.0.1:%d' % self.node.port, '--httpd', '0'))
-            process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), '--scheduler', '127.0.0.1:%d' % self.scheduler.port, '-p', '0',
-                                        '--poll-sec', '0.25'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            self.scheduler = stack.enter_context(SchedulerProcess(
+                self.root / 'scheduler', '-n', '127.0.0.1:%d' % self.node.port, '--httpd', '0'))
+            process = subprocess.Popen(
+                [sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), '--scheduler',
+                 '127.0.0.1:%d' % self.scheduler.port, '-p', '0',
+                 '--poll-sec', '0.25'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
             stack.callback(process.stderr.close)
             stack.callback(process.wait, 20)
             stack.callback(process.send_signal, signal.SIGTERM)
-            self.links = [re.search(r'http://\S+', text).group(0) for text in (self.scheduler.log(), process.stderr.readline().decode())]
+            self.links = [re.search(r'http://\S+', text).group(0)
+                          for text in (self.scheduler.log(), process.stderr.readline().decode())]
             self.sites = [Site(type('Started', (), {'url': url})) for url in self.links]
             self.stack = stack.pop_all()
         return self
@@ -697,28 +790,43 @@ with dispy.SharedJobCluster(other, scheduler_port=int(sys.argv[1])) as cluster:
 
 def test_a_scheduler_shows_all_programs_inside_and_beside_it(shared):
     """Two programs; both monitors and that of one's own say the same."""
-    other = subprocess.Popen([sys.executable, '-c', PROGRAM, str(shared.scheduler.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, '-c', PROGRAM, str(shared.scheduler.port)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b'done\n'
         with shared.cluster(fail) as cluster, serve(cluster) as own:
             jobs = [cluster.submit(n) for n in range(100)]
-            assert cluster.wait(60) and sum(job.status == dispy.DispyJob.Finished for job in jobs) == 50
+            assert (cluster.wait(60)
+                    and sum(job.status == dispy.DispyJob.Finished for job in jobs) == 50)
             for site in shared.sites:
-                rows = {row['name']: row for row in eventually(lambda: [rows for rows in [site.rows('/api/clusters')] if len(rows) == 2
-                                                                        and all(row['state'] == 'idle' and row['done'] for row in rows)])[0]}
-                assert 'PID %d' % other.pid in rows['other']['program'] and 'PID %d' % os.getpid() in rows['fail']['program']
-                assert [rows['other'][word] for word in ('submitted', 'done', 'failed', 'cancelled', 'waiting', 'running')] == [30, 30, 0, 0, 0, 0]
-                words = ('submitted', 'done', 'failed', 'cancelled', 'waiting', 'running', 'cpus', 'used', 'nodes', 'state', 'job_seconds')
-                eventually(lambda: [[row[word] for word in words] for row in own.rows('/api/clusters')] == [[rows['fail'][word] for word in words]])
-                node, = eventually(lambda: [row for row in site.rows('/api/nodes') if row['load'] is not None])
-                assert (node['name'], node['state'], node['cpus'], node['used'], node['jobs']) == ('attic', 'ready', 2, 0, 130) and node['disk'] > 0
-                assert sorted((use['name'], use['jobs']) for use in node['clusters']) == [('fail', 100), ('other', 30)]
+                rows = {row['name']: row for row in eventually(
+                    lambda: [rows for rows in [site.rows('/api/clusters')] if len(rows) == 2
+                             and all(row['state'] == 'idle' and row['done'] for row in rows)])[0]}
+                assert ('PID %d' % other.pid in rows['other']['program']
+                        and 'PID %d' % os.getpid() in rows['fail']['program'])
+                assert [rows['other'][word] for word in ('submitted', 'done', 'failed', 'cancelled',
+                                                         'waiting', 'running')] == [30, 30, 0, 0, 0,
+                                                                                    0]
+                words = ('submitted', 'done', 'failed', 'cancelled', 'waiting', 'running', 'cpus',
+                         'used', 'nodes', 'state', 'job_seconds')
+                eventually(
+                    lambda: [[row[word] for word in words] for row in own.rows('/api/clusters')]
+                    == [[rows['fail'][word] for word in words]])
+                node, = eventually(lambda: [row for row in site.rows('/api/nodes')
+                                            if row['load'] is not None])
+                assert ((node['name'], node['state'], node['cpus'], node['used'], node['jobs'])
+                        == ('attic', 'ready', 2, 0, 130) and node['disk'] > 0)
+                assert (sorted((use['name'], use['jobs']) for use in node['clusters'])
+                        == [('fail', 100), ('other', 30)])
                 found = {row['text']: row for row in site.rows('/api/failures')}
-                assert {text: row['count'] for text, row in found.items()} == {'ValueError: 1 is odd': 25, 'ValueError: 3 is odd': 25}
+                assert ({text: row['count'] for text, row in found.items()}
+                        == {'ValueError: 1 is odd': 25, 'ValueError: 3 is odd': 25})
                 job = found['ValueError: 1 is odd']['jobs'][0]
-                assert int(job['arguments']) % 4 == 1 and 'attic' in job['node'] and 'raise ValueError' in found['ValueError: 1 is odd']['trace']
+                assert (int(job['arguments']) % 4 == 1 and 'attic' in job['node']
+                        and 'raise ValueError' in found['ValueError: 1 is odd']['trace'])
             node, = own.rows('/api/nodes')
-            assert (node['name'], node['state'], node['cpus'], node['jobs'], node['port']) == ('attic', 'ready', 2, 100, shared.node.port)
+            assert ((node['name'], node['state'], node['cpus'], node['jobs'], node['port'])
+                    == ('attic', 'ready', 2, 100, shared.node.port))
     finally:
         other.communicate(b'\n')
     for site in shared.sites:
@@ -728,20 +836,26 @@ def test_a_scheduler_shows_all_programs_inside_and_beside_it(shared):
 def test_jobs_of_a_scheduler_are_shown_and_cancelled(shared):
     """One by its number, all of a node, those that wait; by each of the three ways."""
     for site in (*shared.sites, None):
-        with shared.cluster(wait_for) as cluster, serve(cluster) if site is None else contextlib.nullcontext(site) as site:
+        with shared.cluster(wait_for) as cluster, \
+                serve(cluster) if site is None else contextlib.nullcontext(site) as site:
             jobs = [cluster.submit(str(shared.end), n) for n in range(40)]
-            row, = eventually(lambda: [row for row in site.rows('/api/clusters') if row['running'] == 2 and row['waiting'] == 38])
+            row, = eventually(lambda: [row for row in site.rows('/api/clusters')
+                                       if row['running'] == 2 and row['waiting'] == 38])
             assert row['used'] == 2
             node, = site.rows('/api/nodes')
-            rows = eventually(lambda: [rows for rows in [site.rows('/api/node?id=%s&sort=job' % node['id'])] if len(rows) >= 2])[0]
-            assert rows[0]['arguments'] == '%r, 0' % str(shared.end) and rows[0]['state'] == 'running'
-            assert site.post('/api/cancel', cluster=row['number'], node=node['id'], jobs=[rows[0]['job']]) == (200, {'done': 1})
+            rows = eventually(lambda: [rows for rows in [site.rows(
+                '/api/node?id=%s&sort=job' % node['id'])] if len(rows) >= 2])[0]
+            assert (rows[0]['arguments'] == '%r, 0' % str(shared.end)
+                    and rows[0]['state'] == 'running')
+            assert site.post('/api/cancel', cluster=row['number'], node=node['id'],
+                             jobs=[rows[0]['job']]) == (200, {'done': 1})
             eventually(lambda: jobs[0].status == dispy.DispyJob.Cancelled)
             assert sum(job.status in dispy.ENDED for job in jobs) == 1
             status, answer = site.post('/api/cancel_waiting', cluster=row['number'])
             assert status == 200 and answer['done'] >= 36
             eventually(lambda: sum(job.status == dispy.DispyJob.Cancelled for job in jobs) >= 37)
-            eventually(lambda: site.post('/api/cancel', cluster=row['number'], node=node['id'], jobs='all')[0] == 200 and cluster.wait(0.5))
+            eventually(lambda: site.post('/api/cancel', cluster=row['number'], node=node['id'],
+                                         jobs='all')[0] == 200 and cluster.wait(0.5))
             assert {job.status for job in jobs} == {dispy.DispyJob.Cancelled}
             eventually(lambda: [row['cancelled'] for row in site.rows('/api/clusters')] == [40])
 
@@ -757,7 +871,8 @@ def test_nodes_of_a_scheduler_are_managed_for_all(shared):
             row, = site.rows('/api/nodes')
             return row['state'], row['cpus']
         assert site.post('/api/cpus', node=node['id'], cpus=1)[0] == 200
-        eventually(lambda: state() == ('ready', 1) and [node.cpus for node in first.status().nodes] == [1])
+        eventually(lambda: state() == ('ready', 1)
+                   and [node.cpus for node in first.status().nodes] == [1])
         status, answer = site.post('/api/cpus', node=node['id'], cpus=9)
         assert status == 400 and 'offers 2' in answer['error']
         status, answer = site.post('/api/cpus', node=node['id'], cpus=1, cluster=1)
@@ -766,48 +881,64 @@ def test_nodes_of_a_scheduler_are_managed_for_all(shared):
         eventually(lambda: state() == ('drained', 0))
         with shared.cluster(fail) as second:
             job = second.submit(2)
-            eventually(lambda: [use['state'] for use in site.rows('/api/nodes')[0]['clusters']] == ['drained', 'drained'])
+            eventually(lambda: [use['state'] for use in site.rows('/api/nodes')[0]['clusters']]
+                       == ['drained', 'drained'])
             assert job.status == dispy.DispyJob.Created
             assert site.post('/api/release', node=node['id'])[0] == 200
-            eventually(lambda: state()[0] == 'closed' and {node.state for node in first.status().all_nodes} == {'closed'})
+            eventually(lambda: state()[0] == 'closed'
+                       and {node.state for node in first.status().all_nodes} == {'closed'})
             with shared.cluster(fail) as third:
-                eventually(lambda: [node.reason for node in third.status().all_nodes] == ['released at the scheduler'])
-                with dispy.JobCluster(fail, nodes=[shared.node.address]) as direct:     # others may have it now
+                eventually(lambda: [node.reason for node in third.status().all_nodes]
+                           == ['released at the scheduler'])
+                # Others may have it now
+                with dispy.JobCluster(fail, nodes=[shared.node.address]) as direct:
                     assert direct.submit(4)(20) == 4
                 assert site.post('/api/use', node=node['id'])[0] == 200
                 assert job(20) == 2 and third.submit(6)(20) == 6 and first.submit(8)(20) == 8
         eventually(lambda: state() == ('ready', 2))
         with NodeProcess(shared.root / 'two', '--name', 'two') as two:
             assert site.post('/api/add', cluster=0, host='127.0.0.1', port=two.port)[0] == 200
-            eventually(lambda: sorted((row['name'], row['state']) for row in site.rows('/api/nodes')) == [('attic', 'ready'), ('two', 'ready')])
+            eventually(
+                lambda: sorted((row['name'], row['state']) for row in site.rows('/api/nodes'))
+                == [('attic', 'ready'), ('two', 'ready')])
             first.wait_nodes(2, 20)
-        assert site.post('/api/use', node='1.nowhere')[0] == 404 and site.post('/api/cancel_waiting', cluster=99)[0] == 400
+        assert (site.post('/api/use', node='1.nowhere')[0] == 404
+                and site.post('/api/cancel_waiting', cluster=99)[0] == 400)
 
 
 def test_a_scheduler_that_is_away_is_said_to_be(shared):
-    """And when it is there again, all goes on; a program's own monitor shows the scheduler meanwhile."""
+    """And when it is there again, all goes on; a program's own monitor shows the scheduler
+    meanwhile."""
     site = shared.sites[1]
     with shared.cluster(wait_for) as cluster, serve(cluster) as own:
         job = cluster.submit(str(shared.end))
         eventually(lambda: [row['running'] for row in site.rows('/api/clusters')] == [1])
         shared.scheduler.kill()
-        eventually(lambda: site.rows('/api/clusters') == [] and 'is not connected' in site.get('/api/clusters')[1]['source'])
+        eventually(lambda: site.rows('/api/clusters') == []
+                   and 'is not connected' in site.get('/api/clusters')[1]['source'])
         assert site.post('/api/cancel_waiting', cluster=1)[0] == 409
-        eventually(lambda: [row['port'] for row in own.rows('/api/nodes')] == [shared.scheduler.port])
-        with SchedulerProcess(shared.root / 'scheduler', '-n', '127.0.0.1:%d' % shared.node.port, port=shared.scheduler.port):
-            eventually(lambda: [(row['running'], row['waiting']) for row in site.rows('/api/clusters')] == [(1, 0)], seconds=40)
+        eventually(lambda: [row['port'] for row in own.rows('/api/nodes')]
+                   == [shared.scheduler.port])
+        with SchedulerProcess(shared.root / 'scheduler', '-n', '127.0.0.1:%d' % shared.node.port,
+                              port=shared.scheduler.port):
+            eventually(lambda: [(row['running'], row['waiting'])
+                                for row in site.rows('/api/clusters')] == [(1, 0)], seconds=40)
             shared.end.write_text('')
             assert job(40) == 0
-            eventually(lambda: [(row['done'], row['state']) for row in site.rows('/api/clusters')] == [(1, 'idle')])
-            eventually(lambda: [row['port'] for row in own.rows('/api/nodes')] == [shared.node.port])
+            eventually(lambda: [(row['done'], row['state']) for row in site.rows('/api/clusters')]
+                       == [(1, 'idle')])
+            eventually(lambda: [row['port'] for row in own.rows('/api/nodes')]
+                       == [shared.node.port])
             cluster.close()
 
 
 def test_a_scheduler_is_asked_in_pages(monkeypatch):
     """And no row comes twice or not at all; failures are told once."""
     monkeypatch.setattr(dispy_httpd, 'SCHEDULER_PAGE', 3)
-    row = {'comp': 'c', 'name': 'n', 'program': 'p', 'connected': False, 'submitted': 1, 'done': 0, 'failed': 1, 'cancelled': 0, 'job_seconds': 1.0, 'elapsed': 2.0}
-    node = {'name': 'n', 'address': 'a', 'port': 1, 'state': 'connected', 'reason': '', 'offered': 2, 'cpus': 2, 'free': [None, None, None], 'platform': '',
+    row = {'comp': 'c', 'name': 'n', 'program': 'p', 'connected': False, 'submitted': 1, 'done': 0,
+           'failed': 1, 'cancelled': 0, 'job_seconds': 1.0, 'elapsed': 2.0}
+    node = {'name': 'n', 'address': 'a', 'port': 1, 'state': 'connected', 'reason': '',
+            'offered': 2, 'cpus': 2, 'free': [None, None, None], 'platform': '',
             'jobs': 0, 'job_seconds': 0.0, 'heard': None, 'uses': []}
     clusters = [dict(row, number=n, comp='c%d' % n) for n in range(7)]
     nodes = [dict(node, key=('a', n), uses=[(0, 'ready', '', 2, 1, 1, 0, 0.0)]) for n in range(6)]
@@ -818,21 +949,28 @@ def test_a_scheduler_is_asked_in_pages(monkeypatch):
         asked.append(name)
         if name == 'failures':
             return 0.0, failed[first:first + count]
-        return 0.5, [dict(row) for row in {'clusters': clusters, 'nodes': nodes}[name][first:first + count]]
+        return 0.5, [dict(row)
+                     for row in {'clusters': clusters, 'nodes': nodes}[name][first:first + count]]
     source = dispy_httpd.SchedulerSource(ask, 'it', lambda: None)
     rows, found, cost = source.snapshot(True)
-    assert [row['number'] for row in rows] == list(range(7)) and len({row['id'] for row in found}) == 6 and cost == 3.0
+    assert ([row['number'] for row in rows] == list(range(7))
+            and len({row['id'] for row in found}) == 6 and cost == 3.0)
     assert asked == ['clusters'] * 3 + ['nodes'] * 3 + ['failures'] * 4
-    assert (rows[0]['running'], rows[0]['used'], rows[0]['cpus'], rows[0]['program']) == (0, 6, 12, 'p (not connected)')
+    assert ((rows[0]['running'], rows[0]['used'], rows[0]['cpus'], rows[0]['program'])
+            == (0, 6, 12, 'p (not connected)'))
     assert [row['count'] for row in source.failures()] == [5]
     source.snapshot(True)
     assert [row['count'] for row in source.failures()] == [5]
 
 
 @pytest.mark.parametrize('options, code, text', [
-    (['--scheduler', 'a b', '-p', '0'], 1, "'a b' is not HOST"), (['--scheduler', 'x', '-n', 'y'], 2, 'not allowed with argument'),
-    (['--nodes', 'a:x', '-p', '0'], 1, "'a:x' is not HOST"), (['--nodes', 'x', '-p', '70000'], 1, 'port=70000'),
+    (['--scheduler', 'a b', '-p', '0'], 1, "'a b' is not HOST"),
+    (['--scheduler', 'x', '-n', 'y'], 2, 'not allowed with argument'),
+    (['--nodes', 'a:x', '-p', '0'], 1, "'a:x' is not HOST"),
+    (['--nodes', 'x', '-p', '70000'], 1, 'port=70000'),
     (['--nodes', 'x', '--secret-file', '/no/such'], 1, '/no/such')])
 def test_a_command_line_that_does_not_work(options, code, text):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == code and text in done.stderr.decode() and 'Traceback' not in done.stderr.decode()
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), *options],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode == code and text in done.stderr.decode()
+            and 'Traceback' not in done.stderr.decode())

@@ -33,7 +33,8 @@ def make(name, size):
     return digest, dispy_send_file(name)   # noqa: F821
 
 
-@pytest.mark.parametrize('name, size', [('one.bin', 3 << 20), ('deep/er/two \u00e4.bin', 12345), ('empty', 0)])
+@pytest.mark.parametrize('name, size',
+                         [('one.bin', 3 << 20), ('deep/er/two \u00e4.bin', 12345), ('empty', 0)])
 def test_a_file_comes_back_before_the_job_has_ended(make_cluster, here, name, size):
     with make_cluster(make, nodes='local') as cluster:
         job = cluster.submit(name, size)
@@ -48,12 +49,14 @@ def test_files_of_many_jobs_at_once(make_cluster, here):
         jobs = [cluster.submit('file %d' % n, 1000 * (n + 1)) for n in range(40)]
         for n, job in enumerate(jobs):
             digest, answer = job(30)
-            assert answer == 0 and hashlib.sha256((here / ('file %d' % n)).read_bytes()).hexdigest() == digest
+            assert (answer == 0
+                    and hashlib.sha256((here / ('file %d' % n)).read_bytes()).hexdigest() == digest)
     assert sorted(os.listdir(str(here))) == sorted('file %d' % n for n in range(40))
 
 
 def test_log_lines_of_many_quick_jobs(make_cluster, caplog):
-    """A worker's next job speaks in the same read of its pipe in which the last one's result comes."""
+    """A worker's next job speaks in the same read of its pipe in which the last one's result
+    comes."""
     def compute(n):
         logging.getLogger('own').warning('line %d', n)
     with make_cluster(compute, nodes='local', forward_logs=True) as cluster:
@@ -77,7 +80,8 @@ def test_paths_elsewhere_and_absolute_ones(make_cluster, here, tmp_path):
     assert (here / 'elsewhere.txt').exists() and (here / 'sub' / 'inside.txt').exists()
 
 
-@pytest.mark.parametrize('path, error', [('../up', 'ValueError'), ('a/../../up', 'ValueError'), ('missing', 'FileNotFoundError')])
+@pytest.mark.parametrize('path, error', [('../up', 'ValueError'), ('a/../../up', 'ValueError'),
+                                         ('missing', 'FileNotFoundError')])
 def test_what_cannot_be_sent_is_an_error_in_the_job(make_cluster, here, path, error):
     def compute(path):
         if path.startswith(('..', 'a')):
@@ -120,7 +124,8 @@ def test_a_file_of_a_gigabyte_does_not_stand_in_memory(make_cluster, here, tmp_p
                 file.seek(offset)
                 file.write(text)
         return dispy_send_file('large')   # noqa: F821
-    with NodeProcess(tmp_path / 'node', cpus=1) as node, make_cluster(compute, nodes=[node.address]) as cluster:
+    with NodeProcess(tmp_path / 'node',
+                     cpus=1) as node, make_cluster(compute, nodes=[node.address]) as cluster:
         assert cluster.submit(1 << 20, {})(30) == 0
         daemon = psutil.Process(node.process.pid)
         processes = [psutil.Process(), daemon, *daemon.children(recursive=True)]
@@ -131,7 +136,8 @@ def test_a_file_of_a_gigabyte_does_not_stand_in_memory(make_cluster, here, tmp_p
             most = [max(old, process.memory_info().rss) for old, process in zip(most, processes)]
         assert job.result == 0, job.exception
         assert len(processes) >= 4, 'client, daemon, runner, worker'
-        assert all(high - low < 96 << 20 for high, low in zip(most, before)), [(h - l) >> 20 for h, l in zip(most, before)]
+        assert all(high - low < 96 << 20 for high, low
+                   in zip(most, before)), [(h - l) >> 20 for h, l in zip(most, before)]
         assert (here / 'large').stat().st_size == size
         with open(str(here / 'large'), 'rb') as file:
             for offset, text in marks.items():
@@ -167,7 +173,7 @@ def test_the_cluster_is_closed_while_a_file_is_sent(make_cluster, here, tmp_path
         assert job.status == DispyJob.Cancelled and os.listdir(str(here)) == []
 
 
-# -- dispy_job_depends ----------------------------------------------------------------------------------------------------
+# -- dispy_job_depends -----------------------------------------------------------------------------
 
 def read(name):
     with open(name) as file:
@@ -189,7 +195,8 @@ def test_each_job_has_its_own_file_of_one_name(make_cluster, tmp_path):
         paths.append(str(directory / 'input.txt'))
     with make_cluster(read, nodes='local', depends=[str(common)]) as cluster:
         jobs = [cluster.submit('input.txt', dispy_job_depends=[path]) for path in paths]
-        assert [job(30) for job in jobs] == [('input %d' % n, ['common.txt', 'input.txt']) for n in range(8)]
+        assert [job(30) for job in jobs] == [('input %d' % n, ['common.txt', 'input.txt'])
+                                             for n in range(8)]
         assert cluster.submit('common.txt')(30) == ('for all', ['common.txt'])
         job = cluster.submit('input.txt')
         job(30)
@@ -198,7 +205,8 @@ def test_each_job_has_its_own_file_of_one_name(make_cluster, tmp_path):
 
 def test_objects_of_one_job_are_known_by_name_and_gone_afterwards(make_cluster):
     names = {}
-    exec('def compute(n):\n    try:\n        return helper(n) + Table.width\n    except NameError:\n        return "unknown"\n', names)
+    exec('def compute(n):\n    try:\n        return helper(n) + Table.width\n'
+         '    except NameError:\n        return "unknown"\n', names)
 
     def helper(n):
         return n + 1
@@ -222,7 +230,8 @@ def test_files_of_a_job_beside_a_program(make_cluster, tmp_path):
         assert cluster.submit()(30) != 0
 
 
-@pytest.mark.parametrize('depends, error', [([5], TypeError), ('name', TypeError), (['/no/such'], FileNotFoundError)])
+@pytest.mark.parametrize('depends, error',
+                         [([5], TypeError), ('name', TypeError), (['/no/such'], FileNotFoundError)])
 def test_bad_depends_of_a_job(make_cluster, depends, error):
     with make_cluster(len, nodes='local') as cluster:
         with pytest.raises(error):

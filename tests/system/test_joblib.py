@@ -56,7 +56,8 @@ def most_at_once(directory, n):
 
 def test_one_cluster_serves_all_calls_and_is_kept_after_them():
     with joblib.parallel_config(backend='dispy', nodes='local'):
-        pids = {*Parallel(n_jobs=2)(delayed(pid)(n) for n in range(20)), *Parallel(n_jobs=2)(delayed(pid)(n) for n in range(20))}
+        pids = {*Parallel(n_jobs=2)(delayed(pid)(n) for n in range(20)),
+                *Parallel(n_jobs=2)(delayed(pid)(n) for n in range(20))}
         with Parallel(n_jobs=2) as parallel:
             pids.update(parallel(delayed(pid)(n) for n in range(20)))
     with joblib.parallel_config(backend='dispy', nodes='local'):
@@ -104,7 +105,8 @@ def test_what_n_jobs_means_and_that_asking_starts_nothing(tmp_path):
 def test_there_may_be_more_calls_at_once_than_cpus(tmp_path):
     count = len(os.sched_getaffinity(0)) + 2
     with joblib.parallel_config(backend='dispy', nodes='local'):
-        assert all(Parallel(n_jobs=count, batch_size=1)(delayed(meet)(str(tmp_path), count) for _ in range(count)))
+        assert all(Parallel(n_jobs=count, batch_size=1)(delayed(meet)(str(tmp_path), count)
+                                                        for _ in range(count)))
 
 
 def fail(n):
@@ -141,7 +143,8 @@ def test_what_calls_print_and_warn_appears(capsys):
         Parallel(n_jobs=2)(delayed(speak)(n) for n in range(6))
     out, err = capsys.readouterr()
     for n in range(6):
-        assert 'call %d prints\n' % n in out and 'call %d complains\n' % n in err and 'call %d warns' % n in err
+        assert ('call %d prints\n' % n in out and 'call %d complains\n' % n in err
+                and 'call %d warns' % n in err)
 
 
 marks = []
@@ -152,16 +155,18 @@ def mark(word):
 
 
 def marked(n):
-    return os.getpid(), list(marks), os.environ.get('OMP_NUM_THREADS'), os.environ.get('NUMBA_NUM_THREADS')
+    return (os.getpid(), list(marks), os.environ.get('OMP_NUM_THREADS'),
+            os.environ.get('NUMBA_NUM_THREADS'))
 
 
 def test_an_initializer_and_the_threads_of_numerical_libraries():
-    with joblib.parallel_config(backend='dispy', nodes='local', initializer=mark, initargs=('here',), inner_max_num_threads=3):
+    with joblib.parallel_config(backend='dispy', nodes='local', initializer=mark,
+                                initargs=('here',), inner_max_num_threads=3):
         rows = Parallel(n_jobs=2, batch_size=1)(delayed(marked)(n) for n in range(20))
     assert {row[1:2] == (['here'],) for row in rows} == {True}
     assert {row[2:] for row in rows} == {('3', '3')}
-    assert Parallel(n_jobs=2, backend='dispy', nodes='local', initializer=mark, initargs=('there',))(
-        delayed(marked)(n) for n in range(2))[0][1] == ['there']
+    assert Parallel(n_jobs=2, backend='dispy', nodes='local', initializer=mark,
+                    initargs=('there',))(delayed(marked)(n) for n in range(2))[0][1] == ['there']
 
 
 def nested(backend):
@@ -196,7 +201,8 @@ def test_each_call_has_a_large_array_of_its_own():
     numpy = pytest.importorskip('numpy')
     array = numpy.ones(1 << 18)
     with joblib.parallel_config(backend='dispy', nodes='local'):
-        assert Parallel(n_jobs=2, batch_size=1)(delayed(change)(array) for _ in range(12)) == [float(1 << 18)] * 12
+        assert (Parallel(n_jobs=2, batch_size=1)(delayed(change)(array) for _ in range(12))
+                == [float(1 << 18)] * 12)
     assert array.sum() == 1 << 18
 
 
@@ -207,7 +213,8 @@ def test_many_small_calls_go_in_batches():
     assert sum(node.jobs_done for node in cluster.status().nodes) < 1000
 
 
-@pytest.mark.parametrize('before', ['import dispy, joblib', 'import joblib, dispy', 'import dispy\nfrom joblib import Parallel\nimport joblib'])
+@pytest.mark.parametrize('before', ['import dispy, joblib', 'import joblib, dispy',
+                                    'import dispy\nfrom joblib import Parallel\nimport joblib'])
 def test_the_backend_is_found_whichever_is_imported_first(tmp_path, before):
     (tmp_path / 'program.py').write_text(before + textwrap.dedent('''
         import math, sys
@@ -215,5 +222,6 @@ def test_the_backend_is_found_whichever_is_imported_first(tmp_path, before):
         with joblib.parallel_config(backend='dispy', nodes='local'):
             print(joblib.Parallel(n_jobs=2)(joblib.delayed(math.sqrt)(n * n) for n in range(3)))
         '''))
-    found = subprocess.run([sys.executable, str(tmp_path / 'program.py')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    found = subprocess.run([sys.executable, str(tmp_path / 'program.py')], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, timeout=60)
     assert found.stdout == b'[0.0, 1.0, 2.0]\n' and found.stderr == b''

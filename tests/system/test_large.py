@@ -1,4 +1,5 @@
-"""Nothing is too large to be said: what is over a limit becomes an error of its own job or computation."""
+"""Nothing is too large to be said: what is over a limit becomes an error of its own job or
+computation."""
 
 import enum
 import logging
@@ -14,7 +15,8 @@ from conftest import eventually
 from dispynode import NAMES_MOST, SERIALS_MOST, TEXT_MOST, Ack, in_parts, needs, shorten
 from nodes import NodeProcess
 
-large_memory = pytest.mark.skipif(psutil.virtual_memory().available < 9 << 30, reason='needs 9 GiB of free memory')
+large_memory = pytest.mark.skipif(psutil.virtual_memory().available < 9 << 30,
+                                  reason='needs 9 GiB of free memory')
 
 
 def test_a_shortened_text_keeps_both_ends():
@@ -37,7 +39,7 @@ def test_lists_are_sent_in_parts():
         assert sum(map(len, pieces)) <= dispynode.MESSAGES[op][1]
 
 
-# -- what a worker refuses; the limit is made small so that nobody needs the memory ---------------------------------------
+# -- what a worker refuses; the limit is made small so that nobody needs the memory ----------------
 
 def limited(most, then):
     """In a worker: lower its limit, then do this."""
@@ -79,7 +81,8 @@ def test_an_exception_over_the_limit_leaves_its_text(limits):
     job = limits.submit(100000, fat_error)
     job.wait(30)
     assert job.status == job.Terminated and job.error is None
-    assert 'Fat' in job.exception and 'limit' in job.exception and len(job.exception) < 2 * TEXT_MOST
+    assert ('Fat' in job.exception and 'limit' in job.exception
+            and len(job.exception) < 2 * TEXT_MOST)
 
 
 def test_a_provisional_result_over_the_limit_raises_in_the_job(limits):
@@ -93,7 +96,8 @@ def test_the_text_of_an_error_keeps_both_ends(make_cluster):
     with make_cluster(compute, nodes='local') as cluster:
         job = cluster.submit()
         job.wait(30)
-        assert 'begin' in job.exception and job.exception.rstrip().endswith('end') and len(job.exception) < 2 * TEXT_MOST
+        assert ('begin' in job.exception and job.exception.rstrip().endswith('end')
+                and len(job.exception) < 2 * TEXT_MOST)
 
 
 def test_a_setup_that_raises_100_mb_of_text(tmp_path):
@@ -104,9 +108,11 @@ def test_a_setup_that_raises_100_mb_of_text(tmp_path):
     def compute(n):
         return n
     with NodeProcess(tmp_path) as node:
-        with dispy.JobCluster(compute, nodes=[node.address], setup=setup, loglevel=logging.CRITICAL) as cluster:
+        with dispy.JobCluster(compute, nodes=[node.address], setup=setup,
+                              loglevel=logging.CRITICAL) as cluster:
             cluster.submit(1)
-            refused = eventually(lambda: [node for node in cluster.status().all_nodes if node.state == 'refused'], 60)
+            refused = eventually(lambda: [node for node in cluster.status().all_nodes
+                                          if node.state == 'refused'], 60)
             assert 'begin' in refused[0].reason and len(refused[0].reason) < 2 * TEXT_MOST
             cluster.close(terminate=True)
         with dispy.JobCluster(compute, nodes=[node.address]) as cluster:
@@ -145,7 +151,8 @@ def test_a_result_over_the_limit_of_its_node_ends_its_job_alone(tmp_path):
         import time
         time.sleep(seconds)
         return bytes(size)
-    with NodeProcess(tmp_path, '--max-value', '1g') as node, dispy.JobCluster(compute, nodes=[node.address], reentrant=True) as cluster:
+    with NodeProcess(tmp_path, '--max-value', '1g') as node, \
+            dispy.JobCluster(compute, nodes=[node.address], reentrant=True) as cluster:
         neighbour = cluster.submit(3, 2)
         large = cluster.submit(1100000000, 0)
         large.wait(60)
@@ -154,7 +161,7 @@ def test_a_result_over_the_limit_of_its_node_ends_its_job_alone(tmp_path):
         assert node.process.poll() is None
 
 
-# -- logging of jobs ------------------------------------------------------------------------------------------------------
+# -- logging of jobs -------------------------------------------------------------------------------
 
 class Level(enum.IntEnum):
     NOTICE = 25
@@ -174,7 +181,8 @@ def test_odd_log_records_cost_nothing_but_themselves(make_cluster, caplog):
         assert cluster.submit()(30) == 'returned'
     records = [record for record in caplog.records if getattr(record, 'job_logger', '') == 'app']
     assert [record.levelno for record in records] == [25, 30]
-    assert 'level of an enum' in records[0].getMessage() and len(records[1].getMessage()) < 2 * TEXT_MOST
+    assert ('level of an enum' in records[0].getMessage()
+            and len(records[1].getMessage()) < 2 * TEXT_MOST)
 
 
 def log_from_children(count, size):
@@ -198,10 +206,13 @@ def test_records_of_the_children_of_a_job_come_whole(make_cluster, caplog):
     """They and the job itself write into one pipe, by turns."""
     caplog.set_level(logging.INFO, 'dispy')
     seen = []
-    with make_cluster(log_from_children, nodes='local', forward_logs=True, job_status=lambda job: seen.append(job.result)) as cluster:
+    with make_cluster(log_from_children, nodes='local', forward_logs=True,
+                      job_status=lambda job: seen.append(job.result)) as cluster:
         assert cluster.submit(3, 60000)(60) == 'returned'
-    texts = [record.getMessage() for record in caplog.records if getattr(record, 'job_logger', '') == 'app']
-    assert len(texts) == 60 and all(text.endswith('x>') and 60000 < len(text) < 60100 for text in texts)
+    texts = [record.getMessage()
+             for record in caplog.records if getattr(record, 'job_logger', '') == 'app']
+    assert len(texts) == 60 and all(text.endswith('x>') and 60000 < len(text) < 60100
+                                    for text in texts)
     assert sorted(seen, key=str) == [b'y' * 60000] * 60 + [b'z' * 60000] * 20 + ['returned']
 
 
@@ -216,7 +227,8 @@ def test_a_hundred_thousand_files(tmp_path):
     def compute():
         return len(os.listdir('many'))
     began = time.monotonic()
-    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(compute, nodes=[node.address], depends=[str(source)]) as cluster:
+    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(compute, nodes=[node.address],
+                                                                  depends=[str(source)]) as cluster:
         assert cluster.submit()(600) == 100000
         assert node.process.poll() is None
     print('%.0f s' % (time.monotonic() - began))

@@ -1,4 +1,5 @@
-"""The node that is a part of the program: it runs in the driver's loop, and disturbs nothing that the program does."""
+"""The node that is a part of the program: it runs in the driver's loop, and disturbs nothing that
+the program does."""
 
 import ctypes
 import os
@@ -19,7 +20,8 @@ from dispynode import FilePiece, Jobs, LinkBroken, MemoryLink, Output, Query, Re
 
 pytestmark = pytest.mark.skipif(not dispy.IN_PROGRAM, reason='it is a process of its own here')
 
-# A program with a job that runs; its line says where the node's directory is, and which processes there are
+# A program with a job that runs; its line says where the node's directory is, and which processes
+# there are
 PROGRAM = '''
     import os, signal, sys, time
     import psutil
@@ -42,8 +44,9 @@ PROGRAM = '''
 
 def run(code, *args, **options):
     """Exit code, stdout and stderr of a program."""
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(PROGRAM) + textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=120, cwd=ROOT, **options)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(PROGRAM) + textwrap.dedent(code),
+                           *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=120, cwd=ROOT, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -51,7 +54,8 @@ class Started:
     """A program that goes on until it is killed."""
 
     def __init__(self, code, *args):
-        self.process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(PROGRAM) + textwrap.dedent(code), *map(str, args)],
+        self.process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(PROGRAM)
+                                         + textwrap.dedent(code), *map(str, args)],
                                         stdout=subprocess.PIPE, universal_newlines=True, cwd=ROOT)
         self.line = self.process.stdout.readline().strip()
         self.family = psutil.Process(self.process.pid).children(recursive=True)
@@ -63,11 +67,13 @@ class Started:
 
 
 def are_gone(processes):
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+                   for process in processes)
 
 
 def runners_of(pid):
-    return [child for child in psutil.Process(pid).children() if 'runner_start' in ' '.join(child.cmdline())]
+    return [child for child in psutil.Process(pid).children()
+            if 'runner_start' in ' '.join(child.cmdline())]
 
 
 def local_of(cluster):
@@ -85,19 +91,23 @@ def where():
     import os
     import signal
     with open('/proc/self/status') as file:
-        masks = {name: int(mask, 16) for name, mask in re.findall(r'^(Sig(?:Blk|Ign)):\s*(\w+)', file.read(), re.M)}
-    return os.getppid(), os.getsid(os.getppid()), masks, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+        masks = {name: int(mask, 16)
+                 for name, mask in re.findall(r'^(Sig(?:Blk|Ign)):\s*(\w+)', file.read(), re.M)}
+    return (os.getppid(), os.getsid(os.getppid()), masks,
+            signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL)
 
 
-# -- in the program -------------------------------------------------------------------------------------------------
+# -- in the program --------------------------------------------------------------------------------
 
 def test_there_is_nothing_between_the_program_and_its_runners():
     """No process, no port; two clusters share the node."""
-    with dispy.JobCluster(os.getppid, nodes='local') as one, dispy.JobCluster(os.getppid, nodes='local') as two:
+    with dispy.JobCluster(os.getppid,
+                          nodes='local') as one, dispy.JobCluster(os.getppid, nodes='local') as two:
         parents = {one.submit()(), two.submit()()}
         assert parents == {child.pid for child in runners_of(os.getpid())} and len(parents) == 2
         assert local_of(one) is local_of(two) is not None
-        assert not [connection for connection in psutil.Process().net_connections() if connection.status == psutil.CONN_LISTEN]
+        assert not [connection for connection in psutil.Process().net_connections()
+                    if connection.status == psutil.CONN_LISTEN]
         root = root_of(one)
         one.close()
         assert two.submit()() in parents and os.path.isdir(root)
@@ -109,8 +119,10 @@ def test_the_program_keeps_its_signals_and_limits():
     code, out, err = run('''
         import resource
         def state():
-            return ([signal.getsignal(number) for number in sorted(signal.valid_signals())], signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-                    [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith('RLIMIT_')], os.getcwd(),
+            return ([signal.getsignal(number) for number in sorted(signal.valid_signals())],
+                    signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+                    [resource.getrlimit(getattr(resource, name))
+                     for name in dir(resource) if name.startswith('RLIMIT_')], os.getcwd(),
                     dict(os.environ), sys.path[:], sys.argv[:])
         before = state()
         with dispy.JobCluster(abs, nodes='local') as cluster:
@@ -124,9 +136,11 @@ def test_the_program_keeps_its_signals_and_limits():
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='/proc tells')
 def test_a_runner_inherits_nothing():
-    """A session of its own, no blocked or ignored signals, no descriptors, whatever the program has."""
+    """A session of its own, no blocked or ignored signals, no descriptors, whatever the program
+    has."""
     def described(pid):
-        return {os.readlink('/proc/%d/fd/%s' % (pid, number)) for number in os.listdir('/proc/%d/fd' % pid)}
+        return {os.readlink('/proc/%d/fd/%s' % (pid, number))
+                for number in os.listdir('/proc/%d/fd' % pid)}
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
     ends = os.pipe()
@@ -136,7 +150,8 @@ def test_a_runner_inherits_nothing():
         with dispy.JobCluster(where, nodes='local') as cluster:
             runner, session, masks, is_default = cluster.submit()()
             assert session == runner != os.getsid(0)
-            assert not masks['SigBlk'] and not masks['SigIgn'] & 1 << signal.SIGCHLD - 1 and is_default
+            assert (not masks['SigBlk'] and not masks['SigIgn'] & 1 << signal.SIGCHLD - 1
+                    and is_default)
             assert not described(runner) & {os.readlink('/proc/self/fd/%d' % end) for end in ends}
             job = cluster.submit_job_id('again')
             assert job()[0] == runner and job.status == dispy.DispyJob.Finished
@@ -181,14 +196,11 @@ def test_no_fork_of_the_program_falls_into_the_start_of_a_runner():
 
 def test_a_program_whose_children_somebody_else_waits_for():
     """`os.wait` in a thread takes the end of a runner away, and SIGCHLD may be ignored."""
-    for how in ('import threading\n'
-                'def take():\n'
-                '    while True:\n'
-                '        try:\n'
-                '            os.wait()\n'
-                '        except ChildProcessError:\n'
+    for how in ('import threading\n' 'def take():\n' '    while True:\n' '        try:\n'
+                '            os.wait()\n' '        except ChildProcessError:\n'
                 '            time.sleep(0.001)\n'
-                'threading.Thread(target=take, daemon=True).start()\n', 'signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n'):
+                'threading.Thread(target=take, daemon=True).start()\n',
+                'signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n'):
         code, out, err = run(how + textwrap.dedent('''
             def work(n):
                 if n < 0:
@@ -218,7 +230,7 @@ def test_without_descriptors_that_can_be_passed_the_node_is_a_process(monkeypatc
         assert '--embedded' in runner.parent().cmdline() and runner.parent().ppid() == os.getpid()
 
 
-# -- the end --------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('clusters', [1, 2])
 def test_kill_9_of_the_program_leaves_nothing(tmp_path, clusters):
@@ -238,7 +250,8 @@ def test_kill_9_of_the_program_during_setup(tmp_path):
     program = Started('''
         def setup(path):
             hold(path)
-        cluster = dispy.JobCluster(abs, nodes='local', setup=lambda: hold(sys.argv[1]), depends=[hold])
+        cluster = dispy.JobCluster(abs, nodes='local', setup=lambda: hold(sys.argv[1]),
+                                   depends=[hold])
         while not os.path.exists(sys.argv[1]) or not os.path.getsize(sys.argv[1]):
             time.sleep(0.01)
         print(os.getpid(), flush=True)
@@ -339,11 +352,12 @@ def test_recovery_after_kill_9(tmp_path):
     ''', path, tmp_path / 'began')
     program.kill()
     jobs = dispy.recover_jobs(path, timeout=20)
-    assert [(job.status, job.result) for job in jobs] == [(dispy.DispyJob.Finished, 7), (dispy.DispyJob.Abandoned, None)]
+    assert [(job.status, job.result) for job in jobs] == [(dispy.DispyJob.Finished, 7),
+                                                          (dispy.DispyJob.Abandoned, None)]
     eventually(lambda: are_gone(program.family))
 
 
-# -- a program that is busy -------------------------------------------------------------------------------------------
+# -- a program that is busy ------------------------------------------------------------------------
 
 def overdue(path):
     import time
@@ -365,8 +379,10 @@ def grow(path):
 
 
 def held_until(condition):
-    """Hold the GIL until a command of the shell succeeds, 20 s at most: neither node nor driver have a turn meanwhile."""
-    return ctypes.PyDLL(None).system(b'for n in $(seq 400); do if %s; then exit 0; fi; sleep 0.05; done; exit 1' % condition.encode()) == 0
+    """Hold the GIL until a command of the shell succeeds, 20 s at most: neither node nor driver
+    have a turn meanwhile."""
+    return ctypes.PyDLL(None).system(b'for n in $(seq 400); do if %s; then exit '
+                                     b'0; fi; sleep 0.05; done; exit 1' % condition.encode()) == 0
 
 
 def test_limits_hold_while_the_program_holds_the_gil(tmp_path):
@@ -375,18 +391,21 @@ def test_limits_hold_while_the_program_holds_the_gil(tmp_path):
     with dispy.JobCluster(overdue, nodes='local') as cluster:
         job = cluster.submit(path, dispy_timeout=0.5)
         assert eventually(lambda: os.path.exists(path)) and held_until('[ -e %s.ended ]' % path)
-        assert job.wait(20) and job.status == dispy.DispyJob.Terminated and 'dispy_timeout' in job.exception
+        assert (job.wait(20) and job.status == dispy.DispyJob.Terminated
+                and 'dispy_timeout' in job.exception)
     path = str(tmp_path / 'grow')
     with dispy.JobCluster(grow, nodes='local') as cluster:
         job = cluster.submit(path, dispy_memory=150 << 20)
         assert eventually(lambda: os.path.exists(path))
         runner, = runners_of(os.getpid())
-        worker, = [child for child in runner.children() if 'resource_tracker' not in ' '.join(child.cmdline())]
+        worker, = [child for child in runner.children()
+                   if 'resource_tracker' not in ' '.join(child.cmdline())]
         assert held_until('! kill -0 %d 2>/dev/null' % worker.pid)
-        assert job.wait(20) and job.status == dispy.DispyJob.Terminated and 'dispy_memory' in job.exception
+        assert (job.wait(20) and job.status == dispy.DispyJob.Terminated
+                and 'dispy_memory' in job.exception)
 
 
-# -- the link ---------------------------------------------------------------------------------------------------------
+# -- the link --------------------------------------------------------------------------------------
 
 def test_messages_wait_until_they_are_taken():
     node, client = MemoryLink.pair(b'n' * 16, b'c' * 16, 1.0)
@@ -398,14 +417,16 @@ def test_messages_wait_until_they_are_taken():
     assert node.has_messages and not client.has_messages and client.queued > 1 << 20
     jobs, query = node.messages(2.0)
     assert query == Query('c') and not client.queued and not node.has_messages
-    assert [(row[0], len(row[1]), row[2]) for row in jobs.rows] == [(1, 1 << 20, None), (2, 5, {'cpus': 2})]
+    assert [(row[0], len(row[1]), row[2]) for row in jobs.rows] == [(1, 1 << 20, None),
+                                                                    (2, 5, {'cpus': 2})]
     value[0] = 7
     assert jobs.rows[0][1][0] == 7, 'it is the same buffer'
     node.send(Results('c', [(1, 1, 0.0, 1.0, (b'a', pickle.PickleBuffer(value)), b'out', b'err')]))
     node.send(Output('c', 1, 1, 0, pickle.PickleBuffer(b'text')))
     node.send(FilePiece('c', 1, 1, ('name', 4, b'', 0), 0, pickle.PickleBuffer(b'data')))
     results, output, piece = client.messages(3.0)
-    assert results.rows[0][4][1][0] == 7 and bytes(output.data) == b'text' and bytes(piece.data) == b'data'
+    assert (results.rows[0][4][1][0] == 7 and bytes(output.data) == b'text'
+            and bytes(piece.data) == b'data')
 
 
 def test_the_limits_of_size_are_those_of_other_links(monkeypatch):

@@ -1,4 +1,5 @@
-"""Nodes that are found, that dial, that are shared, and those that cannot be used: each on a host of its own."""
+"""Nodes that are found, that dial, that are shared, and those that cannot be used: each on a host
+of its own."""
 
 import json
 import os
@@ -14,7 +15,8 @@ import pytest
 from conftest import eventually
 from hosts import Hosts
 
-# Prints a line a node that is ready, when so many are, or why not; then, as JSON, all nodes that the cluster knows.
+# Prints a line a node that is ready, when so many are, or why not; then, as JSON, all nodes that
+# the cluster knows.
 FIND = '''
     import json, sys
     import dispy
@@ -30,10 +32,12 @@ FIND = '''
             nodes = cluster.status().nodes
             ready = [node for node in nodes if node.state == 'ready']
             ran = [cluster.submit_node(node, ) for node in ready]
-            print(*sorted('%s %s %d %s' % (node.name, node.ip_addr, node.port, job()) for node, job in zip(ready, ran)), sep='\\n')
+            print(*sorted('%s %s %d %s' % (node.name, node.ip_addr, node.port, job())
+                          for node, job in zip(ready, ran)), sep='\\n')
         except dispy.NoNodes as exc:
             print(exc)
-        print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason] for node in cluster.status().all_nodes]))
+        print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason]
+                          for node in cluster.status().all_nodes]))
 '''
 # Holds its nodes until its stdin ends: says which, as they come.
 HOLD = '''
@@ -42,7 +46,8 @@ HOLD = '''
 
     def status(status, node, job):
         if job is None:
-            print({dispy.DispyNode.Initialized: 'ready', dispy.DispyNode.Closed: 'closed'}.get(status), node.name, flush=True)
+            print({dispy.DispyNode.Initialized: 'ready', dispy.DispyNode.Closed: 'closed'}.get(
+                status), node.name, flush=True)
 
     def where(seconds=0):
         import socket, time
@@ -53,7 +58,8 @@ HOLD = '''
         print('open', flush=True)
         for line in sys.stdin:
             if line.strip() == 'status':
-                print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason] for node in cluster.status().all_nodes]), flush=True)
+                print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason]
+                                  for node in cluster.status().all_nodes]), flush=True)
             elif line.strip() == 'jobs':
                 print(*sorted(cluster.map(range(0, 1))), flush=True)
             else:
@@ -79,7 +85,8 @@ class Holder:
     def __init__(self, at, env=None, **options):
         self._at, self._name = at, 'client-%d.log' % id(self)
         with open(at.write(self._name, ''), 'ab') as log:
-            self.process = at.popen([sys.executable, at.script(HOLD), json.dumps(options)], stdin=subprocess.PIPE, env=env,
+            self.process = at.popen([sys.executable, at.script(HOLD), json.dumps(options)],
+                                    stdin=subprocess.PIPE, env=env,
                                     stdout=log, stderr=subprocess.STDOUT)
         self.waits_for('open')
 
@@ -87,7 +94,8 @@ class Holder:
         return self._at.read(self._name)
 
     def waits_for(self, text, seconds=20.0, times=1):
-        eventually(lambda: self.heard().count(text) >= times or self.process.poll() is not None, seconds, '%r in %s' % (text, self.heard()))
+        eventually(lambda: self.heard().count(text) >= times or self.process.poll() is not None,
+                   seconds, '%r in %s' % (text, self.heard()))
         assert self.heard().count(text) >= times, self.heard()
 
     def say(self, line):
@@ -105,7 +113,7 @@ class Holder:
         return self.process.wait(20)
 
 
-# -- discovery --------------------------------------------------------------------------------------------
+# -- discovery -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('nodes', (None, '*'))
 def test_all_nodes_of_a_network_are_found(hosts, nodes):
@@ -114,7 +122,8 @@ def test_all_nodes_of_a_network_are_found(hosts, nodes):
     for host in far:
         host.node(cpus=1)
     lines, rows = find(client, 3, nodes=nodes)
-    assert lines == ['%s %s 9701 %s' % (host.name, host.ip, host.name) for host in far], (lines, rows)
+    assert lines == ['%s %s 9701 %s' % (host.name, host.ip, host.name)
+                     for host in far], (lines, rows)
     assert all(packets['connects_sent'] == 0 for packets in (host.packets() for host in far))
 
 
@@ -151,8 +160,10 @@ def test_several_nodes_on_one_host(hosts):
     nodes = [far.node('--name', 'n%d' % number, port=port, directory='n%d' % number, cpus=1)
              for number, port in enumerate((0, 0, 9801, 9802))]
     lines, rows = find(client, 4, nodes='*')
-    assert lines == ['n%d %s %d far' % (number, far.ip, node.port) for number, node in enumerate(nodes)], rows
-    assert {node.port for node in nodes} >= {9801, 9802} and 9701 not in [node.port for node in nodes]
+    assert lines == ['n%d %s %d far' % (number, far.ip, node.port)
+                     for number, node in enumerate(nodes)], rows
+    assert {node.port for node in nodes} >= {9801, 9802} and 9701 not in [node.port
+                                                                          for node in nodes]
     assert find(client, 1, nodes='*', dispy_port=9802)[0][0].startswith('n3')
     nodes.append(far.node('--name', 'n4', directory='n4', cpus=1))
     assert len(find(client, 5, nodes='*')[0]) == 5
@@ -177,7 +188,8 @@ def test_wildcards_choose_by_address_and_by_name(hosts):
     before = [host.packets()['connects_received'] for host in far]
     lines, rows = find(client, 1, nodes=['10.97.0.4*', '10.99.*'])
     assert [line.split()[0] for line in lines] == ['attic'] and len(rows) == 1
-    assert [host.packets()['connects_received'] for host in far][:2] == before[:2], 'an unlisted node was dialled'
+    assert ([host.packets()['connects_received'] for host in far][:2]
+            == before[:2]), 'an unlisted node was dialled'
     # The first element that fits counts, of an address and a name too.
     lines, rows = find(client, 2, nodes=[['zzz*', 9701, 1], ['lab*', 9701, 2]])
     assert len(lines) == 2
@@ -245,7 +257,8 @@ def test_without_psutil(hosts, multicast):
         if multicast:
             host.drop('meta pkttype broadcast meta l4proto udp')
     far.node(*['--ipv4-udp-multicast'] * multicast, env=without_psutil(far))
-    assert find(client, 1, nodes='*', ipv4_udp_multicast=multicast, env=without_psutil(client))[0] == ['far %s 9701 far' % far.ip]
+    assert (find(client, 1, nodes='*', ipv4_udp_multicast=multicast, env=without_psutil(client))[0]
+            == ['far %s 9701 far' % far.ip])
 
 
 def test_discovery_can_be_fenced(hosts):
@@ -253,7 +266,8 @@ def test_discovery_can_be_fenced(hosts):
     far.node(env={'DISPY_DISCOVERY': 'loopback'})
     off.node(env={'DISPY_DISCOVERY': 'off'})
     near = client.node()
-    assert find(client, 1, nodes='*', env={'DISPY_DISCOVERY': 'loopback'})[0] == ['client 127.0.0.1 9701 client']
+    assert (find(client, 1, nodes='*', env={'DISPY_DISCOVERY': 'loopback'})[0]
+            == ['client 127.0.0.1 9701 client'])
     before = client.packets()
     assert find(client, 1, nodes='*', env={'DISPY_DISCOVERY': 'loopback'})[1][0][0] == 'client'
     assert client.packets()['udp_sent'] == before['udp_sent']
@@ -261,7 +275,8 @@ def test_discovery_can_be_fenced(hosts):
     assert [row[0] for row in rows] == ['client']
     near.stop()
     for host in (far, off):   # they can be named
-        assert find(client, 1, nodes=[host.ip], env={'DISPY_DISCOVERY': 'off'})[0] == ['%s %s 9701 %s' % (host.name, host.ip, host.name)]
+        assert (find(client, 1, nodes=[host.ip], env={'DISPY_DISCOVERY': 'off'})[0]
+                == ['%s %s 9701 %s' % (host.name, host.ip, host.name)])
     before = client.packets()
     lines, rows = find(client, 1, env={'DISPY_DISCOVERY': 'off'})    # nodes=None: the embedded one
     assert rows[0][1] == '127.0.0.1' and client.packets()['udp_sent'] == before['udp_sent']
@@ -294,7 +309,7 @@ def test_a_second_cluster_of_the_program_finds_nodes_as_the_first_did(hosts):
         ''').split() == ['5'] * 3
 
 
-# -- addresses --------------------------------------------------------------------------------------------
+# -- addresses -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('means', ('127.0.1.1', None))
 def test_no_127_is_told_to_another_host(hosts, means):
@@ -319,7 +334,9 @@ def test_behind_a_router_with_a_forwarded_port(hosts):
     client, far = hosts.host('client'), hosts.host('far', nat=True)
     far.uplink.run(['nft', '-f', '-'], input='''
         table inet forwarded {
-            chain in { type nat hook prerouting priority -100; iifname "eth0" tcp dport 9701 dnat ip to %s; }
+            chain in {
+                type nat hook prerouting priority -100; iifname "eth0" tcp dport 9701 dnat ip to %s;
+            }
         }''' % far.ip)
     far.uplink.commands('nft insert rule inet nat through ct status dnat accept')
     node = far.node('--ext-host', far.uplink.ip)
@@ -335,18 +352,20 @@ def test_the_outer_address_is_told(hosts):
     assert find(client, 1, nodes='*')[0] == ['far 10.97.0.88 9701 far']
 
 
-# -- nodes that dial --------------------------------------------------------------------------------------
+# -- nodes that dial -------------------------------------------------------------------------------
 
 def test_nodes_behind_nat_dial_a_client_that_listens(hosts):
     client, far, near = hosts.host('client'), hosts.host('far', nat=True), hosts.host('near')
-    nodes = [far.node('--scheduler-host', client.ip), near.node('--scheduler-host', client.ip, '--scheduler-host', '[%s]' % client.ip6)]
+    nodes = [far.node('--scheduler-host', client.ip),
+             near.node('--scheduler-host', client.ip, '--scheduler-host', '[%s]' % client.ip6)]
     holder = Holder(client, nodes=['far', 'near'], host='')
     holder.waits_for('ready far')
     holder.waits_for('ready near')
     assert sorted(row[0] for row in holder.status() if row[3] == 'ready') == ['far', 'near']
     assert far.packets()['connects_received'] == 0
     assert holder.end() == 0
-    holder = Holder(client, nodes='*', host=client.ip)    # another client opens where one has closed
+    # Another client opens where one has closed
+    holder = Holder(client, nodes='*', host=client.ip)
     holder.waits_for('ready far', 40)
     nodes[0].kill()
     holder.waits_for('closed far')
@@ -367,7 +386,8 @@ def test_a_node_that_is_not_listed_and_dials_is_not_used(hosts):
     holder = Holder(client, nodes=['other'], host='')
     eventually(lambda: far.packets()['connects_sent'])
     eventually(lambda: 'bye' in far.read('node/log') or 'no cluster uses' in far.read('node/log'))
-    assert [row[0] for row in holder.status() if row[3] != 'no such name'] == [] and 'ready' not in holder.heard()
+    assert ([row[0] for row in holder.status() if row[3] != 'no such name'] == []
+            and 'ready' not in holder.heard())
     holder.end()
 
 
@@ -404,7 +424,7 @@ def test_a_taken_port_is_a_warning_or_an_error(hosts):
     assert second.end() == 0
 
 
-# -- leases -----------------------------------------------------------------------------------------------
+# -- leases ----------------------------------------------------------------------------------------
 
 def leave_by(holder, client, how):
     if how == 'close':
@@ -458,29 +478,36 @@ def test_all_nodes_refuse(hosts):
     second = Holder(two, nodes=[far.ip, free.ip, '10.97.0.99', '*'])
     second.waits_for('waits for a node. Tried:', 10)
     line = next(line for line in second.heard().splitlines() if 'waits for a node' in line)
-    for part in ('it serves', 'wrong secret', '10.97.0.99', 'all that answer at UDP port 9701 of the local network'):
+    for part in ('it serves', 'wrong secret', '10.97.0.99',
+                 'all that answer at UDP port 9701 of the local network'):
         assert part in line, line
     assert 'python dispynode.py' not in line   # some have answered
     lines, rows = find(two, 1, 1, nodes=[far.ip, free.ip])
-    assert 'it serves' in lines[-1] and 'wrong secret' in lines[-1] and {row[3] for row in rows} == {'refused'}
+    assert ('it serves' in lines[-1] and 'wrong secret' in lines[-1]
+            and {row[3] for row in rows} == {'refused'})
     second.process.kill()
     first.end()
 
 
-# -- refusals ---------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def certificates(tmp_path_factory):
     """Two CAs with a certificate each, and a self-signed one: made as examples/README.md says."""
     at = tmp_path_factory.mktemp('certificates')
-    new = ['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '3650']
+    new = ['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256',
+           '-nodes', '-days', '3650']
     for name in ('ca', 'other-ca', 'shared'):
-        subprocess.run([*new, '-subj', '/CN=' + name, '-keyout', name + '.key', '-out', name + '.crt'], cwd=at, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([*new, '-subj', '/CN=' + name, '-keyout', name + '.key', '-out',
+                        name + '.crt'], cwd=at, check=True, stderr=subprocess.DEVNULL)
     for name, ca in (('node', 'ca'), ('client', 'ca'), ('foreign', 'other-ca')):
-        subprocess.run([*new, '-subj', '/CN=' + name, '-CA', ca + '.crt', '-CAkey', ca + '.key', '-keyout', name + '.key', '-out', name + '.crt'],
+        subprocess.run([*new, '-subj', '/CN=' + name, '-CA', ca + '.crt', '-CAkey', ca + '.key',
+                        '-keyout', name + '.key', '-out', name + '.crt'],
                        cwd=at, check=True, stderr=subprocess.DEVNULL)
-    for name, ca in (('node', 'ca'), ('client', 'ca'), ('foreign', 'other-ca')):   # a certificate, and who vouches for others
-        (at / (name + '.pem')).write_text((at / (name + '.crt')).read_text() + (at / (ca + '.crt')).read_text())
+    # A certificate, and who vouches for others
+    for name, ca in (('node', 'ca'), ('client', 'ca'), ('foreign', 'other-ca')):
+        (at / (name + '.pem')).write_text((at / (name + '.crt')).read_text()
+                                          + (at / (ca + '.crt')).read_text())
     return at
 
 
@@ -489,15 +516,17 @@ TLS = ('right', 'wrong', 'plain')
 
 
 def fits(node, client):
-    return node[0] == client[0] == 'right' and (node[1], client[1]) in (('right', 'right'), ('plain', 'plain'))
+    return node[0] == client[0] == 'right' and (node[1], client[1]) in (('right', 'right'),
+                                                                        ('plain', 'plain'))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('of_node', SECRETS)
 def test_the_table_of_refusals(hosts, certificates, of_node):
-    """Nine clients at each of nine nodes: who fits is served, each other one is told what is wrong with
-    what, and so is the node."""
-    clients = {(secret, tls): hosts.host('%s-%s' % (secret, tls), secret={'right': 'the right secret', 'wrong': 'a wrong secret', 'absent': None}[secret])
+    """Nine clients at each of nine nodes: who fits is served, each other one is told what is wrong
+    with what, and so is the node."""
+    clients = {(secret, tls): hosts.host('%s-%s' % (secret, tls), secret={
+        'right': 'the right secret', 'wrong': 'a wrong secret', 'absent': None}[secret])
                for secret in SECRETS for tls in TLS}
     far = hosts.host('far')
     for tls in TLS:
@@ -509,22 +538,27 @@ def refuse(clients, far, certificates, node_secret, node_tls):
     if node_secret == 'absent':
         os.remove(far.secret_file)
     else:
-        far.write('home/.config/dispy/secret', {'right': 'the right secret', 'wrong': 'another wrong secret'}[node_secret])
+        far.write('home/.config/dispy/secret',
+                  {'right': 'the right secret', 'wrong': 'another wrong secret'}[node_secret])
     pem = {'right': ['node.pem', 'node.key'], 'wrong': ['shared.crt', 'shared.key']}
-    options = ['--certfile', certificates / pem[node_tls][0], '--keyfile', certificates / pem[node_tls][1]] if node_tls != 'plain' else []
+    options = ['--certfile', certificates / pem[node_tls][0], '--keyfile',
+               certificates / pem[node_tls][1]] if node_tls != 'plain' else []
     node = far.node(*options)
     pem = {'right': ['client.pem', 'client.key'], 'wrong': ['foreign.pem', 'foreign.key']}
     started = {}
     for (secret, tls), client in clients.items():
-        more = dict(zip(('certfile', 'keyfile'), (str(certificates / name) for name in pem[tls]))) if tls != 'plain' else {}
+        more = (dict(zip(('certfile', 'keyfile'), (str(certificates / name) for name in pem[tls])))
+                if tls != 'plain' else {})
         served = fits((node_secret, node_tls), (secret, tls))
-        started[secret, tls] = client.start_python(FIND, 1, json.dumps(dict(more, nodes=[far.ip])), 20 if served else 2.5)
+        started[secret, tls] = client.start_python(FIND, 1, json.dumps(dict(more, nodes=[far.ip])),
+                                                   20 if served else 2.5)
     for (secret, tls), process in started.items():
         client, output = clients[secret, tls], process.communicate()[0]
         if fits((node_secret, node_tls), (secret, tls)):
             assert output.startswith('far %s 9701 far' % far.ip), output
             continue
-        option = '--secret-file' if (node_tls, tls) in (('right', 'right'), ('plain', 'plain')) else '--certfile'
+        option = ('--secret-file' if (node_tls, tls) in (('right', 'right'), ('plain', 'plain'))
+                  else '--certfile')
         *lines, rows = output.splitlines()
         row, = json.loads(rows)
         assert row[3] == 'refused' and option in row[4], output
@@ -535,8 +569,10 @@ def refuse(clients, far, certificates, node_secret, node_tls):
     assert 'Traceback' not in node.log() and node.stop() == 0
 
 
-@pytest.mark.parametrize('files', (('node.pem', 'node.key', 'client.pem', 'client.key', None), ('node.pem', 'node.key', 'client.crt', 'client.key', 'ca.crt'),
-                                   ('shared.crt', 'shared.key', 'shared.crt', 'shared.key', None)), ids=('ca', 'cafile', 'shared'))
+@pytest.mark.parametrize('files', (('node.pem', 'node.key', 'client.pem', 'client.key', None),
+                                   ('node.pem', 'node.key', 'client.crt', 'client.key', 'ca.crt'),
+                                   ('shared.crt', 'shared.key', 'shared.crt', 'shared.key', None)),
+                         ids=('ca', 'cafile', 'shared'))
 def test_tls_both_ways(hosts, certificates, files):
     client, far = hosts.host('client'), hosts.host('far')
     certfile, keyfile, *ours = [name and str(certificates / name) for name in files]
@@ -551,11 +587,13 @@ def test_tls_both_ways(hosts, certificates, files):
 
 
 def test_another_secret_is_found_and_said_on_both_sides(hosts):
-    client, far, other = hosts.host('client'), hosts.host('far'), hosts.host('other', secret='quite another')
+    client, far, other = hosts.host('client'), hosts.host('far'), hosts.host('other',
+                                                                             secret='quite another')
     node = other.node()
     holder = Holder(client, nodes='*')
     holder.waits_for('cannot be used: its node has another secret')
-    eventually(lambda: re.search('(%s|%s) looks for nodes and has another secret' % (client.ip, client.ip6), node.log()))
+    eventually(lambda: re.search('(%s|%s) looks for nodes and has another secret'
+                                 % (client.ip, client.ip6), node.log()))
     row, = holder.status()
     assert row[1] in (other.ip, other.ip6) and row[3] == 'refused' and '--secret-file' in row[4]
     far.node()
@@ -563,7 +601,8 @@ def test_another_secret_is_found_and_said_on_both_sides(hosts):
     assert holder.heard().count('another secret') - holder.heard().count('"its node') == 1
     assert holder.end() == 0 and node.log().count('another secret') == 1
     lines, rows = find(client, 2, 3, nodes='*')
-    assert re.search('(%s|%s): refused: its node has another secret' % (other.ip, other.ip6), lines[-1]), lines
+    assert re.search('(%s|%s): refused: its node has another secret' % (other.ip, other.ip6),
+                     lines[-1]), lines
 
 
 def test_a_client_that_listens_tells_who_was_turned_away(hosts):
@@ -572,30 +611,36 @@ def test_a_client_that_listens_tells_who_was_turned_away(hosts):
     node = far.node('--scheduler-host', client.ip)
     holder.waits_for('%s cannot be used: it connected and was turned away: wrong secret' % far.ip)
     assert [row[1] for row in holder.status()] == [far.ip]
-    eventually(lambda: '%s:9702 (--scheduler-host) cannot be reached: wrong secret' % client.ip in node.log())
+    eventually(lambda: '%s:9702 (--scheduler-host) cannot be reached: wrong secret'
+               % client.ip in node.log())
     assert '--secret-file' in node.log()
     holder.end()
 
 
-# -- python -m dispy --list-nodes -------------------------------------------------------------------------
+# -- python -m dispy --list-nodes ------------------------------------------------------------------
 
 def list_nodes(host, *options, exit_code=0):
     return host.run([sys.executable, '-m', 'dispy', '--list-nodes', *options], exit_code=exit_code)
 
 
 def test_list_nodes(hosts):
-    client, far, other, busy = hosts.host('client'), hosts.host('far'), hosts.host('other', secret='quite another'), hosts.host('busy')
+    client, far, other, busy = (hosts.host('client'), hosts.host('far'),
+                                hosts.host('other', secret='quite another'), hosts.host('busy'))
     for host in (far, other, busy):
         host.node(cpus=2)
     holder = Holder(hosts.host('user'), nodes=[busy.ip])
     holder.waits_for('ready busy')
     text = list_nodes(client)
     rows = {row.split()[0]: row for row in text.splitlines() if 'WARNING' not in row}
-    assert re.search(r' far +2 +\d+ % +[\d.]+ GiB +5\.\S+ +3\.\d+\.\d+ +free$', rows[far.ip + ':9701']), text
-    assert re.search(r' busy +2 .* serves \w+@user PID %d for \d+ s$' % holder.process.pid, rows[busy.ip + ':9701']), text
-    assert 'cannot be used: its node has another secret' in (rows.get(other.ip) or rows[other.ip6]), text
+    assert re.search(r' far +2 +\d+ % +[\d.]+ GiB +5\.\S+ +3\.\d+\.\d+ +free$',
+                     rows[far.ip + ':9701']), text
+    assert re.search(r' busy +2 .* serves \w+@user PID %d for \d+ s$' % holder.process.pid,
+                     rows[busy.ip + ':9701']), text
+    assert 'cannot be used: its node has another secret' in (rows.get(other.ip)
+                                                             or rows[other.ip6]), text
     text = list_nodes(client, '-n', busy.ip, '-n', '10.97.0.99', '-n', far.ip6, '-n', other.ip)
-    assert '[%s]:9701' % far.ip6 in text and text.count('cannot be used') == 2, text     # once each: in the table, not in a log too
+    # Once each: in the table, not in a log too
+    assert '[%s]:9701' % far.ip6 in text and text.count('cannot be used') == 2, text
     list_nodes(client, '-n', busy.ip, exit_code=1)
     list_nodes(client, '-n', other.ip, exit_code=1)
     # Nobody was in the way of anybody.
@@ -610,9 +655,10 @@ def test_list_nodes_of_nobody(hosts):
     assert 'no node answers' in list_nodes(hosts.host('client'), exit_code=1)
 
 
-# -- strangers --------------------------------------------------------------------------------------------
+# -- strangers -------------------------------------------------------------------------------------
 
-# 1,000 connections that say nothing, some that say a byte a while, and datagrams: garbage, replays, forgeries.
+# 1,000 connections that say nothing, some that say a byte a while, and datagrams: garbage, replays,
+# forgeries.
 FLOOD = """
     import os, select, socket, sys, time
     import dispynode as d
@@ -629,7 +675,9 @@ FLOOD = """
             sock.setblocking(False)
             sock.connect_ex((node, 9701))
             silent.append(sock)
-        for data in (os.urandom(128), good.build(d.DatagramType.QUESTION), liar.build(d.DatagramType.HELLO), liar.build(d.DatagramType.ANSWER, '', os.urandom(16)), os.urandom(1000)):
+        for data in (os.urandom(128), good.build(d.DatagramType.QUESTION),
+                     liar.build(d.DatagramType.HELLO),
+                     liar.build(d.DatagramType.ANSWER, '', os.urandom(16)), os.urandom(1000)):
             udp.sendto(data, ('10.97.0.255', 9701))
             sent += 1
         if len(silent) % 10 == 0:
@@ -649,7 +697,8 @@ def resident(pid):
 
 
 def test_strangers_do_not_disturb_an_honest_client(hosts):
-    client, far, stranger = hosts.host('client'), hosts.host('far'), hosts.host('stranger', secret='quite another')
+    client, far, stranger = (hosts.host('client'), hosts.host('far'),
+                             hosts.host('stranger', secret='quite another'))
     node = far.node()
     holder = Holder(client, nodes='*')
     holder.waits_for('ready far')
@@ -664,7 +713,8 @@ def test_strangers_do_not_disturb_an_honest_client(hosts):
         count += 1
         time.sleep(0.1)
     assert count > 10
-    assert resident(node.process.pid) - before < 16 << 20 and resident(holder.process.pid) - client_before < 16 << 20
+    assert (resident(node.process.pid) - before < 16 << 20
+            and resident(holder.process.pid) - client_before < 16 << 20)
     assert len(far_descriptors(node)) < descriptors + 70
     assert holder.end() == 0
     assert find(client, 1, nodes='*')[0] == ['far %s 9701 far' % far.ip]     # and one that comes

@@ -1,4 +1,5 @@
-"""What a program has set in its modules reaches its jobs, as it reaches a forked process; what a node has made its own stays."""
+"""What a program has set in its modules reaches its jobs, as it reaches a forked process; what a
+node has made its own stays."""
 
 import os
 
@@ -222,7 +223,8 @@ SCRIPT = '''
         return models.Model.depth, models.Model().get(), models.Child().get(), models.Child.device
 
     def a_dataclass_instance():
-        return models.POINT == models.Point(3, 4), isinstance(models.POINT, models.Point), models.POINT.x
+        return models.POINT == models.Point(3, 4), isinstance(models.POINT,
+                                                              models.Point), models.POINT.x
 
     def an_enum_member():
         return models.MODE is models.Kind.SQUARE, models.Model().kind is models.Kind.ROUND
@@ -237,7 +239,8 @@ SCRIPT = '''
         return blobs.size(), blobs.DATA[:3].decode(), len(blobs.WORDS)
 
     def a_registry_that_a_module_fills_which_only_the_script_imports():
-        return list(registry.HANDLERS), registry.handle('double', 4), registry.handle('square', 4), registry.handle('own', 4)
+        return (list(registry.HANDLERS), registry.handle('double', 4), registry.handle('square', 4),
+                registry.handle('own', 4))
 
     def one_list_under_two_names_and_in_two_modules():
         first.LEFT.append(9)
@@ -246,7 +249,8 @@ SCRIPT = '''
         return seen
 
     def a_list_that_another_module_has_imported():
-        return user_of_lists.seen(), user_of_lists.L is lists.L, user_of_lists.D is lists.D, user_of_lists.HOLDER is lists.HOLDER
+        return (user_of_lists.seen(), user_of_lists.L is lists.L, user_of_lists.D is lists.D,
+                user_of_lists.HOLDER is lists.HOLDER)
 
     def names_from_the_file_of_the_module():
         with open(home.DATA) as file:
@@ -276,18 +280,21 @@ SCRIPT = '''
     def own(n):
         return 'own', n
 
-    TOLD = [a_constant_under_the_guard, other_constants, an_item_of_a_dict, a_constant_of_a_function_of_the_module, a_class_attribute,
+    TOLD = [a_constant_under_the_guard, other_constants, an_item_of_a_dict,
+            a_constant_of_a_function_of_the_module, a_class_attribute,
             a_dataclass_instance, an_enum_member, a_namespace, a_path, two_mebibytes_over_none,
-            a_registry_that_a_module_fills_which_only_the_script_imports, one_list_under_two_names_and_in_two_modules,
-            a_list_that_another_module_has_imported, names_from_the_file_of_the_module, names_from_the_library,
-            dates_and_what_the_source_does_not_compute, a_global_of_the_script, two_underscores, what_was_set_after_the_cluster_was_made,
-            a_socket_over_none, where_the_file_is]
+            a_registry_that_a_module_fills_which_only_the_script_imports,
+            one_list_under_two_names_and_in_two_modules, a_list_that_another_module_has_imported,
+            names_from_the_file_of_the_module, names_from_the_library,
+            dates_and_what_the_source_does_not_compute, a_global_of_the_script, two_underscores,
+            what_was_set_after_the_cluster_was_made, a_socket_over_none, where_the_file_is]
 
     def change(args):
         global FACTOR
         FACTOR = args.n
         config.N = args.n
-        config.RATIO, config.NAMES, config.EXTRA = 0.75, ('a', 'b'), {'set': {1, 2}.issubset({1, 2, 3})}
+        config.RATIO, config.NAMES, config.EXTRA = 0.75, ('a',
+                                                          'b'), {'set': {1, 2}.issubset({1, 2, 3})}
         settings.OPTS['a'] = 7
         settings.OPTS['b'].append(2)
         limits.LIMIT = 3
@@ -340,12 +347,17 @@ SCRIPT = '''
     '''
 
 AS_WITH_FORK = [
-    'a_constant_under_the_guard', 'other_constants', 'an_item_of_a_dict', 'a_constant_of_a_function_of_the_module', 'a_class_attribute',
+    'a_constant_under_the_guard', 'other_constants', 'an_item_of_a_dict',
+    'a_constant_of_a_function_of_the_module', 'a_class_attribute',
     'a_dataclass_instance', 'an_enum_member', 'a_namespace', 'a_path', 'two_mebibytes_over_none',
-    'a_registry_that_a_module_fills_which_only_the_script_imports', 'one_list_under_two_names_and_in_two_modules',
-    'a_list_that_another_module_has_imported', 'names_from_the_file_of_the_module', 'names_from_the_library',
-    'dates_and_what_the_source_does_not_compute', 'a_global_of_the_script', 'executor_a_constant_under_the_guard', 'executor_other_constants',
-    'executor_an_item_of_a_dict', 'executor_a_constant_of_a_function_of_the_module', 'executor_a_class_attribute']
+    'a_registry_that_a_module_fills_which_only_the_script_imports',
+    'one_list_under_two_names_and_in_two_modules',
+    'a_list_that_another_module_has_imported', 'names_from_the_file_of_the_module',
+    'names_from_the_library',
+    'dates_and_what_the_source_does_not_compute', 'a_global_of_the_script',
+    'executor_a_constant_under_the_guard', 'executor_other_constants',
+    'executor_an_item_of_a_dict', 'executor_a_constant_of_a_function_of_the_module',
+    'executor_a_class_attribute']
 
 
 def project(directory, where):
@@ -384,11 +396,13 @@ def test_jobs_see_what_the_program_has_set(told, case):
 def test_the_reference_is_what_the_program_has_set(told):
     """What fork gives is what these tests are about."""
     values = {name: by_fork for name, (_, by_fork) in told[1].items()}
-    assert values['a_constant_under_the_guard'] == [4, 4] and values['an_item_of_a_dict'] == [{'a': 7, 'b': [1, 2]}, 7]
+    assert (values['a_constant_under_the_guard'] == [4, 4]
+            and values['an_item_of_a_dict'] == [{'a': 7, 'b': [1, 2]}, 7])
     assert values['a_constant_of_a_function_of_the_module'] == [True, 3]
     assert values['two_mebibytes_over_none'] == [3 + (2 << 20), 'abc', 200_000]
     assert values['one_list_under_two_names_and_in_two_modules'] == [True, True, [1, 2, 9]]
-    assert values['a_list_that_another_module_has_imported'] == [[[1, 5], {'key': 'value'}, ['item']], True, True, True]
+    assert (values['a_list_that_another_module_has_imported']
+            == [[[1, 5], {'key': 'value'}, ['item']], True, True, True])
     assert values['names_from_the_file_of_the_module'] == ['the data', 'data.txt', True, 1]
     assert values['names_from_the_library'] == [[True, True], True]
 
@@ -402,13 +416,15 @@ def test_a_cluster_has_what_was_set_when_it_was_made(told):
 
 
 def test_names_from_the_file_keep_the_value_of_the_node(told):
-    """On the embedded node they are those of the program: its modules are imported from where they are."""
+    """On the embedded node they are those of the program: its modules are imported from where they
+    are."""
     kind, values, _, directory = told
     seen = values['where_the_file_is'][0]
     if kind == 'local':
         assert seen == os.path.join(directory, 'home')
     else:
-        assert os.path.isabs(seen) and os.path.basename(seen) == 'home' and not seen.startswith(directory)
+        assert (os.path.isabs(seen) and os.path.basename(seen) == 'home'
+                and not seen.startswith(directory))
 
 
 def test_nothing_of_a_module_is_put_in_place_when_a_connection_cannot_be_carried(told):
@@ -417,10 +433,11 @@ def test_nothing_of_a_module_is_put_in_place_when_a_connection_cannot_be_carried
     assert values['a_socket_over_none'][0] == [True, False, 3]
     lines = [line for line in err.splitlines() if '_connection' in line]
     assert len(lines) == 1, err
-    assert all(word in lines[0] for word in ('connection', '_connection', 'setup', 'register_pickle_by_value')), lines[0]
+    assert all(word in lines[0] for word
+               in ('connection', '_connection', 'setup', 'register_pickle_by_value')), lines[0]
 
 
-# -- what setup has set ----------------------------------------------------------------------------------------------------
+# -- what setup has set ----------------------------------------------------------------------------
 
 SETUP = '''
     import clusters
@@ -443,9 +460,11 @@ SETUP = '''
         Own.made_by_setup = True
 
     def compute(model, own):
-        return (config.N, config.get(), models.DEVICE, models.Model.device, model.device, getattr(models.Model, 'made_by_setup', None),
-                models.Model.depth, Own.device, own.device, getattr(Own, 'made_by_setup', None), own.n,
-                isinstance(model, models.Model), isinstance(own, Own), model.kind is models.Kind.SQUARE)
+        return (config.N, config.get(), models.DEVICE, models.Model.device, model.device,
+                getattr(models.Model, 'made_by_setup', None), models.Model.depth, Own.device,
+                own.device, getattr(Own, 'made_by_setup', None), own.n,
+                isinstance(model, models.Model), isinstance(own, Own),
+                model.kind is models.Kind.SQUARE)
 
     def changed(own):
         return own.device, own.count, Own.count
@@ -457,12 +476,14 @@ SETUP = '''
         models.Model.depth = 8
         with clusters.make_cluster(compute, setup=load) as cluster:
             jobs = [cluster.submit(models.Model(models.Kind.SQUARE), Own(n)) for n in range(6)]
-            clusters.show(jobs=[clusters.outcome(job) for job in jobs], here=[Own.device, models.Model.device])
+            clusters.show(jobs=[clusters.outcome(job) for job in jobs],
+                          here=[Own.device, models.Model.device])
         Own.device = 'again of the client'
         with clusters.make_cluster(changed, setup=load) as cluster:
             found = [clusters.outcome(cluster.submit(Own(1)))]
             Own.count = 5
-            found += [clusters.outcome(cluster.submit(Own(1))), clusters.outcome(cluster.submit(Own(1)))]
+            found += [clusters.outcome(cluster.submit(Own(1))),
+                      clusters.outcome(cluster.submit(Own(1)))]
         clusters.show(changed=found)
     '''
 
@@ -479,11 +500,13 @@ def program(request, tmp_path):
 def test_what_setup_has_set_stays_over_jobs_that_bring_instances(program):
     program.write('script.py', SETUP)
     values = program.run().values()
-    expected = ['of the node', 'of the node', 'device of the node', 'set by setup', 'set by setup', True, 8, 'set by setup', 'set by setup', True]
+    expected = ['of the node', 'of the node', 'device of the node', 'set by setup', 'set by setup',
+                True, 8, 'set by setup', 'set by setup', True]
     assert values['jobs'] == [expected + [n, True, True, True] for n in range(6)]
     assert values['here'] == ['of the client', 'of the client']
     # what the client has changed since comes with the next job, and nothing else of the class
-    assert values['changed'] == [['set by setup', 0, 0], ['set by setup', 5, 5], ['set by setup', 5, 5]]
+    assert values['changed'] == [['set by setup', 0, 0], ['set by setup', 5, 5],
+                                 ['set by setup', 5, 5]]
 
 
 def test_counters_of_lru_cache_go_on_from_job_to_job(program):
@@ -501,7 +524,8 @@ def test_counters_of_lru_cache_go_on_from_job_to_job(program):
         def compute(n):
             own(n)
             info = own.cache_info()
-            return os.getpid(), cached.counters(n), info.hits + info.misses, own(n), cached.square(n)
+            return (os.getpid(), cached.counters(n), info.hits + info.misses, own(n),
+                    cached.square(n))
 
         if __name__ == '__main__':
             with clusters.make_cluster(compute) as cluster:
@@ -514,7 +538,7 @@ def test_counters_of_lru_cache_go_on_from_job_to_job(program):
     assert sum(calls.values()) == 12
 
 
-# -- one class, wherever it comes from -------------------------------------------------------------------------------------
+# -- one class, wherever it comes from -------------------------------------------------------------
 
 IDENTITY = '''
     import enum
@@ -544,9 +568,11 @@ IDENTITY = '''
 
     def of(shape, model):
         import models as imported
-        return (isinstance(shape, Shape), type(shape) is Shape, shape == Shape(shape.n), shape.size is Size.SMALL,
-                isinstance(model, models.Model), type(model) is imported.Model, model.kind is models.Kind.SQUARE, imported is models,
-                imported is sys.modules['models'], pickle.loads(pickle.dumps(model)).kind is models.Kind.SQUARE)
+        return (isinstance(shape, Shape), type(shape) is Shape, shape == Shape(shape.n),
+                shape.size is Size.SMALL, isinstance(model, models.Model),
+                type(model) is imported.Model, model.kind is models.Kind.SQUARE, imported is models,
+                imported is sys.modules['models'],
+                pickle.loads(pickle.dumps(model)).kind is models.Kind.SQUARE)
 
     def compute(shape, model):
         return of(shape, model), of(*HELD), of(*from_setup), shape, model, Shape, models.Kind.SQUARE
@@ -555,7 +581,8 @@ IDENTITY = '''
         return Shape(7), models.Model(models.Kind.SQUARE)
 
     if __name__ == '__main__':
-        options = {} if clusters.MODE == 'local' else {'setup_args': (Shape(2), models.Model(models.Kind.SQUARE))}
+        options = ({} if clusters.MODE == 'local'
+                   else {'setup_args': (Shape(2), models.Model(models.Kind.SQUARE))})
         depends = {'depends': [models]} if sys.argv[2:] == ['depends'] else {}
         with clusters.make_cluster(compute, setup=load, **options, **depends) as cluster:
             for _ in range(3):
@@ -566,7 +593,8 @@ IDENTITY = '''
                     break
                 argument, held, setup, shape, model, cls, member = result
                 clusters.show(argument=argument, held=held, setup=setup, result=of(shape, model),
-                              classes=[cls is Shape, member is models.Kind.SQUARE, shape == Shape(3)])
+                              classes=[cls is Shape, member is models.Kind.SQUARE,
+                                       shape == Shape(3)])
         with clusters.make_executor() as executor:
             future = executor.submit(of, Shape(3), models.Model(models.Kind.SQUARE))
             clusters.show(executor=clusters.attempt(future.result, 20))
@@ -578,7 +606,8 @@ IDENTITY = '''
 
 @pytest.mark.parametrize('depends', ['', 'depends'])
 def test_classes_and_enums_are_one_wherever_they_come_from(program, depends):
-    """setup_args (on a node that is not embedded), arguments, globals and results; with the module in `depends`, too."""
+    """setup_args (on a node that is not embedded), arguments, globals and results; with the module
+    in `depends`, too."""
     program.write('script.py', IDENTITY)
     command = ['script.py']
     done = program.run(*command) if not depends else Swapped(program).run(*command, depends)
@@ -604,7 +633,8 @@ class Swapped:
 
 
 def test_recovered_results_are_of_the_classes_of_the_program(tmp_path):
-    """The program ends by a kill while its job runs; the next one of the same script collects the result."""
+    """The program ends by a kill while its job runs; the next one of the same script collects the
+    result."""
     with somewhere('node', tmp_path / 'nodes') as where:
         program = project(tmp_path / 'program', where)
         program.write('script.py', '''
@@ -635,7 +665,8 @@ def test_recovered_results_are_of_the_classes_of_the_program(tmp_path):
                 found = []
                 for job in dispy.recover_jobs('recover', timeout=30):
                     shape, model = job.result
-                    found.append([isinstance(shape, Shape), shape.n, isinstance(model, models.Model), model.kind is models.Kind.SQUARE])
+                    found.append([isinstance(shape, Shape), shape.n, isinstance(
+                        model, models.Model), model.kind is models.Kind.SQUARE])
                 clusters.show(found=found)
             ''')
         assert Swapped(program).run('script.py', 'first').code == 0
@@ -661,14 +692,16 @@ def test_a_result_changes_nothing_in_the_class_of_the_program(program):
         if __name__ == '__main__':
             with clusters.make_cluster(compute) as cluster:
                 own, model = clusters.outcome(cluster.submit())
-                clusters.show(seen=[Own.level, models.Model.device, hasattr(Own, 'added'), hasattr(models.Model, 'added'),
+                clusters.show(seen=[Own.level, models.Model.device, hasattr(Own, 'added'),
+                                    hasattr(models.Model, 'added'),
                                     type(own) is Own, type(model) is models.Model])
         ''')
     assert program.run().values()['seen'] == ['of the client', 'cpu', False, False, True, True]
 
 
 def test_a_module_is_imported_on_the_node_in_the_order_of_the_program(program):
-    program.files(order='NAMES = []\n', z_first="import order\norder.NAMES.append('z')\n", a_second="import order\norder.NAMES.append('a')\n")
+    program.files(order='NAMES = []\n', z_first="import order\norder.NAMES.append('z')\n",
+                  a_second="import order\norder.NAMES.append('a')\n")
     program.write('script.py', '''
         import order
         import z_first

@@ -947,25 +947,24 @@ def test_modules_that_pytest_imports(tmp_path, mode):
 
 
 def test_zip_applications(tmp_path):
-    write(tmp_path / 'app', {
-        '__main__.py': ASK % (['zown', 'zown.sub', 'zvendored', 'single', 'dispy', '__main__'],)
-        + '''
+    write(tmp_path / 'app',
+          {'__main__.py': ASK % (['zown', 'zown.sub', 'zvendored', 'single', 'dispy', '__main__'],)
+           + '''
 closure = dispy.own_modules.closure(['zown.sub'])
 files = dispy.own_modules.files(closure)
 print(*files)
 rows = dispy.own_modules.rows(files)
-print(rows == dispy.own_modules.rows(files), dispy.own_modules.changed(closure, dispy.own_modules.digests(closure)))
+print(rows == dispy.own_modules.rows(files),
+      dispy.own_modules.changed(closure, dispy.own_modules.digests(closure)))
 for name, size, digest, mode in dispy.own_modules.rows(files):
     import hashlib
     content = files[name].read()
     assert (len(content), hashlib.sha256(content).digest()) == (size, digest), name
 print(files['zown/data/table.csv'].read().decode())
-''',
-        'zown/__init__.py': '', 'zown/sub.py': 'import zvendored, single',
-        'zown/data/table.csv': 'table', 'zown/.hidden': '',
-        'zown/inner/__init__.py': '', 'zown/inner/other.txt': '', 'zvendored/__init__.py': '',
-        'single.py': '',
-        'zvendored-1.0.dist-info/RECORD': 'zvendored/__init__.py,,\n'})
+''', 'zown/__init__.py': '', 'zown/sub.py': 'import zvendored, single',
+           'zown/data/table.csv': 'table', 'zown/.hidden': '',
+           'zown/inner/__init__.py': '', 'zown/inner/other.txt': '', 'zvendored/__init__.py': '',
+           'single.py': '', 'zvendored-1.0.dist-info/RECORD': 'zvendored/__init__.py,,\n'})
     for module in (dispy, sys.modules['dispynode']):
         shutil.copy(module.__file__, str(tmp_path / 'app'))
     zipapp.create_archive(str(tmp_path / 'app'), str(tmp_path / 'app.pyz'))

@@ -1,4 +1,5 @@
-"""Modules of the user's travel as files and are imported by their name; what has no importable module travels by value."""
+"""Modules of the user's travel as files and are imported by their name; what has no importable
+module travels by value."""
 
 import os
 import re
@@ -52,14 +53,18 @@ ONE_JOB = '''
 
 def one_job(imports, body):
     """A script with one job."""
-    return textwrap.dedent(ONE_JOB).format(imports=textwrap.dedent(imports).strip(), body=textwrap.dedent(body).strip().replace('\n', '\n    '))
+    return textwrap.dedent(ONE_JOB).format(
+        imports=textwrap.dedent(imports).strip(),
+        body=textwrap.dedent(body).strip().replace('\n', '\n    '))
 
 
-# -- what travels ----------------------------------------------------------------------------------------------------------
+# -- what travels ----------------------------------------------------------------------------------
 
 def test_a_module_beside_the_script(program):
-    program.files(helper='import threading\n\n_lock = threading.Lock()\nN = 3\n\n\ndef triple(n):\n    with _lock:\n        return N * n\n')
-    program.write('script.py', one_job('import sys, helper', 'return helper.triple(4), helper.__name__, sys.modules["helper"] is helper'))
+    program.files(helper='import threading\n\n_lock = threading.Lock()\nN = 3\n\n\ndef triple(n):\n'
+                  '    with _lock:\n        return N * n\n')
+    program.write('script.py', one_job('import sys, helper', 'return helper.triple(4), '
+                                       'helper.__name__, sys.modules["helper"] is helper'))
     assert program.run().values()['seen'] == [12, 'helper', True]
 
 
@@ -82,8 +87,10 @@ def test_a_package_with_data_read_at_import(program):
         RESOURCE = (read('pkg') / 'data' / 'words.txt').read_text() if read else TEXT
         ''')
     program.write('pkg/other.py', 'def double(n):\n    return 2 * n\n')
-    program.write('script.py', one_job('from pkg.sub import deep', 'return deep.WORDS, deep.TEXT, deep.RESOURCE, deep.double(4), deep.__name__'))
-    assert program.run().values()['seen'] == [['one', 'two'], 'one two', 'one two', 8, 'pkg.sub.deep']
+    program.write('script.py', one_job('from pkg.sub import deep', 'return deep.WORDS, '
+                                       'deep.TEXT, deep.RESOURCE, deep.double(4), deep.__name__'))
+    assert program.run().values()['seen'] == [['one', 'two'], 'one two', 'one two', 8,
+                                              'pkg.sub.deep']
 
 
 def test_hidden_files_and_compiled_code_stay_at_home(on_node):
@@ -91,7 +98,9 @@ def test_hidden_files_and_compiled_code_stay_at_home(on_node):
     on_node.write('pkg/data.txt', 'data')
     on_node.write('pkg/.hidden', 'hidden')
     on_node.write('pkg/__pycache__/left.pyc', 'left')
-    on_node.write('script.py', one_job('import os, pkg', 'return [os.path.exists(os.path.join(pkg.HERE, name)) for name in ("data.txt", ".hidden", "__pycache__/left.pyc")]'))
+    on_node.write('script.py',
+                  one_job('import os, pkg', 'return [os.path.exists(os.path.join(pkg.HERE, '
+                          'name)) for name in ("data.txt", ".hidden", "__pycache__/left.pyc")]'))
     assert on_node.run().values()['seen'] == [True, False, False]
 
 
@@ -99,7 +108,9 @@ def test_a_namespace_package(program):
     program.write('part_one/space/first.py', 'N = 1\n')
     program.write('part_two/space/second.py', 'from space import first\nN = first.N + 1\n')
     program.write('script.py', 'import sys\nsys.path[:0] = ["part_one", "part_two"]\n'
-                  + one_job('import space.second', 'import space.first\nreturn space.second.N, space.first.N, space.__file__ if hasattr(space, "__file__") else None'))
+                  + one_job('import space.second',
+                            'import space.first\nreturn space.second.N, space.first.N, '
+                            'space.__file__ if hasattr(space, "__file__") else None'))
     assert program.run().values()['seen'] == [2, 1, None]
 
 
@@ -110,21 +121,26 @@ def test_an_extension_module_of_the_users(program):
         pytest.skip('no compiler for extension modules')
     program.write('fast.c', '''
         #include <Python.h>
-        static PyObject *twice(PyObject *self, PyObject *n) { return PyLong_FromLong(2 * PyLong_AsLong(n)); }
+        static PyObject *twice(PyObject *self, PyObject *n) {
+            return PyLong_FromLong(2 * PyLong_AsLong(n));
+        }
         static PyMethodDef methods[] = {{"twice", twice, METH_O, ""}, {0}};
         static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "fast", "", -1, methods};
         PyMODINIT_FUNC PyInit_fast(void) { return PyModule_Create(&module); }
         ''')
     target = os.path.join(program.directory, 'fast' + sysconfig.get_config_var('EXT_SUFFIX'))
-    subprocess.run([compiler, '-shared', '-fPIC', '-I', include, os.path.join(program.directory, 'fast.c'), '-o', target], check=True)
+    subprocess.run([compiler, '-shared', '-fPIC', '-I', include,
+                    os.path.join(program.directory, 'fast.c'), '-o', target], check=True)
     program.write('script.py', one_job('import fast', 'return fast.twice(4), fast.__name__'))
     assert program.run().values()['seen'] == [8, 'fast']
 
 
 def test_modules_that_are_imported_inside_of_functions_and_conditions(program):
     program.files(lower='N = 1\n', middle='def get():\n    import lower\n    return lower.N\n',
-                  chosen='N = 5\n', upper='import sys\nif sys.version_info > (3,):\n    import chosen\nelse:\n    import no_such_module_at_all\n')
-    program.write('script.py', one_job('import middle, upper', 'return middle.get(), upper.chosen.N'))
+                  chosen='N = 5\n', upper='import sys\nif sys.version_info > (3,):\n'
+                  '    import chosen\nelse:\n    import no_such_module_at_all\n')
+    program.write('script.py',
+                  one_job('import middle, upper', 'return middle.get(), upper.chosen.N'))
     assert program.run().values()['seen'] == [1, 5]
 
 
@@ -142,7 +158,8 @@ def test_a_module_that_is_imported_by_a_computed_name_while_the_job_runs(program
 
 
 def test_a_module_of_which_only_an_argument_knows(program):
-    program.files(shapes='class Shape:\n    def __init__(self, n):\n        self.n = n\n    def area(self):\n        return self.n ** 2\n')
+    program.files(shapes='class Shape:\n    def __init__(self, n):\n        self.n = n\n'
+                  '    def area(self):\n        return self.n ** 2\n')
     program.write('script.py', '''
         import clusters
 
@@ -166,7 +183,8 @@ def test_two_computations_with_modules_of_one_name_do_not_see_each_other(tmp_pat
         for name in ('first', 'second'):
             other = Project(tmp_path / name, where)
             other.files(helper='NAME = %r\n' % name)
-            other.write('script.py', one_job('import helper', 'import helper as again\nreturn helper.NAME, again.NAME'))
+            other.write('script.py', one_job(
+                'import helper', 'import helper as again\nreturn helper.NAME, again.NAME'))
             seen[name] = other.run().values()['seen']
         assert seen == {'first': ['first', 'first'], 'second': ['second', 'second']}
         both = Project(tmp_path / 'both', where)
@@ -225,23 +243,27 @@ def test_the_script_itself_never_runs_on_a_node(program):
         assert file.read() == 'ran\n'
 
 
-# -- what cannot be imported there -----------------------------------------------------------------------------------------
+# -- what cannot be imported there -----------------------------------------------------------------
 
 MISSING = dict({
     'vendor/not_there_1.py': 'N = 1\n',
-    'vendor/not_there_1-1.0.dist-info/METADATA': 'Metadata-Version: 2.1\nName: not-there-1\nVersion: 1.0\n',
-    'vendor/not_there_1-1.0.dist-info/RECORD': 'not_there_1.py,,\nnot_there_1-1.0.dist-info/METADATA,,\nnot_there_1-1.0.dist-info/RECORD,,\n',
+    'vendor/not_there_1-1.0.dist-info/METADATA': 'Metadata-Version: 2.1\nName: not-there-1\n'
+    'Version: 1.0\n',
+    'vendor/not_there_1-1.0.dist-info/RECORD': 'not_there_1.py,,\n'
+    'not_there_1-1.0.dist-info/METADATA,,\nnot_there_1-1.0.dist-info/RECORD,,\n',
     'pkg/__init__.py': '',
     'pkg/plots.py': 'import not_there_1\n\ndef plot(n):\n    return not_there_1.N * n\n',
-    'pkg/tries.py': 'try:\n    import not_there_1\nexcept ImportError:\n    not_there_1 = None\n\ndef get():\n    return not_there_1 is None\n'
-                    '\ndef needs():\n    import not_there_1\n    return not_there_1.N\n'})
+    'pkg/tries.py': 'try:\n    import not_there_1\nexcept ImportError:\n    not_there_1 = None\n\n'
+    'def get():\n    return not_there_1 is None\n\ndef needs():\n    import not_there_1\n'
+    '    return not_there_1.N\n'})
 
 
 def with_missing(found):
     """A package of the user's that imports what is installed at the client alone."""
     for name, text in MISSING.items():
         found.write(name, text)
-    return {'PYTHONPATH': os.pathsep.join([os.path.join(found.directory, 'vendor'), os.environ['PYTHONPATH']])}
+    return {'PYTHONPATH': os.pathsep.join([os.path.join(found.directory, 'vendor'),
+                                           os.environ['PYTHONPATH']])}
 
 
 def test_a_module_that_imports_a_missing_package(on_node):
@@ -259,7 +281,8 @@ def test_a_module_that_imports_a_missing_package(on_node):
         if __name__ == '__main__':
             with clusters.make_cluster(compute, loglevel=logging.CRITICAL) as cluster:
                 job = cluster.submit(1)
-                clusters.show(ended=job.wait(20), status=job.status == job.Terminated, text=job.exception)
+                clusters.show(ended=job.wait(20), status=job.status == job.Terminated,
+                              text=job.exception)
                 try:
                     cluster.wait_nodes(1, 20)
                 except dispy.NoNodes as exc:
@@ -271,8 +294,10 @@ def test_a_module_that_imports_a_missing_package(on_node):
     values = on_node.run(env=env).values()
     assert values['ended'] and values['status'] and values['later'] == [True, True]
     for text in (values['text'], values['no_nodes']):
-        assert 'compute -> pkg -> pkg.plots -> not_there_1' in text or 'compute -> pkg.plots -> not_there_1' in text, text
-        assert 'install' in text and 'pip install' in text and 'cloudpickle.register_pickle_by_value(pkg)' in text, text
+        assert ('compute -> pkg -> pkg.plots -> not_there_1' in text
+                or 'compute -> pkg.plots -> not_there_1' in text), text
+        assert ('install' in text and 'pip install' in text
+                and 'cloudpickle.register_pickle_by_value(pkg)' in text), text
         assert 'depends' not in text, text   # what is installed here is to be installed there
 
 
@@ -288,11 +313,13 @@ def test_what_a_module_only_tries_to_import_may_be_missing(on_node):
 
         if __name__ == '__main__':
             with clusters.make_cluster(compute) as cluster:
-                clusters.show(tried=clusters.outcome(cluster.submit(False)), needed=clusters.outcome(cluster.submit(True)))
+                clusters.show(tried=clusters.outcome(cluster.submit(False)),
+                              needed=clusters.outcome(cluster.submit(True)))
         ''')
     values = on_node.run(env=env).values()
     assert values['tried'] is True
-    assert 'status 9' in values['needed'] and 'not_there_1' in values['needed'] and 'install' in values['needed']
+    assert ('status 9' in values['needed'] and 'not_there_1' in values['needed']
+            and 'install' in values['needed'])
 
 
 def test_what_comes_with_an_argument_refuses_no_node(on_node):
@@ -306,7 +333,8 @@ def test_what_comes_with_an_argument_refuses_no_node(on_node):
         if __name__ == '__main__':
             with clusters.make_cluster(compute) as cluster:
                 import pkg.plots
-                clusters.show(plain=clusters.outcome(cluster.submit(len, 'abc')), missing=clusters.outcome(cluster.submit(pkg.plots.plot, 1)),
+                clusters.show(plain=clusters.outcome(cluster.submit(len, 'abc')),
+                              missing=clusters.outcome(cluster.submit(pkg.plots.plot, 1)),
                               after=clusters.outcome(cluster.submit(len, 'abcd')))
             with clusters.make_executor() as executor:
                 future = executor.submit(pkg.plots.plot, 1)
@@ -316,21 +344,26 @@ def test_what_comes_with_an_argument_refuses_no_node(on_node):
     values = on_node.run(env=env).values()
     assert (values['plain'], values['after']) == (3, 4)
     assert 'status 9' in values['missing'] and 'pkg.plots -> not_there_1' in values['missing']
-    assert values['future'][0] == 'ModuleNotFoundError' and 'pkg.plots -> not_there_1' in values['future'][1]
+    assert (values['future'][0] == 'ModuleNotFoundError'
+            and 'pkg.plots -> not_there_1' in values['future'][1])
 
 
 def test_a_module_that_says_import_dispy(tmp_path):
     """On a node that has only dispynode.py, and a Python without packages."""
     with bare_node(tmp_path / 'node', python=make_venv(tmp_path / 'venv')) as node:
         found = Project(tmp_path / 'program', 'node,%d' % node.port)
-        found.files(helper='import dispy\n\ndef get():\n    return dispy.DispyJob.Finished, dispy.__name__\n')
-        found.write('script.py', one_job('import helper', 'import dispy\nreturn helper.get(), dispy.DispyJob.Terminated'))
+        found.files(helper='import dispy\n\ndef get():\n'
+                    '    return dispy.DispyJob.Finished, dispy.__name__\n')
+        found.write('script.py', one_job(
+            'import helper', 'import dispy\nreturn helper.get(), dispy.DispyJob.Terminated'))
         assert found.run().values()['seen'] == [[11, 'dispy'], 9]
 
 
 def test_a_module_that_makes_a_cluster_without_a_main_guard(program):
-    """The import on the node raises at once, with a text; it neither waits nor makes clusters of its own."""
-    program.files(helper='import clusters\n\n\ndef compute(n=1):\n    return n\n\n\ncluster = clusters.make_cluster(compute)\n')
+    """The import on the node raises at once, with a text; it neither waits nor makes clusters of
+    its own."""
+    program.files(helper='import clusters\n\n\ndef compute(n=1):\n    return n\n\n\n'
+                  'cluster = clusters.make_cluster(compute)\n')
     program.write('script.py', '''
         import clusters
         import helper
@@ -343,7 +376,8 @@ def test_a_module_that_makes_a_cluster_without_a_main_guard(program):
     done = program.run()
     values = done.values()
     assert values['ended'], done.text()
-    assert 'helper' in values['text'] and "if __name__ == '__main__'" in values['text'], values['text']
+    assert ('helper' in values['text']
+            and "if __name__ == '__main__'" in values['text']), values['text']
 
 
 def test_code_that_cannot_be_loaded_anywhere_ends_jobs_at_once(on_local):
@@ -368,17 +402,19 @@ def test_code_that_cannot_be_loaded_anywhere_ends_jobs_at_once(on_local):
         if __name__ == '__main__':
             with clusters.make_cluster(made.compute) as cluster:
                 job = cluster.submit()
-                clusters.show(ended=job.wait(20), status=job.status == job.Terminated, text=job.exception)
+                clusters.show(ended=job.wait(20), status=job.status == job.Terminated,
+                              text=job.exception)
                 cluster.close(terminate=True)
         ''')
     values = on_local.run().values()
     assert values['ended'] and values['status'] and 'it cannot be made here' in values['text']
 
 
-# -- edited modules --------------------------------------------------------------------------------------------------------
+# -- edited modules --------------------------------------------------------------------------------
 
 def test_code_of_an_edited_module(program):
-    """The executor runs the new text; an open JobCluster keeps what it began with and says so once."""
+    """The executor runs the new text; an open JobCluster keeps what it began with and says so
+    once."""
     program.files(helper='def get():\n    return "old"\n')
     program.write('script.py', '''
         import importlib
@@ -397,9 +433,11 @@ def test_code_of_an_edited_module(program):
 
         if __name__ == '__main__':
             with clusters.make_executor() as executor, clusters.make_cluster(by_cluster) as cluster:
-                before = [clusters.attempt(executor.submit(helper.get).result, 20), clusters.outcome(cluster.submit())]
+                before = [clusters.attempt(executor.submit(helper.get).result, 20),
+                          clusters.outcome(cluster.submit())]
                 edit()
-                after, until = None, time.monotonic() + 10   # the file is looked at once a second at most
+                # The file is looked at once a second at most
+                after, until = None, time.monotonic() + 10
                 while after != 'new text' and time.monotonic() < until:
                     after = clusters.attempt(executor.submit(helper.get).result, 20)
                     kept = [clusters.outcome(cluster.submit()) for _ in range(3)]
@@ -407,11 +445,13 @@ def test_code_of_an_edited_module(program):
         ''')
     done = program.run()
     values = done.values()
-    assert values['before'] == ['old', 'old'] and values['after'] == 'new text' and values['kept'] == ['old'] * 3
-    assert len([line for line in done.err.splitlines() if 'helper' in line and 'changed' in line]) == 1, done.err
+    assert (values['before'] == ['old', 'old'] and values['after'] == 'new text'
+            and values['kept'] == ['old'] * 3)
+    assert (len([line for line in done.err.splitlines() if 'helper' in line and 'changed' in line])
+            == 1), done.err
 
 
-# -- ways to start a program -----------------------------------------------------------------------------------------------
+# -- ways to start a program -----------------------------------------------------------------------
 
 def test_python_m_package_module(program):
     program.write('app/__init__.py', '')
@@ -442,7 +482,8 @@ def test_a_script_in_a_zip_application(program, tmp_path):
     app.write('helper.py', 'def double(n):\n    return 2 * n\n')
     app.write('pkg/__init__.py', 'from . import inner\n')
     app.write('pkg/inner.py', 'N = 5\n')
-    app.write('__main__.py', one_job('import helper, pkg', 'return helper.double(4), pkg.inner.N, helper.__name__'))
+    app.write('__main__.py', one_job('import helper, pkg',
+                                     'return helper.double(4), pkg.inner.N, helper.__name__'))
     target = os.path.join(program.directory, 'app.pyz')
     subprocess.run([sys.executable, '-m', 'zipapp', app.directory, '-o', target], check=True)
     assert program.run(target).values()['seen'] == [8, 5, 'helper']
@@ -450,7 +491,8 @@ def test_a_script_in_a_zip_application(program, tmp_path):
 
 def test_register_pickle_by_value(program):
     """For the computation, arguments and the executor: the module is not imported on the node."""
-    program.files(helper='import os\nFLAG = os.environ.get("OF_THE_CLIENT")\n\nclass Thing:\n    def get(self):\n        return FLAG\n\ndef get():\n    return FLAG\n')
+    program.files(helper='import os\nFLAG = os.environ.get("OF_THE_CLIENT")\n\nclass Thing:\n'
+                  '    def get(self):\n        return FLAG\n\ndef get():\n    return FLAG\n')
     program.write('script.py', '''
         import cloudpickle
         import clusters
@@ -501,16 +543,19 @@ PYTEST = '''
 
 @pytest.mark.parametrize('layout', ['src', 'importlib'])
 def test_a_run_of_pytest(program, layout):
-    """With a src layout, and in importlib mode, where the name of a test module leads to no file."""
+    """With a src layout, and in importlib mode, where the name of a test module leads to no
+    file."""
     program.write('src/product/__init__.py', 'from .inner import double\n')
-    program.write('src/product/inner.py', 'class Thing:\n    pass\n\ndef double(n):\n    return 2 * n\n')
+    program.write('src/product/inner.py',
+                  'class Thing:\n    pass\n\ndef double(n):\n    return 2 * n\n')
     more = '''
     def test_product():
         with clusters.make_executor() as executor:
             assert executor.submit(product.double, 4).result(20) == 8
             assert type(executor.submit(product.inner.Thing).result(20)) is product.inner.Thing
     '''
-    program.write('tests/test_it.py', textwrap.dedent(PYTEST).format(imports='import product', more=textwrap.dedent(more)))
+    program.write('tests/test_it.py', textwrap.dedent(PYTEST).format(imports='import product',
+                                                                     more=textwrap.dedent(more)))
     program.write('pytest.ini', '[pytest]\n')
     runner = program.write('run_pytest.py', '''
         import sys
@@ -527,7 +572,8 @@ def test_a_run_of_pytest(program, layout):
 
 def test_cells_of_ipython_and_run_and_reload(program):
     pytest.importorskip('IPython')
-    program.files(helper='def get():\n    return "old"\n', shown='import clusters\n\nclass Run:\n    pass\n\ndef of_run(thing):\n    return isinstance(thing, Run), thing\n')
+    program.files(helper='def get():\n    return "old"\n', shown='import clusters\n\nclass Run:\n'
+                  '    pass\n\ndef of_run(thing):\n    return isinstance(thing, Run), thing\n')
     program.write('script.py', '''
         import sys
         from IPython.core.interactiveshell import InteractiveShell
@@ -540,14 +586,18 @@ def test_cells_of_ipython_and_run_and_reload(program):
 
         cell("import clusters, helper\\nexecutor = clusters.make_executor()\\nseen = []")
         cell("class A:\\n    level = 1\\ndef level(a):\\n    return a.level, isinstance(a, A), a")
-        cell("first = A()\\na, b, c = executor.submit(level, first).result(20)\\nseen.append([a, b, type(c) is A])")
+        cell("first = A()\\na, b, c = executor.submit(level, first).result(20)\\n"
+             "seen.append([a, b, type(c) is A])")
         cell("Old = A\\nclass A:\\n    level = 2")
-        cell("a, b, c = executor.submit(level, A()).result(20)\\nseen.append([a, b, type(c) is A, isinstance(c, Old)])")
-        cell("a, b, c = executor.submit(level, first).result(20)\\nseen.append([a, b, type(c) is Old])")
+        cell("a, b, c = executor.submit(level, A()).result(20)\\n"
+             "seen.append([a, b, type(c) is A, isinstance(c, Old)])")
+        cell("a, b, c = executor.submit(level, first).result(20)\\n"
+             "seen.append([a, b, type(c) is Old])")
         cell("seen.append(executor.submit(helper.get).result(20))")
         cell("open('helper.py', 'w').write('def get():\\\\n    return \\"new text\\"\\\\n')")
         cell("import importlib, time; importlib.reload(helper); until = time.monotonic() + 10")
-        cell("while executor.submit(helper.get).result(20) != 'new text' and time.monotonic() < until: pass")
+        cell("while executor.submit(helper.get).result(20) != 'new text' "
+             "and time.monotonic() < until: pass")
         cell("seen.append(executor.submit(helper.get).result(20))")
         cell("%run shown.py {}".format(sys.argv[1]))
         cell("a, b = executor.submit(of_run, Run()).result(20)\\nseen.append([a, type(b) is Run])")
@@ -555,7 +605,8 @@ def test_cells_of_ipython_and_run_and_reload(program):
         ''')
     env = {'IPYTHONDIR': os.path.join(program.directory, 'ipython')}
     values = program.run(env=env).values()
-    assert values['seen'] == [[1, True, True], [2, True, True, False], [1, False, True], 'old', 'new text', [True, True]]
+    assert values['seen'] == [[1, True, True], [2, True, True, False], [1, False, True], 'old',
+                              'new text', [True, True]]
 
 
 def test_a_cluster_made_in_a_child_that_was_started_by_spawn(program):
@@ -577,10 +628,12 @@ def test_a_cluster_made_in_a_child_that_was_started_by_spawn(program):
             import clusters
             with clusters.make_cluster(compute) as cluster:
                 seen = clusters.outcome(cluster.submit(Own(3)))
-                queue.put(seen if isinstance(seen, str) else [seen[0], seen[1], type(seen[2]) is Own])
+                queue.put(seen if isinstance(seen, str)
+                          else [seen[0], seen[1], type(seen[2]) is Own])
             with clusters.make_executor() as executor:
                 seen = clusters.attempt(executor.submit(compute, Own(4)).result, 20)
-                queue.put(seen if isinstance(seen, str) else [seen[0], seen[1], type(seen[2]) is Own])
+                queue.put(seen if isinstance(seen, str)
+                          else [seen[0], seen[1], type(seen[2]) is Own])
 
         if __name__ == '__main__':
             context = multiprocessing.get_context('spawn')
@@ -600,11 +653,14 @@ METHODS = ['fork', 'spawn', 'forkserver']
 
 @pytest.mark.parametrize('method', METHODS)
 def test_pools_in_jobs(program, method):
-    """For functions and classes of the script and of a module; in a JobCluster and in an executor."""
-    program.files(helper='N = 1\n\nclass Thing:\n    def __init__(self, n):\n        self.n = n\n\ndef double(n):\n    return 2 * n * N\n\ndef of_thing(thing):\n'
-                         '    return isinstance(thing, Thing), thing\n'
-                         '\ndef pool(method):\n    import multiprocessing\n    with multiprocessing.get_context(method).Pool(2) as pool:\n'
-                         '        return pool.map(double, [1, 2])\n')
+    """For functions and classes of the script and of a module; in a JobCluster and in an
+    executor."""
+    program.files(helper='N = 1\n\nclass Thing:\n    def __init__(self, n):\n        self.n = n\n\n'
+                  'def double(n):\n    return 2 * n * N\n\ndef of_thing(thing):\n'
+                  '    return isinstance(thing, Thing), thing\n\ndef pool(method):\n'
+                  '    import multiprocessing\n'
+                  '    with multiprocessing.get_context(method).Pool(2) as pool:\n'
+                  '        return pool.map(double, [1, 2])\n')
     program.write('script.py', '''
         import multiprocessing
         import helper
@@ -623,9 +679,11 @@ def test_pools_in_jobs(program, method):
 
         def compute(method):
             with multiprocessing.get_context(method).Pool(2) as pool:
-                own, thing = pool.apply(of_own, (Own(1),)), pool.apply(helper.of_thing, (helper.Thing(1),))
-                return (pool.map(square, range(4)), pool.map(helper.double, range(3)), own[0], type(own[1]) is Own, thing[0],
-                        type(thing[1]) is helper.Thing, helper.pool(method))
+                own = pool.apply(of_own, (Own(1),))
+                thing = pool.apply(helper.of_thing, (helper.Thing(1),))
+                return (pool.map(square, range(4)), pool.map(helper.double, range(3)),
+                        own[0], type(own[1]) is Own,
+                        thing[0], type(thing[1]) is helper.Thing, helper.pool(method))
 
         if __name__ == '__main__':
             import clusters
@@ -645,7 +703,7 @@ def test_pools_in_jobs(program, method):
     assert values == {'cluster': expected, 'executor': expected, 'of_module': [6, 12]}
 
 
-# -- depends ---------------------------------------------------------------------------------------------------------------
+# -- depends ---------------------------------------------------------------------------------------
 
 DEPENDS = '''
     import functools
@@ -667,20 +725,24 @@ DEPENDS = '''
 
     def seen():
         found = globals()
-        return [found['function'](1), found['Own'](2).n, found['helper'].double(3), isinstance(found['Own'](1), found['Own'])]
+        return [found['function'](1), found['Own'](2).n, found['helper'].double(3),
+                isinstance(found['Own'](1), found['Own'])]
 
     def compute(own):
         names = globals()
         try:
-            return [names['function'](1), names['Own'](2).n, names['helper'].double(3), isinstance(own, names['Own']), names['dispy_node_name'] != '',
-                    names['dispy_node_ip_addr'], 'function' in vars(__builtins__) if not isinstance(__builtins__, dict) else 'function' in __builtins__]
+            return [names['function'](1), names['Own'](2).n, names['helper'].double(3),
+                    isinstance(own, names['Own']), names['dispy_node_name'] != '',
+                    names['dispy_node_ip_addr'], 'function' in vars(__builtins__)
+                    if not isinstance(__builtins__, dict) else 'function' in __builtins__]
         except KeyError as exc:
             return 'no %s' % exc
 
     def load():
         names = globals()
         with open('setup', 'w') as file:
-            file.write('%s %s %s' % (names['function'](1), names['Own'](2).n, names['helper'].double(3)))
+            file.write('%s %s %s'
+                       % (names['function'](1), names['Own'](2).n, names['helper'].double(3)))
 
     def read():
         with open('setup') as file:
@@ -689,11 +751,14 @@ DEPENDS = '''
     def clean():
         names = globals()
         with open({flag!r}, 'w') as file:
-            file.write('%s %s %s' % (names['function'](1), names['Own'](2).n, names['helper'].double(3)))
+            file.write('%s %s %s'
+                       % (names['function'](1), names['Own'](2).n, names['helper'].double(3)))
 
     def alone(*names):
         found = globals()
-        return [name in found for name in names] + ([found['function'](1), found['helper'].double(2)] if 'function' in found and 'helper' in found else [])
+        return [name in found for name in names] + (
+            [found['function'](1), found['helper'].double(2)] if 'function' in found
+            and 'helper' in found else [])
 
     if __name__ == '__main__':
         things = [function, Own, helper, INSTANCE, PARTIAL]
@@ -702,13 +767,17 @@ DEPENDS = '''
         with clusters.make_cluster(read, depends=things, setup=load, cleanup=clean) as cluster:
             clusters.show(setup=clusters.outcome(cluster.submit()))
         with clusters.make_cluster(alone) as cluster:
-            with_them = clusters.outcome(cluster.submit('function', 'Own', 'helper', dispy_job_depends=things))
-            clusters.show(job=with_them, without=[clusters.outcome(cluster.submit('function', 'Own', 'helper')) for _ in range(4)])
+            with_them = clusters.outcome(cluster.submit('function', 'Own', 'helper',
+                                                        dispy_job_depends=things))
+            clusters.show(job=with_them,
+                          without=[clusters.outcome(cluster.submit('function', 'Own', 'helper'))
+                                   for _ in range(4)])
     '''
 
 
 def test_depends_are_found_by_name_in_the_globals_of_the_computation(program):
-    """In computation, setup and cleanup; those of one job in that job alone. dispy_node_name and its like, too."""
+    """In computation, setup and cleanup; those of one job in that job alone. dispy_node_name and
+    its like, too."""
     flag = os.path.join(program.directory, 'flag')
     program.files(helper='def double(n):\n    return 2 * n\n')
     program.write('script.py', textwrap.dedent(DEPENDS).format(flag=flag))
@@ -721,10 +790,11 @@ def test_depends_are_found_by_name_in_the_globals_of_the_computation(program):
     assert values['without'] == [[False, False, False]] * 4
 
 
-# -- errors while pickling, and the user's code under no lock of ours ------------------------------------------------------
+# -- errors while pickling, and the user's code under no lock of ours ------------------------------
 
 def test_an_error_while_pickling_names_the_path(on_local):
-    on_local.files(helper='import threading\n\nclass Model:\n    def __init__(self):\n        self.lock = threading.Lock()\n')
+    on_local.files(helper='import threading\n\nclass Model:\n    def __init__(self):\n'
+                   '        self.lock = threading.Lock()\n')
     on_local.write('script.py', '''
         import threading
         import clusters
@@ -739,14 +809,18 @@ def test_an_error_while_pickling_names_the_path(on_local):
 
         if __name__ == '__main__':
             with clusters.make_cluster(compute) as cluster:
-                clusters.show(second=clusters.attempt(cluster.submit, 1, Holder()), item=clusters.attempt(cluster.submit, [0, {'a': Holder()}]),
+                clusters.show(second=clusters.attempt(cluster.submit, 1, Holder()),
+                              item=clusters.attempt(cluster.submit, [0, {'a': Holder()}]),
                               keyword=clusters.attempt(cluster.submit, named=Holder()))
             with clusters.make_executor() as executor:
-                clusters.show(executor=clusters.attempt(executor.submit(compute, 1, Holder()).result, 20))
+                clusters.show(
+                    executor=clusters.attempt(executor.submit(compute, 1, Holder()).result, 20))
         ''')
     values = on_local.run().values()
-    assert values['second'].startswith('TypeError: ') and 'argument 2 -> .model -> .lock (a _thread.lock)' in values['second']
-    assert re.search(r"argument 1 -> \[1\] -> \['a'\] -> \.model -> \.lock \(a _thread\.lock\)", values['item']), values['item']
+    assert (values['second'].startswith('TypeError: ')
+            and 'argument 2 -> .model -> .lock (a _thread.lock)' in values['second'])
+    assert re.search(r"argument 1 -> \[1\] -> \['a'\] -> \.model -> \.lock \(a _thread\.lock\)",
+                     values['item']), values['item']
     assert 'named' in values['keyword'] and '.model -> .lock (a _thread.lock)' in values['keyword']
     assert '.model -> .lock (a _thread.lock)' in values['executor']
     for text in values.values():
@@ -754,7 +828,8 @@ def test_an_error_while_pickling_names_the_path(on_local):
 
 
 def test_the_users_code_runs_under_no_lock(program):
-    """__reduce__ that takes another job's result, __del__ that closes a cluster, and a wait beside a thread that pickles slowly."""
+    """__reduce__ that takes another job's result, __del__ that closes a cluster, and a wait beside
+    a thread that pickles slowly."""
     program.write('script.py', '''
         import gc
         import threading
@@ -790,7 +865,8 @@ def test_the_users_code_runs_under_no_lock(program):
 
         if __name__ == '__main__':
             with clusters.make_cluster(compute) as cluster:
-                clusters.show(reduce=clusters.outcome(cluster.submit(TakesResult(cluster.submit(5)))))
+                clusters.show(
+                    reduce=clusters.outcome(cluster.submit(TakesResult(cluster.submit(5)))))
                 other = clusters.make_cluster(compute)
                 clusters.outcome(other.submit(1))
                 thing = ClosesCluster(other)
@@ -817,12 +893,13 @@ def test_the_users_code_runs_under_no_lock(program):
     assert values == {'reduce': 5, 'closed': 6, 'order': ['waited', 'still pickling']}
 
 
-# -- no state between calls ------------------------------------------------------------------------------------------------
+# -- no state between calls ------------------------------------------------------------------------
 
 def test_calls_get_fresh_objects(program):
     """Unpickled functions are never kept, but plain functions without state."""
-    program.files(helper='class Counter:\n    def __init__(self):\n        self.n = 0\n    def inc(self):\n        self.n += 1\n        return self.n\n'
-                         '    __call__ = inc\n')
+    program.files(helper='class Counter:\n    def __init__(self):\n        self.n = 0\n'
+                  '    def inc(self):\n        self.n += 1\n        return self.n\n'
+                  '    __call__ = inc\n')
     program.write('script.py', '''
         import functools
         import clusters
@@ -853,16 +930,19 @@ def test_calls_get_fresh_objects(program):
             inc, remember, rows = closure(), local(), functools.partial(collect, [])
             own, counter = Counter(), helper.Counter()
             with clusters.make_executor() as executor:
-                for name, call in dict(own=own.inc, module=counter.inc, callable=own, closure=inc, default=lambda: 0, partial=rows).items():
+                for name, call in dict(own=own.inc, module=counter.inc, callable=own, closure=inc,
+                                       default=lambda: 0, partial=rows).items():
                     args = (1,) if name == 'partial' else ()
                     if name == 'default':
                         call, args = remember, (1,)
-                    clusters.show(**{name: [clusters.attempt(executor.submit(call, *args).result, 20) for _ in range(4)]})
+                    clusters.show(**{name: [clusters.attempt(executor.submit(call, *args).result,
+                                                             20) for _ in range(4)]})
             clusters.show(here=[own.n, counter.n])
         ''')
     values = program.run().values()
     assert values.pop('here') == [0, 0]
-    assert values == {name: [1, 1, 1, 1] for name in ('own', 'module', 'callable', 'closure', 'default', 'partial')}
+    assert values == {name: [1, 1, 1, 1]
+                      for name in ('own', 'module', 'callable', 'closure', 'default', 'partial')}
 
 
 def test_workers_keep_no_batches(on_local):
@@ -877,11 +957,13 @@ def test_workers_keep_no_batches(on_local):
                 self.data = bytes([n]) * (16 << 20)
 
             def __call__(self):
-                return sum(len(thing.data) for thing in gc.get_objects() if type(thing).__name__ == 'Batch')
+                return sum(len(thing.data)
+                           for thing in gc.get_objects() if type(thing).__name__ == 'Batch')
 
         if __name__ == '__main__':
             with clusters.make_executor() as executor:
-                clusters.show(held=[clusters.attempt(executor.submit(Batch(n)).result, 20) >> 20 for n in range(12)])
+                clusters.show(held=[clusters.attempt(executor.submit(Batch(n)).result, 20) >> 20
+                                    for n in range(12)])
         ''')
     held = on_local.run().values()['held']
     assert max(held) <= 32, held

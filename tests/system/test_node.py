@@ -33,11 +33,12 @@ def node(tmp_path):
         yield node
 
 
-# -- start and end ----------------------------------------------------------------------------------------------------
+# -- start and end ---------------------------------------------------------------------------------
 
 def test_it_serves_and_sigterm_ends_it(node):
     with dispy.JobCluster(square, nodes=[node.address]) as cluster:
-        assert [job() for job in [cluster.submit(n) for n in range(100)]] == [n * n for n in range(100)]
+        assert [job() for job in [cluster.submit(n) for n in range(100)]] == [n * n
+                                                                              for n in range(100)]
     assert node.stop() == 0
     assert sorted(os.listdir(node.prefix)) == ['dispy-node', 'lock', 'memory']
 
@@ -67,7 +68,8 @@ def test_directory_in_use(node):
 @pytest.mark.parametrize('options, code, text', [
     (['-c', '-1000'], 2, '--cpus'), (['-p', '70000'], 1, '70000'), (['--colour'], 2, 'colour'),
     (['-i', '203.0.113.77'], 1, '203.0.113.77'), (['--secret-file', '/no/such'], 1, '/no/such'),
-    (['--certfile', '/no/such.pem'], 1, '/no/such.pem'), (['--log-file', '/no/such/dir/log'], 1, '/no/such/dir')])
+    (['--certfile', '/no/such.pem'], 1, '/no/such.pem'),
+    (['--log-file', '/no/such/dir/log'], 1, '/no/such/dir')])
 def test_bad_options(options, code, text):
     found, err = run_node('-p', '0', *options)
     assert found == code and text in err and 'Traceback' not in err
@@ -99,7 +101,8 @@ def test_it_starts_again_after_kill_9(tmp_path):
         family = psutil.Process(node.process.pid).children(recursive=True)
         node.kill()
         assert job.wait(5) and job.status == DispyJob.Abandoned and '127.0.0.1' in job.exception
-        eventually(lambda: not any(child.is_running() for child in family), what='end of runner and worker')
+        eventually(lambda: not any(child.is_running() for child in family),
+                   what='end of runner and worker')
         with NodeProcess(tmp_path, port=node.port) as again:
             again_held = Gate(tmp_path / 'later')
             later = cluster.submit(again_held.path)
@@ -117,7 +120,8 @@ def test_sigterm_interrupts_what_runs_and_gives_back_what_waits(tmp_path):
             jobs = [cluster.submit(flag.path) for _ in range(2)]
             eventually(flag.started)
             assert one.stop() == 0
-            assert jobs[0].wait(5) and jobs[0].status == DispyJob.Abandoned and 'stopped' in jobs[0].exception
+            assert (jobs[0].wait(5) and jobs[0].status == DispyJob.Abandoned
+                    and 'stopped' in jobs[0].exception)
             assert jobs[1].status == DispyJob.Created
             cluster.close(terminate=True)
         assert two.stop() == 0
@@ -126,7 +130,8 @@ def test_sigterm_interrupts_what_runs_and_gives_back_what_waits(tmp_path):
 def test_reentrant_jobs_of_a_lost_node_run_elsewhere(make_cluster, tmp_path):
     one = NodeProcess(tmp_path / 'one', '--name', 'one')
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with make_cluster(where, nodes=[one.address, two.address], reentrant=True, loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(where, nodes=[one.address, two.address], reentrant=True,
+                          loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(2, 20)
             jobs = [cluster.submit(0.05) for _ in range(60)]
             eventually(lambda: sum(job.status == DispyJob.Finished for job in jobs) > 5)
@@ -138,7 +143,8 @@ def test_reentrant_jobs_of_a_lost_node_run_elsewhere(make_cluster, tmp_path):
 
 def test_two_nodes_share_the_work(make_cluster, tmp_path, node):
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with make_cluster(where, nodes=[node.address, {'host': '127.0.0.1', 'port': two.port, 'cpus': 1}]) as cluster:
+        with make_cluster(where, nodes=[node.address, {'host': '127.0.0.1', 'port': two.port,
+                                                       'cpus': 1}]) as cluster:
             cluster.wait_nodes(2, 20)
             names = [job() for job in [cluster.submit(0.03) for _ in range(60)]]
             assert 25 <= names.count('one') <= 50
@@ -146,7 +152,8 @@ def test_two_nodes_share_the_work(make_cluster, tmp_path, node):
 
 
 def test_what_waits_on_one_node_is_called_back_for_another(make_cluster, tmp_path, node):
-    """Jobs thought short turn out long: those that stand behind them on one node go to the idle one."""
+    """Jobs thought short turn out long: those that stand behind them on one node go to the idle
+    one."""
     flag = str(tmp_path / 'go')
 
     def compute(flag):
@@ -154,7 +161,8 @@ def test_what_waits_on_one_node_is_called_back_for_another(make_cluster, tmp_pat
             time.sleep(0.01)
         return dispy_node_name   # noqa: F821
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with make_cluster(compute, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(compute, nodes=[node.address, two.address],
+                          loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(2, 20)
             for job in [cluster.submit('') for _ in range(500)]:
                 job()
@@ -168,7 +176,8 @@ def test_what_waits_on_one_node_is_called_back_for_another(make_cluster, tmp_pat
 
 def test_submit_node(make_cluster, tmp_path, node):
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with make_cluster(where, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(where, nodes=[node.address, two.address],
+                          loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(2, 20)
             objects = {n.name: n for n in cluster.status().nodes}
             for which in ('two', objects['two'], ('127.0.0.1', two.port)):
@@ -183,7 +192,8 @@ def test_submit_node(make_cluster, tmp_path, node):
 
 
 def test_retries_of_a_job_that_kills_its_worker(make_cluster, node, tmp_path):
-    """Tried so often as wanted, and then given up with the names; its own exception is not retried."""
+    """Tried so often as wanted, and then given up with the names; its own exception is not
+    retried."""
     def compute(path, succeed_at):
         with open(path, 'a') as file:
             file.write('x')
@@ -197,8 +207,10 @@ def test_retries_of_a_job_that_kills_its_worker(make_cluster, node, tmp_path):
         jobs = [cluster.submit(path, at, dispy_retries=3) for path, at in zip(paths, (3, 10, 0))]
         assert cluster.wait(30)
     assert [os.path.getsize(path) for path in paths] == [3, 4, 1]
-    assert [job.status for job in jobs] == [DispyJob.Finished, DispyJob.Abandoned, DispyJob.Terminated]
-    assert 'after 4 attempts' in jobs[1].exception and 'one' in jobs[1].exception and 'exit code 9' in jobs[1].exception
+    assert [job.status for job in jobs] == [DispyJob.Finished, DispyJob.Abandoned,
+                                            DispyJob.Terminated]
+    assert ('after 4 attempts' in jobs[1].exception and 'one' in jobs[1].exception
+            and 'exit code 9' in jobs[1].exception)
 
 
 class Allocate(dispy.NodeAllocate):
@@ -230,7 +242,9 @@ def test_node_allocate(make_cluster, tmp_path, node):
         while len(glob.glob(os.path.join(directory, 'mark.*'))) < 3 and time.time() < until:
             time.sleep(0.01)
         with open('own.txt') as file:
-            return len(glob.glob(os.path.join(directory, 'mark.*'))), made, file.read(), own_function()   # noqa: F821
+            # Noqa: F821
+            return (len(glob.glob(os.path.join(directory, 'mark.*'))), made, file.read(),
+                    own_function())
 
     def own_function():
         return 'known'
@@ -241,21 +255,24 @@ def test_node_allocate(make_cluster, tmp_path, node):
         for job in jobs:
             assert job(30) == (3, ('one', 3), 'own', 'known'), job.exception
     assert allocator.seen == ('compute', '127.0.0.1', 'one', 2, True, True)
-    with make_cluster(square, nodes=[node.address]) as cluster:   # the node offers what it did before
+    # The node offers what it did before
+    with make_cluster(square, nodes=[node.address]) as cluster:
         cluster.wait_nodes(1, 20)
         assert cluster.status().nodes[0].cpus == 2
 
 
-@pytest.mark.parametrize('want, text', [(0, 'returned 0'), ('fail', 'not this one'), ('3', 'no number')])
+@pytest.mark.parametrize('want, text',
+                         [(0, 'returned 0'), ('fail', 'not this one'), ('3', 'no number')])
 def test_node_allocate_refuses(make_cluster, node, want, text):
     allocator = Allocate('127.0.0.1', node.port)
     allocator.want = want
     with make_cluster(square, nodes=allocator, loglevel=logging.CRITICAL) as cluster:
-        found = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
+        found = eventually(lambda: [n.reason
+                                    for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         assert text in found
 
 
-# -- clients ------------------------------------------------------------------------------------------------------------
+# -- clients ---------------------------------------------------------------------------------------
 
 CLIENT = '''
     import dispy, sys, time
@@ -269,7 +286,8 @@ CLIENT = '''
 
 
 def other_client(port, seconds):
-    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(CLIENT), str(port), str(seconds)], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(CLIENT), str(port),
+                                str(seconds)], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'None\n' and process.stdout.readline() == b'running\n'
     return process
 
@@ -278,7 +296,8 @@ def test_another_client_is_told_who_has_the_node_and_gets_it_when_that_one_is_ki
     other = other_client(node.port, 1.0)
     with dispy.JobCluster(square, nodes=[node.address]) as cluster:
         job = cluster.submit(5)
-        found = eventually(lambda: [node for node in cluster.status().all_nodes if node.state == 'refused'])[0]
+        found = eventually(lambda: [node for node in cluster.status().all_nodes
+                                    if node.state == 'refused'])[0]
         assert 'PID %d' % other.pid in found.reason
         other.kill()
         other.wait()
@@ -299,8 +318,10 @@ def test_a_job_of_a_vanished_client_ends_before_the_next_is_served(node, tmp_pat
 
 
 def test_wrong_secret(node, caplog):
-    with dispy.JobCluster(square, nodes=[node.address], secret='another secret than the node has') as cluster:
-        text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
+    with dispy.JobCluster(square, nodes=[node.address],
+                          secret='another secret than the node has') as cluster:
+        text = eventually(lambda: [n.reason
+                                   for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         assert 'wrong secret' in text and '--secret-file' in text
         with pytest.raises(dispy.NoNodes, match='wrong secret'):
             cluster.wait_nodes(1, 0.1)
@@ -320,7 +341,7 @@ def test_strangers_do_no_harm(node):
     assert 'Traceback' not in node.log()
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 def test_files_travel_once_and_are_removed(node, tmp_path):
     data = tmp_path / 'data.bin'
@@ -333,7 +354,8 @@ def test_files_travel_once_and_are_removed(node, tmp_path):
         with open('data.bin', 'rb') as file:
             return hashlib.sha256(file.read()).hexdigest(), os.path.getsize('empty'), os.getcwd()
     for _ in range(2):
-        with dispy.JobCluster(compute, nodes=[node.address], depends=[str(data), str(empty)]) as cluster:
+        with dispy.JobCluster(compute, nodes=[node.address],
+                              depends=[str(data), str(empty)]) as cluster:
             digest, size, directory = cluster.submit()()
         assert (digest, size) == (dispy.file_digest(str(data))[1].hex(), 0)
         eventually(lambda: not os.path.exists(directory))
@@ -348,13 +370,14 @@ def test_files_are_kept_and_not_sent_again(node, tmp_path):
         return os.stat('data.bin').st_ino, stat.S_IMODE(os.stat('data.bin').st_mode)
     seen = []
     for _ in range(2):
-        with dispy.JobCluster(compute, nodes=[node.address], depends=[str(data)], dest_path='mine/here', cleanup=False) as cluster:
+        with dispy.JobCluster(compute, nodes=[node.address], depends=[str(data)],
+                              dest_path='mine/here', cleanup=False) as cluster:
             seen.append(cluster.submit()())
     assert seen[0] == seen[1] and not seen[0][1] & 0o022
     assert os.path.exists(os.path.join(node.prefix, 'mine', 'here', 'data.bin'))
 
 
-# -- TLS ----------------------------------------------------------------------------------------------------------------------
+# -- TLS -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def certificates(tmp_path_factory):
@@ -363,36 +386,46 @@ def certificates(tmp_path_factory):
         pytest.skip('no openssl command to make certificates')
     directory = tmp_path_factory.mktemp('certificates')
     for name in ('shared', 'foreign'):
-        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '2',
-                        '-subj', '/CN=dispy test', '-keyout', str(directory / (name + '.key')), '-out', str(directory / (name + '.crt'))],
+        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                        'ec_paramgen_curve:P-256', '-nodes', '-days', '2',
+                        '-subj', '/CN=dispy test', '-keyout', str(directory / (name + '.key')),
+                        '-out', str(directory / (name + '.crt'))],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return lambda name: dict(certfile=str(directory / (name + '.crt')), keyfile=str(directory / (name + '.key')))
+    return lambda name: dict(certfile=str(directory / (name + '.crt')),
+                             keyfile=str(directory / (name + '.key')))
 
 
 def test_tls(certificates, tmp_path):
     shared = certificates('shared')
-    with NodeProcess(tmp_path, '--certfile', shared['certfile'], '--keyfile', shared['keyfile']) as node:
+    with NodeProcess(tmp_path, '--certfile', shared['certfile'], '--keyfile',
+                     shared['keyfile']) as node:
         with dispy.JobCluster(len, nodes=[node.address], **shared) as cluster:
             blob = os.urandom(3 << 20)
-            assert [job() for job in [cluster.submit(blob), cluster.submit('abc')]] == [len(blob), 3]
-            assert [job() for job in [cluster.submit('x' * n) for n in range(2000)]] == list(range(2000))
+            assert [job() for job in [cluster.submit(blob), cluster.submit('abc')]] == [len(blob),
+                                                                                        3]
+            assert ([job() for job in [cluster.submit('x' * n) for n in range(2000)]]
+                    == list(range(2000)))
         for bad in (certificates('foreign'), {}):
-            with dispy.JobCluster(len, nodes=[node.address], loglevel=logging.CRITICAL, **bad) as cluster:
-                text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
+            with dispy.JobCluster(len, nodes=[node.address], loglevel=logging.CRITICAL,
+                                  **bad) as cluster:
+                text = eventually(lambda: [n.reason for n in cluster.status().all_nodes
+                                           if n.state == 'refused'])[0]
                 assert 'certfile' in text, text
 
 
 def test_tls_client_and_plain_node(certificates, node):
-    with dispy.JobCluster(len, nodes=[node.address], loglevel=logging.CRITICAL, **certificates('shared')) as cluster:
-        text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
+    with dispy.JobCluster(len, nodes=[node.address], loglevel=logging.CRITICAL,
+                          **certificates('shared')) as cluster:
+        text = eventually(lambda: [n.reason
+                                   for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         assert 'TLS' in text and 'certfile' in text
 
 
-# -- one file alone ---------------------------------------------------------------------------------------------------------------
+# -- one file alone --------------------------------------------------------------------------------
 
 def test_the_file_alone_with_a_bare_interpreter(tmp_path):
-    """dispynode.py in an empty directory, a Python with no package installed: it serves a closure, and cloudpickle
-    comes with the computation."""
+    """dispynode.py in an empty directory, a Python with no package installed: it serves a closure,
+    and cloudpickle comes with the computation."""
     import venv
     venv.create(str(tmp_path / 'bare'), with_pip=False, symlinks=os.name != 'nt')
     python = str(tmp_path / 'bare' / 'bin' / 'python')
@@ -401,14 +434,16 @@ def test_the_file_alone_with_a_bare_interpreter(tmp_path):
     shutil.copy(os.path.join(ROOT, 'dispynode.py'), str(alone))
     env = {'PYTHONPATH': '', 'PYTHONDONTWRITEBYTECODE': '1'}
     for package in ('cloudpickle', 'psutil', 'dispy'):
-        assert subprocess.run([python, '-c', 'import ' + package], stderr=subprocess.DEVNULL, cwd=str(alone),
+        assert subprocess.run([python, '-c', 'import ' + package], stderr=subprocess.DEVNULL,
+                              cwd=str(alone),
                               env=dict(os.environ, **env)).returncode, package + ' is there'
     factor = 7
 
     def closure(n):
         return lambda: n * factor   # a result that only cloudpickle can send back
 
-    with NodeProcess(tmp_path / 'node', python=python, script=str(alone / 'dispynode.py'), env=env) as node:
+    with NodeProcess(tmp_path / 'node', python=python, script=str(alone / 'dispynode.py'),
+                     env=env) as node:
         with dispy.JobCluster(closure, nodes=[node.address]) as cluster:
             job = cluster.submit(6)
             assert job(30)() == 42, job.exception

@@ -16,7 +16,8 @@ from scenes import Gate, hold, where
 
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
-    """A callable that starts a node on loopback: (name, CPUs). With a secret of their own: other tests may run on this machine."""
+    """A callable that starts a node on loopback: (name, CPUs). With a secret of their own: other
+    tests may run on this machine."""
     monkeypatch.setenv('DISPY_SECRET', os.urandom(16).hex())
     started = []
 
@@ -30,7 +31,8 @@ def nodes(tmp_path, monkeypatch):
 
 @pytest.fixture(params=KINDS)
 def make_cluster(request, nodes, tmp_path):
-    """As that of all tests, with a scheduler that knows the secret of these nodes and finds them by itself."""
+    """As that of all tests, with a scheduler that knows the secret of these nodes and finds them by
+    itself."""
     if request.param == 'JobCluster':
         yield dispy.JobCluster
         return
@@ -52,7 +54,7 @@ def states(cluster):
     return {node.name: node.state for node in cluster.status().all_nodes}
 
 
-# -- deallocate, allocate -----------------------------------------------------------------------------------
+# -- deallocate, allocate --------------------------------------------------------------------------
 
 def test_deallocate_and_allocate(make_cluster, nodes, tmp_path):
     one = nodes()
@@ -75,7 +77,8 @@ def test_a_node_of_the_same_host_at_another_port_is_another_one(make_cluster, no
         cluster.wait_nodes(1, timeout=20)
         cluster.allocate_node(two.address)
         cluster.wait_nodes(2, timeout=20)
-        assert {cluster.submit_node(name)(20) for name in ('one', 'two', one.address, two.address)} == {'one', 'two'}
+        assert ({cluster.submit_node(name)(20) for name in ('one', 'two', one.address, two.address)}
+                == {'one', 'two'})
         assert cluster.submit_node(('two', two.port))(20) == 'two'
         with pytest.raises(ValueError, match='several nodes are'):
             cluster.submit_node('127.0.0.1')
@@ -84,10 +87,13 @@ def test_a_node_of_the_same_host_at_another_port_is_another_one(make_cluster, no
 def test_discover_nodes_takes_a_list(make_cluster, nodes):
     one, two, three = (nodes(name) for name in ('one', 'two', 'three'))
     with make_cluster(where, nodes=[one.address]) as cluster:
-        assert cluster.discover_nodes([two.address, {'host': '127.0.0.1', 'port': three.port, 'cpus': 1}]) == 0
+        assert cluster.discover_nodes([two.address,
+                                       {'host': '127.0.0.1', 'port': three.port, 'cpus': 1}]) == 0
         cluster.wait_nodes(3, timeout=20)
-        assert {node.name: node.cpus for node in cluster.status().nodes} == {'one': 2, 'two': 2, 'three': 1}
-        for wrong, error in (('', ValueError), (5, TypeError), (('a', 0), ValueError), ([], ValueError)):
+        assert {node.name: node.cpus for node in cluster.status().nodes} == {'one': 2, 'two': 2,
+                                                                             'three': 1}
+        for wrong, error in (('', ValueError), (5, TypeError), (('a', 0), ValueError),
+                             ([], ValueError)):
             with pytest.raises(error):
                 cluster.discover_nodes(wrong)
 
@@ -104,7 +110,7 @@ def test_discover_nodes_by_a_wildcard(make_cluster, nodes):
         assert two.port in [node.port for node in cluster.status().nodes]
 
 
-# -- close --------------------------------------------------------------------------------------------------
+# -- close -----------------------------------------------------------------------------------------
 
 
 def hooks(path):
@@ -145,7 +151,8 @@ def test_close_node_waits_for_what_runs_and_cleans_up(make_cluster, nodes, tmp_p
 @pytest.mark.parametrize('reentrant', (False, True))
 def test_close_node_at_once(make_cluster, nodes, tmp_path, reentrant):
     one, two, log = nodes('one', cpus=1), nodes('two', cpus=1), tmp_path / 'log'
-    with make_cluster(hold, nodes=[one.address, two.address], reentrant=reentrant, **hooks(str(log))) as cluster:
+    with make_cluster(hold, nodes=[one.address, two.address], reentrant=reentrant,
+                      **hooks(str(log))) as cluster:
         cluster.wait_nodes(2, timeout=20)
         gate = Holding(cluster, tmp_path / 'gate', 2)
         eventually(lambda: all(job.status == DispyJob.Running for job in gate.jobs))
@@ -156,7 +163,8 @@ def test_close_node_at_once(make_cluster, nodes, tmp_path, reentrant):
             gate.open()
             assert [job(20) for job in gate.jobs] == ['two', 'two']
         else:
-            assert there.wait(20) and there.status == DispyJob.Abandoned and 'closed by the program' in there.exception
+            assert (there.wait(20) and there.status == DispyJob.Abandoned
+                    and 'closed by the program' in there.exception)
             gate.open()
             assert sorted(filter(None, [job(20) for job in gate.jobs])) == ['two']
         assert states(cluster) == {'one': 'closed', 'two': 'ready'}
@@ -172,7 +180,7 @@ def test_a_closed_node_is_free_for_others(make_cluster, nodes):
         assert states(cluster) == {'one': 'closed'}
 
 
-# -- set up anew --------------------------------------------------------------------------------------------
+# -- set up anew -----------------------------------------------------------------------------------
 
 def content(name='data.txt'):
     with open(name) as file:
@@ -180,11 +188,13 @@ def content(name='data.txt'):
 
 
 @pytest.mark.parametrize('at_once', (False, True))
-def test_resetup_node_brings_files_as_they_are_now(make_cluster, nodes, tmp_path, monkeypatch, at_once):
+def test_resetup_node_brings_files_as_they_are_now(make_cluster, nodes, tmp_path, monkeypatch,
+                                                   at_once):
     monkeypatch.chdir(tmp_path)
     one, log = nodes(), tmp_path / 'log'
     (tmp_path / 'data.txt').write_text('old')
-    with make_cluster(content, nodes=[one.address], depends=['data.txt'], **hooks(str(log))) as cluster:
+    with make_cluster(content, nodes=[one.address], depends=['data.txt'],
+                      **hooks(str(log))) as cluster:
         assert cluster.submit()(20) == 'old'
         (tmp_path / 'data.txt').write_text('new and longer')
         assert cluster.submit()(20) == 'old'
@@ -209,7 +219,7 @@ def test_resetup_node_lets_what_runs_end(make_cluster, nodes, tmp_path):
         eventually(lambda: read(log) == ['setup', 'cleanup', 'setup'])
 
 
-# -- CPUs ---------------------------------------------------------------------------------------------------
+# -- CPUs ------------------------------------------------------------------------------------------
 
 def test_set_node_cpus_limits_what_runs_at_once(make_cluster, nodes, tmp_path):
     one = nodes(cpus=4)
@@ -221,8 +231,10 @@ def test_set_node_cpus_limits_what_runs_at_once(make_cluster, nodes, tmp_path):
         assert len(cluster.node_jobs('one', from_node=True)) == 1
         assert cluster.set_node_cpus('one', 3) == 3
         eventually(lambda: len(cluster.node_jobs('one', from_node=True)) == 3)
-        assert cluster.set_node_cpus('one', -1) == 3 and cluster.set_node_cpus('one', -9) == 0 and cluster.set_node_cpus('one', 0) == 0
-        for wrong, error in ((5, ValueError), ('2', TypeError), (True, TypeError), (1.5, TypeError)):
+        assert (cluster.set_node_cpus('one', -1) == 3 and cluster.set_node_cpus('one', -9) == 0
+                and cluster.set_node_cpus('one', 0) == 0)
+        for wrong, error in ((5, ValueError), ('2', TypeError), (True, TypeError),
+                             (1.5, TypeError)):
             with pytest.raises(error):
                 cluster.set_node_cpus('one', wrong)
         assert cluster.set_node_cpus('one', 4) == 4
@@ -230,7 +242,7 @@ def test_set_node_cpus_limits_what_runs_at_once(make_cluster, nodes, tmp_path):
         assert [job(20) for job in gate.jobs] == ['one'] * 6
 
 
-# -- jobs, files ----------------------------------------------------------------------------------------------
+# -- jobs, files -----------------------------------------------------------------------------------
 
 def test_node_jobs(make_cluster, nodes, tmp_path):
     one, two = nodes('one', cpus=1), nodes('two', cpus=1)
@@ -238,7 +250,8 @@ def test_node_jobs(make_cluster, nodes, tmp_path):
         cluster.wait_nodes(2, timeout=20)
         gate = Holding(cluster, tmp_path / 'gate', 2, node='one')
         assert set(cluster.node_jobs('one')) <= set(gate.jobs) and cluster.node_jobs('two') == []
-        assert cluster.node_jobs('one', from_node=True) == gate.jobs[:1] and cluster.node_jobs('two', from_node=True) == []
+        assert (cluster.node_jobs('one', from_node=True) == gate.jobs[:1]
+                and cluster.node_jobs('two', from_node=True) == [])
         gate.open()
         assert [job(20) for job in gate.jobs] == ['one', 'one']
         eventually(lambda: cluster.node_jobs('one') == [])
@@ -294,12 +307,14 @@ def test_a_node_that_is_not_there(make_cluster, nodes, tmp_path):
     path.write_text('')
     with make_cluster(where, nodes=[one.address]) as cluster:
         cluster.wait_nodes(1, timeout=20)
-        for call in (cluster.deallocate_node, cluster.close_node, cluster.resetup_node, cluster.node_jobs,
-                     lambda node: cluster.set_node_cpus(node, 1), lambda node: cluster.send_file(str(path), node)):
+        for call in (cluster.deallocate_node, cluster.close_node, cluster.resetup_node,
+                     cluster.node_jobs, lambda node: cluster.set_node_cpus(node, 1),
+                     lambda node: cluster.send_file(str(path), node)):
             with pytest.raises(ValueError, match="no node is 'nobody'; this cluster knows one"):
                 call('nobody')
         node, = cluster.status().nodes
-        assert cluster.deallocate_node(node) == 0 and cluster.allocate_node(node) == 0    # a DispyNode means a node, too
+        # A DispyNode means a node, too
+        assert cluster.deallocate_node(node) == 0 and cluster.allocate_node(node) == 0
         assert cluster.submit_node(node)(20) == 'one'
 
 
@@ -317,10 +332,11 @@ def test_what_was_done_to_a_node_holds_when_it_is_back(make_cluster, nodes, tmp_
         nodes('one', port=ports[0])
         nodes('two', cpus=4, port=ports[1])
         eventually(lambda: states(cluster) == {'one': 'closed', 'two': 'ready'})
-        assert {node.name: node.cpus for node in cluster.status().nodes if node.state == 'ready'} == {'two': 1}
+        assert ({node.name: node.cpus for node in cluster.status().nodes if node.state == 'ready'}
+                == {'two': 1})
 
 
-# -- NodeAllocate ---------------------------------------------------------------------------------------------
+# -- NodeAllocate ----------------------------------------------------------------------------------
 
 class Some(dispy.NodeAllocate):
     """So many CPUs, and how often it was asked."""
@@ -337,14 +353,18 @@ class Some(dispy.NodeAllocate):
 def test_two_clusters_allocate_one_node_differently(make_cluster, nodes, tmp_path):
     one = nodes(cpus=4)
     few, more, none = Some(one.address, 1), Some(one.address, 3), Some(one.address, 0)
-    with make_cluster(hold, nodes=[few]) as first, make_cluster(hold, nodes=[more]) as second, make_cluster(hold, nodes=none) as third:
+    with make_cluster(hold, nodes=[few]) as first, make_cluster(hold, nodes=[more]) as second, \
+            make_cluster(hold, nodes=none) as third:
         gates = Holding(second, tmp_path / 'second', 5), Holding(first, tmp_path / 'first', 4)
-        eventually(lambda: [len(cluster.node_jobs('one', from_node=True)) for cluster in (first, second)] == [1, 3])
-        row, = eventually(lambda: [node for node in third.status().all_nodes if node.state == 'refused'])
+        eventually(lambda: [len(cluster.node_jobs('one', from_node=True))
+                            for cluster in (first, second)] == [1, 3])
+        row, = eventually(lambda: [node
+                                   for node in third.status().all_nodes if node.state == 'refused'])
         assert row.reason == 'allocate() returned 0'
         for gate in gates:
             gate.open()
-    assert [allocator.asked for allocator in (few, more, none)] == [[('127.0.0.1', 'one', 4, True)]] * 3
+    assert ([allocator.asked for allocator in (few, more, none)]
+            == [[('127.0.0.1', 'one', 4, True)]] * 3)
 
 
 def test_an_allocator_that_fails(make_cluster, nodes):
@@ -364,5 +384,6 @@ def test_an_allocator_with_a_wildcard(make_cluster, nodes):
     chosen = Some(('lab-*', 9701), 2)
     with make_cluster(where, nodes=[chosen]) as cluster:
         cluster.wait_nodes(1, timeout=20)
-        assert cluster.status().nodes[0].cpus == 2 and chosen.asked == [('127.0.0.1', 'lab-one', 4, True)]
+        assert (cluster.status().nodes[0].cpus == 2
+                and chosen.asked == [('127.0.0.1', 'lab-one', 4, True)])
     assert one.port

@@ -1,13 +1,15 @@
 """A table of objects: whatever a program hands to a job is there what it is in a forked process.
 
-Each cell is an object of objects/things.py in a role: as computation (a function that uses it as a global variable; the object
-itself as the executor's call, and as the computation of a JobCluster), as argument, as result, as what an exception
-carries. The objects are defined in the script, in a module beside it, in a package, or in an editable install; the jobs run on
-the embedded node, on a node in an empty directory, through a scheduler, or on a node of another minor version of Python.
-Each cell is compared with what concurrent.futures.ProcessPoolExecutor with fork gives in the same program or, where that cannot
-pickle the object, with what a call in the program itself gives.
+Each cell is an object of objects/things.py in a role: as computation (a function that uses it as a
+global variable; the object itself as the executor's call, and as the computation of a JobCluster),
+as argument, as result, as what an exception carries. The objects are defined in the script, in a
+module beside it, in a package, or in an editable install; the jobs run on the embedded node, on a
+node in an empty directory, through a scheduler, or on a node of another minor version of Python.
+Each cell is compared with what concurrent.futures.ProcessPoolExecutor with fork gives in the same
+program or, where that cannot pickle the object, with what a call in the program itself gives.
 
-    python tests/system/test_objects.py --print [PLACE-NODE...]     prints the table by place and node
+    python tests/system/test_objects.py --print [PLACE-NODE...]
+        prints the table by place and node
 """
 
 import ast
@@ -39,47 +41,64 @@ VERSION = sys.version_info[:2]
 PLACES = ['main', 'module', 'package', 'editable']
 NODES = ['local', 'node', 'scheduler', 'other']
 PAIRS = [(place, node) for node in NODES for place in PLACES]
-LONGEST = ('main', 'other')   # functions go as source, not as arguments: many clusters; it is begun first
+# Functions go as source, not as arguments: many clusters; it is begun first
+LONGEST = ('main', 'other')
 # Those that are run without --long: each place and each kind of node at least once.
-SHORT = {('main', 'local'), ('main', 'node'), ('package', 'local'), ('module', 'node'), ('editable', 'scheduler'), ('module', 'other')}
+SHORT = {('main', 'local'), ('main', 'node'), ('package', 'local'), ('module', 'node'),
+         ('editable', 'scheduler'), ('module', 'other')}
 LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, each for a reason
 
-# What nothing but a forked process can have: a computation of __main__ that uses it is refused, with a text.
-FORKED_ONLY = {'cmp_to_key', 'open_file', 'socket', 'generator', 'async_generator', 'shared_value', 'process_lock', 'process_queue', 'process_event',
-               'instance_with_open_file', 'hash'}
-# What pickle refuses for good reason: as argument, result and in an exception it is refused here too, with a text.
-REFUSED = FORKED_ONLY | {
-    'lock', 'rlock', 'condition', 'event', 'semaphore', 'queue', 'simple_queue', 'thread_local', 'own_thread_local', 'thread',
-    'context', 'future', 'weak_reference', 'hash', 'match', 'dict_view', 'library'}
-# (place, node, object, role, why it may fail there, with a text; a wrong value is never allowed), as patterns
+# What nothing but a forked process can have: a computation of __main__ that uses it is refused,
+# with a text.
+FORKED_ONLY = {'cmp_to_key', 'open_file', 'socket', 'generator', 'async_generator', 'shared_value',
+               'process_lock', 'process_queue', 'process_event', 'instance_with_open_file', 'hash'}
+# What pickle refuses for good reason: as argument, result and in an exception it is refused here
+# too, with a text.
+REFUSED = FORKED_ONLY | {'lock', 'rlock', 'condition', 'event', 'semaphore', 'queue',
+                         'simple_queue', 'thread_local', 'own_thread_local', 'thread', 'context',
+                         'future', 'weak_reference', 'hash', 'match', 'dict_view', 'library'}
+# (place, node, object, role, why it may fail there, with a text; a wrong value is never allowed),
+# as patterns
 EXPECTED = [
     ('*', 'other', 'numpy_*', '*', 'numpy is not installed on that node'),
     ('*', 'other', 'code', '*', 'code objects are of one minor version of Python'),
-    ('*', 'other', 'function_of_exec', '*', 'code that was made at run time is of one minor version of Python'),
-    ('*', 'other', 'module_made_here', '*', 'code that was made at run time is of one minor version of Python'),
+    ('*', 'other', 'function_of_exec', '*',
+     'code that was made at run time is of one minor version of Python'),
+    ('*', 'other', 'module_made_here', '*',
+     'code that was made at run time is of one minor version of Python'),
     ('*', 'other', 'type_of_type', '*', 'a class that is made by a call has no source'),
-    ('*', 'other', 'argument_parser', '*', 'it holds a function of the standard library, whose source is another one there'),
-    ('main', 'other', '*', '*', 'functions of __main__ go as source, which gives those at the top level with plain constants'),
-    ('main', 'other', '*', 'computation', 'source of __main__ gives no global variables but plain constants'),
+    ('*', 'other', 'argument_parser', '*',
+     'it holds a function of the standard library, whose source is another one there'),
+    ('main', 'other', '*', '*',
+     'functions of __main__ go as source, which gives those at the top level with plain constants'),
+    ('main', 'other', '*', 'computation',
+     'source of __main__ gives no global variables but plain constants'),
     ('main', 'other', '*closure*', '*', 'source of __main__ gives no closures'),
     ('main', 'other', '*lambda*', '*', 'source of __main__ gives no lambdas'),
-    ('main', 'other', 'local_*', '*', 'source of __main__ gives nothing that is defined inside of a function'),
-    ('main', 'other', '*', 'call', 'source of __main__ gives functions at the top level of its file only'),
-    ('main', 'other', '*', 'cluster', 'source of __main__ gives functions at the top level of its file only'),
+    ('main', 'other', 'local_*', '*',
+     'source of __main__ gives nothing that is defined inside of a function'),
+    ('main', 'other', '*', 'call',
+     'source of __main__ gives functions at the top level of its file only'),
+    ('main', 'other', '*', 'cluster',
+     'source of __main__ gives functions at the top level of its file only'),
 ]
 
 # What the source of __main__ is known not to give: it is not grouped with others, see `groups`.
-HARD = set('named_lambda namedtuple functional_enum sentinel_by_name default_is_a_sentinel plain_object sentinel_by_class typevar generic_class '
-           'generic_instance generic_alias_of_own subclass_of_generic newtype paramspec decorated_with_paramspec thread_local context_variable '
-           'class_with_weak_registry function_of_a_library library registered function_of_globals function_with_lock own_module '
-           'module_in_a_container'.split())
+HARD = set('named_lambda namedtuple functional_enum sentinel_by_name '
+           'default_is_a_sentinel plain_object sentinel_by_class typevar generic_class '
+           'generic_instance generic_alias_of_own subclass_of_generic '
+           'newtype paramspec decorated_with_paramspec thread_local context_variable '
+           'class_with_weak_registry function_of_a_library library registered '
+           'function_of_globals function_with_lock own_module ' 'module_in_a_container'.split())
 GROUP = 24   # objects in a function
-PARTS = 8    # scripts that the objects are distributed to there: every class of a script goes along with each computation
+# Scripts that the objects are distributed to there: every class of a script goes along with each
+# computation
+PARTS = 8
 
 Cell = collections.namedtuple('Cell', 'name role verdict expected actual why')
 
 
-# -- the user's programs ---------------------------------------------------------------------------------------------------
+# -- the user's programs ---------------------------------------------------------------------------
 
 def blocks(text, version, modules):
     """The text without the blocks that need a newer Python or a module that is not there."""
@@ -100,13 +119,15 @@ def blocks(text, version, modules):
 
 
 def things(version, modules, common, parent, part=None):
-    """The text of a copy of things.py; `common` is imported from `parent` (or is a top-level module). `part` is a number: this
-    one of PARTS of the objects alone."""
+    """The text of a copy of things.py; `common` is imported from `parent` (or is a top-level
+    module). `part` is a number: this one of PARTS of the objects alone."""
     with open(os.path.join(ROOT, 'tests', 'objects', 'things.py')) as file:
         text = blocks(file.read(), version, modules)
-    whole = 'from %s import %s as common_module' % (parent, common) if parent else 'import %s as common_module' % common
+    whole = ('from %s import %s as common_module' % (parent, common) if parent
+             else 'import %s as common_module' % common)
     text = text.replace('import COMMON as common_module', whole)
-    text = text.replace('from COMMON import', 'from %s import' % ((parent.rstrip('.') + '.' if parent.strip('.') else parent) + common))
+    text = text.replace('from COMMON import', 'from %s import'
+                        % ((parent.rstrip('.') + '.' if parent.strip('.') else parent) + common))
     if part is not None:
         text = sliced(text, re.findall(r'^def make_(\w+)', text, re.MULTILINE)[part::PARTS])
     for name in re.findall(r'^def make_(\w+)', text, re.MULTILINE):
@@ -135,36 +156,44 @@ def things(version, modules, common, parent, part=None):
 
 
 def sliced(text, names):
-    """The imports and what these objects need of the text: statements that give names which others use, and those that
-    change or register something that is used."""
+    """The imports and what these objects need of the text: statements that give names which others
+    use, and those that change or register something that is used."""
     lines, statements = text.splitlines(), []
     wanted = {kind + name for kind in ('make_', 'probe_', 'call_') for name in names}
     for node in ast.parse(text).body:
-        used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
-        given = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+        used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)
+                and isinstance(part.ctx, ast.Load)}
+        given = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)
+                 and isinstance(part.ctx, ast.Store)}
         given = {node.name} if hasattr(node, 'name') else given
         decorators = [part.func.value for part in getattr(node, 'decorator_list', ())
                       if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute)]
         if decorators or not given:   # what it works on comes first
-            first = decorators or [part for part in ast.walk(node) if isinstance(part, ast.Name)][:2]
-            given = {part.id for part in first if isinstance(part, ast.Name)} - {'copyreg', 'functools', 'typing'} | given
+            first = (decorators
+                     or [part for part in ast.walk(node) if isinstance(part, ast.Name)][:2])
+            given = ({part.id for part in first if isinstance(part, ast.Name)}
+                     - {'copyreg', 'functools', 'typing'} | given)
         statements.append((node, given, used))
     kept, before = set(), -1
     while len(kept) != before:
         before = len(kept)
         for number, (node, given, used) in enumerate(statements):
-            if number not in kept and (given & wanted or isinstance(node, (ast.Import, ast.ImportFrom))):
+            if number not in kept and (given & wanted
+                                       or isinstance(node, (ast.Import, ast.ImportFrom))):
                 kept.add(number)
                 wanted |= used
-    return '\n\n\n'.join('\n'.join(lines[min([part.lineno for part in getattr(node, 'decorator_list', ())] + [node.lineno]) - 1:node.end_lineno])
-                           for number, (node, _, _) in enumerate(statements) if number in kept) + '\n'
+    return '\n\n\n'.join('\n'.join(lines[min([part.lineno for part in getattr(
+        node, 'decorator_list', ())] + [node.lineno]) - 1:node.end_lineno])
+                         for number, (node, _, _) in enumerate(statements) if number in kept) + '\n'
 
 
 def groups(text):
-    """Functions that each stand for all roles of many objects; where these travel as source, a cluster an object takes too long.
-    The role of the computation is in them where the object is a function or class at the top level of the file."""
+    """Functions that each stand for all roles of many objects; where these travel as source, a
+    cluster an object takes too long. The role of the computation is in them where the object is a
+    function or class at the top level of the file."""
     named = set(re.findall(r'^(?:async def|def|class) (\w+)', text, re.MULTILINE))
-    names = [name for name in re.findall(r'^def make_(\w+)', text, re.MULTILINE) if name not in HARD | FORKED_ONLY]
+    names = [name for name in re.findall(r'^def make_(\w+)', text, re.MULTILINE)
+             if name not in HARD | FORKED_ONLY]
     held = dict(re.findall(r'^def make_(\w+)\(\):\n    return (\w+)\n', text, re.MULTILINE))
     text = ''
     for number in range(0, len(names), GROUP):
@@ -185,7 +214,8 @@ if __name__ == '__main__':
 
 
 class Program:
-    """A program of the user's whose objects are defined in `place`: `run(mode, ...)` gives the cells."""
+    """A program of the user's whose objects are defined in `place`: `run(mode, ...)` gives the
+    cells."""
 
     def __init__(self, directory, place, version, modules, part=None):
         self.directory = str(directory)
@@ -199,7 +229,8 @@ class Program:
     def _in_main(self, text):
         self._write('objects_common.py', self._read('common.py'))
         text = text('objects_common', '', self.part)
-        self._write('script.py', text + (groups(text) if self.part is not None else '') + SCRIPT % 'globals()')
+        self._write('script.py',
+                    text + (groups(text) if self.part is not None else '') + SCRIPT % 'globals()')
 
     def _in_module(self, text):
         self._write('objects_common.py', self._read('common.py'))
@@ -211,26 +242,32 @@ class Program:
         self._write('objects_package/common.py', self._read('common.py'))
         self._write('objects_package/inner/__init__.py', '')
         self._write('objects_package/inner/things.py', text('common', '..'))
-        self._write('script.py', 'from objects_package.inner import things\n' + SCRIPT % 'vars(things)')
+        self._write('script.py',
+                    'from objects_package.inner import things\n' + SCRIPT % 'vars(things)')
 
     def _in_editable(self, text):
-        """As `pip install --editable` leaves it: a .pth file and metadata, and the source elsewhere."""
+        """As `pip install --editable` leaves it: a .pth file and metadata, and the source
+        elsewhere."""
         source = os.path.join(self.directory, 'project', 'src')
-        for name, content in (('__init__.py', ''), ('common.py', self._read('common.py')), ('things.py', text('common', 'objects_editable'))):
+        for name, content in (('__init__.py', ''), ('common.py', self._read('common.py')),
+                              ('things.py', text('common', 'objects_editable'))):
             self._write(os.path.join(source, 'objects_editable', name), content)
         self.python = make_venv(os.path.join(self.directory, 'venv'), sys.executable)
-        site = subprocess.check_output([self.python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))']).decode().strip()
+        site = subprocess.check_output([self.python, '-c', 'import sysconfig; '
+                                        'print(sysconfig.get_path("purelib"))']).decode().strip()
         self._write(os.path.join(site, '_others.pth'), sysconfig.get_path('purelib') + '\n')
         self._write(os.path.join(site, '__editable__.objects_editable-1.0.pth'), source + '\n')
         metadata = os.path.join(site, 'objects_editable-1.0.dist-info')
-        self._write(os.path.join(metadata, 'METADATA'), 'Metadata-Version: 2.1\nName: objects-editable\nVersion: 1.0\n')
+        self._write(os.path.join(metadata, 'METADATA'),
+                    'Metadata-Version: 2.1\nName: objects-editable\nVersion: 1.0\n')
         self._write(os.path.join(metadata, 'INSTALLER'), 'pip\n')
         self._write(os.path.join(metadata, 'top_level.txt'), 'objects_editable\n')
-        self._write(os.path.join(metadata, 'direct_url.json'),
-                    json.dumps({'dir_info': {'editable': True}, 'url': 'file://' + os.path.dirname(source)}))
+        self._write(os.path.join(metadata, 'direct_url.json'), json.dumps(
+            {'dir_info': {'editable': True}, 'url': 'file://' + os.path.dirname(source)}))
         self._write(os.path.join(metadata, 'RECORD'), ''.join(name + ',,\n' for name in (
-            '__editable__.objects_editable-1.0.pth', *('objects_editable-1.0.dist-info/' + name for name in
-                                                       ('METADATA', 'INSTALLER', 'top_level.txt', 'direct_url.json', 'RECORD')))))
+            '__editable__.objects_editable-1.0.pth',
+            *('objects_editable-1.0.dist-info/' + name for name in
+              ('METADATA', 'INSTALLER', 'top_level.txt', 'direct_url.json', 'RECORD')))))
         self._write('program/objects_driver.py', self._read('driver.py'))
         self.script = os.path.join(self.directory, 'program', 'script.py')
         self._write(self.script, 'from objects_editable import things\n' + SCRIPT % 'vars(things)')
@@ -250,16 +287,20 @@ class Program:
         """(cells, seconds)"""
         output = os.path.join(self.directory, '-'.join(['cells', mode, *map(str, ports)]))
         began = time.monotonic()
-        done = subprocess.run([self.python, self.script, output, mode, *map(str, ports)], cwd=os.path.dirname(self.script), timeout=170,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run([self.python, self.script, output, mode, *map(str, ports)],
+                              cwd=os.path.dirname(self.script), timeout=170,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout.decode(errors='replace')[-3000:]
         with open(output) as file:
             return json.load(file), time.monotonic() - began
 
 
 def other_version():
-    """(Python, version) of another minor version, a newer one if there is one; None if there is none."""
-    versions = {tuple(map(int, version.split('.'))): python for version, python in other_pythons().items()}
+    """(Python, version) of another minor version, a newer one if there is one; None if there is
+    none."""
+    versions = {tuple(map(int, version.split('.'))): python
+                for version, python in other_pythons().items()}
     newer = sorted(version for version in versions if version > VERSION)
     older = sorted(version for version in versions if version < VERSION)
     if not newer and not older:
@@ -280,7 +321,7 @@ def own_modules():
     return found
 
 
-# -- running and comparing -------------------------------------------------------------------------------------------------
+# -- running and comparing -------------------------------------------------------------------------
 
 class Tables:
     """Runs pairs of place and node, two at a time, and holds what came of each."""
@@ -292,7 +333,8 @@ class Tables:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             places = sorted({place for place, _ in pairs}, key=PLACES.index)
             references = {place: pool.submit(self._reference, place) for place in places}
-            found = {pair: pool.submit(self._run, *pair) for pair in sorted(pairs, key=LONGEST.__ne__)}
+            found = {pair: pool.submit(self._run, *pair)
+                     for pair in sorted(pairs, key=LONGEST.__ne__)}
             self.references = {place: future.result()[0] for place, future in references.items()}
             self.found = {pair: found[pair].result() for pair in pairs}
 
@@ -305,7 +347,8 @@ class Tables:
         directory = os.path.join(self.directory, place + '-' + node)
         if (place, node) != LONGEST:
             return [Program(directory, place, version, modules)]
-        return [Program('%s-%d' % (directory, part), place, version, modules, part) for part in range(PARTS)]
+        return [Program('%s-%d' % (directory, part), place, version, modules, part)
+                for part in range(PARTS)]
 
     def _reference(self, place):
         return self._programs(place, 'reference')[0].run('reference')
@@ -320,7 +363,8 @@ class Tables:
             python = make_venv(directory + '-venv', self.other[0])
         with bare_node(directory, python=python) as daemon:
             if node == 'scheduler':
-                with SchedulerProcess(directory + '-scheduler', '-n', '127.0.0.1:%d' % daemon.port) as scheduler:
+                with SchedulerProcess(directory + '-scheduler', '-n',
+                                      '127.0.0.1:%d' % daemon.port) as scheduler:
                     return programs[0].run('scheduler', scheduler.port, daemon.port)
             cells, seconds = {}, 0
             for program in programs:
@@ -346,27 +390,34 @@ def judge(place, node, name, role, expected, actual, obstacle):
     """'equal', 'allowed' or 'differs', and why."""
     if actual == expected:
         return 'equal', ''
-    if role in ('argument', 'result', 'exception') and name in REFUSED and obstacle and is_refusal(role, actual):
+    if role in ('argument', 'result', 'exception') and name in REFUSED and obstacle and is_refusal(
+            role, actual):
         return 'equal', 'refused, as by pickle: ' + obstacle
-    if place == 'main' and name in FORKED_ONLY and role in ('computation', 'call', 'cluster') \
-            and (is_refusal('argument', actual) or is_refusal('call', actual)):   # an executor tells by the future
+    refused = is_refusal('argument', actual) or is_refusal('call', actual)
+    # An executor tells by the future
+    if (place == 'main' and name in FORKED_ONLY
+            and role in ('computation', 'call', 'cluster') and refused):
         return 'allowed', 'nothing but a forked process can have it'
-    if node != 'local' and actual and actual[0] in ('refused', 'failed', 'absent', 'silent') and len(actual[1]) > 20:
+    if node != 'local' and actual and actual[0] in ('refused', 'failed', 'absent',
+                                                    'silent') and len(actual[1]) > 20:
         for pattern in EXPECTED:
-            if all(fnmatch.fnmatchcase(what, part) for what, part in zip((place, node, name, role), pattern)):
+            if all(fnmatch.fnmatchcase(what, part)
+                   for what, part in zip((place, node, name, role), pattern)):
                 return 'allowed', pattern[4]
     return 'differs', ''
 
 
 def is_refusal(role, actual):
-    """Whether the user was told, where it can be told: by the constructor or submit, or by the end of the job that made it."""
+    """Whether the user was told, where it can be told: by the constructor or submit, or by the end
+    of the job that made it."""
     kind = 'refused' if role == 'argument' else 'failed'
     return actual[0] == kind and len(actual[1].strip()) > 20 if actual else False
 
 
 def report(cells):
     """Lines that list each cell that differs, with both values."""
-    return ['%s as %s: expected %s, got %s' % (cell.name, cell.role, shorten(cell.expected), shorten(cell.actual)) for cell in cells
+    return ['%s as %s: expected %s, got %s'
+            % (cell.name, cell.role, shorten(cell.expected), shorten(cell.actual)) for cell in cells
             if cell.verdict == 'differs']
 
 
@@ -377,12 +428,13 @@ def shorten(found, most=240):
     return '%s %s' % (found[0], text if len(text) <= most else '...' + text[-most:])
 
 
-# -- tests -----------------------------------------------------------------------------------------------------------------
+# -- tests -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def tables(request, tmp_path_factory):
     """The pairs that were asked for, all run."""
-    wanted = {item.callspec.params['pair'] for item in request.session.items if 'pair' in getattr(getattr(item, 'callspec', None), 'params', {})}
+    wanted = {item.callspec.params['pair'] for item in request.session.items
+              if 'pair' in getattr(getattr(item, 'callspec', None), 'params', {})}
     wanted = wanted if request.config.getoption('--long') else wanted & SHORT
     return Tables(tmp_path_factory.mktemp('objects'), [pair for pair in PAIRS if pair in wanted])
 
@@ -411,37 +463,46 @@ def test_the_reference_is_complete(tables):
             roles[name].add(role)
             assert found[0] == 'value', '%s of %s: %s' % (key, place, found)
         assert len(roles) >= 144
-        assert all({'computation', 'argument', 'result', 'exception'} <= of_one for of_one in roles.values())
+        assert all({'computation', 'argument', 'result', 'exception'} <= of_one
+                   for of_one in roles.values())
 
 
 def test_few_cells_differ_elsewhere(tables):
     """Of those that are allowed to, by reason, elsewhere than on the embedded node."""
-    elsewhere = [cell for place, node in tables.found if node != 'local' for cell in tables.cells(place, node)]
+    elsewhere = [cell for place, node in tables.found if node != 'local'
+                 for cell in tables.cells(place, node)]
     other = [cell for cell in elsewhere if cell.verdict != 'equal']
     assert len(other) <= LIMIT * len(elsewhere), '%d of %d' % (len(other), len(elsewhere))
 
 
 def print_tables(wanted):
-    """The table by place and node: how many cells are equal, allowed and differing; then those that are not equal."""
+    """The table by place and node: how many cells are equal, allowed and differing; then those that
+    are not equal."""
     pairs = [pair for pair in PAIRS if not wanted or '-'.join(pair) in wanted]
     with tempfile.TemporaryDirectory(prefix='objects-') as directory:
         tables = Tables(directory, pairs)
     total = collections.Counter()
-    print('%-10s %-10s %7s %7s %8s %8s %8s' % ('place', 'node', 'cells', 'equal', 'allowed', 'differs', 'seconds'))
+    print('%-10s %-10s %7s %7s %8s %8s %8s'
+          % ('place', 'node', 'cells', 'equal', 'allowed', 'differs', 'seconds'))
     for pair in tables.found:
         cells = tables.cells(*pair)
         count = collections.Counter(cell.verdict for cell in cells)
         total.update(count)
-        print('%-10s %-10s %7d %7d %8d %8d %8.1f' % (*pair, len(cells), count['equal'], count['allowed'], count['differs'], tables.found[pair][1]))
-    print('%-21s %7d %7d %8d %8d' % ('all', sum(total.values()), total['equal'], total['allowed'], total['differs']))
+        print('%-10s %-10s %7d %7d %8d %8d %8.1f'
+              % (*pair, len(cells), count['equal'], count['allowed'], count['differs'],
+                 tables.found[pair][1]))
+    print('%-21s %7d %7d %8d %8d'
+          % ('all', sum(total.values()), total['equal'], total['allowed'], total['differs']))
     for pair in tables.found:
         cells = tables.cells(*pair)
-        print('\n%s: %d differ' % ('-'.join(pair), sum(cell.verdict == 'differs' for cell in cells)))
+        print('\n%s: %d differ'
+              % ('-'.join(pair), sum(cell.verdict == 'differs' for cell in cells)))
         for line in report(cells):
             print('  ' + line)
         for cell in cells:
             if cell.verdict == 'allowed':
-                print('  %s as %s may differ: %s; %s' % (cell.name, cell.role, cell.why, shorten(cell.actual)))
+                print('  %s as %s may differ: %s; %s'
+                      % (cell.name, cell.role, cell.why, shorten(cell.actual)))
 
 
 if __name__ == '__main__':

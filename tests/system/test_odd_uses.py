@@ -1,4 +1,5 @@
-"""Odd uses that once hung or lost something: callbacks that wait and exit, questions to closed clusters, jobs that fork."""
+"""Odd uses that once hung or lost something: callbacks that wait and exit, questions to closed
+clusters, jobs that fork."""
 
 import os
 import threading
@@ -40,7 +41,8 @@ def test_two_callbacks_wait(make_cluster, node, method):
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_callbacks_exit(make_cluster, node):
-    """Guards against: SystemExit or KeyboardInterrupt ended a callback thread; after 16 none was left: wait() hung."""
+    """Guards against: SystemExit or KeyboardInterrupt ended a callback thread; after 16 none was
+    left: wait() hung."""
     def ended(job):
         raise (SystemExit if job.id % 2 else KeyboardInterrupt)
     cluster = make_cluster(double, nodes=[node.address], job_status=ended)
@@ -51,7 +53,8 @@ def test_callbacks_exit(make_cluster, node):
 
 
 def test_asked_after_close(make_cluster, node):
-    """Guards against: a question to a driver that has ended blocked 30 s, wait_nodes() without timeout for ever."""
+    """Guards against: a question to a driver that has ended blocked 30 s, wait_nodes() without
+    timeout for ever."""
     cluster = make_cluster(double, nodes=[node.address])
     cluster.wait_nodes(1, 10)
     cluster.close()
@@ -64,7 +67,8 @@ def test_asked_after_close(make_cluster, node):
 
 
 def test_status_while_closing(make_cluster, node):
-    """Guards against: status() of another thread while close() is at work blocked 30 s, then TimeoutError."""
+    """Guards against: status() of another thread while close() is at work blocked 30 s, then
+    TimeoutError."""
     for _ in range(30):
         cluster, errors, stop = make_cluster(double, nodes=[node.address]), [], []
 
@@ -92,7 +96,8 @@ def fork_slowly(child_first):
 
 @pytest.mark.parametrize('child_first', [True, False])
 def test_fork_both_return(make_cluster, node, child_first):
-    """Guards against: the child of a job that forked went on as a worker: its result counted, and it took the next jobs."""
+    """Guards against: the child of a job that forked went on as a worker: its result counted, and
+    it took the next jobs."""
     def compute(n):
         return fork_slowly(child_first) if n < 0 else n
     with make_cluster(compute, nodes=[node.address]) as cluster:
@@ -102,7 +107,8 @@ def test_fork_both_return(make_cluster, node, child_first):
 
 
 def test_runner_killed(make_cluster, node):
-    """Guards against: a job that kills the runner (or the OOM killer): the node was never used again."""
+    """Guards against: a job that kills the runner (or the OOM killer): the node was never used
+    again."""
     def compute(n):
         import signal
         if n < 0:

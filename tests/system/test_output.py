@@ -36,22 +36,26 @@ def test_output_is_heard_while_the_job_runs_and_whole_by_its_end(make_cluster, t
     heard, flag = Heard(), str(tmp_path / 'flag')
     with make_cluster(talk, nodes='local', on_output=heard) as cluster:
         job = cluster.submit(flag)
-        eventually(lambda: heard.texts.get((1, 'stdout')) == 'line 0\n' and heard.texts.get((1, 'stderr')) == 'to stderr\n')
+        eventually(lambda: heard.texts.get((1, 'stdout')) == 'line 0\n'
+                   and heard.texts.get((1, 'stderr')) == 'to stderr\n')
         assert not job.wait(0)
         with open(flag, 'w'):
             pass
         assert job(20) == 1
         more = [cluster.submit(flag, n) for n in range(2, 40)]
         assert cluster.wait(20)
-        eventually(lambda: all(heard.texts.get((job.id, 'stdout'), '').endswith('last\n') for job in [job, *more]))
+        eventually(lambda: all(heard.texts.get((job.id, 'stdout'), '').endswith('last\n')
+                               for job in [job, *more]))
     for job in [job, *more]:
-        assert heard.texts[job.id, 'stdout'] == job.stdout and heard.texts[job.id, 'stderr'] == job.stderr
+        assert (heard.texts[job.id, 'stdout'] == job.stdout
+                and heard.texts[job.id, 'stderr'] == job.stderr)
         assert job.stdout.count('line') == job.result
 
 
 def test_output_of_a_program_is_bytes(make_cluster, tmp_path):
     program = tmp_path / 'program'
-    program.write_text('#!/bin/sh\nprintf "a\\377"; while [ ! -e "$1" ]; do sleep 0.01; done; echo b\n')
+    program.write_text('#!/bin/sh\n'
+                       'printf "a\\377"; while [ ! -e "$1" ]; do sleep 0.01; done; echo b\n')
     program.chmod(0o755)
     heard, flag = Heard(), tmp_path / 'flag'
     with make_cluster(str(program), nodes='local', on_output=heard) as cluster:
@@ -67,7 +71,8 @@ def test_a_callback_that_raises_does_no_harm(make_cluster, tmp_path, caplog):
         raise ValueError('no matter')
     (tmp_path / 'flag').write_text('')
     with make_cluster(talk, nodes='local', on_output=hear) as cluster:
-        assert [job(20) for job in [cluster.submit(str(tmp_path / 'flag'), n) for n in range(5)]] == list(range(5))
+        assert ([job(20) for job in [cluster.submit(str(tmp_path / 'flag'), n) for n in range(5)]]
+                == list(range(5)))
 
 
 def test_log_records_reach_the_clients_logger(make_cluster, caplog):
@@ -87,7 +92,8 @@ def test_log_records_reach_the_clients_logger(make_cluster, caplog):
         records = [record for record in caplog.records if hasattr(record, 'job_id')]
     assert sorted((record.job_id, record.levelname) for record in records) == sorted(
         ('job-%d' % n, level) for n in range(3) for level in ('INFO', 'ERROR'))
-    assert any('looking at 2' in record.getMessage() and 'my.code' in record.getMessage() for record in records)
+    assert any('looking at 2' in record.getMessage() and 'my.code' in record.getMessage()
+               for record in records)
     assert sum('ZeroDivisionError' in record.getMessage() for record in records) == 3
 
 

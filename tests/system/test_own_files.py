@@ -18,7 +18,8 @@ from dispy import DispyError, Journal
 from dispynode import StartError, take_own_directory
 from nodes import NodeProcess, SchedulerProcess
 
-root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root may give files away')
+root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0,
+                               reason='only root may give files away')
 
 
 def fill(directory):
@@ -31,10 +32,12 @@ def fill(directory):
 
 
 def files_in(directory):
-    return sorted(os.path.join(root, name) for root, _, names in os.walk(directory) for name in names)
+    return sorted(os.path.join(root, name) for root, _, names in os.walk(directory)
+                  for name in names)
 
 
-DAEMONS = {'node': ('dispynode.py', '--dest-path-prefix'), 'scheduler': ('dispyscheduler.py', '--state-dir')}
+DAEMONS = {'node': ('dispynode.py', '--dest-path-prefix'),
+           'scheduler': ('dispyscheduler.py', '--state-dir')}
 
 
 @pytest.mark.parametrize('options', [(), ('--clean',)])
@@ -45,7 +48,8 @@ def test_a_directory_with_other_things_is_refused(tmp_path, daemon, options):
     fill(theirs)
     os.chmod(theirs, 0o755)
     before = files_in(theirs)
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), '-i', '127.0.0.1', '-p', '0', option, str(theirs), *options],
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), '-i', '127.0.0.1', '-p', '0',
+                           option, str(theirs), *options],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and option in done.stderr and 'c-code' in done.stderr, done.stderr
     assert files_in(theirs) == before and os.stat(theirs).st_mode & 0o777 == 0o755
@@ -53,7 +57,8 @@ def test_a_directory_with_other_things_is_refused(tmp_path, daemon, options):
 
 @pytest.mark.parametrize('options', [(), ('--clean',)])
 def test_what_lies_in_a_directory_of_ours_is_kept_but_for_ours(tmp_path, options):
-    """The user puts something into the directory of a node that runs; it outlives the next start, and with --clean files do."""
+    """The user puts something into the directory of a node that runs; it outlives the next start,
+    and with --clean files do."""
     with NodeProcess(tmp_path) as node:
         prefix = node.prefix
     for name in ('r-plot.R', 'r-data.csv', 'notes'):
@@ -71,7 +76,8 @@ def test_what_lies_in_a_directory_of_ours_is_kept_but_for_ours(tmp_path, options
 def test_marks(tmp_path):
     take_own_directory(str(tmp_path / 'new'), 'mark', (), '--x')
     take_own_directory(str(tmp_path / 'new'), 'mark', (), '--x')
-    assert os.listdir(tmp_path / 'new') == ['mark'] and os.stat(tmp_path / 'new').st_mode & 0o777 == 0o700
+    assert (os.listdir(tmp_path / 'new') == ['mark']
+            and os.stat(tmp_path / 'new').st_mode & 0o777 == 0o700)
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'lock').write_text('PID 5')
     with pytest.raises(StartError, match='--x'):
@@ -86,12 +92,15 @@ def answer():
     return 42
 
 
-@pytest.mark.parametrize('name', ['r-models', 'c-models', 'p-models', 'k-models', 'lock', 'user-nobody', dispynode.NODE_MARK])
+@pytest.mark.parametrize('name', ['r-models', 'c-models', 'p-models', 'k-models', 'lock',
+                                  'user-nobody', dispynode.NODE_MARK])
 def test_names_of_the_user_do_not_meet_ours(tmp_path, name):
     with NodeProcess(tmp_path) as node:
-        with dispy.JobCluster(answer, nodes=[node.address], dest_path=name, cleanup=False, loglevel=logging.CRITICAL) as cluster:
+        with dispy.JobCluster(answer, nodes=[node.address], dest_path=name, cleanup=False,
+                              loglevel=logging.CRITICAL) as cluster:
             cluster.submit()
-            refused = eventually(lambda: [each for each in cluster.status().all_nodes if each.state == 'refused'])
+            refused = eventually(lambda: [each for each in cluster.status().all_nodes
+                                          if each.state == 'refused'])
             assert 'dest_path' in refused[0].reason
             cluster.close(terminate=True)
 
@@ -100,7 +109,8 @@ def test_kept_files_are_there_after_a_new_start(tmp_path):
     (tmp_path / 'data').write_text('kept')
     for _ in range(2):
         with NodeProcess(tmp_path / 'node') as node:
-            with dispy.JobCluster(answer, nodes=[node.address], dest_path='c-my-models/v1', cleanup=False, depends=[str(tmp_path / 'data')]) as cluster:
+            with dispy.JobCluster(answer, nodes=[node.address], dest_path='c-my-models/v1',
+                                  cleanup=False, depends=[str(tmp_path / 'data')]) as cluster:
                 assert cluster.submit()(20) == 42
             path = os.path.join(node.prefix, 'c-my-models', 'v1', 'data')
             assert os.path.exists(path)
@@ -131,7 +141,8 @@ def compute(path):
     while not os.path.exists(path):
         time.sleep(0.01)
     return 'kept'
-cluster = dispy.JobCluster(compute, nodes=[('127.0.0.1', int(sys.argv[1]))], recover_file=sys.argv[2])
+cluster = dispy.JobCluster(compute, nodes=[('127.0.0.1', int(sys.argv[1]))],
+                           recover_file=sys.argv[2])
 job = cluster.submit(sys.argv[3])
 while job.status != job.Running:
     time.sleep(0.01)
@@ -142,13 +153,16 @@ time.sleep(60)
 
 def kept_results(tmp_path, node):
     """A program has crashed, and its result is on the node's disk."""
-    process = subprocess.Popen([sys.executable, '-c', CLIENT, str(node.port), str(tmp_path / 'recover'), str(tmp_path / 'flag')], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-c', CLIENT, str(node.port),
+                                str(tmp_path / 'recover'), str(tmp_path / 'flag')],
+                               stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'runs\n'
     process.kill()
     process.wait()
     process.stdout.close()
     (tmp_path / 'flag').write_text('')
-    return eventually(lambda: [os.path.join(node.prefix, name) for name in os.listdir(node.prefix) if name.startswith('r-')])[0]
+    return eventually(lambda: [os.path.join(node.prefix, name)
+                               for name in os.listdir(node.prefix) if name.startswith('r-')])[0]
 
 
 def test_kept_results_that_are_gone_are_told_as_lost(tmp_path):
@@ -159,22 +173,25 @@ def test_kept_results_that_are_gone_are_told_as_lost(tmp_path):
         assert node.process.poll() is None
 
 
-@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of another process are of Linux')
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'),
+                    reason='limits of another process are of Linux')
 def test_kept_results_that_cannot_be_read_now_are_read_later(tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
         kept_results(tmp_path, node)
         import psutil
         used = psutil.Process(node.process.pid).num_fds()
-        resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (used + 1, 4096))   # for the connection, and nothing else
+        # For the connection, and nothing else
+        resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (used + 1, 4096))
         import threading
-        restored = threading.Timer(2.0, lambda: resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (1024, 4096)))
+        restored = threading.Timer(
+            2.0, lambda: resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (1024, 4096)))
         restored.start()
         job, = dispy.recover_jobs(str(tmp_path / 'recover'), 60)
         restored.join()
         assert job.result == 'kept' and node.process.poll() is None
 
 
-# -- recovery files -------------------------------------------------------------------------------------------------------
+# -- recovery files --------------------------------------------------------------------------------
 
 @pytest.fixture
 def recover_file(tmp_path):
@@ -194,7 +211,8 @@ def recover_file(tmp_path):
 
 
 def test_recovery_files_that_are_damaged(recover_file, tmp_path):
-    """Mutations of every kind: each is read, or is refused by the documented error, left as it is, and not locked."""
+    """Mutations of every kind: each is read, or is refused by the documented error, left as it is,
+    and not locked."""
     good, rng, refused = recover_file.read_bytes(), random.Random(3), 0
     for turn in range(300):
         data = bytearray(good)
@@ -269,17 +287,22 @@ def test_a_link_of_ones_own_is_followed(recover_file, tmp_path):
 
 def test_recover_jobs_of_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / 'fifo')
-    for path, error in ((str(tmp_path / 'fifo'), DispyError), (5, TypeError), ('a\0b', ValueError), (str(tmp_path / 'none'), FileNotFoundError)):
+    for path, error in ((str(tmp_path / 'fifo'), DispyError), (5, TypeError), ('a\0b', ValueError),
+                        (str(tmp_path / 'none'), FileNotFoundError)):
         with pytest.raises(error, match='recover_file'):
             dispy.recover_jobs(path)
 
 
 def test_states_of_a_scheduler_that_are_damaged(tmp_path):
     """Each start either works or ends with status 1 and a text, without a traceback."""
-    with NodeProcess(tmp_path / 'n') as node, SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port) as scheduler:
-        process = subprocess.Popen([sys.executable, '-c', CLIENT.replace("JobCluster(compute, nodes=[('127.0.0.1', int(sys.argv[1]))], recover_file=sys.argv[2])",
-                                                                         "SharedJobCluster(compute, scheduler_port=int(sys.argv[1]))"),
-                                    str(scheduler.port), '', str(tmp_path / 'flag')], stdout=subprocess.PIPE)
+    with NodeProcess(tmp_path / 'n') as node, SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d'
+                                                               % node.port) as scheduler:
+        process = subprocess.Popen(
+            [sys.executable, '-c',
+             CLIENT.replace("JobCluster(compute, nodes=[('127.0.0.1', "
+                            "int(sys.argv[1]))], recover_file=sys.argv[2])",
+                            "SharedJobCluster(compute, scheduler_port=int(sys.argv[1]))"),
+             str(scheduler.port), '', str(tmp_path / 'flag')], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b'runs\n'
         process.kill()
         process.wait()
@@ -303,8 +326,10 @@ def test_states_of_a_scheduler_that_are_damaged(tmp_path):
                 os.unlink(state + end)
         with open(state, 'wb') as file:
             file.write(data)
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i', '127.0.0.1', '-p', '0', '--state-dir', scheduler.state,
-                                    '-n', '127.0.0.1:1'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i',
+                                    '127.0.0.1', '-p', '0', '--state-dir', scheduler.state,
+                                    '-n', '127.0.0.1:1'], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
         lines = []
         for line in process.stderr:
             lines.append(line)
@@ -325,6 +350,7 @@ def test_processes_that_make_a_secret_at_once_get_the_same(tmp_path, monkeypatch
     monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
     monkeypatch.delenv('DISPY_SECRET')
     code = 'import dispynode; print(dispynode.find_secret().decode())'
-    processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) for _ in range(3)]
+    processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
+                 for _ in range(3)]
     found = {process.communicate(timeout=30)[0] for process in processes}
     assert len(found) == 1 and len(found.pop().strip()) == 64

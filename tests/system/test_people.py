@@ -1,5 +1,5 @@
-"""What people see: representations, tables and bars in notebooks, lines of source code in tracebacks, and failed jobs that
-nobody has looked at."""
+"""What people see: representations, tables and bars in notebooks, lines of source code in
+tracebacks, and failed jobs that nobody has looked at."""
 
 import json
 import linecache
@@ -22,7 +22,7 @@ from dispy import Counts, DispyJob, DispyNode, FAILED, JobState
 from nodes import NodeProcess, SchedulerProcess
 from programs import HERE, other_pythons
 
-# -- why a job failed: pure ----------------------------------------------------------------------------------------------------
+# -- why a job failed: pure ------------------------------------------------------------------------
 
 TRACE = '''Traceback (most recent call last):
   File "a.py", line 1, in f
@@ -44,8 +44,10 @@ GROUP = '''  + Exception Group Traceback (most recent call last):
     (TRACE, 'ValueError: bad 17', 'ValueError'),
     (TRACE.replace('ValueError:', 'user.Failure:'), 'user.Failure: bad 17', 'user.Failure'),
     (GROUP, 'ExceptionGroup: two (2 sub-exceptions)', 'ExceptionGroup'),
-    ('  File "a.py", line 1\n    1 +\n       ^\nSyntaxError: invalid syntax\n', 'SyntaxError: invalid syntax', 'SyntaxError'),
-    ('\nsignal 9 on node 7: killed\nend of stderr\n', 'signal 9 on node 7: killed', 'signal # on node #: killed'),
+    ('  File "a.py", line 1\n    1 +\n       ^\nSyntaxError: invalid syntax\n',
+     'SyntaxError: invalid syntax', 'SyntaxError'),
+    ('\nsignal 9 on node 7: killed\nend of stderr\n', 'signal 9 on node 7: killed',
+     'signal # on node #: killed'),
     ('', '', ''),
     ('x' * 1000, 'x' * 300, 'x' * 300)])
 def test_the_reason_is_the_line_of_the_exception(text, reason, kind):
@@ -59,20 +61,24 @@ def test_the_reason_is_the_line_of_the_exception(text, reason, kind):
     ('FileNotFoundError: in/a.csv not found.', 'in/a.csv'),             # as numpy writes it
     ("FileNotFoundError: [Errno 2] No such file or directory: 'elsewhere.csv'", ''),
     ("FileNotFoundError: [Errno 2] No such file or directory: '/tmp'", ''),
-    ('FileNotFoundError: no file or directory', ''),                    # words that are also names of files
+    # Words that are also names of files
+    ('FileNotFoundError: no file or directory', ''),
     ("FileNotFoundError: 'a b.csv'\n\nDuring handling:\n\nRuntimeError: no", 'a b.csv'),
     ("OSError: 'a b.csv'", ''),
     ("  the text FileNotFoundError: 'a b.csv'", '')])
 def test_the_path_that_was_not_found_is_looked_for_here(text, path):
-    found, at = dispy.missing_file(text, {'a b.csv', "it's", 'in/a.csv', '/tmp', 'file', 'directory'}.__contains__)
+    found, at = dispy.missing_file(
+        text, {'a b.csv', "it's", 'in/a.csv', '/tmp', 'file', 'directory'}.__contains__)
     assert (found, at > 0) == (path, bool(path))
     assert not path or path in text[:at] and text[at:at + 1] in ('', '\n')
 
 
 def test_what_to_do_about_a_path_depends_on_where_it_lands():
     assert "depends=['a.csv']" in dispy.hint_for_missing('a.csv', '/home/u', False)
-    assert dispy.hint_for_missing('in/a.csv', '/home/u', False).endswith("depends=['in/a.csv'], and open it in the job as 'a.csv'")
-    assert "is called 'a.csv' in the directory of the job" in dispy.hint_for_missing('in/a.csv', '/home/u', True)
+    assert dispy.hint_for_missing('in/a.csv', '/home/u', False).endswith(
+        "depends=['in/a.csv'], and open it in the job as 'a.csv'")
+    assert "is called 'a.csv' in the directory of the job" in dispy.hint_for_missing(
+        'in/a.csv', '/home/u', True)
 
 
 def job(number=1, text='', state=JobState.TERMINATED):
@@ -123,11 +129,12 @@ def test_reasons_of_many_kinds_are_counted_all_the_same():
     assert '10 of %d jobs failed' % kinds in failures.take(kinds)
 
 
-# -- lines of source code: pure ------------------------------------------------------------------------------------------------
+# -- lines of source code: pure --------------------------------------------------------------------
 
 @pytest.fixture
 def cell(monkeypatch):
-    """A callable: what is typed into a notebook, as linecache has it; returns the module that has run it."""
+    """A callable: what is typed into a notebook, as linecache has it; returns the module that has
+    run it."""
     module = types.ModuleType('cells_of_a_test')
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -143,10 +150,12 @@ def test_lines_that_a_node_lacks_are_added(cell, tmp_path):
     cell('/tmp/no/1.py', 'def f():\n    return 1 / 0\n')
     other = tmp_path / 'other.py'
     other.write_text('first\nsecond\n')
-    bare = 'Traceback (most recent call last):\n  File "/tmp/no/1.py", line 2, in f\n' \
-           '  [Previous line repeated 3 more times]\n  File "%s", line 2, in g\nZeroDivisionError: division by zero\n' % other
+    bare = ('Traceback (most recent call last):\n  File "/tmp/no/1.py", line 2, in f\n'
+            '  [Previous line repeated 3 more times]\n  File "%s", line 2, in g\n'
+            'ZeroDivisionError: division by zero\n' % other)
     whole = dispy.source_here.added_to(bare)
-    assert whole == bare.replace('in f\n', 'in f\n    return 1 / 0\n').replace('in g\n', 'in g\n    second\n')
+    assert whole == bare.replace('in f\n', 'in f\n    return 1 / 0\n').replace('in g\n',
+                                                                               'in g\n    second\n')
     assert dispy.source_here.added_to(whole) == whole
     assert dispy.source_here.added_to('no traceback') == 'no traceback'
 
@@ -156,15 +165,19 @@ def test_lines_of_another_file_by_the_same_name_are_replaced(cell, tmp_path):
     cell('/tmp/no/1.py', 'def f():\n    return 1 / 0\n')
     other = tmp_path / 'other.py'
     other.write_text('first\n')
-    text = '  File "/tmp/no/1.py", line 2, in f\n    an older line\n    ^^^^^^^^\n  File "%s", line 1, in g\n    its line\nE\n' % other
-    assert dispy.source_here.added_to(text) == text.replace('    an older line\n    ^^^^^^^^\n', '    return 1 / 0\n')
+    text = ('  File "/tmp/no/1.py", line 2, in f\n    an older line\n    ^^^^^^^^\n'
+            '  File "%s", line 1, in g\n    its line\nE\n' % other)
+    assert dispy.source_here.added_to(text) == text.replace('    an older line\n    ^^^^^^^^\n',
+                                                            '    return 1 / 0\n')
 
 
 def test_lines_in_groups_of_exceptions_and_of_unknown_files(cell):
     cell('/tmp/no/1.py', 'def f():\n    return 1 / 0\n')
-    text = '  | Traceback (most recent call last):\n  |   File "/tmp/no/1.py", line 2, in f\n  | ZeroDivisionError\n' \
-           '  File "/no/such/file.py", line 1, in g\n  File "/etc/hostname", line 1, in h\nE\n'
-    assert dispy.source_here.added_to(text) == text.replace('in f\n', 'in f\n  |     return 1 / 0\n')
+    text = ('  | Traceback (most recent call last):\n  |   File "/tmp/no/1.py", line 2, in f\n'
+            '  | ZeroDivisionError\n  File "/no/such/file.py", line 1, in g\n'
+            '  File "/etc/hostname", line 1, in h\nE\n')
+    assert dispy.source_here.added_to(text) == text.replace('in f\n',
+                                                            'in f\n  |     return 1 / 0\n')
 
 
 def test_functions_and_classes_of_cells_are_found_in_their_cells(cell):
@@ -174,9 +187,12 @@ def test_functions_and_classes_of_cells_are_found_in_their_cells(cell):
     cell('/tmp/no/4.py', 'def old():\n    return 5\n')   # the cell was changed and run again
     data, obstacle = dispy.pack_source(module.compute, None, None, {}, [])
     assert not obstacle
-    code = 'import sys, pickle; sys.path.insert(0, %r); import dispynode; compute = dispynode.load_source(*pickle.loads(%r))[0]\n' \
-           'print(compute(16), compute.__code__.co_filename, compute.__code__.co_firstlineno)\n' % (os.path.dirname(dispy.__file__), data)
-    assert subprocess.check_output([sys.executable, '-c', code]).decode().split() == ['40.0', '/tmp/no/3.py', '1']
+    code = ('import sys, pickle; sys.path.insert(0, %r); import dispynode; compute = '
+            'dispynode.load_source(*pickle.loads(%r))[0]\n'
+            'print(compute(16), compute.__code__.co_filename, compute.__code__.co_firstlineno)\n'
+            % (os.path.dirname(dispy.__file__), data))
+    assert (subprocess.check_output([sys.executable, '-c', code]).decode().split()
+            == ['40.0', '/tmp/no/3.py', '1'])
 
 
 def test_a_function_whose_text_is_not_to_be_had_is_named(cell):
@@ -185,7 +201,7 @@ def test_a_function_whose_text_is_not_to_be_had_is_named(cell):
     assert 'is not to be had' in dispy.pack_source(module.compute, None, None, {}, [])[1]
 
 
-# -- representations: pure ------------------------------------------------------------------------------------------------------
+# -- representations: pure -------------------------------------------------------------------------
 
 def test_counts_in_words():
     assert str(Counts(589, 37, 0, 9, 565)) == '589 done, 37 failed, 9 running, 565 waiting'
@@ -214,9 +230,11 @@ def test_a_program_with_an_exit_status_has_failed():
 
 def test_a_node_in_a_line_without_a_port_that_it_has_not():
     node = DispyNode.__new__(DispyNode)
-    vars(node).update(ip_addr='10.0.0.2', port=0, name='lab2', state='ready', reason='', cpus=4, busy=3, jobs_done=1, cpu_time=2.0)
+    vars(node).update(ip_addr='10.0.0.2', port=0, name='lab2', state='ready', reason='', cpus=4,
+                      busy=3, jobs_done=1, cpu_time=2.0)
     assert repr(node) == '<DispyNode 10.0.0.2 lab2: ready, 4 CPUs, 3 running, 1 job done>'
-    vars(node).update(port=9701, state='refused', reason='busy: it serves <me>', cpus=0, busy=0, jobs_done=0)
+    vars(node).update(port=9701, state='refused', reason='busy: it serves <me>', cpus=0, busy=0,
+                      jobs_done=0)
     assert repr(node) == '<DispyNode 10.0.0.2:9701 lab2: refused (busy: it serves <me>)>'
     assert 'busy: it serves &lt;me&gt;' in node._repr_html_()
     vars(node).update(name='', state='', reason='')
@@ -226,17 +244,20 @@ def test_a_node_in_a_line_without_a_port_that_it_has_not():
 def test_lists_and_tables_have_an_end():
     jobs = dispy.JobList(job(number, state=JobState.CREATED) for number in range(200))
     assert repr(jobs) == '<200 jobs: 200 waiting>' and repr(dispy.JobList()) == '<0 jobs>'
-    assert jobs._repr_html_().count('<tr>') == 1 + dispy.SHOWN_MOST + 1 and 'and 150 more' in jobs._repr_html_()
+    assert (jobs._repr_html_().count('<tr>') == 1 + dispy.SHOWN_MOST + 1
+            and 'and 150 more' in jobs._repr_html_())
 
 
 def test_the_table_of_a_cluster():
-    text = dispy.html_of_cluster('JobCluster <f>', 'open', Counts(1, 1, 0, 1, 1), [], 'http://localhost:8181/#token="x')
-    assert 'JobCluster &lt;f&gt;' in text and '2 of 4 jobs: 1 done, 1 failed, 1 running, 1 waiting' in text
+    text = dispy.html_of_cluster('JobCluster <f>', 'open', Counts(1, 1, 0, 1, 1), [],
+                                 'http://localhost:8181/#token="x')
+    assert ('JobCluster &lt;f&gt;' in text
+            and '2 of 4 jobs: 1 done, 1 failed, 1 running, 1 waiting' in text)
     assert 'width:25.00%' in text and '#token=&quot;x"' in text
     assert 'href' not in dispy.html_of_cluster('f', 'closed', Counts(0, 0, 0, 0, 0), None, '')
 
 
-# -- with clusters ---------------------------------------------------------------------------------------------------------------
+# -- with clusters ---------------------------------------------------------------------------------
 
 def work(n):
     if n % 2:
@@ -249,7 +270,8 @@ def work(n):
 
 
 def told(caplog):
-    return [record.getMessage() for record in caplog.records if 'has not looked' in record.getMessage()]
+    return [record.getMessage()
+            for record in caplog.records if 'has not looked' in record.getMessage()]
 
 
 def test_failed_jobs_are_heard(make_cluster, caplog, capsys, tmp_path, monkeypatch):
@@ -258,10 +280,12 @@ def test_failed_jobs_are_heard(make_cluster, caplog, capsys, tmp_path, monkeypat
     with make_cluster(work, nodes='local') as cluster:
         jobs = [cluster.submit(n) for n in range(6)]
         cluster.wait()
-        assert repr(jobs[1]).startswith('<DispyJob 2 failed on ') and repr(jobs[1]).endswith(': ValueError: odd 1>')
+        assert (repr(jobs[1]).startswith('<DispyJob 2 failed on ')
+                and repr(jobs[1]).endswith(': ValueError: odd 1>'))
         cluster.print_status()
         text, = told(caplog)
-        assert text.startswith('work: 2 of 6 jobs failed') and re.search(r'\(2 jobs; here of job [246]\): ValueError: odd [135]', text)
+        assert (text.startswith('work: 2 of 6 jobs failed')
+                and re.search(r'\(2 jobs; here of job [246]\): ValueError: odd [135]', text))
         cluster.print_status()
         assert told(caplog) == [text]
         jobs = [cluster.submit(n) for n in (7, 100)]
@@ -278,7 +302,8 @@ def test_failed_jobs_that_were_looked_at_draw_no_warning(make_cluster, caplog):
     seen = []
     with make_cluster(work, nodes='local', job_status=seen.append) as cluster:
         cluster.submit(1)
-    with make_cluster(work, nodes='local', cluster_status=lambda status, node, job: seen.append(job)) as cluster:
+    with make_cluster(work, nodes='local', cluster_status=lambda status, node,
+                      job: seen.append(job)) as cluster:
         cluster.submit(1)
     with make_cluster(work, nodes='local') as cluster:
         with pytest.raises(ValueError):
@@ -311,10 +336,12 @@ def test_a_cluster_in_a_line_and_as_a_table():
         line = repr(cluster)
         assert line.startswith('<JobCluster work: 1 node, ') and line.endswith('; 2 done>')
         table = cluster._repr_html_()
-        assert '127.0.0.1' in table and '127.0.0.1:0' not in table + repr(cluster.status().nodes) and 'href' not in table
+        assert ('127.0.0.1' in table and '127.0.0.1:0' not in table + repr(cluster.status().nodes)
+                and 'href' not in table)
         with dispy_httpd.DispyHTTPServer(cluster, port=0) as server:
             assert 'href="%s"' % server.url in cluster._repr_html_()
-    assert repr(cluster) == '<JobCluster work: closed; 2 done>' and 'closed' in cluster._repr_html_()
+    assert (repr(cluster) == '<JobCluster work: closed; 2 done>'
+            and 'closed' in cluster._repr_html_())
 
 
 SCRIPT = '''
@@ -334,14 +361,14 @@ with dispy.JobCluster(compute, nodes='local') as cluster:
 def test_a_traceback_shows_lines_of_a_script_that_the_node_has_not_got(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                          universal_newlines=True)
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60, universal_newlines=True)
     assert done.returncode == 0, done.stderr
     assert 'line 4, in compute\n    return [1, 2][n]    # this line\nIndexError' in done.stdout
     assert '1 of 2 jobs failed' in done.stderr
 
 
-# -- progress --------------------------------------------------------------------------------------------------------------------
+# -- progress --------------------------------------------------------------------------------------
 
 def in_a_notebook(monkeypatch):
     shell = types.SimpleNamespace(kernel=object(), config={})
@@ -387,7 +414,8 @@ def test_how_many_results_there_will_be():
 def test_what_a_prompt_has_shown_is_told_from_what_a_program_keeps(monkeypatch):
     shown, kept = object(), object()
     user = {'_': shown, '__': shown, '_3': shown, 'name': shown, '_own': shown, '_oh': {3: shown}}
-    shell = types.SimpleNamespace(user_ns=user, user_ns_hidden={'_3': shown}, displayhook=types.SimpleNamespace(_=shown))
+    shell = types.SimpleNamespace(user_ns=user, user_ns_hidden={'_3': shown},
+                                  displayhook=types.SimpleNamespace(_=shown))
     monkeypatch.setitem(sys.modules, 'IPython', types.SimpleNamespace(get_ipython=lambda: shell))
     assert dispy.references_of_history(shown) == 6 and dispy.references_of_history(kept) == 0
     monkeypatch.delitem(sys.modules, 'IPython')
@@ -395,7 +423,7 @@ def test_what_a_prompt_has_shown_is_told_from_what_a_program_keeps(monkeypatch):
     assert dispy.references_of_history(shown) == 1
 
 
-# -- a notebook --------------------------------------------------------------------------------------------------------------------
+# -- a notebook ------------------------------------------------------------------------------------
 
 CELLS = ['''
 import dataclasses, math, os, sys, time
@@ -471,7 +499,8 @@ again.close()
 
 RUN_NOTEBOOK = '''
 import json, sys, nbclient, nbformat
-book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in json.load(sys.stdin)])
+book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)
+                                       for text in json.load(sys.stdin)])
 nbclient.NotebookClient(book, timeout=120, kernel_name='python3').execute()
 json.dump([cell.outputs for cell in book.cells], sys.stdout)
 '''
@@ -486,10 +515,13 @@ def test_a_notebook(tmp_path, monkeypatch, version):
         pytest.skip('no other Python from 3.8 on was found')
     there = HERE if version == 'same' else min(others, key=lambda name: int(name.split('.')[1]))
     python = sys.executable if version == 'same' else others[there]
-    environment = {'IPYTHONDIR': str(tmp_path / 'ipython'), 'JUPYTER_RUNTIME_DIR': str(tmp_path / 'runtime')}
+    environment = {'IPYTHONDIR': str(tmp_path / 'ipython'),
+                   'JUPYTER_RUNTIME_DIR': str(tmp_path / 'runtime')}
     with NodeProcess(tmp_path / 'node', python=python) as node:
-        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN_NOTEBOOK], input=json.dumps([text.strip('\n') for text in CELLS]),
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=str(tmp_path), universal_newlines=True, timeout=240,
+        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN_NOTEBOOK],
+                              input=json.dumps([text.strip('\n') for text in CELLS]),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=str(tmp_path),
+                              universal_newlines=True, timeout=240,
                               env=dict(os.environ, TEST_NODE_PORT=str(node.port), **environment))
     assert done.returncode == 0, done.stderr
     outputs = json.loads(done.stdout)
@@ -501,21 +533,26 @@ def test_a_notebook(tmp_path, monkeypatch, version):
     def printed(number):
         return ''.join(out['text'] for out in outputs[number] if out['output_type'] == 'stream')
     assert output(3, 'text/plain') == repr([(0.0, there), (3.0, there), (6.0, there)])
-    assert '10/10' in printed(3) or '10/10' in output(3, 'text/plain') or output(3, 'application/vnd.jupyter.widget-view+json')
-    assert output(4, 'text/plain').startswith('<JobCluster compute: 1 node, 2 CPUs; 9 done, 1 failed>')
+    assert ('10/10' in printed(3) or '10/10' in output(3, 'text/plain')
+            or output(3, 'application/vnd.jupyter.widget-view+json'))
+    assert output(4, 'text/plain').startswith('<JobCluster compute: 1 '
+                                              'node, 2 CPUs; 9 done, 1 failed>')
     assert '10 of 10 jobs: 9 done, 1 failed' in output(4, 'text/html')
-    assert output(5, 'text/plain').endswith(': ValueError: seven times seven>') and '<table>' in output(5, 'text/html')
+    assert (output(5, 'text/plain').endswith(': ValueError: seven times seven>')
+            and '<table>' in output(5, 'text/html'))
     assert "in compute\n    raise ValueError('seven times seven')\n" in printed(6)
     assert output(7, 'text/plain') == repr([(3.0, there)]) and output(8, 'text/plain') == '10'
     assert output(9, 'text/plain') == '6'
     assert output(10, 'text/plain').startswith('<3 jobs: ') and '<table>' in output(10, 'text/html')
-    assert output(11, 'text/plain').startswith('(3, True, <JobCluster sleep: ') and '3 cancelled' in output(11, 'text/plain')
+    assert (output(11, 'text/plain').startswith('(3, True, <JobCluster sleep: ')
+            and '3 cancelled' in output(11, 'text/plain'))
     assert output(12, 'text/plain') == '(True, True)'
-    assert output(16, 'text/plain') == '[True]' and output(17, 'text/plain') == 'True'   # though Out has the first one
+    # Though Out has the first one
+    assert output(16, 'text/plain') == '[True]' and output(17, 'text/plain') == 'True'
     assert 'has not looked' not in str(outputs)
 
 
-# -- small things that were in the way ------------------------------------------------------------------------------------------
+# -- small things that were in the way -------------------------------------------------------------
 
 def a_free_port():
     with socket.socket() as sock:
@@ -523,14 +560,16 @@ def a_free_port():
         return sock.getsockname()[1]
 
 
-def test_the_monitor_alone_shows_the_scheduler_of_this_machine_or_the_nodes(tmp_path, monkeypatch, capsys):
+def test_the_monitor_alone_shows_the_scheduler_of_this_machine_or_the_nodes(tmp_path, monkeypatch,
+                                                                            capsys):
     parser = dispy_httpd._parser()
     with SchedulerProcess(tmp_path / 'scheduler') as scheduler:
         monkeypatch.setattr(dispy_httpd, 'SCHEDULER_PORT', scheduler.port)
         source = dispy_httpd._source_of(parser.parse_args([]))
         try:
             assert isinstance(source, dispy_httpd.SchedulerSource)
-            assert 'the dispyscheduler at 127.0.0.1:%d is shown' % scheduler.port in capsys.readouterr().err
+            assert ('the dispyscheduler at 127.0.0.1:%d is shown'
+                    % scheduler.port in capsys.readouterr().err)
         finally:
             source.close()
     source = dispy_httpd._source_of(parser.parse_args([]))   # it has ended
@@ -546,10 +585,13 @@ def test_nodes_are_named_by_the_same_option_in_all_commands():
         for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c']):
             assert getattr(parser.parse_args(words), option) == ['a', 'b:5', 'c'], parser.prog
         assert getattr(parser.parse_args([]), option) == []
-    for parser in (dispy_httpd._parser(), dispyscheduler._parser()):   # they have no PROGRAM that might be meant
-        assert parser.parse_args(['-n', 'a', 'b:5', '-n', 'c']) == parser.parse_args(['--nodes', 'a b:5 c'])
+    # They have no PROGRAM that might be meant
+    for parser in (dispy_httpd._parser(), dispyscheduler._parser()):
+        assert (parser.parse_args(['-n', 'a', 'b:5', '-n', 'c'])
+                == parser.parse_args(['--nodes', 'a b:5 c']))
     parser = dispy._parser()
-    for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c'], ['-n', 'a', '-n', 'b:5', '-n', 'c']):
+    for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c'],
+                  ['-n', 'a', '-n', 'b:5', '-n', 'c']):
         options, command = parser.split([*words, 'program'])
         assert (parser.parse_args(options).nodes, list(command)) == (['a', 'b:5', 'c'], ['program'])
 
@@ -559,7 +601,8 @@ def test_an_allocator_has_a_list_of_files_of_its_own():
     first, second = dispy.NodeAllocate('a', depends=files), dispy.NodeAllocate('b')
     first.depends.append('b.txt')
     second.depends.append('c.txt')
-    assert files == ['a.txt'] and first.depends == ['a.txt', 'b.txt'] and dispy.NodeAllocate('c').depends == []
+    assert (files == ['a.txt'] and first.depends == ['a.txt', 'b.txt']
+            and dispy.NodeAllocate('c').depends == [])
 
 
 def test_nodes_that_connect_by_themselves_are_used_without_discovery(tmp_path, monkeypatch):
@@ -570,7 +613,8 @@ def test_nodes_that_connect_by_themselves_are_used_without_discovery(tmp_path, m
     with dispy.JobCluster(work, nodes='*', host=('127.0.0.1', port)) as cluster:
         with pytest.raises(dispy.NoNodes) as caught:
             cluster.wait_nodes(1, 0.1)
-        assert 'waited for nodes to connect to 127.0.0.1:%d' % port in str(caught.value) and 'UDP' not in str(caught.value)
+        assert ('waited for nodes to connect to 127.0.0.1:%d' % port in str(caught.value)
+                and 'UDP' not in str(caught.value))
         with NodeProcess(tmp_path / 'node', '--scheduler-host', '127.0.0.1:%d' % port):
             assert cluster.submit(2)(30) == 2
             assert cluster.discover_nodes('*') == 0
@@ -578,23 +622,26 @@ def test_nodes_that_connect_by_themselves_are_used_without_discovery(tmp_path, m
 
 def test_files_that_a_program_leaves_behind_are_told_once(make_cluster, tmp_path, caplog):
     program = tmp_path / 'conv'
-    program.write_text('#!/bin/sh\ntest "$1" = 0 || echo $1 > out-$1.txt\ntouch .hidden\necho $1 > conv.input\n')
+    program.write_text('#!/bin/sh\ntest "$1" = 0 || echo $1 > out-$1.txt\ntouch .hidden\n'
+                       'echo $1 > conv.input\n')
     program.chmod(0o755)
     (tmp_path / 'conv.input').write_text('')
     told_of = lambda: [text for text in caplog.messages if 'has left a file' in text]   # noqa: E731
-    with make_cluster(str(program), nodes='local', depends=[str(tmp_path / 'conv.input')]) as cluster:
+    with make_cluster(str(program), nodes='local',
+                      depends=[str(tmp_path / 'conv.input')]) as cluster:
         assert cluster.submit(0)(30) == 0   # it has left nothing, and changed what was there
         assert not told_of()
         assert [cluster.submit(n)(30) for n in range(1, 6)] == [0] * 5
         text, = eventually(told_of)
         assert "'out-" in text and 'dispy_send_file' in text and 'by subprocess' in text
     assert len(told_of()) == 1
-    with make_cluster(str(program), nodes='local', cleanup=False, depends=[str(tmp_path / 'conv.input')]) as cluster:
+    with make_cluster(str(program), nodes='local', cleanup=False,
+                      depends=[str(tmp_path / 'conv.input')]) as cluster:
         assert cluster.submit(7)(30) == 0   # what shall stay there is not missed
     assert len(told_of()) == 1
 
 
-# -- the log ----------------------------------------------------------------------------------------------------------------------
+# -- the log ---------------------------------------------------------------------------------------
 
 class Unshown:
     """An object of the user's, of which the log may call nothing."""
@@ -608,7 +655,8 @@ class Unshown:
 def test_the_log_shows_values_and_runs_none_of_the_user_s_code():
     job = DispyJob('comp', b'packed', {'values': Unshown()}, Unshown())
     job.serial = (3 << 16) + 1
-    assert dispy.logged(dispy.Submitted([job])) == 'Submitted(works=[job  (serial %d)])' % job.serial
+    assert (dispy.logged(dispy.Submitted([job])) == 'Submitted(works=[job  (serial %d)])'
+            % job.serial)
     job.id = 'first'
     row = (job.serial, 1, 2.5, 1e9 / 3, b'secret', b'', memoryview(b'ab'))
     assert dispy.logged(dispy.JobsEnded(('host', 1), 'c', [(job, row)])) == (
@@ -628,13 +676,15 @@ def test_the_log_of_decisions_costs_nothing_when_it_is_off(make_cluster, monkeyp
         assert made == [] and not dispy.core_of(cluster).driver.decisions.is_on
     with make_cluster(abs, nodes='local', loglevel=dispy.logger.DEBUG) as cluster:
         assert cluster.submit(-1)(30) == 1
-        assert {dispy.Submitted, dispy.NodeReady, dispy.SendJobs, dispy.NodeResults, dispy.JobsEnded} <= set(map(type, made))
+        assert {dispy.Submitted, dispy.NodeReady, dispy.SendJobs, dispy.NodeResults,
+                dispy.JobsEnded} <= set(map(type, made))
 
 
 def test_the_level_that_the_program_has_set_stays():
     nowhere = [('127.0.0.1', 9)]
     dispy.logger.setLevel(dispy.logger.ERROR)
-    for level, expected in ((None, 'ERROR'), (20, 'ERROR'), ('DEBUG', 'DEBUG'), ('INFO', 'INFO'), ('WARNING', 'WARNING'), (None, 'INFO')):
+    for level, expected in ((None, 'ERROR'), (20, 'ERROR'), ('DEBUG', 'DEBUG'), ('INFO', 'INFO'),
+                            ('WARNING', 'WARNING'), (None, 'INFO')):
         options = {} if level is None else {'loglevel': level}
         with dispy.JobCluster(abs, nodes=nowhere, **options):
             assert dispy.logger.level == getattr(dispy.logger, expected)
@@ -666,10 +716,12 @@ DECISIONS = ['event Submitted(', 'end of a turn: SendJobs(', 'event NodeResults(
     ({'loglevel': 10}, 'logging.basicConfig(level=logging.INFO)', STORY + DECISIONS, []),
     ({}, 'dispy.logger.setLevel(logging.DEBUG)', STORY + DECISIONS, [])])
 def test_what_a_program_shows_of_its_log(tmp_path, options, configured, shown, hidden):
-    """A program that goes well shows nothing where it neither asks for that nor configures logging."""
+    """A program that goes well shows nothing where it neither asks for that nor configures
+    logging."""
     script = tmp_path / 'script.py'
     script.write_text(LOGGING)
-    done = subprocess.run([sys.executable, str(script), repr(options), configured], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, str(script), repr(options), configured],
+                          stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, timeout=60, universal_newlines=True)
     assert done.returncode == 0 and done.stdout == ''
     assert [text for text in shown if text not in done.stderr] == [], done.stderr
@@ -690,19 +742,29 @@ def test_the_log_tells_of_nodes_that_are_used_lost_and_back(tmp_path, caplog):
     with NodeProcess(tmp_path / 'one', '--name', 'one', cpus=2) as node:
         where = 'one (127.0.0.1:%d)' % node.port
         options = {'nodes': [node.address], 'pulse_interval': 0.5, 'ping_interval': 0.5}
-        with dispy.JobCluster(in_turn, reentrant=True, **options) as cluster, dispy.JobCluster(in_turn, **options) as other:
+        with dispy.JobCluster(in_turn, reentrant=True,
+                              **options) as cluster, dispy.JobCluster(in_turn, **options) as other:
             jobs = [cluster.submit(end), other.submit(end)]
             eventually(lambda: all(job.status == DispyJob.Running for job in jobs))
             node.kill()
-            eventually(lambda: [job.status for job in jobs] == [DispyJob.Created, DispyJob.Abandoned])
+            eventually(lambda: [job.status for job in jobs]
+                       == [DispyJob.Created, DispyJob.Abandoned])
             with NodeProcess(tmp_path / 'one', '--name', 'one', port=node.port, cpus=2):
                 open(end, 'w').close()
                 assert jobs[0](60) == end
     texts = '\n'.join(caplog.messages)
     assert re.search(r'in_turn: node %s is used, with [12] CPU' % re.escape(where), texts), texts
-    assert re.search(r'lost the connection to node %s: .*; the 2 jobs that it has are lost if it is not back within \d'
-                     % re.escape(where), texts), texts
+    assert re.search(
+        r'lost the connection to node %s: .*; '
+        r'the 2 jobs that it has are lost if it is not back within \d'
+        % re.escape(where), texts), texts
     assert 'node %s is lost: 1 job waits again, 1 job was abandoned' % where in texts, texts
     assert re.search(r'node %s is connected again after \d' % re.escape(where), texts), texts
-    assert re.search(r'in_turn: the computation has ended after [\d.]+ s: 1 done; they ran for [\d.]+ s on 1 node', texts), texts
-    assert re.search(r'in_turn: the computation has ended after [\d.]+ s: 1 failed; they ran for 0.0 s on 0 nodes', texts), texts
+    assert re.search(
+        r'in_turn: the computation has ended after [\d.]+ s: 1 done; '
+        r'they ran for [\d.]+ s on 1 node',
+        texts), texts
+    assert re.search(
+        r'in_turn: the computation has ended after [\d.]+ s: 1 failed; '
+        r'they ran for 0.0 s on 0 nodes',
+        texts), texts

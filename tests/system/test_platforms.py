@@ -79,14 +79,15 @@ def test_without_fork_workers_are_started_anew(tmp_path):
             assert cluster.submit(10)(60) == '0xa'
         with dispy.JobCluster(hex, nodes=[node.address], start_method='fork') as cluster:
             with pytest.raises(dispy.NoNodes, match='cannot be started with fork'):
-                eventually(lambda: [one for one in cluster.status().all_nodes if 'fork' in one.reason])
+                eventually(lambda: [one
+                                    for one in cluster.status().all_nodes if 'fork' in one.reason])
                 cluster.wait_nodes(1, 0.1)
 
 
 # -- Windows and macOS, as far as another system can pretend ---------------------------------------
 
-@pytest.mark.parametrize('name', [
-    'NUL', 'nul.txt', 'data/con', 'COM1', 'lpt9.log', 'aux .c', 'a.', 'a ', 'a/b./c', 'a?b', 'a*', 'a|b', '<a>', 'a"b'])
+@pytest.mark.parametrize('name', ['NUL', 'nul.txt', 'data/con', 'COM1', 'lpt9.log', 'aux .c', 'a.',
+                                  'a ', 'a/b./c', 'a?b', 'a*', 'a|b', '<a>', 'a"b'])
 def test_names_that_mean_something_else_on_windows(monkeypatch, name):
     assert dispynode.check_name(name)
     monkeypatch.setattr(dispynode, 'IS_WINDOWS', True)
@@ -95,7 +96,8 @@ def test_names_that_mean_something_else_on_windows(monkeypatch, name):
     assert dispynode.check_name('nullable/com10.txt') == ('nullable', 'com10.txt')
 
 
-@pytest.mark.parametrize('names', [('A', 'a'), ('dir/File.txt', 'DIR/file.txt'), ('caf\u00e9', 'cafe\u0301')])
+@pytest.mark.parametrize('names', [('A', 'a'), ('dir/File.txt', 'DIR/file.txt'),
+                                   ('caf\u00e9', 'cafe\u0301')])
 def test_names_that_are_one_file(monkeypatch, tmp_path, names):
     """Guards against: the second of two files overwrote the first without a word."""
     rows = [(name, 1, bytes(dispynode.DIGEST_SIZE), 0o600) for name in names]
@@ -115,7 +117,8 @@ def test_a_phrase_without_scrypt(monkeypatch):
 
 
 def test_more_connections_than_select_can_wait_for(monkeypatch):
-    """The last is refused with the reason, and the loop goes on. Guards against: it ended at its next turn."""
+    """The last is refused with the reason, and the loop goes on. Guards against: it ended at its
+    next turn."""
     monkeypatch.setattr(dispynode.selectors, 'DefaultSelector', dispynode.selectors.SelectSelector)
     monkeypatch.setattr(dispynode, 'SELECT_MOST', 2)   # of which the loop itself has one
     ended = []
@@ -132,7 +135,8 @@ def test_more_connections_than_select_can_wait_for(monkeypatch):
         for link in links:
             loop.attach(link)
         loop.turn(0)
-        assert [link for link, _ in ended] == links[1:] and all('more than 2 connections' in text for _, text in ended)
+        assert [link for link, _ in ended] == links[1:] and all('more than 2 connections' in text
+                                                                for _, text in ended)
         assert loop.links == {links[0].number: links[0]}
     finally:
         loop.close()
@@ -146,9 +150,11 @@ def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
     (tmp_path / 'sitecustomize.py').write_text('import dispynode\ndispynode.LATE_PASSING = True\n')
     path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
     for method in ('fork', 'spawn'):
-        with NodeProcess(tmp_path / method, '--start-method', method, env={'PYTHONPATH': path}) as node:
+        with NodeProcess(tmp_path / method, '--start-method', method,
+                         env={'PYTHONPATH': path}) as node:
             def sockets(pid):
-                return sum(item.type == socket.SOCK_STREAM for item in psutil.Process(pid).net_connections('unix'))
+                return sum(item.type == socket.SOCK_STREAM
+                           for item in psutil.Process(pid).net_connections('unix'))
             with dispy.JobCluster(os.getppid, nodes=[node.address]) as cluster:
                 runner = cluster.submit()(60)
                 before = sockets(node.process.pid), sockets(runner)
@@ -158,8 +164,10 @@ def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('text, path, expected', [
-    ('#!/usr/bin/env python3\n', 'a.sh', [sys.executable]), ('#!/usr/bin/python3.11 -u\n', 'a', [sys.executable, '-u']),
-    ('#!/usr/bin/env -S no-such-shell -e\n', 'a', ['no-such-shell', '-e']), ('print()\n', 'a.PY', [sys.executable]),
+    ('#!/usr/bin/env python3\n', 'a.sh', [sys.executable]),
+    ('#!/usr/bin/python3.11 -u\n', 'a', [sys.executable, '-u']),
+    ('#!/usr/bin/env -S no-such-shell -e\n', 'a', ['no-such-shell', '-e']),
+    ('print()\n', 'a.PY', [sys.executable]),
     ('MZ', 'a.exe', []), ('echo', 'a.bat', []), ('#!\n', 'a', [])])
 def test_who_runs_a_script_on_windows(monkeypatch, tmp_path, text, path, expected):
     file = tmp_path / path
@@ -171,7 +179,8 @@ def test_who_runs_a_script_on_windows(monkeypatch, tmp_path, text, path, expecte
 
 
 @pytest.mark.parametrize('name, start, expected', [
-    ('a.bat', b'@e', True), ('A.CMD', b'', True), ('a.py', b'im', True), ('a', b'MZ', True), ('a.txt', b'ab', False),
+    ('a.bat', b'@e', True), ('A.CMD', b'', True), ('a.py', b'im', True), ('a', b'MZ', True),
+    ('a.txt', b'ab', False),
     ('a', b'ab', False)])
 def test_what_windows_runs(monkeypatch, name, start, expected):
     monkeypatch.setattr(dispy.os, 'name', 'nt')
@@ -180,8 +189,10 @@ def test_what_windows_runs(monkeypatch, name, start, expected):
 
 
 def test_exit_codes_of_windows_are_told_in_words():
-    assert dispynode.exit_text(0xC0000005) == 'ended with exit code 3221225477 (0xC0000005, access violation)'
-    assert '0xC0001234' in dispynode.exit_text(0xC0001234) and dispynode.exit_text(7) == 'ended with exit code 7'
+    assert (dispynode.exit_text(0xC0000005)
+            == 'ended with exit code 3221225477 (0xC0000005, access violation)')
+    assert ('0xC0001234' in dispynode.exit_text(0xC0001234)
+            and dispynode.exit_text(7) == 'ended with exit code 7')
 
 
 @pytest.mark.skipif(not hasattr(os, 'getuid'), reason='no limits of resources here')
@@ -191,7 +202,8 @@ def test_the_scheduler_raises_its_limit_of_descriptors(monkeypatch, platform, mo
     limits = [256, resource.RLIM_INFINITY]
     monkeypatch.setattr(sys, 'platform', platform)
     monkeypatch.setattr(resource, 'getrlimit', lambda which: tuple(limits))
-    monkeypatch.setattr(resource, 'setrlimit', lambda which, pair: limits.__setitem__(slice(None), pair))
+    monkeypatch.setattr(resource, 'setrlimit', lambda which,
+                        pair: limits.__setitem__(slice(None), pair))
     dispyscheduler.raise_descriptors()
     assert limits == [most, resource.RLIM_INFINITY]
     limits[:] = [256, 512]

@@ -430,7 +430,8 @@ def texts_of_dispy():
 
 EXAMPLES = re.compile(
     r'\.\.\.|\b[A-Z]+\b|\d+(?:\.\d+)*|->|\(.*?\)|'
-    r'\b(?:compute|pkg\.plots|matplotlib|numpy|connection|_connection|jobs failed|model|Python|lab\d)\b')
+    r'\b(?:compute|pkg\.plots|matplotlib|numpy|connection|_connection|jobs failed|'
+    r'model|Python|lab\d)\b')
 
 
 def parts_of(message):
@@ -449,14 +450,17 @@ def test_messages_are_those_of_dispy():
     assert [part for part in parts if part not in texts and part not in foreign] == []
 
 
-# -- the table of features ---------------------------------------------------------------------------------
+# -- the table of features -------------------------------------------------------------------------
 
-ROWS = re.findall(r'^\| (.+) \| `([^`]+)` \| (.*?) ?\|$', GUIDES.partition('## Every feature')[2].partition('\n## ')[0], re.M)
+ROWS = re.findall(r'^\| (.+) \| `([^`]+)` \| (.*?) ?\|$',
+                  GUIDES.partition('## Every feature')[2].partition('\n## ')[0], re.M)
 LINES = [line for _, line, _ in ROWS]
-KNOWN = {'dispy': dispy, 'dispy_httpd': dispy_httpd, 'cluster': dispy.JobCluster, 'job': dispy.DispyJob, 'executor': dispy.DispyExecutor}
+KNOWN = {'dispy': dispy, 'dispy_httpd': dispy_httpd, 'cluster': dispy.JobCluster,
+         'job': dispy.DispyJob, 'executor': dispy.DispyExecutor}
 RETURNS = {dispy.JobCluster.status: dispy.ClusterStatus}
-IN_JOBS = {'dispy_provisional_result': ['value'], 'dispy_send_file': ['path'], 'dispy_node_name': None, 'dispy_node_ip_addr': None,
-           'dispy_job_path': None}   # name -> parameters of a function
+IN_JOBS = {'dispy_provisional_result': ['value'], 'dispy_send_file': ['path'],
+           # Name -> parameters of a function
+           'dispy_node_name': None, 'dispy_node_ip_addr': None, 'dispy_job_path': None}
 OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay'}
 
 
@@ -465,9 +469,11 @@ def parse(line):
 
 
 def meaning(node):
-    """What an expression of the table is in dispy; None if it has nothing to do with it. Raises if there is no such thing."""
+    """What an expression of the table is in dispy; None if it has nothing to do with it. Raises if
+    there is no such thing."""
     if isinstance(node, ast.Name):
-        assert node.id in IN_JOBS or node.id in KNOWN or not node.id.startswith('dispy_'), 'jobs know no ' + node.id
+        assert (node.id in IN_JOBS or node.id in KNOWN
+                or not node.id.startswith('dispy_')), 'jobs know no ' + node.id
         return KNOWN.get(node.id)
     if isinstance(node, ast.Attribute):
         owner = meaning(node.value)
@@ -485,9 +491,11 @@ def check_call(call):
         assert len(call.args) == len(IN_JOBS[call.func.id]) and not names
     elif function is not None:
         function = function.__call__ if function is dispy.DispyJob else function
-        bound = [] if inspect.isclass(function) or inspect.getmodule(function) is dispy and '.' not in function.__qualname__ else [None]
+        bound = ([] if inspect.isclass(function) or inspect.getmodule(function) is dispy
+                 and '.' not in function.__qualname__ else [None])
         found = inspect.signature(function).bind(*bound, *call.args, **dict.fromkeys(names))
-        assert {name for name in found.arguments.get('kwargs', {}) if name.startswith('dispy_')} <= OF_SUBMIT
+        assert {name for name in found.arguments.get('kwargs', {})
+                if name.startswith('dispy_')} <= OF_SUBMIT
         if function is dispy.DispyExecutor:
             assert set(names) <= set(inspect.signature(dispy.JobCluster).parameters)
 
@@ -512,53 +520,63 @@ def test_the_lines_for_the_shell():
     assert lines
 
 
-@pytest.mark.parametrize('line', ['dispy.JobCluster(compute, colour=1)', 'cluster.sumbit(1)', 'cluster.submit(1, dispy_colour=2)',
-                                  'job.colour', 'cluster.status().colour', 'dispy_colour(1)', 'cluster.cancel()', 'dispy_send_file()'])
+@pytest.mark.parametrize('line', ['dispy.JobCluster(compute, colour=1)', 'cluster.sumbit(1)',
+                                  'cluster.submit(1, dispy_colour=2)',
+                                  'job.colour', 'cluster.status().colour', 'dispy_colour(1)',
+                                  'cluster.cancel()', 'dispy_send_file()'])
 def test_a_line_that_does_not_work_is_found(line):
     with pytest.raises((AssertionError, AttributeError, TypeError)):
         test_a_line_of_the_table(line)
 
 
 def test_nothing_is_missing():
-    """Every parameter and method of a cluster, every attribute of a job, every name for jobs, every example."""
+    """Every parameter and method of a cluster, every attribute of a job, every name for jobs, every
+    example."""
     words = set(re.findall(r'\w+', ' '.join(LINES)))
-    old_names = {'callback', 'stats', 'shutdown', 'ip_addr', 'ext_ip_addr', 'ext_host', 'poll_interval', 'fault_recover',
-                 'node_port', 'port', 'client_port', 'more'}
+    old_names = {'callback', 'stats', 'shutdown', 'ip_addr', 'ext_ip_addr', 'ext_host',
+                 'poll_interval', 'fault_recover', 'node_port', 'port', 'client_port', 'more'}
     shared = {'scheduler_host', 'scheduler_port', 'exclusive'}
     assert shared < set(inspect.signature(dispy.SharedJobCluster).parameters)
     wanted = {*inspect.signature(dispy.JobCluster).parameters, *shared, *OF_SUBMIT, *IN_JOBS,
-              *(name for thing in (dispy.JobCluster, dispy.DispyJob) for name in vars(thing) if re.match('[a-z]', name)),
-              'DispyExecutor', 'NodeAllocate', 'register_joblib'} - {'computation', 'finish'} - old_names
+              *(name for thing in (dispy.JobCluster, dispy.DispyJob)
+                for name in vars(thing) if re.match('[a-z]', name)), 'DispyExecutor',
+              'NodeAllocate', 'register_joblib'} - {'computation', 'finish'} - old_names
     assert wanted - words == set()
     shown = set(re.findall(r'\((\w+\.py)\)', ' '.join(example for _, _, example in ROWS)))
-    assert shown == {name for name in os.listdir(os.path.join(ROOT, 'examples')) if name.endswith('.py')}
+    assert shown == {name
+                     for name in os.listdir(os.path.join(ROOT, 'examples')) if name.endswith('.py')}
 
 
 def test_names_in_jobs_are_there():
-    with dispy.JobCluster(lambda names: [name in vars(__import__('builtins')) for name in names], nodes='local') as cluster:
+    with dispy.JobCluster(lambda names: [name in vars(__import__('builtins')) for name in names],
+                          nodes='local') as cluster:
         assert all(cluster.submit(list(IN_JOBS))(30))
 
 
-# -- docstrings ---------------------------------------------------------------------------------------------------------
+# -- docstrings ------------------------------------------------------------------------------------
 
 def test_every_public_name_says_what_it_is():
     things = [getattr(dispy, name) for name in dispy.__all__ if name != 'logger']
-    things += [thing for owner in things if inspect.isclass(owner) for name, thing in vars(owner).items()
+    things += [thing for owner in things if inspect.isclass(owner)
+               for name, thing in vars(owner).items()
                if inspect.isfunction(thing) and not name.startswith('_')]
     assert [thing.__qualname__ for thing in things if not thing.__doc__] == []
 
 
-@pytest.mark.parametrize('name', [name for name in dispy.__all__ if inspect.isclass(getattr(dispy, name))])
+@pytest.mark.parametrize('name',
+                         [name for name in dispy.__all__ if inspect.isclass(getattr(dispy, name))])
 def test_pydoc_shows_what_dispy_says(name):
     """And not what every tuple and every exception has."""
     text = pydoc.plaintext.document(getattr(dispy, name), name)
     assert 'inherited from builtins.' not in text and '__getattribute__' not in text
-    for own in {'Recoverable': ('path', 'unreached'), 'ClusterStatus': ('nodes', 'jobs_pending', 'refused', 'all_nodes'),
+    for own in {'Recoverable': ('path', 'unreached'),
+                'ClusterStatus': ('nodes', 'jobs_pending', 'refused', 'all_nodes'),
                 'RemoteTraceback': ('tb',)}.get(name, ()):
         assert re.search(r'^ \|  %s\b' % own, text, re.M)
 
 
-@pytest.mark.parametrize('thing', [dispy.JobCluster, dispy.NodeAllocate])   # SharedJobCluster's are those and a few
+# SharedJobCluster's are those and a few
+@pytest.mark.parametrize('thing', [dispy.JobCluster, dispy.NodeAllocate])
 def test_every_parameter_is_explained(thing):
     assert set(inspect.signature(thing).parameters) <= set(re.findall(r'\w+', thing.__doc__))
 

@@ -1,4 +1,5 @@
-"""Which releases talk to which, and that each can be built: against what was recorded of a release, and its archives."""
+"""Which releases talk to which, and that each can be built: against what was recorded of a release,
+and its archives."""
 
 import os
 import re
@@ -24,8 +25,8 @@ RELEASES = sorted(name[:-5] for name in os.listdir(os.path.join(ROOT, 'tests', '
 
 
 def messages():
-    return [pytest.param(row, id='%s-%s-%d' % (release, row['name'], number)) for release in RELEASES
-            for number, row in enumerate(recorded(release)['messages'])]
+    return [pytest.param(row, id='%s-%s-%d' % (release, row['name'], number))
+            for release in RELEASES for number, row in enumerate(recorded(release)['messages'])]
 
 
 @pytest.mark.parametrize('row', messages())
@@ -35,7 +36,8 @@ def test_messages_of_earlier_releases_are_understood_and_what_is_sent_to_them_is
     assert len(kind._fields) == len(row['fields'])
     message = dispynode.decode(row['op'], row['encoding'], bytes.fromhex(row['payload']))
     op, encoding, pieces = dispynode.encode(message)
-    assert (op, encoding, b''.join(map(bytes, pieces)).hex()) == (row['op'], row['encoding'], row['payload'])
+    assert (op, encoding, b''.join(map(bytes, pieces)).hex()) == (row['op'], row['encoding'],
+                                                                  row['payload'])
 
 
 def test_all_messages_of_the_first_minor_version_are_recorded():
@@ -45,16 +47,18 @@ def test_all_messages_of_the_first_minor_version_are_recorded():
         assert set(dispynode.MESSAGES) == ops
 
 
-# -- a client of that release on a node of this one, and the inverse ----------------------------------------------
+# -- a client of that release on a node of this one, and the inverse -------------------------------
 
 def spec(code):
-    return {'name': 'double', 'kind': 'function', 'code': code, 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0,
-            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0,
-            'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [], 'key': bytes(32)}
+    return {'name': 'double', 'kind': 'function', 'code': code, 'files': [], 'cleanup': True,
+            'dest_path': '', 'max_jobs': 0, 'python': tuple(sys.version_info[:3]), 'support': {},
+            'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'', 'modules': [],
+            'portable': False, 'sys_path': [], 'argv': [], 'key': bytes(32)}
 
 
 def sealed(value):
-    """As release 5.0 seals what has no large parts: a number of them, which is 0, and the pickle."""
+    """As release 5.0 seals what has no large parts: a number of them, which is 0, and the
+    pickle."""
     return dispynode.in_one_piece(dispynode.dumps(value).payload)
 
 
@@ -69,7 +73,8 @@ def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, versions):
             comp = 'c' * 32
             peer.send('Compute', comp, spec(sealed((hex, None, None, {}))))
             assert peer.receive_until('Ready')[0] == comp
-            peer.send('Jobs', comp, [(1, sealed(((10,), {})), None), (2, sealed((('x',), {})), None)])
+            peer.send('Jobs', comp,
+                      [(1, sealed(((10,), {})), None), (2, sealed((('x',), {})), None)])
             got = {}
             while len(got) < 2:
                 name, fields = peer.receive()
@@ -94,15 +99,17 @@ def test_a_client_of_this_release_uses_a_node_of_that_one():
         try:
             said.append(peer.accept())
             assert peer.receive()[0] == 'ClientHello'
-            peer.send('NodeHello', 'recorded', 1, {'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0', 'holder': '',
-                                                 'kept': {}, 'pid': 1, 'platform': 'x', 'dispy': '5.0.0'})
+            peer.send('NodeHello', 'recorded', 1,
+                      {'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0', 'holder': '',
+                       'kept': {}, 'pid': 1, 'platform': 'x', 'dispy': '5.0.0'})
             while True:
                 name, fields = peer.receive()
                 said.append(name)
                 if name == 'Compute':
                     peer.send('Ready', fields[0], [], peer_past)
                 elif name == 'Jobs':
-                    rows = [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'') for serial, *_ in fields[1]]
+                    rows = [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'')
+                            for serial, *_ in fields[1]]
                     peer.send('Results', fields[0], rows)
         except (EOFError, OSError):
             pass
@@ -120,7 +127,7 @@ def test_a_client_of_this_release_uses_a_node_of_that_one():
     assert said[0] == dispynode.VERSIONS and {'Compute', 'Jobs', 'Done'} <= set(said)
 
 
-# -- those that do not talk to each other say so by both versions -------------------------------------------------
+# -- those that do not talk to each other say so by both versions ----------------------------------
 
 @pytest.fixture
 def pair():
@@ -132,7 +139,8 @@ def pair():
 
 def test_who_accepts_tells_both_versions(pair):
     pair[1].sendall(HELLO.pack(MAGIC, 7, 9, Role.CLIENT, Role.NODE, 0, b'c' * 16, bytes(32), b''))
-    with pytest.raises(HandshakeError, match='it speaks minor versions 7 to 9, and dispy %s here speaks 1 to 1'
+    with pytest.raises(HandshakeError,
+                       match='it speaks minor versions 7 to 9, and dispy %s here speaks 1 to 1'
                        % re.escape(dispynode.__version__)):
         handshake_accept(pair[0], KEY, Role.NODE, [Role.CLIENT], b'n' * 16)
     magic, version, *_, release = CHALLENGE.unpack(pair[1].recv(CHALLENGE.size))
@@ -140,42 +148,49 @@ def test_who_accepts_tells_both_versions(pair):
     assert release.rstrip(b'\0').decode() == dispynode.__version__[:16]
 
 
-@pytest.mark.parametrize('name, told', [(b'6.2.1', 'it is dispy 6.2.1 and speaks'), (b'\x1b[2J', ': it speaks'),
-                                        (b'', ': it speaks')])
+@pytest.mark.parametrize('name, told',
+                         [(b'6.2.1', 'it is dispy 6.2.1 and speaks'), (b'\x1b[2J', ': it speaks'),
+                          (b'', ': it speaks')])
 def test_who_dials_tells_both_versions(pair, name, told):
     pair[1].sendall(CHALLENGE.pack(dispynode.ALERT, 9, Role.NODE, 0, 0, b'n' * 16, bytes(32), name))
     with pytest.raises(HandshakeError) as caught:
         handshake_dial(pair[0], KEY, Role.CLIENT, Role.NODE, b'c' * 16)
     text = str(caught.value)
-    assert told in text and 'versions 1 to 9' in text and dispynode.__version__ in text and 'Update the older one' in text
+    assert (told in text and 'versions 1 to 9' in text and dispynode.__version__ in text
+            and 'Update the older one' in text)
     assert text.isprintable()
 
 
 def test_a_session_knows_the_minor_version(pair):
     found = []
-    thread = threading.Thread(target=lambda: found.append(handshake_accept(pair[0], KEY, Role.NODE, [Role.CLIENT], b'n' * 16)))
+    thread = threading.Thread(target=lambda: found.append(
+        handshake_accept(pair[0], KEY, Role.NODE, [Role.CLIENT], b'n' * 16)))
     thread.start()
     session = handshake_dial(pair[1], KEY, Role.CLIENT, Role.NODE, b'c' * 16)
     thread.join(20)
     assert (session.version, found[0].version) == (dispynode.VERSIONS[1],) * 2
 
 
-# -- what is released ---------------------------------------------------------------------------------------------
+# -- what is released ------------------------------------------------------------------------------
 
 def test_the_archives_can_be_built_and_are_right(tmp_path):
-    """`python -m build` and `twine check`, without the network. An installed archive has all four modules and their types."""
+    """`python -m build` and `twine check`, without the network. An installed archive has all four
+    modules and their types."""
     for module in ('build', 'twine'):
         pytest.importorskip(module, reason='%s is not installed' % module)
     source = tmp_path / 'source'
     others = shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.egg-info', '__pycache__')
     shutil.copytree(ROOT, str(source), ignore=others)
     out = tmp_path / 'dist'
-    run = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'universal_newlines': True, 'cwd': str(source)}
-    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(out)], **run)
+    run = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'universal_newlines': True,
+           'cwd': str(source)}
+    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(out)],
+                          **run)
     assert done.returncode == 0, done.stdout[-3000:]
     names = sorted(os.listdir(str(out)))
     assert len(names) == 2 and names[0].endswith('.whl') and names[1].endswith('.tar.gz')
-    done = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *(str(out / name) for name in names)], **run)
+    done = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict',
+                           *(str(out / name) for name in names)], **run)
     assert done.returncode == 0 and done.stdout.count('PASSED') == 2, done.stdout
     with zipfile.ZipFile(str(out / names[0])) as wheel:
         inside = wheel.namelist()

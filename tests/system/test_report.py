@@ -14,18 +14,21 @@ from nodes import NodeProcess
 
 @pytest.mark.parametrize('line, wanted', [
     ('the page is http://host:8181/#token=abc-DEF_1', 'the page is http://host:8181/<left out>'),
-    ('token=abc', 'token=<left out>'), ('Secret: abc def', 'Secret: <left out> def'), ('it said hush!', 'it said <left out>!'),
+    ('token=abc', 'token=<left out>'), ('Secret: abc def', 'Secret: <left out> def'),
+    ('it said hush!', 'it said <left out>!'),
     ("job 3 with the arguments 'my data', 5 failed", 'job 3 with arguments'),
     ("job 3 with the argument 'x': y", 'job 3 with arguments'),
-    ('key 0123456789abcdef0123456789abcdef', 'key <left out>'), ('port 9701, PID 123456789', 'port 9701, PID 123456789')])
+    ('key 0123456789abcdef0123456789abcdef', 'key <left out>'),
+    ('port 9701, PID 123456789', 'port 9701, PID 123456789')])
 def test_what_is_left_out_of_a_line(line, wanted):
     assert BugReport(['hush', '']).plain(line) == wanted
 
 
 def test_values_of_options_are_left_out_unless_they_are_known_to_be_plain():
-    words = ['python', 'dispynode.py', '-p', '9701', '-s', 'hush', '--secret=hush', '--port=1', '--keyfile', 'k', '-d']
-    assert list(told_words(words)) == ['python', 'dispynode.py', '-p', '9701', '-s', '<left out>', '--secret=<left out>',
-                                       '--port=1', '--keyfile',
+    words = ['python', 'dispynode.py', '-p', '9701', '-s', 'hush', '--secret=hush', '--port=1',
+             '--keyfile', 'k', '-d']
+    assert list(told_words(words)) == ['python', 'dispynode.py', '-p', '9701', '-s', '<left out>',
+                                       '--secret=<left out>', '--port=1', '--keyfile',
                                        '<left out>', '-d']
 
 
@@ -36,27 +39,31 @@ def test_a_section_that_fails_does_not_hide_the_others():
     report = BugReport(['hush'])
     report.add('first', fails)
     report.add('second', lambda: ['more'])
-    assert 'OSError: no such thing: <left out>' in report.text() and report.text().endswith('\n== second\nmore\n')
+    assert ('OSError: no such thing: <left out>' in report.text()
+            and report.text().endswith('\n== second\nmore\n'))
 
 
 def test_a_report_has_what_is_needed_and_nothing_secret(tmp_path):
     secret = 'a secret that nobody may see'
     log = tmp_path / 'node' / 'log'
-    with NodeProcess(tmp_path / 'node', '--name', 'lab2', '--secret', secret, '--log-file', str(log)) as node:
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2', '--secret', secret, '--log-file',
+                     str(log)) as node:
         with open(str(log), 'a') as file:
             file.write('a line of the log\nhttp://host/#token=t0ken\nthe secret is %s\n' % secret)
-        command = [sys.executable, '-m', 'dispy', 'report', '-n', '127.0.0.1:%d' % node.port, '-o', 'report.txt']
+        command = [sys.executable, '-m', 'dispy', 'report', '-n', '127.0.0.1:%d' % node.port, '-o',
+                   'report.txt']
         environment = dict(os.environ, DISPY_SECRET=secret)
-        done = subprocess.run(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              timeout=60)
+        done = subprocess.run(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=60)
         assert done.returncode == 0
         assert done.stderr == b''
         assert done.stdout == b'report.txt is written. Read it before you send it.\n'
-        again = subprocess.run(command, cwd=str(tmp_path), env=environment, stderr=subprocess.PIPE, timeout=60)
+        again = subprocess.run(command, cwd=str(tmp_path), env=environment, stderr=subprocess.PIPE,
+                               timeout=60)
         assert again.returncode == 255 and b'report.txt' in again.stderr   # no file is overwritten
     text = (tmp_path / 'report.txt').read_text()
-    for part in ('dispy ' + dispy.__version__, 'Python ' + sys.version.split()[0], 'DISPY_SECRET is set', 'lab2',
-                 'PID %d since' % node.process.pid,
+    for part in ('dispy ' + dispy.__version__, 'Python ' + sys.version.split()[0],
+                 'DISPY_SECRET is set', 'lab2', 'PID %d since' % node.process.pid,
                  'a line of the log', '-- ' + str(log), 'STATE'):
         assert part in text, text
     assert secret not in text and 't0ken' not in text

@@ -22,8 +22,8 @@ def steps(count, value=lambda n: n):
     return 'final'
 
 
-@pytest.mark.parametrize('value', [lambda n: n, lambda n: {n}, lambda n: lambda: n, lambda n: b'%d' % n * 50000],
-                         ids=['plain', 'set', 'function', 'large'])
+@pytest.mark.parametrize('value', [lambda n: n, lambda n: {n}, lambda n: lambda: n, lambda n: b'%d'
+                                   % n * 50000], ids=['plain', 'set', 'function', 'large'])
 def test_provisional_results_come_in_order_and_then_the_final_one(make_cluster, value):
     seen = []
 
@@ -37,7 +37,8 @@ def test_provisional_results_come_in_order_and_then_the_final_one(make_cluster, 
     plain = [result() if callable(result) else result for _, result in seen]
     expected = [value(n)() if callable(value(n)) else value(n) for n in range(100)]
     assert plain == expected + ['final']
-    assert [status for status, _ in seen] == [DispyJob.ProvisionalResult] * 100 + [DispyJob.Finished]
+    assert ([status for status, _ in seen]
+            == [DispyJob.ProvisionalResult] * 100 + [DispyJob.Finished])
 
 
 def test_provisional_results_without_a_callback(make_cluster):
@@ -47,25 +48,32 @@ def test_provisional_results_without_a_callback(make_cluster):
             time.sleep(0.01)
         raise ValueError('in the end')
     import tempfile
-    with tempfile.TemporaryDirectory() as directory, make_cluster(compute, nodes='local') as cluster:
+    with tempfile.TemporaryDirectory() as directory, make_cluster(compute,
+                                                                  nodes='local') as cluster:
         flag = os.path.join(directory, 'flag')
         job = cluster.submit(flag)
         eventually(lambda: job.status == DispyJob.ProvisionalResult)
         assert job.result == 'first' and not job.finish.is_set()
         with open(flag, 'w'):
             pass
-        assert job(20) is None and job.status == DispyJob.Terminated and job.result is None and 'in the end' in job.exception
+        assert (job(20) is None and job.status == DispyJob.Terminated and job.result is None
+                and 'in the end' in job.exception)
 
 
 def test_provisional_results_from_threads_of_a_job(make_cluster):
     def compute():
-        threads = [threading.Thread(target=lambda n=n: [dispy_provisional_result((n, m)) for m in range(20)]) for n in range(4)]  # noqa: F821
+        def send(n):
+            for m in range(20):
+                dispy_provisional_result((n, m))   # noqa: F821
+
+        threads = [threading.Thread(target=send, args=(n,)) for n in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     seen = []
-    with make_cluster(compute, nodes='local', job_status=lambda job: seen.append(job.result)) as cluster:
+    with make_cluster(compute, nodes='local',
+                      job_status=lambda job: seen.append(job.result)) as cluster:
         job = cluster.submit()
         job(30)
         assert job.status == DispyJob.Finished, job.exception
@@ -101,7 +109,7 @@ def test_a_callback_that_raises_on_a_provisional_result(make_cluster, caplog):
     assert seen == [0, 1, 2, 'final']
 
 
-# -- map and as_completed ---------------------------------------------------------------------------------------------
+# -- map and as_completed --------------------------------------------------------------------------
 
 def square(n, m=0):
     return n * n + m
@@ -174,7 +182,7 @@ def test_as_completed(make_cluster):
         assert set(cluster.as_completed(jobs)) == set(jobs)
 
 
-# -- progress ---------------------------------------------------------------------------------------------------------------
+# -- progress --------------------------------------------------------------------------------------
 
 PROGRAM = '''
 import sys, time, dispy
@@ -194,7 +202,8 @@ def test_progress_on_a_terminal_and_silence_elsewhere():
     code, text = on_a_terminal(sys.executable, '-c', PROGRAM, 'plain')
     assert code == 0, text
     assert b'10 of 10 jobs' in text and b'20 of 20 jobs' in text and b'20 of 21 jobs' in text
-    done = subprocess.run([sys.executable, '-c', PROGRAM, 'plain'], stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, '-c', PROGRAM, 'plain'], stderr=subprocess.PIPE,
+                          cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (0, b'')
 
 
@@ -208,7 +217,7 @@ def test_progress_with_tqdm(monkeypatch):
         assert (shown._bar.n, shown._bar.total) == (5, 5)
 
 
-# -- setup pays once, numpy ---------------------------------------------------------------------------------------------------
+# -- setup pays once, numpy ------------------------------------------------------------------------
 
 def test_a_slow_import_is_paid_once(make_cluster, tmp_path):
     """2 s of setup and a hundred jobs: each job takes a moment."""
@@ -257,7 +266,8 @@ def test_numpy_arrays_travel_and_can_be_written_to(make_cluster):
         array[:] = -1   # too late to matter
         half, small, whole = job(30)
         expected = numpy.arange(500000, dtype='f8').reshape(500, 1000) + 1
-        assert (half == expected[::2]).all() and (whole == expected).all() and list(small) == [0, 1, 2]
+        assert ((half == expected[::2]).all() and (whole == expected).all()
+                and list(small) == [0, 1, 2])
         whole[0, 0] = 7
 
 
@@ -267,4 +277,5 @@ def test_a_trace_names_the_file_and_shows_the_line(make_cluster):
     with make_cluster(fails, nodes='local') as cluster:
         job = cluster.submit()
         job.wait(20)
-        assert 'File "%s", line' % os.path.abspath(__file__) in job.exception and 'return 1 / 0   # here' in job.exception
+        assert ('File "%s", line' % os.path.abspath(__file__) in job.exception
+                and 'return 1 / 0   # here' in job.exception)

@@ -53,12 +53,13 @@ def die(way):
     return way
 
 
-WAYS = {'killed': 'SIGKILL', 'segfault': 'SIGSEGV', 'abort': 'SIGABRT', 'exit 0': 'exit code 0', 'exit 7': 'exit code 7'}
+WAYS = {'killed': 'SIGKILL', 'segfault': 'SIGSEGV', 'abort': 'SIGABRT', 'exit 0': 'exit code 0',
+        'exit 7': 'exit code 7'}
 
 
 def test_a_thousand_jobs_of_which_two_hundred_kill_their_worker(make_cluster):
-    """All end, each with the right status and text, and every CPU can be used afterwards. Where each worker is started
-    anew, which takes much longer, twenty."""
+    """All end, each with the right status and text, and every CPU can be used afterwards. Where
+    each worker is started anew, which takes much longer, twenty."""
     apart = 50 if SPAWNS else 5
     with make_cluster(die, nodes='local') as cluster:
         ways = list(WAYS)
@@ -72,7 +73,8 @@ def test_a_thousand_jobs_of_which_two_hundred_kill_their_worker(make_cluster):
                 assert WAYS[ways[n // apart % 5]] in job.exception, job.exception
         node, = cluster.status().nodes
         assert node.busy == 0 and node.jobs_done == 1000
-        assert sorted(job() for job in [cluster.submit(n) for n in range(2 * node.cpus)]) == list(range(2 * node.cpus))
+        assert (sorted(job() for job in [cluster.submit(n) for n in range(2 * node.cpus)])
+                == list(range(2 * node.cpus)))
 
 
 def test_the_text_of_a_killed_job_has_the_node_and_the_end_of_stderr(run):
@@ -83,7 +85,8 @@ def test_the_text_of_a_killed_job_has_the_node_and_the_end_of_stderr(run):
         os.kill(os.getpid(), signal.SIGKILL)
     job = run(compute)
     node, = run.clusters[compute].status().nodes
-    assert node.name in job.exception and 'last words' in job.exception and 'memory' in job.exception
+    assert (node.name in job.exception and 'last words' in job.exception
+            and 'memory' in job.exception)
     assert job.stdout == 'printed before\n' and job.stderr == 'last words\n'
 
 
@@ -132,9 +135,12 @@ def misbehave(how):
 
 
 @pytest.mark.parametrize('how, text', [
-    ('unpicklable result', 'I do not travel'), ('lock', 'could not be pickled'), ('result that does not open', 'no number'),
-    ('error that does not open', 'this that'), ('error that cannot be shown', 'ErrorThatCannotBeShown'),
-    ('base exception', 'from the bottom'), ('sys.exit', 'SystemExit: 3'), ('keyboard interrupt', 'KeyboardInterrupt'),
+    ('unpicklable result', 'I do not travel'), ('lock', 'could not be pickled'),
+    ('result that does not open', 'no number'),
+    ('error that does not open', 'this that'),
+    ('error that cannot be shown', 'ErrorThatCannotBeShown'),
+    ('base exception', 'from the bottom'), ('sys.exit', 'SystemExit: 3'),
+    ('keyboard interrupt', 'KeyboardInterrupt'),
     ('recursion', 'RecursionError'), ('memory', 'no more')])
 def test_jobs_that_fail_in_odd_ways_are_terminated_with_a_text(run, how, text):
     job = run(misbehave, how)
@@ -148,7 +154,8 @@ def test_an_exception_comes_back_as_an_object_and_as_text(run):
         raise ValueError('bad %s' % x)
     job = run(compute, 5)
     assert isinstance(job.error, ValueError) and job.error.args == ('bad 5',)
-    assert job.exception.startswith('Traceback') and 'in compute' in job.exception and 'dispynode' not in job.exception
+    assert (job.exception.startswith('Traceback') and 'in compute' in job.exception
+            and 'dispynode' not in job.exception)
 
 
 def test_a_class_of_this_module_comes_back_as_itself(run):
@@ -156,7 +163,7 @@ def test_a_class_of_this_module_comes_back_as_itself(run):
     assert job.result is ErrorOfTwo
 
 
-# -- output -----------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 def print_much(how, megabytes):
     block = b'x' * 1023 + b'\n'
@@ -166,7 +173,8 @@ def print_much(how, megabytes):
         for _ in range(megabytes * 1024):
             sys.stdout.write(block.decode())
     elif how == 'child':
-        subprocess.check_call([sys.executable, '-c', 'import os\nfor n in range(%d): os.write(1, %r * 64)' % (megabytes * 16, block)])
+        subprocess.check_call([sys.executable, '-c', 'import os\nfor '
+                               'n in range(%d): os.write(1, %r * 64)' % (megabytes * 16, block)])
     elif how == 'C':   # with the interpreter lock held all the while
         libc = ctypes.PyDLL(None)
         for _ in range(megabytes * 16):
@@ -205,7 +213,8 @@ def test_output_is_bounded_at_its_exact_edge(run):
     assert '[dispy: 1 bytes left out here]' in run(compute, 2 * KEPT + 1).stdout
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='blocks in the middle of a file are given back on Linux only')
+@pytest.mark.skipif(not sys.platform.startswith('linux'),
+                    reason='blocks in the middle of a file are given back on Linux only')
 def test_the_disk_holds_only_the_ends_of_much_output(tmp_path):
     catch = dispynode.CapturedOutput(str(tmp_path))
     try:
@@ -216,14 +225,15 @@ def test_the_disk_holds_only_the_ends_of_much_output(tmp_path):
             if os.fstat(catch.handle).st_blocks * 512 > 5 << 20:
                 pytest.skip('this file system keeps the blocks')
         text = catch.take(os.fstat(catch.handle).st_size)
-        assert text.startswith(b'a' * KEPT) and text.endswith(b'c' * KEPT) and len(text) < 2 * KEPT + 100
+        assert (text.startswith(b'a' * KEPT) and text.endswith(b'c' * KEPT)
+                and len(text) < 2 * KEPT + 100)
         assert b'%d bytes left out' % ((30 << 20) - 2 * KEPT) in text
         assert os.fstat(catch.handle).st_size == 0
     finally:
         catch.close()
 
 
-# -- what a job leaves behind -------------------------------------------------------------------------------
+# -- what a job leaves behind ----------------------------------------------------------------------
 
 def leave(what):
     """Change the process; afterwards `look` must not see it."""
@@ -268,22 +278,28 @@ def look(what):
     print('to stdout')
     print('to stderr', file=sys.stderr)
     time.sleep(0.1)
-    return (os.getcwd() == dispy_job_path, os.environ.get('LEFT'), 'PATH' in os.environ,   # noqa: F821
-            [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)],
-            threading.active_count(), sys.stdin.read(), os.umask(0o022) == 0o777, sys.getrecursionlimit() > 50000, sys.gettrace())
+    return (os.getcwd() == dispy_job_path,   # noqa: F821
+            os.environ.get('LEFT'), 'PATH' in os.environ,
+            [signal.getsignal(number) == signal.SIG_DFL
+             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)],
+            threading.active_count(), sys.stdin.read(), os.umask(0o022) == 0o777,
+            sys.getrecursionlimit() > 50000, sys.gettrace())
 
 
-@pytest.mark.parametrize('what', ['cwd', 'environment', 'handlers', 'alarm', 'umask', 'recursion', 'trace', 'stdout', 'closed stdout', 'descriptors',
+@pytest.mark.parametrize('what', ['cwd', 'environment', 'handlers', 'alarm', 'umask', 'recursion',
+                                  'trace', 'stdout', 'closed stdout', 'descriptors',
                                   'redirected', 'thread', 'child', 'daemon child'])
 def test_nothing_of_a_job_is_left_for_the_next(make_cluster, what):
     with make_cluster(look, nodes='local') as cluster:
-        cpus = cluster.submit('nothing') and eventually(lambda: [n for n in cluster.status().nodes if n.cpus])[0].cpus
+        cpus = (cluster.submit('nothing')
+                and eventually(lambda: [n for n in cluster.status().nodes if n.cpus])[0].cpus)
         pids = [job() for job in [cluster.submit(what) for _ in range(cpus * 2)]]
         jobs = [cluster.submit('look') for _ in range(cpus * 2)]
         for job in jobs:
             assert job() == (True, None, True, [True] * 3, 1, '', False, False, None), job.exception
             assert (job.stdout, job.stderr) == ('to stdout\n', 'to stderr\n')
-        eventually(lambda: not any(pid and psutil.pid_exists(pid) for pid in pids), what='the end of the children')
+        eventually(lambda: not any(pid and psutil.pid_exists(pid) for pid in pids),
+                   what='the end of the children')
 
 
 def test_globals_of_the_computation_stay_within_a_worker(run):
@@ -299,7 +315,7 @@ def test_globals_of_the_computation_stay_within_a_worker(run):
     assert max(count for _, count in counts) > 1
 
 
-# -- ending jobs ----------------------------------------------------------------------------------------------
+# -- ending jobs -----------------------------------------------------------------------------------
 
 def stubborn(flag):
     """Ignores what can be ignored, and has a child and a grandchild that do too."""
@@ -330,7 +346,8 @@ def test_a_job_that_ignores_signals_is_gone_with_its_descendants(make_cluster, t
         assert job.status == (job.Cancelled if how == 'cancel' else job.Terminated)
         assert ('cancelled' if how == 'cancel' else 'dispy_timeout') in job.exception
         eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-        eventually(lambda: not any(child.is_running() and child.status() != 'zombie' for child in family))
+        eventually(lambda: not any(child.is_running() and child.status() != 'zombie'
+                                   for child in family))
         assert cluster.cancel(job) == -1
 
 
@@ -348,13 +365,46 @@ def test_a_cancelled_job_sees_keyboard_interrupt_and_may_still_return(make_clust
     with make_cluster(compute, nodes='local') as cluster:
         import tempfile
         with tempfile.TemporaryDirectory() as directory:
-            jobs = [cluster.submit(os.path.join(directory, str(give_in)), give_in) for give_in in (False, True)]
+            jobs = [cluster.submit(os.path.join(directory, str(give_in)), give_in)
+                    for give_in in (False, True)]
             eventually(lambda: len(os.listdir(directory)) == 2)
             for job in jobs:
                 cluster.cancel(job)
             assert cluster.wait(20)
         assert (jobs[0].status, jobs[0].result) == (dispy.DispyJob.Finished, 'saved')
         assert jobs[1].status == dispy.DispyJob.Cancelled
+
+
+def test_a_job_that_is_cancelled_before_its_worker_has_read_it_never_begins(make_cluster, tmp_path):
+    def compute(path):
+        if path:
+            with open(path, 'w'):
+                pass
+        time.sleep(0.02)
+        return os.getpid()
+
+    flag = str(tmp_path / 'flag')
+    with make_cluster(compute, nodes='local') as cluster:
+        cluster.wait_nodes(1, 30)
+        cpus = cluster.status().nodes[0].cpus
+        pids = set()
+        eventually(lambda: pids.update(job() for job in [cluster.submit('') for _ in range(20)])
+                   or len(pids) == cpus)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            jobs = [cluster.submit(flag) for _ in range(cpus)]
+            eventually(lambda: jobs[0].status == dispy.DispyJob.Running)
+            for job in jobs:
+                cluster.cancel(job)
+            time.sleep(0.5)   # the runner, which nothing shows, has noted the end of the jobs
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        assert cluster.wait(20)
+    for job in jobs:
+        assert job.status == dispy.DispyJob.Cancelled and 'before it started' in job.exception
+    assert not os.path.exists(flag)
 
 
 def test_cancelling_hits_no_other_job(make_cluster):
@@ -377,7 +427,8 @@ def test_cancelling_hits_no_other_job(make_cluster):
 
 
 def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere(make_cluster):
-    """Short jobs are handed to workers ahead; those that stand behind a long one do not wait for it."""
+    """Short jobs are handed to workers ahead; those that stand behind a long one do not wait for
+    it."""
     def compute(flag):
         if flag:
             while not os.path.exists(flag):
@@ -385,9 +436,11 @@ def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere(make_cluster):
         return flag
 
     import tempfile
-    with tempfile.TemporaryDirectory() as directory, make_cluster(compute, nodes='local') as cluster:
+    with tempfile.TemporaryDirectory() as directory, make_cluster(compute,
+                                                                  nodes='local') as cluster:
         for _ in range(3):
-            assert all(job() is None for job in [cluster.submit(None) for _ in range(300)])   # so they are known to be short
+            # So they are known to be short
+            assert all(job() is None for job in [cluster.submit(None) for _ in range(300)])
             flag = os.path.join(directory, 'flag')
             long, short = cluster.submit(flag), [cluster.submit(None) for _ in range(200)]
             assert all(job.wait(20) for job in short)
@@ -398,7 +451,7 @@ def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere(make_cluster):
             os.unlink(flag)
 
 
-# -- setup ------------------------------------------------------------------------------------------------------
+# -- setup -----------------------------------------------------------------------------------------
 
 @pytest.mark.fork('setup runs once in each worker: see test_start_method.py')
 def test_setup_runs_once_and_shares_its_globals(make_cluster):
@@ -457,12 +510,14 @@ def _refuse():
     return 'not today'
 
 
-@pytest.mark.parametrize('setup, text', [(_raise, 'no data here'), (_refuse, 'not today'), (lambda: os._exit(5), 'exit code 5'),
+@pytest.mark.parametrize('setup, text', [(_raise, 'no data here'), (_refuse, 'not today'),
+                                         (lambda: os._exit(5), 'exit code 5'),
                                          (lambda: sys.exit('over'), 'over')])
 def test_setup_that_fails_refuses_the_node_and_says_why(make_cluster, setup, text, caplog):
     cluster = make_cluster(abs, nodes='local', setup=setup)
     job = cluster.submit(-1)
-    node = eventually(lambda: [node for node in cluster.status().all_nodes if node.state == 'refused'])[0]
+    node = eventually(lambda: [node for node in cluster.status().all_nodes
+                               if node.state == 'refused'])[0]
     assert text in node.reason
     with pytest.raises(dispy.NoNodes, match=text):
         cluster.wait_nodes(1, timeout=0.1)
@@ -488,12 +543,15 @@ def test_a_setup_that_hangs_is_ended_by_a_limit(make_cluster, tmp_path, ignores_
         time.sleep(1000)
     node_of_little_patience = tmp_path / 'impatient.py'
     seconds = 8 if SPAWNS else 2   # a Python starts within that time
-    node_of_little_patience.write_text('import dispynode, sys\ndispynode.SETUP_TIME = %d.0\n' % seconds +
-                                       'if __name__ == "__main__":\n    sys.exit(dispynode.main())\n')
+    node_of_little_patience.write_text(
+        'import dispynode, sys\ndispynode.SETUP_TIME = %d.0\n' % seconds +
+        'if __name__ == "__main__":\n    sys.exit(dispynode.main())\n')
     with NodeProcess(tmp_path / 'node', script=str(node_of_little_patience)) as node:
-        with make_cluster(abs, nodes=[node.address], setup=setup, loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(abs, nodes=[node.address], setup=setup,
+                          loglevel=logging.CRITICAL) as cluster:
             job = cluster.submit(-1)
-            reason = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
+            reason = eventually(lambda: [n.reason for n in cluster.status().all_nodes
+                                         if n.state == 'refused'])[0]
             assert 'setup did not end within %d s' % seconds in reason
             with open(flag) as file:
                 pids = [int(pid) for pid in file.read().split()]

@@ -26,7 +26,8 @@ def node(tmp_path):
 
 @pytest.fixture
 def scheduler(tmp_path, node):
-    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--pulse-interval', '1', '--ping-interval', '1') as scheduler:
+    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port,
+                          '--pulse-interval', '1', '--ping-interval', '1') as scheduler:
         yield scheduler
 
 
@@ -58,10 +59,11 @@ with dispy.SharedJobCluster(compute, scheduler_port=int(sys.argv[1])) as cluster
 '''
 
 
-# -- several programs ------------------------------------------------------------------------------------------------
+# -- several programs ------------------------------------------------------------------------------
 
 def test_programs_on_one_host_at_once(scheduler):
-    programs = [start_here([sys.executable, '-c', PROGRAM, str(scheduler.port)], stdout=subprocess.PIPE) for _ in range(4)]
+    programs = [start_here([sys.executable, '-c', PROGRAM, str(scheduler.port)],
+                           stdout=subprocess.PIPE) for _ in range(4)]
     assert [program.communicate(timeout=60)[0].strip() for program in programs] == [b'True'] * 4
 
 
@@ -86,20 +88,24 @@ def test_a_newcomer_is_served_within_the_length_of_a_job(scheduler, request):
     """However many jobs of another wait."""
     with shared(whole, scheduler) as first, shared(whole, scheduler) as second:
         second.wait_nodes(1, 20)
-        many = [first.submit(0.05) for _ in range(1000000 if request.config.getoption('--long') else 50000)]
+        many = [first.submit(0.05)
+                for _ in range(1000000 if request.config.getoption('--long') else 50000)]
         eventually(lambda: sum(job.status == DispyJob.Finished for job in many) > 40)
         few = [second.submit(0.05) for _ in range(4)]
         assert second.wait(20)
         ended = sum(job.status == DispyJob.Finished for job in many)
         came = few[0].submit_time
-        between = [job for job in many if job.status == DispyJob.Finished and came < job.result[0] < few[0].result[0]]
+        between = [job for job in many if job.status == DispyJob.Finished
+                   and came < job.result[0] < few[0].result[0]]
         assert ended < 400 and len(between) <= 8, (ended, len(between))
         first.close(terminate=True)
 
 
 def test_fifo_serves_in_the_order_of_coming(tmp_path, node, gate):
-    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--fifo') as scheduler:
-        with shared(hold, scheduler) as holding, shared(whole, scheduler) as first, shared(whole, scheduler) as second:
+    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port,
+                          '--fifo') as scheduler:
+        with shared(hold, scheduler) as holding, shared(whole, scheduler) as first, \
+                shared(whole, scheduler) as second:
             held = [holding.submit(gate.path, n) for n in range(2)]
             eventually(lambda: len(gate.started()) == 2)
             for cluster in (first, second):
@@ -109,7 +115,8 @@ def test_fifo_serves_in_the_order_of_coming(tmp_path, node, gate):
             gate.open()
             assert all(job.wait(20) for job in held + late + early)
             order = sorted(late + early, key=lambda job: job.result[0])
-            assert sum(job in early for job in order[:15]) >= 13   # a node may have had one of each ahead
+            # A node may have had one of each ahead
+            assert sum(job in early for job in order[:15]) >= 13
 
 
 def test_priorities_within_a_program(scheduler, gate):
@@ -127,14 +134,17 @@ def test_priorities_within_a_program(scheduler, gate):
 
 
 def test_exclusive(scheduler, gate):
-    """What others run ends; they wait, and go on afterwards; two that want the nodes alone take turns."""
+    """What others run ends; they wait, and go on afterwards; two that want the nodes alone take
+    turns."""
     with shared(hold, scheduler) as holding, shared(whole, scheduler) as other:
         other.wait_nodes(1, 20)
         holding.submit(gate.path)
         eventually(lambda: gate.started())
-        alone, next_alone = shared(whole, scheduler, exclusive=True), shared(whole, scheduler, exclusive=True)
+        alone, next_alone = shared(whole, scheduler,
+                                   exclusive=True), shared(whole, scheduler, exclusive=True)
         alone.wait_nodes(1, 20), next_alone.wait_nodes(1, 20)
-        jobs = [alone.submit(0.02) for _ in range(6)] + [next_alone.submit(0.02) for _ in range(3)] + [other.submit(0.02) for _ in range(3)]
+        jobs = ([alone.submit(0.02) for _ in range(6)] + [next_alone.submit(0.02) for _ in range(3)]
+                + [other.submit(0.02) for _ in range(3)])
         assert not jobs[0].wait(1)
         gate.open()
         assert alone.wait(20) and [job.status for job in jobs[6:]] == [DispyJob.Created] * 6
@@ -161,7 +171,8 @@ def test_exclusive_begins_when_the_jobs_of_another_are_ended(scheduler, gate, en
             else:
                 other.close_node('one', terminate_pending=True)
             assert waits(20)[2] == 'one'
-        assert job.wait(20) and job.status in (DispyJob.Cancelled, DispyJob.Terminated, DispyJob.Abandoned)
+        assert job.wait(20) and job.status in (DispyJob.Cancelled, DispyJob.Terminated,
+                                               DispyJob.Abandoned)
 
 
 ALONE = '''
@@ -203,11 +214,13 @@ def test_a_program_with_a_broken_setup_fails_alone(scheduler):
     assert job.status == DispyJob.Cancelled
 
 
-# -- addresses, secrets --------------------------------------------------------------------------------------------------
+# -- addresses, secrets ----------------------------------------------------------------------------
 
 def test_a_node_that_connects_to_the_scheduler(tmp_path):
-    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:1', '--ping-interval', '1') as scheduler:
-        with NodeProcess(tmp_path / 'node', '--name', 'caller', '--scheduler-host', '127.0.0.1:%d' % scheduler.port):
+    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:1', '--ping-interval',
+                          '1') as scheduler:
+        with NodeProcess(tmp_path / 'node', '--name', 'caller', '--scheduler-host',
+                         '127.0.0.1:%d' % scheduler.port):
             with shared(whole, scheduler, loglevel=60) as cluster:
                 assert cluster.submit()(30)[2] == 'caller'
                 assert cluster.submit_node('caller')(30)[2] == 'caller'
@@ -215,7 +228,8 @@ def test_a_node_that_connects_to_the_scheduler(tmp_path):
 
 @pytest.mark.parametrize('host', ('127.0.0.1', 'localhost', '127.0.0.1:PORT'))
 def test_names_of_the_scheduler(scheduler, host):
-    with dispy.SharedJobCluster(whole, scheduler_host=host.replace('PORT', str(scheduler.port)), scheduler_port=scheduler.port) as cluster:
+    with dispy.SharedJobCluster(whole, scheduler_host=host.replace('PORT', str(scheduler.port)),
+                                scheduler_port=scheduler.port) as cluster:
         assert cluster.submit()(20)
 
 
@@ -226,18 +240,21 @@ def test_two_secrets(tmp_path):
         with open(os.open(files[name], os.O_WRONLY | os.O_CREAT, 0o600), 'w') as file:
             file.write('the secret of all %s here' % name)
     with NodeProcess(tmp_path / 'node', '--secret-file', files['nodes']) as node, \
-            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--node-secret-file', files['nodes'],
+            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port,
+                             '--node-secret-file', files['nodes'],
                              '--cluster-secret-file', files['programs']) as scheduler:
         with shared(whole, scheduler, secret='the secret of all programs here') as cluster:
             assert cluster.submit()(20)
-        with shared(whole, scheduler, secret='the secret of all nodes here', loglevel=60) as cluster:
+        with shared(whole, scheduler, secret='the secret of all nodes here',
+                    loglevel=60) as cluster:
             with pytest.raises(dispy.NoNodes, match='secret'):
                 cluster.wait_nodes(1, 2)
 
 
 def certificate(path):
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '3',
-                    '-subj', '/CN=dispy', '-keyout', path, '-out', path + '.crt'], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                    'ec_paramgen_curve:prime256v1', '-nodes', '-days', '3', '-subj', '/CN=dispy',
+                    '-keyout', path, '-out', path + '.crt'], check=True, stderr=subprocess.DEVNULL)
     with open(path + '.crt') as source, open(path, 'a') as target:
         target.write(source.read())
     os.chmod(path, 0o600)
@@ -246,9 +263,11 @@ def certificate(path):
 
 @pytest.mark.skipif(not shutil.which('openssl'), reason='certificates are made with openssl')
 def test_two_certificates(tmp_path):
-    nodes, programs = certificate(str(tmp_path / 'nodes.pem')), certificate(str(tmp_path / 'programs.pem'))
+    nodes, programs = (certificate(str(tmp_path / 'nodes.pem')),
+                       certificate(str(tmp_path / 'programs.pem')))
     with NodeProcess(tmp_path / 'node', '--certfile', nodes) as node, \
-            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--node-certfile', nodes, '--cluster-certfile', programs) as scheduler:
+            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port,
+                             '--node-certfile', nodes, '--cluster-certfile', programs) as scheduler:
         with shared(whole, scheduler, certfile=programs) as cluster:
             assert cluster.submit()(20)
         for certfile in (nodes, None):
@@ -267,8 +286,9 @@ driver, comp = dispy.core_of(cluster).driver, sys.argv[2]
 number = 1 << 16 | 1
 def forge():
     peer = driver.nodes.of(dispy.core_of(cluster).comp)[0]
-    messages = {'cancel': Cancel(comp, [number]), 'done': Done(comp), 'ack': Ack(comp, [number]), 'jobs': Jobs(comp, [(9 << 16, b'', None)]),
-                'reclaim': Reclaim(comp), 'call': Call(comp, 1, 'leave', (('127.0.0.1', 1), 'close', True))}
+    messages = {'cancel': Cancel(comp, [number]), 'done': Done(comp), 'ack': Ack(comp, [number]),
+                'jobs': Jobs(comp, [(9 << 16, b'', None)]), 'reclaim': Reclaim(comp),
+                'call': Call(comp, 1, 'leave', (('127.0.0.1', 1), 'close', True))}
     driver.send(peer.link, messages[sys.argv[3]])
 driver.ask(forge)
 time.sleep(0.5)
@@ -282,7 +302,8 @@ def test_a_program_cannot_touch_what_another_has(scheduler, gate, message):
     with shared(hold, scheduler) as cluster:
         jobs = [cluster.submit(gate.path, n) for n in range(3)]
         eventually(lambda: len(gate.started()) == 2)
-        program = start_here([sys.executable, '-c', FORGED, str(scheduler.port), dispy.core_of(cluster).comp, message], stderr=subprocess.PIPE)
+        program = start_here([sys.executable, '-c', FORGED, str(scheduler.port),
+                              dispy.core_of(cluster).comp, message], stderr=subprocess.PIPE)
         gate.open()
         assert [job(20) for job in jobs] == [0, 1, 2]
         assert program.wait(60) == 0, program.stderr.read().decode()
@@ -291,8 +312,9 @@ def test_a_program_cannot_touch_what_another_has(scheduler, gate, message):
     assert message == 'reclaim' or 'is of another program' in scheduler.log()
 
 
-SPEC = {'name': 'x', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0, 'python': (3, 11, 0), 'support': {},
-        'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
+SPEC = {'name': 'x', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True, 'dest_path': '',
+        'max_jobs': 0, 'python': (3, 11, 0), 'support': {}, 'program': '', 'live': False, 'logs': 0,
+        'cpus': 0, 'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
         'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '1'}}
 WRONG = {
     'pulse': [ClientHello('a', 10 ** 400)],
@@ -308,30 +330,35 @@ def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
     """It knows the secret, and is no program of dispy's."""
     with shared(lambda: 1, scheduler) as cluster:
         assert cluster.submit()(20) == 1
-        arrival = dial('127.0.0.1', scheduler.port, derive_key(os.environ['DISPY_SECRET'].encode()), Role.CLIENT, Role.SCHEDULER, os.urandom(16))
+        arrival = dial('127.0.0.1', scheduler.port, derive_key(os.environ['DISPY_SECRET'].encode()),
+                       Role.CLIENT, Role.SCHEDULER, os.urandom(16))
         with arrival.sock:
             link = Link(arrival.sock, arrival.session, arrival.address, 0.0)
             for message in [ClientHello('a', 1.0)] * (wrong != 'pulse') + WRONG[wrong]:
                 link.send(message)
             link.write()
-            eventually(lambda: 'the link of' in scheduler.log() or scheduler.process.poll() is not None)
+            eventually(lambda: 'the link of' in scheduler.log()
+                       or scheduler.process.poll() is not None)
         assert cluster.submit()(20) == 1
     with shared(lambda: 2, scheduler) as other:
         assert other.submit()(20) == 2
     assert scheduler.process.poll() is None and 'nothing was heard' not in scheduler.log()
 
 
-# -- methods of a cluster ------------------------------------------------------------------------------------------------
+# -- methods of a cluster --------------------------------------------------------------------------
 
 def test_methods_reach_the_scheduler(tmp_path, scheduler, node):
     told = []
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
         (tmp_path / 'data.txt').write_text('data')
-        with shared(whole, scheduler, nodes=[node.address, two.address], cluster_status=lambda status, node, job: told.append((status, node and node.name))) as cluster:
+        with shared(whole, scheduler, nodes=[node.address, two.address],
+                    cluster_status=lambda status, node,
+                    job: told.append((status, node and node.name))) as cluster:
             cluster.wait_nodes(2, 20)
             assert cluster.submit_node('two')(20)[2] == 'two'
             assert cluster.set_node_cpus('one', 1) == 1
-            assert {(each.name, each.cpus) for each in cluster.status().nodes} == {('one', 1), ('two', 2)}
+            assert {(each.name, each.cpus) for each in cluster.status().nodes} == {('one', 1),
+                                                                                   ('two', 2)}
             assert cluster.node_jobs('two', from_node=True) == []
             assert cluster.send_file(str(tmp_path / 'data.txt'), 'two') == 0
             cluster.close_node('one')
@@ -340,12 +367,14 @@ def test_methods_reach_the_scheduler(tmp_path, scheduler, node):
             assert cluster.submit()(20)[2] == 'two'
             cluster.allocate_node('one')
             assert cluster.submit_node('one')(20)[2] == 'one'
-        assert (DispyNode.Initialized, 'one') in told and (DispyNode.Closed, 'one') in told and (DispyJob.Finished, 'two') in told
+        assert ((DispyNode.Initialized, 'one') in told and (DispyNode.Closed, 'one') in told
+                and (DispyJob.Finished, 'two') in told)
 
 
 def test_files_that_are_too_large_for_the_scheduler(tmp_path, node):
     (tmp_path / 'data').write_bytes(b'x' * 2000)
-    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--max-file-size', '1k') as scheduler:
+    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port,
+                          '--max-file-size', '1k') as scheduler:
         with shared(whole, scheduler) as cluster:
             cluster.wait_nodes(1, 20)
             with pytest.raises(OSError, match='data has 2000 bytes, and --max-file-size is 1024'):
@@ -378,7 +407,8 @@ def test_an_allocator_of_the_program(scheduler, tmp_path):
 def test_status_names_the_nodes_of_the_scheduler(scheduler, node, capsys):
     with shared(whole, scheduler) as cluster:
         cluster.wait_nodes(1, 20)
-        assert [(each.name, each.port, each.cpus, each.state) for each in cluster.status().nodes] == [('one', node.port, 2, 'ready')]
+        assert ([(each.name, each.port, each.cpus, each.state) for each in cluster.status().nodes]
+                == [('one', node.port, 2, 'ready')])
         cluster.print_status()
         assert 'one' in capsys.readouterr().out
     with shared(whole, scheduler, nodes=[('127.0.0.1', 9)], loglevel=60) as cluster:
@@ -391,18 +421,21 @@ def test_without_a_scheduler_a_program_says_so_and_waits(tmp_path, node, schedul
     scheduler.stop()
     cluster = dispy.SharedJobCluster(whole, scheduler_port=port, ping_interval=1)
     job = cluster.submit()
-    eventually(lambda: 'dispyscheduler 127.0.0.1:%d cannot be used: nothing listens' % port in caplog.text)
-    with pytest.raises(dispy.NoNodes, match=r'dispyscheduler 127.*Start `python dispyscheduler\.py` there'):
+    eventually(lambda: 'dispyscheduler 127.0.0.1:%d cannot be used: nothing listens'
+               % port in caplog.text)
+    with pytest.raises(dispy.NoNodes,
+                       match=r'dispyscheduler 127.*Start `python dispyscheduler\.py` there'):
         cluster.wait_nodes(1, 0.5)
     with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, port=port):
         assert job(30)[2] == 'one'
         cluster.close()
 
 
-# -- the daemon ----------------------------------------------------------------------------------------------------------
+# -- the daemon ------------------------------------------------------------------------------------
 
 def run(*args):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i', '127.0.0.1', *map(str, args)], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i',
+                           '127.0.0.1', *map(str, args)], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, timeout=20)
     return done.returncode, done.stderr.decode()
 
@@ -414,7 +447,8 @@ def test_what_stops_the_start(tmp_path, scheduler):
         assert code == 1 and text.count('\n') == 1, text
         return text
     assert 'in use by another' in told('-p', 0, '--state-dir', scheduler.state)
-    assert 'port %d is in use' % scheduler.port in told('-p', scheduler.port, '--state-dir', tmp_path / 'other')
+    assert 'port %d is in use' % scheduler.port in told('-p', scheduler.port, '--state-dir',
+                                                        tmp_path / 'other')
     assert '-p/--port' in told('-p', 70000, '--state-dir', tmp_path / 'other')
     assert 'in use by another' in told('-p', 0, '--state-dir', scheduler.state, '--clean')
     assert run('--fair', '--fifo')[0] == 2
@@ -437,21 +471,24 @@ def test_clean_forgets_what_was_left(tmp_path, node, gate):
     db = sqlite3.connect(os.path.join(scheduler.state, 'state.db'))
     assert db.execute('SELECT count(*) FROM jobs').fetchone() == (0,)
     db.close()
-    assert os.listdir(os.path.join(scheduler.state, 'large')) == [] and not [name for name in os.listdir(scheduler.state) if name.startswith('c-')]
+    assert (os.listdir(os.path.join(scheduler.state, 'large')) == []
+            and not [name for name in os.listdir(scheduler.state) if name.startswith('c-')])
     cluster.close(terminate=True)
 
 
 def test_config(tmp_path):
     path = str(tmp_path / 'config')
-    assert run('--fifo', '-n', 'host1', '-n', 'host2:9', '--node-secret', 'secret of the nodes', '--save-config', path) == (0, '')
+    assert run('--fifo', '-n', 'host1', '-n', 'host2:9', '--node-secret', 'secret of the nodes',
+               '--save-config', path) == (0, '')
     with open(path) as file:
         saved = json.load(file)
-    assert saved['fifo'] is True and saved['node'] == ['host1', 'host2:9'] and 'secret of the nodes' not in str(saved)
+    assert (saved['fifo'] is True and saved['node'] == ['host1', 'host2:9']
+            and 'secret of the nodes' not in str(saved))
     with SchedulerProcess(tmp_path / 'scheduler', '--config', path) as scheduler:
         assert scheduler.process.poll() is None
 
 
-# -- recovery ------------------------------------------------------------------------------------------------------------
+# -- recovery --------------------------------------------------------------------------------------
 
 RECOVERED = '''
 import sys, time, dispy
@@ -469,7 +506,8 @@ time.sleep(600)
 @pytest.mark.parametrize('carry_on', (False, True))
 def test_recovery(scheduler, tmp_path, carry_on):
     path = str(tmp_path / 'recover')
-    program = start_here([sys.executable, '-c', RECOVERED, str(scheduler.port), path], stdout=subprocess.PIPE)
+    program = start_here([sys.executable, '-c', RECOVERED, str(scheduler.port), path],
+                         stdout=subprocess.PIPE)
     with program.stdout:
         assert program.stdout.readline() == b'ready\n'
     program.kill()
@@ -496,17 +534,19 @@ def test_questions_that_come_before_the_files(scheduler, node, tmp_path):
         assert job(60) and cluster.node_jobs(node.address) == []
 
 
-# -- a full disk -----------------------------------------------------------------------------------------------------------
+# -- a full disk -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('small_disk', ('8m',), indirect=True)
 @pytest.mark.parametrize('size', (10000, 300000))
 def test_a_full_disk(small_disk, tmp_path, node, size):
     """What is not kept is not acknowledged; it is told, and goes on when there is room."""
-    with SchedulerProcess(os.path.join(small_disk, 'scheduler'), '-n', '127.0.0.1:%d' % node.port) as scheduler:
+    with SchedulerProcess(os.path.join(small_disk, 'scheduler'), '-n',
+                          '127.0.0.1:%d' % node.port) as scheduler:
         with shared(lambda data: data[::-1], scheduler) as cluster:
             assert cluster.submit(b'ab')(20) == b'ba'
             filling = os.path.join(small_disk, 'filling')
-            with open(filling, 'wb', buffering=0) as file:   # close() shall have nothing left to write
+            # close() shall have nothing left to write
+            with open(filling, 'wb', buffering=0) as file:
                 try:
                     while True:
                         file.write(bytes(65536))
@@ -517,5 +557,6 @@ def test_a_full_disk(small_disk, tmp_path, node, size):
             eventually(lambda: 'cannot be written' in scheduler.log())
             assert [job.status for job in jobs if job.status == DispyJob.Finished] == []
             os.unlink(filling)
-            assert cluster.wait(30) and [job.result for job in jobs] == [each[::-1] for each in data]
+            assert cluster.wait(30) and [job.result for job in jobs] == [each[::-1]
+                                                                         for each in data]
             assert 'can be written again' in scheduler.log()

@@ -1,4 +1,5 @@
-"""Workers that are started anew (`spawn`) and load the computation themselves, beside those that are forked."""
+"""Workers that are started anew (`spawn`) and load the computation themselves, beside those that
+are forked."""
 
 import multiprocessing
 import os
@@ -27,7 +28,8 @@ def spawned(make_cluster):
 def refusal(cluster, *parts):
     """Wait until the node is refused with all of these in the text."""
     def found():
-        return [node.reason for node in cluster.status().all_nodes if all(part in node.reason for part in parts)]
+        return [node.reason for node in cluster.status().all_nodes
+                if all(part in node.reason for part in parts)]
     return eventually(found, 60, what='refusal with %r; it is now: %s' % (
         parts, [node.reason for node in cluster.status().all_nodes]))
 
@@ -54,12 +56,15 @@ def test_the_method_of_a_system(monkeypatch, platform, forks, given, expected):
 
 
 def test_a_method_that_there_is_not(monkeypatch):
-    with pytest.raises(ValueError, match="start_method='forkserver' must be 'fork', 'spawn' or None"):
+    with pytest.raises(ValueError,
+                       match="start_method='forkserver' must be 'fork', 'spawn' or None"):
         dispy.JobCluster(abs, nodes='local', start_method='forkserver')
     monkeypatch.setenv('DISPY_START_METHOD', 'thread')
-    with pytest.raises(dispynode.StartError, match='DISPY_START_METHOD=thread .* must be fork or spawn'):
+    with pytest.raises(dispynode.StartError,
+                       match='DISPY_START_METHOD=thread .* must be fork or spawn'):
         dispynode.default_start_method()
-    command = [sys.executable, '-c', 'import dispynode, sys; sys.exit(dispynode.main())', '--start-method', 'thread']
+    command = [sys.executable, '-c', 'import dispynode, sys; sys.exit(dispynode.main())',
+               '--start-method', 'thread']
     done = subprocess.run(command, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 2 and '--start-method' in done.stderr
 
@@ -78,7 +83,8 @@ def test_the_program_says_it_or_else_the_node(tmp_path, monkeypatch):
     seen = {}
     with NodeProcess(tmp_path / 'node', '--start-method', 'spawn') as node:
         for method in (None, 'fork'):
-            with dispy.JobCluster(compute, nodes=[node.address], setup=setup, start_method=method) as cluster:
+            with dispy.JobCluster(compute, nodes=[node.address], setup=setup,
+                                  start_method=method) as cluster:
                 worker = cluster.submit(0).get(30)
             seen[method] = [int(pid) == worker for pid, in notes_in(path)]
             os.remove(path)
@@ -93,10 +99,11 @@ def test_an_executor_takes_it_from_its_context():
 
 # -- setup and cleanup -----------------------------------------------------------------------------
 
-def test_setup_and_cleanup_run_in_each_worker_and_nothing_in_the_runner(spawned, tmp_path, monkeypatch):
+def test_setup_and_cleanup_run_in_each_worker_and_nothing_in_the_runner(spawned, tmp_path,
+                                                                        monkeypatch):
     module = tmp_path / 'noted_import.py'
-    module.write_text('import os\nwith open(%r, "a") as file:\n    file.write("import %%d\\n" %% os.getpid())\n'
-                      % str(tmp_path / 'notes'))
+    module.write_text('import os\nwith open(%r, "a") as file:\n'
+                      '    file.write("import %%d\\n" %% os.getpid())\n' % str(tmp_path / 'notes'))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, 'noted_import', None)
     del sys.modules['noted_import']
@@ -153,7 +160,8 @@ def leave():
 
 
 @pytest.mark.parametrize('setup, texts', [
-    (refuse, ["setup returned 'no licence'"]), (fail, ['LookupError: nothing there', 'in fail', 'about to fail']),
+    (refuse, ["setup returned 'no licence'"]),
+    (fail, ['LookupError: nothing there', 'in fail', 'about to fail']),
     (leave, ['ended with exit code 3', 'the last words'])])
 def test_a_setup_that_fails_refuses_the_node(spawned, setup, texts):
     with spawned(abs, setup=setup) as cluster:
@@ -161,7 +169,8 @@ def test_a_setup_that_fails_refuses_the_node(spawned, setup, texts):
 
 
 def test_a_setup_that_fails_in_a_later_worker(spawned, tmp_path):
-    """Jobs go on in the worker that there is; when that is gone and no other can be had, the node is refused."""
+    """Jobs go on in the worker that there is; when that is gone and no other can be had, the node
+    is refused."""
     path = str(tmp_path / 'first')
 
     def setup():
@@ -184,7 +193,8 @@ def test_a_setup_that_fails_in_a_later_worker(spawned, tmp_path):
 
 
 def test_what_setup_has_started_does_not_cost_the_worker_its_life(spawned):
-    """Guards against: each job ended with a child there, and its worker was replaced, with another setup."""
+    """Guards against: each job ended with a child there, and its worker was replaced, with another
+    setup."""
     def setup():
         global child
         child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])
@@ -196,10 +206,12 @@ def test_what_setup_has_started_does_not_cost_the_worker_its_life(spawned):
     with spawned(compute, setup=setup) as cluster:
         seen = {cluster.submit(False).get(60) for _ in range(5)}
         assert len({pid for pid, _, _ in seen}) < 5 and all(status is None for _, _, status in seen)
-        worker, *_ = cluster.submit(True).get(60)   # what a job has left is still the end of its worker
+        # What a job has left is still the end of its worker
+        worker, *_ = cluster.submit(True).get(60)
         eventually(lambda: not lives(worker))
         assert cluster.submit(False).get(60)[0] != worker
-    eventually(lambda: not any(lives(pid) for _, pid, _ in seen), what='end of what setup has started')
+    eventually(lambda: not any(lives(pid) for _, pid, _ in seen),
+               what='end of what setup has started')
 
 
 # -- what only forked processes share --------------------------------------------------------------
@@ -236,11 +248,12 @@ def make_manager():
     shared['manager'] = manager.address
 
 
-@pytest.mark.parametrize('setup, kind', [
-    (make_value, 'Synchronized'), (make_lock, 'Lock'), (make_queue, 'Queue'), (make_pipe, 'Connection'),
-    (make_array, 'shared array'), (make_manager, 'manager')])
+@pytest.mark.parametrize('setup, kind', [(make_value, 'Synchronized'), (make_lock, 'Lock'),
+                                         (make_queue, 'Queue'), (make_pipe, 'Connection'),
+                                         (make_array, 'shared array'), (make_manager, 'manager')])
 def test_shared_variables_of_setup_are_refused(setup, kind):
-    """Guards against: each worker had a variable of its own, and results were wrong without a word."""
+    """Guards against: each worker had a variable of its own, and results were wrong without a
+    word."""
     def compute():
         return shared is not None
     with dispy.JobCluster(compute, nodes='local', setup=setup, start_method='spawn') as cluster:
@@ -250,8 +263,9 @@ def test_shared_variables_of_setup_are_refused(setup, kind):
 def test_what_is_not_shared_is_not_refused():
     import queue
     import threading
-    plain = {'lock': threading.Lock(), 'queue': queue.Queue(), 'module': multiprocessing, 'kind': multiprocessing.Value,
-             'event': threading.Event(), 'process': psutil.Process(), 'rows': [[multiprocessing]], 'text': 'x'}
+    plain = {'lock': threading.Lock(), 'queue': queue.Queue(), 'module': multiprocessing,
+             'kind': multiprocessing.Value, 'event': threading.Event(), 'process': psutil.Process(),
+             'rows': [[multiprocessing]], 'text': 'x'}
     dispynode.check_not_shared([plain])
     with pytest.raises(RuntimeError, match='variable flag is a Event of multiprocessing'):
         dispynode.check_not_shared([plain, {'flag': multiprocessing.Event()}])
@@ -270,7 +284,8 @@ def test_a_node_that_cannot_fork_says_so(monkeypatch):
 
 
 def test_jobs_wait_for_workers_that_load():
-    """Guards against: a job stood behind a worker that took a second to start while another was idle."""
+    """Guards against: a job stood behind a worker that took a second to start while another was
+    idle."""
     talk = Talk(cpus=2)
     talk.ready(start_method='spawn')
     actions = talk.jobs(1, 2)

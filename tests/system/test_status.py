@@ -1,4 +1,5 @@
-"""What a job's status, futures and cancel say of jobs that wait on nodes: only what is on a CPU runs."""
+"""What a job's status, futures and cancel say of jobs that wait on nodes: only what is on a CPU
+runs."""
 
 import concurrent.futures
 import os
@@ -21,7 +22,8 @@ def node(tmp_path):
 
 @pytest.fixture
 def cluster(make_cluster, node):
-    cluster = make_cluster(wait_for, nodes=[node.address], cluster_status=lambda *told: TOLD.append(told))
+    cluster = make_cluster(wait_for, nodes=[node.address],
+                           cluster_status=lambda *told: TOLD.append(told))
     TOLD.clear()
     yield cluster
     cluster.close(terminate=True)
@@ -76,8 +78,10 @@ def test_only_what_is_on_a_cpu_is_running(cluster, flag):
     jobs = [cluster.submit(flag) for _ in range(20)]
     eventually(lambda: statuses(jobs).count(DispyJob.Running) == 2)
     running = [job for job in jobs if job.status == DispyJob.Running]
-    assert all(job.status == DispyJob.Created and job.start_time is None for job in jobs if job not in running)
-    assert all(job.ip_addr == '127.0.0.1' and 0 <= time.time() - job.start_time < 60 for job in running)
+    assert all(job.status == DispyJob.Created and job.start_time is None
+               for job in jobs if job not in running)
+    assert all(job.ip_addr == '127.0.0.1' and 0 <= time.time() - job.start_time < 60
+               for job in running)
     assert cluster.status().nodes[0].busy == 2
     open(flag, 'w').close()
     assert cluster.wait(30) and set(statuses(jobs)) == {DispyJob.Finished}
@@ -87,7 +91,8 @@ def test_only_what_is_on_a_cpu_is_running(cluster, flag):
 def test_each_job_is_told_to_run_before_it_ends(cluster):
     jobs = [cluster.submit('') for _ in range(50)]
     assert cluster.wait(30)
-    eventually(lambda: sum(job is not None and status == DispyJob.Finished for status, _, job in TOLD) == 50)
+    eventually(lambda: sum(job is not None and status == DispyJob.Finished
+                           for status, _, job in TOLD) == 50)
     for job in jobs:
         assert [status for status, _, other in TOLD if other is job] == [
             DispyJob.Created, DispyJob.Running, DispyJob.Finished]
@@ -102,7 +107,8 @@ def test_what_a_node_says_agrees_with_the_status(cluster, node, flag):
         assert asked and set(statuses(asked)) == {DispyJob.Running}
         eventually(lambda: len(cluster.node_jobs(node.address, from_node=True)) == 2)
         there = cluster.node_jobs(node.address)
-        assert set(cluster.node_jobs(node.address, from_node=True)) == {job for job in there if job.status == DispyJob.Running}
+        assert (set(cluster.node_jobs(node.address, from_node=True))
+                == {job for job in there if job.status == DispyJob.Running})
         for job in jobs:
             cluster.cancel(job)
         assert cluster.wait(30)
@@ -124,7 +130,8 @@ def test_a_future_that_waits_on_a_node_is_cancelled(executor, flag):
     futures = [executor.submit(wait_for, flag) for _ in range(44)]
     eventually(lambda: sum(future.running() for future in futures) == 2)
     assert sum(future.cancel() for future in futures) == 42
-    assert sum(future.cancelled() for future in futures) == 42 and sum(future.running() for future in futures) == 2
+    assert (sum(future.cancelled() for future in futures) == 42
+            and sum(future.running() for future in futures) == 2)
     open(flag, 'w').close()
     done, left = concurrent.futures.wait(futures, 30)
     assert not left and sum(future.cancelled() for future in done) == 42
@@ -207,10 +214,11 @@ def test_without_a_connection_to_the_node_nothing_is_cancelled(tmp_path, flag):
             executor.cluster.close(terminate=True)
 
 
-# -- CPUs that are shared or limited --------------------------------------------------------------------------------
+# -- CPUs that are shared or limited ---------------------------------------------------------------
 
 def test_two_clusters_of_one_program_use_a_node_together(make_cluster, node, flag):
-    first, second = make_cluster(wait_for, nodes=[node.address]), make_cluster(wait_for, nodes=[node.address])
+    first, second = make_cluster(wait_for,
+                                 nodes=[node.address]), make_cluster(wait_for, nodes=[node.address])
     for cluster in (first, second):
         cluster.wait_nodes(1, 20)
     jobs = [cluster.submit(flag) for _ in range(4) for cluster in (first, second)]
@@ -232,14 +240,16 @@ def stamp(seconds=0.05):
 
 def test_two_clusters_on_one_cpu_take_turns(make_cluster, tmp_path):
     with NodeProcess(tmp_path / 'one', cpus=1) as node:
-        first, second = make_cluster(stamp, nodes=[node.address]), make_cluster(stamp, nodes=[node.address])
+        first, second = (make_cluster(stamp, nodes=[node.address]),
+                         make_cluster(stamp, nodes=[node.address]))
         for cluster in (first, second):
             cluster.wait_nodes(1, 20)
         many, few = [first.submit() for _ in range(40)], [second.submit() for _ in range(5)]
         assert second.wait(60)
         last = max(job.result for job in few)
         between = sum(job.status == DispyJob.Finished and job.result < last for job in many)
-        assert between <= 20, '%d jobs of the first cluster ran before the five of the second' % between
+        assert between <= 20, ('%d jobs of the first cluster ran before the five of the second'
+                               % between)
         for cluster in (first, second):
             cluster.close(terminate=True)
 

@@ -1,4 +1,5 @@
-"""Those without the secret keep nobody out: silent connections make way, failures are their own, datagrams have a budget of their own."""
+"""Those without the secret keep nobody out: silent connections make way, failures are their own,
+datagrams have a budget of their own."""
 
 import contextlib
 import os
@@ -63,7 +64,8 @@ def test_failures_lock_out_those_who_have_not_proved_themselves():
     keeper.admit('10.0.0.1', 1.0)
     keeper.done('10.0.0.1', True, 1.0)
     fail(20)
-    assert keeper.is_shut('10.0.0.1', 10.0 + 0.1) is False and keeper.is_shut('10.0.0.1', 1.0 + HandshakeLimiter.RECENT + 1) is False
+    assert (keeper.is_shut('10.0.0.1', 10.0 + 0.1) is False
+            and keeper.is_shut('10.0.0.1', 1.0 + HandshakeLimiter.RECENT + 1) is False)
     keeper._failed['10.0.0.1'] = (20, 1e9)
     assert keeper.is_shut('10.0.0.1', 1.0 + HandshakeLimiter.RECENT + 1)
 
@@ -75,8 +77,10 @@ def test_a_thousand_silent_connections_delay_an_honest_one_little(tmp_path, tls)
     if tls:
         from dispynode import tls_context
         path = str(tmp_path / 'certificate')
-        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
-                        '-subj', '/CN=x', '-keyout', path, '-out', path + '.crt'], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                        'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
+                        '-subj', '/CN=x', '-keyout', path, '-out', path + '.crt'], check=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         with open(path, 'a') as file, open(path + '.crt') as made:
             file.write(made.read())
         options, context = ['--certfile', path], tls_context(False, path)
@@ -96,7 +100,8 @@ def test_a_thousand_silent_connections_delay_an_honest_one_little(tmp_path, tls)
             for n in range(10):
                 connect(n)
                 began = time.monotonic()
-                dial('127.0.0.1', node.port, derive_key(os.environ['DISPY_SECRET'].encode()), Role.CLIENT, Role.NODE, os.urandom(16), context).sock.close()
+                dial('127.0.0.1', node.port, derive_key(os.environ['DISPY_SECRET'].encode()),
+                     Role.CLIENT, Role.NODE, os.urandom(16), context).sock.close()
                 times.append(time.monotonic() - began)
             print('worst %.3f s' % max(times))
             assert max(times) < 5   # 0.0x s; without making way none came through for 10 s
@@ -111,14 +116,17 @@ def test_strangers_take_nothing_from_those_with_the_secret():
     mine, told, answered = Discovery(b'k' * 32, Role.CLIENT, b'c' * 16), 0, 0
     for n in range(1000):
         stranger = Discovery(b's' * 32, Role.CLIENT, os.urandom(16))
-        told += node.parse(stranger.build(DatagramType.QUESTION), '10.0.%d.%d' % (n // 250, n % 250), 100.5)[1] is not None
+        told += node.parse(stranger.build(DatagramType.QUESTION),
+                           '10.0.%d.%d' % (n // 250, n % 250), 100.5)[1] is not None
         if n % 25 == 0:
-            answered += node.parse(mine.build(DatagramType.QUESTION), '10.9.0.1', 100.5)[1] is not None
+            answered += node.parse(mine.build(DatagramType.QUESTION), '10.9.0.1',
+                                   100.5)[1] is not None
     assert answered == 40 and told == Discovery.STRANGERS
 
 
 def test_one_address_of_strangers_is_told_a_few_times_whatever_it_calls_itself():
     node, told = Discovery(b'k' * 32, Role.NODE, b'n' * 16, 9701), 0
     for second in range(50):
-        told += node.parse(Discovery(b's' * 32, Role.CLIENT, os.urandom(16)).build(DatagramType.QUESTION), '10.0.0.1', 100.0 + second)[1] is not None
+        told += node.parse(Discovery(b's' * 32, Role.CLIENT, os.urandom(16)).build(
+            DatagramType.QUESTION), '10.0.0.1', 100.0 + second)[1] is not None
     assert told == Discovery.TOLD_MOST

@@ -537,11 +537,10 @@ def test_a_worker_whose_job_was_interrupted_in_an_import_is_replaced(tmp_path, m
     """What is half imported stays in sys.modules, and the next import of it would fail."""
     package = tmp_path / 'parts'
     package.mkdir()
-    (package / '__init__.py').write_text('from .inner import *\n'
-                                         'import os, time\n'
+    (package / '__init__.py').write_text('from .inner import *\nimport os, time\n'
                                          'open(os.environ["PARTS_BEGUN"], "w").close()\n'
-                                         'while not os.path.exists(os.environ["PARTS_GATE"]): time.sleep(0.01)\n'
-                                         'found = inner.VALUE\n')
+                                         'while not os.path.exists(os.environ["PARTS_GATE"]): '
+                                         'time.sleep(0.01)\nfound = inner.VALUE\n')
     (package / 'inner.py').write_text('VALUE = 42\n')
     begun, gate = str(tmp_path / 'begun'), str(tmp_path / 'gate')
     environ = {'PARTS_BEGUN': begun, 'PARTS_GATE': gate}

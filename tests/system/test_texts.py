@@ -1,4 +1,5 @@
-"""What the product says: that a message names the cause, the numbers, the host and a remedy that fits."""
+"""What the product says: that a message names the cause, the numbers, the host and a remedy that
+fits."""
 
 import ast
 import concurrent.futures
@@ -22,8 +23,10 @@ import pytest
 import dispy
 import dispynode
 from conftest import ROOT, eventually
-from dispy import DispyJob, Misfits, NodeScan, how_to_share, remedy, remedy_for_source, with_hint_for_module
-from dispynode import HandshakeError, Silence, Unreached, address_in, dial_text, is_own_address, same_secret, why_unreached
+from dispy import (DispyJob, Misfits, NodeScan, how_to_share, remedy, remedy_for_source,
+                   with_hint_for_module)
+from dispynode import (HandshakeError, Silence, Unreached, address_in, dial_text, is_own_address,
+                       same_secret, why_unreached)
 from nodes import NodeProcess, SchedulerProcess
 
 NOWHERE = ('127.0.0.1', 9)   # nothing listens there
@@ -39,7 +42,8 @@ def warnings_in(caplog):
 
 def run_python(*argv, cwd=None, **env):
     """What a program says on stdout and stderr, and its exit status."""
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=dict(os.environ, **env), timeout=60,
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=dict(os.environ, **env),
+                          timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     return done.stdout, done.stderr, done.returncode
 
@@ -50,9 +54,10 @@ def node(tmp_path):
         yield node
 
 
-# -- files that were copied alone, and old Pythons ---------------------------------------------------------
+# -- files that were copied alone, and old Pythons -------------------------------------------------
 
-@pytest.mark.parametrize('name, lacks', [('dispy', 'dispynode.py'), ('dispyscheduler', 'dispy.py'), ('dispy_httpd', 'dispy.py')])
+@pytest.mark.parametrize('name, lacks', [('dispy', 'dispynode.py'), ('dispyscheduler', 'dispy.py'),
+                                         ('dispy_httpd', 'dispy.py')])
 def test_a_file_that_was_copied_alone_says_which_belongs_beside_it(tmp_path, name, lacks):
     shutil.copy(os.path.join(ROOT, name + '.py'), str(tmp_path))
     packages = tmp_path / 'packages'
@@ -73,7 +78,8 @@ def test_a_file_beside_one_of_another_release_says_so(tmp_path):
     shutil.copy(os.path.join(ROOT, 'dispyscheduler.py'), str(tmp_path))
     (tmp_path / 'dispy.py').write_text('class JobCluster:\n    pass\n')
     _, err, status = run_python('dispyscheduler.py', cwd=str(tmp_path), PYTHONPATH='')
-    assert status == 1 and 'Traceback' not in err and 'same release' in err and str(tmp_path / 'dispy.py') in err, err
+    assert (status == 1 and 'Traceback' not in err and 'same release' in err
+            and str(tmp_path / 'dispy.py') in err), err
 
 
 def test_dispynode_compiles_in_python_3_6_and_looks_at_the_version_first():
@@ -81,32 +87,39 @@ def test_dispynode_compiles_in_python_3_6_and_looks_at_the_version_first():
         tree = ast.parse(file.read(), feature_version=(3, 6))
     first = next(number for number, node in enumerate(tree.body) if isinstance(node, ast.If))
     assert 'version_info' in ast.dump(tree.body[first].test)
-    before = [alias.name for node in tree.body[:first] if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    before = [alias.name for node in tree.body[:first]
+              if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     assert before == ['sys']
 
 
 @pytest.mark.parametrize('version', ['3.6', '3.7'])
 def test_dispynode_ends_under_an_old_python(version):
     pyenv = os.environ.get('PYENV_ROOT', os.path.join(os.path.expanduser('~'), '.pyenv'))
-    found = glob.glob(os.path.join(pyenv, 'versions', version + '.*', 'bin', 'python3')) + glob.glob('/usr/bin/python' + version)
+    found = (glob.glob(os.path.join(pyenv, 'versions', version + '.*', 'bin', 'python3'))
+             + glob.glob('/usr/bin/python' + version))
     if not found:
         pytest.skip('no Python %s was found' % version)
-    done = subprocess.run([found[0], os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0'], timeout=30, stdin=subprocess.DEVNULL,
-                          env={name: value for name, value in os.environ.items() if not name.startswith('PYTHON')},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    done = subprocess.run(
+        [found[0], os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0'], timeout=30,
+        stdin=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if not name.startswith('PYTHON')},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     assert done.returncode == 1 and 'Traceback' not in done.stdout
-    assert 'needs Python 3.8 or later' in done.stdout and 'Python %s' % version in done.stdout and found[0].rpartition('/')[0] in done.stdout
+    assert ('needs Python 3.8 or later' in done.stdout and 'Python %s' % version in done.stdout
+            and found[0].rpartition('/')[0] in done.stdout)
 
 
-# -- nodes that are not reached ---------------------------------------------------------------------------
+# -- nodes that are not reached --------------------------------------------------------------------
 
 @pytest.mark.parametrize('exc, why, text', [
     (ConnectionRefusedError(), Unreached.DOWN, 'nothing listens'),
     (Silence('no answer within 10 s'), Unreached.UNREACHABLE, '10 s'),
     (socket.timeout(), Unreached.UNREACHABLE, 'no answer within'),
     (OSError(113, 'No route to host'), Unreached.UNREACHABLE, 'No route to host'),
-    (socket.gaierror(socket.EAI_NONAME, 'Name or service not known'), Unreached.NO_SUCH_NAME, 'does not resolve'),
-    (socket.gaierror(socket.EAI_AGAIN, 'Temporary failure'), Unreached.NAME_SERVICE, 'name service'),
+    (socket.gaierror(socket.EAI_NONAME, 'Name or service not known'), Unreached.NO_SUCH_NAME,
+     'does not resolve'),
+    (socket.gaierror(socket.EAI_AGAIN, 'Temporary failure'), Unreached.NAME_SERVICE,
+     'name service'),
     (UnicodeError('label too long'), Unreached.NO_SUCH_NAME, 'label too long'),
     (HandshakeError('wrong secret'), Unreached.REFUSED, 'wrong secret'),
 ])
@@ -121,7 +134,8 @@ START = 'Start `python dispynode.py`'
     ([], False, [START], []),
     ([('dialling', 9701, False)], False, [START], []),
     ([('down', 9701, False)], False, [START], ['firewall']),
-    ([('unreachable', 9701, False), ('unreachable', 9801, False)], False, ['firewall', '9701 and 9801'], [START]),
+    ([('unreachable', 9701, False), ('unreachable', 9801, False)], False,
+     ['firewall', '9701 and 9801'], [START]),
     ([('no such name', 9701, False)], False, ['name'], [START, 'firewall']),
     ([('no name service', 9701, False)], False, ['address'], [START, 'firewall']),
     ([('down', 9701, False), ('refused', 9701, False)], False, [], [START]),
@@ -142,9 +156,11 @@ def test_what_to_do_fits_what_came_of_the_attempts(attempts, others, said, not_s
 
 
 def test_attempts_that_failed_are_known_by_name(caplog):
-    no_name = 64 * 'x' + '.invalid'   # longer than a part of a name may be, so that no name service is needed to know that
+    # Longer than a part of a name may be, so that no name service is needed to know that
+    no_name = 64 * 'x' + '.invalid'
     with dispy.JobCluster(square, nodes=[NOWHERE, no_name]) as cluster:
-        eventually(lambda: len({node.ip_addr: node.state for node in cluster.status().refused if node.reason != 'not reached yet'}) == 2)
+        eventually(lambda: len({node.ip_addr: node.state for node in cluster.status().refused
+                                if node.reason != 'not reached yet'}) == 2)
         states = {node.ip_addr: node.state for node in cluster.status().all_nodes}
         assert states == {'127.0.0.1': 'down', no_name: 'no such name'}
         with pytest.raises(dispy.NoNodes) as caught:
@@ -160,7 +176,8 @@ def test_a_wildcard_that_fits_no_node_lists_those_that_answer(node, wildcard):
             with pytest.raises(dispy.NoNodes) as caught:
                 cluster.wait_nodes(1, 0.05)
             return str(caught.value)
-        text = eventually(lambda: [text for text in [complaint()] if '127.0.0.1:%d' % node.port in text])[0]
+        text = eventually(lambda: [text for text in [complaint()]
+                                   if '127.0.0.1:%d' % node.port in text])[0]
         assert repr(wildcard) in text and 'wildcard' in text and START not in text
 
 
@@ -171,34 +188,42 @@ def test_nodes_that_are_not_meant_are_counted_and_not_all_shown():
     misfits.add('c', b'3', 'lab3 (10.0.0.3:9701)')      # its name is known by now
     misfits.add('c', b'3', '[fd97::3]:9701')            # it answers at another address as well
     text = misfits.text('c', {b'5'})
-    assert text.endswith(' and 19 more') and '10.0.0.5:' not in text and misfits.text('other', ()) == ''
-    assert 'lab3 (10.0.0.3:9701)' in Misfits.text(misfits, 'c', {b'%d' % number for number in range(30) if number != 3})
+    assert (text.endswith(' and 19 more') and '10.0.0.5:' not in text
+            and misfits.text('other', ()) == '')
+    assert 'lab3 (10.0.0.3:9701)' in Misfits.text(
+        misfits, 'c', {b'%d' % number for number in range(30) if number != 3})
     misfits.forget('c')
     assert misfits.text('c', ()) == ''
 
 
 def test_an_address_of_a_link_has_its_interface():
     name = socket.if_indextoname(1)
-    assert address_in(('fe80::1', 9701, 0, 1)) == 'fe80::1%' + name == address_in(('fe80::1%' + name, 9701, 0, 1))
-    assert address_in(('fd97::1', 9701, 0, 0)) == 'fd97::1' and address_in(('::ffff:10.0.0.1', 9701, 0, 0)) == '10.0.0.1'
+    assert (address_in(('fe80::1', 9701, 0, 1)) == 'fe80::1%' + name
+            == address_in(('fe80::1%' + name, 9701, 0, 1)))
+    assert (address_in(('fd97::1', 9701, 0, 0)) == 'fd97::1'
+            and address_in(('::ffff:10.0.0.1', 9701, 0, 0)) == '10.0.0.1')
     assert address_in(('10.0.0.1', 9701)) == '10.0.0.1'
 
 
 def test_own_addresses_are_known():
-    assert is_own_address('127.0.0.1') and not is_own_address('192.0.2.1') and not is_own_address('no address')
+    assert (is_own_address('127.0.0.1') and not is_own_address('192.0.2.1')
+            and not is_own_address('no address'))
 
 
 def test_a_look_at_named_nodes_waits_for_each(node):
-    """Guards against: what an answer had changed was looked at after the nodes had been described."""
+    """Guards against: what an answer had changed was looked at after the nodes had been
+    described."""
     for _ in range(30):
         with NodeScan([NOWHERE]) as survey:
             down, = survey.look()
         assert down.state == 'down' and 'nothing listens' in down.reason
-    out, _, status = run_python('-m', 'dispy', '--list-nodes', '-n', '127.0.0.1:9', '-n', '127.0.0.1:%d' % node.port)
-    assert status == 0 and 'not reached yet' not in out and re.search('127.0.0.1:9 .*nothing listens', out), out
+    out, _, status = run_python('-m', 'dispy', '--list-nodes', '-n', '127.0.0.1:9', '-n',
+                                '127.0.0.1:%d' % node.port)
+    assert (status == 0 and 'not reached yet' not in out
+            and re.search('127.0.0.1:9 .*nothing listens', out)), out
 
 
-# -- nodes that serve others, and other secrets ------------------------------------------------------------
+# -- nodes that serve others, and other secrets ----------------------------------------------------
 
 def test_a_node_that_belongs_to_a_scheduler_says_so(scheduler_and_node, capsys):
     scheduler, port = scheduler_and_node
@@ -207,7 +232,8 @@ def test_a_node_that_belongs_to_a_scheduler_says_so(scheduler_and_node, capsys):
         with dispy.JobCluster(square, nodes=[('127.0.0.1', port)]) as cluster:
             with pytest.raises(dispy.NoNodes) as caught:
                 cluster.wait_nodes(1, 3)
-        for part in ('dispyscheduler', 'SharedJobCluster', 'scheduler_host=%r' % socket.gethostname(), 'scheduler_port=%d' % scheduler):
+        for part in ('dispyscheduler', 'SharedJobCluster',
+                     'scheduler_host=%r' % socket.gethostname(), 'scheduler_port=%d' % scheduler):
             assert part in str(caught.value), caught.value
         assert START not in str(caught.value)
         with NodeScan([('127.0.0.1', port)]) as survey:
@@ -215,11 +241,14 @@ def test_a_node_that_belongs_to_a_scheduler_says_so(scheduler_and_node, capsys):
 
 
 def test_how_a_node_that_serves_others_is_shared():
-    assert 'scheduler_port' not in how_to_share('it serves dispyscheduler of me@lab PID 7 at port 9702 for 3 s')
-    assert "scheduler_host='lab', scheduler_port=9800" in how_to_share('it serves dispyscheduler of me@lab PID 7 at port 9800 for 3 s')
+    assert 'scheduler_port' not in how_to_share('it serves dispyscheduler '
+                                                'of me@lab PID 7 at port 9702 for 3 s')
+    assert "scheduler_host='lab', scheduler_port=9800" in how_to_share(
+        'it serves dispyscheduler of me@lab PID 7 at port 9800 for 3 s')
     assert 'dispyscheduler' in how_to_share('it serves me@lab PID 7 for 3 s')
     # It will be free by itself, or was taken away
-    assert how_to_share('it serves me@lab PID 7 for 3 s; its connection is lost') == how_to_share(dispynode.RELEASED_TEXT) == ''
+    assert how_to_share('it serves me@lab PID 7 for 3 s; its connection '
+                        'is lost') == how_to_share(dispynode.RELEASED_TEXT) == ''
 
 
 def test_another_secret_names_the_file_that_this_side_uses(tmp_path, monkeypatch):
@@ -232,7 +261,8 @@ def test_another_secret_names_the_file_that_this_side_uses(tmp_path, monkeypatch
     monkeypatch.setenv('DISPY_SECRET', 'one that only the environment has')
     text = same_secret({1: (dispynode.derive_key(dispynode.find_secret()),)})
     assert 'its own from DISPY_SECRET' in text and str(path) not in text
-    assert 'secret=' in same_secret(dispynode.derive_key(dispynode.find_secret('one that a program gives')))
+    assert 'secret=' in same_secret(
+        dispynode.derive_key(dispynode.find_secret('one that a program gives')))
 
 
 def test_a_node_of_another_user_on_this_machine_is_no_warning(tmp_path, caplog):
@@ -240,20 +270,24 @@ def test_a_node_of_another_user_on_this_machine_is_no_warning(tmp_path, caplog):
     with socket.socket() as sock:   # a port where no other node answers
         sock.bind(('127.0.0.1', 0))
         port = sock.getsockname()[1]
-    with NodeProcess(tmp_path / 'other', port=port, env={'DISPY_SECRET': 'the secret of another user'}) as other:
+    with NodeProcess(tmp_path / 'other', port=port,
+                     env={'DISPY_SECRET': 'the secret of another user'}) as other:
         with dispy.JobCluster(square, nodes=[('*', port)]) as cluster:
-            found = eventually(lambda: [node for node in cluster.status().all_nodes if 'another secret' in node.reason])
+            found = eventually(lambda: [node for node in cluster.status().all_nodes
+                                        if 'another secret' in node.reason])
             assert 'port %d' % other.port in found[0].reason
             with pytest.raises(dispy.NoNodes) as caught:
                 cluster.wait_nodes(1, 0.1)
             assert 'another secret' in str(caught.value) and START not in str(caught.value)
         assert not warnings_in(caplog) and 'WARNING: 127' not in other.log()
         with dispy.JobCluster(square, nodes=[other.address]):   # it was named: then it is one
-            eventually(lambda: [text for text in warnings_in(caplog) if 'wrong secret' in text and '127.0.0.1:%d' % other.port in text])
-        eventually(lambda: re.search(r'turned away: wrong secret.*\(port %d\)' % other.port, other.log()))
+            eventually(lambda: [text for text in warnings_in(caplog) if 'wrong secret' in text
+                                and '127.0.0.1:%d' % other.port in text])
+        eventually(lambda: re.search(r'turned away: wrong secret.*\(port %d\)' % other.port,
+                                     other.log()))
 
 
-# -- jobs --------------------------------------------------------------------------------------------------
+# -- jobs ------------------------------------------------------------------------------------------
 
 def sleep(seconds, what=''):
     time.sleep(seconds)
@@ -262,11 +296,14 @@ def sleep(seconds, what=''):
 def test_a_timeout_says_what_the_job_waits_for(make_cluster):
     with make_cluster(sleep, nodes=[NOWHERE]) as cluster:
         job = cluster.submit(0, what='tea')
-        eventually(lambda: any('nothing listens' in node.reason for node in cluster.status().all_nodes))
-        for call in (job, job.get, functools.partial(cluster.gather, [job]), lambda timeout: list(cluster.as_completed([job], timeout))):
+        eventually(lambda: any('nothing listens' in node.reason
+                               for node in cluster.status().all_nodes))
+        for call in (job, job.get, functools.partial(cluster.gather, [job]),
+                     lambda timeout: list(cluster.as_completed([job], timeout))):
             with pytest.raises(TimeoutError) as caught:
                 call(0.125)
-            for part in ("0, what='tea'", '0.125 s', 'waits for a node', '127.0.0.1:9', 'nothing listens'):
+            for part in ("0, what='tea'", '0.125 s', 'waits for a node', '127.0.0.1:9',
+                         'nothing listens'):
                 assert part in str(caught.value), caught.value
         cluster.cancel(job)
     with make_cluster(sleep, nodes='local') as cluster:
@@ -277,7 +314,8 @@ def test_a_timeout_says_what_the_job_waits_for(make_cluster):
         assert 'running on 127.0.0.1 for' in str(caught.value)
         with pytest.raises(TimeoutError) as caught:
             jobs[-1](0.0625)
-        assert 'job 20 with the argument 60' in str(caught.value) and 'waits for its turn' in str(caught.value)
+        assert ('job 20 with the argument 60' in str(caught.value)
+                and 'waits for its turn' in str(caught.value))
         assert re.search(r'\d+ running, \d+ waiting', str(caught.value))
         cluster.cancel_all()
 
@@ -288,7 +326,8 @@ def test_a_timeout_of_a_future_says_what_the_call_waits_for():
         for wait in (future.result, future.exception):
             with pytest.raises(concurrent.futures.TimeoutError) as caught:
                 wait(0.125)
-            assert "0, what='tea'" in str(caught.value) and 'waits for a node' in str(caught.value) and '0.125 s' in str(caught.value)
+            assert ("0, what='tea'" in str(caught.value) and 'waits for a node' in str(caught.value)
+                    and '0.125 s' in str(caught.value))
         executor.shutdown(cancel_futures=True)
 
 
@@ -306,14 +345,17 @@ def end(how, number):
 
 def test_what_has_ended_a_job_has_its_numbers_and_the_arguments(make_cluster):
     with make_cluster(end, nodes='local') as cluster:
-        jobs = [cluster.submit('signal', int(signal.SIGKILL)), cluster.submit('exit', 7), cluster.submit('sleep', 1, dispy_timeout=0.25)]
-        expected = [('signal 9 (SIGKILL', "'signal', 9"), ('exit code 7', "'exit', 7"), ('0.25 s', "'sleep', 1")]
+        jobs = [cluster.submit('signal', int(signal.SIGKILL)), cluster.submit('exit', 7),
+                cluster.submit('sleep', 1, dispy_timeout=0.25)]
+        expected = [('signal 9 (SIGKILL', "'signal', 9"), ('exit code 7', "'exit', 7"),
+                    ('0.25 s', "'sleep', 1")]
         for job, parts in zip(jobs, expected):
             assert job.wait(60)
             with pytest.raises(dispy.JobFailed) as caught:
                 job.get()
             for text in (job.exception, str(caught.value)):
-                assert all(part in text for part in parts) and 'job %d' % job.id in text and text.count('arguments') == 1, text
+                assert (all(part in text for part in parts) and 'job %d' % job.id in text
+                        and text.count('arguments') == 1), text
         own = cluster.submit('timeout', 3)
         assert own.wait(60) and own.exception.rstrip().endswith('TimeoutError: of its own')
 
@@ -341,7 +383,7 @@ def test_arguments_that_are_large_or_cannot_be_shown_are_left_out():
     assert dispy.values_of(b'no pickle', False) is None
 
 
-# -- callbacks ---------------------------------------------------------------------------------------------
+# -- callbacks -------------------------------------------------------------------------------------
 
 def fail_for(job):
     raise KeyError('in the callback')
@@ -357,7 +399,8 @@ class Callbacks:
 
 
 @pytest.mark.parametrize('callback, name, error, shows', [
-    (fail_for, 'fail_for', 'KeyError', 'in fail_for'), (take_nothing, 'take_nothing', 'TypeError', ''),
+    (fail_for, 'fail_for', 'KeyError', 'in fail_for'),
+    (take_nothing, 'take_nothing', 'TypeError', ''),
     (Callbacks().leave, 'Callbacks.leave', 'SystemExit', 'in leave')])
 def test_an_exception_in_a_callback_names_it_and_the_job(caplog, callback, name, error, shows):
     with dispy.JobCluster(square, nodes='local', callback=callback) as cluster:
@@ -367,7 +410,8 @@ def test_an_exception_in_a_callback_names_it_and_the_job(caplog, callback, name,
     assert 'callback' in told and name in told and "job 'tea'" in told and error in told
     record = next(record for record in caplog.records if record.levelno >= logging.WARNING)
     text = logging.Formatter().format(record)
-    assert error in text and shows in text and 'dispy.py' not in text and 'dispynode.py' not in text, text
+    assert (error in text and shows in text and 'dispy.py' not in text
+            and 'dispynode.py' not in text), text
 
 
 def test_an_exception_in_cluster_status_names_it(caplog):
@@ -381,10 +425,11 @@ def test_an_exception_in_cluster_status_names_it(caplog):
     assert any("job 'tea'" in told for told in warnings_in(caplog))
 
 
-# -- modules that are missing, functions that do not travel -------------------------------------------------
+# -- modules that are missing, functions that do not travel ----------------------------------------
 
-TOLD = "ModuleNotFoundError: No module named '{0}'. the import failed: f -> {0}. To mend that, " + \
-    'install {0} on this node (/opt/bin/python -m pip install {0}), or list its file in depends if it is a module of your own'
+TOLD = ("ModuleNotFoundError: No module named '{0}'. the import failed: f -> {0}. To mend that, " +
+        'install {0} on this node (/opt/bin/python -m pip install {0}), '
+        'or list its file in depends if it is a module of your own')
 
 
 def test_a_hint_for_a_missing_module_fits_what_it_is_here(tmp_path, monkeypatch):
@@ -393,14 +438,17 @@ def test_a_hint_for_a_missing_module_fits_what_it_is_here(tmp_path, monkeypatch)
     installed = with_hint_for_module(TOLD.format('pytest'), 'lab2')
     assert installed.endswith('install pytest on node lab2 (/opt/bin/python -m pip install pytest)')
     standard = with_hint_for_module(TOLD.format('json'), 'lab2')
-    assert 'Python %d.%d' % sys.version_info[:2] in standard and 'lab2' in standard and 'pip' not in standard
+    assert ('Python %d.%d' % sys.version_info[:2] in standard and 'lab2' in standard
+            and 'pip' not in standard)
     own = with_hint_for_module(TOLD.format('own_of_this_test'), 'lab2')
     assert 'depends' in own and 'pip' not in own
     unknown = TOLD.format('no_module_by_this_name')
     assert with_hint_for_module(unknown, 'lab2') == unknown
-    plain = with_hint_for_module("Traceback...\nModuleNotFoundError: No module named 'psutil'\n", 'lab2')
+    plain = with_hint_for_module("Traceback...\nModuleNotFoundError: No module named 'psutil'\n",
+                                 'lab2')
     assert plain.endswith('install psutil on node lab2 (python -m pip install psutil)\n')
-    assert with_hint_for_module("ModuleNotFoundError: No module named 'cloudpickle.cloudpickle'", '').count('install cloudpickle') == 2
+    assert with_hint_for_module("ModuleNotFoundError: No module named "
+                                "'cloudpickle.cloudpickle'", '').count('install cloudpickle') == 2
     distribution = dispy.own_modules.distribution_of('_pytest')
     assert distribution == 'pytest (_pytest)'
 
@@ -417,14 +465,16 @@ def test_a_job_that_misses_a_module_says_where_to_install_it(tmp_path, monkeypat
         name = 'tea_of_this_test'
 
         def drink():
-            # No statement, for which dispy would look as often as it sends this file, and believe for a while what it has found
+            # No statement, for which dispy would look as often as it sends this file, and believe
+            # for a while what it has found
             return __import__(name).__name__
         with dispy.JobCluster(drink, nodes=[node.address]) as cluster:
             job = cluster.submit()
             with pytest.raises(ModuleNotFoundError) as caught:
                 job.get(30)
             for text in (job.exception, str(caught.value)):
-                assert 'install tea_of_this_test on node' in text and '-m pip install' in text and 'depends' not in text, text
+                assert ('install tea_of_this_test on node' in text and '-m pip install' in text
+                        and 'depends' not in text), text
 
 
 def test_what_to_do_about_source_fits_the_computation():
@@ -435,7 +485,7 @@ def test_what_to_do_about_source_fits_the_computation():
         assert 'Python %d.%d' % python[:2] in remedy_for_source(spec)
 
 
-# -- what daemons say -------------------------------------------------------------------------------------
+# -- what daemons say ------------------------------------------------------------------------------
 
 ENDS_IN_SETUP = '''
 import os
@@ -475,7 +525,8 @@ def square(n):
     return n * n
 
 port, shared = map(int, sys.argv[1:])
-for kind, options in ((dispy.JobCluster, {'nodes': [('127.0.0.1', port)]}), (dispy.SharedJobCluster, {'scheduler_port': shared}),
+for kind, options in ((dispy.JobCluster, {'nodes': [('127.0.0.1', port)]}),
+                      (dispy.SharedJobCluster, {'scheduler_port': shared}),
                       (dispy.JobCluster, {'nodes': 'local'})):
     with kind(square, loglevel=30, **options) as cluster:
         page = dispy_httpd.DispyHTTPServer(cluster, port=0)
@@ -493,15 +544,19 @@ assert last.submit(3)() == 9
 
 def test_a_normal_run_says_nothing_at_warning(tmp_path):
     with NodeProcess(tmp_path / 'shared') as shared, NodeProcess(tmp_path / 'node') as node, \
-            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % shared.port) as scheduler:
+            SchedulerProcess(tmp_path / 'scheduler', '-n',
+                             '127.0.0.1:%d' % shared.port) as scheduler:
         out, err, status = run_python('-c', NORMAL, node.port, scheduler.port)
         assert status == 0 and not re.sub('dispy monitor: http.*\n', '', err), err
-        out, err, status = run_python('-m', 'dispy', '--list-nodes', '-n', '127.0.0.1:%d' % node.port)
+        out, err, status = run_python('-m', 'dispy', '--list-nodes', '-n',
+                                      '127.0.0.1:%d' % node.port)
         assert (status, err) == (0, ''), err
-        out, err, status = run_python('-m', 'dispy', '-n', '127.0.0.1:%d' % node.port, '-a', 'x', '/bin/echo')
+        out, err, status = run_python('-m', 'dispy', '-n', '127.0.0.1:%d' % node.port, '-a', 'x',
+                                      '/bin/echo')
         assert (out, err, status) == ('x\n', '', 0)
     for daemon in (shared, node, scheduler):
-        said = [line for line in daemon.log().splitlines() if re.search('WARNING|ERROR|Traceback', line)]
+        said = [line
+                for line in daemon.log().splitlines() if re.search('WARNING|ERROR|Traceback', line)]
         # Who tests as root is told that jobs then run as root.
         assert not [line for line in said if 'jobs run as root' not in line], daemon.log()
 

@@ -1,4 +1,5 @@
-"""Large parts of arguments that many jobs have in common are sent once to a node; each job has its own copy of them."""
+"""Large parts of arguments that many jobs have in common are sent once to a node; each job has its
+own copy of them."""
 
 import gc
 import hashlib
@@ -25,7 +26,7 @@ from small_frames import stand_in
 MIB = 1 << 20
 
 
-# -- which values are there, and who waits for some -----------------------------------------------------------------------
+# -- which values are there, and who waits for some ------------------------------------------------
 
 class One:
     """Whoever needs values: pairs of a name, which stands for a digest, and a size."""
@@ -38,7 +39,8 @@ def fetched(desk):
     """Names of what is to be fetched and of what is dropped, and how many wait no more."""
     served, actions = desk.serve()
     return ([action.digest.decode() for action in actions if isinstance(action, FetchValue)],
-            [action.digest.decode() for action in actions if isinstance(action, DropValue)], len(served))
+            [action.digest.decode() for action in actions if isinstance(action, DropValue)],
+            len(served))
 
 
 def test_a_value_is_fetched_once_for_all_who_need_it():
@@ -112,7 +114,7 @@ def test_who_leaves_fails_or_loses_the_program_waits_no_more():
     assert not desk.admit('c', ones[0])
 
 
-# -- payloads -------------------------------------------------------------------------------------------------------------
+# -- payloads --------------------------------------------------------------------------------------
 
 def test_large_parts_stand_apart_wherever_they_are():
     large = pattern(2 * MIB)
@@ -139,17 +141,19 @@ def test_a_buffer_is_known_by_its_content():
     digest = first.digest
     del first
     gc.collect()
-    assert dispy.shared_values.find(digest) is None and dispy.shared_values.find(second.digest) is second
+    assert (dispy.shared_values.find(digest) is None
+            and dispy.shared_values.find(second.digest) is second)
 
 
 def test_values_are_plain_rows_on_the_wire():
     good = (1, bytes(32))
-    for rows, right in (((), True), ((good,), True), ([good], False), (((1, b'x'),), False), (((0, bytes(32)),), False),
+    for rows, right in (((), True), ((good,), True), ([good], False), (((1, b'x'),), False),
+                        (((0, bytes(32)),), False),
                         (((True, bytes(32)),), False), (((1 << 63, bytes(32)),), False)):
         assert dispynode._is_options({'values': rows}) is right, rows
 
 
-# -- jobs -----------------------------------------------------------------------------------------------------------------
+# -- jobs ------------------------------------------------------------------------------------------
 
 def change(array, n):
     """Changes what it gets; returns what it was."""
@@ -226,10 +230,13 @@ def test_each_node_is_sent_a_value_once_and_the_program_has_one_copy(tmp_path):
             jobs = [cluster.submit(array) for _ in range(60)]
             assert psutil.Process().memory_info().rss - before < 2 * array.nbytes
             assert {job(60) for job in jobs} == {1.0}
-            eventually(lambda: all(sum(connection.sent[UP] for connection in proxy.connections) > array.nbytes
-                                   or not used for proxy, used in zip((first, second), used_by(cluster))))
+            eventually(lambda: all(
+                sum(connection.sent[UP] for connection in proxy.connections) > array.nbytes
+                or not used for proxy, used in zip((first, second), used_by(cluster))))
             for proxy in (first, second):
-                assert sum(connection.sent[UP] for connection in proxy.connections) < array.nbytes + 2 * MIB   # files of modules, too
+                # Files of modules, too
+                assert (sum(connection.sent[UP] for connection in proxy.connections) < array.nbytes
+                        + 2 * MIB)
 
 
 def used_by(cluster):
@@ -251,7 +258,8 @@ def test_a_node_keeps_no_more_than_it_may(tmp_path):
 
 
 def values_on(node):
-    return [name for where, _, names in os.walk(node.prefix) for name in names if os.path.basename(where) == 'values']
+    return [name for where, _, names in os.walk(node.prefix)
+            for name in names if os.path.basename(where) == 'values']
 
 
 def test_a_value_that_is_too_large_for_the_node_ends_its_jobs_alone(tmp_path):
@@ -267,7 +275,8 @@ def test_a_value_that_is_too_large_for_the_node_ends_its_jobs_alone(tmp_path):
 
 
 def test_a_job_that_waits_for_its_value_has_not_begun(tmp_path):
-    """It can be cancelled; when the link breaks it waits again, though the cluster is not reentrant."""
+    """It can be cancelled; when the link breaks it waits again, though the cluster is not
+    reentrant."""
     numpy = pytest.importorskip('numpy')
     array = numpy.ones(4 * MIB, dtype='f8')
     with NodeProcess(tmp_path / 'node') as node, Proxy(node.address) as proxy:
@@ -304,7 +313,8 @@ def test_a_node_that_is_started_again_asks_again(tmp_path):
     numpy = pytest.importorskip('numpy')
     array = numpy.ones(MIB, dtype='f8')
     node = NodeProcess(tmp_path / 'node')
-    with dispy.JobCluster(last, nodes=[node.address], reentrant=True, pulse_interval=0.5) as cluster:
+    with dispy.JobCluster(last, nodes=[node.address], reentrant=True,
+                          pulse_interval=0.5) as cluster:
         assert cluster.submit(array)(30) == 1.0
         jobs = [cluster.submit(array, str(tmp_path / 'go')) for _ in range(4)]
         eventually(lambda: any(job.status == job.Running for job in jobs))
@@ -327,12 +337,15 @@ def test_a_scheduler_keeps_values_until_no_job_needs_them(tmp_path):
             jobs = [cluster.submit(array, str(tmp_path / 'go')) for _ in range(6)]
             late = cluster.submit(other, str(tmp_path / 'go'))
             eventually(lambda: len(values_at(scheduler)) == 2)
-            assert sum(connection.sent[UP] for connection in proxy.connections) < 2 * array.nbytes + 2 * MIB
+            assert (sum(connection.sent[UP] for connection in proxy.connections) < 2 * array.nbytes
+                    + 2 * MIB)
             scheduler.kill()
-            with SchedulerProcess(tmp_path / 'scheduler', *options, port=scheduler.port) as scheduler:
+            with SchedulerProcess(tmp_path / 'scheduler', *options,
+                                  port=scheduler.port) as scheduler:
                 (tmp_path / 'go').write_text('')
                 assert [job(60) for job in jobs] == [1.0] * 6 and late(60) == 2.0
-                assert sum(connection.sent[UP] for connection in proxy.connections) < 2 * array.nbytes + 2 * MIB
+                assert sum(connection.sent[UP]
+                           for connection in proxy.connections) < 2 * array.nbytes + 2 * MIB
                 cluster.close()
                 eventually(lambda: not values_at(scheduler))
 
@@ -343,9 +356,12 @@ def values_at(scheduler):
 
 def test_jobs_that_wait_at_a_scheduler_for_a_value_can_be_cancelled(tmp_path):
     numpy = pytest.importorskip('numpy')
-    with NodeProcess(tmp_path / 'node') as node, SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler, \
+    with NodeProcess(tmp_path / 'node') as node, \
+            SchedulerProcess(tmp_path / 'scheduler',
+                             '-n', '127.0.0.1:%d' % node.port) as scheduler, \
             Proxy(scheduler.address) as proxy:
-        with dispy.SharedJobCluster(last, scheduler_port=proxy.address[1], nodes=[node.address]) as cluster:
+        with dispy.SharedJobCluster(last, scheduler_port=proxy.address[1],
+                                    nodes=[node.address]) as cluster:
             cluster.wait_nodes(1, 30)
             proxy.rate = 2 * MIB
             jobs = [cluster.submit(numpy.ones(MIB)) for _ in range(3)]
@@ -383,13 +399,15 @@ def test_values_outlive_the_program_with_a_recover_file(tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
         script = tmp_path / 'program.py'
         script.write_text(textwrap.dedent(PROGRAM % {
-            'paths': [os.path.dirname(os.path.abspath(__file__)), *PATHS], 'port': node.port, 'path': path, 'go': go}))
+            'paths': [os.path.dirname(os.path.abspath(__file__)), *PATHS], 'port': node.port,
+            'path': path, 'go': go}))
         program = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
         assert program.stdout.readline().strip() == b'begun'
         program.send_signal(signal.SIGKILL)
         program.wait()
         program.stdout.close()
-        size = sum(os.path.getsize(path + end) for end in ('', '-new', '-wal') if os.path.exists(path + end))
+        size = sum(os.path.getsize(path + end)
+                   for end in ('', '-new', '-wal') if os.path.exists(path + end))
         assert size < 4 * 8 * MIB   # in FILE-new, in the log and in the file itself
         (tmp_path / 'go').write_text('')
         with dispy.JobCluster(last, nodes=[node.address], recover_file=path) as cluster:
@@ -397,7 +415,8 @@ def test_values_outlive_the_program_with_a_recover_file(tmp_path):
             assert sorted(job(60) for job in cluster.recovered) == [1.0] * 8 + [3.0]
             assert len(cluster.recovered[0].arguments) < 300
             assert cluster.submit([1.0])(30) == 1.0
-            left = dispy.core_of(cluster).journal._db.execute('SELECT count(*) FROM vals').fetchone()[0]
+            left = dispy.core_of(cluster).journal._db.execute('SELECT count(*) '
+                                                              'FROM vals').fetchone()[0]
             assert left == 0
 
 
@@ -415,7 +434,8 @@ def test_arguments_of_a_job_are_shown_with_their_values(make_cluster):
 
 
 def test_a_job_whose_program_changes_values_itself(make_cluster):
-    """A job is a program too: what it gets by digest and what it gives to clusters of its own are both opened."""
+    """A job is a program too: what it gets by digest and what it gives to clusters of its own are
+    both opened."""
     def compute(array):
         import dispy
         values = dispy.shared_values

@@ -1,4 +1,5 @@
-"""Functions on nodes with another minor version of Python: as source, or refused with what stands in the way."""
+"""Functions on nodes with another minor version of Python: as source, or refused with what stands
+in the way."""
 
 import functools
 import importlib
@@ -145,9 +146,11 @@ def other(request, tmp_path):
     """A node with another version of Python, without any package: (node, its version)."""
     versions = sorted(other_pythons(), key=lambda version: int(version.split('.')[1]))
     if not versions or (request.param == 'newest' and len(versions) < 2):
-        pytest.skip('no other Python from 3.8 on was found' if not versions else 'one other Python only')
+        pytest.skip('no other Python from 3.8 on was found' if not versions
+                    else 'one other Python only')
     version = versions[0 if request.param == 'oldest' else -1]
-    with NodeProcess(tmp_path / 'other', python=other_pythons()[version], env={'PYTHONNOUSERSITE': '1'}) as node:
+    with NodeProcess(tmp_path / 'other', python=other_pythons()[version],
+                     env={'PYTHONNOUSERSITE': '1'}) as node:
         yield node, version
 
 
@@ -162,25 +165,29 @@ def run(node, computation, *args, **options):
 
 def refusal(node, computation, **options):
     """Why a node does not take a computation: the same in `status` and in NoNodes."""
-    with dispy.JobCluster(computation, nodes=[node.address], loglevel=logging.CRITICAL, **options) as cluster:
-        text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
+    with dispy.JobCluster(computation, nodes=[node.address], loglevel=logging.CRITICAL,
+                          **options) as cluster:
+        text = eventually(lambda: [n.reason
+                                   for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         with pytest.raises(dispy.NoNodes) as caught:
             cluster.wait_nodes(1, 0.1)
         assert text.strip().splitlines()[-1] in str(caught.value)
     return text
 
 
-# -- on a node -------------------------------------------------------------------------------------------------------------
+# -- on a node -------------------------------------------------------------------------------------
 
 def test_imports_constants_and_helpers_come_along(other):
     node, version = other
     job = run(node, compute, 5)
-    assert (job.status, job.result) == (DispyJob.Finished, (version, (17, [1, 2], ['a']))), job.exception
+    assert (job.status, job.result) == (DispyJob.Finished,
+                                        (version, (17, [1, 2], ['a']))), job.exception
 
 
 def test_an_exception_comes_back_with_lines_of_the_file(other):
     job = run(other[0], fail, 5)
-    assert job.status == DispyJob.Terminated and type(job.error) is Failure and job.error.args == ('it was 5',)
+    assert (job.status == DispyJob.Terminated and type(job.error) is Failure
+            and job.error.args == ('it was 5',))
     line = fail.__code__.co_firstlineno + 1
     assert 'line %d, in fail\n    raise Failure(' % line in job.exception
 
@@ -202,7 +209,8 @@ def test_an_argument_that_cannot_be_opened_there_ends_the_job(other):
     for argument, why in ((lambda: 1, 'depends'), (Elsewhere.make(), 'depends')):
         job = run(node, show, argument)
         assert job.status == DispyJob.Terminated
-        assert all(part in job.exception for part in ('Python ' + version, 'Python ' + HERE, why)), job.exception
+        assert all(part in job.exception
+                   for part in ('Python ' + version, 'Python ' + HERE, why)), job.exception
 
 
 class Elsewhere:
@@ -230,7 +238,8 @@ def test_depends(other, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     own_module = importlib.import_module('own_module')
     try:
-        job = run(other[0], needs_depends, 4, depends=[own_module, independent, str(tmp_path / 'data.txt')])
+        job = run(other[0], needs_depends, 4,
+                  depends=[own_module, independent, str(tmp_path / 'data.txt')])
         assert job.result == (8, -4, 'data'), job.exception
         assert run(other[0], own_module.double, 4, depends=[own_module]).result == 8
         assert run(other[0], own_module.double, 5).result == 10
@@ -254,18 +263,23 @@ def test_what_stands_in_the_way_is_told_with_both_versions(other):
 
     def closure():
         return variable
-    for computation, why in ((closure, 'a closure over variable variable'), (lambda: 1, 'the computation is a lambda'),
-                             (uses_object, 'global `ORIGIN` of uses_object, of type Point, is no plain constant'),
-                             (uses_nameless, 'global `nameless` of uses_nameless is a lambda')):
+    for computation, why in (
+            (closure, 'a closure over variable variable'),
+            (lambda: 1, 'the computation is a lambda'),
+            (uses_object, 'global `ORIGIN` of uses_object, of type Point, is no plain constant'),
+            (uses_nameless, 'global `nameless` of uses_nameless is a lambda')):
         text = refusal(node, computation)
-        assert 'Python %s' % version in text and 'program Python %s' % HERE in text and why + '. Put the function into a file' in text, text
-    assert 'setup is a lambda. Put the function into a file' in refusal(node, get_loaded, setup=lambda: None)
+        assert ('Python %s' % version in text and 'program Python %s' % HERE in text
+                and why + '. Put the function into a file' in text), text
+    assert 'setup is a lambda. Put the function into a file' in refusal(node, get_loaded,
+                                                                        setup=lambda: None)
 
 
 def test_source_that_does_not_load_there_is_told_with_both_versions(other):
     node, version = other
     text = refusal(node, imports_what_is_here)
-    assert 'Python %s' % version in text and 'Python %s here' % version in text and "No module named 'pytest'" in text
+    assert ('Python %s' % version in text and 'Python %s here' % version in text
+            and "No module named 'pytest'" in text)
 
 
 def imports_what_is_here():
@@ -280,7 +294,8 @@ def test_a_program_runs_on_any_version(other, tmp_path):
 
 
 def test_functions_of_an_executor_go_there_by_name_alone(other):
-    """A function of a module that is there runs; one by value is refused with both versions named."""
+    """A function of a module that is there runs; one by value is refused with both versions
+    named."""
     with dispy.DispyExecutor(nodes=[other[0].address], loglevel=logging.CRITICAL) as executor:
         assert executor.submit(mathematics.sqrt, 4).result(30) == 2
         with pytest.raises(Exception, match='Python ' + other[1].replace('.', r'\.')):
@@ -290,14 +305,16 @@ def test_functions_of_an_executor_go_there_by_name_alone(other):
 def test_nodes_of_two_versions_share_the_jobs(other, tmp_path):
     """By pickle and by source, at once."""
     node, version = other
-    with NodeProcess(tmp_path) as same, dispy.JobCluster(where, nodes=[node.address, same.address]) as cluster:
+    with NodeProcess(tmp_path) as same, \
+            dispy.JobCluster(where, nodes=[node.address, same.address]) as cluster:
         cluster.wait_nodes(2, 30)
         jobs = [cluster.submit(0.02) for _ in range(40)]
         assert {job(30) for job in jobs} == {version, HERE}
 
 
 def test_a_script_in_main(other, tmp_path):
-    """Classes of __main__ there and back; a class whose statement fails on the node harms no other."""
+    """Classes of __main__ there and back; a class whose statement fails on the node harms no
+    other."""
     node, version = other
     path = tmp_path / 'script.py'
     path.write_text(textwrap.dedent("""
@@ -323,7 +340,8 @@ def test_a_script_in_main(other, tmp_path):
                 job = cluster.submit(Seldom())
                 print(job(), job.exception.splitlines()[-1])
         """))
-    out = subprocess.run([sys.executable, str(path), str(node.port)], stdout=subprocess.PIPE, check=True, timeout=60,
+    out = subprocess.run([sys.executable, str(path), str(node.port)], stdout=subprocess.PIPE,
+                         check=True, timeout=60,
                          env=dict(os.environ, ONLY_HERE='x')).stdout.decode()
     lines = out.splitlines()
     assert lines[0] == 'True %d' % (100 + int(version.split('.')[1]))
@@ -331,7 +349,7 @@ def test_a_script_in_main(other, tmp_path):
     assert 'Python ' + version in lines[1] and 'Python ' + HERE in lines[1]
 
 
-# -- picking, without a node -----------------------------------------------------------------------------------------------
+# -- picking, without a node -----------------------------------------------------------------------
 
 def picked(computation, *shipped, objects=None):
     """(rows by module, wanted)"""
@@ -343,15 +361,17 @@ def picked(computation, *shipped, objects=None):
 
 
 def obstacle(computation, *shipped, **names):
-    code, text = pack_source(computation, names.get('setup'), names.get('cleanup'), names.get('objects', {}), shipped)
+    code, text = pack_source(computation, names.get('setup'), names.get('cleanup'),
+                             names.get('objects', {}), shipped)
     assert code == b''
     return text
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Makes modules of a user's: module(name, text) is imported. They are registered to travel by value,
-    as the functions of __main__ do; other modules travel as files, see test_modules_travel.py."""
+    """Makes modules of a user's: module(name, text) is imported. They are registered to travel by
+    value, as the functions of __main__ do; other modules travel as files, see
+    test_modules_travel.py."""
     monkeypatch.syspath_prepend(str(tmp_path))
     names = []
 
@@ -378,9 +398,11 @@ def test_only_what_is_needed_is_taken_with_its_line_numbers():
     lines = text.splitlines()
     line = compute.__wrapped__.__code__.co_firstlineno
     assert lines[line - 1:line + 1] == ['@version_of', 'def compute(n):']
-    assert 'class' not in text and 'def recursive' in text and 'def fail' not in text and 'import' not in text
+    assert ('class' not in text and 'def recursive' in text and 'def fail' not in text
+            and 'import' not in text)
     assert values == {'FACTOR': 3, 'TABLE': TABLE, 'absent': None}
-    assert sorted(links) == [('OrderedDict', 'collections', 'OrderedDict'), ('functools', 'functools', ''),
+    assert sorted(links) == [('OrderedDict', 'collections', 'OrderedDict'),
+                             ('functools', 'functools', ''),
                              ('mathematics', 'math', ''), ('sys', 'sys', '')]
 
 
@@ -413,30 +435,39 @@ def f(x: Undefined) -> os.PathLike:
 ''')
     _, _, text, values, links = picked(user.f)[0]['user_imports']
     assert not values and text.splitlines()[1] == 'from __future__ import annotations'
-    assert ('os', 'os.path', '') in links and links.index(('os', 'os.path', '')) < links.index(('os', 'os', ''))
-    assert {link[1:] for link in links} >= {('xml.dom.minidom', ''), ('xml', ''), ('xml.dom', ''), ('os.path', ''), ('os', 'sep'), ('math', 'sqrt'),
+    assert (('os', 'os.path', '') in links
+            and links.index(('os', 'os.path', '')) < links.index(('os', 'os', '')))
+    assert {link[1:] for link in links} >= {('xml.dom.minidom', ''), ('xml', ''), ('xml.dom', ''),
+                                            ('os.path', ''), ('os', 'sep'), ('math', 'sqrt'),
                                             ('random', 'choice'), ('json', '')}
 
 
 def test_what_other_modules_of_the_user_define_is_taken_there(module):
     module('user_lower', 'class Base:\n    pass\ndef low():\n    return 1\n')
-    user = module('user_upper', 'from user_lower import Base, low as deep\nclass Up(Base):\n    f = deep\ndef up():\n    return Up\n')
+    user = module('user_upper', 'from user_lower import Base, low as deep\nclass Up(Base):\n'
+                  '    f = deep\ndef up():\n    return Up\n')
     rows, _ = picked(user.up)
     assert list(rows) == ['user_lower', 'user_upper']   # in the order in which they run
-    assert sorted(rows['user_upper'][4]) == [('Base', 'user_lower', 'Base'), ('deep', 'user_lower', 'low')]
+    assert sorted(rows['user_upper'][4]) == [('Base', 'user_lower', 'Base'),
+                                             ('deep', 'user_lower', 'low')]
     rows, _ = picked(user.up, 'user_lower')
     assert list(rows) == ['user_upper']
     user = module('user_whole', 'import user_lower\ndef f():\n    return user_lower.low()\n')
-    assert obstacle(user.f) == 'global `user_lower` of f is a module of your own: put it into depends'
+    assert (obstacle(user.f)
+            == 'global `user_lower` of f is a module of your own: put it into depends')
     assert picked(user.f, 'user_lower')[0]['user_whole'][4] == [('user_lower', 'user_lower', '')]
 
 
 def test_methods_and_builtins_by_name(module):
-    user = module('user_methods', 'class C:\n    @classmethod\n    def k(cls): pass\n    @staticmethod\n    def s(): pass\n    def m(self): pass\n')
-    assert picked(user.C.k)[1][0] == ('user_methods', 'C.k') and picked(user.C.s)[1][0] == ('user_methods', 'C.s')
+    user = module('user_methods', 'class C:\n    @classmethod\n    def k(cls): pass\n'
+                  '    @staticmethod\n    def s(): pass\n    def m(self): pass\n')
+    assert (picked(user.C.k)[1][0] == ('user_methods', 'C.k')
+            and picked(user.C.s)[1][0] == ('user_methods', 'C.s'))
     assert picked(len) == ({}, (('builtins', 'len'), None, None, {}))
-    assert obstacle(user.C().m) == 'the computation, of type method, is not what is called C.m in module user_methods'
-    assert obstacle(functools.partial(len)) == 'the computation is a partial, no function at the top level of a file'
+    assert (obstacle(user.C().m)
+            == 'the computation, of type method, is not what is called C.m in module user_methods')
+    assert (obstacle(functools.partial(len))
+            == 'the computation is a partial, no function at the top level of a file')
 
 
 def test_source_that_is_not_to_be_had_or_was_changed(module):
@@ -448,11 +479,13 @@ def test_source_that_is_not_to_be_had_or_was_changed(module):
         assert obstacle(space['f']) == 'the source of module user_gone is not to be had'
     finally:
         del sys.modules['user_gone']
-    user = module('user_changed', 'def f():\n    return 1\nclass C:\n    def m(self): return 1\nif 1:\n    def g(): pass\n')
+    user = module('user_changed', 'def f():\n    return 1\nclass C:\n    def m(self): return 1\n'
+                  'if 1:\n    def g(): pass\n')
     assert obstacle(user.g).startswith('the computation: no statement at the top level')
     with open(user.__file__, 'w') as file:
         file.write('def f():\n    return 2 + len(())\nclass C:\n    def m(self): return 3\n')
-    assert obstacle(user.f) == 'the computation: f in the file of module user_changed is not what runs: was the file changed?'
+    assert (obstacle(user.f) == 'the computation: f in the file of module '
+            'user_changed is not what runs: was the file changed?')
     assert 'is not what runs' in obstacle(user.C)
     with open(user.__file__, 'w') as file:
         file.write('def f(:\n')
@@ -460,11 +493,13 @@ def test_source_that_is_not_to_be_had_or_was_changed(module):
 
 
 def test_classes_for_arguments_leave_out_what_cannot_be_sent(module):
-    user = module('user_classes', 'import threading\nL = threading.Lock()\nN = 1\nclass A:\n    n = N\nclass B(A):\n    lock = L\nclass C(A): pass\ndef f(): pass\n')
+    user = module('user_classes', 'import threading\nL = threading.Lock()\nN = 1\nclass A:\n'
+                  '    n = N\nclass B(A):\n    lock = L\nclass C(A): pass\ndef f(): pass\n')
     picker = SourcePicker()
     picker.refer(user.f, 'it')
     classes = picker.classes()
-    assert [(module, name) for module, name, _ in classes] == [('user_classes', 'A'), ('user_classes', 'C')]
+    assert [(module, name) for module, name, _ in classes] == [('user_classes', 'A'),
+                                                               ('user_classes', 'C')]
     assert classes[0][2][0][3] == {'N': 1} and classes[1][2][0][3] == {}
 
 
@@ -478,7 +513,8 @@ def test_nothing_is_read_while_all_nodes_are_of_this_version(monkeypatch):
 def test_code_of_another_version_is_not_made():
     """It would crash whoever calls it."""
     pieces = []
-    value_pickler()(type('File', (), {'write': lambda self, piece: pieces.append(bytes(piece))})(), 5).dump(lambda: 41 + 1)
+    value_pickler()(type('File', (), {'write': lambda self, piece: pieces.append(bytes(piece))})(),
+                    5).dump(lambda: 41 + 1)
     assert loads(b''.join(pieces))() == 42
     stands_for_it = make_code((3, 7), (), '', 'f', 1)
     assert isinstance(stands_for_it, ForeignCode) and not callable(stands_for_it)

@@ -6,7 +6,8 @@ import struct
 import pytest
 
 import dispy
-from dispynode import DATAGRAM, DatagramType, Discovery, Role, derive_key, nearest_address, format_address
+from dispynode import (DATAGRAM, DatagramType, Discovery, Role, derive_key, nearest_address,
+                       format_address)
 
 KEY, OTHER = derive_key(b'the secret of these tests'), derive_key(b'another secret')
 CLIENT, NODE = '10.97.0.1', '10.97.0.2'
@@ -25,7 +26,8 @@ def test_a_question_and_its_answer():
     heard, answer = there.parse(asker.build(DatagramType.QUESTION), CLIENT, 0.0)
     assert heard.kind == DatagramType.QUESTION and len(answer) == DATAGRAM == 128
     found, reply = asker.parse(answer, NODE, 0.0)
-    assert reply is None and found.kind == DatagramType.ANSWER and found.port == 40001 and found.address == '' and found.instance == b'n' * 16
+    assert (reply is None and found.kind == DatagramType.ANSWER and found.port == 40001
+            and found.address == '' and found.instance == b'n' * 16)
 
 
 @pytest.mark.parametrize('kind', DatagramType)
@@ -69,8 +71,10 @@ def test_several_drivers_of_one_process_are_heard():
 def test_memory_is_bounded():
     there = node()
     for number in range(5000):
-        there.parse(client(instance=struct.pack('>QQ', 1, number)).build(DatagramType.QUESTION), CLIENT, float(number))
-        there.parse(client(OTHER).build(DatagramType.QUESTION), str(ipaddress.ip_address(number)), 100.0 * number)
+        there.parse(client(instance=struct.pack('>QQ', 1, number)).build(DatagramType.QUESTION),
+                    CLIENT, float(number))
+        there.parse(client(OTHER).build(DatagramType.QUESTION), str(ipaddress.ip_address(number)),
+                    100.0 * number)
     assert len(there._seen) == len(there._told) == Discovery.REMEMBERED
 
 
@@ -110,7 +114,8 @@ def test_a_greeting_is_heard_by_clients_and_tells_no_address():
 def test_nobody_hears_itself_and_clients_do_not_answer():
     one = node()
     assert one.parse(one.build(DatagramType.QUESTION), NODE, 0.0) == (None, None)
-    assert client().parse(client(instance=b'd' * 16).build(DatagramType.QUESTION), CLIENT, 0.0) == (None, None)
+    assert (client().parse(client(instance=b'd' * 16).build(DatagramType.QUESTION), CLIENT, 0.0)
+            == (None, None))
 
 
 def test_another_secret_is_answered_not_mine_once_a_minute():
@@ -138,14 +143,16 @@ def test_not_mine_tells_nothing_that_could_be_guessed_from():
 
 def test_so_many_answers_a_second_and_no_more():
     there = node()
-    answers = sum(there.parse(client().build(DatagramType.QUESTION), CLIENT, 7.5)[1] is not None for _ in range(1000))
+    answers = sum(there.parse(client().build(DatagramType.QUESTION), CLIENT, 7.5)[1] is not None
+                  for _ in range(1000))
     assert answers == Discovery.LIMIT
     assert there.parse(client().build(DatagramType.QUESTION), CLIENT, 8.0)[1] is not None
 
 
 def test_strangers_do_not_get_more_answers():
     there = node()
-    said = [there.parse(client(OTHER).build(DatagramType.QUESTION), str(ipaddress.ip_address(number)), 7.5)[1] for number in range(1000)]
+    said = [there.parse(client(OTHER).build(DatagramType.QUESTION),
+                        str(ipaddress.ip_address(number)), 7.5)[1] for number in range(1000)]
     assert sum(answer is not None for answer in said) == Discovery.STRANGERS
 
 
@@ -161,38 +168,53 @@ def test_strangers_do_not_get_more_answers():
 def test_the_address_that_is_told_fits_who_asks(addresses, asker, told):
     assert nearest_address(addresses, asker) == told
     ours, there = client(), node(addresses=addresses)
-    assert ours.parse(there.parse(ours.build(DatagramType.QUESTION), asker, 0.0)[1], NODE, 0.0)[0].address == told
+    assert ours.parse(there.parse(ours.build(DatagramType.QUESTION), asker, 0.0)[1], NODE,
+                      0.0)[0].address == told
 
 
 @pytest.mark.parametrize('addresses, asker', [
-    (('127.0.0.1',), '10.97.0.1'), (('127.0.1.1', '::1'), '10.97.0.1'), (('::1',), 'fd97::1'), (('fd97::2',), '10.97.0.1'), (('10.97.0.2',), 'fd97::1')])
+    (('127.0.0.1',), '10.97.0.1'), (('127.0.1.1', '::1'), '10.97.0.1'), (('::1',), 'fd97::1'),
+    (('fd97::2',), '10.97.0.1'), (('10.97.0.2',), 'fd97::1')])
 def test_who_could_not_reach_the_node_gets_no_answer(addresses, asker):
-    assert node(addresses=addresses).parse(client().build(DatagramType.QUESTION), asker, 0.0) == (None, None)
+    assert (node(addresses=addresses).parse(client().build(DatagramType.QUESTION), asker, 0.0)
+            == (None, None))
 
 
 # What is meant by an element of `nodes`; dispy 4 took .246 for 192.168.2.24
 @pytest.mark.parametrize('meant, words, fits', [
-    ('192.168.2.24', ['192.168.2.24'], True), ('192.168.2.24', ['192.168.2.246'], False), ('192.168.2.24', ['192.168.2.2'], False),
-    ('192.168.2.24', ['192a168.2.24'], False), ('192.168.2.*', ['192.168.2.246'], True), ('192.168.2.*', ['192.168.20.4'], False),
-    ('192.168.2.2*', ['192.168.2.24'], True), ('192.168.2.2*', ['192.168.2.124'], False), ('192.168.*.1', ['192.168.7.1'], True),
-    ('192.168.*.1', ['192.168.7.11'], False), ('*.2.24', ['192.168.2.24'], True), ('*', ['10.0.0.1'], True), ('*', ['fd97::1'], True), ('*', [''], False),
-    ('fd97::2', ['fd97:0:0:0:0:0:0:2'], True), ('FD97::2', ['fd97::2'], True), ('fd97::2', ['fd97::24'], False), ('fd97::*', ['fd97::24'], True),
-    ('fd97::*', ['fd98::24'], False), ('fe80::2%eth0', ['fe80::2'], True), ('fd97::2', ['10.97.0.2'], False),
-    ('lab1', ['LAB1'], True), ('lab1', ['lab1.'], True), ('lab1', ['lab12'], False), ('lab1', ['lab1.example'], False), ('lab*', ['lab12'], True),
-    ('lab*', ['slab1'], False), ('*.example', ['lab1.example'], True), ('*.example', ['lab1-example'], False), ('l[a]b', ['lab'], False),
-    ('lab?', ['lab1'], False), ('lab1', ['10.0.0.1', '', 'lab1'], True), ('lab1', ['10.0.0.1', ''], False), ('a*c', ['a\nc'], False),
+    ('192.168.2.24', ['192.168.2.24'], True), ('192.168.2.24', ['192.168.2.246'], False),
+    ('192.168.2.24', ['192.168.2.2'], False),
+    ('192.168.2.24', ['192a168.2.24'], False), ('192.168.2.*', ['192.168.2.246'], True),
+    ('192.168.2.*', ['192.168.20.4'], False),
+    ('192.168.2.2*', ['192.168.2.24'], True), ('192.168.2.2*', ['192.168.2.124'], False),
+    ('192.168.*.1', ['192.168.7.1'], True),
+    ('192.168.*.1', ['192.168.7.11'], False), ('*.2.24', ['192.168.2.24'], True),
+    ('*', ['10.0.0.1'], True), ('*', ['fd97::1'], True), ('*', [''], False),
+    ('fd97::2', ['fd97:0:0:0:0:0:0:2'], True), ('FD97::2', ['fd97::2'], True),
+    ('fd97::2', ['fd97::24'], False), ('fd97::*', ['fd97::24'], True),
+    ('fd97::*', ['fd98::24'], False), ('fe80::2%eth0', ['fe80::2'], True),
+    ('fd97::2', ['10.97.0.2'], False),
+    ('lab1', ['LAB1'], True), ('lab1', ['lab1.'], True), ('lab1', ['lab12'], False),
+    ('lab1', ['lab1.example'], False), ('lab*', ['lab12'], True),
+    ('lab*', ['slab1'], False), ('*.example', ['lab1.example'], True),
+    ('*.example', ['lab1-example'], False), ('l[a]b', ['lab'], False),
+    ('lab?', ['lab1'], False), ('lab1', ['10.0.0.1', '', 'lab1'], True),
+    ('lab1', ['10.0.0.1', ''], False), ('a*c', ['a\nc'], False),
 ])
 def test_what_is_meant(meant, words, fits):
     assert dispy.NodeSpec(meant, 9701).fits(*words) is fits
 
 
 @pytest.mark.parametrize('meant, address, may', [
-    ('192.168.2.*', '192.168.2.4', True), ('192.168.2.*', '192.168.20.4', False), ('fd97::*', '10.0.0.1', False), ('*', '10.0.0.1', True),
-    ('lab*', '10.0.0.1', True), ('ace*', '10.0.0.1', True), ('b*', 'fd97::1', True), ('1*', '21.0.0.1', False)])
+    ('192.168.2.*', '192.168.2.4', True), ('192.168.2.*', '192.168.20.4', False),
+    ('fd97::*', '10.0.0.1', False), ('*', '10.0.0.1', True),
+    ('lab*', '10.0.0.1', True), ('ace*', '10.0.0.1', True), ('b*', 'fd97::1', True),
+    ('1*', '21.0.0.1', False)])
 def test_where_a_node_may_be_that_is_meant(meant, address, may):
     assert dispy.NodeSpec(meant, 9701).may_fit(address) is may
 
 
 def test_places():
-    assert [format_address(*pair) for pair in (('fd97::2', 9701), ('10.97.0.2', 9701), ('lab1', 1), ('', 9702))] == [
-        '[fd97::2]:9701', '10.97.0.2:9701', 'lab1:1', '*:9702']
+    assert [format_address(*pair)
+            for pair in (('fd97::2', 9701), ('10.97.0.2', 9701), ('lab1', 1), ('', 9702))] == [
+                '[fd97::2]:9701', '10.97.0.2:9701', 'lab1:1', '*:9702']

@@ -60,7 +60,8 @@ def test_the_time_for_which_an_address_is_refused(failures, shut):
     assert keeper.admit('a', now + shut)
 
 
-# Guards against: 2 ** count does not fit a float any more, done() raises, and the address is never refused again.
+# Guards against: 2 ** count does not fit a float any more, done() raises, and the address is never
+# refused again.
 def test_failures_beyond_a_thousand():
     keeper, now = HandshakeLimiter(), 0.0
     for _ in range(40):    # 32 at once come in whenever the time is over
@@ -88,8 +89,8 @@ def test_success_is_forgiveness():
 
 def test_one_line_an_address_and_10_seconds():
     keeper = HandshakeLimiter()
-    assert [keeper.may_log('a', now) for now in (0.0, 0.1, 9.9, 10.0, 10.1, 19.9, 20.0)] == [True, False, False,
-        True, False, False, True]
+    assert ([keeper.may_log('a', now) for now in (0.0, 0.1, 9.9, 10.0, 10.1, 19.9, 20.0)]
+            == [True, False, False, True, False, False, True])
     assert keeper.may_log('b', 0.1)
 
 
@@ -98,7 +99,8 @@ def test_memory_is_bounded():
     for number in range(3 * HandshakeLimiter.REMEMBERED):
         fail(keeper, '10.%d' % number, 1)
         keeper.may_log('10.%d' % number, 0.0)
-    assert len(keeper._failed) <= HandshakeLimiter.REMEMBERED and len(keeper._logged) <= HandshakeLimiter.REMEMBERED
+    assert (len(keeper._failed) <= HandshakeLimiter.REMEMBERED
+            and len(keeper._logged) <= HandshakeLimiter.REMEMBERED)
     assert not keeper._open
 
 

@@ -1,4 +1,5 @@
-"""Names of files from outside, and files that come in pieces into a tree where jobs may have planted links."""
+"""Names of files from outside, and files that come in pieces into a tree where jobs may have
+planted links."""
 
 import contextlib
 import hashlib
@@ -42,8 +43,9 @@ def row(name, data=DATA, mode=0o644, size=None):
 
 def tree(root):
     """All files and links below a directory."""
-    return sorted(os.path.relpath(os.path.join(top, name), str(root)) for top, directories, files in os.walk(str(root))
-                  for name in files + [one for one in directories if os.path.islink(os.path.join(top, one))])
+    return sorted(os.path.relpath(os.path.join(top, name), str(root))
+                  for top, directories, files in os.walk(str(root)) for name in files
+                  + [one for one in directories if os.path.islink(os.path.join(top, one))])
 
 
 @pytest.fixture
@@ -58,13 +60,12 @@ def outside(tmp_path):
     return tmp_path / 'outside'
 
 
-# -- names --------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', [
-    'a', 'a.txt', 'a/b', 'a/b/c.py', '.hidden', '.a/.b', '...', 'a..b', '..a', 'a..', 'a b', 'caf\u00e9',
-    '\u65e5\u672c/\U0001f600',
-    '~', '~root', '-rf', '$HOME', '*', '%2e%2e', 'x' * 255, '/'.join('a' * 32), '\u00e9' * 127, "it's", '#',
-    'a,b;c|d&e'], ids=ascii)
+    'a', 'a.txt', 'a/b', 'a/b/c.py', '.hidden', '.a/.b', '...', 'a..b', '..a', 'a..', 'a b',
+    'caf\u00e9', '\u65e5\u672c/\U0001f600', '~', '~root', '-rf', '$HOME', '*', '%2e%2e', 'x' * 255,
+    '/'.join('a' * 32), '\u00e9' * 127, "it's", '#', 'a,b;c|d&e'], ids=ascii)
 def test_good_names_come_apart(name):
     assert '/'.join(check_name(name)) == name
 
@@ -73,16 +74,19 @@ def test_good_names_come_apart(name):
     # nothing, and parts of nothing
     '', '/', '//', 'a//b', 'a/', '/a', '//a', '///a', 'a///b', 'a/b/', '/a/b', ' /', '/ ',
     # upwards
-    '.', '..', './a', '../a', 'a/..', 'a/.', 'a/../b', 'a/./b', '../../etc/passwd', 'a/b/../../..', '/..', '../',
+    '.', '..', './a', '../a', 'a/..', 'a/.', 'a/../b', 'a/./b', '../../etc/passwd', 'a/b/../../..',
+    '/..', '../',
     './', 'a/../../b',
     # absolute
     '/etc/passwd', '/tmp/x', '//host/share/x', '/dev/null', '/proc/self/mem',
     # Windows
-    '\\', '\\a', 'a\\b', '..\\a', 'a\\..\\b', '\\\\host\\share', '\\\\?\\C:\\a', 'a/b\\c', '..\\', 'C:', 'C:a',
+    '\\', '\\a', 'a\\b', '..\\a', 'a\\..\\b', '\\\\host\\share', '\\\\?\\C:\\a', 'a/b\\c', '..\\',
+    'C:', 'C:a',
     'C:\\a', 'C:/a', 'c:/',
     'a:b', 'a/b:stream', 'a::$DATA', ':', 'file:///etc/passwd', 'http://x/y',
     # control characters
-    '\0', 'a\0', '\0a', 'a\0b', 'a/\0', 'a\n', '\n', 'a\rb', 'a\tb', '\x01', '\x1b[2J', 'a\x1b]0;x\x07', '\x7f',
+    '\0', 'a\0', '\0a', 'a\0b', 'a/\0', 'a\n', '\n', 'a\rb', 'a\tb', '\x01', '\x1b[2J',
+    'a\x1b]0;x\x07', '\x7f',
     'a\x7fb', 'a/\x0bb',
     '..\0', '../\n',
     # not to be encoded, and too much
@@ -96,8 +100,10 @@ def test_bad_names_are_refused(name):
     assert len(str(info.value)) < 400
 
 
-# Guards against: the C1 control characters (terminals obey some of them) and the line separators pass.
-@pytest.mark.parametrize('name', ['\x80', 'a\x85b', '\x9b2J', 'a\x9f', 'a\u2028b', 'a\u2029b'], ids=ascii)
+# Guards against: the C1 control characters (terminals obey some of them) and the line separators
+# pass.
+@pytest.mark.parametrize('name', ['\x80', 'a\x85b', '\x9b2J', 'a\x9f', 'a\u2028b', 'a\u2029b'],
+                         ids=ascii)
 def test_other_control_characters_are_refused(name):
     with pytest.raises(ValueError):
         check_name(name)
@@ -110,7 +116,7 @@ def test_the_receiver_checks_names(root, name):
     assert tree(root.parent) == []
 
 
-# -- pieces -------------------------------------------------------------------------------------------------------
+# -- pieces ----------------------------------------------------------------------------------------
 
 def test_a_file_comes_in_pieces(root):
     receiver = Receiver(str(root))
@@ -147,8 +153,10 @@ def test_an_unfinished_file_is_not_there_under_its_name(root):
 
 
 @pytest.mark.parametrize('pieces', [
-    [(1, DATA)], [(-1, DATA)], [(0, DATA + b'x')], [(0, DATA[:5]), (4, DATA[4:])], [(0, DATA[:5]), (6, DATA[6:])],
-    [(0, DATA[:5]), (0, DATA[:5])], [(0, DATA[:5]), (5, DATA[5:] + b'x')], [(0, DATA[:-1] + b'!')], [(0, bytes(len(DATA)))],
+    [(1, DATA)], [(-1, DATA)], [(0, DATA + b'x')], [(0, DATA[:5]), (4, DATA[4:])],
+    [(0, DATA[:5]), (6, DATA[6:])],
+    [(0, DATA[:5]), (0, DATA[:5])], [(0, DATA[:5]), (5, DATA[5:] + b'x')], [(0, DATA[:-1] + b'!')],
+    [(0, bytes(len(DATA)))],
     [(0, DATA[:5]), (1 << 70, b'x')],
 ], ids=lambda pieces: '%.50r' % (pieces,))
 def test_pieces_that_do_not_fit_are_refused_and_leave_nothing(root, pieces):
@@ -208,8 +216,8 @@ def open_files():
     return sorted(os.listdir('/proc/self/fd'))
 
 
-# Guards against: the descriptor is closed before the file is moved and closed again by abort, which raises (or closes
-# what got the number meanwhile); the temporary file stays.
+# Guards against: the descriptor is closed before the file is moved and closed again by abort, which
+# raises (or closes what got the number meanwhile); the temporary file stays.
 @posix
 def test_a_directory_in_the_place_of_a_file_is_an_error_and_leaves_nothing(root):
     receiver = Receiver(str(root))
@@ -240,7 +248,8 @@ def test_abort_after_a_failed_move_closes_nothing_of_others(root, monkeypatch):
         assert tree(root) == []
     finally:
         for handle in (reader, writer):
-            with contextlib.suppress(OSError):   # closed by somebody else, which the test has shown above
+            # Closed by somebody else, which the test has shown above
+            with contextlib.suppress(OSError):
                 os.close(handle)
 
 
@@ -255,12 +264,14 @@ def test_no_descriptor_stays_open(root):
     assert open_files() == before
 
 
-# -- modes ----------------------------------------------------------------------------------------------------------
+# -- modes -----------------------------------------------------------------------------------------
 
 @posix
 @pytest.mark.parametrize('mode, expected', [
-    (0o644, 0o644), (0o755, 0o755), (0o600, 0o600), (0o700, 0o700), (0o666, 0o644), (0o777, 0o755), (0o4755, 0o755),
-    (0o2755, 0o755), (0o1777, 0o755), (0o7777, 0o755), (0o000, 0o600), (0o444, 0o644), (0o100644, 0o644)], ids=oct)
+    (0o644, 0o644), (0o755, 0o755), (0o600, 0o600), (0o700, 0o700), (0o666, 0o644), (0o777, 0o755),
+    (0o4755, 0o755),
+    (0o2755, 0o755), (0o1777, 0o755), (0o7777, 0o755), (0o000, 0o600), (0o444, 0o644),
+    (0o100644, 0o644)], ids=oct)
 def test_modes_are_cut_down(root, mode, expected):
     receiver = Receiver(str(root))
     receiver.want([row('file', mode=mode)])
@@ -278,7 +289,7 @@ def test_a_file_on_its_way_and_new_directories_are_private(root):
     receiver.abort()
 
 
-# -- what is there already ----------------------------------------------------------------------------------------------
+# -- what is there already -------------------------------------------------------------------------
 
 def test_a_known_file_is_not_wanted(root):
     (root / 'file').write_bytes(DATA)
@@ -301,10 +312,11 @@ def test_a_received_file_is_known_to_the_next(root):
 
 def test_digests(root):
     (root / 'file').write_bytes(DATA * 100000)
-    assert file_digest(str(root / 'file')) == (len(DATA) * 100000, hashlib.sha256(DATA * 100000).digest())
+    assert file_digest(str(root / 'file')) == (len(DATA) * 100000,
+                                               hashlib.sha256(DATA * 100000).digest())
 
 
-# -- planted links ----------------------------------------------------------------------------------------------------
+# -- planted links ---------------------------------------------------------------------------------
 
 @posix
 def test_a_link_in_the_place_of_a_directory_is_not_followed(root, outside):
@@ -358,7 +370,8 @@ def test_a_link_to_the_right_content_is_not_a_known_file(root, outside):
     assert Receiver(str(root)).want([row('file')]) == ['file']
 
 
-# Guards against: on the way to a file that may be known, links in the place of directories are followed.
+# Guards against: on the way to a file that may be known, links in the place of directories are
+# followed.
 @posix
 def test_a_file_behind_a_linked_directory_is_not_a_known_file(root, outside):
     (outside / 'file').write_bytes(DATA)
@@ -539,7 +552,7 @@ def test_a_file_that_cannot_be_read_is_told_and_others_go_on(tmp_path):
     assert [message.comp for message in links[1].sent] == ['d'] and not backlog.has_room()
 
 
-# -- room ----------------------------------------------------------------------------------------------------------------
+# -- room ------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def disk(monkeypatch):
@@ -560,9 +573,10 @@ def test_a_negative_size_is_refused(root, disk):
         Receiver(str(root)).want([row('a', size=-5000), row('b', size=5000)])
 
 
-# Guards against: rows off the wire are believed; what they raise is neither ValueError nor OSError and ends the node's thread.
-@pytest.mark.parametrize('rows', [[()], [('a', 1)], [(1, 1, b'', 0)], [('a', '1', b'', 0)], [('a', 1, b'', None)], [None], None],
-                         ids=repr)
+# Guards against: rows off the wire are believed; what they raise is neither ValueError nor OSError
+# and ends the node's thread.
+@pytest.mark.parametrize('rows', [[()], [('a', 1)], [(1, 1, b'', 0)], [('a', '1', b'', 0)],
+                                  [('a', 1, b'', None)], [None], None], ids=repr)
 def test_rows_that_make_no_sense_are_a_value_error(root, rows):
     receiver = Receiver(str(root))
     with pytest.raises((ValueError, OSError)):

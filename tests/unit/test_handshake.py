@@ -17,7 +17,8 @@ HELLO, CHALLENGE, PROOF = 80, 80, 40
 
 
 def accept(sock, psk=PSK, **named):
-    return Side(handshake_accept, sock, psk, Role.NODE, (Role.CLIENT, Role.SCHEDULER), NODE, **named)
+    return Side(handshake_accept, sock, psk, Role.NODE, (Role.CLIENT, Role.SCHEDULER), NODE,
+                **named)
 
 
 @pytest.fixture
@@ -43,8 +44,9 @@ def relay(dialler, acceptor, change=lambda number, message: message):
     """A man in the middle: passes the four messages on, changed; ends when a side hangs up."""
     passed = []
     with contextlib.suppress(OSError):
-        for number, (source, target, size) in enumerate(((dialler, acceptor, HELLO), (acceptor, dialler, CHALLENGE),
-                                                         (dialler, acceptor, PROOF), (acceptor, dialler, PROOF))):
+        for number, (source, target, size) in enumerate(
+                ((dialler, acceptor, HELLO), (acceptor, dialler, CHALLENGE),
+                 (dialler, acceptor, PROOF), (acceptor, dialler, PROOF))):
             message = receive(source, size)
             if len(message) < size:
                 break
@@ -56,7 +58,8 @@ def relay(dialler, acceptor, change=lambda number, message: message):
 
 
 def through(change=lambda number, message: message, dialled=None, accepted=None):
-    """A handshake through a man in the middle: (dialling side, accepting side, messages as they were sent)."""
+    """A handshake through a man in the middle: (dialling side, accepting side, messages as they
+    were sent)."""
     (ours, his_left), (his_right, theirs) = socket.socketpair(), socket.socketpair()
     with ours, his_left, his_right, theirs:
         for sock in (ours, his_left, his_right, theirs):
@@ -67,7 +70,7 @@ def through(change=lambda number, message: message, dialled=None, accepted=None)
         return one.ended(), two.ended(), passed
 
 
-# -- what is agreed on ----------------------------------------------------------------------------------------------
+# -- what is agreed on -----------------------------------------------------------------------------
 
 def test_both_sides_agree(pair):
     side = accept(pair[1])
@@ -121,12 +124,13 @@ def test_messages_and_keys_are_these(monkeypatch):
         '4d5f875e392694270b061d5b0478d44ade39aba0de63dd3d3ed568e27860882b')
 
 
-# -- a secret that differs ------------------------------------------------------------------------------------------
+# -- a secret that differs -------------------------------------------------------------------------
 
 def test_a_wrong_secret_is_told_to_both():
     one, two, passed = through(dialled={'psk': OTHER_PSK})
     assert isinstance(one.error, HandshakeError) and 'wrong secret' in str(one.error)
-    assert 'DISPY_SECRET' in str(one.error) and '--secret-file' in str(one.error)   # no file is named from which it does not come
+    # No file is named from which it does not come
+    assert 'DISPY_SECRET' in str(one.error) and '--secret-file' in str(one.error)
     assert isinstance(two.error, HandshakeError) and 'wrong secret' in str(two.error)
     assert len(passed) == 3    # no FINISHED to guess against
 
@@ -185,7 +189,7 @@ def test_the_acceptor_reads_no_further_than_the_proof(pair):
     assert len(ours.recv(1000)) == CHALLENGE    # and nothing came after it
 
 
-# -- a man in the middle ---------------------------------------------------------------------------------------------
+# -- a man in the middle ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('number', range(4), ids=['HELLO', 'CHALLENGE', 'PROOF', 'FINISHED'])
 def test_every_changed_byte_is_noticed(number):
@@ -257,7 +261,8 @@ def test_replayed_answers_are_refused(pair):
     side.ended()
 
 
-@pytest.mark.parametrize('mine, its', [(b'a' * 32, b'b' * 32), (NO_TLS, b'b' * 32), (b'a' * 32, NO_TLS)])
+@pytest.mark.parametrize('mine, its',
+                         [(b'a' * 32, b'b' * 32), (NO_TLS, b'b' * 32), (b'a' * 32, NO_TLS)])
 def test_a_relay_between_different_channels_is_refused(mine, its):
     one, two, _ = through(dialled={'binding': mine}, accepted={'binding': its})
     assert isinstance(one.error, HandshakeError) and two.result is None
@@ -268,9 +273,10 @@ def test_the_same_channel_is_accepted():
     assert one.result and two.result
 
 
-# -- roles and versions -----------------------------------------------------------------------------------------------
+# -- roles and versions ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize('role, wanted', [(Role.NODE, Role.NODE), (Role.CLIENT, Role.SCHEDULER), (Role.CLIENT, Role.CLIENT)])
+@pytest.mark.parametrize('role, wanted', [(Role.NODE, Role.NODE), (Role.CLIENT, Role.SCHEDULER),
+                                          (Role.CLIENT, Role.CLIENT)])
 def test_roles_that_do_not_fit_are_refused(pair, role, wanted):
     side = accept(pair[1])
     with pytest.raises(HandshakeError):
@@ -280,13 +286,15 @@ def test_roles_that_do_not_fit_are_refused(pair, role, wanted):
 
 def test_another_major_version_gets_the_alert(pair, monkeypatch):
     side = accept(pair[1])
-    hello = dispynode._HELLO.pack(MAGIC[:7] + b'\x02', 1, 1, Role.CLIENT, Role.NODE, 0, CLIENT, bytes(32))
+    hello = dispynode._HELLO.pack(MAGIC[:7] + b'\x02', 1, 1, Role.CLIENT, Role.NODE, 0, CLIENT,
+                                  bytes(32))
     pair[0].sendall(hello)
     assert receive(pair[0], CHALLENGE).startswith(dispynode.ALERT)
     assert 'version' in str(side.ended().error)
 
 
-@pytest.mark.parametrize('magic', [dispynode.ALERT, b'dispy5!\x07', MAGIC[:7] + b'\x02', MAGIC[:6] + b'\x01\x01'], ids=repr)
+@pytest.mark.parametrize('magic', [dispynode.ALERT, b'dispy5!\x07', MAGIC[:7] + b'\x02',
+                                   MAGIC[:6] + b'\x01\x01'], ids=repr)
 def test_the_dialler_tells_of_another_version(pair, magic):
     def newer(sock):
         receive(sock, HELLO)
@@ -297,11 +305,13 @@ def test_the_dialler_tells_of_another_version(pair, magic):
     side.ended()
 
 
-@pytest.mark.parametrize('versions, agreed', [((1, 1), 1), ((0, 1), 1), ((1, 9), 1), ((1, 65535), 1), ((2, 9), None),
-    ((0, 0), None)])
+@pytest.mark.parametrize('versions, agreed',
+                         [((1, 1), 1), ((0, 1), 1), ((1, 9), 1), ((1, 65535), 1), ((2, 9), None),
+                          ((0, 0), None)])
 def test_the_highest_common_minor_version_is_chosen(pair, versions, agreed):
     side = accept(pair[1])
-    pair[0].sendall(dispynode._HELLO.pack(MAGIC, *versions, Role.CLIENT, Role.NODE, 0, CLIENT, bytes(32)))
+    pair[0].sendall(dispynode._HELLO.pack(MAGIC, *versions, Role.CLIENT, Role.NODE, 0, CLIENT,
+                                          bytes(32)))
     magic, version = dispynode._CHALLENGE.unpack(receive(pair[0], CHALLENGE))[:2]
     assert (version if magic == MAGIC else None) == agreed
     pair[0].close()
@@ -319,9 +329,10 @@ def test_a_version_that_was_not_offered_is_refused(pair, version):
     side.ended()
 
 
-# -- peers that do nothing, or something else ---------------------------------------------------------------------------
+# -- peers that do nothing, or something else ------------------------------------------------------
 
-@pytest.mark.parametrize('said', [b'GET / HTTP/1.1\r\n' * 10, bytes(200), b'\x16\x03\x01' * 40, b'SSH-2.0-x\r\n' * 20], ids=repr)
+@pytest.mark.parametrize('said', [b'GET / HTTP/1.1\r\n' * 10, bytes(200), b'\x16\x03\x01' * 40,
+                                  b'SSH-2.0-x\r\n' * 20], ids=repr)
 def test_garbage_is_refused_by_both(pair, said):
     ours, theirs = pair
     ours.sendall(said)
@@ -372,7 +383,8 @@ def test_a_slow_dialler_hits_the_deadline(pair):
             return theirs.recv(1)
     slow = Dripping()
     with pytest.raises(HandshakeError, match='no answer within'):
-        handshake_accept(slow, PSK, Role.NODE, (Role.CLIENT,), NODE, deadline=10.0, clock=SlowClock())
+        handshake_accept(slow, PSK, Role.NODE, (Role.CLIENT,), NODE, deadline=10.0,
+                         clock=SlowClock())
     assert slow.reads < 10
 
 
@@ -382,7 +394,8 @@ def test_silence_hits_the_deadline_of_both(pair, said):
     ours.sendall(said)
     clock = SlowClock()
     with pytest.raises(HandshakeError, match='no answer within'):
-        handshake_accept(theirs, PSK, Role.NODE, (Role.CLIENT,), NODE, deadline=clock.now + 1.02, clock=clock)
+        handshake_accept(theirs, PSK, Role.NODE, (Role.CLIENT,), NODE, deadline=clock.now + 1.02,
+                         clock=clock)
     theirs.sendall(said)
     clock = SlowClock()
     with pytest.raises(HandshakeError, match='no answer within'):
@@ -391,4 +404,5 @@ def test_silence_hits_the_deadline_of_both(pair, said):
 
 def test_a_deadline_that_has_passed_reads_nothing(pair):
     with pytest.raises(HandshakeError, match='no answer within'):
-        handshake_accept(pair[1], PSK, Role.NODE, (Role.CLIENT,), NODE, deadline=0.0, clock=SlowClock())
+        handshake_accept(pair[1], PSK, Role.NODE, (Role.CLIENT,), NODE, deadline=0.0,
+                         clock=SlowClock())

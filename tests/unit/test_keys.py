@@ -1,4 +1,5 @@
-"""Results are given to those who have their computation's key: the program, and who has its recovery file."""
+"""Results are given to those who have their computation's key: the program, and who has its
+recovery file."""
 
 import os
 
@@ -11,7 +12,8 @@ from dispynode import (
 
 def test_keys():
     key = os.urandom(32)
-    assert may_reclaim(digest_of(key), key) and not may_reclaim(digest_of(key), b'') and not may_reclaim(digest_of(key), os.urandom(32))
+    assert (may_reclaim(digest_of(key), key) and not may_reclaim(digest_of(key), b'')
+            and not may_reclaim(digest_of(key), os.urandom(32)))
     assert may_reclaim(bytes(32), b'') and may_reclaim(bytes(32), b'any')
 
 
@@ -27,7 +29,9 @@ def test_a_node_gives_kept_results_for_the_key(key, given):
     node = node_with_kept(digest_of(key))
     actions = node.handle(Received(5, Reclaim('c', given)), 0.0)
     right = key == given
-    answer = KnownAttempts('c', [1, 2]) if right else KnownAttempts('c', [], (False, [], [], [], ''))   # who is refused must not take it for told that nothing began
+    # Who is refused must not take it for told that nothing began
+    answer = KnownAttempts('c', [1, 2]) if right else KnownAttempts('c', [],
+                                                                    (False, [], [], [], ''))
     assert [action.message for action in actions if isinstance(action, Send)][0] == answer
     assert (node.results.spooled['c'].owner == b'b' * 16) is right
 

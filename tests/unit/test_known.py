@@ -1,4 +1,5 @@
-"""What is known of an attempt, and what becomes of its job: the whole table, cell by cell, and who fills it in."""
+"""What is known of an attempt, and what becomes of its job: the whole table, cell by cell, and who
+fills it in."""
 
 import itertools
 import math
@@ -9,7 +10,8 @@ import pytest
 
 import dispy
 from dispy import Account, Known, NodeLost, NodeReady, NodeTold, Occasion, Submitted, Verdict
-from dispynode import BEGUN_KEPT, KnownAttempts, Memory, AttemptHistory, PeerError, Ready, Slots, decode, encode
+from dispynode import (BEGUN_KEPT, KnownAttempts, Memory, AttemptHistory, PeerError, Ready, Slots,
+                       decode, encode)
 from talk_schedule import Talk, jobs, only
 
 STAYS, WAITS, LOST = Verdict.STAYS, Verdict.WAITS, Verdict.LOST
@@ -33,21 +35,28 @@ def test_each_cell(known, occasion):
 def test_what_never_began_is_never_lost_and_what_began_never_waits_again():
     began = {Known.LOST, Known.GIVEN_UP, Known.FORGOTTEN}
     for (known, occasion), verdict in dispy.KNOWN_TABLE.items():
-        assert verdict is not LOST or known in began or (known, occasion) == (Known.SILENT, Occasion.ENDED)
+        assert verdict is not LOST or known in began or (known, occasion) == (Known.SILENT,
+                                                                              Occasion.ENDED)
         assert verdict is not WAITS or known not in began
     assert len(dispy.KNOWN_TABLE) == len(Known) * len(Occasion)
 
 
-PAST = AttemptHistory(True, frozenset([2]), frozenset([3, 7]), frozenset([4, 7]), 'given up after 3 s')
+PAST = AttemptHistory(True, frozenset([2]), frozenset([3, 7]), frozenset([4, 7]),
+                      'given up after 3 s')
 
 
 @pytest.mark.parametrize('serial, account, known', [
-    (1, Account(frozenset([1]), PAST), Known.HELD), (2, Account(frozenset([1]), PAST), Known.UNBEGUN),
+    (1, Account(frozenset([1]), PAST), Known.HELD),
+    (2, Account(frozenset([1]), PAST), Known.UNBEGUN),
     (3, Account(frozenset([1]), PAST), Known.LOST), (4, Account(frozenset(), PAST), Known.GIVEN_UP),
-    (4, Account(frozenset([4]), PAST), Known.HELD),                                    # sent again since
-    (5, Account(frozenset([1]), PAST), Known.ABSENT), (7, Account(frozenset(), PAST), Known.GIVEN_UP),
-    (5, Account(frozenset(), PAST, False), Known.FORGOTTEN),                           # another memory than before
-    (2, Account(frozenset(), PAST, False), Known.UNBEGUN),                             # said for certain all the same
+    # Sent again since
+    (4, Account(frozenset([4]), PAST), Known.HELD),
+    (5, Account(frozenset([1]), PAST), Known.ABSENT),
+    (7, Account(frozenset(), PAST), Known.GIVEN_UP),
+    # Another memory than before
+    (5, Account(frozenset(), PAST, False), Known.FORGOTTEN),
+    # Said for certain all the same
+    (2, Account(frozenset(), PAST, False), Known.UNBEGUN),
     (5, Account(frozenset(), PAST._replace(whole=False)), Known.FORGOTTEN),
     (5, Account(), Known.ABSENT)])
 def test_what_an_answer_means(serial, account, known):
@@ -61,22 +70,25 @@ def test_the_table_is_printed_by_a_command(capsys):
         assert [known.name, *(cell.name for cell in cells)] in rows
 
 
-# -- the messages that carry it ------------------------------------------------------------------------------------
+# -- the messages that carry it --------------------------------------------------------------------
 
 def test_past_goes_there_and_back():
-    assert AttemptHistory.of(PAST.row()) == PAST and AttemptHistory().row() == () and AttemptHistory.of(()) == AttemptHistory()
-    assert PAST.and_also(AttemptHistory(False)).row() == (False, [2], [3, 7], [4, 7], 'given up after 3 s')
+    assert (AttemptHistory.of(PAST.row()) == PAST and AttemptHistory().row() == ()
+            and AttemptHistory.of(()) == AttemptHistory())
+    assert PAST.and_also(AttemptHistory(False)).row() == (False, [2], [3, 7], [4, 7],
+                                                          'given up after 3 s')
 
 
 @pytest.mark.parametrize('kind', [Ready, KnownAttempts])
-@pytest.mark.parametrize('past', [(1,), (1, [], [], [], ''), (True, [], [], 'x', ''), (True, [-1], [], [], ''), (True, [], [], [], b'')])
+@pytest.mark.parametrize('past', [(1,), (1, [], [], [], ''), (True, [], [], 'x', ''),
+                                  (True, [-1], [], [], ''), (True, [], [], [], b'')])
 def test_nonsense_is_no_past(kind, past):
     op, encoding, pieces = encode(kind('c', [1], past))
     with pytest.raises(PeerError):
         decode(op, encoding, memoryview(b''.join(pieces)))
 
 
-# -- the schedule ----------------------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------
 
 def busy(reentrant=False):
     """A talk with four jobs on a node."""
@@ -88,7 +100,8 @@ def busy(reentrant=False):
 
 
 def account_of(works, held=(), unbegun=(), lost=(), given_up=(), whole=True):
-    pick = [frozenset(works[number].serial for number in numbers) for numbers in (held, unbegun, lost, given_up)]
+    pick = [frozenset(works[number].serial for number in numbers)
+            for numbers in (held, unbegun, lost, given_up)]
     return Account(pick[0], AttemptHistory(whole, *pick[1:], text='given up'))
 
 
@@ -132,10 +145,11 @@ def test_a_node_that_has_told_what_it_holds_is_not_lost_while_it_sets_up():
 
 
 @pytest.mark.parametrize('tried, lost_at', [
-    ([], 10.0), ([16.0], 16.0), ([16.0, 9.5], 10.0), ([8.0], 10.0), ([16.0, 'away'], 12.0), ([16.0, 'told'], None)])
+    ([], 10.0), ([16.0], 16.0), ([16.0, 9.5], 10.0), ([8.0], 10.0), ([16.0, 'away'], 12.0),
+    ([16.0, 'told'], None)])
 def test_a_node_is_not_lost_while_there_is_an_attempt_to_reach_it(tried, lost_at):
-    """One that failed before the limit changes nothing, one that is under way then is waited for; with another connection that
-    breaks there is another limit."""
+    """One that failed before the limit changes nothing, one that is under way then is waited for;
+    with another connection that breaks there is another limit."""
     talk, works = busy()
     talk.tell(dispy.NodeAway('n', 'host', 'broken', 10.0))
     for event in tried:
@@ -164,7 +178,9 @@ def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
     talk, _ = busy()
     peer = dispy.NodeConnection('n', 1)
     peer.key, peer.failures = 'n', 100
-    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5), nodes=dispy.NodeTable(), clusters={}, instance=b'')
+    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0,
+                                   access=types.SimpleNamespace(redial=0.5),
+                                   nodes=dispy.NodeTable(), clusters={}, instance=b'')
     connector = dispy.Connector(driver, bytes(32), None)
     talk.tell(dispy.NodeAway('n', 'host', 'broken', 1010.0))
     assert not connector.is_forgotten(peer)
@@ -174,7 +190,7 @@ def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
     assert not connector.is_forgotten(peer), 'it answers by UDP'
 
 
-# -- what outlives processes ------------------------------------------------------------------------------------------
+# -- what outlives processes -----------------------------------------------------------------------
 
 def test_what_has_begun_is_noted_in_a_file(tmp_path):
     slots = Slots.make(str(tmp_path), 1)

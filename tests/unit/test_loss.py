@@ -1,4 +1,5 @@
-"""When a node is lost: the whole table of evidence, cell by cell, and that the Schedule follows it."""
+"""When a node is lost: the whole table of evidence, cell by cell, and that the Schedule follows
+it."""
 
 import itertools
 import math

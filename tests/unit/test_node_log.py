@@ -101,8 +101,8 @@ def test_what_raises_is_logged_with_what_was_decided_before(caplog):
 
 
 def test_who_was_here_and_how_it_ended(caplog):
-    """Without -d: the client, its computation from begin to end with counts and CPU seconds, and its
-    runner."""
+    """Without -d: the client, its computation from begin to end with counts and CPU seconds, and
+    its runner."""
     caplog.set_level(logging.INFO, 'dispynode')
     one_job(Talk(1))
     assert not lines(caplog, logging.DEBUG)

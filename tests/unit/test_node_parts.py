@@ -1,4 +1,5 @@
-"""The parts of a node's state by themselves: timers, CPUs, the lease, fair shares, and what is known of past attempts."""
+"""The parts of a node's state by themselves: timers, CPUs, the lease, fair shares, and what is
+known of past attempts."""
 
 import math
 
@@ -18,7 +19,7 @@ def due(timers, now):
         timer.call(*timer.args, now)
 
 
-# -- timers -----------------------------------------------------------------------------------------------
+# -- timers ----------------------------------------------------------------------------------------
 
 def test_timers_are_due_in_order_of_time_and_then_as_they_were_set():
     timers, calls = Timers(), []
@@ -46,7 +47,7 @@ def test_a_timer_may_set_another_that_is_due_in_the_same_turn():
     assert calls == [3, 2, 1, 0]
 
 
-# -- CPUs -------------------------------------------------------------------------------------------------
+# -- CPUs ------------------------------------------------------------------------------------------
 
 def test_cpus_that_are_in_use_are_counted_when_their_number_changes():
     cpus = Cpus(4)
@@ -58,7 +59,7 @@ def test_cpus_that_are_in_use_are_counted_when_their_number_changes():
     assert (cpus.total, cpus.free, cpus.most) == (1, -2, 6), 'jobs that run go on'
 
 
-# -- the lease --------------------------------------------------------------------------------------------
+# -- the lease -------------------------------------------------------------------------------------
 
 def test_a_lease_from_its_beginning_to_its_end():
     lease = NodeLease(0, False)
@@ -94,7 +95,8 @@ def test_one_from_which_the_node_was_taken_waits_unless_another_has_had_it():
 
 
 @pytest.mark.parametrize('serve, client_shutdown, asked, last', [
-    (0, False, False, [False, False]), (2, False, False, [False, True]), (0, True, True, [True, True]), (0, False, True, [False, False])])
+    (0, False, False, [False, False]), (2, False, False, [False, True]),
+    (0, True, True, [True, True]), (0, False, True, [False, False])])
 def test_after_which_lease_a_node_ends(serve, client_shutdown, asked, last):
     lease, found = NodeLease(serve, client_shutdown), []
     for _ in range(2):
@@ -106,10 +108,11 @@ def test_after_which_lease_a_node_ends(serve, client_shutdown, asked, last):
     assert found == last
 
 
-# -- who is next ------------------------------------------------------------------------------------------
+# -- who is next -----------------------------------------------------------------------------------
 
 def computation(tables, name, client, running=(), now=0.0):
-    """One that has a waiting attempt, and workers that run jobs of these CPUs since the beginning."""
+    """One that has a waiting attempt, and workers that run jobs of these CPUs since the
+    beginning."""
     comp = Computation(name, b'me', 1, spec(client=client))
     tables.comps[name] = comp
     waiting = Attempt(999, b'', None, comp)
@@ -141,7 +144,8 @@ def test_the_next_cpu_is_for_who_will_have_used_less():
     share, (much, little) = shared(('a', 'one', (1, 2)), ('b', 'two', (1,)))
     share.reckon(10.0)
     behind = 30.0 - 4 * CREDIT_TIME   # who has had much less gets so much back at most
-    assert (much.client.reckoned, little.client.reckoned) == (60.0, behind + 10.0), 'a job runs for as long again as it has run'
+    assert ((much.client.reckoned, little.client.reckoned)
+            == (60.0, behind + 10.0)), 'a job runs for as long again as it has run'
     assert share.first([much, little]) is little
     share, (first, second) = shared(('a', 'one', (1,)), ('b', 'two', (1,)))
     share.charge(first, 5.0)
@@ -167,7 +171,7 @@ def test_one_that_has_come_is_next_and_claims_nothing_of_what_others_used():
     assert new.client.used >= 100.0 and not new.client.fresh
 
 
-# -- what is known of past attempts, and results on the disk ------------------------------------------------
+# -- what is known of past attempts, and results on the disk ---------------------------------------
 
 def test_what_is_known_of_past_attempts_is_written_down_and_ends_with_its_time():
     tables, timers = NodeTables('n'), Timers()
@@ -175,7 +179,8 @@ def test_what_is_known_of_past_attempts_is_written_down_and_ends_with_its_time()
     past.on_remembered(Remembered('c', AttemptHistory(lost=frozenset([1]))), 0.0)
     past.add('c', AttemptHistory(unbegun=frozenset([2])))
     both = AttemptHistory(lost=frozenset([1]), unbegun=frozenset([2]))
-    assert tables.actions == [Remember('c', both)] and past.row('c') == both.row() and past.row('d') == ()
+    assert (tables.actions == [Remember('c', both)] and past.row('c') == both.row()
+            and past.row('d') == ())
     tables.actions.clear()
     due(timers, PAST_TIME)
     assert tables.actions == [Remember('c', AttemptHistory())] and past.row('c') == ()

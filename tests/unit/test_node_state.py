@@ -1,4 +1,5 @@
-"""Node: what a dispynode decides. Tables of events and actions, then a random walk with invariants."""
+"""Node: what a dispynode decides. Tables of events and actions, then a random walk with
+invariants."""
 
 import collections
 import math
@@ -8,16 +9,16 @@ import pytest
 
 from conftest import walk_seeds
 from dispynode import (
-    BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME, STAGE_TABLE,
-    Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker, FilePiece,
-    FileStored, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs, SpoolResults,
-    ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged, Outcome, Pause,
-    PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose, Query, Ready,
-    ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, JobsReturned,
-    RunnerGone, RunnerUp, Send, SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started,
-    StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker,
-    LimitMemory, NodeHello, WorkerGone, WorkerResults, WorkerReturnedJobs, MemoryExceeded,
-    WorkerStartFailed, decode, encode, size_of)
+    BEGUN_TIME, END_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME,
+    STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker,
+    FilePiece, FileStored, Faulted, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs,
+    SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged,
+    Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose,
+    Query, Ready, ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire,
+    JobsReturned, RunnerGone, RunnerUp, WorkerInitialized, Send, SendSpooled, SetCpus, PrintStatus,
+    Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile,
+    FileWritten, TakeFromWorker, LimitMemory, NodeHello, WorkerGone, WorkerResults,
+    WorkerReturnedJobs, MemoryExceeded, WorkerStartFailed, decode, encode, size_of)
 from talk_node import (
     Talk, bounded, fed, only, result, row_of, rows, said, spec, texts)
 
@@ -33,7 +34,7 @@ def stored(name='a', error='', purpose=Purpose.DEPENDS, complete=True):
 NEEDED = [(1, 0, row_of('a'))]   # as in Need
 
 
-# -- links and the lease ----------------------------------------------------------------------------------
+# -- links and the lease ---------------------------------------------------------------------------
 
 def test_welcome():
     assert Talk().link() == [Send(1, NodeHello('host', 2, {'fact': 1, 'holder': '', 'kept': {}}))]
@@ -97,7 +98,8 @@ def test_a_query_tells_what_runs_and_what_waits():
 def test_a_client_may_open_several_computations_on_several_links():
     talk = Talk()
     talk.link(1), talk.link(2)
-    assert only(talk.compute('c', 1), PrepareDirectory) and only(talk.compute('d', 2), PrepareDirectory)
+    assert only(talk.compute('c', 1), PrepareDirectory) and only(talk.compute('d', 2),
+                                                                 PrepareDirectory)
 
 
 def test_the_lease_is_free_after_done():
@@ -111,8 +113,9 @@ def test_the_lease_is_free_after_done():
     assert only(talk.compute('d', 2), PrepareDirectory)
 
 
-@pytest.mark.parametrize('on_purpose, busy, at_once', [(True, True, True), (True, False, True), (False, False, False),
-                                                        (False, True, False)])
+@pytest.mark.parametrize('on_purpose, busy, at_once',
+                         [(True, True, True), (True, False, True), (False, False, False),
+                          (False, True, False)])
 def test_a_link_ends(on_purpose, busy, at_once):
     talk = Talk()
     talk.ready()
@@ -157,7 +160,8 @@ def orphaned(*serials):
     for serial in serials:
         (worker, _), = fed(talk.jobs(serial))
         talk.results(worker, serial)
-    assert talk.tell(LinkDown(1, False)) == [SpoolResults('c', b'me', [result(serial) for serial in serials])]
+    assert (talk.tell(LinkDown(1, False))
+            == [SpoolResults('c', b'me', [result(serial) for serial in serials])])
     talk.tell(ResultsSpooled('c', list(serials)))
     assert only(talk.after(ORPHAN_TIME), StopRunner)
     talk.tell(RunnerGone('c', ''))
@@ -200,11 +204,13 @@ def test_a_client_that_is_back_is_told_what_is_here_of_it():
 
 def test_a_client_that_comes_late_gets_what_is_on_the_disk():
     talk = orphaned(1, 2)
-    assert talk.link(2, b'me') == [Send(2, NodeHello('host', 2, {'fact': 1, 'holder': '', 'kept': {'c': [1, 2]}}))]
+    assert (talk.link(2, b'me')
+            == [Send(2, NodeHello('host', 2, {'fact': 1, 'holder': '', 'kept': {'c': [1, 2]}}))])
     assert talk.compute('c', 2)[0] == SendSpooled(2, 'c')
     talk.tell(DirectoryReady('c', []))
     assert said(talk.tell(RunnerUp('c')), Ready) == [Ready('c', [1, 2])]
-    assert fed(talk.jobs(1, 2, 3, link=2)) and list(talk.node.tables.comps['c'].attempts) == [3], 'what has ended is not run again'
+    assert (fed(talk.jobs(1, 2, 3, link=2)) and list(talk.node.tables.comps['c'].attempts)
+            == [3]), 'what has ended is not run again'
     assert talk.say(Ack('c', [1]), 2) == [] and talk.say(Ack('c', [2]), 2) == [Forget('c')]
     assert not talk.node.results.spooled
 
@@ -225,7 +231,8 @@ def test_another_process_reclaims_what_runs():
     talk.link(2, b'other', 'you@there')
     assert said(talk.say(Reclaim('c'), 2), Refused)[0].code == 'busy'
     talk.tell(LinkDown(1, False), ResultsSpooled('c', [1]))
-    assert talk.say(Reclaim('c'), 2) == [Send(2, KnownAttempts('c', [2, 3, 1])), SendSpooled(2, 'c')]
+    assert talk.say(Reclaim('c'), 2) == [Send(2, KnownAttempts('c', [2, 3, 1])),
+                                         SendSpooled(2, 'c')]
     assert (talk.node.lease.holder, talk.node.lease.state) == (b'other', Lease.HELD)
     assert said(talk.results(2, 2), Results) == [Results('c', [result(2)])]
     talk.say(Ack('c', [1, 2]), 2)
@@ -242,7 +249,8 @@ def test_results_that_find_no_room_on_the_disk_stay():
     keep, = talk.after(ORPHAN_TIME)
     assert keep == SpoolResults('c', b'me', [result(1)])
     talk.tell(ResultsSpooled('c', [], 'no space'))
-    assert not only(talk.after(ORPHAN_TIME - 1), StopRunner) and talk.node.lease.state is Lease.ORPHANED
+    assert (not only(talk.after(ORPHAN_TIME - 1), StopRunner)
+            and talk.node.lease.state is Lease.ORPHANED)
     assert only(talk.after(1), SpoolResults)
     talk.tell(ResultsSpooled('c', [1]))
     assert only(talk.after(ORPHAN_TIME), StopRunner)
@@ -253,7 +261,8 @@ def test_results_that_nobody_fetches_are_given_up_at_last():
     talk.tell(SpoolFound('c', b'me', [1, 2], talk.now + 60.0))
     assert talk.after(59.0) == []
     remembered, forgotten = talk.after(1.0)
-    assert forgotten == Forget('c') and remembered.past.given_up == {1, 2} and '60 s' in remembered.past.text
+    assert (forgotten == Forget('c') and remembered.past.given_up == {1, 2}
+            and '60 s' in remembered.past.text)
 
 
 def test_results_of_a_client_that_made_way_for_another_are_given_up_at_last():
@@ -340,7 +349,7 @@ def test_messages_of_links_that_are_not_there():
     assert Talk().tell(LinkDown(7, True)) == []
 
 
-# -- stages -----------------------------------------------------------------------------------------------
+# -- stages ----------------------------------------------------------------------------------------
 
 def test_a_computation_without_files():
     talk = Talk()
@@ -393,7 +402,8 @@ def test_late_news_of_a_computation_that_is_closing_is_dropped():
     talk.compute()
     talk.say(Done('c'))
     assert talk.tell(DirectoryReady('c', []), stored(), RunnerUp('c')) == []
-    assert talk.say(Jobs('c', [(1, b'', None)])) == talk.say(ReturnJobs('c', 1)) == talk.say(Done('c')) == []
+    assert (talk.say(Jobs('c', [(1, b'', None)])) == talk.say(ReturnJobs('c', 1))
+            == talk.say(Done('c')) == [])
     assert talk.tell(RunnerGone('c', ''), RunnerGone('c', '')) == []
 
 
@@ -413,8 +423,8 @@ def test_a_file_that_was_not_asked_for():
         talk.say(file_piece('a'))
 
 
-@pytest.mark.parametrize('message', [
-    Compute('c', {}), file_piece('a'), Jobs('c', []), Cancel('c', []), ReturnJobs('c', 1), Ack('c', []), Done('c')])
+@pytest.mark.parametrize('message', [Compute('c', {}), file_piece('a'), Jobs('c', []),
+                                     Cancel('c', []), ReturnJobs('c', 1), Ack('c', []), Done('c')])
 def test_a_computation_of_another_client(message):
     talk = Talk()
     talk.ready()
@@ -423,7 +433,8 @@ def test_a_computation_of_another_client(message):
         talk.say(message, 2)
 
 
-@pytest.mark.parametrize('message', [NodeHello('', 1, {}), Ready('c', []), Results('c', []), 'nonsense'])
+@pytest.mark.parametrize('message',
+                         [NodeHello('', 1, {}), Ready('c', []), Results('c', []), 'nonsense'])
 def test_messages_that_may_not_come(message):
     talk = Talk()
     talk.link()
@@ -432,9 +443,11 @@ def test_messages_that_may_not_come(message):
 
 
 @pytest.mark.parametrize('changes', [
-    {'name': None}, {'kind': 5}, {'kind': 'pickle'}, {'code': 'text'}, {'files': ()}, {'cleanup': 1}, {'dest_path': None}, {'max_jobs': 'x'},
+    {'name': None}, {'kind': 5}, {'kind': 'pickle'}, {'code': 'text'}, {'files': ()},
+    {'cleanup': 1}, {'dest_path': None}, {'max_jobs': 'x'},
     {'max_jobs': -1},
-    {'python': []}, {'support': []}, {'program': b''}, {'files': [('a', 1, b'')]}, {'files': [['a', 1, b'', 0]]},
+    {'python': []}, {'support': []}, {'program': b''}, {'files': [('a', 1, b'')]},
+    {'files': [['a', 1, b'', 0]]},
     {'files': [('a', '1', b'', 0)]}])
 def test_a_spec_that_is_wrong(changes):
     """Refused where messages are opened: the state relies on it."""
@@ -445,7 +458,8 @@ def test_a_spec_that_is_wrong(changes):
         decode(OPS[Compute], 0, bad)
 
 
-@pytest.mark.parametrize('options', [{'cpus': 0}, {'cpus': -1}, {'cpus': 'x'}, {'timeout': 'x'}, 'nonsense'])
+@pytest.mark.parametrize('options',
+                         [{'cpus': 0}, {'cpus': -1}, {'cpus': 'x'}, {'timeout': 'x'}, 'nonsense'])
 def test_options_that_are_wrong(options):
     """cpus=-1 would make CPUs out of nothing, the others would end the daemon."""
     _, _, [bad] = encode(Jobs('c', [(1, b'', options)]))
@@ -454,7 +468,8 @@ def test_options_that_are_wrong(options):
 
 
 @pytest.mark.parametrize('table, states, events', [
-    (LEASE_TABLE, Lease, ('taken', 'broken', 'ended')), (STAGE_TABLE, Stage, ('missing', 'complete', 'up', 'close'))])
+    (LEASE_TABLE, Lease, ('taken', 'broken', 'ended')),
+    (STAGE_TABLE, Stage, ('missing', 'complete', 'up', 'close'))])
 def test_absent_pairs_raise_and_change_nothing(table, states, events):
     talk = Talk()
     talk.ready()
@@ -470,7 +485,7 @@ def test_absent_pairs_raise_and_change_nothing(table, states, events):
                 assert lease.state is comp.stage is state
 
 
-# -- dispatch ---------------------------------------------------------------------------------------------
+# -- dispatch --------------------------------------------------------------------------------------
 
 def test_workers_that_have_nothing_to_do_for_long_end():
     """The one that was used is spared, and another is started when there is work again."""
@@ -556,7 +571,8 @@ def test_a_job_that_wants_more_cpus_than_there_are():
     talk = Talk()
     talk.ready()
     actions = talk.jobs(1, cpus=3)
-    assert rows(actions) == [(1, Outcome.DIED)] and 'wants 3 CPUs and the node has 2' in texts(actions)[1]
+    assert (rows(actions) == [(1, Outcome.DIED)]
+            and 'wants 3 CPUs and the node has 2' in texts(actions)[1])
     assert talk.node.attempts.held_bytes == 0
 
 
@@ -601,7 +617,8 @@ def test_results_of_unknown_workers_and_wrong_serials():
     talk = Talk()
     talk.ready()
     talk.jobs(1)
-    assert talk.results(99, 1) == [] and talk.tell(WorkerReturnedJobs(99, [1]), WorkerGone(99, '')) == []
+    assert (talk.results(99, 1) == []
+            and talk.tell(WorkerReturnedJobs(99, [1]), WorkerGone(99, '')) == [])
     with pytest.raises(PeerError):
         talk.results(1, 2)
 
@@ -646,7 +663,8 @@ def test_max_jobs_retires_workers():
     talk.jobs(1, 2, 3)
     talk.results(1, 1)
     actions = talk.results(1, 2)
-    assert only(actions, Retire) == [Retire(1)] and only(actions, StartWorker) == [StartWorker(2, 'c')]
+    assert (only(actions, Retire) == [Retire(1)]
+            and only(actions, StartWorker) == [StartWorker(2, 'c')])
     assert fed(actions) == [(2, [3])] and talk.tell(WorkerGone(1, 'ended')) == []
 
 
@@ -664,21 +682,24 @@ def test_what_stands_behind_a_long_job_is_taken_back_for_an_idle_worker():
 
 
 def test_a_look_at_idle_workers_ends_when_time_is_rounded():
-    # since + BEGUN_TIME may have come while now - since is a little less: the timer was set for now, again and again.
+    # since + BEGUN_TIME may have come while now - since is a little less: the timer was set for
+    # now, again and again.
     talk = Talk(2)
     talk.ready()
     talk.learn_short()
-    talk.now = next(when / 10 for when in range(1000) if when / 10 + BEGUN_TIME - when / 10 < BEGUN_TIME)
+    talk.now = next(when / 10
+                    for when in range(1000) if when / 10 + BEGUN_TIME - when / 10 < BEGUN_TIME)
     feeds = dict(fed(talk.jobs(1, 2, 3, 4)))
     first, second = sorted(feeds, key=lambda worker: -len(feeds[worker]))
     talk.results(second, *[result(serial, took=0.0001) for serial in feeds[second]])
     assert only(talk.after(BEGUN_TIME), TakeFromWorker) == [TakeFromWorker(first)]
 
 
-# -- workers die ------------------------------------------------------------------------------------------
+# -- workers die -----------------------------------------------------------------------------------
 
 def ahead(talk):
-    """Worker 1 of a node of one CPU runs attempt 1; 2 and 3 stand behind it, 4 waits with the node."""
+    """Worker 1 of a node of one CPU runs attempt 1; 2 and 3 stand behind it, 4 waits with the
+    node."""
     talk.ready()
     talk.learn_short()
     (worker, serials), = fed(talk.jobs(1, 2, 3))
@@ -690,7 +711,8 @@ def test_a_worker_dies_while_it_runs():
     talk = ahead(Talk(1))
     talk.jobs(4)
     actions = talk.tell(WorkerGone(1, 'it was killed by signal 11', 1, b'out', b'err'))
-    assert rows(actions) == [(1, Outcome.DIED)] and texts(actions)[1] == 'it was killed by signal 11'
+    assert (rows(actions) == [(1, Outcome.DIED)]
+            and texts(actions)[1] == 'it was killed by signal 11')
     assert said(actions, Results)[0].rows[0][5:] == (b'out', b'err')
     assert only(actions, StartWorker) == [StartWorker(2, 'c')] and fed(actions)[0][1][0] == 2
     waiting = [attempt.serial for attempt in talk.node.tables.comps['c'].waiting]
@@ -739,7 +761,7 @@ def test_results_reach_the_client_before_the_refusal_that_ends_it():
     assert rows(actions) == [(1, Outcome.RETURNED), (2, Outcome.DIED)]
 
 
-# -- cancel, timeout, recall ------------------------------------------------------------------------------
+# -- cancel, timeout, recall -----------------------------------------------------------------------
 
 def test_cancel_of_one_that_waits():
     talk = Talk(1)
@@ -762,7 +784,8 @@ def test_cancel_of_one_that_runs_is_a_request_and_then_a_kill():
 
 
 @pytest.mark.parametrize('came, counts', [
-    (Outcome.RETURNED, Outcome.RETURNED), (Outcome.RETURNED_CODE, Outcome.RETURNED_CODE), (Outcome.RAISED, Outcome.CANCELLED)])
+    (Outcome.RETURNED, Outcome.RETURNED), (Outcome.RETURNED_CODE, Outcome.RETURNED_CODE),
+    (Outcome.RAISED, Outcome.CANCELLED)])
 def test_a_cancelled_job_that_returns_within_the_grace_has_returned(came, counts):
     talk = Talk(1)
     talk.ready()
@@ -790,7 +813,8 @@ def test_cancel_of_one_that_starts_before_it_is_taken_back():
 
 
 def test_a_worker_that_gives_back_is_not_fed_meanwhile():
-    # What it is fed arrives behind what it gave back: 2 and 3 are taken for its own still, and the next result for a lie.
+    # What it is fed arrives behind what it gave back: 2 and 3 are taken for its own still, and the
+    # next result for a lie.
     talk = ahead(Talk(1))
     talk.say(Cancel('c', [3]))
     talk.jobs(*range(4, 200))
@@ -832,8 +856,10 @@ def test_recall_gives_back_what_waits():
     returned, = said(talk.say(ReturnJobs('c', [3, 4])), JobsReturned)
     assert returned.serials == [3, 4] and talk.node.attempts.held_bytes == 2   # what waits
     actions = talk.say(ReturnJobs('c', [1, 2]))
-    assert said(actions, JobsReturned) == [JobsReturned('c', [2])] and said(actions, Started) == [Started('c', [(1, 0.0)])]
-    assert not said(talk.say(ReturnJobs('c', [2, 9])), JobsReturned), 'what is not here was answered'
+    assert (said(actions, JobsReturned) == [JobsReturned('c', [2])]
+            and said(actions, Started) == [Started('c', [(1, 0.0)])])
+    assert not said(talk.say(ReturnJobs('c', [2, 9])),
+                    JobsReturned), 'what is not here was answered'
 
 
 def test_recall_of_what_stands_behind_another_in_a_worker():
@@ -863,14 +889,16 @@ def test_what_has_begun_is_told_when_it_has_run_for_a_while():
     assert [serial for message in told for serial, _ in message.rows] == [1]
     told = said(talk.after(BEGUN_TIME / 2), Started)
     assert [serial for message in told for serial, _ in message.rows] == [2]
-    assert talk.after(10.0) == [] and talk.node.scheduler.look_at == math.inf, 'told once, and nothing more is looked for'
+    assert (talk.after(10.0) == [] and talk.node.scheduler.look_at
+            == math.inf), 'told once, and nothing more is looked for'
 
 
 def test_short_jobs_are_not_told_of():
     talk = Talk(1)
     talk.ready()
     for serial in range(1, 1000):
-        actions = talk.jobs(serial) + talk.after(0.001) + talk.results(1, result(serial, took=0.001))
+        actions = talk.jobs(serial) + talk.after(0.001) + talk.results(1,
+                                                                       result(serial, took=0.001))
         assert not said(actions, Started)
 
 
@@ -913,7 +941,7 @@ def test_a_worker_that_runs_a_long_job_holds_nothing_behind_it():
     assert [attempt.serial for attempt in talk.node.tables.comps['c'].waiting] == [4, 2, 3]
 
 
-# -- how long jobs take -----------------------------------------------------------------------------------
+# -- how long jobs take ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('durations, least, most, why', [
     ([0.001] * 40, 0.0009, 0.0011, 'all the same'),
@@ -972,7 +1000,8 @@ def test_an_allowance_without_limit_ends_at_the_most():
 
 def test_how_long_a_running_job_goes_on():
     estimate = DurationEstimate()
-    assert estimate.remaining(0.0) == estimate.remaining(0.1) == UNKNOWN_TIME and estimate.remaining(7.0) == 7.0
+    assert (estimate.remaining(0.0) == estimate.remaining(0.1) == UNKNOWN_TIME
+            and estimate.remaining(7.0) == 7.0)
     estimate.add([0.001] * 8 + [1.0] * 2)
     assert estimate.remaining(0.0) == pytest.approx(0.2008)
     assert estimate.remaining(0.25) == pytest.approx(0.75), 'the short ones would have ended'
@@ -984,7 +1013,8 @@ def test_how_long_a_running_job_goes_on():
     ([1.0], 0.1, 1, 'a long one'),
     ([0.001], 0.1, ROW_FIRST, 'all that is known is short'),
     ([0.001] * 50, 0.1, 100, 'twice what is known'),
-    ([0.001] * 5 + [1.0] + [0.001] * 8 + [1.0], 0.1, 9, 'the longest row of short ones, and the one behind it'),
+    ([0.001] * 5 + [1.0] + [0.001] * 8 + [1.0], 0.1, 9,
+     'the longest row of short ones, and the one behind it'),
     ([0.02] * 40, 0.1, 5, 'none of them needs more'),
 ])
 def test_how_many_jobs_fill_a_time(durations, seconds, count, why):
@@ -1006,7 +1036,8 @@ def test_who_had_nothing_here_for_a_moment_gets_it_back():
     talk.now = 1.9
     talk.jobs(*range(102, 110), comp='d')
     talk.now = 2.0
-    assert [serials for worker, serial in ((1, 3), (2, 2)) for _, serials in fed(talk.results(worker, serial))] == [[102], [103]]
+    assert [serials for worker, serial in ((1, 3), (2, 2))
+            for _, serials in fed(talk.results(worker, serial))] == [[102], [103]]
 
 
 def test_computations_of_one_client_have_one_claim():
@@ -1020,19 +1051,22 @@ def test_computations_of_one_client_have_one_claim():
     assert sorted(serials for _, serials in fed(actions)) == [[11], [12], [21], [22]]
 
 
-# -- stop -------------------------------------------------------------------------------------------------
+# -- stop ------------------------------------------------------------------------------------------
 
 def test_stop_gives_back_what_waits_and_interrupts_what_runs():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, 3)
-    assert talk.tell(Stop()) == [Send(1, CpusChanged(0)), Send(1, JobsReturned('c', [2, 3])), Interrupt(1, 1)]
+    assert talk.tell(Stop()) == [Send(1, CpusChanged(0)), Send(1, JobsReturned('c', [2, 3])),
+                                 Interrupt(1, 1)]
     assert said(talk.jobs(4), JobsReturned) == [JobsReturned('c', [4])]
     assert said(talk.compute('d'), Refused)[0].code == 'stopping'
     actions = talk.results(1, result(1, Outcome.RAISED))
-    assert rows(actions) == [(1, Outcome.STOPPED)] and not only(actions, Drop), 'it waits for the Ack'
+    assert rows(actions) == [(1, Outcome.STOPPED)] and not only(actions,
+                                                                Drop), 'it waits for the Ack'
     actions = talk.say(Ack('c', [1]))
-    assert only(actions, Drop) and only(actions, StopRunner) == [StopRunner('c', True)] and actions[-1] == Exit()
+    assert (only(actions, Drop) and only(actions, StopRunner) == [StopRunner('c', True)]
+            and actions[-1] == Exit())
 
 
 def test_stop_of_an_idle_node():
@@ -1044,7 +1078,19 @@ def test_a_second_stop_leaves_at_once():
     talk.ready()
     talk.jobs(1)
     assert not only(talk.tell(Stop()), Exit)
-    assert only(talk.tell(Stop()), Exit)
+    assert talk.tell(Stop()) == [Kill(1)], 'only then it is known what had begun'
+    actions = talk.tell(WorkerGone(1, 'killed', 1))
+    assert rows(actions) == [(1, Outcome.STOPPED)] and actions[-1] == Exit(), 'it waits for no Ack'
+
+
+def test_a_third_stop_waits_for_nothing():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(Stop())
+    talk.tell(Stop())
+    actions = talk.tell(Stop())
+    assert rows(actions) == [(1, Outcome.STOPPED)] and actions[-1] == Exit()
 
 
 def test_stop_kills_after_the_grace_and_leaves_in_any_case():
@@ -1053,7 +1099,45 @@ def test_stop_kills_after_the_grace_and_leaves_in_any_case():
     talk.jobs(1)
     talk.tell(Stop())
     assert only(talk.after(GRACE), Kill) == [Kill(1)]
-    assert only(talk.after(0.5), Exit)
+    assert not only(talk.after(0.5), Exit)
+    actions = talk.after(END_TIME)
+    assert rows(actions) == [(1, Outcome.STOPPED)] and actions[-1] == Exit()
+
+
+ENDS = {
+    'a second stop': lambda talk: talk.tell(Stop()) and talk.tell(Stop()),
+    'release': lambda talk: talk.tell(Release()),
+    'a fault': lambda talk: talk.tell(Faulted('c', 'a fault')),
+    'the initializer': lambda talk: talk.tell(WorkerInitialized(2, 'ValueError')),
+}
+
+
+@pytest.mark.parametrize('how', ENDS)
+@pytest.mark.parametrize('begun', (True, False))
+def test_what_had_not_begun_when_all_ended_waits_elsewhere(how, begun):
+    talk = Talk(2)
+    talk.ready(initializer=True)
+    talk.jobs(1)
+    talk.tell(WorkerInitialized(1, ''))
+    talk.jobs(2)
+    actions = ENDS[how](talk)
+    assert only(actions, Kill) == [Kill(1)] and not rows(actions)
+    assert not said(actions, Refused)
+    assert said(talk.jobs(3), JobsReturned) == [JobsReturned('c', [3])]
+    actions = talk.tell(WorkerGone(1, 'killed', 1 if begun else 0))
+    back = [serial for message in said(actions, JobsReturned) for serial in message.serials]
+    ended = [serial for serial, _ in rows(actions)]
+    assert (ended, back) == (([1], []) if begun else ([], [1]))
+
+
+def test_workers_that_do_not_end_are_not_waited_for():
+    talk = Talk(1)
+    talk.ready()
+    fed(talk.jobs(1, 2))
+    talk.tell(Release())
+    actions = talk.after(END_TIME)
+    assert rows(actions) == [(1, Outcome.STOPPED)]
+    assert said(actions, Refused)[0].code == 'released'
 
 
 def test_stop_does_not_cancel_what_stands_behind_another():
@@ -1074,20 +1158,22 @@ def test_what_a_worker_gives_back_while_stopping_is_returned():
     assert rows(actions) == [(3, Outcome.CANCELLED)]
 
 
-# -- random walk ------------------------------------------------------------------------------------------
+# -- random walk -----------------------------------------------------------------------------------
 
 
-# -- hours, operator, the last client ---------------------------------------------------------------------
+# -- hours, operator, the last client --------------------------------------------------------------
 
 def test_paused_no_new_jobs_are_taken_and_running_ones_go_on():
     talk = Talk()
     talk.ready()
     (worker, _), _ = fed(talk.jobs(1, 2, 3))
     actions = talk.tell(Pause('operator', 'lunch'))
-    assert said(actions, CpusChanged) == [CpusChanged(0)] and said(actions, JobsReturned) == [JobsReturned('c', [3])] and not only(actions, Interrupt)
+    assert (said(actions, CpusChanged) == [CpusChanged(0)] and said(actions, JobsReturned)
+            == [JobsReturned('c', [3])] and not only(actions, Interrupt))
     assert said(talk.jobs(4), JobsReturned) == [JobsReturned('c', [4])]
     assert rows(talk.results(worker, 1)) == [(1, Outcome.RETURNED)]
-    assert said(talk.compute('d'), Refused) == [Refused('d', 'paused', 'it takes no new jobs: lunch')]
+    assert (said(talk.compute('d'), Refused)
+            == [Refused('d', 'paused', 'it takes no new jobs: lunch')])
     assert said(talk.tell(Resume('operator')), CpusChanged) == [CpusChanged(2)]
     assert fed(talk.jobs(4)) == [(worker, [4])]
 
@@ -1114,7 +1200,8 @@ def test_at_the_end_of_the_hours_running_jobs_have_their_grace_and_the_next_day_
     talk.ready()
     (worker, _), = fed(talk.jobs(1, 2))
     actions = talk.tell(Pause('hours', 'night', True))
-    assert only(actions, Interrupt) == [Interrupt(worker, 1)] and said(actions, JobsReturned) == [JobsReturned('c', [2])]
+    assert (only(actions, Interrupt) == [Interrupt(worker, 1)]
+            and said(actions, JobsReturned) == [JobsReturned('c', [2])])
     assert only(talk.after(GRACE), Kill) == [Kill(worker)]
     assert rows(talk.tell(WorkerGone(worker, 'killed', 1))) == [(1, Outcome.STOPPED)]
     assert said(talk.tell(Resume('hours')), CpusChanged) == [CpusChanged(1)]
@@ -1147,14 +1234,19 @@ def test_release_takes_the_node_from_its_client():
     fed(talk.jobs(1, 2))
     talk.link(2, b'other', 'you@there')
     actions = talk.tell(Release())
-    assert rows(actions) == [(1, Outcome.STOPPED)] and said(actions, JobsReturned) == [JobsReturned('c', [2])]
-    assert [(refused.comp, refused.code) for refused in said(actions, Refused)] == [('c', 'released')]
+    assert said(actions, JobsReturned) == [JobsReturned('c', [2])]
+    actions = talk.tell(WorkerGone(1, 'killed', 1))
+    assert rows(actions) == [(1, Outcome.STOPPED)]
+    assert ([(refused.comp, refused.code) for refused in said(actions, Refused)]
+            == [('c', 'released')])
     assert only(actions, StopRunner) == [StopRunner('c', True)]
     talk.tell(RunnerGone('c', ''))
     assert talk.node.lease.state is Lease.FREE
-    assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'its operator has taken it from this client')]
+    assert (said(talk.compute('c2'), Refused)
+            == [Refused('c2', 'busy', 'its operator has taken it from this client')])
     assert only(talk.compute('d', 2), PrepareDirectory)
-    assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'it serves you@there for 0 s')]
+    assert (said(talk.compute('c2'), Refused)
+            == [Refused('c2', 'busy', 'it serves you@there for 0 s')])
 
 
 def test_after_a_while_the_client_from_which_the_node_was_taken_may_have_it_again():
@@ -1208,7 +1300,8 @@ def test_a_job_that_uses_too_much_memory():
 
 def test_status():
     talk = Talk(2, now=0.0)
-    assert talk.tell(Status()) == [PrintStatus('host: 0 of 2 CPUs used, takes jobs, up 0:00:00\nheld by no client, 0 served')]
+    assert talk.tell(Status()) == [PrintStatus('host: 0 of 2 CPUs used, takes '
+                                               'jobs, up 0:00:00\nheld by no client, 0 served')]
     talk.now = 60.0
     talk.ready()
     (worker, _), _ = fed(talk.jobs(1, 2, 3, 4))
@@ -1239,7 +1332,8 @@ class Walk:
         bounded(self.node)
         self.workers, self.linked, self.link = {}, False, 0
         self.answers = {}                          # (comp, serial) -> how it was answered
-        self.given, self.closed = {}, set()        # (comp, serial) -> payload size; computations that are over
+        # (comp, serial) -> payload size; computations that are over
+        self.given, self.closed = {}, set()
         self.serials, self.comps, self.exited = 0, [], False
         self.posted = collections.deque()
 
@@ -1281,11 +1375,13 @@ class Walk:
         if type(message) is Results:
             for row in message.rows:
                 key = (message.comp, row[0])
-                assert key in self.given and self.answers.get(key) in (None, row), 'two different answers'
+                assert key in self.given and self.answers.get(key) in (None,
+                                                                       row), 'two different answers'
                 self.answers[key] = row
         elif type(message) is Refused:
             self.closed.add(message.comp)
-        elif type(message) is Ready:   # what was given back while there was no link is not among what it holds
+        elif type(message) is Ready:
+            # What was given back while there was no link is not among what it holds
             for comp, serial in self.given:
                 if comp == message.comp and serial not in message.held:
                     self.answers.setdefault((comp, serial), 'returned')
@@ -1302,7 +1398,8 @@ class Walk:
         if self.posted and what < 0.3:
             event = self.posted.popleft()
             if type(event) is RunnerGone:
-                self.workers = {key: worker for key, worker in self.workers.items() if worker.comp != event.comp}
+                self.workers = {key: worker for key, worker in self.workers.items()
+                                if worker.comp != event.comp}
             self.event(event)
         elif not self.linked:
             self.dial()
@@ -1324,8 +1421,9 @@ class Walk:
     def operator(self):
         """Whoever sits at the terminal, and the hours of service."""
         by = self.rng.choice(('operator', 'hours'))
-        self.event(self.rng.choice((Pause(by, 'why', self.rng.random() < 0.3), Resume(by), Resume(by), SetCpus(self.rng.randint(1, 5)),
-                                    Status(), Release() if self.rng.random() < 0.2 else Resume(by))))
+        self.event(self.rng.choice((Pause(by, 'why', self.rng.random() < 0.3), Resume(by),
+                                    Resume(by), SetCpus(self.rng.randint(1, 5)), Status(),
+                                    Release() if self.rng.random() < 0.2 else Resume(by))))
 
     def event_time(self):
         self.act(self.node.flush(self.now))
@@ -1361,7 +1459,8 @@ class Walk:
         elif what < 0.7:
             self.say(ReturnJobs(comp, rng.sample(mine, min(len(mine), 5))))
         elif what < 0.98:
-            self.say(Ack(comp, [serial for serial in mine if type(self.answers.get((comp, serial))) is tuple]))
+            self.say(Ack(comp, [serial for serial in mine
+                                if type(self.answers.get((comp, serial))) is tuple]))
         elif len(self.closed) < 3:
             self.say(Done(comp))
 
@@ -1385,7 +1484,8 @@ class Walk:
     def finish(self, worker, outcome):
         took = self.rng.choice((0.0001, 0.0001, 0.0001, 0.2))
         count = self.rng.randint(1, len(worker.queue))
-        self.event(WorkerResults(worker.key, [result(worker.queue.popleft(), outcome, took) for _ in range(count)]))
+        self.event(WorkerResults(worker.key, [result(worker.queue.popleft(), outcome, took)
+                                              for _ in range(count)]))
 
     def die(self, worker):
         del self.workers[worker.key]
@@ -1412,11 +1512,13 @@ class Walk:
                 assert given != name or serial not in comp.attempts, 'answered and still here'
             if comp.stage is not Stage.CLOSING and comp.link == self.link and self.linked:
                 for given, serial in self.given:
-                    assert given != name or (given, serial) in self.answers or serial in comp.attempts \
-                        or serial in comp.unacknowledged, 'forgotten'
+                    assert (given != name or (given, serial) in self.answers
+                            or serial in comp.attempts
+                            or serial in comp.unacknowledged), 'forgotten'
         assert node.attempts.held_bytes == size
         for timer in node.timers:
-            assert timer.call.__name__ != '_client_stayed_away' or timer.when <= self.now + ORPHAN_TIME
+            assert (timer.call.__name__ != '_client_stayed_away'
+                    or timer.when <= self.now + ORPHAN_TIME)
         assert len(node.timers) < 50 + 3 * self.serials, 'timers grow'
 
     def drain(self):
@@ -1430,13 +1532,15 @@ class Walk:
             while self.posted:
                 event = self.posted.popleft()
                 if type(event) is RunnerGone:
-                    self.workers = {key: worker for key, worker in self.workers.items() if worker.comp != event.comp}
+                    self.workers = {key: worker for key, worker in self.workers.items()
+                                    if worker.comp != event.comp}
                 self.event(event)
             for worker in list(self.workers.values()):
                 if worker.key in self.workers:
                     self.work(worker)
             self.event_time()
-            if not self.posted and not any(comp.attempts for comp in self.node.tables.comps.values()):
+            if not self.posted and not any(comp.attempts
+                                           for comp in self.node.tables.comps.values()):
                 break
         left = [key for key in self.given if key not in self.answers and key[0] not in self.closed]
         assert not left, 'never answered: %s' % left
@@ -1455,6 +1559,7 @@ def test_arguments_of_what_runs_do_not_keep_links_from_being_read():
     talk.jobs(1, 2, 3)
     assert talk.node.attempts.held_bytes == 2 * 1
     talk.tell(WorkerGone(1, 'killed', 0))   # it had not begun
-    assert talk.node.attempts.held_bytes == sum(size_of(attempt.payload) for attempt in talk.node.tables.comps['c'].waiting)
+    assert talk.node.attempts.held_bytes == sum(size_of(attempt.payload)
+                                                for attempt in talk.node.tables.comps['c'].waiting)
     talk.say(Done('c'))
     assert talk.node.attempts.held_bytes == 0

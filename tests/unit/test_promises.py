@@ -1,4 +1,5 @@
-"""What the schedule promises, with lengths of jobs that are chosen to fool it, on links of all kinds."""
+"""What the schedule promises, with lengths of jobs that are chosen to fool it, on links of all
+kinds."""
 
 import pytest
 
@@ -31,8 +32,10 @@ def check_wait(world, job, asked):
     while job.began is None and world.now < asked + 60.0:
         world.run(world.now + 0.5)
     assert job.began is not None, 'it has not begun after a minute'
-    ends = [other.began + other.length for other in world.begun if other is not job and other.began <= limit and (other.ended or 1e9) >= asked]
-    assert job.began <= max([asked, *ends]) + WAIT + 2 * world.trip, 'it waited for %.3f s' % (job.began - asked)
+    ends = [other.began + other.length for other in world.begun if other is not job
+            and other.began <= limit and (other.ended or 1e9) >= asked]
+    assert (job.began <= max([asked, *ends]) + WAIT
+            + 2 * world.trip), 'it waited for %.3f s' % (job.began - asked)
 
 
 @each
@@ -80,8 +83,9 @@ def used(world, comp, begin, end):
 
 
 def sharing(shape, trip, seed, other, nodes):
-    """Two programs that have jobs at any time, the second of the same lengths or of others of this shape. They
-    have learned how long their jobs are, and nothing runs any longer that began before the second came."""
+    """Two programs that have jobs at any time, the second of the same lengths or of others of this
+    shape. They have learned how long their jobs are, and nothing runs any longer that began before
+    the second came."""
     world, _ = busy(shape, trip, seed, nodes, 40000)
     world.open('d')
     world.run(world.now + 2 * trip + 0.1)
@@ -95,14 +99,16 @@ def sharing(shape, trip, seed, other, nodes):
 @shaped
 @pytest.mark.parametrize('other', (False, True), ids=('same', 'other'))
 def test_equal_claims_get_equal_shares(shape, trip, other):
-    # A job of 3 s that one has more at an end of the 20 s is 5 % of 6 CPUs, so those of different lengths have 12.
+    # A job of 3 s that one has more at an end of the 20 s is 5 % of 6 CPUs, so those of different
+    # lengths have 12.
     nodes = {'a': 8, 'b': 4} if other else {'a': 4, 'b': 2}
     for seed in range(SEEDS):
         world = sharing(shape, trip, seed, other, nodes)
         begin, end = world.now, world.now + 20.0
         world.run(end)
         parts = [used(world, comp, begin, end) for comp in 'cd']
-        assert abs(parts[0] - parts[1]) <= 0.05 * max(parts), 'CPU seconds: %.2f and %.2f' % tuple(parts)
+        assert abs(parts[0] - parts[1]) <= 0.05 * max(parts), 'CPU seconds: %.2f and %.2f' % tuple(
+            parts)
         assert sum(parts) >= 0.95 * sum(nodes.values()) * 20.0, 'CPUs are idle'
 
 
@@ -113,7 +119,8 @@ def check_idle(world):
     world.run(world.now + 300.0)
     assert not world.waiting()
     gap, node, when = max(world.gaps, default=(0.0, '', 0.0))
-    assert gap <= 2 * world.trip + TURN, 'node %s was idle for %.3f s until %.3f s' % (node, gap, when)
+    assert gap <= 2 * world.trip + TURN, 'node %s was idle for %.3f s until %.3f s' % (node, gap,
+                                                                                       when)
 
 
 @each
@@ -152,7 +159,8 @@ def test_what_waits_is_back_soon_after_jobs_turn_out_to_be_long(trip):
 
 
 @each
-@pytest.mark.parametrize('shape', [SHAPES[0], SHAPES[2], SHAPES[4]], ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize('shape', [SHAPES[0], SHAPES[2], SHAPES[4]],
+                         ids=lambda shape: shape.__name__)
 def test_programs_share_and_not_their_computations(shape, trip):
     world = World({'a': 4, 'b': 2}, trip)
     for comp, client in (('c', 'one'), ('d', 'one'), ('e', 'other')):
@@ -165,7 +173,8 @@ def test_programs_share_and_not_their_computations(shape, trip):
     world.run(end)
     parts = [used(world, comp, begin, end) for comp in 'cde']
     assert abs(parts[0] + parts[1] - parts[2]) <= 0.05 * max(sum(parts[:2]), parts[2]), parts
-    assert abs(parts[0] - parts[1]) <= 0.15 * max(parts[:2]), parts   # three CPUs: a job more at each end
+    # Three CPUs: a job more at each end
+    assert abs(parts[0] - parts[1]) <= 0.15 * max(parts[:2]), parts
 
 
 @pytest.mark.long

@@ -1,4 +1,5 @@
-"""Schedule: which job goes where. Tables of events and actions, then a random walk with invariants."""
+"""Schedule: which job goes where. Tables of events and actions, then a random walk with
+invariants."""
 
 import collections
 import random
@@ -18,7 +19,7 @@ from talk_schedule import Talk, counts, job, jobs, only, row, sent
 WAITING = (JobState.CREATED, JobState.REQUEUED)
 
 
-# -- order ------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 def test_jobs_go_in_the_order_of_submission():
     talk, works = Talk(), jobs(3)
@@ -37,7 +38,8 @@ def test_jobs_wait_for_a_node_and_leave_in_one_batch():
 
 def test_higher_priorities_go_first_then_the_order_of_submission():
     talk = Talk()
-    low, plain, high, higher, same = job(priority=-1), job(), job(priority=2), job(priority=3), job(priority=2)
+    low, plain, high, higher, same = (job(priority=-1), job(), job(priority=2), job(priority=3),
+                                      job(priority=2))
     talk.submit([low, plain, high, higher, same])
     assert sent(talk.ready('n', 5)) == [higher, high, same, plain, low]
 
@@ -51,7 +53,7 @@ def test_a_late_job_of_high_priority_overtakes_what_waits():
     assert sent(talk.results('n', works[:1])) == [urgent]
 
 
-# -- spreading --------------------------------------------------------------------------------------------
+# -- spreading -------------------------------------------------------------------------------------
 
 def test_idle_cpus_of_all_nodes_come_before_queues():
     talk = Talk()
@@ -70,7 +72,8 @@ def test_one_frame_a_node_and_turn():
 
 
 def test_queues_on_nodes_are_filled_evenly():
-    # The share of a node is taken from what is left, so that the first node gets more than the last.
+    # The share of a node is taken from what is left, so that the first node gets more than the
+    # last.
     talk = Talk()
     for name in 'abcd':
         talk.ready(name, 2)
@@ -79,8 +82,10 @@ def test_queues_on_nodes_are_filled_evenly():
 
 
 @pytest.mark.parametrize('took, most, why', [
-    (None, 8, 'unknown: one more a CPU'), (1.0, 4, 'long: nothing beyond the CPUs'), (0.1, 4, 'long enough'),
-    (0.05, 12, 'two of 50 ms a CPU are 100 ms'), (0.01, 44, 'ten of 10 ms'), (0.001, 404, 'a hundred of 1 ms'),
+    (None, 8, 'unknown: one more a CPU'), (1.0, 4, 'long: nothing beyond the CPUs'),
+    (0.1, 4, 'long enough'),
+    (0.05, 12, 'two of 50 ms a CPU are 100 ms'), (0.01, 44, 'ten of 10 ms'),
+    (0.001, 404, 'a hundred of 1 ms'),
     (1e-5, 4 * 513, 'never more than AHEAD_MOST'),
 ])
 def test_depth_by_length_of_jobs(took, most, why):
@@ -110,7 +115,8 @@ def test_a_node_is_not_given_more_bytes_ahead_than_the_bound():
     talk.ready('n')
     talk.learn(0.001, times=500)
     size = AHEAD_BYTES // 4
-    works = [job(payload=range(size)) for _ in range(50)]   # a range has a length and takes no memory
+    # A range has a length and takes no memory
+    works = [job(payload=range(size)) for _ in range(50)]
     assert len(sent(talk.submit(works))) == 5
     assert talk.schedule.nodes['n'].bytes == 5 * size
 
@@ -124,7 +130,8 @@ def test_jobs_that_are_larger_than_the_bound_run_one_a_cpu():
 
 
 def test_the_bound_on_bytes_leaves_no_cpu_idle():
-    # Node a is passed over while the wide job is first in line; when b has taken that, a's CPU must be filled.
+    # Node a is passed over while the wide job is first in line; when b has taken that, a's CPU must
+    # be filled.
     talk, large = Talk(), job(payload=range(AHEAD_BYTES + 1))
     talk.ready('a', 2)
     talk.submit([large])
@@ -133,7 +140,7 @@ def test_the_bound_on_bytes_leaves_no_cpu_idle():
     assert sent(actions, 'b') == [wide] and sent(actions, 'a') == [narrow]
 
 
-# -- jobs of several CPUs ---------------------------------------------------------------------------------
+# -- jobs of several CPUs --------------------------------------------------------------------------
 
 def test_jobs_of_several_cpus_count_as_such():
     talk = Talk()
@@ -178,11 +185,14 @@ def test_jobs_for_one_node_wait_for_it_and_go_first():
     pinned, other = job(node='b'), job()
     assert sent(talk.submit([pinned, other])) == [other]
     talk.ready('b', 1)
-    assert pinned.state is JobState.SENT and talk.schedule.nodes['b'].in_flight['c'] == {pinned.serial: pinned}
+    assert (pinned.state is JobState.SENT
+            and talk.schedule.nodes['b'].in_flight['c'] == {pinned.serial: pinned})
     more = [job(node='b'), job(node='b')]
     talk.submit(more)
-    assert all(work in talk.schedule.comps['c'].waiting() or work.state is JobState.SENT for work in more)
-    assert not only(talk.ready('d', 4), SendRecall), 'what is for one node is not called back for another'
+    assert all(work in talk.schedule.comps['c'].waiting() or work.state is JobState.SENT
+               for work in more)
+    assert not only(talk.ready('d', 4),
+                    SendRecall), 'what is for one node is not called back for another'
     ended = only(talk.tell(Closed('c')), JobEnded)
     assert {action.work for action in ended} == {pinned, other, *more}
 
@@ -194,7 +204,7 @@ def test_a_cancelled_job_for_one_node():
     assert talk.ready('b', 1) == []
 
 
-# -- results ----------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('outcome, state', [
     (Outcome.RETURNED, JobState.FINISHED), (Outcome.RETURNED_CODE, JobState.FINISHED),
@@ -223,7 +233,8 @@ def test_provisional_results_and_the_end_in_one_message_keep_their_order():
     talk, work = Talk(), job()
     talk.ready('n')
     talk.submit([work])
-    rows = [row(work, Outcome.PROVISIONAL), row(work, Outcome.PROVISIONAL), row(work), row(work), row(work, Outcome.PROVISIONAL)]
+    rows = [row(work, Outcome.PROVISIONAL), row(work, Outcome.PROVISIONAL), row(work), row(work),
+            row(work, Outcome.PROVISIONAL)]
     told, = only(talk.tell(NodeResults('n', 'c', rows)), JobsEnded)
     assert told.pairs == [(work, row) for row in rows[:3]]   # what comes after the end is dropped
     assert work.state is JobState.FINISHED and not talk.schedule.nodes['n'].used
@@ -242,7 +253,8 @@ def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dr
     assert only(talk.results('b', [work]), JobsEnded)
 
 
-@pytest.mark.parametrize('node, comp, actions', [('n', 'closed', []), ('unknown', 'c', [SendAck('unknown', 'c', [1])])])
+@pytest.mark.parametrize('node, comp, actions',
+                         [('n', 'closed', []), ('unknown', 'c', [SendAck('unknown', 'c', [1])])])
 def test_results_of_what_is_not_known_change_nothing(node, comp, actions):
     talk = Talk()
     talk.ready('n')
@@ -260,12 +272,13 @@ def test_a_result_with_an_unknown_outcome_leaves_the_books_in_order():
     assert work.serial in talk.schedule.nodes['n'].in_flight['c']
 
 
-# -- cancel -----------------------------------------------------------------------------------------------
+# -- cancel ----------------------------------------------------------------------------------------
 
 def test_cancel_before_it_was_sent():
     talk, works = Talk(), jobs(2)
     talk.submit(works)
-    assert talk.tell(CancelAsked(works[0])) == [JobEnded(works[0], 'cancelled before it was started')]
+    assert (talk.tell(CancelAsked(works[0]))
+            == [JobEnded(works[0], 'cancelled before it was started')])
     assert talk.schedule.comps['c'].queue.length == 1
     assert sent(talk.ready('n')) == works[1:]
 
@@ -283,7 +296,8 @@ def test_cancel_while_it_is_on_a_node():
 
 
 @pytest.mark.parametrize('outcome, state', [
-    (Outcome.RETURNED, JobState.FINISHED), (Outcome.RAISED, JobState.TERMINATED), (Outcome.CANCELLED, JobState.CANCELLED),
+    (Outcome.RETURNED, JobState.FINISHED), (Outcome.RAISED, JobState.TERMINATED),
+    (Outcome.CANCELLED, JobState.CANCELLED),
     (Outcome.STOPPED, JobState.CANCELLED)])
 def test_a_job_may_end_otherwise_before_the_cancel_arrives(outcome, state):
     talk, work = Talk(), job()
@@ -295,9 +309,9 @@ def test_a_job_may_end_otherwise_before_the_cancel_arrives(outcome, state):
     assert len(only(actions, JobsEnded) + only(actions, JobEnded)) == 1
 
 
-@pytest.mark.parametrize('event', [
-    NodeReturned('n', 'c', [(1 << 16) + 1]), NodeReady('n', 'c', 1, []), NodeLost('n', 'host', 'broken'),
-    NodeLeft('n', 'c', 'host', 'left')])
+@pytest.mark.parametrize('event', [NodeReturned('n', 'c', [(1 << 16) + 1]),
+                                   NodeReady('n', 'c', 1, []), NodeLost('n', 'host', 'broken'),
+                                   NodeLeft('n', 'c', 'host', 'left')])
 def test_a_job_that_is_being_cancelled_is_not_sent_again(event):
     talk, work = Talk(), job()
     talk.ready('n')
@@ -327,7 +341,7 @@ def test_a_cancel_that_was_lost_with_the_link_is_sent_again():
     assert talk.ready('n', held=[work.serial]) == [SendCancel('n', 'c', [work.serial])]
 
 
-# -- nodes come and go ------------------------------------------------------------------------------------
+# -- nodes come and go -----------------------------------------------------------------------------
 
 def test_reentrant_jobs_of_a_lost_node_go_first_elsewhere_and_in_order():
     # They are put back one before the other, which turns their order round.
@@ -335,7 +349,8 @@ def test_reentrant_jobs_of_a_lost_node_go_first_elsewhere_and_in_order():
     talk.ready('a', 3)
     talk.learn(1.0, node='a')
     talk.submit(works)
-    assert {action.work for action in talk.tell(NodeLost('a', 'host-a', 'broken'))} == set(works[:3])
+    assert ({action.work for action in talk.tell(NodeLost('a', 'host-a', 'broken'))}
+            == set(works[:3]))
     assert sent(talk.ready('b', 6)) == works
 
 
@@ -396,7 +411,8 @@ def test_a_stopped_attempt_that_is_not_reentrant_is_abandoned():
     talk.ready('n')
     talk.submit([work])
     ended, = only(talk.results('n', [work], outcome=Outcome.STOPPED), JobEnded)
-    assert work.state is JobState.ABANDONED and 'lost with node n' in ended.text and 'stopped' in ended.text
+    assert (work.state is JobState.ABANDONED and 'lost with node n' in ended.text
+            and 'stopped' in ended.text)
 
 
 def test_a_node_that_leaves_a_computation_keeps_the_others():
@@ -413,7 +429,8 @@ def test_a_node_that_leaves_a_computation_keeps_the_others():
 def test_a_node_that_is_lost_twice_or_was_never_known():
     talk = Talk()
     talk.ready('n')
-    assert talk.tell(NodeLost('n', 'host', 'broken'), NodeLost('n', 'host', 'broken'), NodeLost('x', 'x', 'x')) == []
+    assert talk.tell(NodeLost('n', 'host', 'broken'), NodeLost('n', 'host', 'broken'),
+                     NodeLost('x', 'x', 'x')) == []
     assert not talk.schedule.nodes
 
 
@@ -444,7 +461,7 @@ def test_serials_tell_the_job_and_the_attempt():
     assert sorted((work.serial >> 16, work.serial & 0xffff) for work in works) == [(1, 2), (2, 2)]
 
 
-# -- recall -----------------------------------------------------------------------------------------------
+# -- recall ----------------------------------------------------------------------------------------
 
 def recall_scene(**options):
     """Node a runs one and holds one more; b comes and is idle."""
@@ -458,7 +475,8 @@ def test_what_waits_on_one_node_is_called_back_for_an_idle_other():
     talk, works = recall_scene()
     assert talk.ready('b') == [SendRecall('a', 'c', [works[1].serial])]
     assert talk.tell() == [], 'asked once'
-    assert talk.tell(NodeReturned('a', 'c', [works[1].serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
+    assert talk.tell(NodeReturned('a', 'c', [works[1].serial])) == [JobWaits(works[1]),
+                                                                    SendJobs('b', 'c', works[1:])]
 
 
 def test_no_endless_recall_when_nothing_comes_back():
@@ -469,7 +487,8 @@ def test_no_endless_recall_when_nothing_comes_back():
 
 
 def test_no_endless_recall_of_what_does_not_fit_the_idle_node():
-    # The wide job comes back, fits on a only, goes there, is called back again ...; at the speed of the wire.
+    # The wide job comes back, fits on a only, goes there, is called back again ...; at the speed of
+    # the wire.
     talk, works = recall_scene(cpus=2)
     actions = talk.ready('b', 1)
     for turn in range(10):
@@ -494,7 +513,8 @@ def test_recalled_jobs_keep_their_order():
     talk.ready('a', 4)
     talk.submit(works)
     talk.ready('b', 4)
-    assert sent(talk.tell(NodeReturned('a', 'c', [work.serial for work in works[:3:-1]]))) == works[4:]
+    assert (sent(talk.tell(NodeReturned('a', 'c', [work.serial for work in works[:3:-1]])))
+            == works[4:])
 
 
 def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
@@ -552,7 +572,8 @@ def test_work_ahead_covers_two_round_trips():
 
 def test_the_round_trip_is_corrected_by_jobs_that_did_not_wait():
     talk, work = Talk(), job()
-    talk.tell(NodeReady('n', 'c', 1, [], trip=3.0))   # this program was busy when the node connected
+    # This program was busy when the node connected
+    talk.tell(NodeReady('n', 'c', 1, [], trip=3.0))
     talk.submit([work])
     talk.schedule.handle(NodeResults('n', 'c', [row(work, took=1.0)]), 1.25)
     assert talk.schedule.nodes['n'].trip == pytest.approx(0.25)
@@ -581,17 +602,19 @@ def test_a_job_of_higher_priority_is_sent_although_the_node_is_full():
 
 
 def test_the_first_jobs_of_one_do_not_keep_the_only_job_of_another():
-    """Three long ones on two nodes of two CPUs; the fourth CPU is on a node that is set up for the short job later."""
+    """Three long ones on two nodes of two CPUs; the fourth CPU is on a node that is set up for the
+    short job later."""
     talk, long, short = Talk('c', 'd'), jobs(3), job('d')
     for name in 'ab':
         talk.tell(NodeReady(name, 'c', 2, [], '', 2))
     talk.submit(long)
     talk.tell(NodeReady('a', 'd', 2, [], '', 2))
     assert sent(talk.submit([short]), 'a') == [short]
-    assert only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall) == [SendRecall('a', 'd', [short.serial])]
+    assert (only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall)
+            == [SendRecall('a', 'd', [short.serial])])
 
 
-# -- withdraw ---------------------------------------------------------------------------------------------
+# -- withdraw --------------------------------------------------------------------------------------
 
 def test_withdraw_of_what_waits():
     talk, work = Talk(), job()
@@ -601,9 +624,12 @@ def test_withdraw_of_what_waits():
 
 
 @pytest.mark.parametrize('answer, gone', [
-    (lambda work: NodeReturned('n', 'c', [work.serial]), True), (lambda work: NodeStarted('n', 'c', [(work.serial, 0.0)]), False),
-    (lambda work: NodeResults('n', 'c', [row(work)]), False), (lambda work: NodeResults('n', 'c', [row(work, Outcome.CANCELLED)]), True),
-    (lambda work: NodeAway('n', 'host', 'broken', 9.0), False), (lambda work: NodeReady('n', 'c', 1, []), True)])
+    (lambda work: NodeReturned('n', 'c', [work.serial]), True),
+    (lambda work: NodeStarted('n', 'c', [(work.serial, 0.0)]), False),
+    (lambda work: NodeResults('n', 'c', [row(work)]), False),
+    (lambda work: NodeResults('n', 'c', [row(work, Outcome.CANCELLED)]), True),
+    (lambda work: NodeAway('n', 'host', 'broken', 9.0), False),
+    (lambda work: NodeReady('n', 'c', 1, []), True)])
 def test_withdraw_of_what_is_on_a_node(answer, gone):
     talk, work = Talk(), job()
     talk.ready('n')
@@ -631,7 +657,8 @@ def test_withdraw_of_what_runs_is_refused_and_does_not_disturb_it():
     talk.ready('n')
     talk.submit([work])
     talk.tell(NodeStarted('n', 'c', [(work.serial, 0.03)]))
-    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)] and work.state is JobState.RUNNING
+    assert (talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)]
+            and work.state is JobState.RUNNING)
 
 
 def test_a_job_whose_answer_is_not_waited_for_goes_on():
@@ -651,10 +678,11 @@ def test_what_is_lost_with_its_node_counts_as_begun_whatever_was_known():
     talk.tell(NodeStarted('n', 'c', [(runs.serial, 0.03)]), NodeOffers('n', 'c', 0))
     talk.tell(NodeReturned('n', 'c', [returned.serial]))
     talk.tell(NodeLost('n', 'host', 'broken'))
-    assert [work.state for work in (runs, waits, returned)] == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED]
+    assert ([work.state for work in (runs, waits, returned)]
+            == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED])
 
 
-# -- several clients --------------------------------------------------------------------------------------
+# -- several clients -------------------------------------------------------------------------------
 
 def test_two_computations_of_one_client_take_turns_on_one_cpu():
     schedule = Schedule()
@@ -700,7 +728,8 @@ def busy(long=True, cpus=4):
 
 
 def test_limits_of_two_computations_fill_a_node_in_either_order():
-    # What the first has ahead on the node must not keep the second from CPUs that the first may not use.
+    # What the first has ahead on the node must not keep the second from CPUs that the first may not
+    # use.
     for order in (('c', 'd'), ('d', 'c')):
         talk = Talk('c', 'd')
         limits = {'c': 1, 'd': 3}
@@ -734,7 +763,8 @@ def test_cpus_are_shared_between_clients_and_not_computations():
 def test_a_newcomer_gets_the_next_free_cpu():
     talk, works, there = busy()
     few = jobs(4, 'd')
-    assert sent(talk.submit(few)) == few[:2], 'its part into the queue of the node, which gives the next CPU to who has fewest'
+    assert sent(talk.submit(few)) == few[:2], ('its part into the queue of the '
+                                               'node, which gives the next CPU to who has fewest')
     assert sent(talk.results('n', there[:1])) == []
     assert sent(talk.results('n', there[1:2])) == []
     assert sent(talk.results('n', few[:1], 'd')) == few[2:3], 'an even share is two of four CPUs'
@@ -747,7 +777,8 @@ def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
     few, queue = jobs(4, 'd'), collections.deque(there)
     talk.submit(few)
     for _ in range(200):
-        queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
+        queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001),
+                          comp='c'))
         running = [work for work in few if work.state is JobState.SENT]
         if running:
             talk.results('n', running[:1], 'd')
@@ -756,7 +787,7 @@ def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
     pytest.fail('after 2000 jobs of the other client the newcomer still waits')
 
 
-# -- closed -----------------------------------------------------------------------------------------------
+# -- closed ----------------------------------------------------------------------------------------
 
 def test_closed_ends_jobs_in_every_state():
     talk = Talk('c', 'd')
@@ -772,7 +803,8 @@ def test_closed_ends_jobs_in_every_state():
     assert {action.work for action in only(actions, JobEnded)} >= {running, cancelling, waiting}
     assert done not in {action.work for action in only(actions, JobEnded)}
     assert [work.state for work in (done, running, cancelling, waiting, other)] == [
-        JobState.FINISHED, JobState.CANCELLED, JobState.CANCELLED, JobState.CANCELLED, JobState.CREATED]
+        JobState.FINISHED, JobState.CANCELLED, JobState.CANCELLED, JobState.CANCELLED,
+        JobState.CREATED]
     assert talk.schedule.nodes['n'].used == 0 and not talk.schedule.nodes['n'].in_flight
     assert talk.tell(Closed('c')) == []
     assert talk.submit([requeued]) == [JobEnded(requeued, 'the cluster was closed')]
@@ -787,7 +819,7 @@ def test_closed_forgets_a_recall():
     assert not talk.schedule.nodes['a'].recalled
 
 
-# -- the table of states ----------------------------------------------------------------------------------
+# -- the table of states ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('state', list(JobState))
 @pytest.mark.parametrize('event', sorted({event for _, event in JOB_TABLE} | {'nonsense'}))
@@ -808,7 +840,7 @@ def test_an_unknown_event_raises():
         Schedule().handle('nonsense', 0.0)
 
 
-# -- random walk ------------------------------------------------------------------------------------------
+# -- random walk -----------------------------------------------------------------------------------
 
 class ModelNode:
     """What a node does, as far as a schedule sees it; messages to and from it take their time."""
@@ -831,21 +863,24 @@ class ModelNode:
         self.inbox, self.outbox = collections.deque(), collections.deque()
 
     def held(self, comp):
-        return [serial for place in (self.waiting, self.running, self.results) for name, serial in place if name == comp]
+        return [serial for place in (self.waiting, self.running, self.results)
+                for name, serial in place if name == comp]
 
     def take(self, rng):
         """Read a message."""
         kind, comp, what = self.inbox.popleft()
         if kind is SendJobs:
             for serial, cpus in what:
-                if not any((comp, serial) in place for place in (self.waiting, self.running, self.results)):
+                if not any((comp, serial) in place
+                           for place in (self.waiting, self.running, self.results)):
                     self.waiting[comp, serial] = cpus
         elif kind is SendAck:
             for serial in what:
                 self.results.pop((comp, serial), None)
         elif kind is SendCancel:
             for serial in what:
-                if (comp, serial) in self.waiting or ((comp, serial) in self.running and rng.random() < 0.8):
+                if (comp, serial) in self.waiting or ((comp, serial) in self.running
+                                                      and rng.random() < 0.8):
                     self.end((comp, serial), Outcome.CANCELLED, 0.0)
         elif kind is SendRecall:
             keys = [(comp, serial) for serial in what if (comp, serial) in self.waiting]
@@ -882,9 +917,11 @@ class Walk:
     def __init__(self, seed):
         self.rng = random.Random(seed)
         self.schedule = Schedule()
-        self.nodes = {key: ModelNode(key, self.rng.choice((1, 2, 2, 4))) for key in range(self.rng.randint(1, 4))}
+        self.nodes = {key: ModelNode(key, self.rng.choice((1, 2, 2, 4)))
+                      for key in range(self.rng.randint(1, 4))}
         self.works, self.ended = [], {}
-        self.sent, self.free_again = {}, set()      # work -> its last attempt; attempts that were never started
+        # Work -> its last attempt; attempts that were never started
+        self.sent, self.free_again = {}, set()
         self.serials, self.open, self.reentrant, self.opened = set(), [], {}, 0
         self.recalls = 0
         self.drains, self.drained = set(), []     # (node, comp) that drain, and that have
@@ -906,7 +943,8 @@ class Walk:
         node.comps.add(comp)
         self.drains.discard((node.key, comp))
         held = node.held(comp)
-        flight = self.schedule.nodes[node.key].in_flight.get(comp, {}) if node.key in self.schedule.nodes else {}
+        flight = (self.schedule.nodes[node.key].in_flight.get(comp, {})
+                  if node.key in self.schedule.nodes else {})
         self.free_again.update(set(flight) - set(held))
         for (name, _), result in node.results.items():
             if name == comp:
@@ -961,7 +999,8 @@ class Walk:
                 self.drains.add((node.key, comp))
                 self.event(NodeDrains(node.key, comp))
             return
-        if what < 0.3:      # a break: the client comes back before the node is given up, or does not
+        # A break: the client comes back before the node is given up, or does not
+        if what < 0.3:
             node.cut()
             node.away = True
             self.event(NodeAway(node.key, 'host', 'broken', self.now + 5.0))
@@ -978,7 +1017,8 @@ class Walk:
 
     def back(self, node):
         node.away = False
-        for place in (node.waiting, node.running, node.results):   # of computations that were closed meanwhile
+        # Of computations that were closed meanwhile
+        for place in (node.waiting, node.running, node.results):
             for key in [key for key in place if key[0] not in self.open]:
                 del place[key]
         for comp in self.open:
@@ -1013,10 +1053,12 @@ class Walk:
         if node.inbox and what < 0.4:
             node.take(rng)
         elif node.running and what < 0.7:
-            outcome = rng.choice([Outcome.RETURNED] * 6 + [Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT])
+            outcome = rng.choice([Outcome.RETURNED] * 6
+                                 + [Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT])
             if rng.random() < 0.02:
                 outcome, node.stopping = Outcome.STOPPED, True
-            node.end(rng.choice(sorted(node.running)), outcome, rng.choice((0.001, 0.001, 0.03, 0.5)))
+            node.end(rng.choice(sorted(node.running)), outcome,
+                     rng.choice((0.001, 0.001, 0.03, 0.5)))
         elif node.outbox and not node.away:
             event = node.outbox.popleft()
             if type(event) is NodeReturned:
@@ -1052,7 +1094,8 @@ class Walk:
                     if comp not in node.comps:
                         self.set_up(node, comp)
                 self.go_on(node)
-        raise AssertionError('these do not end: %s' % [work for work in self.works if work.state not in ENDED])
+        raise AssertionError('these do not end: %s'
+                             % [work for work in self.works if work.state not in ENDED])
 
     # what is said and must be true
 
@@ -1071,14 +1114,16 @@ class Walk:
             self.drains.discard((key, comp))
 
     def act(self, actions):
-        batches = collections.Counter((action.node, action.comp) for action in only(actions, SendJobs))
+        batches = collections.Counter((action.node, action.comp)
+                                      for action in only(actions, SendJobs))
         assert not batches or max(batches.values()) == 1
         for action in actions:
             kind = type(action)
             if kind is JobEnded:
                 self.end(action.work)
             elif kind is JobWaits or kind is JobParked:
-                assert action.work.state in WAITING or action.work.state is JobState.SENT   # again, in the same turn
+                # Again, in the same turn
+                assert action.work.state in WAITING or action.work.state is JobState.SENT
             elif kind is JobsStarted or kind is Withdrawn:
                 continue
             elif kind is JobsEnded:
@@ -1116,11 +1161,14 @@ class Walk:
         places = collections.Counter()
         flying = collections.Counter()
         for node in self.schedule.nodes.values():
-            works = [(name, serial, work) for name, flight in node.in_flight.items() for serial, work in flight.items()]
-            assert node.used == sum(cpus_of(work) for _, _, work in works) == sum(node.parts.values())
+            works = [(name, serial, work) for name, flight in node.in_flight.items()
+                     for serial, work in flight.items()]
+            assert (node.used == sum(cpus_of(work) for _, _, work in works)
+                    == sum(node.parts.values()))
             assert set(node.parts) == set(node.limits) == set(node.in_flight) == set(node.comps)
             assert node.cpus == max(node.limits.values(), default=0)
-            assert node.cpus_reserved == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
+            assert node.cpus_reserved == sum(min(node.parts[name], node.limits[name])
+                                             for name in node.parts)
             assert node.bytes == sum(size_of(work.payload) for _, _, work in works)
             for name, serial, work in works:
                 assert work.serial == serial and work.comp == name
@@ -1131,7 +1179,8 @@ class Walk:
             queue = list(comp.queue)
             assert comp.queue.length == len(queue)
             assert comp.cpus_in_flight == flying[comp.comp]
-            assert len(comp.running) == sum(len(node.in_flight.get(comp.comp, ())) for node in self.schedule.nodes.values())
+            assert len(comp.running) == sum(len(node.in_flight.get(comp.comp, ()))
+                                            for node in self.schedule.nodes.values())
             for work in queue + comp.too_wide:
                 assert work.state in WAITING
                 places[work] += 1
@@ -1164,8 +1213,10 @@ def test_a_computation_that_may_use_so_many_cpus_over_all_nodes():
     works = jobs(10)
     sent = {action.node for action in talk.submit(works) if isinstance(action, SendJobs)}
     assert sent == {'a', 'b'}
-    told = [action for action in talk.tell(NodeOffers('a', 'c', 5)) if isinstance(action, LimitNode)]
-    assert limits() == [2, 1, 0] and told == [LimitNode('a', 'c', 2)]   # what others have stays theirs
+    told = [action
+            for action in talk.tell(NodeOffers('a', 'c', 5)) if isinstance(action, LimitNode)]
+    # What others have stays theirs
+    assert limits() == [2, 1, 0] and told == [LimitNode('a', 'c', 2)]
     actions = talk.tell(NodeLost('a', 'a', 'gone'))
     assert LimitNode('b', 'c', 2) in actions and LimitNode('c', 'c', 1) in actions
     assert talk.schedule.nodes['b'].limits['c'] + talk.schedule.nodes['c'].limits['c'] == 3
@@ -1178,11 +1229,14 @@ def test_a_job_that_failed_rests_until_it_is_tried_again():
     talk.ready('n', 1)
     work = job('c', repeats=Repeats(True, 5.0, 2), retries=2)
     talk.submit([work])
-    asked, = [action for action in talk.results('n', [work], outcome=Outcome.RAISED) if isinstance(action, JobFailedOnce)]
+    asked, = [action for action in talk.results('n', [work], outcome=Outcome.RAISED)
+              if isinstance(action, JobFailedOnce)]
     assert work.state is JobState.REQUEUED and talk.schedule.comps['c'].waiting() == [work]
     assert talk.schedule.handle(Repeat(work, 5.0), 0.0) == [JobWaits(work)]
     assert talk.schedule.next_timer() == 5.0
-    assert not talk.schedule.flush(4.9) and [type(action) for action in talk.schedule.flush(5.0)] == [SendJobs]
+    assert (not talk.schedule.flush(4.9)
+            and [type(action) for action in talk.schedule.flush(5.0)] == [SendJobs])
     talk.results('n', [work], outcome=Outcome.RAISED)
-    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)] and work.state is JobState.TERMINATED
+    assert (talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)]
+            and work.state is JobState.TERMINATED)
     assert talk.tell(RepeatNot(work, Outcome.RAISED)) == []

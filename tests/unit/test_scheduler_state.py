@@ -1,4 +1,5 @@
-"""What a scheduler keeps on disk, without a scheduler: `State` is written, closed or abandoned as by kill -9, and read again."""
+"""What a scheduler keeps on disk, without a scheduler: `State` is written, closed or abandoned as
+by kill -9, and read again."""
 
 import os
 import shutil
@@ -19,7 +20,8 @@ def root(tmp_path):
 
 
 def begin(state, comp='c'):
-    state.began(types.SimpleNamespace(comp=comp, instance=b'i' * 16, digest=bytes(32), cargo=types.SimpleNamespace(spec={'name': comp})))
+    state.began(types.SimpleNamespace(comp=comp, instance=b'i' * 16, digest=bytes(32),
+                                      cargo=types.SimpleNamespace(spec={'name': comp})))
     peer = NodeConnection(*KEY)
     peer.name, peer.instance = 'node', b'n' * 16
     state.met(peer)
@@ -50,7 +52,8 @@ def test_a_crash_leaves_what_was_committed(root):
     state = State(root)
     begin(state)
     first = state.number + 1
-    waits, sent, back, ended = [submit(state, options={'cpus': number} if number else None) for number in range(4)]
+    waits, sent, back, ended = [submit(state, options={'cpus': number} if number else None)
+                                for number in range(4)]
     for work in (sent, back):
         work.serial += 1
     state.sent([sent, back], KEY)
@@ -59,9 +62,11 @@ def test_a_crash_leaves_what_was_committed(root):
     assert state.commit()
     submit(state)   # and this one not
     again = after_a_crash(state, root)
-    assert again.comps() == [('c', b'i' * 16, {'name': 'c', 'key': bytes(32)})] and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)]
+    assert (again.comps() == [('c', b'i' * 16, {'name': 'c', 'key': bytes(32)})]
+            and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)])
     assert list(again.jobs('c')) == [
-        (first, first, None, State.WAITING, waits.serial, None), (first + 1, first + 1, {'cpus': 1}, State.SENT, sent.serial, KEY),
+        (first, first, None, State.WAITING, waits.serial, None),
+        (first + 1, first + 1, {'cpus': 1}, State.SENT, sent.serial, KEY),
         (first + 2, first + 2, {'cpus': 2}, State.WAITING, back.serial, None),
         (first + 3, first + 3, {'cpus': 3}, State.ENDED, ended.serial, None)]
     assert again.payload(first) == b'arguments' and list(again.results([first + 3], [])) == [row]
@@ -71,9 +76,11 @@ def test_a_crash_leaves_what_was_committed(root):
 def test_arguments_are_there_in_the_turn_in_which_they_come_and_after_it(root):
     state = State(root)
     begin(state)
-    works = [submit(state, b'%d' % number) for number in range(3)] + [submit(state, b'x' * FILE_BYTES)]
+    works = ([submit(state, b'%d' % number) for number in range(3)]
+             + [submit(state, b'x' * FILE_BYTES)])
     for _ in range(2):
-        assert [state.payload(work.serial >> 16) for work in works] == [b'0', b'1', b'2', b'x' * FILE_BYTES]
+        assert [state.payload(work.serial >> 16) for work in works] == [b'0', b'1', b'2',
+                                                                        b'x' * FILE_BYTES]
         assert state.commit()
     state.close()
 
@@ -104,8 +111,10 @@ def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
     state.commit()
     number = large.serial >> 16
     files = ['%d.%s' % (number, end) for end in 'pr']
-    assert sorted(os.listdir(state.files.directory)) == files and list(state.results([number], [])) == [row]
-    for name in ('9.p', '9.r', '%d.p.part' % (number + 1)):   # of transactions that were not written
+    assert (sorted(os.listdir(state.files.directory)) == files
+            and list(state.results([number], [])) == [row])
+    # Of transactions that were not written
+    for name in ('9.p', '9.r', '%d.p.part' % (number + 1)):
         open(os.path.join(state.files.directory, name), 'w').close()
     again = after_a_crash(state, root)
     assert sorted(os.listdir(again.files.directory)) == files

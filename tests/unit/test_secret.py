@@ -141,7 +141,8 @@ def test_a_place_that_cannot_be_used_is_named(home):
     assert str(home / 'dispy' / 'secret') in str(info.value) and 'DISPY_SECRET' in str(info.value)
 
 
-@pytest.mark.parametrize('mode', [0o640, 0o604, 0o660, 0o620, 0o602, 0o644, 0o666, 0o777, 0o610, 0o601])
+@pytest.mark.parametrize('mode',
+                         [0o640, 0o604, 0o660, 0o620, 0o602, 0o644, 0o666, 0o777, 0o610, 0o601])
 def test_a_file_that_others_can_reach_is_refused(home, mode):
     path = write(home / 'secret', mode=mode)
     with pytest.raises(SecretError) as info:
@@ -185,23 +186,28 @@ def test_a_secret_error_is_a_value_error():
     assert issubclass(SecretError, ValueError) and issubclass(SecretError, dispynode.DispyError)
 
 
-# -- the key ------------------------------------------------------------------------------------------------------
+# -- the key ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('text', ['correct horse battery staple', 'f0' * 32, 'caf\u00e9 au lait, s\u00b4il vous pla\u00eet'])
+@pytest.mark.parametrize('text', ['correct horse battery staple', 'f0' * 32,
+                                  'caf\u00e9 au lait, s\u00b4il vous pla\u00eet'])
 @pytest.mark.parametrize('end', [b'\n', b'\r\n', b'', b' \n'], ids=repr)
 def test_text_and_file_give_the_same_key(home, text, end):
     path = write(home / 'secret', text.encode('utf-8') + end)
-    assert derive_key(find_secret(text)) == derive_key(find_secret(path=path)) == derive_key(text.encode('utf-8') + end)
+    assert (derive_key(find_secret(text)) == derive_key(find_secret(path=path))
+            == derive_key(text.encode('utf-8') + end))
 
 
 def test_keys_are_these():
     """Clients and nodes of different versions must agree on them."""
-    assert derive_key(b'0123456789abcdef' * 4).hex() == 'c3a448ae6b62148dd84933a24b265582230c1ee35697d6a2faba216d1782945f'
-    assert derive_key(b'correct horse battery staple').hex() == '20354e8a4419c4597b2d176f6b9ead599014ce4fd484245a98c3174c3c184f02'
+    assert (derive_key(b'0123456789abcdef' * 4).hex()
+            == 'c3a448ae6b62148dd84933a24b265582230c1ee35697d6a2faba216d1782945f')
+    assert (derive_key(b'correct horse battery staple').hex()
+            == '20354e8a4419c4597b2d176f6b9ead599014ce4fd484245a98c3174c3c184f02')
 
 
 def test_a_key_has_256_bits_and_is_its_own():
-    keys = {derive_key(secret) for secret in (b'a' * 64, b'a' * 63, b'A' * 64, b'a long secret', b'another secret')}
+    keys = {derive_key(secret)
+            for secret in (b'a' * 64, b'a' * 63, b'A' * 64, b'a long secret', b'another secret')}
     assert len(keys) == 5 and {len(key) for key in keys} == {32}
 
 
@@ -218,7 +224,7 @@ def test_other_secrets_are_not_warned_of(secret, caplog):
     assert caplog.text == ''
 
 
-# -- certificates: those that work are tried in test_handshake ------------------------------------------------------
+# -- certificates: those that work are tried in test_handshake -------------------------------------
 
 @pytest.mark.parametrize('server', [True, False])
 def test_a_missing_certificate_is_named(home, server):

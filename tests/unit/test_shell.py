@@ -1,4 +1,5 @@
-"""The parts of `python -m dispy COMMAND` that run nothing: templates, arguments, options, rules to stop, the log."""
+"""The parts of `python -m dispy COMMAND` that run nothing: templates, arguments, options, rules to
+stop, the log."""
 
 import argparse
 import io
@@ -26,26 +27,31 @@ def commands(*words):
     return [made.command.text(values, number) for number, values in enumerate(made.inputs, 1)]
 
 
-# -- replacement strings, compared with GNU parallel 20221122 ---------------------------------------------------------------
+# -- replacement strings, compared with GNU parallel 20221122 --------------------------------------
 
 @pytest.mark.parametrize('value, forms', [
-    ('foo.jpg', ('foo', 'foo.jpg', '.', 'foo')), ('subdir/foo.jpg', ('subdir/foo', 'foo.jpg', 'subdir', 'foo')),
-    ('sub.dir/foo.jpg', ('sub.dir/foo', 'foo.jpg', 'sub.dir', 'foo')), ('sub.dir/bar', ('sub.dir/bar', 'bar', 'sub.dir', 'bar')),
-    ('/a', ('/a', 'a', '/', 'a')), ('a.tar.gz', ('a.tar', 'a.tar.gz', '.', 'a.tar')), ('a.', ('a.', 'a.', '.', 'a.')),
+    ('foo.jpg', ('foo', 'foo.jpg', '.', 'foo')),
+    ('subdir/foo.jpg', ('subdir/foo', 'foo.jpg', 'subdir', 'foo')),
+    ('sub.dir/foo.jpg', ('sub.dir/foo', 'foo.jpg', 'sub.dir', 'foo')),
+    ('sub.dir/bar', ('sub.dir/bar', 'bar', 'sub.dir', 'bar')),
+    ('/a', ('/a', 'a', '/', 'a')), ('a.tar.gz', ('a.tar', 'a.tar.gz', '.', 'a.tar')),
+    ('a.', ('a.', 'a.', '.', 'a.')),
     ('', ('', '', '.', ''))])
 def test_forms_of_a_value(value, forms):
     assert Template('{.}|{/}|{//}|{/.}').expand((value,), 1) == '|'.join(forms)
 
 
 @pytest.mark.parametrize('text, wanted', [
-    ('{}', 'a/b.c d'), ('{1}-{2}', 'a/b.c-d'), ('{-1}{#}', 'd7'), ('{1/.}', 'b'), ('{3}', ''), ('{-3}', ''),
+    ('{}', 'a/b.c d'), ('{1}-{2}', 'a/b.c-d'), ('{-1}{#}', 'd7'), ('{1/.}', 'b'), ('{3}', ''),
+    ('{-3}', ''),
     ('{x} {0} {+1} {', '{x} {0} {+1} {'),
     ('{2}{1.}', 'da/b'), ('${HOME}', '${HOME}')])
 def test_places_of_values(text, wanted):
     assert Template(text).expand(('a/b.c', 'd'), 7) == wanted
 
 
-NASTY = ["it's", 'a  b', '$HOME', '`id`', '-x', '"', '\\', '*', '', 'é', 'a\nb', '~', '#x', '!', ';', '\udcff']
+NASTY = ["it's", 'a  b', '$HOME', '`id`', '-x', '"', '\\', '*', '', 'é', 'a\nb', '~', '#x', '!',
+         ';', '\udcff']
 
 
 def test_a_line_quotes_what_it_is_given():
@@ -70,11 +76,12 @@ def test_words_are_words():
     assert Command(['echo {}; true']).words(("it's",), 1) == ['sh', '-c', "echo 'it'\"'\"'s'; true"]
 
 
-# -- where programs come from ----------------------------------------------------------------------------------------------
+# -- where programs come from ----------------------------------------------------------------------
 
 def test_programs_of_the_user_travel(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in (('mine', '#!/bin/sh\n'), ('script.py', 'pass\n'), ('tool', '#!/usr/bin/env python3\n'), ('data', 'x\n'),
+    for name, text in (('mine', '#!/bin/sh\n'), ('script.py', 'pass\n'),
+                       ('tool', '#!/usr/bin/env python3\n'), ('data', 'x\n'),
                        ('ls', '#!/bin/sh\n')):
         (tmp_path / name).write_text(text)
     path = str(tmp_path / 'mine')
@@ -85,8 +92,10 @@ def test_programs_of_the_user_travel(tmp_path, monkeypatch):
     assert Command(['script.py']).words(('a',), 1) == [dispy.RUN_BY_PYTHON, './script.py', 'a']
     assert Command(['./tool']).program == ('./tool', './tool', True)
     assert Command(['./mine {} | cat']).words(('a',), 1) == ['sh', '-c', './mine a | cat']
-    assert Command(['./script.py {} | cat']).words(('a',), 1) == ['sh', '-c', '"$DISPY_PYTHON" ./script.py a | cat']
-    for word in ('ls', '/bin/ls', 'ls -l', 'no-such-program', 'cd /tmp; ls'):   # installed, or to be found on the nodes
+    assert (Command(['./script.py {} | cat']).words(('a',), 1)
+            == ['sh', '-c', '"$DISPY_PYTHON" ./script.py a | cat'])
+    # Installed, or to be found on the nodes
+    for word in ('ls', '/bin/ls', 'ls -l', 'no-such-program', 'cd /tmp; ls'):
         assert Command([word]).program.path is None
     assert Command(['./mine'], False).words((), 1) == ['./mine']
     with pytest.raises(FileNotFoundError, match='no program ./nothing here.*`env ./nothing`'):
@@ -97,7 +106,7 @@ def test_programs_of_the_user_travel(tmp_path, monkeypatch):
         Command(['wc -l {}', '--tag'])
 
 
-# -- arguments -------------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 def test_records_are_taken_as_they_are():
     data = b"it's\n -x \n\n\xff\r\nlast"
@@ -143,7 +152,7 @@ def test_sources_of_all_kinds(tmp_path):
     assert isinstance(bad[0], ValueError) and "it's" in str(bad[0]) and bad[1:] == [('b',)]
 
 
-# -- options ---------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 def options(*words):
     parser = dispy._parser()
@@ -153,13 +162,15 @@ def options(*words):
 
 def test_options_end_where_the_command_begins():
     args, rest = options('-kj2', '--tag', '--timeout', '1m30s', 'grep', '-k', '--tag', ':::', '-j')
-    assert args.keep_order and args.tag and args.jobs == 2 and args.timeout == 90 and rest == ['grep', '-k', '--tag', ':::', '-j']
+    assert (args.keep_order and args.tag and args.jobs == 2 and args.timeout == 90
+            and rest == ['grep', '-k', '--tag', ':::', '-j'])
     assert options('--', '-x')[1] == ['-x'] and options('-', 'x')[1] == ['-', 'x']
 
 
 def test_values_may_begin_with_a_dash():
     args, rest = options('-a', '-x y', '-a', '--help', '--args=-z', '--halt', '-1', 'echo')
-    assert args.args == ['-x y', '--help', '-z'] and str(args.halt) == 'soon,success=1' and rest == ['echo']
+    assert (args.args == ['-x y', '--help', '-z'] and str(args.halt) == 'soon,success=1'
+            and rest == ['echo'])
 
 
 def test_beginnings_and_old_spellings_of_options():
@@ -169,7 +180,8 @@ def test_beginnings_and_old_spellings_of_options():
 
 def test_a_bare_d_is_debug_as_in_dispy_4():
     args, rest = options('-c', '-d', '-n', 'local', './program')
-    assert args.debug and args.delimiter == b'\n' and args.nodes == ['local'] and rest == ['./program']
+    assert (args.debug and args.delimiter == b'\n' and args.nodes == ['local']
+            and rest == ['./program'])
     args, rest = options('-d', 'program')
     assert args.debug and rest == ['program']
     for words in (('-d', ','), ('-d,',), ('--delimiter', ',')):
@@ -178,8 +190,10 @@ def test_a_bare_d_is_debug_as_in_dispy_4():
 
 
 @pytest.mark.parametrize('words, text', [
-    (['--no-such'], '--no-such'), (['-y'], '-y'), (['--re'], 'may be any of'), (['--keep'], 'may be any of --keep'),
-    (['-j', 'x'], "'x'"), (['--halt', 'later'], 'later'), (['--timeout', '5x'], '5x'), (['--delay', 'nan'], 'nan'),
+    (['--no-such'], '--no-such'), (['-y'], '-y'), (['--re'], 'may be any of'),
+    (['--keep'], 'may be any of --keep'),
+    (['-j', 'x'], "'x'"), (['--halt', 'later'], 'later'), (['--timeout', '5x'], '5x'),
+    (['--delay', 'nan'], 'nan'),
     (['-C', '('], '('),
     (['--memory', '1x'], '1x'), (['--retries', '0'], "'0'")])
 def test_wrong_options_end_with_255(words, text, capsys):
@@ -196,17 +210,19 @@ def test_an_option_without_its_value(words, capsys):
 
 
 @pytest.mark.parametrize('words, text', [
-    (['--resume', 'echo', ':::', 'a'], '--joblog'), (['-a', 'x', 'echo', ':::', 'a'], 'arguments of whole jobs'),
+    (['--resume', 'echo', ':::', 'a'], '--joblog'),
+    (['-a', 'x', 'echo', ':::', 'a'], 'arguments of whole jobs'),
     (['-a', 'x'], 'PROGRAM'),
-    (['echo', ':::+', 'a'], 'linked'), (['--workdir', '.', '--return', 'x', 'echo', ':::', 'a'], '--workdir'),
+    (['echo', ':::+', 'a'], 'linked'),
+    (['--workdir', '.', '--return', 'x', 'echo', ':::', 'a'], '--workdir'),
     (['echo', '::::', '/no/such/file'], '/no/such/file')])
 def test_command_lines_that_make_no_sense(words, text):
     with pytest.raises((ValueError, OSError), match=text):
         plan(*words)
 
 
-@pytest.mark.parametrize('text, seconds', [('10', 10), ('1.5', 1.5), ('.5', 0.5), ('90s', 90), ('1h30m', 5400), ('2d', 172800),
-                                           ('1m1', 61)])
+@pytest.mark.parametrize('text, seconds', [('10', 10), ('1.5', 1.5), ('.5', 0.5), ('90s', 90),
+                                           ('1h30m', 5400), ('2d', 172800), ('1m1', 61)])
 def test_durations(text, seconds):
     assert duration_option(text) == seconds
 
@@ -218,8 +234,9 @@ def test_no_durations(text):
 
 
 def test_delimiters():
-    assert [delimiter_option(text) for text in (',', '\\n', '\\0', '\\x1f', '\\t', 'ab', 'é', '\\')] == [
-        b',', b'\n', b'\0', b'\x1f', b'\t', b'ab', 'é'.encode(), b'\\']
+    assert [delimiter_option(text)
+            for text in (',', '\\n', '\\0', '\\x1f', '\\t', 'ab', 'é', '\\')] == [
+                b',', b'\n', b'\0', b'\x1f', b'\t', b'ab', 'é'.encode(), b'\\']
     with pytest.raises(argparse.ArgumentTypeError):
         delimiter_option('')
 
@@ -235,11 +252,13 @@ def test_files_of_jobs_are_below_the_working_directory(tmp_path, monkeypatch):
             made.files((value,), 1)
 
 
-# -- hosts -----------------------------------------------------------------------------------------------------------------
+# -- hosts -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('word, node', [
-    ('lab1', ('lab1', 9701)), ('4/lab1', ('lab1', 9701, 4)), ('lab1:9800', ('lab1', 9800)), ('me@lab1', ('lab1', 9701)),
-    ('2/ssh://me@lab1:22', ('lab1', 9701, 2)), ('8/[::1]:9800', ('::1', 9800, 8)), ('192.168.3.*', ('192.168.3.*', 9701))])
+    ('lab1', ('lab1', 9701)), ('4/lab1', ('lab1', 9701, 4)), ('lab1:9800', ('lab1', 9800)),
+    ('me@lab1', ('lab1', 9701)),
+    ('2/ssh://me@lab1:22', ('lab1', 9701, 2)), ('8/[::1]:9800', ('::1', 9800, 8)),
+    ('192.168.3.*', ('192.168.3.*', 9701))])
 def test_hosts(word, node):
     assert as_node(word) == node
 
@@ -256,14 +275,17 @@ def test_a_file_of_hosts(tmp_path):
     assert hosts_in(str(path)) == ['4/lab1', 'lab3']
 
 
-# -- when to stop ----------------------------------------------------------------------------------------------------------
+# -- when to stop ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, counts, reached', [
-    ('soon,fail=1', (5, 0, 9), False), ('soon,fail=1', (5, 1, 9), True), ('now,fail=3', (5, 2, 9), False),
+    ('soon,fail=1', (5, 0, 9), False), ('soon,fail=1', (5, 1, 9), True),
+    ('now,fail=3', (5, 2, 9), False),
     ('now,fail=30%', (5, 2, 9), False),
-    ('now,fail=30%', (5, 3, 9), True), ('now,success=2', (3, 2, 9), False), ('now,success=2', (3, 1, 9), True),
+    ('now,fail=30%', (5, 3, 9), True), ('now,success=2', (3, 2, 9), False),
+    ('now,success=2', (3, 1, 9), True),
     ('soon,done=50%', (4, 0, 9), False),
-    ('soon,done=50%', (5, 0, 9), True), ('1', (1, 1, 9), True), ('-2', (1, 0, 9), True), ('10%', (1, 1, 10), True)])
+    ('soon,done=50%', (5, 0, 9), True), ('1', (1, 1, 9), True), ('-2', (1, 0, 9), True),
+    ('10%', (1, 1, 10), True)])
 def test_halting(text, counts, reached):
     assert HaltRule.parse(text).is_reached(*counts) == reached
 
@@ -277,14 +299,15 @@ def test_exit_status_of_a_halt_is_that_of_parallel():
     assert HaltRule.parse('soon,fail=200').exit_status(1, 200, 300) == 101
 
 
-# -- what is written -------------------------------------------------------------------------------------------------------
+# -- what is written -------------------------------------------------------------------------------
 
 def ended(number=3, values=('bad.csv',), **fields):
     return Ended(number, values, 'convert ' + ' '.join(values), **fields)
 
 
 def test_a_failure_names_job_arguments_and_node():
-    assert ended(node='lab2', status=7, reason='exit status 7').message() == 'job 3 (bad.csv) failed on lab2: exit status 7'
+    assert (ended(node='lab2', status=7, reason='exit status 7').message()
+            == 'job 3 (bad.csv) failed on lab2: exit status 7')
     assert ended(values=(), reason='it was lost').message() == 'job 3 failed: it was lost'
     assert len(ended(values=('x' * 1000,), reason='r').message()) < 200
     assert '\n' not in ended(values=('a\nb',), reason='r').message()
@@ -293,17 +316,19 @@ def test_a_failure_names_job_arguments_and_node():
 def test_the_log_has_the_columns_of_parallel_and_the_node(tmp_path):
     path = str(tmp_path / 'log')
     log = JobLog(path, False)
-    log.write(ended(1, ('a\tb\nc',), node='lab2', address='10.0.0.2', start=12.5, seconds=1.25, sent=5, stdout=b'12',
-                    stderr=b'3'))
+    log.write(ended(1, ('a\tb\nc',), node='lab2', address='10.0.0.2', start=12.5, seconds=1.25,
+                    sent=5, stdout=b'12', stderr=b'3'))
     log.write(ended(2, status=7, reason='exit status 7'))
     log.write(ended(3, signal=9, reason='killed'))
     log.close()
     with open(path) as file:
         lines = file.read().splitlines()
-    assert lines[0] == 'Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\tNode'
+    assert (lines[0]
+            == 'Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\tNode')
     assert lines[1] == '1\t10.0.0.2\t12.500\t     1.250\t5\t3\t0\t0\tconvert a b c\tlab2'
     assert [line.split('\t')[6:8] for line in lines[2:]] == [['7', '0'], ['0', '9']]
-    assert JobLog.read(path) == {1: (True, 'convert a b c'), 2: (False, 'convert bad.csv'), 3: (False, 'convert bad.csv')}
+    assert JobLog.read(path) == {1: (True, 'convert a b c'), 2: (False, 'convert bad.csv'),
+                                 3: (False, 'convert bad.csv')}
 
 
 def test_a_log_of_parallel_itself_is_read(tmp_path):
@@ -323,20 +348,24 @@ def test_resuming(tmp_path):
     log.write(ended(3))   # the last line counts
     log.close()
     resume, again = Resume(path, False), Resume(path, True)
-    assert [resume.skips(number, 'convert bad.csv') for number in (1, 2, 3, 4)] == [True, True, True, False]
-    assert [again.skips(number, 'convert bad.csv') for number in (1, 2, 3, 4)] == [True, False, True, False]
+    assert [resume.skips(number, 'convert bad.csv') for number in (1, 2, 3, 4)] == [True, True,
+                                                                                    True, False]
+    assert [again.skips(number, 'convert bad.csv') for number in (1, 2, 3, 4)] == [True, False,
+                                                                                   True, False]
     assert not again.changed and again.skips(1, 'other') and 'job 1 is now `other`' in again.changed
 
 
 def test_names_of_results_are_those_of_parallel():
     assert results_path(('a/b', 'c\\d')) == os.path.join('1', 'a\\_b', '2', 'c\\\\d')
-    names = [as_file_name(value) for value in ('', '.', '..', 'a', '\\.', 'x' * 300, 'x' * 301, 'é' * 200)]
+    names = [as_file_name(value)
+             for value in ('', '.', '..', 'a', '\\.', 'x' * 300, 'x' * 301, 'é' * 200)]
     assert len(set(names)) == len(names) and not {'', '.', '..'} & set(names)
     assert all(len(os.fsencode(name)) <= 255 and '/' not in name for name in names)
 
 
 def test_tags_stand_before_each_line():
-    assert tagged(b'a\nb\rc\n\nd', 'x y') == b'x y\ta\nx y\tb\rc\nx y\t\nx y\td' and tagged(b'', 'x') == b''
+    assert (tagged(b'a\nb\rc\n\nd', 'x y') == b'x y\ta\nx y\tb\rc\nx y\t\nx y\td'
+            and tagged(b'', 'x') == b'')
 
 
 def test_lines_are_shown_once():
@@ -346,7 +375,8 @@ def test_lines_are_shown_once():
     live.add(1, 'stdout', b'c\nd')
     assert live.take(1, 'stdout') == b'bc\n'
     live.add(1, 'stdout', b'e\n')   # not shown before the end comes
-    assert live.rest(1, 'stdout', b'a\nbc\nde\nf') == b'de\nf' and live.rest(2, 'stderr', b'x') == b'x'
+    assert (live.rest(1, 'stdout', b'a\nbc\nde\nf') == b'de\nf'
+            and live.rest(2, 'stderr', b'x') == b'x')
 
 
 def test_a_window_lets_in_again_when_a_part_has_ended():
@@ -363,6 +393,7 @@ def test_a_window_lets_in_again_when_a_part_has_ended():
 
 def test_a_window_is_full_of_large_files():
     window = Window(lambda: 1000, False)
-    assert window.enter(dispy.BYTES_AHEAD * 2) and not window._has_room(1)   # one goes alone, however large
+    # One goes alone, however large
+    assert window.enter(dispy.BYTES_AHEAD * 2) and not window._has_room(1)
     window.leave(dispy.BYTES_AHEAD * 2)
     assert window._has_room(1)

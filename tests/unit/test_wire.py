@@ -28,21 +28,34 @@ LARGE = random.Random(1).getrandbits(8 * (OUT_OF_BAND + 7)).to_bytes(OUT_OF_BAND
 ROW = ('a/b', 1, b'd', 0o600)
 EXAMPLES = [
     ClientHello('me', 2.0), ClientHello('me', 2),
-    Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code', 'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
-                   'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': '', 'live': False,
-                   'logs': -1, 'cpus': 0, 'setup_args': b'', 'modules': [('modules/a.py', 1, b'd', 0o600)], 'portable': True,
+    Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code',
+                   'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
+                   'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''},
+                   'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'',
+                   'modules': [('modules/a.py', 1, b'd', 0o600)], 'portable': True,
                    'sys_path': ['/a'], 'argv': ['a']}),
-    FilePiece('c1', 1, 0, ROW, 0, out_of_band(b'small')), FilePiece('c1', 2, 3, ROW, 1 << 20, out_of_band(LARGE)), FilePiece('c1', 1, 0, ROW, 0, b''),
-    Jobs('c1', [(1, out_of_band(b'x'), None), (2, out_of_band(LARGE), {'timeout': 3.5}), (3, out_of_band((b'head', LARGE, b'tail')), None)]),
+    FilePiece('c1', 1, 0, ROW, 0, out_of_band(b'small')),
+    FilePiece('c1', 2, 3, ROW, 1 << 20, out_of_band(LARGE)), FilePiece('c1', 1, 0, ROW, 0, b''),
+    Jobs('c1', [(1, out_of_band(b'x'), None), (2, out_of_band(LARGE), {'timeout': 3.5}),
+                (3, out_of_band((b'head', LARGE, b'tail')), None)]),
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), ReturnJobs('c1', [5]), Ack('c1', []), Done('c1'),
-    NodeHello('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', [(1, 0, ROW), (2, 7, ROW)]), Ready('c1', [7]),
-    Results('c1', [(1, 1, 0.5, 1.5, out_of_band(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
-    JobsReturned('c1', [9]), CpusChanged(3), FilePiece('c1', 4, 5, ROW, 0, out_of_band(LARGE)), FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
-    FilePiece('c1', 3, 0, ROW, 0, out_of_band(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'), Reclaim('c1'), KnownAttempts('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
-    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), JobsAssigned('c1', ('10.0.0.1', 9701, 'host'), [1]), JobsAssigned('c1', (), [1]), NodeChanged('c1', 2, tuple('0123456789')),
-    Part('c1', (5, dispynode.HOLLOW, None), 8 << 30, 0, out_of_band((LARGE, b'small'))), Part('c1', (), 8 << 30, 1 << 32, (out_of_band(LARGE),)),
-    Part('c1', (5, 1, 0.5, 1.5, dispynode.HOLLOW, b'out', b''), 5, 0, b'small'), Part('c1', (), 0, 0, b''),
-    Notice('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'), Wrong('text', 7),
+    NodeHello('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'),
+    Need('c1', [(1, 0, ROW), (2, 7, ROW)]), Ready('c1', [7]),
+    Results('c1', [(1, 1, 0.5, 1.5, out_of_band(LARGE), b'out', b'err'),
+                   (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
+    JobsReturned('c1', [9]), CpusChanged(3), FilePiece('c1', 4, 5, ROW, 0, out_of_band(LARGE)),
+    FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
+    FilePiece('c1', 3, 0, ROW, 0, out_of_band(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'),
+    Reclaim('c1'), KnownAttempts('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
+    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'),
+    JobsAssigned('c1', ('10.0.0.1', 9701, 'host'), [1]), JobsAssigned('c1', (), [1]),
+    NodeChanged('c1', 2, tuple('0123456789')),
+    Part('c1', (5, dispynode.HOLLOW, None), 8 << 30, 0, out_of_band((LARGE, b'small'))),
+    Part('c1', (), 8 << 30, 1 << 32, (out_of_band(LARGE),)),
+    Part('c1', (5, 1, 0.5, 1.5, dispynode.HOLLOW, b'out', b''), 5, 0, b'small'),
+    Part('c1', (), 0, 0, b''),
+    Notice('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')),
+    Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'), Wrong('text', 7),
 ]
 
 
@@ -82,7 +95,7 @@ def nothing_is_decoded(monkeypatch):
     monkeypatch.setattr(pickle, 'loads', never)
 
 
-# -- messages ---------------------------------------------------------------------------------------------------
+# -- messages --------------------------------------------------------------------------------------
 
 def test_every_message_has_an_example():
     assert {type(message) for message in EXAMPLES} == {message for message, _ in MESSAGES.values()}
@@ -137,7 +150,8 @@ class Named:
     """A class that an envelope has no business to name."""
 
 
-@pytest.mark.parametrize('value', [Named(), Named, subprocess.Popen, os.system, range(3), {1, 2}.union, Exception('x'), 1j],
+@pytest.mark.parametrize('value', [Named(), Named, subprocess.Popen, os.system, range(3),
+                                   {1, 2}.union, Exception('x'), 1j],
                          ids=lambda value: repr(value)[:20])
 def test_an_envelope_that_names_something_is_refused(value):
     with pytest.raises(PeerError, match='names'):
@@ -146,7 +160,8 @@ def test_an_envelope_that_names_something_is_refused(value):
 
 @pytest.mark.parametrize('protocol', range(6))
 def test_a_named_module_is_never_imported(protocol):
-    data = pickle.dumps(Named, protocol).replace(__name__.encode(), b'antigravity'.ljust(len(__name__), b'_')[:len(__name__)])
+    data = pickle.dumps(Named, protocol).replace(
+        __name__.encode(), b'antigravity'.ljust(len(__name__), b'_')[:len(__name__)])
     with pytest.raises(PeerError):
         open_envelope(data)
     with pytest.raises(PeerError):
@@ -155,8 +170,9 @@ def test_a_named_module_is_never_imported(protocol):
 
 
 @pytest.mark.parametrize('data', [
-    b'', b'.', b'\x80', b'\x80\x05', b'\x80\xff.', b'(lp0\n', b'}R.', b'Pmodule\n.', b'\x80\x05Q.', b'\x82\x01.',
-    b'\x97.', b'\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.', b'h\x05.', b'\x80\x05)b.', b'\x80\x05(io\x8c\x02os.', b'\x80\x05))R.',
+    b'', b'.', b'\x80', b'\x80\x05', b'\x80\xff.', b'(lp0\n', b'}R.', b'Pmodule\n.', b'\x80\x05Q.',
+    b'\x82\x01.', b'\x97.', b'\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.', b'h\x05.', b'\x80\x05)b.',
+    b'\x80\x05(io\x8c\x02os.', b'\x80\x05))R.',
 ], ids=repr)
 def test_damaged_envelopes_are_refused(data):
     with pytest.raises(PeerError):
@@ -168,12 +184,19 @@ def wrong(message, *fields):
 
 
 @pytest.mark.parametrize('message, fields', [
-    wrong(ClientHello), wrong(ClientHello, 'me'), wrong(ClientHello, 'me', '2'), wrong(ClientHello, b'me', 2.0),
-    wrong(ClientHello, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None), wrong(FilePiece, 'c', 1, 0, ROW, '0', b''),
-    wrong(Jobs, 'c', ()), wrong(Jobs, 'c', {}), wrong(Jobs, 'c', [1]), wrong(Jobs, 'c', [()]), wrong(Jobs, 'c', [(1, b'')]),
-    wrong(Jobs, 'c', [[1, b'', None]]), wrong(Jobs, 'c', [('1', b'', None)]), wrong(Jobs, 'c', [(True, b'', None)]),
-    wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', b'')]), wrong(Results, 'c', [(1.0, 1, 0.0, 0.0, b'', b'', b'')]),
-    wrong(Cancel, 'c', (1,)), wrong(ReturnJobs, 'c', 1.0), wrong(ReturnJobs, 'c', [-1]), wrong(Started, 'c', [(1,)]), wrong(Started, 'c', [(1, float('nan'))]), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
+    wrong(ClientHello), wrong(ClientHello, 'me'), wrong(ClientHello, 'me', '2'),
+    wrong(ClientHello, b'me', 2.0),
+    wrong(ClientHello, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None),
+    wrong(FilePiece, 'c', 1, 0, ROW, '0', b''),
+    wrong(Jobs, 'c', ()), wrong(Jobs, 'c', {}), wrong(Jobs, 'c', [1]), wrong(Jobs, 'c', [()]),
+    wrong(Jobs, 'c', [(1, b'')]),
+    wrong(Jobs, 'c', [[1, b'', None]]), wrong(Jobs, 'c', [('1', b'', None)]),
+    wrong(Jobs, 'c', [(True, b'', None)]),
+    wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', b'')]),
+    wrong(Results, 'c', [(1.0, 1, 0.0, 0.0, b'', b'', b'')]),
+    wrong(Cancel, 'c', (1,)), wrong(ReturnJobs, 'c', 1.0), wrong(ReturnJobs, 'c', [-1]),
+    wrong(Started, 'c', [(1,)]), wrong(Started, 'c', [(1, float('nan'))]), wrong(Ack, 1, []),
+    wrong(Done, None), wrong(Done, 'c', 'd'),
     wrong(NodeHello, 'n', '4', {}), wrong(Ready, 'c', {}), wrong(Bye, None), wrong(Pulse, 1),
 ])
 def test_wrong_fields_and_rows_are_refused(message, fields):
@@ -181,15 +204,23 @@ def test_wrong_fields_and_rows_are_refused(message, fields):
         decode(OPS[message], 0, pickle.dumps(tuple(fields), 5))
 
 
-# Guards against: what is inside rows and lists is believed; a TypeError then ends the node's thread instead of one link.
+# Guards against: what is inside rows and lists is believed; a TypeError then ends the node's thread
+# instead of one link.
 @pytest.mark.parametrize('message, fields', [
-    wrong(Jobs, 'c', [(1, 5, None)]), wrong(Jobs, 'c', [(1, 'text', None)]), wrong(Jobs, 'c', [(1, None, None)]),
-    wrong(Jobs, 'c', [(1, (b'', 5), None)]), wrong(Jobs, 'c', [(1, b'', 5)]), wrong(Jobs, 'c', [(-1, b'', None)]),
-    wrong(Jobs, 'c', [(1 << 64, b'', None)]), wrong(Results, 'c', [(1, 'x', 0.0, 0.0, b'', b'', b'')]),
-    wrong(Results, 'c', [(1, 1, None, 0.0, b'', b'', b'')]), wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', 'out', b'')]),
-    wrong(FilePiece, 'c', 1, 0, ROW, 0, 5), wrong(FilePiece, 'c', 1, 0, ROW, 0, 'text'), wrong(FilePiece, 'c', 9, 0, ROW, 0, b''),
-    wrong(FilePiece, 'c', 1, -1, ROW, 0, b''), wrong(FilePiece, 'c', 1, 0, ('f',), 0, b''), wrong(FileStored, 'c', 0, 0, 'f', ''), wrong(Cancel, 'c', [[]]), wrong(Ack, 'c', [{}]),
-    wrong(Need, 'c', [1]), wrong(Need, 'c', [(1, 0)]), wrong(Need, 'c', [(9, 0, ROW)]), wrong(Need, 'c', [([], 0, ROW)]), wrong(Ready, 'c', [[]]), wrong(JobsReturned, 'c', [None]),
+    wrong(Jobs, 'c', [(1, 5, None)]), wrong(Jobs, 'c', [(1, 'text', None)]),
+    wrong(Jobs, 'c', [(1, None, None)]),
+    wrong(Jobs, 'c', [(1, (b'', 5), None)]), wrong(Jobs, 'c', [(1, b'', 5)]),
+    wrong(Jobs, 'c', [(-1, b'', None)]),
+    wrong(Jobs, 'c', [(1 << 64, b'', None)]),
+    wrong(Results, 'c', [(1, 'x', 0.0, 0.0, b'', b'', b'')]),
+    wrong(Results, 'c', [(1, 1, None, 0.0, b'', b'', b'')]),
+    wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', 'out', b'')]),
+    wrong(FilePiece, 'c', 1, 0, ROW, 0, 5), wrong(FilePiece, 'c', 1, 0, ROW, 0, 'text'),
+    wrong(FilePiece, 'c', 9, 0, ROW, 0, b''),
+    wrong(FilePiece, 'c', 1, -1, ROW, 0, b''), wrong(FilePiece, 'c', 1, 0, ('f',), 0, b''),
+    wrong(FileStored, 'c', 0, 0, 'f', ''), wrong(Cancel, 'c', [[]]), wrong(Ack, 'c', [{}]),
+    wrong(Need, 'c', [1]), wrong(Need, 'c', [(1, 0)]), wrong(Need, 'c', [(9, 0, ROW)]),
+    wrong(Need, 'c', [([], 0, ROW)]), wrong(Ready, 'c', [[]]), wrong(JobsReturned, 'c', [None]),
     wrong(ClientHello, 'me', float('nan')),
 ])
 def test_wrong_values_inside_rows_and_lists_are_refused(message, fields):
@@ -204,8 +235,9 @@ def test_an_envelope_that_is_no_tuple_is_refused(fields):
 
 
 @pytest.mark.parametrize('payload', [
-    b'', b'\0' * 7, struct.pack('>II', 1, 0), struct.pack('>II', 0xffffffff, 0), struct.pack('>II', 1 << 20, 5),
-    struct.pack('>IIQ', 1, 0, 1 << 63), struct.pack('>IIQ', 1, 0, 5) + b'1234', struct.pack('>IIQ', 1, 0, 4) + b'12345',
+    b'', b'\0' * 7, struct.pack('>II', 1, 0), struct.pack('>II', 0xffffffff, 0),
+    struct.pack('>II', 1 << 20, 5), struct.pack('>IIQ', 1, 0, 1 << 63),
+    struct.pack('>IIQ', 1, 0, 5) + b'1234', struct.pack('>IIQ', 1, 0, 4) + b'12345',
     struct.pack('>II', 0, 5) + b'1234', struct.pack('>IIQQ', 2, 0, (1 << 64) - 1, 1),
 ], ids=lambda payload: payload.hex())
 def test_an_index_that_does_not_add_up_is_refused(payload):
@@ -213,28 +245,29 @@ def test_an_index_that_does_not_add_up_is_refused(payload):
         decode(OPS[FilePiece], 1, payload)
 
 
-# -- frames -----------------------------------------------------------------------------------------------------
+# -- frames ----------------------------------------------------------------------------------------
 
 GOLDEN = [
     (Pulse(),
-     '0000000441000000000000000000000090b995235736c9d505c242bc9786943d8005292ecf5187257c0c1bd1198bff900991'
-     'e78946d49601f730b66758e49fc1d14827fd'),
+     '0000000441000000000000000000000090b995235736c9d505c242bc9786943d8005292ecf5187257c0c1bd1198b'
+     'ff900991e78946d49601f730b66758e49fc1d14827fd'),
     (Bye('enough'),
-     '00000017420000000000000000000000a037116891c3f570c77a3e1f37cbe2ab8005950c000000000000008c06656e6f7567'
-     '689485942e0fea6d3ee20dc72fe0affb75db203427933aae3daa2717c0581622d1bdc02490'),
+     '00000017420000000000000000000000a037116891c3f570c77a3e1f37cbe2ab8005950c000000000000008c0665'
+     '6e6f7567689485942e0fea6d3ee20dc72fe0affb75db203427933aae3daa2717c0581622d1bdc02490'),
     (Cancel('c1', [1, 2]),
-     '0000001b050000000000000000000000b81eef5491b3753f31fc71ed8fe39b9b80059510000000000000008c026331945d94'
-     '284b014b026586942e9f41268122ca1a7a5e16142fbb2cba2509d980bcd1c13e77b39a14a56a98b4a2'),
+     '0000001b050000000000000000000000b81eef5491b3753f31fc71ed8fe39b9b80059510000000000000008c0263'
+     '31945d94284b014b026586942e9f41268122ca1a7a5e16142fbb2cba2509d980bcd1c13e77b39a14a56a98b4a2'),
     (FilePiece('c1', 1, 0, ROW, 0, pickle.PickleBuffer(b'0123')),
-     '000000424601000000000000000000000156894dc733a4eadbadb3efecc6cdb1000000010000002e00000000000000048005'
-     '952300000000000000288c026331944b014b00288c03612f62944b01430164944d800174944b00979874942e303132338556'
-     '203c9cfa5f19bfd5f6d17aab4b50192ff2e78bfd08fbda184ba043f45aca'),
+     '000000424601000000000000000000000156894dc733a4eadbadb3efecc6cdb1000000010000002e000000000000'
+     '00048005952300000000000000288c026331944b014b00288c03612f62944b01430164944d800174944b00979874'
+     '942e303132338556203c9cfa5f19bfd5f6d17aab4b50192ff2e78bfd08fbda184ba043f45aca'),
 ]
 
 
 def test_frames_are_these_bytes():
     sealer = FrameEncoder(KEY)
-    assert [frame(message, sealer).hex() for message, _ in GOLDEN] == [golden for _, golden in GOLDEN]
+    assert [frame(message, sealer).hex() for message, _ in GOLDEN] == [golden
+                                                                       for _, golden in GOLDEN]
 
 
 def test_the_recorded_bytes_are_these_messages():
@@ -246,8 +279,11 @@ def test_a_frame_is_header_tag_payload_tag():
     data = frame(Bye('x'))
     payload = pickle.dumps(('x',), 5)
     header = struct.pack('>IBBHQ', len(payload), OPS[Bye], 0, 0, 0)
-    assert data == (header + hmac.new(KEY, struct.pack('>QB', 0, 0) + header, hashlib.sha256).digest()[:HEAD_TAG] + payload
-                    + hmac.new(KEY, struct.pack('>QB', 0, 1) + header + payload, hashlib.sha256).digest())
+    assert data == (
+        header
+        + hmac.new(KEY, struct.pack('>QB', 0, 0) + header, hashlib.sha256).digest()[:HEAD_TAG]
+        + payload
+        + hmac.new(KEY, struct.pack('>QB', 0, 1) + header + payload, hashlib.sha256).digest())
 
 
 def test_every_flipped_bit_is_refused(nothing_is_decoded):
@@ -343,7 +379,8 @@ def test_payloads_of_equal_headers_cannot_be_exchanged(nothing_is_decoded):
 
 
 def mutate(rng, data, ends):
-    """A changed copy: flips, inserts, deletes, truncation, or frames of the recording at another place."""
+    """A changed copy: flips, inserts, deletes, truncation, or frames of the recording at another
+    place."""
     data = bytearray(data)
     kind = rng.choice(('flip', 'flips', 'insert', 'delete', 'truncate', 'splice', 'swap', 'append'))
     at = rng.randrange(len(data))
@@ -373,7 +410,8 @@ def mutate(rng, data, ends):
 
 def test_of_20000_changed_streams_only_whole_frames_in_order_are_decoded(monkeypatch):
     sealer = FrameEncoder(KEY)
-    originals = [ClientHello('me', 2.0), Pulse(), Jobs('c', [(1, b'payload', None)]), Ack('c', [1, 2]), Bye('over')]
+    originals = [ClientHello('me', 2.0), Pulse(), Jobs('c', [(1, b'payload', None)]),
+                 Ack('c', [1, 2]), Bye('over')]
     frames = [frame(message, sealer) for message in originals]
     stream, ends = b''.join(frames), [sum(map(len, frames[:n + 1])) for n in range(len(frames))]
     decoded, opened, loaded = [], [], []
@@ -396,19 +434,22 @@ def test_of_20000_changed_streams_only_whole_frames_in_order_are_decoded(monkeyp
         while whole < len(ends) and changed[:ends[whole]] == stream[:ends[whole]]:
             whole += 1
         del decoded[:], opened[:]
-        opener, pieces = FrameDecoder(KEY), [changed[a:b] for a, b in zip([0, *ends], [*ends, None])]
+        opener, pieces = FrameDecoder(KEY), [changed[a:b]
+                                             for a, b in zip([0, *ends], [*ends, None])]
         try:
-            for piece in pieces:   # cut where the frames ended, so that what is whole comes out before what is not
+            # Cut where the frames ended, so that what is whole comes out before what is not
+            for piece in pieces:
                 feed(opener, piece)
         except PeerError:
             refused += 1
         assert decoded == originals[:whole]
         assert len(opened) == whole
     assert not loaded
-    assert refused > 15000   # the others ended before the change could be seen, or were not changed at all
+    # The others ended before the change could be seen, or were not changed at all
+    assert refused > 15000
 
 
-# -- intake -----------------------------------------------------------------------------------------------------
+# -- intake ----------------------------------------------------------------------------------------
 
 class Lengths(ReceiveBuffer):
     """Units of a u32 and that many bytes."""
@@ -436,20 +477,26 @@ def units_of(intake, data, sizes):
 @pytest.mark.parametrize('seed', range(12))
 def test_units_do_not_depend_on_how_the_bytes_come(seed):
     rng = random.Random(seed)
-    edges = [0, 1, 3, 65535, 65536, 65537, 262139, 262140, 262144, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, 5 << 20]
-    lengths = [rng.choice((rng.randrange(50), rng.randrange(70000), rng.choice(edges))) for _ in range(40)]
+    edges = [0, 1, 3, 65535, 65536, 65537, 262139, 262140, 262144, (2 << 20) - 1, 2 << 20,
+             (2 << 20) + 1, 5 << 20]
+    lengths = [rng.choice((rng.randrange(50), rng.randrange(70000), rng.choice(edges)))
+               for _ in range(40)]
     block = rng.getrandbits(8 * 4096).to_bytes(4096, 'big')
-    bodies = [(block[n:] + block * (length // 4096 + 1))[:length] for n, length in enumerate(lengths)]
+    bodies = [(block[n:] + block * (length // 4096 + 1))[:length]
+              for n, length in enumerate(lengths)]
     stream = b''.join(len(body).to_bytes(4, 'big') + body for body in bodies)
     most = rng.choice((700, 5000, 100000, 1 << 20))
     units = units_of(Lengths(), stream, lambda: rng.randrange(1, most))
-    assert [bytes(body) == expected for (_, body), expected in zip(units, bodies)] == [True] * len(bodies)
+    assert ([bytes(body) == expected for (_, body), expected in zip(units, bodies)]
+            == [True] * len(bodies))
     assert [int.from_bytes(head, 'big') for head, _ in units] == lengths
 
 
 def test_byte_by_byte():
-    stream = b''.join(len(body).to_bytes(4, 'big') + body for body in (b'', b'a', b'', b'bcd' * 100))
-    assert [bytes(body) for _, body in units_of(Lengths(), stream, lambda: 1)] == [b'', b'a', b'', b'bcd' * 100]
+    stream = b''.join(len(body).to_bytes(4, 'big') + body
+                      for body in (b'', b'a', b'', b'bcd' * 100))
+    assert [bytes(body) for _, body in units_of(Lengths(), stream, lambda: 1)] == [b'', b'a', b'',
+                                                                                   b'bcd' * 100]
 
 
 def test_units_stay_as_they_are_when_more_comes():
@@ -468,7 +515,8 @@ def test_memory_grows_with_what_came_and_not_with_what_was_promised():
         assert tracemalloc.get_traced_memory()[1] - base <= ReceiveBuffer.FIRST + 4096
         for arrived in range(1 << 20, 9 << 20, 1 << 20):
             units_of(intake, bytes(1 << 20), lambda: 1 << 18)
-            assert tracemalloc.get_traced_memory()[0] - base <= 2 * arrived + ReceiveBuffer.FIRST + (2 << 20)
+            assert (tracemalloc.get_traced_memory()[0] - base <= 2 * arrived + ReceiveBuffer.FIRST
+                    + (2 << 20))
     finally:
         tracemalloc.stop()
 
@@ -481,14 +529,17 @@ def test_a_large_unit_is_received_into_its_own_place():
     assert body.obj is place
 
 
-# -- records ----------------------------------------------------------------------------------------------------
+# -- records ---------------------------------------------------------------------------------------
 
 RECORDS = [
-    dict(kind=RecordType.READY), dict(kind=RecordType.JOB, number=3, serial=1 << 63, first=b'payload'),
-    dict(kind=RecordType.RESULT, number=7, serial=5, start=1.5, end=-2.25, first=b'one', second=b'two', third=b'three'),
-    dict(kind=RecordType.JOB, number=(1 << 32) - 1, first=LARGE), dict(kind=RecordType.RESULT, first=b'', second=b'', third=LARGE),
-    dict(kind=RecordType.WORKER_EXITED, second=bytearray(b'out'), third=memoryview(b'err')), dict(kind=RecordType.INIT, first=(b'a',
-    LARGE, b'', b'b')),
+    dict(kind=RecordType.READY),
+    dict(kind=RecordType.JOB, number=3, serial=1 << 63, first=b'payload'),
+    dict(kind=RecordType.RESULT, number=7, serial=5, start=1.5, end=-2.25, first=b'one',
+         second=b'two', third=b'three'),
+    dict(kind=RecordType.JOB, number=(1 << 32) - 1, first=LARGE),
+    dict(kind=RecordType.RESULT, first=b'', second=b'', third=LARGE),
+    dict(kind=RecordType.WORKER_EXITED, second=bytearray(b'out'), third=memoryview(b'err')),
+    dict(kind=RecordType.INIT, first=(b'a', LARGE, b'', b'b')),
 ]
 
 
@@ -506,10 +557,11 @@ def test_records_come_back_as_they_were(size):
     assert len(records) == len(RECORDS)
     for got, sent in zip(records, RECORDS):
         first = sent.get('first', b'')
-        bodies = (b''.join(first) if type(first) is tuple else first, sent.get('second', b''), sent.get('third', b''))
+        bodies = (b''.join(first) if type(first) is tuple else first, sent.get('second', b''),
+                  sent.get('third', b''))
         assert [bytes(body) for body in got.bodies] == [bytes(body) for body in bodies]
-        assert got[:5] == (sent['kind'], sent.get('number', 0), sent.get('serial', 0), sent.get('start', 0.0),
-            sent.get('end', 0.0))
+        assert got[:5] == (sent['kind'], sent.get('number', 0), sent.get('serial', 0),
+                           sent.get('start', 0.0), sent.get('end', 0.0))
 
 
 def test_a_large_record_is_not_copied():
@@ -524,7 +576,7 @@ def test_a_record_has_room_for_the_largest_value():
     assert RecordBuffer().measure(bytes(head)) == dispynode.VALUE_MOST > 1 << 32
 
 
-# -- sealed payloads ----------------------------------------------------------------------------------------------
+# -- sealed payloads -------------------------------------------------------------------------------
 
 def joined(payload):
     return b''.join(bytes(piece) for piece in dispynode.pieces_of(payload))
@@ -547,16 +599,18 @@ class Stubborn:
         raise TypeError('plain pickle fails')
 
 
-@pytest.mark.parametrize('value', [None, True, 5, -1.5, 1j, 'caf\u00e9', '\udc80', b'', b'x', [], [1, (2, {'a': b'b'})],
-                                   {1, 2}, frozenset((3,)), 1 << 4000, bytearray(b'z'), LARGE, [LARGE, LARGE]],
-                         ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize(
+    'value', [None, True, 5, -1.5, 1j, 'caf\u00e9', '\udc80', b'', b'x', [], [1, (2, {'a': b'b'})],
+              {1, 2}, frozenset((3,)), 1 << 4000, bytearray(b'z'), LARGE, [LARGE, LARGE]],
+    ids=lambda value: repr(value)[:20])
 def test_builtin_values_are_plain(value):
     payload, plain = dumps(value)[:2]
     assert plain
     assert loads(joined(payload)) == value
 
 
-@pytest.mark.parametrize('value', [Matrix(b'1'), Matrix, range(3), ValueError('x'), [1, {'a': range(3)}], len, slice(1)],
+@pytest.mark.parametrize('value', [Matrix(b'1'), Matrix, range(3), ValueError('x'),
+                                   [1, {'a': range(3)}], len, slice(1)],
                          ids=lambda value: repr(value)[:20])
 def test_other_values_are_not_plain(value):
     try:
@@ -618,13 +672,16 @@ def test_what_cannot_be_pickled_raises():
 
 def test_a_sealed_value_tells_the_modules_that_opening_it_imports():
     found = dumps([collections.OrderedDict(), Matrix, os.path])
-    assert {'collections', __name__, 'posixpath' if os.name == 'posix' else 'ntpath'} <= found.modules and found.portable
-    assert dumps([lambda: 1]).portable             # another Python finds it in the source of this module
+    assert {'collections', __name__,
+            'posixpath' if os.name == 'posix' else 'ntpath'} <= found.modules and found.portable
+    # Another Python finds it in the source of this module
+    assert dumps([lambda: 1]).portable
     assert not dumps([eval('lambda: 1', {})]).portable
 
 
 def test_a_payload_may_say_what_it_needs():
     payload = dispynode.with_needs(dumps([Matrix(LARGE)]).payload, {3, 1})
-    assert loads(joined(payload))[0].memory == LARGE   # where there are no modules of a client's, nothing is needed
+    # Where there are no modules of a client's, nothing is needed
+    assert loads(joined(payload))[0].memory == LARGE
     numbers, body = dispynode.split_needs(joined(payload))
     assert numbers == (1, 3) and loads(body)[0].memory == LARGE

@@ -1,5 +1,5 @@
-"""Nodes, programs, schedulers and the command line on Windows, which is Wine here: DISPY_WINE is the directory that
-.ci/wine has made, with python.exe and what it needs."""
+"""Nodes, programs, schedulers and the command line on Windows, which is Wine here: DISPY_WINE is
+the directory that .ci/wine has made, with python.exe and what it needs."""
 
 import os
 import re
@@ -16,8 +16,8 @@ from dispy import DispyJob
 from nodes import NodeProcess
 
 WINE = os.environ.get('DISPY_WINE', '')
-pytestmark = [
-    pytest.mark.skipif(not WINE, reason='DISPY_WINE names no Windows Python: .ci/wine makes one where Wine can be had')]
+pytestmark = [pytest.mark.skipif(not WINE, reason='DISPY_WINE names no '
+                                 'Windows Python: .ci/wine makes one where Wine can be had')]
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -26,8 +26,10 @@ def on_windows(path):
 
 
 def environment(**more):
-    found = {name: value for name, value in os.environ.items() if name not in ('DISPLAY', 'TMPDIR', 'PYTHONPYCACHEPREFIX')}
-    found.update(WINEPREFIX=os.path.join(WINE, 'prefix'), WINEDEBUG='-all', WINEDLLOVERRIDES='mscoree=;mshtml=',
+    found = {name: value for name, value in os.environ.items()
+             if name not in ('DISPLAY', 'TMPDIR', 'PYTHONPYCACHEPREFIX')}
+    found.update(WINEPREFIX=os.path.join(WINE, 'prefix'), WINEDEBUG='-all',
+                 WINEDLLOVERRIDES='mscoree=;mshtml=',
                  PYTHONPATH=';'.join(map(on_windows, (ROOT, HERE))),
                  APPDATA=on_windows(os.environ['DISPY_TESTS']), DISPY_DISCOVERY='loopback')
     return dict(found, **more)
@@ -37,9 +39,11 @@ COMMAND = ['/usr/lib/wine/wine64', os.path.join(WINE, 'python', 'python.exe')]
 
 
 def start(*args, **options):
-    """A Windows Python; its stdout and stderr are a pipe, as Wine's Python dies of files that a shell has opened."""
-    return subprocess.Popen([*COMMAND, *args], env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, universal_newlines=True, errors='replace', **options)
+    """A Windows Python; its stdout and stderr are a pipe, as Wine's Python dies of files that a
+    shell has opened."""
+    return subprocess.Popen([*COMMAND, *args], env=environment(), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            universal_newlines=True, errors='replace', **options)
 
 
 def run(*args, cwd=None, status=0):
@@ -59,7 +63,8 @@ class WindowsProcess:
     """A daemon on Windows. `port` once it listens."""
 
     def __init__(self, script, *options):
-        self.process = start(on_windows(os.path.join(ROOT, script)), '-i', '127.0.0.1', '-p', '0', *options)
+        self.process = start(on_windows(os.path.join(ROOT, script)), '-i', '127.0.0.1', '-p', '0',
+                             *options)
         self.lines = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -101,7 +106,8 @@ def ended():
 
 @pytest.fixture(scope='module')
 def windows_node(ended, tmp_path_factory):
-    node = WindowsProcess('dispynode.py', '-c', '2', '--dest-path-prefix', on_windows(str(tmp_path_factory.mktemp('node'))))
+    node = WindowsProcess('dispynode.py', '-c', '2', '--dest-path-prefix',
+                          on_windows(str(tmp_path_factory.mktemp('node'))))
     yield node
     node.stop()
 
@@ -136,7 +142,8 @@ def test_a_thousand_jobs_and_setup(cluster):
 
 def test_a_setup_that_fails(cluster):
     made = cluster(windows_jobs.double, setup=windows_jobs.failing_setup)
-    reason = eventually(lambda: [node.reason for node in made.status().all_nodes if 'LookupError' in node.reason], 60)
+    reason = eventually(lambda: [node.reason for node in made.status().all_nodes
+                                 if 'LookupError' in node.reason], 60)
     assert 'in failing_setup' in reason[0]
 
 
@@ -150,12 +157,14 @@ def test_ways_to_die(cluster):
         if way == 'none':
             assert job.result == 'none'
         else:
-            assert job.status == DispyJob.Terminated and words[way] in job.exception, (way, job.exception)
+            assert (job.status == DispyJob.Terminated
+                    and words[way] in job.exception), (way, job.exception)
 
 
 def test_cancel_and_timeout(cluster):
     made = cluster(windows_jobs.endless)
-    for how, status in (('loop', DispyJob.Cancelled), ('sleep', DispyJob.Cancelled), ('interrupted', DispyJob.Finished)):
+    for how, status in (('loop', DispyJob.Cancelled), ('sleep', DispyJob.Cancelled),
+                        ('interrupted', DispyJob.Finished)):
         job = made.submit(how)
         eventually(lambda: job.status == DispyJob.Running, 60)
         assert made.cancel(job) == 0 and job.wait(30) and job.status == status, how
@@ -189,10 +198,12 @@ def test_output(cluster, tmp_path):
     handler = dispy.logger.handlers
     job = made.submit(5)
     assert job.get(60) == 5
-    assert job.stdout.replace('\r\n', '\n').split('\n') == ['from Python 5', 'from a child', 'from the shell', '']
+    assert job.stdout.replace('\r\n', '\n').split('\n') == ['from Python 5', 'from a child',
+                                                            'from the shell', '']
     assert job.stdout.startswith('from Python 5\n') and job.stderr.startswith('to stderr\n')
     made.close()
-    made = cluster(windows_jobs.prints_slowly, on_output=lambda job, stream, text: shown.append(text))
+    made = cluster(windows_jobs.prints_slowly, on_output=lambda job, stream,
+                   text: shown.append(text))
     job = made.submit(on_windows(flag))
     eventually(lambda: ''.join(shown) == 'early\n', 60)
     open(flag, 'w').close()
@@ -221,7 +232,8 @@ def test_names_that_windows_does_not_have(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'NUL').write_text('would vanish')
     made = cluster(windows_jobs.double, depends=['NUL'])
-    eventually(lambda: [node for node in made.status().all_nodes if 'something else on Windows' in node.reason], 60)
+    eventually(lambda: [node for node in made.status().all_nodes
+                        if 'something else on Windows' in node.reason], 60)
 
 
 def test_between_jobs_all_is_put_back(cluster):
@@ -248,7 +260,8 @@ def test_memory_provisional_results_and_fresh_workers(cluster):
 def test_a_node_that_is_killed_can_be_started_again(ended, tmp_path):
     """Its directory is free at once, and nothing of it is left."""
     for _ in range(2):
-        node = WindowsProcess('dispynode.py', '-c', '1', '--dest-path-prefix', on_windows(str(tmp_path / 'node')))
+        node = WindowsProcess('dispynode.py', '-c', '1', '--dest-path-prefix',
+                              on_windows(str(tmp_path / 'node')))
         try:
             with dispy.JobCluster(windows_jobs.double, nodes=[node.address]) as made:
                 assert made.submit(4).get(60) == 8
@@ -263,18 +276,21 @@ def test_a_program_with_a_node_of_its_own(ended):
 
 def test_a_program_with_a_node_on_linux(ended, tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
-        assert '999000' in run(on_windows(os.path.join(HERE, 'windows_program.py')), 'remote', str(node.port))
+        assert '999000' in run(on_windows(os.path.join(HERE, 'windows_program.py')), 'remote',
+                               str(node.port))
 
 
 def test_a_scheduler_and_its_page(ended, tmp_path):
     """A scheduler on Windows, a node on Linux, programs on both."""
     with NodeProcess(tmp_path / 'node') as node:
-        scheduler = WindowsProcess('dispyscheduler.py', '--state-dir', on_windows(str(tmp_path / 'state')),
+        scheduler = WindowsProcess('dispyscheduler.py', '--state-dir',
+                                   on_windows(str(tmp_path / 'state')),
                                    '-n', '127.0.0.1:%d' % node.port, '--httpd', '0')
         try:
             with dispy.SharedJobCluster(windows_jobs.double, scheduler_port=scheduler.port) as made:
                 assert sum(job.get(60) for job in [made.submit(n) for n in range(1000)]) == 999000
-            assert '999000' in run(on_windows(os.path.join(HERE, 'windows_program.py')), 'shared', str(scheduler.port))
+            assert '999000' in run(on_windows(os.path.join(HERE, 'windows_program.py')), 'shared',
+                                   str(scheduler.port))
             url, = set(re.findall(r'http://\S+', scheduler.log()))
             with urllib.request.urlopen(url, timeout=20) as page:
                 assert b'<html' in page.read().lower()
@@ -286,8 +302,10 @@ def test_the_command_line(ended, tmp_path):
     """`python -m dispy` with a .bat, a .py and a script that names Python, on a node of its own."""
     (tmp_path / 'say.bat').write_text('@echo bat %1\r\n@exit /b %1\r\n')
     (tmp_path / 'say.py').write_text('import sys\nprint("py", sys.argv[1])\n')
-    (tmp_path / 'say').write_text('#!/usr/bin/env python3\nimport sys\nprint("script", sys.argv[1])\n')
-    output = run('-m', 'dispy', '-n', 'local', '-a', '0', '-a', '3', 'say.bat', cwd=str(tmp_path), status=1)
+    (tmp_path / 'say').write_text('#!/usr/bin/env python3\nimport sys\n'
+                                  'print("script", sys.argv[1])\n')
+    output = run('-m', 'dispy', '-n', 'local', '-a', '0', '-a', '3', 'say.bat', cwd=str(tmp_path),
+                 status=1)
     assert 'bat 0' in output and 'bat 3' in output
     for name, word in (('say.py', 'py 5'), ('say', 'script 5')):
         assert word in run('-m', 'dispy', '-n', 'local', '-a', '5', name, cwd=str(tmp_path))

@@ -1,4 +1,5 @@
-"""What jobs of test_windows.py do on a Windows node. It travels there as a file: it imports the standard library alone."""
+"""What jobs of test_windows.py do on a Windows node. It travels there as a file: it imports the
+standard library alone."""
 
 import ctypes
 import logging
@@ -72,8 +73,9 @@ def prints_slowly(path):
 
 def tree(path):
     """A child and a grandchild, whose pids go to a file; then it waits to be killed."""
-    text = 'import os, subprocess, sys, time; ' \
-           'subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]); time.sleep(1000)'
+    text = ('import os, subprocess, sys, time; '
+            'subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]); '
+            'time.sleep(1000)')
     subprocess.Popen([sys.executable, '-c', text])
     import psutil
     until = time.monotonic() + 60
@@ -120,7 +122,8 @@ def changes():
 
 
 def surroundings():
-    return os.getcwd() == os.path.realpath(dispy_job_path), 'LEFT_BY_A_JOB' in os.environ  # noqa: F821
+    in_own = os.getcwd() == os.path.realpath(dispy_job_path)   # noqa: F821
+    return in_own, 'LEFT_BY_A_JOB' in os.environ
 
 
 def takes(size):

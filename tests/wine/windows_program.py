@@ -9,7 +9,8 @@ import windows_jobs
 
 def local():
     """A node that the program starts itself."""
-    with dispy.JobCluster(windows_jobs.of_setup, nodes='local', setup=windows_jobs.setup) as cluster:
+    with dispy.JobCluster(windows_jobs.of_setup, nodes='local',
+                          setup=windows_jobs.setup) as cluster:
         jobs = [cluster.submit(n) for n in range(1000)]
         print(set(job.get(120) for job in jobs), [job.stdout for job in jobs[:2]])
     with dispy.JobCluster(windows_jobs.endless, nodes='local') as cluster:
