@@ -154,8 +154,9 @@ from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Dis
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
 from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
-from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready
-from dispynode import Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results, Return, ReturnJobs
+from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
+from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
+from dispynode import Return, ReturnJobs
 from dispynode import Role, Sealed, SecondConnection, SecretError, Shutdown, SpoolSender, Started
 from dispynode import StartError, StateRow, Stop, Unreached, Wrong
 from dispynode import __version__, add_messages, available_cpus, batches, build_tag, call_chunk
@@ -163,7 +164,8 @@ from dispynode import check_name, check_not_importing, contents_of, default_dire
 from dispynode import default_start_method, derive_key, describe_exception, dial, dial_text
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
 from dispynode import find_offer, find_secret, format_address, globals_of, has_place, host_and_port
-from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_request, is_serial
+from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_request
+from dispynode import is_serial
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
@@ -1035,7 +1037,7 @@ class DispyNode:
     tx, rx - bytes that this program has sent there and has received from there, all clusters
         together
     resources - how many units it offers of what jobs ask for by name, as {'gpu': 2};
-        resources_used - how many of these this cluster's jobs have there, or all jobs of a scheduler
+        resources_used - how many of these jobs of this program have there, or of a scheduler
     update_time - when it was heard last, in seconds since the epoch; 0 for never
     platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was
         connected; what is not known, as without psutil, is None
@@ -3577,13 +3579,13 @@ class Schedule:
                 move_job(work, 'fail')
                 books.do(JobEnded(work, comp.unloadable))
                 continue
+            if work.options and 'priority' in work.options:
+                if not comp.ranked:
+                    comp.rank()
             if work.options and self._placement.is_parked(comp, work):
                 continue
             comp.queue_of(work).push(work)
             books.waiting[comp.comp] = comp
-            if work.options and 'priority' in work.options:
-                if not comp.ranked:
-                    comp.rank()
             if comp.idle:
                 continue
             if not comp.cpus_in_flight or comp.ranked:

@@ -20,6 +20,8 @@ EXPECTED = {
     # what must stand in the output
     'classes.py': ['earth: Ball(5.09 m, -9.81 m/s) after 1.0 s, a Ball',
                    'moon: Ball(19.19 m, -1.62 m/s)'],
+    'devices.py': ['model 0 on device ', 'model 5 on device ', 'model 6 on device 0,1\n',
+                   "the node offers {'gpu': 2}\n"],
     'early_stop.py': ['cube root of 27 is about 3.000000',
                       'cancelled, cancelled, cancelled, cancelled'],
     'executor.py': ['primes: 1000003 1000033', '5 -> 120',
