@@ -20120,31 +20120,33 @@ def _deploy(task: str, argv: List[str]) -> int:
     return min(failed, 101)
 
 
+def _listed(node: DispyNode) -> Tuple[str, ...]:
+    """The line of a node in the list."""
+    address = format_address(node.ip_addr, node.port) if node.port else node.ip_addr
+    row = [address, node.name or '-']
+    if node.state == 'connected':
+        cpu, memory, _, _ = node.avail_info or (None,) * 4
+        resources = ','.join('%s=%d' % item for item in node.resources.items())
+        python = '.'.join(map(str, node.facts.get('python', '-')))
+        row += [
+            str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu,
+            '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)), resources or '-',
+            str(node.facts.get('dispy', '-')), python]
+        state = node.reason
+    else:
+        row += ['-'] * 6
+        state = 'cannot be used: ' + (node.reason or node.state)
+    return (*row, ' '.join(state.split()) or 'free')
+
+
 def _list_nodes(nodes: List[DispyNode]) -> int:
     """A line a node. Returns 0 if any can be used, else 1."""
     rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'RESOURCES', 'DISPY', 'PYTHON',
              'STATE')]
     usable = 0
     for node in sorted(nodes, key=lambda node: (node.name, node.ip_addr, node.port)):
-        row = [
-            format_address(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-'
-        ]
-        if node.state == 'connected':
-            cpu, memory, _, _ = node.avail_info or (None,) * 4
-            row += [
-                str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu,
-                '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)),
-                ','.join('%s=%d' % item for item in node.resources.items()) or '-',
-                str(node.facts.get('dispy', '-')), '.'.join(map(str, node.facts.get('python', '-')))
-            ]
-            usable += not node.reason
-        else:
-            row += ['-'] * 6
-        if node.state == 'connected':
-            state = node.reason
-        else:
-            state = 'cannot be used: ' + (node.reason or node.state)
-        rows.append((*row, ' '.join(state.split()) or 'free'))  # type: ignore[arg-type]
+        rows.append(_listed(node))  # type: ignore[arg-type]
+        usable += node.state == 'connected' and not node.reason
     widths = []
     for column in zip(*rows):
         widths.append(max(map(len, column)))

@@ -9800,9 +9800,15 @@ class Attempts:
             if unfit is not None:
                 self.on_unfit(link, unfit, now)
                 return
-        spooled = self._results.spooled_serials(comp.comp)
         if not comp.attempts:
             self._share.returns(comp, now)
+        self._take(comp, rows)
+        if is_large:
+            self._note_parts(comp, rows[0])
+
+    def _take(self, comp: _Computation, rows: Sequence[tuple]) -> None:
+        """Take attempts that are not known here."""
+        spooled = self._results.spooled_serials(comp.comp)
         for serial, payload, options in rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in spooled:
                 continue
@@ -9817,8 +9823,6 @@ class Attempts:
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
             self.count(attempt, True)
-        if is_large:
-            self._note_parts(comp, rows[0])
 
     def _lack(self, attempt: Attempt) -> str:
         """Why an attempt can never run here; empty if it can."""

@@ -1,21 +1,21 @@
-"""What jobs need beside CPUs: what a node finds and offers, how the schedule counts it, and which worker of a node has it."""
+"""What jobs need beside CPUs: what a node finds and offers, how the schedule counts it, and which
+worker of a node has it."""
 
 import pytest
 
 import dispy
 from dispy import JobParked, JobState, NodeAway, NodeReady, request_of
-from dispynode import (
-    Equip, GpuSearch, Node, Offer, Outcome, Retire, StartWorker, WorkerGone, WorkerInitialized, WorkerLeft, find_offer,
-    is_request)
+from dispynode import (Equip, GpuSearch, Node, Offer, Outcome, Retire, StartWorker, WorkerGone,
+                       WorkerInitialized, WorkerLeft, find_offer, is_request)
 from talk_node import Talk as NodeTalk
 from talk_node import fed, only, rows, texts
 from talk_schedule import Talk, job, jobs, sent
 
-GPU = (('gpu', 1),)
-GPUS = (('gpu', 2),)
+GPU = (('gpu', 1), )
+GPUS = (('gpu', 2), )
 GIB = 1 << 30
 
-# -- what a host has --------------------------------------------------------------------------------------------------------
+# -- what a host has -------------------------------------------------------------------------------
 
 LIST = '''GPU 0: NVIDIA A100 (UUID: GPU-aa)
 GPU 1: NVIDIA A100 (UUID: GPU-bb)
@@ -29,64 +29,106 @@ def search(environ=(), printed='', files=()):
     files = dict(files)
 
     def names_in(directory):
-        return sorted({name[len(directory) + 1:].split('/')[0] for name in files if name.startswith(directory + '/')})
-    return GpuSearch(dict(environ), lambda command: printed, names_in, lambda path: files.get(path, ''))
+        return sorted({
+            name[len(directory) + 1:].split('/')[0]
+            for name in files if name.startswith(directory + '/')
+        })
+
+    return GpuSearch(dict(environ), lambda command: printed, names_in,
+                     lambda path: files.get(path, ''))
 
 
 def kfd(*numbers):
-    return {'/sys/class/kfd/kfd/topology/nodes/%d/gpu_id' % place: '%d\n' % number for place, number in enumerate(numbers)}
+    return {
+        '/sys/class/kfd/kfd/topology/nodes/%d/gpu_id' % place: '%d\n' % number
+        for place, number in enumerate(numbers)
+    }
 
 
-@pytest.mark.parametrize('host, devices', [
-    (search(), []), (search(printed=LIST), ['0', 'MIG-c1', 'MIG-c2']),
-    (search({'CUDA_VISIBLE_DEVICES': '1'}, LIST), ['1']), (search({'CUDA_VISIBLE_DEVICES': 'GPU-bb,-1,0'}, LIST), ['GPU-bb']),
-    (search({'CUDA_VISIBLE_DEVICES': ''}, LIST), []), (search({'CUDA_VISIBLE_DEVICES': '0,1,2'}), []),
-    (search(files={'/dev/nvidia0': '', '/dev/nvidia1': '', '/dev/nvidiactl': '', '/dev/null': ''}), ['0', '1']),
-    (search(files=kfd(0, 4711, 4712)), ['0', '1']), (search({'HIP_VISIBLE_DEVICES': '1'}, files=kfd(0, 4711, 4712)), ['1']),
-    (search({'ROCR_VISIBLE_DEVICES': '3'}, files=kfd(0, 4711, 4712)), ['0'])])
+@pytest.mark.parametrize(
+    'host, devices',
+    [(search(), []), (search(printed=LIST), ['0', 'MIG-c1', 'MIG-c2']),
+     (search({'CUDA_VISIBLE_DEVICES': '1'}, LIST), ['1']),
+     (search({'CUDA_VISIBLE_DEVICES': 'GPU-bb,-1,0'}, LIST), ['GPU-bb']),
+     (search({'CUDA_VISIBLE_DEVICES': ''}, LIST), []),
+     (search({'CUDA_VISIBLE_DEVICES': '0,1,2'}), []),
+     (search(files={
+         '/dev/nvidia0': '',
+         '/dev/nvidia1': '',
+         '/dev/nvidiactl': '',
+         '/dev/null': ''
+     }), ['0', '1']), (search(files=kfd(0, 4711, 4712)), ['0', '1']),
+     (search({'HIP_VISIBLE_DEVICES': '1'}, files=kfd(0, 4711, 4712)), ['1']),
+     (search({'ROCR_VISIBLE_DEVICES': '3'}, files=kfd(0, 4711, 4712)), ['0'])])
 def test_devices_of_a_host_are_found_within_what_the_environment_leaves(host, devices):
     offer = find_offer(['gpu=auto'], host)
-    assert list(offer.devices) == devices and offer.counts == ({'gpu': len(devices)} if devices else {})
+    assert list(offer.devices) == devices and offer.counts == ({
+        'gpu': len(devices)
+    } if devices else {})
 
 
 def test_an_offer_is_what_the_options_say():
     offer = find_offer(['gpu=2', 'licence=3', 'none=0'], search())
-    assert offer == Offer({'gpu': 2, 'licence': 3}, ('0', '1'), ('CUDA_VISIBLE_DEVICES',))
+    assert offer == Offer({'gpu': 2, 'licence': 3}, ('0', '1'), ('CUDA_VISIBLE_DEVICES', ))
     assert offer.variables_for({'gpu': [1], 'licence': [0]}) == {'CUDA_VISIBLE_DEVICES': '1'}
     assert offer.variables_for({'licence': [0]}) == {}
     rocm = find_offer(['gpu=1'], search({'HIP_VISIBLE_DEVICES': '3,4'}))
-    assert rocm.variables_for({'gpu': [0]}) == {'CUDA_VISIBLE_DEVICES': '3', 'HIP_VISIBLE_DEVICES': '3'}
-    assert find_offer(['gpu=1'], search({'CUDA_VISIBLE_DEVICES': '5,7'})).devices == ('5',)
+    assert rocm.variables_for({'gpu': [0]}) == {
+        'CUDA_VISIBLE_DEVICES': '3',
+        'HIP_VISIBLE_DEVICES': '3'
+    }
+    assert find_offer(['gpu=1'], search({'CUDA_VISIBLE_DEVICES': '5,7'})).devices == ('5', )
 
 
-@pytest.mark.parametrize('words, told', [
-    (['gpu'], 'NAME=N'), (['gpu=-1'], 'NAME=N'), (['gpu=1.5'], 'NAME=N'), (['licence=auto'], 'gpu=auto'), (['=1'], 'NAME=N'),
-    (['a b=1'], 'NAME=N'), (['gpu=1', 'gpu=2'], 'twice'), (['memory=5'], 'memory is that of the host'), (['cpus=2'], '--cpus'),
-    (['x=999999'], '65536 at most'), (['gpu=3'], 'CUDA_VISIBLE_DEVICES leaves 2 of them: 0,1')])
+@pytest.mark.parametrize('words, told', [(['gpu'], 'NAME=N'), (['gpu=-1'], 'NAME=N'),
+                                         (['gpu=1.5'], 'NAME=N'), (['licence=auto'], 'gpu=auto'),
+                                         (['=1'], 'NAME=N'), (['a b=1'], 'NAME=N'),
+                                         (['gpu=1', 'gpu=2'], 'twice'),
+                                         (['memory=5'], 'memory is that of the host'),
+                                         (['cpus=2'], '--cpus'), (['x=999999'], '65536 at most'),
+                                         (['gpu=3'], 'CUDA_VISIBLE_DEVICES leaves 2 of them: 0,1')])
 def test_a_wrong_offer_is_told(words, told):
     with pytest.raises(ValueError, match=told):
         find_offer(words, search({'CUDA_VISIBLE_DEVICES': '0,1'}))
 
 
-# -- what a job asks for ----------------------------------------------------------------------------------------------------
+# -- what a job asks for ---------------------------------------------------------------------------
+
 
 def test_a_request_is_checked_and_put_in_order():
-    assert request_of('resources', {'licence': 2, 'gpu': 1, 'none': 0}) == (('gpu', 1), ('licence', 2))
-    for value, told in (({'gpu': 0.5}, 'gpu=0.5 is not a whole number'), ({'gpu': -1}, 'gpu=-1'), ({'': 1}, 'no name'),
-                        ({'memory': 5}, 'dispy_memory'), ({'cpus': 2}, 'dispy_cpus'), ({'gpu': 1 << 20}, '65536')):
+    assert request_of('resources', {
+        'licence': 2,
+        'gpu': 1,
+        'none': 0
+    }) == (('gpu', 1), ('licence', 2))
+    for value, told in (({
+            'gpu': 0.5
+    }, 'gpu=0.5 is not a whole number'), ({
+            'gpu': -1
+    }, 'gpu=-1'), ({
+            '': 1
+    }, 'no name'), ({
+            'memory': 5
+    }, 'dispy_memory'), ({
+            'cpus': 2
+    }, 'dispy_cpus'), ({
+            'gpu': 1 << 20
+    }, '65536')):
         with pytest.raises(ValueError, match=told):
             request_of('resources', value)
     with pytest.raises(TypeError, match='must be a dict'):
         request_of('resources', ['gpu'])
 
 
-@pytest.mark.parametrize('rows', [[('gpu', 1)], (('gpu', 1), ('a', 1)), (('gpu', 1), ('gpu', 1)), (('gpu', 0),), (('gpu', True),),
-                                  (('g p', 1),), (('gpu',),), ('gpu',), (('gpu', 1.0),), ((b'gpu', 1),)])
+@pytest.mark.parametrize('rows', [[('gpu', 1)], (('gpu', 1), ('a', 1)), (('gpu', 1), ('gpu', 1)),
+                                  (('gpu', 0), ), (('gpu', True), ), (('g p', 1), ), (('gpu', ), ),
+                                  ('gpu', ), (('gpu', 1.0), ), ((b'gpu', 1), )])
 def test_a_peer_cannot_ask_for_nonsense(rows):
     assert is_request((('a', 1), ('gpu', 2))) and is_request(()) and not is_request(rows)
 
 
-# -- the schedule -----------------------------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------
+
 
 def has(node, cpus=1, comp='c', **stock):
     return NodeReady(node, comp, cpus, [], name=node, stock=stock)
@@ -119,7 +161,7 @@ def test_who_waits_for_a_device_keeps_nobody_else_waiting():
     talk.tell(has('n', 2, gpu=1))
     talk.learn(1.0)
     assert sent(talk.submit(gpus + others)) == [gpus[0], others[0]]
-    assert sent(talk.results('n', [gpus[0]])) == [gpus[1]]   # it came before
+    assert sent(talk.results('n', [gpus[0]])) == [gpus[1]]  # it came before
 
 
 def test_priority_holds_between_jobs_with_and_without_resources():
@@ -147,18 +189,34 @@ def test_memory_is_kept_for_jobs_that_say_how_much_they_use():
     talk.tell(has('n', 4, memory=8 * GIB))
     assert sent(talk.submit(works)) == works[:2]
     assert sent(talk.results('n', works[:1])) == works[2:]
-    talk, works = Talk(), jobs(3, memory=3 * GIB)   # a node that does not know how much it has
+    talk, works = Talk(), jobs(3, memory=3 * GIB)  # a node that does not know how much it has
     talk.tell(has('n', 4))
     assert sent(talk.submit(works)) == works
 
 
-@pytest.mark.parametrize('options, told', [
-    ({'resources': GPUS}, 'it needs 2 gpu (dispy_resources), and no node has more than 1'),
-    ({'resources': (('licence', 1),)}, 'it needs 1 licence (dispy_resources), and no node has any'),
-    ({'memory': 9 * GIB}, 'it needs 9663676416 bytes of memory (dispy_memory), and no node has more than 8589934592'),
-    ({'cpus': 5, 'resources': GPU}, 'it needs 5 CPUs (dispy_cpus), and no node has more than 2'),
-    ({'memory': 8 * GIB, 'resources': GPU}, 'it needs 1 CPU, 1 gpu, 8589934592 bytes of memory, and no node has all of that'),
-    ({'node': 'large', 'resources': GPU}, 'it needs 1 gpu (dispy_resources), and no node has any; it is for node large alone')])
+@pytest.mark.parametrize(
+    'options, told',
+    [({
+        'resources': GPUS
+    }, 'it needs 2 gpu (dispy_resources), and no node has more than 1'),
+     ({
+         'resources': (('licence', 1), )
+     }, 'it needs 1 licence (dispy_resources), and no node has any'),
+     ({
+         'memory': 9 * GIB
+     }, 'it needs 9663676416 bytes of memory (dispy_memory), and no node has more than 8589934592'),
+     ({
+         'cpus': 5,
+         'resources': GPU
+     }, 'it needs 5 CPUs (dispy_cpus), and no node has more than 2'),
+     ({
+         'memory': 8 * GIB,
+         'resources': GPU
+     }, 'it needs 1 CPU, 1 gpu, 8589934592 bytes of memory, and no node has all of that'),
+     ({
+         'node': 'large',
+         'resources': GPU
+     }, 'it needs 1 gpu (dispy_resources), and no node has any; it is for node large alone')])
 def test_what_no_node_can_give_is_told_at_once_and_waits_for_one_that_can(options, told):
     talk, work, behind = Talk(), job(**options), job()
     talk.tell(has('small', 2, gpu=1, memory=GIB), has('large', 2, memory=8 * GIB))
@@ -182,14 +240,22 @@ def test_a_scheduler_counts_by_itself_if_it_knows_how():
     talk = Talk()
     talk.schedule.handle(dispy.Opened('r', 'r', True, remote=True), 0.0)
     works = jobs(3, 'r', resources=GPU, memory=1 << 60)
-    talk.tell(NodeReady('s', 'r', 1 << 20, [], stock=dispy.stock_of({'role': 'scheduler', 'resources': {}})))
+    talk.tell(
+        NodeReady('s',
+                  'r',
+                  1 << 20, [],
+                  stock=dispy.stock_of({
+                      'role': 'scheduler',
+                      'resources': {}
+                  })))
     assert sent(talk.submit(works)) == works
     old = Talk()
     old.schedule.handle(dispy.Opened('r', 'r', True, remote=True), 0.0)
     old.tell(NodeReady('s', 'r', 1 << 20, [], stock=dispy.stock_of({'role': 'scheduler'})))
     (work, told), = parked(old.submit([job('r', resources=GPU)]))
     assert 'of an earlier release' in told and 'update the scheduler' in told
-    assert sent(old.submit(jobs(1, 'r', memory=1 << 60)))   # which that release limits, and does not count
+    assert sent(old.submit(jobs(1, 'r',
+                                memory=1 << 60)))  # which that release limits, and does not count
 
 
 def test_what_waits_for_resources_can_be_cancelled_and_ends_with_its_computation():
@@ -204,7 +270,8 @@ def test_what_waits_for_resources_can_be_cancelled_and_ends_with_its_computation
     assert works[3].state is JobState.CANCELLED and talk.schedule.nodes['n'].stock.used['gpu'] == 0
 
 
-# -- a node -----------------------------------------------------------------------------------------------------------------
+# -- a node ----------------------------------------------------------------------------------------
+
 
 def node_talk(cpus=4, **resources):
     talk = NodeTalk(cpus)
@@ -220,10 +287,14 @@ def test_workers_have_units_and_jobs_that_ask_for_the_same():
     talk = node_talk(gpu=2)
     talk.ready()
     actions = talk.jobs(1, 2, 3, resources=GPU)
-    assert units(actions) == [(1, {'gpu': [0]}), (2, {'gpu': [1]})] and fed(actions) == [(1, [1]), (2, [2])]
+    assert units(actions) == [(1, {
+        'gpu': [0]
+    }), (2, {
+        'gpu': [1]
+    })] and fed(actions) == [(1, [1]), (2, [2])]
     kinds = [type(action) for action in actions if type(action) in (Equip, StartWorker)]
     assert kinds == [Equip, StartWorker] * 2
-    assert fed(talk.results(2, 2)) == [(2, [3])]   # it keeps its device
+    assert fed(talk.results(2, 2)) == [(2, [3])]  # it keeps its device
 
 
 def test_a_job_without_resources_does_not_get_a_worker_with_a_device():
@@ -261,7 +332,9 @@ def test_a_worker_that_dies_gives_its_device_back():
     talk.ready()
     talk.jobs(1, 2, resources=GPU)
     actions = talk.tell(WorkerGone(1, 'killed', 1))
-    assert rows(actions) == [(1, Outcome.DIED)] and units(actions) == [(2, {'gpu': [0]})] and fed(actions) == [(2, [2])]
+    assert rows(actions) == [(1, Outcome.DIED)] and units(actions) == [(2, {
+        'gpu': [0]
+    })] and fed(actions) == [(2, [2])]
 
 
 def test_idle_workers_with_devices_end_after_a_while():
