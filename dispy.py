@@ -6495,9 +6495,10 @@ class ValueRef:
 
 
 def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
-                   depends: Sequence[Any] = ()) -> Any:
+                   depends: Sequence[Any] = (), returns: tuple = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what
-    pickling raises. `depends` are files and objects for this job alone; files are read now."""
+    pickling raises. `depends` are files and objects for this job alone; files are read now.
+    `returns` as of WantedOutput.of."""
     if not depends and not kwargs:
         if ATOMS.issuperset(map(type, args)):
             return pickle.dumps((args, kwargs), 5)
@@ -6506,6 +6507,8 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
     if depends:
         files, objects = _job_depends(depends, bundles.known_globals)
         value = (args, kwargs, files, objects)
+        if returns:
+            value += (returns,)
     # Made only if pickling fails.
     labels = itertools.chain(
         (('argument %d' % number, value) for number, value in enumerate(args, 1)),
@@ -6533,6 +6536,72 @@ class OwnDirectory(List[JobFile]):
 
     def __bool__(self) -> bool:
         return True
+
+
+class WantedOutput:
+    """Which files of a program's jobs come back, and where to: `returns` and `dest`."""
+    ID = '{id}'
+
+    def __init__(self, patterns: Sequence[str], dest: Optional[str], directory: str) -> None:
+        """`directory` is the program's. What `dest` names is made. Raises OSError."""
+        self._patterns = patterns
+        start, mark, end = (dest or '').partition(self.ID)
+        root, _, begin = start.rpartition('/') if mark else (start, '', '')
+        if mark and start[:1] == '/':
+            root = root or '/'
+        self.root = os.path.join(directory, root) if root else directory
+        if dest:
+            os.makedirs(self.root, exist_ok=True)
+        self._before = begin + mark + end
+        # Names of files that have come, and of which jobs, where two jobs may have the same
+        self._came: Dict[str, Any] = {}
+        self._may_clash = not mark and any(self.ID not in pattern for pattern in patterns)
+        self._has_told = False
+
+    @staticmethod
+    def checked(returns: Any, dest: Any) -> Tuple[str, ...]:
+        """The patterns. Raises TypeError or ValueError."""
+        if isinstance(returns, str):
+            raise TypeError("returns=%.80r must be a list of names, such as ['out_*.dat']"
+                            % returns)
+        patterns = tuple(returns or ())
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError('returns: %.80r is no text' % (pattern,))
+            try:
+                check_name(pattern)
+            except ValueError as exc:
+                raise ValueError('returns: %s: it is a name below the directory of the job'
+                                 % exc) from None
+        if dest is not None and not isinstance(dest, str):
+            raise TypeError('dest=%.80r must be a text, such as results/{id}' % (dest,))
+        if dest is not None and not patterns:
+            raise ValueError('dest=%.80r needs returns=[...], which files come there' % dest)
+        return patterns
+
+    def of(self, number: Any) -> tuple:
+        """What the node is told of the job with this id: what stands before the names that its
+        files have here, and patterns of them. Nothing if none come back."""
+        if not self._patterns:
+            return ()
+        # Signs that no name of a file has, on whatever system
+        name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', '_', str(number))[:200]
+        if name in ('', '.', '..'):
+            name = '_' + name
+        before = self._before.replace(self.ID, name)
+        if before and not before.endswith('/'):
+            before += '/'
+        return before, [pattern.replace(self.ID, glob.escape(name)) for pattern in self._patterns]
+
+    def note(self, job: DispyJob, name: str) -> None:
+        """A file of a job comes. Warn, once, if one of another job is replaced."""
+        if not self._may_clash or self._has_told:
+            return
+        other = self._came.setdefault(name, job.id)
+        if other != job.id:
+            self._has_told = True
+            logger.warning("the file %s of job %r replaces that of job %r: with "
+                           "dest='results/{id}' each job has a directory", name, job.id, other)
 
 
 def _job_depends(
@@ -13549,6 +13618,9 @@ class ClusterOptions:
     forward_logs: bool
     start_method: str
     resources: Request
+    job_dir: bool
+    returns: Tuple[str, ...]
+    dest: Optional[str]
     loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
@@ -13595,6 +13667,9 @@ class ClusterOptions:
         options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
         options['resources'] = request_of('resources', given['resources'] or {})
+        options['job_dir'] = _flag('job_dir', given['job_dir'])
+        options['returns'] = WantedOutput.checked(given['returns'], given['dest'])
+        options['dest'] = given['dest']
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
         options['keeps_trail'] = path is None and given['recover_file'] is not False
@@ -14203,6 +14278,8 @@ class Submitter:
     driver: 'Driver'
     journal: Optional[Journal] = None
     resources: Request = ()   # that jobs ask for which do not say
+    own_directory = False     # each job has a directory of its own
+    output: WantedOutput      # which files of jobs come back
 
     def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
                  book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
@@ -14233,7 +14310,7 @@ class Submitter:
         if self._is_program and kwargs:
             message = 'a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs))
             raise TypeError(message)
-        payload = self.pack(args, kwargs, depends)
+        payload = self.pack(args, kwargs, depends, self.output.of(number))
         return self.enter(number, args, kwargs, options, payload)
 
     def with_defaults(self, options: Optional[dict]) -> Optional[dict]:
@@ -14244,13 +14321,16 @@ class Submitter:
                 del options['resources']
         return options or None
 
-    def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+    def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = (),
+             returns: tuple = ()) -> Any:
         """Return the arguments, packed as they are now. Raises ValueError if they are too large,
         and what pickling them raises."""
         changed = self._bundles.changed()
         if changed:
             self._warn_of_change(changed)
-        payload = pack_arguments(args, kwargs, self._bundles, depends)
+        if self.own_directory and not depends:
+            depends = OwnDirectory()
+        payload = pack_arguments(args, kwargs, self._bundles, depends, returns)
         if type(payload) is SharedPayload:
             size = payload.total()
         else:
@@ -14528,9 +14608,11 @@ class ComputationUser(NodeUser):
     """A NodeUser with a computation: how nodes are set up for it, and what else they may ask.
 
     cluster - the JobCluster, until it is closed; None after that
-    directory - files that jobs send come below it
+    directory - in which the program made the cluster
+    output - which files of jobs come back, and where to
     bundles - the program's modules
     """
+    output: WantedOutput
     driver: 'Driver'
     cargo: PackedComputation
     cluster: Any
@@ -14624,8 +14706,11 @@ class ComputationUser(NodeUser):
         return self.bundles.more(args[0], embedded)
 
     def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
-        """Store a piece of a file below the directory in which the program made the cluster."""
-        self.driver.files.store(peer, self.directory, message)
+        """Store a piece of a file where files of jobs come: below the directory in which the
+        program made the cluster, or below `dest`."""
+        if message.offset == 0:
+            self.output.note(work, message.row[0])
+        self.driver.files.store(peer, self.output.root, message)
 
 
 class ProgramCluster(ComputationUser):
@@ -14673,6 +14758,10 @@ class ProgramCluster(ComputationUser):
                                       options.dest_path, options.jobs_per_worker, self.name,
                                       self.bundles)
         self._complete_cargo(computation)
+        if options.returns and not self.cargo.is_program:
+            raise ValueError('returns=%r is for programs; a function sends its files by '
+                             'dispy_send_file' % (list(options.returns),))
+        self.output = WantedOutput(options.returns, options.dest, self.directory)
         if options.keeps_trail:
             self.trail: Optional[ComputationNotes] = ComputationNotes(
                 weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
@@ -14715,6 +14804,8 @@ class ProgramCluster(ComputationUser):
         self.submitter = Submitter(self.comp, self.name, self.cargo, self.bundles, self.book,
                                    self.callbacks, is_executor)
         self.submitter.resources = options.resources
+        self.submitter.own_directory = options.job_dir or bool(options.returns)
+        self.submitter.output = self.output
         self.nodes = self._make_commands()
         self.report = StatusReport(self.name, self.book, self.nodes)
         self.takeover = JobTakeover(self.comp, self.reentrant, is_program, self.book,
@@ -15349,6 +15440,12 @@ class JobCluster(OldCluster):
     resources - what each job needs of its node beside CPUs, as {'gpu': 1}: whole numbers of what
         nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu' sees its own
         devices in CUDA_VISIBLE_DEVICES
+    job_dir - True: each job has a directory of its own, with the files of `depends` linked in,
+        which is removed when it has ended
+    returns - of programs: names of files that a job makes in its directory, with * and ? for any
+        characters, ** for any directories and {id} for the job's id. They are below the program's
+        directory, or below `dest`, when the job has ended. Implies job_dir
+    dest - where these come, as 'results/{id}'; a relative path is below the program's directory
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -15391,6 +15488,9 @@ class JobCluster(OldCluster):
                  forward_logs: bool = False,
                  start_method: Optional[str] = None,
                  resources: Optional[Mapping[str, int]] = None,
+                 job_dir: bool = False,
+                 returns: Sequence[str] = (),
+                 dest: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,

@@ -82,6 +82,7 @@ import enum
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import heapq
 import hmac
@@ -13176,7 +13177,10 @@ class JobServices:
         when this returns 0. `relay` and `timeout` are accepted, as in dispy 4, and have no meaning
         any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here
         or kept there."""
-        name = _name_of(path, self._spec['directory'])
+        return self.send_as(path, _name_of(path, self._spec['directory']))
+
+    def send_as(self, path: str, name: str) -> int:
+        """The same under a name that may be another."""
         file_size = os.path.getsize(path)
         check_size(name, file_size, self._spec['max_file'])
         size, digest = file_digest(path)
@@ -13227,8 +13231,57 @@ def _hard_link(path: str, link: str) -> None:
         shutil.copy2(path, link)
 
 
+class ReturnedFiles:
+    """Files in the directory of a job that go to its client when a program has ended. What was
+    there before, and has not changed since, is no work of the program."""
+
+    def __init__(self, before: str, patterns: Sequence[str]) -> None:
+        """`before`: what stands before their names at the client."""
+        self._before = before
+        self._patterns = patterns
+        self._known = {path: self._state(path) for pattern in patterns
+                       for path in self._matching(pattern)}
+
+    def send(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
+        """As JobDirectory.bring_back."""
+        sent = set()
+        missing = []
+        for pattern in self._patterns:
+            found = [path for path in self._matching(pattern)
+                     if self._known.get(path) != self._state(path)]
+            if not found:
+                missing.append(pattern)
+            for path in found:
+                if path not in sent:
+                    sent.add(path)
+                    send(path, self._before + path.replace(os.sep, '/'))
+        if missing and not has_failed:
+            there = sorted(name for name in os.listdir('.') if not name.startswith('.'))
+            shown = ', '.join(there[:20]) or 'nothing'
+            text = 'the program has made no file that is called %s (returns); in its directory ' \
+                'there is %s%s' % (' or '.join(missing), shown, ', ...' * (len(there) > 20))
+            raise RuntimeError(text)
+
+    @staticmethod
+    def _matching(pattern: str) -> List[str]:
+        """Files with names of this pattern, and those in directories of such names."""
+        found = []
+        for path in sorted(glob.glob(pattern, recursive=True)):
+            if os.path.isfile(path):
+                found.append(os.path.normpath(path))
+            for directory, _, names in os.walk(path):
+                found += [os.path.normpath(os.path.join(directory, name)) for name in sorted(names)]
+        return found
+
+    @staticmethod
+    def _state(path: str) -> Tuple[int, int]:
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+
+
 class JobDirectory:
-    """The directory of a job that has files or names of its own (dispy_job_depends)."""
+    """The directory of a job that has one of its own (job_dir), or files or names of its own
+    (dispy_job_depends)."""
 
     def __init__(self, spec: dict, globals_: Sequence[Dict[str, Any]]) -> None:
         self._spec = spec
@@ -13236,11 +13289,14 @@ class JobDirectory:
         self._directory = spec['directory']      # of the computation
         self.is_entered = False         # the job that runs has one
         self._private = ''
+        self._returns: Optional[ReturnedFiles] = None
         self._give_back: Callable[[], None] = _not_here   # takes the job's names away
 
-    def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
+    def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
+              returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
         """Make the directory, with the job's files and links to those of the computation, and make
-        its names known."""
+        its names known. `returns`: what stands before the names that files have for the client, and
+        patterns of those that it gets."""
         private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
         self._private = private
         self.is_entered = True
@@ -13259,10 +13315,19 @@ class JobDirectory:
                 file.write(data)
             os.chmod(path, mode)
         os.chdir(private)
+        if returns[1]:
+            self._returns = ReturnedFiles(*returns)
+
+    def bring_back(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
+        """Send the client what it gets of the job's files. Raises what `send(path, name)` raises,
+        and RuntimeError for what is missing, unless the job has failed by itself."""
+        if self._returns is not None:
+            self._returns.send(has_failed, send)
 
     def leave(self) -> None:
         """Remove the directory and take the names away."""
         self.is_entered = False
+        self._returns = None
         self._give_back()
         os.chdir(self._directory)
         shutil.rmtree(self._private, ignore_errors=True)
@@ -13406,8 +13471,10 @@ class Worker:
                 if body_length > LAZY:
                     self._free(record)
                 if extras:
-                    self._job_directory.enter(*extras)
+                    self._enter_directory(*extras)
                 value = contextvars.copy_context().run(self._function, *args, **kwargs)
+                if extras:
+                    self._job_directory.bring_back(bool(value), self._services.send_as)
                 self._interrupts.in_job = False
             except BaseException as exc:
                 # Whatever a job raises is its result; SystemExit and the like too
@@ -13435,6 +13502,13 @@ class Worker:
             text = 'the result could not be sent: %s' % exc
             self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
                             pack_error(text, None), out, err)
+
+    def _enter_directory(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
+                         returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
+        """The job has a directory of its own. Where files come back, others are not meant to."""
+        self._job_directory.enter(files, objects, returns)
+        if returns[1] and isinstance(self._function, Program):
+            self._function.tell = None
 
     @staticmethod
     def _free(record: Record) -> None:

@@ -36,6 +36,7 @@ EXPECTED = {
     'mandelbrot.py': ['360 x 240 points, 25.2 % in the set'],
     'priorities.py': ['submitted: any low low normal normal urgent urgent\n',
                       'ran:       any urgent urgent normal normal low low\n'],
+    'program_files.py': ['first 3 -> 0 1 2\n', 'first 5 -> 0 1 2 3 4\n'],
     'progress.py': ['most divisors: 72, of 100100\n'],
     'run_program.py': ['exit status 0: 101 103 107 109 113\n',
                        'exit status 0: 181 191 193 197 199\n'],
