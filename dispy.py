@@ -14279,7 +14279,7 @@ class Submitter:
     journal: Optional[Journal] = None
     resources: Request = ()   # that jobs ask for which do not say
     own_directory = False     # each job has a directory of its own
-    output: WantedOutput      # which files of jobs come back
+    wanted: WantedOutput      # which files of jobs come back
 
     def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
                  book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
@@ -14310,7 +14310,7 @@ class Submitter:
         if self._is_program and kwargs:
             message = 'a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs))
             raise TypeError(message)
-        payload = self.pack(args, kwargs, depends, self.output.of(number))
+        payload = self.pack(args, kwargs, depends, self.wanted.of(number))
         return self.enter(number, args, kwargs, options, payload)
 
     def with_defaults(self, options: Optional[dict]) -> Optional[dict]:
@@ -14609,10 +14609,10 @@ class ComputationUser(NodeUser):
 
     cluster - the JobCluster, until it is closed; None after that
     directory - in which the program made the cluster
-    output - which files of jobs come back, and where to
+    wanted - which files of jobs come back, and where to
     bundles - the program's modules
     """
-    output: WantedOutput
+    wanted: WantedOutput
     driver: 'Driver'
     cargo: PackedComputation
     cluster: Any
@@ -14709,8 +14709,8 @@ class ComputationUser(NodeUser):
         """Store a piece of a file where files of jobs come: below the directory in which the
         program made the cluster, or below `dest`."""
         if message.offset == 0:
-            self.output.note(work, message.row[0])
-        self.driver.files.store(peer, self.output.root, message)
+            self.wanted.note(work, message.row[0])
+        self.driver.files.store(peer, self.wanted.root, message)
 
 
 class ProgramCluster(ComputationUser):
@@ -14761,7 +14761,7 @@ class ProgramCluster(ComputationUser):
         if options.returns and not self.cargo.is_program:
             raise ValueError('returns=%r is for programs; a function sends its files by '
                              'dispy_send_file' % (list(options.returns),))
-        self.output = WantedOutput(options.returns, options.dest, self.directory)
+        self.wanted = WantedOutput(options.returns, options.dest, self.directory)
         if options.keeps_trail:
             self.trail: Optional[ComputationNotes] = ComputationNotes(
                 weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
@@ -14805,7 +14805,7 @@ class ProgramCluster(ComputationUser):
                                    self.callbacks, is_executor)
         self.submitter.resources = options.resources
         self.submitter.own_directory = options.job_dir or bool(options.returns)
-        self.submitter.output = self.output
+        self.submitter.wanted = self.wanted
         self.nodes = self._make_commands()
         self.report = StatusReport(self.name, self.book, self.nodes)
         self.takeover = JobTakeover(self.comp, self.reentrant, is_program, self.book,
