@@ -169,7 +169,8 @@ from dispynode import is_serial
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
-from dispynode import process_start_lock, python_of, read_secret, remove_abandoned_directory
+from dispynode import process_start_lock, python_of, pythons_text, read_secret
+from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
 from dispynode import tls_files, told_once, unpack_error, value_pickler, why_unreached, with_needs
@@ -11297,6 +11298,31 @@ class NodeSelection:
                     word.append(peer)
 
 
+class PythonThere(NamedTuple):
+    """The Python of a node that runs a computation."""
+    name: str                  # '' for that of the node itself
+    version: Tuple[int, ...]
+    cloudpickle: str
+
+
+def python_at(facts: dict, wanted: str) -> Optional[PythonThere]:
+    """The Python of a node that has this name, or the first that has this version, by what the node
+    has told; its own if none is wanted. None if there is none."""
+    own = PythonThere('', facts.get('python', ()), facts.get('cloudpickle', ''))
+    if not wanted:
+        return own
+    others = {name: PythonThere(name, tuple(fact['python']), fact['cloudpickle'])
+              for name, fact in facts.get('pythons', {}).items()}
+    if wanted in others:
+        return others[wanted]
+    for python in (own, *others.values()):
+        words = [str(number) for number in python.version]
+        parts = wanted.split('.')
+        if words[:len(parts)] == parts:
+            return python
+    return None
+
+
 def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     """Whether a computation goes to a node as source: its Python is another than here."""
     if spec['kind'] != 'function':
@@ -11305,8 +11331,8 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
         return False
     if peer.scheduler:
         return False
-    there = peer.facts.get('python', ())
-    return bool(there[:2] != spec['python'][:2])
+    python = python_at(peer.facts, spec.get('interpreter', ''))
+    return python is not None and python.version[:2] != spec['python'][:2]
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
@@ -11455,7 +11481,21 @@ class ComputationSetup:
         """What a computation is, in a form that this node can load; None if there is none, or if it
         is being found out."""
         spec = cluster.cargo.spec  # type: ignore[union-attr]
-        if not _needs_source(spec, peer):
+        wanted = spec.get('interpreter', '')
+        if wanted and not peer.scheduler:
+            python = python_at(peer.facts, wanted)
+            if python is None:
+                text = 'it has no Python %s (python=); it has %s' % (
+                    wanted, pythons_text(peer.facts))
+                self._refusal(peer, comp, text, 'python')
+                return None
+            spec = dict(spec, interpreter=python.name)
+        elif wanted and 'pythons' not in peer.facts:
+            text = 'it is of an earlier release of dispy, which does not know of python=%s: ' \
+                'update the scheduler and its nodes' % wanted
+            self._refusal(peer, comp, text, 'python')
+            return None
+        if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
         if cluster.source is None:
@@ -11465,10 +11505,11 @@ class ComputationSetup:
             return None
         code, obstacle = cluster.source
         if obstacle:
-            there = python_of(peer.facts.get('python', ()))
-            python = python_of(spec['python'])
+            there = python_of(
+                python_at(peer.facts, wanted).version)  # type: ignore[union-attr]
+            here = python_of(spec['python'])
             text = 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
-                there, python, obstacle, remedy_for_source(spec))
+                there, here, obstacle, remedy_for_source(spec))
             self._refusal(peer, comp, text, 'version')
             return None
         return dict(spec, kind='source', code=code)
@@ -13570,6 +13611,17 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
 # --------------------------------------------------------------------------------------------------
 
+def _python(python: Any) -> str:
+    """Which Python of a node runs jobs; '' for its own. Raises TypeError or ValueError."""
+    if python is not None and not isinstance(python, str):
+        raise TypeError("python=%.80r must be a name that nodes know (dispynode --python), or a "
+                        "version such as '3.12'" % (python,))
+    if python and not re.fullmatch('%s|[0-9]+([.][0-9]+){0,2}' % RESOURCE_NAME.pattern, python):
+        raise ValueError("python=%.80r is neither a name of letters, digits, _, . and - nor a "
+                         "version such as '3.12'" % python)
+    return python or ''
+
+
 def _start_method(method: Any) -> str:
     """How nodes shall start workers; '': as they do by default. Raises ValueError."""
     if method not in (None, FORK, SPAWN):
@@ -13618,6 +13670,7 @@ class ClusterOptions:
     forward_logs: bool
     start_method: str
     resources: Request
+    python: str
     job_dir: bool
     returns: Tuple[str, ...]
     dest: Optional[str]
@@ -13667,6 +13720,7 @@ class ClusterOptions:
         options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
         options['resources'] = request_of('resources', given['resources'] or {})
+        options['python'] = _python(given['python'])
         options['job_dir'] = _flag('job_dir', given['job_dir'])
         options['returns'] = WantedOutput.checked(given['returns'], given['dest'])
         options['dest'] = given['dest']
@@ -14652,8 +14706,9 @@ class ComputationUser(NodeUser):
         """Return the files of cloudpickle, if the node does not have the same version; a scheduler
         does not know which of its nodes needs them."""
         cargo_kind = self.cargo.spec['kind']
-        needs = cargo_kind != 'program' and (peer.scheduler or peer.facts.get('cloudpickle')
-                                             != cloudpickle.__version__)
+        python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
+        needs = cargo_kind != 'program' and (
+            peer.scheduler or python is None or python.cloudpickle != cloudpickle.__version__)
         if needs:
             return _support_files()
         return {}
@@ -14791,6 +14846,8 @@ class ProgramCluster(ComputationUser):
             logs = -1
         self.cargo.spec.update(live=options.on_output is not None, logs=logs,
                                start_method=options.start_method)
+        if options.python:
+            self.cargo.spec['interpreter'] = options.python
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
@@ -15440,6 +15497,9 @@ class JobCluster(OldCluster):
     resources - what each job needs of its node beside CPUs, as {'gpu': 1}: whole numbers of what
         nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu' sees its own
         devices in CUDA_VISIBLE_DEVICES
+    python - which Python of a node runs the computation: a name that it knows by `dispynode
+        --python NAME=PATH`, or a version as '3.12'. A node that has none is refused. None: that
+        which runs the node
     job_dir - True: each job has a directory of its own, with the files of `depends` linked in,
         which is removed when it has ended
     returns - of programs: names of files that a job makes in its directory, with * and ? for any
@@ -15488,6 +15548,7 @@ class JobCluster(OldCluster):
                  forward_logs: bool = False,
                  start_method: Optional[str] = None,
                  resources: Optional[Mapping[str, int]] = None,
+                 python: Optional[str] = None,
                  job_dir: bool = False,
                  returns: Sequence[str] = (),
                  dest: Optional[str] = None,

@@ -411,6 +411,7 @@ REASONS: Dict[str, Reason] = {
     'setup': Reason(
         'the code could not be loaded, or setup raised, returned something or did not end', False),
     'initializer': Reason('the initializer of an executor has failed in a worker', False),
+    'python': Reason('it does not have the Python that was asked for', False),
     'start_method': Reason('it cannot start workers in the way that was asked for', False),
     'version': Reason('functions cannot go there as source', False),
     'allocate': Reason("the program's allocate() has failed or wants none", False),
@@ -1551,6 +1552,8 @@ def _has_right_options(spec: dict) -> bool:
     if spec.get('start_method', '') not in ('', FORK, SPAWN):
         return False
     if type(spec.get('initializer', False)) is not bool:
+        return False
+    if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
 
@@ -11669,8 +11672,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.client_back(comp, link)
             return
-        start_method = message.spec.get('start_method', '')
-        refusal = self._refusal(link, message.comp, now, start_method)
+        refusal = self._refusal(link, message.comp, now, message.spec)
         if refusal is not None:
             send = Send(link, refusal)
             tables.do(send)
@@ -11686,8 +11688,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.begin(link, message)
 
-    def _refusal(self, link: int, name: str, now: float,
-                 start_method: str = '') -> Optional[Refused]:
+    def _refusal(self, link: int, name: str, now: float, spec: dict) -> Optional[Refused]:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
         tables = self.tables
@@ -11701,9 +11702,12 @@ class Node:
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in tables.comps:
             return Refused(name, 'closing', 'the same computation is still being closed')
-        if start_method == FORK:
-            if not can_fork():
-                return Refused(name, 'start_method', NO_FORK)
+        if spec.get('start_method') == FORK and not can_fork():
+            return Refused(name, 'start_method', NO_FORK)
+        wanted = spec.get('interpreter', '')
+        if wanted and wanted not in self.facts.get('pythons', {}):
+            return Refused(name, 'python', 'it has no Python %s; it has %s' % (
+                wanted, pythons_text(self.facts)))
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
@@ -15596,6 +15600,89 @@ def _numbered_devices(count: int, search: GpuSearch) -> List[str]:
     return visible[:count]
 
 
+class Interpreter(NamedTuple):
+    """Another Python that jobs may run on."""
+    path: str
+    version: Tuple[int, int, int]
+    cloudpickle: str    # its version; '' if it is not installed there
+    has_psutil: bool
+
+    @property
+    def fact(self) -> Dict[str, Any]:
+        """What clients are told of it."""
+        return {'python': self.version, 'cloudpickle': self.cloudpickle}
+
+
+# What a Python is asked for, by a program that any version can run
+PROBE = '''
+import importlib.util, json, sys
+def version(name):
+    try:
+        return getattr(__import__(name), '__version__', '')
+    except ImportError:
+        return ''
+print(json.dumps([sys.version_info[:3], version('cloudpickle'),
+                  importlib.util.find_spec('psutil') is not None]))
+'''
+
+
+def find_interpreters(words: Sequence[str]) -> Dict[str, Interpreter]:
+    """The Pythons that NAME=PATH say, by their names. Each is started once. Raises ValueError."""
+    found: Dict[str, Interpreter] = {}
+    for word in words:
+        name, _, path = word.partition('=')
+        if not RESOURCE_NAME.fullmatch(name) or not path:
+            raise ValueError('--python %.200s: it must be NAME=PATH, with a name of letters, '
+                             'digits, _, . and - that begins with a letter' % word)
+        if name in found:
+            raise ValueError('--python %.200s: %s is given twice' % (word, name))
+        if os.name != 'posix':
+            raise ValueError('--python %.200s: nodes on this system run jobs on their own Python '
+                             'alone' % word)
+        found[name] = _probe(name, os.path.abspath(os.path.expanduser(path)))
+    return found
+
+
+def _probe(name: str, path: str) -> Interpreter:
+    try:
+        with process_start_lock:
+            done = subprocess.run([path, '-c', PROBE], env=environment_for(path), timeout=60,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+        version, cloudpickle_version, has_psutil = json.loads(done.stdout.decode())
+    except ValueError:   # something else was printed
+        raise ValueError('--python %s=%s: it is no Python, as it does not run programs in that '
+                         'language' % (name, path)) from None
+    except (OSError, subprocess.SubprocessError) as exc:
+        text = '--python %s=%s: it cannot be started: %s' % (name, path, exc)
+        raise ValueError(text) from None
+    if tuple(version) < (3, 8):
+        raise ValueError('--python %s=%s: it is Python %s, and dispy needs 3.8 or later' % (
+            name, path, '.'.join(map(str, version))))
+    interpreter = Interpreter(path, tuple(version), cloudpickle_version, has_psutil)
+    if not has_psutil and sys.platform != 'linux':
+        logger.warning('--python %s=%s has no psutil, which limits the memory of jobs here '
+                       '(dispy_memory): they are not limited', name, path)
+    return interpreter
+
+
+def environment_for(python: str) -> Dict[str, str]:
+    """The environment in which another Python than this one is started: without what would let it
+    take this one's library for its own."""
+    variables = dict(os.environ)
+    for name in ('DISPY_SECRET', 'PYTHONHOME', '__PYVENV_LAUNCHER__'):
+        variables.pop(name, None)
+    return variables
+
+
+def pythons_text(facts: Dict[str, Any]) -> str:
+    """'3.11.2, lab (3.12.1)': the Pythons that a node has, by what it tells."""
+    texts = ['.'.join(map(str, facts.get('python', ()))) or 'one']
+    for name, fact in facts.get('pythons', {}).items():
+        texts.append('%s (%s)' % (name, '.'.join(map(str, fact['python']))))
+    return ', '.join(texts)
+
+
 def whole_memory() -> Optional[int]:
     """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
     cgroup of this process. None where nobody tells."""
@@ -15643,6 +15730,7 @@ class Options(NamedTuple):
     start_method: str = FORK               # of workers, for clients that do not say
     python: str = ''                       # what runs the runners, if not sys.executable
     offer: Offer = Offer()
+    interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
 
 
 class ChildEnded(NamedTuple):
@@ -16217,11 +16305,14 @@ class RunnerProcess:
     be passed to a new program, would run a program's main module again, and share its resource
     tracker. It inherits no descriptor but its own, and has a session of its own.
     """
-    CODE = 'import sys; sys.path[:] = %r; import dispynode; dispynode.runner_start(%d)'
+    CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
 
-    def __init__(self, control: socket.socket, user: Optional[User], python: str) -> None:
-        """`control`: its end of the socket; `python`: what runs it, if not this Python. Raises
+    def __init__(self, control: socket.socket, user: Optional[User], python: str,
+                 home: str = '') -> None:
+        """`control`: its end of the socket; `python`: what runs it, if not this Python; `home`: a
+        directory with this module, for one that has its own library and packages. Raises
         OSError."""
+        self._home = home
         self._popen: Any = None
         self._process: Any = None
         if os.name == 'posix':
@@ -16244,8 +16335,13 @@ class RunnerProcess:
         home = os.path.dirname(absolute_path)
         if home not in places:
             places.append(home)
+        where = '[:]'
         variables = dict(os.environ)
         variables.pop('DISPY_SECRET', None)
+        if self._home:   # behind what it finds by itself
+            where = '[len(sys.path):]'
+            places = [self._home]
+            variables = environment_for(python)
         if user is not None:
             variables[RUNNER_USER] = json.dumps(user)
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -16257,7 +16353,8 @@ class RunnerProcess:
                 error = opened.enter_context(open(os.devnull, 'w'))
             with process_start_lock:
                 return subprocess.Popen(
-                    [python, *flags, '-c', self.CODE % (places, control.fileno())], env=variables,
+                    [python, *flags, '-c', self.CODE % (where, places, control.fileno())],
+                    env=variables,
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
                     pass_fds=(control.fileno(),), start_new_session=True)
 
@@ -16400,14 +16497,28 @@ class ComputationProcesses:
         self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.equipped: Set[int] = set()                # workers that have resources
+        # Another Python that runs it, and a directory where that finds this module
+        self.python = ''
+        self.home = ''
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def use_python(self, interpreter: Interpreter) -> None:
+        """Have another Python run it, which imports nothing of this one's but this module. Raises
+        OSError."""
+        self.python = interpreter.path
+        self.home = os.path.join(self.files.private, 'node')
+        os.makedirs(self.home, exist_ok=True)
+        place = os.path.join(self.home, 'dispynode.py')
+        if not os.path.lexists(place):
+            link_to(os.path.abspath(__file__), place)
 
     def start(self, host: 'NodeHost') -> None:
         """Start the runner. Raises OSError."""
         ours, theirs = socket_pair()
         try:
-            self.process = RunnerProcess(theirs, host.options.user, host.options.python)
+            self.process = RunnerProcess(theirs, host.options.user,
+                                         self.python or host.options.python, self.home)
             self.tree = self.process.tree()
         except OSError:
             ours.close()
@@ -16666,7 +16777,10 @@ class ProcessHost:
         run = ComputationProcesses(files)
         start_method = action.spec.get('start_method')
         run.start_method = start_method or self._options.start_method
+        interpreter = self._options.interpreters.get(action.spec.get('interpreter', ''))
         try:
+            if interpreter is not None:
+                run.use_python(interpreter)
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
             text = 'its process cannot be started: %s' % shortage(exc)
@@ -17301,7 +17415,9 @@ class NodeHost:
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
         facts = dict(node_facts(), start_method=options.start_method,
-                     resources=options.offer.counts, memory_total=whole_memory())
+                     resources=options.offer.counts, memory_total=whole_memory(),
+                     pythons={name: interpreter.fact
+                              for name, interpreter in options.interpreters.items()})
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
                                 options.client_shutdown, loop.now)
         self._posted: Deque[Any] = collections.deque()
@@ -18345,6 +18461,12 @@ def _parser() -> OptionParser:
         help='offer so many units of what jobs ask for by this name (dispy_resources), such as '
         'licence=2; gpu=N or gpu=auto: devices, of which each job sees its own in '
         'CUDA_VISIBLE_DEVICES; may be repeated')
+    add('--python',
+        action=Each,
+        default=[],
+        metavar='NAME=PATH',
+        help='another Python that jobs may run on (JobCluster: python=), such as bin/python of a '
+        'virtual environment; may be repeated')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -18577,7 +18699,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
-                   or default_start_method(), offer=find_offer(args.resource))
+                   or default_start_method(), offer=find_offer(args.resource),
+                   interpreters=find_interpreters(args.python))
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
