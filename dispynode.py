@@ -16650,6 +16650,14 @@ class ComputationProcesses:
                      client_shutdown=options.client_shutdown)
         return found
 
+    def equip(self, worker: int, variables: Dict[str, str]) -> None:
+        """The worker that will be started next has resources, and these variables in its
+        environment."""
+        self.equipped.add(worker)
+        if self.control is not None:
+            data = json.dumps(variables).encode()
+            self.control.push(pack_record(RecordType.EQUIP, worker, first=data))
+
     def pass_pipe(self, worker: int, theirs: socket.socket) -> None:
         """Give the runner the pipe of a worker that it is to start. Raises OSError."""
         assert self.control is not None   # ours: the state starts workers of runners that are up
@@ -16825,6 +16833,11 @@ class WorkerPipes:
         self._host = host
         self._run_of = run_of
         self._of_worker: Dict[int, ComputationProcesses] = {}
+
+    def equip(self, action: Equip) -> None:
+        """Tell the runner which resources the next worker has."""
+        run = self._run_of(action.comp)
+        run.equip(action.worker, self._host.options.offer.variables_for(action.units))
 
     def start_worker(self, action: StartWorker) -> None:
         """Have a worker forked."""
@@ -17532,6 +17545,7 @@ class NodeHost:
             Remember: self.directory.remember,
             StartRunner: self.processes.start_runner,
             StopRunner: self.processes.stop_runner,
+            Equip: self.processes.workers.equip,
             StartWorker: self.processes.workers.start_worker,
             SendToWorker: self.processes.workers.feed,
             Interrupt: self.processes.workers.interrupt,
