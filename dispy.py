@@ -50,12 +50,20 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 if __name__ == '__main__':
-    # The module is imported once more under its own name, so that classes have one identity. Here,
-    # and not at the end: all that follows would be made for nothing.
-    import importlib
+    # The module is run once more under its own name, so that classes have one identity. Here, and
+    # not at the end: all that follows would be made for nothing. The code is compiled already;
+    # where no byte code can be kept, to compile it again takes longer than all imports.
+    import importlib.util
+    import os
     import sys
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispy', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispy')
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules['dispy'] = program
     try:
-        program = importlib.import_module('dispy')
+        exec(sys._getframe().f_code, vars(program))
     except ImportError as exc:   # a file or a package that it needs is not there
         sys.exit(str(exc))
     sys.exit(program.main())
@@ -145,9 +153,8 @@ from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_O
 from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
-from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STALLS
-from dispynode import UNITS_MOST, VALUE_MOST
-from dispynode import WHOLE_MOST
+from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS
+from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
@@ -674,6 +681,12 @@ class DispyJob(ProgramJob):
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any
         thread."""
         if self.status in ENDED:
+            return True
+        if timeout is None and self.event is None:
+            # What the driver does for it is one call, where an event takes a dozen
+            ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+            self.call_when_ended(ended.put)
+            next_of(ended)
             return True
         seconds = _seconds('timeout', timeout)
         return in_slices(self.finish.wait, seconds)  # type: ignore[no-any-return]
@@ -2161,8 +2174,11 @@ class _Queue:
 
     def push(self, work: ScheduledJob) -> None:
         """Behind those of its priority."""
-        self._level(work).append(work)
         self.length += 1
+        if work.options or 0 not in self._levels:
+            self._level(work).append(work)
+        else:
+            self._levels[0].append(work)
 
     def push_front(self, work: ScheduledJob) -> None:
         """Before those of its priority: it has waited already."""
@@ -2627,10 +2643,13 @@ class NodeLoad:
     def take(self, comp: str, cpus: int) -> None:
         """CPUs of one more job of a computation, negative of one less."""
         limit = self.limits[comp]
-        part = self.parts[comp]
-        self.parts[comp] = part + cpus
+        before = self.parts[comp]
+        after = self.parts[comp] = before + cpus
         self.used += cpus
-        self.cpus_reserved += min(part + cpus, limit) - min(part, limit)
+        if after <= limit and before <= limit:
+            self.cpus_reserved += cpus
+        else:
+            self.cpus_reserved += min(after, limit) - min(before, limit)
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
@@ -2749,9 +2768,10 @@ class Books:
                 self.look_at(node)
         works = self._to_send.get((node.key, comp.comp))
         if works is None:
-            works = self._to_send[node.key, comp.comp] = []
+            self._to_send[node.key, comp.comp] = [work]
             self.changed[node.key] = node
-        works.append(work)
+        else:
+            works.append(work)
 
     def send(self) -> None:
         """Have those jobs sent that were put on nodes in this turn."""
@@ -2871,12 +2891,11 @@ class Placement:
         while waiting:
             for comp in waiting:
                 self._park(comp)
-            rivals = [comp for comp in waiting if comp.length()]
-            self._use_idle(rivals)
-            is_filled = self._fill_queues(waiting)
+            self._use_idle(waiting)
             waiting = self._still_waiting()
-            if not is_filled:   # otherwise another head may find an idle CPU
+            if not waiting or not self._fill_queues(waiting):
                 break
+            waiting = self._still_waiting()   # another head may find an idle CPU
         self._books.send()
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
@@ -2886,7 +2905,7 @@ class Placement:
                 comp = min(rivals, key=self._rank)
             else:
                 comp = rivals[0]
-            if not self._start_one(comp):
+            if not comp.length() or not self._start_one(comp):
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
@@ -2909,8 +2928,11 @@ class Placement:
 
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
-        waiting = [comp for comp in books.waiting.values() if comp.length()]
-        if len(waiting) < len(books.waiting):
+        waiting = [comp for comp in books.waiting.values()
+                   if comp.queue.length or comp.pinned and comp.length()]
+        if not waiting:
+            books.waiting.clear()
+        elif len(waiting) < len(books.waiting):
             books.waiting = {comp.comp: comp for comp in waiting}
         return waiting
 
@@ -3036,15 +3058,14 @@ class Placement:
                 choice = 0
             limit = node.limits[comp.comp]
             choice = min(choice, limit * shares[comp.comp])
+            source = comp.source(node.key)
             while True:
-                source = comp.source(node.key)
                 work = source.head()
-                if work is None:
-                    break
-                may_send = self._may_send(node, comp, work, reserve, choice)
-                if not may_send:
+                if work is None or not self._may_send(node, comp, work, reserve, choice):
                     break
                 books.put_on(node, comp, source.pop())
+                if comp.pinned:
+                    source = comp.source(node.key)
         return node.used > before
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
@@ -3463,8 +3484,9 @@ class Losses:
 
 def _check_outcomes(rows: Sequence[tuple]) -> None:
     """Raises PeerError for a result whose outcome this version does not know."""
-    if any(row[1] not in OUTCOMES for row in rows):
-        raise PeerError('a result with an unknown outcome')
+    for row in rows:
+        if row[1] not in OUTCOMES:
+            raise PeerError('a result with an unknown outcome')
 
 
 class ScheduleRequests:
@@ -3627,11 +3649,8 @@ class Schedule:
             if node is not None:
                 books.changed[node.key] = node
         self._repetitions.wake()
-        for node in [node for node in books.away.values() if node.lost_at() <= now]:
-            away: Any = node.away
-            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
-            self._node_doubted(node_doubted)
-            books.do(NodeGone(node.key))
+        if books.away:
+            self._give_up_overdue(now)
         for node in books.changed.values():
             books.look_at(node)
         for node in books.changed.values():
@@ -3644,6 +3663,14 @@ class Schedule:
         books.changed.clear()
         return actions
 
+    def _give_up_overdue(self, now: float) -> None:
+        """Nodes that have not come back in their time."""
+        for node in [node for node in self.away.values() if node.lost_at() <= now]:
+            away: Any = node.away
+            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(node_doubted)
+            self._books.do(NodeGone(node.key))
+
     def lost_at(self, key: Any) -> float:
         """As of the node; never if it is not known."""
         node = self.nodes.get(key)
@@ -3653,14 +3680,17 @@ class Schedule:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        away = self._books.away.values()
-        times = [node.lost_at() for node in away if node.away is not None]
+        times = []
+        if self.away:
+            times = [node.lost_at() for node in self.away.values() if node.away is not None]
         if self._late:
             times.append(self._late[0][0])
         rested = self._repetitions.next_at()
         if rested is not None:
             times.append(rested)
-        return min(times, default=None)
+        if times:
+            return min(times)
+        return None
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
         """As of the node; nothing if it is not known."""
@@ -3934,8 +3964,11 @@ def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int,
 
 def _bytes_of(work: ScheduledJob) -> int:
     """Bytes of its arguments that are in memory."""
-    if work.payload is not None:
-        return size_of(work.payload)
+    payload = work.payload
+    if type(payload) is bytes:   # nearly always
+        return len(payload)
+    if payload is not None:
+        return size_of(payload)
     return 0
 
 
@@ -9224,6 +9257,11 @@ class EmbeddedNode:
         """Whether the driver has sent something."""
         return self._end.has_messages
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a turn of the node has something to do."""
+        return self._host.is_due or self._end.has_messages
+
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
         if self._end.has_messages:
@@ -13352,7 +13390,7 @@ class Driver(Loop):
     def send(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
         super().send(link, message)
-        if type(message) is Jobs:
+        if type(message) is Jobs and link.sock is not None:   # in memory there are no frames
             self.refusals.sent(link, message)
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
@@ -13389,7 +13427,8 @@ class Driver(Loop):
         connector = self.connector
         local = connector.local
         if local is not None:
-            self.guard(None, local.turn)
+            if local.is_due:
+                self.guard(None, local.turn)
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
@@ -13412,16 +13451,15 @@ class Driver(Loop):
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
         connector = self.connector
-        if self.files.backlog.has_room():
+        if self.files.backlog and self.files.backlog.has_room():
             return 0.0
-        times = [self.schedule.next_timer(), self.chores.at]
-        if connector.local is not None:
-            times.append(connector.local.next_timer())
-        whens = []
-        for when in times:
-            if when is not None:
-                whens.append(when)
-        return min(whens)
+        first = self.chores.at
+        local = connector.local
+        for part in (self.schedule, local) if local is not None else (self.schedule,):
+            when = part.next_timer()
+            if when is not None and when < first:
+                first = when
+        return first
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
@@ -13553,6 +13591,8 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     """A row of Jobs, with these of its options, and its bytes."""
+    if type(payload) is bytes and not work.options and len(payload) < OUT_OF_BAND:
+        return (work.serial, payload, None), len(payload)   # nearly always
     options = work.options and {name: work.options[name] for name in names if name in work.options}
     return (work.serial, out_of_band(payload), options or None), size_of(payload)
 
@@ -13898,6 +13938,7 @@ class JobBook:
         self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
         self.all_ended: Optional[float] = None     # when no job was pending, since the epoch
         self._waiters = 0                # callbacks that are in `wait`
+        self._watchers = 0               # threads that wait for `changed`
 
     def enter(self, job: DispyJob) -> None:
         """Count a job that is submitted. Called with the lock held."""
@@ -13950,7 +13991,8 @@ class JobBook:
             # Callbacks that wait for the others do not count themselves
             if self.pending <= self._waiters:
                 self.all_ended = time.time()
-                self.changed.notify_all()
+                if self._watchers:
+                    self.changed.notify_all()
 
     def wait(self, timeout: Optional[float]) -> bool:
         """Wait until no job is pending, at most so many seconds; whether none is. In a callback the
@@ -13961,6 +14003,7 @@ class JobBook:
         else:
             until = time.monotonic() + timeout
         with self.changed:
+            self._watchers += 1
             self._waiters += own
             if own:
                 self.changed.notify_all()
@@ -13977,12 +14020,17 @@ class JobBook:
                     in_slices(self.changed.wait, left)
             finally:
                 self._waiters -= own
+                self._watchers -= 1
         return True
 
     def wait_for_change(self, seconds: float) -> None:
         """Wait until a node or a job has changed, at most so many seconds."""
         with self.changed:
-            self.changed.wait(seconds)
+            self._watchers += 1
+            try:
+                self.changed.wait(seconds)
+            finally:
+                self._watchers -= 1
 
     def notify(self) -> None:
         """Wake the threads that wait for a node, because a node has changed."""
@@ -19753,6 +19801,7 @@ class Shell:
 # Command line: a file for a report of a fault
 # --------------------------------------------------------------------------------------------------
 
+STACKS_TIME = 1.0         # s that a daemon may take to write its stacks
 LOG_LINES = 200           # of each log, from its end
 LOG_BYTES = 1 << 16       # that are looked at for these
 DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
@@ -19889,6 +19938,49 @@ def waits_of(process: int) -> Iterator[str]:
             yield '  thread %s %s in %s' % (thread, *words)
 
 
+def stacks() -> Iterator[str]:
+    """The stacks of the daemons on this machine: where each thread of them is in the program, and
+    no values."""
+    for process in daemons():
+        path = _stacks_path(process.pid)
+        if path is None:
+            yield 'PID %d: not known' % process.pid
+            continue
+        yield '-- PID %d' % process.pid
+        with contextlib.suppress(OSError):   # it has ended meanwhile
+            os.truncate(path, 0)
+            os.kill(process.pid, signal.SIGUSR2)
+            yield from _read_stacks(path)
+
+
+def _stacks_path(process: int) -> Optional[str]:
+    """Where a daemon writes its stacks at SIGUSR2; None if it does not."""
+    root = '/proc/%d/fd' % process
+    with contextlib.suppress(OSError):   # another system, or the process of another user
+        status = _since('/proc/%d/status' % process)
+        caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
+        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+            return None   # the signal would end it
+        for name in os.listdir(root):
+            path = os.path.join(root, name)
+            if os.readlink(path).startswith('/memfd:' + STACKS):
+                return path
+    return None
+
+
+def _read_stacks(path: str) -> List[str]:
+    """What a daemon has written, when no more comes."""
+    until = time.monotonic() + STACKS_TIME
+    data = b''
+    while time.monotonic() < until:
+        time.sleep(STACKS_TIME / 20)
+        before = data
+        data = _since(path)
+        if data and data == before:
+            break
+    return data.decode(errors='replace').splitlines()
+
+
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
     expanded_path = os.path.expanduser('~/.dispy/*/log')
@@ -19942,6 +20034,7 @@ def _report(argv: Sequence[str]) -> int:
     report.add('versions', versions)
     report.add('settings', surroundings)
     report.add('daemons on this machine', processes)
+    report.add('stacks', stacks)
     report.add('nodes', functools.partial(nodes_seen, args))
     report.add('logs', logs)
     if args.output == '-':
@@ -20048,11 +20141,14 @@ class Deployment:
         return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
                                         self._note['pid'])
 
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+    def stop(self, when_idle: bool = False, grace: Optional[float] = None) -> str:
+        """Undo `deploy`. Returns what was done. With `when_idle`, the node ends when its jobs have
+        ended, and at most `grace` seconds later in any case. Raises StartError or OSError."""
         if not self._note:
             return 'nothing was deployed here'
         pid = self._running()
+        if pid and when_idle:
+            self._let_finish(pid, grace)
         self._end(pid)
         self._remove()
         if pid:
@@ -20117,10 +20213,27 @@ class Deployment:
         root = self._note.get('root', '')
         return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
 
+    def _let_finish(self, pid: int, grace: Optional[float]) -> None:
+        """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
+        until = math.inf
+        if grace is not None:
+            until = time.monotonic() + grace
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        while self._running() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _grace(self) -> float:
+        """Seconds that its jobs have when it is stopped."""
+        wanted = self._note.get('wanted', {})
+        parser = dispynode.make_parser()
+        return float(parser.parse_args(wanted.get('options', [])).grace)
+
     def _end(self, pid: int) -> None:
         """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
         is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+        begin = time.monotonic() + self._grace()
+        for until in (begin + 2 * GRACE, begin + 5 * GRACE):
             if self._running():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
@@ -20185,16 +20298,19 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
         with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+            if task == 'deploy':
+                text = deployed.deploy(source, *request)
+            else:
+                text = deployed.stop(*request)
+            print(DEPLOYED + text)
     except (StartError, SecretError, OSError) as exc:
         sys.exit(str(exc))
 
 
 # What the parts that run on a host need there: nothing of this module.
-HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess
-import sys, time
-from typing import Any, List
+HOST_IMPORTS = '''import contextlib, hashlib, json, math, os, platform, re, shutil, signal
+import subprocess, sys, time
+from typing import Any, List, Optional
 import dispynode
 from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
                        read_secret, secret_path, take_lock, write_private)
@@ -20267,20 +20383,29 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         add('--restart',
             action='store_true',
             help='replace a node with another file or options also while it is at work')
+    else:
+        add('--when-idle',
+            action='store_true',
+            help='let the nodes take no new jobs, and end each when its jobs have ended')
+        add('--grace',
+            type=duration_option,
+            metavar='TIME',
+            help='with --when-idle: after this time end a node with the jobs that still run there '
+                 '(default: wait as long as they take)')
     return parser
 
 
-def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
+def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> Tuple[bool, str]:
     """Run a program by ssh: whether it did what it should, and the line that says so, or why
-    not."""
+    not. It has `patience` seconds."""
     try:
         done = subprocess.run(command,
                               input=program,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE,
-                              timeout=HOST_TIME)
-    except subprocess.TimeoutExpired:
-        return False, 'no answer in %d s' % HOST_TIME
+                              timeout=patience)
+    except subprocess.TimeoutExpired as exc:
+        return False, 'no answer in %d s' % exc.timeout
     said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip()
                  for output in (done.stdout, done.stderr))
     if done.returncode == 0 and said.startswith(DEPLOYED):
@@ -20295,7 +20420,9 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     if task != 'deploy':
         if options:
             raise ValueError('stop takes no options of dispynode')
-        return (task,)
+        if args.grace is not None and not args.when_idle:
+            raise ValueError('--grace says how long --when-idle waits, which is not given')
+        return (task, args.when_idle, args.grace)
     node = dispynode.make_parser().parse_args(options)   # wrong ones are told here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
@@ -20305,6 +20432,15 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     else:
         secret = find_secret(None, args.secret_file).strip()
     return (task, secret, options, args.replace_secret, args.restart)
+
+
+def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
+    """Seconds that a host may take for what it is to do; None: any number."""
+    if task == 'stop' and args.when_idle:
+        if args.grace is None:
+            return None
+        return HOST_TIME + float(args.grace)
+    return HOST_TIME
 
 
 def _deploy(task: str, argv: List[str]) -> int:
@@ -20339,7 +20475,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
     with thread_pool_executor as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program),
+                                itertools.repeat(_patience(task, args)))):
             message = '%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text)
             print(message, flush=True)
             failed += not done

@@ -71,6 +71,23 @@ if sys.version_info < (3, 8):
     sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
              (sys.version_info[:2] + (sys.executable, )))
 
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity here and in the runners. Here,
+    # and not at the end: all that follows would be made for nothing. The code is compiled already.
+    import importlib.util
+    import os
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispynode', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispynode')
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules['dispynode'] = program
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
+    del __file__
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    exec(sys._getframe().f_code, vars(program))
+    sys.exit(program.main())
+
 import argparse
 import array
 import bisect
@@ -867,9 +884,13 @@ def out_of_band(payload: Payload) -> Any:
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
-    size = size_of(row[PAYLOAD]) + size_of(row[STDOUT]) + size_of(row[STDERR])
+    payload, stdout, stderr = row[PAYLOAD:]
+    if type(payload) is type(stdout) is type(stderr) is bytes:   # nearly always
+        size = len(payload) + len(stdout) + len(stderr)
+    else:
+        size = size_of(payload) + size_of(stdout) + size_of(stderr)
     if size < OUT_OF_BAND:
-        if type(row[PAYLOAD]) is bytes:
+        if type(payload) is bytes:
             return row, size
     return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
@@ -1397,6 +1418,8 @@ def refused_row(row: tuple, text: str) -> tuple:
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
                stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
+    if outcome == 1 and payload and not stdout and not stderr:   # it has returned: nearly always
+        return 0.0 <= start <= end <= LATEST
     size = len(payload)   # bounded by frames, parts and records
     if not 0.0 <= start <= end <= LATEST:
         return False
@@ -5280,11 +5303,14 @@ class Record(NamedTuple):
 def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
     """A record as buffers to be written one behind the other."""
-    size = size_of(first)
+    if type(first) is tuple:
+        size = size_of(first)
+    else:
+        size = len(first)
     second_length = len(second)
-    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, len(third))
     third_length = len(third)
-    if size + len(second) + third_length < OUT_OF_BAND:
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, third_length)
+    if size + second_length + third_length < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
     pieces = pieces_of(first)
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
@@ -6190,10 +6216,9 @@ class Channel:
         """Send these behind what waits already; with the first of them a socket, which is closed
         here then."""
         for buffer in buffers:
-            if not isinstance(buffer, bytes):
-                view = memoryview(buffer).cast('B')
-            else:
-                view = memoryview(buffer)
+            view = memoryview(buffer)
+            if type(buffer) is not bytes:
+                view = view.cast('B')
             self._out.append((view, passing))
             self.queued += len(view)
             passing = None
@@ -6765,7 +6790,7 @@ class MemoryLink(Link):
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
-        self.incoming: Deque[Tuple[Any, int]] = collections.deque()
+        self.incoming: Deque[Any] = collections.deque()
         self._taken = self._handed = 0
         self.is_over = False      # the other end was closed
 
@@ -6791,7 +6816,7 @@ class MemoryLink(Link):
             if size > most:
                 text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
                 raise TooLarge(text)
-        self.other.incoming.append((message, size))
+        self.other.incoming.append(message)
         self.queued += size
         self.bytes_out += size
         self._handed += 1
@@ -6799,23 +6824,21 @@ class MemoryLink(Link):
     @property
     def has_messages(self) -> bool:
         """Whether there is something to take."""
-        if not bool(self.incoming or self.is_over):
+        if not self.incoming and not self.is_over:
             return False
-        if self.dirty is None:
-            return False
-        return not self.paused
+        return self.dirty is not None and not self.paused
 
     def messages(self, now: float) -> List[Any]:
         if not self.incoming and self.is_over:
             raise LinkBroken('the connection was closed')
-        taken = self.incoming
-        self.incoming = collections.deque()
-        size = sum(size for _, size in taken)
-        self.other.queued -= size
+        size = self.other.queued   # of all that was handed over and not taken
+        self.other.queued = 0
         self.bytes_in += size
-        self._taken += len(taken)
         self.heard = now
-        return [message for message, _ in taken]
+        taken = list(self.incoming)
+        self.incoming.clear()
+        self._taken += len(taken)
+        return taken
 
     @property
     def opened(self) -> int:
@@ -6895,12 +6918,7 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        contents = self.read(now)
-        chosen_records: List[Record] = []
-        for head, body in contents:
-            chosen_record = RecordBuffer.record_of(head, body)
-            chosen_records.append(chosen_record)
-        return chosen_records
+        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
 
 
 class Faults:
@@ -6987,6 +7005,7 @@ class Loop:
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
+        self.woke_at = 0.0         # when this turn had something to do
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self.has_ended = False
@@ -7193,10 +7212,11 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """One round: wait, read, take events, decide, write."""
-        # Set before `_patience` looks at what was posted: who posts after that sees it
+        # Set before `_select_timeout` looks at what was posted: who posts after that sees it
         self._waits = True
         ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
+        self.woke_at = self.clock()
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
@@ -7204,8 +7224,8 @@ class Loop:
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._handle_io(key.data, mask)
         self.now = self.clock()
-        inbox_length = len(self._inbox)
-        self.take_events(inbox_length)
+        if self._inbox:
+            self.take_events(len(self._inbox))
         if self.links and self.now >= self._pulse_at:
             self.guard(None, self._send_heartbeats)
         try:
@@ -7214,7 +7234,7 @@ class Loop:
             self.fault(None, exc)
         while self._later_broken:
             self._break(*self._later_broken.popleft())
-        for channel in list(self._dirty):
+        for channel in list(self._dirty) if self._dirty else ():
             self._write(channel)
 
     def take_events(self, count: int) -> None:
@@ -7272,22 +7292,18 @@ class Loop:
         if self._inbox or self._again:
             self._again = False
             return 0
-        if timeout is None:
-            wait = LONGEST_SLEEP
-        else:
-            wait = min(timeout, LONGEST_SLEEP)
         try:
             when = self.next_timer()
         except Exception as exc:
             self.fault(None, exc)
             return 0
-        if self.links:
-            pulse_at = self._pulse_at
-        else:
-            pulse_at = None
-        for time_of in (when, pulse_at):
-            if time_of is not None:
-                wait = min(wait, time_of - self.clock())
+        if self.links and (when is None or self._pulse_at < when):
+            when = self._pulse_at
+        wait = LONGEST_SLEEP
+        if when is not None:
+            wait = min(wait, when - self.clock())
+        if timeout is not None:
+            wait = min(wait, timeout)
         return max(0.0, wait)
 
     def receive(self, channel: Channel) -> None:
@@ -7295,8 +7311,10 @@ class Loop:
         self._handle_io(channel, selectors.EVENT_READ)
 
     def _drain_wakeups(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             self._wakened.recv(4096)
+        except BlockingIOError:
+            pass    # it was drained before; a context manager costs as much as the call
         self._signalled = False
 
     def _handle_io(self, channel: Channel, mask: int) -> None:
@@ -7344,15 +7362,11 @@ class Loop:
 
     def interest(self, channel: Channel) -> None:
         """Bring the selector up to what the channel waits for."""
-        if channel.paused:
-            EVENT_READ = 0
-        else:
-            EVENT_READ = selectors.EVENT_READ
+        wanted = 0
+        if not channel.paused:
+            wanted = selectors.EVENT_READ
         if channel.wants_write:
-            EVENT_WRITE = selectors.EVENT_WRITE
-        else:
-            EVENT_WRITE = 0
-        wanted = EVENT_READ | EVENT_WRITE
+            wanted |= selectors.EVENT_WRITE
         if wanted == channel.interest:
             return
         if channel.dirty is None:
@@ -8778,6 +8792,15 @@ class Stop(NamedTuple):
     """The daemon shall end."""
 
 
+class Finish(NamedTuple):
+    """The daemon shall end when its jobs have ended, and takes no new ones."""
+
+
+class CallSoon(NamedTuple):
+    """Something is to be called in the thread of the loop."""
+    call: Callable[[], None]
+
+
 class Pause(NamedTuple):
     """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes
     on, or is ended too."""
@@ -9828,7 +9851,8 @@ class Attempts:
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
-            self.count(attempt, True)
+            attempt.counted = size_of(payload)
+            self.held_bytes += attempt.counted
 
     def _lack(self, attempt: Attempt) -> str:
         """Why an attempt can never run here; empty if it can."""
@@ -10015,6 +10039,13 @@ class Attempts:
             take_from_worker = TakeFromWorker(worker.key)
             self._tables.do(take_from_worker)
 
+    def take_back_all(self) -> None:
+        """Ask workers for what stands behind jobs that run."""
+        for worker in self._tables.workers.values():
+            behind = len(worker.queue) - 1
+            if behind > 0:
+                self.take_back(worker)
+
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: nobody wants to know of its attempts."""
         self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
@@ -10073,12 +10104,15 @@ class Attempts:
 class Interruptions:
     """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
     run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and
-    after GRACE more its result is that nothing could end it."""
+    after GRACE more its result is that nothing could end it. Where the node is to end, `grace`
+    takes the place of the first."""
 
-    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts,
+                 grace: float) -> None:
         self._tables = tables
         self._timers = timers
         self._attempts = attempts
+        self.grace = grace         # s
         self.ends_all = False       # what starts now is ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
@@ -10128,7 +10162,10 @@ class Interruptions:
         """Interrupt what a worker runs."""
         action = Interrupt(worker.key, attempt.serial)
         self._tables.do(action)
-        when = now + GRACE
+        if attempt.ending is Outcome.STOPPED:
+            when = now + self.grace
+        else:
+            when = now + GRACE
         self._set_timer(when, self._kill, worker, attempt.serial)
 
     def set_timeout(self, worker: _Worker, when: float) -> None:
@@ -10456,10 +10493,12 @@ class CpuScheduler:
         tables = self._tables
         comps = tables.comps.values()
         ready = [comp for comp in comps if comp.stage is Stage.READY]
-        ready_length = len(ready)
-        crowded = ready_length > 1 and self._share_between(ready, now)
+        crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
-            tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            if comp.waiting:
+                tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+            else:
+                comp.refillable.clear()
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
         """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
@@ -10513,8 +10552,10 @@ class CpuScheduler:
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
-        ahead = comp.handed.jobs(AHEAD_TIME)
-        while self._start_on_worker(comp, ahead, now):
+        ahead = 0
+        if len(comp.waiting) > 1 or comp.refillable:   # otherwise nothing stands behind another
+            ahead = comp.handed.jobs(AHEAD_TIME)
+        while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
         # It came when there were more
         if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit
@@ -10550,7 +10591,8 @@ class CpuScheduler:
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
             # What runs does not keep links from being read: orders come along them
-            self._attempts.count(attempt, False)
+            self._attempts.held_bytes -= attempt.counted
+            attempt.counted = 0
             worker.queue.append(attempt)
             count -= 1
         if attempts:
@@ -11422,6 +11464,7 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
+        self._finishing = False   # it ends when its jobs have ended
         self._leaving = False     # what runs was killed, and its end is waited for
 
     def refusal(self, comp: str) -> Optional[Refused]:
@@ -11445,15 +11488,25 @@ class NodeService:
             return
         self.stopping = True
         self._attempts.refuses_new = True
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
-                    GRACE)
-        when = now + GRACE + 0.5
+        grace = self._interruptions.grace
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %g s to end',
+                    grace)
+        when = now + grace + 0.5
         self._timers.at(when, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
         self._interruptions.end_all(now)
 
+    def finish(self, event: Finish, now: float) -> None:
+        """Take no new jobs, and leave when those that are here have ended."""
+        self._finishing = True
+        pause = Pause('finish', 'the node ends when its jobs have ended')
+        self.pause(pause, now)
+        self._attempts.take_back_all()
+
     def leave_when_done(self, now: float) -> None:
-        """The end of a turn of a node that is stopping."""
+        """The end of a turn: a node that is to end leaves when nothing is left to do."""
+        if not self.stopping and not self._finishing:
+            return
         if not self._has_work():
             self._leave(now)
 
@@ -11561,7 +11614,8 @@ class Node:
                  zombie: float = ZOMBIE_TIME,
                  serve: int = 0,
                  client_shutdown: bool = False,
-                 now: float = 0.0) -> None:
+                 now: float = 0.0,
+                 grace: float = GRACE) -> None:
         self.name = name
         self.facts = facts
         start_method = facts.get('start_method', FORK)
@@ -11575,7 +11629,7 @@ class Node:
         share = FairShare(self.tables, self.cpus)
         units = Units(facts.get('resources', {}))
         self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share, units)
-        self.interruptions = Interruptions(self.tables, self.timers, self.attempts)
+        self.interruptions = Interruptions(self.tables, self.timers, self.attempts, grace)
         self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
                                       self.interruptions, share, units)
         self.requests = JobRequests(self.tables, self.attempts)
@@ -11613,6 +11667,7 @@ class Node:
             Fetched: self.requests.on_fetched,
             EndWanted: self._end_wanted,
             Stop: self.service.stop,
+            Finish: self.service.finish,
             Pause: self.service.pause,
             Resume: self.service.resume,
             SetCpus: self.service.set_cpus,
@@ -11660,21 +11715,18 @@ class Node:
             self.scheduler.look(now)
         if self.attempts.values:
             self.attempts.serve_values()
-        if not self.attempts.refuses_new:
+        refuses_new = self.attempts.refuses_new
+        if not refuses_new:
             self.scheduler.assign_cpus(now)
         for comp in list(tables.comps.values()):
-            tables.guarded(comp.comp, self._tell, comp, now)
-            unacknowledged_length = len(comp.unacknowledged)
-            if not unacknowledged_length > BEGUN_KEPT // 2:
-                continue
-            if not comp.overrun:
+            if comp.outbox or comp.begun or refuses_new:
+                tables.guarded(comp.comp, self._tell, comp, now)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
-                note_overrun = NoteOverrun(comp.comp)
-                tables.do(note_overrun)
+                tables.do(NoteOverrun(comp.comp))
         self.inquiries.answer(now)
         self.computations.refuse_ended()
-        if self.service.stopping:
-            self.service.leave_when_done(now)
+        self.service.leave_when_done(now)
         return tables.actions
 
     def decided(self) -> List[Any]:
@@ -15103,6 +15155,12 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
+def _row_of(record: Record) -> tuple:
+    """A row of Results, of the record of a worker."""
+    payload, stdout, stderr = map(_keep, record.bodies)
+    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+
+
 def shortage(exc: BaseException) -> str:
     """Why a process could not be made, with the limit that was met and what raises it."""
     number = getattr(exc, 'errno', None)
@@ -15805,6 +15863,7 @@ class Options(NamedTuple):
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
     start_method: str = FORK               # of workers, for clients that do not say
     python: str = ''                       # what runs the runners, if not sys.executable
+    grace: float = GRACE                   # s that jobs have to end when the node is stopped
     offer: Offer = Offer()
     interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
 
@@ -16691,6 +16750,17 @@ class ComputationProcesses:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, SIGKILL)
 
+    def kill_workers(self) -> None:
+        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
+        of their groups, and for that of a runner that was killed in a setup that hung."""
+        if self.tree is not None:
+            self.tree.close()
+        elif hasattr(os, 'killpg'):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, SIGKILL)
+            for worker in list(self.pids):
+                self.kill(worker)
+
     def times(self) -> Tuple[Optional[float], ...]:
         """When there is something to do."""
         return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
@@ -16707,10 +16777,12 @@ class HeldPipes:
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        links = self._host.links.values()
         if pipe.dirty is None:
             return
-        if not any(link.queued > BACKPRESSURE_BYTES for link in links):
+        for link in self._host.links.values():
+            if link.queued > BACKPRESSURE_BYTES:
+                break
+        else:
             return
         if not self._must_wait(pipe, BACKPRESSURE_BYTES):
             return
@@ -16760,16 +16832,14 @@ class WorkerReader:
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
         for record in records:
-            if record.kind == RecordType.RESULT:
+            if record.kind == _RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
                     body_length = len(record.bodies[0])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
                         record.number, record.start, record.end, body_length)
                     raise PeerError(text)
-                row = (record.serial, record.number, record.start, record.end,
-                       *map(_keep, record.bodies))
-                rows.append(row)
+                rows.append(_row_of(record))
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 worker_results = WorkerResults(pipe.worker, rows)
@@ -16824,14 +16894,21 @@ class WorkerReader:
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
+_JOB = int(RecordType.JOB)        # a member's value is found faster so
+_RESULT = int(RecordType.RESULT)
+
+
 class WorkerPipes:
     """The pipes to workers: has workers forked, and carries out what is to be done with those that
     are there. The loop's thread."""
 
-    def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses]) -> None:
-        """`run_of` gives the processes of a computation by its name."""
+    def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses],
+                 look_soon: Callable[[], None]) -> None:
+        """`run_of` gives the processes of a computation by its name; `look_soon` is called when a
+        runner that may have been idle has work."""
         self._host = host
         self._run_of = run_of
+        self._look_soon = look_soon
         self._of_worker: Dict[int, ComputationProcesses] = {}
 
     def equip(self, action: Equip) -> None:
@@ -16854,16 +16931,20 @@ class WorkerPipes:
         self._of_worker[worker] = run
         self._host.attach(pipe)
         run.pass_pipe(worker, theirs)
+        self._look_soon()
 
     def feed(self, action: SendToWorker) -> None:
         """Write attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
+            buffers: List[Buffer] = []
             for attempt in action.attempts:
-                pipe = run.pipes[action.worker]
-                pipe.push(
-                    pack_record(RecordType.JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                attempt.payload))
+                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                       attempt.payload)
+            if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
+                buffers = [b''.join(buffers)]
+            run.pipes[action.worker].push(buffers)
+            self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
                second: float = 0.0) -> None:
@@ -16925,9 +17006,10 @@ class ProcessHost:
         self._files = files
         self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
-        self.workers = WorkerPipes(host, self._runs.__getitem__)
+        self.workers = WorkerPipes(host, self._runs.__getitem__, self._look_soon)
         self._reader = WorkerReader(host)
         self.held = self._reader.held
+        self.look_at = math.inf    # when to look after runners
         # What runners send about themselves, and about workers that are there
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.ALIVE: self._on_alive,
@@ -16966,6 +17048,7 @@ class ProcessHost:
         self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
                                 functools.partial(self._look_at_runner, run))
+        self.look_at = self._host.now
         link = self._host.links.get(action.link)
         addresses = self._options.ext_hosts[:1] or (
             link.own_address() if link is not None else '127.0.0.1',)
@@ -16983,6 +17066,7 @@ class ProcessHost:
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
+        self.look_at = self._host.now
         if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
             for worker in list(run.pipes):
                 self.workers.let_go(run, worker)
@@ -17010,16 +17094,21 @@ class ProcessHost:
                     run.kill_at = self._host.now + GRACE
         if run.watch is not None:
             run.watch.look_at = self._host.now + RunnerWatch.SOON
+        self.look_at = self._host.now
 
     def see_to_runners(self) -> None:
-        """Look after all runners, once a turn."""
+        """Look after all runners. Called when `look_at` has come, which is set here, and earlier
+        when something is done to a runner."""
         for run in list(self._runs.values()):
             self._host.guard(run, self._see_to_runner, run)
+        times = itertools.chain.from_iterable(run.times() for run in self._runs.values())
+        self.look_at = min((when for when in times if when is not None), default=math.inf)
 
-    def times(self) -> Iterator[Optional[float]]:
-        """When there is something to do."""
-        for run in self._runs.values():
-            yield from run.times()
+    def _look_soon(self) -> None:
+        """A runner that may have been idle has work: it is to answer from now on."""
+        soon = self._host.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
+        if soon < self.look_at:
+            self.look_at = soon
 
     def _see_to_runner(self, run: ComputationProcesses) -> None:
         """Kill it if it is to be killed or does not answer; look at it if it cannot be watched
@@ -17053,7 +17142,7 @@ class ProcessHost:
         """What it and its workers wrote before is read first: the rest of what they had never
         began, but for what they noted."""
         code = run.process.exitcode
-        self._kill_workers(run)
+        run.kill_workers()
         self._read_out(run)
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
@@ -17094,18 +17183,6 @@ class ProcessHost:
                     continue
             except (LinkBroken, PeerError, OSError) as exc:
                 logger.debug('the pipe of a worker: %s', exc)   # as above
-
-    @staticmethod
-    def _kill_workers(run: ComputationProcesses) -> None:
-        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
-        of their groups, and for that of a runner that was killed in a setup that hung."""
-        if run.tree is not None:
-            run.tree.close()
-        elif hasattr(os, 'killpg'):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(run.process.pid, SIGKILL)
-            for worker in list(run.pids):
-                run.kill(worker)
 
     def reap(self) -> None:
         """Orphans of a container come to PID 1 and are zombies until it takes note of their end.
@@ -17281,7 +17358,7 @@ class ProcessHost:
                 run.process.join(3.0)
                 run.process.kill()
                 run.process.join(3.0)
-                self._kill_workers(run)
+                run.kill_workers()
             self._let_go_of_all(run)
         self._runs.clear()
 
@@ -17514,8 +17591,10 @@ class NodeHost:
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
-                                options.client_shutdown, loop.now)
+                                options.client_shutdown, loop.now, options.grace)
         self._posted: Deque[Any] = collections.deque()
+        self._stirred = True        # the state was told something that it has not had a turn for
+        self._next_at = 0.0         # what `next_timer` has returned
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
@@ -17653,8 +17732,9 @@ class NodeHost:
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
+        self._stirred = True
         try:
-            actions = self.node.handle(event, self.now)
+            actions = self.node.handle(event, self.loop.now)
         except BaseException:
             self._act(self.node.decided())   # what was decided before the state noticed
             raise
@@ -17682,7 +17762,10 @@ class NodeHost:
             self.processes.on_readable(channel)
         else:
             for message in channel.messages(self.now):
-                self.take(channel, message)
+                if type(message) is Jobs or type(message) is Ack:   # nearly always
+                    self.tell(Received(channel.number, message))
+                else:
+                    self.take(channel, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
         """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
@@ -17719,15 +17802,26 @@ class NodeHost:
     def next_timer(self) -> Optional[float]:
         """The state's, or the end of a runner that does not end; at once when something was posted
         or held pipes can be read again."""
+        results = self.results
         if self._posted:
             return self.now
         if self.processes.held.may_let_go():
             return self.now
-        if self.results.backlog.has_room():
+        if results.backlog and results.backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), *self.processes.times(),
-                 *self.results.read_later.values()]
-        return min((when for when in times if when is not None), default=None)
+        when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
+        if results.read_later:
+            when = min(when, *results.read_later.values())
+        self._next_at = when
+        if when < math.inf:
+            return when
+        return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a turn has something to do, in a loop that has asked for `next_timer` before it
+        waited."""
+        return self._stirred or bool(self._posted) or self._next_at <= self.loop.now
 
     def take_posted(self) -> None:
         """Handle what was posted, and what comes of that."""
@@ -17740,8 +17834,11 @@ class NodeHost:
 
     def turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
-        self.take_posted()
-        self.processes.see_to_runners()
+        self._stirred = False
+        if self._posted:
+            self.take_posted()
+        if self.loop.now >= self.processes.look_at:
+            self.processes.see_to_runners()
         self.guard(None, self._flush)
         if self.results.read_later:
             self.results.read_again()
@@ -17814,6 +17911,7 @@ class Daemon(Loop):
             ConnectFailed: self.uplinks.failed,
             Connected: self._dialled,
             Authenticated: self._arrived,
+            CallSoon: lambda event: event.call(),
         }
 
     # -- start and end -----------------------------------------------------------------------------
@@ -17879,6 +17977,11 @@ class Daemon(Loop):
         return min((when for when in times if when is not None), default=None)
 
     # -- events ------------------------------------------------------------------------------------
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call it in the thread of the loop. Any thread."""
+        event = CallSoon(call)
+        self.post(event)
 
     def on_event(self, event: Any) -> None:
         """Arrivals from the gate, and what is for the node."""
@@ -18166,6 +18269,80 @@ def find_user(name: str) -> User:
 FAULT_STATUS = 3
 EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes stacks
+
+
+def write_stacks_on_signal() -> None:
+    """Let SIGUSR2 write the stacks of all threads, also of a loop that stands still, where `dispy
+    report` finds them: in memory that others of this user can open below /proc. The main thread.
+    Only Linux has that."""
+    if not hasattr(os, 'memfd_create'):
+        return
+    import faulthandler
+    import fcntl
+    try:
+        handle = os.memfd_create(STACKS)
+        fcntl.fcntl(handle, fcntl.F_SETFL, os.O_APPEND)
+        faulthandler.register(signal.SIGUSR2, handle, all_threads=True)
+    except OSError as exc:   # no descriptors, or a sandbox without this call
+        logger.debug('stacks cannot be written: %s', exc)
+
+
+class ServiceManager:
+    """systemd, if it has started this process as a service of Type=notify. It is told when the
+    service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
+    daemon has its turns. Without systemd nothing is told."""
+
+    def __init__(self, environment: Any = os.environ) -> None:
+        """Takes its variables out of the environment: what jobs start does not speak for us."""
+        self._socket = environment.pop('NOTIFY_SOCKET', '')
+        interval = environment.pop('WATCHDOG_USEC', '')
+        process = environment.pop('WATCHDOG_PID', str(os.getpid()))
+        self._turn = threading.Event()
+        self._is_over = threading.Event()
+        self.interval: Optional[float] = None   # s in which it wants to hear of us
+        if interval.isdigit() and process == str(os.getpid()):
+            self.interval = int(interval) / 1e6
+
+    def tell(self, text: str) -> None:
+        """Send assignments, one a line, as `man sd_notify` has them."""
+        if not self._socket:
+            return
+        address = self._socket
+        if address.startswith('@'):   # a name that is no file
+            address = '\0' + address[1:]
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), address)
+        except OSError as exc:
+            logger.warning('systemd cannot be told %r by %s: %s', text, self._socket, exc)
+
+    def ready(self, status: str, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Tell that the service is ready, and watch it. `call_soon` has the loop call something;
+        any thread may call it."""
+        self.tell('READY=1\nSTATUS=%s' % status)
+        if self._socket and self.interval is not None:
+            thread = threading.Thread(target=self._watch, args=(call_soon,), daemon=True,
+                                      name='dispy-watchdog')
+            thread.start()
+
+    def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """A thread of its own. It stands still while the loop does, and systemd ends the service
+        then."""
+        apart = self.interval / 3  # type: ignore[operator]
+        while not self._is_over.wait(apart):
+            self._turn.clear()
+            call_soon(self._turn.set)
+            self._turn.wait()
+            self.tell('WATCHDOG=1')
+
+    def close(self) -> None:
+        """The service ends."""
+        self.tell('STOPPING=1')
+        self._is_over.set()
+        self._turn.set()
 
 
 def run_until_ended(loop: Loop) -> int:
@@ -18521,6 +18698,12 @@ def make_parser() -> OptionParser:
         type=_time_of_day,
         metavar='HH:MM',
         help='end what still runs at this time of day')
+    add('--grace',
+        type=seconds_option,
+        default=GRACE,
+        metavar='S',
+        help='seconds that jobs have to end after they were interrupted because the node is '
+        'stopped; then they are killed (default: %(default)g)')
     add('--serve', type=serve_option, metavar='N',
         help='end after so many clients (default, 0 and less: do not)')
     add('--client-shutdown',
@@ -18669,7 +18852,7 @@ def clear_environment() -> None:
 
 def _embedded(daemon: Daemon) -> None:
     """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
-    read as in `_prompt`."""
+    read as in `read_commands`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -18688,16 +18871,20 @@ def parse_command(line: str) -> Any:
         return SetCpus(count_cpus(wanted))
     pause = Pause('operator', 'its operator has stopped it')
     resume = Resume('operator')
-    return {'quit': Stop(), 'stop': pause, 'start': resume,
-            'release': Release()}.get(line.strip(), Status())
+    return {'quit': Stop(), 'stop': pause, 'start': resume, 'release': Release(),
+            'finish': Finish()}.get(line.strip(), Status())
 
 
-def _prompt(post: Callable[[Any], None]) -> None:
-    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in
-    sys.stdin holds a lock that the interpreter wants when it ends."""
+PROMPT = 'commands: quit, stop, start, cpus N, release, finish; anything else shows the status'
+
+
+def read_commands(told: str, take: Callable[[str], None]) -> None:
+    """Give `take` the lines from the terminal, until it has gone; in a thread of its own. `told`
+    says what may be written there, and so does the ValueError of a line that may not. Read with
+    os.read: a thread that waits in sys.stdin holds a lock that the interpreter wants when it
+    ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else shows the status',
-          flush=True)
+    print(told, flush=True)
     while True:
         try:
             data = os.read(0, 4096)
@@ -18708,8 +18895,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
         *lines, rest = (rest + data).split(b'\n')
         for line in lines:
             try:
-                decoded = line.decode('utf-8', 'replace')
-                post(parse_command(decoded))
+                take(line.decode('utf-8', 'replace'))
             except ValueError as exc:
                 print(exc, flush=True)
 
@@ -18731,8 +18917,9 @@ ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
-    handlers, and none ignored: programs that jobs start would inherit that."""
+    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that;
+    SIGUSR1 does when no job is there any more. With handlers, and none ignored: programs that jobs
+    start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
@@ -18741,6 +18928,11 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
         if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
                           lambda number, frame: daemon.post(Stop()))
+    if hasattr(signal, 'SIGUSR1'):
+        def finish(number: int, frame: Any) -> None:
+            daemon.post(Finish())
+
+        signal.signal(signal.SIGUSR1, finish)
     if os.getpid() != 1:
         return
     if hasattr(os, 'waitid'):
@@ -18795,8 +18987,17 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
-                   or default_start_method(), offer=find_offer(args.resource),
-                   interpreters=find_interpreters(args.python))
+                   or default_start_method(), grace=args.grace,
+                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python))
+
+
+def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
+    """Start the thread that reads what the operator of a daemon writes at its terminal; see
+    `read_commands`. The main thread."""
+    if hasattr(signal, 'SIGTTIN'):
+        # In the background a read fails instead of stopping the daemon
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    threading.Thread(target=read_commands, args=(told, take), daemon=True).start()
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
@@ -18807,16 +19008,13 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
     elif has_terminal and not args.daemon:
-        if hasattr(signal, 'SIGTTIN'):
-            # In the background a read fails instead of stopping the node
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-        thread = threading.Thread(target=_prompt, args=(daemon.post,), daemon=True)
-        thread.start()
+        listen_at_terminal(PROMPT, lambda line: daemon.post(parse_command(line)))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
+    manager = ServiceManager()
     _standard_files()
     try:
         parser = make_parser()
@@ -18840,18 +19038,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
     _on_signals(daemon, args.daemon)
+    write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
-    return run_until_ended(daemon)
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
-    del __file__
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-    sys.exit(importlib.import_module('dispynode').main())
+    manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
+    try:
+        return run_until_ended(daemon)
+    finally:
+        manager.close()
