@@ -2929,7 +2929,8 @@ class Placement:
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
         waiting = [comp for comp in books.waiting.values()
-                   if comp.queue.length or comp.pinned and comp.length()]
+                   if comp.queue.length or (comp.pinned or comp.scarce.queues)
+                   and comp.length()]
         if not waiting:
             books.waiting.clear()
         elif len(waiting) < len(books.waiting):

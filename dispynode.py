@@ -18988,8 +18988,7 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
                    or default_start_method(), grace=args.grace,
-                   offer=find_offer(args.resource),
-                   interpreters=find_interpreters(args.python))
+                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python))
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
