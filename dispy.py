@@ -824,8 +824,7 @@ def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) ->
     """A job by its id and its arguments, as far as they are known."""
     if values is None or not any(values):
         return 'job %.80r' % (number,)
-    value_length = len(values[0])
-    several = value_length + len(values[1]) > 1
+    several = len(values[0]) + len(values[1]) > 1
     return 'job %.80r with the argument%s %s' % (number, 's' * several, words_of(*values))
 
 
@@ -3039,8 +3038,7 @@ class Repetitions:
             repeats = None
         if repeats is None:
             return False
-        lost_with_length = len(work.lost_with)
-        if not repeats.may_be(row[1], lost_with_length):
+        if not repeats.may_be(row[1], len(work.lost_with)):
             return False
         if work.state is JobState.CANCELLING:
             return False
@@ -3409,8 +3407,7 @@ class Schedule:
             placement.reduce(node)
         if books.waiting:
             placement.distribute()
-        node_count = len(self.nodes)
-        if node_count > 1 and books.changed:
+        if len(self.nodes) > 1 and books.changed:
             placement.balance()
         books.changed.clear()
         return actions
@@ -3841,8 +3838,7 @@ def _fits(target: Any, value: Any) -> bool:
     if not isinstance(value, displays):
         return False
     starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
-    elt_count = len(target.elts)
-    if elt_count != len(value.elts):
+    if len(target.elts) != len(value.elts):
         return False
     return not starred
 
@@ -6463,9 +6459,8 @@ def check_cargo(spec: dict) -> None:
             'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
-        file_count = len(spec['files'])
         raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack '
-                         'them into an archive' % (file_count, names, NAMES_MOST))
+                         'them into an archive' % (len(spec['files']), names, NAMES_MOST))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -7573,8 +7568,7 @@ class Database:
                     continue
                 else:
                     fit.append(row)
-            note_count = len(self._notes)
-            is_last = number == note_count - 1
+            is_last = number == len(self._notes) - 1
             # Nothing was found: better without them than never again
             if rows and len(fit) == len(rows):
                 if is_last and not any(self._notes[:number]):
@@ -7669,8 +7663,7 @@ class Journal(Database):
         os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
         head = os.read(self._new, len(self.NEW_MARK))
         # Made now, or torn when it was made
-        new_mark_length = len(self.NEW_MARK)
-        if len(head) < new_mark_length and self.NEW_MARK.startswith(head):
+        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
         elif head != self.NEW_MARK:
@@ -7836,8 +7829,7 @@ class Journal(Database):
 
     def commit(self) -> bool:
         """As Database, with what was submitted."""
-        written_length = len(self._written)
-        if written_length > len(self._needed):
+        if len(self._written) > len(self._needed):
             self._free_values()
         while self._rows:
             statement, row = self._rows.popleft()
@@ -17955,8 +17947,7 @@ class JobLog:
 
     def write(self, ended: Ended) -> None:
         """Add a job."""
-        stdout_length = len(ended.stdout)
-        printed = stdout_length + len(ended.stderr)
+        printed = len(ended.stdout) + len(ended.stderr)
         begin = '%.3f' % ended.start
         seconds = '%10.3f' % ended.seconds
         command = self.one_line(ended.command)
@@ -19082,9 +19073,8 @@ class Shell:
             return EXIT_USAGE
         except KeyboardInterrupt:
             done = self._tally.done
-            job_count = len(self._feeder.jobs)
             message = 'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (
-                done, done + job_count)
+                done, done + len(self._feeder.jobs))
             self._terminal.message(message)
             return 130   # as a shell has it: 128 and the signal's number
         finally:
@@ -19132,8 +19122,7 @@ class Shell:
             self._show_progress(True)
 
     def _show_progress(self, at_once: bool = False) -> None:
-        job_count = len(self._feeder.jobs)
-        self._tally.read = job_count + self._tally.done
+        self._tally.read = len(self._feeder.jobs) + self._tally.done
         self._tally.skipped = self._feeder.skipped
         if self._tally.read:
             self._terminal.progress(self._tally.line, at_once)

@@ -807,8 +807,7 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
         return text
     half = most // 2
     short_text = text[-half:]
-    text_length = len(text)
-    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], text_length - 2 * half,
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half,
                                                              short_text)
 
 
@@ -897,8 +896,7 @@ class InParts:
     def __init__(self, message: Any) -> None:
         self.message = message
         self.comp, (self.row,) = message
-        row_length = len(self.row)
-        if row_length == 7:
+        if len(self.row) == 7:
             place = 4
         else:
             place = 1
@@ -923,8 +921,7 @@ class InParts:
                 piece = buffer[start:start + FILE_PIECE - filled]
                 pickle_buffer = pickle.PickleBuffer(piece)
                 some.append(pickle_buffer)
-                piece_length = len(piece)
-                start = start + piece_length
+                start = start + len(piece)
                 filled = filled + len(piece)
                 if filled < FILE_PIECE:
                     if offset + filled < self.total:
@@ -945,8 +942,7 @@ def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
     """Make messages `kind(comp, serials)` of bounded length."""
-    serial_count = len(serials)
-    for start in range(0, serial_count, SERIALS_MOST):
+    for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
 
@@ -1001,8 +997,7 @@ class PlainReader:
 
     def __init__(self, data: Buffer, bounds: Bounds) -> None:
         if len(data) > bounds.size:
-            data_length = len(data)
-            text = 'an envelope of %d bytes is over the limit of %d' % (data_length, bounds.size)
+            text = 'an envelope of %d bytes is over the limit of %d' % (len(data), bounds.size)
             raise PeerError(text)
         self._data = data
         self._bounds = bounds
@@ -1021,8 +1016,7 @@ class PlainReader:
 
     def check(self) -> None:
         """Raises PeerError, or IndexError for a pickle that ends in the middle."""
-        data_length = len(self._data)
-        if data_length > self._bounds.operations or not self._is_without_dicts():
+        if len(self._data) > self._bounds.operations or not self._is_without_dicts():
             self._follow()
 
     def _is_without_dicts(self) -> bool:
@@ -1043,8 +1037,7 @@ class PlainReader:
             else:
                 if operation != 0x2e:
                     return False
-                data_length = len(data)
-                return at + 1 == data_length   # STOP
+                return at + 1 == len(data)   # STOP
 
     def _follow(self) -> None:
         data = self._data
@@ -1069,8 +1062,7 @@ class PlainReader:
                     at += int.from_bytes(data[begin:at], 'little')
                 height += 1
             elif operation == 0x2e:   # STOP
-                data_length = len(data)
-                if at + 1 != data_length:
+                if at + 1 != len(data):
                     raise PeerError('an envelope goes on behind its end')
                 return
             else:
@@ -1191,9 +1183,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
     raw = []
     for buffer in buffers:
         raw.append(buffer.raw())
-    raw_length = len(raw)
-    body_length = len(body)
-    head = _INDEX.pack(raw_length, body_length) + struct.pack('>%dQ' % len(raw), *map(len, raw))
+    count = len(raw)
+    head = _INDEX.pack(count, len(body)) + struct.pack('>%dQ' % count, *map(len, raw))
     return OPS[type(message)], 1, [head + body, *raw]
 
 
@@ -1589,8 +1580,7 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
     layout = '>%dQ' % count
     lengths = struct.unpack_from(layout, payload, _INDEX.size)
     total_lengths = sum(lengths)
-    payload_length = len(payload)
-    if at + body + total_lengths != payload_length:
+    if at + body + total_lengths != len(payload):
         raise PeerError('the parts of a payload do not add up')
     envelope = payload[at:at + body]
     at = at + body
@@ -1651,8 +1641,7 @@ class DurationEstimate:
             known = sorted(itertools.islice(reversed(self._last), self.LAST))
             total_known = sum(known)
             self._mean = max(total_known / len(known), 1e-6)
-            known_length = len(known)
-            self._seconds = max(self._mean, known[int(0.9 * known_length)])
+            self._seconds = max(self._mean, known[int(0.9 * len(known))])
         return self._seconds
 
     @property
@@ -1669,8 +1658,7 @@ class DurationEstimate:
             self._sorted = sorted(self._last)
             self._sums = [0.0, *itertools.accumulate(self._sorted)]
         place = bisect.bisect_right(self._sorted, age)
-        sorted_length = len(self._sorted)
-        longer = sorted_length - place
+        longer = len(self._sorted) - place
         if not longer:
             return max(age, UNKNOWN_TIME)
         return (self._sums[-1] - self._sums[place]) / longer - age
@@ -1682,8 +1670,7 @@ class DurationEstimate:
         eighth is new."""
         if not self._last:
             return 0
-        last_length = len(self._last)
-        if self._new > last_length >> 3:
+        if self._new > len(self._last) >> 3:
             self._new = 0
             self._rows = {}
         found = self._rows.get(seconds)
@@ -1988,8 +1975,7 @@ def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
             there.append(part)
     spec = pickle.dumps(tuple([part if type(part) is tuple else len(part) for part in parts]
                               for parts in (pieces, buffers)), 5)
-    spec_length = len(spec)
-    return b''.join((_SHARED.pack(3, spec_length), spec, *there))
+    return b''.join((_SHARED.pack(3, len(spec)), spec, *there))
 
 
 class _Segments:
@@ -2004,14 +1990,11 @@ class _Segments:
         filled = 0
         while filled < len(view) and self._pieces:
             first = self._pieces[0]
-            view_length = len(view)
-            some = first[:view_length - filled]
+            some = first[:len(view) - filled]
             view[filled:filled + len(some)] = some
             filled += len(some)
-            some_length = len(some)
-            self._pieces[0] = first[some_length:]
-            piece_length = len(self._pieces[0])
-            if not piece_length:
+            self._pieces[0] = first[len(some):]
+            if not len(self._pieces[0]):
                 self._pieces.popleft()
         return filled
 
@@ -2066,8 +2049,7 @@ def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
     sorted_numbers = sorted(numbers)
     body = pickle.dumps(tuple(sorted_numbers), 5)
     pieces = pieces_of(payload)
-    body_length = len(body)
-    return (_NEEDS.pack(2, body_length) + body + bytes(pieces[0]), *pieces[1:])
+    return (_NEEDS.pack(2, len(body)) + body + bytes(pieces[0]), *pieces[1:])
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
@@ -2108,8 +2090,7 @@ class _Source:
     def readinto(self, target: Any) -> int:
         """Do as the method of a file."""
         view = memoryview(target)
-        view_length = len(view)
-        size = min(view_length, self._end - self._at)
+        size = min(len(view), self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
             end = min(start + COPIED_AT_ONCE, size)
             view[start:end] = self._view[self._at:self._at + end - start]
@@ -2191,8 +2172,7 @@ def _ends_of(view: memoryview) -> List[int]:
 def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
     """Open what the source has from `at` on, which is `view`."""
     if view[0] != 1:
-        view_length = len(view)
-        source.goto(at, view_length)
+        source.goto(at, len(view))
         return pickle.Unpickler(source).load()
     ends = _ends_of(view)
     buffers = []
@@ -3585,8 +3565,7 @@ class ModuleState:
     def _targets(self) -> List[Any]:
         """Number -> the object here that becomes what the program has: the one under its name if
         that is of the same class and no other number has it, else a new one."""
-        kind_count = len(self._kinds)
-        targets: List[Any] = [_MISSING] * kind_count
+        targets: List[Any] = [_MISSING] * len(self._kinds)
         taken: Set[int] = set()
         for row in self._rows:
             if row.number < 0:
@@ -3638,8 +3617,7 @@ class ValueFiles:
         digits = digest.hex()
         path = os.path.join(self._directory, digits)
         with open(path, 'rb', buffering=0) as file:
-            mapped_length = len(self._mapped)
-            if mapped_length < self.MAPPED_MOST:
+            if len(self._mapped) < self.MAPPED_MOST:
                 # No descriptor, or no mappings here
                 with contextlib.suppress(OSError, ValueError):
                     handle = file.fileno()
@@ -4007,8 +3985,7 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
         except Exception:  # the user's exception does what it likes; the text is what counts
             body = b''
     raw = text.encode('utf-8', 'replace')
-    raw_length = len(raw)
-    return struct.pack('>I', raw_length) + raw + body
+    return struct.pack('>I', len(raw)) + raw + body
 
 
 def cut_error(exc: BaseException, skip: int = 0) -> Payload:
@@ -4112,8 +4089,7 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     lines = []
     for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n'):
         lines.append(line if line.strip() else old)
-    text_length = len(text)
-    linecache.cache[file] = (text_length, None, lines, file)
+    linecache.cache[file] = (len(text), None, lines, file)
     exec(compile(text, file, 'exec', dont_inherit=True), space)
 
 
@@ -4272,8 +4248,7 @@ class CommandLines(Program):
                 words.append(word)
         if words[0] == RUN_BY_PYTHON:
             words[0] = sys.executable
-        word_count = len(words)
-        if word_count < len(args):
+        if len(words) < len(args):
             orders = args[len(words):]
             return self._run_as_told(words, orders)
         if self.tell is None:
@@ -4289,11 +4264,9 @@ class CommandLines(Program):
         names = []
         for order in orders:
             if order.startswith(RUN_IN):
-                run_in_length = len(RUN_IN)
-                directory = order[run_in_length:]
+                directory = order[len(RUN_IN):]
             else:
-                bring_back_length = len(BRING_BACK)
-                names.append(order[bring_back_length:])
+                names.append(order[len(BRING_BACK):])
         status = self._run_here(words, directory)
         for name in names:
             if status == 0 or os.path.exists(name):   # one that has failed may not have made it
@@ -4569,10 +4542,9 @@ def _derived_key(secret: bytes) -> bytes:
         if not secret.strip(b'0123456789abcdef'):
             return hmac.digest(b'dispy 5 secret', secret, 'sha256')
     if len(secret) < 12:
-        secret_length = len(secret)
         logger.warning(
             'the secret is short (%d characters): it can be guessed by anybody on the '
-            'network', secret_length)
+            'network', len(secret))
     if not hasattr(hashlib, 'scrypt'):
         raise SecretError(
             'this Python cannot use a phrase as secret: its hashlib has no scrypt (as where it was '
@@ -4657,8 +4629,7 @@ def certificate_digest(certfile: str) -> bytes:
     with open(certfile) as file:
         text = file.read()
     start = text.index(ssl.PEM_HEADER)
-    pem_footer_length = len(ssl.PEM_FOOTER)
-    end = text.index(ssl.PEM_FOOTER) + pem_footer_length
+    end = text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
     pem_cert_to_der_cert = ssl.PEM_cert_to_DER_cert(text[start:end])
     return hashlib.sha256(pem_cert_to_der_cert).digest()
 
@@ -4746,8 +4717,7 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
             raise Silence('%s %d s' % (NO_ANSWER, HANDSHAKE_TIME))
         sock.settimeout(left)
         try:
-            data_length = len(data)
-            piece = sock.recv(size - data_length)
+            piece = sock.recv(size - len(data))
         except socket.timeout as exc:
             text = '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
             raise Silence(text) from exc
@@ -4825,8 +4795,7 @@ def handshake_dial(sock: Any,
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        release_length = len(_RELEASE)
-        name = challenge[-release_length:].rstrip(b'\0').decode('ascii', 'replace')
+        name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
         raise HandshakeError(_other_version(name, 1, version))
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
@@ -4872,8 +4841,7 @@ def handshake_accept(sock: Any,
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
         alert = _CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32))
-        release_length = len(_RELEASE)
-        sock.sendall(alert[:-release_length] + _RELEASE)
+        sock.sendall(alert[:-len(_RELEASE)] + _RELEASE)
         raise HandshakeError(_other_version('', low, high))
     if wanted != role or peer_role not in tuple(
             allowed) or flags != tls or peer_instance == instance:
@@ -4982,8 +4950,7 @@ class ReceiveBuffer:
         """Where to receive next; never empty."""
         if self._large is None:
             return self._view[self._end:]
-        large_length = len(self._large)
-        if self._filled == large_length:
+        if self._filled == len(self._large):
             size = 2 * self._filled
             self._grow(size)
         return self._large[self._filled:self._filled + self.AT_ONCE]
@@ -5079,9 +5046,8 @@ class FrameEncoder:
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
-            piece_length = len(pieces[0])
             reason = '%s with an envelope of %d bytes is over the limit of %d' % (
-                type(message).__name__, piece_length, bounds.size)
+                type(message).__name__, len(pieces[0]), bounds.size)
             raise ValueError(reason)
         if size > MESSAGES[op][1]:
             text = '%s of %d bytes is over the limit of %d' % (type(message).__name__, size,
@@ -5239,10 +5205,8 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
     """A record as buffers to be written one behind the other."""
     size = size_of(first)
-    second_length = len(second)
-    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, len(third))
-    third_length = len(third)
-    if size + len(second) + third_length < OUT_OF_BAND:
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
+    if size + len(second) + len(third) < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
     pieces = pieces_of(first)
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
@@ -5420,8 +5384,7 @@ class Digests:
                 return known[1]
         digest = file_digest(path)[1]
         if state[0] > FILE_PIECE and cls._state(path) == state:
-            known_length = len(cls._known)
-            if known_length >= cls.MOST:
+            if len(cls._known) >= cls.MOST:
                 cls._known = {}
             cls._known[path] = state, digest
         return digest
@@ -5505,9 +5468,8 @@ class IncomingFile:
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece; true when the file is whole and in its place."""
         if offset != self._seen or offset + len(data) > self._size:
-            data_length = len(data)
             text = ('a piece at %d of %d bytes does not fit a file of %d of which %d are '
-                    'here' % (offset, data_length, self._size, self._seen))
+                    'here' % (offset, len(data), self._size, self._seen))
             raise ValueError(text)
         view = memoryview(data)
         while view:
@@ -5580,8 +5542,7 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
             length = min(FILE_PIECE, size - offset)
             data = file.read(length)
             if len(data) < length:
-                data_length = len(data)
-                text = 'it has %d bytes now and had %d' % (offset + data_length, size)
+                text = 'it has %d bytes now and had %d' % (offset + len(data), size)
                 raise OSError(text)
             yield offset, data
 
@@ -5641,8 +5602,7 @@ class FileReceiver:
         self.abort(purpose)
         key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
         self._wanted.update(wanted)
-        wanted_length = len(wanted)
-        self._left[int(purpose)] += wanted_length
+        self._left[int(purpose)] += len(wanted)
         return [(int(purpose), key, row) for _, row in sorted(wanted.items())]
 
     @staticmethod
@@ -6102,8 +6062,7 @@ def stall_of(sock: Any, silence: float, pulse: float) -> str:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     except OSError:   # no TCP, or no socket any more
         return ''
-    info_length = len(info)
-    if info_length < _OUT_OF_ORDER + 4:
+    if len(info) < _OUT_OF_ORDER + 4:
         return ''
     fields = _TCP_INFO.unpack_from(info)
     retransmits = fields[2]
@@ -6579,8 +6538,7 @@ class Link(Channel):
             for each in waiting:
                 if not isinstance(each, InParts):
                     continue
-                row_length = len(each.row)
-                if row_length == 7:
+                if len(each.row) == 7:
                     return True
         return False
 
@@ -6838,8 +6796,7 @@ class Pipe(Channel):
                 continue
             if kind != socket.SCM_CREDENTIALS:
                 continue
-            body_length = len(body)
-            if body_length < _CREDENTIALS.size:
+            if len(body) < _CREDENTIALS.size:
                 continue
             self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
             self._asks = False
@@ -6873,8 +6830,7 @@ class Faults:
     def are_many(self, now: float) -> bool:
         """Count one more; whether MOST have come within the last WITHIN seconds."""
         self._times.append(now)
-        time_count = len(self._times)
-        if time_count != self.MOST:
+        if len(self._times) != self.MOST:
             return False
         return now - self._times[0] < self.WITHIN
 
@@ -7066,8 +7022,7 @@ class Loop:
         512, and the loop would end. The link is ended, and both sides are told why."""
         if not isinstance(self._selector, selectors.SelectSelector):
             return
-        map_length = len(self._selector.get_map())
-        if map_length <= SELECT_MOST:
+        if len(self._selector.get_map()) <= SELECT_MOST:
             return
         text = 'there are more than %d connections, which this system cannot wait for' \
             % SELECT_MOST
@@ -7162,8 +7117,7 @@ class Loop:
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._handle_io(key.data, mask)
         self.now = self.clock()
-        inbox_length = len(self._inbox)
-        self.take_events(inbox_length)
+        self.take_events(len(self._inbox))
         if self.links and self.now >= self._pulse_at:
             self.guard(None, self._send_heartbeats)
         try:
@@ -8186,8 +8140,7 @@ class Discovery:
               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
-        data_length = len(data)
-        if data_length != DATAGRAM or data[:8] != MAGIC:
+        if len(data) != DATAGRAM or data[:8] != MAGIC:
             return None, None
         _, kind, role, port, family, address, instance, count, nonce, echo, tag = _DATAGRAM.unpack(
             data)
@@ -9215,8 +9168,7 @@ class Timers:
         if len(self._heap) >= self._most:   # those of attempts that have ended
             self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
             heapq.heapify(self._heap)
-            heap_length = len(self._heap)
-            self._most = 2 * heap_length + 64
+            self._most = 2 * len(self._heap) + 64
         next_number = next(self._numbers)
         timer = Timer(when, next_number, comp, call, args, is_wanted)
         heapq.heappush(self._heap, timer)
@@ -9574,10 +9526,9 @@ class UndeliveredResults:
             self._expire_at(until, name)
             return
         serials = self.spooled[name].serials
-        serial_count = len(serials)
         logger.warning(
             '%d results of a computation whose client has not come back are given up '
-            '(--zombie-interval)', serial_count)
+            '(--zombie-interval)', len(serials))
         distinct_serials = frozenset(serials)
         text = 'node %s gave up its result after %g s (--zombie-interval)' % (tables.name,
                                                                               self._zombie)
@@ -9617,8 +9568,7 @@ class Attempts:
         if self._refuses_jobs(comp):
             self._return_all(comp, message)
             return
-        row_count = len(rows)
-        is_large = row_count == 1 and size_of(rows[0][1]) > BATCH_BYTES
+        is_large = len(rows) == 1 and size_of(rows[0][1]) > BATCH_BYTES
         if is_large:
             text = 'on node %s' % tables.name
             unfit = over_limit_here(message, text)
@@ -9751,8 +9701,7 @@ class Attempts:
         back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
         if not back:
             return
-        waiting_length = len(comp.waiting)
-        if len(back) == waiting_length:
+        if len(back) == len(comp.waiting):
             comp.waiting.clear()
         else:
             rest = [attempt for attempt in comp.waiting
@@ -9928,8 +9877,7 @@ class Interruptions:
             if worker.queue and worker.queue[0].ending is None:
                 worker.queue[0].ending = Outcome.STOPPED
                 self.interrupt(worker, worker.queue[0], now)
-            queue_length = len(worker.queue)
-            if queue_length > 1:
+            if len(worker.queue) > 1:
                 attempts.take_back(worker)
 
     def interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
@@ -10238,8 +10186,7 @@ class CpuScheduler:
         tables = self._tables
         comps = tables.comps.values()
         ready = [comp for comp in comps if comp.stage is Stage.READY]
-        ready_length = len(ready)
-        crowded = ready_length > 1 and self._share_between(ready, now)
+        crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
             tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
 
@@ -10247,8 +10194,7 @@ class CpuScheduler:
         """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
         rivals = [comp for comp in ready if comp.waiting]
         self._share.see(ready, now)
-        rival_count = len(rivals)
-        if rival_count < 2 or self._cpus.free <= 0:
+        if len(rivals) < 2 or self._cpus.free <= 0:
             return len(rivals) > 1
         self._share.reckon(now)
         while len(rivals) > 1 and self._cpus.free > 0:
@@ -10286,8 +10232,7 @@ class CpuScheduler:
         worker.since = now
         comp.served = next(self._served)
         self._cpus.free -= comp.waiting[0].cpus
-        waiting_length = len(comp.waiting)
-        count = 1 + min(ahead, waiting_length // max(1, self._cpus.total))
+        count = 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total))
         self._feed(comp, worker, count, now)
         return True
 
@@ -10301,8 +10246,7 @@ class CpuScheduler:
             self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
-                queue_length = len(worker.queue)
-                room = ahead + 1 - queue_length
+                room = ahead + 1 - len(worker.queue)
                 if not comp.waiting:
                     continue
                 if not 2 * room > ahead:
@@ -10369,8 +10313,7 @@ class CpuScheduler:
         taken back, for the estimate by which it was handed to them does not hold."""
         self.look_at = math.inf
         for worker in self._tables.workers.values():
-            queue_length = len(worker.queue)
-            ahead = queue_length > 1 and not worker.recalled
+            ahead = len(worker.queue) > 1 and not worker.recalled
             if not worker.queue:
                 continue
             if worker.told and not ahead:
@@ -10398,8 +10341,7 @@ class CpuScheduler:
         place = 0
         ended = None
         for row in event.rows:
-            queue_length = len(worker.queue)
-            if place >= queue_length or worker.queue[place].serial != row[SERIAL]:
+            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
                 text = 'a worker answered for %d, which it did not run' % row[SERIAL]
                 raise PeerError(text)
             place += row[OUTCOME] not in PROVISIONAL
@@ -10424,11 +10366,7 @@ class CpuScheduler:
         seconds = sum(durations[worker.pardoned:]) * ended.cpus
         self._share.charge(comp, seconds)
         worker.pardoned = False
-        attempt_count = len(comp.attempts)
-        waiting_length = len(comp.waiting)
-        worker_count = len(comp.workers)
-        duration_count = len(durations)
-        comp.handed.ended(duration_count, attempt_count - waiting_length, worker_count)
+        comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
             comp.refillable[worker.key] = worker
             self._on_job_started(worker, now)
@@ -10510,8 +10448,7 @@ class CpuScheduler:
 
     def _initialize(self, comp: _Computation, now: float) -> None:
         """Make workers for what waits. They get work when they are ready for it."""
-        waiting_length = len(comp.waiting)
-        most = min(self._cpus.free, waiting_length)
+        most = min(self._cpus.free, len(comp.waiting))
         while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
                 and now >= self._pool.start_at:
             comp.starting.add(self._pool.start(comp).key)
@@ -10545,8 +10482,7 @@ class CpuScheduler:
         attempts.requeue(comp, worker.queue)
         if not worker.queue:
             return
-        queue_length = len(worker.queue)
-        if worker.jobs_given == queue_length:
+        if worker.jobs_given == len(worker.queue):
             comp.startup_failures += 1
 
     @staticmethod
@@ -10652,8 +10588,7 @@ class JobRequests:
         if type(message.value) is not list or not all(map(_is_file, message.value)):
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
-        fetch_count = len(comp.fetches)
-        if fetch_count == 1:
+        if len(comp.fetches) == 1:
             fetch = Fetch(comp.comp, message.value)
             tables.do(fetch)
 
@@ -10747,8 +10682,8 @@ class Computations:
         comp = _Computation(message.comp, up.instance, link, spec, tables.now, start_method)
         if comp.client_name == comp.comp:   # no scheduler has said for whom it is
             comp.user = tables.client_at(link)
-        file_count = len(spec['files'])
-        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user, file_count)
+        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
+                    len(spec['files']))
         self._share.joins(comp)
         tables.comps[message.comp] = comp
         self.resize()
@@ -10763,8 +10698,7 @@ class Computations:
         """The client of a computation is back after a broken link."""
         tables = self._tables
         if comp.link != link:
-            attempt_count = len(comp.attempts)
-            logger.info('%s: its client is back; %d jobs are here', comp, attempt_count)
+            logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
             want_again = WantAgain(comp.comp)
@@ -11093,11 +11027,10 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         comp.move('close')
-        attempt_count = len(comp.attempts)
         logger.info(
             '%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them '
             'without a value, and %d had not; they used %.1f CPU seconds', comp, comp.user,
-            tables.now - comp.since, comp.done, comp.failed, attempt_count, comp.cpu_seconds)
+            tables.now - comp.since, comp.done, comp.failed, len(comp.attempts), comp.cpu_seconds)
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
@@ -11167,8 +11100,7 @@ class Inquiries:
         for comp in tables.comps.values():
             workers = comp.workers.values()
             running = sum(1 for worker in workers if worker.queue)
-            attempt_count = len(comp.attempts)
-            waiting = attempt_count - running
+            waiting = len(comp.attempts) - running
             line = '  %s (%s): %d jobs running, %d waiting, %d done' % (
                 comp.spec['name'], comp.stage.value, running, waiting, comp.done)
             lines.append(line)
@@ -11438,8 +11370,7 @@ class Node:
             self.scheduler.assign_cpus(now)
         for comp in list(tables.comps.values()):
             tables.guarded(comp.comp, self._tell, comp, now)
-            unacknowledged_length = len(comp.unacknowledged)
-            if not unacknowledged_length > BEGUN_KEPT // 2:
+            if not len(comp.unacknowledged) > BEGUN_KEPT // 2:
                 continue
             if not comp.overrun:
                 comp.overrun = True
@@ -11789,8 +11720,7 @@ class EventText(reprlib.Repr):
     def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
         texts = list(map(text_of, values[:self.maxlist]))
         if len(values) > self.maxlist:
-            value_count = len(values)
-            text = 'and %d more' % (value_count - self.maxlist)
+            text = 'and %d more' % (len(values) - self.maxlist)
             texts.append(text)
         return '[%s]' % ', '.join(texts)
 
@@ -12061,8 +11991,7 @@ class Slots:
     @classmethod
     def _parts(cls, shared: mmap.mmap) -> List[Any]:
         view = memoryview(shared).cast('Q')
-        view_length = len(view)
-        return [view[at:at + cls.SIZE] for at in range(0, view_length, cls.SIZE)]
+        return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
 
     @classmethod
     def open(cls, directory: str, number: int, index: int) -> Any:
@@ -12100,12 +12029,10 @@ class Slots:
             path = os.path.join(directory, name)
             with open(path, 'rb') as file:
                 data = file.read()
-            data_length = len(data)
-            if data_length != 8 * cls.SIZE * cls.TOGETHER:
+            if len(data) != 8 * cls.SIZE * cls.TOGETHER:
                 return None
             numbers = memoryview(data).cast('Q')
-            number_count = len(numbers)
-            for at in range(0, number_count, cls.SIZE):
+            for at in range(0, len(numbers), cls.SIZE):
                 count = min(numbers[at + 2], BEGUN_KEPT)
                 begun.update(numbers[at + cls.FIRST:at + cls.FIRST + count])
         return frozenset(begun)
@@ -12121,9 +12048,7 @@ class Slots:
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
     """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
     a mark."""
-    head_length = len(head)
-    tail_length = len(tail)
-    left_out = total - head_length - tail_length
+    left_out = total - len(head) - len(tail)
     if left_out <= 0:
         return head + tail
     return b'%s\n[dispy: %d bytes left out here]\n%s' % (head, left_out, tail)
@@ -12232,8 +12157,7 @@ class CapturedOutput:
             if not part:
                 break
             parts.append(part)
-            part_length = len(part)
-            at = at + part_length
+            at = at + len(part)
             size = size - len(part)
         return b''.join(parts)
 
@@ -12743,8 +12667,7 @@ class WorkerPipe:
 
     def give_back_serials(self, serials: List[int]) -> None:
         """Return jobs that have not started."""
-        serial_count = len(serials)
-        layout = '>%dQ' % serial_count
+        layout = '>%dQ' % len(serials)
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack(layout, *serials))
 
     def send(self, *args: Any) -> None:
@@ -12764,8 +12687,7 @@ class WorkerPipe:
                 continue
             view = memoryview(buffer).cast('B')
             # Some systems refuse 2 GiB at once
-            view_length = len(view)
-            for start in range(0, view_length, WRITE_MOST):
+            for start in range(0, len(view), WRITE_MOST):
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def share(self) -> None:
@@ -13000,8 +12922,7 @@ class JobServices:
     def tell_left(self, names: List[str]) -> None:
         """A program has left these files behind. It goes the way of log records."""
         if len(names) > 1:
-            name_count = len(names)
-            others = ' and %d others' % (name_count - 1)
+            others = ' and %d others' % (len(names) - 1)
         else:
             others = ''
         dispy_node_name = self._spec['names']['dispy_node_name']
@@ -13087,8 +13008,7 @@ class JobDirectory:
         for name in os.listdir(self._directory):
             link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
-            data_length = len(data)
-            check_size(name, data_length, self._spec['max_file'])
+            check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
             if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
                 os.unlink(path)   # of the link alone
@@ -13241,8 +13161,7 @@ class Worker:
                 args, kwargs, *extras = loads(record.bodies[0], True)
                 opened = True
                 # The job has its memory
-                body_length = len(record.bodies[0])
-                if body_length > LAZY:
+                if len(record.bodies[0]) > LAZY:
                     self._free(record)
                 if extras:
                     self._job_directory.enter(*extras)
@@ -13526,13 +13445,11 @@ class ComputationCode:
             if thread is not threading.main_thread():
                 left.append(thread.name)
         if left:
-            left_length = len(left)
             loader.notes.append(
-                'setup() has left %d thread%s running (%s). Jobs run in other '
-                'processes, in which these threads do not exist: a job that waits for '
-                'one of them waits for ever. Start threads and pools of threads in '
-                'the job that uses them' % (left_length, 's' *
-                                            (len(left) != 1), ', '.join(left[:5])))
+                'setup() has left %s running (%s). Jobs run in other processes, in which these '
+                'threads do not exist: a job that waits for one of them waits for ever. Start '
+                'threads and pools of threads in the job that uses them'
+                % (many(len(left), 'thread'), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
@@ -13985,8 +13902,7 @@ class WorkerProcesses:
                     continue
                 if child.slots[0] != serial:
                     continue
-                data_length = len(data)
-                catch.shown = (serial, at + data_length)
+                catch.shown = (serial, at + len(data))
                 self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
@@ -14452,8 +14368,7 @@ class LoadingProcess:
                     if level != socket.SOL_SOCKET:
                         continue
                     if kind == socket.SCM_RIGHTS:
-                        body_length = len(body)
-                        handles.frombytes(body[:body_length - len(body) % handles.itemsize])
+                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
                 if flags & socket.MSG_CTRUNC and not handles:
                     # No descriptor was left for it: the worker it was for cannot be made
                     handles.append(-1)
@@ -14993,9 +14908,7 @@ class RecordLog:
                 return
             if self._CRC.pack(crc) != head[:first]:
                 return
-            head_length = len(head)
-            total_sizes = sum(sizes)
-            yield numbers[:-self._pieces], pieces, head_length + total_sizes
+            yield numbers[:-self._pieces], pieces, len(head) + sum(sizes)
 
     @staticmethod
     def _crc_of(pieces: Iterable[Buffer]) -> int:
@@ -15056,8 +14969,7 @@ class ResultSpool:
         that is none of ours."""
         with open(self.path, 'rb') as file:
             head = file.read(self.HEAD)
-        head_length = len(head)
-        if head_length < self.HEAD or not head.startswith(self.MAGIC):
+        if len(head) < self.HEAD or not head.startswith(self.MAGIC):
             text = '%s holds no results' % self.path
             raise ValueError(text)
         size = len(head)
@@ -15066,8 +14978,7 @@ class ResultSpool:
             size += more
             serials.append(row[SERIAL])
         os.truncate(self.path, size)
-        magic_length = len(self.MAGIC)
-        return head[magic_length:len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
+        return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
         """Remove the file: its results are not needed any more."""
@@ -15691,9 +15602,8 @@ class ResultStore:
                 until = self._host.now + max(0.0, left)
                 spool_found = SpoolFound(comp, owner, serials, until, digest)
                 self._host.tell(spool_found)
-                serial_count = len(serials)
                 logger.info('%d results of an earlier computation wait for their client',
-                            serial_count)
+                            len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 spool.remove()
@@ -16137,9 +16047,8 @@ class WorkerReader:
             if record.kind == RecordType.RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
-                    body_length = len(record.bodies[0])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, body_length)
+                        record.number, record.start, record.end, len(record.bodies[0]))
                     raise PeerError(text)
                 row = (record.serial, record.number, record.start, record.end,
                        *map(_keep, record.bodies))
@@ -16193,8 +16102,7 @@ class WorkerReader:
             body = bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            body_length = len(body)
-            layout = '>%dQ' % (body_length // 8)
+            layout = '>%dQ' % (len(body) // 8)
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
@@ -17295,8 +17203,7 @@ class Daemon(Loop):
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the node's own turn."""
         while self._inbox:
-            inbox_length = len(self._inbox)
-            self.take_events(inbox_length)
+            self.take_events(len(self._inbox))
         self.node_host.take_posted()
         if self._clock_at is not None:
             if self.now >= self._clock_at:
@@ -18024,8 +17931,7 @@ def parse_command(line: str) -> Any:
     cannot be."""
     words = line.split()
     if words[:1] == ['cpus']:
-        word_count = len(words)
-        if word_count != 2 or not words[1].lstrip('-').isdigit():
+        if len(words) != 2 or not words[1].lstrip('-').isdigit():
             raise ValueError('cpus N, and N is a number')
         wanted = int(words[1])
         return SetCpus(count_cpus(wanted))

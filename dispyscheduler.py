@@ -2726,9 +2726,8 @@ class ProgramComputations(Part):
     def _tell_end(computation: ClientComputation) -> None:
         whose = computation.program or 'a program that was not connected'
         submitted, done, failed, cancelled = computation.jobs_counted()
-        work_count = len(computation.works)
         counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
-            submitted, done, failed, cancelled, work_count)
+            submitted, done, failed, cancelled, len(computation.works))
         logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', computation.name,
                     counts, computation.cpu_seconds, computation.number, whose)
 
