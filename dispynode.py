@@ -16346,7 +16346,8 @@ class ProcessHost:
                 self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
+        # 0: it had lost its line to this process
+        passes = not run.text and code in (None, 0, -signal.SIGTERM, -SIGKILL)
         self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
@@ -16955,6 +16956,7 @@ class NodeHost:
         if not isinstance(channel, Pipe):
             self.link_down(channel)
         elif not channel.worker:
+            logger.debug('the line to the runner of %s has ended: %s', channel.comp, text)
             self.processes.runner_silent(channel)
 
     def on_fault(self, subject: Any, text: str) -> bool:

@@ -2,6 +2,7 @@
 tests/house.py."""
 
 import ast
+import functools
 import glob
 import os
 
@@ -23,6 +24,11 @@ class Long:
 '''.replace('WIDE', 'x' * 100)
 
 
+@functools.lru_cache(None)
+def figures_of(name):
+    return house.figures_of(os.path.join(house.ROOT, name))
+
+
 @pytest.mark.long
 def test_flake8_has_no_complaints(capsys, monkeypatch):
     """By the configuration in setup.cfg."""
@@ -35,14 +41,13 @@ def test_flake8_has_no_complaints(capsys, monkeypatch):
 
 @pytest.mark.parametrize('name', house.MODULES)
 def test_figures_of_a_module(name):
-    figures = house.figures_of(os.path.join(house.ROOT, name))
+    figures = figures_of(name)
     found = house.complaints(name, figures)
     assert not found, '\n'.join([*found, house.shown(name, figures)])
 
 
 def test_private_attributes_of_others():
-    counts = {name: house.figures_of(os.path.join(house.ROOT, name)).foreign
-              for name in house.MODULES}
+    counts = {name: figures_of(name).foreign for name in house.MODULES}
     assert sum(counts.values()) <= house.FOREIGN, counts
 
 
