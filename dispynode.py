@@ -13446,10 +13446,10 @@ class ComputationCode:
                 left.append(thread.name)
         if left:
             loader.notes.append(
-                'setup() has left %s running (%s). Jobs run in other processes, in which these '
-                'threads do not exist: a job that waits for one of them waits for ever. Start '
-                'threads and pools of threads in the job that uses them'
-                % (many(len(left), 'thread'), ', '.join(left[:5])))
+                'setup() has left %d thread%s running (%s). Jobs run in other processes, in which '
+                'these threads do not exist: a job that waits for one of them waits for ever. '
+                'Start threads and pools of threads in the job that uses them'
+                % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
