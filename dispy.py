@@ -141,7 +141,7 @@ try:
 except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
-from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_ONCE, FILES_LEFT
+from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, FILES_LEFT
 from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RETURNED, ROW_FIRST, RUN_BY_PYTHON
@@ -159,9 +159,10 @@ from dispynode import Role, Sealed, SecondConnection, SecretError, Shutdown, Spo
 from dispynode import StartError, StateRow, Stop, Unreached, Wrong
 from dispynode import __version__, add_messages, available_cpus, batches, build_tag, call_chunk
 from dispynode import check_name, check_not_importing, contents_of, default_directory
-from dispynode import default_start_method, derive_key, describe_exception, dial, dial_text
+from dispynode import default_start_method, derive_key, describe_exception, dial
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
-from dispynode import find_secret, format_address, globals_of, has_place, host_and_port
+from dispynode import Failing, failure_to_connect, find_secret, format_address, globals_of
+from dispynode import has_place, host_and_port
 from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_serial
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
@@ -169,7 +170,7 @@ from dispynode import pack_error, package_version, path_option, plain_form, plai
 from dispynode import process_start_lock, python_of, read_secret, remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
-from dispynode import tls_files, told_once, unpack_error, value_pickler, why_unreached, with_needs
+from dispynode import tls_files, unpack_error, value_pickler, with_needs
 from dispynode import write_private
 
 __all__ = [
@@ -8710,7 +8711,7 @@ class NodeConnection:
         self.heard_last = 0.0
         self.retry_at: Optional[float] = None
         self.retry_wait = RETRY_FIRST
-        self.told: Set[str] = set()                # reasons that were logged
+        self.told: Set[Any] = set()                # reasons that were logged: Failing, or texts
         self.uses: Dict[str, NodeAssignment] = {}             # computation -> use
         # Computations that wait here for another that wants the node alone
         self.blocked: Set[str] = set()
@@ -10455,8 +10456,7 @@ class Connector:
             peer.end_process()
             peer.local = EmbeddedNode(self._driver)
         except (DispyError, OSError) as exc:
-            connect_failed = ConnectFailed(peer, dial_text(exc), why_unreached(exc))
-            self.dial_failed(connect_failed)
+            self.dial_failed(failure_to_connect(peer, exc))
             return
         self._connected(peer, peer.local.link)
         peer.local.connect()
@@ -10665,7 +10665,7 @@ class Connector:
         peer.move('fail')
         peer.failures += 1
         peer.unreached = event.why
-        self.not_reached(peer, event.text)
+        self.not_reached(peer, event.text, failing=event.failing)
         if peer.key in self._driver.schedule.nodes:
             evidence = self._evidence_of(peer, event)
             self._driver.lost_nodes.doubt(evidence)
@@ -10714,23 +10714,11 @@ class Connector:
         self._driver.selection.drop_unused(peer)
 
     def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0,
-                    line: str = '') -> None:
+                    line: str = '', failing: Failing = Failing.OTHERWISE) -> None:
         """Say why, once for each reason, in this line if there is one, and try again later."""
-        # It refuses this address for a while, for the reason that was told
-        if text == CLOSED_AT_ONCE and peer.told:
-            text = peer.reason
-        if peer.scheduler:
-            text = text.replace('a dispynode 5',
-                                'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
-        peer.reason = text
-        about = told_once(text)
-        if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
-            peer.told.add(about)
-            if not line:
-                line = '%s%s cannot be used: %s' % ('' if peer.scheduler else 'node ', peer, text)
-            logger.warning('%s', line)
-            for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
-                cluster.node_unreachable(peer, text)
+        # One that closes at once refuses this address for a while, for the reason that was told
+        if failing is not Failing.CLOSED or not peer.told:
+            self._tell_not_reached(peer, text, line, failing)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
         lost = self._driver.schedule.lost_at(peer.key)
         last = lost - LAST_TRY
@@ -10739,6 +10727,22 @@ class Connector:
             if self._driver.now < last < due:
                 peer.dialling.due = last
         self._driver.soon()
+
+    def _tell_not_reached(self, peer: NodeConnection, text: str, line: str,
+                          failing: Failing) -> None:
+        if peer.scheduler:
+            text = text.replace('a dispynode 5',
+                                'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
+        peer.reason = text
+        about = text if failing is Failing.OTHERWISE else failing
+        if about in peer.told or self._only_probed(peer) or peer.replacing:
+            return
+        peer.told.add(about)
+        if not line:
+            line = '%s%s cannot be used: %s' % ('' if peer.scheduler else 'node ', peer, text)
+        logger.warning('%s', line)
+        for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
+            cluster.node_unreachable(peer, text)
 
     @staticmethod
     def _only_probed(peer: NodeConnection) -> bool:

@@ -303,6 +303,10 @@ class Silence(HandshakeError):
     """The peer did not say what it had to in time."""
 
 
+class ClosedAtOnce(HandshakeError):
+    """The peer has closed the connection before it said anything."""
+
+
 class TooLarge(ValueError):
     """A message is larger than a frame may be."""
 
@@ -4742,13 +4746,18 @@ def is_of_tls(exc: BaseException) -> bool:
     return isinstance(exc, ssl.SSLError)
 
 
+def is_closing(exc: BaseException) -> bool:
+    """Whether a failure of TLS means that the peer has closed the connection."""
+    if isinstance(exc, ConnectionError):
+        return True
+    return 'EOF' in str(getattr(exc, 'reason', None) or exc)
+
+
 def tls_text(exc: BaseException) -> str:
     """Return what a failure of TLS means and how to mend it."""
+    if is_closing(exc):
+        return CLOSED_AT_ONCE
     reason = str(getattr(exc, 'reason', None) or exc)
-    if isinstance(exc, ConnectionError):
-        return CLOSED_AT_ONCE
-    if 'EOF' in reason:
-        return CLOSED_AT_ONCE
     if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
         text = ('nothing here vouches for its certificate (--certfile, in programs '
                 'certfile= or cafile=)')
@@ -4792,7 +4801,7 @@ def handshake_dial(sock: Any,
     try:
         challenge = receive(_CHALLENGE.size)
     except (EOFError, ConnectionError):
-        raise HandshakeError(CLOSED_AT_ONCE) from None
+        raise ClosedAtOnce(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
         name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
@@ -6092,7 +6101,8 @@ class Channel:
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
         self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
-        self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
+        self.is_attached = False      # to a loop
+        self.to_write: Set['Channel'] = set()   # those of the loop that have something to write
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
@@ -6114,8 +6124,8 @@ class Channel:
             self._out.append((view, passing))
             self.queued += len(view)
             passing = None
-        if self.dirty is not None:
-            self.dirty.add(self)
+        if self.is_attached:
+            self.to_write.add(self)
 
     def write(self) -> None:
         """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
@@ -6469,8 +6479,8 @@ class Link(Channel):
             raise TooLarge(text)
         self.later.setdefault(message.comp, collections.deque()).append(whole)
         self._count(whole.total)
-        if self.dirty is not None:
-            self.dirty.add(self)
+        if self.is_attached:
+            self.to_write.add(self)
 
     def _count(self, size: int) -> None:
         self.queued += size
@@ -6677,7 +6687,7 @@ class MemoryLink(Link):
         self.paused = self.on_purpose = False
         self.stall = ''
         self.owner = None
-        self.dirty = None
+        self.is_attached = False
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
@@ -6717,7 +6727,7 @@ class MemoryLink(Link):
         """Whether there is something to take."""
         if not bool(self.incoming or self.is_over):
             return False
-        if self.dirty is None:
+        if not self.is_attached:
             return False
         return not self.paused
 
@@ -6897,7 +6907,7 @@ class Loop:
         self.links: Dict[int, Link] = {}
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
-        self._dirty: Set[Channel] = set()
+        self._to_write: Set[Channel] = set()
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
@@ -7005,7 +7015,8 @@ class Loop:
 
     def attach(self, channel: Channel) -> None:
         """Own a channel from now on."""
-        channel.dirty = self._dirty
+        channel.is_attached = True
+        channel.to_write = self._to_write
         if channel.sock is not None:
             channel.interest = selectors.EVENT_READ
             self._selector.register(channel.sock, channel.interest, channel)
@@ -7015,7 +7026,7 @@ class Loop:
             self.set_pulse(channel, channel.pulse)
             self._bound(channel)
         if channel.wants_write:
-            self._dirty.add(channel)
+            self._to_write.add(channel)
 
     def _bound(self, link: 'Link') -> None:
         """Where only select() can wait for sockets, which is on Windows, it cannot for more than
@@ -7040,11 +7051,11 @@ class Loop:
 
     def detach(self, channel: Channel) -> None:
         """Let go of a channel and close it. Does nothing the second time."""
-        if channel.dirty is not None:
-            channel.dirty = None
+        if channel.is_attached:
+            channel.is_attached = False
             if channel.interest:
                 self._selector.unregister(channel.sock)
-            self._dirty.discard(channel)
+            self._to_write.discard(channel)
             channel.close()
             if isinstance(channel, Link):
                 self.links.pop(channel.number, None)
@@ -7061,7 +7072,7 @@ class Loop:
     def send(self, link: Link, message: Any) -> None:
         """Send a message on a link, if it is still there. Never raises: a message that cannot be
         sent breaks its link, and what may become too large is cut where it comes into being."""
-        if link.dirty is not None:
+        if link.is_attached:
             link.said = self.now
             before = link.queued
             try:
@@ -7114,7 +7125,7 @@ class Loop:
             self.now = self.clock()
             if callable(key.data):
                 self.guard(None, key.data)
-            elif key.data.dirty is not None:   # not detached meanwhile
+            elif key.data.is_attached:   # not detached meanwhile
                 self._handle_io(key.data, mask)
         self.now = self.clock()
         self.take_events(len(self._inbox))
@@ -7126,7 +7137,7 @@ class Loop:
             self.fault(None, exc)
         while self._later_broken:
             self._break(*self._later_broken.popleft())
-        for channel in list(self._dirty):
+        for channel in list(self._to_write):
             self._write(channel)
 
     def take_events(self, count: int) -> None:
@@ -7216,7 +7227,7 @@ class Loop:
             if mask & selectors.EVENT_READ:
                 (channel.owner or self).on_channel(channel)
             if mask & selectors.EVENT_WRITE:
-                self._dirty.add(channel)
+                self._to_write.add(channel)
         except (LinkBroken, OSError) as exc:
             text = str(exc) or type(exc).__name__
             self._break(channel, text)
@@ -7230,7 +7241,7 @@ class Loop:
     def _refuse_link(self, channel: Channel, text: str) -> None:
         """What came cannot be used. The other side is told, so that it does not connect and send
         the same at once."""
-        if isinstance(channel, Link) and channel.dirty is not None:
+        if isinstance(channel, Link) and channel.is_attached:
             self.log.error('what %s has sent cannot be used: %s', channel.address, text)
             Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
             with contextlib.suppress(OSError):   # it is broken all the same
@@ -7251,7 +7262,7 @@ class Loop:
         except Exception as exc:  # as above
             self.fault(channel, exc)
             return
-        self._dirty.discard(channel)
+        self._to_write.discard(channel)
         self.interest(channel)
 
     def interest(self, channel: Channel) -> None:
@@ -7267,7 +7278,7 @@ class Loop:
         wanted = EVENT_READ | EVENT_WRITE
         if wanted == channel.interest:
             return
-        if channel.dirty is None:
+        if not channel.is_attached:
             return
         if channel.sock is None:
             return
@@ -7280,7 +7291,7 @@ class Loop:
         channel.interest = wanted
 
     def _break(self, channel: Channel, text: str) -> None:
-        if channel.dirty is not None:
+        if channel.is_attached:
             channel.breaks(self.now)
             self.detach(channel)
             self.guard(None, (channel.owner or self).on_broken, channel, text)
@@ -7790,7 +7801,8 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
     try:
         return tls.wrap_socket(sock)
     except OSError as exc:   # ssl.SSLError is one
-        raise HandshakeError(tls_text(exc)) from exc
+        kind = ClosedAtOnce if is_closing(exc) else HandshakeError
+        raise kind(tls_text(exc)) from exc
 
 
 class Unreached(enum.Enum):
@@ -7832,12 +7844,22 @@ def dial_text(exc: BaseException) -> str:
     return str(exc)
 
 
-def told_once(text: str) -> str:
-    """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
-    waited for it."""
-    if text.startswith(NO_ANSWER):
-        return NO_ANSWER
-    return text
+class Failing(enum.Enum):
+    """What failures to connect may have in common although their texts differ."""
+    SILENT = 'there was no answer, however long was waited for it'
+    CLOSED = 'the peer closed the connection at once'
+    OTHERWISE = 'it is for other reasons'
+
+
+def how_it_fails(exc: BaseException) -> Failing:
+    """Return what a failure to connect has in common with others."""
+    if isinstance(exc, (Silence, socket.timeout)):
+        return Failing.SILENT
+    if isinstance(exc, ClosedAtOnce):
+        return Failing.CLOSED
+    if is_of_tls(exc) and is_closing(exc):
+        return Failing.CLOSED
+    return Failing.OTHERWISE
 
 
 def why_unreached(exc: BaseException) -> Unreached:
@@ -7871,6 +7893,12 @@ class ConnectFailed(NamedTuple):
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
+    failing: Failing = Failing.OTHERWISE
+
+
+def failure_to_connect(peer: Any, exc: BaseException) -> ConnectFailed:
+    """Return the event which says why a peer was not reached."""
+    return ConnectFailed(peer, dial_text(exc), why_unreached(exc), how_it_fails(exc))
 
 
 class Reconnector:
@@ -7964,10 +7992,7 @@ class _Connecting:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:
             # Runtime: no process at interpreter's exit
-            text = dial_text(exc)
-            why = why_unreached(exc)
-            connect_failed = ConnectFailed(self._peer, text, why)
-            self._post(connect_failed)
+            self._post(failure_to_connect(self._peer, exc))
         else:
             connected = Connected(self._peer, *found)
             self._post(connected)
@@ -15992,7 +16017,7 @@ class HeldPipes:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
         links = self._host.links.values()
-        if pipe.dirty is None:
+        if not pipe.is_attached:
             return
         if not any(link.queued > BACKPRESSURE_BYTES for link in links):
             return
@@ -16149,7 +16174,7 @@ class WorkerPipes:
             return
         if run.control is None:
             return
-        if run.control.dirty is not None:
+        if run.control.is_attached:
             run.control.push(pack_record(kind, worker, serial, first, second))
 
     def watch(self, action: LimitMemory) -> None:
@@ -16279,7 +16304,7 @@ class ProcessHost:
             self._runner_ended(run)
             return
         if run.control is not None:
-            if run.control.dirty is None:
+            if not run.control.is_attached:
                 if run.kill_at is None:
                     run.kill_at = self._host.now + GRACE
         if run.watch is not None:
@@ -16312,7 +16337,7 @@ class ProcessHost:
             run.process.kill()
             run.watch.killed_at = self._host.now
         elif run.watch.shall_ask and run.control is not None:
-            if run.control.dirty is not None:
+            if run.control.is_attached:
                 run.control.push(pack_record(RecordType.ASK))
         if run.watch.is_undead(self._host.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)',
@@ -16354,7 +16379,7 @@ class ProcessHost:
 
     def _read_out(self, run: ComputationProcesses) -> None:
         try:
-            while run.control is not None and run.control.dirty is not None:
+            while run.control is not None and run.control.is_attached:
                 records = run.control.records(self._host.now)
                 for record in records:
                     self._from_runner(run, record)
@@ -16364,7 +16389,7 @@ class ProcessHost:
             logger.debug('the socket of a runner: %s', exc)   # its end, which is what we see to
         for pipe in list(run.pipes.values()):
             try:
-                while pipe.dirty is not None and self._from_worker(pipe):
+                while pipe.is_attached and self._from_worker(pipe):
                     continue
             except (LinkBroken, PeerError, OSError) as exc:
                 logger.debug('the pipe of a worker: %s', exc)   # as above
@@ -16482,7 +16507,7 @@ class ProcessHost:
         if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
             raise PeerError('an exit code that is none')
         pipe = run.pipes[record.number]
-        if pipe.dirty is not None:
+        if pipe.is_attached:
             try:
                 while self._from_worker(pipe):   # results it wrote before it died
                     continue
@@ -16522,7 +16547,7 @@ class ProcessHost:
         if not pipe.worker:
             run.text = text
             run.process.kill()
-            if pipe.dirty is not None:
+            if pipe.is_attached:
                 self._host.detach(pipe)
                 self._host.guard(None, self._look_at_runner, run)
             return
@@ -16544,7 +16569,7 @@ class ProcessHost:
         for run in self._runs.values():
             if run.watch is not None:
                 run.watch.close()
-            if run.control is not None and run.control.dirty is not None:
+            if run.control is not None and run.control.is_attached:
                 with contextlib.suppress(OSError):   # it has ended already
                     run.control.drain(GRACE)
             if run.process is not None:
@@ -16565,7 +16590,7 @@ class Uplink:
         self.dialling = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
-        self.told = ''     # the last failure that was logged
+        self.told: Any = None     # what the last failure was that was logged
         self.second = SecondConnection(self)
 
 
@@ -16620,7 +16645,7 @@ class Uplinks:
         uplink.dialling.ended()
         uplink.link = link.number
         uplink.since = self._daemon.now
-        uplink.told = ''
+        uplink.told = None
         logger.info('connected to %s', format_address(uplink.host, uplink.port))
 
     def failed(self, event: ConnectFailed) -> None:
@@ -16634,11 +16659,13 @@ class Uplinks:
             return
         uplink.dialling.ended()
         uplink.dialling.again(daemon.now)
-        about = told_once(text)
+        about: Any = event.failing
         # One that closes at once refuses us for a while, for the reason that was told.
-        if uplink.told == about:
+        if about is Failing.CLOSED and uplink.told is not None:
             return
-        if uplink.told and text == CLOSED_AT_ONCE:
+        if about is Failing.OTHERWISE:
+            about = text
+        if uplink.told == about:
             return
         uplink.told = about
         logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying',

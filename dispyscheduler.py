@@ -2220,7 +2220,7 @@ class ProgramLinks(Part):
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
             is_slow = queued > BACKPRESSURE_BYTES
-            if link.dirty is None:
+            if not link.is_attached:
                 continue
             if link.paused == is_slow:
                 continue
@@ -3182,7 +3182,7 @@ class ProgramCalls(Part):
         computation = self._programs.computation_of(link, message.comp)
 
         def answer(value: Any, error: tuple = ()) -> None:
-            if link.dirty is not None:
+            if link.is_attached:
                 self._send(link, Return(message.comp, message.number, error, value))
         try:
             if self._is_early(link, message, answer):
