@@ -462,7 +462,7 @@ class SimPipes(WorkerPipes):
     """What is done with workers is done with those of the model."""
 
     def __init__(self, host, daemon):
-        super().__init__(host, {}.__getitem__)
+        super().__init__(host, {}.__getitem__, lambda: None)
         self.daemon, self.by_key = daemon, {}
 
     def start_worker(self, action):
