@@ -359,7 +359,7 @@ def test_a_plot_stays_small_and_whole():
 
 class Idle:
     """A link to a node that says nothing."""
-    dirty, heard = None, 0.0
+    is_attached, heard = False, 0.0
 
 
 def test_a_snapshot_costs_the_same_with_many_jobs(site):
