@@ -4017,6 +4017,7 @@ class Operator:
         waiting = row['submitted'] - ended
         return {
             'number': row['number'], 'user': row['user'], 'proven': row['proven'],
+            'whose': str(ProgramUser(row['user'], row['proven'])),
             'program': row['program'], 'name': row['name'],
             'connected': row['connected'], 'seconds': row['elapsed'], 'running': 0,
             'waiting': waiting, 'done': row['done'], 'failed': row['failed'],
@@ -4118,7 +4119,7 @@ def _in_gib(size: Optional[int]) -> str:
 
 # Task -> columns: the title, the field of a row, and how it is written
 TABLES: Dict[str, List[Tuple[str, str, Callable[[Any], str]]]] = {
-    'status': [('NUMBER', 'number', str), ('USER', 'user', str), ('PROGRAM', 'program', str),
+    'status': [('NUMBER', 'number', str), ('USER', 'whose', str), ('PROGRAM', 'program', str),
                ('NAME', 'name', str),
                ('SINCE', 'seconds', _ago), ('RUNNING', 'running', str), ('CPUS', 'cpus', str),
                ('WAITING', 'waiting', str), ('DONE', 'done', str), ('FAILED', 'failed', str),
