@@ -60,6 +60,7 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     id str, name str, address str, port int, platform str, offered int: CPUs
     state str, reason str: why it is not used
     cpus, used: CPUs; jobs: ended there; job_seconds s
+    resources str: 'gpu 1 of 2', those that jobs have of what it offers; '' for none
     memory, disk: bytes free, or null; load %: of its CPUs, or null
     heard s since its last sign of life, or null
     holder str: who holds it, known with --nodes only
@@ -589,6 +590,8 @@ def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used
     row['cpus'] = cpus
     row['running'] = running
     row['used'] = used
+    row['resources'] = ', '.join('%s %d of %d' % (name, used, count) for name, (used, count)
+                                 in known.get('resources', {}).items())
     row['holder'] = ''
     row['memory'], row['disk'], idle = known['free']
     row['load'] = None
@@ -4030,6 +4033,7 @@ function factsOf(node) {
   return [
     ["State", stateCell(node)],
     ["CPUs used", node.used + " of " + node.cpus],
+    ["Resources", node.resources || DASH],
     ["Jobs done", count(node.jobs)],
     ["Job time", span(node.job_seconds)],
     ["Memory free", size(node.memory)],

@@ -86,7 +86,8 @@ from dispy import FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnectio
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
 from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob
 from dispy import WithdrawAsked
-from dispy import cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state
+from dispy import cpus_of, has_ended, job_row, parse_nodes, python_at, shown_arguments
+from dispy import shown_state
 from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
 from dispynode import ENDING_SIGNALS, EXIT_STATUSES, FOR_CODE, LAZY, NAME_MOST, NODE_PORT
 from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RETURNED
@@ -1147,6 +1148,7 @@ class ClientComputation(NodeUser):
         self.cloudpickle = shared['cloudpickle']
         recovers = bool(shared['recovers'])
         self.absence = Absence(recovers, shared['process'])
+        self._waits_told: Set[str] = set()   # why jobs wait
         # Whether another process may come for the results, see `dispy.Trail`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
@@ -1293,7 +1295,8 @@ class ClientComputation(NodeUser):
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """Return cloudpickle, which the program has sent, for a node that has another version."""
-        if peer.facts.get('cloudpickle') == self.cloudpickle:
+        python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
+        if python is not None and python.cloudpickle == self.cloudpickle:
             return {}
         return self.cargo.spec['support']  # type: ignore[no-any-return]
 
@@ -1374,7 +1377,10 @@ class ClientComputation(NodeUser):
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
-        self.warn('a job waits: %s' % text)
+        if text not in self._waits_told:
+            self._waits_told.add(text)
+            self.warn('a job waits: %s. It begins when a node comes that has it. This is said once '
+                      'for all jobs like it' % text)
 
     def job_goes_on(self, work: Any) -> None:
         """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
@@ -2507,6 +2513,8 @@ class ProgramLinks(Part):
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
         facts['memory'] = scheduler.instance.hex()
+        facts['resources'] = {}   # jobs may ask for some, which are counted here
+        facts['pythons'] = {}     # computations may ask for one, which is found out here
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
