@@ -2415,7 +2415,7 @@ class ProgramLinks(Part):
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
             is_slow = queued > BACKPRESSURE_BYTES
-            if link.dirty is None:
+            if not link.is_attached:
                 continue
             if link.paused == is_slow:
                 continue
@@ -2944,9 +2944,8 @@ class ProgramComputations(Part):
     def _tell_end(computation: ClientComputation) -> None:
         whose = computation.program or 'a program that was not connected'
         submitted, done, failed, cancelled = computation.jobs_counted()
-        work_count = len(computation.works)
         counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
-            submitted, done, failed, cancelled, work_count)
+            submitted, done, failed, cancelled, len(computation.works))
         logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', computation.name,
                     counts, computation.cpu_seconds, computation.number, whose)
 
@@ -3401,7 +3400,7 @@ class ProgramCalls(Part):
         computation = self._programs.computation_of(link, message.comp)
 
         def answer(value: Any, error: tuple = ()) -> None:
-            if link.dirty is not None:
+            if link.is_attached:
                 self._send(link, Return(message.comp, message.number, error, value))
         try:
             if self._is_early(link, message, answer):

@@ -359,7 +359,7 @@ def test_a_plot_stays_small_and_whole():
 
 class Idle:
     """A link to a node that says nothing."""
-    dirty, heard = None, 0.0
+    is_attached, heard = False, 0.0
 
 
 def test_a_snapshot_costs_the_same_with_many_jobs(site):
@@ -1006,7 +1006,7 @@ def test_a_scheduler_is_asked_in_pages(monkeypatch):
     (['--nodes', 'x', '-p', '70000'], 1, 'port=70000'),
     (['--nodes', 'x', '--secret-file', '/no/such'], 1, '/no/such')])
 def test_a_command_line_that_does_not_work(options, code, text):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), *options],
+    done = subprocess.run([sys.executable, '-m', 'dispy_httpd', *options],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode == code and text in done.stderr.decode()
             and 'Traceback' not in done.stderr.decode())
