@@ -9303,6 +9303,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
     source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
@@ -11539,7 +11540,8 @@ class ComputationSetup:
         # Whose claims on the node's CPUs it shares
         out = out_of_band(spec['code'])
         setup_args = out_of_band(spec['setup_args'])
-        spec.update(code=out, setup_args=setup_args, client=cluster.client)
+        spec.update(code=out, setup_args=setup_args, client=cluster.client,
+                    whose=cluster.program)
         compute = Compute(comp, spec)
         self._driver.send(peer.link, compute)
 
