@@ -162,8 +162,9 @@ from dispynode import check_name, check_not_importing, contents_of, default_dire
 from dispynode import default_start_method, derive_key, describe_exception, dial, dial_text
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
 from dispynode import find_secret, format_address, globals_of, has_place, host_and_port
-from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_serial
-from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
+from dispynode import in_one_piece, in_parts, is_comp, is_named, is_outcome, is_own_address
+from dispynode import is_serial, keeps_identity, loads, lock_file, log_record_of, machine
+from dispynode import module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, read_secret, remove_abandoned_directory
@@ -7952,9 +7953,66 @@ class Journal(Database):
             os.close(self._new)
             self._new = -1
         if remove or not left:
-            for end in ('-new', '', '-wal', '-shm'):   # alone, FILE-new would be taken for new jobs
+            # Alone, FILE-new would be taken for new jobs
+            paths = [self.path + end for end in ('-new', '', '-wal', '-shm')]
+            for path in paths + BegunNotes.all_of(self):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + end)
+                    os.unlink(path)
+
+
+class BegunNotes:
+    """Which attempts of a computation had begun in the node that was a part of a program, when that
+    was killed: in FILE-begun-COMPUTATION beside the recover_file. While the program runs, the
+    computation's directory stands there. When it is killed the runner, which has seen what began,
+    replaces that by the attempts, before it removes the directory.
+
+    A runner that is killed as well leaves no notes, and then all that was sent may have begun.
+    """
+    PATIENCE = 5.0      # s that a runner may take to end workers, and to write
+    EVERY = 0.02        # s between two looks
+
+    @staticmethod
+    def path_of(journal: Journal, comp: str) -> str:
+        """Where they are."""
+        return '%s-begun-%s' % (journal.path, comp)
+
+    @classmethod
+    def all_of(cls, journal: Journal) -> List[str]:
+        """Those of all computations of a recover_file."""
+        start = cls.path_of(journal, '')
+        directory = os.path.dirname(start)
+        paths = [os.path.join(directory, name) for name in os.listdir(directory)]
+        return [path for path in paths if path.startswith(start) and is_comp(path[len(start):])]
+
+    @classmethod
+    def begin(cls, journal: Journal, comp: str, directory: str) -> str:
+        """Jobs of a computation are sent from now on. Returns the path. Raises OSError."""
+        path = cls.path_of(journal, comp)
+        with open(open_own_file(path, 'recover_file', os.O_TRUNC), 'w') as file:
+            json.dump({'directory': directory}, file)
+        return path
+
+    @classmethod
+    def wait(cls, journal: Journal, comp: str) -> AttemptHistory:
+        """What is known of a computation when its runner has ended. An opener."""
+        path = cls.path_of(journal, comp)
+        until = time.monotonic() + cls.PATIENCE
+        found: Any = {}
+        try:
+            while True:
+                with open_regular(path) as file:
+                    found = json.load(file)
+                if 'directory' not in found or time.monotonic() > until:
+                    break
+                if not os.path.isdir(found['directory']):
+                    break
+                time.sleep(cls.EVERY)
+        except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
+            logger.debug('nobody knows what had begun: %s', exc)
+        begun = found.get('begun') if isinstance(found, dict) else None
+        if type(begun) is not list or not all(type(serial) is int for serial in begun):
+            return AttemptHistory(whole=False)
+        return AttemptHistory(lost=frozenset(begun))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8898,6 +8956,16 @@ class EmbeddedNode:
         self._driver.attach(self._end)
         self._host.link_up(self._end)
 
+    def keep_notes(self, comp: str, journal: 'Journal') -> None:
+        """Have it noted beside a recover_file which jobs have begun when this program is killed."""
+        directory = self._host.directory
+        try:
+            notes = BegunNotes.begin(journal, comp, directory.private_of(comp))
+            directory.ask_for_notes(comp, notes)
+        except OSError as exc:
+            logger.warning('if this program is killed, nobody will know which jobs had begun: %s',
+                           exc)
+
     @property
     def has_messages(self) -> bool:
         """Whether the driver has sent something."""
@@ -9221,14 +9289,27 @@ class Recovery(NodeUser):
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows."""
+        """A node has told what it knows. That of this program knows nothing: what its predecessor
+        had begun is in a file, which may still be written."""
+        if peer.embedded:
+            self.driver.openers.run(self._read_notes, peer, comp)
+            return
+        self._settle(peer, comp, serials, past)
+
+    def _read_notes(self, peer: NodeConnection, comp: str) -> None:
+        """An opener."""
+        past = BegunNotes.wait(self._journal, comp)
+        self.driver.call_soon(self._settle, peer, comp, [], past)
+
+    def _settle(self, peer: NodeConnection, comp: str, serials: Sequence[int],
+                past: AttemptHistory) -> None:
         for number, (job, node) in list(self._jobs.items()):
             where, _, memory = node.rpartition('#')
             if where != peer.place:
                 continue
             if job.comp != comp:
                 continue
-            whole = memory != '' and peer.memory.startswith(memory)
+            whole = peer.embedded or memory != '' and peer.memory.startswith(memory)
             account = Account(frozenset(serials), past, whole)
             verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
             if verdict is Verdict.WAITS:
@@ -14713,6 +14794,8 @@ class ProgramCluster(ComputationUser):
         else:
             logger.info('%s: node %s is used, with %s', self.name, peer,
                         many(peer.limit(self.comp), 'CPU'), extra=ROUTINE)
+        if self.journal is not None and peer.local is not None:
+            peer.local.keep_notes(self.comp, self.journal)
         if self.trail is not None and not peer.embedded:
             if self.trail.add(peer.place):
                 self.driver.remove_old_trails()

@@ -12051,6 +12051,25 @@ class Slots:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
+NOTES_ASKED = 'notes'    # in a computation's directory: the path of a file, see `write_notes`
+
+
+def write_notes(private: str) -> None:
+    """Runner of a node that is part of a program, which has ended without a word: write which
+    attempts have begun where the program has asked for that, so that the next one knows it. Called
+    when no worker is left."""
+    try:
+        with open(os.path.join(private, NOTES_ASKED)) as file:
+            path = file.read()
+        begun = Slots.read(private)
+        with replaced(path) as temporary, open(temporary, 'w') as file:
+            json.dump({'begun': None if begun is None else sorted(begun)}, file)
+    except FileNotFoundError:
+        logger.debug('nobody has asked what has begun')
+    except OSError as exc:   # no room: then nobody knows
+        logger.debug('what has begun cannot be written down: %s', exc)
+
+
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
     """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
     a mark."""
@@ -14507,6 +14526,8 @@ class Runner(LoadingProcess):
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
+        if not self._is_closed:   # first of all, as the next program may wait for it
+            write_notes(self._spec['private'])
         self._clean_up()
         self._workers.drop_children()
         self._finalize()
@@ -15311,6 +15332,12 @@ class NodeDirectory:
     def path_of_modules(self) -> str:
         """Where files of modules are kept for other computations."""
         return os.path.join(self.root, 'p-.modules')
+
+    def ask_for_notes(self, comp: str, path: str) -> None:
+        """Have the runner of a computation write there which attempts have begun, if this process
+        ends without a word. Raises OSError."""
+        with open(os.path.join(self.private_of(comp), NOTES_ASKED), 'w') as file:
+            file.write(path)
 
     def private_of(self, comp: str) -> str:
         """The directory for what is ours and not for a computation's jobs."""
