@@ -381,7 +381,7 @@ class RemoteTraceback(DispyError):
 def error_of(job: 'DispyJob') -> BaseException:
     """The exception to raise for a job that failed, with the node's traceback as its cause."""
     if job.error is None:
-        told = job.status == JobState.CANCELLED or job._outcome in _OUTCOMES_TOLD
+        told = job.status == JobState.CANCELLED or job.outcome in _OUTCOMES_TOLD
         return (JobFailed if told else WorkerLost)(job.exception)
     job.error.__cause__ = RemoteTraceback(job.exception)
     return job.error
@@ -393,8 +393,8 @@ def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     for cluster in list(_clusters):
         if core_of(cluster).comp == job.comp:
             names.append(cluster.name)
-    if job._failure is not None:
-        found = job._failure.values()
+    if job.failure is not None:
+        found = job.failure.values()
     else:
         found = None
     command = [*names, *(['job %s' % (job.id,)] if found is None else map(str, found[0]))]
@@ -535,7 +535,38 @@ def packed_plain(args: tuple, kwargs: dict) -> bytes:
     return in_one_piece(dumps((args, kwargs)).payload)
 
 
-class DispyJob(ScheduledJob):
+class ProgramJob(ScheduledJob):
+    """What this package knows of a job of the program, beside what its user reads: see DispyJob.
+
+    failure - why it has failed, with what is needed to explain it; else None
+    outcome - of the attempt that was its last, if that did not return; else 0
+    future - of the call of an executor, until that is settled; else there is none
+    """
+    __slots__ = ('failure', 'outcome', 'future', 'event', 'when_ended')
+    status: int
+    failure: 'Optional[Failure]'
+    outcome: int
+    future: 'DispyFuture'
+    event: Optional[threading.Event]
+    when_ended: Optional[List[Callable[['DispyJob'], None]]]
+
+    def call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
+        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread;
+        must be quick."""
+        with _lock:
+            self.when_ended = [*(self.when_ended or ()), call]
+        if self.status in ENDED:
+            call(self)  # type: ignore[arg-type]
+
+    def wake(self) -> None:
+        """The job has ended: whoever waits for it is told."""
+        if self.event is not None:
+            self.event.set()
+        for call in self.when_ended or ():
+            call(self)  # type: ignore[arg-type]
+
+
+class DispyJob(ProgramJob):
     """A job; `submit` makes it. Attributes:
 
     id - the user's to set; a running number by default
@@ -551,10 +582,8 @@ class DispyJob(ScheduledJob):
         most 300 characters, also when they are not there any more; else empty
     """
     arguments = ''
-    _future: 'DispyFuture'   # of the call of an executor, until it is settled
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', '_exception', '_error', 'ip_addr',
-                 'submit_time', 'start_time', 'end_time', '_event', '_when_ended', '_outcome',
-                 '_future', '_failure')
+                 'submit_time', 'start_time', 'end_time')
 
     Created = int(JobState.CREATED)
     Running = int(JobState.RUNNING)
@@ -593,15 +622,15 @@ class DispyJob(ScheduledJob):
         self.submit_time = time.time()
         self.start_time: Optional[float] = None
         self.end_time: Optional[float] = None
-        self._event: Optional[threading.Event] = None
-        self._when_ended: Optional[List[Callable[['DispyJob'], None]]] = None
-        self._outcome = 0     # of the attempt that was its last, if that did not return
-        self._failure: Optional[Failure] = None
+        self.event = None
+        self.when_ended = None
+        self.outcome = 0
+        self.failure = None
 
     @property
     def exception(self) -> Optional[str]:
         """Text of the traceback or of what went wrong, else None."""
-        failure = self._failure
+        failure = self.failure
         if failure is not None:
             failure.seen()
             if failure.payload is not None:
@@ -616,8 +645,8 @@ class DispyJob(ScheduledJob):
     @property
     def error(self) -> Optional[BaseException]:
         """The exception itself if it could be pickled, else None."""
-        if self._failure is not None:
-            self._failure.seen()
+        if self.failure is not None:
+            self.failure.seen()
         return self._error
 
     @error.setter
@@ -628,12 +657,12 @@ class DispyJob(ScheduledJob):
     def finish(self) -> threading.Event:
         """An event that is set when the job has ended. Made when first asked for: most jobs never
         need it."""
-        event = self._event
+        event = self.event
         if event is None:
             with _lock:
-                event = self._event
+                event = self.event
                 if event is None:
-                    event = self._event = threading.Event()
+                    event = self.event = threading.Event()
             if self.status in ENDED:
                 event.set()
         return event
@@ -643,29 +672,14 @@ class DispyJob(ScheduledJob):
         thread."""
         if self.status in ENDED:
             return True
-        if timeout is None and self._event is None:
+        if timeout is None and self.event is None:
             # What the driver does for it is one call, where an event takes a dozen
             ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
-            self._call_when_ended(ended.put)
+            self.call_when_ended(ended.put)
             next_of(ended)
             return True
         seconds = _seconds('timeout', timeout)
         return in_slices(self.finish.wait, seconds)  # type: ignore[no-any-return]
-
-    def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
-        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread;
-        must be quick."""
-        with _lock:
-            self._when_ended = [*(self._when_ended or ()), call]
-        if self.status in ENDED:
-            call(self)
-
-    def _wake(self) -> None:
-        """The job has ended: whoever waits for it is told."""
-        if self._event is not None:
-            self._event.set()
-        for call in self._when_ended or ():
-            call(self)
 
     def __call__(self, timeout: Union[None, bool, float] = None, clear: bool = False) -> Any:
         """Wait and return the result; None for a job that failed. Raises TimeoutError after
@@ -677,7 +691,7 @@ class DispyJob(ScheduledJob):
         if clear:
             old_names.tell('clear')
         if not self.wait(timeout):
-            raise TimeoutError(self._unended(timeout))
+            raise TimeoutError(unended_text(self, timeout))
         return self.result
 
     def get(self, timeout: Optional[float] = None) -> Any:
@@ -687,42 +701,12 @@ class DispyJob(ScheduledJob):
         subprocess.CalledProcessError for a program with an exit status other than 0. Raises
         TimeoutError after `timeout` seconds. Any thread."""
         if not self.wait(timeout):
-            raise TimeoutError(self._unended(timeout))
+            raise TimeoutError(unended_text(self, timeout))
         if self.status != JobState.FINISHED:
             raise error_of(self)
-        if self._has_exit_status():
+        if has_exit_status(self):
             raise exit_error(self)
         return self.result
-
-    def _unended(self, timeout: Optional[float]) -> str:
-        """That it has not ended in time, and why. The user's threads."""
-        values = values_of(self.payload, hasattr(self, '_future'))
-        job = job_in_words(self.id, values)
-        return '%s has not ended within %g s: %s' % (job, round(timeout or 0.0,
-                                                                3), self._why_unended())
-
-    def _why_unended(self) -> str:
-        if self.status in (DispyJob.Running, DispyJob.ProvisionalResult):
-            if self.ip_addr:
-                where = ' on ' + self.ip_addr
-            else:
-                where = ''
-            if self.start_time:
-                since = ' for %.1f s' % (time.time() - self.start_time)
-            else:
-                since = ''
-            return 'it has been running%s%s' % (where, since)
-        cluster = next((cluster for cluster in list(_clusters)
-                        if core_of(cluster).comp == self.comp), None)
-        if cluster is None:
-            return 'it waits'
-        return core_of(cluster).report.why_jobs_wait()  # type: ignore[no-any-return]
-
-    def _has_exit_status(self) -> bool:
-        """Whether it was a program that failed, as far as its exit status says."""
-        if not isinstance(self.stdout, bytes):
-            return False
-        return self.result != 0
 
     def __await__(self) -> Iterator[Any]:
         """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile
@@ -738,7 +722,7 @@ class DispyJob(ScheduledJob):
         def wake(job: 'DispyJob') -> None:
             with contextlib.suppress(RuntimeError):   # the loop has been closed
                 loop.call_soon_threadsafe(tell)
-        self._call_when_ended(wake)
+        self.call_when_ended(wake)
         yield from ended.__await__()
         return self.get(0)
 
@@ -777,6 +761,39 @@ class DispyJob(ScheduledJob):
     def _repr_html_(self) -> str:
         """For notebooks: a table."""
         return html_of_jobs([self])
+
+
+def unended_text(job: DispyJob, timeout: Optional[float]) -> str:
+    """Return a text which says that a job has not ended in time, and why. The user's threads."""
+    values = values_of(job.payload, hasattr(job, 'future'))
+    words = job_in_words(job.id, values)
+    seconds = round(timeout or 0.0, 3)
+    return '%s has not ended within %g s: %s' % (words, seconds, _why_unended(job))
+
+
+def _why_unended(job: DispyJob) -> str:
+    if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+        if job.ip_addr:
+            where = ' on ' + job.ip_addr
+        else:
+            where = ''
+        if job.start_time:
+            since = ' for %.1f s' % (time.time() - job.start_time)
+        else:
+            since = ''
+        return 'it has been running%s%s' % (where, since)
+    cluster = next((cluster for cluster in list(_clusters)
+                    if core_of(cluster).comp == job.comp), None)
+    if cluster is None:
+        return 'it waits'
+    return core_of(cluster).report.why_jobs_wait()  # type: ignore[no-any-return]
+
+
+def has_exit_status(job: DispyJob) -> bool:
+    """Whether it was a program that failed, as far as its exit status says."""
+    if not isinstance(job.stdout, bytes):
+        return False
+    return job.result != 0
 
 
 SHORT = reprlib.Repr()
@@ -845,11 +862,11 @@ def _word_of(value: Any) -> str:
 class KeptJob(DispyJob):
     """A job that is written down in a recover_file; an `id` that is set later is written down
     too."""
-    __slots__ = ('arguments', '_journal')
+    __slots__ = ('arguments', 'journal')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], number: Any,
                  arguments: str = '') -> None:
-        self._journal: Optional['Journal'] = None
+        self.journal: Optional['Journal'] = None
         self.arguments = arguments
         super().__init__(comp, payload, options, number)
 
@@ -861,8 +878,8 @@ class KeptJob(DispyJob):
     @id.setter
     def id(self, value: Any) -> None:
         _plain_id.__set__(self, value)
-        if self._journal is not None:
-            self._journal.renamed(self)
+        if self.journal is not None:
+            self.journal.renamed(self)
 
 
 _plain_id: Any = vars(DispyJob)['id']
@@ -908,10 +925,10 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
             status = DispyJob.Terminated
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
     elif outcome == Outcome.RAISED:
-        job._outcome = outcome
+        job.outcome = outcome
         _fill_in_error(job, payload)
     else:
-        job._outcome = outcome
+        job.outcome = outcome
         decoded = bytes(payload).decode('utf-8', 'replace')
         job.result, job.exception = None, decoded
     if start:
@@ -1233,7 +1250,7 @@ class Failure:
             return
         if size_of(job.payload) <= ARGUMENTS_SHOWN:
             self.payload = job.payload
-            self.is_call = hasattr(job, '_future')
+            self.is_call = hasattr(job, 'future')
 
     def values(self) -> Optional[Tuple[tuple, Dict[str, Any]]]:
         """The arguments, if they are here."""
@@ -1281,13 +1298,13 @@ class Failures:
     def add(self, job: 'DispyJob', node: str = '') -> None:
         """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
         here and not at the node."""
-        text = source_here.added_to(job._exception or '')
+        text = source_here.added_to(job.exception or '')
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, node)
-            if isinstance(job._error, ImportError):
-                if type(job._error.msg) is str:
-                    job._error.msg = with_hint_for_module(job._error.msg, node)
-                    job._error.args = (job._error.msg,)
+            error = job.error
+            if isinstance(error, ImportError) and type(error.msg) is str:
+                error.msg = with_hint_for_module(error.msg, node)
+                error.args = (error.msg,)
         reason = told = reason_of(text)
         if 'FileNotFoundError' in text:
             path, at = missing_file(text, self._is_here)
@@ -1297,21 +1314,21 @@ class Failures:
                 hint = ' (%s)' % hint_for_missing(path, self._directory, is_sent)
                 text = text[:at] + hint + text[at:]
                 told += hint
-        job._exception = text
+        job.exception = text
         if self._counts:
             row = self._count(told, reason, job.id)
         else:
             row = None
-        job._failure = Failure(reason, node, row)
+        job.failure = Failure(reason, node, row)
         if '\n' not in text:
-            job._failure.keep(job)
+            job.failure.keep(job)
 
     @staticmethod
     def exited(job: 'DispyJob', node: str = '') -> None:
         """A program has ended with an exit status other than 0."""
         reason = status_words(job.result)
-        job._failure = Failure(reason, node, None)
-        job._failure.keep(job)
+        job.failure = Failure(reason, node, None)
+        job.failure.keep(job)
 
     def _is_here(self, path: str) -> bool:
         return os.path.exists(os.path.join(self._directory, path))
@@ -1507,14 +1524,14 @@ def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
     """What a job does, in a word; where, unless it has gone well; why it has failed."""
     state = JobState(job.status)
     words = _STATE_WORDS.get(state, state.name.lower())
-    if state == JobState.FINISHED and job._has_exit_status():
+    if state == JobState.FINISHED and has_exit_status(job):
         return 'failed', job.ip_addr or '', status_words(job.result)
     if state not in FAILED:
         return words, (job.ip_addr or '') if words == 'running' else '', ''
     text = job.exception or ''   # to show why is to look at it
-    if job._failure is None:
+    if job.failure is None:
         return words, job.ip_addr or '', reason_of(text)
-    return words, job._failure.node or job.ip_addr or '', job._failure.reason
+    return words, job.failure.node or job.ip_addr or '', job.failure.reason
 
 
 class JobList(List['DispyJob']):
@@ -3240,6 +3257,107 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
             raise PeerError('a result with an unknown outcome')
 
 
+class ScheduleRequests:
+    """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._numbers = itertools.count(1)
+
+    def submit(self, event: Submitted) -> None:
+        """Jobs wait for a node."""
+        books = self._books
+        comps = books.comps
+        for work in event.works:
+            # One with a journal has its number
+            work.serial = work.serial or next(self._numbers) << 16
+            comp = comps.get(work.comp)
+            if comp is None:
+                move_job(work, 'cancel')
+                books.do(JobEnded(work, 'the cluster was closed'))
+                continue
+            if comp.unloadable:
+                move_job(work, 'fail')
+                books.do(JobEnded(work, comp.unloadable))
+                continue
+            comp.queue_of(work).push(work)
+            books.waiting[comp.comp] = comp
+            if work.options and 'priority' in work.options:
+                if not comp.ranked:
+                    comp.rank()
+            if comp.idle:
+                continue
+            if not comp.cpus_in_flight or comp.ranked:
+                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
+                # queues. They give the next CPU to the computation that has fewest, and of its jobs
+                # to that of the highest priority.
+                for node in itertools.islice(comp.nodes.values(), 64):
+                    books.changed[node.key] = node
+
+    def unloadable(self, event: Unloadable) -> None:
+        """No node can load the code of a computation: its jobs fail."""
+        comp = self._books.comps.get(event.comp)
+        if comp is None:
+            return
+        comp.unloadable = event.text
+        for work in comp.waiting() if event.text else ():
+            move_job(work, 'fail')
+            comp.take_out(work)
+            self._books.do(JobEnded(work, event.text))
+
+    def cancel(self, event: CancelAsked) -> None:
+        """A job is not wanted any more."""
+        work = event.work
+        comp = self._books.comps.get(event.work.comp)
+        if work.state in ENDED:
+            return
+        if work.state is JobState.CANCELLING:
+            return
+        if comp is None:
+            return
+        if work.state in _WAITING:
+            self._cancel_waiting(work, comp)
+        else:
+            move_job(work, 'cancel')
+            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(send_cancel)
+
+    def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
+        move_job(work, 'cancel')
+        comp.take_out(work)
+        self._books.do(JobEnded(work, 'cancelled before it was started'))
+
+    def withdraw(self, event: WithdrawAsked) -> None:
+        """Jobs are not wanted any more, unless they have begun."""
+        books = self._books
+        recalls: Dict[Tuple[Any, str], List[int]] = {}
+        for work in event.works:
+            comp = books.comps.get(work.comp)
+            if comp is not None:
+                node = comp.running.get(work.serial)
+            else:
+                node = None
+            if comp is not None and work.state in _WAITING:
+                self._cancel_waiting(work, comp)
+            elif comp is None or node is None or node.away is not None \
+                    or work.state is not JobState.SENT:
+                gone = work.state is JobState.CANCELLED
+                books.do(Withdrawn(work, gone))
+            else:
+                comp.withdrawn.add(work)
+                if work.serial not in node.recalled[comp.comp]:
+                    node.recalled[comp.comp][work.serial] = False
+                    recall = recalls.setdefault((node.key, comp.comp), [])
+                    recall.append(work.serial)
+        for (key, name), serials in recalls.items():
+            books.do(SendRecall(key, name, serials))
+
+    def keep(self, work: ScheduledJob) -> None:
+        """The inverse of WithdrawAsked, if it has not been answered."""
+        if work.comp in self._books.comps:
+            self._books.comps[work.comp].withdrawn.discard(work)
+
+
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
@@ -3252,18 +3370,18 @@ class Schedule:
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
         self._losses = Losses(self._books, self._limits)
-        self._numbers = itertools.count(1)
+        self.requests = ScheduleRequests(self._books)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
         self._handlers: Dict[type, Callable[[Any], None]] = {
-            Unloadable: self._unloadable,
+            Unloadable: self.requests.unloadable,
             Opened: self._opened,
-            Submitted: self._submitted,
-            CancelAsked: self._cancel_asked,
+            Submitted: self.requests.submit,
+            CancelAsked: self.requests.cancel,
             Repeat: self._repetitions.repeat,
             RepeatNot: self._repetitions.stay,
-            WithdrawAsked: self._withdraw_asked,
+            WithdrawAsked: self.requests.withdraw,
             NodeStarted: self._node_started,
             NodeReady: self._node_ready,
             NodeTold: self._node_told,
@@ -3358,99 +3476,11 @@ class Schedule:
             return 0.0
         return books.now - node.begun[work.comp].get(work.serial, books.now)
 
-    # -- jobs --------------------------------------------------------------------------------------
+    # -- computations ------------------------------------------------------------------------------
 
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
         self.comps[event.comp] = ComputationLoad(event, order)
-
-    def _submitted(self, event: Submitted) -> None:
-        books = self._books
-        for work in event.works:
-            # One with a journal has its number
-            work.serial = work.serial or next(self._numbers) << 16
-            comp = self.comps.get(work.comp)
-            if comp is None:
-                move_job(work, 'cancel')
-                books.do(JobEnded(work, 'the cluster was closed'))
-                continue
-            if comp.unloadable:
-                move_job(work, 'fail')
-                books.do(JobEnded(work, comp.unloadable))
-                continue
-            comp.queue_of(work).push(work)
-            books.waiting[comp.comp] = comp
-            if work.options and 'priority' in work.options:
-                if not comp.ranked:
-                    comp.rank()
-            if comp.idle:
-                continue
-            if not comp.cpus_in_flight or comp.ranked:
-                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
-                # queues. They give the next CPU to the computation that has fewest, and of its jobs
-                # to that of the highest priority.
-                for node in itertools.islice(comp.nodes.values(), 64):
-                    books.changed[node.key] = node
-
-    def _unloadable(self, event: Unloadable) -> None:
-        comp = self.comps.get(event.comp)
-        if comp is None:
-            return
-        comp.unloadable = event.text
-        for work in comp.waiting() if event.text else ():
-            move_job(work, 'fail')
-            comp.take_out(work)
-            self._books.do(JobEnded(work, event.text))
-
-    def _cancel_asked(self, event: CancelAsked) -> None:
-        work = event.work
-        comp = self.comps.get(event.work.comp)
-        if work.state in ENDED:
-            return
-        if work.state is JobState.CANCELLING:
-            return
-        if comp is None:
-            return
-        if work.state in _WAITING:
-            self._cancel_waiting(work, comp)
-        else:
-            move_job(work, 'cancel')
-            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
-            self._books.do(send_cancel)
-
-    def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
-        move_job(work, 'cancel')
-        comp.take_out(work)
-        self._books.do(JobEnded(work, 'cancelled before it was started'))
-
-    def _withdraw_asked(self, event: WithdrawAsked) -> None:
-        books = self._books
-        recalls: Dict[Tuple[Any, str], List[int]] = {}
-        for work in event.works:
-            comp = self.comps.get(work.comp)
-            if comp is not None:
-                node = comp.running.get(work.serial)
-            else:
-                node = None
-            if comp is not None and work.state in _WAITING:
-                self._cancel_waiting(work, comp)
-            elif comp is None or node is None or node.away is not None \
-                    or work.state is not JobState.SENT:
-                gone = work.state is JobState.CANCELLED
-                books.do(Withdrawn(work, gone))
-            else:
-                comp.withdrawn.add(work)
-                if work.serial not in node.recalled[comp.comp]:
-                    node.recalled[comp.comp][work.serial] = False
-                    recall = recalls.setdefault((node.key, comp.comp), [])
-                    recall.append(work.serial)
-        for (key, name), serials in recalls.items():
-            books.do(SendRecall(key, name, serials))
-
-    def keep(self, work: ScheduledJob) -> None:
-        """The inverse of WithdrawAsked, if it has not been answered."""
-        if work.comp in self.comps:
-            self.comps[work.comp].withdrawn.discard(work)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -7738,7 +7768,7 @@ class Journal(Database):
             self._add(self.INSERT, row)
         self.last = number
         job.serial = number << 16
-        job._journal = self
+        job.journal = self
 
     def _keep_values(self, values: Sequence[Value]) -> None:
         """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
@@ -9829,7 +9859,7 @@ def gathering(lefts: Sequence[RecoverableFiles],
     whole: Set[str] = set()
     forgotten: Set[str] = set()
     try:
-        driver = Driver.alone(access)
+        driver = drivers.alone(access)
         try:
             driver.ask(lambda: found.begin(driver))
             yield found
@@ -9841,7 +9871,7 @@ def gathering(lefts: Sequence[RecoverableFiles],
         finally:
             with contextlib.suppress(RuntimeError):   # it has failed
                 driver.ask(lambda: driver.recoveries.let_go(found, whole))
-            driver.release()
+            drivers.release(driver)
     finally:
         for left in lefts:
             if left.comp in whole:
@@ -10023,7 +10053,7 @@ class JournalRecovery:
 
     def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
         restored = self._restored
-        driver = Driver.alone(access)
+        driver = drivers.alone(access)
         try:
             over = threading.Event()
             recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
@@ -10033,7 +10063,7 @@ class JournalRecovery:
             is_whole = recovery.collected.is_set()
             driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
-            driver.release()
+            drivers.release(driver)
 
     def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
         with self._lock:
@@ -11626,7 +11656,7 @@ class JobExchange:
         if len(acks) >= ACKS_MOST and not self.outgoing.has(comp):
             self.acknowledge(peer)
         else:
-            self._driver.chores_at = min(self._driver.chores_at, self._driver.now + ACK_AFTER)
+            self._driver.chores.within(ACK_AFTER)
 
     def acknowledge(self, peer: NodeConnection) -> None:
         """Tell a node which results are here."""
@@ -11660,7 +11690,7 @@ class JobExchange:
             node_returned = NodeReturned(peer.key, comp, serials)
             self._driver.decide(node_returned)
         if self.outgoing.held_up:
-            self._driver.chores_at = min(self._driver.chores_at, self._driver.now + Outgoing.AGAIN)
+            self._driver.chores.within(Outgoing.AGAIN)
 
     def _hold_up(self, comp: str, is_new: bool) -> None:
         """The journal of a cluster cannot be written, or can be again."""
@@ -11923,7 +11953,7 @@ class Cancellations:
         ended. Whether it has been cancelled."""
         future = self.withdrawals.pop(job, None)
         if future is not None:
-            self._driver.schedule.keep(job)
+            self._driver.schedule.requests.keep(job)
         return job.state is JobState.CANCELLED
 
     def withdrawn(self, action: Withdrawn) -> None:
@@ -12569,7 +12599,7 @@ class LostNodes:
             peer.lost_at = driver.now
         self.doubt(doubted)
         peer.told.clear()
-        driver.warn_soon(used)
+        driver.chores.warn_soon(used)
         reason = 'the connection ended: %s' % text
         if peer.port or peer.embedded:
             lived = driver.now - peer.linked_at
@@ -12697,8 +12727,79 @@ class DecisionLog:
             self._log.debug('end of a turn: %s', ', '.join(map(logged, actions)))
 
 
+class Chores:
+    """What a driver does now and then: dial, ask, give up probing, warn, and look for clusters that
+    nobody uses any more. The driver's thread.
+
+    at - when something is due
+    """
+    MOST = 60.0     # s between two looks
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._unused = Unused()
+        self._warn_at: Dict[str, float] = {}   # by computations
+        self.at = 0.0
+
+    def begin(self, comp: str, warns: bool) -> None:
+        """A cluster is opened; `warns`: its user hears of it when no node can be used."""
+        self._warn_at[comp] = self._driver.now + WARN_AFTER if warns else math.inf
+
+    def forget(self, comp: str) -> None:
+        """A cluster is closed."""
+        del self._warn_at[comp]
+
+    def soon(self) -> None:
+        """Look in this turn for what is due."""
+        self.at = self._driver.now
+
+    def within(self, seconds: float) -> None:
+        """Look after so many seconds at the latest."""
+        self.at = min(self.at, self._driver.now + seconds)
+
+    def warn_soon(self, comps: Iterable[str]) -> None:
+        """Look soon whether these computations have no node any more."""
+        for comp in comps:
+            self._warn_at[comp] = min(self._warn_at[comp], self._driver.now + WARN_AFTER)
+
+    def do(self) -> None:
+        """Do what is due, and find out when to do so next."""
+        driver = self._driver
+        now = driver.now
+        driver.decisions.look()
+        due = [now + self.MOST, self._unused.look(driver.clusters, now)]
+        driver.jobs.end_lost_when_due(due)
+        driver.connector.searches.ask_when_due(due)
+        driver.connector.dial_when_due(due)
+        driver.selection.start_embedded_when_due(due)
+        for comp, when in list(self._warn_at.items()):
+            if now >= when:
+                self._warn(comp)
+            due.append(self._warn_at[comp])
+        for peer in list(driver.nodes.by_key.values()):
+            uses = peer.uses.values()
+            if any(use.acks for use in uses):
+                driver.jobs.acknowledge(peer)
+            if peer.retry_at is not None:
+                if now >= peer.retry_at:
+                    driver.setup.retry(peer)
+                else:
+                    due.append(peer.retry_at)
+        self.at = min(due)
+
+    def _warn(self, comp: str) -> None:
+        """Nobody waits in silence."""
+        driver = self._driver
+        self._warn_at[comp] = driver.now + WARN_EVERY
+        nodes = driver.queries.nodes_of(comp)
+        if not any(state == 'ready' for _, state, _, _, _ in nodes):
+            cluster = driver.clusters[comp]
+            cluster.warn('%s waits for a node. %s'
+                         % (cluster.name, driver.queries.explain_no_nodes(comp)))
+
+
 class Driver(Loop):
-    """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed.
+    """See the module's docstring. Made and ended by `Drivers`.
 
     It is the loop: it has the Schedule, the clusters and the timers, and hands what comes to its
     parts, of which each owns its state.
@@ -12716,11 +12817,10 @@ class Driver(Loop):
     calls - questions to a scheduler and from it
     queries - what clusters ask about nodes
     overview - what monitors ask about nodes and jobs
+    chores - what is to be done now and then
     """
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
-    # For the parts
-    act = Loop._act
 
     def __init__(self, access: ConnectionSettings, instance: bytes = b'',
                  policy: Optional[NodePolicy] = None) -> None:
@@ -12734,15 +12834,11 @@ class Driver(Loop):
         self.access = access
         self.values.where = 'in the program'
         self.schedule = Schedule()
-        self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
         self.openers = Pool('dispy-opener', 2)
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
         self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
-        self._unused = Unused()
-        self._warn_at: Dict[str, float] = {}
-        self.chores_at = 0.0
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -12756,6 +12852,8 @@ class Driver(Loop):
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
         self.overview = Overview(self)
+        self.chores = Chores(self)
+        self.soon = self.chores.soon      # for the parts
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
@@ -12807,38 +12905,8 @@ class Driver(Loop):
 
     # -- life; user threads ------------------------------------------------------------------------
 
-    @staticmethod
-    def acquire(access: ConnectionSettings) -> 'Driver':
-        """The running driver for this access, made if need be. Any thread. Raises SecretError."""
-        with _lock:
-            driver = _drivers.get(access)
-            if driver is None or driver.broken or driver._ended:
-                driver = Driver(access)
-                driver.thread.start()
-                _drivers[access] = driver
-            driver.users += 1
-            return driver
-
-    @staticmethod
-    def alone(access: ConnectionSettings) -> 'Driver':
-        """A driver that no cluster shares: to nodes it is another program. Any thread. Raises
-        SecretError."""
-        driver = Driver(access, os.urandom(16))
-        driver.users = 1
-        driver.thread.start()
-        with _lock:
-            _alone.add(driver)
-        return driver
-
-    def release(self) -> None:
-        """A cluster is done with it; the last one ends it. Any thread but the driver's."""
-        with _lock:
-            self.users -= 1
-            if self.users:
-                return
-            if _drivers.get(self.access) is self:
-                del _drivers[self.access]
-            _alone.discard(self)
+    def finish(self) -> None:
+        """Leave all nodes and end the thread. Any thread but the driver's."""
         with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
             self.ask(self._leave)
 
@@ -12929,10 +12997,7 @@ class Driver(Loop):
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
                         cluster.cpus_in_all())
         self.decide(opened)
-        if cluster.warns:
-            self._warn_at[comp] = self.now + WARN_AFTER
-        else:
-            self._warn_at[comp] = math.inf
+        self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
         if probe:
             self.selection.probes[comp] = self.now + PROBE_TIME
@@ -12952,7 +13017,7 @@ class Driver(Loop):
         self.decide(Closed(comp))
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
-        del self._warn_at[comp]
+        self.chores.forget(comp)
         self.nodes.misfits.forget(comp)
         self.overview.forget(comp)
         self.selection.probes.pop(comp, None)
@@ -13082,15 +13147,15 @@ class Driver(Loop):
         # Before anything of this turn is sent, and before results are acknowledged
         if self.jobs.outgoing.journals:
             self.guard(None, self.jobs.note_down)
-        if self.now >= self.chores_at:
-            self.guard(None, self._chores)
+        if self.now >= self.chores.at:
+            self.guard(None, self.chores.do)
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
         connector = self.connector
         if self.files.backlog and self.files.backlog.has_room():
             return 0.0
-        first = self.chores_at
+        first = self.chores.at
         local = connector.local
         for part in (self.schedule, local) if local is not None else (self.schedule,):
             when = part.next_timer()
@@ -13107,43 +13172,6 @@ class Driver(Loop):
         if self.decisions.is_on:
             self.decisions.add(None, actions)
         self.act(actions)
-
-    def _chores(self) -> None:
-        """Dial, ask, give up probing, warn; and when to do so next."""
-        connector = self.connector
-        self.decisions.look()
-        due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
-        self.jobs.end_lost_when_due(due)
-        connector.searches.ask_when_due(due)
-        connector.dial_when_due(due)
-        self.selection.start_embedded_when_due(due)
-        for comp, when in list(self._warn_at.items()):
-            if self.now >= when:
-                self._warn(comp)
-            due.append(self._warn_at[comp])
-        for peer in list(self.nodes.by_key.values()):
-            uses = peer.uses.values()
-            if any(use.acks for use in uses):
-                self.jobs.acknowledge(peer)
-            if peer.retry_at is not None:
-                if self.now >= peer.retry_at:
-                    self.setup.retry(peer)
-                else:
-                    due.append(peer.retry_at)
-        self.chores_at = min(due)
-
-    def soon(self) -> None:
-        """Look in this turn for what is due."""
-        self.chores_at = self.now
-
-    def _warn(self, comp: str) -> None:
-        """Nobody waits in silence."""
-        self._warn_at[comp] = self.now + WARN_EVERY
-        nodes = self.queries.nodes_of(comp)
-        if not any(state == 'ready' for _, state, _, _, _ in nodes):
-            self.clusters[comp].warn(
-                '%s waits for a node. %s' %
-                (self.clusters[comp].name, self.queries.explain_no_nodes(comp)))
 
     # -- links -------------------------------------------------------------------------------------
 
@@ -13178,11 +13206,6 @@ class Driver(Loop):
         """A link came to its end: the node is lost until it is reached again."""
         self.lost_nodes.link_ended(channel, text)
 
-    def warn_soon(self, comps: Iterable[str]) -> None:
-        """Look soon whether these computations have no node any more."""
-        for comp in comps:
-            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
-
     def remove_old_trails(self) -> None:
         """Once in a program."""
         global _trails_looked_at
@@ -13203,6 +13226,55 @@ class Driver(Loop):
             self.send(peer.link, message)
 
 
+class Drivers:
+    """The drivers of this process. Clusters that have the same settings share one. Any thread."""
+
+    def __init__(self) -> None:
+        self._shared: Dict[ConnectionSettings, Driver] = {}
+        self._users: 'collections.Counter[Driver]' = collections.Counter()   # clusters
+
+    def acquire(self, access: ConnectionSettings) -> Driver:
+        """Return the running driver for these settings, which is made if need be. Raises
+        SecretError."""
+        with _lock:
+            driver = self._shared.get(access)
+            if driver is None or driver.broken or driver.has_ended:
+                driver = Driver(access)
+                driver.thread.start()
+                self._shared[access] = driver
+            self._users[driver] += 1
+            return driver
+
+    def alone(self, access: ConnectionSettings) -> Driver:
+        """Return a driver that no cluster shares: to nodes it is another program. Raises
+        SecretError."""
+        driver = Driver(access, os.urandom(16))
+        driver.thread.start()
+        with _lock:
+            self._users[driver] = 1
+        return driver
+
+    def release(self, driver: Driver) -> None:
+        """A cluster is done with a driver; the last one ends it. Any thread but the driver's."""
+        with _lock:
+            if driver not in self._users:   # this process is a fork of its own
+                return
+            self._users[driver] -= 1
+            if self._users[driver]:
+                return
+            del self._users[driver]
+            if self._shared.get(driver.access) is driver:
+                del self._shared[driver.access]
+        driver.finish()
+
+    def after_fork(self) -> None:
+        """In a forked child: all of them are the parent's."""
+        for driver in self._users:
+            driver.after_fork()
+        self._shared.clear()
+        self._users.clear()
+
+
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
     """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
     code."""
@@ -13214,7 +13286,7 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
     fill_in(job, row, is_program)
     if job.status != JobState.FINISHED:
         return error_of(job)
-    if job._has_exit_status():
+    if has_exit_status(job):
         return exit_error(job)
     return None
 
@@ -13236,10 +13308,9 @@ _MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, Assignm
 # Options of a job that its node has to know
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
-# Guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
+# Guards the table of drivers, the making of jobs' events, cloudpickle's registry
 _lock = threading.Lock()
-_drivers: Dict[ConnectionSettings, Driver] = {}
-_alone: Set[Driver] = set()   # others
+drivers = Drivers()
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()   # those that are open
 _told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
 _instance = os.urandom(16)    # this process to nodes
@@ -13251,10 +13322,7 @@ def _forked() -> None:
     global _lock, _instance
     _lock = threading.Lock()
     _instance = os.urandom(16)
-    for driver in [*_drivers.values(), *_alone]:
-        driver.after_fork()
-    _drivers.clear()
-    _alone.clear()
+    drivers.after_fork()
     shared_values.after_fork()
     joblib_clusters.after_fork()
     for cluster in list(_clusters):
@@ -13417,8 +13485,8 @@ class ClusterOptions:
         options = {name: given[name] for name in TAKEN_AS_GIVEN}
         port = options['port'] = node_port_of(given['dispy_port'], given['node_port'])
         for name, (low, high) in INTERVALS.items():
-            options[name] = _in_range(name, given[name], None, low, high)
-        options['jobs_per_worker'] = _in_range(
+            options[name] = in_range(name, given[name], None, low, high)
+        options['jobs_per_worker'] = in_range(
             'max_jobs_per_worker', given['max_jobs_per_worker'], None, 1, 1 << 31, True)
         host = given['host']
         if host is None:
@@ -13442,9 +13510,9 @@ class ClusterOptions:
         options['dest_path'] = plain_dest_path(given['dest_path'])
         check_depends(given['depends'])
         options['loglevel'] = level_of(given['loglevel'])
-        options['reentrant'] = _flag('reentrant', given['reentrant'])
+        options['reentrant'] = flag_of('reentrant', given['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
-        options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        options['forward_logs'] = flag_of('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
@@ -13518,7 +13586,7 @@ def function_or_flag(name: str, value: Any) -> Any:
     """Return a parameter that is a function, True or False. Raises TypeError for anything else."""
     if callable(value):
         return value
-    return _flag(name, value)
+    return flag_of(name, value)
 
 
 def recover_path(recover_file: Any, fault_recover: Any) -> Optional[str]:
@@ -13795,8 +13863,8 @@ class UserCallbacks:
             _calling.book = None
 
     def _report(self, job: DispyJob, exc: BaseException) -> None:
-        if job._failure is not None:
-            values = job._failure.values()
+        if job.failure is not None:
+            values = job.failure.values()
         else:
             values = None
         about = '%s of %s' % (job_in_words(job.id, values), self._name)
@@ -14040,8 +14108,8 @@ class ResultDelivery:
                 status_callback = StatusCallback(callbacks, job.status, peer, job)
                 driver.post(status_callback)
         for job in jobs:
-            if job._event is not None or job._when_ended is not None:
-                job._wake()
+            if job.event is not None or job.when_ended is not None:
+                job.wake()
         if callbacks.job_status is None:
             self._book.settle(len(jobs))
         elif driver.broken:   # the pool has ended with the driver
@@ -14138,7 +14206,7 @@ class Submitter:
                     self.journal.submitted(job)
                     self.journal.trim()
             if future is not None:
-                job._future = future
+                job.future = future
                 future.job = job
             book.enter(job)
             if self._callbacks.cluster_status is not None:
@@ -14300,7 +14368,7 @@ class JobTakeover:
         """Take over the jobs of the journal, which are rows of `Journal.known`. The user's thread.
         """
         for row in rows:
-            row[0]._journal = journal
+            row[0].journal = journal
         restored = RestoredJobs(journal, rows, self._is_program)
         self.recovered += restored.jobs
         journal.delivered(restored.ended)
@@ -14592,7 +14660,7 @@ class ProgramCluster(ComputationUser):
         self.takeover.begin(journal, known)
 
     def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
-        driver = self.driver = Driver.acquire(access)
+        driver = self.driver = drivers.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
                  self.report, self.takeover)
@@ -14606,7 +14674,7 @@ class ProgramCluster(ComputationUser):
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
             self.cluster = None
-            driver.release()
+            drivers.release(driver)
             raise
         _clusters.add(cluster)
         logger.info('%s: the computation begins', self.name, extra=ROUTINE)
@@ -14702,7 +14770,7 @@ class ProgramCluster(ComputationUser):
             self.journal.close(remove=True)
         self._log_end()
         if threading.current_thread() is not driver.thread:
-            driver.release()
+            drivers.release(driver)
 
     def _log_end(self) -> None:
         """Log what came of the computation, in numbers."""
@@ -15040,7 +15108,7 @@ def node_port_of(dispy_port: Any, node_port: Any) -> int:
         port = dispy_port
     else:
         port = node_port
-    return _in_range('dispy_port', port, NODE_PORT, 1, 65535, True)  # type: ignore[no-any-return]
+    return in_range('dispy_port', port, NODE_PORT, 1, 65535, True)  # type: ignore[no-any-return]
 
 
 def plain_dest_path(path: Any) -> Optional[str]:
@@ -15336,7 +15404,7 @@ class JobCluster(OldCluster):
         there is none); leaving the loop cancels the rest. Raises ValueError for an `in_flight`
         below 1. `progress` as in `wait`, of results that have been taken."""
         high = 1 << 31
-        most = _in_range('in_flight', in_flight, 1000, 1, high, True)
+        most = in_range('in_flight', in_flight, 1000, 1, high, True)
         results = self._map(zip(*iterables), most)
         if progress:
             return in_sight(results, shortest(iterables))
@@ -15441,7 +15509,7 @@ class JobCluster(OldCluster):
         RuntimeError when the cluster is or gets closed. Any thread."""
         timeout = _seconds('timeout', timeout)
         high = 1 << 31
-        n = _in_range('n', n, 1, 0, high, True)
+        n = in_range('n', n, 1, 0, high, True)
         core = self._core
         if timeout is None:
             until = None
@@ -15616,7 +15684,7 @@ def ended_jobs(jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[Dispy
         until = time.monotonic() + timeout
     ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
     for job in jobs:
-        job._call_when_ended(ended.put)
+        job.call_when_ended(ended.put)
     left = set(jobs)
     while left:
         try:
@@ -15639,7 +15707,7 @@ def text_of_unended(jobs: List[DispyJob], left: Set[DispyJob], timeout: Optional
         if job not in left:
             continue
         if job.status not in ENDED:
-            return '%s. The first of them: %s' % (text, job._unended(timeout))
+            return '%s. The first of them: %s' % (text, unended_text(job, timeout))
     return text
 
 
@@ -15999,9 +16067,9 @@ class SharedJobCluster(JobCluster):
         if not isinstance(where, str):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
         host, port = host_and_port(
-            where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
+            where, in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
         node_spec = NodeSpec(host, port, scheduler=True)
-        flag = _flag('exclusive', exclusive)
+        flag = flag_of('exclusive', exclusive)
         self._shared = SharedOptions(node_spec, flag, any_node(nodes))
         super().__init__(computation, nodes, *args, **options)
 
@@ -16034,7 +16102,7 @@ class NodeScan(NodeUser):
         self.comp = uuid.uuid4().hex
         files = tls_files(certfile, keyfile, cafile)
         access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
-        self.driver = Driver.acquire(access)
+        self.driver = drivers.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def look(self,
@@ -16088,7 +16156,7 @@ class NodeScan(NodeUser):
     def close(self) -> None:
         """Let the nodes go."""
         self.driver.ask(lambda: self.driver.forget(self.comp))
-        self.driver.release()
+        drivers.release(self.driver)
 
     def __enter__(self) -> 'NodeScan':
         return self
@@ -16241,7 +16309,7 @@ def _own_host(host: Any) -> Optional[Tuple[str, int]]:
         raise TypeError(
             "host=%.80r: it must be an address of this host, 'address:port' or (address, port)" %
             (host, ))
-    return plain_text(host[0]), _in_range('host: port', host[1], None, 1, 65535, True)
+    return plain_text(host[0]), in_range('host: port', host[1], None, 1, 65535, True)
 
 
 def plain_number(value: Any, whole: bool = False) -> Any:
@@ -16280,12 +16348,8 @@ def number_in(value: Any, whole: bool = False) -> Any:
     return plain_number(value, whole)
 
 
-def _in_range(name: str,
-              value: Any,
-              default: Any,
-              low: float,
-              high: float,
-              whole: bool = False) -> Any:
+def in_range(name: str, value: Any, default: Any, low: float, high: float,
+             whole: bool = False) -> Any:
     """Return a parameter as a plain number. Raises ValueError if it is none or is out of range."""
     if value is None:
         return default
@@ -16311,7 +16375,7 @@ def _seconds(name: str, value: Any) -> Optional[float]:
     return float(number)
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag_of(name: str, value: Any) -> bool:
     """Return a parameter that is True or False. Raises TypeError for anything else."""
     if isinstance(value, (bool, numbers.Number)) or type(value).__name__ in ('bool_', 'bool'):
         if value == 0 or value == 1:
@@ -16331,7 +16395,7 @@ def _take_options(kwargs: dict) -> Optional[dict]:
         value = kwargs.pop(name)
         if value is not None:
             message = 'submit: ' + name
-            options[name[len('dispy_'):]] = _in_range(message, value, None, *_OPTIONS[name])
+            options[name[len('dispy_'):]] = in_range(message, value, None, *_OPTIONS[name])
     if repeats is not None:
         if not options.get('retries'):
             raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried '
@@ -16358,7 +16422,7 @@ def _take_repeats(kwargs: dict) -> Optional[Repeats]:
         if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
             raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions '
                             'or several of these' % (on, ))
-    seconds = _in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6)
+    seconds = in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6)
     return Repeats(on if on is True else tuple(kinds), seconds, 0)
 
 
@@ -16437,7 +16501,7 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             return exc
         if self.job is None or exc.args:
             return exc
-        return concurrent.futures.TimeoutError(self.job._unended(timeout))
+        return concurrent.futures.TimeoutError(unended_text(self.job, timeout))
 
     def _driver(self) -> Driver:
         """The driver of the cluster that runs the call."""
@@ -16510,8 +16574,8 @@ def _in_event_loop() -> bool:
 def _settle_future(job: DispyJob) -> None:
     """The callback of an executor's cluster. Afterwards the job refers to the future no more:
     both are freed, with the result, when the last reference to them is gone."""
-    future = job._future
-    del job._future
+    future = job.future
+    del job.future
     future.settle(job)
 
 
@@ -18568,7 +18632,7 @@ OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
 }
 
 
-def _parser() -> OptionParser:
+def make_parser() -> OptionParser:
     parser = OptionParser(
         prog='dispy',
         usage='%(prog)s [options] COMMAND [WORD...] [::: ARGUMENT... | :::: FILE...]...',
@@ -19009,7 +19073,7 @@ class Feeder:
             not_submitted = NotSubmitted(number, values, str(exc))
             self._events.put(not_submitted)
         else:
-            job._call_when_ended(self._events.put)   # by way of the callbacks it takes longer
+            job.call_when_ended(self._events.put)   # by way of the callbacks it takes longer
 
     def _wait_for_turn(self) -> None:
         delay = self._plan.args.delay
@@ -19633,7 +19697,7 @@ class Deployment:
 
     def _start(self, options: List[str], more: List[str]) -> None:
         """Start the daemon, in a session of its own, and wait until it listens."""
-        args = dispynode._parser().parse_args(options)
+        args = dispynode.make_parser().parse_args(options)
         log = os.path.abspath(args.log_file or self._log)
         if os.path.exists(log):
             begin = os.path.getsize(log)
@@ -19868,7 +19932,7 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
         if options:
             raise ValueError('stop takes no options of dispynode')
         return (task,)
-    node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
+    node = dispynode.make_parser().parse_args(options)   # wrong ones are told here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
                          '--secret-file before the --')
@@ -20039,7 +20103,7 @@ def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequenc
 
 
 def _choose(argv: List[str]) -> int:
-    parser = _parser()
+    parser = make_parser()
     options, words = parser.split(argv)
     args = parser.parse_args(options)
     modes = {'cancel_lost': _cancel_lost, 'list_nodes': _look_at_nodes}

@@ -133,7 +133,7 @@ from typing import (
     Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type)
 
 try:
-    from dispy import Driver
+    from dispy import drivers
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     text = str(exc)
     if exc.name == 'dispy':
@@ -1090,7 +1090,7 @@ class SchedulerLink(dispy.NodeScan):
         self.address = (host, port)
         self.port = port
         self.comp = uuid.uuid4().hex
-        self.driver = Driver.acquire(access)
+        self.driver = drivers.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def why_not(self) -> str:
@@ -2224,7 +2224,7 @@ class DispyHTTPServer:
                  show_job_args: bool = True,
                  DocumentRoot: Optional[str] = None) -> None:
         source = ClusterSource()
-        source.shows_arguments = dispy._flag('show_job_args', show_job_args)
+        source.shows_arguments = dispy.flag_of('show_job_args', show_job_args)
         dispy.old_names.tell_given(DocumentRoot=DocumentRoot)
         if cluster is not None:
             source.add(cluster)
@@ -2240,8 +2240,8 @@ class DispyHTTPServer:
         if not isinstance(host, str):
             raise TypeError('host=%.80r must be an address of this host, not %s' %
                             (host, type(host).__name__))
-        port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535, True)
-        every = float(dispy._in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
+        port = dispy.in_range('port', port, HTTPD_PORT, 0, 65535, True)
+        every = float(dispy.in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
         certfile, keyfile, _ = tls_files(certfile, keyfile)
         if certfile:
             tls = _web_tls(certfile, keyfile)
@@ -2416,7 +2416,7 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
 ]
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dispy-httpd',
         description='Show a dispyscheduler in a browser, or nodes, whoever uses them: these are '
@@ -2473,7 +2473,7 @@ def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[Scheduler
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line. Return 0 when it was ended by a signal, 1 when it could not start."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

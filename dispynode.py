@@ -26,10 +26,11 @@ and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
 Each of these has parts, which own their state and know one another by their methods:
   Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
-          Attempts (what waits), CpuScheduler (what runs), FairShare (who is next), Interruptions
-          (what is ended), JobRequests (what jobs ask of clients), UndeliveredResults, PastAttempts,
-          Inquiries (what is asked of the node), Timers
-  NodeHost  NodeDirectory, ComputationFiles, ResultStore, ProcessHost
+          Attempts (what waits), CpuScheduler (what runs), WorkerPool, FairShare (who is next),
+          Interruptions (what is ended), JobRequests (what jobs ask of clients), NodeService
+          (pauses and the end), UndeliveredResults, PastAttempts, Inquiries (what is asked of the
+          node), Timers
+  NodeHost  NodeDirectory, ComputationFiles, ResultStore, ProcessHost (runners), WorkerPipes
   Daemon  NodeHost, Uplinks, NodeDiscovery
   Runner  ComputationCode (what was loaded), WorkerProcesses, RunningLimits
   Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
@@ -5277,12 +5278,13 @@ class RecordBuffer(ReceiveBuffer):
         buffer_updated = self.buffer_updated(count)
         chosen_records: List[Record] = []
         for head, body in buffer_updated:
-            chosen_record = self._record(head, body)
+            chosen_record = self.record_of(head, body)
             chosen_records.append(chosen_record)
         return chosen_records
 
     @staticmethod
-    def _record(head: bytes, body: memoryview) -> Record:
+    def record_of(head: bytes, body: memoryview) -> Record:
+        """The record of which these are the head and the bodies."""
         kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
         both = one + two
         bodies = (body[:one], body[one:both], body[both:both + three])
@@ -6436,7 +6438,7 @@ class Values:
 class Link(Channel):
     """An authenticated connection that carries messages."""
     AT_ONCE = 16     # parts that are made in one turn
-    _numbers = itertools.count(1)
+    numbers = itertools.count(1)
 
     def __init__(self,
                  sock: socket.socket,
@@ -6448,7 +6450,7 @@ class Link(Channel):
         self._opener = FrameDecoder(session.receive_key, takes)
         super().__init__(sock, self._opener)
         self._sealer = FrameEncoder(session.send_key)
-        self.number = next(Link._numbers)
+        self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
         self.address = address
@@ -6711,7 +6713,7 @@ class MemoryLink(Link):
     def __init__(self, instance: bytes, role: int, now: float) -> None:
         """Of the other side. There is no socket, so that nothing of `Link` is set up."""
         self.sock: Any = None
-        self.number = next(Link._numbers)
+        self.number = next(Link.numbers)
         self.instance = instance
         self.role = Role(role)
         self.address = '127.0.0.1'
@@ -6729,9 +6731,9 @@ class MemoryLink(Link):
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
-        self._queue: Deque[Any] = collections.deque()
+        self.incoming: Deque[Any] = collections.deque()
         self._taken = self._handed = 0
-        self._is_over = False      # the other end was closed
+        self.is_over = False      # the other end was closed
 
     @classmethod
     def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
@@ -6755,7 +6757,7 @@ class MemoryLink(Link):
             if size > most:
                 text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
                 raise TooLarge(text)
-        self.other._queue.append(message)
+        self.other.incoming.append(message)
         self.queued += size
         self.bytes_out += size
         self._handed += 1
@@ -6763,19 +6765,19 @@ class MemoryLink(Link):
     @property
     def has_messages(self) -> bool:
         """Whether there is something to take."""
-        if not self._queue and not self._is_over:
+        if not self.incoming and not self.is_over:
             return False
         return self.dirty is not None and not self.paused
 
     def messages(self, now: float) -> List[Any]:
-        if not self._queue and self._is_over:
+        if not self.incoming and self.is_over:
             raise LinkBroken('the connection was closed')
         size = self.other.queued   # of all that was handed over and not taken
         self.other.queued = 0
         self.bytes_in += size
         self.heard = now
-        taken = list(self._queue)
-        self._queue.clear()
+        taken = list(self.incoming)
+        self.incoming.clear()
         self._taken += len(taken)
         return taken
 
@@ -6808,8 +6810,8 @@ class MemoryLink(Link):
 
     def close(self) -> None:
         """The other end takes what was handed to it, and then its end."""
-        self._queue.clear()
-        self.other._is_over = True
+        self.incoming.clear()
+        self.other.is_over = True
 
 
 _CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
@@ -6857,7 +6859,7 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        return [RecordBuffer._record(head, body) for head, body in self.read(now)]
+        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
 
 
 class Faults:
@@ -6946,7 +6948,7 @@ class Loop:
         self._signalled = False
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
-        self._ended = False
+        self.has_ended = False
         self._faults = Faults()
         self.values = Values('here', self.log)   # that come in parts
         self._again = False        # a turn failed, and what it had to do may not be done
@@ -7026,8 +7028,8 @@ class Loop:
             self._waker.send(b'\0')
         except (BlockingIOError, OSError):
             # Full: it wakes anyway; closed: nobody is left to hear
-            self._signalled = not self._ended
-            if self._ended:
+            self._signalled = not self.has_ended
+            if self.has_ended:
                 self._close_late()
 
     def _close_late(self) -> None:
@@ -7139,14 +7141,14 @@ class Loop:
 
     def run(self) -> None:
         """Turn after turn until `stop`."""
-        while not self._ended:
+        while not self.has_ended:
             self.turn()
         if self._failed:
             raise LoopFailed(self._failed)
 
     def stop(self) -> None:
         """Make `run` return after this turn."""
-        self._ended = True
+        self.has_ended = True
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """One round: wait, read, take events, decide, write."""
@@ -7190,7 +7192,7 @@ class Loop:
         except Exception as exc:  # whatever it is, others are served all the same
             self.fault(subject, exc)
 
-    def _act(self, actions: List[Any]) -> None:
+    def act(self, actions: List[Any]) -> None:
         """Carry out what the state has decided, by the table of the loop."""
         for action in actions:
             try:
@@ -7354,7 +7356,7 @@ class Loop:
 
     def close(self) -> None:
         """Close all that is owned."""
-        self._ended = True
+        self.has_ended = True
         self._waits = True        # who posts from now on finds the waker closed
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
@@ -10116,8 +10118,102 @@ class FairShare:
                 claim.reckoned -= comp.estimate.remaining(age) * cpus
 
 
+class WorkerPool:
+    """The workers of all computations: which there are, when the next may be started, and when
+    those end that have nothing to do.
+
+    start_at - when the next worker may be started
+    """
+
+    def __init__(self, tables: NodeTables, timers: Timers) -> None:
+        self._tables = tables
+        self._timers = timers
+        self.start_at = 0.0
+        self._start_failure = ''    # why none could be started, as it was told
+        self._keys = itertools.count(1)
+
+    def start(self, comp: _Computation) -> _Worker:
+        """Have a worker started for a computation."""
+        tables = self._tables
+        key = next(self._keys)
+        worker = _Worker(key, comp)
+        tables.workers[worker.key] = worker
+        comp.workers[worker.key] = worker
+        start_worker = StartWorker(worker.key, comp.comp)
+        tables.do(start_worker)
+        return worker
+
+    def start_failed(self, worker: _Worker, text: str, now: float) -> None:
+        """A worker could not be started. Its client is told, but not again and again."""
+        tables = self._tables
+        comp = worker.comp
+        self.remove(worker)
+        if self._start_failure != text or now > self.start_at + WORKER_TOLD:
+            self._start_failure = text
+            message = ('node %s cannot make a worker: %s; it goes on with those that it has, '
+                       'and keeps trying' % (tables.name, text))
+            logger.error('%s', message)
+            notice = Notice(comp.comp, message)
+            tables.reply(comp, notice)
+        self.start_at = now + WORKER_RETRY_DELAY
+        self._timers.at(self.start_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
+
+    def _may_start_again(self, now: float) -> None:
+        """Nothing is to be done at this time but to look whether a worker is to be started."""
+
+    def put_idle(self, worker: _Worker) -> None:
+        """A worker has nothing to do; it ends if it has run as many jobs as it may."""
+        tables = self._tables
+        comp = worker.comp
+        comp.refillable.pop(worker.key, None)
+        if comp.most and worker.jobs_given >= comp.most:
+            self.remove(worker)
+            retire = Retire(worker.key)
+            tables.do(retire)
+        else:
+            worker.since = tables.now
+            comp.idle.append(worker)
+            if not comp.has_idle_timer:
+                comp.has_idle_timer = True
+                when = tables.now + WORKER_IDLE
+                self._retire_at(when, comp)
+
+    def _retire_at(self, when: float, comp: _Computation) -> None:
+        self._timers.at(when, comp.comp, self._retire_idle, comp, is_wanted=self._is_here)
+
+    def _is_here(self, comp: _Computation) -> bool:
+        return self._tables.comps.get(comp.comp) is comp
+
+    def _retire_idle(self, comp: _Computation, now: float) -> None:
+        """Workers that have had nothing to do for long give back their memory. What setup has
+        made is in the runner, which forks others when there are jobs again."""
+        if not self._is_here(comp):
+            return
+        for worker in list(comp.idle):
+            if not worker.since + WORKER_IDLE <= now:
+                continue
+            self.remove(worker)
+            retire = Retire(worker.key)
+            self._tables.do(retire)
+        comp.has_idle_timer = bool(comp.idle)
+        if comp.idle:
+            first = min(worker.since for worker in comp.idle)
+            when = first + WORKER_IDLE
+            self._retire_at(when, comp)
+
+    def remove(self, worker: _Worker) -> None:
+        """A worker has ended, or has been told to."""
+        self._tables.workers.pop(worker.key, None)
+        comp = worker.comp
+        comp.workers.pop(worker.key, None)
+        comp.starting.discard(worker.key)
+        comp.refillable.pop(worker.key, None)
+        if worker in comp.idle:
+            comp.idle.remove(worker)
+
+
 class CpuScheduler:
-    """Gives CPUs to attempts that wait: makes workers, feeds them, and lets them end."""
+    """Gives CPUs to attempts that wait, feeds workers with them, and takes their results."""
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, attempts: Attempts,
                  interruptions: Interruptions, share: FairShare) -> None:
@@ -10128,9 +10224,7 @@ class CpuScheduler:
         self._interruptions = interruptions
         self._share = share
         self.look_at = math.inf     # when some head will have run for BEGUN_TIME
-        self._workers_at = 0.0      # when the next worker may be started
-        self._start_failure = ''    # why none could be, as it was told
-        self._keys = itertools.count(1)
+        self._pool = WorkerPool(tables, timers)
         self._served = itertools.count()
 
     # -- CPUs to attempts that wait ----------------------------------------------------------------
@@ -10183,8 +10277,8 @@ class CpuScheduler:
         elif comp.initializer:
             self._initialize(comp, now)
             return False
-        elif len(comp.workers) < self._cpus.total and now >= self._workers_at:
-            worker = self._new_worker(comp)
+        elif len(comp.workers) < self._cpus.total and now >= self._pool.start_at:
+            worker = self._pool.start(comp)
         else:
             return False
         worker.since = now
@@ -10340,7 +10434,8 @@ class CpuScheduler:
             comp.refillable[worker.key] = worker
             self._on_job_started(worker, now)
         else:
-            self._idle(worker, ended.cpus)
+            self._cpus.free += ended.cpus
+            self._pool.put_idle(worker)
 
     @staticmethod
     def _note_overdue(attempt: Attempt, row: tuple) -> None:
@@ -10381,7 +10476,8 @@ class CpuScheduler:
         worker.jobs_given -= len(back)
         self._attempts.requeue(comp, back)
         if back and not worker.queue:
-            self._idle(worker, back[0].cpus)
+            self._cpus.free += back[0].cpus
+            self._pool.put_idle(worker)
         elif worker.queue and worker.queue[0] is not head:
             self._on_job_started(worker, now)
 
@@ -10413,82 +10509,23 @@ class CpuScheduler:
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def _new_worker(self, comp: _Computation) -> _Worker:
-        tables = self._tables
-        key = next(self._keys)
-        worker = _Worker(key, comp)
-        tables.workers[worker.key] = worker
-        comp.workers[worker.key] = worker
-        start_worker = StartWorker(worker.key, comp.comp)
-        tables.do(start_worker)
-        return worker
-
     def _initialize(self, comp: _Computation, now: float) -> None:
         """Make workers for what waits. They get work when they are ready for it."""
         waiting_length = len(comp.waiting)
         most = min(self._cpus.free, waiting_length)
         while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
-                and now >= self._workers_at:
-            comp.starting.add(self._new_worker(comp).key)
+                and now >= self._pool.start_at:
+            comp.starting.add(self._pool.start(comp).key)
 
     def initialized(self, worker: _Worker) -> None:
         """A worker is ready for work: the initializer has returned in it."""
-        self._idle(worker, 0)
-
-    def _idle(self, worker: _Worker, cpus: int) -> None:
-        tables = self._tables
-        comp = worker.comp
-        self._cpus.free += cpus
-        comp.refillable.pop(worker.key, None)
-        if comp.most and worker.jobs_given >= comp.most:
-            self._remove_worker(worker)
-            retire = Retire(worker.key)
-            tables.do(retire)
-        else:
-            worker.since = tables.now
-            comp.idle.append(worker)
-            if not comp.has_idle_timer:
-                comp.has_idle_timer = True
-                when = tables.now + WORKER_IDLE
-                self._retire_at(when, comp)
-
-    def _retire_at(self, when: float, comp: _Computation) -> None:
-        self._timers.at(when, comp.comp, self._retire_idle, comp, is_wanted=self._is_here)
-
-    def _is_here(self, comp: _Computation) -> bool:
-        return self._tables.comps.get(comp.comp) is comp
-
-    def _retire_idle(self, comp: _Computation, now: float) -> None:
-        """Workers that have had nothing to do for long give back their memory. What setup has
-        made is in the runner, which forks others when there are jobs again."""
-        if not self._is_here(comp):
-            return
-        for worker in list(comp.idle):
-            if not worker.since + WORKER_IDLE <= now:
-                continue
-            self._remove_worker(worker)
-            retire = Retire(worker.key)
-            self._tables.do(retire)
-        comp.has_idle_timer = bool(comp.idle)
-        if comp.idle:
-            first = min(worker.since for worker in comp.idle)
-            when = first + WORKER_IDLE
-            self._retire_at(when, comp)
-
-    def _remove_worker(self, worker: _Worker) -> None:
-        self._tables.workers.pop(worker.key, None)
-        comp = worker.comp
-        comp.workers.pop(worker.key, None)
-        comp.starting.discard(worker.key)
-        comp.refillable.pop(worker.key, None)
-        if worker in comp.idle:
-            comp.idle.remove(worker)
+        self._pool.put_idle(worker)
 
     def worker_gone(self, worker: _Worker, event: WorkerGone, now: float) -> None:
         """The process of a worker has ended: what it ran has failed, and the rest waits again."""
         attempts = self._attempts
         comp = worker.comp
-        self._remove_worker(worker)
+        self._pool.remove(worker)
         self._cpus.free += worker.stuck
         if comp.stage is Stage.CLOSING:
             return
@@ -10525,27 +10562,13 @@ class CpuScheduler:
 
     def on_start_failed(self, event: WorkerStartFailed, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
-        tables = self._tables
-        worker = tables.workers.get(event.worker)
+        worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
-        self._remove_worker(worker)
-        comp = worker.comp
-        if self._start_failure != event.text or now > self._workers_at + WORKER_TOLD:
-            self._start_failure = event.text
-            text = ('node %s cannot make a worker: %s; it goes on with those that it has, '
-                    'and keeps trying' % (tables.name, event.text))
-            logger.error('%s', text)
-            notice = Notice(comp.comp, text)
-            tables.reply(comp, notice)
-        self._workers_at = now + WORKER_RETRY_DELAY
-        self._timers.at(self._workers_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
+        self._pool.start_failed(worker, event.text, now)
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
-            self._attempts.requeue(comp, worker.queue)
-
-    def _may_start_again(self, now: float) -> None:
-        """Nothing is to be done at this time but to look whether a worker is to be started."""
+            self._attempts.requeue(worker.comp, worker.queue)
 
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: its workers have no more work."""
@@ -10560,7 +10583,7 @@ class CpuScheduler:
         """The processes of a computation have ended."""
         for worker in list(comp.workers.values()):
             self._cpus.free += worker.stuck
-            self._remove_worker(worker)
+            self._pool.remove(worker)
 
 
 class JobRequests:
@@ -11153,6 +11176,157 @@ class Inquiries:
         return '\n'.join(lines)
 
 
+class NodeService:
+    """Whether a node takes new jobs, and how it ends: hours of service, the user of its machine and
+    its operator let it pause and go on; the operator or the end of its last lease stops it.
+
+    paused - for each authority, why no new jobs are taken
+    stopping - the node is about to end
+    """
+
+    def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus,
+                 results: UndeliveredResults, attempts: Attempts, interruptions: Interruptions,
+                 scheduler: CpuScheduler, computations: Computations,
+                 inquiries: Inquiries) -> None:
+        self._tables = tables
+        self._timers = timers
+        self._cpus = cpus
+        self._results = results
+        self._attempts = attempts
+        self._interruptions = interruptions
+        self._scheduler = scheduler
+        self._computations = computations
+        self._inquiries = inquiries
+        self.paused: Dict[str, str] = {}
+        self.stopping = False
+        self._leaving = False     # what runs was killed, and its end is waited for
+
+    def refusal(self, comp: str) -> Optional[Refused]:
+        """Why no client can have the node for a computation now; None if nothing is against it."""
+        if self.stopping:
+            return Refused(comp, 'stopping', 'the node is being stopped')
+        if self.paused:
+            text = 'it takes no new jobs: %s' % self._why_paused()
+            return Refused(comp, 'paused', text)
+        return None
+
+    def _why_paused(self) -> str:
+        return ', '.join(self.paused.values())
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def stop(self, event: Stop, now: float) -> None:
+        """Give back what has not started, interrupt what runs; a second time: leave."""
+        if self.stopping:
+            self._leave(now)
+            return
+        self.stopping = True
+        self._attempts.refuses_new = True
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
+                    GRACE)
+        when = now + GRACE + 0.5
+        self._timers.at(when, '', self._leave, is_wanted=lambda: True)
+        self._offer(0)
+        self._interruptions.end_all(now)
+
+    def leave_when_done(self, now: float) -> None:
+        """The end of a turn of a node that is stopping."""
+        if not self._has_work():
+            self._leave(now)
+
+    def _leave(self, now: float) -> None:
+        """Kill what runs, wait until it is known what of it had begun, and leave."""
+        tables = self._tables
+        if not self._leaving and self._runs_jobs():
+            self._leaving = True
+            for comp in tables.comps.values():
+                self._scheduler.kill_running(comp)
+            when = now + END_TIME
+            self._timers.at(when, '', self._leave, is_wanted=lambda: True)
+            return
+        text = ENDING_TEXT[Outcome.STOPPED]
+        for comp in tables.comps.values():
+            if comp.stage is not Stage.CLOSING:
+                self._scheduler.fail_running(comp, Outcome.STOPPED, text)
+            self._results.deliver(comp)
+            self._results.spool(comp)
+        for link in tables.links:
+            drop = Drop(link, 'node stopped')
+            tables.do(drop)
+        for comp in tables.comps.values():
+            self._computations.close(comp, at_once=True)
+        tables.do(Exit())
+
+    def _runs_jobs(self) -> bool:
+        """Whether workers have jobs."""
+        workers = self._tables.workers.values()
+        return any(worker.queue for worker in workers)
+
+    def _has_work(self) -> bool:
+        """Whether workers have jobs, or clients that are connected have not acknowledged results;
+        once what runs was killed, these are not waited for."""
+        tables = self._tables
+        if self._runs_jobs():
+            return True
+        if self._leaving:
+            return False
+        for comp in tables.comps.values():
+            if not comp.unacknowledged:
+                continue
+            if comp.link in tables.links:
+                return True
+        return False
+
+    def _offer(self, cpus: int) -> None:
+        tables = self._tables
+        for link in tables.links:
+            cpus_changed = CpusChanged(cpus)
+            send = Send(link, cpus_changed)
+            tables.do(send)
+
+    # -- pauses ------------------------------------------------------------------------------------
+
+    def pause(self, event: Pause, now: float) -> None:
+        """Take no new jobs, and end those that run if that is asked for."""
+        self.paused[event.by] = event.text
+        self._attempts.refuses_new = True
+        logger.info('no new jobs are taken: %s', event.text)
+        self._offer(0)
+        if event.end:
+            self._interruptions.end_all(now)
+
+    def resume(self, event: Resume, now: float) -> None:
+        """Take jobs again, if no other authority is against it."""
+        if self.paused.pop(event.by, None) is None:
+            return
+        if self.paused or self.stopping:
+            return
+        logger.info('jobs are taken again')
+        self._attempts.refuses_new = False
+        self._interruptions.ends_all = False
+        self._offer(self._cpus.offered)
+
+    def set_cpus(self, event: SetCpus, now: float) -> None:
+        """Offer another number of CPUs."""
+        self._cpus.offered = event.cpus
+        self._computations.resize()
+        logger.info('%d CPUs are offered', self._cpus.offered)
+        if not self._attempts.refuses_new:
+            self._offer(self._cpus.offered)
+
+    def status(self, event: Status, now: float) -> None:
+        """Print what the node does."""
+        if self.stopping:
+            state = 'no new jobs: being stopped'
+        elif self.paused:
+            state = 'no new jobs: %s' % self._why_paused()
+        else:
+            state = 'takes jobs'
+        text = self._inquiries.status(state, now)
+        print_status = PrintStatus(text)
+        self._tables.do(print_status)
+
+
 class Node:
     """What a node decides. Events in, actions out; `flush` once a turn, after all events of the
     turn. Its parts decide what is theirs: see their classes."""
@@ -11167,9 +11341,6 @@ class Node:
                  now: float = 0.0) -> None:
         self.name = name
         self.facts = facts
-        self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
-        self.stopping = False
-        self.leaving = False     # what runs was killed, and its end is waited for
         start_method = facts.get('start_method', FORK)
         self.tables = NodeTables(name, start_method)
         self.timers = Timers()
@@ -11187,6 +11358,9 @@ class Node:
         self.computations = Computations(self.tables, self.timers, self.cpus, self.past,
                                          self.results, self.attempts, self.scheduler, share,
                                          self.requests)
+        self.service = NodeService(self.tables, self.timers, self.cpus, self.results,
+                                   self.attempts, self.interruptions, self.scheduler,
+                                   self.computations, self.inquiries)
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up,
             LinkDown: self._link_down,
@@ -11213,12 +11387,12 @@ class Node:
             WorkerPrinted: self.requests.on_printed,
             Fetched: self.requests.on_fetched,
             EndWanted: self._end_wanted,
-            Stop: self._stop,
-            Pause: self._pause,
-            Resume: self._resume,
-            SetCpus: self._set_cpus,
+            Stop: self.service.stop,
+            Pause: self.service.pause,
+            Resume: self.service.resume,
+            SetCpus: self.service.set_cpus,
             Release: self._take_from_holder,
-            Status: self._status,
+            Status: self.service.status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
             ClientHello: self._on_introduce,
@@ -11272,8 +11446,8 @@ class Node:
                 tables.do(NoteOverrun(comp.comp))
         self.inquiries.answer(now)
         self.computations.refuse_ended()
-        if self.stopping and not self._has_work():
-            self._leave(now)
+        if self.service.stopping:
+            self.service.leave_when_done(now)
         return tables.actions
 
     def decided(self) -> List[Any]:
@@ -11332,26 +11506,6 @@ class Node:
             comp.begun = []
         self.results.deliver(comp)
 
-    def _runs_jobs(self) -> bool:
-        """Whether workers have jobs."""
-        workers = self.tables.workers.values()
-        return any(worker.queue for worker in workers)
-
-    def _has_work(self) -> bool:
-        """Whether workers have jobs, or clients that are connected have not acknowledged results;
-        once what runs was killed, these are not waited for."""
-        tables = self.tables
-        if self._runs_jobs():
-            return True
-        if self.leaving:
-            return False
-        for comp in tables.comps.values():
-            if not comp.unacknowledged:
-                continue
-            if comp.link in tables.links:
-                return True
-        return False
-
     # -- links and lease ---------------------------------------------------------------------------
 
     def _link_up(self, event: LinkUp, now: float) -> None:
@@ -11401,10 +11555,8 @@ class Node:
                 cpus_changed = CpusChanged(self.cpus.offered)
                 send = Send(link, cpus_changed)
                 tables.do(send)
-        if not self.lease.was_last():
-            return
-        if not self.stopping:
-            self._stop(Stop(), now)
+        if self.lease.was_last() and not self.service.stopping:
+            self.service.stop(Stop(), now)
 
     def _runner_gone(self, event: RunnerGone, now: float) -> None:
         self.computations.on_runner_gone(event, now)
@@ -11440,7 +11592,7 @@ class Node:
                                dict(self.facts, holder=self.lease.held_by(now), kept=kept))
         action = Send(link, node_hello)
         tables.do(action)
-        if self.paused:
+        if self.service.paused:
             cpus_changed = CpusChanged(0)
             send = Send(link, cpus_changed)
             tables.do(send)
@@ -11477,12 +11629,9 @@ class Node:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
         tables = self.tables
-        if self.stopping:
-            return Refused(name, 'stopping', 'the node is being stopped')
-        if self.paused:
-            joined_pauseds = ', '.join(self.paused.values())
-            text = 'it takes no new jobs: %s' % joined_pauseds
-            return Refused(name, 'paused', text)
+        refused = self.service.refusal(name)
+        if refused is not None:
+            return refused
         if self.lease.is_cooling_down(tables.links[link].instance, now):
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in tables.comps:
@@ -11552,78 +11701,7 @@ class Node:
         logger.info('%s asks for the end of this node%s', self.lease.holder_text,
                     '' if is_last else ', which was started without --client-shutdown')
 
-    # -- stopping ----------------------------------------------------------------------------------
-
-    def _stop(self, event: Stop, now: float) -> None:
-        """Give back what has not started, interrupt what runs; a second time: leave."""
-        if self.stopping:
-            self._leave(now)
-            return
-        self.stopping = True
-        self.attempts.refuses_new = True
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
-                    GRACE)
-        when = now + GRACE + 0.5
-        self.timers.at(when, '', self._leave, is_wanted=lambda: True)
-        self._offer(0)
-        self.interruptions.end_all(now)
-
-    def _leave(self, now: float) -> None:
-        """Kill what runs, wait until it is known what of it had begun, and leave."""
-        tables = self.tables
-        if not self.leaving and self._runs_jobs():
-            self.leaving = True
-            for comp in tables.comps.values():
-                self.scheduler.kill_running(comp)
-            when = now + END_TIME
-            self.timers.at(when, '', self._leave, is_wanted=lambda: True)
-            return
-        text = ENDING_TEXT[Outcome.STOPPED]
-        for comp in tables.comps.values():
-            if comp.stage is not Stage.CLOSING:
-                self.scheduler.fail_running(comp, Outcome.STOPPED, text)
-            self.results.deliver(comp)
-            self.results.spool(comp)
-        for link in tables.links:
-            drop = Drop(link, 'node stopped')
-            tables.do(drop)
-        for comp in tables.comps.values():
-            self.computations.close(comp, at_once=True)
-        tables.do(Exit())
-
-    def _offer(self, cpus: int) -> None:
-        tables = self.tables
-        for link in tables.links:
-            cpus_changed = CpusChanged(cpus)
-            send = Send(link, cpus_changed)
-            tables.do(send)
-
-    # -- hours of service, and whoever sits at the terminal ----------------------------------------
-
-    def _pause(self, event: Pause, now: float) -> None:
-        self.paused[event.by] = event.text
-        self.attempts.refuses_new = True
-        logger.info('no new jobs are taken: %s', event.text)
-        self._offer(0)
-        if event.end:
-            self.interruptions.end_all(now)
-
-    def _resume(self, event: Resume, now: float) -> None:
-        if self.paused.pop(event.by, None) is None:
-            return
-        if self.paused or self.stopping:
-            return
-        logger.info('jobs are taken again')
-        self.attempts.refuses_new = False
-        self.interruptions.ends_all = False
-        self._offer(self.cpus.offered)
-
-    def _set_cpus(self, event: SetCpus, now: float) -> None:
-        self.cpus.offered = event.cpus
-        self.computations.resize()
-        logger.info('%d CPUs are offered', self.cpus.offered)
-        if not self.attempts.refuses_new:
-            self._offer(self.cpus.offered)
+    # -- the operator ------------------------------------------------------------------------------
 
     def _take_from_holder(self, event: Release, now: float) -> None:
         if self.lease.state is Lease.FREE:
@@ -11638,18 +11716,6 @@ class Node:
             self.computations.end(comp, forced_end, now)
         self.computations.refuse_ended()
         self._free_lease(now)
-
-    def _status(self, event: Status, now: float) -> None:
-        if self.stopping:
-            state = 'no new jobs: being stopped'
-        elif self.paused:
-            joined_pauseds = ', '.join(self.paused.values())
-            state = 'no new jobs: %s' % joined_pauseds
-        else:
-            state = 'takes jobs'
-        text = self.inquiries.status(state, now)
-        print_status = PrintStatus(text)
-        self.tables.do(print_status)
 
 
 class EventText(reprlib.Repr):
@@ -16177,18 +16243,110 @@ class WorkerReader:
 
 _JOB = int(RecordType.JOB)        # a member's value is found faster so
 _RESULT = int(RecordType.RESULT)
+class WorkerPipes:
+    """The pipes to workers: has workers forked, and carries out what is to be done with those that
+    are there. The loop's thread."""
+
+    def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses],
+                 look_soon: Callable[[], None]) -> None:
+        """`run_of` gives the processes of a computation by its name; `look_soon` is called when one
+        of them gets work."""
+        self._host = host
+        self._run_of = run_of
+        self._look_soon = look_soon
+        self._of_worker: Dict[int, ComputationProcesses] = {}
+
+    def start_worker(self, action: StartWorker) -> None:
+        """Have a worker forked."""
+        worker = action.worker
+        run = self._run_of(action.comp)
+        try:
+            ours, theirs = socket_pair()
+        except OSError as exc:   # no descriptors
+            self._host.tell(WorkerStartFailed(worker, shortage(exc)))
+            return
+        for sock in (ours, theirs):
+            set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
+        pipe = run.pipes[worker] = Pipe(ours, action.comp, worker)
+        self._of_worker[worker] = run
+        self._host.attach(pipe)
+        run.pass_pipe(worker, theirs)
+        self._look_soon()
+
+    def feed(self, action: SendToWorker) -> None:
+        """Write attempts to a worker."""
+        run = self._of_worker.get(action.worker)
+        if run is not None:
+            buffers: List[Buffer] = []
+            for attempt in action.attempts:
+                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                       attempt.payload)
+            if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
+                buffers = [b''.join(buffers)]
+            run.pipes[action.worker].push(buffers)
+            self._look_soon()
+
+    def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
+               second: float = 0.0) -> None:
+        run = self._of_worker.get(worker)
+        if run is None:
+            return
+        if run.control is None:
+            return
+        if run.control.dirty is not None:
+            run.control.push(pack_record(kind, worker, serial, first, second))
+
+    def watch(self, action: LimitMemory) -> None:
+        """Limit the memory and the time of what a worker runs."""
+        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most),
+                    action.seconds)
+
+    def interrupt(self, action: Interrupt) -> None:
+        """Interrupt what a worker runs."""
+        self._order(RecordType.INTERRUPT, action.worker, action.serial)
+
+    def kill(self, action: Kill) -> None:
+        """Kill a worker."""
+        self._order(RecordType.KILL, action.worker)
+
+    def take_back(self, action: TakeFromWorker) -> None:
+        """Ask a worker for what it has not started."""
+        self._order(RecordType.RECALL, action.worker)
+
+    def tell_kept(self, action: AnswerJobFile) -> None:
+        """Tell a worker what became of what its job has sent or wanted."""
+        run = self._of_worker.get(action.worker)
+        if run is not None:
+            pipe = run.pipes[action.worker]
+            encoded = action.error.encode('utf-8', 'replace')
+            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, encoded))
+
+    def retire(self, action: Retire) -> None:
+        """Let an idle worker end."""
+        run = self._of_worker.get(action.worker)
+        if run is not None:
+            self.let_go(run, action.worker)   # the worker reads the end and leaves
+
+    def let_go(self, run: ComputationProcesses, worker: int) -> None:
+        """Nothing more comes from a worker, and nothing goes there."""
+        channel = run.pipes.pop(worker)
+        self._host.detach(channel)
+        del self._of_worker[worker]
 
 
 class ProcessHost:
-    """Runners and workers of all computations: starts them, reads what they send, carries out what
-    is to be done with them, and tells the state what becomes of them. The loop's thread."""
+    """Runners and workers of all computations: starts and ends runners, reads what they and workers
+    send, and tells the state what becomes of them. The loop's thread.
+
+    workers - the pipes to workers
+    """
 
     def __init__(self, host: 'NodeHost', files: ComputationFiles, options: Options) -> None:
         self._host = host
         self._files = files
         self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
-        self._of_worker: Dict[int, ComputationProcesses] = {}
+        self.workers = WorkerPipes(host, self._runs.__getitem__, self._look_soon)
         self._reader = WorkerReader(host)
         self.held = self._reader.held
         self.look_at = math.inf    # when to look after runners
@@ -16248,7 +16406,7 @@ class ProcessHost:
         self.look_at = self._host.now
         if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
             for worker in list(run.pipes):
-                self._let_go(run, worker)
+                self.workers.let_go(run, worker)
         if run.control is not None:
             run.control.push(pack_record(RecordType.CLOSE))
         if not run.up:
@@ -16340,7 +16498,8 @@ class ProcessHost:
                 self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        passes = not run.text and code in (None, -signal.SIGTERM, -SIGKILL)
+        # 0: it had lost its line to this process
+        passes = not run.text and code in (None, 0, -signal.SIGTERM, -SIGKILL)
         self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
                        'process' if passes else 'setup'))
@@ -16438,7 +16597,7 @@ class ProcessHost:
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         run.arrived(record.number)
-        self._let_go(run, record.number)
+        self.workers.let_go(run, record.number)
         text = bytes(record.bodies[0]).decode('utf-8', 'replace')
         self._host.tell(WorkerStartFailed(record.number, text))
 
@@ -16473,7 +16632,7 @@ class ProcessHost:
                 self.end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
-        self._let_go(run, record.number)
+        self.workers.let_go(run, record.number)
         run.pids.pop(record.number, None)
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
@@ -16484,15 +16643,9 @@ class ProcessHost:
         worker_gone = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
         self._host.tell(worker_gone)
 
-    def _let_go(self, run: ComputationProcesses, worker: int) -> None:
-        """Nothing more comes from a worker, and nothing goes there."""
-        channel = run.pipes.pop(worker)
-        self._host.detach(channel)
-        del self._of_worker[worker]
-
     def _let_go_of_all(self, run: ComputationProcesses) -> None:
         for worker in list(run.pipes):
-            self._let_go(run, worker)
+            self.workers.let_go(run, worker)
         if run.control is not None:
             self._host.detach(run.control)
 
@@ -16515,82 +16668,11 @@ class ProcessHost:
             return
         run.nonsense[pipe.worker] = text
         kill = Kill(pipe.worker)
-        self.kill(kill)
+        self.workers.kill(kill)
         run.kill(pipe.worker)
         self._host.detach(pipe)
 
-    # -- what is done with workers -----------------------------------------------------------------
-
-    def start_worker(self, action: StartWorker) -> None:
-        """Have a worker forked."""
-        worker = action.worker
-        run = self._runs[action.comp]
-        try:
-            ours, theirs = socket_pair()
-        except OSError as exc:   # no descriptors
-            self._host.tell(WorkerStartFailed(worker, shortage(exc)))
-            return
-        for sock in (ours, theirs):
-            set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
-        pipe = run.pipes[worker] = Pipe(ours, action.comp, worker)
-        self._of_worker[worker] = run
-        self._host.attach(pipe)
-        run.pass_pipe(worker, theirs)
-        self._look_soon()
-
-    def feed(self, action: SendToWorker) -> None:
-        """Write attempts to a worker."""
-        run = self._of_worker.get(action.worker)
-        if run is not None:
-            buffers: List[Buffer] = []
-            for attempt in action.attempts:
-                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                       attempt.payload)
-            if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
-                buffers = [b''.join(buffers)]
-            run.pipes[action.worker].push(buffers)
-            self._look_soon()
-
-    def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
-               second: float = 0.0) -> None:
-        run = self._of_worker.get(worker)
-        if run is None:
-            return
-        if run.control is None:
-            return
-        if run.control.dirty is not None:
-            run.control.push(pack_record(kind, worker, serial, first, second))
-
-    def watch(self, action: LimitMemory) -> None:
-        """Limit the memory and the time of what a worker runs."""
-        self._order(RecordType.WATCH, action.worker, action.serial, float(action.most),
-                    action.seconds)
-
-    def interrupt(self, action: Interrupt) -> None:
-        """Interrupt what a worker runs."""
-        self._order(RecordType.INTERRUPT, action.worker, action.serial)
-
-    def kill(self, action: Kill) -> None:
-        """Kill a worker."""
-        self._order(RecordType.KILL, action.worker)
-
-    def take_back(self, action: TakeFromWorker) -> None:
-        """Ask a worker for what it has not started."""
-        self._order(RecordType.RECALL, action.worker)
-
-    def tell_kept(self, action: AnswerJobFile) -> None:
-        """Tell a worker what became of what its job has sent or wanted."""
-        run = self._of_worker.get(action.worker)
-        if run is not None:
-            pipe = run.pipes[action.worker]
-            encoded = action.error.encode('utf-8', 'replace')
-            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, encoded))
-
-    def retire(self, action: Retire) -> None:
-        """Let an idle worker end."""
-        run = self._of_worker.get(action.worker)
-        if run is not None:
-            self._let_go(run, action.worker)   # the worker reads the end and leaves
+    # -- the end -----------------------------------------------------------------------------------
 
     def after_fork(self) -> None:
         """In a forked child: all of them are the parent's."""
@@ -16668,7 +16750,7 @@ class Uplinks:
                 continue
             if not uplink.dialling.due <= daemon.now:
                 continue
-            if not daemon.node.stopping:
+            if not daemon.node.service.stopping:
                 patience = uplink.dialling.patience(daemon.now, PULSE)
                 reach = self._reach(uplink, patience)
                 uplink.dialling.start(daemon.post, uplink, reach)
@@ -16717,7 +16799,7 @@ class Uplinks:
         for uplink in self._uplinks:
             if uplink.link != link.number:
                 continue
-            if not daemon.node.stopping:
+            if not daemon.node.service.stopping:
                 patience = max(1.0, link.pulse)
                 uplink.second.start(daemon.now, daemon.post, self._reach(uplink, patience))
 
@@ -16872,14 +16954,14 @@ class NodeHost:
             Remember: self.directory.remember,
             StartRunner: self.processes.start_runner,
             StopRunner: self.processes.stop_runner,
-            StartWorker: self.processes.start_worker,
-            SendToWorker: self.processes.feed,
-            Interrupt: self.processes.interrupt,
-            Kill: self.processes.kill,
-            LimitMemory: self.processes.watch,
-            TakeFromWorker: self.processes.take_back,
-            AnswerJobFile: self.processes.tell_kept,
-            Retire: self.processes.retire,
+            StartWorker: self.processes.workers.start_worker,
+            SendToWorker: self.processes.workers.feed,
+            Interrupt: self.processes.workers.interrupt,
+            Kill: self.processes.workers.kill,
+            LimitMemory: self.processes.workers.watch,
+            TakeFromWorker: self.processes.workers.take_back,
+            AnswerJobFile: self.processes.workers.tell_kept,
+            Retire: self.processes.workers.retire,
             Broken: lambda action: loop.fault(action, action.error, self),
             PrintStatus: self._show,
             Exit: self._exit,
@@ -17020,6 +17102,7 @@ class NodeHost:
         if not isinstance(channel, Pipe):
             self.link_down(channel)
         elif not channel.worker:
+            logger.debug('the line to the runner of %s has ended: %s', channel.comp, text)
             self.processes.runner_silent(channel)
 
     def on_fault(self, subject: Any, text: str) -> bool:
@@ -17804,7 +17887,7 @@ NODE_EPILOG = '''dispy 4's spellings with underscores are understood. --config k
     option but the secret, as {"cpus": 4, "host": ["::1"]}. ''' + EXIT_STATUSES
 
 
-def _parser() -> OptionParser:
+def make_parser() -> OptionParser:
     parser = daemon_parser('dispynode', 'Run jobs of dispy clients on this host.', NODE_EPILOG)
     add = parser.add_argument
     add('-c',
@@ -18148,7 +18231,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
-        parser = _parser()
+        parser = make_parser()
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
         try:
             cpus = count_cpus(args.cpus or None)

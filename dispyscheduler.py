@@ -2475,7 +2475,7 @@ class ProgramComputations(Part):
         absence = computation.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
-            self._schedule.keep(work)
+            self._schedule.requests.keep(work)
         absence.dropping.clear()
 
     def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
@@ -3194,8 +3194,10 @@ class ProgramCalls(Part):
             if computation is None:
                 answer(self._overview(link, message.args))
             else:
-                method = self._CALLS.get(name, ProgramCalls._command)
-                method(self, computation, name, message.args, answer)
+                if name in self._CALLS:
+                    self._CALLS[name](self, computation, name, message.args, answer)
+                else:
+                    self._command(computation, name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
 
@@ -4129,7 +4131,7 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
 ]
 
 
-def _parser() -> OptionParser:
+def make_parser() -> OptionParser:
     parser = daemon_parser('dispyscheduler',
                            'Share nodes between several programs (dispy.SharedJobCluster).',
                            EXIT_STATUSES)
@@ -4145,7 +4147,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv = sys.argv[1:]
     if argv and argv[0] in TASKS:
         return operate(argv[0], argv[1:])
-    parser = _parser()
+    parser = make_parser()
     try:
         args = parse_arguments(parser, argv)
         if args.fair and args.fifo:

@@ -2,6 +2,7 @@
 left over."""
 
 import atexit
+import contextlib
 import ctypes
 import logging
 import os
@@ -52,6 +53,9 @@ def pytest_xdist_auto_num_workers(config):
         return 0
     if config.option.dist == 'no':   # not given
         config.option.dist = 'worksteal'   # some tests take a minute
+    # What all of them need is compiled before they ask for it, all at the same time.
+    subprocess.run([sys.executable, '-c', 'import dispyscheduler, dispy_httpd, psutil, pytest'],
+                   check=True, cwd=ROOT)
     return 2 * (os.cpu_count() or 1) + 2
 
 
@@ -84,10 +88,11 @@ if OURS not in os.environ.get('DISPY_TESTS', ''):
     os.environ['DISPY_TESTS'] = tempfile.mkdtemp(prefix=OURS)
     os.environ['XDG_CONFIG_HOME'] = os.environ['XDG_STATE_HOME'] = os.environ['DISPY_TESTS']
     atexit.register(shutil.rmtree, os.environ['DISPY_TESTS'], True)
-    # The tests start thousands of processes, and each would compile the modules anew without a
-    # cache.
-    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
-    os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+    if not WORKER:
+        # The tests start thousands of processes, and each would compile the modules anew without a
+        # cache. Workers have that of the process which has started them.
+        os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+        os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402
@@ -137,6 +142,48 @@ def scheduler_and_node(tmp_path_factory):
         _of_session.update((node.process.pid, scheduler.process.pid))
         yield scheduler.port, node.port
         _of_session.clear()
+
+
+class Places:
+    """The places of programs.py, each made when it is first asked for, and anew when a test has
+    failed there."""
+
+    def __init__(self, make_directory):
+        self._make_directory = make_directory
+        self._made = {}     # kind -> (what ends it, the word for `Project`)
+
+    def of(self, kind):
+        """The word for `Project`."""
+        if kind not in self._made:
+            from programs import somewhere
+            before = set(_child_pids())
+            stack = contextlib.ExitStack()
+            word = stack.enter_context(somewhere(kind, self._make_directory('place')))
+            _of_session.update(set(_child_pids()) - before)
+            self._made[kind] = stack, word
+        return self._made[kind][1]
+
+    def end(self):
+        for stack, _ in self._made.values():
+            stack.close()
+        self._made.clear()
+
+
+@pytest.fixture(scope='session')
+def all_places(tmp_path_factory):
+    places = Places(tmp_path_factory.mktemp)
+    yield places
+    places.end()
+
+
+@pytest.fixture
+def places(request, all_places):
+    """Nodes that have nothing of the user's, and schedulers of such nodes, for all tests of this
+    run."""
+    failed = request.session.testsfailed
+    yield all_places
+    if request.session.testsfailed > failed:
+        all_places.end()   # what this test has left there is not for the next one
 
 
 @pytest.fixture(params=KINDS)
@@ -197,10 +244,10 @@ def on_a_terminal(*command):
     return process.wait(30), text
 
 
-def walk_seeds(walk_class, first):
-    """Twenty random walks; a failing seed stands in the message, and walk_class(seed) repeats
-    it."""
-    for seed in range(first, first + 20):
+def walk_seeds(walk_class, seeds):
+    """A random walk for each seed; one that fails stands in the message, and walk_class(seed)
+    repeats it."""
+    for seed in seeds:
         walk = walk_class(seed)
         try:
             for _ in range(250):

@@ -1,7 +1,6 @@
 """Figures of how the code reads, and the limits for them.
 
     python tests/house.py            the figures of the four modules, and which pass a limit
-    python tests/house.py --table    the lines for `NOT_YET` below, as the modules are now
     python tests/house.py FILE...    the same for other files
 
 The size of a statement is the number of nodes that it has in the syntax tree, without those of
@@ -12,10 +11,8 @@ passes its limit.
 
 import ast
 import itertools
-import math
 import os
 import sys
-import textwrap
 
 LIMITS = {
     'mean': 6.5,       # the mean size of a statement
@@ -30,13 +27,6 @@ LIMITS = {
 FOREIGN = 99           # private attributes of other objects that are used, in all modules together
 LARGE = 25
 WIDTH = 100
-
-# What does not keep its limit yet. These figures may only fall: a line goes when its limit is kept.
-NOT_YET = {
-    'dispynode.py': {'class': 465, 'classes': 3},
-    'dispy.py': {'class': 444, 'classes': 2},
-}
-FOREIGN_YET = 129      # the same for FOREIGN
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = ('dispynode.py', 'dispy.py', 'dispyscheduler.py', 'dispy_httpd.py')
@@ -136,15 +126,6 @@ class Figures:
         rows = self.classes if name == 'class' else self.functions
         return list(itertools.takewhile(lambda row: row[0] > LIMITS[name], rows))
 
-    def not_yet(self):
-        """Those figures that pass their limits; means and percentages are rounded up."""
-        return {name: rounded_up(figure) for name, figure in self.by_name.items()
-                if figure > LIMITS[name]}
-
-
-def rounded_up(figure):
-    return figure if isinstance(figure, int) else math.ceil(figure * 100) / 100
-
 
 def longest_first(nodes, kinds, measure):
     rows = [(measure(node), node.name) for node in nodes if isinstance(node, kinds)]
@@ -167,19 +148,10 @@ def figures_of(path):
         return Figures(file.read())
 
 
-def complaints(name, figures, not_yet=None):
-    """A line for each figure of a file that passes its limit, or that of the table of what does
-    not keep its limit yet; and one for each line of that table which is not needed any more."""
-    table = (NOT_YET if not_yet is None else not_yet).get(name, {})
-    found = []
-    for figure, value in figures.by_name.items():
-        limit = table.get(figure, LIMITS[figure])
-        if value > limit:
-            found.append('%s: %s is %.4g, and may be %g at most' % (name, figure, value, limit))
-        elif figure in table and value <= LIMITS[figure]:
-            found.append('%s: %s is %.4g and keeps its limit now: take it out of NOT_YET'
-                         % (name, figure, value))
-    return found
+def complaints(name, figures):
+    """A line for each figure of a file that passes its limit."""
+    return ['%s: %s is %.4g, and may be %g at most' % (name, figure, value, LIMITS[figure])
+            for figure, value in figures.by_name.items() if value > LIMITS[figure]]
 
 
 def shown(name, figures):
@@ -193,26 +165,18 @@ def shown(name, figures):
     return '\n'.join(lines)
 
 
-def wrapped(head, table):
-    """A line of `NOT_YET`, wrapped."""
-    text = textwrap.fill('%r,' % table, WIDTH - len(head))
-    return (head + textwrap.indent(text, ' ' * (len(head) + 1)).lstrip()).splitlines()
-
-
 def main(arguments):
     paths = [word for word in arguments if not word.startswith('-')]
     paths = paths or [os.path.join(ROOT, name) for name in MODULES]
     all_figures = {os.path.basename(path): figures_of(path) for path in paths}
-    if '--table' in arguments:
-        for name, figures in all_figures.items():
-            if figures.not_yet():
-                print('\n'.join(wrapped('    %r: ' % name, figures.not_yet())))
-        print('FOREIGN_YET = %d' % sum(figures.foreign for figures in all_figures.values()))
-        return 0
     found = []
     for name, figures in all_figures.items():
         print(shown(name, figures))
         found += complaints(name, figures)
+    foreign = sum(figures.foreign for figures in all_figures.values())
+    if foreign > FOREIGN:
+        found.append('%d private attributes of others, and there may be %d at most'
+                     % (foreign, FOREIGN))
     for text in found:
         print(text)
     return int(bool(found))

@@ -26,12 +26,17 @@ def start_here(argv, env=None, **options):
 
 CLOCK = """
 import os, time
-real = time.time
+real, step = time.time, 0.0
 
 
 def stepped():
-    with open(os.environ['TEST_CLOCK']) as file:
-        return real() + float(file.read() or 0)
+    global step
+    try:
+        with open(os.environ['TEST_CLOCK']) as file:
+            step = float(file.read() or 0)
+    except OSError:   # a clock works without descriptors, too
+        pass
+    return real() + step
 
 
 time.time = stepped

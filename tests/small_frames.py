@@ -9,13 +9,13 @@ MIB = 1 << 20
 FRAME = 3 * MIB       # what a frame of jobs or of results may have here
 LAZY = MIB // 2
 STAND_IN = '''
-import importlib, os, sys
+import importlib, importlib.machinery, os, sys
 if __name__ == '__main__':
     del __file__
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     sys.exit(importlib.import_module(%(name)r).main())
-with open(%(path)r) as file:
-    exec(compile(file.read(), %(path)r, 'exec'))
+# The loader keeps what it has compiled.
+exec(importlib.machinery.SourceFileLoader(%(name)r, %(path)r).get_code(%(name)r))
 %(changes)s
 '''
 SMALL_FRAMES = '''

@@ -51,7 +51,7 @@ from dispynode import (
     ResultsSpooled, Lease, LinkBroken, Loop, Memory, NodeDirectory, NodeHost, Options, Outcome,
     Pause, DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp,
     Session as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values, WorkerGone,
-    WorkerResults, WorkerReturnedJobs, decode, encode, pieces_of, dumps)
+    WorkerPipes, WorkerResults, WorkerReturnedJobs, decode, encode, pieces_of, dumps)
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
@@ -231,7 +231,7 @@ class SimLoop(Loop):
         self.world = World.current
         self.clock = lambda: self.world.now
         self.now, self.links, self.unsent = self.world.now, {}, {}
-        self._inbox, self._ended, self._pulse_at = collections.deque(), False, 0.0
+        self._inbox, self.has_ended, self._pulse_at = collections.deque(), False, 0.0
         self._later_broken, self._again, self.refusals = collections.deque(), False, Refusals()
         self.values = Values('here', self.log)
         self.alive, self.stopped = True, False
@@ -291,7 +291,7 @@ class SimLoop(Loop):
         except Killed:
             self.world.kill(self)
             return
-        if self._ended:
+        if self.has_ended:
             self.end()
             return
         when = self.next_timer()
@@ -324,7 +324,29 @@ class SimLoop(Loop):
 
 
 class SimClient(Driver, SimLoop):
-    """A client's driver. `acquire` is what JobCluster calls."""
+    """A client's driver."""
+
+    def ask(self, call):
+        self.now = self.world.now
+        for _ in range(len(self._inbox)):   # what was posted before comes first
+            self.on_event(self._inbox.popleft())
+        answer = call()
+        self.world.at(self.now, self.wake)
+        return answer
+
+    def finish(self):
+        for _ in range(len(self._inbox)):
+            self.on_event(self._inbox.popleft())
+        self._leave()
+        self.end()
+
+    def check_turn(self):
+        self.session.recent.clear()
+        self.world.check_client(self)
+
+
+class SimDrivers:
+    """What JobCluster asks for a driver: each has its own."""
 
     @staticmethod
     def acquire(access):
@@ -336,23 +358,9 @@ class SimClient(Driver, SimLoop):
 
     alone = acquire
 
-    def ask(self, call):
-        self.now = self.world.now
-        for _ in range(len(self._inbox)):   # what was posted before comes first
-            self.on_event(self._inbox.popleft())
-        answer = call()
-        self.world.at(self.now, self.wake)
-        return answer
-
-    def release(self):
-        for _ in range(len(self._inbox)):
-            self.on_event(self._inbox.popleft())
-        self._leave()
-        self.end()
-
-    def check_turn(self):
-        self.session.recent.clear()
-        self.world.check_client(self)
+    @staticmethod
+    def release(driver):
+        driver.finish()
 
 
 class SimDialling(dispynode.Reconnector):
@@ -449,12 +457,41 @@ class SimFiles(ComputationFiles):
         self._host.post(DirectoryReady(action.comp, []))
 
 
+class SimPipes(WorkerPipes):
+    """What is done with workers is done with those of the model."""
+
+    def __init__(self, host, daemon):
+        super().__init__(host, {}.__getitem__)
+        self.daemon, self.by_key = daemon, {}
+
+    def start_worker(self, action):
+        self.by_key[action.worker] = Worker(self.daemon, action.worker, action.comp)
+
+    def _order(self, kind, key, *args):
+        worker = self.by_key.get(key)
+        if worker is not None:
+            self.daemon.later(PIPE, getattr(worker, kind.name.lower()), *args)
+
+    def feed(self, action):
+        self.daemon.may_die('before it sends')
+        worker = self.by_key.get(action.worker)
+        if worker is not None:
+            self.daemon.later(PIPE, worker.feed,
+                              [(attempt.serial, attempt.payload) for attempt in action.attempts])
+
+    def retire(self, action):
+        worker = self.by_key.get(action.worker)
+        if worker is not None:
+            worker.die(told=False)
+
+
 class SimProcesses(ProcessHost):
     """What is done to processes is done to those of the model."""
 
     def __init__(self, host, files, options):
         super().__init__(host, files, options)
-        self.daemon, self.workers = host.loop, {}
+        self.daemon = host.loop
+        self.workers = SimPipes(host, self.daemon)
         self.runners = {}          # computation -> its runner
 
     def start_runner(self, action):
@@ -467,31 +504,11 @@ class SimProcesses(ProcessHost):
         self.runners.pop(action.comp, None)
 
         def gone():
-            for worker in [worker
-                           for worker in self.workers.values() if worker.comp == action.comp]:
-                worker.die(told=False)
+            for worker in list(self.workers.by_key.values()):
+                if worker.comp == action.comp:
+                    worker.die(told=False)
             self.daemon.post(RunnerGone(action.comp, text))
         self.daemon.later(self.daemon.world.rng.uniform(0.001, 0.5), gone)
-
-    def start_worker(self, action):
-        self.workers[action.worker] = Worker(self.daemon, action.worker, action.comp)
-
-    def _order(self, kind, key, *args):
-        worker = self.workers.get(key)
-        if worker is not None:
-            self.daemon.later(PIPE, getattr(worker, kind.name.lower()), *args)
-
-    def feed(self, action):
-        self.daemon.may_die('before it sends')
-        worker = self.workers.get(action.worker)
-        if worker is not None:
-            self.daemon.later(PIPE, worker.feed,
-                              [(attempt.serial, attempt.payload) for attempt in action.attempts])
-
-    def retire(self, action):
-        worker = self.workers.get(action.worker)
-        if worker is not None:
-            worker.die(told=False)
 
 
 class SimNodeHost(NodeHost):
@@ -518,8 +535,8 @@ class SimDaemon(Daemon, SimLoop):
         self.home, self.host = home, home.name
         super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE),
                          SimNodeHost)
-        self.instance, self.workers = bytes(self.world.rng.getrandbits(8)
-                                            for _ in range(16)), self.processes.workers
+        self.instance = bytes(self.world.rng.getrandbits(8) for _ in range(16))
+        self.workers = self.processes.workers.by_key
         self.directory.daemon = self
         self.directory.have(home)
         self.node_host.results.find_kept()
@@ -953,7 +970,7 @@ class World:
                 plug.close()
         for worker in list(getattr(process, 'workers', {}).values()):
             worker.alive = False
-        if isinstance(process, SimClient) and not process._ended:
+        if isinstance(process, SimClient) and not process.has_ended:
             process.session.killed()
 
     def stop(self, process, seconds):
@@ -1256,7 +1273,7 @@ def simulate(seed, **options):
         stack.enter_context(mock.patch.multiple(dispynode, Link=SimLink,
                                                 availability=lambda directory: {},
                                                 node_facts=lambda: dict(FACTS)))
-        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, Driver=SimClient,
+        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, drivers=SimDrivers,
                                                 Reconnector=SimDialling, Pool=SimPool,
                                                 Journal=SimJournal, uuid=ids, threading=threads))
         logging.disable(logging.CRITICAL)

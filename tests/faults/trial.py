@@ -18,6 +18,7 @@ rows of the scheduler, descriptors.
 import argparse
 import collections
 import contextlib
+import logging
 import os
 import random
 import re
@@ -40,9 +41,10 @@ from clients import PATHS  # noqa: E402
 import psutil  # noqa: E402
 
 PROGRAM = '''
-import os, sys, time
+import faulthandler, os, signal, sys, time
 sys.path[:0] = {paths!r}
 import dispy
+faulthandler.register(signal.SIGUSR1, all_threads=True)
 from ledger import enter
 
 kind, name, life, directory, host, port = *sys.argv[1:5], sys.argv[5], int(sys.argv[6])
@@ -72,7 +74,7 @@ def tell(job, way='called'):
 
 
 def main():
-    options = dict(depends=[enter], job_status=tell, ping_interval=1.0)
+    options = dict(depends=[enter], job_status=tell, ping_interval=1.0, loglevel={level})
     if kind == 'plain':
         cluster = dispy.SharedJobCluster(compute, scheduler_host=host, scheduler_port=port,
                                          **options)
@@ -118,7 +120,8 @@ class Program:
         self.due = None
         with open(os.path.join(self.trial.directory, 'log-' + self.name), 'a') as log:
             self.process = subprocess.Popen(
-                [sys.executable, '-c', PROGRAM.format(paths=PATHS), self.kind, self.name,
+                [sys.executable, '-c', PROGRAM.format(paths=PATHS, level=self.trial.level),
+                 self.kind, self.name,
                  str(self.lives), self.trial.directory, self.address[0], str(self.address[1])],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=dict(os.environ, **self.trial.clock.environment))
@@ -139,6 +142,13 @@ class Program:
     def signal(self, number):
         if self.process.poll() is None:
             self.process.send_signal(number)
+
+    def doing(self):
+        """The end of what it has printed, with what its threads do."""
+        self.signal(signal.SIGUSR1)
+        time.sleep(1)
+        with open(os.path.join(self.trial.directory, 'log-' + self.name)) as log:
+            return ['%s: %s' % (self.kind, line.rstrip()) for line in log.readlines()[-60:]]
 
 
 class Absence:
@@ -208,8 +218,10 @@ class Disk:
 class Trial:
     """Everything of one run."""
 
-    def __init__(self, seed, directory):
+    def __init__(self, seed, directory, debug=False):
         self.rng, self.seed, self.directory = random.Random(seed), seed, directory
+        self.level = logging.DEBUG if debug else logging.INFO
+        self.words = ['-d'] if debug else []    # of the commands of daemons
         self.history, self.heals = [], []     # faults; (when, call) to end them
         self.clock = Clock(directory)
         self.clock.environment['XDG_STATE_HOME'] = os.path.join(directory, 'state-of-programs')
@@ -233,7 +245,8 @@ class Trial:
     def _node(self, number, port=0):
         prefix = os.path.join(self.disks[number].path, 'node')
         node = NodeProcess(os.path.join(self.directory, 'node-%d' % number), '--name',
-                           'node-%d' % number, '--dest-path-prefix', prefix, cpus=2, port=port,
+                           'node-%d' % number, '--dest-path-prefix', prefix, *self.words,
+                           cpus=2, port=port,
                            env=self.clock.environment)
         node.prefix = prefix
         return node
@@ -242,7 +255,8 @@ class Trial:
         state = os.path.join(self.disks[3].path, 'state')
         scheduler = SchedulerProcess(os.path.join(self.directory, 'scheduler'), '-n',
                                      '127.0.0.1:%d' % self.proxies[2].address[1],
-                                     '--state-dir', state, port=port, env=self.clock.environment)
+                                     '--state-dir', state, *self.words, port=port,
+                                     env=self.clock.environment)
         scheduler.state = state
         return scheduler
 
@@ -427,8 +441,11 @@ class Trial:
             for program in self.programs:
                 program.look(time.monotonic())
             if time.monotonic() > until:
-                return ['does not end: %s' % [program.kind for program in self.programs
-                                              if not program.ended_well]] + self.findings(False)
+                last = [program for program in self.programs if not program.ended_well]
+                found = ['does not end: %s' % [program.kind for program in last]]
+                for program in last:
+                    found += program.doing()
+                return found + self.findings(False)
             time.sleep(0.05)
         return self.findings(True)
 
@@ -525,9 +542,9 @@ class Trial:
             disk.close()
 
 
-def trial(seed, seconds, directory):
+def trial(seed, seconds, directory, debug=False):
     """One run: (findings, faults, counts)."""
-    one = Trial(seed, directory)
+    one = Trial(seed, directory, debug)
     try:
         return one.run(seconds), one.history, one.counts
     finally:
@@ -541,19 +558,20 @@ def main():
     parser.add_argument('--runs', type=int, default=1)
     parser.add_argument('--seconds', type=float, default=60)
     parser.add_argument('--keep', help='directory for what a run leaves')
+    parser.add_argument('--debug', action='store_true', help='logs have every event')
     args = parser.parse_args()
     failed = []
     for seed in [args.seed] if args.seed is not None else range(args.first, args.first + args.runs):
         with contextlib.ExitStack() as stack:
             directory = args.keep or stack.enter_context(tempfile.TemporaryDirectory())
             os.makedirs(directory, exist_ok=True)
-            findings, history, counts = trial(seed, args.seconds, directory)
+            findings, history, counts = trial(seed, args.seconds, directory, args.debug)
         print('seed %d: %d faults, %s: %s'
               % (seed, len(history), dict(counts),
                  'clean' if not findings else '%d FINDINGS' % len(findings)), flush=True)
         if findings:
             failed.append(seed)
-            print('  ' + '\n  '.join(findings[:12]), flush=True)
+            print('  ' + '\n  '.join(findings[:80]), flush=True)
             print('  faults: %s' % history, flush=True)
     if failed:
         print('failing seeds: %s' % failed)

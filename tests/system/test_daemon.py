@@ -21,7 +21,7 @@ from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import own_hosts
 from dispynode import (
-    Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser,
+    Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, make_parser,
     parse_arguments, size_option, available_cpus, parse_command, find_hours)
 from nodes import NodeProcess, run_node
 from scenes import Gate, hold, square
@@ -36,7 +36,7 @@ DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1',
 
 
 def parsed(*argv):
-    return parse_arguments(_parser(), argv)
+    return parse_arguments(make_parser(), argv)
 
 
 # -- hours of service ------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_a_loop_that_fails_again_and_again_stops(loop):
         while True:
             loop.post('go on')
             loop.turn(0)
-            if loop._ended:
+            if loop.has_ended:
                 loop.run()
 
 
@@ -122,7 +122,7 @@ def test_faults_that_concern_something_do_not_stop_the_loop(loop):
         loop.fault(type('Event', (), {'sock': ours})(), Odd('this one'))
         assert ours.fileno() == -1
         theirs.close()
-    assert not loop._ended
+    assert not loop.has_ended
 
 
 def test_faults_that_are_far_apart_are_no_reason_to_stop():
@@ -165,7 +165,7 @@ def broken_node(tmp_path, owner, name, flag):
     ('Attempts', 'on_jobs'), ('CpuScheduler', '_dispatch'), ('UndeliveredResults', 'deliver'),
     ('Node', '_on_compute'), ('Computations', 'on_runner_up'),
     ('ComputationFiles', 'prepare'), ('ProcessHost', 'start_runner'),
-    ('ProcessHost', 'start_worker'), ('ProcessHost', 'feed'), ('NodeHost', '_send'),
+    ('WorkerPipes', 'start_worker'), ('WorkerPipes', 'feed'), ('NodeHost', '_send'),
     ('ProcessHost', '_from_worker')])
 def test_a_node_outlives_its_faults(tmp_path, owner, name):
     """What the fault concerns ends; afterwards the next program is served."""

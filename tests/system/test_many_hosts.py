@@ -16,7 +16,8 @@ from conftest import eventually
 from hosts import Hosts
 
 # Prints a line a node that is ready, when so many are, or why not; then, as JSON, all nodes that
-# the cluster knows.
+# the cluster knows. Words of the command line: how many nodes, options of the cluster, seconds; and
+# these again for each further cluster.
 FIND = '''
     import json, sys
     import dispy
@@ -25,19 +26,24 @@ FIND = '''
         import socket
         return socket.gethostname()
 
-    wanted, options = int(sys.argv[1]), json.loads(sys.argv[2])
-    with dispy.JobCluster(where, **options) as cluster:
-        try:
-            cluster.wait_nodes(wanted, timeout=float(sys.argv[3]))
-            nodes = cluster.status().nodes
-            ready = [node for node in nodes if node.state == 'ready']
-            ran = [cluster.submit_node(node, ) for node in ready]
-            print(*sorted('%s %s %d %s' % (node.name, node.ip_addr, node.port, job())
-                          for node, job in zip(ready, ran)), sep='\\n')
-        except dispy.NoNodes as exc:
-            print(exc)
-        print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason]
-                          for node in cluster.status().all_nodes]))
+    def find(wanted, options, seconds):
+        with dispy.JobCluster(where, **json.loads(options)) as cluster:
+            try:
+                cluster.wait_nodes(int(wanted), timeout=float(seconds))
+                nodes = cluster.status().nodes
+                ready = [node for node in nodes if node.state == 'ready']
+                ran = [cluster.submit_node(node, ) for node in ready]
+                print(*sorted('%s %s %d %s' % (node.name, node.ip_addr, node.port, job())
+                              for node, job in zip(ready, ran)), sep='\\n')
+            except dispy.NoNodes as exc:
+                print(exc)
+            print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason]
+                              for node in cluster.status().all_nodes]))
+
+    for place in range(1, len(sys.argv), 3):
+        if place > 1:
+            print('next', flush=True)
+        find(*sys.argv[place:place + 3])
 '''
 # Holds its nodes until its stdin ends: says which, as they come.
 HOLD = '''
@@ -528,34 +534,48 @@ def test_the_table_of_refusals(hosts, certificates, of_node):
     clients = {(secret, tls): hosts.host('%s-%s' % (secret, tls), secret={
         'right': 'the right secret', 'wrong': 'a wrong secret', 'absent': None}[secret])
                for secret in SECRETS for tls in TLS}
-    far = hosts.host('far')
-    for tls in TLS:
-        refuse(clients, far, certificates, of_node, tls)
+    far = [hosts.host('far-' + tls) for tls in TLS]
+    nodes = [start_row(host, certificates, of_node, tls) for host, tls in zip(far, TLS)]
+    pem = {'right': ['client.pem', 'client.key'], 'wrong': ['foreign.pem', 'foreign.key']}
+    started = {}
+    for (secret, tls), client in clients.items():
+        more = {}
+        if tls != 'plain':
+            certificate, key = pem[tls]
+            more = {'certfile': str(certificates / certificate), 'keyfile': str(certificates / key)}
+        words = []
+        for host, node_tls in zip(far, TLS):
+            served = fits((of_node, node_tls), (secret, tls))
+            words += [1, json.dumps(dict(more, nodes=[host.ip])), 20 if served else 2.5]
+        started[secret, tls] = client.start_python(FIND, *words)
+    outputs = {key: process.communicate()[0].split('next\n') for key, process in started.items()}
+    for place, (host, node, node_tls) in enumerate(zip(far, nodes, TLS)):
+        row = {key: parts[place] for key, parts in outputs.items()}
+        check_row(clients, host, node, (of_node, node_tls), row)
 
 
-def refuse(clients, far, certificates, node_secret, node_tls):
-    """One row of the table: a node with such a secret and certificate."""
+def start_row(far, certificates, node_secret, node_tls):
+    """A node with such a secret and certificate."""
     if node_secret == 'absent':
         os.remove(far.secret_file)
     else:
         far.write('home/.config/dispy/secret',
                   {'right': 'the right secret', 'wrong': 'another wrong secret'}[node_secret])
     pem = {'right': ['node.pem', 'node.key'], 'wrong': ['shared.crt', 'shared.key']}
-    options = ['--certfile', certificates / pem[node_tls][0], '--keyfile',
-               certificates / pem[node_tls][1]] if node_tls != 'plain' else []
-    node = far.node(*options)
-    pem = {'right': ['client.pem', 'client.key'], 'wrong': ['foreign.pem', 'foreign.key']}
-    started = {}
-    for (secret, tls), client in clients.items():
-        more = (dict(zip(('certfile', 'keyfile'), (str(certificates / name) for name in pem[tls])))
-                if tls != 'plain' else {})
-        served = fits((node_secret, node_tls), (secret, tls))
-        started[secret, tls] = client.start_python(FIND, 1, json.dumps(dict(more, nodes=[far.ip])),
-                                                   20 if served else 2.5)
-    for (secret, tls), process in started.items():
-        client, output = clients[secret, tls], process.communicate()[0]
-        if fits((node_secret, node_tls), (secret, tls)):
-            assert output.startswith('far %s 9701 far' % far.ip), output
+    options = []
+    if node_tls != 'plain':
+        certificate, key = pem[node_tls]
+        options = ['--certfile', certificates / certificate, '--keyfile', certificates / key]
+    return far.node(*options)
+
+
+def check_row(clients, far, node, of_node, outputs):
+    """One row of the table: what its clients have said, and the node."""
+    node_tls = of_node[1]
+    for (secret, tls), output in outputs.items():
+        client = clients[secret, tls]
+        if fits(of_node, (secret, tls)):
+            assert output.startswith('%s %s 9701 %s' % (far.name, far.ip, far.name)), output
             continue
         option = ('--secret-file' if (node_tls, tls) in (('right', 'right'), ('plain', 'plain'))
                   else '--certfile')

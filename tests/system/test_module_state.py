@@ -377,13 +377,11 @@ def project(directory, where):
 
 
 @pytest.fixture(scope='module', params=KINDS)
-def told(request, tmp_path_factory):
+def told(request, tmp_path_factory, all_places):
     """(kind of node, what the jobs and the forked process saw, stderr)"""
-    directory = tmp_path_factory.mktemp('state')
-    with somewhere(request.param, directory / 'nodes') as where:
-        program = project(directory / 'program', where)
-        program.write('script.py', SCRIPT)
-        done = program.run('script.py', '-n', '4', timeout=170)
+    program = project(tmp_path_factory.mktemp('state') / 'program', all_places.of(request.param))
+    program.write('script.py', SCRIPT)
+    done = program.run('script.py', '-n', '4', timeout=170)
     return request.param, done.values(), done.err, program.directory
 
 
@@ -489,12 +487,11 @@ SETUP = '''
 
 
 @pytest.fixture(params=KINDS)
-def program(request, tmp_path):
+def program(request, tmp_path, places):
     """A user's directory with the modules above."""
-    with somewhere(request.param, tmp_path / 'nodes') as where:
-        found = project(tmp_path / 'program', where)
-        found.kind = request.param
-        yield found
+    found = project(tmp_path / 'program', places.of(request.param))
+    found.kind = request.param
+    return found
 
 
 def test_what_setup_has_set_stays_over_jobs_that_bring_instances(program):

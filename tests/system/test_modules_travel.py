@@ -17,19 +17,17 @@ KINDS = ['local', 'node', 'scheduler']
 
 
 @pytest.fixture(params=KINDS)
-def program(request, tmp_path):
+def program(request, tmp_path, places):
     """A user's directory, for each kind of node."""
-    with somewhere(request.param, tmp_path / 'nodes') as where:
-        found = Project(tmp_path / 'program', where)
-        found.kind = request.param
-        yield found
+    found = Project(tmp_path / 'program', places.of(request.param))
+    found.kind = request.param
+    return found
 
 
 @pytest.fixture
-def on_node(tmp_path):
+def on_node(tmp_path, places):
     """A user's directory, for a bare node."""
-    with somewhere('node', tmp_path / 'nodes') as where:
-        yield Project(tmp_path / 'program', where)
+    return Project(tmp_path / 'program', places.of('node'))
 
 
 @pytest.fixture
@@ -659,7 +657,7 @@ def test_pools_in_jobs(program, method):
                   'def double(n):\n    return 2 * n * N\n\ndef of_thing(thing):\n'
                   '    return isinstance(thing, Thing), thing\n\ndef pool(method):\n'
                   '    import multiprocessing\n'
-                  '    with multiprocessing.get_context(method).Pool(2) as pool:\n'
+                  '    with multiprocessing.get_context(method).Pool(1) as pool:\n'
                   '        return pool.map(double, [1, 2])\n')
     program.write('script.py', '''
         import multiprocessing
@@ -678,7 +676,7 @@ def test_pools_in_jobs(program, method):
             return isinstance(own, Own), own
 
         def compute(method):
-            with multiprocessing.get_context(method).Pool(2) as pool:
+            with multiprocessing.get_context(method).Pool(1) as pool:
                 own = pool.apply(of_own, (Own(1),))
                 thing = pool.apply(helper.of_thing, (helper.Thing(1),))
                 return (pool.map(square, range(4)), pool.map(helper.double, range(3)),

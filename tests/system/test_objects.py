@@ -43,9 +43,8 @@ NODES = ['local', 'node', 'scheduler', 'other']
 PAIRS = [(place, node) for node in NODES for place in PLACES]
 # Functions go as source, not as arguments: many clusters; it is begun first
 LONGEST = ('main', 'other')
-# Those that are run without --long: each place and each kind of node at least once.
-SHORT = {('main', 'local'), ('main', 'node'), ('package', 'local'), ('module', 'node'),
-         ('editable', 'scheduler'), ('module', 'other')}
+# Those that are run without --long: each place and each kind of node once.
+SHORT = {('main', 'node'), ('package', 'local'), ('editable', 'scheduler'), ('module', 'other')}
 LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, each for a reason
 
 # What nothing but a forked process can have: a computation of __main__ that uses it is refused,

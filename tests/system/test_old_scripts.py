@@ -174,7 +174,7 @@ def test_commands_that_end_in_py(tmp_path):
 # -- options of the daemons ------------------------------------------------------------------------
 
 def options_of(module, *argv):
-    return dispynode.parse_arguments(module._parser(), argv)
+    return dispynode.parse_arguments(module.make_parser(), argv)
 
 
 def test_options_of_dispynode():

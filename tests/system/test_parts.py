@@ -699,9 +699,10 @@ def extremes(data, size):
 
 
 @pytest.mark.parametrize('way', ['argument', 'result'])
-def test_3_5_gib_through_a_node(large_memory, tmp_path, way):
-    """One value; the link lives, and small jobs go on beside it."""
-    size = 7 << 29
+def test_gibibytes_through_a_node(large_memory, tmp_path, way, request):
+    """One value, of more bytes than 31 bits can count, and 3.5 GiB with --long; the link lives, and
+    small jobs go on beside it."""
+    size = 7 << 29 if request.config.getoption('--long') else (1 << 31) + (1 << 20)
     with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(extremes,
                                                                   nodes=[node.address]) as cluster:
         assert cluster.submit(b'', 0)(30)

@@ -83,7 +83,7 @@ def test_what_to_do_about_a_path_depends_on_where_it_lands():
 
 def job(number=1, text='', state=JobState.TERMINATED):
     made = DispyJob('c', None, None, number)
-    made._exception, made.state = text, state
+    made.exception, made.state = text, state
     return made
 
 
@@ -562,7 +562,7 @@ def a_free_port():
 
 def test_the_monitor_alone_shows_the_scheduler_of_this_machine_or_the_nodes(tmp_path, monkeypatch,
                                                                             capsys):
-    parser = dispy_httpd._parser()
+    parser = dispy_httpd.make_parser()
     with SchedulerProcess(tmp_path / 'scheduler') as scheduler:
         monkeypatch.setattr(dispy_httpd, 'SCHEDULER_PORT', scheduler.port)
         source = dispy_httpd._source_of(parser.parse_args([]))
@@ -581,15 +581,16 @@ def test_the_monitor_alone_shows_the_scheduler_of_this_machine_or_the_nodes(tmp_
 
 
 def test_nodes_are_named_by_the_same_option_in_all_commands():
-    for parser, option in ((dispy_httpd._parser(), 'nodes'), (dispyscheduler._parser(), 'node')):
+    for parser, option in ((dispy_httpd.make_parser(), 'nodes'),
+                           (dispyscheduler.make_parser(), 'node')):
         for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c']):
             assert getattr(parser.parse_args(words), option) == ['a', 'b:5', 'c'], parser.prog
         assert getattr(parser.parse_args([]), option) == []
     # They have no PROGRAM that might be meant
-    for parser in (dispy_httpd._parser(), dispyscheduler._parser()):
+    for parser in (dispy_httpd.make_parser(), dispyscheduler.make_parser()):
         assert (parser.parse_args(['-n', 'a', 'b:5', '-n', 'c'])
                 == parser.parse_args(['--nodes', 'a b:5 c']))
-    parser = dispy._parser()
+    parser = dispy.make_parser()
     for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c'],
                   ['-n', 'a', '-n', 'b:5', '-n', 'c']):
         options, command = parser.split([*words, 'program'])

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 import dispy
-from dispy import _flag, _in_range, _seconds, plain_number
+from dispy import _seconds, flag_of, in_range, plain_number
 from dispynode import REFUSED_MOST
 from nodes import NodeProcess
 
@@ -41,14 +41,14 @@ def test_plain_numbers():
 
 
 def test_ranges_flags_and_times():
-    assert type(_in_range('n', numpy.int64(3), 1, 1, 5)) is int
+    assert type(in_range('n', numpy.int64(3), 1, 1, 5)) is int
     for value in (0, 6, 'x', True, math.nan, math.inf):
         with pytest.raises(ValueError, match='n=.*between 1 and 5'):
-            _in_range('n', value, 1, 1, 5)
-    assert [_flag('f', value) for value in (True, 0, numpy.bool_(True))] == [True, False, True]
+            in_range('n', value, 1, 1, 5)
+    assert [flag_of('f', value) for value in (True, 0, numpy.bool_(True))] == [True, False, True]
     for value in ('no', '', 5, None, [], numpy.array([1, 0])):
         with pytest.raises(TypeError, match='f='):
-            _flag('f', value)
+            flag_of('f', value)
     assert (_seconds('t', None) is None and _seconds('t', math.inf) is None
             and _seconds('t', 1e10) is None and _seconds('t', numpy.float32(2)) == 2.0)
     for value, kind in (('x', TypeError), ([], TypeError), (math.nan, ValueError)):

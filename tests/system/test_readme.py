@@ -513,7 +513,7 @@ def test_the_lines_for_the_shell():
     lines = [shlex.split(line) for line in LINES if line.startswith('python ')]
     for words in lines:
         assert words[:3] == ['python', '-m', 'dispy']
-        parser = dispy._parser()
+        parser = dispy.make_parser()
         options, command = parser.split(words[3:])
         args = parser.parse_args(options)
         assert args.list_nodes or args.cancel_lost or dispy.split_sources(command)[0]

@@ -272,11 +272,11 @@ class Fixed(dispy.NodeAllocate):
         return self.cpus
 
 
-@pytest.mark.parametrize('kind', (dispy.NodeAllocate, Base, Calls, Fixed))
-@pytest.mark.parametrize('cpus, used', ((1, 1), (-1, 3), (3, 3)))
-def test_an_allocator_limits_by_its_cpus(make_cluster, tmp_path, kind, cpus, used):
+def test_an_allocator_limits_by_its_cpus(make_cluster, tmp_path):
     with NodeProcess(tmp_path / 'node', cpus=4) as node:
-        cluster = make_cluster(stamp, nodes=[kind('127.0.0.1', node.port, cpus=cpus)])
-        cluster.wait_nodes(1, 20)
-        assert cluster.status().nodes[0].cpus == used
-        cluster.close()
+        for kind in (dispy.NodeAllocate, Base, Calls, Fixed):
+            for cpus, used in ((1, 1), (-1, 3), (3, 3)):
+                cluster = make_cluster(stamp, nodes=[kind('127.0.0.1', node.port, cpus=cpus)])
+                cluster.wait_nodes(1, 20)
+                assert cluster.status().nodes[0].cpus == used, (kind, cpus)
+                cluster.close()

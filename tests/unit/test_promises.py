@@ -8,6 +8,7 @@ from promises import SHAPES, World, lengths, seeded
 TRIPS = (0.0002, 0.02, 0.15)
 TURN = 0.03        # s: looks at running jobs, pipes and the birth of a worker
 WAIT = 0.2         # s beyond a running job and two round trips
+# Runs of a scene. One that takes long is run once for each trip, and so often with --long.
 SEEDS = 3
 LEARNED = 8.0      # s after which two programs that share have seen all lengths of their jobs
 
@@ -23,6 +24,15 @@ def busy(shape, trip, seed, nodes=None, count=3000):
     world.run(2 * trip + 0.1)
     world.submit('c', lengths(shape, rng, count))
     return world, rng
+
+
+@pytest.fixture
+def seeds(request, trip):
+    """The seeds of a scene that takes long: each shape sees all of them, on links of different
+    kinds."""
+    if request.config.getoption('--long'):
+        return range(SEEDS)
+    return [TRIPS.index(trip) % SEEDS]
 
 
 def check_wait(world, job, asked):
@@ -98,11 +108,11 @@ def sharing(shape, trip, seed, other, nodes):
 @each
 @shaped
 @pytest.mark.parametrize('other', (False, True), ids=('same', 'other'))
-def test_equal_claims_get_equal_shares(shape, trip, other):
+def test_equal_claims_get_equal_shares(shape, trip, other, seeds):
     # A job of 3 s that one has more at an end of the 20 s is 5 % of 6 CPUs, so those of different
     # lengths have 12.
     nodes = {'a': 8, 'b': 4} if other else {'a': 4, 'b': 2}
-    for seed in range(SEEDS):
+    for seed in seeds:
         world = sharing(shape, trip, seed, other, nodes)
         begin, end = world.now, world.now + 20.0
         world.run(end)
@@ -180,8 +190,8 @@ def test_programs_share_and_not_their_computations(shape, trip):
 @pytest.mark.long
 @each
 @shaped
-def test_a_newcomer_does_not_wait_for_two_that_share(shape, trip):
-    for seed in range(SEEDS):
+def test_a_newcomer_does_not_wait_for_two_that_share(shape, trip, seeds):
+    for seed in seeds:
         world = sharing(shape, trip, seed, True, {'a': 3})
         world.open('e')
         world.run(world.now + 2 * trip + 0.1)

@@ -666,7 +666,7 @@ def test_a_job_whose_answer_is_not_waited_for_goes_on():
     talk.ready('n')
     talk.submit([work])
     talk.tell(WithdrawAsked([work]))
-    talk.schedule.keep(work)
+    talk.schedule.requests.keep(work)
     actions = talk.tell(NodeReturned('n', 'c', [work.serial]))
     assert sent(actions) == [work] and not only(actions, Withdrawn)
 
@@ -1199,8 +1199,9 @@ class Walk:
 
 
 @pytest.mark.parametrize('first', range(0, 240, 20))
-def test_random_walk(first):
-    walk_seeds(Walk, first)
+def test_random_walk(first, request):
+    step = 1 if request.config.getoption('--long') else 2
+    walk_seeds(Walk, range(first, first + 20, step))
 
 
 def test_a_computation_that_may_use_so_many_cpus_over_all_nodes():

@@ -11,13 +11,13 @@ import pytest
 import dispy
 from dispy import (
     Command, Ended, HaltRule, JobLog, ShownOutput, Resume, Template, Window, as_file_name, as_node,
-    combinations, delimiter_option,
-    duration_option, hosts_in, records, results_path, split_sources, tagged)
+    combinations, delimiter_option, duration_option, hosts_in, records, results_path, split_sources,
+    tagged)
 
 
 def plan(*words):
     """What a command line asks for."""
-    parser = dispy._parser()
+    parser = dispy.make_parser()
     options, rest = parser.split(list(words))
     return dispy.Plan(parser.parse_args(options), rest)
 
@@ -155,7 +155,7 @@ def test_sources_of_all_kinds(tmp_path):
 # -- options ---------------------------------------------------------------------------------------
 
 def options(*words):
-    parser = dispy._parser()
+    parser = dispy.make_parser()
     found, rest = parser.split(list(words))
     return parser.parse_args(found), rest
 
