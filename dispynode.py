@@ -16243,6 +16243,8 @@ class WorkerReader:
 
 _JOB = int(RecordType.JOB)        # a member's value is found faster so
 _RESULT = int(RecordType.RESULT)
+
+
 class WorkerPipes:
     """The pipes to workers: has workers forked, and carries out what is to be done with those that
     are there. The loop's thread."""
