@@ -17046,6 +17046,9 @@ class NodeHost:
 
     def take(self, link: Link, message: Any) -> None:
         """A message of a client. Raises LinkBroken or PeerError if the link ends with it."""
+        if type(message) is Jobs or type(message) is Ack:   # nearly always
+            self.tell(Received(link.number, message))
+            return
         if isinstance(message, Bye):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
@@ -17093,10 +17096,7 @@ class NodeHost:
             self.processes.on_readable(channel)
         else:
             for message in channel.messages(self.now):
-                if type(message) is Jobs or type(message) is Ack:   # nearly always
-                    self.tell(Received(channel.number, message))
-                else:
-                    self.take(channel, message)
+                self.take(channel, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
         """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
