@@ -75,10 +75,8 @@ import dis
 import enum
 import errno
 import functools
-import glob
 import hashlib
 import heapq
-import html
 import importlib.machinery
 import importlib.util
 import inspect
@@ -250,6 +248,21 @@ FOREVER = 0.5 if os.name == 'nt' else 3600.0
 logger = logging.getLogger('dispy')
 for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
     setattr(logger, _name, getattr(logging, _name))   # scripts for dispy 4 say dispy.logger.DEBUG
+
+
+class LazyPattern:
+    """A regular expression that is compiled when it is used first: most programs need none of
+    those here, and `import dispy` would have to compile all. The attributes are those of a compiled
+    one."""
+
+    def __init__(self, text: Any, flags: int = 0) -> None:
+        self._text = text
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(self._text, self._flags), name)
+        setattr(self, name, value)
+        return value
 
 
 class LogToStderr(logging.Handler):
@@ -1160,8 +1173,8 @@ def many(count: int, word: str) -> str:
     return '%d %s%s' % (count, word, '' if count == 1 else 's')
 
 
-_OF_FRAME = re.compile(r'^  File ".*", line \d+', re.M)
-_OF_GROUP = re.compile(r'^  \| (\w[\w.]*: .*)$', re.M)
+_OF_FRAME = LazyPattern(r'^  File ".*", line \d+', re.M)
+_OF_GROUP = LazyPattern(r'^  \| (\w[\w.]*: .*)$', re.M)
 
 
 def reason_of(text: str) -> str:
@@ -1190,8 +1203,8 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r'\d+', '#', reason)
 
 
-_NOT_FOUND = re.compile(r'^(?:[\w.]+\.)?FileNotFoundError: (.*)$', re.M)
-_QUOTED = re.compile(r"""(['"])(.+?)\1""")
+_NOT_FOUND = LazyPattern(r'^(?:[\w.]+\.)?FileNotFoundError: (.*)$', re.M)
+_QUOTED = LazyPattern(r"""(['"])(.+?)\1""")
 
 
 def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
@@ -1365,9 +1378,9 @@ def status_words(status: Any) -> str:
     return 'exit status %s%s' % (status, name)
 
 
-_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
+_NO_MODULE = LazyPattern(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
 # What a node says (explain_import), which does not know what the module is here
-_INSTALL = re.compile(
+_INSTALL = LazyPattern(
     r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends '
     r'if it is a module of your own'
 )
@@ -1429,7 +1442,7 @@ def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
 class SourceHere:
     """Adds to the tracebacks of nodes the lines of source code that these do not have: those of a
     notebook's cells, of prompts, and of files that are on this host alone."""
-    _FRAME = re.compile(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
+    _FRAME = LazyPattern(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
 
     def added_to(self, text: str) -> str:
         """The text with them. Any thread."""
@@ -1548,6 +1561,8 @@ class JobList(List['DispyJob']):
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
     """A table of texts, which are escaped; `others`: rows that are left out."""
+    import html   # here and below, as few programs need it
+
     def row(cells: Sequence[Any], tag: str) -> str:
         form = '<%s style="text-align:left">%%s</%s>' % (tag, tag)
         return '<tr>%s</tr>' % ''.join(form % html.escape(str(cell)) for cell in cells)
@@ -1608,6 +1623,7 @@ def html_bar(counts: Counts) -> str:
 def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequence['DispyNode']],
                     page: str) -> str:
     """State, progress, counts, nodes, and a link to the web page, if there is one."""
+    import html
     ended = counts.done + counts.failed + counts.cancelled
     lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
     lines.append(html_bar(counts))
@@ -3825,7 +3841,7 @@ _PLAIN_STATEMENTS = frozenset((
     ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
 _CONSTANT_TYPES = frozenset((
     type(None), bool, int, float, complex, str, bytes, type(Ellipsis)))
-_ODD_ESCAPE = re.compile(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
+_ODD_ESCAPE = LazyPattern(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
 
 
 def _statements(body: Sequence[Any], inward: bool,
@@ -8391,7 +8407,7 @@ def remedy_for_source(spec: dict) -> str:
             'that it needs as arguments; or r' + same)
 
 
-_OF_SCHEDULER = re.compile(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
+_OF_SCHEDULER = LazyPattern(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
 
 
 def how_to_share(text: str) -> str:
@@ -16244,7 +16260,7 @@ def in_notebook() -> bool:
     return hasattr(shell, 'kernel')
 
 
-_OF_HISTORY = re.compile(r'_+|_\d+')
+_OF_HISTORY = LazyPattern(r'_+|_\d+')
 
 
 def references_of_history(value: Any) -> int:
@@ -17542,7 +17558,7 @@ def _ended_by_error() -> bool:
 # what reads or writes a file says so
 # --------------------------------------------------------------------------------------------------
 
-EXTENSION = re.compile(r'\.[^/.]+\Z')
+EXTENSION = LazyPattern(r'\.[^/.]+\Z')
 
 
 def without_extension(path: str) -> str:
@@ -17573,7 +17589,7 @@ FORMS: Dict[str, Callable[[str], str]] = {
     '//': directory_of,
     '/.': last_part_without_extension,
 }
-REPLACEMENT = re.compile(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
+REPLACEMENT = LazyPattern(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
 
 
 class Replacement(NamedTuple):
@@ -17691,8 +17707,8 @@ def is_python_script(path: str) -> bool:
 
 
 # What makes one word a line for a shell
-SHELL_SIGNS = re.compile(r'[\s|&;<>()$`\\"\'*?\[~]')
-FIRST_WORD = re.compile(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
+SHELL_SIGNS = LazyPattern(r'[\s|&;<>()$`\\"\'*?\[~]')
+FIRST_WORD = LazyPattern(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
 
 
 class Command:
@@ -17938,7 +17954,7 @@ class Inputs:
 
 # -- when to stop ----------------------------------------------------------------------------------
 
-HALT_TEXT = re.compile(r'(now|soon),(fail|success|done)=([0-9]+)(%?)\Z')
+HALT_TEXT = LazyPattern(r'(now|soon),(fail|success|done)=([0-9]+)(%?)\Z')
 OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,success=1',
              '-2': 'now,success=1'}
 
@@ -18072,7 +18088,7 @@ class JobLog:
     behind them. Appends to a file, or writes a new one."""
     COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Node')
-    ROW = re.compile(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
+    ROW = LazyPattern(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
 
     def __init__(self, path: str, appends: bool) -> None:
         self._file = open_table(path, appends, self.COLUMNS)
@@ -18228,7 +18244,7 @@ class NumberedFiles:
         """Each file has been closed."""
 
 
-LINES = re.compile(rb'[^\n]*\n|[^\n]+')
+LINES = LazyPattern(rb'[^\n]*\n|[^\n]+')
 
 
 def tagged(data: bytes, tag: str) -> bytes:
@@ -18267,7 +18283,7 @@ class ShownOutput:
 
 # -- hosts -----------------------------------------------------------------------------------------
 
-HOST_WITH_CPUS = re.compile(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
+HOST_WITH_CPUS = LazyPattern(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
 
 
 def cpus_and_host(word: str) -> Tuple[int, str]:
@@ -18308,8 +18324,8 @@ def as_node(word: str) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 UNITS = {'s': 1.0, 'm': 60.0, 'h': 3600.0, 'd': 86400.0}
-DURATION = re.compile(r'(?:\d+(?:\.\d+)?[smhd])*(?:\d*\.?\d+)?\Z')
-DURATION_PART = re.compile(r'(\d*\.?\d+)([smhd]?)')
+DURATION = LazyPattern(r'(?:\d+(?:\.\d+)?[smhd])*(?:\d*\.?\d+)?\Z')
+DURATION_PART = LazyPattern(r'(\d*\.?\d+)([smhd]?)')
 
 
 def duration_option(text: str) -> float:
@@ -19527,6 +19543,7 @@ def waits_of(process: int) -> Iterator[str]:
 
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
+    import glob
     expanded_path = os.path.expanduser('~/.dispy/*/log')
     found = set(glob.glob(expanded_path))
     for process in daemons():

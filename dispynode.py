@@ -14883,10 +14883,19 @@ def exit_text(code: Optional[int]) -> str:
         -code, name, '; the kernel does this when memory runs out' if code == -9 else '')
 
 
+def platform_text() -> str:
+    """What `platform.platform()` returns. On Linux that starts a process, `uname -p`, for which the
+    first result of a program would have to wait, and which as a rule tells nothing new."""
+    if sys.platform != 'linux':
+        with process_start_lock:
+            return platform.platform()
+    parts = [*map(os.uname().__getitem__, (0, 2, 4)), 'with', ''.join(platform.libc_ver())]
+    return '-'.join(part.replace(' ', '_') for part in parts if part)
+
+
 def node_facts() -> dict:
     """What a client may want to know of this host."""
-    with process_start_lock:   # it may start `uname`
-        system = platform.platform()
+    system = platform_text()
     python = tuple(sys.version_info[:3])
     cloudpickle = installed_version('cloudpickle')
     pid = os.getpid()
