@@ -50,12 +50,20 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 if __name__ == '__main__':
-    # The module is imported once more under its own name, so that classes have one identity. Here,
-    # and not at the end: all that follows would be made for nothing.
-    import importlib
+    # The module is run once more under its own name, so that classes have one identity. Here, and
+    # not at the end: all that follows would be made for nothing. The code is compiled already;
+    # where no byte code can be kept, to compile it again takes longer than all imports.
+    import importlib.util
+    import os
     import sys
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispy', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispy')
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules['dispy'] = program
     try:
-        program = importlib.import_module('dispy')
+        exec(sys._getframe().f_code, vars(program))
     except ImportError as exc:   # a file or a package that it needs is not there
         sys.exit(str(exc))
     sys.exit(program.main())
@@ -75,6 +83,7 @@ import dis
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import heapq
 import importlib.machinery
@@ -115,7 +124,7 @@ import weakref
 import zlib
 from typing import (
     AbstractSet, Any, Callable, Collection, Container, Deque, Dict, FrozenSet, Iterable, Iterator,
-    List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+    List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import cloudpickle
@@ -142,30 +151,32 @@ except ImportError:   # a system without semaphores
 from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_ONCE, FILES_LEFT
 from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
-from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RETURNED, ROW_FIRST, RUN_BY_PYTHON
-from dispynode import RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STALLS, VALUE_MOST
-from dispynode import WHOLE_MOST
+from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
+from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS
+from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
 from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
-from dispynode import OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query, Ready
-from dispynode import Reclaim, Reconnector, RecordLog, Refused, Report, Results, Return, ReturnJobs
+from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
+from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
+from dispynode import Return, ReturnJobs
 from dispynode import Role, Sealed, SecondConnection, SecretError, Shutdown, SpoolSender, Started
 from dispynode import StartError, StateRow, Stop, Unreached, Wrong
 from dispynode import __version__, add_messages, available_cpus, batches, build_tag, call_chunk
 from dispynode import check_name, check_not_importing, contents_of, default_directory
 from dispynode import default_start_method, derive_key, describe_exception, dial, dial_text
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
-from dispynode import find_secret, format_address, globals_of, has_place, host_and_port
+from dispynode import find_offer, find_secret, format_address, globals_of, has_place, host_and_port
 from dispynode import in_one_piece, in_parts, is_comp, is_named, is_outcome, is_own_address
-from dispynode import is_serial, keeps_identity, loads, lock_file, log_record_of, machine
-from dispynode import module_dict
+from dispynode import is_request, is_serial, keeps_identity, loads, lock_file, log_record_of
+from dispynode import machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
-from dispynode import process_start_lock, python_of, read_secret, remove_abandoned_directory
+from dispynode import process_start_lock, python_of, pythons_text, read_secret
+from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
 from dispynode import tls_files, told_once, unpack_error, value_pickler, why_unreached, with_needs
@@ -1035,6 +1046,26 @@ class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
     __slots__ = ()
 
 
+def resources_of(facts: dict) -> Dict[str, int]:
+    """How many units of resources a node offers, by what it has told."""
+    found = facts.get('resources')
+    if type(found) is not dict or not is_request(tuple(sorted(found.items()))):
+        return {}
+    return found
+
+
+def resource_use(facts: dict) -> Dict[str, Tuple[int, int]]:
+    """Of each resource of a node how many units jobs have, and how many there are."""
+    used = facts.get('resources_used', {})
+    return {name: (used.get(name, 0), count) for name, count in resources_of(facts).items()}
+
+
+def resource_words(node: 'DispyNode') -> List[str]:
+    """'gpu 1 of 2': what jobs have of the resources of a node."""
+    return ['%s %d of %d' % (name, node.resources_used[name], count)
+            for name, count in node.resources.items()]
+
+
 class DispyNode:
     """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
 
@@ -1050,6 +1081,8 @@ class DispyNode:
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
     tx, rx - bytes that this program has sent there and has received from there, all clusters
         together
+    resources - how many units it offers of what jobs ask for by name, as {'gpu': 2};
+        resources_used - how many of these jobs of this program have there, or of a scheduler
     update_time - when it was heard last, in seconds since the epoch; 0 for never
     platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was
         connected; what is not known, as without psutil, is None
@@ -1090,6 +1123,8 @@ class DispyNode:
         self.tx, self.rx = fact, facts.get('rx', 0)
         self.update_time = facts.get('heard', 0.0)
         self.platform = facts.get('platform', '')
+        self.resources = dict(resources_of(facts))
+        self.resources_used = {name: used for name, (used, _) in resource_use(facts).items()}
         available = facts.get('available', {})
         if is_of_program:
             self.avail_info = None
@@ -1110,6 +1145,7 @@ class DispyNode:
             words.append(self.state)
         if self.cpus:
             words.append(many(self.cpus, 'CPU'))
+        words += resource_words(self)
         if self.busy:
             words.append('%d running' % self.busy)
         if self.jobs_done:
@@ -1877,6 +1913,7 @@ class NodeReady(NamedTuple):
     trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
     past: AttemptHistory = AttemptHistory()
     whole: bool = True   # as in Account
+    stock: Dict[str, int] = {}   # what it has of resources, and of memory
 
 
 class NodeTold(NamedTuple):
@@ -2192,6 +2229,121 @@ class _Queue:
 
 
 _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
+MEMORY = 'memory'   # of what a job needs, beside the resources that nodes name
+ALL_KINDS = '*'     # what a scheduler has, which counts the resources of its nodes itself
+
+
+def needs_of(work: ScheduledJob) -> Request:
+    """What a job needs of its node beside CPUs: memory, and what it has asked for by name."""
+    options = work.options
+    if not options:
+        return ()
+    needs: Request = options.get('resources', ())
+    memory = options.get('memory')
+    if memory:
+        needs += ((MEMORY, memory),)
+    return needs
+
+
+class Stock:
+    """What a node has of resources beside CPUs, and what its jobs take of it."""
+    __slots__ = ('counts', 'used')
+
+    def __init__(self) -> None:
+        self.counts: Dict[str, int] = {}      # without memory, if that is not known
+        self.used: Dict[str, int] = collections.Counter()
+
+    def has(self, needs: Request) -> bool:
+        """Whether the node has this when nothing runs there."""
+        return all(count <= self.most(name) for name, count in needs)
+
+    def has_free(self, needs: Request) -> bool:
+        """Whether it has this beside what its jobs take."""
+        return all(count + self.used[name] <= self.most(name) for name, count in needs)
+
+    def most(self, name: str) -> float:
+        """How much of this it has: any number where that is not known."""
+        if ALL_KINDS in self.counts:
+            return math.inf
+        return self.counts.get(name, math.inf if name == MEMORY else 0)
+
+    def take(self, work: ScheduledJob, sign: int = 1) -> None:
+        """A job comes; with -1 it goes."""
+        for name, count in needs_of(work):
+            self.used[name] += sign * count
+
+
+def lack_at(nodes: Sequence['NodeLoad'], comp: 'ComputationLoad', cpus: int,
+            needs: Request) -> str:
+    """Why none of these nodes can give a job of a computation what it needs, for people; empty if
+    one can."""
+    for node in nodes:
+        if cpus <= node.limits[comp.comp] and node.stock.has(needs):
+            return ''
+    widest = max(node.limits[comp.comp] for node in nodes)
+    if cpus > widest:
+        return 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (cpus, widest)
+    if comp.remote:
+        return 'it needs resources (dispy_resources), and the scheduler is of an earlier release ' \
+            'of dispy, which does not know of them: update the scheduler and its nodes'
+    for name, count in needs:
+        most = max(node.stock.most(name) for node in nodes)
+        if count > most and name == MEMORY:
+            return 'it needs %d bytes of memory (dispy_memory), and no node has more than %d' % (
+                count, most)
+        if count > most:
+            return 'it needs %d %s (dispy_resources), and no node has %s' % (
+                count, name, 'more than %d' % most if most else 'any')
+    words = [many(cpus, 'CPU')]
+    words += ['%d %s' % (count, 'bytes of memory' if name == MEMORY else name)
+              for name, count in needs]
+    return 'it needs %s, and no node has all of that' % ', '.join(words)
+
+
+class ScarceJobs:
+    """Jobs of one computation that wait for resources which nodes name: a queue for each set of
+    names, so that who waits for a device keeps nobody else waiting."""
+
+    def __init__(self) -> None:
+        self.queues: Dict[Tuple[str, ...], _Queue] = {}
+        # The heads of queues for which no idle node has what they need
+        self._blocked: Dict[Tuple[str, ...], ScheduledJob] = {}
+
+    def queue_of(self, request: Request) -> _Queue:
+        """Where jobs that ask for these wait."""
+        key = tuple(name for name, _ in request)
+        line = self.queues.get(key)
+        if line is None:
+            line = self.queues[key] = _Queue()
+        return line
+
+    def length(self) -> int:
+        """Jobs that wait here."""
+        return sum(line.length for line in self.queues.values())
+
+    def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
+             changed: Dict[Any, 'NodeLoad'], comp: str) -> Optional[Tuple['NodeLoad', _Queue]]:
+        """An idle node for the head of a queue, and that queue; None if there is none. `before` is
+        the first of the jobs that wait for a CPU alone: those that come after it are left out."""
+        for key, line in self.queues.items():
+            work = line.head()
+            if work is None or (before is not None and not _comes_before(work, before)):
+                continue
+            nodes: Iterable[NodeLoad] = idle.values()
+            if self._blocked.get(key) is work:
+                nodes = [node for node in changed.values() if node.key in idle]
+            for node in nodes:
+                if node.fits(comp, work):
+                    self._blocked.pop(key, None)
+                    return node, line
+            self._blocked[key] = work   # until something happens to a node
+        return None
+
+
+def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
+    """Whether a job has a CPU before another: by priority, then in order."""
+    rank = (-priority_of(work), work.serial >> 16)
+    return rank < (-priority_of(other), other.serial >> 16)
 
 
 class ComputationLoad:
@@ -2204,7 +2356,10 @@ class ComputationLoad:
         self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
-        self.too_wide: List[ScheduledJob] = []          # wanting more CPUs than any node has
+        self.scarce = ScarceJobs()
+        self.too_wide: List[ScheduledJob] = []          # wanting more than any node has
+        # CPUs and needs of jobs, to why no node has them, as far as `largest_node` is known
+        self.lacks: Dict[Tuple[int, Request], str] = {}
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
@@ -2237,11 +2392,19 @@ class ComputationLoad:
         """Where this job waits; which node it is for, a scheduler sees to."""
         if work.options and not self.remote:
             key = work.options.get('node')
+            if key is None and 'resources' in work.options:
+                return self.scarce.queue_of(work.options['resources'])
         else:
             key = None
         if key is None:
             return self.queue
         return self.pinned.setdefault(key, _Queue())
+
+    def shared_queues(self) -> List[_Queue]:
+        """Where jobs wait that are not for one node alone."""
+        if self.scarce.queues:
+            return [self.queue, *self.scarce.queues.values()]
+        return [self.queue]
 
     def source(self, key: Any) -> _Queue:
         """Where a node's next job comes from: those for it alone go first."""
@@ -2255,12 +2418,17 @@ class ComputationLoad:
 
     def length(self) -> int:
         """Jobs that wait, parked ones not counted."""
-        return self.queue.length + (sum(queue.length
-                                        for queue in self.pinned.values()) if self.pinned else 0)
+        length = self.queue.length
+        if self.pinned:
+            length += sum(queue.length for queue in self.pinned.values())
+        if self.scarce.queues:
+            length += self.scarce.length()
+        return length
 
     def waiting(self) -> List[ScheduledJob]:
         """All jobs that wait."""
-        queued = [work for queue in (self.queue, *self.pinned.values()) for work in queue]
+        queues = self.shared_queues() + list(self.pinned.values())
+        queued = [work for queue in queues for work in queue]
         restings = list(self.resting)
         return queued + self.too_wide + restings
 
@@ -2295,7 +2463,7 @@ class NodeLoad:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
                  'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks',
-                 'trip', 'probe', 'tried_until')
+                 'trip', 'probe', 'tried_until', 'stock')
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -2311,6 +2479,7 @@ class NodeLoad:
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
+        self.stock = Stock()
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
@@ -2511,6 +2680,17 @@ class NodeLoad:
         """CPUs that a computation would find idle here."""
         return min(self.cpus - self.cpus_reserved, self.limits[comp] - self.parts[comp])
 
+    def fits(self, comp: str, work: ScheduledJob) -> bool:
+        """Whether a job of a computation would find idle CPUs here, and what else it needs."""
+        if cpus_of(work) > self.room(comp):
+            return False
+        return not work.options or self.may_get(work)
+
+    def may_get(self, work: ScheduledJob) -> bool:
+        """Whether a job finds here what it needs beside CPUs."""
+        needs = needs_of(work)
+        return not needs or self.stock.has_free(needs)
+
 
 def cpus_of(work: ScheduledJob) -> int:
     """CPUs that a job uses."""
@@ -2586,6 +2766,8 @@ class Books:
         work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
+        if work.options:
+            node.stock.take(work)
         node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
@@ -2622,6 +2804,7 @@ class Books:
             move_job(work, 'send')
             cpus = cpus_of(work)
             node.take(comp.comp, cpus)
+            node.stock.take(work)
             comp.cpus_in_flight += cpus
             self.client_cpus[comp.client] += cpus
             node.in_flight[comp.comp][work.serial] = work
@@ -2648,6 +2831,8 @@ class Books:
                 landed[serial] = work
                 cpus += cpus_of(work)
                 size += _bytes_of(work)
+                if work.options:
+                    node.stock.take(work, -1)
                 del comp.running[serial]
                 for table in known:
                     table.pop(serial, None)  # type: ignore[attr-defined]
@@ -2703,6 +2888,10 @@ class Books:
         node.away = None
         self.away.pop(node.key, None)
         self.changed[node.key] = node
+
+
+# Options of jobs that do not move to another node which has an idle CPU
+_FOR_ONE_NODE = frozenset(('node', 'resources'))
 
 
 class Placement:
@@ -2766,22 +2955,54 @@ class Placement:
 
     def _park(self, comp: ComputationLoad) -> None:
         """What no node can take shall not stop those behind it."""
-        work = comp.queue.head()
-        if work is None:
-            return
-        if cpus_of(work) == 1:
-            return
-        if comp.largest_node is None:
-            nodes = comp.nodes.values()
-            comp.largest_node = max((node.limits[comp.comp] for node in nodes if node.away is None),
-                                    default=0)
-        widest = comp.largest_node
-        while widest and work is not None and cpus_of(work) > widest:
-            comp.too_wide.append(comp.queue.pop())
-            text = 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (
-                cpus_of(work), widest)
+        for line in (*comp.shared_queues(), *comp.pinned.values()):
+            work = line.head()
+            while work is not None and work.options and self.is_parked(comp, work):
+                line.pop()
+                work = line.head()
+
+    def is_parked(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether a job needs more than any node has, for which it waits beside its queue. That is
+        told."""
+        pinned = None
+        if not comp.remote:
+            pinned = work.options.get('node')  # type: ignore[union-attr]
+        if pinned is None:
+            text = self._lack(comp, work)
+        else:
+            text = self._lack_there(comp, work, pinned)
+        if text:
+            comp.too_wide.append(work)
             self._books.do(JobParked(work, text))
-            work = comp.queue.head()
+        return bool(text)
+
+    @staticmethod
+    def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
+        """Why this node alone can never run a job; empty if it can, or cannot be used now."""
+        node = comp.nodes.get(key)
+        if node is None or node.away is not None or not node.limits[comp.comp] > 0:
+            return ''
+        text = lack_at([node], comp, cpus_of(work), needs_of(work))
+        return text and '%s; it is for node %s alone' % (text, node.name)
+
+    @staticmethod
+    def _lack(comp: ComputationLoad, work: ScheduledJob) -> str:
+        """Why no node can ever run a job; empty if one can, or if there is no node now."""
+        cpus = cpus_of(work)
+        needs = needs_of(work)
+        if cpus == 1 and not needs:
+            return ''
+        if comp.largest_node is None:
+            comp.lacks.clear()
+            comp.largest_node = max((node.limits[comp.comp] for node in comp.nodes.values()
+                                     if node.away is None), default=0)
+        text = comp.lacks.get((cpus, needs))
+        if text is None and comp.largest_node:
+            nodes = [node for node in comp.nodes.values()
+                     if node.away is None and node.limits[comp.comp] > 0]
+            text = lack_at(nodes, comp, cpus, needs)
+            comp.lacks[cpus, needs] = text
+        return text or ''
 
     @staticmethod
     def _may_be_ahead(comp: ComputationLoad) -> bool:
@@ -2807,19 +3028,24 @@ class Placement:
                 work = pinned.head()
                 if work is None:
                     continue
-                if cpus_of(work) <= node.room(comp.comp):
+                if node.fits(comp.comp, work):
                     books.put_on(node, comp, pinned.pop())
                     return True
         work = comp.queue.head()
+        if comp.scarce.queues:
+            found = comp.scarce.next(work, comp.idle, books.changed, comp.comp)
+            if found is not None:
+                there, queue = found
+                books.put_on(there, comp, queue.pop())
+                return True
         if work is None:
             return False
-        cpus = cpus_of(work)
         nodes: Iterable[NodeLoad] = comp.idle.values()
         if comp.blocked_head is work:
             changed = books.changed.values()
             nodes = [node for node in changed if node.key in comp.idle]
         for node in nodes:
-            if cpus <= node.room(comp.comp):
+            if node.fits(comp.comp, work):
                 books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked_head = work   # until something happens to a node
@@ -2870,6 +3096,10 @@ class Placement:
             fits = node.room(comp.comp)
         if cpus_of(work) > fits:
             return False
+        if work.options and not comp.remote:
+            # What has units of a resource shall use them, and not wait for a CPU
+            if 'resources' in work.options or not node.may_get(work):
+                return False
         if comp.called and not comp.may_wait_there(work):
             if not choice > 0:
                 return False
@@ -2964,7 +3194,8 @@ class Placement:
                 if room < math.inf:
                     continue
                 break   # those before it would be overtaken
-            for_this_node = bool(work.options) and 'node' in work.options  # type: ignore[operator]
+            for_this_node = bool(work.options) and not _FOR_ONE_NODE.isdisjoint(
+                work.options)  # type: ignore[arg-type]
             if room < math.inf:
                 if cpus_of(work) > room or for_this_node:
                     break
@@ -3045,12 +3276,14 @@ class Limits:
 
     def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
         """A node with more CPUs has come."""
-        for work in [
-                work for work in reversed(comp.too_wide) if cpus_of(work) <= node.limits[comp.comp]
-        ]:
-            comp.too_wide.remove(work)
-            comp.queue.push_front(work)
-            self._books.waiting[comp.comp] = comp
+        stay = []
+        for work in reversed(comp.too_wide):
+            if lack_at([node], comp, cpus_of(work), needs_of(work)):
+                stay.append(work)
+            else:
+                comp.queue_of(work).push_front(work)
+                self._books.waiting[comp.comp] = comp
+        comp.too_wide = stay[::-1]
 
 
 class Repetitions:
@@ -3276,8 +3509,9 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
 class ScheduleRequests:
     """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: Books, placement: Placement) -> None:
         self._books = books
+        self._placement = placement
         self._numbers = itertools.count(1)
 
     def submit(self, event: Submitted) -> None:
@@ -3296,11 +3530,13 @@ class ScheduleRequests:
                 move_job(work, 'fail')
                 books.do(JobEnded(work, comp.unloadable))
                 continue
-            comp.queue_of(work).push(work)
-            books.waiting[comp.comp] = comp
             if work.options and 'priority' in work.options:
                 if not comp.ranked:
                     comp.rank()
+            if work.options and self._placement.is_parked(comp, work):
+                continue
+            comp.queue_of(work).push(work)
+            books.waiting[comp.comp] = comp
             if comp.idle:
                 continue
             if not comp.cpus_in_flight or comp.ranked:
@@ -3386,7 +3622,7 @@ class Schedule:
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
         self._losses = Losses(self._books, self._limits)
-        self.requests = ScheduleRequests(self._books)
+        self.requests = ScheduleRequests(self._books, self._placement)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
@@ -3531,6 +3767,7 @@ class Schedule:
         node = books.node(event.node)
         node.name = event.name or node.name
         node.offers = event.offers
+        node.stock.counts = event.stock
         node.trip = event.trip or node.trip
         node.probe = None
         books.reached(node)
@@ -6340,9 +6577,10 @@ class ValueRef:
 
 
 def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
-                   depends: Sequence[Any] = ()) -> Any:
+                   depends: Sequence[Any] = (), returns: tuple = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what
-    pickling raises. `depends` are files and objects for this job alone; files are read now."""
+    pickling raises. `depends` are files and objects for this job alone; files are read now.
+    `returns` as of WantedOutput.of."""
     if not depends and not kwargs:
         if ATOMS.issuperset(map(type, args)):
             return pickle.dumps((args, kwargs), 5)
@@ -6351,6 +6589,8 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
     if depends:
         files, objects = _job_depends(depends, bundles.known_globals)
         value = (args, kwargs, files, objects)
+        if returns:
+            value += (returns,)
     # Made only if pickling fails.
     labels = itertools.chain(
         (('argument %d' % number, value) for number, value in enumerate(args, 1)),
@@ -6378,6 +6618,72 @@ class OwnDirectory(List[JobFile]):
 
     def __bool__(self) -> bool:
         return True
+
+
+class WantedOutput:
+    """Which files of a program's jobs come back, and where to: `returns` and `dest`."""
+    ID = '{id}'
+
+    def __init__(self, patterns: Sequence[str], dest: Optional[str], directory: str) -> None:
+        """`directory` is the program's. What `dest` names is made. Raises OSError."""
+        self._patterns = patterns
+        start, mark, end = (dest or '').partition(self.ID)
+        root, _, begin = start.rpartition('/') if mark else (start, '', '')
+        if mark and start[:1] == '/':
+            root = root or '/'
+        self.root = os.path.join(directory, root) if root else directory
+        if dest:
+            os.makedirs(self.root, exist_ok=True)
+        self._before = begin + mark + end
+        # Names of files that have come, and of which jobs, where two jobs may have the same
+        self._came: Dict[str, Any] = {}
+        self._may_clash = not mark and any(self.ID not in pattern for pattern in patterns)
+        self._has_told = False
+
+    @staticmethod
+    def checked(returns: Any, dest: Any) -> Tuple[str, ...]:
+        """The patterns. Raises TypeError or ValueError."""
+        if isinstance(returns, str):
+            raise TypeError("returns=%.80r must be a list of names, such as ['out_*.dat']"
+                            % returns)
+        patterns = tuple(returns or ())
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError('returns: %.80r is no text' % (pattern,))
+            try:
+                check_name(pattern)
+            except ValueError as exc:
+                raise ValueError('returns: %s: it is a name below the directory of the job'
+                                 % exc) from None
+        if dest is not None and not isinstance(dest, str):
+            raise TypeError('dest=%.80r must be a text, such as results/{id}' % (dest,))
+        if dest is not None and not patterns:
+            raise ValueError('dest=%.80r needs returns=[...], which files come there' % dest)
+        return patterns
+
+    def of(self, number: Any) -> tuple:
+        """What the node is told of the job with this id: what stands before the names that its
+        files have here, and patterns of them. Nothing if none come back."""
+        if not self._patterns:
+            return ()
+        # Signs that no name of a file has, on whatever system
+        name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', '_', str(number))[:200]
+        if name in ('', '.', '..'):
+            name = '_' + name
+        before = self._before.replace(self.ID, name)
+        if before and not before.endswith('/'):
+            before += '/'
+        return before, [pattern.replace(self.ID, glob.escape(name)) for pattern in self._patterns]
+
+    def note(self, job: DispyJob, name: str) -> None:
+        """A file of a job comes. Warn, once, if one of another job is replaced."""
+        if not self._may_clash or self._has_told:
+            return
+        other = self._came.setdefault(name, job.id)
+        if other != job.id:
+            self._has_told = True
+            logger.warning("the file %s of job %r replaces that of job %r: with "
+                           "dest='results/{id}' each job has a directory", name, job.id, other)
 
 
 def _job_depends(
@@ -8804,6 +9110,8 @@ class NodeConnection:
         self.name = ''
         self.ip_addr = host
         self.facts: Dict[str, Any] = {}
+        # What the schedule's jobs have of its resources there
+        self.taken: Dict[str, int] = {}
         self.offered = 0
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
@@ -8878,13 +9186,16 @@ class NodeConnection:
         """What is known of it, with the bytes that went over its links and when it was heard
         last."""
         link = self.link
+        used = {name: self.taken.get(name, 0) for name in resources_of(self.facts)}
         if link is None:
-            return dict(self.facts, tx=self.tx, rx=self.rx, heard=self.heard_last)
+            return dict(self.facts, tx=self.tx, rx=self.rx, heard=self.heard_last,
+                        resources_used=used)
         heard = time.time() - max(0.0, time.monotonic() - link.heard)
         return dict(self.facts,
                     tx=self.tx + link.bytes_out,
                     rx=self.rx + link.bytes_in,
-                    heard=heard)
+                    heard=heard,
+                    resources_used=used)
 
     def count_link(self) -> None:
         """Its link has ended, or ends now."""
@@ -8969,6 +9280,18 @@ IN_PROGRAM = hasattr(os, 'fork')
 LOCAL_PREFIX = 'dispy-local-'    # of the names of directories of such nodes
 
 
+def offer_here() -> Offer:
+    """What the embedded node offers beside CPUs: what DISPY_RESOURCES in the environment says, such
+    as 'gpu=2 licence=1', and otherwise the devices of this machine. Raises StartError."""
+    words = os.environ.get('DISPY_RESOURCES')
+    if words is None:
+        return find_offer(['gpu=auto'], quick=True)
+    try:
+        return find_offer(words.split())
+    except ValueError as exc:
+        raise StartError('DISPY_RESOURCES in the environment: %s' % exc) from None
+
+
 class EmbeddedNode:
     """The node of this program: it runs in the driver's loop, behind a link in memory, and has its
     turns between those of the driver. The driver's thread."""
@@ -8986,7 +9309,8 @@ class EmbeddedNode:
                           prefix=root,
                           embedded=True,
                           python=python,
-                          start_method=default_start_method())
+                          start_method=default_start_method(),
+                          offer=offer_here())
         self._host = NodeHost(driver, options)
         try:
             self._host.start(0)
@@ -11140,6 +11464,31 @@ class NodeSelection:
                     word.append(peer)
 
 
+class PythonThere(NamedTuple):
+    """The Python of a node that runs a computation."""
+    name: str                  # '' for that of the node itself
+    version: Tuple[int, ...]
+    cloudpickle: str
+
+
+def python_at(facts: dict, wanted: str) -> Optional[PythonThere]:
+    """The Python of a node that has this name, or the first that has this version, by what the node
+    has told; its own if none is wanted. None if there is none."""
+    own = PythonThere('', facts.get('python', ()), facts.get('cloudpickle', ''))
+    if not wanted:
+        return own
+    others = {name: PythonThere(name, tuple(fact['python']), fact['cloudpickle'])
+              for name, fact in facts.get('pythons', {}).items()}
+    if wanted in others:
+        return others[wanted]
+    for python in (own, *others.values()):
+        words = [str(number) for number in python.version]
+        parts = wanted.split('.')
+        if words[:len(parts)] == parts:
+            return python
+    return None
+
+
 def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     """Whether a computation goes to a node as source: its Python is another than here."""
     if spec['kind'] != 'function':
@@ -11148,8 +11497,18 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
         return False
     if peer.scheduler:
         return False
-    there = peer.facts.get('python', ())
-    return bool(there[:2] != spec['python'][:2])
+    python = python_at(peer.facts, spec.get('interpreter', ''))
+    return python is not None and python.version[:2] != spec['python'][:2]
+
+
+def stock_of(facts: dict) -> Dict[str, int]:
+    """The same with its memory in bytes, if that is known."""
+    memory = facts.get('memory_total')
+    if facts.get('role') == 'scheduler' and 'resources' in facts:
+        return {ALL_KINDS: 1}
+    if type(memory) is int:
+        return dict(resources_of(facts), memory=memory)
+    return resources_of(facts)
 
 
 class ComputationSetup:
@@ -11288,7 +11647,21 @@ class ComputationSetup:
         """What a computation is, in a form that this node can load; None if there is none, or if it
         is being found out."""
         spec = cluster.cargo.spec  # type: ignore[union-attr]
-        if not _needs_source(spec, peer):
+        wanted = spec.get('interpreter', '')
+        if wanted and not peer.scheduler:
+            python = python_at(peer.facts, wanted)
+            if python is None:
+                text = 'it has no Python %s (python=); it has %s' % (
+                    wanted, pythons_text(peer.facts))
+                self._refusal(peer, comp, text, 'python')
+                return None
+            spec = dict(spec, interpreter=python.name)
+        elif wanted and 'pythons' not in peer.facts:
+            text = 'it is of an earlier release of dispy, which does not know of python=%s: ' \
+                'update the scheduler and its nodes' % wanted
+            self._refusal(peer, comp, text, 'python')
+            return None
+        if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
         if cluster.source is None:
@@ -11298,10 +11671,11 @@ class ComputationSetup:
             return None
         code, obstacle = cluster.source
         if obstacle:
-            there = python_of(peer.facts.get('python', ()))
-            python = python_of(spec['python'])
+            there = python_of(
+                python_at(peer.facts, wanted).version)  # type: ignore[union-attr]
+            here = python_of(spec['python'])
             text = 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
-                there, python, obstacle, remedy_for_source(spec))
+                there, here, obstacle, remedy_for_source(spec))
             self._refusal(peer, comp, text, 'version')
             return None
         return dict(spec, kind='source', code=code)
@@ -11495,8 +11869,12 @@ class ComputationSetup:
             self._driver.tell_all(DispyNode.AvailInfo, peer, [comp])
         limit = self._driver.selection.tell_limit(peer, comp)   # before the first job
         ready = NodeReady(peer.key, comp, limit, message.held, str(peer), peer.offered,
-                          peer.trip, AttemptHistory.of(message.past), peer.whole)
+                          peer.trip, AttemptHistory.of(message.past), peer.whole,
+                          stock_of(peer.facts))
         self._driver.decide(ready)
+        node = self._driver.schedule.nodes.get(peer.key)
+        if node is not None:
+            peer.taken = node.stock.used
 
 
 class FileTransfers:
@@ -12421,6 +12799,7 @@ def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
         'offered': node.offered,
         'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
         'platform': str(node.facts.get('platform', ''))[:200],
+        'resources': resource_use(node.facts_now()),
         'heard': heard,
     }
 
@@ -13322,7 +13701,7 @@ _ERRORS: Dict[str, Type[Exception]] = {
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, AssignmentState.REFUSED))
 # Options of a job that its node has to know
-OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
+OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values', 'resources')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 # Guards the table of drivers, the making of jobs' events, cloudpickle's registry
 _lock = threading.Lock()
@@ -13438,6 +13817,17 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
 # --------------------------------------------------------------------------------------------------
 
+def _python(python: Any) -> str:
+    """Which Python of a node runs jobs; '' for its own. Raises TypeError or ValueError."""
+    if python is not None and not isinstance(python, str):
+        raise TypeError("python=%.80r must be a name that nodes know (dispynode --python), or a "
+                        "version such as '3.12'" % (python,))
+    if python and not re.fullmatch('%s|[0-9]+([.][0-9]+){0,2}' % RESOURCE_NAME.pattern, python):
+        raise ValueError("python=%.80r is neither a name of letters, digits, _, . and - nor a "
+                         "version such as '3.12'" % python)
+    return python or ''
+
+
 def _start_method(method: Any) -> str:
     """How nodes shall start workers; '': as they do by default. Raises ValueError."""
     if method not in (None, FORK, SPAWN):
@@ -13485,6 +13875,11 @@ class ClusterOptions:
     reentrant: bool
     forward_logs: bool
     start_method: str
+    resources: Request
+    python: str
+    job_dir: bool
+    returns: Tuple[str, ...]
+    dest: Optional[str]
     loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
@@ -13530,6 +13925,11 @@ class ClusterOptions:
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = flag_of('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
+        options['resources'] = request_of('resources', given['resources'] or {})
+        options['python'] = _python(given['python'])
+        options['job_dir'] = flag_of('job_dir', given['job_dir'])
+        options['returns'] = WantedOutput.checked(given['returns'], given['dest'])
+        options['dest'] = given['dest']
         path = recover_path(given['recover_file'], given['fault_recover'])
         options['recover_file'] = path
         options['keeps_trail'] = path is None and given['recover_file'] is not False
@@ -14145,6 +14545,9 @@ class Submitter:
     """
     driver: 'Driver'
     journal: Optional[Journal] = None
+    resources: Request = ()   # that jobs ask for which do not say
+    own_directory = False     # each job has a directory of its own
+    wanted: WantedOutput      # which files of jobs come back
 
     def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
                  book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
@@ -14166,6 +14569,7 @@ class Submitter:
             options = _take_options(kwargs)
         else:
             options = None
+        options = self.with_defaults(options)
         if node is not None:
             options = dict(options or {}, node=node)
         if options is not None:
@@ -14174,16 +14578,27 @@ class Submitter:
         if self._is_program and kwargs:
             message = 'a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs))
             raise TypeError(message)
-        payload = self.pack(args, kwargs, depends)
+        payload = self.pack(args, kwargs, depends, self.wanted.of(number))
         return self.enter(number, args, kwargs, options, payload)
 
-    def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+    def with_defaults(self, options: Optional[dict]) -> Optional[dict]:
+        """The options of a job, with those of the cluster where it has none of its own."""
+        if self.resources or (options is not None and 'resources' in options):
+            options = dict({'resources': self.resources}, **options or {})
+            if not options['resources']:
+                del options['resources']
+        return options or None
+
+    def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = (),
+             returns: tuple = ()) -> Any:
         """Return the arguments, packed as they are now. Raises ValueError if they are too large,
         and what pickling them raises."""
         changed = self._bundles.changed()
         if changed:
             self._warn_of_change(changed)
-        payload = pack_arguments(args, kwargs, self._bundles, depends)
+        if self.own_directory and not depends:
+            depends = OwnDirectory()
+        payload = pack_arguments(args, kwargs, self._bundles, depends, returns)
         if type(payload) is SharedPayload:
             size = payload.total()
         else:
@@ -14461,9 +14876,11 @@ class ComputationUser(NodeUser):
     """A NodeUser with a computation: how nodes are set up for it, and what else they may ask.
 
     cluster - the JobCluster, until it is closed; None after that
-    directory - files that jobs send come below it
+    directory - in which the program made the cluster
+    wanted - which files of jobs come back, and where to
     bundles - the program's modules
     """
+    wanted: WantedOutput
     driver: 'Driver'
     cargo: PackedComputation
     cluster: Any
@@ -14503,8 +14920,9 @@ class ComputationUser(NodeUser):
         """Return the files of cloudpickle, if the node does not have the same version; a scheduler
         does not know which of its nodes needs them."""
         cargo_kind = self.cargo.spec['kind']
-        needs = cargo_kind != 'program' and (peer.scheduler or peer.facts.get('cloudpickle')
-                                             != cloudpickle.__version__)
+        python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
+        needs = cargo_kind != 'program' and (
+            peer.scheduler or python is None or python.cloudpickle != cloudpickle.__version__)
         if needs:
             return _support_files()
         return {}
@@ -14557,8 +14975,11 @@ class ComputationUser(NodeUser):
         return self.bundles.more(args[0], embedded)
 
     def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
-        """Store a piece of a file below the directory in which the program made the cluster."""
-        self.driver.files.store(peer, self.directory, message)
+        """Store a piece of a file where files of jobs come: below the directory in which the
+        program made the cluster, or below `dest`."""
+        if message.offset == 0:
+            self.wanted.note(work, message.row[0])
+        self.driver.files.store(peer, self.wanted.root, message)
 
 
 class ProgramCluster(ComputationUser):
@@ -14595,6 +15016,7 @@ class ProgramCluster(ComputationUser):
         self.probes = options.probes
         self.cluster = None
         self.unusable = ''
+        self._waits_told: Set[str] = set()   # why jobs wait
         self.directory = os.getcwd()
         self.function = ('', '')
         if not isinstance(computation, Calls):   # an executor has functions of all sorts
@@ -14605,6 +15027,10 @@ class ProgramCluster(ComputationUser):
                                       options.dest_path, options.jobs_per_worker, self.name,
                                       self.bundles)
         self._complete_cargo(computation)
+        if options.returns and not self.cargo.is_program:
+            raise ValueError('returns=%r is for programs; a function sends its files by '
+                             'dispy_send_file' % (list(options.returns),))
+        self.wanted = WantedOutput(options.returns, options.dest, self.directory)
         if options.keeps_trail:
             self.trail: Optional[ComputationNotes] = ComputationNotes(
                 weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
@@ -14634,6 +15060,8 @@ class ProgramCluster(ComputationUser):
             logs = -1
         self.cargo.spec.update(live=options.on_output is not None, logs=logs,
                                start_method=options.start_method)
+        if options.python:
+            self.cargo.spec['interpreter'] = options.python
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
@@ -14646,6 +15074,9 @@ class ProgramCluster(ComputationUser):
                                             self.failures, is_program)
         self.submitter = Submitter(self.comp, self.name, self.cargo, self.bundles, self.book,
                                    self.callbacks, is_executor)
+        self.submitter.resources = options.resources
+        self.submitter.own_directory = options.job_dir or bool(options.returns)
+        self.submitter.wanted = self.wanted
         self.nodes = self._make_commands()
         self.report = StatusReport(self.name, self.book, self.nodes)
         self.takeover = JobTakeover(self.comp, self.reentrant, is_program, self.book,
@@ -14972,7 +15403,10 @@ class ProgramCluster(ComputationUser):
 
     def job_parked(self, work: DispyJob, text: str) -> None:
         """Warn that a job waits for a larger node."""
-        logger.warning('job %r waits: %s', work.id, text)
+        if text not in self._waits_told:
+            self._waits_told.add(text)
+            logger.warning('job %r waits: %s. It begins when a node comes that has it. This is '
+                           'said once for all jobs like it', work.id, text)
 
     def job_ended(self, work: DispyJob, text: str) -> None:
         """End a job that has no result."""
@@ -15276,6 +15710,18 @@ class JobCluster(OldCluster):
         and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
         and, when it ends in good order, `cleanup`. None: as the node does by default, which is
         fork on Linux and spawn elsewhere. A node that cannot is refused
+    resources - what each job needs of its node beside CPUs, as {'gpu': 1}: whole numbers of what
+        nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu' sees its own
+        devices in CUDA_VISIBLE_DEVICES
+    python - which Python of a node runs the computation: a name that it knows by `dispynode
+        --python NAME=PATH`, or a version as '3.12'. A node that has none is refused. None: that
+        which runs the node
+    job_dir - True: each job has a directory of its own, with the files of `depends` linked in,
+        which is removed when it has ended
+    returns - of programs: names of files that a job makes in its directory, with * and ? for any
+        characters, ** for any directories and {id} for the job's id. They are below the program's
+        directory, or below `dest`, when the job has ended. Implies job_dir
+    dest - where these come, as 'results/{id}'; a relative path is below the program's directory
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -15317,6 +15763,11 @@ class JobCluster(OldCluster):
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
                  forward_logs: bool = False,
                  start_method: Optional[str] = None,
+                 resources: Optional[Mapping[str, int]] = None,
+                 python: Optional[str] = None,
+                 job_dir: bool = False,
+                 returns: Sequence[str] = (),
+                 dest: Optional[str] = None,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -15359,7 +15810,9 @@ class JobCluster(OldCluster):
         dispy_priority - int, higher goes first (default 0); then the order of submission
         dispy_cpus - CPUs that it takes on its node (default 1)
         dispy_memory - bytes that its process and those it starts may use together; with more they
-            are killed (default: no limit)
+            are killed (default: no limit). So much of the node's memory is kept for it
+        dispy_resources - what it needs beside CPUs, as {'gpu': 1}, instead of the cluster's
+            `resources`; {}: nothing
         dispy_retries - so often it is tried again if its worker or node is lost, also if the
             cluster is not reentrant;
             then it is Abandoned
@@ -16399,13 +16852,38 @@ def flag_of(name: str, value: Any) -> bool:
     raise TypeError('%s=%.80r is neither True nor False' % (name, value))
 
 
+# What a resource may not be called, and how that is asked for instead
+_OTHER_NAMES = {'cpu': 'dispy_cpus', 'cpus': 'dispy_cpus', MEMORY: 'dispy_memory'}
+
+
+def request_of(name: str, value: Any) -> Request:
+    """Return what a parameter says of resources: {'gpu': 1}. Those of which it wants 0 are left
+    out. Raises TypeError or ValueError, which name the parameter."""
+    if not isinstance(value, collections.abc.Mapping):
+        message = "%s=%.80r must be a dict of names and numbers, such as {'gpu': 1}" % (name, value)
+        raise TypeError(message)
+    found = {}
+    for word, count in value.items():
+        if not isinstance(word, str) or not RESOURCE_NAME.fullmatch(word):
+            message = '%s: %.80r is no name of a resource: letters, digits, _, . and -' % (
+                name, word)
+            raise ValueError(message)
+        if word in _OTHER_NAMES:
+            raise ValueError('%s: %s is asked for by %s' % (name, word, _OTHER_NAMES[word]))
+        found[word] = in_range('%s: %s' % (name, word), count, 0, 0, UNITS_MOST, True)
+    return tuple(sorted((word, count) for word, count in found.items() if count))
+
+
 def _take_options(kwargs: dict) -> Optional[dict]:
     """Take the keywords that are the cluster's out of those of the job."""
     repeats = _take_repeats(kwargs)
     options: Dict[str, Any] = {}
+    resources = kwargs.pop('dispy_resources', None)
+    if resources is not None:
+        options['resources'] = request_of('submit: dispy_resources', resources)
     for name in [name for name in kwargs if name.startswith('dispy_')]:
         if name not in _OPTIONS:
-            reason = ('submit: unknown keyword %s; there are %s, dispy_retry_on, '
+            reason = ('submit: unknown keyword %s; there are %s, dispy_resources, dispy_retry_on, '
                       'dispy_retry_delay and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
             raise TypeError(reason)
         value = kwargs.pop(name)
@@ -16726,13 +17204,14 @@ class DispyExecutor(concurrent.futures.Executor):
 
     def with_options(self, *, timeout: Optional[float] = None, priority: Optional[int] = None,
                      memory: Optional[int] = None, cpus: Optional[int] = None,
-                     retries: Optional[int] = None) -> 'DispyExecutor':
+                     retries: Optional[int] = None,
+                     resources: Optional[Mapping[str, int]] = None) -> 'DispyExecutor':
         """An executor with the same workers, whose calls have these options: see `dispy_timeout`
         and so on of JobCluster.submit. What is not given stays as it is. To shut down one of them
         is to shut down all. Raises ValueError for an option out of range."""
         given = _take_options({
             'dispy_timeout': timeout, 'dispy_priority': priority, 'dispy_memory': memory,
-            'dispy_cpus': cpus, 'dispy_retries': retries})
+            'dispy_cpus': cpus, 'dispy_retries': retries, 'dispy_resources': resources})
         other = DispyExecutor.__new__(type(self))
         other._pool = self._pool
         other._options = dict(self._options or {}, **given or {}) or None
@@ -16757,7 +17236,8 @@ class DispyExecutor(concurrent.futures.Executor):
             return future
         try:
             next_number = next(submitter.numbers)
-            submitter.enter(next_number, args, kwargs, self._options, payload, future)
+            options = submitter.with_defaults(self._options)
+            submitter.enter(next_number, args, kwargs, options, payload, future)
         except RuntimeError as exc:
             if cluster is not self._pool.cluster:   # it has been replaced meanwhile
                 return self.submit(fn, *args, **kwargs)
@@ -18346,6 +18826,16 @@ def count_option(text: str) -> int:
     return int(text)
 
 
+def resource_option(text: str) -> Tuple[str, int]:
+    """Read NAME=N."""
+    name, _, count = text.partition('=')
+    try:
+        request = request_of('--resource', {name: int(count)})
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError('%r is no NAME=N such as gpu=1' % text) from None
+    return request[0] if request else (name, 0)
+
+
 def slots_option(text: str) -> int:
     """How many jobs at once; 0: as many as the nodes have CPUs."""
     if text in ('0', '100%'):
@@ -18579,6 +19069,10 @@ OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
         (('--cpus',), {
             'type': count_option, 'metavar': 'N',
             'help': 'CPUs that a job takes (default: 1)'}),
+        (('--resource',), {
+            'action': 'append', 'default': [], 'type': resource_option, 'metavar': 'NAME=N',
+            'help': 'what a job needs of its node beside CPUs, such as gpu=1 (nodes offer it by '
+                    'dispynode --resource); may be repeated'}),
         (('--priority',), {
             'type': int, 'metavar': 'N',
             'help': 'jobs with a higher one go first (default: 0)'}),
@@ -18705,7 +19199,8 @@ class Plan:
         """What `submit` is told of each job."""
         args = self.args
         found = {'dispy_timeout': args.timeout, 'dispy_memory': args.memory,
-                 'dispy_cpus': args.cpus, 'dispy_priority': args.priority}
+                 'dispy_cpus': args.cpus, 'dispy_priority': args.priority,
+                 'dispy_resources': dict(args.resource) or None}
         if args.retries > 1:
             dispy_retries = args.retries - 1
             found.update(dispy_retries=dispy_retries, dispy_retry_on=True)
@@ -19405,6 +19900,7 @@ class Shell:
 # Command line: a file for a report of a fault
 # --------------------------------------------------------------------------------------------------
 
+STACKS_TIME = 1.0         # s that a daemon may take to write its stacks
 LOG_LINES = 200           # of each log, from its end
 LOG_BYTES = 1 << 16       # that are looked at for these
 DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
@@ -19541,9 +20037,51 @@ def waits_of(process: int) -> Iterator[str]:
             yield '  thread %s %s in %s' % (thread, *words)
 
 
+def stacks() -> Iterator[str]:
+    """The stacks of the daemons on this machine: where each thread of them is in the program, and
+    no values."""
+    for process in daemons():
+        path = _stacks_path(process.pid)
+        if path is None:
+            yield 'PID %d: not known' % process.pid
+            continue
+        yield '-- PID %d' % process.pid
+        with contextlib.suppress(OSError):   # it has ended meanwhile
+            os.truncate(path, 0)
+            os.kill(process.pid, signal.SIGUSR2)
+            yield from _read_stacks(path)
+
+
+def _stacks_path(process: int) -> Optional[str]:
+    """Where a daemon writes its stacks at SIGUSR2; None if it does not."""
+    root = '/proc/%d/fd' % process
+    with contextlib.suppress(OSError):   # another system, or the process of another user
+        status = _since('/proc/%d/status' % process)
+        caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
+        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+            return None   # the signal would end it
+        for name in os.listdir(root):
+            path = os.path.join(root, name)
+            if os.readlink(path).startswith('/memfd:' + STACKS):
+                return path
+    return None
+
+
+def _read_stacks(path: str) -> List[str]:
+    """What a daemon has written, when no more comes."""
+    until = time.monotonic() + STACKS_TIME
+    data = b''
+    while time.monotonic() < until:
+        time.sleep(STACKS_TIME / 20)
+        before = data
+        data = _since(path)
+        if data and data == before:
+            break
+    return data.decode(errors='replace').splitlines()
+
+
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
-    import glob
     expanded_path = os.path.expanduser('~/.dispy/*/log')
     found = set(glob.glob(expanded_path))
     for process in daemons():
@@ -19595,6 +20133,7 @@ def _report(argv: Sequence[str]) -> int:
     report.add('versions', versions)
     report.add('settings', surroundings)
     report.add('daemons on this machine', processes)
+    report.add('stacks', stacks)
     report.add('nodes', functools.partial(nodes_seen, args))
     report.add('logs', logs)
     if args.output == '-':
@@ -19701,11 +20240,14 @@ class Deployment:
         return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
                                         self._note['pid'])
 
-    def stop(self) -> str:
-        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+    def stop(self, when_idle: bool = False, grace: Optional[float] = None) -> str:
+        """Undo `deploy`. Returns what was done. With `when_idle`, the node ends when its jobs have
+        ended, and at most `grace` seconds later in any case. Raises StartError or OSError."""
         if not self._note:
             return 'nothing was deployed here'
         pid = self._running()
+        if pid and when_idle:
+            self._let_finish(pid, grace)
         self._end(pid)
         self._remove()
         if pid:
@@ -19770,10 +20312,27 @@ class Deployment:
         root = self._note.get('root', '')
         return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
 
+    def _let_finish(self, pid: int, grace: Optional[float]) -> None:
+        """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
+        until = math.inf
+        if grace is not None:
+            until = time.monotonic() + grace
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        while self._running() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _grace(self) -> float:
+        """Seconds that its jobs have when it is stopped."""
+        wanted = self._note.get('wanted', {})
+        parser = dispynode.make_parser()
+        return float(parser.parse_args(wanted.get('options', [])).grace)
+
     def _end(self, pid: int) -> None:
         """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
         is in it."""
-        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+        begin = time.monotonic() + self._grace()
+        for until in (begin + 2 * GRACE, begin + 5 * GRACE):
             if self._running():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
@@ -19838,16 +20397,19 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
         with Deployment() as deployed:
-            print(DEPLOYED +
-                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+            if task == 'deploy':
+                text = deployed.deploy(source, *request)
+            else:
+                text = deployed.stop(*request)
+            print(DEPLOYED + text)
     except (StartError, SecretError, OSError) as exc:
         sys.exit(str(exc))
 
 
 # What the parts that run on a host need there: nothing of this module.
-HOST_IMPORTS = '''import contextlib, hashlib, json, os, platform, re, shutil, signal, subprocess
-import sys, time
-from typing import Any, List
+HOST_IMPORTS = '''import contextlib, hashlib, json, math, os, platform, re, shutil, signal
+import subprocess, sys, time
+from typing import Any, List, Optional
 import dispynode
 from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_directory, exit_text,
                        read_secret, secret_path, take_lock, write_private)
@@ -19920,20 +20482,29 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         add('--restart',
             action='store_true',
             help='replace a node with another file or options also while it is at work')
+    else:
+        add('--when-idle',
+            action='store_true',
+            help='let the nodes take no new jobs, and end each when its jobs have ended')
+        add('--grace',
+            type=duration_option,
+            metavar='TIME',
+            help='with --when-idle: after this time end a node with the jobs that still run there '
+                 '(default: wait as long as they take)')
     return parser
 
 
-def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
+def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> Tuple[bool, str]:
     """Run a program by ssh: whether it did what it should, and the line that says so, or why
-    not."""
+    not. It has `patience` seconds."""
     try:
         done = subprocess.run(command,
                               input=program,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE,
-                              timeout=HOST_TIME)
-    except subprocess.TimeoutExpired:
-        return False, 'no answer in %d s' % HOST_TIME
+                              timeout=patience)
+    except subprocess.TimeoutExpired as exc:
+        return False, 'no answer in %d s' % exc.timeout
     said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip()
                  for output in (done.stdout, done.stderr))
     if done.returncode == 0 and said.startswith(DEPLOYED):
@@ -19948,7 +20519,9 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     if task != 'deploy':
         if options:
             raise ValueError('stop takes no options of dispynode')
-        return (task,)
+        if args.grace is not None and not args.when_idle:
+            raise ValueError('--grace says how long --when-idle waits, which is not given')
+        return (task, args.when_idle, args.grace)
     node = dispynode.make_parser().parse_args(options)   # wrong ones are told here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
@@ -19958,6 +20531,15 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
     else:
         secret = find_secret(None, args.secret_file).strip()
     return (task, secret, options, args.replace_secret, args.restart)
+
+
+def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
+    """Seconds that a host may take for what it is to do; None: any number."""
+    if task == 'stop' and args.when_idle:
+        if args.grace is None:
+            return None
+        return HOST_TIME + float(args.grace)
+    return HOST_TIME
 
 
 def _deploy(task: str, argv: List[str]) -> int:
@@ -19992,36 +20574,41 @@ def _deploy(task: str, argv: List[str]) -> int:
     thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
     with thread_pool_executor as pool:
         for host, (done, text) in zip(
-                hosts, pool.map(_on_host, commands, itertools.repeat(program))):
+                hosts, pool.map(_on_host, commands, itertools.repeat(program),
+                                itertools.repeat(_patience(task, args)))):
             message = '%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text)
             print(message, flush=True)
             failed += not done
     return min(failed, 101)
 
 
+def _listed(node: DispyNode) -> Tuple[str, ...]:
+    """The line of a node in the list."""
+    address = format_address(node.ip_addr, node.port) if node.port else node.ip_addr
+    row = [address, node.name or '-']
+    if node.state == 'connected':
+        cpu, memory, _, _ = node.avail_info or (None,) * 4
+        resources = ','.join('%s=%d' % item for item in node.resources.items())
+        python = '.'.join(map(str, node.facts.get('python', '-')))
+        row += [
+            str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu,
+            '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)), resources or '-',
+            str(node.facts.get('dispy', '-')), python]
+        state = node.reason
+    else:
+        row += ['-'] * 6
+        state = 'cannot be used: ' + (node.reason or node.state)
+    return (*row, ' '.join(state.split()) or 'free')
+
+
 def _list_nodes(nodes: List[DispyNode]) -> int:
     """A line a node. Returns 0 if any can be used, else 1."""
-    rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'DISPY', 'PYTHON', 'STATE')]
+    rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'RESOURCES', 'DISPY', 'PYTHON',
+             'STATE')]
     usable = 0
     for node in sorted(nodes, key=lambda node: (node.name, node.ip_addr, node.port)):
-        row = [
-            format_address(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-'
-        ]
-        if node.state == 'connected':
-            cpu, memory, _, _ = node.avail_info or (None,) * 4
-            row += [
-                str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu,
-                '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)),
-                str(node.facts.get('dispy', '-')), '.'.join(map(str, node.facts.get('python', '-')))
-            ]
-            usable += not node.reason
-        else:
-            row += ['-'] * 5
-        if node.state == 'connected':
-            state = node.reason
-        else:
-            state = 'cannot be used: ' + (node.reason or node.state)
-        rows.append((*row, ' '.join(state.split()) or 'free'))  # type: ignore[arg-type]
+        rows.append(_listed(node))  # type: ignore[arg-type]
+        usable += node.state == 'connected' and not node.reason
     widths = []
     for column in zip(*rows):
         widths.append(max(map(len, column)))

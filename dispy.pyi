@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType, TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, TypedDict, overload, type_check_only
@@ -152,6 +152,8 @@ class DispyNode:
     rx: int
     update_time: float
     platform: str
+    resources: dict[str, int]
+    resources_used: dict[str, int]
     avail_info: DispyNodeAvailInfo | None
     facts: dict[str, Any]
     def __init__(
@@ -274,7 +276,8 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
         certfile: _Path | None = None, cafile: _Path | None = None,
         recover_file: bool | _Path | None = None, max_jobs_per_worker: int | None = None,
         on_output: _OutputCallback | None = None, forward_logs: bool = False,
-        start_method: str | None = None,
+        start_method: str | None = None, resources: Mapping[str, int] | None = None,
+        python: str | None = None, job_dir: bool = False, returns: Sequence[str] = (), dest: str | None = None,
         callback: _JobCallback | None = None, ip_addr: _OwnAddress | None = None,
         ext_ip_addr: str | None = None, fault_recover: bool | _Path | None = None,
         poll_interval: float | None = None, ipv4_udp_multicast: bool = False,
@@ -293,6 +296,10 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
     def submit(self, /, *args: Any, dispy_cpus: int | None, **kwargs: Any) -> DispyJob[_R]: ...
     @overload
     def submit(self, /, *args: Any, dispy_memory: int | None, **kwargs: Any) -> DispyJob[_R]: ...
+    @overload
+    def submit(
+        self, /, *args: Any, dispy_resources: Mapping[str, int] | None,
+        **kwargs: Any) -> DispyJob[_R]: ...
     @overload
     def submit(
         self, /, *args: Any, dispy_retries: int | None, dispy_retry_on: _RetryOn | None = None,
@@ -315,6 +322,10 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
     @overload
     def submit_job_id(
         self, id: Any, /, *args: Any, dispy_memory: int | None, **kwargs: Any) -> DispyJob[_R]: ...
+    @overload
+    def submit_job_id(
+        self, id: Any, /, *args: Any, dispy_resources: Mapping[str, int] | None,
+        **kwargs: Any) -> DispyJob[_R]: ...
     @overload
     def submit_job_id(
         self, id: Any, /, *args: Any, dispy_retries: int | None,
@@ -345,6 +356,10 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
         **kwargs: Any) -> DispyJob[_R]: ...
     @overload
     def submit_node(
+        self, node: _NodeName, /, *args: Any, dispy_resources: Mapping[str, int] | None,
+        **kwargs: Any) -> DispyJob[_R]: ...
+    @overload
+    def submit_node(
         self, node: _NodeName, /, *args: Any, dispy_retries: int | None,
         dispy_retry_on: _RetryOn | None = None, dispy_retry_delay: float | None = None,
         **kwargs: Any) -> DispyJob[_R]: ...
@@ -370,6 +385,10 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
     @overload
     def submit_job_id_node(
         self, id: Any, node: _NodeName, /, *args: Any, dispy_memory: int | None,
+        **kwargs: Any) -> DispyJob[_R]: ...
+    @overload
+    def submit_job_id_node(
+        self, id: Any, node: _NodeName, /, *args: Any, dispy_resources: Mapping[str, int] | None,
         **kwargs: Any) -> DispyJob[_R]: ...
     @overload
     def submit_job_id_node(
@@ -456,6 +475,11 @@ class _ClusterOptions(TypedDict, total=False):
     on_output: _OutputCallback | None
     forward_logs: bool
     start_method: str | None
+    resources: Mapping[str, int] | None
+    python: str | None
+    job_dir: bool
+    returns: Sequence[str]
+    dest: str | None
     ip_addr: _OwnAddress | None
     ext_ip_addr: str | None
     fault_recover: bool | _Path | None
@@ -500,7 +524,8 @@ class DispyExecutor(concurrent.futures.Executor):
     def cluster(self) -> JobCluster[..., Any]: ...
     def with_options(
         self, *, timeout: float | None = None, priority: int | None = None,
-        memory: int | None = None, cpus: int | None = None, retries: int | None = None) -> Self: ...
+        memory: int | None = None, cpus: int | None = None, retries: int | None = None,
+        resources: Mapping[str, int] | None = None) -> Self: ...
     if sys.version_info >= (3, 9):
         def submit(
             self, fn: Callable[_P2, _T], /, *args: _P2.args,

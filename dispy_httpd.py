@@ -60,6 +60,7 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     id str, name str, address str, port int, platform str, offered int: CPUs
     state str, reason str: why it is not used
     cpus, used: CPUs; jobs: ended there; job_seconds s
+    resources str: 'gpu 1 of 2', those that jobs have of what it offers; '' for none
     memory, disk: bytes free, or null; load %: of its CPUs, or null
     heard s since its last sign of life, or null
     holder str: who holds it, known with --nodes only
@@ -152,7 +153,8 @@ from dispy import (
     SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
                        __version__, find_secret, host_and_port, _no_password, write_private,
-                       pieces_of, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
+                       pieces_of, read_secret, size_of, tls_files, split_needs, Each,
+                       HANDSHAKE_TIME, ServiceManager, write_stacks_on_signal)
 
 __all__ = ['DispyHTTPServer']
 
@@ -182,6 +184,11 @@ MAX_BODY = 65536
 MAX_CONNECTIONS = 64
 IO_TIME = 10.0                # s for a request to come, and for an answer to be taken
 SIGNAL_CHECK = 0.5            # s after which a signal is seen at the latest
+HEALTHY_AGE = 30.0            # s since the last snapshot after which the server is not well
+METRICS_CLUSTERS = 100        # rows of metrics for clusters; the older ones are one row
+METRICS_USERS = 50            # the same for users
+OTHERS = 'others'             # the label of that row
+TOKEN = re.compile('[A-Za-z0-9_-]{16,200}')
 HEARTBEAT = 2.0               # s of silence in a stream: a browser that has gone is noticed
 
 logger = dispy.logger
@@ -583,6 +590,8 @@ def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used
     row['cpus'] = cpus
     row['running'] = running
     row['used'] = used
+    row['resources'] = ', '.join('%s %d of %d' % (name, used, count) for name, (used, count)
+                                 in known.get('resources', {}).items())
     row['holder'] = ''
     row['memory'], row['disk'], idle = known['free']
     row['load'] = None
@@ -675,6 +684,7 @@ class ClusterSource:
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages = True
     shared = False
+    is_up = True      # what is shown can be asked
     shows_arguments = True
     page = ''   # the link to the page that shows them
 
@@ -685,6 +695,10 @@ class ClusterSource:
         self._count = 0
         # A node's id begins with its driver's place here; snapshot thread and requests
         self._drivers: List[Any] = []
+
+    def measures(self) -> Dict[str, float]:
+        """Return metrics of what is shown as a whole, by the fields of SCHEDULER_METRICS."""
+        return {}
 
     def add(self, cluster: Any) -> None:
         """Begin to watch a cluster. Raises TypeError for what is no cluster, RuntimeError if it was
@@ -1144,6 +1158,19 @@ class SchedulerSource:
 
     # -- snapshots; their thread -------------------------------------------------------------------
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the scheduler could be asked."""
+        return self.text == self._text
+
+    def measures(self) -> Dict[str, float]:
+        """Return metrics of the scheduler, or nothing if it does not tell them."""
+        try:
+            return dict(self._ask('load')[1])
+        except (RuntimeError, ValueError, concurrent.futures.TimeoutError) as exc:
+            logger.debug('the load of the scheduler: %s', exc)
+            return {}
+
     def _pages(self, name: str, *args: Any) -> Tuple[List[dict], float]:
         rows: List[dict] = []
         cost = 0.0
@@ -1501,6 +1528,27 @@ CLUSTER_METRICS = {
     'dispy_cluster_cpus': ('gauge', 'CPUs of ready nodes.', 'cpus'),
     'dispy_cluster_cpus_used': ('gauge', 'CPUs used.', 'used'),
 }
+# The same of users, each with the sum of the rows of his programs
+USER_METRICS = {
+    'dispy_user_cpus_used': ('gauge', 'CPUs used.', 'used'),
+    'dispy_user_jobs_waiting': ('gauge', 'Jobs that wait.', 'waiting'),
+    'dispy_user_jobs_running': ('gauge', 'Jobs that run.', 'running'),
+    'dispy_user_job_seconds': ('gauge', 'Seconds that jobs of present programs have run.',
+                               'job_seconds'),
+}
+# The same of a scheduler
+SCHEDULER_METRICS = {
+    'dispy_scheduler_turns_total': ('counter', 'Turns of its loop.', 'turns'),
+    'dispy_scheduler_turn_seconds_total': ('counter', 'Seconds that its turns took.', 'seconds'),
+    'dispy_scheduler_turn_seconds_longest': ('gauge', 'The longest turn of the last minute.',
+                                             'longest'),
+    'dispy_scheduler_jobs_waiting': ('gauge', 'Jobs that wait for a CPU.', 'waiting'),
+    'dispy_scheduler_results_waiting': ('gauge', 'Results that programs do not have yet.',
+                                        'results'),
+    'dispy_scheduler_bytes_waiting': ('gauge', 'Bytes that wait in connections.', 'bytes'),
+    'dispy_scheduler_connections': ('gauge', 'Connections to programs and nodes.', 'links'),
+    'dispy_scheduler_disk_full': ('gauge', '1 while its disk is full.', 'stuck'),
+}
 # Name of a metric -> kind, help, values of its label `state`, each a field of a cluster's row
 JOB_METRICS = {
     'dispy_jobs': ('gauge', 'Jobs that have not ended.', ('waiting', 'running')),
@@ -1550,14 +1598,58 @@ class MetricsText:
         return '\n'.join(self._lines) + '\n'
 
 
-def metrics(snapshot: Snapshot) -> str:
-    """Answer /metrics."""
+def bounded(rows: List[dict], most: int, fields: Iterable[str], **others: Any) -> List[dict]:
+    """Return the last `most` rows, and before them the sum of these fields of all others in one
+    row, which has the values `others` besides."""
+    left_out = len(rows) - most
+    if left_out <= 0:
+        return rows
+    rest = dict(others)
+    for field in fields:
+        rest[field] = sum(row[field] or 0 for row in rows[:left_out])
+    return [rest, *rows[left_out:]]
+
+
+def by_user(clusters: List[dict]) -> List[dict]:
+    """Return a row for each user of a scheduler; those who use most come last."""
+    fields = [field for _, _, field in USER_METRICS.values()]
+    found: Dict[str, dict] = {}
+    for cluster in clusters:
+        user = cluster.get('program', '').partition(' PID ')[0]
+        if not user:
+            continue
+        row = found.setdefault(user, dict.fromkeys(fields, 0.0))
+        row['user'] = user
+        for field in fields:
+            row[field] += cluster[field]
+    rows = sorted(found.values(), key=lambda row: (row['used'], row['running'], row['user']))
+    return bounded(rows, METRICS_USERS, fields, user=OTHERS)
+
+
+def metrics(snapshot: Snapshot, is_up: bool = True,
+            measures: Optional[Dict[str, float]] = None) -> str:
+    """Answer /metrics. `measures` are those of SCHEDULER_METRICS that are known."""
     found = MetricsText()
-    _add_job_metrics(found, snapshot.clusters)
+    found.begin('dispy_up', 'gauge', '1 if what is shown can be asked.')
+    found.add('dispy_up', {}, int(is_up))
+    found.begin('dispy_info', 'gauge', 'The version of this monitor.')
+    found.add('dispy_info', {'version': __version__}, 1)
+    for name, (kind, text, field) in SCHEDULER_METRICS.items():
+        if measures and field in measures:
+            found.begin(name, kind, text)
+            found.add(name, {}, measures[field])
+    clusters = _bounded_clusters(snapshot.clusters)
+    _add_job_metrics(found, clusters)
     for name, (kind, text, field) in CLUSTER_METRICS.items():
         found.begin(name, kind, text)
-        for row in snapshot.clusters:
+        for row in clusters:
             found.add(name, _cluster_labels(row), row[field])
+    users = by_user(snapshot.clusters)
+    for name, (kind, text, field) in USER_METRICS.items():
+        if users:
+            found.begin(name, kind, text)
+        for row in users:
+            found.add(name, {'user': row['user']}, row[field])
     name = 'dispy_node_state'
     found.begin(name, 'gauge', '1 for the state that a node is in.')
     for row in snapshot.nodes:
@@ -1572,6 +1664,14 @@ def metrics(snapshot: Snapshot) -> str:
     found.begin(name, 'gauge', "Seconds of the driver's thread that the last snapshot took.")
     found.add(name, {}, snapshot.cost)
     return str(found)
+
+
+def _bounded_clusters(clusters: List[dict]) -> List[dict]:
+    fields = [field for _, _, field in CLUSTER_METRICS.values()]
+    for _, _, states in JOB_METRICS.values():
+        fields += states
+    rows = sorted(clusters, key=lambda row: row['number'])
+    return bounded(rows, METRICS_CLUSTERS, fields, name=OTHERS, number='')
 
 
 def _add_job_metrics(found: MetricsText, clusters: List[dict]) -> None:
@@ -1667,6 +1767,13 @@ class SnapshotThread:
             return False
         return last.version > version or last.final
 
+    def is_well(self) -> bool:
+        """Return whether snapshots are taken. Any thread."""
+        last = self.last
+        if last is None:
+            return False
+        return last.final or time.time() - last.time < max(HEALTHY_AGE, 3 * self.every)
+
     def current(self) -> Snapshot:
         """Return a snapshot that is not older than the time between two. Raises Refusal."""
         last = self.last
@@ -1707,11 +1814,13 @@ ONCE = ('host', 'origin', 'authorization', 'content-length', 'content-type', 'tr
 JSON = 'application/json'
 EVENTS = 'text/event-stream'
 METRICS = 'text/plain; version=0.0.4; charset=utf-8'
+TEXT = 'text/plain; charset=utf-8'
 
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 NOT_IN_HEADER = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 SHOWN = frozenset(VIEWS) | {'/metrics'}   # paths that need the token, besides CHANGES
+HEALTH = '/healthz'
 
 
 def checked_fields(body: Any, fields: 'Dict[str, Tuple[Any, bool]]') -> dict:
@@ -1921,7 +2030,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, words = self.path.partition('?')
         self._check_method(path)
         length = self._length()
-        if path not in STATIC:
+        if path not in STATIC and path != HEALTH:
             self._check_token()
         if self.command != 'POST' and length:
             raise Refusal(400, 'a GET has no body')
@@ -1930,6 +2039,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path in STATIC:
             kind, body = STATIC[path]
             self._reply(200, kind, body.encode())
+        elif path == HEALTH:
+            self._tell_health()
         else:
             self._show(path, self._query(words))
 
@@ -1942,7 +2053,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if what in ('GET', 'HEAD', 'POST'):
             if not path.startswith('/'):
                 raise Refusal(400, 'the request names no path')
-            if path not in CHANGES and path not in STATIC and path not in SHOWN:
+            if not any(path in known for known in (CHANGES, STATIC, SHOWN, (HEALTH,))):
                 raise Refusal(404, 'there is nothing at %.80s' % path)
             what = '%s is not served at %s' % (what, path)
         elif what in ('PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'CONNECT'):
@@ -1968,11 +2079,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- reads -------------------------------------------------------------------------------------
 
+    def _tell_health(self) -> None:
+        """Say whether the server is at work and what it shows can be asked, and nothing else, since
+        anybody may ask this."""
+        server = self.server
+        if server.watch.is_well() and server.source.is_up:
+            self._reply(200, TEXT, b'ok\n')
+        else:
+            self._reply(503, TEXT, b'not ok\n')
+
     def _show(self, path: str, query: Dict[str, str]) -> None:
         snapshot = self.server.watch.current()
         accepted = self.headers.get('Accept', '')
         if path == '/metrics':
-            self._reply(200, METRICS, metrics(snapshot).encode())
+            source = self.server.source
+            text = metrics(snapshot, source.is_up, source.measures())
+            self._reply(200, METRICS, text.encode())
         elif accepted.startswith(EVENTS) and self.command == 'GET':
             self._stream(path, query, snapshot)
         else:
@@ -2093,7 +2215,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread,
-                 tls: Any) -> None:
+                 tls: Any, token: str = '') -> None:
         self.source = source
         self.watch = watch
         self.tls = tls
@@ -2101,7 +2223,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.scheme = 'https'
         else:
             self.scheme = 'http'
-        self.token = secrets.token_urlsafe(24)
+        self.token = token or secrets.token_urlsafe(24)
         # -> until when, monotonic; None: a stream
         self.serving: Dict[Handler, Optional[float]] = {}
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -2236,7 +2358,7 @@ class DispyHTTPServer:
         source.publish(self.url)
 
     def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str],
-               certfile: Optional[str]) -> None:
+               certfile: Optional[str], token: str = '') -> None:
         if not isinstance(host, str):
             raise TypeError('host=%.80r must be an address of this host, not %s' %
                             (host, type(host).__name__))
@@ -2250,7 +2372,7 @@ class DispyHTTPServer:
         self._source = source
         self._watch = SnapshotThread(source, every)
         try:
-            self._server = Server((host, port), source, self._watch, tls)
+            self._server = Server((host, port), source, self._watch, tls, token)
         except OSError as exc:
             text = ('the web monitor cannot listen at %s port %d: %s; choose another port (0: any '
                     'that is free)')
@@ -2336,7 +2458,7 @@ class DispyHTTPServer:
 
 class SourceHTTPServer(DispyHTTPServer):
     """A web server for what is no cluster of this program. It closes the source. `tell` is called
-    with the line that has the link."""
+    with the line that has the link, and `token` is the one of an earlier server."""
 
     def __init__(self,
                  source: Any,
@@ -2345,13 +2467,47 @@ class SourceHTTPServer(DispyHTTPServer):
                  poll_sec: float = 0.5,
                  keyfile: Optional[str] = None,
                  certfile: Optional[str] = None,
-                 tell: Optional[Callable[[str], None]] = None) -> None:
+                 tell: Optional[Callable[[str], None]] = None,
+                 token: str = '') -> None:
         self._tell = tell or self._tell  # type: ignore[assignment]
         try:
-            self._start(source, host, port, poll_sec, keyfile, certfile)
+            self._start(source, host, port, poll_sec, keyfile, certfile, token)
         except BaseException:
             source.close()
             raise
+
+    def keep_token(self, path: str) -> None:
+        """Write the token to a file that nobody else can read. Raises OSError."""
+        absolute_path = os.path.abspath(path)
+        write_private(absolute_path, self._server.token.encode())
+
+    def call_if_well(self, call: Callable[[], None]) -> None:
+        """Call it when snapshots are taken; a thread of ServiceManager."""
+        while not self._watch.is_well():
+            time.sleep(SAMPLES_APART)
+        call()
+
+
+def kept_token(path: str, option: str) -> str:
+    """Return the token that an earlier server has left in a file, or an empty text if there is no
+    file. Raises SecretError for one that others can read, and for one that holds no token, with the
+    option that names it."""
+    if not os.path.lexists(path):
+        return ''
+    try:
+        data = read_secret(path)
+    except SecretError as exc:
+        raise SecretError('%s: %s' % (option, exc)) from exc
+    token = data.decode('ascii', 'replace')
+    if not TOKEN.fullmatch(token):
+        raise SecretError('%s: the file %s holds no token, which has 16 to 200 letters, digits, - '
+                          'and _' % (option, path))
+    return token
+
+
+def without_token(text: str) -> str:
+    """Return a text with a link as others may see it."""
+    return text.partition('#token=')[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2398,8 +2554,9 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'help': "the certificate's key, if not in the same file"}),
     (('--token-file',), {
         'metavar': 'FILE',
-        'help': 'write the token there, readable by this user alone; for Prometheus and '
-                'scripts'}),
+        'help': 'keep the token there, readable by this user alone, for the next start, for '
+                'Prometheus and for scripts; where standard error is no terminal, the link is '
+                'printed without it then'}),
     (('--secret-file',), {
         'metavar': 'FILE',
         'help': 'file with the secret of the nodes, or of the programs of the scheduler '
@@ -2471,30 +2628,45 @@ def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[Scheduler
     return link
 
 
+def _tell_link(is_kept: bool, text: str) -> None:
+    """Print the line with the link: without the token if that is in a file, and the line may go to
+    a log that others can read."""
+    if is_kept and not sys.stderr.isatty():
+        text = without_token(text)
+    print(text, file=sys.stderr)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line. Return 0 when it was ended by a signal, 1 when it could not start."""
+    manager = ServiceManager()
     parser = make_parser()
     args = parser.parse_args(argv)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    write_stacks_on_signal()
     try:
         tls_files(args.certfile, args.keyfile, None, '--%s')
+        token = ''
+        if args.token_file is not None:
+            token = kept_token(args.token_file, '--token-file')
         source = _source_of(args)
-        server = SourceHTTPServer(
-            source, args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
+        tell = functools.partial(_tell_link, args.token_file is not None)
+        server = SourceHTTPServer(source, args.host, args.port, args.poll_sec, args.keyfile,
+                                  args.certfile, tell, token)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         print('dispy-httpd: %s' % exc, file=sys.stderr)
         return 1
     with server:
         try:
-            if args.token_file is not None:
-                write_private(os.path.abspath(args.token_file), server._server.token.encode())
+            if args.token_file is not None and not token:
+                server.keep_token(args.token_file)
         except OSError as exc:
             text = '--token-file %s cannot be written: %s' % (
                 args.token_file, exc.strerror or exc)
             print('dispy-httpd: ' + text, file=sys.stderr)
             return 1
+        manager.ready(without_token(server.url), server.call_if_well)
         # A signal that comes just before the wait begins does not end it: its handler has not
         # run yet.
         while not stop.wait(SIGNAL_CHECK):
@@ -3861,6 +4033,7 @@ function factsOf(node) {
   return [
     ["State", stateCell(node)],
     ["CPUs used", node.used + " of " + node.cpus],
+    ["Resources", node.resources || DASH],
     ["Jobs done", count(node.jobs)],
     ["Job time", span(node.job_seconds)],
     ["Memory free", size(node.memory)],

@@ -71,6 +71,23 @@ if sys.version_info < (3, 8):
     sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
              (sys.version_info[:2] + (sys.executable, )))
 
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity here and in the runners. Here,
+    # and not at the end: all that follows would be made for nothing. The code is compiled already.
+    import importlib.util
+    import os
+    if __spec__ is None:   # not run by -m
+        spec = importlib.util.spec_from_file_location('dispynode', os.path.abspath(__file__))
+    else:
+        spec = importlib.util.find_spec('dispynode')
+    program = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules['dispynode'] = program
+    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
+    del __file__
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    exec(sys._getframe().f_code, vars(program))
+    sys.exit(program.main())
+
 import argparse
 import array
 import bisect
@@ -83,6 +100,7 @@ import enum
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import heapq
 import hmac
@@ -260,6 +278,12 @@ VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond wh
 # Bytes of jobs that wait here, after which links are not read, so that clients are held back
 RECEIVE_BUDGET = 256 << 20
 
+UNITS_MOST = 1 << 16          # of one resource
+RESOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_.-]{0,63}')
+NOT_RESOURCES = frozenset(('cpu', 'cpus', 'memory'))
+GPU = 'gpu'                   # the resource whose units are devices, which jobs are shown
+AUTO = 'auto'                 # as many as there are
+
 # How worker processes are started
 FORK = 'fork'
 SPAWN = 'spawn'
@@ -405,6 +429,7 @@ REASONS: Dict[str, Reason] = {
     'setup': Reason(
         'the code could not be loaded, or setup raised, returned something or did not end', False),
     'initializer': Reason('the initializer of an executor has failed in a worker', False),
+    'python': Reason('it does not have the Python that was asked for', False),
     'start_method': Reason('it cannot start workers in the way that was asked for', False),
     'version': Reason('functions cannot go there as source', False),
     'allocate': Reason("the program's allocate() has failed or wants none", False),
@@ -780,6 +805,7 @@ def attempt_number(serial: int) -> int:
     return serial & 0xffff
 
 
+Request = Tuple[Tuple[str, int], ...]   # names of resources and how many units of each
 Buffer = Union[bytes, bytearray, memoryview]
 Payload = Union[Buffer, Tuple[Buffer, ...]]
 
@@ -1271,14 +1297,21 @@ def _is_number(value: Any) -> bool:
     return math.isfinite(value)
 
 
+# Options of a job, and those that are no numbers
+_NAMES_OF_OPTIONS = frozenset(('cpus', 'timeout', 'memory', 'priority', 'retries', 'node',
+                               'values', 'resources'))
+_OTHER_OPTIONS = frozenset(('node', 'values', 'resources'))
+
+
 def _is_options(value: Any) -> bool:
     if type(value) is not dict:
         return False
     distinct_values = set(value)
-    if distinct_values - {'cpus', 'timeout', 'memory', 'priority', 'retries', 'node', 'values'}:
+    if distinct_values - _NAMES_OF_OPTIONS:
         return False
-    if not all(
-            _is_number(option) for name, option in value.items() if name not in ('node', 'values')):
+    if not all(_is_number(option) for name, option in value.items() if name not in _OTHER_OPTIONS):
+        return False
+    if not is_request(value.get('resources', ())):
         return False
     cpus = value.get('cpus', 1)
     if type(cpus) is not int:
@@ -1290,6 +1323,21 @@ def _is_options(value: Any) -> bool:
         return False
     rows = value.get('values', ())
     return _are_values(rows)
+
+
+def is_request(rows: Any) -> bool:
+    """Whether these are pairs (name, units) of resources, in the order of the names."""
+    if type(rows) is not tuple:
+        return False
+    for row in rows:
+        if type(row) is not tuple or len(row) != 2:
+            return False
+        if type(row[0]) is not str or not RESOURCE_NAME.fullmatch(row[0]):
+            return False
+        if type(row[1]) is not int or not 1 <= row[1] <= UNITS_MOST:
+            return False
+    names = [name for name, _ in rows]
+    return names == sorted(set(names))
 
 
 def _are_values(rows: Any) -> bool:
@@ -1528,6 +1576,8 @@ def _has_right_options(spec: dict) -> bool:
     if spec.get('start_method', '') not in ('', FORK, SPAWN):
         return False
     if type(spec.get('initializer', False)) is not bool:
+        return False
+    if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
 
@@ -4935,12 +4985,20 @@ def free_memory() -> Optional[int]:
     return min((size for size in (free, within) if size is not None), default=None)
 
 
+def own_cgroup() -> str:
+    """The directory of this process's cgroup (version 2), with a slash behind it; it need not be
+    there."""
+    path = ''
+    with contextlib.suppress(OSError):   # another system
+        with open('/proc/self/cgroup') as file:
+            path = next(line[3:].strip() for line in [*file, '0::/'] if line.startswith('0::'))
+    return '/sys/fs/cgroup/' + (path.strip('/') + '/').lstrip('/')
+
+
 def _free_of_cgroup() -> Optional[int]:
     """What the limit of this process's cgroup (version 2) leaves."""
     with contextlib.suppress(OSError, ValueError):   # none, or another system
-        with open('/proc/self/cgroup') as file:
-            path = next(line[3:].strip() for line in [*file, '0::/'] if line.startswith('0::'))
-        group = '/sys/fs/cgroup/' + path.strip('/') + '/'
+        group = own_cgroup()
         sizes = []
         for name in ('memory.max', 'memory.current'):
             with open(group + name) as file:
@@ -5177,6 +5235,7 @@ class RecordType(enum.IntEnum):
     # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
     WATCH = 7
     ASK = 8         # is it alive?
+    EQUIP = 9       # number: worker, which is to be made; body: JSON of variables that it has
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
     # forked
     READY = 16
@@ -6946,6 +7005,7 @@ class Loop:
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
+        self.woke_at = 0.0         # when this turn had something to do
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self.has_ended = False
@@ -7156,6 +7216,7 @@ class Loop:
         self._waits = True
         ready = self._selector.select(self._select_timeout(timeout))
         self._waits = False
+        self.woke_at = self.clock()
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):
@@ -8690,6 +8751,11 @@ class WorkerGone(NamedTuple):
     stderr: Buffer = b''
 
 
+class WorkerLeft(NamedTuple):
+    """The process of a worker that had resources, and was let go, has ended."""
+    worker: int
+
+
 class WorkerStartFailed(NamedTuple):
     """A worker could not be started: there are no descriptors, say."""
     worker: int
@@ -8724,6 +8790,15 @@ class WorkerOverdue(NamedTuple):
 
 class Stop(NamedTuple):
     """The daemon shall end."""
+
+
+class Finish(NamedTuple):
+    """The daemon shall end when its jobs have ended, and takes no new ones."""
+
+
+class CallSoon(NamedTuple):
+    """Something is to be called in the thread of the loop."""
+    call: Callable[[], None]
 
 
 class Pause(NamedTuple):
@@ -8846,6 +8921,13 @@ class StartWorker(NamedTuple):
     comp: str
 
 
+class Equip(NamedTuple):
+    """A worker that will be started has units of these numbers, by the name of the resource."""
+    worker: int
+    comp: str
+    units: Dict[str, List[int]]
+
+
 class SendToWorker(NamedTuple):
     """Write attempts to a worker."""
     worker: int
@@ -8933,7 +9015,7 @@ ENDING_TEXT = {   # with what the job's options say
 class Attempt:
     """One try of a job, here."""
     __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp',
-                 'counted', 'values')
+                 'counted', 'values', 'resources')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict],
                  comp: '_Computation') -> None:
@@ -8945,6 +9027,7 @@ class Attempt:
         self.memory: Optional[float] = None
         self.priority: float = 0
         self.values: Sequence[Tuple[int, bytes]] = ()   # sizes and digests
+        self.resources: Request = ()
         if options:
             self._take(options)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
@@ -8956,6 +9039,7 @@ class Attempt:
         self.memory = options.get('memory')
         self.priority = options.get('priority', 0)
         self.values = options.get('values', ())
+        self.resources = options.get('resources', ())
 
     def ending_text(self, ending: Outcome) -> str:
         """Why it was ended, with the number that it has exceeded."""
@@ -8966,11 +9050,12 @@ class Attempt:
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
     __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled',
-                 'sending_file_on', 'stuck', 'pardoned')
+                 'sending_file_on', 'stuck', 'pardoned', 'resources')
 
-    def __init__(self, key: int, comp: '_Computation') -> None:
+    def __init__(self, key: int, comp: '_Computation', resources: Request = ()) -> None:
         self.key = key
         self.comp = comp
+        self.resources = resources   # which it keeps to its end
         self.queue: Deque[Attempt] = collections.deque()
         self.since = 0.0        # when the head became the head, or when it became idle
         self.told = False       # the client knows that the head has begun
@@ -9244,6 +9329,129 @@ class Cpus:
         self.free += total - self.total
         self.total = total
         self.most = max(total, self.most)
+
+
+class Units:
+    """Units of the node's resources, and which worker has which. A worker is made for what its
+    first job asks for, and keeps that until its process has ended: libraries that use a device look
+    once at which they may use, and what they have there they keep."""
+
+    def __init__(self, offer: Dict[str, int]) -> None:
+        """`offer`: how many units of each resource there are. They are numbered from 0."""
+        self._offer = offer
+        self._free = {name: list(range(count)) for name, count in offer.items()}
+        # Worker -> its computation, and the units that it has
+        self._taken: Dict[int, Tuple[str, Dict[str, List[int]]]] = {}
+
+    def lack(self, request: Request, where: str) -> str:
+        """Why this can never be had here; empty if it can."""
+        for name, count in request:
+            there = self._offer.get(name, 0)
+            if count > there:
+                return 'the job wants %d %s (dispy_resources) and %s has %d' % (
+                    count, name, where, there)
+        return ''
+
+    def are_free(self, request: Request) -> bool:
+        """Whether a worker can be made with these."""
+        return all(len(self._free.get(name, ())) >= count for name, count in request)
+
+    def take(self, worker: int, comp: str, request: Request) -> Dict[str, List[int]]:
+        """Give free units to a worker: their numbers by the name of the resource."""
+        units: Dict[str, List[int]] = {}
+        for name, count in request:
+            free = self._free[name]
+            units[name] = free[:count]
+            del free[:count]
+        self._taken[worker] = comp, units
+        return units
+
+    def release(self, worker: int) -> None:
+        """The process of a worker has ended, or was never made."""
+        _, units = self._taken.pop(worker, ('', {}))
+        for name, taken in units.items():
+            # The first go first, so that few devices are used where there are few jobs
+            self._free[name] = sorted(self._free[name] + taken)
+
+    def release_all(self, comp: str) -> None:
+        """All processes of a computation have ended."""
+        for worker in [worker for worker, (other, _) in self._taken.items() if other == comp]:
+            self.release(worker)
+
+
+class ResourceWorkers:
+    """Workers that have resources, and go to jobs that ask for the same."""
+
+    def __init__(self, tables: NodeTables, units: Units,
+                 make: Callable[['_Computation', Request], _Worker],
+                 remove: Callable[[_Worker], None]) -> None:
+        """`make` makes a worker; `remove` forgets one."""
+        self._tables = tables
+        self._units = units
+        self._make = make
+        self._remove = remove
+        self._idle: List[_Worker] = []
+
+    def worker_for(self, comp: _Computation, request: Request, may_make: bool) -> Optional[_Worker]:
+        """A worker with these resources, for a job of a computation. None if there is none now:
+        one is being made ready, or workers that have the units and do nothing are ended first."""
+        for worker in self._idle:
+            if worker.comp is comp and worker.resources == request:
+                self._idle.remove(worker)
+                return worker
+        for key in comp.starting:
+            if comp.workers[key].resources == request:
+                return None
+        if not self._units.are_free(request):
+            self._end_idle(request)
+            return None
+        if not may_make:
+            return None
+        worker = self._make(comp, request)
+        if comp.initializer:   # it gets work when it is ready for it
+            comp.starting.add(worker.key)
+            return None
+        return worker
+
+    def equip(self, worker: _Worker) -> None:
+        """A worker is about to be started: it gets its units."""
+        name = worker.comp.comp
+        units = self._units.take(worker.key, name, worker.resources)
+        self._tables.do(Equip(worker.key, name, units))
+
+    def _end_idle(self, request: Request) -> None:
+        """Workers that do nothing and have units of these resources let go of them."""
+        names = {name for name, _ in request}
+        for worker in list(self._idle):
+            if names.intersection(name for name, _ in worker.resources):
+                self.retire(worker)
+
+    def retire(self, worker: _Worker) -> None:
+        """Let a worker that does nothing end."""
+        self._remove(worker)
+        retire = Retire(worker.key)
+        self._tables.do(retire)
+
+    def idle(self, worker: _Worker) -> None:
+        """A worker has nothing to do."""
+        self._idle.append(worker)
+
+    def idle_of(self, comp: _Computation) -> List[_Worker]:
+        """Workers of a computation that have nothing to do."""
+        return [worker for worker in self._idle if worker.comp is comp]
+
+    def removed(self, worker: _Worker) -> None:
+        """A worker is forgotten. Its units are free when its process has ended."""
+        if worker in self._idle:
+            self._idle.remove(worker)
+
+    def drop(self, comp: _Computation) -> None:
+        """A computation is being closed: its workers have no more work."""
+        self._idle = [worker for worker in self._idle if worker.comp is not comp]
+
+    def on_worker_left(self, event: 'WorkerLeft', now: float) -> None:
+        """The process of a worker that was let go has ended."""
+        self._units.release(event.worker)
 
 
 class NodeLease:
@@ -9586,7 +9794,8 @@ class Attempts:
     they need while they wait: memory for their arguments, and values."""
 
     def __init__(self, tables: NodeTables, cpus: Cpus, past: PastAttempts,
-                 results: UndeliveredResults, share: 'FairShare') -> None:
+                 results: UndeliveredResults, share: 'FairShare', units: Units) -> None:
+        self._units = units
         self._tables = tables
         self._cpus = cpus
         self._past = past
@@ -9620,25 +9829,36 @@ class Attempts:
             if unfit is not None:
                 self.on_unfit(link, unfit, now)
                 return
-        spooled = self._results.spooled_serials(comp.comp)
         if not comp.attempts:
             self._share.returns(comp, now)
+        self._take(comp, rows)
+        if is_large:
+            self._note_parts(comp, rows[0])
+
+    def _take(self, comp: _Computation, rows: Sequence[tuple]) -> None:
+        """Take attempts that are not known here."""
+        spooled = self._results.spooled_serials(comp.comp)
         for serial, payload, options in rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in spooled:
                 continue
             attempt = Attempt(serial, payload, options, comp)
-            if attempt.cpus > self._cpus.most:
-                self.finish(comp, (serial, int(
-                    Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d' %
-                                   (attempt.cpus, self._cpus.most), b'', b''))
-                continue
+            if attempt.cpus > self._cpus.most or attempt.resources:
+                text = self._lack(attempt)
+                if text:
+                    row = (serial, int(Outcome.DIED), 0.0, 0.0, text.encode(), b'', b'')
+                    self.finish(comp, row)
+                    continue
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
             attempt.counted = size_of(payload)
             self.held_bytes += attempt.counted
-        if is_large:
-            self._note_parts(comp, rows[0])
+
+    def _lack(self, attempt: Attempt) -> str:
+        """Why an attempt can never run here; empty if it can."""
+        if attempt.cpus > self._cpus.most:
+            return 'the job wants %d CPUs and the node has %d' % (attempt.cpus, self._cpus.most)
+        return self._units.lack(attempt.resources, 'node %s' % self._tables.name)
 
     def _refuses_jobs(self, comp: _Computation) -> bool:
         return self.refuses_new or comp.stage is Stage.ENDING
@@ -9819,6 +10039,13 @@ class Attempts:
             take_from_worker = TakeFromWorker(worker.key)
             self._tables.do(take_from_worker)
 
+    def take_back_all(self) -> None:
+        """Ask workers for what stands behind jobs that run."""
+        for worker in self._tables.workers.values():
+            behind = len(worker.queue) - 1
+            if behind > 0:
+                self.take_back(worker)
+
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: nobody wants to know of its attempts."""
         self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
@@ -9877,12 +10104,15 @@ class Attempts:
 class Interruptions:
     """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
     run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and
-    after GRACE more its result is that nothing could end it."""
+    after GRACE more its result is that nothing could end it. Where the node is to end, `grace`
+    takes the place of the first."""
 
-    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts,
+                 grace: float) -> None:
         self._tables = tables
         self._timers = timers
         self._attempts = attempts
+        self.grace = grace         # s
         self.ends_all = False       # what starts now is ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
@@ -9932,7 +10162,10 @@ class Interruptions:
         """Interrupt what a worker runs."""
         action = Interrupt(worker.key, attempt.serial)
         self._tables.do(action)
-        when = now + GRACE
+        if attempt.ending is Outcome.STOPPED:
+            when = now + self.grace
+        else:
+            when = now + GRACE
         self._set_timer(when, self._kill, worker, attempt.serial)
 
     def set_timeout(self, worker: _Worker, when: float) -> None:
@@ -10123,22 +10356,27 @@ class WorkerPool:
     those end that have nothing to do.
 
     start_at - when the next worker may be started
+    special - those that have resources
     """
 
-    def __init__(self, tables: NodeTables, timers: Timers) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers, units: Units) -> None:
+        self._units = units
+        self.special = ResourceWorkers(tables, units, self.start, self.remove)
         self._tables = tables
         self._timers = timers
         self.start_at = 0.0
         self._start_failure = ''    # why none could be started, as it was told
         self._keys = itertools.count(1)
 
-    def start(self, comp: _Computation) -> _Worker:
-        """Have a worker started for a computation."""
+    def start(self, comp: _Computation, resources: Request = ()) -> _Worker:
+        """Have a worker started for a computation, with these resources."""
         tables = self._tables
         key = next(self._keys)
-        worker = _Worker(key, comp)
+        worker = _Worker(key, comp, resources)
         tables.workers[worker.key] = worker
         comp.workers[worker.key] = worker
+        if resources:
+            self.special.equip(worker)
         start_worker = StartWorker(worker.key, comp.comp)
         tables.do(start_worker)
         return worker
@@ -10147,7 +10385,7 @@ class WorkerPool:
         """A worker could not be started. Its client is told, but not again and again."""
         tables = self._tables
         comp = worker.comp
-        self.remove(worker)
+        self.gone(worker)
         if self._start_failure != text or now > self.start_at + WORKER_TOLD:
             self._start_failure = text
             message = ('node %s cannot make a worker: %s; it goes on with those that it has, '
@@ -10172,7 +10410,10 @@ class WorkerPool:
             tables.do(retire)
         else:
             worker.since = tables.now
-            comp.idle.append(worker)
+            if worker.resources:
+                self.special.idle(worker)
+            else:
+                comp.idle.append(worker)
             if not comp.has_idle_timer:
                 comp.has_idle_timer = True
                 when = tables.now + WORKER_IDLE
@@ -10189,17 +10430,33 @@ class WorkerPool:
         made is in the runner, which forks others when there are jobs again."""
         if not self._is_here(comp):
             return
-        for worker in list(comp.idle):
-            if not worker.since + WORKER_IDLE <= now:
-                continue
-            self.remove(worker)
-            retire = Retire(worker.key)
-            self._tables.do(retire)
-        comp.has_idle_timer = bool(comp.idle)
-        if comp.idle:
-            first = min(worker.since for worker in comp.idle)
+        for worker in comp.idle + self.special.idle_of(comp):
+            if worker.since + WORKER_IDLE <= now:
+                self.special.retire(worker)
+        idle = comp.idle + self.special.idle_of(comp)
+        comp.has_idle_timer = bool(idle)
+        if idle:
+            first = min(worker.since for worker in idle)
             when = first + WORKER_IDLE
             self._retire_at(when, comp)
+
+    def has_place(self, comp: _Computation, cpus: int) -> bool:
+        """Whether a computation may have one more worker without resources, on so many CPUs."""
+        count = len(comp.workers)
+        if count < cpus:
+            return True
+        return count - len(self.special.idle_of(comp)) < cpus
+
+    def gone(self, worker: _Worker) -> None:
+        """The process of a worker has ended, or could not be made."""
+        self.remove(worker)
+        self._units.release(worker.key)
+
+    def all_gone(self, comp: _Computation) -> None:
+        """So have all processes of a computation."""
+        for worker in list(comp.workers.values()):
+            self.remove(worker)
+        self._units.release_all(comp.comp)
 
     def remove(self, worker: _Worker) -> None:
         """A worker has ended, or has been told to."""
@@ -10210,13 +10467,15 @@ class WorkerPool:
         comp.refillable.pop(worker.key, None)
         if worker in comp.idle:
             comp.idle.remove(worker)
+        elif worker.resources:
+            self.special.removed(worker)
 
 
 class CpuScheduler:
     """Gives CPUs to attempts that wait, feeds workers with them, and takes their results."""
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, attempts: Attempts,
-                 interruptions: Interruptions, share: FairShare) -> None:
+                 interruptions: Interruptions, share: FairShare, units: Units) -> None:
         self._tables = tables
         self._timers = timers
         self._cpus = cpus
@@ -10224,7 +10483,7 @@ class CpuScheduler:
         self._interruptions = interruptions
         self._share = share
         self.look_at = math.inf     # when some head will have run for BEGUN_TIME
-        self._pool = WorkerPool(tables, timers)
+        self.pool = WorkerPool(tables, timers, units)
         self._served = itertools.count()
 
     # -- CPUs to attempts that wait ----------------------------------------------------------------
@@ -10272,14 +10531,17 @@ class CpuScheduler:
             return False
         if self._is_limited(comp, comp.waiting[0].cpus):
             return False
-        if comp.idle:
+        worker: Optional[_Worker] = None
+        if comp.waiting[0].resources:
+            may_make = now >= self.pool.start_at
+            worker = self.pool.special.worker_for(comp, comp.waiting[0].resources, may_make)
+        elif comp.idle:
             worker = comp.idle.pop()
         elif comp.initializer:
             self._initialize(comp, now)
-            return False
-        elif len(comp.workers) < self._cpus.total and now >= self._pool.start_at:
-            worker = self._pool.start(comp)
-        else:
+        elif self.pool.has_place(comp, self._cpus.total) and now >= self.pool.start_at:
+            worker = self.pool.start(comp)
+        if worker is None:
             return False
         worker.since = now
         comp.served = next(self._served)
@@ -10320,6 +10582,8 @@ class CpuScheduler:
         while count > 0 and comp.waiting:
             attempt = comp.waiting[0]
             if worker.queue and attempt.cpus != worker.queue[0].cpus:
+                break
+            if attempt.resources != worker.resources:
                 break
             if attempts and (attempt.timeout or attempt.memory):
                 break
@@ -10435,7 +10699,7 @@ class CpuScheduler:
             self._on_job_started(worker, now)
         else:
             self._cpus.free += ended.cpus
-            self._pool.put_idle(worker)
+            self.pool.put_idle(worker)
 
     @staticmethod
     def _note_overdue(attempt: Attempt, row: tuple) -> None:
@@ -10477,7 +10741,7 @@ class CpuScheduler:
         self._attempts.requeue(comp, back)
         if back and not worker.queue:
             self._cpus.free += back[0].cpus
-            self._pool.put_idle(worker)
+            self.pool.put_idle(worker)
         elif worker.queue and worker.queue[0] is not head:
             self._on_job_started(worker, now)
 
@@ -10513,19 +10777,19 @@ class CpuScheduler:
         """Make workers for what waits. They get work when they are ready for it."""
         waiting_length = len(comp.waiting)
         most = min(self._cpus.free, waiting_length)
-        while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
-                and now >= self._pool.start_at:
-            comp.starting.add(self._pool.start(comp).key)
+        while self.pool.has_place(comp, self._cpus.total) and len(comp.starting) < most \
+                and now >= self.pool.start_at:
+            comp.starting.add(self.pool.start(comp).key)
 
     def initialized(self, worker: _Worker) -> None:
         """A worker is ready for work: the initializer has returned in it."""
-        self._pool.put_idle(worker)
+        self.pool.put_idle(worker)
 
     def worker_gone(self, worker: _Worker, event: WorkerGone, now: float) -> None:
         """The process of a worker has ended: what it ran has failed, and the rest waits again."""
         attempts = self._attempts
         comp = worker.comp
-        self._pool.remove(worker)
+        self.pool.gone(worker)
         self._cpus.free += worker.stuck
         if comp.stage is Stage.CLOSING:
             return
@@ -10565,7 +10829,7 @@ class CpuScheduler:
         worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
-        self._pool.start_failed(worker, event.text, now)
+        self.pool.start_failed(worker, event.text, now)
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
             self._attempts.requeue(worker.comp, worker.queue)
@@ -10573,6 +10837,7 @@ class CpuScheduler:
     def drop(self, comp: _Computation) -> None:
         """A computation is being closed: its workers have no more work."""
         comp.idle.clear()
+        self.pool.special.drop(comp)
         comp.refillable.clear()
         for worker in comp.workers.values():
             if worker.queue:
@@ -10583,7 +10848,7 @@ class CpuScheduler:
         """The processes of a computation have ended."""
         for worker in list(comp.workers.values()):
             self._cpus.free += worker.stuck
-            self._pool.remove(worker)
+        self.pool.all_gone(comp)
 
 
 class JobRequests:
@@ -11199,6 +11464,7 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
+        self._finishing = False   # it ends when its jobs have ended
         self._leaving = False     # what runs was killed, and its end is waited for
 
     def refusal(self, comp: str) -> Optional[Refused]:
@@ -11222,15 +11488,25 @@ class NodeService:
             return
         self.stopping = True
         self._attempts.refuses_new = True
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
-                    GRACE)
-        when = now + GRACE + 0.5
+        grace = self._interruptions.grace
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %g s to end',
+                    grace)
+        when = now + grace + 0.5
         self._timers.at(when, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
         self._interruptions.end_all(now)
 
+    def finish(self, event: Finish, now: float) -> None:
+        """Take no new jobs, and leave when those that are here have ended."""
+        self._finishing = True
+        pause = Pause('finish', 'the node ends when its jobs have ended')
+        self.pause(pause, now)
+        self._attempts.take_back_all()
+
     def leave_when_done(self, now: float) -> None:
-        """The end of a turn of a node that is stopping."""
+        """The end of a turn: a node that is to end leaves when nothing is left to do."""
+        if not self.stopping and not self._finishing:
+            return
         if not self._has_work():
             self._leave(now)
 
@@ -11338,7 +11614,8 @@ class Node:
                  zombie: float = ZOMBIE_TIME,
                  serve: int = 0,
                  client_shutdown: bool = False,
-                 now: float = 0.0) -> None:
+                 now: float = 0.0,
+                 grace: float = GRACE) -> None:
         self.name = name
         self.facts = facts
         start_method = facts.get('start_method', FORK)
@@ -11350,10 +11627,11 @@ class Node:
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
-        self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share)
-        self.interruptions = Interruptions(self.tables, self.timers, self.attempts)
+        units = Units(facts.get('resources', {}))
+        self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share, units)
+        self.interruptions = Interruptions(self.tables, self.timers, self.attempts, grace)
         self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
-                                      self.interruptions, share)
+                                      self.interruptions, share, units)
         self.requests = JobRequests(self.tables, self.attempts)
         self.computations = Computations(self.tables, self.timers, self.cpus, self.past,
                                          self.results, self.attempts, self.scheduler, share,
@@ -11380,6 +11658,7 @@ class Node:
             WorkerStartFailed: self.scheduler.on_start_failed,
             WorkerInitialized: self.computations.on_worker_initialized,
             WorkerGone: self.computations.on_worker_gone,
+            WorkerLeft: self.scheduler.pool.special.on_worker_left,
             MemoryExceeded: self.interruptions.on_too_big,
             WorkerOverdue: self.interruptions.on_overdue,
             WorkerFile: self.requests.on_file,
@@ -11388,6 +11667,7 @@ class Node:
             Fetched: self.requests.on_fetched,
             EndWanted: self._end_wanted,
             Stop: self.service.stop,
+            Finish: self.service.finish,
             Pause: self.service.pause,
             Resume: self.service.resume,
             SetCpus: self.service.set_cpus,
@@ -11446,8 +11726,7 @@ class Node:
                 tables.do(NoteOverrun(comp.comp))
         self.inquiries.answer(now)
         self.computations.refuse_ended()
-        if self.service.stopping:
-            self.service.leave_when_done(now)
+        self.service.leave_when_done(now)
         return tables.actions
 
     def decided(self) -> List[Any]:
@@ -11607,8 +11886,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.client_back(comp, link)
             return
-        start_method = message.spec.get('start_method', '')
-        refusal = self._refusal(link, message.comp, now, start_method)
+        refusal = self._refusal(link, message.comp, now, message.spec)
         if refusal is not None:
             send = Send(link, refusal)
             tables.do(send)
@@ -11624,8 +11902,7 @@ class Node:
             self._take_lease(link, now)
             self.computations.begin(link, message)
 
-    def _refusal(self, link: int, name: str, now: float,
-                 start_method: str = '') -> Optional[Refused]:
+    def _refusal(self, link: int, name: str, now: float, spec: dict) -> Optional[Refused]:
         """Why no client, or not this one, can have the node for a computation now; None if it is
         free for that."""
         tables = self.tables
@@ -11636,9 +11913,12 @@ class Node:
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in tables.comps:
             return Refused(name, 'closing', 'the same computation is still being closed')
-        if start_method == FORK:
-            if not can_fork():
-                return Refused(name, 'start_method', NO_FORK)
+        if spec.get('start_method') == FORK and not can_fork():
+            return Refused(name, 'start_method', NO_FORK)
+        wanted = spec.get('interpreter', '')
+        if wanted and wanted not in self.facts.get('pythons', {}):
+            return Refused(name, 'python', 'it has no Python %s; it has %s' % (
+                wanted, pythons_text(self.facts)))
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
@@ -12017,6 +12297,21 @@ def write_whole(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view):]
+
+
+@contextlib.contextmanager
+def with_variables(variables: Dict[str, str]) -> Iterator[None]:
+    """For what is started within, the environment has these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Slots:
@@ -13033,7 +13328,10 @@ class JobServices:
         when this returns 0. `relay` and `timeout` are accepted, as in dispy 4, and have no meaning
         any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here
         or kept there."""
-        name = _name_of(path, self._spec['directory'])
+        return self.send_as(path, _name_of(path, self._spec['directory']))
+
+    def send_as(self, path: str, name: str) -> int:
+        """The same under a name that may be another."""
         file_size = os.path.getsize(path)
         check_size(name, file_size, self._spec['max_file'])
         size, digest = file_digest(path)
@@ -13084,8 +13382,57 @@ def _hard_link(path: str, link: str) -> None:
         shutil.copy2(path, link)
 
 
+class ReturnedFiles:
+    """Files in the directory of a job that go to its client when a program has ended. What was
+    there before, and has not changed since, is no work of the program."""
+
+    def __init__(self, before: str, patterns: Sequence[str]) -> None:
+        """`before`: what stands before their names at the client."""
+        self._before = before
+        self._patterns = patterns
+        self._known = {path: self._state(path) for pattern in patterns
+                       for path in self._matching(pattern)}
+
+    def send(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
+        """As JobDirectory.bring_back."""
+        sent = set()
+        missing = []
+        for pattern in self._patterns:
+            found = [path for path in self._matching(pattern)
+                     if self._known.get(path) != self._state(path)]
+            if not found:
+                missing.append(pattern)
+            for path in found:
+                if path not in sent:
+                    sent.add(path)
+                    send(path, self._before + path.replace(os.sep, '/'))
+        if missing and not has_failed:
+            there = sorted(name for name in os.listdir('.') if not name.startswith('.'))
+            shown = ', '.join(there[:20]) or 'nothing'
+            text = 'the program has made no file that is called %s (returns); in its directory ' \
+                'there is %s%s' % (' or '.join(missing), shown, ', ...' * (len(there) > 20))
+            raise RuntimeError(text)
+
+    @staticmethod
+    def _matching(pattern: str) -> List[str]:
+        """Files with names of this pattern, and those in directories of such names."""
+        found = []
+        for path in sorted(glob.glob(pattern, recursive=True)):
+            if os.path.isfile(path):
+                found.append(os.path.normpath(path))
+            for directory, _, names in os.walk(path):
+                found += [os.path.normpath(os.path.join(directory, name)) for name in sorted(names)]
+        return found
+
+    @staticmethod
+    def _state(path: str) -> Tuple[int, int]:
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+
+
 class JobDirectory:
-    """The directory of a job that has files or names of its own (dispy_job_depends)."""
+    """The directory of a job that has one of its own (job_dir), or files or names of its own
+    (dispy_job_depends)."""
 
     def __init__(self, spec: dict, globals_: Sequence[Dict[str, Any]]) -> None:
         self._spec = spec
@@ -13093,11 +13440,14 @@ class JobDirectory:
         self._directory = spec['directory']      # of the computation
         self.is_entered = False         # the job that runs has one
         self._private = ''
+        self._returns: Optional[ReturnedFiles] = None
         self._give_back: Callable[[], None] = _not_here   # takes the job's names away
 
-    def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
+    def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
+              returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
         """Make the directory, with the job's files and links to those of the computation, and make
-        its names known."""
+        its names known. `returns`: what stands before the names that files have for the client, and
+        patterns of those that it gets."""
         private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
         self._private = private
         self.is_entered = True
@@ -13116,10 +13466,19 @@ class JobDirectory:
                 file.write(data)
             os.chmod(path, mode)
         os.chdir(private)
+        if returns[1]:
+            self._returns = ReturnedFiles(*returns)
+
+    def bring_back(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
+        """Send the client what it gets of the job's files. Raises what `send(path, name)` raises,
+        and RuntimeError for what is missing, unless the job has failed by itself."""
+        if self._returns is not None:
+            self._returns.send(has_failed, send)
 
     def leave(self) -> None:
         """Remove the directory and take the names away."""
         self.is_entered = False
+        self._returns = None
         self._give_back()
         os.chdir(self._directory)
         shutil.rmtree(self._private, ignore_errors=True)
@@ -13263,8 +13622,10 @@ class Worker:
                 if body_length > LAZY:
                     self._free(record)
                 if extras:
-                    self._job_directory.enter(*extras)
+                    self._enter_directory(*extras)
                 value = contextvars.copy_context().run(self._function, *args, **kwargs)
+                if extras:
+                    self._job_directory.bring_back(bool(value), self._services.send_as)
                 self._interrupts.in_job = False
             except BaseException as exc:
                 # Whatever a job raises is its result; SystemExit and the like too
@@ -13292,6 +13653,13 @@ class Worker:
             text = 'the result could not be sent: %s' % exc
             self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
                             pack_error(text, None), out, err)
+
+    def _enter_directory(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
+                         returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
+        """The job has a directory of its own. Where files come back, others are not meant to."""
+        self._job_directory.enter(files, objects, returns)
+        if returns[1] and isinstance(self._function, Program):
+            self._function.tell = None
 
     @staticmethod
     def _free(record: Record) -> None:
@@ -13774,6 +14142,8 @@ class WorkerProcesses:
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
         self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+        # Worker, which is to be made -> variables of its environment that say what it may use
+        self._variables: Dict[int, Dict[str, str]] = {}
 
     def begin(self) -> None:
         """Called once, before the runner serves. Sets `failed` where there can be no workers."""
@@ -13817,13 +14187,18 @@ class WorkerProcesses:
         else:
             self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
+    def equip(self, record: Record) -> None:
+        """A worker that will be started has these variables in its environment."""
+        self._variables[record.number] = json.loads(bytes(record.bodies[0]))
+
     def _start(self, number: int, sock: socket.socket) -> Any:
         """The process of a worker with this pipe. Raises OSError, MemoryError."""
+        variables = self._variables.pop(number, {})
         with contextlib.ExitStack() as made:
             child = self._make_child(made)
             context = multiprocessing.get_context('fork')
             process = context.Process(target=self._work,
-                                      args=(sock, child),
+                                      args=(sock, child, variables),
                                       name='dispy-worker-%d' % number)
             process.start()
             made.pop_all()
@@ -13852,9 +14227,10 @@ class WorkerProcesses:
         out, err = catches
         return _Child(None, place, out, err)
 
-    def _work(self, sock: socket.socket, child: _Child) -> None:
+    def _work(self, sock: socket.socket, child: _Child, variables: Dict[str, str]) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
         try:
+            os.environ.update(variables)   # before the user's code has looked at devices here
             os.setsid()   # a group of its own, for signals to the job and all it starts
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -14223,11 +14599,12 @@ class SpawnedWorkers(WorkerProcesses):
             self._fail(0, encoded)
 
     def _start(self, number: int, sock: socket.socket) -> Any:
+        variables = self._variables.pop(number, {})
         for key, child in list(self._children.items()):
-            if key < 0:
+            if key < 0 and not variables:   # it has loaded the computation without them
                 with contextlib.suppress(OSError):   # it has just died
                     return self._give_pipe(key, child, number, sock)
-        key = self._spawn()
+        key = self._spawn(variables)
         return self._give_pipe(key, self._children[key], number, sock)
 
     def _interrupt(self, child: _Child) -> None:
@@ -14247,9 +14624,9 @@ class SpawnedWorkers(WorkerProcesses):
         self._children[number] = self._children.pop(key)
         return child.process
 
-    def _spawn(self) -> int:
-        """Start a process that loads the computation; the number that it has for the time being.
-        Raises OSError, MemoryError."""
+    def _spawn(self, variables: Optional[Dict[str, str]] = None) -> int:
+        """Start a process that loads the computation, with these variables in its environment; the
+        number that it has for the time being. Raises OSError, MemoryError."""
         number = next(self._numbers)
         names = ('out-%d' % number, 'err-%d' % number)
         with contextlib.ExitStack() as made:
@@ -14263,7 +14640,8 @@ class SpawnedWorkers(WorkerProcesses):
                                           name='dispy-worker',
                                           args=(theirs, self._spec['private'], names,
                                                 child.where[1:], pid))
-                process.start()
+                with with_variables(variables or {}):
+                    process.start()
             made.callback(process.kill)
             tree = tree_of(process)
             loading_line = LoadingLine(ours, functools.partial(self._hear, process))
@@ -14573,6 +14951,7 @@ class Runner(LoadingProcess):
         handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
                     RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
                     RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
+                    RecordType.EQUIP: workers.equip,
                     RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
         try:
             workers.begin()
@@ -15219,6 +15598,272 @@ class Memory:
                 self._write(self._path, text)
 
 
+# -- resources beside CPUs -------------------------------------------------------------------------
+
+class Offer(NamedTuple):
+    """What a node offers beside CPUs: how many units of each resource, what its devices are called
+    and in which variables of their environment libraries look for those that they may use."""
+    counts: Dict[str, int] = {}
+    devices: Tuple[str, ...] = ()
+    variables: Tuple[str, ...] = ()
+
+    def variables_for(self, units: Dict[str, List[int]]) -> Dict[str, str]:
+        """The environment of a worker that has these units."""
+        if GPU not in units:
+            return {}
+        words = ','.join(self.devices[unit] for unit in units[GPU])
+        return dict.fromkeys(self.variables, words)
+
+
+class GpuSearch:
+    """Which devices this host has. `environ` is the environment of this process, `output_of` runs
+    a command and returns what it prints, '' where there is no such command, and `names_in` lists a
+    directory."""
+    CUDA = 'CUDA_VISIBLE_DEVICES'
+    HIP = 'HIP_VISIBLE_DEVICES'   # of ROCm, whose libraries look at the first one too
+    KFD = '/sys/class/kfd/kfd/topology/nodes'
+
+    def __init__(self, environ: Any = os.environ,
+                 output_of: Optional[Callable[[List[str]], str]] = None,
+                 names_in: Optional[Callable[[str], List[str]]] = None,
+                 read: Optional[Callable[[str], str]] = None) -> None:
+        self._environ = environ
+        self._output_of = output_of or _output_of
+        self._names_in = names_in or _names_in
+        self._read = read or _text_of
+
+    def visible(self) -> Optional[List[str]]:
+        """The devices that this process may use, by its environment; None if that does not say. As
+        CUDA reads it: what stands behind the first word that is no device does not count."""
+        for name in (self.CUDA, self.HIP):
+            text = self._environ.get(name)
+            if text is None:
+                continue
+            words = [word.strip() for word in text.split(',')]
+            wrong = (word for word in words if not word or word.startswith('-'))
+            end = next((words.index(word) for word in wrong), len(words))
+            return words[:end]
+        return None
+
+    def variables(self) -> Tuple[str, ...]:
+        """The variables that say which devices a job has."""
+        if self.HIP in self._environ or self._of_rocm():
+            return self.CUDA, self.HIP
+        return (self.CUDA,)
+
+    def all(self, quick: bool = False) -> List[str]:
+        """What `gpu=auto` finds; `quick`: without starting a process."""
+        found = [] if quick else self._of_nvidia()
+        if not found:
+            names = [name for name in self._names_in('/dev') if re.fullmatch(r'nvidia\d+', name)]
+            found = [str(number) for number in range(len(names))]
+        found = found or self._of_rocm()
+        visible = self.visible()
+        if visible is None:
+            return found
+        # A word may be a number, or the beginning of an identifier, which is not known here
+        return visible[:len(found)]
+
+    def _of_nvidia(self) -> List[str]:
+        """Devices that nvidia-smi lists. One that is divided is used by the identifiers of its
+        parts."""
+        found: List[str] = []
+        parts: Dict[str, List[str]] = {}
+        for line in self._output_of(['nvidia-smi', '-L']).splitlines():
+            device = re.match(r'GPU (\d+):', line)
+            part = re.match(r'\s+MIG .*UUID: (MIG-[^)\s]+)\)', line)
+            if device:
+                found.append(device.group(1))
+            elif part and found:
+                parts.setdefault(found[-1], []).append(part.group(1))
+        return [word for device in found for word in parts.get(device, [device])]
+
+    def _of_rocm(self) -> List[str]:
+        """Devices of AMD that the kernel lists; nodes whose number is 0 are processors."""
+        count = 0
+        for name in self._names_in(self.KFD):
+            number = self._read('%s/%s/gpu_id' % (self.KFD, name)).strip()
+            count += number not in ('', '0')
+        visible = self._environ.get('ROCR_VISIBLE_DEVICES')
+        if visible is not None:   # devices are numbered among those that it leaves
+            words = [word for word in visible.split(',') if word.strip()]
+            count = min(count, len(words))
+        return [str(number) for number in range(count)]
+
+
+def _output_of(command: List[str]) -> str:
+    path = shutil.which(command[0])
+    if path is None:
+        return ''
+    try:
+        with process_start_lock:
+            done = subprocess.run([path, *command[1:]], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
+    except (OSError, subprocess.SubprocessError) as exc:
+        logger.warning('%s cannot be asked for devices: %s', path, exc)
+        return ''
+    return done.stdout.decode('utf-8', 'replace')
+
+
+def _names_in(directory: str) -> List[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:   # there is none
+        return []
+
+
+def _text_of(path: str) -> str:
+    try:
+        with open(path, encoding='utf-8', errors='replace') as file:
+            return file.read()
+    except OSError:   # there is none
+        return ''
+
+
+def find_offer(words: Sequence[str], search: Optional[GpuSearch] = None,
+               quick: bool = False) -> Offer:
+    """What NAME=N and gpu=auto say that a node offers; `quick` as of GpuSearch.all. Raises
+    ValueError."""
+    search = search or GpuSearch()
+    counts: Dict[str, int] = {}
+    devices: List[str] = []
+    for word in words:
+        name, _, text = word.partition('=')
+        is_auto = text == AUTO and name == GPU
+        if not RESOURCE_NAME.fullmatch(name) or not (is_auto or re.fullmatch('[0-9]{1,6}', text)):
+            message = ('--resource %.200s: it must be NAME=N, with a name of letters, digits, _, . '
+                       'and - and a whole number, or gpu=auto' % word)
+            raise ValueError(message)
+        if name in NOT_RESOURCES:
+            raise ValueError('--resource %.200s: CPUs are offered by --cpus, and memory is that of '
+                             'the host' % word)
+        if name in counts:
+            raise ValueError('--resource %.200s: %s is given twice' % (word, name))
+        if is_auto:
+            devices = search.all(quick)
+            counts[name] = len(devices)
+            continue
+        counts[name] = int(text)
+        if counts[name] > UNITS_MOST:
+            raise ValueError('--resource %s: there may be %d at most' % (word, UNITS_MOST))
+        if name == GPU:
+            devices = _numbered_devices(counts[name], search)
+    counts = {name: count for name, count in counts.items() if count}
+    return Offer(counts, tuple(devices), search.variables() if devices else ())
+
+
+def _numbered_devices(count: int, search: GpuSearch) -> List[str]:
+    """So many devices of this host. Raises ValueError if the environment leaves fewer."""
+    visible = search.visible()
+    if visible is None:
+        return [str(number) for number in range(count)]
+    if len(visible) < count:
+        message = '--resource gpu=%d: CUDA_VISIBLE_DEVICES leaves %d of them: %s' % (
+            count, len(visible), ','.join(visible) or 'none')
+        raise ValueError(message)
+    return visible[:count]
+
+
+class Interpreter(NamedTuple):
+    """Another Python that jobs may run on."""
+    path: str
+    version: Tuple[int, int, int]
+    cloudpickle: str    # its version; '' if it is not installed there
+    has_psutil: bool
+
+    @property
+    def fact(self) -> Dict[str, Any]:
+        """What clients are told of it."""
+        return {'python': self.version, 'cloudpickle': self.cloudpickle}
+
+
+# What a Python is asked for, by a program that any version can run
+PROBE = '''
+import importlib.util, json, sys
+def version(name):
+    try:
+        return getattr(__import__(name), '__version__', '')
+    except ImportError:
+        return ''
+print(json.dumps([sys.version_info[:3], version('cloudpickle'),
+                  importlib.util.find_spec('psutil') is not None]))
+'''
+
+
+def find_interpreters(words: Sequence[str]) -> Dict[str, Interpreter]:
+    """The Pythons that NAME=PATH say, by their names. Each is started once. Raises ValueError."""
+    found: Dict[str, Interpreter] = {}
+    for word in words:
+        name, _, path = word.partition('=')
+        if not RESOURCE_NAME.fullmatch(name) or not path:
+            raise ValueError('--python %.200s: it must be NAME=PATH, with a name of letters, '
+                             'digits, _, . and - that begins with a letter' % word)
+        if name in found:
+            raise ValueError('--python %.200s: %s is given twice' % (word, name))
+        if os.name != 'posix':
+            raise ValueError('--python %.200s: nodes on this system run jobs on their own Python '
+                             'alone' % word)
+        found[name] = _probe(name, os.path.abspath(os.path.expanduser(path)))
+    return found
+
+
+def _probe(name: str, path: str) -> Interpreter:
+    try:
+        with process_start_lock:
+            done = subprocess.run([path, '-c', PROBE], env=environment_for(path), timeout=60,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+        version, cloudpickle_version, has_psutil = json.loads(done.stdout.decode())
+    except ValueError:   # something else was printed
+        raise ValueError('--python %s=%s: it is no Python, as it does not run programs in that '
+                         'language' % (name, path)) from None
+    except (OSError, subprocess.SubprocessError) as exc:
+        text = '--python %s=%s: it cannot be started: %s' % (name, path, exc)
+        raise ValueError(text) from None
+    if tuple(version) < (3, 8):
+        raise ValueError('--python %s=%s: it is Python %s, and dispy needs 3.8 or later' % (
+            name, path, '.'.join(map(str, version))))
+    interpreter = Interpreter(path, tuple(version), cloudpickle_version, has_psutil)
+    if not has_psutil and sys.platform != 'linux':
+        logger.warning('--python %s=%s has no psutil, which limits the memory of jobs here '
+                       '(dispy_memory): they are not limited', name, path)
+    return interpreter
+
+
+def environment_for(python: str) -> Dict[str, str]:
+    """The environment in which another Python than this one is started: without what would let it
+    take this one's library for its own."""
+    variables = dict(os.environ)
+    for name in ('DISPY_SECRET', 'PYTHONHOME', '__PYVENV_LAUNCHER__'):
+        variables.pop(name, None)
+    return variables
+
+
+def pythons_text(facts: Dict[str, Any]) -> str:
+    """'3.11.2, lab (3.12.1)': the Pythons that a node has, by what it tells."""
+    texts = ['.'.join(map(str, facts.get('python', ()))) or 'one']
+    for name, fact in facts.get('pythons', {}).items():
+        texts.append('%s (%s)' % (name, '.'.join(map(str, fact['python']))))
+    return ', '.join(texts)
+
+
+def whole_memory() -> Optional[int]:
+    """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
+    cgroup of this process. None where nobody tells."""
+    sizes = []
+    found = re.search(r'^MemTotal: *(\d+) kB', _text_of('/proc/meminfo'), re.MULTILINE)
+    if found:
+        sizes.append(int(found.group(1)) << 10)
+    else:
+        size = ask_psutil(lambda psutil: psutil.virtual_memory().total)
+        if size is not None:
+            sizes.append(size)
+    most = re.fullmatch(r'(\d+)\s*', _text_of(own_cgroup() + 'memory.max'))   # or 'max'
+    if most:
+        sizes.append(int(most.group(1)))
+    return min(sizes, default=None)
+
+
 # -- the loop and its parts ------------------------------------------------------------------------
 
 class Options(NamedTuple):
@@ -15248,6 +15893,9 @@ class Options(NamedTuple):
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
     start_method: str = FORK               # of workers, for clients that do not say
     python: str = ''                       # what runs the runners, if not sys.executable
+    grace: float = GRACE                   # s that jobs have to end when the node is stopped
+    offer: Offer = Offer()
+    interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
 
 
 class ChildEnded(NamedTuple):
@@ -15828,11 +16476,14 @@ class RunnerProcess:
     be passed to a new program, would run a program's main module again, and share its resource
     tracker. It inherits no descriptor but its own, and has a session of its own.
     """
-    CODE = 'import sys; sys.path[:] = %r; import dispynode; dispynode.runner_start(%d)'
+    CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
 
-    def __init__(self, control: socket.socket, user: Optional[User], python: str) -> None:
-        """`control`: its end of the socket; `python`: what runs it, if not this Python. Raises
+    def __init__(self, control: socket.socket, user: Optional[User], python: str,
+                 home: str = '') -> None:
+        """`control`: its end of the socket; `python`: what runs it, if not this Python; `home`: a
+        directory with this module, for one that has its own library and packages. Raises
         OSError."""
+        self._home = home
         self._popen: Any = None
         self._process: Any = None
         if os.name == 'posix':
@@ -15855,8 +16506,13 @@ class RunnerProcess:
         home = os.path.dirname(absolute_path)
         if home not in places:
             places.append(home)
+        where = '[:]'
         variables = dict(os.environ)
         variables.pop('DISPY_SECRET', None)
+        if self._home:   # behind what it finds by itself
+            where = '[len(sys.path):]'
+            places = [self._home]
+            variables = environment_for(python)
         if user is not None:
             variables[RUNNER_USER] = json.dumps(user)
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -15868,7 +16524,8 @@ class RunnerProcess:
                 error = opened.enter_context(open(os.devnull, 'w'))
             with process_start_lock:
                 return subprocess.Popen(
-                    [python, *flags, '-c', self.CODE % (places, control.fileno())], env=variables,
+                    [python, *flags, '-c', self.CODE % (where, places, control.fileno())],
+                    env=variables,
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
                     pass_fds=(control.fileno(),), start_new_session=True)
 
@@ -16010,14 +16667,29 @@ class ComputationProcesses:
         self.pipes: Dict[int, Pipe] = {}
         self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
+        self.equipped: Set[int] = set()                # workers that have resources
+        # Another Python that runs it, and a directory where that finds this module
+        self.python = ''
+        self.home = ''
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def use_python(self, interpreter: Interpreter) -> None:
+        """Have another Python run it, which imports nothing of this one's but this module. Raises
+        OSError."""
+        self.python = interpreter.path
+        self.home = os.path.join(self.files.private, 'node')
+        os.makedirs(self.home, exist_ok=True)
+        place = os.path.join(self.home, 'dispynode.py')
+        if not os.path.lexists(place):
+            link_to(os.path.abspath(__file__), place)
 
     def start(self, host: 'NodeHost') -> None:
         """Start the runner. Raises OSError."""
         ours, theirs = socket_pair()
         try:
-            self.process = RunnerProcess(theirs, host.options.user, host.options.python)
+            self.process = RunnerProcess(theirs, host.options.user,
+                                         self.python or host.options.python, self.home)
             self.tree = self.process.tree()
         except OSError:
             ours.close()
@@ -16072,6 +16744,14 @@ class ComputationProcesses:
                      start_method=self.start_method,
                      client_shutdown=options.client_shutdown)
         return found
+
+    def equip(self, worker: int, variables: Dict[str, str]) -> None:
+        """The worker that will be started next has resources, and these variables in its
+        environment."""
+        self.equipped.add(worker)
+        if self.control is not None:
+            data = json.dumps(variables).encode()
+            self.control.push(pack_record(RecordType.EQUIP, worker, first=data))
 
     def pass_pipe(self, worker: int, theirs: socket.socket) -> None:
         """Give the runner the pipe of a worker that it is to start. Raises OSError."""
@@ -16260,12 +16940,17 @@ class WorkerPipes:
 
     def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses],
                  look_soon: Callable[[], None]) -> None:
-        """`run_of` gives the processes of a computation by its name; `look_soon` is called when one
-        of them gets work."""
+        """`run_of` gives the processes of a computation by its name; `look_soon` is called when a
+        runner that may have been idle has work."""
         self._host = host
         self._run_of = run_of
         self._look_soon = look_soon
         self._of_worker: Dict[int, ComputationProcesses] = {}
+
+    def equip(self, action: Equip) -> None:
+        """Tell the runner which resources the next worker has."""
+        run = self._run_of(action.comp)
+        run.equip(action.worker, self._host.options.offer.variables_for(action.units))
 
     def start_worker(self, action: StartWorker) -> None:
         """Have a worker forked."""
@@ -16386,7 +17071,10 @@ class ProcessHost:
         run = ComputationProcesses(files)
         start_method = action.spec.get('start_method')
         run.start_method = start_method or self._options.start_method
+        interpreter = self._options.interpreters.get(action.spec.get('interpreter', ''))
         try:
+            if interpreter is not None:
+                run.use_python(interpreter)
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
             text = 'its process cannot be started: %s' % shortage(exc)
@@ -16581,6 +17269,10 @@ class ProcessHost:
                 self._of_workers[record.kind](run, record)
         elif record.kind == RecordType.WORKER_EXITED:   # of a worker that was let go
             run.pids.pop(record.number, None)
+            if record.number in run.equipped:
+                run.equipped.discard(record.number)
+                worker_left = WorkerLeft(record.number)
+                self._host.tell(worker_left)
 
     def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
         """The runner answers, which is noted already."""
@@ -16930,9 +17622,12 @@ class NodeHost:
         self.links: Dict[int, Link] = {}     # to clients
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
-        facts = dict(node_facts(), start_method=options.start_method)
+        facts = dict(node_facts(), start_method=options.start_method,
+                     resources=options.offer.counts, memory_total=whole_memory(),
+                     pythons={name: interpreter.fact
+                              for name, interpreter in options.interpreters.items()})
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
-                                options.client_shutdown, loop.now)
+                                options.client_shutdown, loop.now, options.grace)
         self._posted: Deque[Any] = collections.deque()
         self._stirred = True        # the state was told something that it has not had a turn for
         self._next_at = 0.0         # what `next_timer` has returned
@@ -16965,6 +17660,7 @@ class NodeHost:
             Remember: self.directory.remember,
             StartRunner: self.processes.start_runner,
             StopRunner: self.processes.stop_runner,
+            Equip: self.processes.workers.equip,
             StartWorker: self.processes.workers.start_worker,
             SendToWorker: self.processes.workers.feed,
             Interrupt: self.processes.workers.interrupt,
@@ -17251,6 +17947,7 @@ class Daemon(Loop):
             ConnectFailed: self.uplinks.failed,
             Connected: self._dialled,
             Authenticated: self._arrived,
+            CallSoon: lambda event: event.call(),
         }
 
     # -- start and end -----------------------------------------------------------------------------
@@ -17316,6 +18013,11 @@ class Daemon(Loop):
         return min((when for when in times if when is not None), default=None)
 
     # -- events ------------------------------------------------------------------------------------
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call it in the thread of the loop. Any thread."""
+        event = CallSoon(call)
+        self.post(event)
 
     def on_event(self, event: Any) -> None:
         """Arrivals from the gate, and what is for the node."""
@@ -17603,6 +18305,80 @@ def find_user(name: str) -> User:
 FAULT_STATUS = 3
 EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes stacks
+
+
+def write_stacks_on_signal() -> None:
+    """Let SIGUSR2 write the stacks of all threads, also of a loop that stands still, where `dispy
+    report` finds them: in memory that others of this user can open below /proc. The main thread.
+    Only Linux has that."""
+    if not hasattr(os, 'memfd_create'):
+        return
+    import faulthandler
+    import fcntl
+    try:
+        handle = os.memfd_create(STACKS)
+        fcntl.fcntl(handle, fcntl.F_SETFL, os.O_APPEND)
+        faulthandler.register(signal.SIGUSR2, handle, all_threads=True)
+    except OSError as exc:   # no descriptors, or a sandbox without this call
+        logger.debug('stacks cannot be written: %s', exc)
+
+
+class ServiceManager:
+    """systemd, if it has started this process as a service of Type=notify. It is told when the
+    service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
+    daemon has its turns. Without systemd nothing is told."""
+
+    def __init__(self, environment: Any = os.environ) -> None:
+        """Takes its variables out of the environment: what jobs start does not speak for us."""
+        self._socket = environment.pop('NOTIFY_SOCKET', '')
+        interval = environment.pop('WATCHDOG_USEC', '')
+        process = environment.pop('WATCHDOG_PID', str(os.getpid()))
+        self._turn = threading.Event()
+        self._is_over = threading.Event()
+        self.interval: Optional[float] = None   # s in which it wants to hear of us
+        if interval.isdigit() and process == str(os.getpid()):
+            self.interval = int(interval) / 1e6
+
+    def tell(self, text: str) -> None:
+        """Send assignments, one a line, as `man sd_notify` has them."""
+        if not self._socket:
+            return
+        address = self._socket
+        if address.startswith('@'):   # a name that is no file
+            address = '\0' + address[1:]
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), address)
+        except OSError as exc:
+            logger.warning('systemd cannot be told %r by %s: %s', text, self._socket, exc)
+
+    def ready(self, status: str, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Tell that the service is ready, and watch it. `call_soon` has the loop call something;
+        any thread may call it."""
+        self.tell('READY=1\nSTATUS=%s' % status)
+        if self._socket and self.interval is not None:
+            thread = threading.Thread(target=self._watch, args=(call_soon,), daemon=True,
+                                      name='dispy-watchdog')
+            thread.start()
+
+    def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """A thread of its own. It stands still while the loop does, and systemd ends the service
+        then."""
+        apart = self.interval / 3  # type: ignore[operator]
+        while not self._is_over.wait(apart):
+            self._turn.clear()
+            call_soon(self._turn.set)
+            self._turn.wait()
+            self.tell('WATCHDOG=1')
+
+    def close(self) -> None:
+        """The service ends."""
+        self.tell('STOPPING=1')
+        self._is_over.set()
+        self._turn.set()
 
 
 def run_until_ended(loop: Loop) -> int:
@@ -17958,6 +18734,12 @@ def make_parser() -> OptionParser:
         type=_time_of_day,
         metavar='HH:MM',
         help='end what still runs at this time of day')
+    add('--grace',
+        type=seconds_option,
+        default=GRACE,
+        metavar='S',
+        help='seconds that jobs have to end after they were interrupted because the node is '
+        'stopped; then they are killed (default: %(default)g)')
     add('--serve', type=serve_option, metavar='N',
         help='end after so many clients (default, 0 and less: do not)')
     add('--client-shutdown',
@@ -17987,6 +18769,19 @@ def make_parser() -> OptionParser:
         'each loads the computation and runs its setup (default: what '
         'DISPY_START_METHOD in the environment says, otherwise fork on Linux and '
         'spawn elsewhere)')
+    add('--resource',
+        action=Each,
+        default=[],
+        metavar='NAME=N',
+        help='offer so many units of what jobs ask for by this name (dispy_resources), such as '
+        'licence=2; gpu=N or gpu=auto: devices, of which each job sees its own in '
+        'CUDA_VISIBLE_DEVICES; may be repeated')
+    add('--python',
+        action=Each,
+        default=[],
+        metavar='NAME=PATH',
+        help='another Python that jobs may run on (JobCluster: python=), such as bin/python of a '
+        'virtual environment; may be repeated')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -18093,7 +18888,7 @@ def clear_environment() -> None:
 
 def _embedded(daemon: Daemon) -> None:
     """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
-    read as in `_prompt`."""
+    read as in `read_commands`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -18112,16 +18907,20 @@ def parse_command(line: str) -> Any:
         return SetCpus(count_cpus(wanted))
     pause = Pause('operator', 'its operator has stopped it')
     resume = Resume('operator')
-    return {'quit': Stop(), 'stop': pause, 'start': resume,
-            'release': Release()}.get(line.strip(), Status())
+    return {'quit': Stop(), 'stop': pause, 'start': resume, 'release': Release(),
+            'finish': Finish()}.get(line.strip(), Status())
 
 
-def _prompt(post: Callable[[Any], None]) -> None:
-    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in
-    sys.stdin holds a lock that the interpreter wants when it ends."""
+PROMPT = 'commands: quit, stop, start, cpus N, release, finish; anything else shows the status'
+
+
+def read_commands(told: str, take: Callable[[str], None]) -> None:
+    """Give `take` the lines from the terminal, until it has gone; in a thread of its own. `told`
+    says what may be written there, and so does the ValueError of a line that may not. Read with
+    os.read: a thread that waits in sys.stdin holds a lock that the interpreter wants when it
+    ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else shows the status',
-          flush=True)
+    print(told, flush=True)
     while True:
         try:
             data = os.read(0, 4096)
@@ -18132,8 +18931,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
         *lines, rest = (rest + data).split(b'\n')
         for line in lines:
             try:
-                decoded = line.decode('utf-8', 'replace')
-                post(parse_command(decoded))
+                take(line.decode('utf-8', 'replace'))
             except ValueError as exc:
                 print(exc, flush=True)
 
@@ -18155,8 +18953,9 @@ ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
-    handlers, and none ignored: programs that jobs start would inherit that."""
+    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that;
+    SIGUSR1 does when no job is there any more. With handlers, and none ignored: programs that jobs
+    start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
@@ -18165,6 +18964,11 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
         if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
                           lambda number, frame: daemon.post(Stop()))
+    if hasattr(signal, 'SIGUSR1'):
+        def finish(number: int, frame: Any) -> None:
+            daemon.post(Finish())
+
+        signal.signal(signal.SIGUSR1, finish)
     if os.getpid() != 1:
         return
     if hasattr(os, 'waitid'):
@@ -18219,7 +19023,18 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
-                   or default_start_method())
+                   or default_start_method(), grace=args.grace,
+                   offer=find_offer(args.resource),
+                   interpreters=find_interpreters(args.python))
+
+
+def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
+    """Start the thread that reads what the operator of a daemon writes at its terminal; see
+    `read_commands`. The main thread."""
+    if hasattr(signal, 'SIGTTIN'):
+        # In the background a read fails instead of stopping the daemon
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    threading.Thread(target=read_commands, args=(told, take), daemon=True).start()
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
@@ -18230,16 +19045,13 @@ def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
     elif has_terminal and not args.daemon:
-        if hasattr(signal, 'SIGTTIN'):
-            # In the background a read fails instead of stopping the node
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-        thread = threading.Thread(target=_prompt, args=(daemon.post,), daemon=True)
-        thread.start()
+        listen_at_terminal(PROMPT, lambda line: daemon.post(parse_command(line)))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
+    manager = ServiceManager()
     _standard_files()
     try:
         parser = make_parser()
@@ -18263,18 +19075,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
     _on_signals(daemon, args.daemon)
+    write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
-    return run_until_ended(daemon)
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners.
-    # Without __file__, `spawn` does not run this file a third time as the runner's __main__.
-    del __file__
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-    sys.exit(importlib.import_module('dispynode').main())
+    manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
+    try:
+        return run_until_ended(daemon)
+    finally:
+        manager.close()

@@ -41,6 +41,7 @@ Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 import argparse
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -56,7 +57,9 @@ import os
 import pickle
 import re
 import shutil
+import shlex
 import signal
+import stat
 import struct
 import sys
 import time
@@ -83,7 +86,8 @@ from dispy import FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnectio
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
 from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob
 from dispy import WithdrawAsked
-from dispy import cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state
+from dispy import cpus_of, has_ended, job_row, parse_nodes, python_at, shown_arguments
+from dispy import shown_state
 from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
 from dispynode import ENDING_SIGNALS, EXIT_STATUSES, FOR_CODE, LAZY, NAME_MOST, NODE_PORT
 from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RETURNED
@@ -94,15 +98,17 @@ from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturne
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
-from dispynode import ValueRequests, Values, Wrong
+from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
 from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
-from dispynode import in_parts, is_comp, limit_values, log_record_of, make_secret, may_reclaim
+from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
+from dispynode import make_secret, may_reclaim
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
 from dispynode import reason_of, refused_row, replaced, result_key, run_until_ended, save_config
 from dispynode import seconds_option, set_up_log, shorten, size_of, size_option, take_own_directory
 from dispynode import tell_obsolete, tls_files, unfit_row, unpack_error, with_size, write_private
+from dispynode import write_stacks_on_signal
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -435,13 +441,15 @@ class State(Database):
             place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT,
             instance BLOB)
         """
-    # Those that the first release did not have: what was given up, the memories of nodes, and their
-    # lock files
+    # Those that the first release did not have: what was given up, the memories of nodes, their
+    # lock files, and nodes that an operator has drained
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
-        'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
-    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER = range(12)
+        'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)',
+        'drains (node TEXT PRIMARY KEY, reason TEXT, since REAL)')
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN = \
+        range(13)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -454,7 +462,8 @@ class State(Database):
         'INSERT OR REPLACE INTO memories VALUES (?, ?)',
         'INSERT OR REPLACE INTO locks VALUES (?, ?, ?)',
         'INSERT OR REPLACE INTO past VALUES (?, ?, ?, ?)',
-        'DELETE FROM past WHERE comp = ?')
+        'DELETE FROM past WHERE comp = ?',
+        'INSERT OR REPLACE INTO drains VALUES (?, ?, ?)')
 
     def __init__(self, root: str) -> None:
         """Open the state in this directory. Raises DispyError, OSError."""
@@ -487,6 +496,7 @@ class State(Database):
         for table in self.LATER_TABLES:
             run('CREATE TABLE IF NOT EXISTS ' + table)
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
+        run('DELETE FROM drains WHERE since = 0')
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         comps = self._comps.values()
@@ -536,6 +546,17 @@ class State(Database):
             return
         machine, file = [part[:LOCK_MOST] for part in lock]
         self.note(self.LOCK, place, machine, file)
+
+    def drained(self, node: str, reason: str, since: float) -> None:
+        """Note that a node is drained, by the name that `Drains` has for it; `since` is 0 if it is
+        used again."""
+        self.note(self.DRAIN, node, reason, since)
+
+    def drains(self) -> Dict[str, Tuple[str, float]]:
+        """Return a dictionary from drained nodes to the reason and the time, in seconds since the
+        epoch."""
+        rows = self._db.execute('SELECT node, reason, since FROM drains WHERE since > 0')
+        return {node: (reason, since) for node, reason, since in rows}
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
         """Note the jobs of a program that has not come back for their results, by its own
@@ -1124,6 +1145,7 @@ class ClientComputation(NodeUser):
         self.cloudpickle = shared['cloudpickle']
         recovers = bool(shared['recovers'])
         self.absence = Absence(recovers, shared['process'])
+        self._waits_told: Set[str] = set()   # why jobs wait
         # Whether another process may come for the results, see `dispy.Trail`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
@@ -1269,7 +1291,8 @@ class ClientComputation(NodeUser):
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """Return cloudpickle, which the program has sent, for a node that has another version."""
-        if peer.facts.get('cloudpickle') == self.cloudpickle:
+        python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
+        if python is not None and python.cloudpickle == self.cloudpickle:
             return {}
         return self.cargo.spec['support']  # type: ignore[no-any-return]
 
@@ -1350,7 +1373,10 @@ class ClientComputation(NodeUser):
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
-        self.warn('a job waits: %s' % text)
+        if text not in self._waits_told:
+            self._waits_told.add(text)
+            self.warn('a job waits: %s. It begins when a node comes that has it. This is said once '
+                      'for all jobs like it' % text)
 
     def job_goes_on(self, work: Any) -> None:
         """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
@@ -1544,16 +1570,93 @@ class Stop(NamedTuple):
 RELEASED = 'released at the scheduler'
 
 
+class Drains:
+    """The nodes that an operator has drained, and why. They are drained until they are used again,
+    also if they or the scheduler are started anew. The loop's thread."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._known = state.drains()
+
+    @staticmethod
+    def _name(peer: NodeConnection) -> str:
+        """What a node is known by after a new start: its address, or the name of one that
+        connects by itself."""
+        if peer.port:
+            return '%s port %d' % (peer.host, peer.port)
+        return peer.name
+
+    def begin(self, peer: NodeConnection, reason: str) -> None:
+        """Let no more jobs begin on a node."""
+        peer.most = 0
+        drain = (reason, time.time())
+        self._known[self._name(peer)] = drain
+        self._state.drained(self._name(peer), *drain)
+
+    def end(self, peer: NodeConnection) -> None:
+        """A node is used again."""
+        peer.most = sys.maxsize
+        if self._known.pop(self._name(peer), None) is not None:
+            self._state.drained(self._name(peer), '', 0.0)
+
+    def restore(self, peer: NodeConnection) -> None:
+        """A node is connected that may have been drained before."""
+        if self._name(peer) in self._known:
+            peer.most = 0
+
+    def reason_of(self, peer: NodeConnection) -> Optional[str]:
+        """Return why a node is drained, in one text with the time, or None if it is not."""
+        drain = self._known.get(self._name(peer))
+        if drain is None:
+            return None
+        reason, since = drain
+        local = time.localtime(since)
+        at = time.strftime('since %Y-%m-%d %H:%M', local)
+        if reason:
+            return '%s (%s)' % (reason, at)
+        return at
+
+
+class TurnTimes:
+    """How long the turns of the scheduler take. The loop's thread."""
+    SPAN = 30.0     # s; the longest turn is that of this span and of the one before
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.seconds = 0.0
+        self._longest = 0.0
+        self._longest_before = 0.0
+        self._since = 0.0
+
+    def add(self, began: float, now: float) -> None:
+        """A turn has ended."""
+        seconds = now - began
+        self.turns += 1
+        self.seconds += seconds
+        if now - self._since >= self.SPAN:
+            self._longest_before = self._longest
+            self._longest = 0.0
+            self._since = now
+        self._longest = max(self._longest, seconds)
+
+    @property
+    def longest(self) -> float:
+        """The longest turn of the last minute, about."""
+        return max(self._longest, self._longest_before)
+
+
 class ProgramOverview(Overview):
     """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
     knows the secret of the programs may see and manage everything; if the operator has a secret of
     his own, this needs that one. An answer has at most PAGE rows. Counts, limits and releases are
-    of this process: a scheduler that is started again has forgotten them. The loop's thread."""
+    of this process: a scheduler that is started again has forgotten them, but not which nodes are
+    drained. The loop's thread."""
     COUNTS = ('submitted', 'done', 'failed', 'cancelled')   # as of NodeUser.jobs_counted
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
         self._scheduler = scheduler
+        self._drains = scheduler.drains
         self._numbers = itertools.count(1)
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
@@ -1733,9 +1836,41 @@ class ProgramOverview(Overview):
         """Return the state of a node for whoever wants it, and the reason."""
         if peer.key in self._released:
             return 'closed', RELEASED
-        if peer.most == 0:
-            return shown_state(peer.state_word, DEALLOCATED), DEALLOCATED
+        reason = self._drains.reason_of(peer)
+        if reason is not None:
+            return self._drained_state(peer), reason
         return peer.state_word, peer.reason[-2000:]
+
+    @staticmethod
+    def _drained_state(peer: NodeConnection) -> str:
+        """Return what a drained node is: one that is away is not yet, or not any more, at work."""
+        if peer.link is None:
+            return peer.state_word
+        return shown_state(peer.state_word, DEALLOCATED)
+
+    def _load(self) -> Dict[str, float]:
+        """Return how much the scheduler has to do, for metrics."""
+        scheduler = self._scheduler
+        times = scheduler.turn_times
+        works = 0
+        results = 0
+        for computation in scheduler.computations.opened():
+            works += len(computation.works)
+            results += len(computation.ended)
+        at_nodes = 0
+        for node in scheduler.schedule.nodes.values():
+            at_nodes += sum(map(len, node.in_flight.values()))
+        links = scheduler.links.values()
+        return {
+            'turns': times.turns,
+            'seconds': times.seconds,
+            'longest': times.longest,
+            'waiting': works - at_nodes,
+            'results': results,
+            'bytes': sum(link.queued for link in links),
+            'links': len(links),
+            'stuck': int(scheduler.commit.stuck_until is not None),
+        }
 
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
@@ -1813,13 +1948,20 @@ class ProgramOverview(Overview):
         scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
         return 1
 
-    def _cpus(self, key: Any, cpus: int) -> int:
-        """Limit the CPUs of a node that each computation may use; 0 drains the node."""
+    def _cpus(self, key: Any, cpus: int, reason: str = '') -> int:
+        """Limit the CPUs of a node that each computation may use; 0 drains the node, for this
+        reason."""
         peer = self._peer(key)
+        if type(reason) is not str:
+            raise ValueError('reason=%.40r is no text' % (reason,))
         offered = peer.offered
         if type(cpus) is not int or cpus < 0 or cpus > offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
-        peer.most = cpus
+        if cpus:
+            self._drains.end(peer)
+            peer.most = cpus
+        else:
+            self._drains.begin(peer, reason[:REASON_MOST])
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
@@ -1840,7 +1982,7 @@ class ProgramOverview(Overview):
         """Use a node again that was released or drained, with all its CPUs."""
         scheduler = self._scheduler
         peer = self._peer(key)
-        peer.most = sys.maxsize
+        self._drains.end(peer)
         for comp in self._released.pop(peer.key, set()):
             use = peer.uses.get(comp)
             if use is None:
@@ -1859,6 +2001,7 @@ class ProgramOverview(Overview):
         'clusters': _clusters,
         'nodes': _nodes,
         'failures': _failures,
+        'load': _load,
         'jobs': _jobs,
         'arguments': _arguments,
         'cancel': _cancel,
@@ -2013,6 +2156,7 @@ class NodeSharing(NodePolicy):
 
     def node_met(self, peer: NodeConnection) -> None:
         """Note a node, so that it is known again after the end of this process."""
+        self._scheduler.drains.restore(peer)
         self._scheduler.state.met(peer)
 
     def becomes_ready(self, peer: NodeConnection, comp: str) -> None:
@@ -2307,6 +2451,8 @@ class ProgramLinks(Part):
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
         facts['memory'] = scheduler.instance.hex()
+        facts['resources'] = {}   # jobs may ask for some, which are counted here
+        facts['pythons'] = {}     # computations may ask for one, which is found out here
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
@@ -3538,6 +3684,7 @@ class Scheduler(Driver):
             options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse,
             options.ping)
         super().__init__(access, self.state.instance, self.sharing)
+        self.drains = Drains(self.state)
         self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
@@ -3547,6 +3694,7 @@ class Scheduler(Driver):
         self.program_files = ProgramFiles(self)
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)
+        self.turn_times = TurnTimes()
         self._program_acceptors: List[Acceptor] = []
         for part in (self.computations, self.program_jobs, self.program_files, self.program_calls):
             self.programs.add_handlers(part)
@@ -3650,6 +3798,11 @@ class Scheduler(Driver):
         else:
             self.commit.later.append((link, message))
 
+    def turn(self, timeout: Optional[float] = None) -> None:
+        """One round, whose time is taken without the wait for something to do."""
+        super().turn(timeout)
+        self.turn_times.add(self.woke_at, self.clock())
+
     def end_of_turn(self) -> None:
         """Decide, write, and send."""
         self.programs.bound_answers()
@@ -3742,6 +3895,7 @@ def _task_parser(task: str) -> argparse.ArgumentParser:
     elif task == 'jobs':
         add('nodes', nargs='*', metavar='NODE', help='only on these')
     if task == 'drain':
+        add('--reason', default='', metavar='TEXT', help='why, as `nodes` shows it to others')
         add('--wait', action='store_true', help='until no job is on them any more')
     add('--scheduler-host', default='127.0.0.1', metavar='HOST[:PORT]',
         help='where the scheduler is (default: this machine)')
@@ -3858,9 +4012,9 @@ class Operator:
                 count += self._answer('cancel', number, node['key'], None)
         return int(count)
 
-    def drain(self, key: Any) -> None:
-        """No more jobs begin on a node."""
-        self._answer('cpus', key, 0)
+    def drain(self, key: Any, reason: str) -> None:
+        """No more jobs begin on a node, for this reason."""
+        self._answer('cpus', key, 0, reason)
 
     def resume(self, key: Any) -> None:
         """A node is used again."""
@@ -3946,9 +4100,11 @@ def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
         _print_counts(counts, args.json)
     else:
         keys = operator.keys_of(args.nodes)
-        order = {'drain': operator.drain, 'resume': operator.resume}[task]
         for key in keys:
-            order(key)
+            if task == 'drain':
+                operator.drain(key, args.reason)
+            else:
+                operator.resume(key)
         if task == 'drain' and args.wait:
             operator.wait_until_idle(keys)
     return 0
@@ -3964,6 +4120,43 @@ def _print_counts(counts: Dict[int, int], as_json: bool) -> None:
         else:
             jobs = '%d jobs are' % count
         print('program %d: %s cancelled' % (number, jobs))
+
+
+PROMPT = ('commands: quit; status, jobs, nodes, cancel NUMBER, drain NODE, resume NODE, with the '
+          'options of `dispyscheduler COMMAND`')
+
+
+class OperatorPrompt:
+    """The commands that whoever has started a scheduler at a terminal writes there."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._operator = Operator(self._ask)
+
+    def _ask(self, *question: Any) -> Tuple[float, Any]:
+        overview = self._scheduler.overview
+        answer: Tuple[float, Any] = self._scheduler.ask(lambda: overview.answer(*question))
+        return answer
+
+    def take(self, line: str) -> None:
+        """Carry out a line. The thread that reads the terminal. Raises ValueError with a text for
+        a line that makes no sense."""
+        task, *words = shlex.split(line) or ['status']
+        if task == 'quit':
+            self._scheduler.post(Stop())
+        elif task not in TASKS:
+            raise ValueError(PROMPT)
+        else:
+            self._carry_out(task, words)
+
+    def _carry_out(self, task: str, words: List[str]) -> None:
+        try:
+            args = _task_parser(task).parse_args(words)
+            _carry_out(self._operator, task, args)
+        except SystemExit:   # of argparse, which has said why
+            return
+        except (RuntimeError, concurrent.futures.TimeoutError) as exc:
+            raise ValueError(str(exc) or 'the scheduler does not answer') from exc
 
 
 def operate(task: str, argv: Sequence[str]) -> int:
@@ -4123,8 +4316,24 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'nargs': '?',
         'const': HTTPD_PORT,
         'metavar': 'PORT',
-        'help': 'show all this in a browser (needs dispy_httpd.py), at this port of '
-                '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT}),
+        'help': 'show all this in a browser (needs dispy_httpd.py), at this port; the link '
+                'is in the log if nobody else can read that, and in the file monitor of the '
+                'state directory (default: %d)' % HTTPD_PORT}),
+    (('--httpd-host',), {
+        'default': '127.0.0.1',
+        'metavar': 'ADDR',
+        'help': 'address at which that page is served (default: %(default)s); with another '
+                'give --httpd-certfile too'}),
+    (('--httpd-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate of that page, for TLS'}),
+    (('--httpd-keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--httpd-token-file',), {
+        'metavar': 'FILE',
+        'help': "file with the page's token, which is made if there is no such file "
+                '(default: monitor-token in the state directory)'}),
     (('--cleanup-nodes',), {
         'action': 'store_true',
         'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
@@ -4147,6 +4356,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv = sys.argv[1:]
     if argv and argv[0] in TASKS:
         return operate(argv[0], argv[1:])
+    manager = ServiceManager()
+    has_terminal = sys.stdin is not None and sys.stdin.isatty()
     parser = make_parser()
     try:
         args = parse_arguments(parser, argv)
@@ -4166,7 +4377,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         try:
             port = scheduler.start()
             if args.httpd is not None:
-                monitor = _monitor(scheduler, port, args.httpd, args.log_file)
+                monitor = _monitor(scheduler, port, args)
         except BaseException:
             scheduler.close()
             raise
@@ -4174,10 +4385,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispyscheduler: %s' % exc, file=sys.stderr)
         return 1
     _end_on_signals(scheduler, args.daemon)
+    write_stacks_on_signal()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
+    if has_terminal and not args.daemon:
+        listen_at_terminal(PROMPT, OperatorPrompt(scheduler).take)
+    manager.ready('at port %d' % port, scheduler.call_soon)
     try:
         return run_until_ended(scheduler)
     finally:
+        manager.close()
         if monitor is not None:
             monitor.shutdown()
 
@@ -4309,7 +4525,19 @@ def _is_network(word: str) -> bool:
         return False
 
 
-def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
+def is_log_private(path: Optional[str]) -> bool:
+    """Return whether nobody else can read the log, which is a file or standard error."""
+    if os.name == 'nt':
+        return True
+    if path:
+        return not os.stat(path).st_mode & 0o077
+    if sys.stderr.isatty():
+        return True
+    mode = os.fstat(sys.stderr.fileno()).st_mode
+    return stat.S_ISREG(mode) and not mode & 0o077
+
+
+def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
     """Return a web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
@@ -4324,20 +4552,25 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
     name = 'all programs of the dispyscheduler at port %d' % port
     source = dispy_httpd.SchedulerSource(ask, name, close)
 
+    root = os.path.abspath(scheduler.state.root)
+    token_path = args.httpd_token_file or os.path.join(root, 'monitor-token')
+
     def tell(text: str) -> None:
-        # Others would have the token
-        is_open = False
-        if log_file and os.name != 'nt':
-            is_open = bool(os.stat(log_file).st_mode & 0o077)
-        if is_open:
-            path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
-            write_private(path, text.encode() + b'\n')
-            text = 'the link of the monitor is in %s, since others can read this log' % path
+        path = os.path.join(root, 'monitor')
+        write_private(path, text.encode() + b'\n')
+        if not is_log_private(args.log_file):   # others would have the token
+            text = 'the link of the monitor is in %s, since others may read this log' % path
         logger.info('%s', text)
     try:
-        return dispy_httpd.SourceHTTPServer(source, port=at, tell=tell)
-    except (ValueError, OSError) as exc:
+        token = dispy_httpd.kept_token(token_path, '--httpd-token-file')
+        server = dispy_httpd.SourceHTTPServer(
+            source, args.httpd_host, args.httpd, keyfile=args.httpd_keyfile,
+            certfile=args.httpd_certfile, tell=tell, token=token)
+        if not token:
+            server.keep_token(token_path)
+    except (ValueError, OSError, DispyError) as exc:
         raise StartError('--httpd: %s' % exc) from exc
+    return server
 
 
 def _clean(root: str) -> None:

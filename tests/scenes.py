@@ -16,6 +16,24 @@ def where(seconds=0.0):
     return dispy_node_name   # noqa: F821
 
 
+def weather_here():
+    """The version of a package of this name, and which Python has it."""
+    import sys
+    import weather
+    return weather.version, sys.prefix, sys.version_info[:2]
+
+
+def set_up_weather():
+    """A setup that needs it."""
+    global version
+    import weather
+    version = weather.version
+
+
+def weather_of_setup():
+    return version   # noqa: F821
+
+
 class Gate:
     """Jobs of `hold` run until it is opened."""
 

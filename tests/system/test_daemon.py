@@ -5,8 +5,10 @@ import argparse
 import json
 import logging
 import os
+import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,12 +19,14 @@ import psutil
 import pytest
 
 import dispy
+import dispy_httpd
+import dispyscheduler
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import own_hosts
 from dispynode import (
-    Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, make_parser,
-    parse_arguments, size_option, available_cpus, parse_command, find_hours)
+    Finish, Hours, Pause, Phase, Release, Resume, ServiceManager, SetCpus, StartError, Status, Stop,
+    make_parser, parse_arguments, size_option, available_cpus, parse_command, find_hours)
 from nodes import NodeProcess, run_node
 from scenes import Gate, hold, square
 
@@ -234,7 +238,8 @@ def test_a_stranger_has_as_long_as_msg_timeout_says(tmp_path):
 @pytest.mark.parametrize('line, event', [
     ('quit', Stop()), ('stop', Pause('operator', 'its operator has stopped it')),
     ('start', Resume('operator')), ('release', Release()),
-    ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('', Status()), ('status', Status()),
+    ('cpus 1', SetCpus(1)), (' quit ', Stop()), ('finish', Finish()),
+    ('', Status()), ('status', Status()),
     ('help me', Status())])
 def test_commands(line, event):
     assert parse_command(line) == event
@@ -317,6 +322,82 @@ def test_the_prompt(tmp_path):
             eventually(lambda: terminal.said('free'))
         terminal.type(b'quit\n')
         assert terminal.process.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
+def test_a_node_that_gets_sigusr1_ends_when_it_is_idle(tmp_path):
+    with NodeProcess(tmp_path, cpus=1) as node:
+        with dispy.JobCluster(hold, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
+            flag = Gate(tmp_path / 'flag')
+            jobs = [cluster.submit(flag.path) for _ in range(2)]
+            eventually(flag.started)
+            node.process.send_signal(signal.SIGUSR1)
+            eventually(lambda: [each.cpus for each in cluster.status().nodes] == [0])
+            assert node.process.poll() is None and jobs[0].status == DispyJob.Running
+            flag.open()
+            assert jobs[0].wait(20) and jobs[0].status == DispyJob.Finished
+            assert node.process.wait(20) == 0
+            with NodeProcess(tmp_path, cpus=1, port=node.port):   # as after an upgrade
+                assert jobs[1].wait(30) and jobs[1].status == DispyJob.Finished
+
+
+@pytest.mark.skipif(not hasattr(socket, 'AF_UNIX'), reason='no sockets of this kind here')
+@pytest.mark.parametrize('argv', [
+    ['-m', 'dispynode', '-i', '127.0.0.1', '-p', '0', '--daemon', '--dest-path-prefix', 'node'],
+    ['-m', 'dispyscheduler', '-i', '127.0.0.1', '-p', '0', '--state-dir', 'state'],
+    ['-m', 'dispy_httpd', '-p', '0', '-n', '127.0.0.1:9', '--token-file', 'token']])
+def test_systemd_is_told_that_a_daemon_is_ready_and_has_its_turns(argv, tmp_path):
+    path = tempfile.mkdtemp()   # names of sockets have few bytes
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(os.path.join(path, 's'))
+        sock.settimeout(60)
+        environment = dict(os.environ, NOTIFY_SOCKET=os.path.join(path, 's'),
+                           WATCHDOG_USEC='300000', PYTHONPATH=ROOT)
+        process = subprocess.Popen([sys.executable, *argv], cwd=str(tmp_path), env=environment,
+                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert sock.recv(1000).startswith(b'READY=1\nSTATUS=')
+            assert [sock.recv(1000) for _ in range(3)] == 3 * [b'WATCHDOG=1']
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait()
+            shutil.rmtree(path)
+
+
+def test_the_watchdog_hears_nothing_of_a_loop_that_stands_still(tmp_path):
+    path = tempfile.mkdtemp()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(os.path.join(path, 's'))
+        environment = {'NOTIFY_SOCKET': os.path.join(path, 's'), 'WATCHDOG_USEC': '1000'}
+        manager = ServiceManager(environment)
+        assert environment == {}, 'jobs do not speak for us'
+        calls = queue.Queue()
+        manager.ready('well', calls.put)
+        assert sock.recv(1000) == b'READY=1\nSTATUS=well'
+        first = calls.get(timeout=20)
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sock.recv(1000)
+        sock.settimeout(20)
+        first()
+        assert sock.recv(1000) == b'WATCHDOG=1'
+        manager.close()
+        shutil.rmtree(path)
+    other = ServiceManager({'NOTIFY_SOCKET': '', 'WATCHDOG_USEC': '1000', 'WATCHDOG_PID': '1'})
+    assert other.interval is None, 'another process is meant'
+
+
+@pytest.mark.parametrize('name', ['dispy', 'dispynode'])
+def test_a_module_that_is_run_is_compiled_once(name, tmp_path):
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE='1', PYTHONPYCACHEPREFIX=str(tmp_path))
+    done = subprocess.run([sys.executable, '-v', '-m', name, '--version'], cwd=ROOT,
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout.startswith(name.encode() + b' ')
+    path = os.path.join(ROOT, name + '.py')
+    # The interpreter says so of each file that it has loaded from its source
+    assert done.stderr.decode(errors='replace').count('code object from %s\n' % path) == 1
 
 
 def test_stop_and_start_at_the_prompt(tmp_path):
@@ -574,10 +655,19 @@ DEPLOY = os.path.join(ROOT, 'examples', 'deploy')
 @pytest.mark.skipif(not shutil.which('systemd-analyze'), reason='no systemd-analyze here')
 @pytest.mark.skipif(not os.path.exists('/usr/bin/python3'),
                     reason='no /usr/bin/python3 here, which the unit file names')
-def test_the_unit_file():
-    done = subprocess.run(['systemd-analyze', 'verify', os.path.join(DEPLOY, 'dispynode.service')],
-                          stderr=subprocess.PIPE)
-    assert done.returncode == 0 and b'dispynode.service' not in done.stderr, done.stderr.decode()
+def test_the_unit_files():
+    units = ['dispynode.service', 'dispyscheduler.service', 'dispy-httpd.service']
+    paths = [os.path.join(DEPLOY, unit) for unit in units]
+    done = subprocess.run(['systemd-analyze', 'verify', *paths], stderr=subprocess.PIPE)
+    said = done.stderr.decode()
+    assert done.returncode == 0 and not any(unit in said for unit in units), said
+    for path in paths[1:]:   # the node's jobs need more than a service may have for such a level
+        done = subprocess.run(['systemd-analyze', 'security', '--offline=true', '--threshold=30',
+                               path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = done.stdout.decode()
+        if 'unrecognized option' in said:
+            pytest.skip('this systemd-analyze does not look at files')
+        assert done.returncode == 0, said
 
 
 def test_the_compose_file():
@@ -595,6 +685,13 @@ def test_options_of_the_examples_exist():
             line, = [line[len(begin):] for line in file if line.startswith(begin)]
         words = json.loads(line) if line.startswith('[') else line.split()
         assert parsed(*words[2:]).user == 'nobody'
+    for name, parser in (('dispyscheduler', dispyscheduler.make_parser()),
+                         ('dispy-httpd', dispy_httpd.make_parser())):
+        with open(os.path.join(DEPLOY, name + '.service')) as file:
+            line, = [line for line in file if line.startswith('ExecStart=')]
+        found = vars(parser.parse_args(line.split()[2:]))
+        kept = found.get('state_dir') or found['token_file']   # systemd makes its directory
+        assert kept.startswith('/var/lib/%s' % name)
 
 
 @pytest.mark.parametrize('words, hosts', [

@@ -1,6 +1,7 @@
 """`dispy deploy` and `dispy stop`, and a forwarded port, by ssh to a real sshd on loopback; homes
 are the tests' own."""
 
+import concurrent.futures
 import json
 import os
 import platform
@@ -150,6 +151,30 @@ def test_deploy_and_stop(host):
     assert host.one('stop') == (0, 'stopped')
     assert ended(pid) and host.nothing_is_left()
     assert host.one('stop') == (0, 'nothing was deployed here') and host.nothing_is_left()
+
+
+def test_stop_when_idle(host, tmp_path):
+    """What runs goes on; with --grace as long as that."""
+    flag = tmp_path / 'flag'
+    flag.write_text('')
+    for ends, words in ((True, ()), (False, ('--grace', '0.2'))):
+        _, port, pid = host.deploy()
+        with dispy.JobCluster(where, nodes=[('127.0.0.1', port)], loglevel=50) as cluster:
+            job = cluster.submit(str(flag))
+            eventually(lambda: job.status == job.Running)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                stopped = pool.submit(host.one, 'stop', '--when-idle', *words)
+                if ends:
+                    eventually(lambda: [each.cpus for each in cluster.status().nodes] == [0])
+                    assert not stopped.done() and job.status == job.Running
+                    flag.unlink()
+                    assert job.wait(20) and job.status == job.Finished
+                assert stopped.result() == (0, 'stopped')
+            assert ended(pid) and host.nothing_is_left()
+            flag.write_text('')
+            assert ends or job.wait(20) and job.status != job.Finished
+    code, rows, err = host.dispy('stop', '--grace', '3')
+    assert code == 2 and '--when-idle' in err and not rows
 
 
 def test_several_hosts_from_a_file(host, other, tmp_path):

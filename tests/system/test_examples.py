@@ -20,6 +20,8 @@ EXPECTED = {
     # what must stand in the output
     'classes.py': ['earth: Ball(5.09 m, -9.81 m/s) after 1.0 s, a Ball',
                    'moon: Ball(19.19 m, -1.62 m/s)'],
+    'devices.py': ['model 0 on device ', 'model 5 on device ', 'model 6 on device 0,1\n',
+                   "the node offers {'gpu': 2}\n"],
     'early_stop.py': ['cube root of 27 is about 3.000000',
                       'cancelled, cancelled, cancelled, cancelled'],
     'executor.py': ['primes: 1000003 1000033', '5 -> 120',
@@ -34,6 +36,7 @@ EXPECTED = {
     'mandelbrot.py': ['360 x 240 points, 25.2 % in the set'],
     'priorities.py': ['submitted: any low low normal normal urgent urgent\n',
                       'ran:       any urgent urgent normal normal low low\n'],
+    'program_files.py': ['first 3 -> 0 1 2\n', 'first 5 -> 0 1 2 3 4\n'],
     'progress.py': ['most divisors: 72, of 100100\n'],
     'run_program.py': ['exit status 0: 101 103 107 109 113\n',
                        'exit status 0: 181 191 193 197 199\n'],

@@ -291,6 +291,42 @@ def test_prometheus_reads_the_metrics(site):
             and families['dispy_node_cpus_used'].samples[0].value == 1)
 
 
+def test_health_is_told_without_a_token_and_nothing_else(site):
+    ask = site.raw('GET', '/healthz', without=['Authorization'])
+    status, headers, body = site.send(ask)
+    assert (status, body) == (200, b'ok\n') and headers['Content-Type'].startswith('text/plain')
+    assert site.send(site.raw('POST', '/healthz', b'{}'))[0] == 405
+    source = site.server._server.source
+    source.is_up = False
+    assert site.send(ask)[::2] == (503, b'not ok\n')
+    assert b'\ndispy_up 0\n' in site.send(site.raw('GET', '/metrics'))[2]
+
+
+def test_labels_of_metrics_are_bounded_in_number():
+    """The sums are whole all the same."""
+    fields = {'state': 'working', 'submitted': 3, 'job_seconds': 1.5, 'cpus': 2, 'used': 1,
+              'waiting': 1, 'running': 1, 'done': 1, 'failed': 0, 'cancelled': 0}
+    clusters = [dict(fields, number=number, name='c%d' % number,
+                     program='user%d@host PID %d' % (number % 150, number))
+                for number in range(1, 301)]
+    snapshot = dispy_httpd.Snapshot(1, 0.0, 0.0, clusters, [], False)
+    text = dispy_httpd.metrics(snapshot, True, {'turns': 5})
+    assert '\ndispy_scheduler_turns_total 5\n' in text and 'dispy_info{version="' in text
+    found = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition('{')
+        if rest and not line.startswith('#'):
+            found.setdefault(name, []).append((rest, float(line.rsplit(' ', 1)[1])))
+    submitted = found['dispy_jobs_submitted_total']
+    assert len(submitted) == dispy_httpd.METRICS_CLUSTERS + 1
+    assert sum(value for _, value in submitted) == 900
+    assert submitted[0] == ('cluster="others",number=""} 600', 600.0)
+    used = found['dispy_user_cpus_used']
+    assert len(used) == dispy_httpd.METRICS_USERS + 1
+    assert sum(value for _, value in used) == 300
+    assert used[0] == ('user="others"} 200.0', 200.0)
+
+
 def test_a_table_is_sorted_and_cut_by_the_server():
     rows = [{'n': n, 'name': 'abc'[n % 3], 'free': None if n == 5 else -n} for n in range(10)]
 

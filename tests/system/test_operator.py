@@ -1,10 +1,14 @@
 """`python -m dispyscheduler status | jobs | nodes | cancel | drain | resume`: a scheduler that runs
 is asked, and gets orders."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import urllib.request
+
+import pytest
 
 import dispy
 from conftest import eventually
@@ -81,6 +85,111 @@ def test_an_operator_sees_and_orders(tmp_path):
         assert operate(scheduler, 'cancel', str(program['number']))[0] == 0
         err = shell.communicate(timeout=30)[1]
         assert shell.returncode == 1 and b'job 1 (a) failed' in err and b'cancelled' in err
+
+
+def test_a_node_stays_drained_for_its_reason_until_it_is_resumed(tmp_path):
+    """Also over a new start of the node, and of the scheduler; one that connects by itself, too."""
+    directory = tmp_path / 'scheduler'
+    with SchedulerProcess(directory, '-n', '127.0.0.1:9') as scheduler:
+        port = scheduler.port
+        words = ('--name', 'lab2', '--scheduler-host', '127.0.0.1:%d' % port)
+        with NodeProcess(tmp_path / 'node', *words) as node:
+            eventually(lambda: [row for row in rows(scheduler, 'nodes') if row['name'] == 'lab2'])
+            assert operate(scheduler, 'drain', 'lab2', '--reason', 'new\n disk') == (0, '', '')
+    with SchedulerProcess(directory, '-n', '127.0.0.1:9', port=port) as scheduler, \
+            NodeProcess(tmp_path / 'node', *words, port=node.port):
+
+        def known():
+            return {row['name']: row for row in rows(scheduler, 'nodes')}
+
+        eventually(lambda: known().get('lab2', {}).get('state') == 'drained')
+        assert known()['lab2']['reason'].startswith('new\n disk (since 20')
+        out = operate(scheduler, 'nodes')[1]
+        assert 'new disk (since' in out
+        with dispy.SharedJobCluster(wait_for, scheduler_port=port) as cluster:
+            (tmp_path / 'flag').write_text('')
+            job = cluster.submit(str(tmp_path / 'flag'))
+            eventually(lambda: cluster.status().nodes)
+            assert [each.cpus for each in cluster.status().nodes] == [0] and not job.wait(0)
+            scheduler.kill()
+            with SchedulerProcess(directory, '-n', '127.0.0.1:9', port=port) as scheduler:
+                eventually(lambda: known().get('lab2', {}).get('state') == 'drained')
+                assert not job.wait(0)
+                assert operate(scheduler, 'resume', 'lab2') == (0, '', '')
+                assert job.wait(30) and job.status == job.Finished
+                scheduler.kill()
+            with SchedulerProcess(directory, '-n', '127.0.0.1:9', port=port) as scheduler:
+                eventually(lambda: known().get('lab2', {}).get('state') == 'connected')
+
+
+def test_the_page_of_a_scheduler_keeps_its_token(tmp_path):
+    """Standard error goes to a file that others can read: the token is not in it."""
+    directory, tokens = tmp_path / 'scheduler', []
+    for words in ((), (), ('--httpd-token-file', str(tmp_path / 'token'))):
+        with SchedulerProcess(directory, '-n', '127.0.0.1:9', '--httpd', '0', *words) as scheduler:
+            link = directory / 'state' / 'monitor'
+            eventually(lambda: 'the link of the monitor is in' in scheduler.log())
+            assert '#token' not in scheduler.log()
+            assert os.name == 'nt' or os.stat(str(link)).st_mode & 0o777 == 0o600
+            base, _, token = link.read_text().split()[-1].partition('#token=')
+            tokens.append(token)
+            request = urllib.request.Request(base + 'metrics',
+                                             headers={'Authorization': 'Bearer ' + token})
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                text = answer.read().decode()
+            assert '\ndispy_up 1\n' in text and 'dispy_scheduler_turns_total' in text
+            assert 'dispy_scheduler_jobs_waiting 0' in text
+            with urllib.request.urlopen(base + 'healthz', timeout=20) as answer:
+                assert answer.read() == b'ok\n'
+    assert tokens[0] == tokens[1] != tokens[2] and len(tokens[0]) == 32
+    assert (tmp_path / 'token').read_text() == tokens[2]
+    (tmp_path / 'token').write_text('short')
+    (tmp_path / 'token').chmod(0o600)
+    state = str(directory / 'state')
+    done = subprocess.run([sys.executable, '-m', 'dispyscheduler', '-p', '0', '--httpd', '0',
+                           '--state-dir', state, *words],
+                          stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b'--httpd-token-file' in done.stderr
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no pseudo terminals here')
+def test_the_prompt_of_a_scheduler(tmp_path):
+    import pty
+    ours, theirs = pty.openpty()
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'dispyscheduler', '-i', '127.0.0.1', '-p', '0', '--state-dir',
+             str(tmp_path / 'state'), '-n', '127.0.0.1:%d' % node.port, '--log-file',
+             str(tmp_path / 'log')], stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        said = bytearray()
+
+        def shows(text):
+            with contextlib.suppress(BlockingIOError):
+                said.extend(os.read(ours, 65536))
+            return text in said.decode()
+
+        def asked(line, text):
+            """Until the answer is this one."""
+            os.write(ours, line.encode() + b'\n')
+            return shows(text)
+        try:
+            eventually(lambda: shows('commands: quit; status, jobs'))
+            eventually(lambda: asked('nodes', 'connected'))
+            os.write(ours, b'drain lab2 --reason "new disk"\nnodes\n')
+            eventually(lambda: shows('new disk (since '))
+            os.write(ours, b'drain no-such-node\n')
+            eventually(lambda: shows('has no node no-such-node'))
+            os.write(ours, b'drain\ncancel "\nwhat?\n\n')
+            eventually(lambda: shows('arguments are required') and shows('No closing quotation') and
+                       shows('NUMBER  PROGRAM'))
+            os.write(ours, b'quit\n')
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
 
 
 def test_what_cannot_be_asked(scheduler_and_node):

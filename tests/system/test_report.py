@@ -1,15 +1,19 @@
 """`python -m dispy report`: a file for a report of a fault, with nothing secret in it."""
 
 import os
+import re
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
 import dispy
 from dispy import BugReport, told_words
-from nodes import NodeProcess
+from conftest import eventually
+from nodes import NodeProcess, SchedulerProcess
 
 
 @pytest.mark.parametrize('line, wanted', [
@@ -41,6 +45,53 @@ def test_a_section_that_fails_does_not_hide_the_others():
     report.add('second', lambda: ['more'])
     assert ('OSError: no such thing: <left out>' in report.text()
             and report.text().endswith('\n== second\nmore\n'))
+
+
+def work(path, what):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, 'memfd_create'), reason='stacks are written on Linux only')
+def test_a_report_has_the_stacks_of_daemons_and_no_values(tmp_path, monkeypatch):
+    """Of a loop that stands still as well. One that has no handler is not ended by the question."""
+    secret, token = 'a secret that nobody may see', 'the-token-of-the-page-of-it'
+    (tmp_path / 'token').write_text(token)
+    (tmp_path / 'token').chmod(0o600)
+    monkeypatch.setenv('DISPY_SECRET', secret)
+    fake = tmp_path / 'dispynode.py'
+    fake.write_text('import time\nprint("up", flush=True)\ntime.sleep(600)\n')
+    other = subprocess.Popen([sys.executable, str(fake)], stdout=subprocess.PIPE)
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node, \
+            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--httpd',
+                             '0', '--httpd-token-file', str(tmp_path / 'token')) as scheduler:
+        assert other.stdout.readline() == b'up\n'
+        with dispy.SharedJobCluster(work, scheduler_port=scheduler.port) as cluster:
+            job = cluster.submit(str(tmp_path / 'flag'), 'the argument of a job')
+            eventually(lambda: job.status == job.Running)
+            node.process.send_signal(signal.SIGSTOP)
+            found = []
+            for stops in (True, False):
+                done = subprocess.run([sys.executable, '-m', 'dispy', 'report', '-o', '-', '-n',
+                                       '127.0.0.1:9'], stdout=subprocess.PIPE, timeout=60)
+                found.append(done.stdout.decode())
+                if stops:
+                    node.process.send_signal(signal.SIGCONT)
+            (tmp_path / 'flag').write_text('')
+        with open(str(tmp_path / 'scheduler' / 'state' / 'monitor')) as file:
+            assert token in file.read()
+    assert other.poll() is None
+    other.kill()
+    other.communicate()
+    for text in found:
+        stacks = text.partition('\n== stacks\n')[2].partition('\n== ')[0]
+        lines = r'-- PID %d\n((?:(?!--).*\n)*)'
+        scheduler_part, = re.findall(lines % scheduler.process.pid, stacks)
+        assert 'in run_until_ended' in scheduler_part
+        assert 'PID %d: not known' % other.pid in stacks
+        for hidden in (secret, token, 'the argument of a job', secret.encode().hex()):
+            assert hidden not in text
+    assert 'in run_until_ended' in re.findall(lines % node.process.pid, found[1])[0]
 
 
 def test_a_report_has_what_is_needed_and_nothing_secret(tmp_path):

@@ -2,16 +2,12 @@
 known of past attempts."""
 
 import math
-import platform
-import subprocess
-import sys
 
 import pytest
 
 from dispynode import (
     CREDIT_TIME, PAST_TIME, Attempt, Cpus, FairShare, SpoolFound, Forget, Lease, NodeLease,
-    NodeTables, AttemptHistory, PastAttempts, Remember, Remembered, Timers, UndeliveredResults,
-    platform_text)
+    NodeTables, AttemptHistory, PastAttempts, Remember, Remembered, Timers, UndeliveredResults)
 from dispynode import _Computation as Computation, _Worker as Worker
 from talk_node import spec
 
@@ -206,13 +202,3 @@ def test_results_on_the_disk_are_given_up_after_their_time_and_that_is_known():
     due(timers, 50.0)
     assert Forget('c') in tables.actions and results.known_attempts('c') == []
     assert AttemptHistory.of(past.row('c')).given_up == {1, 2}
-
-
-# -- facts -----------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere it is asked of `platform`')
-def test_the_platform_is_told_without_starting_a_process(monkeypatch):
-    known = platform.platform()
-    monkeypatch.setattr(subprocess, 'Popen', None)
-    text = platform_text()
-    assert text == known or platform.uname().processor not in ('', platform.machine())

@@ -11,14 +11,14 @@ from conftest import walk_seeds
 from dispynode import (
     BEGUN_TIME, END_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME,
     STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker,
-    FilePiece, FileStored, Faulted, Forget, SpoolFound, KnownAttempts, Interrupt, ClientHello, Jobs,
-    SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, CpusChanged,
-    Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory, DirectoryReady, Purpose,
-    Query, Ready, ReturnJobs, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire,
-    JobsReturned, RunnerGone, RunnerUp, WorkerInitialized, Send, SendSpooled, SetCpus, PrintStatus,
-    Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, WriteFile,
-    FileWritten, TakeFromWorker, LimitMemory, NodeHello, WorkerGone, WorkerResults,
-    WorkerReturnedJobs, MemoryExceeded, WorkerStartFailed, decode, encode, size_of)
+    FilePiece, FileStored, Faulted, Finish, Forget, SpoolFound, KnownAttempts, Interrupt,
+    ClientHello, Jobs, SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need,
+    Node, CpusChanged, Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory,
+    DirectoryReady, Purpose, Query, Ready, ReturnJobs, Received, Reclaim, Refused, Release, Report,
+    Results, Resume, Retire, JobsReturned, RunnerGone, RunnerUp, WorkerInitialized, Send,
+    SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started, StartRunner, StartWorker, Status,
+    Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker, LimitMemory, NodeHello, WorkerGone,
+    WorkerResults, WorkerReturnedJobs, MemoryExceeded, WorkerStartFailed, decode, encode, size_of)
 from talk_node import (
     Talk, bounded, fed, only, result, row_of, rows, said, spec, texts)
 
@@ -1138,6 +1138,45 @@ def test_workers_that_do_not_end_are_not_waited_for():
     actions = talk.after(END_TIME)
     assert rows(actions) == [(1, Outcome.STOPPED)]
     assert said(actions, Refused)[0].code == 'released'
+
+
+def test_jobs_have_the_grace_of_the_operator_when_the_node_stops():
+    talk = Talk(2, grace=60.0)
+    talk.ready()
+    (first, _), (second, _) = fed(talk.jobs(1, 2))
+    talk.say(Cancel('c', [1]))
+    talk.tell(Stop())
+    assert only(talk.after(GRACE), Kill) == [Kill(first)]
+    assert not only(talk.after(54), Kill) and only(talk.after(1), Kill) == [Kill(second)]
+
+
+def test_a_node_that_is_to_finish_ends_when_its_jobs_have():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1, 2)
+    actions = talk.tell(Finish())
+    assert said(actions, JobsReturned) == [JobsReturned('c', [2])] and not only(actions, Interrupt)
+    assert said(actions, CpusChanged) == [CpusChanged(0)]
+    assert said(talk.compute('d'), Refused)[0].code == 'paused'
+    assert not talk.tell(Resume('operator')) and not only(talk.after(10 * GRACE), Exit)
+    actions = talk.results(1, 1)
+    assert rows(actions) == [(1, Outcome.RETURNED)]
+    assert not only(actions, Exit), 'it waits for the Ack'
+    assert talk.say(Ack('c', [1]))[-1] == Exit()
+
+
+def test_an_idle_node_that_is_to_finish_ends_at_once_and_one_that_is_stopped_does_not_wait():
+    assert Talk().tell(Finish())[-1] == Exit()
+    talk = ahead(Talk(1))
+    assert only(talk.tell(Finish()), TakeFromWorker), 'they shall run elsewhere'
+    actions = talk.tell(WorkerReturnedJobs(1, [2, 3]))
+    back = [serial for message in said(actions, JobsReturned) for serial in message.serials]
+    assert back == [2, 3]
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(Finish())
+    assert only(talk.tell(Stop()), Interrupt)
 
 
 def test_stop_does_not_cancel_what_stands_behind_another():
