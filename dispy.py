@@ -9302,6 +9302,7 @@ class EmbeddedNode:
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
         self._driver = driver
+        self._is_whole = True      # the last turn did not fail
         if dispynode.logger.level == logging.NOTSET:
             # What a node tells its operator is nothing to the user of a program
             dispynode.logger.setLevel(logging.ERROR)
@@ -9344,13 +9345,15 @@ class EmbeddedNode:
     @property
     def is_due(self) -> bool:
         """Whether a turn of the node has something to do."""
-        return self._host.is_due or self._end.has_messages
+        return self._host.is_due or self._end.has_messages or not self._is_whole
 
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
+        self._is_whole = False
         if self._end.has_messages:
             self._driver.receive(self._end)
         self._host.turn()
+        self._is_whole = True
 
     def next_timer(self) -> Optional[float]:
         """When there is something to do for either side."""

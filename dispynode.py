@@ -17815,6 +17815,7 @@ class NodeHost:
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation; whether there was such a
         thing."""
+        self._stirred = True   # what the turn had to do may not be done
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
@@ -17839,16 +17840,13 @@ class NodeHost:
         """The state's, or the end of a runner that does not end; at once when something was posted
         or held pipes can be read again."""
         results = self.results
-        if self._posted:
-            return self.now
-        if self.processes.held.may_let_go():
-            return self.now
-        if results.backlog and results.backlog.has_room():
-            return self.now
         when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
         if results.read_later:
             when = min(when, *results.read_later.values())
-        self._next_at = when
+        if self._posted or self.processes.held.may_let_go() or (
+                results.backlog and results.backlog.has_room()):
+            when = self.loop.now
+        self._next_at = when   # also if it is now: the turn that follows is due by it
         if when < math.inf:
             return when
         return None

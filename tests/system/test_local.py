@@ -482,6 +482,37 @@ def test_a_fault_of_the_node_costs_its_jobs_and_not_the_program(monkeypatch, tmp
         assert local_of(cluster) is not local and not os.path.exists(local._host.directory.root)
 
 
+def test_the_node_has_a_turn_when_there_is_something_to_do(monkeypatch):
+    """Again if one has failed; and when a pipe that was held back may be read, without an event."""
+    with dispy.JobCluster(abs, nodes='local', loglevel=50) as cluster:
+        assert cluster.submit(-1)() == 1
+        host, driver = local_of(cluster)._host, dispy.core_of(cluster).driver
+        real, end_of_turn, turns, tried = dispynode.NodeHost._flush, driver.end_of_turn, [], []
+
+        def fail(self):
+            tried.append(len(turns))
+            if len(tried) == 1:
+                raise AssertionError('a fault')
+            real(self)
+
+        def count():
+            turns.append(1)
+            end_of_turn()
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, 'end_of_turn', count)
+            patched.setattr(dispynode.NodeHost, '_flush', fail)
+            assert cluster.submit(-2)() == 2 and tried[1] - tried[0] <= 1
+
+        def is_due():
+            host.next_timer()
+            return host.is_due
+        assert eventually(lambda: not driver.ask(is_due))
+        with monkeypatch.context() as patched:
+            patched.setattr(dispynode.HeldPipes, 'may_let_go', lambda self: True)
+            patched.setattr(dispynode.HeldPipes, 'let_go', lambda self: None)
+            assert driver.ask(is_due)
+
+
 def test_directories_of_a_node_that_lives_stay(tmp_path):
     assert not dispynode.is_abandoned(str(tmp_path))
     with dispy.JobCluster(abs, nodes='local') as cluster:
