@@ -2945,8 +2945,7 @@ class Placement:
 
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
-        waiting = [comp for comp in books.waiting.values()
-                   if comp.queue.length or comp.pinned and comp.length()]
+        waiting = [comp for comp in books.waiting.values() if comp.length()]
         if not waiting:
             books.waiting.clear()
         elif len(waiting) < len(books.waiting):
