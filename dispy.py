@@ -149,7 +149,7 @@ try:
 except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
-from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, CLOSED_AT_ONCE, FILES_LEFT
+from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, FILES_LEFT
 from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST, MESSAGES, MODULES
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
@@ -168,9 +168,10 @@ from dispynode import Role, Sealed, SecondConnection, SecretError, Shutdown, Spo
 from dispynode import StartError, StateRow, Stop, Unreached, Wrong
 from dispynode import __version__, add_messages, available_cpus, batches, build_tag, call_chunk
 from dispynode import check_name, check_not_importing, contents_of, default_directory
-from dispynode import default_start_method, derive_key, describe_exception, dial, dial_text
+from dispynode import default_start_method, derive_key, describe_exception, dial
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
-from dispynode import find_offer, find_secret, format_address, globals_of, has_place, host_and_port
+from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
+from dispynode import globals_of, has_place, host_and_port
 from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_request
 from dispynode import is_serial
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
@@ -180,7 +181,7 @@ from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
-from dispynode import tls_files, told_once, unpack_error, value_pickler, why_unreached, with_needs
+from dispynode import tls_files, unpack_error, value_pickler, with_needs
 from dispynode import write_private
 
 __all__ = [
@@ -841,8 +842,7 @@ def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) ->
     """A job by its id and its arguments, as far as they are known."""
     if values is None or not any(values):
         return 'job %.80r' % (number,)
-    value_length = len(values[0])
-    several = value_length + len(values[1]) > 1
+    several = len(values[0]) + len(values[1]) > 1
     return 'job %.80r with the argument%s %s' % (number, 's' * several, words_of(*values))
 
 
@@ -3287,8 +3287,7 @@ class Repetitions:
             repeats = None
         if repeats is None:
             return False
-        lost_with_length = len(work.lost_with)
-        if not repeats.may_be(row[1], lost_with_length):
+        if not repeats.may_be(row[1], len(work.lost_with)):
             return False
         if work.state is JobState.CANCELLING:
             return False
@@ -3658,8 +3657,7 @@ class Schedule:
             placement.reduce(node)
         if books.waiting:
             placement.distribute()
-        node_count = len(self.nodes)
-        if node_count > 1 and books.changed:
+        if len(self.nodes) > 1 and books.changed:
             placement.balance()
         books.changed.clear()
         return actions
@@ -4105,8 +4103,7 @@ def _fits(target: Any, value: Any) -> bool:
     if not isinstance(value, displays):
         return False
     starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
-    elt_count = len(target.elts)
-    if elt_count != len(value.elts):
+    if len(target.elts) != len(value.elts):
         return False
     return not starred
 
@@ -6796,9 +6793,8 @@ def check_cargo(spec: dict) -> None:
             'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
-        file_count = len(spec['files'])
         raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack '
-                         'them into an archive' % (file_count, names, NAMES_MOST))
+                         'them into an archive' % (len(spec['files']), names, NAMES_MOST))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -7906,8 +7902,7 @@ class Database:
                     continue
                 else:
                     fit.append(row)
-            note_count = len(self._notes)
-            is_last = number == note_count - 1
+            is_last = number == len(self._notes) - 1
             # Nothing was found: better without them than never again
             if rows and len(fit) == len(rows):
                 if is_last and not any(self._notes[:number]):
@@ -8002,8 +7997,7 @@ class Journal(Database):
         os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
         head = os.read(self._new, len(self.NEW_MARK))
         # Made now, or torn when it was made
-        new_mark_length = len(self.NEW_MARK)
-        if len(head) < new_mark_length and self.NEW_MARK.startswith(head):
+        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
         elif head != self.NEW_MARK:
@@ -8169,8 +8163,7 @@ class Journal(Database):
 
     def commit(self) -> bool:
         """As Database, with what was submitted."""
-        written_length = len(self._written)
-        if written_length > len(self._needed):
+        if len(self._written) > len(self._needed):
             self._free_values()
         while self._rows:
             statement, row = self._rows.popleft()
@@ -9053,7 +9046,7 @@ class NodeConnection:
         self.heard_last = 0.0
         self.retry_at: Optional[float] = None
         self.retry_wait = RETRY_FIRST
-        self.told: Set[str] = set()                # reasons that were logged
+        self.told: Set[Any] = set()                # reasons that were logged: Failing, or texts
         self.uses: Dict[str, NodeAssignment] = {}             # computation -> use
         # Computations that wait here for another that wants the node alone
         self.blocked: Set[str] = set()
@@ -10819,8 +10812,7 @@ class Connector:
             peer.end_process()
             peer.local = EmbeddedNode(self._driver)
         except (DispyError, OSError) as exc:
-            connect_failed = ConnectFailed(peer, dial_text(exc), why_unreached(exc))
-            self.dial_failed(connect_failed)
+            self.dial_failed(failure_to_connect(peer, exc))
             return
         self._connected(peer, peer.local.link)
         peer.local.connect()
@@ -11029,7 +11021,7 @@ class Connector:
         peer.move('fail')
         peer.failures += 1
         peer.unreached = event.why
-        self.not_reached(peer, event.text)
+        self.not_reached(peer, event.text, failing=event.failing)
         if peer.key in self._driver.schedule.nodes:
             evidence = self._evidence_of(peer, event)
             self._driver.lost_nodes.doubt(evidence)
@@ -11078,23 +11070,11 @@ class Connector:
         self._driver.selection.drop_unused(peer)
 
     def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0,
-                    line: str = '') -> None:
+                    line: str = '', failing: Failing = Failing.OTHERWISE) -> None:
         """Say why, once for each reason, in this line if there is one, and try again later."""
-        # It refuses this address for a while, for the reason that was told
-        if text == CLOSED_AT_ONCE and peer.told:
-            text = peer.reason
-        if peer.scheduler:
-            text = text.replace('a dispynode 5',
-                                'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
-        peer.reason = text
-        about = told_once(text)
-        if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
-            peer.told.add(about)
-            if not line:
-                line = '%s%s cannot be used: %s' % ('' if peer.scheduler else 'node ', peer, text)
-            logger.warning('%s', line)
-            for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
-                cluster.node_unreachable(peer, text)
+        # One that closes at once refuses this address for a while, for the reason that was told
+        if failing is not Failing.CLOSED or not peer.told:
+            self._tell_not_reached(peer, text, line, failing)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
         lost = self._driver.schedule.lost_at(peer.key)
         last = lost - LAST_TRY
@@ -11103,6 +11083,22 @@ class Connector:
             if self._driver.now < last < due:
                 peer.dialling.due = last
         self._driver.soon()
+
+    def _tell_not_reached(self, peer: NodeConnection, text: str, line: str,
+                          failing: Failing) -> None:
+        if peer.scheduler:
+            text = text.replace('a dispynode 5',
+                                'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
+        peer.reason = text
+        about = text if failing is Failing.OTHERWISE else failing
+        if about in peer.told or self._only_probed(peer) or peer.replacing:
+            return
+        peer.told.add(about)
+        if not line:
+            line = '%s%s cannot be used: %s' % ('' if peer.scheduler else 'node ', peer, text)
+        logger.warning('%s', line)
+        for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
+            cluster.node_unreachable(peer, text)
 
     @staticmethod
     def _only_probed(peer: NodeConnection) -> bool:
@@ -18477,8 +18473,7 @@ class JobLog:
 
     def write(self, ended: Ended) -> None:
         """Add a job."""
-        stdout_length = len(ended.stdout)
-        printed = stdout_length + len(ended.stderr)
+        printed = len(ended.stdout) + len(ended.stderr)
         begin = '%.3f' % ended.start
         seconds = '%10.3f' % ended.seconds
         command = self.one_line(ended.command)
@@ -19619,9 +19614,8 @@ class Shell:
             return EXIT_USAGE
         except KeyboardInterrupt:
             done = self._tally.done
-            job_count = len(self._feeder.jobs)
             message = 'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (
-                done, done + job_count)
+                done, done + len(self._feeder.jobs))
             self._terminal.message(message)
             return 130   # as a shell has it: 128 and the signal's number
         finally:
@@ -19669,8 +19663,7 @@ class Shell:
             self._show_progress(True)
 
     def _show_progress(self, at_once: bool = False) -> None:
-        job_count = len(self._feeder.jobs)
-        self._tally.read = job_count + self._tally.done
+        self._tally.read = len(self._feeder.jobs) + self._tally.done
         self._tally.skipped = self._feeder.skipped
         if self._tally.read:
             self._terminal.progress(self._tally.line, at_once)

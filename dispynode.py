@@ -327,6 +327,10 @@ class Silence(HandshakeError):
     """The peer did not say what it had to in time."""
 
 
+class ClosedAtOnce(HandshakeError):
+    """The peer has closed the connection before it said anything."""
+
+
 class TooLarge(ValueError):
     """A message is larger than a frame may be."""
 
@@ -833,8 +837,7 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
         return text
     half = most // 2
     short_text = text[-half:]
-    text_length = len(text)
-    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], text_length - 2 * half,
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half,
                                                              short_text)
 
 
@@ -927,8 +930,7 @@ class InParts:
     def __init__(self, message: Any) -> None:
         self.message = message
         self.comp, (self.row,) = message
-        row_length = len(self.row)
-        if row_length == 7:
+        if len(self.row) == 7:
             place = 4
         else:
             place = 1
@@ -953,8 +955,7 @@ class InParts:
                 piece = buffer[start:start + FILE_PIECE - filled]
                 pickle_buffer = pickle.PickleBuffer(piece)
                 some.append(pickle_buffer)
-                piece_length = len(piece)
-                start = start + piece_length
+                start = start + len(piece)
                 filled = filled + len(piece)
                 if filled < FILE_PIECE:
                     if offset + filled < self.total:
@@ -975,8 +976,7 @@ def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
     """Make messages `kind(comp, serials)` of bounded length."""
-    serial_count = len(serials)
-    for start in range(0, serial_count, SERIALS_MOST):
+    for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
 
@@ -1031,8 +1031,7 @@ class PlainReader:
 
     def __init__(self, data: Buffer, bounds: Bounds) -> None:
         if len(data) > bounds.size:
-            data_length = len(data)
-            text = 'an envelope of %d bytes is over the limit of %d' % (data_length, bounds.size)
+            text = 'an envelope of %d bytes is over the limit of %d' % (len(data), bounds.size)
             raise PeerError(text)
         self._data = data
         self._bounds = bounds
@@ -1051,8 +1050,7 @@ class PlainReader:
 
     def check(self) -> None:
         """Raises PeerError, or IndexError for a pickle that ends in the middle."""
-        data_length = len(self._data)
-        if data_length > self._bounds.operations or not self._is_without_dicts():
+        if len(self._data) > self._bounds.operations or not self._is_without_dicts():
             self._follow()
 
     def _is_without_dicts(self) -> bool:
@@ -1073,8 +1071,7 @@ class PlainReader:
             else:
                 if operation != 0x2e:
                     return False
-                data_length = len(data)
-                return at + 1 == data_length   # STOP
+                return at + 1 == len(data)   # STOP
 
     def _follow(self) -> None:
         data = self._data
@@ -1099,8 +1096,7 @@ class PlainReader:
                     at += int.from_bytes(data[begin:at], 'little')
                 height += 1
             elif operation == 0x2e:   # STOP
-                data_length = len(data)
-                if at + 1 != data_length:
+                if at + 1 != len(data):
                     raise PeerError('an envelope goes on behind its end')
                 return
             else:
@@ -1221,9 +1217,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
     raw = []
     for buffer in buffers:
         raw.append(buffer.raw())
-    raw_length = len(raw)
-    body_length = len(body)
-    head = _INDEX.pack(raw_length, body_length) + struct.pack('>%dQ' % len(raw), *map(len, raw))
+    count = len(raw)
+    head = _INDEX.pack(count, len(body)) + struct.pack('>%dQ' % count, *map(len, raw))
     return OPS[type(message)], 1, [head + body, *raw]
 
 
@@ -1330,11 +1325,17 @@ def is_request(rows: Any) -> bool:
     if type(rows) is not tuple:
         return False
     for row in rows:
-        if type(row) is not tuple or len(row) != 2:
+        if type(row) is not tuple:
             return False
-        if type(row[0]) is not str or not RESOURCE_NAME.fullmatch(row[0]):
+        if len(row) != 2:
             return False
-        if type(row[1]) is not int or not 1 <= row[1] <= UNITS_MOST:
+        if type(row[0]) is not str:
+            return False
+        if not RESOURCE_NAME.fullmatch(row[0]):
+            return False
+        if type(row[1]) is not int:
+            return False
+        if not 1 <= row[1] <= UNITS_MOST:
             return False
     names = [name for name, _ in rows]
     return names == sorted(set(names))
@@ -1395,11 +1396,17 @@ def _is_result(row: Any) -> bool:
     serial, outcome, start, end, *buffers = row
     # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite
     # number.
-    if type(serial) is not int or not 0 <= serial < 1 << 63:
+    if type(serial) is not int:
         return False
-    if type(outcome) is not int or outcome not in OUTCOMES:
+    if not 0 <= serial < 1 << 63:
         return False
-    if type(start) not in _NUMBERS or type(end) not in _NUMBERS:
+    if type(outcome) is not int:
+        return False
+    if outcome not in OUTCOMES:
+        return False
+    if type(start) not in _NUMBERS:
+        return False
+    if type(end) not in _NUMBERS:
         return False
     if not _BUFFER_TYPES.issuperset(map(type, buffers)):
         return False
@@ -1547,12 +1554,16 @@ def result_key(spec: dict) -> bytes:
 
 def _is_spec(spec: dict) -> bool:
     key = result_key(spec)
-    if type(key) is not bytes or len(key) != KEY_SIZE:
+    if type(key) is not bytes:
+        return False
+    if len(key) != KEY_SIZE:
         return False
     for name, kind in SPEC_FIELDS.items():
         if not isinstance(spec.get(name), kind):
             return False
-    if spec['kind'] not in ('function', 'source', 'program') or spec['max_jobs'] < 0:
+    if spec['kind'] not in ('function', 'source', 'program'):
+        return False
+    if spec['max_jobs'] < 0:
         return False
     return _has_right_parts(spec) and _has_right_options(spec)
 
@@ -1645,8 +1656,7 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
     layout = '>%dQ' % count
     lengths = struct.unpack_from(layout, payload, _INDEX.size)
     total_lengths = sum(lengths)
-    payload_length = len(payload)
-    if at + body + total_lengths != payload_length:
+    if at + body + total_lengths != len(payload):
         raise PeerError('the parts of a payload do not add up')
     envelope = payload[at:at + body]
     at = at + body
@@ -1707,8 +1717,7 @@ class DurationEstimate:
             known = sorted(itertools.islice(reversed(self._last), self.LAST))
             total_known = sum(known)
             self._mean = max(total_known / len(known), 1e-6)
-            known_length = len(known)
-            self._seconds = max(self._mean, known[int(0.9 * known_length)])
+            self._seconds = max(self._mean, known[int(0.9 * len(known))])
         return self._seconds
 
     @property
@@ -1725,8 +1734,7 @@ class DurationEstimate:
             self._sorted = sorted(self._last)
             self._sums = [0.0, *itertools.accumulate(self._sorted)]
         place = bisect.bisect_right(self._sorted, age)
-        sorted_length = len(self._sorted)
-        longer = sorted_length - place
+        longer = len(self._sorted) - place
         if not longer:
             return max(age, UNKNOWN_TIME)
         return (self._sums[-1] - self._sums[place]) / longer - age
@@ -1738,8 +1746,7 @@ class DurationEstimate:
         eighth is new."""
         if not self._last:
             return 0
-        last_length = len(self._last)
-        if self._new > last_length >> 3:
+        if self._new > len(self._last) >> 3:
             self._new = 0
             self._rows = {}
         found = self._rows.get(seconds)
@@ -2044,8 +2051,7 @@ def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
             there.append(part)
     spec = pickle.dumps(tuple([part if type(part) is tuple else len(part) for part in parts]
                               for parts in (pieces, buffers)), 5)
-    spec_length = len(spec)
-    return b''.join((_SHARED.pack(3, spec_length), spec, *there))
+    return b''.join((_SHARED.pack(3, len(spec)), spec, *there))
 
 
 class _Segments:
@@ -2060,14 +2066,11 @@ class _Segments:
         filled = 0
         while filled < len(view) and self._pieces:
             first = self._pieces[0]
-            view_length = len(view)
-            some = first[:view_length - filled]
+            some = first[:len(view) - filled]
             view[filled:filled + len(some)] = some
             filled += len(some)
-            some_length = len(some)
-            self._pieces[0] = first[some_length:]
-            piece_length = len(self._pieces[0])
-            if not piece_length:
+            self._pieces[0] = first[len(some):]
+            if not len(self._pieces[0]):
                 self._pieces.popleft()
         return filled
 
@@ -2122,8 +2125,7 @@ def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
     sorted_numbers = sorted(numbers)
     body = pickle.dumps(tuple(sorted_numbers), 5)
     pieces = pieces_of(payload)
-    body_length = len(body)
-    return (_NEEDS.pack(2, body_length) + body + bytes(pieces[0]), *pieces[1:])
+    return (_NEEDS.pack(2, len(body)) + body + bytes(pieces[0]), *pieces[1:])
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
@@ -2164,8 +2166,7 @@ class _Source:
     def readinto(self, target: Any) -> int:
         """Do as the method of a file."""
         view = memoryview(target)
-        view_length = len(view)
-        size = min(view_length, self._end - self._at)
+        size = min(len(view), self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
             end = min(start + COPIED_AT_ONCE, size)
             view[start:end] = self._view[self._at:self._at + end - start]
@@ -2247,8 +2248,7 @@ def _ends_of(view: memoryview) -> List[int]:
 def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
     """Open what the source has from `at` on, which is `view`."""
     if view[0] != 1:
-        view_length = len(view)
-        source.goto(at, view_length)
+        source.goto(at, len(view))
         return pickle.Unpickler(source).load()
     ends = _ends_of(view)
     buffers = []
@@ -3641,8 +3641,7 @@ class ModuleState:
     def _targets(self) -> List[Any]:
         """Number -> the object here that becomes what the program has: the one under its name if
         that is of the same class and no other number has it, else a new one."""
-        kind_count = len(self._kinds)
-        targets: List[Any] = [_MISSING] * kind_count
+        targets: List[Any] = [_MISSING] * len(self._kinds)
         taken: Set[int] = set()
         for row in self._rows:
             if row.number < 0:
@@ -3694,8 +3693,7 @@ class ValueFiles:
         digits = digest.hex()
         path = os.path.join(self._directory, digits)
         with open(path, 'rb', buffering=0) as file:
-            mapped_length = len(self._mapped)
-            if mapped_length < self.MAPPED_MOST:
+            if len(self._mapped) < self.MAPPED_MOST:
                 # No descriptor, or no mappings here
                 with contextlib.suppress(OSError, ValueError):
                     handle = file.fileno()
@@ -4063,8 +4061,7 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
         except Exception:  # the user's exception does what it likes; the text is what counts
             body = b''
     raw = text.encode('utf-8', 'replace')
-    raw_length = len(raw)
-    return struct.pack('>I', raw_length) + raw + body
+    return struct.pack('>I', len(raw)) + raw + body
 
 
 def cut_error(exc: BaseException, skip: int = 0) -> Payload:
@@ -4168,8 +4165,7 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     lines = []
     for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n'):
         lines.append(line if line.strip() else old)
-    text_length = len(text)
-    linecache.cache[file] = (text_length, None, lines, file)
+    linecache.cache[file] = (len(text), None, lines, file)
     exec(compile(text, file, 'exec', dont_inherit=True), space)
 
 
@@ -4328,8 +4324,7 @@ class CommandLines(Program):
                 words.append(word)
         if words[0] == RUN_BY_PYTHON:
             words[0] = sys.executable
-        word_count = len(words)
-        if word_count < len(args):
+        if len(words) < len(args):
             orders = args[len(words):]
             return self._run_as_told(words, orders)
         if self.tell is None:
@@ -4345,11 +4340,9 @@ class CommandLines(Program):
         names = []
         for order in orders:
             if order.startswith(RUN_IN):
-                run_in_length = len(RUN_IN)
-                directory = order[run_in_length:]
+                directory = order[len(RUN_IN):]
             else:
-                bring_back_length = len(BRING_BACK)
-                names.append(order[bring_back_length:])
+                names.append(order[len(BRING_BACK):])
         status = self._run_here(words, directory)
         for name in names:
             if status == 0 or os.path.exists(name):   # one that has failed may not have made it
@@ -4625,10 +4618,9 @@ def _derived_key(secret: bytes) -> bytes:
         if not secret.strip(b'0123456789abcdef'):
             return hmac.digest(b'dispy 5 secret', secret, 'sha256')
     if len(secret) < 12:
-        secret_length = len(secret)
         logger.warning(
             'the secret is short (%d characters): it can be guessed by anybody on the '
-            'network', secret_length)
+            'network', len(secret))
     if not hasattr(hashlib, 'scrypt'):
         raise SecretError(
             'this Python cannot use a phrase as secret: its hashlib has no scrypt (as where it was '
@@ -4713,8 +4705,7 @@ def certificate_digest(certfile: str) -> bytes:
     with open(certfile) as file:
         text = file.read()
     start = text.index(ssl.PEM_HEADER)
-    pem_footer_length = len(ssl.PEM_FOOTER)
-    end = text.index(ssl.PEM_FOOTER) + pem_footer_length
+    end = text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
     pem_cert_to_der_cert = ssl.PEM_cert_to_DER_cert(text[start:end])
     return hashlib.sha256(pem_cert_to_der_cert).digest()
 
@@ -4802,8 +4793,7 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
             raise Silence('%s %d s' % (NO_ANSWER, HANDSHAKE_TIME))
         sock.settimeout(left)
         try:
-            data_length = len(data)
-            piece = sock.recv(size - data_length)
+            piece = sock.recv(size - len(data))
         except socket.timeout as exc:
             text = '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
             raise Silence(text) from exc
@@ -4828,13 +4818,18 @@ def is_of_tls(exc: BaseException) -> bool:
     return isinstance(exc, ssl.SSLError)
 
 
+def is_closing(exc: BaseException) -> bool:
+    """Whether a failure of TLS means that the peer has closed the connection."""
+    if isinstance(exc, ConnectionError):
+        return True
+    return 'EOF' in str(getattr(exc, 'reason', None) or exc)
+
+
 def tls_text(exc: BaseException) -> str:
     """Return what a failure of TLS means and how to mend it."""
+    if is_closing(exc):
+        return CLOSED_AT_ONCE
     reason = str(getattr(exc, 'reason', None) or exc)
-    if isinstance(exc, ConnectionError):
-        return CLOSED_AT_ONCE
-    if 'EOF' in reason:
-        return CLOSED_AT_ONCE
     if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
         text = ('nothing here vouches for its certificate (--certfile, in programs '
                 'certfile= or cafile=)')
@@ -4878,11 +4873,10 @@ def handshake_dial(sock: Any,
     try:
         challenge = receive(_CHALLENGE.size)
     except (EOFError, ConnectionError):
-        raise HandshakeError(CLOSED_AT_ONCE) from None
+        raise ClosedAtOnce(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        release_length = len(_RELEASE)
-        name = challenge[-release_length:].rstrip(b'\0').decode('ascii', 'replace')
+        name = challenge[-len(_RELEASE):].rstrip(b'\0').decode('ascii', 'replace')
         raise HandshakeError(_other_version(name, 1, version))
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
@@ -4928,8 +4922,7 @@ def handshake_accept(sock: Any,
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
         alert = _CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32))
-        release_length = len(_RELEASE)
-        sock.sendall(alert[:-release_length] + _RELEASE)
+        sock.sendall(alert[:-len(_RELEASE)] + _RELEASE)
         raise HandshakeError(_other_version('', low, high))
     if wanted != role or peer_role not in tuple(
             allowed) or flags != tls or peer_instance == instance:
@@ -5046,8 +5039,7 @@ class ReceiveBuffer:
         """Where to receive next; never empty."""
         if self._large is None:
             return self._view[self._end:]
-        large_length = len(self._large)
-        if self._filled == large_length:
+        if self._filled == len(self._large):
             size = 2 * self._filled
             self._grow(size)
         return self._large[self._filled:self._filled + self.AT_ONCE]
@@ -5143,9 +5135,8 @@ class FrameEncoder:
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
-            piece_length = len(pieces[0])
             reason = '%s with an envelope of %d bytes is over the limit of %d' % (
-                type(message).__name__, piece_length, bounds.size)
+                type(message).__name__, len(pieces[0]), bounds.size)
             raise ValueError(reason)
         if size > MESSAGES[op][1]:
             text = '%s of %d bytes is over the limit of %d' % (type(message).__name__, size,
@@ -5307,10 +5298,8 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
         size = size_of(first)
     else:
         size = len(first)
-    second_length = len(second)
-    third_length = len(third)
-    head = _RECORD.pack(kind, 0, number, serial, start, end, size, second_length, third_length)
-    if size + second_length + third_length < OUT_OF_BAND:
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
+    if size + len(second) + len(third) < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
     pieces = pieces_of(first)
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
@@ -5360,7 +5349,9 @@ NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
 
 def _means_something_else(part: str) -> bool:
     """Whether Windows takes a part of a name for a device, or has no file of that name."""
-    if set(part) & set('<>"|?*') or part[-1] in ' .':
+    if set(part) & set('<>"|?*'):
+        return True
+    if part[-1] in ' .':
         return True
     stem = part.partition('.')[0]
     return stem.rstrip().upper() in _DEVICES
@@ -5488,8 +5479,7 @@ class Digests:
                 return known[1]
         digest = file_digest(path)[1]
         if state[0] > FILE_PIECE and cls._state(path) == state:
-            known_length = len(cls._known)
-            if known_length >= cls.MOST:
+            if len(cls._known) >= cls.MOST:
                 cls._known = {}
             cls._known[path] = state, digest
         return digest
@@ -5573,9 +5563,8 @@ class IncomingFile:
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece; true when the file is whole and in its place."""
         if offset != self._seen or offset + len(data) > self._size:
-            data_length = len(data)
             text = ('a piece at %d of %d bytes does not fit a file of %d of which %d are '
-                    'here' % (offset, data_length, self._size, self._seen))
+                    'here' % (offset, len(data), self._size, self._seen))
             raise ValueError(text)
         view = memoryview(data)
         while view:
@@ -5648,8 +5637,7 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
             length = min(FILE_PIECE, size - offset)
             data = file.read(length)
             if len(data) < length:
-                data_length = len(data)
-                text = 'it has %d bytes now and had %d' % (offset + data_length, size)
+                text = 'it has %d bytes now and had %d' % (offset + len(data), size)
                 raise OSError(text)
             yield offset, data
 
@@ -5709,8 +5697,7 @@ class FileReceiver:
         self.abort(purpose)
         key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
         self._wanted.update(wanted)
-        wanted_length = len(wanted)
-        self._left[int(purpose)] += wanted_length
+        self._left[int(purpose)] += len(wanted)
         return [(int(purpose), key, row) for _, row in sorted(wanted.items())]
 
     @staticmethod
@@ -6170,8 +6157,7 @@ def stall_of(sock: Any, silence: float, pulse: float) -> str:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     except OSError:   # no TCP, or no socket any more
         return ''
-    info_length = len(info)
-    if info_length < _OUT_OF_ORDER + 4:
+    if len(info) < _OUT_OF_ORDER + 4:
         return ''
     fields = _TCP_INFO.unpack_from(info)
     retransmits = fields[2]
@@ -6201,7 +6187,8 @@ class Channel:
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
         self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
-        self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
+        self.is_attached = False      # to a loop
+        self.to_write: Set['Channel'] = set()   # those of the loop that have something to write
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
@@ -6222,8 +6209,8 @@ class Channel:
             self._out.append((view, passing))
             self.queued += len(view)
             passing = None
-        if self.dirty is not None:
-            self.dirty.add(self)
+        if self.is_attached:
+            self.to_write.add(self)
 
     def write(self) -> None:
         """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
@@ -6577,8 +6564,8 @@ class Link(Channel):
             raise TooLarge(text)
         self.later.setdefault(message.comp, collections.deque()).append(whole)
         self._count(whole.total)
-        if self.dirty is not None:
-            self.dirty.add(self)
+        if self.is_attached:
+            self.to_write.add(self)
 
     def _count(self, size: int) -> None:
         self.queued += size
@@ -6646,8 +6633,7 @@ class Link(Channel):
             for each in waiting:
                 if not isinstance(each, InParts):
                     continue
-                row_length = len(each.row)
-                if row_length == 7:
+                if len(each.row) == 7:
                     return True
         return False
 
@@ -6786,7 +6772,7 @@ class MemoryLink(Link):
         self.paused = self.on_purpose = False
         self.stall = ''
         self.owner = None
-        self.dirty = None
+        self.is_attached = False
         self.values = None
         self.later = {}
         self.other: 'MemoryLink' = self
@@ -6826,7 +6812,7 @@ class MemoryLink(Link):
         """Whether there is something to take."""
         if not self.incoming and not self.is_over:
             return False
-        return self.dirty is not None and not self.paused
+        return self.is_attached and not self.paused
 
     def messages(self, now: float) -> List[Any]:
         if not self.incoming and self.is_over:
@@ -6903,8 +6889,7 @@ class Pipe(Channel):
                 continue
             if kind != socket.SCM_CREDENTIALS:
                 continue
-            body_length = len(body)
-            if body_length < _CREDENTIALS.size:
+            if len(body) < _CREDENTIALS.size:
                 continue
             self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
             self._asks = False
@@ -6933,8 +6918,7 @@ class Faults:
     def are_many(self, now: float) -> bool:
         """Count one more; whether MOST have come within the last WITHIN seconds."""
         self._times.append(now)
-        time_count = len(self._times)
-        if time_count != self.MOST:
+        if len(self._times) != self.MOST:
             return False
         return now - self._times[0] < self.WITHIN
 
@@ -7001,7 +6985,7 @@ class Loop:
         self.links: Dict[int, Link] = {}
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
-        self._dirty: Set[Channel] = set()
+        self._to_write: Set[Channel] = set()
         # At the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
@@ -7110,7 +7094,8 @@ class Loop:
 
     def attach(self, channel: Channel) -> None:
         """Own a channel from now on."""
-        channel.dirty = self._dirty
+        channel.is_attached = True
+        channel.to_write = self._to_write
         if channel.sock is not None:
             channel.interest = selectors.EVENT_READ
             self._selector.register(channel.sock, channel.interest, channel)
@@ -7120,15 +7105,14 @@ class Loop:
             self.set_pulse(channel, channel.pulse)
             self._bound(channel)
         if channel.wants_write:
-            self._dirty.add(channel)
+            self._to_write.add(channel)
 
     def _bound(self, link: 'Link') -> None:
         """Where only select() can wait for sockets, which is on Windows, it cannot for more than
         512, and the loop would end. The link is ended, and both sides are told why."""
         if not isinstance(self._selector, selectors.SelectSelector):
             return
-        map_length = len(self._selector.get_map())
-        if map_length <= SELECT_MOST:
+        if len(self._selector.get_map()) <= SELECT_MOST:
             return
         text = 'there are more than %d connections, which this system cannot wait for' \
             % SELECT_MOST
@@ -7146,11 +7130,11 @@ class Loop:
 
     def detach(self, channel: Channel) -> None:
         """Let go of a channel and close it. Does nothing the second time."""
-        if channel.dirty is not None:
-            channel.dirty = None
+        if channel.is_attached:
+            channel.is_attached = False
             if channel.interest:
                 self._selector.unregister(channel.sock)
-            self._dirty.discard(channel)
+            self._to_write.discard(channel)
             channel.close()
             if isinstance(channel, Link):
                 self.links.pop(channel.number, None)
@@ -7167,7 +7151,7 @@ class Loop:
     def send(self, link: Link, message: Any) -> None:
         """Send a message on a link, if it is still there. Never raises: a message that cannot be
         sent breaks its link, and what may become too large is cut where it comes into being."""
-        if link.dirty is not None:
+        if link.is_attached:
             link.said = self.now
             before = link.queued
             try:
@@ -7221,7 +7205,7 @@ class Loop:
             self.now = self.clock()
             if callable(key.data):
                 self.guard(None, key.data)
-            elif key.data.dirty is not None:   # not detached meanwhile
+            elif key.data.is_attached:   # not detached meanwhile
                 self._handle_io(key.data, mask)
         self.now = self.clock()
         if self._inbox:
@@ -7234,7 +7218,7 @@ class Loop:
             self.fault(None, exc)
         while self._later_broken:
             self._break(*self._later_broken.popleft())
-        for channel in list(self._dirty) if self._dirty else ():
+        for channel in list(self._to_write) if self._to_write else ():
             self._write(channel)
 
     def take_events(self, count: int) -> None:
@@ -7322,7 +7306,7 @@ class Loop:
             if mask & selectors.EVENT_READ:
                 (channel.owner or self).on_channel(channel)
             if mask & selectors.EVENT_WRITE:
-                self._dirty.add(channel)
+                self._to_write.add(channel)
         except (LinkBroken, OSError) as exc:
             text = str(exc) or type(exc).__name__
             self._break(channel, text)
@@ -7336,7 +7320,7 @@ class Loop:
     def _refuse_link(self, channel: Channel, text: str) -> None:
         """What came cannot be used. The other side is told, so that it does not connect and send
         the same at once."""
-        if isinstance(channel, Link) and channel.dirty is not None:
+        if isinstance(channel, Link) and channel.is_attached:
             self.log.error('what %s has sent cannot be used: %s', channel.address, text)
             Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
             with contextlib.suppress(OSError):   # it is broken all the same
@@ -7357,7 +7341,7 @@ class Loop:
         except Exception as exc:  # as above
             self.fault(channel, exc)
             return
-        self._dirty.discard(channel)
+        self._to_write.discard(channel)
         self.interest(channel)
 
     def interest(self, channel: Channel) -> None:
@@ -7369,7 +7353,7 @@ class Loop:
             wanted |= selectors.EVENT_WRITE
         if wanted == channel.interest:
             return
-        if channel.dirty is None:
+        if not channel.is_attached:
             return
         if channel.sock is None:
             return
@@ -7382,7 +7366,7 @@ class Loop:
         channel.interest = wanted
 
     def _break(self, channel: Channel, text: str) -> None:
-        if channel.dirty is not None:
+        if channel.is_attached:
             channel.breaks(self.now)
             self.detach(channel)
             self.guard(None, (channel.owner or self).on_broken, channel, text)
@@ -7892,7 +7876,8 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
     try:
         return tls.wrap_socket(sock)
     except OSError as exc:   # ssl.SSLError is one
-        raise HandshakeError(tls_text(exc)) from exc
+        kind = ClosedAtOnce if is_closing(exc) else HandshakeError
+        raise kind(tls_text(exc)) from exc
 
 
 class Unreached(enum.Enum):
@@ -7934,12 +7919,22 @@ def dial_text(exc: BaseException) -> str:
     return str(exc)
 
 
-def told_once(text: str) -> str:
-    """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
-    waited for it."""
-    if text.startswith(NO_ANSWER):
-        return NO_ANSWER
-    return text
+class Failing(enum.Enum):
+    """What failures to connect may have in common although their texts differ."""
+    SILENT = 'there was no answer, however long was waited for it'
+    CLOSED = 'the peer closed the connection at once'
+    OTHERWISE = 'it is for other reasons'
+
+
+def how_it_fails(exc: BaseException) -> Failing:
+    """Return what a failure to connect has in common with others."""
+    if isinstance(exc, (Silence, socket.timeout)):
+        return Failing.SILENT
+    if isinstance(exc, ClosedAtOnce):
+        return Failing.CLOSED
+    if is_of_tls(exc) and is_closing(exc):
+        return Failing.CLOSED
+    return Failing.OTHERWISE
 
 
 def why_unreached(exc: BaseException) -> Unreached:
@@ -7973,6 +7968,12 @@ class ConnectFailed(NamedTuple):
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
+    failing: Failing = Failing.OTHERWISE
+
+
+def failure_to_connect(peer: Any, exc: BaseException) -> ConnectFailed:
+    """Return the event which says why a peer was not reached."""
+    return ConnectFailed(peer, dial_text(exc), why_unreached(exc), how_it_fails(exc))
 
 
 class Reconnector:
@@ -8066,10 +8067,7 @@ class _Connecting:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:
             # Runtime: no process at interpreter's exit
-            text = dial_text(exc)
-            why = why_unreached(exc)
-            connect_failed = ConnectFailed(self._peer, text, why)
-            self._post(connect_failed)
+            self._post(failure_to_connect(self._peer, exc))
         else:
             connected = Connected(self._peer, *found)
             self._post(connected)
@@ -8242,8 +8240,9 @@ class Discovery:
               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
-        data_length = len(data)
-        if data_length != DATAGRAM or data[:8] != MAGIC:
+        if len(data) != DATAGRAM:
+            return None, None
+        if data[:8] != MAGIC:
             return None, None
         _, kind, role, port, family, address, instance, count, nonce, echo, tag = _DATAGRAM.unpack(
             data)
@@ -8274,7 +8273,9 @@ class Discovery:
             if not self._may_answer(now):
                 return None, None
             return heard, self.build(DatagramType.ANSWER, source, heard.nonce)
-        if self._role is Role.NODE or heard.kind not in (DatagramType.ANSWER, DatagramType.HELLO):
+        if self._role is Role.NODE:
+            return None, None
+        if heard.kind not in (DatagramType.ANSWER, DatagramType.HELLO):
             return None, None
         if heard.kind == DatagramType.ANSWER and heard.echo not in self._asked:
             return None, None
@@ -8299,10 +8300,14 @@ class Discovery:
             if heard.echo in self._asked:
                 return heard, None
         asker = source, heard.instance
-        if heard.kind != DatagramType.QUESTION or self._role is not Role.NODE:
+        if heard.kind != DatagramType.QUESTION:
+            return None, None
+        if self._role is not Role.NODE:
             return None, None
         told_at = self._told.get(asker, -self.OTHERS)
-        if now - told_at < self.OTHERS or not self._may_tell(source, now):
+        if now - told_at < self.OTHERS:
+            return None, None
+        if not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         return None, self.build(DatagramType.NOT_MINE, source, heard.nonce)
@@ -9295,8 +9300,7 @@ class Timers:
         if len(self._heap) >= self._most:   # those of attempts that have ended
             self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
             heapq.heapify(self._heap)
-            heap_length = len(self._heap)
-            self._most = 2 * heap_length + 64
+            self._most = 2 * len(self._heap) + 64
         next_number = next(self._numbers)
         timer = Timer(when, next_number, comp, call, args, is_wanted)
         heapq.heappush(self._heap, timer)
@@ -9777,10 +9781,9 @@ class UndeliveredResults:
             self._expire_at(until, name)
             return
         serials = self.spooled[name].serials
-        serial_count = len(serials)
         logger.warning(
             '%d results of a computation whose client has not come back are given up '
-            '(--zombie-interval)', serial_count)
+            '(--zombie-interval)', len(serials))
         distinct_serials = frozenset(serials)
         text = 'node %s gave up its result after %g s (--zombie-interval)' % (tables.name,
                                                                               self._zombie)
@@ -9821,8 +9824,7 @@ class Attempts:
         if self._refuses_jobs(comp):
             self._return_all(comp, message)
             return
-        row_count = len(rows)
-        is_large = row_count == 1 and size_of(rows[0][1]) > BATCH_BYTES
+        is_large = len(rows) == 1 and size_of(rows[0][1]) > BATCH_BYTES
         if is_large:
             text = 'on node %s' % tables.name
             unfit = over_limit_here(message, text)
@@ -9839,7 +9841,11 @@ class Attempts:
         """Take attempts that are not known here."""
         spooled = self._results.spooled_serials(comp.comp)
         for serial, payload, options in rows:
-            if serial in comp.attempts or serial in comp.unacknowledged or serial in spooled:
+            if serial in comp.attempts:
+                continue
+            if serial in comp.unacknowledged:
+                continue
+            if serial in spooled:
                 continue
             attempt = Attempt(serial, payload, options, comp)
             if attempt.cpus > self._cpus.most or attempt.resources:
@@ -9967,8 +9973,7 @@ class Attempts:
         back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
         if not back:
             return
-        waiting_length = len(comp.waiting)
-        if len(back) == waiting_length:
+        if len(back) == len(comp.waiting):
             comp.waiting.clear()
         else:
             rest = [attempt for attempt in comp.waiting
@@ -10154,8 +10159,7 @@ class Interruptions:
             if worker.queue and worker.queue[0].ending is None:
                 worker.queue[0].ending = Outcome.STOPPED
                 self.interrupt(worker, worker.queue[0], now)
-            queue_length = len(worker.queue)
-            if queue_length > 1:
+            if len(worker.queue) > 1:
                 attempts.take_back(worker)
 
     def interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
@@ -10504,8 +10508,7 @@ class CpuScheduler:
         """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
         rivals = [comp for comp in ready if comp.waiting]
         self._share.see(ready, now)
-        rival_count = len(rivals)
-        if rival_count < 2 or self._cpus.free <= 0:
+        if len(rivals) < 2 or self._cpus.free <= 0:
             return len(rivals) > 1
         self._share.reckon(now)
         while len(rivals) > 1 and self._cpus.free > 0:
@@ -10546,8 +10549,7 @@ class CpuScheduler:
         worker.since = now
         comp.served = next(self._served)
         self._cpus.free -= comp.waiting[0].cpus
-        waiting_length = len(comp.waiting)
-        count = 1 + min(ahead, waiting_length // max(1, self._cpus.total))
+        count = 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total))
         self._feed(comp, worker, count, now)
         return True
 
@@ -10563,8 +10565,7 @@ class CpuScheduler:
             self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
-                queue_length = len(worker.queue)
-                room = ahead + 1 - queue_length
+                room = ahead + 1 - len(worker.queue)
                 if not comp.waiting:
                     continue
                 if not 2 * room > ahead:
@@ -10634,8 +10635,7 @@ class CpuScheduler:
         taken back, for the estimate by which it was handed to them does not hold."""
         self.look_at = math.inf
         for worker in self._tables.workers.values():
-            queue_length = len(worker.queue)
-            ahead = queue_length > 1 and not worker.recalled
+            ahead = len(worker.queue) > 1 and not worker.recalled
             if not worker.queue:
                 continue
             if worker.told and not ahead:
@@ -10663,8 +10663,7 @@ class CpuScheduler:
         place = 0
         ended = None
         for row in event.rows:
-            queue_length = len(worker.queue)
-            if place >= queue_length or worker.queue[place].serial != row[SERIAL]:
+            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
                 text = 'a worker answered for %d, which it did not run' % row[SERIAL]
                 raise PeerError(text)
             place += row[OUTCOME] not in PROVISIONAL
@@ -10689,11 +10688,7 @@ class CpuScheduler:
         seconds = sum(durations[worker.pardoned:]) * ended.cpus
         self._share.charge(comp, seconds)
         worker.pardoned = False
-        attempt_count = len(comp.attempts)
-        waiting_length = len(comp.waiting)
-        worker_count = len(comp.workers)
-        duration_count = len(durations)
-        comp.handed.ended(duration_count, attempt_count - waiting_length, worker_count)
+        comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
             comp.refillable[worker.key] = worker
             self._on_job_started(worker, now)
@@ -10775,8 +10770,7 @@ class CpuScheduler:
 
     def _initialize(self, comp: _Computation, now: float) -> None:
         """Make workers for what waits. They get work when they are ready for it."""
-        waiting_length = len(comp.waiting)
-        most = min(self._cpus.free, waiting_length)
+        most = min(self._cpus.free, len(comp.waiting))
         while self.pool.has_place(comp, self._cpus.total) and len(comp.starting) < most \
                 and now >= self.pool.start_at:
             comp.starting.add(self.pool.start(comp).key)
@@ -10810,8 +10804,7 @@ class CpuScheduler:
         attempts.requeue(comp, worker.queue)
         if not worker.queue:
             return
-        queue_length = len(worker.queue)
-        if worker.jobs_given == queue_length:
+        if worker.jobs_given == len(worker.queue):
             comp.startup_failures += 1
 
     @staticmethod
@@ -10918,8 +10911,7 @@ class JobRequests:
         if type(message.value) is not list or not all(map(_is_file, message.value)):
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
-        fetch_count = len(comp.fetches)
-        if fetch_count == 1:
+        if len(comp.fetches) == 1:
             fetch = Fetch(comp.comp, message.value)
             tables.do(fetch)
 
@@ -11013,8 +11005,8 @@ class Computations:
         comp = _Computation(message.comp, up.instance, link, spec, tables.now, start_method)
         if comp.client_name == comp.comp:   # no scheduler has said for whom it is
             comp.user = tables.client_at(link)
-        file_count = len(spec['files'])
-        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user, file_count)
+        logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
+                    len(spec['files']))
         self._share.joins(comp)
         tables.comps[message.comp] = comp
         self.resize()
@@ -11029,8 +11021,7 @@ class Computations:
         """The client of a computation is back after a broken link."""
         tables = self._tables
         if comp.link != link:
-            attempt_count = len(comp.attempts)
-            logger.info('%s: its client is back; %d jobs are here', comp, attempt_count)
+            logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
             want_again = WantAgain(comp.comp)
@@ -11190,7 +11181,9 @@ class Computations:
     def refuse_ended(self) -> None:
         """Refuse the computations of which nothing runs any more."""
         for comp in list(self._tables.comps.values()):
-            if comp.stage is not Stage.ENDING or comp.forced_end is None:
+            if comp.stage is not Stage.ENDING:
+                continue
+            if comp.forced_end is None:
                 continue
             if not any(worker.queue for worker in comp.workers.values()):
                 self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
@@ -11359,11 +11352,10 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         comp.move('close')
-        attempt_count = len(comp.attempts)
         logger.info(
             '%s of %s is over after %.1f s: %d attempts of jobs ended, %d of them '
             'without a value, and %d had not; they used %.1f CPU seconds', comp, comp.user,
-            tables.now - comp.since, comp.done, comp.failed, attempt_count, comp.cpu_seconds)
+            tables.now - comp.since, comp.done, comp.failed, len(comp.attempts), comp.cpu_seconds)
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
@@ -11433,8 +11425,7 @@ class Inquiries:
         for comp in tables.comps.values():
             workers = comp.workers.values()
             running = sum(1 for worker in workers if worker.queue)
-            attempt_count = len(comp.attempts)
-            waiting = attempt_count - running
+            waiting = len(comp.attempts) - running
             line = '  %s (%s): %d jobs running, %d waiting, %d done' % (
                 comp.spec['name'], comp.stage.value, running, waiting, comp.done)
             lines.append(line)
@@ -12068,8 +12059,7 @@ class EventText(reprlib.Repr):
     def _list(self, values: Sequence[Any], text_of: Callable[[Any], str]) -> str:
         texts = list(map(text_of, values[:self.maxlist]))
         if len(values) > self.maxlist:
-            value_count = len(values)
-            text = 'and %d more' % (value_count - self.maxlist)
+            text = 'and %d more' % (len(values) - self.maxlist)
             texts.append(text)
         return '[%s]' % ', '.join(texts)
 
@@ -12355,8 +12345,7 @@ class Slots:
     @classmethod
     def _parts(cls, shared: mmap.mmap) -> List[Any]:
         view = memoryview(shared).cast('Q')
-        view_length = len(view)
-        return [view[at:at + cls.SIZE] for at in range(0, view_length, cls.SIZE)]
+        return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
 
     @classmethod
     def open(cls, directory: str, number: int, index: int) -> Any:
@@ -12394,12 +12383,10 @@ class Slots:
             path = os.path.join(directory, name)
             with open(path, 'rb') as file:
                 data = file.read()
-            data_length = len(data)
-            if data_length != 8 * cls.SIZE * cls.TOGETHER:
+            if len(data) != 8 * cls.SIZE * cls.TOGETHER:
                 return None
             numbers = memoryview(data).cast('Q')
-            number_count = len(numbers)
-            for at in range(0, number_count, cls.SIZE):
+            for at in range(0, len(numbers), cls.SIZE):
                 count = min(numbers[at + 2], BEGUN_KEPT)
                 begun.update(numbers[at + cls.FIRST:at + cls.FIRST + count])
         return frozenset(begun)
@@ -12415,9 +12402,7 @@ class Slots:
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
     """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
     a mark."""
-    head_length = len(head)
-    tail_length = len(tail)
-    left_out = total - head_length - tail_length
+    left_out = total - len(head) - len(tail)
     if left_out <= 0:
         return head + tail
     return b'%s\n[dispy: %d bytes left out here]\n%s' % (head, left_out, tail)
@@ -12526,8 +12511,7 @@ class CapturedOutput:
             if not part:
                 break
             parts.append(part)
-            part_length = len(part)
-            at = at + part_length
+            at = at + len(part)
             size = size - len(part)
         return b''.join(parts)
 
@@ -13037,8 +13021,7 @@ class WorkerPipe:
 
     def give_back_serials(self, serials: List[int]) -> None:
         """Return jobs that have not started."""
-        serial_count = len(serials)
-        layout = '>%dQ' % serial_count
+        layout = '>%dQ' % len(serials)
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack(layout, *serials))
 
     def send(self, *args: Any) -> None:
@@ -13058,8 +13041,7 @@ class WorkerPipe:
                 continue
             view = memoryview(buffer).cast('B')
             # Some systems refuse 2 GiB at once
-            view_length = len(view)
-            for start in range(0, view_length, WRITE_MOST):
+            for start in range(0, len(view), WRITE_MOST):
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def share(self) -> None:
@@ -13099,7 +13081,11 @@ class JobOutput:
     def _has_own_streams(self) -> bool:
         """Whether the job has left the streams as they were."""
         stdin, stdout, stderr = self._streams
-        if sys.stdin is not stdin or sys.stdout is not stdout or sys.stderr is not stderr:
+        if sys.stdin is not stdin:
+            return False
+        if sys.stdout is not stdout:
+            return False
+        if sys.stderr is not stderr:
             return False
         return not (stdout.closed or stderr.closed)
 
@@ -13294,8 +13280,7 @@ class JobServices:
     def tell_left(self, names: List[str]) -> None:
         """A program has left these files behind. It goes the way of log records."""
         if len(names) > 1:
-            name_count = len(names)
-            others = ' and %d others' % (name_count - 1)
+            others = ' and %d others' % (len(names) - 1)
         else:
             others = ''
         dispy_node_name = self._spec['names']['dispy_node_name']
@@ -13436,8 +13421,7 @@ class JobDirectory:
         for name in os.listdir(self._directory):
             link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
-            data_length = len(data)
-            check_size(name, data_length, self._spec['max_file'])
+            check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
             if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
                 os.unlink(path)   # of the link alone
@@ -13599,8 +13583,7 @@ class Worker:
                 args, kwargs, *extras = loads(record.bodies[0], True)
                 opened = True
                 # The job has its memory
-                body_length = len(record.bodies[0])
-                if body_length > LAZY:
+                if len(record.bodies[0]) > LAZY:
                     self._free(record)
                 if extras:
                     self._enter_directory(*extras)
@@ -13893,13 +13876,11 @@ class ComputationCode:
             if thread is not threading.main_thread():
                 left.append(thread.name)
         if left:
-            left_length = len(left)
             loader.notes.append(
-                'setup() has left %d thread%s running (%s). Jobs run in other '
-                'processes, in which these threads do not exist: a job that waits for '
-                'one of them waits for ever. Start threads and pools of threads in '
-                'the job that uses them' % (left_length, 's' *
-                                            (len(left) != 1), ', '.join(left[:5])))
+                'setup() has left %d thread%s running (%s). Jobs run in other processes, in which '
+                'these threads do not exist: a job that waits for one of them waits for ever. '
+                'Start threads and pools of threads in the job that uses them'
+                % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
@@ -14360,8 +14341,7 @@ class WorkerProcesses:
                     continue
                 if child.slots[0] != serial:
                     continue
-                data_length = len(data)
-                catch.shown = (serial, at + data_length)
+                catch.shown = (serial, at + len(data))
                 self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
@@ -14829,8 +14809,7 @@ class LoadingProcess:
                     if level != socket.SOL_SOCKET:
                         continue
                     if kind == socket.SCM_RIGHTS:
-                        body_length = len(body)
-                        handles.frombytes(body[:body_length - len(body) % handles.itemsize])
+                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
                 if flags & socket.MSG_CTRUNC and not handles:
                     # No descriptor was left for it: the worker it was for cannot be made
                     handles.append(-1)
@@ -15377,9 +15356,7 @@ class RecordLog:
                 return
             if self._CRC.pack(crc) != head[:first]:
                 return
-            head_length = len(head)
-            total_sizes = sum(sizes)
-            yield numbers[:-self._pieces], pieces, head_length + total_sizes
+            yield numbers[:-self._pieces], pieces, len(head) + sum(sizes)
 
     @staticmethod
     def _crc_of(pieces: Iterable[Buffer]) -> int:
@@ -15440,8 +15417,7 @@ class ResultSpool:
         that is none of ours."""
         with open(self.path, 'rb') as file:
             head = file.read(self.HEAD)
-        head_length = len(head)
-        if head_length < self.HEAD or not head.startswith(self.MAGIC):
+        if len(head) < self.HEAD or not head.startswith(self.MAGIC):
             text = '%s holds no results' % self.path
             raise ValueError(text)
         size = len(head)
@@ -15450,8 +15426,7 @@ class ResultSpool:
             size += more
             serials.append(row[SERIAL])
         os.truncate(self.path, size)
-        magic_length = len(self.MAGIC)
-        return head[magic_length:len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
+        return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
         """Remove the file: its results are not needed any more."""
@@ -16344,9 +16319,8 @@ class ResultStore:
                 until = self._host.now + max(0.0, left)
                 spool_found = SpoolFound(comp, owner, serials, until, digest)
                 self._host.tell(spool_found)
-                serial_count = len(serials)
                 logger.info('%d results of an earlier computation wait for their client',
-                            serial_count)
+                            len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 spool.remove()
@@ -16777,7 +16751,7 @@ class HeldPipes:
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
         for a while."""
-        if pipe.dirty is None:
+        if not pipe.is_attached:
             return
         for link in self._host.links.values():
             if link.queued > BACKPRESSURE_BYTES:
@@ -16835,9 +16809,8 @@ class WorkerReader:
             if record.kind == _RESULT:
                 if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
                                                                      record.end, *record.bodies):
-                    body_length = len(record.bodies[0])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, body_length)
+                        record.number, record.start, record.end, len(record.bodies[0]))
                     raise PeerError(text)
                 rows.append(_row_of(record))
                 continue
@@ -16889,8 +16862,7 @@ class WorkerReader:
             body = bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            body_length = len(body)
-            layout = '>%dQ' % (body_length // 8)
+            layout = '>%dQ' % (len(body) // 8)
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
@@ -16953,7 +16925,7 @@ class WorkerPipes:
             return
         if run.control is None:
             return
-        if run.control.dirty is not None:
+        if run.control.is_attached:
             run.control.push(pack_record(kind, worker, serial, first, second))
 
     def watch(self, action: LimitMemory) -> None:
@@ -17089,7 +17061,7 @@ class ProcessHost:
             self._runner_ended(run)
             return
         if run.control is not None:
-            if run.control.dirty is None:
+            if not run.control.is_attached:
                 if run.kill_at is None:
                     run.kill_at = self._host.now + GRACE
         if run.watch is not None:
@@ -17127,7 +17099,7 @@ class ProcessHost:
             run.process.kill()
             run.watch.killed_at = self._host.now
         elif run.watch.shall_ask and run.control is not None:
-            if run.control.dirty is not None:
+            if run.control.is_attached:
                 run.control.push(pack_record(RecordType.ASK))
         if run.watch.is_undead(self._host.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)',
@@ -17169,7 +17141,7 @@ class ProcessHost:
 
     def _read_out(self, run: ComputationProcesses) -> None:
         try:
-            while run.control is not None and run.control.dirty is not None:
+            while run.control is not None and run.control.is_attached:
                 records = run.control.records(self._host.now)
                 for record in records:
                     self._from_runner(run, record)
@@ -17179,7 +17151,7 @@ class ProcessHost:
             logger.debug('the socket of a runner: %s', exc)   # its end, which is what we see to
         for pipe in list(run.pipes.values()):
             try:
-                while pipe.dirty is not None and self._from_worker(pipe):
+                while pipe.is_attached and self._from_worker(pipe):
                     continue
             except (LinkBroken, PeerError, OSError) as exc:
                 logger.debug('the pipe of a worker: %s', exc)   # as above
@@ -17289,7 +17261,7 @@ class ProcessHost:
         if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
             raise PeerError('an exit code that is none')
         pipe = run.pipes[record.number]
-        if pipe.dirty is not None:
+        if pipe.is_attached:
             try:
                 while self._from_worker(pipe):   # results it wrote before it died
                     continue
@@ -17329,7 +17301,7 @@ class ProcessHost:
         if not pipe.worker:
             run.text = text
             run.process.kill()
-            if pipe.dirty is not None:
+            if pipe.is_attached:
                 self._host.detach(pipe)
                 self._host.guard(None, self._look_at_runner, run)
             return
@@ -17351,7 +17323,7 @@ class ProcessHost:
         for run in self._runs.values():
             if run.watch is not None:
                 run.watch.close()
-            if run.control is not None and run.control.dirty is not None:
+            if run.control is not None and run.control.is_attached:
                 with contextlib.suppress(OSError):   # it has ended already
                     run.control.drain(GRACE)
             if run.process is not None:
@@ -17372,7 +17344,7 @@ class Uplink:
         self.dialling = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
-        self.told = ''     # the last failure that was logged
+        self.told: Any = None     # what the last failure was that was logged
         self.second = SecondConnection(self)
 
 
@@ -17427,7 +17399,7 @@ class Uplinks:
         uplink.dialling.ended()
         uplink.link = link.number
         uplink.since = self._daemon.now
-        uplink.told = ''
+        uplink.told = None
         logger.info('connected to %s', format_address(uplink.host, uplink.port))
 
     def failed(self, event: ConnectFailed) -> None:
@@ -17441,11 +17413,13 @@ class Uplinks:
             return
         uplink.dialling.ended()
         uplink.dialling.again(daemon.now)
-        about = told_once(text)
+        about: Any = event.failing
         # One that closes at once refuses us for a while, for the reason that was told.
-        if uplink.told == about:
+        if about is Failing.CLOSED and uplink.told is not None:
             return
-        if uplink.told and text == CLOSED_AT_ONCE:
+        if about is Failing.OTHERWISE:
+            about = text
+        if uplink.told == about:
             return
         uplink.told = about
         logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying',
@@ -18042,8 +18016,7 @@ class Daemon(Loop):
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the node's own turn."""
         while self._inbox:
-            inbox_length = len(self._inbox)
-            self.take_events(inbox_length)
+            self.take_events(len(self._inbox))
         self.node_host.take_posted()
         if self._clock_at is not None:
             if self.now >= self._clock_at:
@@ -18864,8 +18837,7 @@ def parse_command(line: str) -> Any:
     cannot be."""
     words = line.split()
     if words[:1] == ['cpus']:
-        word_count = len(words)
-        if word_count != 2 or not words[1].lstrip('-').isdigit():
+        if len(words) != 2 or not words[1].lstrip('-').isdigit():
             raise ValueError('cpus N, and N is a number')
         wanted = int(words[1])
         return SetCpus(count_cpus(wanted))

@@ -175,7 +175,8 @@ class SimLink:
         self.said, self.sent, self.opened = now, 0, 0
         self.on_purpose = self.paused = self.owes = False
         self.later = {}   # nothing here is so large that it goes in parts
-        self.dirty, self.queued, self.wants_write, self.out = None, 0, False, []
+        self.is_attached, self.to_write = False, None
+        self.queued, self.wants_write, self.out = 0, False, []
         sock.link = self
         sock.heed()
 
@@ -204,7 +205,7 @@ class SimLink:
             message = decode(op, encoding, memoryview(b''.join(pieces)))
         self.out.append(message)
         self.sent += 1
-        self.dirty[self] = None
+        self.to_write[self] = None
 
     def write(self):
         if self.out:
@@ -244,13 +245,13 @@ class SimLoop(Loop):
             self.world.at(self.world.now, self.wake)
 
     def attach(self, channel):
-        channel.dirty = self.unsent
+        channel.is_attached, channel.to_write = True, self.unsent
         self.links[channel.number] = channel
         self.world.plugs[channel.sock] = None
 
     def detach(self, channel):
-        if channel.dirty is not None:
-            channel.dirty = None
+        if channel.is_attached:
+            channel.is_attached, channel.to_write = False, None
             self.unsent.pop(channel, None)
             self.links.pop(channel.number, None)
             channel.sock.close()
@@ -275,10 +276,10 @@ class SimLoop(Loop):
         self.now = self.world.now
         self.world.turns += 1
         try:
-            if broken is not None and broken.dirty is not None:
+            if broken is not None and broken.is_attached:
                 self._break(broken, text)
             for link in list(self.links.values()):
-                while link.sock.inbox and link.dirty is not None:
+                while link.sock.inbox and link.is_attached:
                     self._handle_io(link, selectors.EVENT_READ)
             for _ in range(len(self._inbox)):
                 self.on_event(self._inbox.popleft())
@@ -461,7 +462,7 @@ class SimPipes(WorkerPipes):
     """What is done with workers is done with those of the model."""
 
     def __init__(self, host, daemon):
-        super().__init__(host, {}.__getitem__)
+        super().__init__(host, {}.__getitem__, lambda: None)
         self.daemon, self.by_key = daemon, {}
 
     def start_worker(self, action):

@@ -91,8 +91,8 @@ def test_a_fault_while_a_channel_is_read_ends_the_channel_alone(loop, also):
     theirs.sendall(b''.join(map(bytes, sender.seal(Pulse()))))
     loop.turn(0)
     if also != ('fault',):
-        assert link.dirty is None and len(loop.broken) == 1
-    assert other.dirty is not None
+        assert not link.is_attached and len(loop.broken) == 1
+    assert other.is_attached
     theirs.close()
     others.close()
 
@@ -102,7 +102,7 @@ def test_send_never_raises_and_breaks_the_link(loop):
     loop.send(link, dispynode.Bye('x' * dispynode.MAX_CONTROL))
     loop.send(link, dispynode.Bye(lambda: None))
     loop.turn(0)
-    assert link.dirty is None and 'limit' in loop.broken[0]
+    assert not link.is_attached and 'limit' in loop.broken[0]
     theirs.close()
 
 

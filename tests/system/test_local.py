@@ -410,7 +410,7 @@ def test_limits_hold_while_the_program_holds_the_gil(tmp_path):
 def test_messages_wait_until_they_are_taken():
     node, client = MemoryLink.pair(b'n' * 16, b'c' * 16, 1.0)
     assert (node.instance, client.instance) == (b'c' * 16, b'n' * 16)
-    node.dirty = client.dirty = set()
+    node.is_attached = client.is_attached = True
     value = bytearray(1 << 20)
     client.send(Jobs('c', [(1, pickle.PickleBuffer(value), None), (2, b'small', {'cpus': 2})]))
     client.send(Query('c'))
@@ -441,7 +441,7 @@ def test_the_limits_of_size_are_those_of_other_links(monkeypatch):
 
 def test_what_was_sent_before_the_end_arrives():
     node, client = MemoryLink.pair(b'n' * 16, b'c' * 16, 1.0)
-    node.dirty = client.dirty = set()
+    node.is_attached = client.is_attached = True
     client.send(Query('c'))
     client.close()
     assert node.messages(2.0) == [Query('c')] and node.has_messages
