@@ -238,6 +238,24 @@ def test_a_request_waits_without_a_word_where_there_is_no_node():
     assert not parked(talk.submit([job(resources=GPU)]))
 
 
+def test_what_the_first_node_cannot_give_is_told_also_to_jobs_that_stand_behind_others():
+    talk, can, cannot, wide = Talk(), jobs(3, resources=GPU), job(resources=GPUS), job(cpus=3)
+    cancelled = job(resources=GPUS)
+    talk.submit([*can, cannot, wide, cancelled])
+    talk.tell(dispy.CancelAsked(cancelled))
+    actions = talk.tell(has('n', 2, gpu=1))
+    assert sorted(text for _, text in parked(actions)) == [
+        'it needs 2 gpu (dispy_resources), and no node has more than 1',
+        'it needs 3 CPUs (dispy_cpus), and no node has more than 2']
+    assert sent(actions) == can[:1]
+    assert cannot in sent(talk.tell(has('m', 3, gpu=2)))
+    while any(work.state is not JobState.FINISHED for work in (*can, cannot, wide)):
+        for key in 'nm':
+            flight = talk.schedule.nodes[key].in_flight['c']
+            talk.results(key, list(flight.values()))
+    assert talk.schedule.comps['c'].length() == 0
+
+
 def test_a_scheduler_counts_by_itself_if_it_knows_how():
     talk = Talk()
     talk.schedule.handle(dispy.Opened('r', 'r', True, remote=True), 0.0)
