@@ -9609,6 +9609,8 @@ class UndeliveredResults:
         self._zombie = zombie
         # Computation -> results on disk, also of some that are over here
         self.spooled: Dict[str, Spooled] = {}
+        # Computation -> attempts whose results are to be on disk, and are not yet
+        self._on_their_way: Dict[str, AbstractSet[int]] = {}
         self._disk_full = False                 # which was told
         # Links on which results of a computation were sent again
         self._resent: Set[Tuple[int, str]] = set()
@@ -9629,13 +9631,21 @@ class UndeliveredResults:
     def spool(self, comp: _Computation) -> None:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
-        if comp.unacknowledged:
-            spool_results = SpoolResults(comp.comp, comp.instance,
-                                         list(comp.unacknowledged.values()), comp.digest)
-            self._tables.do(spool_results)
+        on_their_way = self._on_their_way.get(comp.comp, frozenset())
+        rows = [row for serial, row in comp.unacknowledged.items() if serial not in on_their_way]
+        if rows:
+            self._on_their_way[comp.comp] = set(comp.unacknowledged)
+            self._tables.do(SpoolResults(comp.comp, comp.instance, rows, comp.digest))
 
     def spooling_failed(self, event: ResultsSpooled) -> None:
-        """There is no room: results stay in memory, and are tried again."""
+        """There is no room: results stay in memory, and are tried again. Those of a computation that
+        is over are lost, and it is noted that their jobs had begun."""
+        comp = self._tables.comps.get(event.comp)
+        serials = self._on_their_way.pop(event.comp, set())
+        if serials and (comp is None or comp.stage is Stage.CLOSING):
+            text = 'node %s could not keep its result: %s' % (self._tables.name, event.error)
+            lost = frozenset(serials)
+            self._past.add(event.comp, AttemptHistory(given_up=lost, text=text))
         if not self._disk_full:
             logger.error(
                 'results cannot be kept on the disk: %s; they stay in memory until they can',
@@ -9645,6 +9655,7 @@ class UndeliveredResults:
     def on_spooled(self, event: ResultsSpooled, now: float) -> None:
         """Results are on the disk."""
         comp = self._tables.comps.get(event.comp)
+        self._on_their_way.pop(event.comp, None)
         self._disk_full = False
         if comp is not None:
             for serial in event.serials:
