@@ -9505,13 +9505,69 @@ def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
     return specs
 
 
-class Recovery(NodeUser):
-    """Collects what nodes have of computations whose program has crashed. To the driver it is a
-    cluster that only looks. `done(job, row, peer)` is told a result, `lost(job, text)` a job that
-    has begun and is lost, `again(job)` one that has not begun and waits again, `over()` that none
-    is left. The driver's thread."""
+class Collector(NodeUser):
+    """Asks nodes for what they have of computations whose program has ended. To the driver it is a
+    cluster that only looks. The driver's thread.
+
+    met - the nodes that have been connected
+    """
     client = 'recovery'
-    acknowledges = True    # results, when they come: they are noted
+    acknowledges = True    # results, when they come
+
+    def __init__(self, places: Iterable[str], calling: Iterable[str],
+                 listens: Sequence[str]) -> None:
+        """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
+        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT."""
+        self.comp = uuid.uuid4().hex
+        self.port = NODE_PORT
+        self.specs = _specs_of_places(places)
+        self.callers = {where[1:] for where in calling if where.startswith(' ')}
+        if self.callers and listens:
+            host, _, port = listens[0].rpartition(':')
+            self.hosts = [(host, int(port))]
+        self.met: List[NodeConnection] = []
+        self.driver: Any = None
+
+    def begin(self, driver: 'Driver') -> None:
+        """Dial the nodes. Raises OSError."""
+        self.driver = driver
+        driver.open(self, False)
+
+    def node_connected(self, peer: NodeConnection) -> None:
+        """Note a node, to be asked for what it has."""
+        if peer not in self.met:
+            self.met.append(peer)
+
+    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
+             past: AttemptHistory) -> None:
+        """A node has told what it knows."""
+        raise NotImplementedError
+
+    def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
+        """A scheduler says which jobs are on a node, or wait."""
+        raise NotImplementedError
+
+    def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
+        """A node gives back what has not begun."""
+        raise NotImplementedError
+
+    def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
+        """Results came; some perhaps for the second time."""
+        raise NotImplementedError
+
+    def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
+        """The program is connected to a node still, or again."""
+        raise NotImplementedError
+
+    def cancel(self, job: DispyJob) -> None:
+        """End a job that runs."""
+        raise NotImplementedError
+
+
+class Recovery(Collector):
+    """Collects what nodes have of jobs that are written down in a journal. `done(job, row, peer)`
+    is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has
+    not begun and waits again, `over()` that none is left. The driver's thread."""
 
     def __init__(self,
                  journal: Journal,
@@ -9526,9 +9582,10 @@ class Recovery(NodeUser):
         self._journal = journal
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
-        # They may keep results that are noted
-        self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}
-        self.met: List[NodeConnection] = []
+        places = {node.rpartition('#')[0] for _, node in sent}
+        self._unmet = holders - places   # they may keep results that are noted
+        super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
+        self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self.collected = threading.Event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
         self._done = done
@@ -9536,32 +9593,10 @@ class Recovery(NodeUser):
         self._again = again
         self._over = over
         self._cancel = cancel
-        self.comp = uuid.uuid4().hex
-        self.port = NODE_PORT
-        self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        places = set()
-        for _, node in sent:
-            places.add(node.rpartition('#')[0])
-        self.specs = _specs_of_places(places | self._unmet)
-        # Names of nodes that will dial us
-        self.callers = {where[1:] for where in places if where.startswith(' ')}
-        hosts = []
-        for row in rows:
-            if row[4]:
-                hosts.append(row[4])
-        if hosts and any(node.startswith(' ') for _, node in sent):
-            self.hosts = [(hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))]
-        self.driver: Any = None
-
-    def begin(self, driver: 'Driver') -> None:
-        """Dial the nodes. Raises OSError."""
-        self.driver = driver
-        driver.open(self, False)
 
     def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
-        if peer not in self.met:
-            self.met.append(peer)
+        super().node_connected(peer)
         self._unmet.discard(peer.place)
         self.driver.recoveries.reclaim(peer, self, self.old)
         self._check()
@@ -9665,27 +9700,40 @@ class Recovery(NodeUser):
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
-class ResultCollection(NodeUser):
+class Collecting(enum.Enum):
+    """What has been done about a computation at a node."""
+    ASKED = 'it was asked what it has, and has not told'
+    TOLD = 'it has told what it has'
+    WANTED = 'it is to give what it has'
+    TAKING = 'it was asked to give what it has'
+    COMING = 'it gives what it has: results come'
+    IN_USE = 'nothing is to be had, as the program is connected'
+    ENDING = 'it is told that the computation is over'
+    OVER = 'it has heard that the computation is over'
+
+
+class ResultCollection(Collector):
     """Asks nodes what they have of computations of which no jobs were written down, and collects
-    it. Nodes are asked first; what is to be had is then taken, from a program that is not
-    connected to any of them. To the driver it is a cluster that only looks. The driver's thread,
-    but for `wait`."""
-    client = 'recovery'
+    it. Nodes are asked first; what is to be had is then taken, unless their program is connected to
+    any of them. The driver's thread, but for `wait`."""
     warns = False
     acknowledges = False    # at the end, when the user has them
     name = 'the recovery of programs that have ended'
+    # What is asked once more on a new link
+    _ASKED_ANEW = frozenset((Collecting.ASKED, Collecting.TAKING, Collecting.COMING))
 
     def __init__(self, lefts: Sequence[RecoverableFiles], cancel: bool = False) -> None:
-        self.comp = uuid.uuid4().hex
-        self.port = NODE_PORT
+        places = {where for left in lefts for where in left.places}
+        listens = []
+        for left in lefts:
+            if left.listen and any(where.startswith(' ') for where in left.places):
+                listens.append(left.listen)
+        super().__init__(places, places, listens)
         self.lefts = {left.comp: left for left in lefts}
         self._cancel = cancel
-        self.met: List[NodeConnection] = []
-        # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to
-        # give it; 'taking': was asked for it; 'done': the answer has come, and results come;
-        # 'lives': nothing is to be had; 'ending': is told that it is over; 'over': has heard it
-        self._stages: Dict[Tuple[str, str], str] = {
-            (where, left.comp): 'look' for left in lefts for where in left.places}
+        # By place and computation
+        self._stages: Dict[Tuple[str, str], Collecting] = {
+            (where, left.comp): Collecting.ASKED for left in lefts for where in left.places}
         self.taken: Set[Tuple[str, str]] = set()
         self.alive: Set[str] = set()        # computations whose programs are connected to a node
         self.there: Dict[Tuple[str, str], Set[int]] = {}   # serials that are not in `rows`
@@ -9695,26 +9743,6 @@ class ResultCollection(NodeUser):
         self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
-        places = {where for left in lefts for where in left.places}
-        self.specs = _specs_of_places(places)
-        # That will dial us
-        self.callers = {where[1:] for where in places if where.startswith(' ')}
-        hosts = []
-        for left in lefts:
-            if not left.listen:
-                continue
-            if any(where.startswith(' ') for where in left.places):
-                hosts.append(left.listen.rpartition(':'))
-        if hosts:
-            self.hosts = [(hosts[0][0], int(hosts[0][2]))]
-        else:
-            self.hosts = []
-        self.driver: Any = None
-
-    def begin(self, driver: 'Driver') -> None:
-        """Dial the nodes. Raises OSError."""
-        self.driver = driver
-        driver.open(self, False)
 
     def take(self, comps: Iterable[str]) -> None:
         """Collect these from the nodes that have answered, and from others when they do."""
@@ -9722,8 +9750,8 @@ class ResultCollection(NodeUser):
         for key, stage in list(self._stages.items()):
             if key[1] in wanted:
                 self.taken.add(key)
-                if stage == 'seen':
-                    self._stages[key] = 'take'
+                if stage is Collecting.TOLD:
+                    self._stages[key] = Collecting.WANTED
         for peer in self.met:
             self._ask(peer)
 
@@ -9735,19 +9763,18 @@ class ResultCollection(NodeUser):
                 continue
             if peer.link is None:
                 continue
-            if stage == 'ending' and anew:
+            if stage is Collecting.ENDING and anew:
                 self.driver.recoveries.dismiss(peer, key[1], self.lefts[key[1]].key)
-            elif stage == 'take' or (anew and stage in ('look', 'taking', 'done')):
-                taking = stage != 'look'
+            elif stage is Collecting.WANTED or (anew and stage in self._ASKED_ANEW):
+                taking = stage is not Collecting.ASKED
                 if taking:
-                    self._stages[key] = 'taking'
+                    self._stages[key] = Collecting.TAKING
                 keys = {key[1]: self.lefts[key[1]].key}
                 self.driver.recoveries.reclaim(peer, self, keys, taking)
 
     def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
-        if peer not in self.met:
-            self.met.append(peer)
+        super().node_connected(peer)
         self._ask(peer, anew=True)
 
     def driver_failed(self, text: str) -> None:
@@ -9771,21 +9798,21 @@ class ResultCollection(NodeUser):
         """A node has told what it knows."""
         with self._changed:
             for key in self._places_of(peer, comp):
-                if self._stages[key] != 'ending':
+                if self._stages[key] is not Collecting.ENDING:
                     continue
                 if not serials:
-                    self._stages[key] = 'over'
+                    self._stages[key] = Collecting.OVER
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 known = self.there.get(key, set())
                 now = set(serials)
-                taking = self._stages[key] == 'taking'
+                taking = self._stages[key] is Collecting.TAKING
                 if taking:
-                    self._stages[key] = 'done'
-                elif self._stages[key] == 'look':
+                    self._stages[key] = Collecting.COMING
+                elif self._stages[key] is Collecting.ASKED:
                     if key in self.taken:
-                        self._stages[key] = 'take'
+                        self._stages[key] = Collecting.WANTED
                     else:
-                        self._stages[key] = 'seen'
+                        self._stages[key] = Collecting.TOLD
                 self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
                 if taking:
                     for serial in known - now:
@@ -9829,7 +9856,7 @@ class ResultCollection(NodeUser):
             self.alive.add(comp)
             for key in self._stages:
                 if key[1] == comp:
-                    self._stages[key] = 'lives'
+                    self._stages[key] = Collecting.IN_USE
             self._changed.notify_all()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
@@ -9873,15 +9900,15 @@ class ResultCollection(NodeUser):
         """Nodes that have not answered, of one computation or of all."""
         with self._changed:
             return sorted({where for (where, name), stage in self._stages.items()
-                           if stage == 'look' and comp in (None, name)})
+                           if stage is Collecting.ASKED and comp in (None, name)})
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
         for key in self.taken:
             stage = self._stages.get(key)
-            if stage in ('take', 'taking'):
+            if stage in (Collecting.WANTED, Collecting.TAKING):
                 return False
-            if stage != 'done':
+            if stage is not Collecting.COMING:
                 continue
             if self.there.get(key):
                 return False
@@ -9894,7 +9921,7 @@ class ResultCollection(NodeUser):
         with self._changed:
             stages = {key: stage for key, stage in self._stages.items() if key[1] == comp}
             for key, stage in stages.items():
-                if stage not in ('seen', 'done'):
+                if stage not in (Collecting.TOLD, Collecting.COMING):
                     return False
                 if not self.there.get(key):
                     continue
@@ -9908,7 +9935,7 @@ class ResultCollection(NodeUser):
         with self._changed:
             for key in self._stages:
                 if key[1] in comps:
-                    self._stages[key] = 'ending'
+                    self._stages[key] = Collecting.ENDING
         for peer in self.met:
             self._ask(peer, anew=True)
 
@@ -9921,17 +9948,16 @@ class ResultCollection(NodeUser):
                 stages.append(stage)
         if not bool(stages or not wanted):
             return False
-        return all(stage == 'over' for stage in stages)
+        return all(stage is Collecting.OVER for stage in stages)
 
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            chosen_serials = set()
+            distinct = set()
             for key, serials in self.there.items():
                 if key[1] == comp:
-                    for serial in serials:
-                        chosen_serials.add(serial)
-            return len(chosen_serials)
+                    distinct.update(serials)
+            return len(distinct)
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -12265,11 +12291,11 @@ class Recoveries:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
-        self.by_comp: Dict[str, Union[Recovery, ResultCollection]] = {}
+        self.by_comp: Dict[str, Collector] = {}
 
     def reclaim(self,
                 peer: NodeConnection,
-                recovery: Union['Recovery', 'ResultCollection'],
+                recovery: Collector,
                 keys: Dict[str, bytes],
                 take: bool = True) -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
