@@ -214,7 +214,7 @@ WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
-# S for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+# Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
@@ -222,10 +222,10 @@ PROGRESS_EVERY = 1.0          # s between lines of progress
 LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
-# S without a usable node
+# Seconds without a usable node
 WARN_AFTER = 5.0
 WARN_EVERY = 60.0
-# S between attempts to reach a node, doubling
+# Seconds between attempts to reach a node, doubling
 REDIAL_FIRST = 0.5
 REDIAL_MOST = 30.0
 LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
@@ -233,14 +233,14 @@ LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is
 # and the handshake
 TRY_TIMES = 3
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
-# S between the first two questions by UDP, doubling up to ping_interval
+# Seconds between the first two questions by UDP, doubling up to ping_interval
 ASK_FIRST = 0.2
-# S until a computation is offered again to a node that could not take it, doubling
+# Seconds until a computation is offered again to a node that could not take it, doubling
 RETRY_FIRST = 0.1
 RETRY_MOST = 30.0
-# S that nodes are tried which keep results that need not be kept any more
+# Seconds that nodes are tried which keep results that need not be kept any more
 FORGET_TIME = 3.0
-# S that a question to the driver may take; its turns take milliseconds
+# Seconds that a question to the driver may take; its turns take milliseconds
 CALL_TIME = 30.0
 # Results that wait for their acknowledgement, and s that they do
 ACKS_MOST = 256
@@ -255,7 +255,7 @@ FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
 ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
 DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
-# S of one slice of a wait: Ctrl-C does not end a wait on Windows
+# Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
 logger = logging.getLogger('dispy')
@@ -5683,8 +5683,7 @@ class OwnModules:
         is_source = base.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES))
         parts = name.split('.')
         if is_source:
-            joined_parts = '/'.join(parts)
-            target = joined_parts + ('/__init__.py' if is_package else '.py')
+            target = '/'.join(parts) + ('/__init__.py' if is_package else '.py')
         else:
             target = '/'.join((parts if is_package else parts[:-1]) + [base])
         source = None
@@ -7077,8 +7076,7 @@ class SourcePicker:
             else:
                 kept.append('\n')
         file = cell or sys.modules[module].__file__ or ''
-        joined_kepts = ''.join(kept)
-        return (module, file, joined_kepts, *_values_and_links(taken))
+        return (module, file, ''.join(kept), *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
         if module in self._shipped:
@@ -7322,8 +7320,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
         return False
     if code.co_firstlineno != running.co_firstlineno:
         return False
-    distinct_co_names = set(code.co_names)
-    if not distinct_co_names <= set(running.co_names):
+    co_names = set(code.co_names)
+    if not co_names <= set(running.co_names):
         return False
     constants = set()
     for const in code.co_consts:
@@ -7494,8 +7492,8 @@ class NodeSpec(NamedTuple):
         not known yet."""
         if self.fits(address):
             return True
-        distinct_hosts = set(self.host)
-        return not (distinct_hosts <= set('0123456789.*') or ':' in self.host)
+        characters = set(self.host)
+        return not (characters <= set('0123456789.*') or ':' in self.host)
 
 
 def _plain_host(word: str) -> str:
@@ -10739,11 +10737,11 @@ class NodeSearch:
     def sockets(self) -> List[Any]:
         """Those by which nodes are asked for."""
         ears = self._ears.values()
-        chosen_sockets: List[Any] = []
+        sockets: List[Any] = []
         for asker in ears:
             for ear in asker.ears.ears:
-                chosen_sockets.append(ear.socket)
-        return chosen_sockets
+                sockets.append(ear.socket)
+        return sockets
 
 
 class Connector:
@@ -11142,10 +11140,10 @@ class Connector:
 
     def sockets(self) -> List[Any]:
         """All that listen."""
-        chosen_sockets = []
+        sockets = []
         for gate in self._acceptors.values():
-            chosen_sockets.append(gate.socket)
-        return chosen_sockets + self.searches.sockets()
+            sockets.append(gate.socket)
+        return sockets + self.searches.sockets()
 
 
 def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
@@ -12357,8 +12355,8 @@ class Recoveries:
         if comp in self.by_comp:
             self.by_comp[comp].held(peer, comp, message.serials, past)
         else:
-            distinct_serials = frozenset(message.serials)
-            account = Account(distinct_serials, past, peer.whole)
+            serials = frozenset(message.serials)
+            account = Account(serials, past, peer.whole)
             node_told = NodeTold(peer.key, comp, account)
             self._driver.decide(node_told)
 
@@ -12533,8 +12531,7 @@ class NodeQueries:
             lines.append(message)
         attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
         todo = remedy(attempts, bool(others), self._driver.policy.start_node)
-        joined_lines = '; '.join(lines)
-        return 'Tried: %s%s' % (joined_lines, todo and '. ' + todo)
+        return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     def _search_at(self, port: int) -> str:
         """Which nodes are asked for at a UDP port, for `complaint`."""
@@ -14075,8 +14072,8 @@ class JobBook:
         ends = self.unfinished
         chosen_ends = []
         for state in (*FAILED, JobState.FINISHED):
-            chosen_end = ends.get(int(state), 0)
-            chosen_ends.append(chosen_end)
+            end = ends.get(int(state), 0)
+            chosen_ends.append(end)
         failed = sum(chosen_ends)   # programs
         return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
 

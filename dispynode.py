@@ -1301,8 +1301,7 @@ _OTHER_OPTIONS = frozenset(('node', 'values', 'resources'))
 def _is_options(value: Any) -> bool:
     if type(value) is not dict:
         return False
-    distinct_values = set(value)
-    if distinct_values - _NAMES_OF_OPTIONS:
+    if set(value) - _NAMES_OF_OPTIONS:
         return False
     if not all(_is_number(option) for name, option in value.items() if name not in _OTHER_OPTIONS):
         return False
@@ -3906,10 +3905,10 @@ def explain_import(exc: BaseException, name: str) -> str:
     own = own.partition('.')[0]
     if not missing:
         return 'the import failed: %s' % ' -> '.join(chain)
-    joined_chains = ' -> '.join(chain)
+    way = ' -> '.join(chain)
     text = ('the import failed: %s. To mend that, install %s on this node (%s -m pip '
             'install %s), or list its file in depends if it is a module of your own' %
-            (joined_chains, missing, sys.executable, missing))
+            (way, missing, sys.executable, missing))
     if own in ('', missing):
         return text
     return ('%s; if the jobs do not need it, call '
@@ -5324,11 +5323,10 @@ class RecordBuffer(ReceiveBuffer):
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
         buffer_updated = self.buffer_updated(count)
-        chosen_records: List[Record] = []
+        records: List[Record] = []
         for head, body in buffer_updated:
-            chosen_record = self.record_of(head, body)
-            chosen_records.append(chosen_record)
-        return chosen_records
+            records.append(self.record_of(head, body))
+        return records
 
     @staticmethod
     def record_of(head: bytes, body: memoryview) -> Record:
@@ -8035,7 +8033,7 @@ class Reconnector:
         self._wait = min(2 * self._wait, self._most)
 
     def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
-        """S that an attempt waits for an answer. As long as jobs may be lost meanwhile that is a
+        """Return how many seconds an attempt waits. As long as jobs may be lost meanwhile that is a
         pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
         if now >= self._hurry_until:
             return HANDSHAKE_TIME
@@ -8473,8 +8471,7 @@ class DiscoverySockets:
                  multicast: bool = False) -> None:
         self._loop: Loop = loop
         self._reach: str = reach
-        distinct_theres = set(there)
-        self._there: List[int] = sorted(distinct_theres)
+        self._there: List[int] = sorted(set(there))
         self._multicast: bool = multicast
         self.ears: List[UdpListener] = []
         self.error = ''
@@ -9662,8 +9659,8 @@ class UndeliveredResults:
 
     def on_found(self, event: SpoolFound, now: float) -> None:
         """An earlier daemon has left results on the disk."""
-        distinct_serials = set(event.serials)
-        self.spooled[event.comp] = Spooled(event.owner, distinct_serials, event.until, event.digest)
+        serials = set(event.serials)
+        self.spooled[event.comp] = Spooled(event.owner, serials, event.until, event.digest)
         self._expire_at(event.until, event.comp)
 
     def forget(self, name: str) -> None:
@@ -11401,9 +11398,9 @@ class Inquiries:
             workers = comp.workers.values()
             running = [(worker.queue[0].serial, now - worker.since) for worker in workers
                        if worker.queue]
-            distinct_attempts = set(comp.attempts)
+            attempts = set(comp.attempts)
             serials = {serial for serial, _ in running}
-            waiting = sorted(distinct_attempts - serials)
+            waiting = sorted(attempts - serials)
         busy = sum(bool(worker.queue) for worker in tables.workers.values())
         fact = self._facts.get('available', {})
         holder = self._lease.held_by(now)
@@ -13264,8 +13261,7 @@ class JobServices:
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
                 trace_lines = traceback.format_exception(*record.exc_info)
-                joined_trace_lines = ''.join(trace_lines)
-                text += '\n' + joined_trace_lines.rstrip()
+                text += '\n' + ''.join(trace_lines).rstrip()
             # A level may be an IntEnum and a name a subclass of str: the other side opens plain
             # values only.
             data = pickle.dumps((int(record.levelno), plain_text(
@@ -13676,8 +13672,8 @@ class Worker:
         if IS_WINDOWS:
             return processes_in_tree() > self._own_processes
         if self._own_children:   # whose exit statuses are not ours to take
-            distinct_children_heres = set(children_here())
-            return any(not has_ended(pid) for pid in distinct_children_heres - self._own_children)
+            others = set(children_here()) - self._own_children
+            return any(not has_ended(pid) for pid in others)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -16513,7 +16509,7 @@ class RunnerWatch:
     """Whether a runner lives and answers. Its process is watched, since others may hold its socket:
     a child that setup has forked in C, say. While it has jobs it is asked for a sign of life. The
     loop's thread."""
-    # S between looks at one that is on its way out; at one that can be watched by looks alone
+    # Seconds between looks at one that is on its way out; at one that can be watched by looks alone
     SOON = 0.02
     OFTEN = 1.0
 
