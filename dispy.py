@@ -2929,7 +2929,8 @@ class Placement:
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
         waiting = [comp for comp in books.waiting.values()
-                   if comp.queue.length or comp.pinned and comp.length()]
+                   if comp.queue.length or (comp.pinned or comp.scarce.queues)
+                   and comp.length()]
         if not waiting:
             books.waiting.clear()
         elif len(waiting) < len(books.waiting):
@@ -9300,6 +9301,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
     source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
@@ -11562,7 +11564,8 @@ class ComputationSetup:
         # Whose claims on the node's CPUs it shares
         out = out_of_band(spec['code'])
         setup_args = out_of_band(spec['setup_args'])
-        spec.update(code=out, setup_args=setup_args, client=cluster.client)
+        spec.update(code=out, setup_args=setup_args, client=cluster.client,
+                    whose=cluster.program)
         compute = Compute(comp, spec)
         self._driver.send(peer.link, compute)
 

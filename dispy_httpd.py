@@ -1615,7 +1615,7 @@ def by_user(clusters: List[dict]) -> List[dict]:
     fields = [field for _, _, field in USER_METRICS.values()]
     found: Dict[str, dict] = {}
     for cluster in clusters:
-        user = cluster.get('program', '').partition(' PID ')[0]
+        user = cluster.get('user', '')
         if not user:
             continue
         row = found.setdefault(user, dict.fromkeys(fields, 0.0))

@@ -9113,7 +9113,8 @@ class _Computation:
         self.since = now        # when it came here
         client = spec.get('client', comp)
         self.client_name = str(client)[:NAME_MOST]
-        self.user = self.client_name   # whose it is, for people
+        # Whose it is, for people
+        self.user = str(spec.get('whose') or self.client_name)[:NAME_MOST]
         self.stage = Stage.PREPARING
         self.forced_end: Optional[ForcedEnd] = None
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
@@ -18956,8 +18957,7 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
                    or default_start_method(), grace=args.grace,
-                   offer=find_offer(args.resource),
-                   interpreters=find_interpreters(args.python))
+                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python))
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:

@@ -105,7 +105,8 @@ from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_r
 from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
-from dispynode import reason_of, refused_row, replaced, result_key, run_until_ended, save_config
+from dispynode import read_secret, reason_of, refused_row, replaced, result_key, run_until_ended
+from dispynode import save_config
 from dispynode import seconds_option, set_up_log, shorten, size_of, size_option, take_own_directory
 from dispynode import tell_obsolete, tls_files, unfit_row, unpack_error, with_size, write_private
 from dispynode import write_stacks_on_signal
@@ -136,6 +137,8 @@ REMOVED_AT_ONCE = 20          # results that are removed in one transaction whil
 # Bytes of the disk that are kept for the removal of what is over when it is full
 RESERVE = 2 << 20
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
+USERS_MOST = 1000             # users with a secret each: a handshake tries all of them
+USER_NAME = re.compile('[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}')
 LOCK_MOST = 4096              # characters of the path of a node's lock file
 QUESTIONS_MOST = 64           # of a computation whose files are on their way
 COMPS_MOST = 256              # computations of one connection
@@ -522,7 +525,7 @@ class State(Database):
         if place is None:
             place = next(self._newest)
             self._comps[computation.comp] = place
-        spec = dict(computation.cargo.spec, key=computation.digest)
+        spec = dict(computation.cargo.spec, key=computation.digest, user=tuple(computation.user))
         self.note(self.COMP, place, computation.comp, computation.instance, pickle.dumps(spec, 5))
 
     def over(self, comp: str) -> None:
@@ -1187,6 +1190,7 @@ class ClientComputation(NodeUser):
         self.number = 0
         self.since = 0.0
         self.program = ''
+        self.user = ProgramUser()
         self.done = 0                             # jobs that have ended as they should
         self.failed = 0
         self.cancelled = 0
@@ -1523,11 +1527,24 @@ def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
     return spec._replace(allocator=allocator)
 
 
+class ProgramUser(NamedTuple):
+    """Whose a program is: by the secret that it has, or only by what it says."""
+    name: str = ''
+    is_proven: bool = False
+
+    def __str__(self) -> str:
+        if self.is_proven or not self.name:
+            return self.name
+        return self.name + ' (not proven)'
+
+
 class _Session(NamedTuple):
-    """The link of a program. `operator` says whether the program has the operator's secret."""
+    """The link of a program. `operator` says whether the program has the operator's secret, `user`
+    is the one whose secret it has."""
     link: Link
     names: List[str]
     operator: bool = True
+    user: str = ''
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1557,6 +1574,8 @@ class Options(NamedTuple):
     # Programs have a secret of their own, and so has the operator
     separate: bool = False
     operator_secret: bytes = b''
+    # Names of users and their secrets, in the place of the one of programs
+    users: Tuple[Tuple[str, bytes], ...] = ()
     # Networks and host names with nodes that may be dialled; none: private networks
     allowed: Tuple[str, ...] = ()
     gone: float = GONE_TIME
@@ -1657,6 +1676,7 @@ class ProgramOverview(Overview):
         super().__init__(scheduler)
         self._scheduler = scheduler
         self._drains = scheduler.drains
+        self._only = ''      # the user who asks and may not see what is of others
         self._numbers = itertools.count(1)
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
@@ -1673,6 +1693,27 @@ class ProgramOverview(Overview):
         value = self._ANSWERS[name](self, *args)
         return time.perf_counter() - began, value
 
+    def answer_user(self, user: str, name: str = '', *args: Any) -> Tuple[float, Any]:
+        """Answer a user who has proved his name: as `answer`, as if there were no programs of
+        others. Orders that concern others are refused."""
+        if name not in self._OF_USERS:
+            raise RuntimeError(
+                "%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" %
+                (name,))
+        self._only = user
+        try:
+            return self.answer(name, *args)
+        finally:
+            self._only = ''
+
+    def _opened(self) -> List[ClientComputation]:
+        """Return the computations that who asks may see."""
+        opened = self._scheduler.computations.opened()
+        if not self._only:
+            return opened
+        mine = ProgramUser(self._only, True)
+        return [computation for computation in opened if computation.user == mine]
+
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Answer somebody who does not have the operator's secret: with the names and counts of
         all programs and with nothing about their jobs. Orders are refused."""
@@ -1685,7 +1726,7 @@ class ProgramOverview(Overview):
         took, rows = self.answer(name, *args)
         for row in rows:
             if name == 'clusters':
-                row.update(comp='', program='')
+                row.update(comp='', program='', user='', proven=False)
             else:
                 row['uses'] = list(map(_without_reason, row['uses']))
         return took, rows
@@ -1758,7 +1799,7 @@ class ProgramOverview(Overview):
     # -- questions ---------------------------------------------------------------------------------
 
     def _computation(self, number: int) -> ClientComputation:
-        for computation in self._scheduler.computations.opened():
+        for computation in self._opened():
             if computation.number == number:
                 return computation
         raise ValueError('there is no cluster %.20r' % (number,))
@@ -1770,7 +1811,7 @@ class ProgramOverview(Overview):
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        computations = self._scheduler.computations.opened()
+        computations = self._opened()
         count = min(count, PAGE)
         clusters: List[dict] = []
         for computation in computations[first:first + count]:
@@ -1785,6 +1826,8 @@ class ProgramOverview(Overview):
         row['comp'] = computation.comp
         row['name'] = computation.name[:200]
         row['program'] = computation.program
+        row['user'] = computation.user.name
+        row['proven'] = computation.user.is_proven
         row['connected'] = computation.link in scheduler.links
         row['job_seconds'] = computation.job_seconds()
         row['elapsed'] = scheduler.now - computation.since
@@ -1792,7 +1835,7 @@ class ProgramOverview(Overview):
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
-        computations = scheduler.computations.opened()
+        computations = self._opened()
         peers = scheduler.nodes.by_key.values()
         page = itertools.islice(peers, first, first + min(count, PAGE))
         return [self._node(peer, computations, asking) for peer in page]
@@ -1854,7 +1897,7 @@ class ProgramOverview(Overview):
         times = scheduler.turn_times
         works = 0
         results = 0
-        for computation in scheduler.computations.opened():
+        for computation in self._opened():
             works += len(computation.works)
             results += len(computation.ended)
         at_nodes = 0
@@ -1875,15 +1918,16 @@ class ProgramOverview(Overview):
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
         FailedJob."""
-        since = self._failed_jobs.since(known)
-        return [tuple(row) for row in since]
+        seen = {computation.number for computation in self._opened()}
+        rows = self._failed_jobs.since(known)
+        return [tuple(row) for row in rows if not self._only or row.cluster in seen]
 
     def _jobs(self, key: Any) -> List[tuple]:
         """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
         None."""
         peer = self._peer(key)
         rows: List[tuple] = []
-        for computation in self._scheduler.computations.opened():
+        for computation in self._opened():
             left = PAGE - len(rows)
             for job in self.jobs_at(peer.key, computation.comp, left):
                 number = job.work.client_serial
@@ -1895,7 +1939,7 @@ class ProgramOverview(Overview):
         """Return the packed arguments of jobs that are named by pairs of cluster and job: their
         size if they are large, None if the job has ended."""
         computations = {}
-        for computation in self._scheduler.computations.opened():
+        for computation in self._opened():
             computations[computation.number] = computation
         found = []
         for number, serial in jobs[:PAGE]:
@@ -2011,6 +2055,9 @@ class ProgramOverview(Overview):
         'release': _release,
         'use': _use,
     }
+    # What users may ask, of their own programs
+    _OF_USERS = frozenset(('clusters', 'nodes', 'failures', 'jobs', 'arguments', 'cancel',
+                           'cancel_waiting'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -2337,8 +2384,12 @@ class ProgramLinks(Part):
         link = Link(event.sock, event.session, event.address, scheduler.now, options.pulse,
                     OF_CLIENTS)
         scheduler.attach(link)
-        operator = not options.separate or event.session.secret == 1
-        self.sessions[link.number] = _Session(link, [event.address], operator)
+        number = event.session.secret
+        operator = not options.separate or number == max(1, len(options.users))
+        user = ''
+        if number < len(options.users):
+            user = options.users[number][0]
+        self.sessions[link.number] = _Session(link, [event.address], operator, user)
         self._bound_links(link)
 
     def _bound_links(self, link: Link) -> None:
@@ -2397,6 +2448,14 @@ class ProgramLinks(Part):
         """Return whose a link is, for people: user, host and PID of the program."""
         return self.sessions[link.number].names[0]
 
+    def user_of(self, link: Link) -> ProgramUser:
+        """Return whose a link is: by its secret, or by what the program says."""
+        session = self.sessions[link.number]
+        if session.user:
+            return ProgramUser(session.user, True)
+        claimed = session.names[0].partition(' PID ')[0]
+        return ProgramUser(claimed, False)
+
     def _refused_results(self, link: Link, message: Wrong) -> None:
         """A program cannot use what was sent. After a few times a text takes the place of a result
         that was in it."""
@@ -2446,7 +2505,10 @@ class ProgramLinks(Part):
         name = message.name[:200]
         pulse = min(max(message.pulse, 0.1), 3600.0)
         scheduler.set_pulse(link, pulse)
-        self.sessions[link.number].names[0] = name
+        session = self.sessions[link.number]
+        if session.user:
+            name = '%s (%s)' % (session.user, name)
+        session.names[0] = name
         logger.info('%s is connected from %s', name, link.address)
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
@@ -2533,12 +2595,18 @@ class ProgramComputations(Part):
             then = functools.partial(self._complete, computation)
             self._scheduler.program_files.want(computation, spec['files'], spec['modules'], then)
 
-    @staticmethod
-    def _is_of(computation: ClientComputation, link: Link, spec: dict) -> bool:
+    def _is_of(self, computation: ClientComputation, link: Link, spec: dict) -> bool:
         """Return whether a computation is of the program that says so."""
-        if computation.instance != link.instance:
+        if computation.instance != link.instance or not self._is_of_user(computation, link):
             return False
         return hmac.compare_digest(computation.digest, result_key(spec))
+
+    def _is_of_user(self, computation: ClientComputation, link: Link) -> bool:
+        """Return whether a computation is of the user at a link. Where secrets do not tell, it is
+        anybody's who has its key."""
+        if not computation.user.is_proven:
+            return True
+        return computation.user == self._scheduler.programs.user_of(link)
 
     def _begin(self, link: Link, message: Compute) -> Optional[ClientComputation]:
         """Make a computation that is new here, if there is room for it."""
@@ -2613,6 +2681,8 @@ class ProgramComputations(Part):
         computation.link = link.number
         computation.given_up_at = math.inf
         computation.program = self._scheduler.programs.name_of(link)
+        if not computation.user.is_proven:
+            computation.user = self._scheduler.programs.user_of(link)
         computation.rests_at = math.inf
         self._sharing.look_again()
         if computation.rests:
@@ -2663,8 +2733,10 @@ class ProgramComputations(Part):
             past = self._state.past(comp)
             known_attempts = KnownAttempts(comp, [], past.row())
             self._send(link, known_attempts)
-        elif not may_reclaim(computation.digest, message.key):
-            logger.warning('%s wants results of a computation and does not have its key',
+        elif not (self._is_of_user(computation, link) and
+                  may_reclaim(computation.digest, message.key)):
+            logger.warning('%s wants results of a computation and may not: it is of another user, '
+                           'or the key is another',
                            self._scheduler.programs.name_of(link))
             past = AttemptHistory(whole=False)
             self._send(link, KnownAttempts(comp, [], past.row()))
@@ -3348,10 +3420,13 @@ class ProgramCalls(Part):
 
     def _overview(self, link: Link, args: tuple) -> Tuple[float, Any]:
         """Answer a monitor, which speaks of no computation."""
-        scheduler = self._scheduler
-        if self._programs.sessions[link.number].operator:
-            return scheduler.overview.answer(*args)
-        return scheduler.overview.answer_anybody(*args)
+        overview = self._scheduler.overview
+        session = self._programs.sessions[link.number]
+        if session.operator:
+            return overview.answer(*args)
+        if session.user:
+            return overview.answer_user(session.user, *args)
+        return overview.answer_anybody(*args)
 
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
         """Return whether the files of the computation are still to come. Questions about its jobs
@@ -3584,7 +3659,10 @@ class Restoration(Part):
         there = set()
         for comp, client, spec in self._state.comps():
             there.add(comp)
-            self._restore(self._scheduler.computations.make(comp, client, spec))
+            user = ProgramUser(*spec.pop('user', ()))
+            computation = self._scheduler.computations.make(comp, client, spec)
+            computation.user = user
+            self._restore(computation)
         for name in os.listdir(self._state.root):
             comp = name[2:].partition('.')[0]
             if name.startswith('c-') and comp not in there:
@@ -3732,10 +3810,12 @@ class Scheduler(Driver):
         return port
 
     def _keys(self) -> Dict[int, Tuple[bytes, ...]]:
-        """Return a dictionary from roles to the keys that prove them. The second key of programs is
-        the operator's."""
+        """Return a dictionary from roles to the keys that prove them. The last key of programs is
+        the operator's, the others are those of users in their order."""
         options = self.options
-        programs = [derive_key(options.cluster_secret)]
+        programs = [derive_key(secret) for _, secret in options.users]
+        if not programs:
+            programs.append(derive_key(options.cluster_secret))
         if options.separate:
             programs.append(derive_key(options.operator_secret))
         nodes = (derive_key(options.node_secret),)
@@ -3943,7 +4023,9 @@ class Operator:
         ended = row['done'] + row['failed'] + row['cancelled']
         waiting = row['submitted'] - ended
         return {
-            'number': row['number'], 'program': row['program'], 'name': row['name'],
+            'number': row['number'], 'user': row['user'], 'proven': row['proven'],
+            'whose': str(ProgramUser(row['user'], row['proven'])),
+            'program': row['program'], 'name': row['name'],
             'connected': row['connected'], 'seconds': row['elapsed'], 'running': 0,
             'waiting': waiting, 'done': row['done'], 'failed': row['failed'],
             'cancelled': row['cancelled'], 'cpus': 0, 'job_seconds': row['job_seconds']
@@ -4044,7 +4126,8 @@ def _in_gib(size: Optional[int]) -> str:
 
 # Task -> columns: the title, the field of a row, and how it is written
 TABLES: Dict[str, List[Tuple[str, str, Callable[[Any], str]]]] = {
-    'status': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
+    'status': [('NUMBER', 'number', str), ('USER', 'whose', str), ('PROGRAM', 'program', str),
+               ('NAME', 'name', str),
                ('SINCE', 'seconds', _ago), ('RUNNING', 'running', str), ('CPUS', 'cpus', str),
                ('WAITING', 'waiting', str), ('DONE', 'done', str), ('FAILED', 'failed', str),
                ('CANCELLED', 'cancelled', str)],
@@ -4238,7 +4321,8 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'help': 'secret of programs, if it is another; better:'}),
     (('--cluster-secret-file',), {
         'metavar': 'FILE',
-        'help': 'file with the secret of programs'}),
+        'help': 'file with the secret of programs, or a directory with a secret for each user, '
+                'in a file with his name: a program sees and cancels what is of its user then'}),
     (('--node-certfile',), {
         'metavar': 'FILE',
         'help': 'certificate for TLS with nodes'}),
@@ -4431,6 +4515,39 @@ def _check_options(args: argparse.Namespace) -> None:
         _check_allowed(word)
 
 
+def _secrets_of(root: str, args: argparse.Namespace) -> Dict[str, Any]:
+    """Return the options of a scheduler that are secrets, or tell what they are for. Raises
+    SecretError, StartError, OSError."""
+    users: Tuple[Tuple[str, bytes], ...] = ()
+    if args.cluster_secret_file and os.path.isdir(args.cluster_secret_file):
+        users = secrets_of_users(args.cluster_secret_file)
+        cluster_secret = b''
+    else:
+        cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file).strip()
+    node_secret = find_secret(args.node_secret, args.node_secret_file)
+    separate = bool(args.cluster_secret or args.cluster_secret_file)
+    known = [cluster_secret, *[secret for _, secret in users]]
+    is_same = node_secret.strip() in known
+    operator_secret = b''
+    if separate:
+        if is_same and not args.nodes_share_secret:
+            raise StartError(
+                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
+                'same: each program could pass for a node and be given the jobs of the others; '
+                'give nodes another (--node-secret-file), or say --nodes-share-secret')
+        operator_secret = _operator_secret(root, args.operator_secret_file)
+        if users and operator_secret.strip() in known:
+            raise StartError("a user has the operator's secret, and would be the operator: give "
+                             'another (--operator-secret-file)')
+    return {
+        'cluster_secret': cluster_secret,
+        'node_secret': node_secret,
+        'separate': separate,
+        'operator_secret': operator_secret,
+        'users': users,
+    }
+
+
 def _options_of(args: argparse.Namespace) -> Options:
     """Return the options of a scheduler by its command line. Raises SecretError, StartError,
     OSError."""
@@ -4440,24 +4557,6 @@ def _options_of(args: argparse.Namespace) -> Options:
                          'password file): --state-dir')
     if args.clean:
         _clean(root)
-    cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file)
-    node_secret = find_secret(args.node_secret, args.node_secret_file)
-    separate = bool(args.cluster_secret or args.cluster_secret_file)
-    is_same = cluster_secret.strip() == node_secret.strip()
-    operator_secret = b''
-    if separate:
-        if is_same and not args.nodes_share_secret:
-            raise StartError(
-                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
-                'same: each program could pass for a node and be given the jobs of the others; '
-                'give nodes another (--node-secret-file), or say --nodes-share-secret')
-        operator_secret = _operator_secret(root, args.operator_secret_file)
-    secrets: Dict[str, Any] = {
-        'cluster_secret': cluster_secret,
-        'node_secret': node_secret,
-        'separate': separate,
-        'operator_secret': operator_secret,
-    }
     given: Dict[str, Any] = {}
     for field, name in OPTION_OF.items():
         given[field] = getattr(args, name)
@@ -4471,7 +4570,28 @@ def _options_of(args: argparse.Namespace) -> Options:
                    zombie=zombie,
                    max_file_size=max_file_size,
                    **given,
-                   **secrets)
+                   **_secrets_of(root, args))
+
+
+def secrets_of_users(directory: str) -> Tuple[Tuple[str, bytes], ...]:
+    """Return the names and secrets of users: one file each. Raises SecretError, StartError,
+    OSError."""
+    found: Dict[bytes, str] = {}
+    for name in sorted(os.listdir(directory)):
+        if name.startswith('.'):
+            continue
+        path = os.path.join(directory, name)
+        if not USER_NAME.fullmatch(name):
+            raise StartError('%s: a user is called by letters, digits and ._- (at most 64)' % path)
+        secret = read_secret(path)
+        if secret in found:
+            raise StartError('%s: the users %s and %s have the same secret' %
+                             (directory, found[secret], name))
+        found[secret] = name
+    if not 1 <= len(found) <= USERS_MOST:
+        raise StartError('%s: the directory has the secrets of %d users, and 1 to %d are wanted '
+                         '(--cluster-secret-file)' % (directory, len(found), USERS_MOST))
+    return tuple((name, secret) for secret, name in found.items())
 
 
 def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:

@@ -158,7 +158,7 @@ def runner_of(node):
 
 def run_node(*options, env=None, stdin=subprocess.DEVNULL, python=sys.executable):
     """A node that is expected not to start: (exit code, stderr)."""
-    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options],
+    done = subprocess.run([python, script_of('dispynode', env), '-i', '127.0.0.1', *options],
                           stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30,
                           env=dict(os.environ, **(env or {})))
     return done.returncode, done.stderr.decode()

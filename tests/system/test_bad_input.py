@@ -47,7 +47,7 @@ def test_options_that_make_no_sense(tmp_path, argv, text):
     """No traceback, no start, and the option in the text."""
     (tmp_path / 'deep').write_text('[' * 100000)
     argv = [str(tmp_path / 'deep') if word == 'DEEP' else word for word in argv]
-    done = subprocess.run([sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]],
+    done = subprocess.run([sys.executable, '-m', argv[0][:-len('.py')], *argv[1:]],
                           capture_output=True, text=True, timeout=60,
                           env=dict(os.environ, XDG_STATE_HOME=str(tmp_path)))
     assert (done.returncode in (1, 2, 255) and text in done.stderr
@@ -57,7 +57,7 @@ def test_options_that_make_no_sense(tmp_path, argv, text):
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0,
                     reason='only root may become another user')
 def test_root_is_no_user_of_jobs():
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispynode.py'), '--user', 'root'],
+    done = subprocess.run([sys.executable, '-m', 'dispynode', '--user', 'root'],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and '--user root' in done.stderr
 
@@ -188,8 +188,8 @@ def test_the_token_of_the_monitor_is_in_no_log_that_others_can_read(tmp_path):
         if mode:
             log.write_text('')
             os.chmod(log, mode)
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i',
-                                    '127.0.0.1', '-p', '0', '--state-dir', str(tmp_path / 's'),
+        process = subprocess.Popen([sys.executable, '-m', 'dispyscheduler', '-i', '127.0.0.1',
+                                    '-p', '0', '--state-dir', str(tmp_path / 's'),
                                     '-n', '127.0.0.1:1', '--httpd', '0', '--log-file', str(log)],
                                    stderr=subprocess.DEVNULL)
         try:

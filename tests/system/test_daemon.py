@@ -27,7 +27,7 @@ from dispynode import own_hosts
 from dispynode import (
     Finish, Hours, Pause, Phase, Release, Resume, ServiceManager, SetCpus, StartError, Status, Stop,
     make_parser, parse_arguments, size_option, available_cpus, parse_command, find_hours)
-from nodes import NodeProcess, run_node
+from nodes import NodeProcess, run_node, script_of
 from scenes import Gate, hold, square
 
 # Nodes without pytest run the functions of this module: by its name it could not be imported there.
@@ -35,8 +35,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0,
                                reason='only root may become another user')
-DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0', '-c',
-          '1']
+DAEMON = [sys.executable, script_of('dispynode', None), '-i', '127.0.0.1', '-p', '0', '-c', '1']
 
 
 def parsed(*argv):

@@ -421,17 +421,3 @@ def test_joblib_raises_what_a_call_raised():
     with joblib.parallel_backend('dispy', nodes='local'):
         with pytest.raises(Odd, match='no'):
             joblib.Parallel()(joblib.delayed(fail)(n) for n in range(10))
-
-
-def test_a_grid_search_of_scikit_learn():
-    joblib = pytest.importorskip('joblib')
-    pytest.importorskip('sklearn')
-    from sklearn.datasets import load_iris
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.svm import SVC
-    dispy.register_joblib()
-    data, target = load_iris(return_X_y=True)
-    search = GridSearchCV(SVC(), {'C': [0.1, 1, 10], 'gamma': [0.01, 0.1]}, cv=3)
-    with joblib.parallel_backend('dispy', nodes='local'):
-        search.fit(data, target)
-    assert search.best_score_ > 0.9

@@ -307,7 +307,7 @@ def test_labels_of_metrics_are_bounded_in_number():
     fields = {'state': 'working', 'submitted': 3, 'job_seconds': 1.5, 'cpus': 2, 'used': 1,
               'waiting': 1, 'running': 1, 'done': 1, 'failed': 0, 'cancelled': 0}
     clusters = [dict(fields, number=number, name='c%d' % number,
-                     program='user%d@host PID %d' % (number % 150, number))
+                     user='user%d' % (number % 150))
                 for number in range(1, 301)]
     snapshot = dispy_httpd.Snapshot(1, 0.0, 0.0, clusters, [], False)
     text = dispy_httpd.metrics(snapshot, True, {'turns': 5})
@@ -1006,7 +1006,7 @@ def test_a_scheduler_is_asked_in_pages(monkeypatch):
     (['--nodes', 'x', '-p', '70000'], 1, 'port=70000'),
     (['--nodes', 'x', '--secret-file', '/no/such'], 1, '/no/such')])
 def test_a_command_line_that_does_not_work(options, code, text):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), *options],
+    done = subprocess.run([sys.executable, '-m', 'dispy_httpd', *options],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode == code and text in done.stderr.decode()
             and 'Traceback' not in done.stderr.decode())

@@ -225,3 +225,15 @@ def test_the_backend_is_found_whichever_is_imported_first(tmp_path, before):
     found = subprocess.run([sys.executable, str(tmp_path / 'program.py')], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, timeout=60)
     assert found.stdout == b'[0.0, 1.0, 2.0]\n' and found.stderr == b''
+
+
+def test_a_grid_search_of_scikit_learn():
+    pytest.importorskip('sklearn')
+    from sklearn.datasets import load_iris
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.svm import SVC
+    data, target = load_iris(return_X_y=True)
+    search = GridSearchCV(SVC(), {'C': [0.1, 1, 10], 'gamma': [0.01, 0.1]}, cv=3)
+    with joblib.parallel_backend('dispy', nodes='local'):
+        search.fit(data, target)
+    assert search.best_score_ > 0.9

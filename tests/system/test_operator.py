@@ -12,10 +12,26 @@ import pytest
 
 import dispy
 from conftest import eventually
+from dispynode import DispyError
+from dispyscheduler import secrets_of_users
 from nodes import NodeProcess, SchedulerProcess
 
 
 def wait_for(path):
+    import os
+    import time
+    while not os.path.exists(path):
+        time.sleep(0.02)
+
+
+def of_alice(path):
+    import os
+    import time
+    while not os.path.exists(path):
+        time.sleep(0.02)
+
+
+def of_bob(path):
     import os
     import time
     while not os.path.exists(path):
@@ -48,6 +64,7 @@ def test_an_operator_sees_and_orders(tmp_path):
             program, = rows(scheduler, 'status')
             assert program['name'] == 'wait_for' and 'PID %d' % os.getpid() in program['program']
             assert (program['running'], program['cpus'], program['done']) == (2, 2, 0)
+            assert 'of %s begins' % program['program'] in node.log()
             code, out, err = operate(scheduler, 'status')
             assert code == 0 and 'WAITING' in out and 'wait_for' in out
             running = eventually(
@@ -122,6 +139,77 @@ def test_a_node_stays_drained_for_its_reason_until_it_is_resumed(tmp_path):
                 eventually(lambda: known().get('lab2', {}).get('state') == 'connected')
 
 
+def test_users_are_known_by_their_secrets(tmp_path):
+    """A user sees and cancels what is his, the operator everything, also after a new start."""
+    directory, users = tmp_path / 'scheduler', tmp_path / 'users'
+    users.mkdir()
+    for name in ('alice', 'bob'):
+        (users / name).write_text('the secret of %s, long enough' % name)
+        (users / name).chmod(0o600)
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
+        words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
+        with SchedulerProcess(directory, *words) as scheduler:
+            clusters = {}
+            with contextlib.ExitStack() as stack:
+                for name, job_of in (('alice', of_alice), ('bob', of_bob)):
+                    cluster = dispy.SharedJobCluster(
+                        job_of, scheduler_port=scheduler.port, loglevel=50,
+                        secret='the secret of %s, long enough' % name)
+                    clusters[name] = stack.enter_context(cluster)
+                jobs = {}
+                for name, cluster in clusters.items():
+                    jobs[name] = [cluster.submit(str(tmp_path / 'flag')) for _ in range(3)]
+                seen = {}
+
+                def look():
+                    """What each sees."""
+                    for name, secret in (('alice', users / 'alice'), ('bob', users / 'bob'),
+                                         ('operator', directory / 'state' / 'operator-secret')):
+                        more = ('--secret-file', str(secret))
+                        seen[name] = (rows(scheduler, 'status', *more),
+                                      rows(scheduler, 'jobs', *more))
+                    return seen
+
+                def names():
+                    return [sorted((row['user'], row['proven'], row['name']) for row in found)
+                            for found, _ in look().values()]
+                mine, his = ('alice', True, 'of_alice'), ('bob', True, 'of_bob')
+                eventually(lambda: names() == [[mine], [his], [mine, his]])
+                for name in ('alice', 'bob'):
+                    assert {row['name'] for row in seen[name][1]} <= {'of_' + name}
+                assert {row['name'] for row in seen['operator'][1]} == {'of_alice', 'of_bob'}
+                scheduler.kill()
+                with SchedulerProcess(directory, *words, port=scheduler.port) as scheduler:
+                    eventually(lambda: names() == [[mine], [his], [mine, his]])
+                    number = seen['bob'][0][0]['number']
+                    more = ('--secret-file', str(users / 'alice'))
+                    code, out, err = operate(scheduler, 'cancel', str(number), *more)
+                    assert code == 1 and 'there is no cluster' in err
+                    code, out, err = operate(scheduler, 'drain', 'lab2', *more)
+                    assert code == 1 and "operator's secret" in err
+                    more = ('--secret-file', str(users / 'bob'))
+                    assert operate(scheduler, 'cancel', str(number), *more)[0] == 0
+                    for job in jobs['bob']:
+                        assert job.wait(30) and job.status == job.Cancelled
+                    assert 'alice (' in scheduler.log() and 'bob (' in scheduler.log()
+                    (tmp_path / 'flag').write_text('')
+                    assert all(job.wait(30) and job.status == job.Finished for job in jobs['alice'])
+                    for cluster in clusters.values():
+                        cluster.close()
+
+
+@pytest.mark.parametrize('files, text', [
+    ({}, 'the secrets of 0 users'), ({'.hidden': 'secret'}, 'the secrets of 0 users'),
+    ({'a b': 'secret'}, 'called by letters'), ({'a': 'same', 'b': 'same'}, 'a and b have the same'),
+    ({'a': ''}, 'is empty')])
+def test_secrets_of_users_that_cannot_be(tmp_path, files, text):
+    for name, secret in files.items():
+        (tmp_path / name).write_text(secret)
+        (tmp_path / name).chmod(0o600)
+    with pytest.raises(DispyError, match=text):
+        secrets_of_users(str(tmp_path))
+
+
 def test_the_page_of_a_scheduler_keeps_its_token(tmp_path):
     """Standard error goes to a file that others can read: the token is not in it."""
     directory, tokens = tmp_path / 'scheduler', []
@@ -170,20 +258,22 @@ def test_the_prompt_of_a_scheduler(tmp_path):
                 said.extend(os.read(ours, 65536))
             return text in said.decode()
 
-        def asked(line, text):
-            """Until the answer is this one."""
-            os.write(ours, line.encode() + b'\n')
+        def nodes_show(text):
+            """Whether the table of nodes has that; another is asked for when one has come."""
+            tables = said.count(b'NAME  ADDRESS')
+            os.write(ours, b'nodes\n')
+            eventually(lambda: shows('NAME') and said.count(b'NAME  ADDRESS') > tables)
             return shows(text)
         try:
             eventually(lambda: shows('commands: quit; status, jobs'))
-            eventually(lambda: asked('nodes', 'connected'))
+            eventually(lambda: nodes_show('connected'))
             os.write(ours, b'drain lab2 --reason "new disk"\nnodes\n')
             eventually(lambda: shows('new disk (since '))
             os.write(ours, b'drain no-such-node\n')
             eventually(lambda: shows('has no node no-such-node'))
             os.write(ours, b'drain\ncancel "\nwhat?\n\n')
             eventually(lambda: shows('arguments are required') and shows('No closing quotation') and
-                       shows('NUMBER  PROGRAM'))
+                       shows('NUMBER  USER'))
             os.write(ours, b'quit\n')
             assert process.wait(20) == 0
         finally:

@@ -200,8 +200,8 @@ def test_a_full_disk_heals_when_its_program_ends(small_disk, tmp_path, node, siz
 # -- secrets ---------------------------------------------------------------------------------------
 
 def start(*args):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i',
-                           '127.0.0.1', '-p', '0', *args],
+    return subprocess.run([sys.executable, '-m', 'dispyscheduler', '-i', '127.0.0.1', '-p', '0',
+                           *args],
                           capture_output=True, text=True, timeout=30)
 
 
