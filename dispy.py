@@ -770,7 +770,7 @@ class DispyJob(ProgramJob):
             self.id, words, where and ' on ' + where, reason and ': ' + reason)
 
     def _repr_html_(self) -> str:
-        """For notebooks: a table."""
+        """Return a table for notebooks."""
         return html_of_jobs([self])
 
 
@@ -882,7 +882,7 @@ class KeptJob(DispyJob):
 
     @property
     def id(self) -> Any:
-        """As a DispyJob's."""
+        """The id of the job, as a DispyJob has it."""
         return _plain_id.__get__(self, KeptJob)
 
     @id.setter
@@ -1145,7 +1145,7 @@ class DispyNode:
         return '<DispyNode %s>' % text
 
     def _repr_html_(self) -> str:
-        """For notebooks: a table."""
+        """Return a table for notebooks."""
         return html_of_nodes([self])
 
 
@@ -1191,7 +1191,7 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
 # --------------------------------------------------------------------------------------------------
 
 def many(count: int, word: str) -> str:
-    """'1 node', '2 nodes'."""
+    """Return a number with its noun: '1 node', '2 nodes'."""
     return '%d %s%s' % (count, word, '' if count == 1 else 's')
 
 
@@ -2301,7 +2301,7 @@ class ScarceJobs:
         return line
 
     def length(self) -> int:
-        """Jobs that wait here."""
+        """Return how many jobs wait here."""
         return sum(line.length for line in self.queues.values())
 
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
@@ -2409,7 +2409,7 @@ class ComputationLoad:
         return length
 
     def waiting(self) -> List[ScheduledJob]:
-        """All jobs that wait."""
+        """Return all jobs that wait."""
         queues = self.shared_queues() + list(self.pinned.values())
         queued = [work for queue in queues for work in queue]
         restings = list(self.resting)
@@ -2632,7 +2632,7 @@ class NodeLoad:
         return part - max(0, lower - limit)
 
     def limit(self, comp: str, cpus: int) -> None:
-        """CPUs for a computation."""
+        """Set how many CPUs a computation may use."""
         self.limits[comp] = cpus
         self._count()
 
@@ -4893,7 +4893,7 @@ class ModuleFinder:
         self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
 
     def look(self, name: str) -> Whereabouts:
-        """Any thread."""
+        """Find out where a module is. Any thread."""
         module = sys.modules.get(name, self)
         kept = self._kept.get(name)
         if kept is not None and kept[0] is module and self._is_valid(kept):
@@ -5117,7 +5117,7 @@ class ModuleFinder:
 
     @staticmethod
     def _ask_entries(name: str, locations: Sequence[str]) -> Any:
-        """What PathFinder does."""
+        """Ask the entries of a path, as PathFinder does."""
         portions: List[str] = []
         for location in locations:
             try:
@@ -6233,7 +6233,7 @@ def client_pickler() -> Any:
 @functools.lru_cache(maxsize=2)
 def _client_pickler(base: Any) -> Any:
     class ClientPickler(base):  # type: ignore[misc, valid-type]
-        """Of arguments."""
+        """Pickles arguments."""
 
         def importable(self, module: str) -> bool:
             """Whether nodes have the module, or get its file."""
@@ -6381,7 +6381,7 @@ class Value:
 
     @property
     def row(self) -> Tuple[int, bytes]:
-        """Size and digest."""
+        """Return size and digest."""
         return len(self.data), self.digest
 
 
@@ -6395,7 +6395,7 @@ class SharedPayload(bytes):
         return tuple(value.row for value in self.values)
 
     def total(self) -> int:
-        """Bytes, with the values."""
+        """Return how many bytes it has, with the values."""
         return len(self) + sum(len(value.data) for value in self.values)
 
 
@@ -8148,7 +8148,7 @@ class Journal(Database):
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), job_number(work.serial))
 
     def _needs_no_more(self, work: ScheduledJob) -> None:
-        """A job has ended."""
+        """Forget what a job needs, which has ended."""
         if work.options:
             rows = work.options.get('values', ())
         else:
@@ -8875,7 +8875,7 @@ class NodeInfo(NamedTuple):
     facts: dict
 
     def facts_now(self) -> dict:
-        """As a Peer's."""
+        """Return what is known of the node, as a NodeConnection does."""
         return self.facts
 
 
@@ -9144,7 +9144,7 @@ class NodeConnection:
 
     @property
     def kind(self) -> str:
-        """As of NodeDoubted."""
+        """Return what kind of node it is, as NodeDoubted has it."""
         if self.scheduler:
             return 'scheduler'
         if self.embedded:
@@ -10511,7 +10511,7 @@ class NodeTable:
         self.misfits = Misfits()
 
     def of(self, comp: str) -> List[NodeConnection]:
-        """Nodes of a cluster."""
+        """Return the nodes of a cluster."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if comp in peer.uses:
@@ -10732,7 +10732,7 @@ class NodeSearch:
         known.heard = now
 
     def close(self) -> None:
-        """Ask nowhere any more."""
+        """Stop asking everywhere."""
         for asker in self._ears.values():
             asker.ears.close()
 
@@ -10860,7 +10860,7 @@ class Connector:
                     peer: NodeConnection,
                     note: Callable[[Any], None],
                     patience: float = HANDSHAKE_TIME) -> Authenticated:
-        """A dial thread."""
+        """Connect to a node, in the thread that dials."""
         if not peer.embedded:
             if peer.scheduler:
                 wanted = Role.SCHEDULER
@@ -11130,7 +11130,7 @@ class Connector:
         return peer.probed and not peer.listed
 
     def close(self) -> None:
-        """End all of it."""
+        """End all searches, attempts and processes of nodes."""
         for gate in self._acceptors.values():
             gate.server_close()
         self.searches.close()
@@ -11141,7 +11141,7 @@ class Connector:
             peer.end_process()
 
     def sockets(self) -> List[Any]:
-        """All that listen."""
+        """Return all sockets that listen."""
         sockets = []
         for gate in self._acceptors.values():
             sockets.append(gate.socket)
@@ -12104,7 +12104,7 @@ class JobExchange:
 
     def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob,
                     row: tuple) -> None:
-        """An opener."""
+        """Decide whether a job is repeated. A thread that opens results."""
         delay: Optional[float] = None
         try:
             failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
@@ -12180,7 +12180,7 @@ class JobExchange:
         self._driver.soon()
 
     def end_lost_when_due(self, due: List[float]) -> None:
-        """Look for them."""
+        """End jobs that a fault of ours has lost, when it is time to."""
         if self._lost_text and self._driver.now >= self._lost_at:
             text = self._lost_text
             self._lost_text = ''
@@ -12500,7 +12500,7 @@ class NodeQueries:
 
     @staticmethod
     def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
-        """One of them."""
+        """Return the row of one node."""
         return NodeInfo(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
                         peer.offered, peer.facts_now())
 
@@ -13108,7 +13108,7 @@ class Chores:
         self.at = min(due)
 
     def _warn(self, comp: str) -> None:
-        """Nobody waits in silence."""
+        """Warn that no node is ready for a computation, so that nobody waits in silence."""
         driver = self._driver
         self._warn_at[comp] = driver.now + WARN_EVERY
         nodes = driver.queries.nodes_of(comp)
@@ -13527,7 +13527,7 @@ class Driver(Loop):
         self.lost_nodes.link_ended(channel, text)
 
     def remove_old_trails(self) -> None:
-        """Once in a program."""
+        """Have old trails removed, once in a program."""
         global _trails_looked_at
         if not _trails_looked_at:
             _trails_looked_at = True
@@ -17752,7 +17752,7 @@ def joblib_backend(parallel: Any) -> Any:
         def submit(self,
                    func: Callable[..., Any],
                    callback: Optional[Callable[..., Any]] = None) -> JoblibCall:
-            """One batch of calls."""
+            """Submit one batch of calls."""
             run = self._get_run()
             return run.submit(JoblibCall(run, callback), func)
 
@@ -17970,17 +17970,17 @@ def without_extension(path: str) -> str:
 
 
 def last_part(path: str) -> str:
-    """What {/} stands for."""
+    """Return what {/} stands for."""
     return path.rpartition('/')[2]
 
 
 def directory_of(path: str) -> str:
-    """What {//} stands for."""
+    """Return what {//} stands for."""
     return os.path.dirname(path) or '.'
 
 
 def last_part_without_extension(path: str) -> str:
-    """What {/.} stands for."""
+    """Return what {/.} stands for."""
     return without_extension(last_part(path))
 
 
@@ -18742,7 +18742,7 @@ def duration_option(text: str) -> float:
 
 
 def count_option(text: str) -> int:
-    """A number from 1."""
+    """Read a whole number that is at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
     return int(text)
@@ -18778,7 +18778,7 @@ def delimiter_option(text: str) -> bytes:
 
 
 def pattern_option(text: str) -> Any:
-    """A regular expression."""
+    """Read a regular expression."""
     try:
         return re.compile(text)
     except re.error as exc:
@@ -19239,7 +19239,7 @@ class Window:
             self._changed.wait_for(lambda: self.is_closed, seconds)
 
     def close(self) -> None:
-        """No more jobs start."""
+        """Start no more jobs."""
         with self._changed:
             self.is_closed = True
             self._changed.notify_all()
@@ -19273,7 +19273,7 @@ class Terminal:
             self._write(sys.stderr.buffer, data)
 
     def message(self, text: str) -> None:
-        """A line of ours."""
+        """Print a line of our own."""
         data = (text + '\n').encode(errors='backslashreplace')
         self.err(data)
 
@@ -19332,7 +19332,7 @@ class Tally:
         self.last_status = 0           # exit status of the job that ended last
 
     def count(self, ended: Ended) -> None:
-        """A job has ended."""
+        """Count a job that has ended."""
         self.done += 1
         self.last_status = ended.shell_status
         if ended.reason:
@@ -19346,7 +19346,7 @@ class Tally:
         return self.total - self.skipped
 
     def line(self) -> str:
-        """For people."""
+        """Return a line for people."""
         text = '%d of %d done, %d failed' % (self.done, self.all, self.failed)
         if self._display == 'bar':
             return '%s %s' % (self._bar(), text)
@@ -19603,7 +19603,7 @@ class Shell:
         return SharedJobCluster(commands, nodes, **options)
 
     def _printed(self, job: DispyJob, stream: str, data: bytes) -> None:
-        """A callback thread."""
+        """Note what a job has printed. A callback thread."""
         self._events.put(Printed(job.id, stream, data))
 
     def _most(self) -> int:
@@ -19865,12 +19865,12 @@ class BugReport:
         return line
 
     def text(self) -> str:
-        """All of it."""
+        """Return the whole text."""
         return '\n'.join(self._lines[1:]) + '\n'
 
 
 def versions() -> Iterator[str]:
-    """What runs here."""
+    """Return the versions of what runs here."""
     directory = os.path.dirname(os.path.abspath(__file__))
     yield 'dispy %s, %s' % (__version__, directory)
     yield 'Python %s' % sys.version.replace('\n', ' ')
@@ -20566,7 +20566,7 @@ def _access_of(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _cancel_lost(args: argparse.Namespace) -> int:
-    """--cancel-lost."""
+    """Carry out --cancel-lost."""
     access = _access_of(args)
     files = tls_files(args.certfile, args.keyfile, None)
     secret = find_secret(access['secret'])
@@ -20574,7 +20574,7 @@ def _cancel_lost(args: argparse.Namespace) -> int:
 
 
 def _look_at_nodes(args: argparse.Namespace) -> int:
-    """--list-nodes."""
+    """Carry out --list-nodes."""
     if args.scheduler_host is not None:
         raise ValueError('--list-nodes asks the nodes themselves; '
                          '`python -m dispyscheduler nodes` asks a scheduler')

@@ -1867,7 +1867,7 @@ class ValueRequests:
         self._holders.discard(one)
 
     def waiting(self, comp: str) -> Sequence[Any]:
-        """Who waits."""
+        """Return those who wait."""
         return self._waiting.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
@@ -2824,7 +2824,7 @@ def _reduce_match(match: Any) -> tuple:
 
 
 def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
-    """A match object."""
+    """Return a match object."""
     return pattern.match(text, start, end)
 
 
@@ -2849,7 +2849,7 @@ def _reduce_queue(waiting: Any) -> tuple:
 
 
 def make_queue(items: List[Any]) -> Any:
-    """A queue.SimpleQueue."""
+    """Return a queue.SimpleQueue."""
     made: Any = queue.SimpleQueue()
     for item in items:
         made.put(item)
@@ -3578,7 +3578,7 @@ def keeps_identity(value: Any) -> bool:
 
 
 def contents_of(value: Any) -> Any:
-    """What `fill_in_place` takes."""
+    """Return what `fill_in_place` takes."""
     if isinstance(value, collections.defaultdict):
         return value.default_factory, dict(value)
     if isinstance(value, (list, collections.deque)):
@@ -5119,7 +5119,7 @@ class FrameEncoder:
 
     @property
     def sealed(self) -> int:
-        """Frames made."""
+        """Return how many frames were made."""
         return self._seq
 
     def __init__(self, key: bytes) -> None:
@@ -5281,7 +5281,7 @@ OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED,
 
 
 class Record(NamedTuple):
-    """One record, taken apart."""
+    """A record that was taken apart."""
     kind: int
     number: int
     serial: int
@@ -6368,7 +6368,7 @@ class InMemory:
     """Memory for a value, which is taken as the value comes."""
 
     def __init__(self, size: int) -> None:
-        """Raises MemoryError."""
+        """Reserve so many bytes. Raises MemoryError."""
         self._view = mapped(size)
 
     def add(self, offset: int, data: Buffer) -> None:
@@ -6376,7 +6376,7 @@ class InMemory:
         self._view[offset:offset + len(data)] = data
 
     def whole(self) -> memoryview:
-        """All that has come."""
+        """Return all that has come."""
         return self._view
 
     def drop(self) -> None:
@@ -6636,7 +6636,7 @@ class Link(Channel):
         return False
 
     def own_address(self) -> str:
-        """Of this end."""
+        """Return the address of this end."""
         address = self.sock.getsockname()[0]
         return plain_address(address)
 
@@ -6658,7 +6658,7 @@ class Link(Channel):
 
     @property
     def sent(self) -> int:
-        """Frames that were sent."""
+        """Return how many frames were sent."""
         return self._sealer.sealed
 
     def messages(self, now: float) -> List[Any]:
@@ -6843,10 +6843,10 @@ class MemoryLink(Link):
         return False
 
     def write(self) -> None:
-        """All is there."""
+        """Nothing is to be written: the other end has what was sent."""
 
     def drain(self, seconds: float) -> None:
-        """As above."""
+        """Nothing is to be waited for: the other end has what was sent."""
 
     def breaks(self, now: float) -> None:
         """There is no network to blame."""
@@ -8013,7 +8013,7 @@ class Reconnector:
             post(ConnectFailed(peer, text))
 
     def ended(self) -> None:
-        """Its event has come."""
+        """The attempt is over: its event has come."""
         self._attempt = None
 
     def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
@@ -9096,7 +9096,7 @@ class _Claim:
         self.fresh = True        # none has begun since it came
 
     def rank(self) -> Tuple[bool, float]:
-        """The lowest is next."""
+        """Return its place in the order: the lowest is served next."""
         return not self.fresh, self.reckoned
 
 
@@ -9168,7 +9168,7 @@ class _Computation:
         self.stage = STAGE_TABLE[self.stage, event]
 
     def cpus_used(self) -> int:
-        """CPUs that it uses."""
+        """Return how many CPUs it uses."""
         workers = self.workers.values()
         cpus = []
         for worker in workers:
@@ -11523,7 +11523,7 @@ class NodeService:
         tables.do(Exit())
 
     def _runs_jobs(self) -> bool:
-        """Whether workers have jobs."""
+        """Return whether workers have jobs."""
         workers = self._tables.workers.values()
         return any(worker.queue for worker in workers)
 
@@ -13357,7 +13357,7 @@ class ReturnedFiles:
                        for path in self._matching(pattern)}
 
     def send(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
-        """As JobDirectory.bring_back."""
+        """Send a file to the client, as JobDirectory.bring_back does."""
         sent = set()
         missing = []
         for pattern in self._patterns:
@@ -13790,7 +13790,7 @@ class _Child(NamedTuple):
 
     @property
     def slots(self) -> Any:
-        """See Slots."""
+        """Return the slots of the workers: see Slots."""
         return self.where.slots
 
 
@@ -13996,7 +13996,7 @@ class RunningLimits:
             del jobs[other]
 
     def forget_all_but(self, workers: Container[int]) -> None:
-        """Others have ended."""
+        """Forget all workers but these: the others have ended."""
         for worker in [worker for worker, jobs in self._known.items()
                        if worker not in workers or not jobs]:
             del self._known[worker]
@@ -16496,7 +16496,7 @@ class RunnerProcess:
             self._popen.wait(seconds)
 
     def close(self) -> None:
-        """It has ended."""
+        """Release what belongs to a process that has ended."""
         if self._process is not None:
             self._process.close()
 
@@ -16529,7 +16529,7 @@ class RunnerWatch:
             self.look_at = host.now + self.OFTEN
 
     def next_look(self, now: float) -> Optional[float]:
-        """When to look again."""
+        """Return when to look again."""
         if self._handle < 0:
             return now + self.OFTEN
         return None
@@ -16577,7 +16577,7 @@ class RunnerWatch:
             os.close(self._handle)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if self._handle >= 0:
             self._host.remove_reader(self._handle)
             os.close(self._handle)
@@ -16781,7 +16781,7 @@ class HeldPipes:
             self._held.remove(pipe)
 
     def may_let_go(self) -> bool:
-        """Whether there are such."""
+        """Return whether any pipe is held back."""
         for pipe in self._held:
             if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2):
                 return True
@@ -17530,7 +17530,7 @@ class NodeDiscovery:
                 source, self._port, same_secret(derive_key(self._options.secret)))
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         if self._sockets is not None:
             self._sockets.close()
 
@@ -18309,7 +18309,7 @@ class ServiceManager:
             self.tell('WATCHDOG=1')
 
     def close(self) -> None:
-        """The service ends."""
+        """End the service."""
         self.tell('STOPPING=1')
         self._is_over.set()
         self._turn.set()
