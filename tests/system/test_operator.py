@@ -13,7 +13,7 @@ import pytest
 import dispy
 from conftest import eventually
 from dispynode import DispyError
-from dispyscheduler import secrets_of_users
+from dispyscheduler import State, secrets_of_users
 from nodes import NodeProcess, SchedulerProcess
 
 
@@ -208,6 +208,59 @@ def test_secrets_of_users_that_cannot_be(tmp_path, files, text):
         (tmp_path / name).chmod(0o600)
     with pytest.raises(DispyError, match=text):
         secrets_of_users(str(tmp_path))
+
+
+def odd(n):
+    if n % 2:
+        raise ValueError(n)
+
+
+def test_the_history_of_jobs_outlives_a_new_start_and_is_summed_up(tmp_path):
+    directory, users = tmp_path / 'scheduler', tmp_path / 'users'
+    users.mkdir()
+    for name in ('alice', 'bob'):
+        (users / name).write_text('the secret of %s, long enough' % name)
+        (users / name).chmod(0o600)
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
+        words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
+        with SchedulerProcess(directory, *words, '--history', '7') as scheduler:
+            for name, jobs in (('alice', 700), ('bob', 3)):
+                with dispy.SharedJobCluster(odd, scheduler_port=scheduler.port, loglevel=50,
+                                            secret='the secret of %s, long enough' % name) as it:
+                    for n in range(jobs):
+                        it.submit(n)
+                    assert it.wait(60)
+            scheduler.kill()
+        operator = ('--secret-file', str(directory / 'state' / 'operator-secret'))
+        with SchedulerProcess(directory, *words, '--history', '7',
+                              port=scheduler.port) as scheduler:
+            sums = rows(scheduler, 'history', *operator)
+            found = [(row['user'], row['jobs'], row['done'], row['failed'], row['cancelled'])
+                     for row in sums]
+            assert found == [('alice', 700, 350, 350, 0), ('bob', 3, 2, 1, 0)]   # many pages
+            assert all(row['cpu_seconds'] >= 0 for row in sums)
+            mine = ('--secret-file', str(users / 'bob'))
+            assert rows(scheduler, 'history', *mine) == sums[1:]
+            assert rows(scheduler, 'history', '--user', 'bob', *operator) == sums[1:]
+            jobs = rows(scheduler, 'history', '--by', 'job', *mine)
+            found = sorted((job['computation'], job['job'], job['outcome']) for job in jobs)
+            assert found == [('odd', 1, 'done'), ('odd', 2, 'failed'), ('odd', 3, 'done')]
+            assert {job['node'] for job in jobs} == {'lab2'}
+            words_of_sums = ('--by', 'computation', '--by', 'node')
+            found = rows(scheduler, 'history', *words_of_sums, *operator)
+            assert [row['jobs'] for row in sorted(found, key=lambda row: row['jobs'])] == [3, 700]
+            code, out, err = operate(scheduler, 'history', '--csv', '--by', 'user', *mine)
+            assert code == 0
+            assert out.startswith('user,jobs,done,failed,cancelled,cpu_seconds\nbob,3,')
+            code, out, err = operate(scheduler, 'history', '--by', 'day', *operator)
+            assert code == 0 and out.split()[:2] == ['DAY', 'JOBS'] and ' 703 ' in out
+            assert rows(scheduler, 'history', '--days', '0', *operator) == []
+    with SchedulerProcess(directory, *words) as scheduler:
+        code, out, err = operate(scheduler, 'history', *operator)
+        assert code == 1 and '--history DAYS' in err
+    state = State(str(directory / 'state'))
+    assert state.history(0, 10 ** 6, 0.0) == (-1, []), 'it is not wanted any more'
+    state.close()
 
 
 def test_the_page_of_a_scheduler_keeps_its_token(tmp_path):
