@@ -63,7 +63,8 @@ def test_a_crash_leaves_what_was_committed(root):
     assert state.commit()
     submit(state)   # and this one not
     again = after_a_crash(state, root)
-    assert (again.comps() == [('c', b'i' * 16, {'name': 'c', 'key': bytes(32)})]
+    spec = {'name': 'c', 'key': bytes(32), 'user': tuple(ProgramUser())}
+    assert (again.comps() == [('c', b'i' * 16, spec)]
             and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)])
     assert list(again.jobs('c')) == [
         (first, first, None, State.WAITING, waits.serial, None),
