@@ -4,6 +4,7 @@ is asked, and gets orders."""
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -196,6 +197,53 @@ def test_users_are_known_by_their_secrets(tmp_path):
                     assert all(job.wait(30) and job.status == job.Finished for job in jobs['alice'])
                     for cluster in clusters.values():
                         cluster.close()
+
+
+CRASHES = """
+import os, sys
+import dispy
+
+
+def double(n, flag):
+    import os, time
+    while not os.path.exists(flag):
+        time.sleep(0.02)
+    return 2 * n
+
+
+cluster = dispy.SharedJobCluster(double, scheduler_port=int(sys.argv[1]), recover_file=sys.argv[2],
+                                 secret='the secret of alice, long enough')
+job = cluster.submit(21, os.path.abspath('flag'))
+while job.status != job.Running:
+    pass
+os._exit(0)
+"""
+
+
+def test_results_are_given_to_their_user_only(tmp_path):
+    """Another who has the recovery file, and with it the key, gets nothing."""
+    users = tmp_path / 'users'
+    users.mkdir()
+    for name in ('alice', 'bob'):
+        (users / name).write_text('the secret of %s, long enough' % name)
+        (users / name).chmod(0o600)
+    (tmp_path / 'crashes.py').write_text(CRASHES)
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
+        words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
+        with SchedulerProcess(tmp_path / 'scheduler', *words) as scheduler:
+            path = str(tmp_path / 'recover')
+            subprocess.run([sys.executable, 'crashes.py', str(scheduler.port), path],
+                           cwd=str(tmp_path), timeout=60, check=True)
+            theirs = tmp_path / 'of bob'
+            theirs.mkdir()
+            for each in tmp_path.glob('recover*'):
+                shutil.copy(str(each), str(theirs))
+            (tmp_path / 'flag').write_text('')
+            job, = dispy.recover_jobs(str(theirs / 'recover'), 3,
+                                      secret='the secret of bob, long enough')
+            assert job.status == job.Abandoned and job.result is None
+            job, = dispy.recover_jobs(path, 60, secret='the secret of alice, long enough')
+            assert job.result == 42
 
 
 @pytest.mark.parametrize('files, text', [
