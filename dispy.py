@@ -86,7 +86,6 @@ import functools
 import glob
 import hashlib
 import heapq
-import html
 import importlib.machinery
 import importlib.util
 import inspect
@@ -171,9 +170,8 @@ from dispynode import check_name, check_not_importing, contents_of, default_dire
 from dispynode import default_start_method, derive_key, describe_exception, dial
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
 from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
-from dispynode import globals_of, has_place, host_and_port
-from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_request
-from dispynode import is_serial, job_number
+from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
+from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
@@ -261,6 +259,21 @@ FOREVER = 0.5 if os.name == 'nt' else 3600.0
 logger = logging.getLogger('dispy')
 for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
     setattr(logger, _name, getattr(logging, _name))   # scripts for dispy 4 say dispy.logger.DEBUG
+
+
+class LazyPattern:
+    """A regular expression that is compiled when it is used first: most programs need none of
+    those here, and `import dispy` would have to compile all. The attributes are those of a compiled
+    one."""
+
+    def __init__(self, text: Any, flags: int = 0) -> None:
+        self._text = text
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(self._text, self._flags), name)
+        setattr(self, name, value)
+        return value
 
 
 class LogToStderr(logging.Handler):
@@ -1195,8 +1208,8 @@ def many(count: int, word: str) -> str:
     return '%d %s%s' % (count, word, '' if count == 1 else 's')
 
 
-_OF_FRAME = re.compile(r'^  File ".*", line \d+', re.M)
-_OF_GROUP = re.compile(r'^  \| (\w[\w.]*: .*)$', re.M)
+_OF_FRAME = LazyPattern(r'^  File ".*", line \d+', re.M)
+_OF_GROUP = LazyPattern(r'^  \| (\w[\w.]*: .*)$', re.M)
 
 
 def reason_of(text: str) -> str:
@@ -1225,8 +1238,8 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r'\d+', '#', reason)
 
 
-_NOT_FOUND = re.compile(r'^(?:[\w.]+\.)?FileNotFoundError: (.*)$', re.M)
-_QUOTED = re.compile(r"""(['"])(.+?)\1""")
+_NOT_FOUND = LazyPattern(r'^(?:[\w.]+\.)?FileNotFoundError: (.*)$', re.M)
+_QUOTED = LazyPattern(r"""(['"])(.+?)\1""")
 
 
 def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
@@ -1400,9 +1413,9 @@ def status_words(status: Any) -> str:
     return 'exit status %s%s' % (status, name)
 
 
-_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
+_NO_MODULE = LazyPattern(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
 # What a node says (explain_import), which does not know what the module is here
-_INSTALL = re.compile(
+_INSTALL = LazyPattern(
     r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends '
     r'if it is a module of your own'
 )
@@ -1464,7 +1477,7 @@ def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
 class SourceHere:
     """Adds to the tracebacks of nodes the lines of source code that these do not have: those of a
     notebook's cells, of prompts, and of files that are on this host alone."""
-    _FRAME = re.compile(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
+    _FRAME = LazyPattern(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
 
     def added_to(self, text: str) -> str:
         """The text with them. Any thread."""
@@ -1583,6 +1596,8 @@ class JobList(List['DispyJob']):
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
     """A table of texts, which are escaped; `others`: rows that are left out."""
+    import html   # here and below, as few programs need it
+
     def row(cells: Sequence[Any], tag: str) -> str:
         form = '<%s style="text-align:left">%%s</%s>' % (tag, tag)
         return '<tr>%s</tr>' % ''.join(form % html.escape(str(cell)) for cell in cells)
@@ -1643,6 +1658,7 @@ def html_bar(counts: Counts) -> str:
 def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequence['DispyNode']],
                     page: str) -> str:
     """State, progress, counts, nodes, and a link to the web page, if there is one."""
+    import html
     ended = counts.done + counts.failed + counts.cancelled
     lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
     lines.append(html_bar(counts))
@@ -2206,6 +2222,20 @@ class _Queue:
         """One that is in here was cancelled; it is dropped when it comes to the front."""
         self.length -= 1
 
+    def take_out(self, is_meant: Callable[[ScheduledJob], bool]) -> List[ScheduledJob]:
+        """Take out all jobs for which this is true."""
+        taken: List[ScheduledJob] = []
+        for level in self._levels.values():
+            works = list(level)
+            level.clear()
+            for work in works:
+                if work.state in _WAITING and is_meant(work):
+                    taken.append(work)
+                else:
+                    level.append(work)
+        self.length -= len(taken)
+        return taken
+
     def __iter__(self) -> Iterator[ScheduledJob]:
         levels = self._levels.values()
         return (work for level in levels for work in level if work.state in _WAITING)
@@ -2343,6 +2373,8 @@ class ComputationLoad:
         self.too_wide: List[ScheduledJob] = []          # wanting more than any node has
         # CPUs and needs of jobs, to why no node has them, as far as `largest_node` is known
         self.lacks: Dict[Tuple[int, Request], str] = {}
+        # Those of jobs that came when no node was there
+        self.unchecked: Set[Tuple[int, Request]] = set()
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
@@ -2939,11 +2971,25 @@ class Placement:
 
     def _park(self, comp: ComputationLoad) -> None:
         """What no node can take shall not stop those behind it."""
+        if comp.unchecked:
+            self._park_all(comp)
         for line in (*comp.shared_queues(), *comp.pinned.values()):
             work = line.head()
             while work is not None and work.options and self.is_parked(comp, work):
                 line.pop()
                 work = line.head()
+
+    def _park_all(self, comp: ComputationLoad) -> None:
+        """The first node has come: what it cannot give is told, also to jobs that stand behind
+        others."""
+        self._look_for_largest(comp)
+        if not comp.largest_node:
+            return
+        hopeless = {needs for needs in comp.unchecked if self._lack_of(comp, *needs)}
+        comp.unchecked.clear()
+        for line in comp.shared_queues() if hopeless else ():
+            for work in line.take_out(lambda work: (cpus_of(work), needs_of(work)) in hopeless):
+                self.is_parked(comp, work)
 
     def is_parked(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
         """Whether a job needs more than any node has, for which it waits beside its queue. That is
@@ -2969,24 +3015,34 @@ class Placement:
         text = lack_at([node], comp, cpus_of(work), needs_of(work))
         return text and '%s; it is for node %s alone' % (text, node.name)
 
-    @staticmethod
-    def _lack(comp: ComputationLoad, work: ScheduledJob) -> str:
+    def _lack(self, comp: ComputationLoad, work: ScheduledJob) -> str:
         """Why no node can ever run a job; empty if one can, or if there is no node now."""
         cpus = cpus_of(work)
         needs = needs_of(work)
         if cpus == 1 and not needs:
             return ''
+        self._look_for_largest(comp)
+        if not comp.largest_node:
+            comp.unchecked.add((cpus, needs))
+            return ''
+        return self._lack_of(comp, cpus, needs)
+
+    @staticmethod
+    def _lack_of(comp: ComputationLoad, cpus: int, needs: Request) -> str:
+        """The same for what a job needs, where there are nodes."""
+        text = comp.lacks.get((cpus, needs))
+        if text is None:
+            nodes = [node for node in comp.nodes.values()
+                     if node.away is None and node.limits[comp.comp] > 0]
+            text = comp.lacks[cpus, needs] = lack_at(nodes, comp, cpus, needs)
+        return text
+
+    @staticmethod
+    def _look_for_largest(comp: ComputationLoad) -> None:
         if comp.largest_node is None:
             comp.lacks.clear()
             comp.largest_node = max((node.limits[comp.comp] for node in comp.nodes.values()
                                      if node.away is None), default=0)
-        text = comp.lacks.get((cpus, needs))
-        if text is None and comp.largest_node:
-            nodes = [node for node in comp.nodes.values()
-                     if node.away is None and node.limits[comp.comp] > 0]
-            text = lack_at(nodes, comp, cpus, needs)
-            comp.lacks[cpus, needs] = text
-        return text or ''
 
     @staticmethod
     def _may_be_ahead(comp: ComputationLoad) -> bool:
@@ -4060,7 +4116,7 @@ _PLAIN_STATEMENTS = frozenset((
     ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
 _CONSTANT_TYPES = frozenset((
     type(None), bool, int, float, complex, str, bytes, type(Ellipsis)))
-_ODD_ESCAPE = re.compile(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
+_ODD_ESCAPE = LazyPattern(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
 
 
 def _statements(body: Sequence[Any], inward: bool,
@@ -8282,9 +8338,66 @@ class Journal(Database):
             os.close(self._new)
             self._new = -1
         if remove or not left:
-            for end in ('-new', '', '-wal', '-shm'):   # alone, FILE-new would be taken for new jobs
+            # Alone, FILE-new would be taken for new jobs
+            paths = [self.path + end for end in ('-new', '', '-wal', '-shm')]
+            for path in paths + BegunNotes.all_of(self):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + end)
+                    os.unlink(path)
+
+
+class BegunNotes:
+    """Which attempts of a computation had begun in the node that was a part of a program, when that
+    was killed: in FILE-begun-COMPUTATION beside the recover_file. While the program runs, the
+    computation's directory stands there. When it is killed the runner, which has seen what began,
+    replaces that by the attempts, before it removes the directory.
+
+    A runner that is killed as well leaves no notes, and then all that was sent may have begun.
+    """
+    PATIENCE = 5.0      # s that a runner may take to end workers, and to write
+    EVERY = 0.02        # s between two looks
+
+    @staticmethod
+    def path_of(journal: Journal, comp: str) -> str:
+        """Where they are."""
+        return '%s-begun-%s' % (journal.path, comp)
+
+    @classmethod
+    def all_of(cls, journal: Journal) -> List[str]:
+        """Those of all computations of a recover_file."""
+        start = cls.path_of(journal, '')
+        directory = os.path.dirname(start)
+        paths = [os.path.join(directory, name) for name in os.listdir(directory)]
+        return [path for path in paths if path.startswith(start) and is_comp(path[len(start):])]
+
+    @classmethod
+    def begin(cls, journal: Journal, comp: str, directory: str) -> str:
+        """Jobs of a computation are sent from now on. Returns the path. Raises OSError."""
+        path = cls.path_of(journal, comp)
+        with open(open_own_file(path, 'recover_file', os.O_TRUNC), 'w') as file:
+            json.dump({'directory': directory}, file)
+        return path
+
+    @classmethod
+    def wait(cls, journal: Journal, comp: str) -> AttemptHistory:
+        """What is known of a computation when its runner has ended. An opener."""
+        path = cls.path_of(journal, comp)
+        until = time.monotonic() + cls.PATIENCE
+        found: Any = {}
+        try:
+            while True:
+                with open_regular(path) as file:
+                    found = json.load(file)
+                if 'directory' not in found or time.monotonic() > until:
+                    break
+                if not os.path.isdir(found['directory']):
+                    break
+                time.sleep(cls.EVERY)
+        except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
+            logger.debug('nobody knows what had begun: %s', exc)
+        begun = found.get('begun') if isinstance(found, dict) else None
+        if type(begun) is not list or not all(type(serial) is int for serial in begun):
+            return AttemptHistory(whole=False)
+        return AttemptHistory(lost=frozenset(begun))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8633,7 +8746,7 @@ def remedy_for_source(spec: dict) -> str:
             'that it needs as arguments; or r' + same)
 
 
-_OF_SCHEDULER = re.compile(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
+_OF_SCHEDULER = LazyPattern(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
 
 
 def how_to_share(text: str) -> str:
@@ -9222,6 +9335,7 @@ class EmbeddedNode:
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
         self._driver = driver
+        self._is_whole = True      # the last turn did not fail
         if dispynode.logger.level == logging.NOTSET:
             # What a node tells its operator is nothing to the user of a program
             dispynode.logger.setLevel(logging.ERROR)
@@ -9246,6 +9360,16 @@ class EmbeddedNode:
         self._driver.attach(self._end)
         self._host.link_up(self._end)
 
+    def keep_notes(self, comp: str, journal: 'Journal') -> None:
+        """Have it noted beside a recover_file which jobs have begun when this program is killed."""
+        directory = self._host.directory
+        try:
+            notes = BegunNotes.begin(journal, comp, directory.private_of(comp))
+            directory.ask_for_notes(comp, notes)
+        except OSError as exc:
+            logger.warning('if this program is killed, nobody will know which jobs had begun: %s',
+                           exc)
+
     @property
     def has_messages(self) -> bool:
         """Whether the driver has sent something."""
@@ -9254,13 +9378,15 @@ class EmbeddedNode:
     @property
     def is_due(self) -> bool:
         """Whether a turn of the node has something to do."""
-        return self._host.is_due or self._end.has_messages
+        return self._host.is_due or self._end.has_messages or not self._is_whole
 
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
+        self._is_whole = False
         if self._end.has_messages:
             self._driver.receive(self._end)
         self._host.turn()
+        self._is_whole = True
 
     def next_timer(self) -> Optional[float]:
         """When there is something to do for either side."""
@@ -9570,14 +9696,27 @@ class Recovery(NodeUser):
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows."""
+        """A node has told what it knows. That of this program knows nothing: what its predecessor
+        had begun is in a file, which may still be written."""
+        if peer.embedded:
+            self.driver.openers.run(self._read_notes, peer, comp)
+            return
+        self._settle(peer, comp, serials, past)
+
+    def _read_notes(self, peer: NodeConnection, comp: str) -> None:
+        """An opener."""
+        past = BegunNotes.wait(self._journal, comp)
+        self.driver.call_soon(self._settle, peer, comp, [], past)
+
+    def _settle(self, peer: NodeConnection, comp: str, serials: Sequence[int],
+                past: AttemptHistory) -> None:
         for number, (job, node) in list(self._jobs.items()):
             where, _, memory = node.rpartition('#')
             if where != peer.place:
                 continue
             if job.comp != comp:
                 continue
-            whole = memory != '' and peer.memory.startswith(memory)
+            whole = peer.embedded or memory != '' and peer.memory.startswith(memory)
             account = Account(frozenset(serials), past, whole)
             verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
             if verdict is Verdict.WAITS:
@@ -15211,6 +15350,8 @@ class ProgramCluster(ComputationUser):
         else:
             logger.info('%s: node %s is used, with %s', self.name, peer,
                         many(peer.limit(self.comp), 'CPU'), extra=ROUTINE)
+        if self.journal is not None and peer.local is not None:
+            peer.local.keep_notes(self.comp, self.journal)
         if self.trail is not None and not peer.embedded:
             if self.trail.add(peer.place):
                 self.driver.remove_old_trails()
@@ -16613,7 +16754,7 @@ def in_notebook() -> bool:
     return hasattr(shell, 'kernel')
 
 
-_OF_HISTORY = re.compile(r'_+|_\d+')
+_OF_HISTORY = LazyPattern(r'_+|_\d+')
 
 
 def references_of_history(value: Any) -> int:
@@ -17938,7 +18079,7 @@ def _ended_by_error() -> bool:
 # what reads or writes a file says so
 # --------------------------------------------------------------------------------------------------
 
-EXTENSION = re.compile(r'\.[^/.]+\Z')
+EXTENSION = LazyPattern(r'\.[^/.]+\Z')
 
 
 def without_extension(path: str) -> str:
@@ -17969,7 +18110,7 @@ FORMS: Dict[str, Callable[[str], str]] = {
     '//': directory_of,
     '/.': last_part_without_extension,
 }
-REPLACEMENT = re.compile(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
+REPLACEMENT = LazyPattern(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
 
 
 class Replacement(NamedTuple):
@@ -18087,8 +18228,8 @@ def is_python_script(path: str) -> bool:
 
 
 # What makes one word a line for a shell
-SHELL_SIGNS = re.compile(r'[\s|&;<>()$`\\"\'*?\[~]')
-FIRST_WORD = re.compile(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
+SHELL_SIGNS = LazyPattern(r'[\s|&;<>()$`\\"\'*?\[~]')
+FIRST_WORD = LazyPattern(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
 
 
 class Command:
@@ -18334,7 +18475,7 @@ class Inputs:
 
 # -- when to stop ----------------------------------------------------------------------------------
 
-HALT_TEXT = re.compile(r'(now|soon),(fail|success|done)=([0-9]+)(%?)\Z')
+HALT_TEXT = LazyPattern(r'(now|soon),(fail|success|done)=([0-9]+)(%?)\Z')
 OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,success=1',
              '-2': 'now,success=1'}
 
@@ -18468,7 +18609,7 @@ class JobLog:
     behind them. Appends to a file, or writes a new one."""
     COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Node')
-    ROW = re.compile(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
+    ROW = LazyPattern(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
 
     def __init__(self, path: str, appends: bool) -> None:
         self._file = open_table(path, appends, self.COLUMNS)
@@ -18623,7 +18764,7 @@ class NumberedFiles:
         """Each file has been closed."""
 
 
-LINES = re.compile(rb'[^\n]*\n|[^\n]+')
+LINES = LazyPattern(rb'[^\n]*\n|[^\n]+')
 
 
 def tagged(data: bytes, tag: str) -> bytes:
@@ -18662,7 +18803,7 @@ class ShownOutput:
 
 # -- hosts -----------------------------------------------------------------------------------------
 
-HOST_WITH_CPUS = re.compile(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
+HOST_WITH_CPUS = LazyPattern(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
 
 
 def cpus_and_host(word: str) -> Tuple[int, str]:
@@ -18703,8 +18844,8 @@ def as_node(word: str) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 UNITS = {'s': 1.0, 'm': 60.0, 'h': 3600.0, 'd': 86400.0}
-DURATION = re.compile(r'(?:\d+(?:\.\d+)?[smhd])*(?:\d*\.?\d+)?\Z')
-DURATION_PART = re.compile(r'(\d*\.?\d+)([smhd]?)')
+DURATION = LazyPattern(r'(?:\d+(?:\.\d+)?[smhd])*(?:\d*\.?\d+)?\Z')
+DURATION_PART = LazyPattern(r'(\d*\.?\d+)([smhd]?)')
 
 
 def duration_option(text: str) -> float:

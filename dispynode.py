@@ -10994,6 +10994,7 @@ class Computations:
         self._scheduler = scheduler
         self._share = share
         self._requests = requests
+        self.ending: List[_Computation] = []   # what runs of them was killed
 
     # -- files and code ----------------------------------------------------------------------------
 
@@ -11165,6 +11166,7 @@ class Computations:
             self.refuse(comp, forced_end.code, forced_end.text)
             return
         comp.move('end')
+        self.ending.append(comp)
         self._attempts.return_waiting(comp)
         self._scheduler.kill_running(comp)
         when = now + END_TIME
@@ -11180,13 +11182,12 @@ class Computations:
         self._scheduler.fail_running(comp, forced_end.outcome, forced_end.job_text)
 
     def refuse_ended(self) -> None:
-        """Refuse the computations of which nothing runs any more."""
-        for comp in list(self._tables.comps.values()):
-            if comp.stage is not Stage.ENDING:
-                continue
-            if comp.forced_end is None:
-                continue
-            if not any(worker.queue for worker in comp.workers.values()):
+        """Refuse the computations that are to end and of which nothing runs any more."""
+        for comp in list(self.ending):
+            if comp.stage is not Stage.ENDING or comp.forced_end is None:
+                self.ending.remove(comp)   # it was refused for another reason
+            elif not any(worker.queue for worker in comp.workers.values()):
+                self.ending.remove(comp)
                 self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
 
     def on_faulted(self, event: Faulted, now: float) -> None:
@@ -11375,19 +11376,19 @@ class Inquiries:
         self._cpus = cpus
         self._facts = facts
         self._born = now
-        self._queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+        self.queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
 
     def on_query(self, link: int, message: Query, now: float) -> None:
         """A client asks. It is answered at the end of the turn, when what came in it has been
         handed out."""
         self._tables.comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
+        self.queries.append((link, message.comp))
 
     def answer(self, now: float) -> None:
         """Answer all that was asked in this turn."""
         tables = self._tables
-        while self._queries:
-            link, name = self._queries.pop()
+        while self.queries:
+            link, name = self.queries.pop()
             if link in tables.links:
                 send = Send(link, self._report(link, name, now))
                 tables.do(send)
@@ -11497,10 +11498,13 @@ class NodeService:
 
     def leave_when_done(self, now: float) -> None:
         """The end of a turn: a node that is to end leaves when nothing is left to do."""
-        if not self.stopping and not self._finishing:
-            return
         if not self._has_work():
             self._leave(now)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the node ends when nothing is left to do."""
+        return self.stopping or self._finishing
 
     def _leave(self, now: float) -> None:
         """Kill what runs, wait until it is known what of it had begun, and leave."""
@@ -11716,9 +11720,12 @@ class Node:
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 tables.do(NoteOverrun(comp.comp))
-        self.inquiries.answer(now)
-        self.computations.refuse_ended()
-        self.service.leave_when_done(now)
+        if self.inquiries.queries:
+            self.inquiries.answer(now)
+        if self.computations.ending:
+            self.computations.refuse_ended()
+        if self.service.is_ending:
+            self.service.leave_when_done(now)
         return tables.actions
 
     def decided(self) -> List[Any]:
@@ -12398,6 +12405,25 @@ class Slots:
         OSError."""
         path = os.path.join(directory, cls.NAME + 'unknown')
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+
+
+NOTES_ASKED = 'notes'    # in a computation's directory: the path of a file, see `write_notes`
+
+
+def write_notes(private: str) -> None:
+    """Runner of a node that is part of a program, which has ended without a word: write which
+    attempts have begun where the program has asked for that, so that the next one knows it. Called
+    when no worker is left."""
+    try:
+        with open(os.path.join(private, NOTES_ASKED)) as file:
+            path = file.read()
+        begun = Slots.read(private)
+        with replaced(path) as temporary, open(temporary, 'w') as file:
+            json.dump({'begun': None if begun is None else sorted(begun)}, file)
+    except FileNotFoundError:
+        logger.debug('nobody has asked what has begun')
+    except OSError as exc:   # no room: then nobody knows
+        logger.debug('what has begun cannot be written down: %s', exc)
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
@@ -14932,6 +14958,8 @@ class Runner(LoadingProcess):
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
+        if not self._is_closed:   # first of all, as the next program may wait for it
+            write_notes(self._spec['private'])
         self._clean_up()
         self._workers.drop_children()
         self._finalize()
@@ -15221,10 +15249,19 @@ def exit_text(code: Optional[int]) -> str:
         -code, name, '; the kernel does this when memory runs out' if code == -9 else '')
 
 
+def platform_text() -> str:
+    """What `platform.platform()` returns. On Linux that starts a process, `uname -p`, for which the
+    first result of a program would have to wait, and which as a rule tells nothing new."""
+    if sys.platform != 'linux':
+        with process_start_lock:
+            return platform.platform()
+    parts = [*map(os.uname().__getitem__, (0, 2, 4)), 'with', ''.join(platform.libc_ver())]
+    return '-'.join(part.replace(' ', '_') for part in parts if part)
+
+
 def node_facts() -> dict:
     """What a client may want to know of this host."""
-    with process_start_lock:   # it may start `uname`
-        system = platform.platform()
+    system = platform_text()
     python = tuple(sys.version_info[:3])
     cloudpickle = installed_version('cloudpickle')
     pid = os.getpid()
@@ -16001,6 +16038,12 @@ class NodeDirectory:
     def path_of_modules(self) -> str:
         """Where files of modules are kept for other computations."""
         return os.path.join(self.root, 'p-.modules')
+
+    def ask_for_notes(self, comp: str, path: str) -> None:
+        """Have the runner of a computation write there which attempts have begun, if this process
+        ends without a word. Raises OSError."""
+        with open(os.path.join(self.private_of(comp), NOTES_ASKED), 'w') as file:
+            file.write(path)
 
     def private_of(self, comp: str) -> str:
         """The directory for what is ours and not for a computation's jobs."""
@@ -17690,6 +17733,9 @@ class NodeHost:
 
     def take(self, link: Link, message: Any) -> None:
         """A message of a client. Raises LinkBroken or PeerError if the link ends with it."""
+        if type(message) is Jobs or type(message) is Ack:   # nearly always
+            self.tell(Received(link.number, message))
+            return
         if isinstance(message, Bye):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
@@ -17737,10 +17783,7 @@ class NodeHost:
             self.processes.on_readable(channel)
         else:
             for message in channel.messages(self.now):
-                if type(message) is Jobs or type(message) is Ack:   # nearly always
-                    self.tell(Received(channel.number, message))
-                else:
-                    self.take(channel, message)
+                self.take(channel, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
         """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
@@ -17754,6 +17797,7 @@ class NodeHost:
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation; whether there was such a
         thing."""
+        self._stirred = True   # what the turn had to do may not be done
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
@@ -17778,16 +17822,13 @@ class NodeHost:
         """The state's, or the end of a runner that does not end; at once when something was posted
         or held pipes can be read again."""
         results = self.results
-        if self._posted:
-            return self.now
-        if self.processes.held.may_let_go():
-            return self.now
-        if results.backlog and results.backlog.has_room():
-            return self.now
         when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
         if results.read_later:
             when = min(when, *results.read_later.values())
-        self._next_at = when
+        if self._posted or self.processes.held.may_let_go() or (
+                results.backlog and results.backlog.has_room()):
+            when = self.loop.now
+        self._next_at = when   # also if it is now: the turn that follows is due by it
         if when < math.inf:
             return when
         return None

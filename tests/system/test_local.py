@@ -333,8 +333,13 @@ def test_the_end_of_the_interpreter_waits_for_nothing(tmp_path):
     eventually(lambda: not os.path.exists(out.strip()))
 
 
+def forty_two(*args):
+    return 42
+
+
 def test_recovery_after_kill_9(tmp_path):
-    """Results that were told are kept; what ran is abandoned at once."""
+    """Results that were told are kept; what ran is abandoned at once; what was sent and had not
+    begun waits again. The notes of what had begun are gone with the recover_file."""
     path = str(tmp_path / 'jobs')
     program = Started('''
         def work(n, flag):
@@ -347,13 +352,25 @@ def test_recovery_after_kill_9(tmp_path):
         job = cluster.submit(1, sys.argv[2])
         while not os.path.exists(sys.argv[2]) or job.status != job.Running:
             time.sleep(0.01)
+        others = dispy.core_of(cluster).driver.schedule.nodes['local'].cpus - 1
+        runs = [cluster.submit(1, os.devnull, dispy_cpus=others)] if others else []
+        while not all(job.status == job.Running for job in runs):
+            time.sleep(0.01)
+        behind = cluster.submit(0, '')
+        while behind.state is not dispy.JobState.SENT:
+            time.sleep(0.01)
         print(os.getpid(), flush=True)
         time.sleep(1000)
     ''', path, tmp_path / 'began')
     program.kill()
-    jobs = dispy.recover_jobs(path, timeout=20)
-    assert [(job.status, job.result) for job in jobs] == [(dispy.DispyJob.Finished, 7),
-                                                          (dispy.DispyJob.Abandoned, None)]
+    first, *ran, behind = dispy.recover_jobs(path, timeout=20)
+    assert (first.status, first.result) == (dispy.DispyJob.Finished, 7)
+    assert ran and all(job.status == dispy.DispyJob.Abandoned for job in ran)
+    assert behind.status == dispy.DispyJob.Created
+    with dispy.JobCluster(forty_two, nodes='local', recover_file=path) as cluster:
+        cluster.wait()
+        assert [job.result for job in cluster.recovered] == [42]
+    assert [name for name in os.listdir(tmp_path) if name.startswith('jobs')] == []
     eventually(lambda: are_gone(program.family))
 
 
@@ -463,6 +480,37 @@ def test_a_fault_of_the_node_costs_its_jobs_and_not_the_program(monkeypatch, tmp
         monkeypatch.setattr(dispynode.NodeHost, 'take', fail)
         assert cluster.submit()()
         assert local_of(cluster) is not local and not os.path.exists(local._host.directory.root)
+
+
+def test_the_node_has_a_turn_when_there_is_something_to_do(monkeypatch):
+    """Again if one has failed; and when a pipe that was held back may be read, without an event."""
+    with dispy.JobCluster(abs, nodes='local', loglevel=50) as cluster:
+        assert cluster.submit(-1)() == 1
+        host, driver = local_of(cluster)._host, dispy.core_of(cluster).driver
+        real, end_of_turn, turns, tried = dispynode.NodeHost._flush, driver.end_of_turn, [], []
+
+        def fail(self):
+            tried.append(len(turns))
+            if len(tried) == 1:
+                raise AssertionError('a fault')
+            real(self)
+
+        def count():
+            turns.append(1)
+            end_of_turn()
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, 'end_of_turn', count)
+            patched.setattr(dispynode.NodeHost, '_flush', fail)
+            assert cluster.submit(-2)() == 2 and tried[1] - tried[0] <= 1
+
+        def is_due():
+            host.next_timer()
+            return host.is_due
+        assert eventually(lambda: not driver.ask(is_due))
+        with monkeypatch.context() as patched:
+            patched.setattr(dispynode.HeldPipes, 'may_let_go', lambda self: True)
+            patched.setattr(dispynode.HeldPipes, 'let_go', lambda self: None)
+            assert driver.ask(is_due)
 
 
 def test_directories_of_a_node_that_lives_stay(tmp_path):

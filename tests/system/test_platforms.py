@@ -3,6 +3,7 @@
 import _pyio
 import concurrent.futures
 import os
+import platform
 import queue
 import signal
 import socket
@@ -527,3 +528,13 @@ def test_what_a_wait_in_slices_returns():
         dispy.next_of(ended, 0.01)
     ended.put(None)
     assert dispy.next_of(ended, 0) is None
+
+
+# -- what a node tells of its host -----------------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere it is asked of `platform`')
+def test_the_platform_is_told_without_starting_a_process(monkeypatch):
+    known = platform.platform()
+    monkeypatch.setattr(subprocess, 'Popen', None)
+    text = dispynode.platform_text()
+    assert text == known or platform.uname().processor not in ('', platform.machine())

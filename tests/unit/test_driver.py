@@ -3,9 +3,11 @@ which files go there. What they say and decide is looked at; nothing is connecte
 
 import concurrent.futures
 import hashlib
+import re
 
 import pytest
 
+import dispy
 from dispy import (
     Allocation, DispyNode, Evidence, NodeAllocate, NodeDoubted, NodeDrained, NodeDrains, NodeLeft,
     NodeOffers, NodeReady, NodeSpec, Unloadable, AssignmentState)
@@ -359,3 +361,16 @@ def test_a_file_of_a_job_is_stored_and_half_a_file_is_removed(driver, tmp_path):
     driver.files.store(peer, str(tmp_path), first._replace(row=('b.txt', *row[1:])))
     driver.files.abort(lambda number, comp: comp == 'c')
     assert [path.name for path in tmp_path.iterdir()] == ['a.txt']
+
+
+# -- what is made when it is used first ------------------------------------------------------------
+
+def test_patterns_that_are_compiled_when_they_are_used_first_are_right():
+    values = list(vars(dispy).values())
+    for kind in [value for value in values if isinstance(value, type)]:
+        values += vars(kind).values()
+    patterns = [value for value in values if isinstance(value, dispy.LazyPattern)]
+    assert len(patterns) > 10
+    for pattern in patterns:
+        empty = b'' if isinstance(pattern.pattern, bytes) else ''
+        assert pattern.findall(empty) == re.compile(pattern.pattern, pattern.flags).findall(empty)
