@@ -18,7 +18,8 @@ from conftest import ROOT
 
 TYPED = os.path.join(ROOT, 'tests', 'typed')
 MODULES = ['dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd']
-OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay'}
+OF_SUBMIT = {*dispy._OPTIONS, 'dispy_resources', 'dispy_job_depends', 'dispy_retry_on',
+             'dispy_retry_delay'}
 
 
 def run(*command, cwd, **environment):
