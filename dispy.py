@@ -170,9 +170,10 @@ from dispynode import check_name, check_not_importing, contents_of, default_dire
 from dispynode import default_start_method, derive_key, describe_exception, dial
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
 from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
-from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
-from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, keeps_identity
-from dispynode import loads, lock_file, log_record_of, machine, module_dict
+from dispynode import globals_of, has_place, host_and_port
+from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_request
+from dispynode import is_comp, is_serial, job_number
+from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, pythons_text, read_secret
@@ -180,7 +181,7 @@ from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
 from dispynode import tls_files, unpack_error, value_pickler, with_needs
-from dispynode import write_private
+from dispynode import serial_of, write_private
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
@@ -3487,7 +3488,7 @@ class Losses:
         off = books.take_off(node, comp, [serial])
         for work in off.values():
             if own:
-                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
+                comp.called[job_number(serial)] = comp.called.get(job_number(serial), 0) + 1
             if work in comp.withdrawn:
                 if work.state is not JobState.CANCELLING:
                     move_job(work, 'cancel')
@@ -8083,7 +8084,7 @@ class Journal(Database):
                    self.WAITING)
             self._add(self.INSERT, row)
         self.last = number
-        job.serial = number << 16
+        job.serial = serial_of(number)
         job.journal = self
 
     def _keep_values(self, values: Sequence[Value]) -> None:
@@ -8115,11 +8116,11 @@ class Journal(Database):
         with self._guard:
             if self._new >= 0:   # otherwise it is closed
                 try:
-                    number = job.serial >> 16
+                    number = job_number(job.serial)
                     self._append(self.RENAME, number, 0.0, ident)
                 except OSError as exc:   # no room; `commit` tells that
                     logger.debug('the id of a job will be written later: %s', exc)
-                row = (ident, job.serial >> 16)
+                row = (ident, job_number(job.serial))
                 self._add(self.RENAME, row)
 
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
@@ -8141,11 +8142,11 @@ class Journal(Database):
         """Jobs on their way to a node, and what its memory is known by."""
         where = '%s#%s' % (node, memory[:8])
         for work in works:
-            self.note(self.MOVE, work.comp, self.SENT, work.serial, where, work.serial >> 16)
+            self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
 
     def waits(self, work: ScheduledJob) -> None:
         """It came back without having been started, or may be run again."""
-        self.note(self.MOVE, work.comp, self.WAITING, work.serial, None, work.serial >> 16)
+        self.note(self.MOVE, work.comp, self.WAITING, work.serial, None, job_number(work.serial))
 
     def ended(self, work: ScheduledJob, result: Any) -> None:
         """A row of Results, or the text of one that ended without. A result that is too large for
@@ -8163,7 +8164,7 @@ class Journal(Database):
             plain: Any = result
         else:
             plain = (*result[1:4], *map(in_one_piece, result[4:]))
-        self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work.serial >> 16)
+        self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), job_number(work.serial))
 
     def _needs_no_more(self, work: ScheduledJob) -> None:
         """A job has ended."""
@@ -8244,7 +8245,7 @@ class Journal(Database):
                 if 'values' in known:
                     payload = self._with_values(payload, known['values'])
             job = KeptJob(comp, payload, known, pickle.loads(ident), arguments)
-            job.serial = serial or number << 16
+            job.serial = serial or serial_of(number)
             job.submit_time = submitted
             if result:
                 found = pickle.loads(result)
@@ -8280,7 +8281,7 @@ class Journal(Database):
         with self.damages():
             self._db.execute('BEGIN')
             self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?',
-                                 [(job.serial >> 16, ) for job in jobs])
+                                 [(job_number(job.serial), ) for job in jobs])
             self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
@@ -9389,6 +9390,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
     source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
@@ -9617,7 +9619,7 @@ class Recovery(NodeUser):
         self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}
         self.met: List[NodeConnection] = []
         self.collected = threading.Event()
-        self._jobs = {job.serial >> 16: (job, node) for job, node in sent}
+        self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
         self._done = done
         self._lost = lost
         self._again = again
@@ -9692,7 +9694,7 @@ class Recovery(NodeUser):
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
         for serial in serials:
-            job, _ = self._jobs.get(serial >> 16, (None, ''))
+            job, _ = self._jobs.get(job_number(serial), (None, ''))
             if job is not None:
                 if node:
                     job.status = DispyJob.Running
@@ -9702,23 +9704,23 @@ class Recovery(NodeUser):
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
         for serial in serials:
-            job, node = self._jobs.get(serial >> 16, (None, ''))
+            job, node = self._jobs.get(job_number(serial), (None, ''))
             if job is None:
                 continue
             if node.rpartition('#')[0] == peer.place:
-                del self._jobs[serial >> 16]
+                del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
         for row in rows:
-            job, _ = self._jobs.get(row[0] >> 16, (None, ''))
+            job, _ = self._jobs.get(job_number(row[0]), (None, ''))
             if job is None:
                 continue
             if row[1] in PROVISIONAL:
                 continue
-            del self._jobs[row[0] >> 16]
+            del self._jobs[job_number(row[0])]
             job.serial = row[0]
             if row[1] == Outcome.STOPPED:
                 self._lost(job, 'abandoned: node %s was stopped while it ran' % peer)
@@ -9731,7 +9733,7 @@ class Recovery(NodeUser):
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
         for peer in self.met:
-            where = self._jobs.get(job.serial >> 16, (None, ''))[1].rpartition('#')[0]
+            where = self._jobs.get(job_number(job.serial), (None, ''))[1].rpartition('#')[0]
             if where != peer.place:
                 continue
             if peer.link is not None:
@@ -9886,7 +9888,7 @@ class ResultCollection(NodeUser):
                         self._stages[key] = 'take'
                     else:
                         self._stages[key] = 'seen'
-                self.there[key] = {one for one in now if (comp, one >> 16) not in self.rows}
+                self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
                 if taking:
                     for serial in known - now:
                         account = Account(frozenset(now), past)
@@ -9899,7 +9901,7 @@ class ResultCollection(NodeUser):
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
-        if (comp, serial >> 16) in self.rows:
+        if (comp, job_number(serial)) in self.rows:
             return
         verdict, text = account.verdict(serial, Occasion.RECOVERED)
         if verdict is Verdict.LOST:
@@ -9909,7 +9911,7 @@ class ResultCollection(NodeUser):
             state = JobState.CANCELLED
             text = ('cancelled: it had not begun when node %s ended or gave it back, and '
                     'its program was gone' % peer)
-        self.gone[comp, serial >> 16] = state, text
+        self.gone[comp, job_number(serial)] = state, text
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun: there is nobody who could send it again."""
@@ -9935,13 +9937,13 @@ class ResultCollection(NodeUser):
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
         with self._changed:
-            self.placed.update({(comp, serial >> 16): bool(node) for serial in serials})
+            self.placed.update({(comp, job_number(serial)): bool(node) for serial in serials})
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
         with self._changed:
             for row in rows if not self._is_over else ():
-                number = row[0] >> 16
+                number = job_number(row[0])
                 if row[1] in PROVISIONAL:
                     continue
                 before, _ = self.rows.get((comp, number), (None, ''))
@@ -10244,12 +10246,12 @@ def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
             end_without(job, text)
     for (where, name), serials in found.there.items():
         for serial in serials if name == comp else ():
-            if serial >> 16 not in jobs:
-                waits = where.startswith('@') and not found.placed.get((comp, serial >> 16))
+            if job_number(serial) not in jobs:
+                waits = where.startswith('@') and not found.placed.get((comp, job_number(serial)))
                 if waits:
-                    job_of(serial >> 16, serial).status = DispyJob.Created
+                    job_of(job_number(serial), serial).status = DispyJob.Created
                 else:
-                    job_of(serial >> 16, serial).status = DispyJob.Running
+                    job_of(job_number(serial), serial).status = DispyJob.Running
     return [jobs[number] for number in sorted(jobs)]
 
 
@@ -11638,7 +11640,8 @@ class ComputationSetup:
         # Whose claims on the node's CPUs it shares
         out = out_of_band(spec['code'])
         setup_args = out_of_band(spec['setup_args'])
-        spec.update(code=out, setup_args=setup_args, client=cluster.client)
+        spec.update(code=out, setup_args=setup_args, client=cluster.client,
+                    whose=cluster.program)
         compute = Compute(comp, spec)
         self._driver.send(peer.link, compute)
 
@@ -15939,7 +15942,7 @@ class JobCluster(OldCluster):
         as a table. Any thread."""
         jobs_owed = self._core.book.jobs_owed()
         jobs = [job for job in jobs_owed if job.status not in ENDED]
-        sorted_jobs = sorted(jobs, key=lambda job: (job.submit_time, job.serial >> 16))
+        sorted_jobs = sorted(jobs, key=lambda job: (job.submit_time, job_number(job.serial)))
         return JobList(sorted_jobs)
 
     def cancel_all(self) -> int:

@@ -151,7 +151,7 @@ from dispy import (
     ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, ConnectionSettings, DispyJob,
     FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec, NodeUse,
     SharedJobCluster, words_of)
-from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
+from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError, job_number,
                        __version__, find_secret, host_and_port, _no_password, write_private,
                        pieces_of, read_secret, size_of, tls_files, split_needs, Each,
                        HANDSHAKE_TIME, ServiceManager, write_stacks_on_signal)
@@ -893,7 +893,7 @@ class ClusterSource:
         for serial, job, is_running, seconds in watched.jobs_at(key):
             if seconds is None:   # that it was sent is known at least
                 seconds = now - (job.start_time or now)
-            row = job_row(watched.number, serial >> 16, job.id, is_running, seconds)
+            row = job_row(watched.number, job_number(serial), job.id, is_running, seconds)
             row['arguments'] = job.payload
             row['live'] = live
             if job in watched.output:
@@ -939,7 +939,7 @@ class ClusterSource:
             chosen = list(watched.sent_to(key).values())
             if numbers is not None:
                 wanted = frozenset(numbers)
-                chosen = [job for job in chosen if job.serial >> 16 in wanted]
+                chosen = [job for job in chosen if job_number(job.serial) in wanted]
             for job in chosen:
                 driver.cancels.cancel(job)
             return len(chosen)
@@ -1278,7 +1278,7 @@ class SchedulerSource:
             jobs = self._jobs_of(node, key)
         rows = []
         for cluster, job, is_running, seconds in jobs:
-            row = job_row(cluster, job, job >> 16, is_running, seconds)
+            row = job_row(cluster, job, job_number(job), is_running, seconds)
             rows.append(row)
         return rows
 

@@ -9116,7 +9116,8 @@ class _Computation:
         self.since = now        # when it came here
         client = spec.get('client', comp)
         self.client_name = str(client)[:NAME_MOST]
-        self.user = self.client_name   # whose it is, for people
+        # Whose it is, for people
+        self.user = str(spec.get('whose') or self.client_name)[:NAME_MOST]
         self.stage = Stage.PREPARING
         self.forced_end: Optional[ForcedEnd] = None
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order

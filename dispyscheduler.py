@@ -102,7 +102,7 @@ from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
 from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
 from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
-from dispynode import make_secret, may_reclaim
+from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
 from dispynode import read_secret, reason_of, refused_row, replaced, result_key, run_until_ended
@@ -624,12 +624,12 @@ class State(Database):
         place = self._places[_key_text(key)]
         notes = self._notes[self.MOVE]
         for work in works:
-            note = (self.SENT, work.serial & 0xffff, place, work.serial >> 16)
+            note = (self.SENT, attempt_number(work.serial), place, job_number(work.serial))
             notes.append(note)
 
     def waits(self, work: 'ClientJob') -> None:
         """Note a job that is back from a node."""
-        self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.number)
+        self.note(self.MOVE, self.WAITING, attempt_number(work.serial), 0, work.number)
 
     def size_of_payload(self, number: int) -> int:
         """Return the size of the arguments of a job that has not ended, 0 for one that was
@@ -817,7 +817,7 @@ class State(Database):
             options = None
             if packed:
                 options = open_plain(packed)
-            serial = number << 16 | attempt
+            serial = serial_of(number, attempt)
             yield number, client, options, state, serial, keys.get(node)
 
     def nodes(self) -> List[tuple]:
@@ -1768,7 +1768,7 @@ class ProgramOverview(Overview):
         if not exit_status:
             text = _failure_text(row)
         status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
-        number = work.client_serial >> 16
+        number = job_number(work.client_serial)
         self._failed_jobs.add(row[3], computation.number, number, work.payload, status, where, text)
 
     def over(self, computation: ClientComputation) -> None:
@@ -1962,7 +1962,7 @@ class ProgramOverview(Overview):
                 return size
             return shown_arguments(state.payload(number))
         except OSError as exc:   # the job is shown without them
-            logger.debug('arguments of job %d: %s', work.client_serial >> 16, exc)
+            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
             return None
 
     # -- orders ------------------------------------------------------------------------------------
@@ -4077,7 +4077,7 @@ class Operator:
                 continue
             for number, serial, _, seconds in self._answer('jobs', node['key']):
                 program = programs.get(number, {'program': '', 'name': ''})
-                job = serial >> 16
+                job = job_number(serial)
                 rows.append({
                     'number': number, 'program': program['program'], 'name': program['name'],
                     'job': job, 'node': node['name'] or node['address'], 'running': seconds

@@ -64,6 +64,7 @@ def test_an_operator_sees_and_orders(tmp_path):
             program, = rows(scheduler, 'status')
             assert program['name'] == 'wait_for' and 'PID %d' % os.getpid() in program['program']
             assert (program['running'], program['cpus'], program['done']) == (2, 2, 0)
+            assert 'of %s begins' % program['program'] in node.log()
             code, out, err = operate(scheduler, 'status')
             assert code == 0 and 'WAITING' in out and 'wait_for' in out
             running = eventually(
@@ -257,20 +258,22 @@ def test_the_prompt_of_a_scheduler(tmp_path):
                 said.extend(os.read(ours, 65536))
             return text in said.decode()
 
-        def asked(line, text):
-            """Until the answer is this one."""
-            os.write(ours, line.encode() + b'\n')
+        def nodes_show(text):
+            """Whether the table of nodes has that; another is asked for when one has come."""
+            tables = said.count(b'NAME  ADDRESS')
+            os.write(ours, b'nodes\n')
+            eventually(lambda: shows('NAME') and said.count(b'NAME  ADDRESS') > tables)
             return shows(text)
         try:
             eventually(lambda: shows('commands: quit; status, jobs'))
-            eventually(lambda: asked('nodes', 'connected'))
+            eventually(lambda: nodes_show('connected'))
             os.write(ours, b'drain lab2 --reason "new disk"\nnodes\n')
             eventually(lambda: shows('new disk (since '))
             os.write(ours, b'drain no-such-node\n')
             eventually(lambda: shows('has no node no-such-node'))
             os.write(ours, b'drain\ncancel "\nwhat?\n\n')
             eventually(lambda: shows('arguments are required') and shows('No closing quotation') and
-                       shows('NUMBER  PROGRAM'))
+                       shows('NUMBER  USER'))
             os.write(ours, b'quit\n')
             assert process.wait(20) == 0
         finally:

@@ -9,7 +9,7 @@ import pytest
 
 from dispy import NodeConnection
 from dispynode import Outcome
-from dispyscheduler import FILE_BYTES, ClientJob, State
+from dispyscheduler import FILE_BYTES, ClientJob, ProgramUser, State
 
 KEY = ('127.0.0.1', 51348)
 
@@ -20,8 +20,9 @@ def root(tmp_path):
 
 
 def begin(state, comp='c'):
+    cargo = types.SimpleNamespace(spec={'name': comp})
     state.began(types.SimpleNamespace(comp=comp, instance=b'i' * 16, digest=bytes(32),
-                                      cargo=types.SimpleNamespace(spec={'name': comp})))
+                                      user=ProgramUser(), cargo=cargo))
     peer = NodeConnection(*KEY)
     peer.name, peer.instance = 'node', b'n' * 16
     state.met(peer)
@@ -62,7 +63,8 @@ def test_a_crash_leaves_what_was_committed(root):
     assert state.commit()
     submit(state)   # and this one not
     again = after_a_crash(state, root)
-    assert (again.comps() == [('c', b'i' * 16, {'name': 'c', 'key': bytes(32)})]
+    spec = {'name': 'c', 'key': bytes(32), 'user': tuple(ProgramUser())}
+    assert (again.comps() == [('c', b'i' * 16, spec)]
             and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)])
     assert list(again.jobs('c')) == [
         (first, first, None, State.WAITING, waits.serial, None),
