@@ -170,9 +170,8 @@ from dispynode import check_name, check_not_importing, contents_of, default_dire
 from dispynode import default_start_method, derive_key, describe_exception, dial
 from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest, find_named
 from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
-from dispynode import globals_of, has_place, host_and_port
-from dispynode import in_one_piece, in_parts, is_named, is_outcome, is_own_address, is_request
-from dispynode import is_comp, is_serial, job_number
+from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
+from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
@@ -2223,6 +2222,20 @@ class _Queue:
         """One that is in here was cancelled; it is dropped when it comes to the front."""
         self.length -= 1
 
+    def take_out(self, is_meant: Callable[[ScheduledJob], bool]) -> List[ScheduledJob]:
+        """Take out all jobs for which this is true."""
+        taken: List[ScheduledJob] = []
+        for level in self._levels.values():
+            works = list(level)
+            level.clear()
+            for work in works:
+                if work.state in _WAITING and is_meant(work):
+                    taken.append(work)
+                else:
+                    level.append(work)
+        self.length -= len(taken)
+        return taken
+
     def __iter__(self) -> Iterator[ScheduledJob]:
         levels = self._levels.values()
         return (work for level in levels for work in level if work.state in _WAITING)
@@ -2360,6 +2373,8 @@ class ComputationLoad:
         self.too_wide: List[ScheduledJob] = []          # wanting more than any node has
         # CPUs and needs of jobs, to why no node has them, as far as `largest_node` is known
         self.lacks: Dict[Tuple[int, Request], str] = {}
+        # Those of jobs that came when no node was there
+        self.unchecked: Set[Tuple[int, Request]] = set()
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
@@ -2956,11 +2971,25 @@ class Placement:
 
     def _park(self, comp: ComputationLoad) -> None:
         """What no node can take shall not stop those behind it."""
+        if comp.unchecked:
+            self._park_all(comp)
         for line in (*comp.shared_queues(), *comp.pinned.values()):
             work = line.head()
             while work is not None and work.options and self.is_parked(comp, work):
                 line.pop()
                 work = line.head()
+
+    def _park_all(self, comp: ComputationLoad) -> None:
+        """The first node has come: what it cannot give is told, also to jobs that stand behind
+        others."""
+        self._look_for_largest(comp)
+        if not comp.largest_node:
+            return
+        hopeless = {needs for needs in comp.unchecked if self._lack_of(comp, *needs)}
+        comp.unchecked.clear()
+        for line in comp.shared_queues() if hopeless else ():
+            for work in line.take_out(lambda work: (cpus_of(work), needs_of(work)) in hopeless):
+                self.is_parked(comp, work)
 
     def is_parked(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
         """Whether a job needs more than any node has, for which it waits beside its queue. That is
@@ -2986,24 +3015,34 @@ class Placement:
         text = lack_at([node], comp, cpus_of(work), needs_of(work))
         return text and '%s; it is for node %s alone' % (text, node.name)
 
-    @staticmethod
-    def _lack(comp: ComputationLoad, work: ScheduledJob) -> str:
+    def _lack(self, comp: ComputationLoad, work: ScheduledJob) -> str:
         """Why no node can ever run a job; empty if one can, or if there is no node now."""
         cpus = cpus_of(work)
         needs = needs_of(work)
         if cpus == 1 and not needs:
             return ''
+        self._look_for_largest(comp)
+        if not comp.largest_node:
+            comp.unchecked.add((cpus, needs))
+            return ''
+        return self._lack_of(comp, cpus, needs)
+
+    @staticmethod
+    def _lack_of(comp: ComputationLoad, cpus: int, needs: Request) -> str:
+        """The same for what a job needs, where there are nodes."""
+        text = comp.lacks.get((cpus, needs))
+        if text is None:
+            nodes = [node for node in comp.nodes.values()
+                     if node.away is None and node.limits[comp.comp] > 0]
+            text = comp.lacks[cpus, needs] = lack_at(nodes, comp, cpus, needs)
+        return text
+
+    @staticmethod
+    def _look_for_largest(comp: ComputationLoad) -> None:
         if comp.largest_node is None:
             comp.lacks.clear()
             comp.largest_node = max((node.limits[comp.comp] for node in comp.nodes.values()
                                      if node.away is None), default=0)
-        text = comp.lacks.get((cpus, needs))
-        if text is None and comp.largest_node:
-            nodes = [node for node in comp.nodes.values()
-                     if node.away is None and node.limits[comp.comp] > 0]
-            text = lack_at(nodes, comp, cpus, needs)
-            comp.lacks[cpus, needs] = text
-        return text or ''
 
     @staticmethod
     def _may_be_ahead(comp: ComputationLoad) -> bool:

@@ -10994,6 +10994,7 @@ class Computations:
         self._scheduler = scheduler
         self._share = share
         self._requests = requests
+        self.ending: List[_Computation] = []   # what runs of them was killed
 
     # -- files and code ----------------------------------------------------------------------------
 
@@ -11165,6 +11166,7 @@ class Computations:
             self.refuse(comp, forced_end.code, forced_end.text)
             return
         comp.move('end')
+        self.ending.append(comp)
         self._attempts.return_waiting(comp)
         self._scheduler.kill_running(comp)
         when = now + END_TIME
@@ -11180,13 +11182,12 @@ class Computations:
         self._scheduler.fail_running(comp, forced_end.outcome, forced_end.job_text)
 
     def refuse_ended(self) -> None:
-        """Refuse the computations of which nothing runs any more."""
-        for comp in list(self._tables.comps.values()):
-            if comp.stage is not Stage.ENDING:
-                continue
-            if comp.forced_end is None:
-                continue
-            if not any(worker.queue for worker in comp.workers.values()):
+        """Refuse the computations that are to end and of which nothing runs any more."""
+        for comp in list(self.ending):
+            if comp.stage is not Stage.ENDING or comp.forced_end is None:
+                self.ending.remove(comp)   # it was refused for another reason
+            elif not any(worker.queue for worker in comp.workers.values()):
+                self.ending.remove(comp)
                 self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
 
     def on_faulted(self, event: Faulted, now: float) -> None:
@@ -11375,19 +11376,19 @@ class Inquiries:
         self._cpus = cpus
         self._facts = facts
         self._born = now
-        self._queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+        self.queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
 
     def on_query(self, link: int, message: Query, now: float) -> None:
         """A client asks. It is answered at the end of the turn, when what came in it has been
         handed out."""
         self._tables.comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
+        self.queries.append((link, message.comp))
 
     def answer(self, now: float) -> None:
         """Answer all that was asked in this turn."""
         tables = self._tables
-        while self._queries:
-            link, name = self._queries.pop()
+        while self.queries:
+            link, name = self.queries.pop()
             if link in tables.links:
                 send = Send(link, self._report(link, name, now))
                 tables.do(send)
@@ -11497,10 +11498,13 @@ class NodeService:
 
     def leave_when_done(self, now: float) -> None:
         """The end of a turn: a node that is to end leaves when nothing is left to do."""
-        if not self.stopping and not self._finishing:
-            return
         if not self._has_work():
             self._leave(now)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the node ends when nothing is left to do."""
+        return self.stopping or self._finishing
 
     def _leave(self, now: float) -> None:
         """Kill what runs, wait until it is known what of it had begun, and leave."""
@@ -11716,9 +11720,12 @@ class Node:
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 tables.do(NoteOverrun(comp.comp))
-        self.inquiries.answer(now)
-        self.computations.refuse_ended()
-        self.service.leave_when_done(now)
+        if self.inquiries.queries:
+            self.inquiries.answer(now)
+        if self.computations.ending:
+            self.computations.refuse_ended()
+        if self.service.is_ending:
+            self.service.leave_when_done(now)
         return tables.actions
 
     def decided(self) -> List[Any]:

@@ -8,10 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
 import dispy
+import dispy_httpd
+import dispynode
 from conftest import eventually
 from nodes import NodeProcess, SchedulerProcess, script_of
 from scenes import Gate, hold
@@ -103,6 +106,31 @@ def test_jobs_have_the_devices_that_they_ask_for(kind, tmp_path, monkeypatch, ca
         },
                    what='the end of the last')
     assert caplog.text.count('it needs 3 gpu') == 1
+
+
+def rows_of_page(cluster):
+    """What the web page is told of nodes."""
+    with dispy_httpd.DispyHTTPServer(cluster, port=0) as server:
+        address, _, token = server.url.partition('/#token=')
+        request = urllib.request.Request(address + '/api/nodes',
+                                         headers={'Authorization': 'Bearer ' + token})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)['rows']
+
+
+def test_memory_is_kept_for_jobs_and_the_page_shows_what_they_have(tmp_path):
+    gate = Gate(tmp_path / 'gate')
+    whole = dispynode.whole_memory()
+    with NodeProcess(tmp_path / 'node', *OFFER, cpus=3) as node, \
+            dispy.JobCluster(device, nodes=[node.address], depends=[hold]) as cluster:
+        jobs = [cluster.submit(gate.path, number, dispy_memory=int(0.6 * whole),
+                               dispy_resources={'gpu': 1}) for number in (1, 2)]
+        small = cluster.submit(gate.path, 3, dispy_memory=int(0.2 * whole))
+        eventually(lambda: len(gate.started()) == 2, what='the jobs for which there is memory')
+        assert sorted(gate.started()) == ['1', '3']
+        assert [row['resources'] for row in rows_of_page(cluster)] == ['gpu 1 of 2, licence 0 of 1']
+        gate.open()
+        cluster.gather([*jobs, small])
 
 
 @pytest.mark.parametrize('method', ['fork', 'spawn'])

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import dispy
 import dispy_httpd
@@ -112,6 +112,8 @@ def functions() -> None:
         at = cluster.submit_node(node, 2)
         assert_type(at.get(), str)
         assert_type(cluster.submit_job_id_node('there', node, 3, dispy_memory=1 << 30).get(), str)
+        assert_type(cluster.submit(4, dispy_resources={'gpu': 1}).get(), str)
+        assert_type(node.resources, Dict[str, int])
         assert_type(cluster.wait(60), bool)
         assert cluster(60) and not cluster.jobs() and cluster.cancel_all() == 0
         cluster.print_status()
@@ -193,7 +195,7 @@ def executors() -> None:
         assert_type(future.job, Optional[dispy.DispyJob[str]])
         assert_type(list(executor.map(square, [1, 2], chunksize=2)), List[int])
         assert_type(list(executor.map(area, [1, 2], [3, 4])), List[str])
-        quick = executor.with_options(timeout=60, priority=1)
+        quick = executor.with_options(timeout=60, priority=1, resources={'gpu': 1})
         futures = [quick.submit(square, number) for number in range(3)]
         for done in concurrent.futures.as_completed(futures):
             assert_type(done.result(), int)

@@ -1,10 +1,12 @@
 """What jobs need beside CPUs: what a node finds and offers, how the schedule counts it, and which
 worker of a node has it."""
 
+import random
+
 import pytest
 
 import dispy
-from dispy import JobParked, JobState, NodeAway, NodeReady, request_of
+from dispy import ENDED, JobParked, JobState, NodeAway, NodeLost, NodeReady, request_of
 from dispynode import (Equip, GpuSearch, Node, Offer, Outcome, Retire, StartWorker, WorkerGone,
                        WorkerInitialized, WorkerLeft, find_offer, is_request)
 from talk_node import Talk as NodeTalk
@@ -236,6 +238,24 @@ def test_a_request_waits_without_a_word_where_there_is_no_node():
     assert not parked(talk.submit([job(resources=GPU)]))
 
 
+def test_what_the_first_node_cannot_give_is_told_also_to_jobs_that_stand_behind_others():
+    talk, can, cannot, wide = Talk(), jobs(3, resources=GPU), job(resources=GPUS), job(cpus=3)
+    cancelled = job(resources=GPUS)
+    talk.submit([*can, cannot, wide, cancelled])
+    talk.tell(dispy.CancelAsked(cancelled))
+    actions = talk.tell(has('n', 2, gpu=1))
+    assert sorted(text for _, text in parked(actions)) == [
+        'it needs 2 gpu (dispy_resources), and no node has more than 1',
+        'it needs 3 CPUs (dispy_cpus), and no node has more than 2']
+    assert sent(actions) == can[:1]
+    assert cannot in sent(talk.tell(has('m', 3, gpu=2)))
+    while any(work.state is not JobState.FINISHED for work in (*can, cannot, wide)):
+        for key in 'nm':
+            flight = talk.schedule.nodes[key].in_flight['c']
+            talk.results(key, list(flight.values()))
+    assert talk.schedule.comps['c'].length() == 0
+
+
 def test_a_scheduler_counts_by_itself_if_it_knows_how():
     talk = Talk()
     talk.schedule.handle(dispy.Opened('r', 'r', True, remote=True), 0.0)
@@ -268,6 +288,77 @@ def test_what_waits_for_resources_can_be_cancelled_and_ends_with_its_computation
     assert sent(talk.results('n', works[1:2])) == [works[3]]
     talk.tell(dispy.Closed('c'))
     assert works[3].state is JobState.CANCELLED and talk.schedule.nodes['n'].stock.used['gpu'] == 0
+
+
+NEEDS = ({}, {'resources': GPU}, {'resources': GPUS}, {'resources': (('gpu', 1), ('licence', 1))},
+         {'memory': GIB}, {'cpus': 2, 'memory': 2 * GIB}, {'priority': 1, 'resources': GPU},
+         {'node': 1, 'resources': GPU})
+
+
+def check_counts(talk):
+    """What jobs at a node take is counted, and never more than there is."""
+    for node in talk.schedule.nodes.values():
+        taken = {'gpu': 0, 'licence': 0, 'memory': 0}
+        for flight in node.in_flight.values():
+            for work in flight.values():
+                for name, count in dispy.needs_of(work):
+                    taken[name] += count
+        assert {name: node.stock.used[name] for name in taken} == taken
+        for name, count in taken.items():
+            assert count <= node.stock.most(name), (name, node.key)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_whatever_happens_no_node_is_given_more_than_it_has(seed):
+    rng, talk, works = random.Random(seed), Talk('c', 'd'), []
+    stocks = {key: {'gpu': rng.randint(1, 3), 'licence': rng.randint(0, 2),
+                    'memory': rng.randint(2, 4) * GIB} for key in (1, 2, 3)}
+
+    def node_comes(key):
+        for comp in ('c', 'd'):
+            flight = talk.schedule.nodes[key].in_flight.get(comp, {}) \
+                if key in talk.schedule.nodes else {}
+            talk.tell(NodeReady(key, comp, 2, list(flight), stock=stocks[key]))
+
+    def some_end(key):
+        node = talk.schedule.nodes.get(key)
+        for comp, flight in (node.in_flight if node else {}).items():
+            ended = rng.sample(sorted(flight), rng.randint(0, len(flight)))
+            talk.results(key, [flight[serial] for serial in ended], comp,
+                         took=rng.choice((0.0001, 1.0)))
+
+    for _ in range(120):
+        key = rng.choice((1, 2, 3))
+        act = rng.random()
+        if act < 0.4:
+            comp = rng.choice('cd')
+            new = [job(comp, **rng.choice(NEEDS)) for _ in range(rng.randint(1, 5))]
+            works += new
+            talk.submit(new)
+        elif act < 0.8:
+            some_end(key)
+        elif act < 0.9:
+            node_comes(key)
+        elif act < 0.95:
+            talk.tell(NodeLost(key, str(key), 'lost'))
+        elif works:
+            talk.tell(dispy.CancelAsked(rng.choice(works)))
+        check_counts(talk)
+    stocks[3] = {'gpu': 2, 'licence': 1, 'memory': 4 * GIB}   # which has what any needs
+    for key in (1, 2, 3):
+        node_comes(key)
+    for _ in range(2000):
+        for key in (1, 2, 3):
+            some_end(key)
+        check_counts(talk)
+        for work in works:
+            if work.state is JobState.CANCELLING:
+                node = talk.schedule.comps[work.comp].running[work.serial]
+                talk.results(node.key, [work], work.comp, outcome=Outcome.CANCELLED)
+        if all(work.state in ENDED for work in works):
+            return
+    left = [work.options for work in works if work.state not in ENDED]
+    raise AssertionError('these jobs do not end: %s' % left)
 
 
 # -- a node ----------------------------------------------------------------------------------------
@@ -358,3 +449,59 @@ def test_what_the_node_has_not_is_told_by_number():
     actions = talk.jobs(1, resources=GPUS)
     assert texts(actions) == {1: 'the job wants 2 gpu (dispy_resources) and node host has 1'}
     assert fed(talk.jobs(2, resources=GPU)) == [(1, [2])]
+
+
+def test_whatever_happens_on_a_node_no_two_workers_have_the_same_device():
+    for seed in range(30):
+        walk_node(random.Random(seed))
+
+
+def walk_node(rng):
+    talk, holders, leaving, serials = node_talk(4, gpu=2, licence=1), {}, [], iter(range(1, 10000))
+    for comp in ('c', 'd'):
+        talk.ready(comp)
+
+    def take(actions):
+        for action in actions:
+            if type(action) is Equip:
+                for name, numbers in action.units.items():
+                    for number in numbers:
+                        assert (name, number) not in holders.values()
+                        holders[action.worker, name, number] = name, number
+            elif type(action) is Retire:
+                leaving.append(action.worker)
+
+    def free(worker):
+        for key in [key for key in holders if key[0] == worker]:
+            del holders[key]
+
+    for _ in range(200):
+        workers = [worker for worker in talk.node.tables.workers.values() if worker.queue]
+        act = rng.random()
+        if act < 0.4:
+            options = rng.choice(({}, {'resources': GPU}, {'resources': GPUS},
+                                  {'resources': (('gpu', 1), ('licence', 1))}))
+            take(talk.jobs(next(serials), comp=rng.choice('cd'), **options))
+        elif act < 0.75 and workers:
+            worker = rng.choice(workers)
+            take(talk.results(worker.key, worker.queue[0].serial))
+        elif act < 0.8 and workers:
+            worker = rng.choice(workers)
+            free(worker.key)
+            take(talk.tell(WorkerGone(worker.key, 'killed', worker.queue[0].serial)))
+        elif leaving:
+            worker = leaving.pop(rng.randrange(len(leaving)))
+            free(worker)
+            take(talk.tell(WorkerLeft(worker)))
+    for _ in range(3000):   # all end
+        for worker in leaving:
+            free(worker)
+            take(talk.tell(WorkerLeft(worker)))
+        del leaving[:]
+        busy = [worker for worker in talk.node.tables.workers.values() if worker.queue]
+        for worker in busy:
+            take(talk.results(worker.key, worker.queue[0].serial))
+        if not busy and not leaving:
+            break
+    assert not any(comp.attempts for comp in talk.node.tables.comps.values())
+    assert talk.node.cpus.free == 4
