@@ -9635,8 +9635,8 @@ class UndeliveredResults:
             self._tables.do(SpoolResults(comp.comp, comp.instance, rows, comp.digest))
 
     def spooling_failed(self, event: ResultsSpooled) -> None:
-        """There is no room: results stay in memory, and are tried again. Those of a computation that
-        is over are lost, and it is noted that their jobs had begun."""
+        """There is no room: results stay in memory, and are tried again. Those of a computation
+        that is over are lost, and it is noted that their jobs had begun."""
         comp = self._tables.comps.get(event.comp)
         serials = self._on_their_way.pop(event.comp, set())
         if serials and (comp is None or comp.stage is Stage.CLOSING):
