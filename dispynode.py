@@ -233,6 +233,7 @@ LATEST = 1e11                 # s since the epoch, the latest time that a job ca
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_IDLE = 300.0           # s without a job after which a worker ends
 WORKER_RETRY_DELAY = 1.0            # s until it is tried again to start a worker
+REMOVAL_DELAY_MOST = 60.0     # s between attempts to remove a directory
 WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
 BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
 UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
@@ -16170,6 +16171,8 @@ class ComputationFiles:
         self._known: Dict[str, ComputationDirectory] = {}
         self._digesting: Set[str] = set()   # computations whose files are being compared
         self._modules: Optional[ModuleStore] = None
+        # Directories that could not be removed: when that is tried again, and the delay after it
+        self.remains: Dict[str, Tuple[float, float]] = {}
 
     def start(self) -> None:
         """The node's directory is there."""
@@ -16201,10 +16204,12 @@ class ComputationFiles:
                 return
             self._digesting.discard(comp)
             with self._directory.as_user():
-                os.makedirs(directory, mode=0o700, exist_ok=True)
-                os.makedirs(private, mode=0o700, exist_ok=True)
+                # It is known before it is made, and so it is removed if something fails
                 files = self._known[comp] = ComputationDirectory(comp, directory, private, keep,
                                                                  self._options.max_file)
+                for path in (directory, private):
+                    self.remains.pop(path, None)
+                    os.makedirs(path, mode=0o700, exist_ok=True)
                 missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(files, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
@@ -16329,9 +16334,23 @@ class ComputationFiles:
             return
         with self._directory.as_user():
             files.receiver.abort()
-            shutil.rmtree(files.private, ignore_errors=True)
-            if not files.keep:
-                shutil.rmtree(files.directory, ignore_errors=True)
+        self._remove(files.private, WORKER_RETRY_DELAY)
+        if not files.keep:
+            self._remove(files.directory, WORKER_RETRY_DELAY)
+
+    def _remove(self, path: str, delay: float) -> None:
+        """Remove a directory; later what cannot be removed now, for want of descriptors, say."""
+        with self._directory.as_user():
+            shutil.rmtree(path, ignore_errors=True)
+        if os.path.lexists(path):
+            self.remains[path] = (self._host.now + delay, min(2 * delay, REMOVAL_DELAY_MOST))
+
+    def remove_again(self) -> None:
+        """Remove what could not be removed before."""
+        for path, (when, delay) in list(self.remains.items()):
+            if self._host.now >= when:
+                del self.remains[path]
+                self._remove(path, delay)
 
     def close(self) -> None:
         """Remove the directories of all computations."""
@@ -17832,6 +17851,8 @@ class NodeHost:
         when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
         if results.read_later:
             when = min(when, *results.read_later.values())
+        if self.files.remains:
+            when = min(when, min(self.files.remains.values())[0])
         if self._posted or self.processes.held.may_let_go() or (
                 results.backlog and results.backlog.has_room()):
             when = self.loop.now
@@ -17865,6 +17886,8 @@ class NodeHost:
         self.guard(None, self._flush)
         if self.results.read_later:
             self.results.read_again()
+        if self.files.remains:
+            self.guard(None, self.files.remove_again)
         if self.results.backlog:
             self.guard(None, self._send_waiting)
         if self.processes.held.may_let_go():

@@ -5,7 +5,9 @@ import contextlib
 import gc
 import hashlib
 import os
+import resource
 import signal
+import time
 import weakref
 
 import pytest
@@ -14,7 +16,7 @@ import dispy
 from clients import Client, There, program
 from conftest import eventually
 from dispynode import Memory, ModuleStore, Outcome, AttemptHistory, ResultSpool
-from ledger import Ledger
+from ledger import Ledger, open_files
 from nodes import NodeProcess, SchedulerProcess, runners_of
 from proxy import Proxy
 from scenes import fill
@@ -211,3 +213,26 @@ def test_a_program_that_is_gone_told_nodes_later(tmp_path):
         assert path not in [row.path for row in dispy.recoverable()]
         assert not os.path.exists(path)
         eventually(lambda: not results_on(node), 30, 'the end of the result')
+
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='prlimit is of Linux')
+def test_directories_that_cannot_be_removed_without_descriptors_are_removed_later(tmp_path):
+    def directories():
+        return [name for name in os.listdir(node.prefix) if name.startswith(('c-', 'p-'))
+                and name != 'p-.modules']
+
+    with NodeProcess(tmp_path / 'node', cpus=1) as node:
+        pid = node.process.pid
+        idle = len(open_files(pid))
+        with dispy.JobCluster(answer, nodes=[node.address]) as cluster:
+            assert cluster.submit()(30) == 42
+            assert len(directories()) == 2
+            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            eventually(lambda: len(open_files(pid)) <= idle, 20, 'the end of runner and link')
+            time.sleep(0.3)   # the node has tried to remove them, which nothing shows
+            assert len(directories()) == 2, 'or nothing is shown'
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        eventually(lambda: not directories(), 20, 'the end of the directories')
