@@ -43,6 +43,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import errno
 import functools
 import importlib
@@ -125,7 +126,7 @@ BYTES_OVERHEAD = 48           # bytes of memory that a bytes object takes beside
 FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
-# S after which what waits is cancelled for a program whose connection has ended
+# Seconds after which what waits is cancelled for a program whose connection has ended
 GONE_TIME = 60.0
 GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
@@ -425,7 +426,61 @@ class LargeFiles:
         self._gone = []
 
 
-class State(Database):
+class HistoryDatabase(Database):
+    """The part of the state that holds jobs which have ended, for accounts."""
+    ACCOUNT: int
+    HISTORY: int
+    HISTORY_OVER: int
+    _newest: Iterator[int]         # gives places
+    _accounts: Dict[str, int]      # computation -> its place
+
+    def account(self, computation: 'ClientComputation') -> int:
+        """Return the place of a computation in the history, where it is noted if it is new."""
+        place = self._accounts.get(computation.comp)
+        if place is None:
+            place = next(self._newest)
+            self._accounts[computation.comp] = place
+            self.note(self.ACCOUNT, place, computation.comp, *computation.user,
+                      computation.program, computation.name)
+        return place
+
+    def remember(self, *row: Any) -> None:
+        """Note a job for the history: place of its computation, number of the job, node, begin and
+        end in s since the epoch, CPUs, and what has become of it."""
+        self.note(self.HISTORY, *row)
+
+    def forget_before(self, when: float) -> None:
+        """Remove some of the jobs from the history that have ended before."""
+        self.note(self.HISTORY_OVER, when)
+
+    def forget_all_before(self, when: float) -> None:
+        """Remove all jobs from the history that have ended before, and what no job is left of. At
+        the start: it may take a while."""
+        run = self._db.execute
+        run('DELETE FROM history WHERE ended < ?', (when,))
+        run('DELETE FROM accounts WHERE place NOT IN (SELECT account FROM history)')
+        self._accounts = dict(run('SELECT comp, place FROM accounts'))
+
+    def history(self, after: int, count: int, since: float) -> Tuple[int, List[tuple]]:
+        """Return the jobs of the history behind a number, of at most `count` numbers, that have
+        ended since then, and the number after which there are more; -1: there are no more."""
+        run = self._db.execute
+        if after == 0:
+            found = run('SELECT min(number) FROM history WHERE ended >= ?', (since,)).fetchone()[0]
+            after = (found or 1) - 1
+        newest = run('SELECT coalesce(max(number), 0) FROM history').fetchone()[0]
+        to = after + count
+        rows = run(
+            'SELECT user, proven, program, name, job, node, began, ended, cpus, outcome, comp '
+            'FROM history JOIN accounts ON place = account '
+            'WHERE history.number > ? AND history.number <= ? AND ended >= ? '
+            'ORDER BY history.number', (after, to, since)).fetchall()
+        if to >= newest:
+            to = -1
+        return to, rows
+
+
+class State(HistoryDatabase):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
     computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK = 0x64735335
@@ -445,14 +500,18 @@ class State(Database):
             instance BLOB)
         """
     # Those that the first release did not have: what was given up, the memories of nodes, their
-    # lock files, and nodes that an operator has drained
+    # lock files, nodes that an operator has drained, and jobs that have ended, by computations
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
         'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)',
-        'drains (node TEXT PRIMARY KEY, reason TEXT, since REAL)')
-    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN = \
-        range(13)
+        'drains (node TEXT PRIMARY KEY, reason TEXT, since REAL)',
+        'accounts (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, user TEXT, proven INTEGER, '
+        'program TEXT, name TEXT)',
+        'history (number INTEGER PRIMARY KEY, account INTEGER, job INTEGER, node TEXT, '
+        'began REAL, ended REAL, cpus INTEGER, outcome TEXT)')
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN, \
+        ACCOUNT, HISTORY, HISTORY_OVER = range(16)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -466,7 +525,11 @@ class State(Database):
         'INSERT OR REPLACE INTO locks VALUES (?, ?, ?)',
         'INSERT OR REPLACE INTO past VALUES (?, ?, ?, ?)',
         'DELETE FROM past WHERE comp = ?',
-        'INSERT OR REPLACE INTO drains VALUES (?, ?, ?)')
+        'INSERT OR REPLACE INTO drains VALUES (?, ?, ?)',
+        'INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?)',
+        'INSERT INTO history VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)',
+        'DELETE FROM history WHERE number IN '
+        '(SELECT number FROM history WHERE ended < ? ORDER BY number LIMIT 2000)')
 
     def __init__(self, root: str) -> None:
         """Open the state in this directory. Raises DispyError, OSError."""
@@ -500,10 +563,12 @@ class State(Database):
             run('CREATE TABLE IF NOT EXISTS ' + table)
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         run('DELETE FROM drains WHERE since = 0')
+        run('CREATE INDEX IF NOT EXISTS history_by_time ON history (ended)')
+        self._accounts = dict(run('SELECT comp, place FROM accounts'))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         comps = self._comps.values()
-        given = [0, *comps, *self._places.values()]
+        given = [0, *comps, *self._places.values(), *self._accounts.values()]
         self._newest = itertools.count(1 + max(given))
         self.files.find(self._knows)
         self._short = 0   # bytes of the disk that are missing
@@ -1579,6 +1644,7 @@ class Options(NamedTuple):
     # Networks and host names with nodes that may be dialled; none: private networks
     allowed: Tuple[str, ...] = ()
     gone: float = GONE_TIME
+    history: float = 0.0               # days that jobs which have ended are kept for accounts
     cleanup_nodes: bool = False        # nodes remove files, whatever programs say
 
 
@@ -1634,6 +1700,51 @@ class Drains:
         if reason:
             return '%s (%s)' % (reason, at)
         return at
+
+
+class JobHistory:
+    """The jobs that have ended within some days, for accounts: on the disk, whoever asks. The
+    loop's thread."""
+    DAY = 86400.0
+    # Jobs that are added before old ones are removed, of which at most twice as many go then
+    APART = 1000
+
+    def __init__(self, scheduler: 'Scheduler', days: float) -> None:
+        self._scheduler = scheduler
+        self._state = scheduler.state
+        self._kept = days * self.DAY
+        self._added = 0
+        self._state.forget_all_before(time.time() - self._kept)
+
+    def add(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
+            outcome: str) -> None:
+        """Note a job that has ended with this row of Results, at this node if it was at one."""
+        if not self._kept:
+            return
+        where = ''
+        peer = self._scheduler.nodes.by_key.get(node)
+        if peer is not None:
+            where = peer.name or str(peer)
+        now = time.time()
+        began = row[2] or now
+        ended = row[3] or now
+        account = self._state.account(computation)
+        job = work.client_serial >> 16
+        self._state.remember(account, job, where, began, ended, cpus_of(work), outcome)
+        self._added += 1
+        if self._added % self.APART == 0:
+            self._state.forget_before(now - self._kept)
+
+    def page(self, only: str, after: int, since: float) -> Tuple[int, List[tuple]]:
+        """Return rows as `State.history` does, of a user who has proved his name or, for an empty
+        text, of all."""
+        if not self._kept:
+            raise ValueError('no history is kept: start the dispyscheduler with --history DAYS')
+        begin = max(float(since), time.time() - self._kept)
+        to, rows = self._state.history(int(after), PAGE, begin)
+        if only:
+            rows = [row for row in rows if tuple(row[:2]) == (only, 1)]
+        return to, rows
 
 
 class TurnTimes:
@@ -1751,12 +1862,16 @@ class ProgramOverview(Overview):
             count[1] += seconds
             computation.cpu_seconds += seconds * cpus_of(work)
         if outcome == Outcome.CANCELLED:
+            word = 'cancelled'
             computation.cancelled += 1
         elif outcome in RETURNED and not exit_status:
+            word = 'done'
             computation.done += 1
         else:
+            word = 'failed'
             computation.failed += 1
             self._note_failure(computation, work, row, node, exit_status)
+        self._scheduler.history.add(computation, work, row, node, word)
 
     def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
                       exit_status: int) -> None:
@@ -1890,6 +2005,10 @@ class ProgramOverview(Overview):
         if peer.link is None:
             return peer.state_word
         return shown_state(peer.state_word, DEALLOCATED)
+
+    def _history(self, after: int, since: float) -> Tuple[int, List[tuple]]:
+        """Return jobs that have ended, and after which number there are more."""
+        return self._scheduler.history.page(self._only, after, since)
 
     def _load(self) -> Dict[str, float]:
         """Return how much the scheduler has to do, for metrics."""
@@ -2046,6 +2165,7 @@ class ProgramOverview(Overview):
         'nodes': _nodes,
         'failures': _failures,
         'load': _load,
+        'history': _history,
         'jobs': _jobs,
         'arguments': _arguments,
         'cancel': _cancel,
@@ -2056,8 +2176,8 @@ class ProgramOverview(Overview):
         'use': _use,
     }
     # What users may ask, of their own programs
-    _OF_USERS = frozenset(('clusters', 'nodes', 'failures', 'jobs', 'arguments', 'cancel',
-                           'cancel_waiting'))
+    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'arguments',
+                           'cancel', 'cancel_waiting'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -3762,6 +3882,7 @@ class Scheduler(Driver):
             options.ping)
         super().__init__(access, self.state.instance, self.sharing)
         self.drains = Drains(self.state)
+        self.history = JobHistory(self, options.history)
         self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
@@ -3959,6 +4080,8 @@ TASKS = {
     'cancel': 'Cancel the jobs of programs.',
     'drain': 'Let no more jobs begin on nodes. Those that are there go on.',
     'resume': 'Use nodes again that were drained or released.',
+    'history': 'Sum up the jobs that have ended, which a scheduler keeps that was started with '
+               '--history DAYS.',
 }
 
 
@@ -3971,6 +4094,13 @@ def _task_parser(task: str) -> argparse.ArgumentParser:
         add('--waiting', action='store_true', help='only the jobs that have not begun')
     elif task in ('drain', 'resume'):
         add('nodes', nargs='+', metavar='NODE', help='name, address or ADDRESS:PORT of a node')
+    elif task == 'history':
+        add('--by', action='append', choices=('user', 'day', 'computation', 'node', 'job'),
+            help='what is summed up, in this order; may be repeated (default: user); job: nothing')
+        add('--days', type=days_option, default=3650.0, metavar='N',
+            help='of jobs that have ended in the last N days (default: all)')
+        add('--user', metavar='NAME', help='of this user alone')
+        add('--csv', action='store_true', help='print CSV')
     elif task == 'jobs':
         add('nodes', nargs='*', metavar='NODE', help='only on these')
     if task == 'drain':
@@ -4085,6 +4215,22 @@ class Operator:
                 })
         return rows
 
+    def history(self, days: float, user: Optional[str]) -> Iterator[Dict[str, Any]]:
+        """Yield a row for each job that has ended in these days."""
+        since = time.time() - days * JobHistory.DAY
+        after = 0
+        while after >= 0:
+            after, rows = self._answer('history', after, since)
+            for row in rows:
+                found = dict(zip(self.HISTORY, row))
+                if user in (None, found['user']):
+                    found['proven'] = bool(found['proven'])
+                    yield found
+
+    # The columns of a job in the history
+    HISTORY = ('user', 'proven', 'program', 'computation', 'job', 'node', 'began', 'ended', 'cpus',
+               'outcome', 'comp')
+
     def cancel(self, number: int, only_waiting: bool) -> int:
         """Cancel jobs of a program. Returns how many."""
         count = self._answer('cancel_waiting', number)
@@ -4148,6 +4294,11 @@ def _print_table(task: str, rows: Sequence[Dict[str, Any]]) -> None:
         for _, field, write in columns:
             words.append(write(row[field]))
         lines.append([' '.join(word.split()) or '-' for word in words])
+    _print_lines(lines)
+
+
+def _print_lines(lines: Sequence[List[str]]) -> None:
+    """Print words in columns."""
     widths = []
     for column in zip(*lines):
         widths.append(max(map(len, column)))
@@ -4164,9 +4315,84 @@ def _print_rows(task: str, rows: List[Dict[str, Any]], as_json: bool) -> None:
     print(json.dumps(rows, indent=1))
 
 
+def _day(when: float) -> str:
+    return time.strftime('%Y-%m-%d', time.localtime(when))
+
+
+class HistorySums:
+    """Sums over jobs that have ended, for each user, day, computation or node, or for several of
+    these together."""
+
+    def __init__(self, by: Sequence[str]) -> None:
+        self._by = by
+        self._sums: Dict[tuple, Dict[str, Any]] = {}
+
+    def add(self, job: Dict[str, Any]) -> None:
+        """A job, as `Operator.history` has it."""
+        ours = {}
+        for name in self._by:
+            ours[name] = self._value(name, job)
+        key = tuple(ours.values())
+        if 'computation' in ours:   # others may have the same name
+            key = (*key, job['comp'])
+        row = self._sums.get(key)
+        if row is None:
+            row = self._sums[key] = dict(ours, jobs=0, done=0, failed=0, cancelled=0,
+                                         cpu_seconds=0.0)
+        row['jobs'] += 1
+        row[job['outcome']] += 1
+        row['cpu_seconds'] += (job['ended'] - job['began']) * job['cpus']
+
+    @staticmethod
+    def _value(name: str, job: Dict[str, Any]) -> str:
+        if name == 'user':
+            return str(ProgramUser(job['user'], job['proven']))
+        if name == 'day':
+            return _day(job['ended'])
+        return str(job[name])
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """The sums, in order."""
+        rows = []
+        for key in sorted(self._sums):
+            row = self._sums[key]
+            row['cpu_seconds'] = round(row['cpu_seconds'], 3)
+            rows.append(row)
+        return rows
+
+
+def _print_history(operator: Operator, args: argparse.Namespace) -> None:
+    by = args.by or ['user']
+    rows: List[Dict[str, Any]]
+    if 'job' in by:
+        rows = list(operator.history(args.days, args.user))
+        for row in rows:
+            row['cpu_seconds'] = round((row['ended'] - row['began']) * row['cpus'], 3)
+    else:
+        sums = HistorySums(by)
+        for job in operator.history(args.days, args.user):
+            sums.add(job)
+        rows = sums.rows()
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    names = list(rows[0]) if rows else [*by, 'jobs']
+    if args.csv:
+        writer = csv.DictWriter(sys.stdout, names, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    table = [[name.replace('_', ' ').upper() for name in names]]
+    for row in rows:
+        table.append([' '.join(str(row[name]).split()) or '-' for name in names])
+    _print_lines(table)
+
+
 def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
     """Do what is asked. Returns the exit status."""
-    if task == 'status':
+    if task == 'history':
+        _print_history(operator, args)
+    elif task == 'status':
         _print_rows(task, operator.programs(), args.json)
     elif task == 'jobs':
         _print_rows(task, operator.jobs(args.nodes), args.json)
@@ -4287,6 +4513,19 @@ OBSOLETE_SCHEDULER = {
     '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
     '--cooperative': (False, 'each program limits its own CPUs of a node'),
 }
+
+
+def days_option(text: str) -> float:
+    """A number of days, up to ten years. Raises ArgumentTypeError."""
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
+    if not 0 <= days <= 3650:
+        raise argparse.ArgumentTypeError('%r is no number of days from 0 to 3650' % text)
+    return days
+
+
 # What a node does not have as well
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('-p', '--port', '--scheduler-port'), {
@@ -4384,6 +4623,12 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'help': 'seconds after which, when the connection to a program without recover_file'
                 ' has ended, its jobs that have not begun are cancelled (default: '
                 '%(default)g)'}),
+    (('--history',), {
+        'type': days_option,
+        'default': 0.0,
+        'metavar': 'DAYS',
+        'help': 'days that jobs which have ended are kept, for `dispyscheduler history` (default: '
+                'none are)'}),
     (('--state-dir',), {
         'metavar': 'DIR',
         'help': 'where jobs and results are kept (default: %s)'
@@ -4496,6 +4741,7 @@ OPTION_OF = {
     'max_queued': 'max_queued_bytes',
     'allowed': 'allow_nodes',
     'gone': 'gone_after',
+    'history': 'history',
     'cleanup_nodes': 'cleanup_nodes',
 }
 

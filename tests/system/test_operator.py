@@ -4,6 +4,7 @@ is asked, and gets orders."""
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -13,7 +14,7 @@ import pytest
 import dispy
 from conftest import eventually
 from dispynode import DispyError
-from dispyscheduler import secrets_of_users
+from dispyscheduler import State, secrets_of_users
 from nodes import NodeProcess, SchedulerProcess
 
 
@@ -198,6 +199,53 @@ def test_users_are_known_by_their_secrets(tmp_path):
                         cluster.close()
 
 
+CRASHES = """
+import os, sys
+import dispy
+
+
+def double(n, flag):
+    import os, time
+    while not os.path.exists(flag):
+        time.sleep(0.02)
+    return 2 * n
+
+
+cluster = dispy.SharedJobCluster(double, scheduler_port=int(sys.argv[1]), recover_file=sys.argv[2],
+                                 secret='the secret of alice, long enough')
+job = cluster.submit(21, os.path.abspath('flag'))
+while job.status != job.Running:
+    pass
+os._exit(0)
+"""
+
+
+def test_results_are_given_to_their_user_only(tmp_path):
+    """Another who has the recovery file, and with it the key, gets nothing."""
+    users = tmp_path / 'users'
+    users.mkdir()
+    for name in ('alice', 'bob'):
+        (users / name).write_text('the secret of %s, long enough' % name)
+        (users / name).chmod(0o600)
+    (tmp_path / 'crashes.py').write_text(CRASHES)
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
+        words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
+        with SchedulerProcess(tmp_path / 'scheduler', *words) as scheduler:
+            path = str(tmp_path / 'recover')
+            subprocess.run([sys.executable, 'crashes.py', str(scheduler.port), path],
+                           cwd=str(tmp_path), timeout=60, check=True)
+            theirs = tmp_path / 'of bob'
+            theirs.mkdir()
+            for each in tmp_path.glob('recover*'):
+                shutil.copy(str(each), str(theirs))
+            (tmp_path / 'flag').write_text('')
+            job, = dispy.recover_jobs(str(theirs / 'recover'), 3,
+                                      secret='the secret of bob, long enough')
+            assert job.status == job.Abandoned and job.result is None
+            job, = dispy.recover_jobs(path, 60, secret='the secret of alice, long enough')
+            assert job.result == 42
+
+
 @pytest.mark.parametrize('files, text', [
     ({}, 'the secrets of 0 users'), ({'.hidden': 'secret'}, 'the secrets of 0 users'),
     ({'a b': 'secret'}, 'called by letters'), ({'a': 'same', 'b': 'same'}, 'a and b have the same'),
@@ -208,6 +256,59 @@ def test_secrets_of_users_that_cannot_be(tmp_path, files, text):
         (tmp_path / name).chmod(0o600)
     with pytest.raises(DispyError, match=text):
         secrets_of_users(str(tmp_path))
+
+
+def odd(n):
+    if n % 2:
+        raise ValueError(n)
+
+
+def test_the_history_of_jobs_outlives_a_new_start_and_is_summed_up(tmp_path):
+    directory, users = tmp_path / 'scheduler', tmp_path / 'users'
+    users.mkdir()
+    for name in ('alice', 'bob'):
+        (users / name).write_text('the secret of %s, long enough' % name)
+        (users / name).chmod(0o600)
+    with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
+        words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
+        with SchedulerProcess(directory, *words, '--history', '7') as scheduler:
+            for name, jobs in (('alice', 700), ('bob', 3)):
+                with dispy.SharedJobCluster(odd, scheduler_port=scheduler.port, loglevel=50,
+                                            secret='the secret of %s, long enough' % name) as it:
+                    for n in range(jobs):
+                        it.submit(n)
+                    assert it.wait(60)
+            scheduler.kill()
+        operator = ('--secret-file', str(directory / 'state' / 'operator-secret'))
+        with SchedulerProcess(directory, *words, '--history', '7',
+                              port=scheduler.port) as scheduler:
+            sums = rows(scheduler, 'history', *operator)
+            found = [(row['user'], row['jobs'], row['done'], row['failed'], row['cancelled'])
+                     for row in sums]
+            assert found == [('alice', 700, 350, 350, 0), ('bob', 3, 2, 1, 0)]   # many pages
+            assert all(row['cpu_seconds'] >= 0 for row in sums)
+            mine = ('--secret-file', str(users / 'bob'))
+            assert rows(scheduler, 'history', *mine) == sums[1:]
+            assert rows(scheduler, 'history', '--user', 'bob', *operator) == sums[1:]
+            jobs = rows(scheduler, 'history', '--by', 'job', *mine)
+            found = sorted((job['computation'], job['job'], job['outcome']) for job in jobs)
+            assert found == [('odd', 1, 'done'), ('odd', 2, 'failed'), ('odd', 3, 'done')]
+            assert {job['node'] for job in jobs} == {'lab2'}
+            words_of_sums = ('--by', 'computation', '--by', 'node')
+            found = rows(scheduler, 'history', *words_of_sums, *operator)
+            assert [row['jobs'] for row in sorted(found, key=lambda row: row['jobs'])] == [3, 700]
+            code, out, err = operate(scheduler, 'history', '--csv', '--by', 'user', *mine)
+            assert code == 0
+            assert out.startswith('user,jobs,done,failed,cancelled,cpu_seconds\nbob,3,')
+            code, out, err = operate(scheduler, 'history', '--by', 'day', *operator)
+            assert code == 0 and out.split()[:2] == ['DAY', 'JOBS'] and ' 703 ' in out
+            assert rows(scheduler, 'history', '--days', '0', *operator) == []
+    with SchedulerProcess(directory, *words) as scheduler:
+        code, out, err = operate(scheduler, 'history', *operator)
+        assert code == 1 and '--history DAYS' in err
+    state = State(str(directory / 'state'))
+    assert state.history(0, 10 ** 6, 0.0) == (-1, []), 'it is not wanted any more'
+    state.close()
 
 
 def test_the_page_of_a_scheduler_keeps_its_token(tmp_path):

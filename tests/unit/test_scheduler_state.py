@@ -154,3 +154,26 @@ def test_the_file_does_not_grow_with_jobs_that_have_ended(root):
     assert max(run_jobs() for _ in range(10)) < 1.5 * first
     assert list(state.jobs('c')) == []
     state.close()
+
+
+def test_the_history_forgets_what_is_old(root):
+    state = State(root)
+    computation = types.SimpleNamespace(comp='c', user=('alice', True), program='alice',
+                                        name='work')
+    account = state.account(computation)
+    assert state.account(computation) == account
+    for number in range(10):
+        state.remember(account, number, 'lab2', float(number), number + 1.0, 2, 'done')
+    assert state.commit()
+    to, rows = state.history(0, 4, 0.0)
+    assert to == 4 and [row[4] for row in rows] == [0, 1, 2, 3]
+    to, rows = state.history(to, 100, 0.0)
+    assert to == -1 and [row[4] for row in rows] == [4, 5, 6, 7, 8, 9]
+    assert rows[0][:4] == ('alice', 1, 'alice', 'work') and rows[0][5:] == (
+        'lab2', 4.0, 5.0, 2, 'done', 'c')
+    assert [row[4] for row in state.history(0, 100, 9.0)[1]] == [8, 9]
+    state.forget_before(4.5)
+    assert state.commit() and len(state.history(0, 100, 0.0)[1]) == 6
+    state.forget_all_before(100.0)
+    assert state.history(0, 100, 0.0) == (-1, [])
+    state.close()
