@@ -24,7 +24,7 @@ class FakeSocket:
     def __init__(self, writes=False):
         self._ends = os.pipe()
         self._writes = writes
-        self.room, self.sent, self.waiting, self.closed = None, b'', b'', False
+        self.room, self.sent, self.waiting, self.closed = None, bytearray(), b'', False
         self.other = FrameEncoder(KEY)   # of the other side
 
     def setblocking(self, flag):
