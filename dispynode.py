@@ -11184,7 +11184,9 @@ class Computations:
     def _end_late(self, name: str, now: float) -> None:
         """Workers that were killed have not ended."""
         comp = self._tables.comps.get(name)
-        if comp is None or comp.stage is not Stage.ENDING:
+        if comp is None:
+            return
+        if comp.stage is not Stage.ENDING:
             return
         forced_end = comp.forced_end
         assert forced_end is not None   # it is set before the stage
@@ -11580,7 +11582,9 @@ class NodeService:
         """Take jobs again, if no other authority is against it."""
         if self.paused.pop(event.by, None) is None:
             return
-        if self.paused or self.stopping:
+        if self.paused:
+            return
+        if self.stopping:
             return
         logger.info('jobs are taken again')
         self._attempts.refuses_new = False

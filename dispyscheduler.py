@@ -1028,7 +1028,9 @@ class Absence:
     def begin(self, now: float, patience: float) -> None:
         """The connection of the program has ended, or the program has not connected yet. Its jobs
         are cancelled after `patience` seconds."""
-        if self._recovers or self.gone:
+        if self._recovers:
+            return
+        if self.gone:
             return
         self._until = now + patience
         self.look_at = self._until
@@ -1529,7 +1531,9 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
             continue
         if found is not None and found in network:
             return True
-    if allowed or found is None:
+    if allowed:
+        return False
+    if found is None:
         return False
     return found.is_private or found.is_loopback or found.is_link_local
 
@@ -1904,7 +1908,9 @@ class ProgramOverview(Overview):
             return False
         if peer.key not in self._released:
             return False
-        if use.state is AssignmentState.CLOSED or use.offered:
+        if use.state is AssignmentState.CLOSED:
+            return False
+        if use.offered:
             return False
         use.move('close')
         use.reason = RELEASED
