@@ -212,7 +212,7 @@ WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
-# S for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+# Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
@@ -220,10 +220,10 @@ PROGRESS_EVERY = 1.0          # s between lines of progress
 LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
-# S without a usable node
+# Seconds without a usable node
 WARN_AFTER = 5.0
 WARN_EVERY = 60.0
-# S between attempts to reach a node, doubling
+# Seconds between attempts to reach a node, doubling
 REDIAL_FIRST = 0.5
 REDIAL_MOST = 30.0
 LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
@@ -231,14 +231,14 @@ LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is
 # and the handshake
 TRY_TIMES = 3
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
-# S between the first two questions by UDP, doubling up to ping_interval
+# Seconds between the first two questions by UDP, doubling up to ping_interval
 ASK_FIRST = 0.2
-# S until a computation is offered again to a node that could not take it, doubling
+# Seconds until a computation is offered again to a node that could not take it, doubling
 RETRY_FIRST = 0.1
 RETRY_MOST = 30.0
-# S that nodes are tried which keep results that need not be kept any more
+# Seconds that nodes are tried which keep results that need not be kept any more
 FORGET_TIME = 3.0
-# S that a question to the driver may take; its turns take milliseconds
+# Seconds that a question to the driver may take; its turns take milliseconds
 CALL_TIME = 30.0
 # Results that wait for their acknowledgement, and s that they do
 ACKS_MOST = 256
@@ -253,7 +253,7 @@ FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
 ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
 DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
-# S of one slice of a wait: Ctrl-C does not end a wait on Windows
+# Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
 logger = logging.getLogger('dispy')
@@ -783,7 +783,7 @@ class DispyJob(ProgramJob):
             self.id, words, where and ' on ' + where, reason and ': ' + reason)
 
     def _repr_html_(self) -> str:
-        """For notebooks: a table."""
+        """Return a table for notebooks."""
         return html_of_jobs([self])
 
 
@@ -895,7 +895,7 @@ class KeptJob(DispyJob):
 
     @property
     def id(self) -> Any:
-        """As a DispyJob's."""
+        """The id of the job, as a DispyJob has it."""
         return _plain_id.__get__(self, KeptJob)
 
     @id.setter
@@ -1158,7 +1158,7 @@ class DispyNode:
         return '<DispyNode %s>' % text
 
     def _repr_html_(self) -> str:
-        """For notebooks: a table."""
+        """Return a table for notebooks."""
         return html_of_nodes([self])
 
 
@@ -1204,7 +1204,7 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
 # --------------------------------------------------------------------------------------------------
 
 def many(count: int, word: str) -> str:
-    """'1 node', '2 nodes'."""
+    """Return a number with its noun: '1 node', '2 nodes'."""
     return '%d %s%s' % (count, word, '' if count == 1 else 's')
 
 
@@ -2331,7 +2331,7 @@ class ScarceJobs:
         return line
 
     def length(self) -> int:
-        """Jobs that wait here."""
+        """Return how many jobs wait here."""
         return sum(line.length for line in self.queues.values())
 
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
@@ -2441,7 +2441,7 @@ class ComputationLoad:
         return length
 
     def waiting(self) -> List[ScheduledJob]:
-        """All jobs that wait."""
+        """Return all jobs that wait."""
         queues = self.shared_queues() + list(self.pinned.values())
         queued = [work for queue in queues for work in queue]
         restings = list(self.resting)
@@ -2664,7 +2664,7 @@ class NodeLoad:
         return part - max(0, lower - limit)
 
     def limit(self, comp: str, cpus: int) -> None:
-        """CPUs for a computation."""
+        """Set how many CPUs a computation may use."""
         self.limits[comp] = cpus
         self._count()
 
@@ -4949,7 +4949,7 @@ class ModuleFinder:
         self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
 
     def look(self, name: str) -> Whereabouts:
-        """Any thread."""
+        """Find out where a module is. Any thread."""
         module = sys.modules.get(name, self)
         kept = self._kept.get(name)
         if kept is not None and kept[0] is module and self._is_valid(kept):
@@ -5173,7 +5173,7 @@ class ModuleFinder:
 
     @staticmethod
     def _ask_entries(name: str, locations: Sequence[str]) -> Any:
-        """What PathFinder does."""
+        """Ask the entries of a path, as PathFinder does."""
         portions: List[str] = []
         for location in locations:
             try:
@@ -5740,8 +5740,7 @@ class OwnModules:
         is_source = base.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES))
         parts = name.split('.')
         if is_source:
-            joined_parts = '/'.join(parts)
-            target = joined_parts + ('/__init__.py' if is_package else '.py')
+            target = '/'.join(parts) + ('/__init__.py' if is_package else '.py')
         else:
             target = '/'.join((parts if is_package else parts[:-1]) + [base])
         source = None
@@ -6290,7 +6289,7 @@ def client_pickler() -> Any:
 @functools.lru_cache(maxsize=2)
 def _client_pickler(base: Any) -> Any:
     class ClientPickler(base):  # type: ignore[misc, valid-type]
-        """Of arguments."""
+        """Pickles arguments."""
 
         def importable(self, module: str) -> bool:
             """Whether nodes have the module, or get its file."""
@@ -6438,7 +6437,7 @@ class Value:
 
     @property
     def row(self) -> Tuple[int, bytes]:
-        """Size and digest."""
+        """Return size and digest."""
         return len(self.data), self.digest
 
 
@@ -6452,7 +6451,7 @@ class SharedPayload(bytes):
         return tuple(value.row for value in self.values)
 
     def total(self) -> int:
-        """Bytes, with the values."""
+        """Return how many bytes it has, with the values."""
         return len(self) + sum(len(value.data) for value in self.values)
 
 
@@ -7134,8 +7133,7 @@ class SourcePicker:
             else:
                 kept.append('\n')
         file = cell or sys.modules[module].__file__ or ''
-        joined_kepts = ''.join(kept)
-        return (module, file, joined_kepts, *_values_and_links(taken))
+        return (module, file, ''.join(kept), *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
         if module in self._shipped:
@@ -7379,8 +7377,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
         return False
     if code.co_firstlineno != running.co_firstlineno:
         return False
-    distinct_co_names = set(code.co_names)
-    if not distinct_co_names <= set(running.co_names):
+    co_names = set(code.co_names)
+    if not co_names <= set(running.co_names):
         return False
     constants = set()
     for const in code.co_consts:
@@ -7551,8 +7549,8 @@ class NodeSpec(NamedTuple):
         not known yet."""
         if self.fits(address):
             return True
-        distinct_hosts = set(self.host)
-        return not (distinct_hosts <= set('0123456789.*') or ':' in self.host)
+        characters = set(self.host)
+        return not (characters <= set('0123456789.*') or ':' in self.host)
 
 
 def _plain_host(word: str) -> str:
@@ -8206,7 +8204,7 @@ class Journal(Database):
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), job_number(work.serial))
 
     def _needs_no_more(self, work: ScheduledJob) -> None:
-        """A job has ended."""
+        """Forget what a job needs, which has ended."""
         if work.options:
             rows = work.options.get('values', ())
         else:
@@ -8990,7 +8988,7 @@ class NodeInfo(NamedTuple):
     facts: dict
 
     def facts_now(self) -> dict:
-        """As a Peer's."""
+        """Return what is known of the node, as a NodeConnection does."""
         return self.facts
 
 
@@ -9259,7 +9257,7 @@ class NodeConnection:
 
     @property
     def kind(self) -> str:
-        """As of NodeDoubted."""
+        """Return what kind of node it is, as NodeDoubted has it."""
         if self.scheduler:
             return 'scheduler'
         if self.embedded:
@@ -9633,13 +9631,69 @@ def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
     return specs
 
 
-class Recovery(NodeUser):
-    """Collects what nodes have of computations whose program has crashed. To the driver it is a
-    cluster that only looks. `done(job, row, peer)` is told a result, `lost(job, text)` a job that
-    has begun and is lost, `again(job)` one that has not begun and waits again, `over()` that none
-    is left. The driver's thread."""
+class Collector(NodeUser):
+    """Asks nodes for what they have of computations whose program has ended. To the driver it is a
+    cluster that only looks. The driver's thread.
+
+    met - the nodes that have been connected
+    """
     client = 'recovery'
-    acknowledges = True    # results, when they come: they are noted
+    acknowledges = True    # results, when they come
+
+    def __init__(self, places: Iterable[str], calling: Iterable[str],
+                 listens: Sequence[str]) -> None:
+        """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
+        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT."""
+        self.comp = uuid.uuid4().hex
+        self.port = NODE_PORT
+        self.specs = _specs_of_places(places)
+        self.callers = {where[1:] for where in calling if where.startswith(' ')}
+        if self.callers and listens:
+            host, _, port = listens[0].rpartition(':')
+            self.hosts = [(host, int(port))]
+        self.met: List[NodeConnection] = []
+        self.driver: Any = None
+
+    def begin(self, driver: 'Driver') -> None:
+        """Dial the nodes. Raises OSError."""
+        self.driver = driver
+        driver.open(self, False)
+
+    def node_connected(self, peer: NodeConnection) -> None:
+        """Note a node, to be asked for what it has."""
+        if peer not in self.met:
+            self.met.append(peer)
+
+    def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
+             past: AttemptHistory) -> None:
+        """A node has told what it knows."""
+        raise NotImplementedError
+
+    def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
+        """A scheduler says which jobs are on a node, or wait."""
+        raise NotImplementedError
+
+    def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
+        """A node gives back what has not begun."""
+        raise NotImplementedError
+
+    def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
+        """Results came; some perhaps for the second time."""
+        raise NotImplementedError
+
+    def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
+        """The program is connected to a node still, or again."""
+        raise NotImplementedError
+
+    def cancel(self, job: DispyJob) -> None:
+        """End a job that runs."""
+        raise NotImplementedError
+
+
+class Recovery(Collector):
+    """Collects what nodes have of jobs that are written down in a journal. `done(job, row, peer)`
+    is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has
+    not begun and waits again, `over()` that none is left. The driver's thread."""
 
     def __init__(self,
                  journal: Journal,
@@ -9654,9 +9708,10 @@ class Recovery(NodeUser):
         self._journal = journal
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
-        # They may keep results that are noted
-        self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}
-        self.met: List[NodeConnection] = []
+        places = {node.rpartition('#')[0] for _, node in sent}
+        self._unmet = holders - places   # they may keep results that are noted
+        super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
+        self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self.collected = threading.Event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
         self._done = done
@@ -9664,32 +9719,10 @@ class Recovery(NodeUser):
         self._again = again
         self._over = over
         self._cancel = cancel
-        self.comp = uuid.uuid4().hex
-        self.port = NODE_PORT
-        self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        places = set()
-        for _, node in sent:
-            places.add(node.rpartition('#')[0])
-        self.specs = _specs_of_places(places | self._unmet)
-        # Names of nodes that will dial us
-        self.callers = {where[1:] for where in places if where.startswith(' ')}
-        hosts = []
-        for row in rows:
-            if row[4]:
-                hosts.append(row[4])
-        if hosts and any(node.startswith(' ') for _, node in sent):
-            self.hosts = [(hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))]
-        self.driver: Any = None
-
-    def begin(self, driver: 'Driver') -> None:
-        """Dial the nodes. Raises OSError."""
-        self.driver = driver
-        driver.open(self, False)
 
     def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
-        if peer not in self.met:
-            self.met.append(peer)
+        super().node_connected(peer)
         self._unmet.discard(peer.place)
         self.driver.recoveries.reclaim(peer, self, self.old)
         self._check()
@@ -9806,27 +9839,40 @@ class Recovery(NodeUser):
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
-class ResultCollection(NodeUser):
+class Collecting(enum.Enum):
+    """What has been done about a computation at a node."""
+    ASKED = 'it was asked what it has, and has not told'
+    TOLD = 'it has told what it has'
+    WANTED = 'it is to give what it has'
+    TAKING = 'it was asked to give what it has'
+    COMING = 'it gives what it has: results come'
+    IN_USE = 'nothing is to be had, as the program is connected'
+    ENDING = 'it is told that the computation is over'
+    OVER = 'it has heard that the computation is over'
+
+
+class ResultCollection(Collector):
     """Asks nodes what they have of computations of which no jobs were written down, and collects
-    it. Nodes are asked first; what is to be had is then taken, from a program that is not
-    connected to any of them. To the driver it is a cluster that only looks. The driver's thread,
-    but for `wait`."""
-    client = 'recovery'
+    it. Nodes are asked first; what is to be had is then taken, unless their program is connected to
+    any of them. The driver's thread, but for `wait`."""
     warns = False
     acknowledges = False    # at the end, when the user has them
     name = 'the recovery of programs that have ended'
+    # What is asked once more on a new link
+    _ASKED_ANEW = frozenset((Collecting.ASKED, Collecting.TAKING, Collecting.COMING))
 
     def __init__(self, lefts: Sequence[RecoverableFiles], cancel: bool = False) -> None:
-        self.comp = uuid.uuid4().hex
-        self.port = NODE_PORT
+        places = {where for left in lefts for where in left.places}
+        listens = []
+        for left in lefts:
+            if left.listen and any(where.startswith(' ') for where in left.places):
+                listens.append(left.listen)
+        super().__init__(places, places, listens)
         self.lefts = {left.comp: left for left in lefts}
         self._cancel = cancel
-        self.met: List[NodeConnection] = []
-        # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to
-        # give it; 'taking': was asked for it; 'done': the answer has come, and results come;
-        # 'lives': nothing is to be had; 'ending': is told that it is over; 'over': has heard it
-        self._stages: Dict[Tuple[str, str], str] = {
-            (where, left.comp): 'look' for left in lefts for where in left.places}
+        # By place and computation
+        self._stages: Dict[Tuple[str, str], Collecting] = {
+            (where, left.comp): Collecting.ASKED for left in lefts for where in left.places}
         self.taken: Set[Tuple[str, str]] = set()
         self.alive: Set[str] = set()        # computations whose programs are connected to a node
         self.there: Dict[Tuple[str, str], Set[int]] = {}   # serials that are not in `rows`
@@ -9836,26 +9882,6 @@ class ResultCollection(NodeUser):
         self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
-        places = {where for left in lefts for where in left.places}
-        self.specs = _specs_of_places(places)
-        # That will dial us
-        self.callers = {where[1:] for where in places if where.startswith(' ')}
-        hosts = []
-        for left in lefts:
-            if not left.listen:
-                continue
-            if any(where.startswith(' ') for where in left.places):
-                hosts.append(left.listen.rpartition(':'))
-        if hosts:
-            self.hosts = [(hosts[0][0], int(hosts[0][2]))]
-        else:
-            self.hosts = []
-        self.driver: Any = None
-
-    def begin(self, driver: 'Driver') -> None:
-        """Dial the nodes. Raises OSError."""
-        self.driver = driver
-        driver.open(self, False)
 
     def take(self, comps: Iterable[str]) -> None:
         """Collect these from the nodes that have answered, and from others when they do."""
@@ -9863,8 +9889,8 @@ class ResultCollection(NodeUser):
         for key, stage in list(self._stages.items()):
             if key[1] in wanted:
                 self.taken.add(key)
-                if stage == 'seen':
-                    self._stages[key] = 'take'
+                if stage is Collecting.TOLD:
+                    self._stages[key] = Collecting.WANTED
         for peer in self.met:
             self._ask(peer)
 
@@ -9876,19 +9902,18 @@ class ResultCollection(NodeUser):
                 continue
             if peer.link is None:
                 continue
-            if stage == 'ending' and anew:
+            if stage is Collecting.ENDING and anew:
                 self.driver.recoveries.dismiss(peer, key[1], self.lefts[key[1]].key)
-            elif stage == 'take' or (anew and stage in ('look', 'taking', 'done')):
-                taking = stage != 'look'
+            elif stage is Collecting.WANTED or (anew and stage in self._ASKED_ANEW):
+                taking = stage is not Collecting.ASKED
                 if taking:
-                    self._stages[key] = 'taking'
+                    self._stages[key] = Collecting.TAKING
                 keys = {key[1]: self.lefts[key[1]].key}
                 self.driver.recoveries.reclaim(peer, self, keys, taking)
 
     def node_connected(self, peer: NodeConnection) -> None:
         """It is asked for what it has."""
-        if peer not in self.met:
-            self.met.append(peer)
+        super().node_connected(peer)
         self._ask(peer, anew=True)
 
     def driver_failed(self, text: str) -> None:
@@ -9912,21 +9937,21 @@ class ResultCollection(NodeUser):
         """A node has told what it knows."""
         with self._changed:
             for key in self._places_of(peer, comp):
-                if self._stages[key] != 'ending':
+                if self._stages[key] is not Collecting.ENDING:
                     continue
                 if not serials:
-                    self._stages[key] = 'over'
+                    self._stages[key] = Collecting.OVER
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 known = self.there.get(key, set())
                 now = set(serials)
-                taking = self._stages[key] == 'taking'
+                taking = self._stages[key] is Collecting.TAKING
                 if taking:
-                    self._stages[key] = 'done'
-                elif self._stages[key] == 'look':
+                    self._stages[key] = Collecting.COMING
+                elif self._stages[key] is Collecting.ASKED:
                     if key in self.taken:
-                        self._stages[key] = 'take'
+                        self._stages[key] = Collecting.WANTED
                     else:
-                        self._stages[key] = 'seen'
+                        self._stages[key] = Collecting.TOLD
                 self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
                 if taking:
                     for serial in known - now:
@@ -9970,7 +9995,7 @@ class ResultCollection(NodeUser):
             self.alive.add(comp)
             for key in self._stages:
                 if key[1] == comp:
-                    self._stages[key] = 'lives'
+                    self._stages[key] = Collecting.IN_USE
             self._changed.notify_all()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
@@ -10014,15 +10039,15 @@ class ResultCollection(NodeUser):
         """Nodes that have not answered, of one computation or of all."""
         with self._changed:
             return sorted({where for (where, name), stage in self._stages.items()
-                           if stage == 'look' and comp in (None, name)})
+                           if stage is Collecting.ASKED and comp in (None, name)})
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
         for key in self.taken:
             stage = self._stages.get(key)
-            if stage in ('take', 'taking'):
+            if stage in (Collecting.WANTED, Collecting.TAKING):
                 return False
-            if stage != 'done':
+            if stage is not Collecting.COMING:
                 continue
             if self.there.get(key):
                 return False
@@ -10035,7 +10060,7 @@ class ResultCollection(NodeUser):
         with self._changed:
             stages = {key: stage for key, stage in self._stages.items() if key[1] == comp}
             for key, stage in stages.items():
-                if stage not in ('seen', 'done'):
+                if stage not in (Collecting.TOLD, Collecting.COMING):
                     return False
                 if not self.there.get(key):
                     continue
@@ -10049,7 +10074,7 @@ class ResultCollection(NodeUser):
         with self._changed:
             for key in self._stages:
                 if key[1] in comps:
-                    self._stages[key] = 'ending'
+                    self._stages[key] = Collecting.ENDING
         for peer in self.met:
             self._ask(peer, anew=True)
 
@@ -10062,17 +10087,16 @@ class ResultCollection(NodeUser):
                 stages.append(stage)
         if not bool(stages or not wanted):
             return False
-        return all(stage == 'over' for stage in stages)
+        return all(stage is Collecting.OVER for stage in stages)
 
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            chosen_serials = set()
+            distinct = set()
             for key, serials in self.there.items():
                 if key[1] == comp:
-                    for serial in serials:
-                        chosen_serials.add(serial)
-            return len(chosen_serials)
+                    distinct.update(serials)
+            return len(distinct)
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -10626,7 +10650,7 @@ class NodeTable:
         self.misfits = Misfits()
 
     def of(self, comp: str) -> List[NodeConnection]:
-        """Nodes of a cluster."""
+        """Return the nodes of a cluster."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if comp in peer.uses:
@@ -10847,18 +10871,18 @@ class NodeSearch:
         known.heard = now
 
     def close(self) -> None:
-        """Ask nowhere any more."""
+        """Stop asking everywhere."""
         for asker in self._ears.values():
             asker.ears.close()
 
     def sockets(self) -> List[Any]:
         """Those by which nodes are asked for."""
         ears = self._ears.values()
-        chosen_sockets: List[Any] = []
+        sockets: List[Any] = []
         for asker in ears:
             for ear in asker.ears.ears:
-                chosen_sockets.append(ear.socket)
-        return chosen_sockets
+                sockets.append(ear.socket)
+        return sockets
 
 
 class Connector:
@@ -10975,7 +10999,7 @@ class Connector:
                     peer: NodeConnection,
                     note: Callable[[Any], None],
                     patience: float = HANDSHAKE_TIME) -> Authenticated:
-        """A dial thread."""
+        """Connect to a node, in the thread that dials."""
         if not peer.embedded:
             if peer.scheduler:
                 wanted = Role.SCHEDULER
@@ -11245,7 +11269,7 @@ class Connector:
         return peer.probed and not peer.listed
 
     def close(self) -> None:
-        """End all of it."""
+        """End all searches, attempts and processes of nodes."""
         for gate in self._acceptors.values():
             gate.server_close()
         self.searches.close()
@@ -11256,11 +11280,11 @@ class Connector:
             peer.end_process()
 
     def sockets(self) -> List[Any]:
-        """All that listen."""
-        chosen_sockets = []
+        """Return all sockets that listen."""
+        sockets = []
         for gate in self._acceptors.values():
-            chosen_sockets.append(gate.socket)
-        return chosen_sockets + self.searches.sockets()
+            sockets.append(gate.socket)
+        return sockets + self.searches.sockets()
 
 
 def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
@@ -12219,7 +12243,7 @@ class JobExchange:
 
     def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob,
                     row: tuple) -> None:
-        """An opener."""
+        """Decide whether a job is repeated. A thread that opens results."""
         delay: Optional[float] = None
         try:
             failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
@@ -12295,7 +12319,7 @@ class JobExchange:
         self._driver.soon()
 
     def end_lost_when_due(self, due: List[float]) -> None:
-        """Look for them."""
+        """End jobs that a fault of ours has lost, when it is time to."""
         if self._lost_text and self._driver.now >= self._lost_at:
             text = self._lost_text
             self._lost_text = ''
@@ -12407,11 +12431,11 @@ class Recoveries:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
-        self.by_comp: Dict[str, Union[Recovery, ResultCollection]] = {}
+        self.by_comp: Dict[str, Collector] = {}
 
     def reclaim(self,
                 peer: NodeConnection,
-                recovery: Union['Recovery', 'ResultCollection'],
+                recovery: Collector,
                 keys: Dict[str, bytes],
                 take: bool = True) -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
@@ -12473,8 +12497,8 @@ class Recoveries:
         if comp in self.by_comp:
             self.by_comp[comp].held(peer, comp, message.serials, past)
         else:
-            distinct_serials = frozenset(message.serials)
-            account = Account(distinct_serials, past, peer.whole)
+            serials = frozenset(message.serials)
+            account = Account(serials, past, peer.whole)
             node_told = NodeTold(peer.key, comp, account)
             self._driver.decide(node_told)
 
@@ -12615,7 +12639,7 @@ class NodeQueries:
 
     @staticmethod
     def row_of(peer: NodeConnection, state: str, reason: str, cpus: int, busy: int) -> NodeInfo:
-        """One of them."""
+        """Return the row of one node."""
         return NodeInfo(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
                         peer.offered, peer.facts_now())
 
@@ -12649,8 +12673,7 @@ class NodeQueries:
             lines.append(message)
         attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
         todo = remedy(attempts, bool(others), self._driver.policy.start_node)
-        joined_lines = '; '.join(lines)
-        return 'Tried: %s%s' % (joined_lines, todo and '. ' + todo)
+        return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     def _search_at(self, port: int) -> str:
         """Which nodes are asked for at a UDP port, for `complaint`."""
@@ -13224,7 +13247,7 @@ class Chores:
         self.at = min(due)
 
     def _warn(self, comp: str) -> None:
-        """Nobody waits in silence."""
+        """Warn that no node is ready for a computation, so that nobody waits in silence."""
         driver = self._driver
         self._warn_at[comp] = driver.now + WARN_EVERY
         nodes = driver.queries.nodes_of(comp)
@@ -13643,7 +13666,7 @@ class Driver(Loop):
         self.lost_nodes.link_ended(channel, text)
 
     def remove_old_trails(self) -> None:
-        """Once in a program."""
+        """Have old trails removed, once in a program."""
         global _trails_looked_at
         if not _trails_looked_at:
             _trails_looked_at = True
@@ -14191,8 +14214,8 @@ class JobBook:
         ends = self.unfinished
         chosen_ends = []
         for state in (*FAILED, JobState.FINISHED):
-            chosen_end = ends.get(int(state), 0)
-            chosen_ends.append(chosen_end)
+            end = ends.get(int(state), 0)
+            chosen_ends.append(end)
         failed = sum(chosen_ends)   # programs
         return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
 
@@ -17870,7 +17893,7 @@ def joblib_backend(parallel: Any) -> Any:
         def submit(self,
                    func: Callable[..., Any],
                    callback: Optional[Callable[..., Any]] = None) -> JoblibCall:
-            """One batch of calls."""
+            """Submit one batch of calls."""
             run = self._get_run()
             return run.submit(JoblibCall(run, callback), func)
 
@@ -18088,17 +18111,17 @@ def without_extension(path: str) -> str:
 
 
 def last_part(path: str) -> str:
-    """What {/} stands for."""
+    """Return what {/} stands for."""
     return path.rpartition('/')[2]
 
 
 def directory_of(path: str) -> str:
-    """What {//} stands for."""
+    """Return what {//} stands for."""
     return os.path.dirname(path) or '.'
 
 
 def last_part_without_extension(path: str) -> str:
-    """What {/.} stands for."""
+    """Return what {/.} stands for."""
     return without_extension(last_part(path))
 
 
@@ -18860,7 +18883,7 @@ def duration_option(text: str) -> float:
 
 
 def count_option(text: str) -> int:
-    """A number from 1."""
+    """Read a whole number that is at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
     return int(text)
@@ -18896,7 +18919,7 @@ def delimiter_option(text: str) -> bytes:
 
 
 def pattern_option(text: str) -> Any:
-    """A regular expression."""
+    """Read a regular expression."""
     try:
         return re.compile(text)
     except re.error as exc:
@@ -19357,7 +19380,7 @@ class Window:
             self._changed.wait_for(lambda: self.is_closed, seconds)
 
     def close(self) -> None:
-        """No more jobs start."""
+        """Start no more jobs."""
         with self._changed:
             self.is_closed = True
             self._changed.notify_all()
@@ -19391,7 +19414,7 @@ class Terminal:
             self._write(sys.stderr.buffer, data)
 
     def message(self, text: str) -> None:
-        """A line of ours."""
+        """Print a line of our own."""
         data = (text + '\n').encode(errors='backslashreplace')
         self.err(data)
 
@@ -19450,7 +19473,7 @@ class Tally:
         self.last_status = 0           # exit status of the job that ended last
 
     def count(self, ended: Ended) -> None:
-        """A job has ended."""
+        """Count a job that has ended."""
         self.done += 1
         self.last_status = ended.shell_status
         if ended.reason:
@@ -19464,7 +19487,7 @@ class Tally:
         return self.total - self.skipped
 
     def line(self) -> str:
-        """For people."""
+        """Return a line for people."""
         text = '%d of %d done, %d failed' % (self.done, self.all, self.failed)
         if self._display == 'bar':
             return '%s %s' % (self._bar(), text)
@@ -19721,7 +19744,7 @@ class Shell:
         return SharedJobCluster(commands, nodes, **options)
 
     def _printed(self, job: DispyJob, stream: str, data: bytes) -> None:
-        """A callback thread."""
+        """Note what a job has printed. A callback thread."""
         self._events.put(Printed(job.id, stream, data))
 
     def _most(self) -> int:
@@ -19983,12 +20006,12 @@ class BugReport:
         return line
 
     def text(self) -> str:
-        """All of it."""
+        """Return the whole text."""
         return '\n'.join(self._lines[1:]) + '\n'
 
 
 def versions() -> Iterator[str]:
-    """What runs here."""
+    """Return the versions of what runs here."""
     directory = os.path.dirname(os.path.abspath(__file__))
     yield 'dispy %s, %s' % (__version__, directory)
     yield 'Python %s' % sys.version.replace('\n', ' ')
@@ -20684,7 +20707,7 @@ def _access_of(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _cancel_lost(args: argparse.Namespace) -> int:
-    """--cancel-lost."""
+    """Carry out --cancel-lost."""
     access = _access_of(args)
     files = tls_files(args.certfile, args.keyfile, None)
     secret = find_secret(access['secret'])
@@ -20692,7 +20715,7 @@ def _cancel_lost(args: argparse.Namespace) -> int:
 
 
 def _look_at_nodes(args: argparse.Namespace) -> int:
-    """--list-nodes."""
+    """Carry out --list-nodes."""
     if args.scheduler_host is not None:
         raise ValueError('--list-nodes asks the nodes themselves; '
                          '`python -m dispyscheduler nodes` asks a scheduler')

@@ -167,7 +167,7 @@ SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshot
 PLOT_POINTS = 240             # then every second one is dropped
 RATE_SPAN = 30.0              # s over which the rate is measured
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
-# S after a request that snapshots are still taken as often as asked for
+# Seconds after a request that snapshots are still taken as often as asked for
 LOOKED_FOR = 5.0
 # Bytes of a running job's output; jobs with output
 OUTPUT_KEPT = 4096

@@ -1301,8 +1301,7 @@ _OTHER_OPTIONS = frozenset(('node', 'values', 'resources'))
 def _is_options(value: Any) -> bool:
     if type(value) is not dict:
         return False
-    distinct_values = set(value)
-    if distinct_values - _NAMES_OF_OPTIONS:
+    if set(value) - _NAMES_OF_OPTIONS:
         return False
     if not all(_is_number(option) for name, option in value.items() if name not in _OTHER_OPTIONS):
         return False
@@ -1868,7 +1867,7 @@ class ValueRequests:
         self._holders.discard(one)
 
     def waiting(self, comp: str) -> Sequence[Any]:
-        """Who waits."""
+        """Return those who wait."""
         return self._waiting.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
@@ -2825,7 +2824,7 @@ def _reduce_match(match: Any) -> tuple:
 
 
 def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
-    """A match object."""
+    """Return a match object."""
     return pattern.match(text, start, end)
 
 
@@ -2850,7 +2849,7 @@ def _reduce_queue(waiting: Any) -> tuple:
 
 
 def make_queue(items: List[Any]) -> Any:
-    """A queue.SimpleQueue."""
+    """Return a queue.SimpleQueue."""
     made: Any = queue.SimpleQueue()
     for item in items:
         made.put(item)
@@ -3579,7 +3578,7 @@ def keeps_identity(value: Any) -> bool:
 
 
 def contents_of(value: Any) -> Any:
-    """What `fill_in_place` takes."""
+    """Return what `fill_in_place` takes."""
     if isinstance(value, collections.defaultdict):
         return value.default_factory, dict(value)
     if isinstance(value, (list, collections.deque)):
@@ -3906,10 +3905,10 @@ def explain_import(exc: BaseException, name: str) -> str:
     own = own.partition('.')[0]
     if not missing:
         return 'the import failed: %s' % ' -> '.join(chain)
-    joined_chains = ' -> '.join(chain)
+    way = ' -> '.join(chain)
     text = ('the import failed: %s. To mend that, install %s on this node (%s -m pip '
             'install %s), or list its file in depends if it is a module of your own' %
-            (joined_chains, missing, sys.executable, missing))
+            (way, missing, sys.executable, missing))
     if own in ('', missing):
         return text
     return ('%s; if the jobs do not need it, call '
@@ -5120,7 +5119,7 @@ class FrameEncoder:
 
     @property
     def sealed(self) -> int:
-        """Frames made."""
+        """Return how many frames were made."""
         return self._seq
 
     def __init__(self, key: bytes) -> None:
@@ -5282,7 +5281,7 @@ OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED,
 
 
 class Record(NamedTuple):
-    """One record, taken apart."""
+    """A record that was taken apart."""
     kind: int
     number: int
     serial: int
@@ -5324,11 +5323,10 @@ class RecordBuffer(ReceiveBuffer):
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
         buffer_updated = self.buffer_updated(count)
-        chosen_records: List[Record] = []
+        records: List[Record] = []
         for head, body in buffer_updated:
-            chosen_record = self.record_of(head, body)
-            chosen_records.append(chosen_record)
-        return chosen_records
+            records.append(self.record_of(head, body))
+        return records
 
     @staticmethod
     def record_of(head: bytes, body: memoryview) -> Record:
@@ -6370,7 +6368,7 @@ class InMemory:
     """Memory for a value, which is taken as the value comes."""
 
     def __init__(self, size: int) -> None:
-        """Raises MemoryError."""
+        """Reserve so many bytes. Raises MemoryError."""
         self._view = mapped(size)
 
     def add(self, offset: int, data: Buffer) -> None:
@@ -6378,7 +6376,7 @@ class InMemory:
         self._view[offset:offset + len(data)] = data
 
     def whole(self) -> memoryview:
-        """All that has come."""
+        """Return all that has come."""
         return self._view
 
     def drop(self) -> None:
@@ -6638,7 +6636,7 @@ class Link(Channel):
         return False
 
     def own_address(self) -> str:
-        """Of this end."""
+        """Return the address of this end."""
         address = self.sock.getsockname()[0]
         return plain_address(address)
 
@@ -6660,7 +6658,7 @@ class Link(Channel):
 
     @property
     def sent(self) -> int:
-        """Frames that were sent."""
+        """Return how many frames were sent."""
         return self._sealer.sealed
 
     def messages(self, now: float) -> List[Any]:
@@ -6845,10 +6843,10 @@ class MemoryLink(Link):
         return False
 
     def write(self) -> None:
-        """All is there."""
+        """Nothing is to be written: the other end has what was sent."""
 
     def drain(self, seconds: float) -> None:
-        """As above."""
+        """Nothing is to be waited for: the other end has what was sent."""
 
     def breaks(self, now: float) -> None:
         """There is no network to blame."""
@@ -8015,7 +8013,7 @@ class Reconnector:
             post(ConnectFailed(peer, text))
 
     def ended(self) -> None:
-        """Its event has come."""
+        """The attempt is over: its event has come."""
         self._attempt = None
 
     def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
@@ -8035,7 +8033,7 @@ class Reconnector:
         self._wait = min(2 * self._wait, self._most)
 
     def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
-        """S that an attempt waits for an answer. As long as jobs may be lost meanwhile that is a
+        """Return how many seconds an attempt waits. As long as jobs may be lost meanwhile that is a
         pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
         if now >= self._hurry_until:
             return HANDSHAKE_TIME
@@ -8473,8 +8471,7 @@ class DiscoverySockets:
                  multicast: bool = False) -> None:
         self._loop: Loop = loop
         self._reach: str = reach
-        distinct_theres = set(there)
-        self._there: List[int] = sorted(distinct_theres)
+        self._there: List[int] = sorted(set(there))
         self._multicast: bool = multicast
         self.ears: List[UdpListener] = []
         self.error = ''
@@ -9099,7 +9096,7 @@ class _Claim:
         self.fresh = True        # none has begun since it came
 
     def rank(self) -> Tuple[bool, float]:
-        """The lowest is next."""
+        """Return its place in the order: the lowest is served next."""
         return not self.fresh, self.reckoned
 
 
@@ -9171,7 +9168,7 @@ class _Computation:
         self.stage = STAGE_TABLE[self.stage, event]
 
     def cpus_used(self) -> int:
-        """CPUs that it uses."""
+        """Return how many CPUs it uses."""
         workers = self.workers.values()
         cpus = []
         for worker in workers:
@@ -9609,6 +9606,8 @@ class UndeliveredResults:
         self._zombie = zombie
         # Computation -> results on disk, also of some that are over here
         self.spooled: Dict[str, Spooled] = {}
+        # Computation -> attempts whose results are to be on disk, and are not yet
+        self._on_their_way: Dict[str, AbstractSet[int]] = {}
         self._disk_full = False                 # which was told
         # Links on which results of a computation were sent again
         self._resent: Set[Tuple[int, str]] = set()
@@ -9629,13 +9628,21 @@ class UndeliveredResults:
     def spool(self, comp: _Computation) -> None:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
-        if comp.unacknowledged:
-            spool_results = SpoolResults(comp.comp, comp.instance,
-                                         list(comp.unacknowledged.values()), comp.digest)
-            self._tables.do(spool_results)
+        on_their_way = self._on_their_way.get(comp.comp, frozenset())
+        rows = [row for serial, row in comp.unacknowledged.items() if serial not in on_their_way]
+        if rows:
+            self._on_their_way[comp.comp] = set(comp.unacknowledged)
+            self._tables.do(SpoolResults(comp.comp, comp.instance, rows, comp.digest))
 
     def spooling_failed(self, event: ResultsSpooled) -> None:
-        """There is no room: results stay in memory, and are tried again."""
+        """There is no room: results stay in memory, and are tried again. Those of a computation
+        that is over are lost, and it is noted that their jobs had begun."""
+        comp = self._tables.comps.get(event.comp)
+        serials = self._on_their_way.pop(event.comp, set())
+        if serials and (comp is None or comp.stage is Stage.CLOSING):
+            text = 'node %s could not keep its result: %s' % (self._tables.name, event.error)
+            lost = frozenset(serials)
+            self._past.add(event.comp, AttemptHistory(given_up=lost, text=text))
         if not self._disk_full:
             logger.error(
                 'results cannot be kept on the disk: %s; they stay in memory until they can',
@@ -9645,6 +9652,7 @@ class UndeliveredResults:
     def on_spooled(self, event: ResultsSpooled, now: float) -> None:
         """Results are on the disk."""
         comp = self._tables.comps.get(event.comp)
+        self._on_their_way.pop(event.comp, None)
         self._disk_full = False
         if comp is not None:
             for serial in event.serials:
@@ -9663,8 +9671,8 @@ class UndeliveredResults:
 
     def on_found(self, event: SpoolFound, now: float) -> None:
         """An earlier daemon has left results on the disk."""
-        distinct_serials = set(event.serials)
-        self.spooled[event.comp] = Spooled(event.owner, distinct_serials, event.until, event.digest)
+        serials = set(event.serials)
+        self.spooled[event.comp] = Spooled(event.owner, serials, event.until, event.digest)
         self._expire_at(event.until, event.comp)
 
     def forget(self, name: str) -> None:
@@ -11403,9 +11411,9 @@ class Inquiries:
             workers = comp.workers.values()
             running = [(worker.queue[0].serial, now - worker.since) for worker in workers
                        if worker.queue]
-            distinct_attempts = set(comp.attempts)
+            attempts = set(comp.attempts)
             serials = {serial for serial, _ in running}
-            waiting = sorted(distinct_attempts - serials)
+            waiting = sorted(attempts - serials)
         busy = sum(bool(worker.queue) for worker in tables.workers.values())
         fact = self._facts.get('available', {})
         holder = self._lease.held_by(now)
@@ -11530,7 +11538,7 @@ class NodeService:
         tables.do(Exit())
 
     def _runs_jobs(self) -> bool:
-        """Whether workers have jobs."""
+        """Return whether workers have jobs."""
         workers = self._tables.workers.values()
         return any(worker.queue for worker in workers)
 
@@ -13291,8 +13299,7 @@ class JobServices:
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
                 trace_lines = traceback.format_exception(*record.exc_info)
-                joined_trace_lines = ''.join(trace_lines)
-                text += '\n' + joined_trace_lines.rstrip()
+                text += '\n' + ''.join(trace_lines).rstrip()
             # A level may be an IntEnum and a name a subclass of str: the other side opens plain
             # values only.
             data = pickle.dumps((int(record.levelno), plain_text(
@@ -13387,7 +13394,7 @@ class ReturnedFiles:
                        for path in self._matching(pattern)}
 
     def send(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
-        """As JobDirectory.bring_back."""
+        """Send a file to the client, as JobDirectory.bring_back does."""
         sent = set()
         missing = []
         for pattern in self._patterns:
@@ -13703,8 +13710,8 @@ class Worker:
         if IS_WINDOWS:
             return processes_in_tree() > self._own_processes
         if self._own_children:   # whose exit statuses are not ours to take
-            distinct_children_heres = set(children_here())
-            return any(not has_ended(pid) for pid in distinct_children_heres - self._own_children)
+            others = set(children_here()) - self._own_children
+            return any(not has_ended(pid) for pid in others)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -13820,7 +13827,7 @@ class _Child(NamedTuple):
 
     @property
     def slots(self) -> Any:
-        """See Slots."""
+        """Return the slots of the workers: see Slots."""
         return self.where.slots
 
 
@@ -14026,7 +14033,7 @@ class RunningLimits:
             del jobs[other]
 
     def forget_all_but(self, workers: Container[int]) -> None:
-        """Others have ended."""
+        """Forget all workers but these: the others have ended."""
         for worker in [worker for worker, jobs in self._known.items()
                        if worker not in workers or not jobs]:
             del self._known[worker]
@@ -16543,7 +16550,7 @@ class RunnerProcess:
             self._popen.wait(seconds)
 
     def close(self) -> None:
-        """It has ended."""
+        """Release what belongs to a process that has ended."""
         if self._process is not None:
             self._process.close()
 
@@ -16557,7 +16564,7 @@ class RunnerWatch:
     """Whether a runner lives and answers. Its process is watched, since others may hold its socket:
     a child that setup has forked in C, say. While it has jobs it is asked for a sign of life. The
     loop's thread."""
-    # S between looks at one that is on its way out; at one that can be watched by looks alone
+    # Seconds between looks at one that is on its way out; at one that can be watched by looks alone
     SOON = 0.02
     OFTEN = 1.0
 
@@ -16576,7 +16583,7 @@ class RunnerWatch:
             self.look_at = host.now + self.OFTEN
 
     def next_look(self, now: float) -> Optional[float]:
-        """When to look again."""
+        """Return when to look again."""
         if self._handle < 0:
             return now + self.OFTEN
         return None
@@ -16624,7 +16631,7 @@ class RunnerWatch:
             os.close(self._handle)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if self._handle >= 0:
             self._host.remove_reader(self._handle)
             os.close(self._handle)
@@ -16828,7 +16835,7 @@ class HeldPipes:
             self._held.remove(pipe)
 
     def may_let_go(self) -> bool:
-        """Whether there are such."""
+        """Return whether any pipe is held back."""
         for pipe in self._held:
             if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2):
                 return True
@@ -17577,7 +17584,7 @@ class NodeDiscovery:
                 source, self._port, same_secret(derive_key(self._options.secret)))
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         if self._sockets is not None:
             self._sockets.close()
 
@@ -18363,7 +18370,7 @@ class ServiceManager:
             self.tell('WATCHDOG=1')
 
     def close(self) -> None:
-        """The service ends."""
+        """End the service."""
         self.tell('STOPPING=1')
         self._is_over.set()
         self._turn.set()

@@ -127,7 +127,7 @@ BYTES_OVERHEAD = 48           # bytes of memory that a bytes object takes beside
 FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
-# S after which what waits is cancelled for a program whose connection has ended
+# Seconds after which what waits is cancelled for a program whose connection has ended
 GONE_TIME = 60.0
 GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full

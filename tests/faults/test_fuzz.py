@@ -238,7 +238,7 @@ def largest(process, over):
 
 @pytest.fixture
 def total(request):
-    return 100000 if request.config.getoption('--long') else 6000
+    return 100000 if request.config.getoption('--long') else 3000
 
 
 @pytest.mark.long

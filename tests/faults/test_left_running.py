@@ -42,7 +42,7 @@ def hold(directory, name):
 
 def start(count=4, running=4, name='', **options):
     cluster = KIND(hold, **dict(WHERE, **options))
-    jobs = [cluster.submit(directory, '%d-Zqs%d' % (os.getpid(), name, number))
+    jobs = [cluster.submit(directory, '%d-%s%d' % (os.getpid(), name, number))
             for number in range(count)]
     mine = 'begun-%d-%s' % (os.getpid(), name)
     while sum(job.status == dispy.DispyJob.Running for job in jobs) < running \

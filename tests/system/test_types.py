@@ -18,7 +18,8 @@ from conftest import ROOT
 
 TYPED = os.path.join(ROOT, 'tests', 'typed')
 MODULES = ['dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd']
-OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay'}
+OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay',
+             'dispy_resources'}
 
 
 def run(*command, cwd, **environment):
@@ -100,9 +101,9 @@ def declared(cls):
             for node in cls.body}
 
 
-def of_the_schedule(module):
-    """What jobs have for the schedule, and not for users."""
-    return own_attributes(module['ScheduledJob'])
+def of_the_package(module):
+    """What jobs have for the schedule and for other parts, and not for users."""
+    return own_attributes(module['ScheduledJob']) | declared(module['ProgramJob'])
 
 
 @pytest.mark.parametrize('name', ['dispy', 'dispy_httpd'])
@@ -110,7 +111,7 @@ def test_attributes_of_instances(name):
     """stubtest sees what classes have, and not what their constructors set."""
     module, types = (classes_in(os.path.join(ROOT, name + ending)) for ending in ('.py', '.pyi'))
     public = [each for each in module if each in types]
-    internal = of_the_schedule(module) if name == 'dispy' else set()
+    internal = of_the_package(module) if name == 'dispy' else set()
     assert len(public) >= {'dispy': 15, 'dispy_httpd': 1}[name]
     assert {each: own_attributes(module[each]) - declared(types[each]) - internal
             for each in public} == dict.fromkeys(public, set())

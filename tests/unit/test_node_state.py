@@ -10,15 +10,16 @@ import pytest
 from conftest import walk_seeds
 from dispynode import (
     BEGUN_TIME, END_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASE_COOLDOWN, SETUP_TIME,
-    STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, SendToWorker,
-    FilePiece, FileStored, Faulted, Finish, Forget, SpoolFound, KnownAttempts, Interrupt,
-    ClientHello, Jobs, SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown, LinkUp, Need,
-    Node, CpusChanged, Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME, PrepareDirectory,
-    DirectoryReady, Purpose, Query, Ready, ReturnJobs, Received, Reclaim, Refused, Release, Report,
-    Results, Resume, Retire, JobsReturned, RunnerGone, RunnerUp, WorkerInitialized, Send,
-    SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started, StartRunner, StartWorker, Status,
-    Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker, LimitMemory, NodeHello, WorkerGone,
-    WorkerResults, WorkerReturnedJobs, MemoryExceeded, WorkerStartFailed, decode, encode, size_of)
+    STAGE_TABLE, Ack, Allowance, AttemptHistory, Cancel, Compute, Done, Drop, DurationEstimate,
+    Exit, SendToWorker, FilePiece, FileStored, Faulted, Finish, Forget, SpoolFound, KnownAttempts,
+    Interrupt, ClientHello, Jobs, SpoolResults, ResultsSpooled, Kill, Lease, Limit, LinkDown,
+    LinkUp, Need, Node, CpusChanged, Outcome, Pause, PeerError, ROW_FIRST, UNKNOWN_TIME,
+    PrepareDirectory, DirectoryReady, Purpose, Query, Ready, ReturnJobs, Received, Reclaim, Refused,
+    Release, Report, Results, Resume, Retire, JobsReturned, RunnerGone, RunnerUp, WorkerInitialized,
+    Send, SendSpooled, SetCpus, PrintStatus, Shutdown, Stage, Started, StartRunner, StartWorker,
+    Status, Stop, StopRunner, WriteFile, FileWritten, TakeFromWorker, LimitMemory, NodeHello,
+    WorkerGone, WorkerResults, WorkerReturnedJobs, MemoryExceeded, WorkerStartFailed, decode,
+    encode, size_of)
 from talk_node import (
     Talk, bounded, fed, only, result, row_of, rows, said, spec, texts)
 
@@ -1128,6 +1129,20 @@ def test_what_had_not_begun_when_all_ended_waits_elsewhere(how, begun):
     back = [serial for message in said(actions, JobsReturned) for serial in message.serials]
     ended = [serial for serial, _ in rows(actions)]
     assert (ended, back) == (([1], []) if begun else ([], [1]))
+
+
+def test_results_of_a_computation_that_is_over_are_known_to_be_lost_when_the_disk_is_full():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(LinkDown(1, False))
+    actions = talk.tell(RunnerGone('c', 'killed', begun=frozenset([1])))
+    spooled, = only(actions, SpoolResults)
+    assert [row[0] for row in spooled.rows] == [1]
+    talk.tell(ResultsSpooled('c', [], 'no room'), RunnerGone('c', ''))
+    talk.link(2)
+    ready = said(talk.say(Reclaim('c'), 2), KnownAttempts)[0]
+    assert ready.serials == [] and 1 in AttemptHistory.of(ready.past).given_up
 
 
 def test_workers_that_do_not_end_are_not_waited_for():
