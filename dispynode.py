@@ -18269,6 +18269,15 @@ def minutes_option(text: str) -> float:
     raise argparse.ArgumentTypeError(reason)
 
 
+def days_option(text: str) -> float:
+    """Read a number of days; 0 means none."""
+    with contextlib.suppress(ValueError):
+        if 0 <= 86400 * float(text) <= LONGEST:
+            return float(text)
+    most = LONGEST // 86400
+    raise argparse.ArgumentTypeError('%r is no number of days between 0 and %d' % (text, most))
+
+
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
     """Return the hours of service that options give. Raises ValueError for those that make no
     sense."""
@@ -18532,7 +18541,8 @@ class OptionParser(argparse.ArgumentParser):
     # Type of an option -> types of its values in a JSON file; where none is given here, text.
     JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
         int: (int,), serve_option: (int,), size_option: (int, str), positive_number: (int, float),
-        seconds_option: (int, float), minutes_option: (int, float)}
+        seconds_option: (int, float), minutes_option: (int, float),
+        days_option: (int, float)}
     # Options that cannot stand in a file, with those that end in "secret"
     NOT_IN_FILES = frozenset(('help', 'version', 'config', 'save_config', 'embedded', 'obsolete'))
 

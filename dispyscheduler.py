@@ -101,6 +101,7 @@ from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, 
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
 from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
+from dispynode import days_option
 from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
 from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
 from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
@@ -4519,19 +4520,6 @@ OBSOLETE_SCHEDULER = {
     '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
     '--cooperative': (False, 'each program limits its own CPUs of a node'),
 }
-
-
-def days_option(text: str) -> float:
-    """A number of days, up to ten years. Raises ArgumentTypeError."""
-    try:
-        days = float(text)
-    except ValueError:
-        days = math.nan
-    if not 0 <= days <= 3650:
-        raise argparse.ArgumentTypeError('%r is no number of days from 0 to 3650' % text)
-    return days
-
-
 # What a node does not have as well
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('-p', '--port', '--scheduler-port'), {
