@@ -12213,6 +12213,14 @@ def _prctl(libc: Any, option: int, value: int) -> None:
         libc.prctl(option, value, 0, 0, 0)
 
 
+def end_with_parent(libc: Any, parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, and end it now if that has ended
+    already: the kernel tells no end that was before it was asked."""
+    _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _own_resource() -> Any:
     """The module `resource`, which is not left among the imported ones: whoever finds it there
     knows that the user's code or a library has imported it. None where there is no such module."""
@@ -14199,7 +14207,7 @@ class WorkerProcesses:
             child = self._make_child(made)
             context = multiprocessing.get_context('fork')
             process = context.Process(target=self._work,
-                                      args=(sock, child, variables),
+                                      args=(sock, child, variables, os.getpid()),
                                       name='dispy-worker-%d' % number)
             process.start()
             made.pop_all()
@@ -14228,14 +14236,16 @@ class WorkerProcesses:
         out, err = catches
         return _Child(None, place, out, err)
 
-    def _work(self, sock: socket.socket, child: _Child, variables: Dict[str, str]) -> None:
-        """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
+    def _work(self, sock: socket.socket, child: _Child, variables: Dict[str, str],
+              runner: int) -> None:
+        """In the forked process; `runner` is its parent. Leaves by os._exit alone: exit handlers
+        here are the runner's."""
         try:
             os.environ.update(variables)   # before the user's code has looked at devices here
             os.setsid()   # a group of its own, for signals to the job and all it starts
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _prctl(self._libc, _PR_SET_PDEATHSIG, SIGKILL)
+            end_with_parent(self._libc, runner)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
             for handle in self.closed_in_workers:
                 os.close(handle)
@@ -15000,11 +15010,12 @@ class Runner(LoadingProcess):
 class SpawnedWorker(LoadingProcess):
     """A worker that is not forked: loads the computation by itself and waits for its pipe."""
 
-    def run(self, private: str, names: Tuple[str, str], place: Tuple[int, int]) -> None:
+    def run(self, private: str, names: Tuple[str, str], place: Tuple[int, int],
+            runner: int) -> None:
         """Until its pipe is closed, or it is not fit for another job. `names` are those of the
-        files for its output, `place` is that of its slots."""
+        files for its output, `place` is that of its slots, `runner` the number of its parent."""
         libc = _libc()
-        _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
+        end_with_parent(libc, runner)   # nobody else could end this process
         _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
         self._next_order()   # INIT: the runner sees to what this process starts
         self._catch_output(*(CapturedOutput(private, name) for name in names))
@@ -15121,9 +15132,7 @@ def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
     out = _out_of_reach(control.detach())
     worker = SpawnedWorker(socket.socket(fileno=out))
     try:
-        if os.getppid() != runner:
-            os._exit(1)   # nobody is there who could end this process
-        worker.run(private, names, place)
+        worker.run(private, names, place, runner)
     except (ConnectionError, EOFError, SystemExit):
         os._exit(1)   # the other side is gone, and with it whoever could be told
     except BaseException:   # no descriptors, or our own fault

@@ -451,6 +451,16 @@ def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere(make_cluster):
             os.unlink(flag)
 
 
+@pytest.mark.parametrize('more, printed', [(0, 'lives\n'), (1, '')])
+def test_a_worker_whose_runner_has_ended_before_it_could_ask_ends(more, printed):
+    """Nobody knows of it, and it would run jobs that another worker runs as well."""
+    code = ("import os, dispynode; dispynode.end_with_parent(None, os.getppid() + %d); "
+            "print('lives')" % more)
+    found = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, timeout=60,
+                           universal_newlines=True)
+    assert found.stdout == printed and found.returncode == more
+
+
 # -- setup -----------------------------------------------------------------------------------------
 
 @pytest.mark.fork('setup runs once in each worker: see test_start_method.py')
