@@ -138,6 +138,14 @@ class SchedulerProcess(NodeProcess):
                 stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
         self.port = int(eventually(self._listening, what='start of a scheduler'))
 
+    def page(self):
+        """The link to its web page (--httpd), from the file in its state directory: the log, which
+        others can read, has no token."""
+        path = os.path.join(self.state, 'monitor')
+        eventually(lambda: os.path.exists(path), what='link of the page')
+        with open(path) as file:
+            return file.read().split()[-1]
+
 
 def runners_of(node):
     """The runners of a node, one a computation."""

@@ -34,12 +34,13 @@ def test_every_code_of_a_refusal_stands_in_the_table():
             text = file.read()
         found |= set(re.findall(r"Refused\([\w.]+, '(\w+)'", text)) | set(
             re.findall(r"\.refuse\(comp, '(\w+)'", text))
+        found |= set(re.findall(r"ForcedEnd\('(\w+)'", text))
         found |= set(re.findall(r"\.refuse\(comp, '\w+' if \w+ else '(\w+)'", text))
         found |= set(re.findall(r"\bcode(?:, \w+)? = '(\w+)'", text)) & set(REASONS)
     assert found <= set(REASONS) and {'busy', 'closing', 'stopping', 'released', 'worker'} <= found
     assert {code for code, reason in REASONS.items() if not reason.passes} == {
         'transfer', 'setup', 'code', 'version', 'allocate', 'module', 'cpus', 'initializer',
-        'start_method'}
+        'start_method', 'python'}
 
 
 # There is room for this module as well, which imports dispy, whose files travel along.

@@ -354,8 +354,7 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
                              '-n', '127.0.0.1:%d' % b.port, '--httpd', '0') as scheduler, \
             dispy.SharedJobCluster(scene, scheduler_port=scheduler.port) as first, \
             dispy.SharedJobCluster(work, scheduler_port=scheduler.port) as second:
-        browser = browse(re.search(r'http://\S+', scheduler.log()).group(0), width=width,
-                         height=height, dark=dark)
+        browser = browse(scheduler.page(), width=width, height=height, dark=dark)
         first.wait_nodes(2, 20)
         for n in range(60):
             second.submit(n)

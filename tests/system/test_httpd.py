@@ -360,6 +360,7 @@ def test_a_plot_stays_small_and_whole():
 class Idle:
     """A link to a node that says nothing."""
     is_attached, heard = False, 0.0
+    bytes_in = bytes_out = 0
 
 
 def test_a_snapshot_costs_the_same_with_many_jobs(site):
@@ -745,11 +746,12 @@ def test_nodes_are_watched_and_left_to_their_client(tmp_path):
             line = process.stderr.readline().decode()
             assert line.startswith('dispy monitor: http://127.0.0.1:')
 
-            class Started:
-                url = line.split()[-1]
+            token = eventually(lambda: (tmp_path / 'token').exists()
+                               and (tmp_path / 'token').read_text())
+
+            class Started:   # the token is in its file alone
+                url = '%s#token=%s' % (re.search(r'http://[\d.:]+/', line).group(0), token)
             site = Site(Started)
-            assert eventually(lambda: (tmp_path / 'token').exists()
-                              and (tmp_path / 'token').read_text()) == site.token
             row = eventually(lambda: [row for row in site.rows('/api/nodes')
                                       if row['state'] == 'connected'])[0]
             assert (row['cpus'], row['used'], row['holder'], row['port']) == (2, 0, '', node.port)
@@ -794,8 +796,8 @@ class Shared:
             stack.callback(process.stderr.close)
             stack.callback(process.wait, 20)
             stack.callback(process.send_signal, signal.SIGTERM)
-            self.links = [re.search(r'http://\S+', text).group(0)
-                          for text in (self.scheduler.log(), process.stderr.readline().decode())]
+            beside = re.search(r'http://\S+', process.stderr.readline().decode())
+            self.links = [self.scheduler.page(), beside.group(0)]
             self.sites = [Site(type('Started', (), {'url': url})) for url in self.links]
             self.stack = stack.pop_all()
         return self

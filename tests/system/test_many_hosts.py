@@ -652,7 +652,7 @@ def test_list_nodes(hosts):
     holder.waits_for('ready busy')
     text = list_nodes(client)
     rows = {row.split()[0]: row for row in text.splitlines() if 'WARNING' not in row}
-    assert re.search(r' far +2 +\d+ % +[\d.]+ GiB +5\.\S+ +3\.\d+\.\d+ +free$',
+    assert re.search(r' far +2 +\d+ % +[\d.]+ GiB +- +5\.\S+ +3\.\d+\.\d+ +free$',
                      rows[far.ip + ':9701']), text
     assert re.search(r' busy +2 .* serves \w+@user PID %d for \d+ s$' % holder.process.pid,
                      rows[busy.ip + ':9701']), text

@@ -231,7 +231,7 @@ def test_a_program_with_an_exit_status_has_failed():
 def test_a_node_in_a_line_without_a_port_that_it_has_not():
     node = DispyNode.__new__(DispyNode)
     vars(node).update(ip_addr='10.0.0.2', port=0, name='lab2', state='ready', reason='', cpus=4,
-                      busy=3, jobs_done=1, cpu_time=2.0)
+                      busy=3, jobs_done=1, cpu_time=2.0, resources={}, resources_used={})
     assert repr(node) == '<DispyNode 10.0.0.2 lab2: ready, 4 CPUs, 3 running, 1 job done>'
     vars(node).update(port=9701, state='refused', reason='busy: it serves <me>', cpus=0, busy=0,
                       jobs_done=0)

@@ -85,6 +85,7 @@ GIVEN = {
     'score': 'def score(name):\n    return len(name)',
     'names': "names = ['one.txt', 'two.txt']",
     'url': 'url = 3',
+    'train': 'def train(n):\n    return n',
 }
 OUTPUTS = {   # of pieces that have none in the text: what must stand in what they print
     ('README', 'More machines'): r'\A328350\n[\s\S]*127\.0\.0\.1',
@@ -195,12 +196,13 @@ def place(tmp_path):
         shutil.copy(os.path.join(ROOT, 'examples', 'primes.sh'), str(tmp_path / name))
     programs = {
         'tools/python': 'exec %s "$@"' % shlex.quote(sys.executable),
-        'conv': 'tr a-z A-Z < "$1" > "$2"',
+        'conv': 'tr a-z A-Z < "$1" > "${2:-out_1.dat}"',
         'program': 'echo "$@"',
     }
     texts = {
         'arguments.txt': '1 10\n10 20\n',
         'words.txt': 'apples and bread',
+        'table.txt': '1 2 3',
         **{name: 'this is ' + name for name in ('one.txt', 'two.txt', 'model.bin')},
     }
     secrets = {'programs': 'the secret of the programs', 'nodes': 'the secret of the nodes'}
@@ -286,6 +288,7 @@ ELSEWHERE = {
     'python -m dispy deploy': 'test_readme_hosts.py and test_deploy.py, with a real sshd',
     'python -m dispy stop': 'test_deploy.py, with a real sshd',
     'ssh -N -L': 'test_deploy.py::test_a_forwarded_port',
+    'python dispynode.py --python old=': 'test_interpreters.py, with two virtual environments',
 }
 DAEMONS = {'dispynode.py': '--dest-path-prefix', 'dispyscheduler.py': '--state-dir'}
 
@@ -431,7 +434,7 @@ def texts_of_dispy():
 EXAMPLES = re.compile(
     r'\.\.\.|\b[A-Z]+\b|\d+(?:\.\d+)*|->|\(.*?\)|'
     r'\b(?:compute|pkg\.plots|matplotlib|numpy|connection|_connection|jobs failed|'
-    r'model|Python|lab\d)\b')
+    r'model|Python|gpu|out\.dat|lab\d)\b')
 
 
 def parts_of(message):
@@ -461,7 +464,8 @@ RETURNS = {dispy.JobCluster.status: dispy.ClusterStatus}
 IN_JOBS = {'dispy_provisional_result': ['value'], 'dispy_send_file': ['path'],
            # Name -> parameters of a function
            'dispy_node_name': None, 'dispy_node_ip_addr': None, 'dispy_job_path': None}
-OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay'}
+OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay',
+             'dispy_resources'}
 
 
 def parse(line):

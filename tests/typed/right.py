@@ -25,6 +25,9 @@ else:
         return value
 
 
+os.environ['DISPY_RESOURCES'] = 'gpu=1'   # what the program's own node offers
+
+
 def area(width: int, height: float = 1.0, *, unit: str = 'm') -> str:
     return '%s %s' % (width * height, unit)
 
