@@ -3,7 +3,6 @@ come to tests/screenshots."""
 
 import contextlib
 import os
-import re
 import shutil
 import time
 

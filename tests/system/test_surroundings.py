@@ -402,10 +402,10 @@ def test_processes_that_are_forked_while_a_node_starts_do_not_hold_it_up(tmp_pat
         original, numbers, pipes = os.pipe, itertools.count(1), threading.Event()
 
         def pipe():
-            """The last pipe that Popen makes is the one by which it learns that the program runs:
+            """The only pipe that Popen makes is the one by which it learns that the program runs:
             this program forks in just this moment, or as soon as it may."""
             made = original()
-            if threading.current_thread() is not threading.main_thread() and next(numbers) == 3:
+            if threading.current_thread() is not threading.main_thread() and next(numbers) == 1:
                 pipes.set()
                 forked.wait(1)
             return made

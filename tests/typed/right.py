@@ -120,7 +120,7 @@ def functions() -> None:
         assert_type(cluster.wait(60), bool)
         assert cluster(60) and not cluster.jobs() and cluster.cancel_all() == 0
         cluster.print_status()
-    assert len(texts) == 10 and names
+    assert len(texts) == 11 and names
 
 
 def other_functions() -> None:
