@@ -142,6 +142,8 @@ def test_what_a_job_raised_is_tried_again(make_cluster, tmp_path):
         resting = cluster.submit(9, str(tmp_path / 'd'), dispy_retries=9, dispy_retry_on=True,
                                  dispy_retry_delay=1000)
         eventually(lambda: (tmp_path / 'd').exists())
+        for number in range(8):   # those that came later have ended, and so it has
+            assert cluster.submit(1, str(tmp_path / ('e%d' % number))).get(30) == 1
         eventually(lambda: resting.status == DispyJob.Created)
         assert (cluster.cancel(resting) == 0 and resting.wait(30)
                 and resting.status == DispyJob.Cancelled)

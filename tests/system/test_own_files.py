@@ -299,8 +299,8 @@ def test_states_of_a_scheduler_that_are_damaged(tmp_path):
                                                                % node.port) as scheduler:
         process = subprocess.Popen(
             [sys.executable, '-c',
-             CLIENT.replace("JobCluster(compute, nodes=[('127.0.0.1', "
-                            "int(sys.argv[1]))], recover_file=sys.argv[2])",
+             CLIENT.replace("JobCluster(compute, nodes=[('127.0.0.1', int(sys.argv[1]))],\n"
+                            "                           recover_file=sys.argv[2])",
                             "SharedJobCluster(compute, scheduler_port=int(sys.argv[1]))"),
              str(scheduler.port), '', str(tmp_path / 'flag')], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b'runs\n'
