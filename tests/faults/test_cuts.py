@@ -73,6 +73,7 @@ def test_a_node_that_was_killed_on_this_machine_is_known_to_have_ended(tmp_path,
             jobs.append(cluster.submit(ledger.path, 'long', 600))
             jobs += [cluster.submit(ledger.path, number, 0.001) for number in range(300, 400)]
             eventually(lambda: any(attempt.job == 'long' for attempt in ledger.attempts()))
+            assert all(job.wait(20) for job in jobs[:300])   # or their results die with the node
             node.kill()
             cluster.allocate_node(other.address)
             assert cluster.wait(30)   # the limit is 300 s
