@@ -8518,6 +8518,12 @@ class ComputationNotes:
                 logger.info('%s cannot be written: %s', self.path, exc)
         self.close(remove=not is_needed)
 
+    def leave(self, untold: Set[str]) -> None:
+        """A cluster that had a recovery file, and no other one, is closed: the same."""
+        for place in sorted(untold):
+            self.add(place)
+        self.end(untold)
+
     def close(self, remove: bool = True) -> None:
         """Let go of the file. Without `remove` it says that nodes may have something."""
         file = self._file
@@ -15096,11 +15102,14 @@ class ProgramCluster(ComputationUser):
                              'dispy_send_file' % (list(options.returns),))
         self.wanted = WantedOutput(options.returns, options.dest, self.directory)
         if options.keeps_trail:
-            self.trail: Optional[ComputationNotes] = ComputationNotes(
-                weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
+            self.trail: Optional[ComputationNotes] = self._new_trail()
         else:
             self.trail = None
         self._make_parts(isinstance(computation, Calls))
+
+    def _new_trail(self) -> ComputationNotes:
+        head = weakref.WeakMethod(self._describe_for_trail)
+        return ComputationNotes(head, self.name, self.comp)
 
     def _complete_cargo(self, computation: Any) -> None:
         """Add to the computation what nodes are told beside it. Raises ValueError."""
@@ -15277,6 +15286,8 @@ class ProgramCluster(ComputationUser):
             self.callbacks.tell_closed(nodes)
         if self.trail is not None:
             self.trail.end(untold)
+        elif self.journal is not None:
+            self._new_trail().leave(untold)
         if self.journal is not None:
             self.journal.close(remove=True)
         self._log_end()

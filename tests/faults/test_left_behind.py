@@ -163,6 +163,12 @@ def slow_answer(path):
     return 42
 
 
+def notes_of(comp):
+    """Files by which others can know of a computation."""
+    directory = dispy.state_directory()
+    return [os.path.join(directory, name) for name in os.listdir(directory) if comp[:12] in name]
+
+
 def results_on(node):
     """Files of results on a node."""
     return [name for name in os.listdir(node.prefix) if name.startswith('r-')]
@@ -195,23 +201,25 @@ def test_a_node_that_was_away_when_a_cluster_closed_keeps_nothing(tmp_path, kind
             eventually(lambda: not results_on(node), 30, 'the end of the result')
 
 
-def test_a_program_that_is_gone_told_nodes_later(tmp_path):
+@pytest.mark.parametrize('file', ['', 'file'])
+def test_a_program_that_is_gone_told_nodes_later(tmp_path, file):
     """A node was away when its cluster closed, and the program has ended: who looks for what is
     left tells the node."""
     begun = tmp_path / 'begun'
     with NodeProcess(tmp_path / 'node', cpus=2) as node, Proxy(('127.0.0.1', node.port)) as proxy:
-        cluster = dispy.JobCluster(slow_answer, nodes=[proxy.address])
+        cluster = dispy.JobCluster(slow_answer, nodes=[proxy.address],
+                                   recover_file=str(tmp_path / file) if file else None)
+        comp = dispy.core_of(cluster).comp
         cluster.submit(str(begun))
         eventually(begun.exists, 20, 'the start of the job')
-        path = dispy.core_of(cluster).trail.path
         proxy.refuse()
         proxy.cut()
         eventually(lambda: results_on(node), 20, 'the result on the disk')
         cluster.close(terminate=True)
-        assert os.path.exists(path)
+        assert notes_of(comp) and not os.path.exists(str(tmp_path / 'file'))
         proxy.accept()
-        assert path not in [row.path for row in dispy.recoverable()]
-        assert not os.path.exists(path)
+        assert notes_of(comp)[0] not in [row.path for row in dispy.recoverable()]
+        assert not notes_of(comp)
         eventually(lambda: not results_on(node), 30, 'the end of the result')
 
 
