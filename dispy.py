@@ -694,6 +694,7 @@ class DispyJob(ProgramJob):
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any
         thread."""
+        seconds = None if timeout is None else _seconds('timeout', timeout)
         if self.status in ENDED:
             return True
         if timeout is None and self.event is None:
@@ -702,7 +703,6 @@ class DispyJob(ProgramJob):
             self.call_when_ended(ended.put)
             next_of(ended)
             return True
-        seconds = _seconds('timeout', timeout)
         return in_slices(self.finish.wait, seconds)  # type: ignore[no-any-return]
 
     def __call__(self, timeout: Union[None, bool, float] = None, clear: bool = False) -> Any:
