@@ -3352,15 +3352,19 @@ class Repetitions:
         comp.resting[work] = math.inf
         return True
 
+    def _where_it_rests(self, work: ScheduledJob) -> Optional[ComputationLoad]:
+        """The computation of a job that rests; None if it was cancelled meanwhile."""
+        comp = self._books.comps.get(work.comp)
+        if comp is None or work not in comp.resting:
+            return None
+        return comp
+
     def repeat(self, event: Repeat) -> None:
         """A job is to be tried again, after a delay."""
         work = event.work
         books = self._books
-        comp = books.comps.get(work.comp)
-        # Not cancelled meanwhile
+        comp = self._where_it_rests(work)
         if comp is None:
-            return
-        if work not in comp.resting:
             return
         until = comp.resting[work] = books.now + event.delay
         next_number = next(books.numbers)
@@ -3371,10 +3375,8 @@ class Repetitions:
         """The last failure of a job was its end."""
         work = event.work
         books = self._books
-        comp = books.comps.get(work.comp)
+        comp = self._where_it_rests(work)
         if comp is None:
-            return
-        if work not in comp.resting:
             return
         del comp.resting[work]
         move_job(work, _EVENT_OF[Outcome(event.outcome)])

@@ -10750,16 +10750,13 @@ class CpuScheduler:
         elif worker.queue and worker.queue[0] is not head:
             self._on_job_started(worker, now)
 
-    def kill_running(self, comp: _Computation) -> bool:
+    def kill_running(self, comp: _Computation) -> None:
         """Kill the workers of a computation that have jobs: when they have ended, it is known what
-        they had begun. Returns whether there are any."""
-        killed = False
+        they had begun."""
         for worker in comp.workers.values():
             if worker.queue:
                 kill = Kill(worker.key)
                 self._tables.do(kill)
-                killed = True
-        return killed
 
     def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
         """Nobody tells what had begun: what stands first at a worker has failed, and the rest was

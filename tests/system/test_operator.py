@@ -140,13 +140,19 @@ def test_a_node_stays_drained_for_its_reason_until_it_is_resumed(tmp_path):
                 eventually(lambda: known().get('lab2', {}).get('state') == 'connected')
 
 
-def test_users_are_known_by_their_secrets(tmp_path):
-    """A user sees and cancels what is his, the operator everything, also after a new start."""
-    directory, users = tmp_path / 'scheduler', tmp_path / 'users'
+def two_secrets(tmp_path):
+    """A directory with the secrets of two users."""
+    users = tmp_path / 'users'
     users.mkdir()
     for name in ('alice', 'bob'):
         (users / name).write_text('the secret of %s, long enough' % name)
         (users / name).chmod(0o600)
+    return users
+
+
+def test_users_are_known_by_their_secrets(tmp_path):
+    """A user sees and cancels what is his, the operator everything, also after a new start."""
+    directory, users = tmp_path / 'scheduler', two_secrets(tmp_path)
     with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
         words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
         with SchedulerProcess(directory, *words) as scheduler:
@@ -264,11 +270,7 @@ def odd(n):
 
 
 def test_the_history_of_jobs_outlives_a_new_start_and_is_summed_up(tmp_path):
-    directory, users = tmp_path / 'scheduler', tmp_path / 'users'
-    users.mkdir()
-    for name in ('alice', 'bob'):
-        (users / name).write_text('the secret of %s, long enough' % name)
-        (users / name).chmod(0o600)
+    directory, users = tmp_path / 'scheduler', two_secrets(tmp_path)
     with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node:
         words = ('-n', '127.0.0.1:%d' % node.port, '--cluster-secret-file', str(users))
         with SchedulerProcess(directory, *words, '--history', '7') as scheduler:
