@@ -217,7 +217,7 @@ IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -12788,6 +12788,21 @@ class NodeQueries:
                 found[key] = count
         return found
 
+    def stop_if_settled(self) -> bool:
+        """End the driver if all that was said has left, and if of all jobs that were called back it
+        is known whether they have begun, where there is a link. Returns whether it ends."""
+        self._driver.flush()   # the end of this turn shall call nothing back
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            if peer is None or peer.link is None:
+                continue
+            if any(node.recalled.values()):
+                return False
+        if not self._driver.has_sent():
+            return False
+        self._driver.stop()
+        return True
+
 
 class FailedJob(NamedTuple):
     """A job that has failed, as monitors are told of it."""
@@ -18031,9 +18046,11 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
                 _cancel_at_scheduler(core, until)
     for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
-            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+            while not driver.ask(driver.queries.stop_if_settled):
+                if time.monotonic() >= until:
+                    driver.ask(driver.stop)
+                    break
                 time.sleep(0.01)
-            driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for core in cores:
