@@ -84,6 +84,25 @@ def pytest_collection_modifyitems(config, items):
         items += others[part * size:(part + 1) * size]
 
 
+def compiled_code():
+    """A directory for the compiled code of all modules, which stays for the next run; without that
+    of the tests' own programs, which are made anew each time."""
+    path = os.path.join(ROOT, '.pytest_cache', 'pycache')
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError:   # of somebody else
+        return os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+    temporary = tempfile.gettempdir()
+    there = path + os.path.splitdrive(temporary)[1]
+
+    def forget():
+        for name in os.listdir(there) if os.path.isdir(there) else ():
+            if not (ROOT + os.sep).startswith(os.path.join(temporary, name, '')):
+                shutil.rmtree(os.path.join(there, name), True)
+    atexit.register(forget)
+    return path
+
+
 OURS = 'dispy-tests-%s-' % WORKER
 if OURS not in os.environ.get('DISPY_TESTS', ''):
     # This module is imported by jobs as well, in the environment of the tests.
@@ -94,7 +113,7 @@ if OURS not in os.environ.get('DISPY_TESTS', ''):
         # The tests start thousands of processes, and each would compile the modules anew without a
         # cache. Workers have that of the process which has started them.
         os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
-        os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+        os.environ['PYTHONPYCACHEPREFIX'] = compiled_code()
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402
