@@ -4,6 +4,7 @@ left over."""
 import atexit
 import contextlib
 import ctypes
+import gc
 import hashlib
 import logging
 import os
@@ -64,7 +65,8 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(config, items):
     """Tests that take long begin first: one that is begun last would be waited for alone.
     `worksteal` gives each worker a part of the tests in their order, so each part begins with some
-    of them. Those of a file that are marked so with `together` stay with one worker."""
+    of them. Those of a file that are marked so with `together` stay with one worker, as they share
+    what takes long to make."""
     parts = getattr(config, 'workerinput', {}).get('workercount', 1)
     long, others = {}, []
     for item in items:
@@ -76,12 +78,23 @@ def pytest_collection_modifyitems(config, items):
         else:
             long[item] = [item]
     units = sorted(long.values(), key=len, reverse=True)
-    size = -(-len(others) // parts)
+    left = len(items)
     items[:] = []
     for part in range(parts):
-        for unit in units[part::parts]:
-            items += unit
-        items += others[part * size:(part + 1) * size]
+        size = left // (parts - part)   # as `worksteal` counts
+        left -= size
+        begun = [item for unit in units[part::parts] for item in unit]
+        rest = max(0, size - len(begun))
+        items += begun + others[:rest]
+        del others[:rest]
+    items += others
+
+
+def pytest_collection_finish():
+    """What has been collected stays until the end. The garbage collector need not look at it again
+    and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def compiled_code():
