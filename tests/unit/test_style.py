@@ -56,8 +56,8 @@ def digests(paths, versions):
 
 @pytest.mark.long
 def test_flake8_has_no_complaints(request, capsys, monkeypatch):
-    """By the configuration in setup.cfg. Without --long, files are not looked at again that had none
-    in an earlier run."""
+    """By the configuration in setup.cfg. Without --long, files are not looked at again that had
+    none in an earlier run."""
     cli = pytest.importorskip('flake8.main.cli', reason='flake8 is not installed')
     import pycodestyle
     import pyflakes
