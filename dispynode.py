@@ -12715,7 +12715,8 @@ class TrackerProcess:
         handle = self.reader
         self.reader = -1
         code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
-        words = [sys.executable, *subprocess._args_from_interpreter_flags(), '-c', code]
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        words = [sys.executable, *flags, '-c', code]
         # It ignores these, but not from its very beginning
         ignored = (signal.SIGINT, signal.SIGTERM)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
