@@ -12521,11 +12521,13 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
+        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        if name != 'overview' and peer.uses[comp].state is AssignmentState.WAITING:
+            raise ConnectionError('the scheduler has not been told of this cluster yet')
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
         self._driver.send(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]

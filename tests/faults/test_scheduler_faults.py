@@ -430,6 +430,15 @@ def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_dis
             cluster.close()
 
 
+def large_files_of(pid):
+    """The large arguments and results that a scheduler has open."""
+    found = []
+    for name in os.listdir('/proc/%d/fd' % pid):
+        with contextlib.suppress(FileNotFoundError):   # closed meanwhile
+            found.append(os.readlink('/proc/%d/fd/%s' % (pid, name)))
+    return [path for path in found if 'large' in path.split(os.sep)]
+
+
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
 def test_descriptors_run_out_and_the_scheduler_goes_on(tmp_path):
     """Arguments that wait on its disk cannot be read: that is told of their jobs, and of them
@@ -443,6 +452,7 @@ def test_descriptors_run_out_and_the_scheduler_goes_on(tmp_path):
         eventually(lambda: len(os.listdir(os.path.join(shared.scheduler.state, 'large'))) == 6)
         pid = shared.scheduler.process.pid
         limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        eventually(lambda: not large_files_of(pid), what='end of the last write')
         resource.prlimit(pid, resource.RLIMIT_NOFILE,
                          (len(os.listdir('/proc/%d/fd' % pid)), limit[1]))
         try:
