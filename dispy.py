@@ -8383,15 +8383,17 @@ class BegunNotes:
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
+        is_last = False
         try:
             while True:
                 with open_regular(path) as file:
                     found = json.load(file)
-                if 'directory' not in found or time.monotonic() > until:
+                if 'directory' not in found or is_last:
                     break
-                if not os.path.isdir(found['directory']):
-                    break
-                time.sleep(cls.EVERY)
+                # What it has written before its directory went may be newer than what was read
+                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                if not is_last:
+                    time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         begun = found.get('begun') if isinstance(found, dict) else None
