@@ -244,6 +244,10 @@ MEMORY_CHECK_INTERVAL = 0.05
 # Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
+# Bytes from which a value with buffers passes between a node and its workers in a memory segment.
+# Below this the pipe is as fast: its memory has been used before.
+SEGMENT_FROM = 2 << 20
+SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
 # Bytes after which a batch is a frame: the other side can begin with it
 BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
@@ -2035,10 +2039,15 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
+ALIGNED = 64    # bytes; arrays may have to begin at a multiple of less, of 16 at the most
+
+
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     buffer_count = len(buffers)
-    head = _BUFFERS.pack(1, buffer_count) + struct.pack('>Q%dQ' % len(buffers), len(body),
-                                                        *map(len, buffers))
+    size = _BUFFERS.size + 8 * (buffer_count + 1) + len(body)
+    body += bytes(-size % ALIGNED)   # which the unpickler does not look at
+    lengths = struct.pack('>Q%dQ' % buffer_count, len(body), *map(len, buffers))
+    head = _BUFFERS.pack(1, buffer_count) + lengths
     return (head + body, *buffers)
 
 
@@ -2208,11 +2217,19 @@ class _Source:
                 advice, first * mmap.PAGESIZE, size)
 
 
+def _is_segment(payload: Any) -> bool:
+    """Whether a payload is all of a memory segment, mapped for it alone."""
+    while type(payload) is memoryview:
+        payload = payload.obj
+    return type(payload) is MappedSegment
+
+
 def loads(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
     look at the payload again."""
     size = len(payload)
-    if size > LAZY:
+    segment = once and size >= SEGMENT_FROM and _is_segment(payload)
+    if size > LAZY and not segment:   # which is used in place
         source = _Source(memoryview(payload), once)
     else:
         source = None
@@ -2228,10 +2245,13 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         return pickle.loads(payload)
     view = memoryview(payload)
     ends = _ends_of(view)
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
+    # segment is mapped copy-on-write for this value alone.
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
-        buffer = bytearray(view[begin:end])
+        buffer: Any = view[begin:end]
+        if not segment or begin % ALIGNED:
+            buffer = bytearray(buffer)
         buffers.append(buffer)
     return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
 
@@ -3674,9 +3694,6 @@ def values_in(private: str) -> str:
     return os.path.join(private, 'values')
 
 
-_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-
-
 class ValueFiles:
     """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
     on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
@@ -5003,6 +5020,16 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
+# A mapping keeps no descriptor, where it can do without
+_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
+# Whether there is memory that has a descriptor, can be sealed, and can be sent
+HAS_SEGMENTS = hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS')
+if HAS_SEGMENTS:
+    import fcntl
+    SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
+    SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
 class ReceiveBuffer:
     """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
     tells.
@@ -5210,8 +5237,10 @@ class FrameDecoder(ReceiveBuffer):
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
+# kind, 1 if the first body is in a memory segment whose descriptor comes along, number (worker, or
+# exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
+_IN_SEGMENT = 1    # the byte that tells it
 
 
 class RecordType(enum.IntEnum):
@@ -5281,6 +5310,163 @@ FROM_LOADING = {
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
+class MemorySegment:
+    """Memory in which a value goes to another process, by its descriptor. The value is written to
+    it once, as pieces; stores into a mapping would end this process where there is no more memory.
+    Then it is sealed: nobody can change it, which a private mapping would show, or cut it short,
+    which would end whoever reads it. It is not used again, and is gone with its last descriptor and
+    mapping, whoever was killed before that."""
+    NAME = 'dispy-value'
+
+    def __init__(self, payload: Payload) -> None:
+        """For this value. It is made when it is filled."""
+        self.payload = payload
+        self.is_whole = False
+        self._handle = -1
+        self._left: Deque[memoryview] = collections.deque()
+        for piece in pieces_of(payload):
+            view = memoryview(piece)
+            self._left.append(view.cast('B'))
+
+    def fill(self, most: int) -> int:
+        """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
+        where there is no room or no descriptor."""
+        if self._handle < 0:
+            self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        written = 0
+        while self._left and written < most:
+            view = self._left[0]
+            room = min(most - written, WRITE_MOST)
+            count = os.write(self._handle, view[:room])
+            written += count
+            self._left[0] = view[count:]
+            if count == len(view):
+                self._left.popleft()
+        if not self._left:
+            fcntl.fcntl(self._handle, fcntl.F_ADD_SEALS, SEALED)
+            self.is_whole = True
+        return written
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._handle
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class MappedSegment(mmap.mmap):
+    """A memory segment in the process that has received it, mapped copy-on-write."""
+
+
+class _NotReceived:
+    """Stands for a value that has come without its segment. Who opens it gets an error."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __reduce__(self) -> tuple:
+        text = 'no descriptor was left for a value of %d bytes: raise the limit of open files ' \
+            '(ulimit -n)' % self._size
+        return _raise_shortage, (text,)
+
+
+def _raise_shortage(text: str) -> NoReturn:
+    raise OSError(errno.EMFILE, text)
+
+
+class SegmentIntake:
+    """The descriptors of memory segments that have come on a pipe, in the order of the records to
+    which they belong. Some of these are mapped; where many are in use, as in a program that keeps
+    its results, others are read: a mapping holds a descriptor (before Python 3.13)."""
+    WAITING_MOST = 64     # descriptors whose records have not come
+    ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
+    _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
+
+    def __init__(self) -> None:
+        self._handles: Deque[int] = collections.deque()
+
+    def came(self, ancillary: Sequence[Tuple[int, int, bytes]], flags: int) -> None:
+        """Take what came beside some bytes. Raises PeerError."""
+        handles = array.array('i')
+        for level, kind, body in ancillary:
+            if level != socket.SOL_SOCKET:
+                continue
+            if kind == socket.SCM_RIGHTS:
+                rest = len(body) % handles.itemsize
+                handles.frombytes(body[:len(body) - rest])
+        if flags & socket.MSG_CTRUNC:
+            if not handles:   # this process has no descriptor left
+                handles.append(-1)
+        self._handles.extend(handles)
+        if len(self._handles) > self.WAITING_MOST:
+            raise PeerError('descriptors that belong to nothing')
+
+    def take(self, size: int) -> memoryview:
+        """The value of this size in the next segment. Raises PeerError, MemoryError."""
+        if not self._handles:
+            raise PeerError('a value that has not come')
+        handle = self._handles.popleft()
+        if handle < 0:
+            missing = pickle.dumps(_NotReceived(size))
+            return memoryview(missing)
+        try:
+            return self._open(handle, size)
+        except (OSError, ValueError) as exc:
+            text = 'a memory segment that is none: %s' % exc
+            raise PeerError(text) from exc
+        finally:
+            os.close(handle)
+
+    def _open(self, handle: int, size: int) -> memoryview:
+        seals = fcntl.fcntl(handle, fcntl.F_GET_SEALS)
+        if seals & SEALED != SEALED:
+            raise ValueError('it is not sealed')
+        length = os.fstat(handle).st_size
+        if length != size:
+            text = 'it has %d bytes and not %d' % (length, size)
+            raise ValueError(text)
+        if len(self._mapped) < SEGMENTS_MOST:
+            with contextlib.suppress(OSError):   # no descriptor, or no mappings here
+                access = mmap.ACCESS_COPY
+                segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
+                self._mapped.add(segment)
+                return memoryview(segment)
+        view = mapped(size)
+        at = 0
+        while at < size:
+            room = view[at:at + ReceiveBuffer.AT_ONCE]
+            at += os.preadv(handle, [room], at)
+        return view
+
+    def close(self) -> None:
+        """Close the descriptors that nobody has taken."""
+        while self._handles:
+            handle = self._handles.popleft()
+            if handle >= 0:
+                os.close(handle)
+
+
+def goes_in_segment(payload: Payload) -> bool:
+    """Whether a value passes to or from a worker in a memory segment: if it has buffers beside its
+    pickle, which are used where they lie. What stands in the pickle is copied when it is opened,
+    and through the pipe it comes as fast."""
+    if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
+        return False
+    return payload[0][0] == 1
+
+
+def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
+                   second: Buffer = b'', third: Buffer = b'') -> bytes:
+    """A record whose first body is in a memory segment, which is to be sent with it."""
+    size = size_of(first)
+    head = _RECORD.pack(kind, 1, number, serial, start, end, size, len(second), len(third))
+    return b''.join((head, second, third))
+
+
 class Record(NamedTuple):
     """A record that was taken apart."""
     kind: int
@@ -5311,14 +5497,17 @@ class RecordBuffer(ReceiveBuffer):
     def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
         self._limits = limits
+        self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        kind, *_, one, two, three = _RECORD.unpack(head)
+        kind, in_segment, *_, one, two, three = _RECORD.unpack(head)
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
                 text = 'record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three)
                 raise PeerError(text)
+        if in_segment:
+            return two + three  # type: ignore[no-any-return]
         return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
@@ -5329,10 +5518,14 @@ class RecordBuffer(ReceiveBuffer):
             records.append(self.record_of(head, body))
         return records
 
-    @staticmethod
-    def record_of(head: bytes, body: memoryview) -> Record:
-        """The record of which these are the head and the bodies."""
-        kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+    def record_of(self, head: bytes, body: memoryview) -> Record:
+        """The record of which these are the head and the bodies. Raises PeerError for a segment
+        that is none."""
+        kind, in_segment, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+        if in_segment:
+            segment = self.segments.take(one)
+            rest = (body[:two], body[two:two + three])
+            return Record(kind, number, serial, start, end, (segment, *rest))
         both = one + two
         bodies = (body[:one], body[one:both], body[both:both + three])
         return Record(kind, number, serial, start, end, bodies)
@@ -6096,8 +6289,9 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
     return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
 
 
-def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
-    """Send bytes and a socket with the first of them. Raises OSError."""
+def send_with(sock: socket.socket, buffers: Sequence[Buffer],
+              passing: Union[socket.socket, MemorySegment]) -> int:
+    """Send bytes and a descriptor with the first of them. Raises OSError."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
     return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
@@ -6191,16 +6385,17 @@ class Channel:
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
-        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
+        self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
         if hasattr(sock, 'do_handshake'):
             import ssl
             self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
-        """Send these behind what waits already; with the first of them a socket, which is closed
-        here then."""
+    def push(self, buffers: Iterable[Buffer],
+             passing: Union[socket.socket, MemorySegment, None] = None) -> None:
+        """Send these behind what waits already; with the first of them a descriptor, which is
+        closed here then."""
         for buffer in buffers:
             view = memoryview(buffer)
             if type(buffer) is not bytes:
@@ -6874,15 +7069,62 @@ class Pipe(Channel):
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._may_fill = 0     # bytes of memory segments in this turn
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
+    def push_value(self, head: bytes, payload: Payload) -> None:
+        """Send a record whose only body goes in a memory segment, behind what waits already."""
+        segment = MemorySegment(payload)
+        self.push([head], segment)
+
+    def write(self) -> None:
+        self._may_fill = WRITE_MOST
+        super().write()
+
+    def _send_some(self) -> int:
+        head, segment = self._out[0]
+        if type(segment) is not MemorySegment:
+            return super()._send_some()
+        try:
+            if not segment.is_whole:
+                self._may_fill -= segment.fill(self._may_fill)
+            if segment.is_whole:
+                return super()._send_some()
+        except _WOULD_BLOCK:
+            raise
+        except OSError as exc:   # no room or no descriptor
+            logger.debug('a value goes through the pipe: %s', exc)
+            self._without_segment(head, segment)
+            return super()._send_some()
+        raise BlockingIOError   # the rest of it in the next turn
+
+    def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
+        """Send a record whole."""
+        segment.close()
+        self._out.popleft()
+        whole_head = bytearray(head)
+        whole_head[_IN_SEGMENT] = 0
+        views = [memoryview(whole_head)]
+        for piece in pieces_of(segment.payload):
+            view = memoryview(piece)
+            views.append(view.cast('B'))
+            self.queued += view.nbytes
+        for view in reversed(views):
+            self._out.appendleft((view, None))
+
     def receive(self, room: memoryview) -> int:
         if not self._asks:
-            return super().receive(room)
-        count, ancillary, _, _ = self.sock.recvmsg_into([room],
-                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not self.worker or not HAS_SEGMENTS:
+                return super().receive(room)
+            count, ancillary, flags, _ = self.sock.recvmsg_into([room], SegmentIntake.ROOM)
+            if ancillary or flags & socket.MSG_CTRUNC:
+                self._records.segments.came(ancillary, flags)
+            return count
+        size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
+        count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
+        self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue
@@ -6902,7 +7144,12 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
+        records = self._records
+        return [records.record_of(head, body) for head, body in self.read(now)]
+
+    def close(self) -> None:
+        super().close()
+        self._records.segments.close()
 
 
 class Faults:
@@ -13038,7 +13285,13 @@ class WorkerPipe:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         buffer = self._intake.get_buffer()
-        count = self._sock.recv_into(buffer, 0, flags)
+        if HAS_SEGMENTS:
+            told = self._sock.recvmsg_into([buffer], SegmentIntake.ROOM, flags)
+            count = told[0]
+            if told[1] or told[2] & socket.MSG_CTRUNC:
+                self._intake.segments.came(*told[1:3])
+        else:
+            count = self._sock.recv_into(buffer, 0, flags)
         if count == 0:
             self.at_end()
             os._exit(0)
@@ -13071,15 +13324,36 @@ class WorkerPipe:
 
     def send(self, *args: Any) -> None:
         """Send a record, given as to pack_record."""
-        buffers = pack_record(*args)
+        self._in_turn(pack_record(*args))
+
+    def send_result(self, *args: Any) -> None:
+        """Send a RESULT record, given as to pack_record behind its kind. A large value goes in a
+        memory segment, if there is room."""
+        payload = args[4]
+        if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
+            self.send(RecordType.RESULT, *args)
+            return
+        with contextlib.closing(MemorySegment(payload)) as segment:
+            try:
+                segment.fill(sys.maxsize)
+            except OSError as exc:   # no room or no descriptor
+                logger.debug('a value goes through the pipe: %s', exc)
+                self.send(RecordType.RESULT, *args)
+            else:
+                self._in_turn([segment_record(RecordType.RESULT, *args)], segment)
+
+    def _in_turn(self, buffers: List[Buffer], segment: Optional[MemorySegment] = None) -> None:
         with self._sending:
             if self._shared:
                 with self._turn:
-                    self._write(buffers)
+                    self._write(buffers, segment)
             else:
-                self._write(buffers)
+                self._write(buffers, segment)
 
-    def _write(self, buffers: List[Buffer]) -> None:
+    def _write(self, buffers: List[Buffer], segment: Optional[MemorySegment]) -> None:
+        if segment is not None:
+            sent = send_with(self._sock, buffers, segment)
+            buffers = [memoryview(buffers[0])[sent:]]
         for buffer in buffers:
             if len(buffer) <= WRITE_MOST:
                 self._sock.sendall(buffer)
@@ -13298,9 +13572,8 @@ class JobServices:
             raise ValueError(over_limit('dispy_provisional_result: the value', size))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(RecordType.RESULT,
-                            Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
-                            self._slots[0], now, now, payload)
+            outcome = Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE
+            self._pipe.send_result(outcome, self._slots[0], now, now, payload)
         return 0
 
     def _forward(self, record: logging.LogRecord) -> None:
@@ -13551,8 +13824,7 @@ class Worker:
             if not self._pipe.jobs:
                 self._pipe.receive(0)
             else:
-                record = self._pipe.jobs.popleft()
-                self._run(record)
+                self._run(self._pipe.jobs.popleft())   # and its arguments are let go
                 self._slots[0] = 0
                 fit = self._tidy()
         if clean_up is not None:
@@ -13656,7 +13928,7 @@ class Worker:
         if self._job_directory.is_entered:
             self._job_directory.leave()
         try:
-            self._pipe.send(RecordType.RESULT, outcome, serial, start, end, payload, out, err)
+            self._pipe.send_result(outcome, serial, start, end, payload, out, err)
         except ValueError as exc:
             text = 'the result could not be sent: %s' % exc
             self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
@@ -16990,12 +17262,21 @@ class WorkerPipes:
         run = self._of_worker.get(action.worker)
         if run is not None:
             buffers: List[Buffer] = []
+            pipe = run.pipes[action.worker]
             for attempt in action.attempts:
-                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                       attempt.payload)
+                record = pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                     attempt.payload)
+                if len(record) > 1 and goes_in_segment(attempt.payload):
+                    head = segment_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
+                                          attempt.payload)
+                    pipe.push(buffers)
+                    buffers = []
+                    pipe.push_value(head, attempt.payload)
+                else:
+                    buffers += record
             if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
                 buffers = [b''.join(buffers)]
-            run.pipes[action.worker].push(buffers)
+            pipe.push(buffers)
             self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
