@@ -4750,7 +4750,8 @@ def certificate_digest(certfile: str) -> bytes:
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
 #   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
-#     the last byte of MAGIC, and with the first number of the release.
+#     the last byte of MAGIC, and with the first number of the release. What a frame can do without
+#     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
@@ -4761,6 +4762,12 @@ _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
 _SEES_TLS = 1
 NO_TLS = bytes(32)
+# In the last byte of HELLO and CHALLENGE: payloads have no tag. Offered under TLS alone, where the
+# record layer has authenticated every byte and its place before we see it, and the certificate in
+# TH ties this handshake to that channel: whoever could change a payload there could as well have
+# made the handshake. TH has this byte, too, so that nobody between can ask for it. The header's tag
+# stays: it is short, and the length of a frame is believed by it.
+_NO_PAYLOAD_TAGS = 1
 
 
 class Session(NamedTuple):
@@ -4771,6 +4778,7 @@ class Session(NamedTuple):
     peer_role: int
     secret: int = 0
     version: int = VERSIONS[1]   # minor, of the wire
+    tags_payloads: bool = True
 
 
 def _other_version(name: str, low: int, high: int) -> str:
@@ -4886,6 +4894,8 @@ def handshake_dial(sock: Any,
     the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
+    if tls:
+        hello = hello[:-1] + bytes((_NO_PAYLOAD_TAGS,))
     sock.sendall(hello)
     try:
         challenge = receive(_CHALLENGE.size)
@@ -4913,7 +4923,8 @@ def handshake_dial(sock: Any,
         raise HandshakeError('it does not know the secret')
     send_key = keys.key(b'c2s')
     receive_key = keys.key(b's2c')
-    return Session(send_key, receive_key, peer_instance, peer_role, version=version)
+    tags = not hello[-1] & challenge[-1] & _NO_PAYLOAD_TAGS
+    return Session(send_key, receive_key, peer_instance, peer_role, 0, version, tags)
 
 
 def handshake_accept(sock: Any,
@@ -4947,6 +4958,10 @@ def handshake_accept(sock: Any,
         raise HandshakeError(text)
     random_bytes = os.urandom(32)
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
+    untagged = hello[-1] & _NO_PAYLOAD_TAGS
+    if not tls:
+        untagged = 0
+    challenge = challenge[:-1] + bytes((untagged,))
     sock.sendall(challenge)
     proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
@@ -4956,7 +4971,8 @@ def handshake_accept(sock: Any,
         sock.sendall(_PROOF.pack(MAGIC, keys.server))
         send_key = keys.key(b's2c')
         receive_key = keys.key(b'c2s')
-        return Session(send_key, receive_key, peer_instance, peer_role, number, version)
+        return Session(send_key, receive_key, peer_instance, peer_role, number, version,
+                       not untagged)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -5167,17 +5183,19 @@ TAIL_TAG = 32
 
 class FrameEncoder:
     """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
-    numbered, the number not sent."""
+    numbered, the number not sent. Under TLS payloads have no tag if both sides have agreed on
+    that."""
 
     @property
     def sealed(self) -> int:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, tags_payloads: bool = True) -> None:
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
+        self._tags_payloads = tags_payloads
 
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
@@ -5196,14 +5214,19 @@ class FrameEncoder:
         header = _FRAME.pack(size, op, encoding, 0, 0)
         digest = hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')
         head = header + digest[:HEAD_TAG]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        for piece in pieces:
-            mac.update(piece)
+        tail = b''
+        if self._tags_payloads:
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            for piece in pieces:
+                mac.update(piece)
+            tail = mac.digest()
         self._seq += 1
         if size < OUT_OF_BAND:
-            return [b''.join((head, *pieces, mac.digest()))]
-        return [head, *pieces, mac.digest()]
+            return [b''.join((head, *pieces, tail))]
+        if tail:
+            return [head, *pieces, tail]
+        return [head, *pieces]
 
 
 class FrameDecoder(ReceiveBuffer):
@@ -5211,8 +5234,13 @@ class FrameDecoder(ReceiveBuffer):
     tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
     of no use then."""
 
-    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES,
+                 tags_payloads: bool = True) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
+        if tags_payloads:
+            self._tail = TAIL_TAG
+        else:
+            self._tail = 0
         # The secret; ops that may come
         self._key = key
         self._takes = takes
@@ -5241,20 +5269,22 @@ class FrameDecoder(ReceiveBuffer):
             limit = MAX_CONTROL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
-        return size + TAIL_TAG
+        return size + self._tail  # type: ignore[no-any-return]
 
     def open(self, head: bytes, body: memoryview) -> Any:
         """Return the message of a whole frame."""
         header = head[:_FRAME.size]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        mac.update(body[:-TAIL_TAG])
-        digest = mac.digest()
-        if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
-            raise PeerError('a frame is not authentic')
+        payload = body
+        if self._tail:
+            payload = body[:-TAIL_TAG]
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            mac.update(payload)
+            digest = mac.digest()
+            if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
+                raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        payload = body[:-TAIL_TAG]
         message = decode(op, encoding, payload)
         self.opened += 1
         return message
@@ -6711,9 +6741,9 @@ class Link(Channel):
                  now: float,
                  pulse: float = PULSE,
                  takes: Iterable[int] = MESSAGES) -> None:
-        self._opener = FrameDecoder(session.receive_key, takes)
+        self._opener = FrameDecoder(session.receive_key, takes, session.tags_payloads)
         super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key)
+        self._sealer = FrameEncoder(session.send_key, session.tags_payloads)
         self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
