@@ -5076,7 +5076,7 @@ class ReceiveBuffer:
         self._view = memoryview(self._staging)
         self._start = self._end = 0
         self._body_size = -1       # of the unit at _start, once its head is there
-        self._head = b''
+        self._head: Any = b''
         self._large: Optional[memoryview] = None
         self._filled = 0
 
@@ -5086,7 +5086,8 @@ class ReceiveBuffer:
         return self._body_size
 
     def measure(self, head: bytes) -> int:
-        """Length of the body that follows `head`; may raise to refuse it."""
+        """Length of the body that follows `head`; may raise to refuse it. May set `_head` to what
+        it has read there."""
         raise NotImplementedError
 
     def get_buffer(self) -> memoryview:
@@ -5121,7 +5122,7 @@ class ReceiveBuffer:
             cls._used.append(new)
         return memoryview(new)
 
-    def buffer_updated(self, count: int) -> List[Tuple[bytes, memoryview]]:
+    def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
         """Note that `count` bytes were received; return the units (head, body) that are whole
         now."""
         if self._large is None:
@@ -5554,15 +5555,17 @@ class RecordBuffer(ReceiveBuffer):
         self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        kind, in_segment, *_, one, two, three = _RECORD.unpack(head)
+        self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
+        kind, in_segment = self._head[:2]
+        one, two, three = self._head[6:]
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
                 text = 'record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three)
                 raise PeerError(text)
         if in_segment:
-            return two + three  # type: ignore[no-any-return]
-        return one + two + three  # type: ignore[no-any-return]
+            return two + three
+        return one + two + three
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
@@ -5572,10 +5575,10 @@ class RecordBuffer(ReceiveBuffer):
             records.append(self.record_of(head, body))
         return records
 
-    def record_of(self, head: bytes, body: memoryview) -> Record:
+    def record_of(self, head: Tuple[Any, ...], body: memoryview) -> Record:
         """The record of which these are the head and the bodies. Raises PeerError for a segment
         that is none."""
-        kind, in_segment, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+        kind, in_segment, number, serial, start, end, one, two, three = head
         if in_segment:
             segment = self.segments.take(one)
             rest = (body[:two], body[two:two + three])
@@ -7120,6 +7123,7 @@ class Pipe(Channel):
             limits = FROM_RUNNER
         self._records = RecordBuffer(limits)
         super().__init__(sock, self._records)
+        self.record_of = self._records.record_of
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
@@ -7198,8 +7202,7 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        records = self._records
-        return [records.record_of(head, body) for head, body in self.read(now)]
+        return [self.record_of(head, body) for head, body in self.read(now)]
 
     def close(self) -> None:
         super().close()
@@ -15507,10 +15510,14 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
-def _row_of(record: Record) -> tuple:
-    """A row of Results, of the record of a worker."""
+def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
+    """A row of Results, of the record of a worker. Raises PeerError."""
+    _, in_segment, outcome, serial, start, end, size, _, _ = head
+    if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
+        return serial, outcome, start, end, bytes(body), b'', b''
+    record = pipe.record_of(head, body)
     payload, stdout, stderr = map(_keep, record.bodies)
-    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+    return serial, outcome, start, end, payload, stdout, stderr
 
 
 def shortage(exc: BaseException) -> str:
@@ -17208,29 +17215,31 @@ class WorkerReader:
         """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
         OSError."""
         rows = []
-        records = pipe.records(self._host.now)
+        units = pipe.read(self._host.now)
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
-        for record in records:
-            if record.kind == _RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
-                                                                     record.end, *record.bodies):
+        for head, body in units:
+            if head[0] == _RESULT:
+                row = _row_of(pipe, head, body)
+                if row[OUTCOME] not in OF_WORKERS or not is_outcome(*row[OUTCOME:]):
+                    size = size_of(row[PAYLOAD])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0]))
+                        *row[OUTCOME:PAYLOAD], size)
                     raise PeerError(text)
-                rows.append(_row_of(record))
+                rows.append(row)
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 worker_results = WorkerResults(pipe.worker, rows)
                 self._host.tell(worker_results)
                 rows = []
+            record = pipe.record_of(head, body)
             self._from_job(pipe, record)
         if rows:
             self._host.tell(WorkerResults(pipe.worker, rows))
             self.held.hold_back(pipe)
         elif pipe.is_large:
             self.held.hold_back(pipe)
-        return len(records)
+        return len(units)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
@@ -17318,16 +17327,18 @@ class WorkerPipes:
             buffers: List[Buffer] = []
             pipe = run.pipes[action.worker]
             for attempt in action.attempts:
-                record = pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                     attempt.payload)
-                if len(record) > 1 and goes_in_segment(attempt.payload):
-                    head = segment_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                          attempt.payload)
+                payload = attempt.payload
+                size = len(payload)
+                if type(payload) is bytes and size < OUT_OF_BAND:   # nearly always
+                    head = _RECORD.pack(_JOB, 0, attempt.cpus, attempt.serial, 0.0, 0.0, size, 0, 0)
+                    buffers.append(head + payload)
+                elif goes_in_segment(payload):
+                    head = segment_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
                     pipe.push(buffers)
                     buffers = []
-                    pipe.push_value(head, attempt.payload)
+                    pipe.push_value(head, payload)
                 else:
-                    buffers += record
+                    buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
             if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
                 buffers = [b''.join(buffers)]
             pipe.push(buffers)
