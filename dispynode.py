@@ -5039,9 +5039,11 @@ def _free_of_cgroup() -> Optional[int]:
 # A mapping keeps no descriptor, where it can do without
 _NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
 # Whether there is memory that has a descriptor, can be sealed, and can be sent
-HAS_SEGMENTS = hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS')
-if HAS_SEGMENTS:
+HAS_SEGMENTS = False
+if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
     import fcntl
+    HAS_SEGMENTS = hasattr(fcntl, 'F_ADD_SEALS')
+if HAS_SEGMENTS:
     _MSG_CTRUNC = int(socket.MSG_CTRUNC)   # a plain number is compared 20 times as fast
     SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
     SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
