@@ -6286,6 +6286,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
 # -- channels and the loop -------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+_PASSING_BLOCKED = frozenset((errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS))
 # macOS may give the receiver a dead socket if it is closed here before it has arrived there
 LATE_PASSING = sys.platform == 'darwin'
 
@@ -6309,10 +6310,17 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
 
 
 def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
-    """Send bytes and a socket with the first of them. Raises OSError."""
+    """Send bytes and a socket with the first of them. Raises OSError, which is BlockingIOError if
+    it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
+    has one for many sockets under way."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
-    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    try:
+        return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    except OSError as exc:
+        if exc.errno in _PASSING_BLOCKED:
+            raise BlockingIOError(exc.errno, exc.strerror) from exc
+        raise
 
 
 def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
@@ -8696,7 +8704,7 @@ class DiscoverySockets:
         self.ears: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
-        for number in sorted(set(ports)) if reach != 'off' else ():
+        for number in self._heard(reach, ports) if reach != 'off' else ():
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             if reach == 'lan':
@@ -8719,6 +8727,15 @@ class DiscoverySockets:
                 ear.speaks = number == self._first
                 self.ears.append(ear)
                 loop.add_reader(ear.socket, ear.on_readable)
+
+    @staticmethod
+    def _heard(reach: str, ports: Iterable[int]) -> List[int]:
+        """The ports to listen at. Where only one of those who listen at a port of loopback hears
+        what is said there, that is to be a node: who asks from another port keeps off."""
+        numbers = sorted(set(ports))
+        if reach == 'loopback' and LOOPBACK == '127.0.0.1' and not numbers[0]:
+            return [0]
+        return numbers
 
     def broadcast(self, say: Callable[[], bytes]) -> None:
         """To everybody within reach: what `say` returns, by each family anew, so that a host of

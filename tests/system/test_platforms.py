@@ -2,6 +2,7 @@
 
 import _pyio
 import concurrent.futures
+import errno
 import os
 import platform
 import queue
@@ -86,6 +87,14 @@ def test_without_fork_workers_are_started_anew(tmp_path):
                 cluster.wait_nodes(1, 0.1)
 
 
+def node_with(directory, setting):
+    """A script that is dispynode with a setting of another system in its module."""
+    path = directory / 'node_with.py'
+    path.write_text('import sys\nsys.path.insert(0, %r)\nimport dispynode\ndispynode.%s\n'
+                    'sys.exit(dispynode.main())\n' % (ROOT, setting))
+    return str(path)
+
+
 # -- Windows and macOS, as far as another system can pretend ---------------------------------------
 
 @pytest.mark.parametrize('name', ['NUL', 'nul.txt', 'data/con', 'COM1', 'lpt9.log', 'aux .c', 'a.',
@@ -150,9 +159,10 @@ def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
     """macOS: who closes it at once may leave the receiver with a dead socket."""
     monkeypatch.setenv('DISPY_START_METHOD', 'fork')
     (tmp_path / 'sitecustomize.py').write_text('import dispynode\ndispynode.LATE_PASSING = True\n')
-    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
+    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])   # for runner and workers
+    script = node_with(tmp_path, 'LATE_PASSING = True')
     for method in ('fork', 'spawn'):
-        with NodeProcess(tmp_path / method, '--start-method', method,
+        with NodeProcess(tmp_path / method, '--start-method', method, script=script,
                          env={'PYTHONPATH': path}) as node:
             def sockets(pid):
                 return sum(item.type == socket.SOCK_STREAM
@@ -163,6 +173,39 @@ def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
                 assert cluster.wait()
                 cluster.submit()(60)
                 assert (sockets(node.process.pid), sockets(runner)) == before
+
+
+@pytest.mark.parametrize('number', [errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS])
+def test_a_pipe_for_which_there_is_no_room_is_passed_later(number):
+    """Guards against: the runner was given up."""
+    class Full(socket.socket):
+        is_full = True
+
+        def sendmsg(self, *args):
+            if self.is_full:
+                raise OSError(number, os.strerror(number))
+            return super().sendmsg(*args)
+    ours, theirs = socket.socketpair()
+    full = Full(fileno=ours.detach())
+    passing = socket.socket()
+    with full, theirs:
+        pipe = dispynode.Pipe(full, 'c')
+        pipe.push([b'record'], passing)
+        pipe.write()
+        assert pipe.wants_write and passing.fileno() >= 0
+        full.is_full = False
+        pipe.write()
+        assert not pipe.wants_write and passing.fileno() < 0 and theirs.recv(100) == b'record'
+
+
+def test_a_node_is_found_where_loopback_has_no_broadcast(monkeypatch, tmp_path):
+    """macOS and Windows: guards against an ear at an address that is not there."""
+    script = node_with(tmp_path, 'LOOPBACK = "127.0.0.1"')
+    monkeypatch.setattr(dispynode, 'LOOPBACK', '127.0.0.1')
+    with NodeProcess(tmp_path / 'node', script=script) as node:
+        with dispy.JobCluster(os.getppid) as cluster:
+            runner = cluster.submit()(60)
+            assert psutil.Process(runner).ppid() == node.process.pid
 
 
 @pytest.mark.parametrize('text, path, expected', [
