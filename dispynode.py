@@ -16085,10 +16085,15 @@ def _probe(name: str, path: str) -> Interpreter:
         raise ValueError('--python %s=%s: it is Python %s, and dispy needs 3.8 or later' % (
             name, path, '.'.join(map(str, version))))
     interpreter = Interpreter(path, tuple(version), cloudpickle_version, has_psutil)
-    if not has_psutil and sys.platform != 'linux':
-        logger.warning('--python %s=%s has no psutil, which limits the memory of jobs here '
-                       '(dispy_memory): they are not limited', name, path)
+    if not has_psutil:
+        _tell_without_psutil('--python %s=%s' % (name, path))
     return interpreter
+
+
+def _tell_without_psutil(python: str) -> None:
+    if sys.platform != 'linux':   # there /proc tells
+        logger.warning('%s has no psutil, which limits the memory of jobs here (dispy_memory): '
+                       'they are not limited', python)
 
 
 def environment_for(python: str) -> Dict[str, str]:
@@ -19297,6 +19302,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
         user = find_user(args.user)
     else:
         user = None
+    if importlib.util.find_spec('psutil') is None:
+        _tell_without_psutil('this Python')
     secret = _find_secret_of(args)
     _make_ready_for(user)
     port = own_hosts(args.host or ('', ))

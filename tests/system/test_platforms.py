@@ -434,6 +434,18 @@ def test_what_psutil_cannot_tell(monkeypatch):
     assert dispynode.memory_of(os.getpid()) == 0
 
 
+def test_a_node_that_cannot_limit_memory_says_so(tmp_path):
+    """Guards against: dispy_memory had no effect, and nobody was told."""
+    path = tmp_path / 'node.py'
+    path.write_text('import sys\nsys.path.insert(0, %r)\nimport dispynode\n'
+                    'dispynode.importlib.util.find_spec = lambda name: None\n'
+                    'sys.platform = sys.argv.pop()\nsys.exit(dispynode.main())\n' % ROOT)
+    for system, told in (('darwin', 1), ('linux', 0)):
+        with NodeProcess(tmp_path / system, system, script=str(path)) as node:
+            text = 'this Python has no psutil, which limits the memory of jobs here (dispy_memory)'
+            assert node.log().count(text) == told
+
+
 def test_the_start_of_a_process_where_there_is_no_proc(monkeypatch):
     monkeypatch.setattr(dispynode, 'open', open_nothing, raising=False)
     monkeypatch.setattr(os.path, 'isdir', lambda path: False)
