@@ -16789,9 +16789,10 @@ class RunnerProcess:
             variables = environment_for(python)
         if user is not None:
             variables[RUNNER_USER] = json.dumps(user)
-        if IS_WINDOWS:
-            return self._start_on_windows(control, python, places, variables)
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        if IS_WINDOWS:
+            words = [*flags, '-c', self.CODE % (where, places, -1)]
+            return self._start_on_windows(control, python, words, variables)
         with contextlib.ExitStack() as opened:
             error = None
             try:
@@ -16805,7 +16806,8 @@ class RunnerProcess:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
                     pass_fds=(control.fileno(),), start_new_session=True)
 
-    def _start_on_windows(self, control: socket.socket, python: str, places: Sequence[str],
+    @staticmethod
+    def _start_on_windows(control: socket.socket, python: str, words: Sequence[str],
                           variables: Dict[str, str]) -> Any:
         """A socket is for one process there, whose number must be known before: it goes through
         stdin. The Python of a virtual environment starts another, which would have a number of its
@@ -16814,11 +16816,16 @@ class RunnerProcess:
         if python == sys.executable and python != base:
             variables['__PYVENV_LAUNCHER__'] = python
             python = base
-        code = self.CODE % ('[:]', places, -1)
         no_window = getattr(subprocess, 'CREATE_NO_WINDOW', 0)
+        error = None
+        try:
+            os.fstat(2)
+        except OSError:   # closed, as in a program without a console
+            error = subprocess.DEVNULL
         with process_start_lock:
-            process = subprocess.Popen([python, '-c', code], env=variables, stdin=subprocess.PIPE,
-                                       stdout=subprocess.DEVNULL, creationflags=no_window)
+            process = subprocess.Popen([python, *words], env=variables, stdin=subprocess.PIPE,
+                                       stdout=subprocess.DEVNULL, stderr=error,
+                                       creationflags=no_window)
         assert process.stdin is not None   # ours: it is a pipe
         with process.stdin as pipe:
             shared = control.share(process.pid)  # type: ignore[attr-defined]
