@@ -153,7 +153,7 @@ from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
 from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS
-from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST
+from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
@@ -172,8 +172,10 @@ from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest,
 from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
 from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
 from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
-from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
-from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
+from dispynode import keep_private, keeps_identity, loads, lock_file, log_record_of, machine
+from dispynode import module_dict
+from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, others_who
+from dispynode import out_of_band, private_again
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
@@ -7767,6 +7769,11 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
             raise DispyError('%s: %s belongs to another user (number %d), who may have put '
                              'anything into it' % (what, path, status.st_uid))
     if os.name == 'nt':
+        others = others_who(WRITES, path)
+        if others:
+            message = ('%s: %s can be written by others (%s): if you know that what is in it is '
+                       'yours, run %s' % (what, path, ', '.join(others), private_again(path)))
+            raise DispyError(message)
         return
     if not status.st_mode & 0o022:
         return
@@ -7784,8 +7791,11 @@ def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> in
     for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
         flags |= getattr(os, name, 0)
     check_own_file(path, what)
+    is_new = make and not os.path.exists(path)
     handle = os.open(path, flags, 0o600)
     try:
+        if is_new:
+            keep_private(path)
         _check_status(os.fstat(handle), path, what)
     except BaseException:
         os.close(handle)

@@ -91,7 +91,7 @@ from dispy import cpus_of, has_ended, job_row, parse_nodes, python_at, shown_arg
 from dispy import shown_state
 from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
 from dispynode import ENDING_SIGNALS, EXIT_STATUSES, FOR_CODE, LAZY, NAME_MOST, NODE_PORT
-from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RETURNED
+from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, READS, RETURNED
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
@@ -103,7 +103,8 @@ from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
 from dispynode import days_option
 from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
-from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
+from dispynode import in_parts, is_comp, leave_terminal, limit_values, listen_at_terminal
+from dispynode import log_record_of, others_who
 from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
@@ -291,9 +292,9 @@ class DiskReserve:
     def give_up(self) -> None:
         """Delete the file if others have filled the disk."""
         if self.free() < self.size:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):   # it has gone, or somebody has it open
                 os.unlink(self._path)
-            self._is_there = False
+            self._is_there = os.path.exists(self._path)
 
 
 class LargeFiles:
@@ -313,6 +314,8 @@ class LargeFiles:
         self._pending: Dict[LargeFile, Sequence[Any]] = {}
         # Jobs whose files are not needed after the next transaction
         self._gone: List[int] = []
+        # Paths of such files that cannot be removed yet
+        self._stuck: List[str] = []
         self._new_values = itertools.count(1)
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
@@ -419,12 +422,23 @@ class LargeFiles:
             os.fsync(file.fileno())
 
     def unlink_gone(self) -> None:
-        """Delete the files that are not needed any more. Raises OSError."""
+        """Delete the files that are not needed any more. One that cannot be deleted, such as on
+        Windows while a virus scanner has it open, is deleted with the next ones."""
+        paths = self._stuck
         for number, end in itertools.product(self._gone, 'pr'):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(number, end))
+            path = self.path(number, end)
+            paths.append(path)
+        self._stuck = []
         self.numbers.difference_update(self._gone)
         self._gone = []
+        for path in paths:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                logger.debug('%s cannot be deleted yet: %s', path, exc)
+                self._stuck.append(path)
 
 
 class HistoryDatabase(Database):
@@ -4735,7 +4749,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _end_on_signals(scheduler, args.daemon)
     write_stacks_on_signal()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
-    if has_terminal and not args.daemon:
+    if args.daemon:
+        leave_terminal()
+    elif has_terminal:
         listen_at_terminal(PROMPT, OperatorPrompt(scheduler).take)
     manager.ready('at port %d' % port, scheduler.call_soon)
     try:
@@ -4913,7 +4929,7 @@ def _is_network(word: str) -> bool:
 def is_log_private(path: Optional[str]) -> bool:
     """Return whether nobody else can read the log, which is a file or standard error."""
     if os.name == 'nt':
-        return True
+        return not path or not others_who(READS, path)
     if path:
         return not os.stat(path).st_mode & 0o077
     if sys.stderr.isatty():
