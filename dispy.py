@@ -72,6 +72,7 @@ import argparse
 import ast
 import atexit
 import base64
+import bisect
 import builtins
 import collections
 import collections.abc
@@ -206,6 +207,11 @@ DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
+# Jobs that must have ended before one that runs is started a second time, and how many times their
+# median it must have run by then
+SPECULATE_AFTER = 10
+SPECULATE_TIMES = 2
+DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
@@ -1882,6 +1888,7 @@ class Opened(NamedTuple):
     reentrant: bool
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    speculate: bool = False      # its last jobs are started a second time, see `Speculation`
 
 
 class Submitted(NamedTuple):
@@ -1998,6 +2005,22 @@ class NodeHad(NamedTuple):
     until: float
 
 
+class SecondHad(NamedTuple):
+    """When a scheduler starts, after NodeHad of the same node: a job that ran elsewhere was started
+    there a second time, by an attempt with this serial."""
+    node: Any
+    comp: str
+    work: Any
+    serial: int
+
+
+class SecondWins(NamedTuple):
+    """A second attempt has finished; its result comes later."""
+    node: Any
+    comp: str
+    serial: int
+
+
 class NodeLost(NamedTuple):
     """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
     none the less."""
@@ -2046,6 +2069,30 @@ class SendJobs(NamedTuple):
     node: Any
     comp: str
     works: list
+
+
+class SendSecond(NamedTuple):
+    """Send second attempts of jobs that run elsewhere, rows of SecondAttempt."""
+    node: Any
+    comp: str
+    works: list
+
+
+class SecondOver(NamedTuple):
+    """A second attempt counts no more; what it has sent is dropped."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+
+
+class SecondCounts(NamedTuple):
+    """A second attempt is that of its job from now on: it has finished, or the first has failed.
+    What it has sent takes the place of what the first has sent. `ran` as in NodeStarted, None if it
+    is not known to have begun."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+    ran: Optional[float]
 
 
 class SendCancel(NamedTuple):
@@ -2359,11 +2406,101 @@ def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
     return rank < (-priority_of(other), other.serial >> 16)
 
 
+class SecondAttempt(ScheduledJob):
+    """An attempt to run a job that runs elsewhere already, see `Speculation`.
+
+    first - the job
+    node - the key of the node where the attempt is
+    begun - since when it runs, None if it is not known to
+    rows - its provisional results, which are held back
+    said - what it has printed and logged, which the driver holds back
+    """
+    __slots__ = ('first', 'node', 'begun', 'rows', 'said')
+
+    def __init__(self, first: ScheduledJob, node: Any, serial: int) -> None:
+        super().__init__(first.comp, first.payload, first.options)
+        self.serial = serial
+        self.first = first
+        self.node = node
+        self.begun: Optional[float] = None
+        self.rows: List[tuple] = []
+        self.said: List[Output] = []
+
+
+class MedianDuration:
+    """The median of how long the jobs of a computation took that have ended last."""
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque()
+        self._sorted: List[float] = []
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        for seconds in durations:
+            self._last.append(seconds)
+            bisect.insort(self._sorted, seconds)
+            if len(self._last) > DURATIONS_KEPT:
+                oldest = self._last.popleft()
+                del self._sorted[bisect.bisect_left(self._sorted, oldest)]
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The median; None before enough have ended."""
+        count = len(self._sorted)
+        if count < SPECULATE_AFTER:
+            return None
+        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+
+
+class SecondAttempts:
+    """The second attempts of one computation."""
+
+    def __init__(self) -> None:
+        self.median = MedianDuration()
+        self.by_serial: Dict[int, SecondAttempt] = {}
+        self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
+        # Serials of attempts beside which another has failed: there is no third
+        self.tried: Set[int] = set()
+        # Number of a job -> the last of the serials that second attempts of it have had
+        self._serials: Dict[int, int] = {}
+
+    def new(self, work: ScheduledJob, node: Any, serial: int = 0) -> SecondAttempt:
+        """A second attempt of a job at a node; its serial is new, or given."""
+        number = job_number(work.serial)
+        last = self._serials.get(number, 0)
+        serial = serial or max(last, work.serial) + 1
+        second = SecondAttempt(work, node, serial)
+        self._serials[number] = serial
+        self.by_serial[serial] = second
+        self.of_job[work] = second
+        return second
+
+    def remove(self, second: SecondAttempt) -> None:
+        """It counts no more, or it is that of its job."""
+        del self.by_serial[second.serial]
+        del self.of_job[second.first]
+
+    def pass_over(self, work: ScheduledJob) -> None:
+        """The next attempt of a job has a serial that none before had."""
+        last = self._serials.pop(job_number(work.serial), 0)
+        work.serial = max(work.serial, last)
+
+    def forget(self, work: ScheduledJob) -> None:
+        """A job has ended."""
+        self._serials.pop(job_number(work.serial), None)
+        self.tried.discard(work.serial)
+
+    def at(self, key: Any) -> List[SecondAttempt]:
+        """Those that are at a node."""
+        return [second for second in self.by_serial.values() if second.node == key]
+
+
 class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, speculates = opened
+        self.seconds = SecondAttempts() if speculates and not self.remote else None
         # Node -> CPUs that it may use there, if `most` were more
         self.offers: Dict[Any, int] = {}
         self.order = order
@@ -2478,7 +2615,7 @@ class NodeLoad:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
                  'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks',
-                 'trip', 'probe', 'tried_until', 'stock')
+                 'trip', 'probe', 'tried_until', 'stock', 'seconds')
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -2495,6 +2632,8 @@ class NodeLoad:
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
         self.stock = Stock()
+        # Second attempts that are here; none is counted among the jobs
+        self.seconds: List[SecondAttempt] = []
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
@@ -2632,6 +2771,9 @@ class NodeLoad:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        if comp.seconds is not None:
+            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
+            comp.seconds.median.add([row[3] - row[2] for row in finished])
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -2778,6 +2920,8 @@ class Books:
         move_job(work, 'send')
         if comp.blocked_head is work:
             comp.blocked_head = None
+        if comp.seconds is not None:
+            comp.seconds.pass_over(work)
         work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
@@ -2830,6 +2974,20 @@ class Books:
             there.ranks[comp.comp] = collections.Counter()
             for work in there.in_flight[comp.comp].values():
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
+
+    def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """An attempt that is at a node counts as that of its job from now on."""
+        cpus = cpus_of(work)
+        node.take(comp.comp, cpus)
+        node.stock.take(work)
+        node.bytes += _bytes_of(work)
+        comp.cpus_in_flight += cpus
+        self.client_cpus[comp.client] += cpus
+        node.in_flight[comp.comp][work.serial] = work
+        comp.running[work.serial] = node
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        self.changed[node.key] = node
 
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
@@ -3407,12 +3565,286 @@ class Repetitions:
             books.changed[node.key] = node
 
 
+class Speculation:
+    """Starts the last running jobs of computations that want it a second time, on idle CPUs of
+    other nodes, when nothing waits and they have run for much longer than others took. What
+    finishes first counts. A failure of one attempt counts for nothing while the other goes on.
+
+    A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
+    needs them is sent there, and the second attempt is ended for it."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._comps: Dict[str, ComputationLoad] = {}   # that want it
+        self._due = math.inf     # when the first job has run for long enough
+
+    def begin(self, comp: ComputationLoad) -> None:
+        """A computation is opened."""
+        if comp.seconds is not None:
+            self._comps[comp.comp] = comp
+
+    def closed(self, comp: ComputationLoad) -> None:
+        """A computation is over."""
+        self._comps.pop(comp.comp, None)
+        if comp.seconds is not None:
+            for second in list(comp.seconds.by_serial.values()):
+                self._drop(comp, second)
+
+    # -- the end of a turn -------------------------------------------------------------------------
+
+    def next_at(self) -> float:
+        """When a job will have run for so long that it may be started a second time."""
+        return self._due
+
+    def look(self) -> None:
+        """End second attempts that are in the way of jobs, and start others."""
+        self._due = math.inf
+        for comp in self._comps.values():
+            self._make_way(comp)
+            self._start_late(comp)
+
+    def _make_way(self, comp: ComputationLoad) -> None:
+        """End those of a computation whose CPUs, or what else they use, a job needs."""
+        for second in list(comp.seconds.by_serial.values()):  # type: ignore[union-attr]
+            node = self._books.nodes[second.node]
+            if node.away is not None:
+                continue
+            before = node.seconds[:node.seconds.index(second)]
+            if not self._fits(node, second, before):
+                self._cancel(comp, second)
+
+    @staticmethod
+    def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
+        """Whether a second attempt finds at a node what it needs, beside the jobs there and these
+        second attempts."""
+        needs: Dict[str, int] = collections.Counter()
+        cpus = 0
+        own = 0     # CPUs of the same computation
+        for work in (second, *others):
+            cpus += cpus_of(work)
+            if work.comp == second.comp:
+                own += cpus_of(work)
+            for name, count in needs_of(work):
+                needs[name] += count
+        if node.used + cpus > node.cpus:
+            return False
+        if node.parts[second.comp] + own > node.limits[second.comp]:
+            return False
+        return node.stock.has_free(tuple(needs.items()))
+
+    def _start_late(self, comp: ComputationLoad) -> None:
+        """Start those jobs of a computation a second time that have run for long enough."""
+        median = comp.seconds.median.seconds  # type: ignore[union-attr]
+        if median is None or not comp.idle or comp.length():
+            return
+        late = []
+        for node in comp.nodes.values():
+            flight = node.in_flight[comp.comp]
+            for serial, since in node.begun[comp.comp].items():
+                if not self._may_be_started(comp, flight[serial]):
+                    continue
+                due = since + SPECULATE_TIMES * median
+                if due <= self._books.now:
+                    late.append((since, serial))
+                else:
+                    self._due = min(self._due, due)
+        for _, serial in sorted(late):
+            self._start(comp, comp.running[serial], serial)
+
+    @staticmethod
+    def _may_be_started(comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether there may be a second attempt of a job that runs."""
+        seconds: Any = comp.seconds
+        if work.state not in _GOING_ON or work in seconds.of_job:
+            return False
+        if work.options and work.options.get('node') is not None:
+            return False
+        return work.serial not in seconds.tried
+
+    def _start(self, comp: ComputationLoad, first: NodeLoad, serial: int) -> None:
+        """Start a job a second time, if a CPU of another node is idle that no job may want."""
+        work = first.in_flight[comp.comp][serial]
+        for node in comp.idle.values():
+            if node is first or self._is_wanted(node):
+                continue
+            if self._fits(node, work, node.seconds):
+                second = comp.seconds.new(work, node.key)  # type: ignore[union-attr]
+                node.seconds.append(second)
+                self._books.do(SendSecond(node.key, comp.comp, [second]))
+                return
+
+    @staticmethod
+    def _is_wanted(node: NodeLoad) -> bool:
+        """Whether jobs wait that might come to a node."""
+        for comp in node.comps.values():
+            if comp.length() or comp.overloaded:
+                return True
+        return False
+
+    # -- what nodes tell ---------------------------------------------------------------------------
+
+    def at(self, key: Any, comp: ComputationLoad, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt with this serial, if it is at this node."""
+        if comp.seconds is None:
+            return None
+        second = comp.seconds.by_serial.get(serial)
+        if second is None or second.node != key:
+            return None
+        return second
+
+    def had(self, event: SecondHad) -> None:
+        """One that was started by the process before this one."""
+        comp = self._books.comps[event.comp]
+        if comp.seconds is None:
+            return
+        second = comp.seconds.new(event.work, event.node, event.serial)
+        self._books.nodes[event.node].seconds.append(second)
+
+    def started(self, node: NodeLoad, comp: ComputationLoad, serial: int, ran: float) -> None:
+        """An attempt that is none of the jobs there has begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            second.begun = self._books.now - max(0.0, ran)
+
+    def held(self, node: NodeLoad, comp: ComputationLoad, account: Account) -> Set[int]:
+        """What a node knows is compared with what was sent there. Returns the serials that are
+        there."""
+        there = set()
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            verdict, _ = account.verdict(second.serial, Occasion.CONNECTED)
+            if verdict is Verdict.STAYS:
+                there.add(second.serial)
+            else:
+                self._drop(comp, second)
+        return there
+
+    def returned(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
+        """A node gives one back that has not begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            self._fail(comp, second)
+
+    def lost(self, node: NodeLoad, comp: ComputationLoad) -> None:
+        """A node is gone."""
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            self._drop(comp, second)
+
+    def results(self, node: NodeLoad, comp: ComputationLoad, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that do not count: failures of second attempts, and what
+        these send before it is known whether they count. One that has finished is that of its job
+        from now on."""
+        if comp.seconds is None:
+            return rows
+        counting = []
+        for row in rows:
+            second = self.at(node.key, comp, row[0])
+            if second is not None and row[1] in PROVISIONAL:
+                second.rows.append(row)
+            elif second is not None and row[1] not in RETURNED:
+                self._fail(comp, second)
+            else:
+                if second is not None:
+                    self._let_count(comp, second)
+                counting.append(row)
+        return counting
+
+    def came(self, comp: ComputationLoad, pairs: Sequence[Tuple[ScheduledJob, tuple]]) -> None:
+        """Jobs have ended, or have a provisional result."""
+        for work, _ in pairs if comp.seconds is not None else ():
+            if work.state in ENDED:
+                self.ended(comp, work)
+
+    def wins(self, event: SecondWins) -> None:
+        """One has finished; its result comes later."""
+        pair = self._books.pair(event.node, event.comp)
+        if pair is None:
+            return
+        node, comp = pair
+        second = self.at(node.key, comp, event.serial)
+        if second is not None:
+            self._let_count(comp, second)
+
+    # -- what becomes of the job -------------------------------------------------------------------
+
+    def ended(self, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """A job has ended, or is not wanted any more: so is its second attempt."""
+        seconds = comp.seconds
+        if seconds is None:
+            return
+        second = seconds.of_job.get(work)
+        if second is not None:
+            self._cancel(comp, second)
+        if work.state in ENDED:
+            seconds.forget(work)
+
+    def goes_on(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether a job goes on whose first attempt has ended and is on no node any more: its
+        second is that of the job then."""
+        if comp.seconds is None or work.state is JobState.CANCELLING:
+            return False
+        second = comp.seconds.of_job.get(work)
+        if second is None:
+            return False
+        self._let_count(comp, second)
+        return True
+
+    def _let_count(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt takes the place of the first, which is ended if it goes on."""
+        books = self._books
+        work = second.first
+        before = comp.running.get(work.serial)
+        if before is not None:
+            books.take_off(before, comp, [work.serial])
+            books.do(SendCancel(before.key, comp.comp, [work.serial]))
+        self._remove(comp, second)
+        comp.seconds.tried.discard(work.serial)  # type: ignore[union-attr]
+        work.serial = second.serial
+        node = books.nodes[second.node]
+        books.goes_on_at(node, comp, work)
+        ran = None
+        if second.begun is not None:
+            ran = books.now - second.begun
+            node.begun[comp.comp][work.serial] = second.begun
+        elif before is None:   # otherwise it has finished
+            move_job(work, 'back')
+            books.do(JobWaits(work))
+            move_job(work, 'send')
+        books.do(SecondCounts(node.key, comp.comp, second, ran))
+        pairs = []
+        for row in second.rows:
+            move_job(work, 'provisional')
+            pairs.append((work, row))
+        if pairs:
+            books.do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt has failed: the first goes on, and has no other."""
+        comp.seconds.tried.add(second.first.serial)  # type: ignore[union-attr]
+        self._drop(comp, second)
+
+    def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._drop(comp, second)
+        self._books.do(SendCancel(second.node, comp.comp, [second.serial]))
+
+    def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._remove(comp, second)
+        self._books.do(SecondOver(second.node, comp.comp, second))
+
+    def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        comp.seconds.remove(second)  # type: ignore[union-attr]
+        self._books.nodes[second.node].seconds.remove(second)
+
+
+_GOING_ON = frozenset((JobState.RUNNING, JobState.PROVISIONAL))
+
+
 class Losses:
     """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
 
-    def __init__(self, books: Books, limits: Limits) -> None:
+    def __init__(self, books: Books, limits: Limits, speculation: Speculation) -> None:
         self._books = books
         self._limits = limits
+        self._speculation = speculation
 
     def away(self, event: NodeAway) -> None:
         """What is there goes on for a while."""
@@ -3467,6 +3899,7 @@ class Losses:
                account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
+        self._speculation.lost(node, comp)
         for serial in sorted(node.in_flight[name], reverse=True):   # each goes to the front
             verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial),
                                   Occasion.ENDED]
@@ -3484,6 +3917,8 @@ class Losses:
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
         books = self._books
+        if self._speculation.goes_on(comp, work):
+            return
         books.answer(comp, work)
         work.lost_with += (node_name,)
         if work.options:
@@ -3528,6 +3963,8 @@ class Losses:
         own = node.recalled[comp.comp].get(serial, False)
         off = books.take_off(node, comp, [serial])
         for work in off.values():
+            if self._speculation.goes_on(comp, work):
+                continue
             if own:
                 comp.called[job_number(serial)] = comp.called.get(job_number(serial), 0) + 1
             if work in comp.withdrawn:
@@ -3550,9 +3987,10 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
 class ScheduleRequests:
     """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
 
-    def __init__(self, books: Books, placement: Placement) -> None:
+    def __init__(self, books: Books, placement: Placement, speculation: Speculation) -> None:
         self._books = books
         self._placement = placement
+        self._speculation = speculation
         self._numbers = itertools.count(1)
 
     def submit(self, event: Submitted) -> None:
@@ -3614,6 +4052,7 @@ class ScheduleRequests:
             move_job(work, 'cancel')
             send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
             self._books.do(send_cancel)
+            self._speculation.ended(comp, work)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
@@ -3662,8 +4101,9 @@ class Schedule:
         self.away = self._books.away          # nodes that cannot be reached now
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
-        self._losses = Losses(self._books, self._limits)
-        self.requests = ScheduleRequests(self._books, self._placement)
+        self.speculation = Speculation(self._books)
+        self._losses = Losses(self._books, self._limits, self.speculation)
+        self.requests = ScheduleRequests(self._books, self._placement, self.speculation)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
@@ -3689,6 +4129,8 @@ class Schedule:
             Closed: self._closed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
+            SecondHad: self.speculation.had,
+            SecondWins: self.speculation.wins,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -3715,8 +4157,10 @@ class Schedule:
             placement.reduce(node)
         if books.waiting:
             placement.distribute()
-        if len(self.nodes) > 1 and books.changed:
-            placement.balance()
+        if len(self.nodes) > 1:
+            if books.changed:
+                placement.balance()
+            self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -3745,6 +4189,9 @@ class Schedule:
         rested = self._repetitions.next_at()
         if rested is not None:
             times.append(rested)
+        late = self.speculation.next_at()
+        if late < math.inf:
+            times.append(late)
         if times:
             return min(times)
         return None
@@ -3772,7 +4219,8 @@ class Schedule:
 
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
-        self.comps[event.comp] = ComputationLoad(event, order)
+        comp = self.comps[event.comp] = ComputationLoad(event, order)
+        self.speculation.begin(comp)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -3780,6 +4228,7 @@ class Schedule:
         if comp is None:
             return
         books.waiting.pop(comp.comp, None)
+        self.speculation.closed(comp)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
             serials = list(node.in_flight[comp.comp])
@@ -3821,6 +4270,7 @@ class Schedule:
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         limits.limit(node, comp, event.cpus)
         limits.unpark(comp, node)
+        held -= self.speculation.held(node, comp, account)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
@@ -3833,6 +4283,7 @@ class Schedule:
             return
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
+        self.speculation.held(node, comp, event.account)
         # It is there, and what it holds will come; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
@@ -3864,6 +4315,7 @@ class Schedule:
         pair = self._books.pair(event.node, event.comp)
         if pair is not None:
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
+                self.speculation.returned(*pair, serial)
                 self._losses.give_back(*pair, serial)
 
     def _node_started(self, event: NodeStarted) -> None:
@@ -3878,6 +4330,7 @@ class Schedule:
         for serial, ran in event.rows:
             work = flight.get(serial)
             if work is None:
+                self.speculation.started(node, comp, serial, ran)
                 continue
             begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
@@ -3906,6 +4359,7 @@ class Schedule:
             return
         node, comp = pair
         _check_outcomes(rows)
+        rows = self.speculation.results(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, books.now)
@@ -3929,6 +4383,7 @@ class Schedule:
             pairs.append((work, row))
         action = SendAck(node.key, comp.comp, serials)
         books.do(action)
+        self.speculation.came(comp, pairs)
         if pairs:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
@@ -3958,6 +4413,8 @@ class Schedule:
             for other in node.comps.values():   # nothing more goes there, until it is Ready again
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
+            return True
+        if row[1] not in RETURNED and self.speculation.goes_on(comp, work):
             return True
         if row[1] == Outcome.DIED:
             retries = options.get('retries')
