@@ -174,6 +174,7 @@ from dispynode import Failing, failure_to_connect, find_offer, find_secret, form
 from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
 from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
 from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
+from dispynode import move_below
 from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, pythons_text, read_secret
@@ -3605,12 +3606,15 @@ class Speculation:
 
     def _make_way(self, comp: ComputationLoad) -> None:
         """End those of a computation whose CPUs, or what else they use, a job needs."""
-        for second in list(comp.seconds.by_serial.values()):  # type: ignore[union-attr]
+        seconds: Any = comp.seconds
+        for second in list(seconds.by_serial.values()):
             node = self._books.nodes[second.node]
             if node.away is not None:
                 continue
-            before = node.seconds[:node.seconds.index(second)]
-            if not self._fits(node, second, before):
+            place = node.seconds.index(second)
+            before = node.seconds[:place]
+            fits = self._fits(node, second, before)
+            if not fits:
                 self._cancel(comp, second)
 
     @staticmethod
@@ -3621,16 +3625,18 @@ class Speculation:
         cpus = 0
         own = 0     # CPUs of the same computation
         for work in (second, *others):
-            cpus += cpus_of(work)
+            count = cpus_of(work)
+            cpus += count
             if work.comp == second.comp:
-                own += cpus_of(work)
-            for name, count in needs_of(work):
-                needs[name] += count
-        if node.used + cpus > node.cpus:
+                own += count
+            for name, units in needs_of(work):
+                needs[name] += units
+        limit = node.limits[second.comp]
+        own += node.parts[second.comp]
+        if node.used + cpus > node.cpus or own > limit:
             return False
-        if node.parts[second.comp] + own > node.limits[second.comp]:
-            return False
-        return node.stock.has_free(tuple(needs.items()))
+        request = tuple(needs.items())
+        return node.stock.has_free(request)
 
     def _start_late(self, comp: ComputationLoad) -> None:
         """Start those jobs of a computation a second time that have run for long enough."""
@@ -3641,15 +3647,18 @@ class Speculation:
         for node in comp.nodes.values():
             flight = node.in_flight[comp.comp]
             for serial, since in node.begun[comp.comp].items():
-                if not self._may_be_started(comp, flight[serial]):
+                work = flight[serial]
+                if not self._may_be_started(comp, work):
                     continue
                 due = since + SPECULATE_TIMES * median
                 if due <= self._books.now:
                     late.append((since, serial))
                 else:
                     self._due = min(self._due, due)
-        for _, serial in sorted(late):
-            self._start(comp, comp.running[serial], serial)
+        late.sort()
+        for _, serial in late:
+            node = comp.running[serial]
+            self._start(comp, node, serial)
 
     @staticmethod
     def _may_be_started(comp: ComputationLoad, work: ScheduledJob) -> bool:
@@ -3668,9 +3677,11 @@ class Speculation:
             if node is first or self._is_wanted(node):
                 continue
             if self._fits(node, work, node.seconds):
-                second = comp.seconds.new(work, node.key)  # type: ignore[union-attr]
+                seconds: Any = comp.seconds
+                second = seconds.new(work, node.key)
                 node.seconds.append(second)
-                self._books.do(SendSecond(node.key, comp.comp, [second]))
+                send_second = SendSecond(node.key, comp.comp, [second])
+                self._books.do(send_second)
                 return
 
     @staticmethod
@@ -3691,6 +3702,13 @@ class Speculation:
         if second is None or second.node != key:
             return None
         return second
+
+    def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
+        """The same by the name of a computation, which may be over or have none."""
+        comp = self._comps.get(name)
+        if comp is None:
+            return None
+        return self.at(key, comp, serial)
 
     def had(self, event: SecondHad) -> None:
         """One that was started by the process before this one."""
@@ -3795,9 +3813,9 @@ class Speculation:
         before = comp.running.get(work.serial)
         if before is not None:
             books.take_off(before, comp, [work.serial])
-            books.do(SendCancel(before.key, comp.comp, [work.serial]))
+            send_cancel = SendCancel(before.key, comp.comp, [work.serial])
+            books.do(send_cancel)
         self._remove(comp, second)
-        comp.seconds.tried.discard(work.serial)  # type: ignore[union-attr]
         work.serial = second.serial
         node = books.nodes[second.node]
         books.goes_on_at(node, comp, work)
@@ -3809,30 +3827,37 @@ class Speculation:
             move_job(work, 'back')
             books.do(JobWaits(work))
             move_job(work, 'send')
-        books.do(SecondCounts(node.key, comp.comp, second, ran))
+        second_counts = SecondCounts(node.key, comp.comp, second, ran)
+        books.do(second_counts)
         pairs = []
         for row in second.rows:
             move_job(work, 'provisional')
             pairs.append((work, row))
         if pairs:
-            books.do(JobsEnded(node.key, comp.comp, pairs))
+            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
+            books.do(jobs_ended)
 
     def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         """A second attempt has failed: the first goes on, and has no other."""
-        comp.seconds.tried.add(second.first.serial)  # type: ignore[union-attr]
+        seconds: Any = comp.seconds
+        seconds.tried.add(second.first.serial)
         self._drop(comp, second)
 
     def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         self._drop(comp, second)
-        self._books.do(SendCancel(second.node, comp.comp, [second.serial]))
+        send_cancel = SendCancel(second.node, comp.comp, [second.serial])
+        self._books.do(send_cancel)
 
     def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         self._remove(comp, second)
-        self._books.do(SecondOver(second.node, comp.comp, second))
+        second_over = SecondOver(second.node, comp.comp, second)
+        self._books.do(second_over)
 
     def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
-        comp.seconds.remove(second)  # type: ignore[union-attr]
-        self._books.nodes[second.node].seconds.remove(second)
+        seconds: Any = comp.seconds
+        seconds.remove(second)
+        node = self._books.nodes[second.node]
+        node.seconds.remove(second)
 
 
 _GOING_ON = frozenset((JobState.RUNNING, JobState.PROVISIONAL))
@@ -8463,14 +8488,19 @@ class Journal(Database):
         """
     # Values that jobs which have not ended have in their arguments; each is here once.
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
-    INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
+    # Second attempts of jobs that run, and the directories of their files
+    SECONDS = ('CREATE TABLE IF NOT EXISTS seconds (number INTEGER PRIMARY KEY, serial INTEGER, '
+               'node TEXT, files TEXT)')
+    INSERT, RENAME, MOVE, END, FREE, VALUE, SECOND, SECOND_OVER = range(8)
     STATEMENTS = (
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, '
         'state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
-        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
+        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)',
+        'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?, ?)',
+        'DELETE FROM seconds WHERE number = ? AND serial = ?')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
     _HEAD = struct.Struct('>BQdIIII')
@@ -8497,6 +8527,7 @@ class Journal(Database):
             self._check_new()
             with self.damages():
                 self._db.execute(self.VALUES)
+                self._db.execute(self.SECONDS)
                 self._take_new()
         except BaseException:
             self._db.close()
@@ -8639,6 +8670,24 @@ class Journal(Database):
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
+
+    def second_sent(self, second: SecondAttempt, node: str, memory: str, files: str) -> None:
+        """A second attempt is on its way to a node; the directory is where its files are kept."""
+        where = '%s#%s' % (node, memory[:8])
+        self.note(self.SECOND, job_number(second.serial), second.serial, where, files)
+
+    def second_over(self, second: SecondAttempt) -> None:
+        """A second attempt counts no more, or is that of its job."""
+        self.note(self.SECOND_OVER, job_number(second.serial), second.serial)
+
+    def seconds(self) -> Dict[int, Tuple[int, str, str]]:
+        """Number of a job that was sent -> serial, node and directory of its second attempt. Raises
+        DispyError for a file that is damaged."""
+        with self.damages():
+            rows = self._db.execute(
+                'SELECT number, serial, node, files FROM seconds WHERE number IN '
+                '(SELECT number FROM jobs WHERE state = ?)', (self.SENT, )).fetchall()
+        return {number: (serial, node, files) for number, serial, node, files in rows}
 
     def waits(self, work: ScheduledJob) -> None:
         """It came back without having been started, or may be run again."""
@@ -9885,6 +9934,23 @@ def remove_abandoned_directories() -> None:
                 remove_abandoned_directory(entry.path)
 
 
+class SecondsOfUser:
+    """What a NodeUser does about second attempts of its jobs; see NodeUser for the methods."""
+
+    def send(self, peer: 'NodeConnection', seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node."""
+
+    def counts(self, peer: 'NodeConnection', second: SecondAttempt, ran: float) -> None:
+        """One that is at a node and has run for so many seconds is that of its job from now on."""
+
+    def over(self, second: SecondAttempt) -> None:
+        """One counts no more."""
+
+    def files_of(self, second: SecondAttempt) -> 'HeldFiles':
+        """Return where the files are kept that one sends."""
+        raise PeerError('a file that was not asked for')
+
+
 class NodeUser:
     """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
     reads these attributes, and calls these methods when something has happened. They are called in
@@ -9905,6 +9971,8 @@ class NodeUser:
     searches = True                             # nodes that a wildcard means are looked for by UDP
     warns = True                                # when no node is ready for a while
     reentrant = False                           # jobs of a lost node are run again elsewhere
+    speculate = False                           # its last jobs are started a second time
+    seconds = SecondsOfUser()
     remote = False                              # jobs go to a scheduler
     journal: Optional[Journal] = None           # where its jobs are written down
     closed = False                              # nothing can be submitted any more
@@ -10174,11 +10242,14 @@ class Recovery(Collector):
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
+        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
         self._unmet = holders - places   # they may keep results that are noted
         super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self.collected = threading.Event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
+        # Number -> serial, node and directory of the files of the second attempt
+        self._seconds = journal.seconds()
         self._done = done
         self._lost = lost
         self._again = again
@@ -10208,7 +10279,7 @@ class Recovery(Collector):
 
     def _settle(self, peer: NodeConnection, comp: str, serials: Sequence[int],
                 past: AttemptHistory) -> None:
-        for number, (job, node) in list(self._jobs.items()):
+        for job, serial, node in self._attempts():
             where, _, memory = node.rpartition('#')
             if where != peer.place:
                 continue
@@ -10216,17 +10287,62 @@ class Recovery(Collector):
                 continue
             whole = peer.embedded or memory != '' and peer.memory.startswith(memory)
             account = Account(frozenset(serials), past, whole)
-            verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
+            verdict, text = account.verdict(serial, Occasion.RECOVERED)
+            if verdict is Verdict.STAYS or self._other_goes_on(serial):
+                continue
+            del self._jobs[job_number(serial)]
             if verdict is Verdict.WAITS:
-                del self._jobs[number]
                 self._again(job)
-            elif verdict is Verdict.LOST:
-                del self._jobs[number]
+            else:
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
             cancel = Cancel(comp, list(serials))
             self.driver.send(peer.link, cancel)
         self._check()
+
+    def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
+        """Jobs, and serial and node of an attempt of theirs that has not ended."""
+        found = []
+        for number, (job, node) in self._jobs.items():
+            found.append((job, job.serial, node))
+            if number in self._seconds:
+                serial, other, _ = self._seconds[number]
+                found.append((job, serial, other))
+        return found
+
+    def _other_goes_on(self, serial: int) -> bool:
+        """An attempt counts no more. Returns whether its job has another, which counts then."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return False
+        second, node, files = self._seconds[number]
+        del self._seconds[number]
+        job, _ = self._jobs[number]
+        if serial == second:
+            settle_files(files, False)
+        else:
+            job.serial = second
+            self._jobs[number] = (job, node)
+            settle_files(files, True)
+        return True
+
+    def _end_other(self, serial: int) -> None:
+        """An attempt has finished: that beside it is ended."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return
+        job, node = self._jobs[number]
+        second, other, files = self._seconds.pop(number)
+        settle_files(files, serial == second)
+        if serial == second:
+            self._cancel_at(node, job.comp, job.serial)
+        else:
+            self._cancel_at(other, job.comp, second)
+
+    def _cancel_at(self, node: str, comp: str, serial: int) -> None:
+        for peer in self.met:
+            if node.rpartition('#')[0] == peer.place and peer.link is not None:
+                self.driver.send(peer.link, Cancel(comp, [serial]))
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
@@ -10240,11 +10356,10 @@ class Recovery(Collector):
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
-        for serial in serials:
-            job, node = self._jobs.get(job_number(serial), (None, ''))
-            if job is None:
+        for job, serial, node in self._attempts():
+            if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place:
+            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -10257,6 +10372,9 @@ class Recovery(Collector):
                 continue
             if row[1] in PROVISIONAL:
                 continue
+            if row[1] not in RETURNED and self._other_goes_on(row[0]):
+                continue
+            self._end_other(row[0])
             del self._jobs[job_number(row[0])]
             job.serial = row[0]
             if row[1] == Outcome.STOPPED:
@@ -10269,12 +10387,9 @@ class Recovery(Collector):
 
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
-        for peer in self.met:
-            where = self._jobs.get(job_number(job.serial), (None, ''))[1].rpartition('#')[0]
-            if where != peer.place:
-                continue
-            if peer.link is not None:
-                self.driver.send(peer.link, Cancel(job.comp, [job.serial]))
+        for other, serial, node in self._attempts():
+            if other is job:
+                self._cancel_at(node, job.comp, serial)
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
@@ -10417,7 +10532,7 @@ class ResultCollection(Collector):
                         self._stages[key] = Collecting.WANTED
                     else:
                         self._stages[key] = Collecting.TOLD
-                self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
+                self.there[key] = {one for one in now if not self._is_known(comp, one)}
                 if taking:
                     for serial in known - now:
                         account = Account(frozenset(now), past)
@@ -10427,6 +10542,21 @@ class ResultCollection(Collector):
                         self.driver.send(peer.link, cancel)
             self._changed.notify_all()
         self._ask(peer)
+
+    def _is_known(self, comp: str, serial: int) -> bool:
+        """Whether what becomes of an attempt changes nothing: a result of its job is here."""
+        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
+        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+
+    def _end_others(self, comp: str, serial: int) -> None:
+        """An attempt has finished: others of its job are ended. The driver's thread."""
+        for peer in self.met:
+            for key in self._places_of(peer, comp):
+                there = self.there.get(key, set())
+                others = [one for one in there if job_number(one) == job_number(serial)]
+                there.difference_update(others)
+                if others and peer.link is not None:
+                    self.driver.send(peer.link, Cancel(comp, others))
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
@@ -10481,6 +10611,8 @@ class ResultCollection(Collector):
                     self.gone.pop((comp, number), None)
                 for key in self._places_of(peer, comp):
                     self.there.get(key, set()).discard(row[0])
+                if row[1] in RETURNED:
+                    self._end_others(comp, row[0])
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
@@ -10557,11 +10689,15 @@ class ResultCollection(Collector):
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            distinct = set()
-            for key, serials in self.there.items():
-                if key[1] == comp:
-                    distinct.update(serials)
-            return len(distinct)
+            return len(self.numbers_there(comp))
+
+    def numbers_there(self, comp: str) -> Set[int]:
+        """Numbers of its jobs of which attempts and results are on nodes."""
+        numbers: Set[int] = set()
+        for key, serials in self.there.items():
+            if key[1] == comp:
+                numbers.update(map(job_number, serials))
+        return numbers
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -10767,8 +10903,9 @@ def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
             else:
                 job.state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
                 fill_in(job, row, left.is_program)
+    going_on = found.numbers_there(comp)
     for (name, number), (state, text) in found.gone.items():
-        if name == comp:
+        if name == comp and number not in going_on:   # by another attempt
             job = job_of(number)
             job.state = state
             end_without(job, text)
@@ -12484,6 +12621,8 @@ class FileTransfers:
             raise PeerError('a file that was not asked for')
         if cluster is None:
             return
+        if self._driver.held_back.takes(peer, cluster, message):
+            return
         if job is not None:
             cluster.file_piece(peer, job, message)
 
@@ -12515,6 +12654,161 @@ class FileTransfers:
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
+
+
+class HeldFiles:
+    """The files that a second attempt of a job sends. They are in a directory of their own until it
+    counts, and where they belong after that. The driver's thread.
+
+    directory - their own; it is made when the first comes
+    counts - the attempt is that of its job
+    names - of those that are whole, in their order
+    """
+
+    def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
+        """They belong below `root`; `where` as of FileReceiver."""
+        self.directory = directory
+        self.root = root
+        self.counts = False
+        self.names: List[str] = []
+        self._where = where
+        roots = {Purpose.FROM_JOB: directory}
+        self._receiver = FileReceiver(roots, where=where)
+
+    def take(self, message: FilePiece) -> Optional[FileStored]:
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        with contextlib.suppress(OSError):   # the receiver tells why it has no place
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        stored = self._receiver.take(message)
+        if stored is None or stored.error:
+            return stored
+        self.names.append(stored.name)
+        if self.counts:
+            return stored._replace(error=self.place())
+        return stored
+
+    def place(self) -> str:
+        """Move those that are whole where they belong. Returns why one could not be moved."""
+        self.counts = True
+        names = self.names
+        self.names = []
+        for name in names:
+            path = os.path.join(self.directory, *name.split('/'))
+            try:
+                move_below(path, self.root, name)
+            except (OSError, ValueError) as exc:
+                return '%sfile %.100r cannot be stored: %s' % (self._where, name, exc)
+        return ''
+
+    def find(self) -> None:
+        """Those that another process had received."""
+        for directory, _, names in os.walk(self.directory):
+            below = os.path.relpath(directory, self.directory)
+            for name in sorted(names):
+                if not name.endswith('.part'):
+                    path = os.path.normpath(os.path.join(below, name))
+                    self.names.append(path.replace(os.sep, '/'))
+
+    def drop(self) -> None:
+        """Remove those that are not where they belong."""
+        self._receiver.abort()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def held_directory(root: str, comp: str, serial: int) -> str:
+    """Where the files of a second attempt are kept that belong below `root`."""
+    return os.path.join(root, '.dispy-%s-%d' % (comp, serial))
+
+
+def settle_files(directory: str, counts: bool) -> None:
+    """What a second attempt has sent to a program that has ended comes to its place if the attempt
+    counts, and is removed otherwise. `directory` is that of HeldFiles."""
+    if not directory or not os.path.isdir(directory):
+        return
+    root = os.path.dirname(directory)
+    held = HeldFiles(directory, root)
+    if counts:
+        held.find()
+        error = held.place()
+        if error:
+            logger.error('%s', error)
+    held.drop()
+
+
+class HeldBack:
+    """Second attempts of jobs on their way to nodes, and what they send, which is held back until
+    it is known whether they count. The driver's thread.
+
+    files - (computation, serial) -> the files of an attempt that is a second one, or was
+    """
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
+        self.files: Dict[Tuple[str, int], HeldFiles] = {}
+
+    def send(self, action: SendSecond) -> None:
+        """The Schedule has chosen a node for second attempts."""
+        cluster = self._clusters[action.comp]
+        cluster.seconds.send(self._nodes.by_key[action.node], action.works)
+
+    def find(self, peer: NodeConnection, comp: str, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt that a message of a node speaks of."""
+        speculation = self._driver.schedule.speculation
+        return speculation.find(peer.key, comp, serial)
+
+    def output(self, peer: NodeConnection, message: Output) -> None:
+        """What an attempt prints or logs that is none of the jobs at its node."""
+        second = self.find(peer, message.comp, message.serial)
+        if second is not None:
+            second.said.append(message)
+
+    def takes(self, peer: NodeConnection, cluster: NodeUser, message: FilePiece) -> bool:
+        """A piece of a file that a job sends. Returns whether it is of an attempt that is a second
+        one, or was when it began to send files."""
+        place = (message.comp, message.key)
+        held = self.files.get(place)
+        if held is None:
+            second = self.find(peer, *place)
+            if second is None:
+                return False
+            held = self.files[place] = cluster.seconds.files_of(second)
+        stored = held.take(message)
+        if stored is not None:
+            self._driver.say_to(peer, stored)
+        return True
+
+    def counts(self, action: SecondCounts) -> None:
+        """A second attempt is that of its job from now on: what was held back is shown."""
+        second = action.second
+        cluster = self._clusters[action.comp]
+        peer = self._nodes.by_key[action.node]
+        cluster.seconds.counts(peer, second, action.ran or 0.0)
+        held = self.files.get((action.comp, second.serial))
+        if held is not None:
+            error = held.place()
+            if error:
+                cluster.warn('%s: a job was started a second time: %s' % (cluster.name, error))
+        for message in second.said:
+            cluster.output(peer, second.first, message)
+
+    def over(self, action: SecondOver) -> None:
+        """A second attempt counts no more."""
+        self.forget(action.comp, action.second.serial)
+        self._clusters[action.comp].seconds.over(action.second)
+
+    def forget(self, comp: str, serial: int) -> None:
+        """An attempt has ended: what is left of its files is removed."""
+        held = self.files.pop((comp, serial), None)
+        if held is not None:
+            held.drop()
+
+    def forget_all(self, comp: str) -> None:
+        """A computation is over."""
+        for name, serial in list(self.files):
+            if name == comp:
+                self.forget(name, serial)
 
 
 class JobExchange:
@@ -12686,6 +12980,8 @@ class JobExchange:
             return
         if job is not None:
             cluster.output(peer, job, message)
+        else:
+            self._driver.held_back.output(peer, message)
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
@@ -12735,12 +13031,16 @@ class JobExchange:
                 if row[1] not in PROVISIONAL:
                     attempt = (action.comp, row[0])
                     self._driver.files.abort_attempt(attempt)
+        for _, row in action.pairs if self._driver.held_back.files else ():
+            if row[1] not in PROVISIONAL:
+                self._driver.held_back.forget(action.comp, row[0])
         cluster = self._clusters[action.comp]
         cluster.jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
         self._driver.lost_nodes.requeued += 1
+        self._driver.held_back.forget(action.work.comp, action.work.serial)
         cluster = self._clusters[action.work.comp]
         cluster.job_waits(action.work)
 
@@ -12753,6 +13053,7 @@ class JobExchange:
         """A job has ended without a result."""
         work = action.work
         self._driver.lost_nodes.ended += 1
+        self._driver.held_back.forget(work.comp, work.serial)
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         cluster = self._clusters[work.comp]
@@ -12770,7 +13071,7 @@ class JobExchange:
         peer.wrong = True
         raise LinkBroken(text)
 
-    def end_unsent(self, action: SendJobs, text: str) -> None:
+    def end_unsent(self, action: Union[SendJobs, SendSecond], text: str) -> None:
         """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
@@ -13769,6 +14070,7 @@ class Driver(Loop):
         self.setup = ComputationSetup(self)
         self.files = FileTransfers(self)
         self.jobs = JobExchange(self)
+        self.held_back = HeldBack(self)
         self.cancels = Cancellations(self)
         self.lost_nodes = LostNodes(self)
         self.decisions = DecisionLog(self.log)
@@ -13781,6 +14083,9 @@ class Driver(Loop):
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
+            SendSecond: self.held_back.send,
+            SecondOver: self.held_back.over,
+            SecondCounts: self.held_back.counts,
             SendCancel: self.jobs.send_to_node,
             SendRecall: self.jobs.send_to_node,
             SendAck: self.jobs.send_ack,
@@ -13919,7 +14224,7 @@ class Driver(Loop):
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all())
+                        cluster.cpus_in_all(), cluster.speculate)
         self.decide(opened)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
@@ -13939,6 +14244,7 @@ class Driver(Loop):
             return untold
         self.jobs.take_submitted()
         self.decide(Closed(comp))
+        self.held_back.forget_all(comp)
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
         self.chores.forget(comp)
@@ -14000,7 +14306,8 @@ class Driver(Loop):
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or jobs that are nowhere any more."""
         self.jobs.note_fault(text)
-        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+        if isinstance(subject, (SendJobs, SendSecond)):
+            # Some of them cannot be sent, and nobody knows which
             self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
@@ -14402,6 +14709,7 @@ class ClusterOptions:
     cleanup: Any
     jobs_per_worker: Optional[int]
     reentrant: bool
+    speculate: bool
     forward_logs: bool
     start_method: str
     resources: Request
@@ -14451,6 +14759,7 @@ class ClusterOptions:
         check_depends(given['depends'])
         options['loglevel'] = level_of(given['loglevel'])
         options['reentrant'] = flag_of('reentrant', given['reentrant'])
+        options['speculate'] = speculation(given['speculate'], options['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = flag_of('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
@@ -14525,6 +14834,15 @@ def check_depends(depends: Any) -> None:
     """Raise TypeError if the parameter `depends` is no list."""
     if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
         raise TypeError('depends must be a list, not %s' % type(depends).__name__)
+
+
+def speculation(value: Any, reentrant: bool) -> bool:
+    """The parameter `speculate`. Raises TypeError or ValueError."""
+    speculate = flag_of('speculate', value)
+    if speculate and not reentrant:
+        text = 'speculate=True needs reentrant=True: jobs may run twice, even at the same time'
+        raise ValueError(text)
+    return speculate
 
 
 def function_or_flag(name: str, value: Any) -> Any:
@@ -14873,6 +15191,10 @@ class LiveOutput:
         for monitor in self.monitors:
             monitor.printed(job, stream, message.offset, bytes(data))
 
+    def begin_again(self, job: DispyJob) -> None:
+        """What a job has printed until now does not count: it was started a second time."""
+        self._shown.pop(job, None)
+
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
@@ -14945,6 +15267,16 @@ class ResultDelivery:
                 job.status = DispyJob.Running
         if is_news and self._callbacks.cluster_status is not None:
             self._callbacks.tell(DispyJob.Running, peer, job)
+
+    def goes_on_at(self, job: DispyJob, start: float,
+                   peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Note that another attempt of a job counts from now on, which has begun at a node at this
+        time. The driver's thread."""
+        with self._book.lock:
+            if job.status == DispyJob.ProvisionalResult:
+                job.status = DispyJob.Running
+                job.result = None
+        self.began(job, start, peer)
 
     def apply_results(self, pairs: List[Tuple[DispyJob, tuple]],
                       peer: Union[NodeConnection, NodeInfo]) -> None:
@@ -15511,6 +15843,46 @@ class ComputationUser(NodeUser):
         self.driver.files.store(peer, self.wanted.root, message)
 
 
+class ProgramSeconds(SecondsOfUser):
+    """Second attempts of the jobs of a cluster of this program. The driver's thread."""
+
+    def __init__(self, cluster: 'ProgramCluster') -> None:
+        self._cluster = cluster
+
+    def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node. They are noted beside the first attempts."""
+        cluster = self._cluster
+        for second in seconds:
+            logger.debug('%s: a job is started a second time, at node %s', cluster.name, peer)
+            if cluster.journal is not None:
+                directory = self.files_of(second).directory
+                cluster.journal.second_sent(second, peer.place, peer.memory, directory)
+        cluster.send_rows(peer, seconds)
+
+    def counts(self, peer: NodeConnection, second: SecondAttempt, ran: float) -> None:
+        """Show the user that a job runs where its second attempt is. The provisional result of the
+        first is forgotten, and what it has printed."""
+        cluster = self._cluster
+        job: Any = second.first
+        if cluster.journal is not None:
+            cluster.journal.second_over(second)
+            cluster.journal.sent([job], peer.place, peer.memory)
+        cluster.live_output.begin_again(job)
+        if job.state is not JobState.SENT:
+            cluster.delivery.goes_on_at(job, time.time() - ran, peer)
+
+    def over(self, second: SecondAttempt) -> None:
+        """Note that one counts no more."""
+        if self._cluster.journal is not None:
+            self._cluster.journal.second_over(second)
+
+    def files_of(self, second: SecondAttempt) -> HeldFiles:
+        """Return where the files of one are kept: beside the place where they belong."""
+        root = self._cluster.wanted.root
+        directory = held_directory(root, self._cluster.comp, second.serial)
+        return HeldFiles(directory, root)
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -15542,6 +15914,8 @@ class ProgramCluster(ComputationUser):
         self.hosts_may_fail = options.hosts_may_fail
         self.multicast = options.multicast
         self.reentrant = options.reentrant
+        self.speculate = options.speculate
+        self.seconds = ProgramSeconds(self)
         self.probes = options.probes
         self.cluster = None
         self.unusable = ''
@@ -15864,13 +16238,15 @@ class ProgramCluster(ComputationUser):
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
         """Send jobs to a node. With a journal they leave when it has been noted that they do."""
-        if peer.scheduler:
-            names: Tuple[str, ...] = _OF_JOBS_THERE
-        else:
-            names = OF_JOBS
-        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
+        self.send_rows(peer, works)
+
+    def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
+        """Send what a node has to know of attempts, when it is noted that they are sent."""
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
             for frame in messages:
@@ -16256,6 +16632,9 @@ class JobCluster(OldCluster):
         characters, ** for any directories and {id} for the job's id. They are below the program's
         directory, or below `dest`, when the job has ended. Implies job_dir
     dest - where these come, as 'results/{id}'; a relative path is below the program's directory
+    speculate - True, with reentrant=True: at the end of a run, when no job waits, jobs that have
+        run for twice the median of at least ten that have ended are started a second time, on an
+        idle CPU of another node. What finishes first counts, and the other is cancelled
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -16302,6 +16681,7 @@ class JobCluster(OldCluster):
                  job_dir: bool = False,
                  returns: Sequence[str] = (),
                  dest: Optional[str] = None,
+                 speculate: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,

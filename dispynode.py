@@ -5427,6 +5427,16 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         os.close(handle)
 
 
+def move_below(path: str, root: str, name: str) -> None:
+    """Move a file to the place that `name` has below a directory; links are not followed. Raises
+    OSError, or ValueError for a name that climbs out."""
+    parts = check_name(name)
+    parent = _parent_of(root, parts)
+    with parent as (prefix, handle):
+        target = prefix + parts[-1]
+        os.replace(path, target, dst_dir_fd=handle)
+
+
 def open_regular(path: str) -> Any:
     """Open a file for reading. Raises ValueError at once for what is no regular file: opening a
     FIFO waits for its other end, and a device may never come to its end; OSError."""

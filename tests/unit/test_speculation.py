@@ -467,9 +467,15 @@ class SpeculatingWalk(Walk):
         if self.reentrant[comp] and self.rng.random() < 0.9:
             self.event(Closed(comp))
             self.event(Opened(comp, self.rng.choice('xyz'), True, False, None, True))
+            self.schedule.comps[comp].seconds.median.add([0.1] * SPECULATE_AFTER)
             for node in self.nodes.values():
                 if node.linked and not node.away:
                     self.set_up(node, comp)
+
+    def submit(self):
+        """Now and then, so that often nothing waits."""
+        if self.rng.random() < 0.3:
+            super().submit()
 
     def step(self):
         if not any(node.away for node in self.nodes.values()):
