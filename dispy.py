@@ -2460,7 +2460,7 @@ class SecondAttempts:
         self.median = MedianDuration()
         self.by_serial: Dict[int, SecondAttempt] = {}
         self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
-        # Serials of attempts beside which another has failed: there is no third
+        # Serials of attempts beside or before which another has failed: there is no third
         self.tried: Set[int] = set()
         # Number of a job -> the last of the serials that second attempts of it have had
         self._serials: Dict[int, int] = {}
@@ -3815,6 +3815,9 @@ class Speculation:
             books.take_off(before, comp, [work.serial])
             send_cancel = SendCancel(before.key, comp.comp, [work.serial])
             books.do(send_cancel)
+        else:
+            seconds: Any = comp.seconds
+            seconds.tried.add(second.serial)
         self._remove(comp, second)
         work.serial = second.serial
         node = books.nodes[second.node]
@@ -9125,6 +9128,7 @@ class RecoverableFiles:
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
         self.listen = head['listen']
+        self.files = str(head.get('files', ''))    # below which the files of jobs come
         self.process = tuple(head['process'])
         nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
@@ -10558,6 +10562,23 @@ class ResultCollection(Collector):
                 if others and peer.link is not None:
                     self.driver.send(peer.link, Cancel(comp, others))
 
+    def _settle_files(self, comp: str, serial: int) -> None:
+        """An attempt has finished: if it was a second one, its files come where they belong; those
+        of another are removed."""
+        root = self.lefts[comp].files
+        begin = '.dispy-%s-' % comp
+        names: List[str] = []
+        if os.path.isdir(root):
+            names = os.listdir(root)
+        for name in names:
+            digits = name[len(begin):]
+            if not name.startswith(begin) or not digits.isdigit():
+                continue
+            other = int(digits)
+            if job_number(other) == job_number(serial):
+                directory = os.path.join(root, name)
+                settle_files(directory, other == serial)
+
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
         if (comp, job_number(serial)) in self.rows:
@@ -10613,6 +10634,7 @@ class ResultCollection(Collector):
                     self.there.get(key, set()).discard(row[0])
                 if row[1] in RETURNED:
                     self._end_others(comp, row[0])
+                    self._settle_files(comp, row[0])
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
@@ -12328,6 +12350,9 @@ class ComputationSetup:
                 'update the scheduler and its nodes' % wanted
             self._refusal(peer, comp, text, 'python')
             return None
+        if peer.scheduler and spec.get('speculate') and 'speculates' not in peer.facts:
+            cluster.warn('%s is of an earlier release of dispy, which does not know of speculate='
+                         'True: no job is started a second time. Update the scheduler' % peer)
         if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
@@ -12619,6 +12644,10 @@ class FileTransfers:
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
+        if message.comp in self._driver.recoveries.by_comp and message.offset == 0:
+            text = 'on the client: its program has ended, and what collects its results stores none'
+            stored = FileStored(*message[:3], message.row[0], text)
+            self._driver.say_to(peer, stored)
         if cluster is None:
             return
         if self._driver.held_back.takes(peer, cluster, message):
@@ -12662,8 +12691,9 @@ class HeldFiles:
 
     directory - their own; it is made when the first comes
     counts - the attempt is that of its job
-    names - of those that are whole, in their order
+    names - of those that are whole and are not where they belong, in their order
     """
+    forwards = False    # to where they belong, which takes its time
 
     def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
         """They belong below `root`; `where` as of FileReceiver."""
@@ -12699,6 +12729,11 @@ class HeldFiles:
             except (OSError, ValueError) as exc:
                 return '%sfile %.100r cannot be stored: %s' % (self._where, name, exc)
         return ''
+
+    def keep_until_there(self, row: tuple) -> bool:
+        """Whether the row of Results of the attempt is kept until the files are where they
+        belong."""
+        return False
 
     def find(self) -> None:
         """Those that another process had received."""
@@ -12778,6 +12813,21 @@ class HeldBack:
         if stored is not None:
             self._driver.say_to(peer, stored)
         return True
+
+    def admit(self, peer: NodeConnection, comp: str, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that have to wait for the files of their attempts."""
+        admitted = []
+        for row in rows:
+            held = self.files.get((comp, row[0]))
+            waits = False
+            if held is not None and held.forwards and row[1] not in PROVISIONAL:
+                if row[1] in RETURNED:
+                    second_wins = SecondWins(peer.key, comp, row[0])
+                    self._driver.decide(second_wins)
+                waits = held.keep_until_there(row)
+            if not waits:
+                admitted.append(row)
+        return admitted
 
     def counts(self, action: SecondCounts) -> None:
         """A second attempt is that of its job from now on: what was held back is shown."""
@@ -12946,6 +12996,8 @@ class JobExchange:
             for ack in in_parts(Ack, comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
+        if self._driver.held_back.files:
+            rows = self._driver.held_back.admit(peer, comp, rows)
         node_results = NodeResults(peer.key, comp, rows)
         self._driver.decide(node_results)
 
@@ -13040,7 +13092,8 @@ class JobExchange:
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
         self._driver.lost_nodes.requeued += 1
-        self._driver.held_back.forget(action.work.comp, action.work.serial)
+        if action.work.state in _WAITING:   # otherwise its second attempt goes on
+            self._driver.held_back.forget(action.work.comp, action.work.serial)
         cluster = self._clusters[action.work.comp]
         cluster.job_waits(action.work)
 
@@ -16057,7 +16110,7 @@ class ProgramCluster(ComputationUser):
         """Return what another process needs to collect the results. The driver's thread."""
         code = in_one_piece(self.cargo.spec['code'])
         row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
-        row['key'] = self.key.hex()
+        row.update(key=self.key.hex(), files=self.wanted.root)
         row['program'] = self.cargo.is_program
         row['code'] = hashlib.sha256(code).hexdigest()
         row['host'] = socket.gethostname()
@@ -17365,6 +17418,8 @@ class SharedProgramCluster(ProgramCluster):
         shared['exclusive'] = self._shared.exclusive
         shared['cloudpickle'] = cloudpickle.__version__
         self.cargo.spec['shared'] = shared
+        if self.speculate:
+            self.cargo.spec['speculate'] = True
 
     def _make_delivery(self, *parts: Any) -> ResultDelivery:
         return SharedDelivery(*parts)
@@ -17401,6 +17456,9 @@ class SharedProgramCluster(ProgramCluster):
             work.start_time = None
             return
         host, port, name = node
+        before = self.delivery.places.get(work)
+        if before is not None and before.key != (host, port):
+            self.live_output.begin_again(work)   # its second attempt counts
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
                                               {})
 

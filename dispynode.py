@@ -1588,6 +1588,8 @@ def _has_right_options(spec: dict) -> bool:
         return False
     if type(spec.get('initializer', False)) is not bool:
         return False
+    if type(spec.get('speculate', False)) is not bool:
+        return False
     if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))

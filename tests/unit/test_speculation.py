@@ -290,6 +290,8 @@ def test_a_failure_of_the_first_counts_for_nothing_while_the_second_goes_on(outc
     assert len(only(actions, JobWaits)) == (not begun)
     assert work.state is (JobState.RUNNING if begun else JobState.SENT)
     assert work.lost_with == () and scene.schedule.nodes['b'].used == 1
+    scene.tell(NodeReady('d', 'c', 1, []))
+    assert only(scene.tell(after=9.0), SendSecond) == [], 'it is no retry'
     scene.tell(NodeResults('b', 'c', [row(work)]))
     assert work.state is JobState.FINISHED
 
