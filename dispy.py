@@ -10344,9 +10344,13 @@ class Recovery(Collector):
             self._cancel_at(other, job.comp, second)
 
     def _cancel_at(self, node: str, comp: str, serial: int) -> None:
+        place = node.rpartition('#')[0]
         for peer in self.met:
-            if node.rpartition('#')[0] == peer.place and peer.link is not None:
-                self.driver.send(peer.link, Cancel(comp, [serial]))
+            if peer.place == place and peer.link is not None:
+                cancel = Cancel(comp, [serial])
+                self.driver.send(peer.link, cancel)
+        if not any(peer.place == place for peer in self.met):
+            self._unmet.add(place)   # it is told that the computation is over
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""

@@ -34,10 +34,10 @@ def attempt(directory, tag, kind='function'):
         file.write('written at ' + name)
     dispy_send_file(tag + '.txt')   # noqa: F821
     begun = os.path.join(directory, '%s.%s' % (tag, name))
-    with open(begun + '.part', 'w') as file:
-        file.write('%d %d' % (time.monotonic_ns(), os.getpid()))
-    os.rename(begun + '.part', begun)
     try:
+        with open(begun + '.part', 'w') as file:
+            file.write('%d %d' % (time.monotonic_ns(), os.getpid()))
+        os.rename(begun + '.part', begun)
         while True:
             for where in (name, 'all'):
                 if os.path.exists(os.path.join(directory, '%s-ends-%s' % (tag, where))):
