@@ -1592,6 +1592,8 @@ def _has_right_options(spec: dict) -> bool:
         return False
     if type(spec.get('initializer', False)) is not bool:
         return False
+    if type(spec.get('speculate', False)) is not bool:
+        return False
     if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
@@ -5870,6 +5872,16 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         yield '', handle
     finally:
         os.close(handle)
+
+
+def move_below(path: str, root: str, name: str) -> None:
+    """Move a file to the place that `name` has below a directory; links are not followed. Raises
+    OSError, or ValueError for a name that climbs out."""
+    parts = check_name(name)
+    parent = _parent_of(root, parts)
+    with parent as (prefix, handle):
+        target = prefix + parts[-1]
+        os.replace(path, target, dst_dir_fd=handle)
 
 
 def open_regular(path: str) -> Any:
