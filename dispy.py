@@ -212,6 +212,8 @@ WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
+# CPUs in the mean of the past below which the use of a user is forgotten
+PAST_LEAST = 0.001
 # Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
@@ -1882,6 +1884,7 @@ class Opened(NamedTuple):
     reentrant: bool
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    user: str = ''               # whose it is, where users have limits or shares
 
 
 class Submitted(NamedTuple):
@@ -2040,6 +2043,11 @@ class Closed(NamedTuple):
     comp: str
 
 
+class RulesChanged(NamedTuple):
+    """Users have other limits and shares from now on."""
+    rules: 'UserRules'
+
+
 # Actions.
 class SendJobs(NamedTuple):
     """Send attempts, rows of works."""
@@ -2130,6 +2138,12 @@ class JobWaits(NamedTuple):
 class JobParked(NamedTuple):
     """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
     work: Any
+    text: str
+
+
+class JobsHeld(NamedTuple):
+    """Jobs of a computation wait because of a limit of its user, which is said once."""
+    comp: str
     text: str
 
 
@@ -2335,9 +2349,11 @@ class ScarceJobs:
         return sum(line.length for line in self.queues.values())
 
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
-             changed: Dict[Any, 'NodeLoad'], comp: str) -> Optional[Tuple['NodeLoad', _Queue]]:
-        """An idle node for the head of a queue, and that queue; None if there is none. `before` is
-        the first of the jobs that wait for a CPU alone: those that come after it are left out."""
+             changed: Dict[Any, 'NodeLoad'],
+             comp: str) -> Optional[Tuple['NodeLoad', _Queue, ScheduledJob]]:
+        """An idle node for the head of a queue, that queue, and its head; None if there is none.
+        `before` is the first of the jobs that wait for a CPU alone: those that come after it are
+        left out."""
         for key, line in self.queues.items():
             work = line.head()
             if work is None or (before is not None and not _comes_before(work, before)):
@@ -2348,7 +2364,7 @@ class ScarceJobs:
             for node in nodes:
                 if node.fits(comp, work):
                     self._blocked.pop(key, None)
-                    return node, line
+                    return node, line, work
             self._blocked[key] = work   # until something happens to a node
         return None
 
@@ -2359,11 +2375,218 @@ def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
     return rank < (-priority_of(other), other.serial >> 16)
 
 
+class UserRule(NamedTuple):
+    """What a user, or a group of users, may have at once, and the part of what there is."""
+    share: float = 1.0          # in proportion to the shares of others
+    priority: int = 0           # the jobs of who has a higher one go first
+    cpus: float = math.inf      # CPUs that the jobs on nodes may have
+    jobs: float = math.inf      # jobs that may be on nodes
+
+
+class UserRules(NamedTuple):
+    """The rules by which a schedule limits users, and shares CPUs among them."""
+    users: Mapping[str, UserRule] = types.MappingProxyType({})
+    groups: Mapping[str, UserRule] = types.MappingProxyType({})
+    members: Mapping[str, str] = types.MappingProxyType({})   # user -> group
+    others: UserRule = UserRule()     # of users that are not named
+    by_user: bool = False             # CPUs are shared among users; if not, among clients
+    half_life: float = 0.0            # s after which half of the past use counts; 0: none counts
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether nobody is limited and users are not looked at."""
+        return self == UserRules()
+
+
+class UserLoad:
+    """A user, or a group of users, in the schedule."""
+    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'past', 'at')
+
+    def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
+        self.name = name           # for people
+        self.rule = rule
+        self.group = group
+        self.cpus = 0              # CPUs of the jobs on nodes, run or not
+        self.jobs = 0              # these jobs
+        self.running = 0           # CPUs of those that are known to run
+        # CPUs that were used in the mean of the past, of which half counts after each half-life,
+        # as it was at this time
+        self.past = 0.0
+        self.at = 0.0
+
+    @property
+    def claim(self) -> float:
+        """What it has of the CPUs and has had, in proportion to its share: who has least is
+        next."""
+        return (self.past + self.cpus) / self.rule.share
+
+    def rank(self) -> Tuple[float, ...]:
+        """Who has the least of this is next: by priority, then by the claims of the group and of
+        the user."""
+        if self.group is None:
+            return -self.rule.priority, self.claim, 0.0
+        return -self.rule.priority, self.group.claim, self.claim
+
+    def admits(self, cpus: int) -> bool:
+        """Whether a job with so many CPUs may go to a node now."""
+        rule = self.rule
+        if self.cpus + cpus > rule.cpus or self.jobs >= rule.jobs:
+            return False
+        return self.group is None or self.group.admits(cpus)
+
+    def why_not(self, cpus: int) -> str:
+        """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
+        rule = self.rule
+        if self.jobs >= rule.jobs:
+            return '%s has %s on nodes, and the limit is %d (--limit)' % (
+                self.name, many(self.jobs, 'job'), rule.jobs)
+        if self.cpus + cpus > rule.cpus:
+            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
+                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+        if self.group is not None:
+            return self.group.why_not(cpus)
+        return ''
+
+    def never(self, cpus: int) -> str:
+        """Why no job with so many CPUs may ever go to a node, for people; empty if one may."""
+        if cpus > 1 and cpus > self.rule.cpus:
+            return 'it needs %d CPUs (dispy_cpus), and the limit of %s is %d (--limit)' % (
+                cpus, self.name, self.rule.cpus)
+        if self.group is not None:
+            return self.group.never(cpus)
+        return ''
+
+    def take(self, cpus: int, jobs: int) -> None:
+        """Jobs go to nodes; with negative numbers they are back or have ended."""
+        self.cpus += cpus
+        self.jobs += jobs
+        if self.group is not None:
+            self.group.take(cpus, jobs)
+
+
+class UserLoads:
+    """The users whose jobs a schedule has, their limits, and what they have used. No user has a
+    load while there are no rules."""
+
+    def __init__(self, rules: UserRules) -> None:
+        self.rules = rules
+        self._users: Dict[str, UserLoad] = {}
+        self._groups: Dict[str, UserLoad] = {}
+
+    @property
+    def by_user(self) -> bool:
+        """Whether CPUs are shared among users."""
+        return self.rules.by_user
+
+    def load_of(self, name: str) -> Optional[UserLoad]:
+        """The load of a user, who may be new; None without a name or without rules."""
+        if not name or self.rules.are_empty:
+            return None
+        user = self._users.get(name)
+        if user is None:
+            group = self._group_of(name)
+            rule = self.rules.users.get(name, self.rules.others)
+            user = self._users[name] = UserLoad('user ' + name, rule, group)
+        return user
+
+    def _group_of(self, name: str) -> Optional[UserLoad]:
+        """The load of the group of a user, if he is in one."""
+        group_name = self.rules.members.get(name)
+        if group_name is None:
+            return None
+        group = self._groups.get(group_name)
+        if group is None:
+            rule = self.rules.groups.get(group_name, UserRule())
+            group = self._groups[group_name] = UserLoad('group ' + group_name, rule)
+        return group
+
+    def loads(self) -> Dict[str, UserLoad]:
+        """The loads of users by their names, and those of groups as @NAME."""
+        found = dict(self._users)
+        for name, load in self._groups.items():
+            found['@' + name] = load
+        return found
+
+    # -- use over the past -------------------------------------------------------------------------
+
+    def ran(self, user: UserLoad, cpus: int, now: float) -> None:
+        """Jobs of a user run on so many CPUs more, or less."""
+        self._advance(user, now)
+        user.running += cpus
+        if user.group is not None:
+            self.ran(user.group, cpus, now)
+
+    def charge(self, user: UserLoad, seconds: float, now: float) -> None:
+        """A user has used CPUs for so many seconds, and it was not known that he did."""
+        if self.rules.half_life:
+            self._advance(user, now)
+            user.past += seconds * math.log(2) / self.rules.half_life
+        if user.group is not None:
+            self.charge(user.group, seconds, now)
+
+    def advance(self, now: float) -> None:
+        """Time goes by: what was used counts less, and what is used counts more."""
+        if self.rules.half_life:
+            for load in (*self._users.values(), *self._groups.values()):
+                self._advance(load, now)
+
+    def _advance(self, load: UserLoad, now: float) -> None:
+        """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        if self.rules.half_life and now > load.at:
+            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
+            load.past = load.past * kept + load.running * (1.0 - kept)
+        load.at = now
+
+    def used(self, now: float) -> Dict[str, float]:
+        """The CPUs that users have used in the mean of the past, by their names."""
+        self.advance(now)
+        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+
+    def keep(self, names: AbstractSet[str]) -> None:
+        """Forget the users who have used nearly nothing, but these."""
+        for name in list(self._users):
+            if name not in names and self._users[name].past < PAST_LEAST:
+                del self._users[name]
+
+    def restore(self, used: Dict[str, float], now: float) -> None:
+        """Take over what users had used when the process before this one has ended."""
+        for name, past in used.items():
+            user = self.load_of(name)
+            if user is None:
+                continue
+            for load in (user, user.group):
+                if load is not None:
+                    self._advance(load, now)
+                    load.past += past
+
+    def change(self, rules: UserRules, comps: Iterable['ComputationLoad'], now: float) -> None:
+        """Let other rules hold, for these computations too."""
+        used = self.used(now)
+        self.rules = rules
+        self._users = {}
+        self._groups = {}
+        self.restore(used, now)
+        for comp in comps:
+            comp.user = user = self.load_of(comp.user_name)
+            if user is None:
+                continue
+            user.take(comp.cpus_in_flight, len(comp.running))
+            for node in comp.nodes.values():
+                flight = node.in_flight[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                self.ran(user, running, now)
+
+
 class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, self.user_name = opened
+        # Its user, if he has limits or a share
+        self.user: Optional[UserLoad] = None
+        # Whether jobs wait because of a limit of the user, and of which of them that was told
+        self.held = False
+        self.told: Set[str] = set()
         # Node -> CPUs that it may use there, if `most` were more
         self.offers: Dict[Any, int] = {}
         self.order = order
@@ -2455,6 +2678,24 @@ class ComputationLoad:
             self.too_wide.remove(work)
         else:
             self.queue_of(work).forget()
+
+    def held_up(self) -> Tuple[int, str]:
+        """How many jobs wait because of a limit of the user, and why, for people."""
+        user = self.user
+        count = 0
+        text = ''
+        if user is None:
+            return count, text
+        if self.held and self.length():
+            count = self.length()
+            work = self.queue.head()
+            text = user.why_not(1 if work is None else cpus_of(work))
+        for work in self.too_wide:
+            reason = user.never(cpus_of(work))
+            if reason:
+                count += 1
+                text = text or reason
+        return count, text
 
     def not_begun(self) -> List[ScheduledJob]:
         """All that wait, and those on nodes that are not known to have begun."""
@@ -2728,8 +2969,9 @@ class Books:
     is counted over these, such as the CPUs of a client's jobs, is changed here alone, so that the
     counts stay equal to what they count."""
 
-    def __init__(self) -> None:
+    def __init__(self, users: UserLoads) -> None:
         self.comps: Dict[str, ComputationLoad] = {}
+        self.users = users
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         # With jobs that wait, and perhaps some that had
@@ -2787,6 +3029,8 @@ class Books:
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
@@ -2822,6 +3066,8 @@ class Books:
             node.stock.take(work)
             comp.cpus_in_flight += cpus
             self.client_cpus[comp.client] += cpus
+            if comp.user is not None:
+                comp.user.take(cpus, 1)
             node.in_flight[comp.comp][work.serial] = work
             comp.running[work.serial] = node
             if work.options and 'priority' in work.options:
@@ -2839,6 +3085,8 @@ class Books:
         flight = node.in_flight[comp.comp]
         cpus = 0
         size = 0
+        if comp.user is not None:
+            self._stop(node, comp, serials)
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
@@ -2858,10 +3106,21 @@ class Books:
             node.bytes -= size
             comp.cpus_in_flight -= cpus
             self.client_cpus[comp.client] -= cpus
+            if comp.user is not None:
+                comp.user.take(-cpus, -len(landed))
             self.changed[node.key] = node
             if node.draining:
                 self.tell_drained(node, comp.comp)
         return landed
+
+    def _stop(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> None:
+        """Attempts are taken off a node: their user does not use the CPUs of those that run any
+        more."""
+        begun = node.begun[comp.comp]
+        flight = node.in_flight[comp.comp]
+        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
+        if cpus:
+            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -2932,12 +3191,15 @@ class Placement:
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
         """Jobs of these computations go to idle CPUs, as long as there are both."""
+        for comp in rivals:
+            comp.held = False
         while rivals:
             if len(rivals) > 1:
                 comp = min(rivals, key=self._rank)
             else:
                 comp = rivals[0]
-            if not comp.length() or not self._start_one(comp):
+            is_held = comp.user is not None and not self._admits(comp, 1)
+            if is_held or not comp.length() or not self._start_one(comp):
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
@@ -2954,7 +3216,7 @@ class Placement:
             if node.away is not None:
                 continue
             alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
-            if not alone:
+            if not alone and not self._is_contended(node):
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
@@ -3004,7 +3266,29 @@ class Placement:
         if text:
             comp.too_wide.append(work)
             self._books.do(JobParked(work, text))
+        elif comp.user is not None:
+            text = comp.user.never(cpus_of(work))
+            if text:
+                comp.too_wide.append(work)
+                self._tell_limit(comp, text, text)
         return bool(text)
+
+    def _tell_limit(self, comp: ComputationLoad, what: str, text: str) -> None:
+        """Jobs of a computation wait because of a limit of its user, which is told once of each
+        kind of jobs."""
+        if what not in comp.told:
+            comp.told.add(what)
+            jobs_held = JobsHeld(comp.comp, text)
+            self._books.do(jobs_held)
+
+    def _admits(self, comp: ComputationLoad, cpus: int) -> bool:
+        """Whether the user of a computation may have a job with so many CPUs on a node now."""
+        user = comp.user
+        if user is None or user.admits(cpus):
+            return True
+        comp.held = True
+        self._tell_limit(comp, 'held', user.why_not(cpus))
+        return False
 
     @staticmethod
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
@@ -3052,33 +3336,33 @@ class Placement:
             return True
         return comp.may_wait_there(work)
 
-    def _rank(self, comp: ComputationLoad) -> Tuple[int, int, int]:
-        """Who has least of this is next: the CPUs of its client, of these its own, and the time
-        when it was served last; or its place in the order of coming."""
+    def _rank(self, comp: ComputationLoad) -> Tuple[float, ...]:
+        """Who has least of this is next: the claim of its user where users share, the CPUs of its
+        client, of these its own, and the time when it was served last; or its place in the order
+        of coming."""
         if self._fifo:
-            return comp.order, 0, 0
-        return self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served
+            return (comp.order,)
+        own = (self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served)
+        if comp.user is not None and self._books.users.by_user:
+            return comp.user.rank() + own
+        return own
 
     def _start_one(self, comp: ComputationLoad) -> bool:
         """Send the next job to an idle CPU."""
         books = self._books
-        for key, pinned in comp.pinned.items() if comp.pinned else ():
-            if pinned.length and key in comp.idle:
-                node = comp.idle[key]
-                work = pinned.head()
-                if work is None:
-                    continue
-                if node.fits(comp.comp, work):
-                    books.put_on(node, comp, pinned.pop())
-                    return True
+        if comp.pinned and self._start_pinned(comp):
+            return True
         work = comp.queue.head()
         if comp.scarce.queues:
             found = comp.scarce.next(work, comp.idle, books.changed, comp.comp)
             if found is not None:
-                there, queue = found
-                books.put_on(there, comp, queue.pop())
-                return True
+                there, queue, first = found
+                if self._admits(comp, cpus_of(first)):
+                    books.put_on(there, comp, queue.pop())
+                    return True
         if work is None:
+            return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
             return False
         nodes: Iterable[NodeLoad] = comp.idle.values()
         if comp.blocked_head is work:
@@ -3089,6 +3373,20 @@ class Placement:
                 books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked_head = work   # until something happens to a node
+        return False
+
+    def _start_pinned(self, comp: ComputationLoad) -> bool:
+        """Send a job that is for one node alone to an idle CPU there."""
+        for key, pinned in comp.pinned.items():
+            if not pinned.length or key not in comp.idle:
+                continue
+            node = comp.idle[key]
+            work = pinned.head()
+            if work is None:
+                continue
+            if node.fits(comp.comp, work) and self._admits(comp, cpus_of(work)):
+                self._books.put_on(node, comp, pinned.pop())
+                return True
         return False
 
     def _fill(self, node: NodeLoad, shares: Dict[str, int]) -> bool:
@@ -3125,6 +3423,15 @@ class Placement:
                     source = comp.source(node.key)
         return node.used > before
 
+    def _is_contended(self, node: NodeLoad) -> bool:
+        """Whether users share CPUs and jobs of several are on a node, or may come there. None is
+        sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
+        if not self._books.users.by_user:
+            return False
+        users = {comp.user for name, comp in node.comps.items()
+                 if node.parts[name] or (comp.length() and not comp.held)}
+        return len(users) > 1
+
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
                   choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
@@ -3136,14 +3443,12 @@ class Placement:
             fits = node.room(comp.comp)
         if cpus_of(work) > fits:
             return False
-        if work.options and not comp.remote:
-            # What has units of a resource shall use them, and not wait for a CPU
-            if 'resources' in work.options or not node.may_get(work):
-                return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
+            return False
+        if work.options and not comp.remote and self._takes_at_once(node, work):
+            return False
         if comp.called and not comp.may_wait_there(work):
-            if not choice > 0:
-                return False
-            return not node.waits(comp.comp)   # no CPU is ever idle there
+            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -3152,6 +3457,12 @@ class Placement:
             if before < limit + reserve:
                 return True
         return node.waits(comp.comp) < choice
+
+    @staticmethod
+    def _takes_at_once(node: NodeLoad, work: ScheduledJob) -> bool:
+        """Whether a job has to find what it needs beside CPUs: what has units of a resource shall
+        use them, and not wait for a CPU."""
+        return 'resources' in (work.options or ()) or not node.may_get(work)
 
     def reduce(self, node: NodeLoad) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
@@ -3189,7 +3500,7 @@ class Placement:
                 continue
             if not comp.idle:
                 continue
-            if comp.queue.length:
+            if comp.queue.length and not comp.held:
                 continue
             # More than 64 are seen to in later turns
             idle = comp.idle.values()
@@ -3313,6 +3624,13 @@ class Limits:
         self._books.changed[node.key] = node
         if comp.most is not None:
             self._share_limits(comp)
+
+    def unpark_all(self, comp: ComputationLoad) -> None:
+        """Other limits hold: what waits beside the queue is looked at again."""
+        for work in reversed(comp.too_wide):
+            comp.queue_of(work).push_front(work)
+            self._books.waiting[comp.comp] = comp
+        comp.too_wide = []
 
     def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
         """A node with more CPUs has come."""
@@ -3654,9 +3972,11 @@ class ScheduleRequests:
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
-    def __init__(self, fifo: bool = False) -> None:
-        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
-        self._books = Books()
+    def __init__(self, fifo: bool = False, rules: UserRules = UserRules()) -> None:
+        """Clients share CPUs evenly, or users by `rules`; with `fifo` those who came first are
+        served first."""
+        self.users = UserLoads(rules)
+        self._books = Books(self.users)
         self.comps = self._books.comps
         self.nodes = self._books.nodes
         self.away = self._books.away          # nodes that cannot be reached now
@@ -3687,6 +4007,7 @@ class Schedule:
             NodeLost: self._losses.lost,
             NodeLeft: self._losses.left,
             Closed: self._closed,
+            RulesChanged: self._rules_changed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
         }
@@ -3714,6 +4035,7 @@ class Schedule:
         for node in books.changed.values():
             placement.reduce(node)
         if books.waiting:
+            self.users.advance(now)
             placement.distribute()
         if len(self.nodes) > 1 and books.changed:
             placement.balance()
@@ -3772,7 +4094,17 @@ class Schedule:
 
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
-        self.comps[event.comp] = ComputationLoad(event, order)
+        comp = self.comps[event.comp] = ComputationLoad(event, order)
+        comp.user = self.users.load_of(event.user)
+
+    def _rules_changed(self, event: RulesChanged) -> None:
+        books = self._books
+        self.users.change(event.rules, self.comps.values(), books.now)
+        for comp in self.comps.values():
+            comp.told.clear()
+            comp.held = False
+            self._limits.unpark_all(comp)
+        books.changed.update(self.nodes)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -3792,6 +4124,9 @@ class Schedule:
         comps = self.comps.values()
         if not any(other.client == comp.client for other in comps):
             books.client_cpus.pop(comp.client, None)
+        if comp.user is not None:
+            self.users.advance(books.now)
+            self.users.keep({other.user_name for other in comps})
         for work in comp.waiting():
             move_job(work, 'cancel')
             books.do(JobEnded(work, 'cancelled: the cluster was closed'))
@@ -3879,6 +4214,8 @@ class Schedule:
             work = flight.get(serial)
             if work is None:
                 continue
+            if comp.user is not None and serial not in begun:
+                self.users.ran(comp.user, cpus_of(work), books.now)
             begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
             if work.state is JobState.SENT:
@@ -3906,6 +4243,7 @@ class Schedule:
             return
         node, comp = pair
         _check_outcomes(rows)
+        self._charge(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, books.now)
@@ -3932,6 +4270,20 @@ class Schedule:
         if pairs:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
+
+    def _charge(self, node: NodeLoad, comp: ComputationLoad, rows: Sequence[tuple]) -> None:
+        """Jobs of a user have ended before it was known that they had begun."""
+        if comp.user is None:
+            return
+        flight = node.in_flight[comp.comp]
+        begun = node.begun[comp.comp]
+        seconds = 0.0
+        for row in rows:
+            serial = row[0]
+            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
+                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+        if seconds:
+            self.users.charge(comp.user, seconds, self._books.now)
 
     def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
@@ -9435,6 +9787,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    user_name = ''                              # whose limits and share it has, at a scheduler
     program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
@@ -9556,6 +9909,9 @@ class NodeUser:
 
     def job_waits(self, work: Any) -> None:
         """A job that was sent waits again."""
+
+    def jobs_held(self, text: str) -> None:
+        """Jobs wait because of a limit of their user, for this reason."""
 
     def job_parked(self, work: Any, text: str) -> None:
         """A job waits for a node that is large enough."""
@@ -12292,6 +12648,10 @@ class JobExchange:
         cluster = self._clusters[action.work.comp]
         cluster.job_parked(action.work, action.text)
 
+    def jobs_held(self, action: JobsHeld) -> None:
+        """Jobs wait because of a limit of their user."""
+        self._clusters[action.comp].jobs_held(action.text)
+
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
@@ -13332,6 +13692,7 @@ class Driver(Loop):
             JobEnded: self.jobs.job_ended,
             JobWaits: self.jobs.job_waits,
             JobParked: self.jobs.job_parked,
+            JobsHeld: self.jobs.jobs_held,
             JobFailedOnce: self.jobs.failed_once,
             JobStays: self.jobs.job_stays,
             Withdrawn: self.cancels.withdrawn,
@@ -13462,7 +13823,7 @@ class Driver(Loop):
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all())
+                        cluster.cpus_in_all(), cluster.user_name)
         self.decide(opened)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
