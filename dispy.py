@@ -2344,6 +2344,11 @@ class ScarceJobs:
             line = self.queues[key] = _Queue()
         return line
 
+    def look_everywhere(self) -> None:
+        """Look at all idle nodes the next time, not only at those that something has happened
+        to."""
+        self._blocked.clear()
+
     def length(self) -> int:
         """Return how many jobs wait here."""
         return sum(line.length for line in self.queues.values())
@@ -2565,7 +2570,8 @@ class UserLoads:
         self.rules = rules
         self._users = {}
         self._groups = {}
-        self.restore(used, now)
+        if rules.half_life:
+            self.restore(used, now)
         for comp in comps:
             comp.user = user = self.load_of(comp.user_name)
             if user is None:
@@ -3287,6 +3293,9 @@ class Placement:
         if user is None or user.admits(cpus):
             return True
         comp.held = True
+        # Nodes may change meanwhile that are not looked at for these jobs now
+        comp.blocked_head = None
+        comp.scarce.look_everywhere()
         self._tell_limit(comp, 'held', user.why_not(cpus))
         return False
 
