@@ -1,5 +1,5 @@
-"""Several users at one scheduler: what each is limited to, sees, cancels and is billed, and what they
-have used over the past."""
+"""Several users at one scheduler: what each is limited to, sees, cancels and is billed, and what
+they have used over the past."""
 
 import contextlib
 import json

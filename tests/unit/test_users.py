@@ -6,9 +6,9 @@ import heapq
 
 import pytest
 
-from dispy import (Closed, JobsHeld, NodeAway, NodeLost, NodeOffers, NodeReady, NodeResults,
+from dispy import (Closed, JobsHeld, NodeAway, NodeLost, NodeReady, NodeResults,
                    NodeReturned, NodeStarted, Opened, RulesChanged, Schedule, SendRecall, Submitted,
-                   UserRule, UserRules, ENDED, cpus_of)
+                   UserRule, UserRules, cpus_of)
 from dispynode import Outcome, StartError
 from dispyscheduler import ProgramUser, make_parser, rules_of
 from talk_schedule import job, jobs, only, row, sent
