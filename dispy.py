@@ -77,6 +77,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copy
 import copyreg
 import dataclasses
 import dis
@@ -20594,6 +20595,697 @@ def _report(argv: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
+# Command line: nodes that an engine such as Slurm places
+# --------------------------------------------------------------------------------------------------
+
+ENGINE_TIME = 60.0            # s that a command of an engine may take
+ADAPT_EVERY = 5.0             # s between two looks at what waits
+END_IDLE = 60.0               # s without jobs after which a node ends that is not one of MIN
+POD_IMAGE = 'python:3.12-slim'
+POD_GRACE = 60                # s that a node in a pod has to end
+POD_LABEL = 'app=dispy-node'
+# How a pod writes dispynode.py and the secret where only it can read them, and runs it
+POD_START = ('umask 077; python3 -c "import zlib; open(\'/tmp/dispynode.py\', \'wb\').write('
+             'zlib.decompress(open(\'/dispy/dispynode\', \'rb\').read()))" && '
+             'cp /dispy-secret/secret /tmp/secret && exec ')
+
+
+# The Job of a node, without what differs, and what all nodes have: dispynode.py and the secret
+POD_JOB: Dict[str, Any] = {
+    'apiVersion': 'batch/v1', 'kind': 'Job',
+    'metadata': {'labels': {'app': 'dispy-node'}, 'generateName': 'dispy-node-'},
+    'spec': {
+        'backoffLimit': 0, 'ttlSecondsAfterFinished': 600, 'template': {
+            'metadata': {'labels': {'app': 'dispy-node'}},
+            'spec': {
+                'restartPolicy': 'Never', 'terminationGracePeriodSeconds': POD_GRACE,
+                'containers': [{
+                    'name': 'node', 'resources': {'requests': {}, 'limits': {}},
+                    'volumeMounts': [{'name': 'dispy', 'mountPath': '/dispy'},
+                                     {'name': 'dispy-secret', 'mountPath': '/dispy-secret'}]}],
+                'volumes': [{'name': 'dispy', 'configMap': {'name': 'dispy-node'}},
+                            {'name': 'dispy-secret', 'secret': {'secretName': 'dispy-node'}}]}}}
+}
+POD_FILES: List[Dict[str, Any]] = [
+    {'apiVersion': 'v1', 'kind': 'ConfigMap', 'metadata': {'name': 'dispy-node'},
+     'binaryData': {}},
+    {'apiVersion': 'v1', 'kind': 'Secret', 'metadata': {'name': 'dispy-node'}, 'data': {}},
+]
+
+
+class NodeRequest(NamedTuple):
+    """What an engine is asked for: a part of a host, for some time, for one node."""
+    cpus: int
+    seconds: int                  # its time limit
+    memory: int = 0               # bytes; 0: what the engine gives if nothing is said
+    gpus: int = 0
+    queue: str = ''               # or partition, or namespace
+    log: str = ''                 # the directory for what nodes print
+    more: Tuple[str, ...] = ()    # options for the engine, as they stand in its scripts
+    image: str = ''               # of containers
+
+    @property
+    def megabytes(self) -> int:
+        """The memory, rounded up."""
+        return -(-self.memory >> 20)
+
+    def fields(self) -> Dict[str, Any]:
+        """What stands in options of engines."""
+        found: Dict[str, Any] = self._asdict()
+        minutes, seconds = divmod(self.seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
+        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        found['minutes'] = '%d:%02d' % (hours, minutes)
+        found['megabytes'] = self.megabytes
+        found['slot_megabytes'] = -(-self.megabytes // self.cpus)
+        found['several'] = self.cpus > 1
+        return found
+
+
+class Engine:
+    """A system that gives a part of a host for some time, to whoever submits a script with options
+    in comments. The subclasses have what each of them understands."""
+    name = ''
+    title = ''
+    number = ''                   # what a shell there puts in place for the number of its job
+    mark = ''                     # begins a comment with an option
+    submits: Sequence[str] = ()   # the command that reads a script
+    cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
+    lists: Sequence[str] = ()     # the command that prints the jobs of this user
+    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
+    # Field of a request, or '' for always -> the options that it takes, with fields
+    table: Dict[str, Sequence[str]] = {}
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """What is asked for, in options."""
+        fields = request.fields()
+        found: List[str] = []
+        for field, options in self.table.items():
+            if not field or fields[field]:
+                found += [option.format(**fields) for option in options]
+        return found
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        """The script that runs the command of a node."""
+        lines = ['#!/bin/sh']
+        for option in (*self.options(request), *request.more):
+            lines.append('%s %s' % (self.mark, option))
+        lines.append('exec %s' % command)
+        return '\n'.join(lines) + '\n'
+
+    def submit(self, request: NodeRequest, command: str) -> str:
+        """Ask for a node. Returns the number of the job. Raises DispyError."""
+        said = self._run(self.submits, self.script(request, command))
+        found = self.answer.search(said)
+        if found is None:
+            raise DispyError('%s said no number of a job but %.200r' % (self.submits[0], said))
+        return found.group(1)
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs. Raises DispyError."""
+        self._run([*self.cancels, *jobs])
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        """Those of these jobs that wait or run. Raises DispyError."""
+        said = self._run(self.lists)
+        known = self.listed(said)
+        return {job for job in jobs if job.partition('.')[0] in known}
+
+    def listed(self, said: str) -> Set[str]:
+        """The numbers of the jobs in what `lists` has printed."""
+        found = set()
+        for line in said.splitlines():
+            words = line.split()
+            if words:
+                found.add(words[0].partition('.')[0])
+        return found
+
+    def _run(self, command: Sequence[str], given: str = '') -> str:
+        pipe = subprocess.PIPE
+        data = given.encode()
+        try:
+            done = subprocess.run(command, input=data, stdout=pipe, stderr=pipe,
+                                  timeout=ENGINE_TIME)
+        except FileNotFoundError as exc:
+            text = '%s: there is no such program here: run this where jobs are submitted to %s'
+            raise DispyError(text % (command[0], self.title)) from exc
+        except subprocess.TimeoutExpired as exc:
+            message = '%s has not answered in %d s' % (command[0], ENGINE_TIME)
+            raise DispyError(message) from exc
+        said = done.stdout.decode(errors='replace')
+        if done.returncode and not self.is_nothing(done):
+            why = done.stderr.decode(errors='replace')
+            ending = exit_text(done.returncode)
+            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+        return said
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """Whether a command that has failed says that there are no jobs."""
+        return False
+
+
+class SlurmEngine(Engine):
+    """Slurm, as sbatch, scancel and squeue have it."""
+    name = 'slurm'
+    title = 'Slurm'
+    number = '$SLURM_JOB_ID'
+    mark = '#SBATCH'
+    submits = ('sbatch', '--parsable')
+    cancels = ('scancel',)
+    lists = ('squeue', '--me', '--noheader', '--format=%i')
+    answer = re.compile(r'(\d+)(?:;\S+)?\s*\Z')
+    table = {
+        '': ('--job-name=dispy-node', '--nodes=1', '--ntasks=1', '--cpus-per-task={cpus}',
+             '--time={clock}', '--output={log}/slurm-%j.log', '--no-requeue'),
+        'memory': ('--mem={megabytes}M',),
+        'gpus': ('--gres=gpu:{gpus}',),
+        'queue': ('--partition={queue}',),
+    }
+
+
+class PbsEngine(Engine):
+    """PBS Professional and OpenPBS."""
+    name = 'pbs'
+    title = 'PBS'
+    number = '$PBS_JOBID'
+    mark = '#PBS'
+    submits = ('qsub',)
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+\S*)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-l walltime={clock}', '-j oe', '-o {log}/', '-r n'),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qselect', '-u', _user_name())
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """The others stand in the table; CPUs, memory and GPUs in one chunk."""
+        chunk = '-l select=1:ncpus=%d' % request.cpus
+        if request.memory:
+            chunk += ':mem=%dmb' % request.megabytes
+        if request.gpus:
+            chunk += ':ngpus=%d' % request.gpus
+        return [chunk, *super().options(request)]
+
+
+class LsfEngine(Engine):
+    """IBM Spectrum LSF."""
+    name = 'lsf'
+    title = 'LSF'
+    number = '$LSB_JOBID'
+    mark = '#BSUB'
+    submits = ('bsub',)
+    cancels = ('bkill',)
+    lists = ('bjobs', '-noheader', '-o', 'jobid')
+    answer = re.compile(r'Job <(\d+)>')
+    table = {
+        '': ('-J dispy-node', '-n {cpus}', '-R "span[hosts=1]"', '-W {minutes}',
+             '-o {log}/lsf-%J.log', '-rn'),
+        'memory': ('-M {megabytes}MB', '-R "rusage[mem={megabytes}MB]"'),
+        'gpus': ('-gpu "num={gpus}"',),
+        'queue': ('-q {queue}',),
+    }
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """bjobs fails if there are none."""
+        return b'No unfinished job' in done.stderr
+
+
+class SgeEngine(Engine):
+    """Grid Engine. Its parallel environment and its name of GPUs are the site's: 'smp' and 'gpu',
+    unless options for the engine say others."""
+    name = 'sge'
+    title = 'Grid Engine'
+    number = '$JOB_ID'
+    mark = '#$'
+    submits = ('qsub', '-terse')
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-S /bin/sh', '-l h_rt={clock}', '-j y', '-o {log}/', '-r n'),
+        'several': ('-pe smp {cpus}',),
+        'memory': ('-l h_vmem={slot_megabytes}M',),
+        'gpus': ('-l gpu={gpus}',),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qstat', '-u', _user_name())
+
+
+class KubernetesEngine(Engine):
+    """Kubernetes: a Job with one pod for each node; dispynode.py and the secret are mounted
+    there."""
+    name = 'k8s'
+    title = 'Kubernetes'
+    number = '$HOSTNAME'
+    submits = ('kubectl', 'create', '-o', 'name', '-f', '-')
+    cancels = ('kubectl', 'delete', '--ignore-not-found', '--wait=false')
+    lists = ('kubectl', 'get', 'jobs', '-l', POD_LABEL, '-o', 'json')
+    answer = re.compile(r'(job\S*/\S+)\s*\Z')
+
+    @staticmethod
+    def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
+        """The Job of a node."""
+        job = copy.deepcopy(POD_JOB)
+        spec = job['spec']
+        spec['activeDeadlineSeconds'] = request.seconds
+        container = spec['template']['spec']['containers'][0]
+        container['image'] = request.image or POD_IMAGE
+        container['command'] = ['sh', '-c', POD_START + command]
+        requests = container['resources']['requests']
+        limits = container['resources']['limits']
+        for resources in (requests, limits):
+            resources['cpu'] = str(request.cpus)
+            if request.memory:
+                resources['memory'] = '%dMi' % request.megabytes
+        if request.gpus:
+            limits['nvidia.com/gpu'] = str(request.gpus)
+        return job
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        return json.dumps(self.manifest(request, command))
+
+    @staticmethod
+    def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
+        """What all nodes have: dispynode.py and the secret."""
+        files = copy.deepcopy(POD_FILES)
+        compressed = zlib.compress(source, 9)
+        packed = base64.b64encode(compressed)
+        files[0]['binaryData']['dispynode'] = packed.decode()
+        hidden = base64.b64encode(secret)
+        files[1]['data']['secret'] = hidden.decode()
+        return files
+
+    def listed(self, said: str) -> Set[str]:
+        """The Jobs that have not ended."""
+        found = set()
+        for job in json.loads(said)['items']:
+            status = job.get('status', {})
+            ends = []
+            for condition in status.get('conditions', ()):
+                if condition['type'] in ('Complete', 'Failed'):
+                    ends.append(condition['status'])
+            if 'True' not in ends:
+                name = job['metadata']['name']
+                found.add('job.batch/' + name)
+        return found
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        said = self._run(self.lists)
+        return self.listed(said).intersection(jobs)
+
+    def put_files(self, source: bytes, secret: bytes) -> None:
+        """Make what all nodes have, anew. Raises DispyError."""
+        for item in self.files(source, secret):
+            kind = item['kind'].lower()
+            name = item['metadata']['name']
+            self._run([*self.cancels, '%s/%s' % (kind, name)])
+            dumped = json.dumps(item)
+            self._run(self.submits, dumped)
+
+    def remove_files(self) -> None:
+        """Remove what `put_files` has made. Raises DispyError."""
+        self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+}
+ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
+
+
+class EngineNodes:
+    """The jobs by which an engine places nodes for this user, in a file that outlives this process.
+    A context, so that one deploy or stop changes it at a time.
+
+    jobs - number of a job -> whether its node stays when it has no jobs
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        home = os.path.expanduser('~')
+        self.engine = engine
+        self.directory = os.path.join(home, '.dispy', 'engines')
+        self._path = os.path.join(self.directory, engine.name + '.json')
+        self.jobs: Dict[str, bool] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> 'EngineNodes':
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self.directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work in %s' % self.directory) from None
+        self.jobs = {}
+        with contextlib.suppress(FileNotFoundError), open(self._path) as file:
+            self.jobs = json.load(file)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.jobs:
+            write_private(self._path, json.dumps(self.jobs).encode())
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+        self._lock.close()
+
+    def look(self) -> None:
+        """Forget the jobs that have ended. Raises DispyError."""
+        if not self.jobs:
+            return
+        alive = self.engine.alive(self.jobs)
+        for job in list(self.jobs):
+            if job not in alive:
+                del self.jobs[job]
+
+    def add(self, request: NodeRequest, command: str, stays: bool) -> str:
+        """Ask for a node. Returns the number of its job. Raises DispyError."""
+        job = self.engine.submit(request, command)
+        self.jobs[job] = stays
+        return job
+
+    def end(self) -> int:
+        """End all. Returns how many there were. Raises DispyError."""
+        self.look()
+        count = len(self.jobs)
+        if count:
+            self.engine.cancel(list(self.jobs))
+            self.jobs = {}
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.remove_files()
+        self._remove_files()
+        return count
+
+    def _remove_files(self) -> None:
+        """Remove what nodes were given, unless those of other engines need it."""
+        names = os.listdir(self.directory)
+        others = [name for name in names if name.endswith('.json')]
+        if others not in ([], [os.path.basename(self._path)]):
+            return
+        for name in names:
+            if name.startswith(('dispynode-', 'secret-')):
+                path = os.path.join(self.directory, name)
+                os.unlink(path)
+
+
+class NodeDemand(NamedTuple):
+    """What a scheduler has to do, for whoever places its nodes."""
+    waiting: int      # jobs that wait for a CPU, without those that a limit holds
+    idle: int         # CPUs that are idle
+    there: int        # nodes that were placed and are connected
+
+
+def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: int) -> int:
+    """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
+    each; there shall be `least` to `most`."""
+    coming = max(0, alive - demand.there)
+    jobs = demand.waiting - demand.idle - coming * cpus
+    for_jobs = min(-(-jobs // cpus), most - alive)
+    return max(0, for_jobs, least - alive)
+
+
+class NodePlacement:
+    """What is asked of an engine by `dispy deploy`: nodes with these options."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, options: List[str]) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispynode
+        self.engine = engine
+        self._args = args
+        self._options = options
+        self.nodes = EngineNodes(engine)
+        self.secret = find_secret(None, args.secret_file).strip()
+        digest = digest_of(self.secret).hex()
+        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        source = os.path.abspath(dispynode.__file__)
+        with open(source, 'rb') as file:
+            self._source = file.read()
+        digest = digest_of(self._source).hex()
+        name = 'dispynode-%s.py' % digest[:12]
+        self._script = os.path.join(self.nodes.directory, name)
+        if engine.name == 'k8s':
+            self._secret_file = '/tmp/secret'
+            self._script = '/tmp/dispynode.py'
+        parser = dispynode.make_parser()
+        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are told here
+        dispynode.Lifetime.of_options(self.node, 0.0)
+        self.request = NodeRequest(args.cpus, int(args.time))
+        given = {}
+        for field in ('memory', 'gpus', 'queue', 'image'):
+            value = getattr(args, field)
+            if value:
+                given[field] = value
+        given['more'] = tuple(args.engine_option)
+        given['log'] = self.nodes.directory
+        self.request = self.request._replace(**given)
+
+    def _words(self, stays: bool) -> List[str]:
+        """The options of a node that tell it what the engine is told."""
+        args = self._args
+        told = {'port': '0'}
+        told['scheduler-host'] = args.scheduler_host
+        told['secret-file'] = self._secret_file
+        told['cpus'] = '%d' % args.cpus
+        told['time-limit'] = '%d' % args.time
+        if args.drain_before is not None:
+            told['drain-before'] = '%g' % args.drain_before
+        if args.memory:
+            told['memory'] = '%d' % args.memory
+        if args.gpus:
+            told['resource'] = 'gpu=%d' % args.gpus
+        if not stays:
+            told['end-idle'] = '%g' % args.end_idle
+        words = ['--daemon']
+        for name, value in told.items():
+            words += ['--' + name, value]
+        return words
+
+    def command(self, stays: bool) -> str:
+        """The command of a node, for a shell. Its name and its directory have the number of the
+        job."""
+        engine = self.engine
+        name = '%s-%s' % (engine.name, engine.number)
+        words = [self._args.python]
+        words.append(shlex.quote(self._script))
+        words += map(shlex.quote, self._words(stays))
+        words.append('--name "%s"' % name)
+        words.append('--dest-path-prefix "${TMPDIR:-/tmp}/dispy-%s"' % name)
+        words += map(shlex.quote, self._options)
+        return ' '.join(words)
+
+    def put_files(self) -> None:
+        """Put what nodes need where they find it. Raises OSError, DispyError."""
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.put_files(self._source, self.secret)
+            return
+        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+            if not os.path.exists(path):
+                write_private(path, data)
+
+    def add(self, count: int, stays: bool) -> None:
+        """Ask for nodes, within the context of `nodes`. Raises DispyError."""
+        command = self.command(stays)
+        for _ in range(count):
+            job = self.nodes.add(self.request, command, stays)
+            print('%s: job %s is submitted' % (self.engine.title, job), flush=True)
+
+    def adapt(self, demand: NodeDemand, least: int, most: int) -> None:
+        """Ask for as many nodes as are lacking. Raises DispyError, OSError."""
+        with self.nodes:
+            self.nodes.look()
+            jobs = self.nodes.jobs
+            more = nodes_lacking(demand, len(jobs), self.request.cpus, least, most)
+            stay = sum(jobs.values())
+            staying = min(more, max(0, least - stay))
+            self.add(staying, True)
+            self.add(more - staying, False)
+
+
+class DemandOfScheduler:
+    """Asks a scheduler what it has to do."""
+
+    def __init__(self, placement: NodePlacement, args: argparse.Namespace) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispy_httpd
+        import dispyscheduler
+        self._prefix = placement.engine.name + '-'
+        host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+        secret = placement.secret
+        if args.ask_secret_file:
+            secret = find_secret(None, args.ask_secret_file).strip()
+        files = tls_files(placement.node.certfile, placement.node.keyfile, None)
+        access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
+        self.link = dispy_httpd.SchedulerLink(host, port, access)
+        self._operator = dispyscheduler.Operator(self.link.ask)
+
+    def look(self) -> NodeDemand:
+        """What there is to do. Raises RuntimeError, DispyError or OSError if that is not told."""
+        waiting = 0
+        for program in self._operator.programs():
+            waiting += max(0, program['waiting'] - program['limited'])
+        idle = 0
+        there = 0
+        for node in self._operator.nodes():
+            if node['state'] == 'connected':
+                idle += max(0, node['cpus'] - node['used'])
+                there += node['name'].startswith(self._prefix)
+        return NodeDemand(waiting, idle, there)
+
+
+def _range_option(text: str) -> Tuple[int, int]:
+    """Read MIN:MAX."""
+    least, _, most = text.partition(':')
+    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
+        return int(least), int(most)
+    raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
+
+
+# What is told of nodes that an engine places
+PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ('--scheduler-host', {
+        'default': socket.gethostname(), 'metavar': 'HOST[:PORT]',
+        'help': 'scheduler, or host of a program that listens (host=), that nodes connect to '
+                '(default: this host)'}),
+    ('--time', {
+        'type': duration_option, 'default': 3600.0, 'metavar': 'TIME',
+        'help': 'time limit of a node, such as 90m or 12h (default: 1h)'}),
+    ('--cpus', {
+        'type': count_option, 'default': 1, 'metavar': 'N', 'help': 'CPUs of a node (default: 1)'}),
+    ('--memory', {'type': size_option, 'metavar': 'N[kmgt]', 'help': 'memory of a node'}),
+    ('--gpus', {
+        'type': int, 'default': 0, 'metavar': 'N', 'help': 'GPUs of a node (default: 0)'}),
+    ('--queue', {'metavar': 'NAME', 'help': 'queue, or partition of Slurm'}),
+    ('--drain-before', {
+        'type': seconds_option, 'metavar': 'S',
+        'help': 'seconds before its time limit from which on a node takes no new jobs (default: '
+                '120)'}),
+    ('--engine-option', {
+        'action': 'append', 'default': [], 'metavar': 'TEXT',
+        'help': 'another line of options for the engine, such as "--account=physics"; may be '
+                'repeated'}),
+    ('--image', {
+        'metavar': 'IMAGE', 'help': 'of containers in Kubernetes (default: %s)' % POD_IMAGE}),
+    ('--python', {
+        'default': 'python3', 'metavar': 'PATH', 'help': 'Python there (default: %(default)s)'}),
+    ('--secret-file', {
+        'metavar': 'FILE',
+        'help': 'file with the secret of nodes (default: the one of this user)'}),
+    ('--adaptive', {
+        'type': _range_option, 'metavar': 'MIN:MAX',
+        'help': 'stay, and submit nodes as jobs wait at the scheduler, so many at least and at '
+                'most'}),
+    ('--end-idle', {
+        'type': seconds_option, 'default': END_IDLE, 'metavar': 'S',
+        'help': 'with --adaptive: nodes beyond MIN end after so many seconds without jobs '
+                '(default: %(default)g)'}),
+    ('--ask-secret-file', {
+        'metavar': 'FILE',
+        'help': 'with --adaptive: file with the secret by which the scheduler is asked, if it is '
+                'not that of nodes'}),
+)
+
+
+def _engine_parser(task: str) -> argparse.ArgumentParser:
+    text = {
+        'deploy': 'Submit nodes to an engine. They connect to a program or scheduler, and end '
+                  'before their time limit.',
+        'stop': 'Cancel the nodes that were submitted to an engine.'
+    }
+    usage = '%(prog)s --ENGINE [N] [options]'
+    if task == 'deploy':
+        usage += ' [-- options of dispynode]'
+    parser = argparse.ArgumentParser(prog='dispy ' + task, description=text[task], usage=usage)
+    engines = parser.add_mutually_exclusive_group(required=True)
+    for engine in ENGINES.values():
+        meaning = '%s; to deploy, how many nodes' % engine.title
+        option = '--' + engine.name
+        engines.add_argument(option, nargs='?', const=0, type=count_option, metavar='N',
+                             help=meaning)
+    if task == 'stop':
+        return parser
+    for option, settings in PLACING:
+        parser.add_argument(option, **settings)
+    return parser
+
+
+def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
+    """The engine that is meant, and the number that is given with it, or 0."""
+    for name, engine in ENGINES.items():
+        number = getattr(args, name)
+        if number is not None:
+            return engine, number
+    raise AssertionError('no engine')   # the parser wants one
+
+
+def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if bool(count) == bool(args.adaptive):
+        raise ValueError('give a number of nodes (--%s N) or --adaptive MIN:MAX' % engine.name)
+    if engine.name == 'k8s' and (args.queue or args.engine_option):
+        raise ValueError('Kubernetes has no queues and no options of scripts (--queue, '
+                         '--engine-option): its namespace is that of the context of kubectl')
+    if engine.name != 'k8s' and args.image:
+        raise ValueError('--image is for Kubernetes')
+
+
+def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
+    """Place nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError, DispyError."""
+    source = DemandOfScheduler(placement, args)
+    never = threading.Event()
+    try:
+        why = source.link.why_not()
+        if why:
+            raise DispyError('the scheduler at %s cannot be asked: %s' % (args.scheduler_host, why))
+        while True:
+            try:
+                demand = source.look()
+                placement.adapt(demand, *args.adaptive)
+            except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
+                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
+                      flush=True)
+            never.wait(ADAPT_EVERY)
+    finally:
+        source.link.close()
+
+
+def _place(task: str, argv: List[str], options: List[str]) -> int:
+    """`dispy deploy` and `dispy stop` of nodes that an engine places. Returns the exit status."""
+    parser = _engine_parser(task)
+    args = parser.parse_args(argv)
+    engine, count = _engine_of(args)
+    try:
+        if task == 'stop':
+            if options:
+                raise ValueError('stop takes no options of dispynode')
+            with EngineNodes(engine) as nodes:
+                ended = nodes.end()
+            print('%s: %s cancelled' % (engine.title, many(ended, 'job')))
+            return 0
+        _check_placement(args, engine, count)
+        placement = NodePlacement(engine, args, options)
+    except (ValueError, OSError, DispyError) as exc:
+        parser.error(str(exc))
+    try:
+        with placement.nodes:
+            placement.put_files()
+            placement.add(count, True)
+        if args.adaptive:
+            return _adapt(placement, args)
+    except (ValueError, OSError, DispyError) as exc:
+        print('dispy %s: %s' % (task, exc), file=sys.stderr)
+        return 1
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line: nodes by ssh, nodes in a table, commands over many arguments
 # --------------------------------------------------------------------------------------------------
 
@@ -20993,6 +21685,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
     else:
         ours, options = (argv, [])
+    if any(word.partition('=')[0] in ENGINE_OPTIONS for word in ours):
+        return _place(task, ours, options)
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     absolute_path = os.path.abspath(dispynode.__file__)
