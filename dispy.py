@@ -21252,6 +21252,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
                 print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
                       flush=True)
             never.wait(ADAPT_EVERY)
+    except KeyboardInterrupt:
+        return 0
     finally:
         source.link.close()
 
