@@ -238,8 +238,8 @@ def test_two_users_with_secrets_and_limits(tmp_path, caplog):
         return rows(scheduler, task, *secrets[name])
 
     def counts(name):
-        return [(row['user'], row['running'], row['waiting'], row['limited'])
-                for row in of(name, 'status')]
+        return sorted((row['user'], row['running'], row['waiting'], row['limited'])
+                      for row in of(name, 'status'))
 
     with NodeProcess(tmp_path / 'node', '--name', 'lab', cpus=8) as node, \
             contextlib.ExitStack() as stack:
