@@ -198,6 +198,10 @@ PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 END_TIME = 2.0                # s that workers which were killed may take to end
+# Seconds before its time limit at which a node whose jobs got their grace has ended for sure: for
+# what it has still to say, and for the start that the limit counts too
+LIMIT_MARGIN = 10.0
+DRAIN_BEFORE = 120.0          # s before its time limit at which a node takes no new jobs
 CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these take at most
@@ -12064,6 +12068,12 @@ class NodeService:
             self._leave(now)
 
     @property
+    def has_jobs(self) -> bool:
+        """Whether there are jobs here, run or not."""
+        comps = self._tables.comps.values()
+        return any(comp.attempts for comp in comps)
+
+    @property
     def is_ending(self) -> bool:
         """Whether the node ends when nothing is left to do."""
         return self.stopping or self._finishing
@@ -16460,10 +16470,12 @@ def pythons_text(facts: Dict[str, Any]) -> str:
     return ', '.join(texts)
 
 
-def whole_memory() -> Optional[int]:
+def whole_memory(given: Optional[int] = None) -> Optional[int]:
     """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
-    cgroup of this process. None where nobody tells."""
+    cgroup of this process, and at most what is given. None where nobody tells."""
     sizes = []
+    if given is not None:
+        sizes.append(given)
     found = re.search(r'^MemTotal: *(\d+) kB', _text_of('/proc/meminfo'), re.MULTILINE)
     if found:
         sizes.append(int(found.group(1)) << 10)
@@ -16509,6 +16521,7 @@ class Options(NamedTuple):
     grace: float = GRACE                   # s that jobs have to end when the node is stopped
     offer: Offer = Offer()
     interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
+    memory: Optional[int] = None           # bytes that jobs may have together
 
 
 class ChildEnded(NamedTuple):
@@ -18266,7 +18279,7 @@ class NodeHost:
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
         facts = dict(node_facts(), start_method=options.start_method,
-                     resources=options.offer.counts, memory_total=whole_memory(),
+                     resources=options.offer.counts, memory_total=whole_memory(options.memory),
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
@@ -18979,6 +18992,70 @@ def write_stacks_on_signal() -> None:
         logger.debug('stacks cannot be written: %s', exc)
 
 
+class Lifetime:
+    """Decides when a node ends by itself: before a time limit, as Slurm has it, or after some time
+    without jobs. Times are in seconds."""
+    APART = 1.0     # s between two looks
+
+    def __init__(self, born: float, limit: float, ahead: float, idle: float, grace: float) -> None:
+        """The node was born then and has `limit` seconds. It takes no new jobs for the last `ahead`
+        of them, and none when it has had none for `idle` seconds; jobs have `grace` seconds to end.
+        Raises ValueError for times that make no sense."""
+        last = max(ahead, grace + LIMIT_MARGIN)
+        if limit <= last:
+            raise ValueError('--time-limit %g: it has to be more than %g s: --drain-before, or '
+                             '--grace and %g s' % (limit, last, LIMIT_MARGIN))
+        self._drains_at = born + limit - last
+        self._stops_at = born + limit - grace - LIMIT_MARGIN
+        self._idle = idle
+        self._busy_at = born
+        self._is_finishing = False
+
+    @classmethod
+    def of_options(cls, args: argparse.Namespace, now: float) -> Optional['Lifetime']:
+        """What the command line says, or None if it says nothing of this. Raises ValueError."""
+        if args.time_limit is None and args.end_idle is None:
+            return None
+        limit = args.time_limit or math.inf
+        idle = args.end_idle or math.inf
+        ahead = args.drain_before
+        if ahead is None:
+            ahead = min(DRAIN_BEFORE, limit / 2)
+        return cls(now, limit, ahead, idle, args.grace)
+
+    def look(self, has_jobs: bool, now: float) -> Any:
+        """The event that is to be told to the node now, or None."""
+        if has_jobs:
+            self._busy_at = now
+        if now >= self._stops_at:
+            self._stops_at = math.inf
+            logger.info('its time limit (--time-limit) is near')
+            return Stop()
+        if self._is_finishing:
+            return None
+        if now >= self._drains_at:
+            logger.info('its time limit (--time-limit) comes nearer')
+        elif now - self._busy_at >= self._idle:
+            logger.info('it has had no jobs for %g s (--end-idle)', self._idle)
+        else:
+            return None
+        self._is_finishing = True
+        return Finish()
+
+    def watch(self, daemon: Daemon) -> None:
+        """Look again and again, in the thread of the loop."""
+        def look() -> None:
+            event = self.look(daemon.node.service.has_jobs, daemon.now)
+            if event is not None:
+                daemon.tell(event)
+
+        def wake() -> None:
+            while True:
+                time.sleep(self.APART)
+                daemon.call_soon(look)
+        threading.Thread(target=wake, daemon=True, name='dispy-lifetime').start()
+
+
 class ServiceManager:
     """systemd, if it has started this process as a service of Type=notify. It is told when the
     service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
@@ -19436,6 +19513,17 @@ def make_parser() -> OptionParser:
         metavar='NAME=PATH',
         help='another Python that jobs may run on (JobCluster: python=), such as bin/python of a '
         'virtual environment; may be repeated')
+    add('--memory', type=size_option, metavar='N[kmgt]',
+        help='bytes of memory that jobs may reserve together (default: what the host or its '
+        'cgroup has)')
+    add('--time-limit', type=seconds_option, metavar='S',
+        help='seconds after which the host is taken away, as by Slurm: the node ends before that '
+        'by itself')
+    add('--drain-before', type=seconds_option, metavar='S',
+        help='with --time-limit: take no new jobs from so many seconds before it on, and end when '
+        'none is left (default: %g)' % DRAIN_BEFORE)
+    add('--end-idle', type=seconds_option, metavar='S',
+        help='end after so many seconds without jobs')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -19682,7 +19770,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
                    or default_start_method(), grace=args.grace,
-                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python))
+                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python),
+                   memory=args.memory)
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
@@ -19720,6 +19809,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for text in args.scheduler_host:
                 host_and_ports.append(host_and_port(text, args.scheduler_port))
             schedulers = tuple(host_and_ports)
+            lifetime = Lifetime.of_options(args, time.monotonic())
         except ValueError as exc:
             parser.error(str(exc))
         if args.save_config:
@@ -19739,6 +19829,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
+    if lifetime is not None:
+        lifetime.watch(daemon)
     manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
     try:
         return run_until_ended(daemon)
