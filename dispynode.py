@@ -15290,16 +15290,26 @@ def node_facts() -> dict:
 
 
 def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
-    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
-    that fails does not hide the others."""
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
+    there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
+    of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
+    the others."""
     cpu = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
     memory = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+    memory_total = ask_psutil(lambda psutil: psutil.virtual_memory().total)
     swap = ask_psutil(lambda psutil: psutil.swap_memory().free)
-    found: Dict[str, Optional[float]] = {'cpu': cpu, 'memory': memory, 'disk': None, 'swap': swap}
+    found: Dict[str, Optional[float]] = {
+        'cpu': cpu,
+        'memory': memory,
+        'memory_total': memory_total,
+        'disk': None,
+        'disk_total': None,
+        'swap': swap,
+    }
     with contextlib.suppress(OSError):   # the directory was removed
         usage = shutil.disk_usage(directory)
         found['disk'] = usage.free
+        found['disk_total'] = usage.total
     return found
 
 

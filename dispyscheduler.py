@@ -83,7 +83,8 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST
 from dispy import REPORTS_APART
 from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
-from dispy import FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnection, NodeDrains
+from dispy import EndedJobs, FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnection
+from dispy import NodeDrains
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
 from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob
 from dispy import WithdrawAsked
@@ -1780,6 +1781,92 @@ class TurnTimes:
         return max(self._longest, self._longest_before)
 
 
+class JobsForMonitors:
+    """The jobs of all programs, one by one, as monitors show them. What has ended is noted while a
+    monitor asks: what it is called, what it was given and what it has printed is in memory then.
+    The loop's thread."""
+    PATIENCE = 60.0   # s without a question after which nobody watches
+
+    def __init__(self, overview: 'ProgramOverview', scheduler: 'Scheduler') -> None:
+        self._overview = overview
+        self._scheduler = scheduler
+        self._watched_until = 0.0
+        self._ended = EndedJobs()
+
+    def watch(self) -> None:
+        """Note that a monitor asks."""
+        self._watched_until = self._scheduler.now + self.PATIENCE
+
+    def note(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
+             status: int, text: str) -> None:
+        """Note a job that has ended with this row of Results, at this node if it was at one."""
+        if self._scheduler.now > self._watched_until:
+            return
+        peer = self._scheduler.nodes.by_key.get(node)
+        where = ''
+        if peer is not None:
+            where = peer.name or str(peer)
+        stdout, stderr = map(_end_of_output, row[5:7])
+        serial = work.client_serial
+        self._ended.add(
+            computation.number, serial, job_number(serial), work.payload or None, status,
+            attempt_number(work.serial), node, where, cpus_of(work), None, row[2] or None,
+            row[3] or time.time(), stdout, stderr, text)
+
+    def ended(self, known: int) -> List[tuple]:
+        """Return the jobs that have ended after the one with this number, in the form of EndedJob;
+        at most PAGE."""
+        rows = self._ended.since(known, PAGE, self._overview.seen_clusters())
+        return list(map(tuple, rows))
+
+    def at_nodes(self, first: int, count: int) -> List[tuple]:
+        """Return jobs that are at nodes: cluster, job, number of the attempt, key of the node,
+        whether it runs, seconds that it has run or None, CPUs."""
+        keys = sorted(self._scheduler.schedule.nodes, key=str)
+        rows: List[tuple] = []
+        for key in keys:
+            for computation in self._overview.opened_computations():
+                rows += self._jobs_there(computation, key)
+                if len(rows) >= first + count:
+                    break
+        return rows[first:first + min(count, PAGE)]
+
+    def _jobs_there(self, computation: ClientComputation, key: Any) -> List[tuple]:
+        rows = []
+        for job in self._overview.known_jobs_at(key, computation.comp, PAGE):
+            work = job.work
+            attempt = attempt_number(work.serial)
+            row = (computation.number, work.client_serial, attempt, key, job.is_running,
+                   job.seconds, cpus_of(work))
+            rows.append(row)
+        return rows
+
+    def waiting(self, number: int, first: int, count: int) -> List[int]:
+        """Return the numbers of jobs of a computation that are at no node, in the order of their
+        submission."""
+        works = self._overview.computation(number).works
+        waiting = (serial for serial, work in works.items() if work.state in _AT_NO_NODE)
+        return list(itertools.islice(waiting, first, first + min(count, PAGE)))
+
+    def cancel(self, number: int, serials: List[int]) -> int:
+        """End jobs of a computation, wherever they are. Return how many they were."""
+        works = self._overview.computation(number).works
+        found = [works[serial] for serial in serials if serial in works]
+        for work in found:
+            self._scheduler.decide(CancelAsked(work))
+        return len(found)
+
+
+_AT_NO_NODE = frozenset((JobState.CREATED, JobState.REQUEUED))
+
+
+def _end_of_output(data: Any) -> bytes:
+    if size_of(data) > LAZY:
+        return b''
+    plain: bytes = _plain(data)
+    return plain
+
+
 class ProgramOverview(Overview):
     """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
     knows the secret of the programs may see and manage everything; if the operator has a secret of
@@ -1797,6 +1884,7 @@ class ProgramOverview(Overview):
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
         self._failed_jobs = FailedJobs()
+        self._jobs_shown = JobsForMonitors(self, scheduler)
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
 
@@ -1822,7 +1910,14 @@ class ProgramOverview(Overview):
         finally:
             self._only = ''
 
-    def _opened(self) -> List[ClientComputation]:
+    def seen_clusters(self) -> Optional[Set[int]]:
+        """Return the numbers of the clusters that who asks may see; None: of all there are and ever
+        were."""
+        if not self._only:
+            return None
+        return {computation.number for computation in self.opened_computations()}
+
+    def opened_computations(self) -> List[ClientComputation]:
         """Return the computations that who asks may see."""
         opened = self._scheduler.computations.opened()
         if not self._only:
@@ -1833,7 +1928,7 @@ class ProgramOverview(Overview):
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Answer somebody who does not have the operator's secret: with the names and counts of
         all programs and with nothing about their jobs. Orders are refused."""
-        if name in ('failures', 'jobs'):
+        if name in ('failures', 'jobs', 'ended', 'at_nodes', 'waiting'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
             raise RuntimeError(
@@ -1858,6 +1953,8 @@ class ProgramOverview(Overview):
         """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
         exit_status = 0
+        text = ''
+        status = JobState.FINISHED
         if outcome in RETURNED and computation.cargo.is_program:
             exit_status = _exit_status(row)
         if node is not None:
@@ -1868,6 +1965,7 @@ class ProgramOverview(Overview):
             computation.cpu_seconds += seconds * cpus_of(work)
         if outcome == Outcome.CANCELLED:
             word = 'cancelled'
+            status = JobState.CANCELLED
             computation.cancelled += 1
         elif outcome in RETURNED and not exit_status:
             word = 'done'
@@ -1875,11 +1973,13 @@ class ProgramOverview(Overview):
         else:
             word = 'failed'
             computation.failed += 1
-            self._note_failure(computation, work, row, node, exit_status)
+            status, text = self._note_failure(computation, work, row, node, exit_status)
+        self._jobs_shown.note(computation, work, row, node, int(status), text)
         self._scheduler.history.add(computation, work, row, node, word)
 
     def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
-                      exit_status: int) -> None:
+                      exit_status: int) -> Tuple[JobState, str]:
+        """Note a job that has failed. Return its state and why it has failed."""
         peer = self._scheduler.nodes.by_key.get(node)
         where = ''
         if peer is not None:
@@ -1887,9 +1987,11 @@ class ProgramOverview(Overview):
         text = 'exit status %d' % exit_status
         if not exit_status:
             text = _failure_text(row)
-        status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
-        number = job_number(work.client_serial)
-        self._failed_jobs.add(row[3], computation.number, number, work.payload, status, where, text)
+        status = _STATE_OF.get(row[1], JobState.TERMINATED)
+        serial = work.client_serial
+        self._failed_jobs.add(row[3], computation.number, job_number(serial), work.payload,
+                              int(status), where, text, serial)
+        return status, text
 
     def over(self, computation: ClientComputation) -> None:
         """Keep what a computation that is over has done at nodes."""
@@ -1920,8 +2022,9 @@ class ProgramOverview(Overview):
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _computation(self, number: int) -> ClientComputation:
-        for computation in self._opened():
+    def computation(self, number: int) -> ClientComputation:
+        """Return the computation with this number. Raises ValueError."""
+        for computation in self.opened_computations():
             if computation.number == number:
                 return computation
         raise ValueError('there is no cluster %.20r' % (number,))
@@ -1933,7 +2036,8 @@ class ProgramOverview(Overview):
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        computations = self._opened()
+        self._jobs_shown.watch()
+        computations = self.opened_computations()
         count = min(count, PAGE)
         clusters: List[dict] = []
         for computation in computations[first:first + count]:
@@ -1957,7 +2061,7 @@ class ProgramOverview(Overview):
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
-        computations = self._opened()
+        computations = self.opened_computations()
         peers = scheduler.nodes.by_key.values()
         page = itertools.islice(peers, first, first + min(count, PAGE))
         return [self._node(peer, computations, asking) for peer in page]
@@ -2023,7 +2127,7 @@ class ProgramOverview(Overview):
         times = scheduler.turn_times
         works = 0
         results = 0
-        for computation in self._opened():
+        for computation in self.opened_computations():
             works += len(computation.works)
             results += len(computation.ended)
         at_nodes = 0
@@ -2044,16 +2148,15 @@ class ProgramOverview(Overview):
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
         FailedJob."""
-        seen = {computation.number for computation in self._opened()}
-        rows = self._failed_jobs.since(known)
-        return [tuple(row) for row in rows if not self._only or row.cluster in seen]
+        rows = self._failed_jobs.since(known, self.seen_clusters())
+        return list(map(tuple, rows))
 
     def _jobs(self, key: Any) -> List[tuple]:
         """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
         None."""
         peer = self._peer(key)
         rows: List[tuple] = []
-        for computation in self._opened():
+        for computation in self.opened_computations():
             left = PAGE - len(rows)
             for job in self.jobs_at(peer.key, computation.comp, left):
                 number = job.work.client_serial
@@ -2065,7 +2168,7 @@ class ProgramOverview(Overview):
         """Return the packed arguments of jobs that are named by pairs of cluster and job: their
         size if they are large, None if the job has ended."""
         computations = {}
-        for computation in self._opened():
+        for computation in self.opened_computations():
             computations[computation.number] = computation
         found = []
         for number, serial in jobs[:PAGE]:
@@ -2094,8 +2197,11 @@ class ProgramOverview(Overview):
     # -- orders ------------------------------------------------------------------------------------
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
-        """End jobs at a node: those of a list, or all for None."""
-        comp = self._computation(number).comp
+        """End jobs at a node: those of a list, or all for None. Without a node, those of the list
+        wherever they are."""
+        if key is None:
+            return self._jobs_shown.cancel(number, jobs)
+        comp = self.computation(number).comp
         there = self.sent_to(self._peer(key).key, comp)
         works: List[Any] = list(there.values())
         if jobs is not None:
@@ -2106,7 +2212,7 @@ class ProgramOverview(Overview):
 
     def _cancel_waiting(self, number: int) -> int:
         """End jobs that have not begun, also those that wait at nodes."""
-        return self._scheduler.cancels.cancel_waiting(self._computation(number).comp)
+        return self._scheduler.cancels.cancel_waiting(self.computation(number).comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """Look for a node. All computations whose `nodes` mean it may use it."""
@@ -2174,6 +2280,9 @@ class ProgramOverview(Overview):
         'load': _load,
         'history': _history,
         'jobs': _jobs,
+        'ended': lambda self, *args: self._jobs_shown.ended(*args),
+        'at_nodes': lambda self, *args: self._jobs_shown.at_nodes(*args),
+        'waiting': lambda self, *args: self._jobs_shown.waiting(*args),
         'arguments': _arguments,
         'cancel': _cancel,
         'cancel_waiting': _cancel_waiting,
@@ -2183,8 +2292,8 @@ class ProgramOverview(Overview):
         'use': _use,
     }
     # What users may ask, of their own programs
-    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'arguments',
-                           'cancel', 'cancel_waiting'))
+    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'ended',
+                           'at_nodes', 'waiting', 'arguments', 'cancel', 'cancel_waiting'))
 
 
 def _without_reason(use: tuple) -> tuple:
