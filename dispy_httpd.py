@@ -22,9 +22,10 @@
 
 One thread takes snapshots in the driver's turn, whatever the number of browsers. A snapshot costs
 O(nodes), not O(jobs), and what takes long is done less often. Requests sort it and cut a page out
-of it. Jobs tell nothing while they run well: only what fails and what is printed is noted. A
-scheduler is asked by `Call`, 100 rows at once. A monitor proves that it knows the secret of the
-programs, as they do, and sees and manages what belongs to all of them.
+of it. Of jobs it is noted what fails, what is printed, and what has ended: the last 10,000 jobs. A
+list of jobs is made at most once a second and only while somebody looks at it; the timeline goes on
+from what it was. A scheduler is asked by `Call`, 100 to 500 rows at once. A monitor proves that it
+knows the secret of the programs, as they do, and sees and manages what belongs to all of them.
 
 Safety. The server listens on 127.0.0.1 unless told otherwise. Page, script, style and icon hold no
 data; all else needs the token: `Authorization: Bearer TOKEN`. The token stands in the fragment of
@@ -44,6 +45,8 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     shared             bool: whether a scheduler is watched
     source             str: what is watched, or why it cannot be
     nothing            str: what is to be said where there is no cluster
+    home               str: the page to begin with, 'clusters' or 'nodes'
+    jobs               {submitted, ended, failed} of all clusters that are open
     clusters           [{number, name}]
     snapshot_seconds   of the driver's thread for the last snapshot
 
@@ -61,11 +64,14 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     state str, reason str: why it is not used
     cpus, used: CPUs; jobs: ended there; job_seconds s
     resources str: 'gpu 1 of 2', those that jobs have of what it offers; '' for none
-    memory, disk: bytes free, or null; load %: of its CPUs, or null
+    memory, disk: bytes free, or null; memory_total, disk_total: bytes in all, or null
+    load %: of its CPUs, or null
     heard s since its last sign of life, or null
     holder str: who holds it, known with --nodes only
     clusters [{number, name, state, reason, cpus, used, jobs, job_seconds}]
-/api/node?id=ID, a table of the node's jobs with `node`: its row above
+/api/node?id=ID, a table of the node's jobs with `node`: its row above and, as `plot` there,
+    [[s since the epoch, CPUs used, CPUs, load % or null, bytes of memory free or null], ...] at
+    most 240
     cluster int, job int: a number for `cancel`, id str (of a scheduler's job: its number in its
         program)
     arguments str (short form; of what is no builtin only the type)
@@ -75,10 +81,30 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     live bool: whether output is sent while it is printed, which it is by nodes that were set up
         after this server was made, or if the cluster has on_output; null: of a scheduler, which
         passes output on and does not keep it
-/api/failures, of the last 500 failed jobs of each cluster, or of a scheduler
-    text str: the last line, trace str: of the last one
-    count int, last s since the epoch, cluster int
-    jobs [{id, arguments, node, status, time}], at most 10
+/api/failures, jobs that have failed, by the last line of their tracebacks without numbers and
+    names of nodes; of the last 500 of each cluster, or of a scheduler
+    group str: for /api/jobs; text str: that line, trace str: of the last one
+    count int, last s since the epoch, cluster int, name str and user str: of the cluster
+    jobs [{job, id, arguments, node, status, time}], at most 10
+/api/jobs, all jobs that wait, run and are known to have ended; and with ?state=, one of waiting,
+    running, done, failed, cancelled, ended; ?cluster=, ?node=ID, ?group=, ?search=TEXT some of them
+    cluster, job, id, arguments, seconds: as of /api/node
+    state 'waiting', 'waits there', 'running', 'done', 'failed' or 'cancelled'
+    status str: how it ended; node str: the id of its node, where str: that node's name
+    attempts int: the number of the last; cpus int
+    submitted, began, ended: s since the epoch, or null where not known
+    text str: the last line of what says why it has failed
+    and beside the rows unlisted {waiting int, ended int}: jobs that are counted and not listed
+/api/job?cluster=N&job=N: one row, as of /api/jobs, with
+    trace str: why it has failed; stdout, stderr: the last 4 KiB; lost_with [str, ...]: nodes that
+    were lost while it was there
+/api/timeline?span=S, a table of nodes (as /api/nodes), with `bin`: the s of one bin
+    id, name, address, state, cpus
+    lanes [[CPU, number of the first run, [first bin, last bin, kind, jobs, ...]], ...]; bins are
+        counted since the epoch; kind 0: done, 1: cancelled, 2: failed. A stream tells what is new:
+        of each CPU the runs from that number on
+    running [[CPU, s since the epoch when it began, cluster, job], ...]
+/api/at?node=ID&lane=CPU&ms=T&around=MS: jobs that ran there T ms since the epoch, as of /api/jobs
 /metrics
     text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and
     `--token-file F` here). With a scheduler, jobs that have ended are counted since it was started,
@@ -88,7 +114,8 @@ POST takes a JSON object and is answered by {done int}. `cluster` is its number.
 missing, all clusters that use the node are meant; with a scheduler that is always so, and holds for
 clusters that come later too.
 
-    /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node
+    /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node;
+                          {cluster, jobs: [number, ...]}: wherever they are
     /api/cancel_waiting   {cluster}: end jobs that do not run
     /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all that a word
                           with * means
@@ -4003,7 +4030,7 @@ th a { color: inherit; }
 th[aria-sort] a { color: var(--ink); font-weight: 600; }
 tr + tr td { border-top: 1px solid var(--faint); }
 .n { text-align: right; white-space: nowrap; }
-td .sub {
+td .sub, .line .sub {
   color: var(--soft);
   font-size: 0.84rem;
   display: block;
@@ -4143,6 +4170,7 @@ input[type="search"] { width: min(17rem, 100%); }
 .part { margin: 1.4rem 0; }
 .plots.three { grid-template-columns: repeat(3, 1fr); }
 .sub.bad { color: var(--fail); }
+.line .sub { font-family: system-ui, sans-serif; }
 .legend {
   display: flex;
   flex-wrap: wrap;
