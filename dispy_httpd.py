@@ -338,7 +338,9 @@ def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
         if form is None:
             return words_of(args, kwargs)
         words = list(map(form.repr, args))
-        words += ['%.80s=%s' % (name, form.repr(value)) for name, value in kwargs.items()]
+        for name, value in kwargs.items():
+            word = form.repr(value)
+            words.append('%.80s=%s' % (name, word))
         return ', '.join(words)[:LONG_MOST]
     except Exception:  # an unpickler without the real classes may stumble over anything
         return hidden
@@ -567,7 +569,8 @@ class Timeline:
             return
         if node != row['node']:
             held = self._free(row)
-        bar = Bar(row['began'], row['ended'], BAR_KINDS.index(row['state']), key)
+        kind = BAR_KINDS.index(row['state'])
+        bar = Bar(row['began'], row['ended'], kind, key)
         lanes = self._nodes[row['node']]
         for number in held:
             lane = lanes[number]
@@ -585,10 +588,15 @@ class Timeline:
         latest = row['began'] + CLOCK_STEP
         fitting = []
         for number, lane in enumerate(lanes):
-            if number not in taken and lane.end() <= latest:
-                fitting.append((-lane.end(), number))
-        found = [number for _, number in heapq.nsmallest(row['cpus'], fitting)]
-        while len(found) < row['cpus']:
+            if number in taken:
+                continue
+            end = lane.end()
+            if end <= latest:
+                fitting.append((-end, number))
+        count = row['cpus']
+        best = heapq.nsmallest(count, fitting)
+        found = [number for _, number in best]
+        while len(found) < count:
             found.append(len(lanes))
             lanes.append(Lane())
         return found
@@ -610,9 +618,12 @@ class Timeline:
             self._hold(row, self._free(row))
         found: Dict[str, List[List[Any]]] = collections.defaultdict(list)
         for row in running:
-            node, numbers = self._held[key_of(row)]
+            key = key_of(row)
+            node, numbers = self._held[key]
+            began = round(row['began'], 2)
             for number in numbers:
-                found[node].append([number, round(row['began'], 2), *key_of(row)])
+                bar = [number, began, *key]
+                found[node].append(bar)
         return found
 
     def _hold(self, row: dict, numbers: List[int]) -> None:
@@ -656,9 +667,12 @@ STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
     'ended': ('done', 'failed', 'cancelled'),
 }
 ENDED_STATES = frozenset(STATE_GROUPS['ended'])
+COUNTED_STATES = ('waiting', 'done', 'failed', 'cancelled')   # fields of the row of a cluster
 # Fields of a listed job that are sent; `payload` and `name` become texts before
 LISTED_FIELDS = ('cluster', 'job', 'id', 'arguments', 'state', 'status', 'node', 'where', 'seconds',
                  'attempts', 'submitted', 'began', 'ended', 'cpus', 'text')
+# What of a node's row the timeline needs
+TIMELINE_FIELDS = ('id', 'name', 'address', 'state', 'cpus')
 NEW_LISTED_JOB: Dict[str, Any] = {
     'name': None,
     'payload': None,
@@ -699,6 +713,12 @@ def last_time(row: dict) -> float:
     return -float(row['job'])
 
 
+def state_word(status: int) -> str:
+    """Return the state of a job as a word."""
+    state = dispy.JobState(status)
+    return state.name.lower()
+
+
 def state_of_end(status: int, text: str) -> str:
     """Return the state of a job that has ended; `text` says why it failed, if it did."""
     if status == DispyJob.Cancelled:
@@ -710,8 +730,9 @@ def state_of_end(status: int, text: str) -> str:
 
 def listed_end(job: EndedJob, node: str) -> dict:
     """Return the row of a job that has ended; `node` is the id of its node for the page."""
-    row = listed_job(job.cluster, job.key, job.job, state_of_end(job.status, job.text))
-    row['status'] = dispy.JobState(job.status).name.lower()
+    state = state_of_end(job.status, job.text)
+    row = listed_job(job.cluster, job.key, job.job, state)
+    row['status'] = state_word(job.status)
     row['payload'] = job.payload
     row['known'] = True
     row['node'] = node
@@ -730,10 +751,22 @@ def listed_end(job: EndedJob, node: str) -> dict:
     return row
 
 
+def listed_bar(bar: Bar) -> dict:
+    """Return the row of a job of which only its bar is known any more."""
+    cluster, job = bar.key
+    state = BAR_KINDS[bar.kind]
+    row = listed_job(cluster, job, job, state)
+    row['began'] = bar.began
+    row['ended'] = bar.ended
+    row['seconds'] = bar.ended - bar.began
+    row['known'] = True
+    return row
+
+
 def listed_failure(failed: FailedJob) -> dict:
     """Return the row of a job of which only that it failed is known any more."""
     row = listed_job(failed.cluster, failed.key, failed.job, 'failed')
-    row['status'] = dispy.JobState(failed.status).name.lower()
+    row['status'] = state_word(failed.status)
     row['payload'] = failed.payload
     row['known'] = True
     row['where'] = failed.node
@@ -845,7 +878,7 @@ class JobList:
             self._made = time.monotonic()
             return self._rows
 
-    def bars(self, nodes: List[dict], span: float) -> Tuple[List[dict], int]:
+    def bars(self, nodes: List[dict], span: int) -> Tuple[List[dict], int]:
         """Return the rows of the timeline for these nodes, with the Runs of their CPUs since so
         many seconds ago, and a number that changes with them. Raises RuntimeError."""
         with self._lock:
@@ -859,10 +892,11 @@ class JobList:
             left = time.time() - span
             rows = []
             for node in nodes:
-                row = {name: node[name] for name in ('id', 'name', 'address', 'state', 'cpus')}
-                lanes = self.timeline.lanes_of(node['id'], node['cpus'])
+                row = {name: node[name] for name in TIMELINE_FIELDS}
+                name = node['id']
+                lanes = self.timeline.lanes_of(name, node['cpus'])
                 row['lanes'] = [lane.runs_of(width, left) for lane in lanes]
-                row['running'] = self._placed.get(node['id'], [])
+                row['running'] = self._placed.get(name, [])
                 rows.append(row)
             return rows, self.timeline.count
 
@@ -883,19 +917,16 @@ class JobList:
                     found.append([number, begin, numbers])
         return found
 
-    def at(self, node: str, lane: int, when: float, around: float) -> List[dict]:
-        """Return the rows of jobs that ran on a CPU of a node at some time, the last first."""
+    def at(self, node: str, lane: int, begin: float, end: float) -> List[dict]:
+        """Return the rows of jobs that ran on a CPU of a node between two times, the last
+        first."""
         with self._lock:
-            bars = self.timeline.bars_at(node, lane, when - around, when + around)
+            bars = self.timeline.bars_at(node, lane, begin, end)
             rows = []
             for bar in bars:
                 row = self._ended.get(bar.key)
                 if row is None:
-                    row = listed_job(*bar.key, bar.key[1], BAR_KINDS[bar.kind])
-                    row['began'] = bar.began
-                    row['ended'] = bar.ended
-                    row['seconds'] = bar.ended - bar.began
-                    row['known'] = True
+                    row = listed_bar(bar)
                 rows.append(row)
             return rows
 
@@ -976,16 +1007,31 @@ class JobFilter:
             return False
         return not self._group or group_key(row) == self._group
 
+    def search_in(self, rows: List[dict], texts: JobTexts) -> List[dict]:
+        """Return the rows that have what is searched."""
+        found = []
+        for row in rows:
+            arguments = texts.of(row)
+            if self.is_found(row, arguments):
+                found.append(row)
+        return found
+
     def is_found(self, row: dict, arguments: str) -> bool:
         """Return whether the text that is searched is in a row."""
-        texts = (row['id'], arguments, row['where'], last_line(row['text']))
-        return any(self.search in text.lower() for text in texts)
+        reason = last_line(row['text'])
+        texts = (row['id'], arguments, row['where'], reason)
+        everything = '\n'.join(texts)
+        return self.search in everything.lower()
 
 
 # --------------------------------------------------------------------------------------------------
 # Sources: where snapshots come from. Each has `snapshot`, `jobs`, `failures`, `act`, `close`, and
 # gives plain values.
 # --------------------------------------------------------------------------------------------------
+
+# What of a node's row is shown over time
+_history_of = operator.itemgetter('used', 'cpus', 'load', 'memory')
+
 
 class NodeHistories:
     """CPUs used, load, and free memory and disk of nodes over time: NODE_POINTS of each, of which
@@ -998,21 +1044,32 @@ class NodeHistories:
     def add(self, rows: List[dict], now: float) -> None:
         """Take what is known of all nodes now, and put into each row as `plot` what is known of
         that node; forget the nodes that have gone."""
+        seen = set()
         for row in rows:
             name = row['id']
-            points = self._points.get(name, [])
-            apart = self._apart.setdefault(name, SAMPLES_APART)
-            if not points or now - points[-1][0] >= apart:
-                if len(points) >= NODE_POINTS:
-                    points = points[::2]
-                    self._apart[name] = 2 * apart
-                point = (round(now, 1), row['used'], row['cpus'], row['load'], row['memory'])
-                points = [*points, point]   # a new list: requests may be reading the old one
-                self._points[name] = points
-            row['plot'] = points
-        for name in set(self._points).difference([row['id'] for row in rows]):
+            seen.add(name)
+            self._add_point(name, row, now)
+            row['plot'] = self._points[name]
+        gone = set(self._points).difference(seen)
+        for name in gone:
             del self._points[name]
             del self._apart[name]
+
+    def _add_point(self, name: str, row: dict, now: float) -> None:
+        """Add a point if the last one is old enough."""
+        points = self._points.get(name, [])
+        apart = self._apart.setdefault(name, SAMPLES_APART)
+        if points:
+            last = points[-1][0]
+            if now - last < apart:
+                return
+        if len(points) >= NODE_POINTS:
+            points = points[::2]
+            self._apart[name] = 2 * apart
+        at = round(now, 1)
+        values = _history_of(row)
+        # A new list: requests may be reading the old one
+        self._points[name] = [*points, (at, *values)]
 
 
 class ClusterView(Monitor):
@@ -1046,8 +1103,8 @@ class ClusterView(Monitor):
             text = 'exit status %s' % (job.result,)
         node = job.ip_addr or ''
         key = job_number(job.serial)
-        self.failed_jobs.add(
-            job.end_time or 0.0, self.number, job.id, payload, job.status, node, text, key)
+        ended = job.end_time or 0.0
+        self.failed_jobs.add(ended, self.number, job.id, payload, job.status, node, text, key)
 
     def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
         """Note jobs that have ended."""
@@ -1060,11 +1117,15 @@ class ClusterView(Monitor):
             text = job._exception or ''
             if not text and dispy.has_exit_status(job):
                 text = 'exit status %s' % (job.result,)
-            self.ended_jobs.add(
-                self.number, job_number(job.serial), job.id, payload, job.status,
-                attempt_number(job.serial), key, where, dispy.cpus_of(job), job.submit_time,
-                job.start_time, job.end_time or time.time(), job.stdout or '', job.stderr or '',
-                text)
+            number = job_number(job.serial)
+            attempt = attempt_number(job.serial)
+            cpus = dispy.cpus_of(job)
+            ended = job.end_time or time.time()
+            times = (job.submit_time, job.start_time, ended)
+            stdout = job.stdout or ''
+            stderr = job.stderr or ''
+            self.ended_jobs.add(self.number, number, job.id, payload, job.status, attempt, key,
+                                where, cpus, *times, stdout, stderr, text)
             self.output.pop(job, None)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
@@ -1265,7 +1326,9 @@ def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used
                                  in known.get('resources', {}).items())
     row['holder'] = ''
     row['memory'], row['disk'], idle = known['free']
-    row['memory_total'], row['disk_total'] = known.get('totals', (None, None))
+    memory, disk = known.get('totals', (None, None))
+    row['memory_total'] = memory
+    row['disk_total'] = disk
     row['load'] = None
     if idle is not None:
         row['load'] = round(100.0 - idle, 1)
@@ -1975,7 +2038,10 @@ class SchedulerJobs:
         rows = self._at_nodes()
         for cluster in self._source.numbers():
             waiting = self._all('waiting', cluster, most=WAITING_LISTED)
-            rows += [listed_job(cluster, job, job_number(job), 'waiting') for job in waiting]
+            for job in waiting:
+                number = job_number(job)
+                row = listed_job(cluster, job, number, 'waiting')
+                rows.append(row)
         return rows
 
     def running(self) -> List[dict]:
@@ -2095,7 +2161,9 @@ class SchedulerSource:
             found[row['id']] = row
         self._keep_histories(clusters)
         self._numbers = list(by_number)
-        self._names = {name: row['name'] or row['address'] for name, row in found.items()}
+        self._names = {}
+        for name, row in found.items():
+            self._names[name] = row['name'] or row['address']
         with self._lock:
             self._keys = {}
             for name, row in found.items():
@@ -2372,6 +2440,7 @@ NODE_FIELDS = ('name', 'address', 'state', 'cpus', 'used', 'jobs', 'job_seconds'
 NODE_DESCENDING = ('cpus', 'used', 'jobs', 'job_seconds', 'load')
 JOB_FIELDS = ('seconds', 'job', 'cluster', 'state')
 FAILURE_FIELDS = ('count', 'last', 'text', 'cluster')
+LISTED_DESCENDING = ('time', 'seconds', 'attempts')
 LISTED_ORDER = ('time', 'id', 'job', 'cluster', 'state', 'where', 'seconds', 'attempts',
                 'submitted', 'began', 'ended')
 
@@ -2396,11 +2465,15 @@ def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
 def jobs_of_all(clusters: List[dict]) -> Dict[str, int]:
     """Return how many jobs were submitted and have ended, and how many of these have failed, of all
     clusters that are open or, if none is, of all."""
-    rows = [row for row in clusters if row['state'] != 'closed'] or clusters
-    failed = sum(row['failed'] for row in rows)
-    ended = sum(row['done'] + row['cancelled'] for row in rows) + failed
-    submitted = sum(row['submitted'] for row in rows)
-    return {'submitted': submitted, 'ended': ended, 'failed': failed}
+    rows = [row for row in clusters if row['state'] != 'closed']
+    found = {'submitted': 0, 'ended': 0, 'failed': 0}
+    for row in rows or clusters:
+        found['submitted'] += row['submitted']
+        found['failed'] += row['failed']
+        found['ended'] += row['failed']
+        found['ended'] += row['done']
+        found['ended'] += row['cancelled']
+    return found
 
 
 def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
@@ -2443,16 +2516,28 @@ def jobs_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     rows = list(filter(wanted.fits, everything))
     if wanted.search:
         jobs.fill_in(rows)
-        rows = [row for row in rows if wanted.is_found(row, jobs.texts.of(row))]
-    found = table(rows, query, LISTED_ORDER, ('time', 'seconds', 'attempts'))
+        rows = wanted.search_in(rows, jobs.texts)
+    found = table(rows, query, LISTED_ORDER, LISTED_DESCENDING)
     jobs.fill_in(found['rows'])
     found['rows'] = list(map(jobs.shown, found['rows']))
     listed = collections.Counter(row['state'] for row in everything)
-    waiting = sum(row['waiting'] for row in snapshot.clusters)
-    ended = sum(row['done'] + row['failed'] + row['cancelled'] for row in snapshot.clusters)
-    waiting -= listed['waiting'] + listed['waits there']
-    ended -= sum(listed[state] for state in ENDED_STATES)
-    found['unlisted'] = {'waiting': max(0, waiting), 'ended': max(0, ended)}
+    found['unlisted'] = unlisted(snapshot.clusters, listed)
+    return found
+
+
+def unlisted(clusters: List[dict], listed: Dict[str, int]) -> Dict[str, int]:
+    """Return how many jobs are counted and are not among those of the list, whose states are
+    counted as well."""
+    counted: Dict[str, int] = collections.Counter()
+    for row in clusters:
+        for state in COUNTED_STATES:
+            counted[state] += row[state]
+    found = {}
+    for name in ('waiting', 'ended'):
+        states = STATE_GROUPS[name]
+        count = sum(counted[state] for state in states)
+        known = sum(listed[state] for state in states)
+        found[name] = max(0, count - known)
     return found
 
 
@@ -2460,7 +2545,9 @@ def timeline_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dic
     """Answer /api/timeline. The lanes are left to `Known`."""
     span = number_in(query, 'span', 300, 10, 10 ** 7)
     found = table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
-    found['rows'], found['count'] = source.job_list.bars(found['rows'], float(span))
+    rows, count = source.job_list.bars(found['rows'], span)
+    found['rows'] = rows
+    found['count'] = count
     found['span'] = span
     found['bin'] = span / BINS
     return found
@@ -2473,10 +2560,13 @@ def at_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     when = number_in(query, 'ms', 0, 0, 10 ** 15)
     around = number_in(query, 'around', 0, 0, 10 ** 10)
     jobs = source.job_list
-    rows = jobs.at(node, lane, when / 1000.0, around / 1000.0)
-    shown = rows[:BARS_NAMED]
-    jobs.fill_in(shown)
-    found = table(list(map(jobs.shown, shown)), query, ('ended',), ('ended',))
+    begin = (when - around) / 1000.0
+    end = (when + around) / 1000.0
+    rows = jobs.at(node, lane, begin, end)
+    first = rows[:BARS_NAMED]
+    jobs.fill_in(first)
+    shown = list(map(jobs.shown, first))
+    found = table(shown, query, ('ended',), ('ended',))
     found['total'] = len(rows)
     return found
 
@@ -2706,7 +2796,9 @@ class SnapshotThread:
         while True:
             began = time.monotonic()
             ending = self._ending
-            asking = began < self._wanted_until or began - asked >= HISTORY_APART
+            asking = began < self._wanted_until
+            if began - asked >= HISTORY_APART:
+                asking = True
             if asking:
                 asked = began
             try:
@@ -2856,7 +2948,8 @@ class Known:
             rows.append(row)
         view = dict(view, rows=rows)
         if 'node' in view:
-            view['node'] = self._without_known_plot(view['node'], view['node']['id'])
+            node = view['node']
+            view['node'] = self._without_known_plot(node, node['id'])
         return view
 
     def _without_known_plot(self, row: dict, key: Any) -> dict:

@@ -95,7 +95,8 @@ class Browser:
         return self.driver.execute_script(
             'return Object.fromEntries('
             '[...document.querySelector("section").querySelectorAll("[data-figure]")]'
-            '.map(e => [e.dataset.figure, parseInt(e.firstChild.textContent.replace(/[^0-9]/g, ""))]))')
+            '.map(e => [e.dataset.figure, '
+            'parseInt(e.firstChild.textContent.replace(/[^0-9]/g, ""))]))')
 
     def script(self, text, *args):
         return self.driver.execute_script(text, *args)
@@ -367,7 +368,8 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
                 'const card = document.querySelector(`section[aria-label="cluster '
                 '${arguments[0]}"]`); return card && Object.fromEntries('
                 '[...card.querySelectorAll("[data-figure]")].map(e => '
-                '[e.dataset.figure, parseInt(e.firstChild.textContent.replace(/[^0-9]/g, ""))]))', name)
+                '[e.dataset.figure, '
+                'parseInt(e.firstChild.textContent.replace(/[^0-9]/g, ""))]))', name)
         browser.see(lambda: [shown('work')[word]
                              for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting')]
                     == [59, 1, 0, 0, 0])
