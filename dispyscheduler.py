@@ -1810,12 +1810,17 @@ class JobsForMonitors:
         where = ''
         if peer is not None:
             where = peer.name or str(peer)
-        stdout, stderr = map(_end_of_output, row[5:7])
+        stdout = _end_of_output(row[5])
+        stderr = _end_of_output(row[6])
         serial = work.client_serial
-        self._ended.add(
-            computation.number, serial, job_number(serial), work.payload or None, status,
-            attempt_number(work.serial), node, where, cpus_of(work), None, row[2] or None,
-            row[3] or time.time(), stdout, stderr, text)
+        name = job_number(serial)
+        payload = work.payload or None
+        attempt = attempt_number(work.serial)
+        cpus = cpus_of(work)
+        began = row[2] or None
+        ended = row[3] or time.time()
+        self._ended.add(computation.number, serial, name, payload, status, attempt, node, where,
+                        cpus, None, began, ended, stdout, stderr, text)
 
     def ended(self, known: int) -> List[tuple]:
         """Return the jobs that have ended after the one with this number, in the form of EndedJob;
@@ -1850,7 +1855,53 @@ class JobsForMonitors:
         submission."""
         works = self._overview.computation(number).works
         waiting = (serial for serial, work in works.items() if work.state in _AT_NO_NODE)
-        return list(itertools.islice(waiting, first, first + min(count, PAGE)))
+        last = first + min(count, PAGE)
+        page = itertools.islice(waiting, first, last)
+        return list(page)
+
+    def jobs(self, key: Any) -> List[tuple]:
+        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
+        None."""
+        peer = self._overview.peer(key)
+        rows: List[tuple] = []
+        for computation in self._overview.opened_computations():
+            left = PAGE - len(rows)
+            jobs = self._overview.jobs_at(peer.key, computation.comp, left)
+            for job in jobs:
+                number = job.work.client_serial
+                row = (computation.number, number, job.is_running, job.seconds)
+                rows.append(row)
+        return rows
+
+    def arguments(self, jobs: list) -> list:
+        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
+        size if they are large, None if the job has ended."""
+        computations = {}
+        for computation in self._overview.opened_computations():
+            computations[computation.number] = computation
+        found = []
+        for number, serial in jobs[:PAGE]:
+            work = None
+            if number in computations:
+                work = computations[number].works.get(serial)
+            found.append(self._arguments_of(work))
+        return found
+
+    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
+        if work is None:
+            return None
+        if work.payload:
+            return shown_arguments(work.payload)
+        state = self._scheduler.state
+        number = work.number
+        try:
+            size = state.size_of_payload(number)
+            if size > ARGUMENTS_MOST:
+                return size
+            return shown_arguments(state.payload(number))
+        except OSError as exc:   # the job is shown without them
+            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
+            return None
 
     def cancel(self, number: int, serials: List[int]) -> int:
         """End jobs of a computation, wherever they are. Return how many they were."""
@@ -2042,7 +2093,8 @@ class ProgramOverview(Overview):
                 return computation
         raise ValueError('there is no cluster %.20r' % (number,))
 
-    def _peer(self, key: Any) -> NodeConnection:
+    def peer(self, key: Any) -> NodeConnection:
+        """Return a node. Raises ValueError."""
         peer = self._scheduler.nodes.by_key.get(key)
         if peer is None:
             raise ValueError('there is no node %.80r' % (key,))
@@ -2164,49 +2216,6 @@ class ProgramOverview(Overview):
         rows = self._failed_jobs.since(known, self.seen_clusters())
         return list(map(tuple, rows))
 
-    def _jobs(self, key: Any) -> List[tuple]:
-        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
-        None."""
-        peer = self._peer(key)
-        rows: List[tuple] = []
-        for computation in self.opened_computations():
-            left = PAGE - len(rows)
-            for job in self.jobs_at(peer.key, computation.comp, left):
-                number = job.work.client_serial
-                row = (computation.number, number, job.is_running, job.seconds)
-                rows.append(row)
-        return rows
-
-    def _arguments(self, jobs: list) -> list:
-        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
-        size if they are large, None if the job has ended."""
-        computations = {}
-        for computation in self.opened_computations():
-            computations[computation.number] = computation
-        found = []
-        for number, serial in jobs[:PAGE]:
-            work = None
-            if number in computations:
-                work = computations[number].works.get(serial)
-            found.append(self._arguments_of(work))
-        return found
-
-    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
-        if work is None:
-            return None
-        if work.payload:
-            return shown_arguments(work.payload)
-        state = self._scheduler.state
-        number = work.number
-        try:
-            size = state.size_of_payload(number)
-            if size > ARGUMENTS_MOST:
-                return size
-            return shown_arguments(state.payload(number))
-        except OSError as exc:   # the job is shown without them
-            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
-            return None
-
     # -- orders ------------------------------------------------------------------------------------
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
@@ -2217,14 +2226,14 @@ class ProgramOverview(Overview):
             logger.info('%s has cancelled jobs of computation %d: %d', self._asker, number, count)
             return count
         comp = self.computation(number).comp
-        there = self.sent_to(self._peer(key).key, comp)
+        there = self.sent_to(self.peer(key).key, comp)
         works: List[Any] = list(there.values())
         if jobs is not None:
             works = [work for work in works if work.client_serial in jobs]
         for work in works:
             self._scheduler.decide(CancelAsked(work))
         logger.info('%s has cancelled jobs of computation %d at node %s: %d', self._asker, number,
-                    self._peer(key), len(works))
+                    self.peer(key), len(works))
         return len(works)
 
     def _cancel_waiting(self, number: int) -> int:
@@ -2249,7 +2258,7 @@ class ProgramOverview(Overview):
     def _cpus(self, key: Any, cpus: int, reason: str = '') -> int:
         """Limit the CPUs of a node that each computation may use; 0 drains the node, for this
         reason."""
-        peer = self._peer(key)
+        peer = self.peer(key)
         if type(reason) is not str:
             raise ValueError('reason=%.40r is no text' % (reason,))
         offered = peer.offered
@@ -2270,7 +2279,7 @@ class ProgramOverview(Overview):
     def _release(self, key: Any) -> int:
         """Let a node go for all computations, also those that come later, when their jobs there
         have ended."""
-        peer = self._peer(key)
+        peer = self.peer(key)
         logger.info('%s has released node %s', self._asker, peer)
         told = self._released.setdefault(peer.key, set())
         for comp, use in list(peer.uses.items()):
@@ -2284,7 +2293,7 @@ class ProgramOverview(Overview):
     def _use(self, key: Any) -> int:
         """Use a node again that was released or drained, with all its CPUs."""
         scheduler = self._scheduler
-        peer = self._peer(key)
+        peer = self.peer(key)
         self._drains.end(peer)
         logger.info('%s has resumed node %s', self._asker, peer)
         for comp in self._released.pop(peer.key, set()):
@@ -2307,11 +2316,11 @@ class ProgramOverview(Overview):
         'failures': _failures,
         'load': _load,
         'history': _history,
-        'jobs': _jobs,
+        'jobs': lambda self, *args: self._jobs_shown.jobs(*args),
         'ended': lambda self, *args: self._jobs_shown.ended(*args),
         'at_nodes': lambda self, *args: self._jobs_shown.at_nodes(*args),
         'waiting': lambda self, *args: self._jobs_shown.waiting(*args),
-        'arguments': _arguments,
+        'arguments': lambda self, *args: self._jobs_shown.arguments(*args),
         'cancel': _cancel,
         'cancel_waiting': _cancel_waiting,
         'add': _add,
@@ -3795,7 +3804,7 @@ class ProgramCalls(Part):
     # What programs ask; other names are commands
     _CALLS = {
         'nodes': _nodes,
-        'jobs': _jobs,
+        'jobs': lambda self, *args: self._jobs_shown.jobs(*args),
         'allocate': _allocate,
         'leave': _leave,
         'running': _running,
