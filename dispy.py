@@ -12532,10 +12532,15 @@ class SchedulerCalls:
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
         """Ask a cluster's scheduler."""
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        return self.call_peer(peer, comp, name, *args)
+
+    def call_peer(self, peer: NodeConnection, comp: str, name: str,
+                  *args: Any) -> 'concurrent.futures.Future[Any]':
+        """Ask a scheduler, or a node of a cluster, that is connected."""
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
         self._driver.send(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
@@ -12970,6 +12975,63 @@ class JobAtNode(NamedTuple):
     seconds: Optional[float]   # that it has run; None: not known
 
 
+class JobSight(NamedTuple):
+    """What a node has told of a running job."""
+    age: float       # s since it was told
+    stacks: str      # of its process; empty if they were not asked for
+    stdout: bytes    # the ends of these
+    stderr: bytes
+    error: str       # why nothing is known
+
+
+class JobLooks:
+    """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
+    processes. The driver's thread."""
+    APART = 0.5      # s between two questions for a job
+    KEPT = 200       # answers
+    CANNOT = 'its node is not connected, or is of an older release'
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (computation, serial) -> when its node was asked, and when and what it has told
+        self._asked: 'collections.OrderedDict[Tuple[str, int], float]' = collections.OrderedDict()
+        self._told: 'collections.OrderedDict[Tuple[str, int], Tuple[float, tuple]]' = \
+            collections.OrderedDict()
+
+    def look(self, peer: NodeConnection, comp: str, serial: int,
+             wants_stacks: bool) -> Optional[JobSight]:
+        """Ask the node where a job runs, unless it was asked a moment ago, and return what it has
+        told before, None if it has not told anything. What it answers is known the next time."""
+        key = (comp, serial)
+        now = self._driver.now
+        if peer.link is None or not peer.facts.get('looks'):
+            return JobSight(0.0, '', b'', b'', self.CANNOT)
+        if now - self._asked.get(key, -math.inf) >= self.APART:
+            self._keep(self._asked, key, now)
+            future = self._driver.calls.call_peer(peer, comp, 'look', serial, wants_stacks)
+            future.add_done_callback(functools.partial(self._answered, key))
+        told = self._told.get(key)
+        if told is None:
+            return None
+        when, values = told
+        return JobSight(now - when, *values)
+
+    def _answered(self, key: Tuple[str, int], future: Any) -> None:
+        exc = future.exception()
+        if exc is not None:
+            values = ('', b'', b'', str(exc))
+        else:
+            stacks, stdout, stderr = future.result()
+            values = (str(stacks), bytes(stdout), bytes(stderr), '')
+        self._keep(self._told, key, (self._driver.now, values))
+
+    def _keep(self, table: Any, key: Tuple[str, int], value: Any) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > self.KEPT:
+            table.popitem(last=False)
+
+
 class Overview:
     """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
     answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
@@ -12982,6 +13044,7 @@ class Overview:
         self._asked: Dict[Tuple[Any, str], float] = {}
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+        self.looks = JobLooks(driver)
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
@@ -13022,6 +13085,20 @@ class Overview:
         if report is not None:
             free.update(report[1].available)
         return free
+
+    def sights(self, comp: str, numbers: Sequence[int],
+               wants_stacks: bool) -> List[Optional[JobSight]]:
+        """What jobs of a computation do, which are named by their numbers; None where it is not
+        known, or not yet."""
+        wanted = frozenset(numbers)
+        found: Dict[int, Optional[JobSight]] = {}
+        for key, node in self._driver.schedule.nodes.items():
+            for serial in node.in_flight.get(comp, ()):
+                number = job_number(serial)
+                if number in wanted:
+                    peer = self._driver.nodes.by_key[key]
+                    found[number] = self.looks.look(peer, comp, serial, wants_stacks)
+        return [found.get(number) for number in numbers]
 
     def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
         """What is known of a node, whoever uses it."""

@@ -78,9 +78,8 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     state 'running' or 'waits there'
     seconds s since it was sent or, where the node has said so, that it has run; null: not known
     stdout, stderr: the last 4 KiB printed
-    live bool: whether output is sent while it is printed, which it is by nodes that were set up
-        after this server was made, or if the cluster has on_output; null: of a scheduler, which
-        passes output on and does not keep it
+    live bool: whether that is what it has printed until now; false or null: it was asked for a
+        moment ago, and is not there yet
 /api/failures, jobs that have failed, by the last line of their tracebacks without numbers and
     names of nodes; of the last 500 of each cluster, or of a scheduler
     group str: for /api/jobs; text str: that line, trace str: of the last one
@@ -116,6 +115,8 @@ clusters that come later too.
 
     /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node;
                           {cluster, jobs: [number, ...]}: wherever they are
+    /api/stacks           {cluster, job}: answered by {done: 1, text str}, the stacks of the
+                          process of a running job, which goes on
     /api/cancel_waiting   {cluster}: end jobs that do not run
     /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all that a word
                           with * means
@@ -180,8 +181,8 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 import dispy
 from dispy import (
     ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, ConnectionSettings, DispyJob,
-    EndedJob, EndedJobs, FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec,
-    NodeUse, SharedJobCluster, words_of)
+    EndedJob, EndedJobs, FailedJob, FailedJobs, JobAtNode, JobCluster, JobSight, Monitor, NodeInfo,
+    NodeSpec, NodeUse, SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError, job_number,
                        __version__, find_secret, host_and_port, _no_password, write_private,
                        pieces_of, read_secret, size_of, tls_files, split_needs, Each,
@@ -213,6 +214,8 @@ WAITING_LISTED = 2000         # of the waiting jobs of a cluster
 BARS_KEPT = 200000            # of the timeline
 # Seconds after which nodes are asked for their history if nobody looks
 HISTORY_APART = 10.0
+STACKS_TIME = 5.0             # s that a node may take to tell the stacks of a job
+STACKS_STEP = 0.1             # s between two questions for them
 NODE_POINTS = 240             # of a node's history
 BINS = 600                    # of the time that it shows
 BARS_NAMED = 5                # jobs that are named where a bar stands for many
@@ -429,6 +432,8 @@ class History:
 # --------------------------------------------------------------------------------------------------
 
 JobKey = Tuple[int, int]   # cluster, number of the job there
+# Node -> its running jobs: lane, beginning, cluster and number of the job
+Placed = Dict[str, List[List[Any]]]
 
 
 def key_of(row: dict) -> JobKey:
@@ -601,7 +606,7 @@ class Timeline:
             lanes.append(Lane())
         return found
 
-    def place(self, running: List[dict]) -> Dict[str, List[List[Any]]]:
+    def place(self, running: List[dict]) -> Placed:
         """Return for each node the jobs that run: lane, beginning, cluster and number of the
         job."""
         before = self._held
@@ -616,7 +621,7 @@ class Timeline:
                 new.append(row)
         for row in new:
             self._hold(row, self._free(row))
-        found: Dict[str, List[List[Any]]] = collections.defaultdict(list)
+        found: Placed = collections.defaultdict(list)
         for row in running:
             key = key_of(row)
             node, numbers = self._held[key]
@@ -809,6 +814,7 @@ class JobList:
     failures() - FailedJob of those that have failed
     arguments(rows) - the packed arguments of rows whose arguments are not `known`
     details(row) - what else is known of a job
+    sights(keys, wants_stacks) - JobSight of those that run, None where it is not known yet
     """
 
     def __init__(self, jobs: Any) -> None:
@@ -818,7 +824,7 @@ class JobList:
         self._rows: List[dict] = []
         self._made = -math.inf
         self._asked = False                 # a page has asked for jobs
-        self._placed: Dict[str, List[List[Any]]] = {}   # node -> jobs that run, for the timeline
+        self._placed: Placed = {}           # jobs that run, for the timeline
         self._placed_at = -math.inf
         self.texts = JobTexts()
         self.shows_arguments = True
@@ -975,12 +981,45 @@ class JobList:
         shown['live'] = None
         if row['state'] not in ENDED_STATES:
             shown.update(self._jobs.details(row))
+        printed = shown['stdout'] or shown['stderr']
+        if row['state'] == 'running' and not printed:
+            self.show_output([shown])
         for stream in ('stdout', 'stderr'):
             if isinstance(shown[stream], bytes):
                 shown[stream] = shown[stream].decode('utf-8', 'replace')
         if row['known'] and self.shows_arguments:
             shown['arguments'] = arguments_text(row['payload'], LONG)
         return shown
+
+    def show_output(self, rows: List[dict]) -> None:
+        """Ask for what running jobs have printed, and fill in what is known of it."""
+        keys = list(map(key_of, rows))
+        try:
+            sights = self._jobs.sights(keys, False)
+        except (RuntimeError, concurrent.futures.TimeoutError) as exc:
+            logger.debug('what jobs print cannot be asked: %s', exc)
+            return
+        for row, sight in zip(rows, sights):
+            if sight is not None:
+                row['stdout'] = sight.stdout
+                row['stderr'] = sight.stderr
+                row['live'] = True
+
+    def stacks(self, key: JobKey) -> str:
+        """Return the stacks of the process of a running job as they are now. Raises Refusal."""
+        began = time.monotonic()
+        while True:
+            sight, = self._jobs.sights([key], True)
+            passed = time.monotonic() - began
+            is_new = sight is not None and sight.age < passed
+            if is_new and sight.error:
+                raise Refusal(409, sight.error)
+            if is_new and sight.stacks:
+                text: str = sight.stacks
+                return text
+            if passed > STACKS_TIME:
+                raise Refusal(409, 'the job does not run, or its node does not answer')
+            time.sleep(STACKS_STEP)
 
 
 class JobFilter:
@@ -1185,6 +1224,13 @@ class ClusterView(Monitor):
         overview = self.cluster.driver.overview
         return overview.known_jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
+    def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what jobs do, which are named by their numbers. Any thread but the driver's."""
+        cluster = self.cluster
+        overview = cluster.driver.overview
+        return cluster.driver.ask(  # type: ignore[no-any-return]
+            lambda: overview.sights(cluster.comp, numbers, wants_stacks))
+
     def is_live(self, key: Any) -> bool:
         """Return whether a node sends what jobs print while they print it. The driver's thread."""
         peer = self.cluster.driver.nodes.by_key[key]
@@ -1223,6 +1269,13 @@ class ClusterView(Monitor):
             holder = peer.facts.get('holder', '')
             row['holder'] = str(free.get('holder', holder))
         return row
+
+
+def sight_of(row: Optional[tuple]) -> Optional[JobSight]:
+    """Return what a scheduler has told of a job in its own form."""
+    if row is None:
+        return None
+    return JobSight(*row)
 
 
 # (address, name) of a node -> serial -> job there
@@ -1294,6 +1347,18 @@ class SharedClusterView(ClusterView):
         return rows
 
     known_jobs_at = jobs_at
+
+    def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what jobs do, as the scheduler tells."""
+        cluster = self.cluster
+        calls = cluster.driver.calls
+        places = cluster.delivery.places.copy()
+        known = {job_number(job.serial): job.serial for job in places}
+        serials = [known.get(number, 0) for number in numbers]
+        future = cluster.driver.ask(
+            lambda: calls.call(cluster.comp, 'looks', serials, wants_stacks))
+        rows = dispy.answer_of(future, dispy.CALL_TIME)
+        return list(map(sight_of, rows))
 
     def is_live(self, key: Any) -> bool:
         """Return whether the scheduler passes output on while it is printed."""
@@ -1515,6 +1580,20 @@ class ClusterJobs:
     def arguments(self, rows: List[dict]) -> List[Any]:
         """Return the packed arguments of jobs that have lost them: they have ended."""
         return [None for _ in rows]
+
+    def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what running jobs do, in this order."""
+        by_cluster: Dict[int, List[int]] = {}
+        for cluster, number in keys:
+            of_cluster = by_cluster.setdefault(cluster, [])
+            of_cluster.append(number)
+        found: Dict[JobKey, Optional[JobSight]] = {}
+        for cluster, numbers in by_cluster.items():
+            watched = self._source.cluster(cluster)
+            sights = watched.sights(numbers, wants_stacks)
+            for number, sight in zip(numbers, sights):
+                found[cluster, number] = sight
+        return [found[key] for key in keys]
 
     def details(self, row: dict) -> dict:
         """Return what a job that has not ended has printed, and where it was lost before."""
@@ -1754,6 +1833,9 @@ class ClusterSource:
 
     def complete(self, rows: List[dict]) -> None:
         """Fill in what takes time in the rows of jobs that are shown. Any thread."""
+        running = [row for row in rows if row['state'] == 'running']
+        silent = [row for row in running if not row['live']]
+        self.job_list.show_output(silent)
         for row in rows:
             if self.job_list.shows_arguments:
                 row['arguments'] = arguments_text(row['arguments'])
@@ -2078,6 +2160,11 @@ class SchedulerJobs:
         """Return nothing: what a job prints is passed on to its program and not kept."""
         return {}
 
+    def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what running jobs do, in this order."""
+        rows = self._source.ask('looks', keys, wants_stacks)
+        return list(map(sight_of, rows))
+
 
 def scheduler_node_id(key: Any) -> str:
     """Return the id of a node of a scheduler."""
@@ -2260,6 +2347,8 @@ class SchedulerSource:
     def complete(self, rows: List[dict]) -> None:
         """Add the arguments to the rows of jobs that are shown. The scheduler is asked for each of
         them once."""
+        running = [row for row in rows if row['state'] == 'running']
+        self.job_list.show_output(running)
         jobs = [(row['cluster'], row['job']) for row in rows]
         with self._lock:
             missing = [job for job in jobs if job not in self._texts]
@@ -2596,6 +2685,7 @@ CHANGES: Dict[str, Tuple[str, Dict[str, Tuple[Any, bool]]]] = {
     '/api/use': ('use', {'node': (str, True), 'cluster': (int, False)}),
     '/api/drain': ('drain', {'node': (str, True), 'cluster': (int, False)}),
     '/api/release': ('release', {'node': (str, True), 'cluster': (int, False)}),
+    '/api/stacks': ('stacks', {'cluster': (int, True), 'job': (int, True)}),
     '/api/cpus': ('cpus', {'node': (str, True), 'cpus': (int, True), 'cluster': (int, False)}),
 }
 
@@ -3294,6 +3384,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 'nodes are only looked at here; what they do is decided by the program that uses '
                 'them')
         try:
+            if name == 'stacks':
+                text = source.job_list.stacks(key_of(body))
+                self._reply_json({'done': 1, 'text': text})
+                return
             done = getattr(source, name)(**body)
         except (ValueError, TypeError) as exc:
             raise Refusal(400, str(exc)) from exc
@@ -5317,9 +5411,6 @@ function noJobs() {
   return empty("Which jobs these are is known to the program that uses the node.");
 }
 
-const NOT_LIVE = "Output is shown while it is printed by nodes that were set up after the " +
-  "monitor was made, or if the cluster has on_output. This node was set up before.";
-
 // Jobs that have ended meanwhile are not chosen any more.
 function forgetEndedJobs() {
   const there = new Set(view.rows.map(jobKey));
@@ -5334,7 +5425,6 @@ function nodePage() {
   const jobs = view.rows.length
     ? tableOf(JOB_COLUMNS, row => "j" + jobKey(row), "Jobs on this node")
     : noJobs();
-  const isSilent = view.rows.some(row => row.live === false);
   return [
     h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")),
     heading(node.name || node.address, addressOf(node)),
@@ -5342,7 +5432,6 @@ function nodePage() {
     h("div", {class: "top"}, h("h2", {}, "Jobs there"), h("p", {}, count(view.total))),
     jobTools(),
     jobs,
-    isSilent ? h("p", {class: "soft"}, NOT_LIVE) : null,
   ];
 }
 
@@ -5484,7 +5573,36 @@ function isOver(row) {
 function jobActions(row) {
   if (!view.manages || isOver(row)) return null;
   const cancel = {"data-act": "cancel_one", "data-job": jobKey(row)};
-  return h("span", {class: "actions"}, doubt("one" + jobKey(row), "Cancel", cancel));
+  const look = {type: "button", "data-act": "stacks", "data-key": "stacks",
+    "data-job": jobKey(row)};
+  return h("span", {class: "actions"},
+    row.state === "running" ? h("button", look, "Show its stack") : null,
+    doubt("one" + jobKey(row), "Cancel", cancel));
+}
+
+let stacks = null;   // what was told of a job: {job, text, time}
+
+async function askForStacks(data) {
+  const [cluster, job] = data.job.split(".").map(Number);
+  const headers = {"Content-Type": "application/json"};
+  const body = JSON.stringify({cluster, job});
+  try {
+    const answer = await ask("api/stacks", {method: "POST", headers, body});
+    const told = await answer.json();
+    if (!answer.ok) {
+      note(told.error);
+      return;
+    }
+    stacks = {job: data.job, text: told.text, time: Date.now() / 1000};
+    draw();
+  } catch (error) {
+    note("The server does not answer: " + error.message);
+  }
+}
+
+function stacksPart(row) {
+  if (!stacks || stacks.job !== jobKey(row)) return null;
+  return part("Stack at " + clock(stacks.time), h("pre", {}, stacks.text.trim()));
 }
 
 function part(title, ...content) {
@@ -5510,14 +5628,13 @@ function jobPage() {
     part("Arguments", h("pre", {}, row.arguments || "none")),
     row.trace ? part("Failure", h("pre", {class: "err"}, row.trace.trim())) : null,
     attemptsPart(row),
+    stacksPart(row),
     part("Output", hasOutput ? output : h("p", {class: "soft"}, outputWords(row))),
   ];
 }
 
 function outputWords(row) {
-  if (view.shared && !isOver(row)) return "Output is passed on to the program, and shown here " +
-    "when the job has ended.";
-  return "Nothing was printed.";
+  return isOver(row) ? "Nothing was printed." : "Nothing was printed yet.";
 }
 
 // -- the timeline ---------------------------------------------------------------------------------
@@ -6257,6 +6374,7 @@ const CLICKS = {
   cancel_all: cancelAll,
   cancel_waiting: cancelWaitingJobs,
   cancel_one: cancelOne,
+  stacks: askForStacks,
   use: data => post("use", {node: data.node}, () => "The node is used again."),
   drain: data => post("drain", {node: data.node}, () => "Nothing new is sent to the node."),
   release,

@@ -1903,6 +1903,29 @@ class JobsForMonitors:
             logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
             return None
 
+    def looks(self, jobs: list, wants_stacks: bool) -> List[Optional[tuple]]:
+        """Return what jobs do that are named by pairs of cluster and job, in the form of JobSight;
+        None where that is not known, or not yet."""
+        found = []
+        for number, serial in jobs[:PAGE]:
+            computation = self._overview.computation(number)
+            sights = self.looks_of(computation, [serial], wants_stacks)
+            found += sights
+        return found
+
+    def looks_of(self, computation: ClientComputation, serials: List[int],
+                 wants_stacks: bool) -> List[Optional[tuple]]:
+        """Return the same of jobs of a computation."""
+        numbers = []
+        for serial in serials:
+            work = computation.works.get(serial)
+            number = 0
+            if work is not None:
+                number = work.number
+            numbers.append(number)
+        sights = self._overview.sights(computation.comp, numbers, bool(wants_stacks))
+        return [None if sight is None else tuple(sight) for sight in sights]
+
     def cancel(self, number: int, serials: List[int]) -> int:
         """End jobs of a computation, wherever they are. Return how many they were."""
         works = self._overview.computation(number).works
@@ -1940,7 +1963,7 @@ class ProgramOverview(Overview):
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
         self._failed_jobs = FailedJobs()
-        self._jobs_shown = JobsForMonitors(self, scheduler)
+        self.jobs_shown = JobsForMonitors(self, scheduler)
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
 
@@ -2038,7 +2061,7 @@ class ProgramOverview(Overview):
             word = 'failed'
             computation.failed += 1
             status, text = self._note_failure(computation, work, row, node, exit_status)
-        self._jobs_shown.note(computation, work, row, node, int(status), text)
+        self.jobs_shown.note(computation, work, row, node, int(status), text)
         self._scheduler.history.add(computation, work, row, node, word)
 
     def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
@@ -2101,7 +2124,7 @@ class ProgramOverview(Overview):
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        self._jobs_shown.watch()
+        self.jobs_shown.watch()
         computations = self.opened_computations()
         count = min(count, PAGE)
         clusters: List[dict] = []
@@ -2222,7 +2245,7 @@ class ProgramOverview(Overview):
         """End jobs at a node: those of a list, or all for None. Without a node, those of the list
         wherever they are."""
         if key is None:
-            count = self._jobs_shown.cancel(number, jobs)
+            count = self.jobs_shown.cancel(number, jobs)
             logger.info('%s has cancelled jobs of computation %d: %d', self._asker, number, count)
             return count
         comp = self.computation(number).comp
@@ -2316,11 +2339,12 @@ class ProgramOverview(Overview):
         'failures': _failures,
         'load': _load,
         'history': _history,
-        'jobs': lambda self, *args: self._jobs_shown.jobs(*args),
-        'ended': lambda self, *args: self._jobs_shown.ended(*args),
-        'at_nodes': lambda self, *args: self._jobs_shown.at_nodes(*args),
-        'waiting': lambda self, *args: self._jobs_shown.waiting(*args),
-        'arguments': lambda self, *args: self._jobs_shown.arguments(*args),
+        'jobs': lambda self, *args: self.jobs_shown.jobs(*args),
+        'ended': lambda self, *args: self.jobs_shown.ended(*args),
+        'at_nodes': lambda self, *args: self.jobs_shown.at_nodes(*args),
+        'waiting': lambda self, *args: self.jobs_shown.waiting(*args),
+        'looks': lambda self, *args: self.jobs_shown.looks(*args),
+        'arguments': lambda self, *args: self.jobs_shown.arguments(*args),
         'cancel': _cancel,
         'cancel_waiting': _cancel_waiting,
         'add': _add,
@@ -2330,7 +2354,8 @@ class ProgramOverview(Overview):
     }
     # What users may ask, of their own programs
     _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'ended',
-                           'at_nodes', 'waiting', 'arguments', 'cancel', 'cancel_waiting'))
+                           'at_nodes', 'waiting', 'looks', 'arguments', 'cancel',
+                           'cancel_waiting'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -3761,6 +3786,13 @@ class ProgramCalls(Part):
             answer(None)
         self._files.change_files(computation, args[3], complete)
 
+    def _looks(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
+        """Tell what jobs do, which the program names by its serials."""
+        serials, wants_stacks = args
+        jobs = self._scheduler.overview.jobs_shown
+        answer(jobs.looks_of(computation, serials[:PAGE], wants_stacks))
+
     def _running(self, computation: ClientComputation, name: str, args: tuple,
                  answer: Answer) -> None:
         """Ask a node which jobs run there."""
@@ -3804,10 +3836,10 @@ class ProgramCalls(Part):
     # What programs ask; other names are commands
     _CALLS = {
         'nodes': _nodes,
-        'jobs': lambda self, *args: self._jobs_shown.jobs(*args),
+        'jobs': _jobs,
         'allocate': _allocate,
         'leave': _leave,
-        'running': _running,
+        'running': _running, 'looks': _looks,
         'place': _place,
     }
 

@@ -17,6 +17,7 @@ import pytest
 
 import dispy
 import dispy_httpd
+import dispynode
 from conftest import ROOT, eventually
 from nodes import NodeProcess, SchedulerProcess
 
@@ -247,14 +248,67 @@ def test_a_job_with_its_arguments_and_output(site):
     assert row['arguments'] == '%r, 1, text=%r' % (str(site.end), evil)
 
 
-def test_output_of_a_node_that_was_set_up_before(tmp_path):
+def test_output_of_a_job_that_had_begun_before(tmp_path):
+    """Its node does not send what it prints, and is asked for that."""
     with dispy.JobCluster(wait_for, nodes='local') as cluster:
-        cluster.wait_nodes(1, 20)
+        cluster.submit(str(tmp_path / 'end'), text='x' * 5000 + 'seen?')
+        eventually(lambda: cluster.status().nodes and cluster.status().nodes[0].busy)
         with serve(cluster) as site:
-            cluster.submit(str(tmp_path / 'end'), text='seen?')
-            assert job_rows(site, 1)[0]['live'] is False
+            row, = eventually(lambda: [row for row in job_rows(site, 1) if row['stdout']])
+            assert row['stdout'].endswith('seen?\n') and len(row['stdout']) == 4096
+            assert row['live'] and row['state'] == 'running'
             (tmp_path / 'end').write_text('')
             assert cluster.wait(20)
+
+
+def stuck(end):
+    """A job in C code, with a thread beside it."""
+    def beside():
+        event.wait()
+    event = threading.Event()
+    thread = threading.Thread(target=beside)
+    thread.start()
+    while not os.path.exists(end):
+        sorted(range(2000000), key=lambda n: -n)
+    event.set()
+    thread.join()
+    return os.getpid()
+
+
+@pytest.mark.skipif(not dispynode.STACKS_SIGNAL, reason='this system has no signal for it')
+@pytest.mark.parametrize('start_method', ['fork', 'spawn'])
+def test_the_stack_of_a_running_job(tmp_path, start_method):
+    """Of all its threads, without ours; the job goes on, and one that has changed how its process
+    takes the signal is left alone."""
+    with dispy.JobCluster(stuck, nodes='local', start_method=start_method) as cluster, \
+            serve(cluster) as site:
+        job = cluster.submit(str(tmp_path / 'end'))
+        row, = eventually(lambda: [row for row in listed(site)['rows']
+                                   if row['state'] == 'running'])
+        for _ in range(2):
+            status, answer = site.post('/api/stacks', cluster=1, job=row['job'])
+            assert status == 200 and 'in stuck' in answer['text'], answer
+            assert 'in beside' in answer['text'] and 'dispynode.py' not in answer['text']
+        (tmp_path / 'end').write_text('')
+        assert job(30) > 0 and cluster.wait(20)
+        assert site.post('/api/stacks', cluster=1, job=row['job'])[0] == 409
+
+
+def test_a_job_that_takes_no_signal_is_left_alone(tmp_path):
+    def deaf(end, number):
+        import signal
+        signal.signal(number, signal.SIG_DFL)
+        print('deaf', flush=True)
+        while not os.path.exists(end):
+            time.sleep(0.01)
+    number = dispynode.STACKS_SIGNAL
+    with dispy.JobCluster(deaf, nodes='local') as cluster, serve(cluster) as site:
+        job = cluster.submit(str(tmp_path / 'end'), number)
+        row, = eventually(lambda: [row for row in job_rows(site, 1) if row['stdout']])
+        status, answer = site.post('/api/stacks', cluster=1, job=row['job'])
+        assert status == 200 and 'has changed how' in answer['text']
+        (tmp_path / 'end').write_text('')
+        assert job(20) is None and job.status == dispy.DispyJob.Finished
 
 
 def busy(n, end, text=''):
@@ -331,7 +385,7 @@ def test_all_jobs_are_listed_and_each_has_a_page(tmp_path):
             assert site.get('/api/job?cluster=1&job=999999')[0] == 404
             # When they ran
             row, = site.rows('/api/timeline?span=3600')
-            assert ([one[0] for one in row['running']] == [0, 1] and row['name'] == 'attic'
+            assert (sorted(one[0] for one in row['running']) == [0, 1] and row['name'] == 'attic'
                     and {one[3] for one in row['running']} == {one['job'] for one in running})
             assert sum(numbers[3] for lane in row['lanes'] for numbers in fours(lane[2])) == 10
             ran = states['job3']
@@ -1029,6 +1083,13 @@ def test_all_jobs_of_a_scheduler_are_listed(shared):
             rows = listed(site, '?state=waiting')['rows']
             assert [row['arguments'] for row in rows] == ['%d, %r' % (int(row['id']) - 1, end)
                                                           for row in rows]
+            running = listed(site, '?state=running')['rows'][0]
+            where = dict(cluster=running['cluster'], job=running['job'])
+            one, = eventually(lambda: [row for row in site.rows(
+                '/api/job?cluster=%(cluster)d&job=%(job)d' % where) if row['stdout']])
+            assert one['stdout'] == ' %d\n' % (int(running['id']) - 1)
+            status, answer = site.post('/api/stacks', **where)
+            assert status == 200 and 'in busy' in answer['text'], answer
             row, = eventually(lambda: [row for row in site.rows('/api/timeline?span=3600')
                                        if len(row['running']) == 2])
             assert sum(numbers[3] for lane in row['lanes'] for numbers in fours(lane[2])) == 10
