@@ -103,6 +103,11 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
         counted since the epoch; kind 0: done, 1: cancelled, 2: failed. A stream tells what is new:
         of each CPU the runs from that number on
     running [[CPU, s since the epoch when it began, cluster, job], ...]
+/api/accounts?by=user|day|computation&days=N, of a scheduler: jobs that it remembers (--history)
+    user str, day 'YYYY-MM-DD' (the last one), computation str, program str; those that were asked
+        by say what the row is about
+    jobs, done, failed, cancelled int; cpu_seconds s
+    and beside the rows by str, complete bool: whether all was read, none str: why there is nothing
 /api/at?node=ID&lane=CPU&ms=T&around=MS: jobs that ran there T ms since the epoch, as of /api/jobs
 /metrics
     text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and
@@ -216,6 +221,8 @@ BARS_KEPT = 200000            # of the timeline
 HISTORY_APART = 10.0
 STACKS_TIME = 5.0             # s that a node may take to tell the stacks of a job
 STACKS_STEP = 0.1             # s between two questions for them
+ACCOUNTS_KEPT = 50000         # sums of a day, user and computation
+DAY = 86400.0                 # s
 NODE_POINTS = 240             # of a node's history
 BINS = 600                    # of the time that it shows
 BARS_NAMED = 5                # jobs that are named where a bar stands for many
@@ -2166,6 +2173,123 @@ class SchedulerJobs:
         return list(map(sight_of, rows))
 
 
+class HistoryRow(NamedTuple):
+    """A job of the history that a scheduler keeps, as it tells of it."""
+    user: str
+    proven: int      # whether that is shown by a secret
+    program: str
+    name: str        # of its computation
+    job: int
+    node: str
+    began: float     # these two in s since the epoch
+    ended: float
+    cpus: int
+    outcome: str     # 'done', 'failed' or 'cancelled'
+    comp: str
+
+
+class Accounts:
+    """Sums over the history that a scheduler keeps (--history), for each day, user and computation.
+    It is read on from where it was read to, some pages at a time. Requests."""
+    PAGES = 20       # of the history that are read for one request
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()    # guards all below
+        self._after = 0
+        self._last: Set[tuple] = set()   # jobs of the last page, of which more may come
+        # (day, user, computation, its name) -> row
+        self._sums: Dict[tuple, dict] = {}
+        self.is_complete = False
+
+    def read(self) -> List[dict]:
+        """Read on, and return the sums. Raises RuntimeError if the scheduler is away, ValueError if
+        it keeps no history."""
+        with self._lock:
+            for _ in range(self.PAGES):
+                self.is_complete = self._read_page()
+                if self.is_complete:
+                    break
+            if len(self._sums) > ACCOUNTS_KEPT:
+                self._forget_oldest()
+            return [dict(row) for row in self._sums.values()]
+
+    def _read_page(self) -> bool:
+        """Read a page. Return whether it is the last one for now."""
+        after, rows = self._ask('history', self._after, 0.0)
+        known = self._last
+        self._last = set()
+        for row in rows:
+            job = HistoryRow(*row)
+            key = (job.comp, job.job, job.ended)
+            self._last.add(key)
+            if key not in known:
+                self._add(job)
+        if after < 0:
+            return True
+        self._after = after
+        self._last = set()
+        return False
+
+    def _add(self, job: HistoryRow) -> None:
+        local = time.localtime(job.ended)
+        day = time.strftime('%Y-%m-%d', local)
+        user = job.user
+        if user and not job.proven:
+            user += ' (not proven)'
+        key = (day, user, job.comp, job.name)
+        row = self._sums.get(key)
+        if row is None:
+            row = dict(NEW_SUM)
+            row['day'] = day
+            row['user'] = user
+            row['computation'] = job.name
+            row['program'] = job.program
+            self._sums[key] = row
+        row['jobs'] += 1
+        row[job.outcome] += 1
+        seconds = job.ended - job.began
+        row['cpu_seconds'] += seconds * job.cpus
+
+    def _forget_oldest(self) -> None:
+        keys = sorted(self._sums)
+        count = len(keys) - ACCOUNTS_KEPT
+        for key in keys[:count]:
+            del self._sums[key]
+
+
+SUMMED = ('jobs', 'done', 'failed', 'cancelled', 'cpu_seconds')
+NEW_SUM: Dict[str, Any] = dict.fromkeys(SUMMED, 0)
+OF_PROGRAMS = ('user', 'computation', 'program')
+# What sums are asked by -> what a row of these is about
+SUMMED_BY: Dict[str, Tuple[str, ...]] = {
+    'user': ('user',), 'day': ('day',), 'computation': OF_PROGRAMS
+}
+
+
+def summed(rows: List[dict], by: str) -> List[dict]:
+    """Return one row for each value of a field: 'user' or 'day', or for each computation of each
+    program, all days together."""
+    found: Dict[tuple, dict] = {}
+    names = SUMMED_BY[by]
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        total = found.get(key)
+        if total is None:
+            total = dict(NEW_SUM)
+            total['day'] = row['day']
+            for name in OF_PROGRAMS:
+                total[name] = ''
+            total.update(zip(names, key))
+            found[key] = total
+        for field in SUMMED:
+            total[field] += row[field]
+        total['day'] = max(total['day'], row['day'])
+    for row in found.values():
+        row['cpu_seconds'] = round(row['cpu_seconds'], 3)
+    return list(found.values())
+
+
 def scheduler_node_id(key: Any) -> str:
     """Return the id of a node of a scheduler."""
     return '1.' + key_text(key)
@@ -2190,6 +2314,7 @@ class SchedulerSource:
         self._names: Dict[str, str] = {}              # id of a node -> its name
         self._numbers: List[int] = []                 # of clusters
         self.job_list = JobList(SchedulerJobs(self))
+        self.accounts = Accounts(self.ask)
         self._failed = 0                              # number of the last failure that was told
         self._lock = threading.Lock()                 # guards the three below: requests
         self._keys: Dict[str, Any] = {}               # id of a node -> its key there
@@ -2232,6 +2357,7 @@ class SchedulerSource:
             self._take_failures()
         except (RuntimeError, concurrent.futures.TimeoutError) as exc:
             self.text = str(exc) or 'the scheduler does not answer'
+            self.accounts = Accounts(self.ask)
             self.job_list.forget()   # numbers may mean others when it is there again
             with self._lock:
                 self._texts.clear()
@@ -2529,6 +2655,9 @@ NODE_FIELDS = ('name', 'address', 'state', 'cpus', 'used', 'jobs', 'job_seconds'
 NODE_DESCENDING = ('cpus', 'used', 'jobs', 'job_seconds', 'load')
 JOB_FIELDS = ('seconds', 'job', 'cluster', 'state')
 FAILURE_FIELDS = ('count', 'last', 'text', 'cluster')
+ACCOUNT_FIELDS = ('cpu_seconds', 'jobs', 'done', 'failed', 'cancelled', 'user', 'day',
+                  'computation')
+ACCOUNT_DESCENDING = ('cpu_seconds', 'jobs', 'done', 'failed', 'cancelled', 'day')
 LISTED_DESCENDING = ('time', 'seconds', 'attempts')
 LISTED_ORDER = ('time', 'id', 'job', 'cluster', 'state', 'where', 'seconds', 'attempts',
                 'submitted', 'began', 'ended')
@@ -2642,6 +2771,30 @@ def timeline_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dic
     return found
 
 
+def accounts_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
+    """Answer /api/accounts."""
+    by = query.pop('by', 'user')
+    days = number_in(query, 'days', 36500, 1, 36500)
+    if by not in SUMMED_BY:
+        raise Refusal(400, 'by=%.40s: it is one of user, day, computation' % by)
+    if not source.shared:
+        raise Refusal(404, 'only a dispyscheduler keeps accounts')
+    rows = []
+    nothing = ''
+    try:
+        rows = source.accounts.read()
+    except ValueError as exc:   # it keeps none
+        nothing = str(exc)
+    since = time.localtime(time.time() - days * DAY)
+    first = time.strftime('%Y-%m-%d', since)
+    recent = [row for row in rows if row['day'] > first]
+    found = table(summed(recent, by), query, (by, *ACCOUNT_FIELDS), ACCOUNT_DESCENDING)
+    found['by'] = by
+    found['complete'] = source.accounts.is_complete
+    found['none'] = nothing
+    return found
+
+
 def at_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """Answer /api/at."""
     node = query.pop('node', '')
@@ -2671,7 +2824,7 @@ def job_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
 VIEWS: Dict[str, Callable[[Any, Snapshot, Dict[str, str]], dict]] = {
     '/api/clusters': clusters_view, '/api/nodes': nodes_view, '/api/node': node_view,
     '/api/failures': failures_view, '/api/jobs': jobs_view, '/api/job': job_view,
-    '/api/timeline': timeline_view, '/api/at': at_view
+    '/api/timeline': timeline_view, '/api/at': at_view, '/api/accounts': accounts_view
 }
 
 # path -> (method of the source, {field: (type, whether it must be there)})
@@ -4713,6 +4866,7 @@ const PAGES = {
   jobs: "Jobs",
   nodes: "Nodes",
   failures: "Failures",
+  accounts: "Accounts",
   manage: "Manage",
 };
 // Those that are shown where only nodes are watched
@@ -4729,6 +4883,7 @@ const SOURCES = {
   nodes: "nodes",
   node: "node",
   failures: "failures",
+  accounts: "accounts",
   manage: "nodes",
 };
 // Words of the query that make it another page, which is drawn anew
@@ -6110,6 +6265,56 @@ function failuresPage() {
   return [heading("Failures", words, byNumber, ", ", byTime), groups, pager()];
 }
 
+// -- accounts -------------------------------------------------------------------------------------
+
+const SUMS = {user: "User", day: "Day", computation: "Computation"};
+const PERIODS = [[1, "today"], [7, "7 days"], [31, "31 days"], [36500, "all days"]];
+
+function sumCell(row) {
+  const name = row[view.by] || "no name";
+  return [name, view.by === "computation" ? subline(row.program) : null];
+}
+
+function sumColumns() {
+  const numbers = ["done", "failed", "cancelled"].map(field => {
+    return [field[0].toUpperCase() + field.slice(1), field, "n", row => count(row[field])];
+  });
+  return [
+    [SUMS[view.by], view.by, "wide", sumCell],
+    ["CPU time", "cpu_seconds", "n", row => span(row.cpu_seconds)],
+    ["Jobs", "jobs", "n", row => count(row.jobs)],
+    ...numbers,
+  ];
+}
+
+function sumLinks() {
+  return h("span", {class: "tabs"}, Object.entries(SUMS).map(([by, words]) => {
+    const current = by === view.by ? "true" : false;
+    const sort = by === "day" ? "day" : "cpu_seconds";
+    const link = href("accounts", {by, sort, desc: 1, page: 1});
+    return h("a", {href: link, "aria-current": current}, "by " + words.toLowerCase());
+  }));
+}
+
+function periodChoice() {
+  const now = Number(place.query.get("days") || 36500);
+  const options = PERIODS.map(([days, words]) => {
+    return h("option", {value: days, "data-key": days, selected: days === now}, words);
+  });
+  return h("select", {name: "days", "data-act": "word", "aria-label": "days"}, options);
+}
+
+function accountsPage() {
+  if (view.none) return [heading("Accounts"), empty(view.none)];
+  const words = view.complete ? "jobs that the scheduler remembers" : "the history is being read";
+  const rows = view.rows.length
+    ? tableOf(sumColumns(), row => "a" + row.user + row.day + row.computation + row.program,
+      "Accounts")
+    : empty("No job has ended in this time.");
+  return [heading("Accounts", words),
+    h("div", {class: "tools"}, sumLinks(), periodChoice()), rows];
+}
+
 // -- managing -------------------------------------------------------------------------------------
 
 function clusterChoice() {
@@ -6212,13 +6417,20 @@ const DRAW = {
   nodes: nodesPage,
   node: nodePage,
   failures: failuresPage,
+  accounts: accountsPage,
   manage: managePage,
 };
 
+// Whether a page has something to show of what is watched.
+function isServed(page) {
+  if (!view) return page !== "accounts";
+  if (view.home === "nodes") return NODE_PAGES.has(page);
+  return page !== "accounts" || Boolean(view.shared);
+}
+
 function drawNavigation() {
   const shown = ENTRY[place.page] || place.page;
-  const isOfNodes = view && view.home === "nodes";
-  const entries = Object.entries(PAGES).filter(([name]) => !isOfNodes || NODE_PAGES.has(name));
+  const entries = Object.entries(PAGES).filter(([name]) => isServed(name));
   const links = entries.map(([name, words]) => {
     return h("a", {href: "#/" + name, "aria-current": name === shown ? "page" : false}, words);
   });

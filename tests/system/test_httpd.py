@@ -953,7 +953,8 @@ class Shared:
         with contextlib.ExitStack() as stack:
             self.node = stack.enter_context(NodeProcess(self.root / 'node', '--name', 'attic'))
             self.scheduler = stack.enter_context(SchedulerProcess(
-                self.root / 'scheduler', '-n', '127.0.0.1:%d' % self.node.port, '--httpd', '0'))
+                self.root / 'scheduler', '-n', '127.0.0.1:%d' % self.node.port, '--httpd', '0',
+                '--history', '1'))
             process = subprocess.Popen(
                 [sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), '--scheduler',
                  '127.0.0.1:%d' % self.scheduler.port, '-p', '0',
@@ -1096,8 +1097,16 @@ def test_all_jobs_of_a_scheduler_are_listed(shared):
         first = listed(site, '?state=waiting&per=1')['rows'][0]
         assert site.post('/api/cancel', cluster=first['cluster'], jobs=[first['job']])[0] == 200
         eventually(lambda: jobs[int(first['id']) - 1].status == dispy.DispyJob.Cancelled)
+        assert own.get('/api/accounts')[0] == 404
         shared.end.write_text('')
         assert cluster.wait(30)
+        for site in shared.sites:   # what it remembers for accounts
+            for by, name in (('user', None), ('computation', 'busy'),
+                             ('day', time.strftime('%Y-%m-%d'))):
+                row, = eventually(lambda: [row for row in site.rows('/api/accounts?days=2&by=' + by)
+                                           if row['jobs'] == 40])
+                assert (row['done'], row['failed'], row['cancelled']) == (38, 1, 1)
+                assert row['cpu_seconds'] > 0 and row[by] == (name or row['user'])
 
 
 def test_nodes_of_a_scheduler_are_managed_for_all(shared):

@@ -176,3 +176,48 @@ def test_ended_jobs_are_bounded_in_number_and_in_bytes(monkeypatch):
     add(jobs, 26, stdout=b'x' * 9000)
     add(jobs, 27, stdout=b'x' * 9000, payload=b'x' * 100000)
     assert [row.job for row in jobs.since(0)] == [26, 27] and jobs.since(27)[0].payload == 100000
+
+
+# -- accounts --------------------------------------------------------------------------------------
+
+def test_a_history_is_read_on_and_no_job_is_counted_twice(monkeypatch):
+    """In pages, the last of which may be asked for again with more jobs in it."""
+    rows = []
+
+    def add(user, outcome, ended=86400.0 * 20000, proven=1, name='f'):
+        rows.append((user, proven, 'p', name, len(rows), 'attic', ended - 10.0, ended, 2, outcome,
+                     'c' + name))
+
+    def ask(name, after, since):
+        assert (name, since) == ('history', 0.0)
+        page = rows[after:after + 5]
+        return (after + 5 if after + 5 < len(rows) else -1), page
+    accounts = dispy_httpd.Accounts(ask)
+
+    def by(word):
+        return {(row['user'], row['computation']): (row['jobs'], row['done'], row['failed'],
+                                                    row['cancelled'], row['cpu_seconds'])
+                for row in dispy_httpd.summed(accounts.read(), word)}
+    assert by('user') == {} and accounts.is_complete
+    for number in range(12):
+        add('ada', 'failed' if number % 4 == 3 else 'done')
+    add('bob', 'cancelled', proven=0, name='g')
+    assert by('user') == {('ada', ''): (12, 9, 3, 0, 240.0), ('bob (not proven)', ''): (
+        1, 0, 0, 1, 20.0)}
+    add('ada', 'done', ended=86400.0 * 20002, name='g')
+    assert by('computation') == {('ada', 'f'): (12, 9, 3, 0, 240.0), ('ada', 'g'): (
+        1, 1, 0, 0, 20.0), ('bob (not proven)', 'g'): (1, 0, 0, 1, 20.0)}
+    assert by('user')['ada', ''] == (13, 10, 3, 0, 260.0)
+    days = dispy_httpd.summed(accounts.read(), 'day')
+    assert [row['jobs'] for row in sorted(days, key=lambda row: row['day'])] == [13, 1]
+    for number in range(300):
+        add('ada', 'done', name='n%d' % number)
+    monkeypatch.setattr(dispy_httpd.Accounts, 'PAGES', 2)
+    accounts.read()
+    assert not accounts.is_complete
+    while not accounts.is_complete:
+        accounts.read()
+    assert by('user')['ada', ''][0] == 313
+    monkeypatch.setattr(dispy_httpd, 'ACCOUNTS_KEPT', 3)
+    accounts.read()
+    assert len(accounts.read()) == 3
