@@ -99,9 +99,9 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     were lost while it was there
 /api/timeline?span=S, a table of nodes (as /api/nodes), with `bin`: the s of one bin
     id, name, address, state, cpus
-    lanes [[CPU, number of the first run, [first bin, last bin, kind, jobs, ...]], ...]; bins are
-        counted since the epoch; kind 0: done, 1: cancelled, 2: failed. A stream tells what is new:
-        of each CPU the runs from that number on
+    lanes [[CPU, number of the first run, [bins from the end of the run before (at first since the
+        epoch) to its first bin, from there to its last, kind, jobs, ...]], ...]; kind 0: done, 1:
+        cancelled, 2: failed. A stream tells what is new: of each CPU the runs from that number on
     running [[CPU, s since the epoch when it began, cluster, job], ...]
 /api/accounts?by=user|day|computation&days=N, of a scheduler: jobs that it remembers (--history)
     user str, day 'YYYY-MM-DD' (the last one), computation str, program str; those that were asked
@@ -502,11 +502,14 @@ class Runs:
 
     def after(self, known: int) -> Tuple[int, List[int]]:
         """Return the number of the first run that a browser which has so many does not have as it
-        is now, and the numbers of all from there on."""
+        is now, and four numbers for each from there on: bins from the end of the one before it
+        (of the first, since the epoch), bins to its last, kind, jobs."""
         begin = max(known - 1, self.first)
         found: List[int] = []
-        for run in itertools.islice(self.runs, begin - self.first, None):
-            found += run
+        end = 0
+        for first, last, kind, jobs in itertools.islice(self.runs, begin - self.first, None):
+            found += (first - end, last - first, kind, jobs)
+            end = last
         return begin, found
 
 
@@ -2762,6 +2765,7 @@ def unlisted(clusters: List[dict], listed: Dict[str, int]) -> Dict[str, int]:
 def timeline_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """Answer /api/timeline. The lanes are left to `Known`."""
     span = number_in(query, 'span', 300, 10, 10 ** 7)
+    query.setdefault('per', str(PER_PAGE_MOST))
     found = table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
     rows, count = source.job_list.bars(found['rows'], span)
     found['rows'] = rows
@@ -5801,7 +5805,7 @@ const SPANS = [
 const KINDS = ["done", "cancelled", "failed"];   // in the order of the server
 const COLOURS = {done: "--done", cancelled: "--stop", failed: "--fail", running: "--run"};
 
-// The numbers of runs of one CPU; each run has four: first bin, last bin, kind, jobs.
+// The runs of one CPU, four numbers each: first bin, last bin, kind, jobs.
 class BarRow {
   constructor() {
     this.first = 0;
@@ -5812,11 +5816,16 @@ class BarRow {
     const at = 4 * (begin - this.first);
     if (at < 0 || at > this.runs.length) {
       this.first = begin;
-      this.runs = numbers;
-      return;
+      this.runs = [];
+    } else {
+      this.runs.length = at;
     }
-    this.runs.length = at;
-    for (const number of numbers) this.runs.push(number);
+    let end = 0;
+    for (let run = 0; run < numbers.length; run += 4) {
+      const from = end + numbers[run];
+      end = from + numbers[run + 1];
+      this.runs.push(from, end, numbers[run + 2], numbers[run + 3]);
+    }
   }
 
   // Forget what has ended before this bin, now and then.
