@@ -261,6 +261,12 @@ REPORTS_APART = 5.0           # s between two questions to a node for what is fr
 FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
 FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
+# Jobs that have ended and that monitors can still show, the bytes of these, and those of the end
+# of what a job has printed
+ENDED_KEPT = 10000
+ENDED_BYTES = 64 << 20
+OUTPUT_SHOWN = 4096
+ENDED_PAGE = 500              # of these jobs in one answer
 ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
 DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
 # Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
@@ -9920,6 +9926,10 @@ class Monitor:
     def failed(self, job: DispyJob, payload: Any) -> None:
         """A job has ended without a result; `payload` are its arguments, packed."""
 
+    def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Jobs have ended, each with its packed arguments; `peer` is the node that they were at,
+        None if they were at none."""
+
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
 
@@ -13735,10 +13745,15 @@ class SchedulerCalls:
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
         """Ask a cluster's scheduler."""
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        return self.call_peer(peer, comp, name, *args)
+
+    def call_peer(self, peer: NodeConnection, comp: str, name: str,
+                  *args: Any) -> 'concurrent.futures.Future[Any]':
+        """Ask a scheduler, or a node of a cluster, that is connected."""
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
         self._driver.send(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
@@ -14012,6 +14027,7 @@ class FailedJob(NamedTuple):
     status: int
     node: str
     text: str      # the end of its traceback
+    key: int = 0   # the job's number for monitors
 
 
 class FailedJobs:
@@ -14022,25 +14038,99 @@ class FailedJobs:
         self._rows: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
 
     def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
-            text: str) -> None:
+            text: str, key: int) -> None:
         """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
         self._count += 1
         short_text = text[-FAILURE_TEXT:]
         failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
-                               shown_arguments(payload), status, node, short_text)
+                               shown_arguments(payload), status, node, short_text, key)
         self._rows.append(failed_job)
 
     def all(self) -> List[FailedJob]:
         """All of them, the oldest first."""
         return list(self._rows)
 
-    def since(self, known: int) -> List[FailedJob]:
-        """The oldest of those with a larger number than `known`, at most FAILURES_PAGE. A number
-        that was not given yet comes from an earlier process, and then all of them are new."""
+    def since(self, known: int,
+              clusters: Optional[AbstractSet[int]] = None) -> List[FailedJob]:
+        """The oldest of those with a larger number than `known`, of some clusters or of all, at
+        most FAILURES_PAGE. A number that was not given yet comes from an earlier process, and then
+        all of them are new."""
         rows = self.all()
         if known <= self._count:
             rows = [row for row in rows if row.number > known]
+        if clusters is not None:
+            rows = [row for row in rows if row.cluster in clusters]
         return rows[:FAILURES_PAGE]
+
+
+class EndedJob(NamedTuple):
+    """A job that has ended, as monitors are told of it."""
+    number: int                  # of the end, from 1
+    cluster: int
+    key: int                     # the job's number for monitors
+    job: Any                     # its id
+    payload: Any                 # as of FailedJob
+    status: int
+    attempts: int                # the number of the last one
+    node: Any                    # the key of the node where it was, or None
+    where: str                   # the name of that node
+    cpus: int
+    submitted: Optional[float]   # these three in s since the epoch
+    began: Optional[float]
+    ended: float
+    stdout: Any                  # the end of what it has printed: bytes or text
+    stderr: Any
+    text: str                    # why it failed
+
+
+class EndedJobs:
+    """The last jobs that have ended: ENDED_KEPT of them, with at most ENDED_BYTES of arguments and
+    output. One thread at a time adds to them, any may read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._bytes = 0
+        self._rows: Deque[EndedJob] = collections.deque()
+
+    def add(self, *row: Any) -> None:
+        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
+        ended_job = EndedJob(0, *row)
+        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
+        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
+        text = ended_job.text[-FAILURE_TEXT:]
+        payload = shown_arguments(ended_job.payload)
+        with self._lock:
+            self._count += 1
+            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
+                                           stderr=stderr, text=text)
+            self._rows.append(ended_job)
+            self._bytes += _shown_size(ended_job)
+            while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
+                oldest = self._rows.popleft()
+                self._bytes -= _shown_size(oldest)
+
+    def since(self, known: int, most: int = ENDED_PAGE,
+              clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
+        """Return the oldest `most` of those with a larger number than `known`, of some clusters or
+        of all. A number that was not given yet comes from an earlier process, and then all of them
+        are new."""
+        with self._lock:
+            new = len(self._rows)
+            if known <= self._count:
+                new = min(new, self._count - known)
+            rows: Iterable[EndedJob] = itertools.islice(self._rows, len(self._rows) - new, None)
+            if clusters is not None:
+                rows = (row for row in rows if row.cluster in clusters)
+            return list(itertools.islice(rows, most))
+
+
+def _shown_size(ended_job: EndedJob) -> int:
+    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
+    payload = ended_job.payload
+    if payload is None or isinstance(payload, int):
+        return size
+    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:
@@ -14083,6 +14173,7 @@ def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
         'port': node.port,
         'offered': node.offered,
         'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+        'totals': [free.get(name) for name in ('memory_total', 'disk_total')],
         'platform': str(node.facts.get('platform', ''))[:200],
         'resources': resource_use(node.facts_now()),
         'heard': heard,
@@ -14097,6 +14188,63 @@ class JobAtNode(NamedTuple):
     seconds: Optional[float]   # that it has run; None: not known
 
 
+class JobSight(NamedTuple):
+    """What a node has told of a running job."""
+    age: float       # s since it was told
+    stacks: str      # of its process; empty if they were not asked for
+    stdout: bytes    # the ends of these
+    stderr: bytes
+    error: str       # why nothing is known
+
+
+class JobLooks:
+    """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
+    processes. The driver's thread."""
+    APART = 0.5      # s between two questions for a job
+    KEPT = 200       # answers
+    CANNOT = 'its node is not connected, or is of an older release'
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (computation, serial) -> when its node was asked, and when and what it has told
+        self._asked: 'collections.OrderedDict[Tuple[str, int], float]' = collections.OrderedDict()
+        self._told: 'collections.OrderedDict[Tuple[str, int], Tuple[float, tuple]]' = \
+            collections.OrderedDict()
+
+    def look(self, peer: NodeConnection, comp: str, serial: int,
+             wants_stacks: bool) -> Optional[JobSight]:
+        """Ask the node where a job runs, unless it was asked a moment ago, and return what it has
+        told before, None if it has not told anything. What it answers is known the next time."""
+        key = (comp, serial)
+        now = self._driver.now
+        if peer.link is None or not peer.facts.get('looks'):
+            return JobSight(0.0, '', b'', b'', self.CANNOT)
+        if now - self._asked.get(key, -math.inf) >= self.APART:
+            self._keep(self._asked, key, now)
+            future = self._driver.calls.call_peer(peer, comp, 'look', serial, wants_stacks)
+            future.add_done_callback(functools.partial(self._answered, key))
+        told = self._told.get(key)
+        if told is None:
+            return None
+        when, values = told
+        return JobSight(now - when, *values)
+
+    def _answered(self, key: Tuple[str, int], future: Any) -> None:
+        exc = future.exception()
+        if exc is not None:
+            values = ('', b'', b'', str(exc))
+        else:
+            stacks, stdout, stderr = future.result()
+            values = (str(stacks), bytes(stdout), bytes(stderr), '')
+        self._keep(self._told, key, (self._driver.now, values))
+
+    def _keep(self, table: Any, key: Tuple[str, int], value: Any) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > self.KEPT:
+            table.popitem(last=False)
+
+
 class Overview:
     """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
     answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
@@ -14109,6 +14257,7 @@ class Overview:
         self._asked: Dict[Tuple[Any, str], float] = {}
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+        self.looks = JobLooks(driver)
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
@@ -14150,6 +14299,20 @@ class Overview:
             free.update(report[1].available)
         return free
 
+    def sights(self, comp: str, numbers: Sequence[int],
+               wants_stacks: bool) -> List[Optional[JobSight]]:
+        """What jobs of a computation do, which are named by their numbers; None where it is not
+        known, or not yet."""
+        wanted = frozenset(numbers)
+        found: Dict[int, Optional[JobSight]] = {}
+        for key, node in self._driver.schedule.nodes.items():
+            for serial in node.in_flight.get(comp, ()):
+                number = job_number(serial)
+                if number in wanted:
+                    peer = self._driver.nodes.by_key[key]
+                    found[number] = self.looks.look(peer, comp, serial, wants_stacks)
+        return [found.get(number) for number in numbers]
+
     def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
         """What is known of a node, whoever uses it."""
         heard = None
@@ -14176,11 +14339,17 @@ class Overview:
     def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
         """The same, with what is known of how long they have run; the first `most` of them. The
         node is asked, and what it answers is known the next time."""
-        sent = self.sent_to(key, comp)
-        if not sent:
+        if not self.sent_to(key, comp):
             return []
         peer = self._driver.nodes.by_key[key]
         self.ask_node(peer, comp, self.JOBS_APART)
+        return self.known_jobs_at(key, comp, most)
+
+    def known_jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
+        """The same as `jobs_at`, by what is known already: the node is not asked."""
+        sent = self.sent_to(key, comp)
+        if not sent:
+            return []
         seconds = self._seconds_run(key, comp)
         runs = self._driver.schedule.runs(key)
         run = runs.get(comp, ())
@@ -15626,6 +15795,19 @@ class LiveOutput:
         self.monitors = tuple(monitors)
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
+    def watched(self, pairs: List[Tuple[DispyJob, tuple]]) -> List[Tuple[DispyJob, Any]]:
+        """Return the jobs that are about to get results, with their packed arguments, which they
+        lose by that; none if no monitor watches."""
+        if not self.monitors:
+            return []
+        return [(job, job.payload) for job, _ in pairs]
+
+    def tell_ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Tell the monitors of jobs that have ended, as `Monitor.ended`. The driver's thread or an
+        opener."""
+        for monitor in self.monitors:
+            monitor.ended(jobs, peer)
+
     def page(self) -> str:
         """Return the link to the web page that shows the cluster, or an empty text."""
         for monitor in self.monitors:
@@ -15741,6 +15923,7 @@ class ResultDelivery:
         seconds = 0.0
         finished = 0
         is_program = self._is_program
+        watched = self._output.watched(pairs)
         for job, row in pairs:
             payload = job.payload
             # Nobody had told that it has begun
@@ -15757,6 +15940,8 @@ class ResultDelivery:
             seconds += row[3] - row[2]
         jobs = [job for job, _ in pairs]
         self._book.add_results(jobs, finished, peer, seconds)
+        if watched:
+            self._output.tell_ended(watched, peer)
         self._publish_ended(jobs, peer)
 
     def queue_ordered(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
@@ -15810,6 +15995,7 @@ class ResultDelivery:
         with self._book.lock:   # beside a provisional result
             end_without(job, text, self._failures)
         self._count_failure(job, payload)
+        self._output.tell_ended([(job, payload)], None)
         self._publish_ended([job])
 
     def end_with_driver(self, job: DispyJob, text: str) -> None:

@@ -260,6 +260,9 @@ WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one fra
 VALUE_MOST = (4 << 30) + (1 << 20)
 # Characters of a text for people, such as a traceback; longer ones lose their middle
 TEXT_MOST = 64 * 1024
+# Bytes of what is seen of a running job: the stacks of its process, and the ends of its output
+STACKS_MOST = 64 * 1024
+OUTPUT_SEEN = 4096
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 # Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
@@ -5498,6 +5501,8 @@ class RecordType(enum.IntEnum):
     WATCH = 7
     ASK = 8         # is it alive?
     EQUIP = 9       # number: worker, which is to be made; body: JSON of variables that it has
+    # Number: worker, serial: the job, start: 1.0 if its stacks are wanted; answered by SEEN
+    LOOK = 10
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
     # forked
     READY = 16
@@ -5510,6 +5515,8 @@ class RecordType(enum.IntEnum):
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
+    # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
+    SEEN = 26
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
@@ -5542,7 +5549,8 @@ FROM_RUNNER = {
     RecordType.WORKER_STARTED: (0, 0, 0), RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.MEMORY_EXCEEDED: (0, 0, 0), RecordType.OVERDUE: (0, 0, 0),
     RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0),
-    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0)
+    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
+    RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
 # From a worker that loads the computation itself, beside what it sends to the daemon
 FROM_LOADING = {
@@ -9349,6 +9357,16 @@ class WorkerOverdue(NamedTuple):
     serial: int
 
 
+class JobSeen(NamedTuple):
+    """A runner has looked at the job of a worker, as Look wants it. All is empty if the worker does
+    not run that any more."""
+    worker: int
+    serial: int
+    stacks: str
+    stdout: bytes
+    stderr: bytes
+
+
 class Stop(NamedTuple):
     """The daemon shall end."""
 
@@ -9499,6 +9517,14 @@ class Interrupt(NamedTuple):
     """KeyboardInterrupt in the job, if the worker still runs it."""
     worker: int
     serial: int
+
+
+class Look(NamedTuple):
+    """See what a job has printed last and, if that is wanted, the stacks of its process. Fed back
+    as JobSeen."""
+    worker: int
+    serial: int
+    stacks: bool
 
 
 class LimitMemory(NamedTuple):
@@ -12000,6 +12026,67 @@ class Inquiries:
         return '\n'.join(lines)
 
 
+class JobLookouts:
+    """Questions of clients for what their running jobs do."""
+    WAITING = 100   # that are waited for at most
+
+    def __init__(self, tables: NodeTables) -> None:
+        self._tables = tables
+        # Worker, serial -> who has asked: links, computations, numbers of their calls
+        self._asked: 'collections.OrderedDict[Tuple[int, int], List[tuple]]' = \
+            collections.OrderedDict()
+
+    def on_call(self, link: int, message: Call, now: float) -> None:
+        """A client asks. The runner looks, unless it is about to."""
+        serial, stacks = self._what(message)
+        comp = self._tables.comp_of(link, message.comp)
+        worker = None
+        if comp is not None:
+            worker = self._worker_with(comp, serial)
+        if worker is None:
+            error = ('LookupError', 'the job does not run at this node')
+            returned = Return(message.comp, message.number, error, None)
+            send = Send(link, returned)
+            self._tables.do(send)
+            return
+        key = (worker.key, serial)
+        who = (link, message.comp, message.number)
+        asked = self._asked.setdefault(key, [])
+        asked.append(who)
+        if len(self._asked) > self.WAITING:   # of those a runner did not answer
+            self._asked.popitem(last=False)
+        look = Look(worker.key, serial, stacks)
+        self._tables.do(look)
+
+    @staticmethod
+    def _what(message: Call) -> Tuple[int, bool]:
+        """Return the serial of the job, and whether its stacks are wanted. Raises PeerError."""
+        kinds = list(map(type, message.args))
+        if message.name != 'look' or kinds != [int, bool]:
+            raise PeerError('a question that makes no sense')
+        serial, stacks = message.args
+        return serial, stacks
+
+    @staticmethod
+    def _worker_with(comp: _Computation, serial: int) -> Optional[_Worker]:
+        for worker in comp.workers.values():
+            if not worker.queue:
+                continue
+            if worker.queue[0].serial == serial:
+                return worker
+        return None
+
+    def on_seen(self, event: JobSeen, now: float) -> None:
+        """A runner has looked."""
+        key = (event.worker, event.serial)
+        value = (event.stacks, event.stdout, event.stderr)
+        for link, comp, number in self._asked.pop(key, ()):
+            if link in self._tables.links:
+                returned = Return(comp, number, (), value)
+                send = Send(link, returned)
+                self._tables.do(send)
+
+
 class NodeService:
     """Whether a node takes new jobs, and how it ends: hours of service, the user of its machine and
     its operator let it pause and go on; the operator or the end of its last lease stops it.
@@ -12194,6 +12281,7 @@ class Node:
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
         self.inquiries = Inquiries(self.tables, self.lease, self.cpus, facts, now)
+        self.lookouts = JobLookouts(self.tables)
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
@@ -12231,6 +12319,7 @@ class Node:
             WorkerLeft: self.scheduler.pool.special.on_worker_left,
             MemoryExceeded: self.interruptions.on_too_big,
             WorkerOverdue: self.interruptions.on_overdue,
+            JobSeen: self.lookouts.on_seen,
             WorkerFile: self.requests.on_file,
             WorkerWants: self.requests.on_wants,
             WorkerPrinted: self.requests.on_printed,
@@ -12256,6 +12345,7 @@ class Node:
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
             Query: self.inquiries.on_query,
+            Call: self.lookouts.on_call,
             Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim,
@@ -12743,6 +12833,11 @@ _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
 # Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
 # the worker raises there.
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
+# Has a worker write its stacks: one that hardly anything uses or that does nothing by default
+if hasattr(signal, 'SIGRTMIN'):
+    STACKS_SIGNAL = int(signal.SIGRTMIN) + 9
+else:
+    STACKS_SIGNAL = int(getattr(signal, 'SIGINFO', 0))
 # Windows has no signal that cannot be handled; to send this one there ends a process likewise
 SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 # Windows translates line ends in files that are not opened with it
@@ -14175,6 +14270,8 @@ class Worker:
         self._pid = os.getpid()
         self._output.install()
         self._interrupts.install()
+        stack_file = StackFile(self._spec['private'], self._pid)
+        stack_file.begin()
         self._services.install(self._globals)
         # Forked twins would draw the same "random" numbers; `random` sees to it itself
         if 'numpy' in sys.modules:
@@ -14738,6 +14835,101 @@ def processes_in_tree() -> int:
     return 1 + len(children or ())
 
 
+class StackFile:
+    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, also
+    while C code runs. It lies in the private directory of its computation, under its pid."""
+    TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
+    STEP = 0.002
+    # What has called the job, which stands behind its own lines
+    OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
+    SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
+
+    def __init__(self, private: str, pid: int) -> None:
+        self._path = os.path.join(private, 'stacks-%d' % pid)
+        self._pid = pid
+
+    def begin(self) -> None:
+        """Write into it from now on. Called by the process itself. Without a file there are no
+        stacks."""
+        if not STACKS_SIGNAL:
+            return
+        import faulthandler
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with contextlib.suppress(OSError, RuntimeError):
+            opened = os.open(self._path, flags, 0o600)
+            handle = _out_of_reach(opened)
+            faulthandler.register(STACKS_SIGNAL, handle, all_threads=True)
+
+    def read(self) -> str:
+        """Have the process write its stacks. Return them, or why there are none."""
+        if not STACKS_SIGNAL:
+            return 'this system has no signal for it'
+        try:
+            before = os.path.getsize(self._path)
+            if not self._is_ready():
+                return 'the job has changed how its process takes signals'
+            os.kill(self._pid, STACKS_SIGNAL)
+            return self._written(before)
+        except OSError as exc:
+            return 'the stacks cannot be read: %s' % exc
+
+    def _written(self, before: int) -> str:
+        """Wait until it has written, and return that."""
+        until = time.monotonic() + self.TIME
+        size = before
+        while time.monotonic() < until:
+            time.sleep(self.STEP)
+            known = size
+            size = os.path.getsize(self._path)
+            if size > before and size == known:
+                break
+        with open(self._path, 'rb') as file:
+            file.seek(before)
+            data = file.read(STACKS_MOST)
+        if not data:
+            return self.SILENT
+        text = data.decode('utf-8', 'replace')
+        return self.OURS.sub('', text)
+
+    def _is_ready(self) -> bool:
+        """Return whether the process takes the signal, which would end it otherwise, as far as the
+        system tells that."""
+        path = '/proc/%d/status' % self._pid
+        if not os.path.exists(path):
+            return True
+        with open(path) as file:
+            status = file.read()
+        found = re.search(r'^SigCgt:\s*([0-9a-f]+)$', status, re.M)
+        if found is None:
+            return False
+        caught = int(found.group(1), 16)
+        place = 1 << (STACKS_SIGNAL - 1)
+        return bool(caught & place)
+
+    def remove(self) -> None:
+        """Remove the file of a process that has ended."""
+        with contextlib.suppress(OSError):   # there is none
+            os.unlink(self._path)
+
+
+def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes, bytes, bytes]:
+    """Return the stacks of a worker, if they are wanted, and the ends of what its job has printed
+    to stdout and stderr."""
+    stacks = ''
+    if wants_stacks:
+        stack_file = StackFile(private, child.process.pid)
+        stacks = stack_file.read()
+    ends = []
+    for output in (child.out, child.err):
+        status = os.fstat(output.handle)
+        at = max(0, status.st_size - OUTPUT_SEEN)
+        data = output.since(at)
+        ends.append(data[:OUTPUT_SEEN])
+    stdout, stderr = ends
+    encoded = stacks.encode('utf-8', 'replace')
+    return encoded[:STACKS_MOST], stdout, stderr
+
+
 class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
@@ -14889,6 +15081,19 @@ class WorkerProcesses:
         if child.slots[0] == serial:
             self._interrupt(child)
 
+    def show(self, record: Record) -> None:
+        """Tell what a job does, if its worker still runs it."""
+        serial = record.serial
+        child = self._children.get(record.number)
+        nothing = (b'', b'', b'')
+        seen = nothing
+        if child is not None and child.slots[0] == serial:
+            wants_stacks = bool(record.start)
+            seen = look_at_job(child, self._spec['private'], wants_stacks)
+            if child.slots[0] != serial:   # it may be of the next job
+                seen = nothing
+        self._send(RecordType.SEEN, record.number, serial, 0.0, 0.0, *seen)
+
     def kill(self, record: Record) -> None:
         """Kill a worker."""
         child = self._children.get(record.number)
@@ -14942,6 +15147,8 @@ class WorkerProcesses:
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
                 self._tell_end(key, child, out, err)
+                stack_file = StackFile(self._spec['private'], child.process.pid)
+                stack_file.remove()
                 child.out.close()
                 child.err.close()
                 child.process.close()
@@ -15570,7 +15777,7 @@ class Runner(LoadingProcess):
         handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
                     RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
                     RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
-                    RecordType.EQUIP: workers.equip,
+                    RecordType.EQUIP: workers.equip, RecordType.LOOK: workers.show,
                     RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
         try:
             workers.begin()
@@ -15902,21 +16109,31 @@ def node_facts() -> dict:
     pid = os.getpid()
     return {
         'python': python, 'dispy': __version__, 'platform': system, 'cloudpickle': cloudpickle,
-        'pid': pid
+        'pid': pid, 'looks': True
     }
 
 
 def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
-    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
-    that fails does not hide the others."""
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
+    there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
+    of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
+    the others."""
     cpu = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
     memory = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+    memory_total = ask_psutil(lambda psutil: psutil.virtual_memory().total)
     swap = ask_psutil(lambda psutil: psutil.swap_memory().free)
-    found: Dict[str, Optional[float]] = {'cpu': cpu, 'memory': memory, 'disk': None, 'swap': swap}
+    found: Dict[str, Optional[float]] = {
+        'cpu': cpu,
+        'memory': memory,
+        'memory_total': memory_total,
+        'disk': None,
+        'disk_total': None,
+        'swap': swap,
+    }
     with contextlib.suppress(OSError):   # the directory was removed
         usage = shutil.disk_usage(directory)
         found['disk'] = usage.free
+        found['disk_total'] = usage.total
     return found
 
 
@@ -17657,6 +17874,10 @@ class WorkerPipes:
         """Interrupt what a worker runs."""
         self._order(RecordType.INTERRUPT, action.worker, action.serial)
 
+    def look(self, action: Look) -> None:
+        """Look at the job of a worker."""
+        self._order(RecordType.LOOK, action.worker, action.serial, float(action.stacks))
+
     def kill(self, action: Kill) -> None:
         """Kill a worker."""
         self._order(RecordType.KILL, action.worker)
@@ -17715,6 +17936,7 @@ class ProcessHost:
             RecordType.UNBORN: self._on_worker_start_failed,
             RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
             RecordType.OVERDUE: self._on_overdue,
+            RecordType.SEEN: self._on_seen,
             RecordType.PRINTED: self._on_printed,
         }
 
@@ -17965,6 +18187,12 @@ class ProcessHost:
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
         worker_overdue = WorkerOverdue(record.number, record.serial)
         self._host.tell(worker_overdue)
+
+    def _on_seen(self, run: ComputationProcesses, record: Record) -> None:
+        stacks, stdout, stderr = map(bytes, record.bodies)
+        text = stacks.decode('utf-8', 'replace')
+        job_seen = JobSeen(record.number, record.serial, text, stdout, stderr)
+        self._host.tell(job_seen)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -18320,6 +18548,7 @@ class NodeHost:
             StartWorker: self.processes.workers.start_worker,
             SendToWorker: self.processes.workers.feed,
             Interrupt: self.processes.workers.interrupt,
+            Look: self.processes.workers.look,
             Kill: self.processes.workers.kill,
             LimitMemory: self.processes.workers.watch,
             TakeFromWorker: self.processes.workers.take_back,
