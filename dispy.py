@@ -156,6 +156,7 @@ from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FRO
 from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
+from dispynode import ConnectionAttempt
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
 from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
@@ -437,26 +438,28 @@ def result_of(job: 'DispyJob') -> Any:
     return result
 
 
-def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
+def in_slices(wait: Callable[[float], Any],
+              timeout: Optional[float],
+              clock: Callable[[], float] = time.monotonic) -> Any:
     """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
-    have passed (None: without limit), and return what it returned last. No call waits longer than
-    FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
-    through here. Any thread."""
+    of `clock` have passed (None: without limit), and return what it returned last. No call waits
+    longer than FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's
+    threads go through here. Any thread."""
     if timeout is None:
         until = None
     else:
-        until = time.monotonic() + timeout
+        until = clock() + timeout
     while True:
         if until is None:
             left = FOREVER
         else:
-            left = min(FOREVER, until - time.monotonic())
+            left = min(FOREVER, until - clock())
         found = wait(max(0.0, left))
         if found:
             return found
         if until is None:
             continue
-        if time.monotonic() >= until:
+        if clock() >= until:
             return found
 
 
@@ -9627,6 +9630,11 @@ class NodePolicy:
         """A computation has left a node, or was refused there."""
 
 
+def new_comp() -> str:
+    """Return a name for a computation, which no other has."""
+    return uuid.uuid4().hex
+
+
 def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
     """Nodes to dial, of places as `NodeConnection.place` has them; not those that will dial us."""
     specs = []
@@ -9648,11 +9656,15 @@ class Collector(NodeUser):
     client = 'recovery'
     acknowledges = True    # results, when they come
 
-    def __init__(self, places: Iterable[str], calling: Iterable[str],
-                 listens: Sequence[str]) -> None:
+    def __init__(self,
+                 places: Iterable[str],
+                 calling: Iterable[str],
+                 listens: Sequence[str],
+                 new_name: Callable[[], str] = new_comp) -> None:
         """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
-        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT."""
-        self.comp = uuid.uuid4().hex
+        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT.
+        `new_name` names what is a cluster to the driver."""
+        self.comp = new_name()
         self.port = NODE_PORT
         self.specs = _specs_of_places(places)
         self.callers = {where[1:] for where in calling if where.startswith(' ')}
@@ -9711,16 +9723,20 @@ class Recovery(Collector):
                  lost: Callable[[DispyJob, str], None],
                  again: Callable[[DispyJob], None],
                  over: Callable[[], None],
-                 cancel: bool = False) -> None:
+                 cancel: bool = False,
+                 parts: Optional['DriverParts'] = None) -> None:
+        """`parts` are those of the driver that it will have, where they are not the usual ones."""
+        parts = parts or DriverParts()
         rows = journal.comps()
         self._journal = journal
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
         self._unmet = holders - places   # they may keep results that are noted
-        super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
+        listens = [row[4] for row in rows if row[4]]
+        super().__init__(places | self._unmet, places, listens, parts.new_comp)
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.collected = threading.Event()
+        self.collected = parts.event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
         self._done = done
         self._lost = lost
@@ -9839,12 +9855,13 @@ class Recovery(Collector):
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
         """Until all has been collected, and a little longer for nodes that may forget what they
         keep."""
+        clock = self.driver.clock
         if timeout is None:
             until = math.inf
         else:
-            until = time.monotonic() + timeout
-        in_slices(self.collected.wait, timeout)
-        over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
+            until = clock() + timeout
+        in_slices(self.collected.wait, timeout, clock)
+        over.wait(min(max(0.0, until - clock()), FORGET_TIME))
 
 
 class Collecting(enum.Enum):
@@ -10151,7 +10168,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return JournalRecovery(journal, terminate_pending).run(seconds, access)
+        return JournalRecovery(journal, terminate_pending, drivers).run(seconds, access)
     finally:
         journal.close()
 
@@ -10437,9 +10454,11 @@ class JournalRecovery:
     """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
     with an underscore are called by the driver's thread."""
 
-    def __init__(self, journal: Journal, cancel: bool) -> None:
+    def __init__(self, journal: Journal, cancel: bool, source: 'Drivers') -> None:
+        """`source` is where its driver comes from."""
         self._journal = journal
         self._cancel = cancel
+        self._drivers = source
         self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
         with journal.damages():
             self._is_program = journal.is_program()
@@ -10462,17 +10481,17 @@ class JournalRecovery:
 
     def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
         restored = self._restored
-        driver = drivers.alone(access)
+        driver = self._drivers.alone(access)
         try:
-            over = threading.Event()
+            over = driver.parts.event()
             recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
-                                self._lost, self._wait_again, over.set, self._cancel)
+                                self._lost, self._wait_again, over.set, self._cancel, driver.parts)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
             is_whole = recovery.collected.is_set()
             driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
-            drivers.release(driver)
+            self._drivers.release(driver)
 
     def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
         with self._lock:
@@ -10975,7 +10994,7 @@ class Connector:
         patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self._driver.post, peer, reach)
+        peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
         """Start the node of this program. There is no thread, as nothing is waited for."""
@@ -11046,7 +11065,8 @@ class Connector:
 
     def _link_of(self, event: Any) -> Link:
         """The link that a connection becomes."""
-        return Link(event.sock, event.session, event.address, self._driver.now,
+        make = self._driver.parts.link
+        return make(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
@@ -11127,7 +11147,7 @@ class Connector:
 
     def _send_away(self, event: Authenticated) -> None:
         """A node has dialled that is connected."""
-        link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+        link = self._link_of(event)
         self._driver.attach(link)
         self._driver.disconnect(link, 'this program has connected to it already')
 
@@ -11151,8 +11171,9 @@ class Connector:
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             patience = max(1.0, link.pulse)
-            peer.second.start(self._driver.now, self._driver.post,
-                              functools.partial(self._reach_peer, peer, patience=patience))
+            reach = functools.partial(self._reach_peer, peer, patience=patience)
+            peer.second.start(self._driver.now, self._driver.post, reach,
+                              self._driver.parts.attempt)
 
     def _second_reached(self, event: Connected) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
@@ -13265,6 +13286,23 @@ class Chores:
                          % (cluster.name, driver.queries.explain_no_nodes(comp)))
 
 
+class DriverParts(NamedTuple):
+    """What a driver has to do with sockets, threads and chance. A simulation of the system gives
+    its driver others.
+
+    link - the class of a connection that nodes and clients have authenticated
+    attempt - the class of an attempt to connect
+    pool - the class of a group of threads
+    event - makes what threads of the user wait for
+    new_comp - makes the name of a computation
+    """
+    link: Type[Link] = Link
+    attempt: Type[ConnectionAttempt] = ConnectionAttempt
+    pool: Type[Pool] = Pool
+    event: Callable[[], threading.Event] = threading.Event
+    new_comp: Callable[[], str] = new_comp
+
+
 class Driver(Loop):
     """See the module's docstring. Made and ended by `Drivers`.
 
@@ -13289,9 +13327,13 @@ class Driver(Loop):
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
 
-    def __init__(self, access: ConnectionSettings, instance: bytes = b'',
-                 policy: Optional[NodePolicy] = None) -> None:
+    def __init__(self,
+                 access: ConnectionSettings,
+                 instance: bytes = b'',
+                 policy: Optional[NodePolicy] = None,
+                 parts: DriverParts = DriverParts()) -> None:
         self.instance = instance or _instance
+        self.parts = parts
         self.policy = policy or NodePolicy()
         psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
         tls = None
@@ -13303,9 +13345,9 @@ class Driver(Loop):
         self.schedule = Schedule()
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
-        self.openers = Pool('dispy-opener', 2)
-        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
+        self.openers = parts.pool('dispy-opener', 2)
+        self.callbacks = parts.pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
+        self.tellers = parts.pool('dispy-status', 1)   # one: changes are told in their order
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -14311,9 +14353,9 @@ class UserCallbacks:
         """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
         until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
-        told = threading.Event()
         if call is None or not nodes:
             return
+        told = self.driver.parts.event()
         is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
 
         def tell() -> None:
@@ -14888,7 +14930,7 @@ class JobTakeover:
                         at_nodes)
             lost = functools.partial(self._lost, journal)
             recovery = Recovery(journal, restored.sent, restored.holders, self._done, lost,
-                                self._submit_again, self._over)
+                                self._submit_again, self._over, parts=self.driver.parts)
             self.recovery = recovery
             self.driver.ask(lambda: recovery.begin(self.driver))
 
@@ -15054,6 +15096,21 @@ class ComputationUser(NodeUser):
         self.driver.files.store(peer, self.wanted.root, message)
 
 
+class ProgramParts(NamedTuple):
+    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
+    clusters others.
+
+    drivers - has the drivers
+    journal - the class of what writes the recover_file
+    book - the class of what counts the jobs
+    new_comp - makes the name of a computation
+    """
+    drivers: Drivers = drivers
+    journal: Type[Journal] = Journal
+    book: Type[JobBook] = JobBook
+    new_comp: Callable[[], str] = new_comp
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -15071,12 +15128,15 @@ class ProgramCluster(ComputationUser):
     report - what people are shown
     takeover - carries on with jobs of a program that has crashed
     """
-    def __init__(self, computation: Any, options: ClusterOptions) -> None:
+    def __init__(self, computation: Any, options: ClusterOptions,
+                 parts: ProgramParts = ProgramParts()) -> None:
         """Pack the computation. Nothing is started. Raises TypeError, ValueError,
         FileNotFoundError, or what pickling raises."""
         self.options = options
+        self._parts = parts
+        self.book = parts.book()
         self.name = name_of(computation)
-        self.comp = self.client = uuid.uuid4().hex
+        self.comp = self.client = parts.new_comp()
         # Who has it may take the results; it is sent when that is wanted
         self.key = os.urandom(32)
         self.port = options.port
@@ -15141,7 +15201,6 @@ class ProgramCluster(ComputationUser):
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
         is_program = self.cargo.is_program
-        self.book = JobBook()
         self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
         self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
         self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
@@ -15172,7 +15231,7 @@ class ProgramCluster(ComputationUser):
         if self.options.recover_file is None:
             self._use_nodes(cluster, access)
             return
-        self.journal = journal = Journal(self.options.recover_file)
+        self.journal = journal = self._parts.journal(self.options.recover_file)
         try:
             known = journal.known()
             self._use_nodes(cluster, access)
@@ -15182,7 +15241,7 @@ class ProgramCluster(ComputationUser):
         self.takeover.begin(journal, known)
 
     def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
-        driver = self.driver = drivers.acquire(access)
+        driver = self.driver = self._parts.drivers.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
                  self.report, self.takeover)
@@ -15196,7 +15255,7 @@ class ProgramCluster(ComputationUser):
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
             self.cluster = None
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
             raise
         _clusters.add(cluster)
         logger.info('%s: the computation begins', self.name, extra=ROUTINE)
@@ -15294,7 +15353,7 @@ class ProgramCluster(ComputationUser):
             self.journal.close(remove=True)
         self._log_end()
         if threading.current_thread() is not driver.thread:
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
 
     def _log_end(self) -> None:
         """Log what came of the computation, in numbers."""
@@ -16645,7 +16704,7 @@ class NodeScan(NodeUser):
             nodes = '*'
         self.specs = parse_nodes(nodes, port)
         self.port = port
-        self.comp = uuid.uuid4().hex
+        self.comp = new_comp()
         files = tls_files(certfile, keyfile, cafile)
         access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
         self.driver = drivers.acquire(access)

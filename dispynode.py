@@ -7992,22 +7992,25 @@ class Reconnector:
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
         self._flaps = 0                    # links in a row that ended at once
         self._hurry_until = -math.inf      # attempts are short and frequent
-        self._attempt: Optional[_Connecting] = None
+        self._attempt: Optional[ConnectionAttempt] = None
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at it."""
         return self._attempt is not None
 
-    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
-                                                                            Authenticated]) -> None:
+    def start(self,
+              post: Callable[[Any], None],
+              peer: Any,
+              reach: Callable[[Callable[[Any], None]], Authenticated],
+              attempt: 'Optional[Type[ConnectionAttempt]]' = None) -> None:
         """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
-        posted with `peer`."""
-        connecting = _Connecting(post, peer, reach)
+        posted with `peer`. `attempt` is the class of the attempt, if that is not the usual one."""
+        make = attempt or ConnectionAttempt
         self.due = None
-        self._attempt = connecting
+        self._attempt = make(post, peer, reach)
         try:
-            self._attempt.thread.start()
+            self._attempt.start()
         except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
             self._attempt = None
             text = 'no thread could be started: %s' % exc
@@ -8048,7 +8051,7 @@ class Reconnector:
             self._attempt.abort(waits)
 
 
-class _Connecting:
+class ConnectionAttempt:
     """One attempt of a Reconnector, which has a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
@@ -8059,7 +8062,11 @@ class _Connecting:
         self._lock = threading.Lock()   # guards the two below
         self._sock: Any = None
         self._aborted = False
-        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+        self._thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+
+    def start(self) -> None:
+        """Begin. Raises RuntimeError if no thread can be started."""
+        self._thread.start()
 
     def _work(self) -> None:
         try:
@@ -8088,7 +8095,7 @@ class _Connecting:
             with contextlib.suppress(OSError):   # not connected yet, or not any more
                 sock.shutdown(socket.SHUT_RDWR)
         if sock is not None or waits:
-            self.thread.join(HANDSHAKE_TIME)
+            self._thread.join(HANDSHAKE_TIME)
 
 
 class SecondConnection:
@@ -8116,12 +8123,15 @@ class SecondConnection:
             return False
         return self._failed_at >= since
 
-    def start(self, now: float, post: Callable[[Any], None],
-              reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
+    def start(self,
+              now: float,
+              post: Callable[[Any], None],
+              reach: Callable[[Callable[[Any], None]], Authenticated],
+              attempt: Optional[Type[ConnectionAttempt]] = None) -> None:
         """One more attempt, unless there is one."""
         if not self.busy:
             self._began = now
-            self._dialling.start(post, self, reach)
+            self._dialling.start(post, self, reach, attempt)
 
     def ended(self, failed_at: Optional[float] = None) -> bool:
         """Its event has come. Returns whether the next attempt may begin at once: one that was
@@ -15456,6 +15466,11 @@ class ResultSpool:
                     os.unlink(self.path)
                 raise
 
+    def age(self) -> float:
+        """Return the seconds since the last results were added. Raises OSError."""
+        status = os.stat(self.path)
+        return time.time() - status.st_mtime
+
     def rows(self) -> Iterator[tuple]:
         """Return what is kept, row after row; ends before what is torn."""
         return (row for row, _ in self._rows())
@@ -15927,6 +15942,10 @@ class NodeDirectory:
         # Where computations work, and what is above: not the same with --user
         self.root = self.base = ''
 
+    def available(self) -> Dict[str, Any]:
+        """Return what is free of the machine, with the disk of the directory."""
+        return availability(self.root)
+
     def take(self, port: int) -> None:
         """Have the directory. Raises StartError."""
         self._port = port
@@ -16087,7 +16106,7 @@ class NodeDirectory:
     def spooled(self) -> List[str]:
         """Computations that have such a file."""
         return [
-            name[2:] for name in os.listdir(self.base)
+            name[2:] for name in sorted(os.listdir(self.base))
             if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))
         ]
 
@@ -16392,10 +16411,7 @@ class ResultStore:
                 if not serials:
                     text = '%s is empty' % spool.path
                     raise ValueError(text)
-                now = time.time()
-                status = os.stat(spool.path)
-                st_mtime = status.st_mtime
-                left = self._zombie - (now - st_mtime)
+                left = self._zombie - spool.age()
                 until = self._host.now + max(0.0, left)
                 spool_found = SpoolFound(comp, owner, serials, until, digest)
                 self._host.tell(spool_found)
@@ -17632,15 +17648,17 @@ class NodeHost:
                  options: Options,
                  directory: Type[NodeDirectory] = NodeDirectory,
                  files: Type[ComputationFiles] = ComputationFiles,
-                 processes: Type[ProcessHost] = ProcessHost) -> None:
-        """The classes are those of the parts that have to do with files and processes."""
+                 processes: Type[ProcessHost] = ProcessHost,
+                 facts: Optional[Dict[str, Any]] = None) -> None:
+        """The classes are those of the parts that have to do with files and processes. `facts` are
+        those of the machine, see `node_facts`."""
         self.loop = loop
         self.options = options
         self.instance = os.urandom(16)
         self.links: Dict[int, Link] = {}     # to clients
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
-        facts = dict(node_facts(), start_method=options.start_method,
+        facts = dict(facts or node_facts(), start_method=options.start_method,
                      resources=options.offer.counts, memory_total=whole_memory(),
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
@@ -17757,7 +17775,7 @@ class NodeHost:
     def link_up(self, link: Link) -> None:
         """A client has proved itself."""
         self.links[link.number] = link
-        self.node.facts['available'] = availability(self.directory.root)
+        self.node.facts['available'] = self.directory.available()
         event = LinkUp(link.number, link.instance, link.address)
         self.tell(event)
 
@@ -17783,7 +17801,7 @@ class NodeHost:
             raise LinkBroken(text)
         if not isinstance(message, Pulse):
             if type(message) is Query:
-                self.node.facts['available'] = availability(self.directory.root)
+                self.node.facts['available'] = self.directory.available()
             received = Received(link.number, message)
             self.tell(received)
 
@@ -17946,10 +17964,14 @@ class Daemon(Loop):
     """The loop of a dispynode: a NodeHost, and the links of clients, which were let in at its gates
     or which it has made itself."""
 
-    def __init__(self, options: Options,
-                 host: Callable[[Loop, Options], NodeHost] = NodeHost) -> None:
+    def __init__(self,
+                 options: Options,
+                 host: Callable[[Loop, Options], NodeHost] = NodeHost,
+                 link: Type[Link] = Link) -> None:
+        """`host` makes the part that is the node, and `link` is the class of links to clients."""
         super().__init__()
         self._options = options
+        self._link = link
         self.node_host = host(self, options)
         self.node = self.node_host.node
         self.tell = self.node_host.tell
@@ -18046,7 +18068,7 @@ class Daemon(Loop):
 
     def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
         """A peer has proved itself."""
-        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        link = self._link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
         self.attach(link)
         self.node_host.link_up(link)
         return link
