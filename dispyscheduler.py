@@ -1660,6 +1660,10 @@ class Stop(NamedTuple):
 RELEASED = 'released at the scheduler'
 
 
+# Who gives an order at the prompt of a scheduler or on its page, for the log
+HERE = 'the operator'
+
+
 class Drains:
     """The nodes that an operator has drained, and why. They are drained until they are used again,
     also if they or the scheduler are started anew. The loop's thread."""
@@ -1793,6 +1797,7 @@ class ProgramOverview(Overview):
         self._scheduler = scheduler
         self._drains = scheduler.drains
         self._only = ''      # the user who asks and may not see what is of others
+        self._asker = HERE   # who gives orders, for the log
         self._numbers = itertools.count(1)
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
@@ -1809,6 +1814,14 @@ class ProgramOverview(Overview):
         value = self._ANSWERS[name](self, *args)
         return time.perf_counter() - began, value
 
+    def answer_operator(self, asker: str, name: str = '', *args: Any) -> Tuple[float, Any]:
+        """Answer whoever has the operator's secret: as `answer`, and the log names him."""
+        self._asker = asker
+        try:
+            return self.answer(name, *args)
+        finally:
+            self._asker = HERE
+
     def answer_user(self, user: str, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Answer a user who has proved his name: as `answer`, as if there were no programs of
         others. Orders that concern others are refused."""
@@ -1818,7 +1831,7 @@ class ProgramOverview(Overview):
                 (name,))
         self._only = user
         try:
-            return self.answer(name, *args)
+            return self.answer_operator('user %s' % user, name, *args)
         finally:
             self._only = ''
 
@@ -2102,11 +2115,17 @@ class ProgramOverview(Overview):
             works = [work for work in works if work.client_serial in jobs]
         for work in works:
             self._scheduler.decide(CancelAsked(work))
+        logger.info('%s has cancelled jobs of computation %d at node %s: %d', self._asker, number,
+                    self._peer(key), len(works))
         return len(works)
 
     def _cancel_waiting(self, number: int) -> int:
         """End jobs that have not begun, also those that wait at nodes."""
-        return self._scheduler.cancels.cancel_waiting(self._computation(number).comp)
+        comp = self._computation(number).comp
+        count = self._scheduler.cancels.cancel_waiting(comp)
+        logger.info('%s has cancelled jobs of computation %d that had not begun: %d', self._asker,
+                    number, count)
+        return count
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """Look for a node. All computations whose `nodes` mean it may use it."""
@@ -2116,6 +2135,7 @@ class ProgramOverview(Overview):
             node = (host, port)
         default_port = scheduler.clusters[KeepConnected.comp].port
         scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
+        logger.info('%s has added node %s', self._asker, host)
         return 1
 
     def _cpus(self, key: Any, cpus: int, reason: str = '') -> int:
@@ -2130,8 +2150,12 @@ class ProgramOverview(Overview):
         if cpus:
             self._drains.end(peer)
             peer.most = cpus
+            logger.info('%s has limited node %s to %d CPUs for each computation', self._asker,
+                        peer, cpus)
         else:
             self._drains.begin(peer, reason[:REASON_MOST])
+            logger.info('%s has drained node %s: %s', self._asker, peer,
+                        reason[:REASON_MOST] or 'no reason was given')
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
@@ -2139,6 +2163,7 @@ class ProgramOverview(Overview):
         """Let a node go for all computations, also those that come later, when their jobs there
         have ended."""
         peer = self._peer(key)
+        logger.info('%s has released node %s', self._asker, peer)
         told = self._released.setdefault(peer.key, set())
         for comp, use in list(peer.uses.items()):
             if comp == KeepConnected.comp:
@@ -2153,6 +2178,7 @@ class ProgramOverview(Overview):
         scheduler = self._scheduler
         peer = self._peer(key)
         self._drains.end(peer)
+        logger.info('%s has resumed node %s', self._asker, peer)
         for comp in self._released.pop(peer.key, set()):
             use = peer.uses.get(comp)
             if use is None:
@@ -2608,12 +2634,12 @@ class ProgramLinks(Part):
             if each.link == channel.number:
                 left.append(each)
         if channel.on_purpose:
-            logger.info('the link of %s ended: %s', name, text)
+            logger.info('%s has disconnected', name)
         else:
             work_counts = [len(computation.works) for computation in left]
             jobs = sum(work_counts)
-            logger.warning('the link of %s ended: %s; %d jobs of it have not ended', name, text,
-                           jobs)
+            logger.warning('lost the connection to %s: %s; %d of its jobs have not ended', name,
+                           text, jobs)
         for computation in left:
             computations.program_gone(computation)
             if channel.on_purpose:
@@ -3550,7 +3576,7 @@ class ProgramCalls(Part):
         overview = self._scheduler.overview
         session = self._programs.sessions[link.number]
         if session.operator:
-            return overview.answer(*args)
+            return overview.answer_operator(session.names[0], *args)
         if session.user:
             return overview.answer_user(session.user, *args)
         return overview.answer_anybody(*args)

@@ -152,7 +152,8 @@ def test_what_waits_is_cancelled_at_once_when_the_process_is_gone(serve, begun):
             r'INFO: \S+ PID %d is connected from 127.0.0.1\n' % pid,
             r'INFO: hold: begins \(computation 1 of \S+ PID %d\)\n' % pid,
             r'INFO: \S+: node \S+ \(127.0.0.1:\d+\) is used, with 2 CPUs\n',
-            r'WARNING: the link of \S+ PID %d ended: .*; 30 jobs of it have not ended\n' % pid,
+            r'WARNING: lost the connection to \S+ PID %d: .*; 30 of its jobs have not ended\n'
+            % pid,
             r'its 28 jobs that have not begun are cancelled',
             r'INFO: hold: begins \(computation 2 of \S+ PID %d\)\n' % os.getpid(),
             r'is over: 3 jobs, 3 done, 0 failed, 0 cancelled, 0 not ended; '

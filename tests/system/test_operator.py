@@ -4,6 +4,7 @@ is asked, and gets orders."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def test_an_operator_sees_and_orders(tmp_path):
             code, out, err = operate(scheduler, 'cancel', str(number))
             assert (code, err) == (0, '') and out == 'program %d: 1 job is cancelled\n' % number
             assert waiting.wait(20) and waiting.status == waiting.Cancelled
+            node_name = 'lab2 (127.0.0.1:%d)' % node.port
+            for order in ('drained node %s: no reason was given' % node_name,
+                          'resumed node %s' % node_name,
+                          'cancelled jobs of computation %d at node %s: 1' % (number, node_name)):
+                pattern = r'INFO: \S+@\S+ PID \d+ has ' + re.escape(order) + '\n'
+                assert re.search(pattern, scheduler.log()), (order, scheduler.log())
         shell = subprocess.Popen([sys.executable, '-m', 'dispy', '--scheduler-host',
                                   '127.0.0.1:%d' % scheduler.port, 'sleep 600; :', ':::', 'a'],
                                  stderr=subprocess.PIPE)

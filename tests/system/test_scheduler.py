@@ -339,7 +339,7 @@ def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
             for message in [ClientHello('a', 1.0)] * (wrong != 'pulse') + WRONG[wrong]:
                 link.send(message)
             link.write()
-            eventually(lambda: 'the link of' in scheduler.log()
+            eventually(lambda: 'the connection to' in scheduler.log()
                        or scheduler.process.poll() is not None)
         assert cluster.submit()(20) == 1
     with shared(lambda: 2, scheduler) as other:
