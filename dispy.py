@@ -159,7 +159,8 @@ from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, Con
 from dispynode import ConnectionAttempt
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
-from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, HandshakeError, Holder, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
 from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
 from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
@@ -8755,38 +8756,31 @@ def remedy_for_source(spec: dict) -> str:
             'that it needs as arguments; or r' + same)
 
 
-_OF_SCHEDULER = LazyPattern(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
-
-
-def how_to_share(text: str) -> str:
-    """A node says whom it serves; what to do, to be appended."""
-    found = _OF_SCHEDULER.match(text)
-    if found is not None:
-        if int(found.group(2)) == SCHEDULER_PORT:
+def how_to_share(holder: Holder) -> str:
+    """Return what a program can do that wants a node which another process has, to be appended to
+    what the node says."""
+    if holder.port:
+        if holder.port == SCHEDULER_PORT:
             port = ''
         else:
-            port = ', scheduler_port=%s' % found.group(2)
+            port = ', scheduler_port=%d' % holder.port
         return ('. That scheduler shares its nodes: use SharedJobCluster(..., '
-                'scheduler_host=%r%s)' % (found.group(1), port))
-    if text.startswith('it serves '):
-        if 'connection is lost' not in text:
-            return ('. A node serves one client at a time. For several programs at once '
-                    'start a dispyscheduler, and use SharedJobCluster')
-    return ''
-
-
-def who_holds(text: str, place: str) -> str:
-    """A node says by whom it is held: if that is a program of this user that has ended, which it
-    was, and what to do."""
-    found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
-    if found is None:
+                'scheduler_host=%r%s)' % (holder.host, port))
+    if holder.is_away:
         return ''
-    host = found.group(1)
-    pid = int(found.group(2))
+    return ('. A node serves one client at a time. For several programs at once '
+            'start a dispyscheduler, and use SharedJobCluster')
+
+
+def who_holds(holder: Holder, place: str) -> str:
+    """Return which program of this user it was that has a node and has ended, and what to do about
+    it; empty if it is another's, or has not ended. `place` is that of the node."""
+    if not holder.is_away:
+        return ''
     for left in programs_left():
         left.close()
         row = left.row
-        if (row.host, row.pid) != (host, pid):
+        if (row.host, row.pid) != (holder.host, holder.pid):
             continue
         if place in left.places:
             return (': these are jobs of %s (%s), a program of yours that began %s and '
@@ -9083,7 +9077,7 @@ class Outgoing:
 class NodeAssignment:
     """A node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
-                 'passes', 'unloadable', 'seat_told')
+                 'passes', 'unloadable', 'seat_told', 'holder_hint')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = AssignmentState.WAITING
@@ -9096,6 +9090,8 @@ class NodeAssignment:
         self.acks: List[int] = []                    # serials to be acknowledged
         self.then = ''                               # when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
+        # A row of Holder, and what to do about that
+        self.holder_hint: Tuple[tuple, str] = ((), '')
         self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
@@ -9605,9 +9601,14 @@ class NodePolicy:
         """Who this is, for those who run the node and for others who want it."""
         return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
-    def how_to_share(self, text: str) -> str:
-        """What to do about a node that serves others, and says so in these words."""
-        return how_to_share(text)
+    def process(self) -> tuple:
+        """Return the same for programs: a row of ClientHello."""
+        return socket.gethostname(), os.getpid(), 0
+
+    def about_holder(self, holder: Holder, place: str) -> str:
+        """Return what to do about a node that serves another, to be appended to what it says.
+        `place` is that of the node."""
+        return who_holds(holder, place) or how_to_share(holder)
 
     def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
@@ -11125,7 +11126,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        policy = self._driver.policy
+        hello = ClientHello(policy.introduction(), self._driver.access.pulse, policy.process())
         self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
@@ -11896,12 +11898,21 @@ class ComputationSetup:
         text = source_here.added_to(message.text)
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, peer.name)
-        if code == 'busy':
-            text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
+        if message.holder:
+            text += self._about_holder(peer, use, message.holder)
         self._refusal(peer, comp, text, 'process' if was_ready and code == 'setup' else code)
         use.unloadable = code in ('code', 'initializer')
         self._check_unloadable(comp)
         self._driver.policy.node_freed(peer)
+
+    def _about_holder(self, peer: NodeConnection, use: NodeAssignment, row: tuple) -> str:
+        """What to do about a node that serves another. It is found out once for each holder, as
+        many files may have to be read."""
+        holder, hint = use.holder_hint
+        if holder != row:
+            hint = self._driver.policy.about_holder(Holder(*row), peer.place)
+            use.holder_hint = (row, hint)
+        return hint
 
     def _check_unloadable(self, comp: str) -> None:
         """Where every node that can come has said that it cannot load the code, jobs would wait for

@@ -409,6 +409,19 @@ class AttemptHistory(NamedTuple):
         return AttemptHistory(whole, unbegun, lost, given_up, text)
 
 
+class Holder(NamedTuple):
+    """The process that has a node which others want.
+
+    host, pid - where it runs, and its number there
+    port - at which it serves programs if it is a scheduler, else 0
+    is_away - whether its connection to the node is lost
+    """
+    host: str
+    pid: int
+    port: int
+    is_away: bool
+
+
 class Reason(NamedTuple):
     """A reason for which a node does not take a computation: what it is, and whether it can pass by
     itself. One that passes is tried again, later and later; one that does not is final until the
@@ -457,9 +470,12 @@ def reason_of(exc: BaseException) -> str:
 
 class ClientHello(NamedTuple):
     """A client says first on a link who it is (the name is shown to others) and how many seconds
-    its pulse is. NodeHello answers it."""
+    its pulse is. NodeHello answers it. `process` says the same as the name, for programs: a row
+    (host, PID, port at which it serves programs if it is a scheduler, else 0). Minor version 1 does
+    not have it."""
     name: str
     pulse: float
+    process: tuple = ()
 
 
 class Compute(NamedTuple):
@@ -540,10 +556,12 @@ class NodeHello(NamedTuple):
 
 class Refused(NamedTuple):
     """A node does not serve this computation (or, with an empty name, this client); the code is for
-    programs, the text for people."""
+    programs, the text for people. `holder` is a row of Holder if another client has the node, else
+    empty. Minor version 1 does not have it."""
     comp: str
     code: str
     text: str
+    holder: tuple = ()
 
 
 class Need(NamedTuple):
@@ -757,6 +775,9 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
+# Messages to which a minor version has added fields, at the end: that version, and what stands in
+# the fields where a peer does not speak it
+LATER_FIELDS: Dict[type, Tuple[int, tuple]] = {ClientHello: (2, ((), )), Refused: (2, ((), ))}
 # What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 SPEAK_OF_COMPS = {
@@ -1223,6 +1244,25 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
     return OPS[type(message)], 1, [head + body, *raw]
 
 
+def _with_later_fields(message: type, fields: tuple) -> tuple:
+    """The fields of a message, with those that its sender may not know."""
+    _, later = LATER_FIELDS[message]
+    whole = len(FIELD_TYPES[message])
+    if len(fields) + len(later) == whole:
+        return fields + later
+    return fields
+
+
+def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
+    """Turn a message into what `encode` makes of it, for a peer of this minor version."""
+    kind = type(message)
+    since, later = LATER_FIELDS.get(kind, (0, ()))
+    if version < since:
+        fields = message[:-len(later)]
+        message = tuple.__new__(kind, fields)
+    return encode(message)
+
+
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
     """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
     PeerError."""
@@ -1237,6 +1277,8 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
+    if message in LATER_FIELDS and type(fields) is tuple:
+        fields = _with_later_fields(message, fields)
     if type(fields) is not tuple or len(fields) != len(kinds) or not all(
             map(isinstance, fields, kinds)):
         text = '%s with wrong fields' % message.__name__
@@ -1597,9 +1639,40 @@ def _all_serials(fields: tuple) -> bool:
     return all(map(is_serial, fields[1]))
 
 
+def _is_process(row: tuple) -> bool:
+    """Whether a row says which process a client is: see ClientHello."""
+    if not row:
+        return True
+    if len(row) != 3:
+        return False
+    host, pid, port = row
+    if type(host) is not str:
+        return False
+    return is_serial(pid) and is_serial(port)
+
+
+def _is_client_hello(fields: tuple) -> bool:
+    _, pulse, process = fields
+    if not math.isfinite(pulse):
+        return False
+    return _is_process(process)
+
+
+def _is_refused(fields: tuple) -> bool:
+    holder = fields[3]
+    if not holder:
+        return True
+    is_away = holder[-1]
+    if type(is_away) is not bool:
+        return False
+    process = holder[:-1]
+    return process != () and _is_process(process)
+
+
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
-    ClientHello: lambda fields: math.isfinite(fields[1]),
+    ClientHello: _is_client_hello,
+    Refused: _is_refused,
     NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(
         fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
@@ -4736,7 +4809,8 @@ def certificate_digest(certfile: str) -> bytes:
 #     the last byte of MAGIC, and with the first number of the release.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
-VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+# Minor versions spoken, lowest and highest. 2: with the fields of LATER_FIELDS
+VERSIONS = (1, 2)
 # At the end of ALERT, for people only
 _RELEASE = __version__.encode('ascii')[:16].ljust(16, b'\0')
 _HELLO = struct.Struct('>8sHHBBH16s32s16x')
@@ -5123,15 +5197,20 @@ class FrameEncoder:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, version: int = VERSIONS[1]) -> None:
+        """`version` is the minor version that the other side speaks."""
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
+        if version == VERSIONS[1]:
+            self._encode: Callable[..., Tuple[int, int, List[Buffer]]] = encode
+        else:
+            self._encode = functools.partial(encode_for, version)
 
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
         too large."""
-        op, encoding, pieces = encode(message)
+        op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
@@ -6494,7 +6573,7 @@ class Link(Channel):
                  takes: Iterable[int] = MESSAGES) -> None:
         self._opener = FrameDecoder(session.receive_key, takes)
         super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key)
+        self._sealer = FrameEncoder(session.send_key, session.version)
         self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
@@ -9216,6 +9295,7 @@ class NodeTables:
         self.comps: Dict[str, _Computation] = {}
         self.workers: Dict[int, _Worker] = {}
         self._client_names: Dict[int, str] = {}   # by link
+        self._processes: Dict[int, tuple] = {}    # by link, see ClientHello
 
     def do(self, action: Any) -> None:
         """Add an action to those of this call."""
@@ -9254,9 +9334,15 @@ class NodeTables:
             return None
         return worker
 
-    def name_client(self, link: int, name: str) -> None:
-        """Note the name that the client on a link has given."""
+    def name_client(self, link: int, name: str, process: tuple) -> None:
+        """Note the name that the client on a link has given, and which process it is: a row of
+        ClientHello."""
         self._client_names[link] = name
+        self._processes[link] = process
+
+    def process_at(self, link: int) -> tuple:
+        """Which process the client on a link is; empty if it has not told."""
+        return self._processes.get(link, ())
 
     def client_at(self, link: int) -> str:
         """The name of the client on a link, or its address."""
@@ -9266,6 +9352,7 @@ class NodeTables:
     def remove_link(self, link: int) -> Optional[LinkUp]:
         """Forget a link. Returns what was known of it."""
         self._client_names.pop(link, None)
+        self._processes.pop(link, None)
         return self.links.pop(link, None)
 
     def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
@@ -9476,6 +9563,7 @@ class NodeLease:
         self.state = Lease.FREE
         self.holder: Optional[bytes] = None
         self.holder_text = ''
+        self._process: tuple = ()   # the holder's, see ClientHello
         self.served = 0             # leases that have ended
         self._serve = serve
         self._client_shutdown = client_shutdown
@@ -9494,8 +9582,9 @@ class NodeLease:
         self.holder = holder
         self.holder_text = text
 
-    def take(self, holder: bytes, text: str, now: float) -> None:
+    def take(self, holder: bytes, text: str, now: float, process: tuple = ()) -> None:
         """A client has the node from now on, or has it still and is connected."""
+        self._process = process
         if self.state is Lease.FREE:
             self._cooldown = (None, 0.0)
             self._held_since = now
@@ -9523,6 +9612,12 @@ class NodeLease:
         return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
                                     '; its connection is lost'
                                     if self.state is Lease.ORPHANED else '')
+
+    def holder_row(self) -> tuple:
+        """Return the holder as a row of Holder; empty if it has not told which process it is."""
+        if not self._process:
+            return ()
+        return (*self._process, self.state is Lease.ORPHANED)
 
     def refuse(self, link: int) -> None:
         """Note that a client was refused because another holds the node."""
@@ -11838,7 +11933,7 @@ class Node:
         tables = self.tables
         instance = tables.links[link].instance
         client = tables.client_at(link)
-        self.lease.take(instance, client, now)
+        self.lease.take(instance, client, now, tables.process_at(link))
 
     def _free_lease(self, now: float) -> None:
         """Free the lease when its holder has no computation here."""
@@ -11871,7 +11966,7 @@ class Node:
 
     def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
         tables = self.tables
-        tables.name_client(link, message.name[:200])
+        tables.name_client(link, message.name[:200], message.process)
         client = tables.client_at(link)
         address = tables.links[link].address
         logger.info('%s has connected from %s', client, address)
@@ -11913,7 +12008,7 @@ class Node:
             self.lease.refuse(link)
             held = self.lease.held_by(now)
             text = 'it serves %s' % held
-            refused = Refused(message.comp, 'busy', text)
+            refused = Refused(message.comp, 'busy', text, self.lease.holder_row())
             action = Send(link, refused)
             tables.do(action)
             self.computations.evict_orphans()

@@ -95,7 +95,8 @@ from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RE
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
-from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, Holder, IncomingValue, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
@@ -2331,7 +2332,12 @@ class NodeSharing(NodePolicy):
         """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
-    def how_to_share(self, text: str) -> str:
+    def process(self) -> tuple:
+        """Return the same for programs."""
+        host, pid, _ = super().process()
+        return host, pid, self.port
+
+    def about_holder(self, holder: Holder, place: str) -> str:
         """Return nothing, because a scheduler shares what it has."""
         return ''
 

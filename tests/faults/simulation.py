@@ -323,14 +323,20 @@ class SimLoop(Loop):
         self.world.kill(self)
 
 
+class SimPolicy(dispy.NodePolicy):
+    """Of a program that leaves no files but its recover_file."""
+
+    def about_holder(self, holder, place):
+        return ''
+
+
 class SimClient(Driver, SimLoop):
     """A client's driver."""
 
     def __init__(self, access, session):
         self.world, self.session, self.host = session.world, session, session.user
-        super().__init__(access, parts=DriverParts(SimLink, self.attempt, SimPool, self.event,
-                                                   self.world.new_comp))
-        self.instance = self.world.random_bytes()
+        parts = DriverParts(SimLink, self.attempt, SimPool, self.event, self.world.new_comp)
+        super().__init__(access, self.world.random_bytes(), SimPolicy(), parts)
 
     def attempt(self, post, peer, reach):
         """What begins an attempt to connect."""
