@@ -3253,8 +3253,8 @@ class Placement:
         it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
-            send_recall = SendRecall(node.key, comp.comp, serials)
-            self._books.do(send_recall)
+            action = SendRecall(node.key, comp.comp, serials)
+            self._books.do(action)
 
 
 class Limits:
@@ -3272,8 +3272,8 @@ class Limits:
             comp.offers[node.key] = cpus
             self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
             comp_limit = node.limits[comp.comp]
-            limit_node = LimitNode(node.key, comp.comp, comp_limit)
-            self._books.do(limit_node)
+            action = LimitNode(node.key, comp.comp, comp_limit)
+            self._books.do(action)
             self._share_limits(comp)
 
     def _share_limits(self, comp: ComputationLoad) -> None:
@@ -3291,8 +3291,8 @@ class Limits:
             left -= more
             self._set_limit(node, comp, limit + more)
             cpus = limit + more
-            limit_node = LimitNode(key, comp.comp, cpus)
-            self._books.do(limit_node)
+            action = LimitNode(key, comp.comp, cpus)
+            self._books.do(action)
 
     def _set_limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
         placement = self._placement
@@ -3511,8 +3511,8 @@ class Losses:
         elif move_job(work, 'give up') is JobState.CANCELLED:
             books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
-            job_ended = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
-            books.do(job_ended)
+            action = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
+            books.do(action)
 
     def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account,
                occasion: Occasion) -> None:
@@ -3616,8 +3616,8 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
-            self._books.do(send_cancel)
+            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(action)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
@@ -3728,8 +3728,8 @@ class Schedule:
         """Nodes that have not come back in their time."""
         for node in [node for node in self.away.values() if node.lost_at() <= now]:
             away: Any = node.away
-            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
-            self._node_doubted(node_doubted)
+            event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(event)
             self._books.do(NodeGone(node.key))
 
     def lost_at(self, key: Any) -> float:
@@ -3828,8 +3828,8 @@ class Schedule:
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
-            send_cancel = SendCancel(node.key, comp.comp, unwanted)
-            books.do(send_cancel)
+            action = SendCancel(node.key, comp.comp, unwanted)
+            books.do(action)
 
     def _node_told(self, event: NodeTold) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -3895,8 +3895,8 @@ class Schedule:
                 heapq.heappush(self._late, (late, next_number, node.key))
         if pairs:
             books.changed[node.key] = node
-            jobs_started = JobsStarted(node.key, comp.comp, pairs)
-            books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, pairs)
+            books.do(action)
 
     def _node_results(self, event: NodeResults) -> None:
         rows = event.rows
@@ -3950,8 +3950,8 @@ class Schedule:
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
         if work.state is JobState.SENT:
-            jobs_started = JobsStarted(node.key, comp.comp, [(work, 0.0)])
-            self._books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, [(work, 0.0)])
+            self._books.do(action)
         move_job(work, 'provisional')
 
     def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob,
@@ -3969,8 +3969,8 @@ class Schedule:
                 self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 return True
         if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
-            job_failed_once = JobFailedOnce(node.key, comp.comp, work, row)
-            self._books.do(job_failed_once)
+            action = JobFailedOnce(node.key, comp.comp, work, row)
+            self._books.do(action)
             return True
         return False
 
@@ -4915,8 +4915,8 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
     """(metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
-        stem_and_suffix = os.path.splitext(name)
-        file = _METADATA_FILES.get(stem_and_suffix[1])
+        _, suffix = os.path.splitext(name)
+        file = _METADATA_FILES.get(suffix)
         path = os.path.join(directory, name, file or '')
         if file and os.path.isfile(path):
             with open(path, encoding='utf-8', errors='replace') as record:
@@ -4933,8 +4933,8 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 else:
                     below = member
                 name, _, file = below.partition('/')
-                stem_and_suffix = os.path.splitext(name)
-                expected = _METADATA_FILES.get(stem_and_suffix[1])
+                _, suffix = os.path.splitext(name)
+                expected = _METADATA_FILES.get(suffix)
                 if not member.endswith(below):
                     continue
                 if expected == file:
@@ -5855,8 +5855,8 @@ class OwnModules:
         if _is_package_file(os.path.basename(path)):
             holder = os.path.dirname(holder)
         owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
-        stem_and_suffix = os.path.splitext(owner)
-        return stem_and_suffix[0].partition('-')[2]
+        stem, _ = os.path.splitext(owner)
+        return stem.partition('-')[2]
 
 
 own_modules = OwnModules()
@@ -6876,8 +6876,8 @@ def is_executable(path: str, start: bytes) -> bool:
         return os.access(path, os.X_OK)
     pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
     suffixes = pathext.lower().split(';')
-    stem_and_suffix = os.path.splitext(path)
-    end = stem_and_suffix[1].lower()
+    _, suffix = os.path.splitext(path)
+    end = suffix.lower()
     if start == b'MZ':
         return True
     if end in ('.py', '.pyw'):
@@ -9784,8 +9784,8 @@ class Recovery(Collector):
                 del self._jobs[number]
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
-            cancel = Cancel(comp, list(serials))
-            self.driver.send(peer.link, cancel)
+            message = Cancel(comp, list(serials))
+            self.driver.send(peer.link, message)
         self._check()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
@@ -9984,8 +9984,8 @@ class ResultCollection(Collector):
                         account = Account(frozenset(now), past)
                         self._went(comp, serial, account, peer)
                     if self._cancel and serials:
-                        cancel = Cancel(comp, list(serials))
-                        self.driver.send(peer.link, cancel)
+                        message = Cancel(comp, list(serials))
+                        self.driver.send(peer.link, message)
             self._changed.notify_all()
         self._ask(peer)
 
@@ -11433,8 +11433,8 @@ class NodeSelection:
         peer.count_link()
         peer.link = None
         for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         for use in peer.uses.values():
             use.move('lost')
             use.allocation = None
@@ -11484,8 +11484,8 @@ class NodeSelection:
         if peer is None:
             return
         if peer.link is not None:
-            limit = Limit(action.comp, action.cpus)
-            self._driver.send(peer.link, limit)
+            message = Limit(action.comp, action.cpus)
+            self._driver.send(peer.link, message)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
@@ -11516,8 +11516,8 @@ class NodeSelection:
         if use.state is AssignmentState.READY:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
         self.done(peer, comp)
-        node_left = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
-        self._driver.decide(node_left)
+        event = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
+        self._driver.decide(event)
         if then == 'close':
             use.move('close')
             use.reason = 'closed by the program'
@@ -11682,10 +11682,9 @@ class ComputationSetup:
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
-                node_offers = NodeOffers(peer.key, comp,
-                                         self._driver.selection.tell_limit(peer, comp),
-                                         peer.offered)
-                self._driver.decide(node_offers)
+                cpus = self._driver.selection.tell_limit(peer, comp)
+                event = NodeOffers(peer.key, comp, cpus, peer.offered)
+                self._driver.decide(event)
             elif use.state is AssignmentState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
@@ -11736,8 +11735,8 @@ class ComputationSetup:
         setup_args = out_of_band(spec['setup_args'])
         spec.update(code=out, setup_args=setup_args, client=cluster.client,
                     whose=cluster.program)
-        compute = Compute(comp, spec)
-        self._driver.send(peer.link, compute)
+        message = Compute(comp, spec)
+        self._driver.send(peer.link, message)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
         """What a computation is, in a form that this node can load; None if there is none, or if it
@@ -11890,11 +11889,11 @@ class ComputationSetup:
             peer.link.abandon(comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
-            node_doubted = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text,
-                                       peer.kind, [comp])
-            self._driver.lost_nodes.doubt(node_doubted)
-            node_left = NodeLeft(peer.key, comp, str(peer), message.text)
-            self._driver.decide(node_left)
+            doubt = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind,
+                                [comp])
+            self._driver.lost_nodes.doubt(doubt)
+            event = NodeLeft(peer.key, comp, str(peer), message.text)
+            self._driver.decide(event)
         text = source_here.added_to(message.text)
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, peer.name)
@@ -12030,8 +12029,8 @@ class FileTransfers:
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
             purpose = int(Purpose.VALUES)
-            file_stored = FileStored(cluster.comp, purpose, key, row[0], text)
-            self._driver.say_to(peer, file_stored)
+            message = FileStored(cluster.comp, purpose, key, row[0], text)
+            self._driver.say_to(peer, message)
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             number = peer.link.number  # type: ignore[union-attr]
@@ -12136,8 +12135,8 @@ class JobExchange:
         serials = action.serials
         stay = self._unsend(peer, action.comp, serials)
         if stay:   # they have not come there, nor will they
-            node_returned = NodeReturned(peer.key, action.comp, stay)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, action.comp, stay)
+            self._driver.decide(event)
             serials = [serial for serial in serials if serial not in stay]
         for message in in_parts(kind, action.comp, serials):
             self._driver.send(peer.link, message)
@@ -12186,8 +12185,8 @@ class JobExchange:
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         if self.outgoing.held_up:
             self._driver.chores.within(Outgoing.AGAIN)
 
@@ -12209,8 +12208,8 @@ class JobExchange:
             if peer.uses[comp].state is not AssignmentState.READY:
                 continue
             if not peer.uses[comp].then:
-                node_offers = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
-                self._driver.decide(node_offers)
+                event = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
+                self._driver.decide(event)
 
     def on_results(self, peer: NodeConnection, message: Results) -> None:
         """Jobs have ended at a node, or go on and have a provisional result."""
@@ -12227,8 +12226,8 @@ class JobExchange:
             for ack in in_parts(Ack, comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
-        node_results = NodeResults(peer.key, comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(peer.key, comp, rows)
+        self._driver.decide(event)
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
@@ -12238,13 +12237,13 @@ class JobExchange:
             self._driver.recoveries.by_comp[comp].returned(peer, comp, serials)
             return
         self._unsend(peer, comp, serials)
-        node_returned = NodeReturned(peer.key, comp, serials)
-        self._driver.decide(node_returned)
+        event = NodeReturned(peer.key, comp, serials)
+        self._driver.decide(event)
 
     def on_started(self, peer: NodeConnection, message: Started) -> None:
         """Jobs have begun."""
-        node_started = NodeStarted(peer.key, message.comp, message.rows)
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, message.comp, message.rows)
+        self._driver.decide(event)
 
     def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
@@ -12264,8 +12263,8 @@ class JobExchange:
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
-        node_started = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
+        self._driver.decide(event)
 
     def jobs_started(self, action: JobsStarted) -> None:
         """As the Schedule knows, jobs have begun."""
@@ -12340,8 +12339,8 @@ class JobExchange:
         for comp, serial in self._driver.refusals.refused(link, message.frame):
             row = (serial, int(Outcome.DIED), 0.0, 0.0,
                    ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
-            node_results = NodeResults(peer.key, comp, [row])
-            self._driver.decide(node_results)
+            event = NodeResults(peer.key, comp, [row])
+            self._driver.decide(event)
         peer.wrong = True
         raise LinkBroken(text)
 
@@ -12350,8 +12349,8 @@ class JobExchange:
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
                 for work in action.works]
-        node_results = NodeResults(action.node, action.comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(action.node, action.comp, rows)
+        self._driver.decide(event)
 
     def note_fault(self, text: str) -> None:
         """Jobs that were in hand are looked for soon, once for many faults."""
@@ -12539,8 +12538,8 @@ class Recoveries:
         else:
             serials = frozenset(message.serials)
             account = Account(serials, past, peer.whole)
-            node_told = NodeTold(peer.key, comp, account)
-            self._driver.decide(node_told)
+            event = NodeTold(peer.key, comp, account)
+            self._driver.decide(event)
 
 
 class SchedulerCalls:
@@ -12785,8 +12784,8 @@ class NodeQueries:
     def on_report(self, peer: NodeConnection, message: Report) -> None:
         """A node tells what is there."""
         if message.running:
-            node_started = NodeStarted(peer.key, message.comp, message.running)
-            self._driver.decide(node_started)
+            event = NodeStarted(peer.key, message.comp, message.running)
+            self._driver.decide(event)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
@@ -13448,8 +13447,8 @@ class Driver(Loop):
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in the driver's thread. Any thread."""
-        run_in_driver = RunInDriver(functools.partial(call, *args), None)
-        self.post(run_in_driver)
+        event = RunInDriver(functools.partial(call, *args), None)
+        self.post(event)
 
     def _main(self) -> None:
         try:
@@ -13514,9 +13513,9 @@ class Driver(Loop):
         if cluster.journal is not None:
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
-        opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all())
-        self.decide(opened)
+        event = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
+                       cluster.cpus_in_all())
+        self.decide(event)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
         if probe:
@@ -13709,10 +13708,9 @@ class Driver(Loop):
                 for comp, use in peer.uses.items():
                     if use.state is AssignmentState.READY:
                         ready.append(comp)
-                short_text = message.text[:200]
-                node_doubted = NodeDoubted(peer.key, str(peer), Evidence.BYE, short_text, peer.kind,
-                                           ready)
-                self.lost_nodes.doubt(node_doubted)
+                doubt = NodeDoubted(peer.key, str(peer), Evidence.BYE, message.text[:200],
+                                    peer.kind, ready)
+                self.lost_nodes.doubt(doubt)
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -14555,8 +14553,8 @@ class ResultDelivery:
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
-                    status_callback = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
-                    self.driver.post(status_callback)
+                    event = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
+                    self.driver.post(event)
             fill_in(job, row, is_program, self._failures, peer.name)
             if job.status == 11 and not (is_program and job.result):
                 finished += 1
@@ -14646,8 +14644,8 @@ class ResultDelivery:
         driver = self.driver
         if callbacks.cluster_status is not None:
             for job in jobs:
-                status_callback = StatusCallback(callbacks, job.status, peer, job)
-                driver.post(status_callback)
+                event = StatusCallback(callbacks, job.status, peer, job)
+                driver.post(event)
         for job in jobs:
             if job.event is not None or job.when_ended is not None:
                 job.wake()
@@ -14766,8 +14764,8 @@ class Submitter:
                 future.job = job
             book.enter(job)
             if self._callbacks.cluster_status is not None:
-                status_callback = StatusCallback(self._callbacks, DispyJob.Created, None, job)
-                driver.post(status_callback)
+                event = StatusCallback(self._callbacks, DispyJob.Created, None, job)
+                driver.post(event)
             # With the lock held: `close` comes after it or before the test above
             driver.post(job)
         return job

@@ -1658,6 +1658,35 @@ def _is_client_hello(fields: tuple) -> bool:
     return _is_process(process)
 
 
+def _is_node_hello(fields: tuple) -> bool:
+    _, cpus, facts = fields
+    if cpus < 0:
+        return False
+    if type(facts.get('python', ())) is not tuple:
+        return False
+    if type(facts.get('available', {})) is not dict:
+        return False
+    return _is_kept(facts.get('kept', {}))
+
+
+def _is_report(fields: tuple) -> bool:
+    _, running, waiting, _ = fields
+    if not all(map(_is_running, running)):
+        return False
+    return all(map(is_serial, waiting))
+
+
+def _is_output(fields: tuple) -> bool:
+    _, serial, stream, offset, data = fields
+    if not is_serial(serial):
+        return False
+    if not is_serial(offset):
+        return False
+    if stream not in (0, 1, 2):
+        return False
+    return _is_buffer(data)
+
+
 def _is_refused(fields: tuple) -> bool:
     holder = fields[3]
     if not holder:
@@ -1673,8 +1702,7 @@ def _is_refused(fields: tuple) -> bool:
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     ClientHello: _is_client_hello,
     Refused: _is_refused,
-    NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(
-        fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
+    NodeHello: _is_node_hello,
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
     FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
@@ -1683,9 +1711,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Wrong: lambda fields: is_serial(fields[1]),
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
-    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(is_serial, fields[2])),
-    Output: lambda fields: is_serial(fields[1]) and fields[2] in
-    (0, 1, 2) and is_serial(fields[3]) and _is_buffer(fields[4]),
+    Report: _is_report,
+    Output: _is_output,
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
@@ -5786,7 +5813,11 @@ class FileReceiver:
             path = os.path.join(path, part)
             if os.path.islink(path):
                 return False
-        return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
+        if not os.path.isfile(path):
+            return False
+        if os.path.getsize(path) != size:
+            return False
+        return Digests.of(path) == digest
 
     def piece(self, piece: FilePiece) -> bool:
         """Take a piece; true when its file is whole and in its place. Raises ValueError or
@@ -7194,8 +7225,8 @@ class Loop:
             return
         text = 'there are more than %d connections, which this system cannot wait for' \
             % SELECT_MOST
-        bye = Bye(text)
-        self.send(link, bye)
+        message = Bye(text)
+        self.send(link, message)
         self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
@@ -7255,8 +7286,8 @@ class Loop:
     def disconnect(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
         if not link.owes:
-            bye = Bye(text[:1000])
-            self.send(link, bye)
+            message = Bye(text[:1000])
+            self.send(link, message)
         with contextlib.suppress(OSError):   # it is closed all the same
             link.drain(self.PARTING)
         self.detach(link)
@@ -9304,8 +9335,11 @@ class NodeTables:
     def reply(self, comp: _Computation, message: Any) -> None:
         """Send a message to the client of a computation, if it is connected."""
         if comp.link in self.links:
-            send = Send(comp.link, message)
-            self.do(send)
+            self.do(Send(comp.link, message))
+
+    def send(self, link: int, message: Any) -> None:
+        """Send a message on a link."""
+        self.do(Send(link, message))
 
     def ask_for_files(self, comp: _Computation, files: list) -> None:
         """Ask the client of a computation for files, rows as in Need."""
@@ -9360,8 +9394,8 @@ class NodeTables:
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
-            broken = Broken(comp, exc)
-            self.do(broken)
+            action = Broken(comp, exc)
+            self.do(action)
 
 
 class Timer(NamedTuple):
@@ -9529,8 +9563,8 @@ class ResourceWorkers:
     def retire(self, worker: _Worker) -> None:
         """Let a worker that does nothing end."""
         self._remove(worker)
-        retire = Retire(worker.key)
-        self._tables.do(retire)
+        action = Retire(worker.key)
+        self._tables.do(action)
 
     def idle(self, worker: _Worker) -> None:
         """A worker has nothing to do."""
@@ -9679,14 +9713,14 @@ class PastAttempts:
         if name not in self._known:
             self._set_timer(name, tables.now)
         self._known[name] = self._known.get(name, AttemptHistory()).and_also(past)
-        remember = Remember(name, self._known[name])
-        tables.do(remember)
+        action = Remember(name, self._known[name])
+        tables.do(action)
 
     def forget(self, name: str) -> None:
         """The client of a computation is done with it."""
         if self._known.pop(name, None) is not None:
-            remember = Remember(name, AttemptHistory())
-            self._tables.do(remember)
+            action = Remember(name, AttemptHistory())
+            self._tables.do(action)
 
     def _set_timer(self, name: str, now: float) -> None:
         when = now + PAST_TIME
@@ -9724,9 +9758,7 @@ class UndeliveredResults:
         """Send what has not been sent; to the disk with it if the client is away."""
         tables = self._tables
         if comp.outbox and comp.link in tables.links:
-            results = Results(comp.comp, comp.outbox)
-            send = Send(comp.link, results)
-            tables.do(send)
+            tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
             comp.outbox = []
         elif comp.outbox:
             self.spool(comp)
@@ -9848,14 +9880,12 @@ class UndeliveredResults:
         comp = tables.comps.get(name)
         if comp is not None and comp.unacknowledged:
             rows = list(comp.unacknowledged.values())
-            results = Results(name, rows)
-            send = Send(link, results)
-            tables.do(send)
+            tables.send(link, Results(name, rows))
         if comp is not None:
             comp.outbox = []
         if name in self.spooled:
-            send_spooled = SendSpooled(link, name)
-            tables.do(send_spooled)
+            action = SendSpooled(link, name)
+            tables.do(action)
 
     def forget_link(self, link: int) -> None:
         """A link is gone."""
@@ -10156,8 +10186,8 @@ class Attempts:
         """Ask a worker for what it has not started."""
         if not worker.recalled:
             worker.recalled = True
-            take_from_worker = TakeFromWorker(worker.key)
-            self._tables.do(take_from_worker)
+            action = TakeFromWorker(worker.key)
+            self._tables.do(action)
 
     def take_back_all(self) -> None:
         """Ask workers for what stands behind jobs that run."""
@@ -10312,8 +10342,8 @@ class Interruptions:
 
     def _kill(self, worker: _Worker, serial: int, now: float) -> None:
         if self._is_running(worker, serial):
-            kill = Kill(worker.key)
-            self._tables.do(kill)
+            action = Kill(worker.key)
+            self._tables.do(action)
             when = now + GRACE
             self._set_timer(when, self._stuck, worker, serial)
 
@@ -10496,8 +10526,8 @@ class WorkerPool:
         comp.workers[worker.key] = worker
         if resources:
             self.special.equip(worker)
-        start_worker = StartWorker(worker.key, comp.comp)
-        tables.do(start_worker)
+        action = StartWorker(worker.key, comp.comp)
+        tables.do(action)
         return worker
 
     def start_failed(self, worker: _Worker, text: str, now: float) -> None:
@@ -10525,8 +10555,8 @@ class WorkerPool:
         comp.refillable.pop(worker.key, None)
         if comp.most and worker.jobs_given >= comp.most:
             self.remove(worker)
-            retire = Retire(worker.key)
-            tables.do(retire)
+            action = Retire(worker.key)
+            tables.do(action)
         else:
             worker.since = tables.now
             if worker.resources:
@@ -10717,15 +10747,16 @@ class CpuScheduler:
             else:   # it may begin before this is told
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
-            send_to_worker = SendToWorker(worker.key, attempts)
-            self._tables.do(send_to_worker)
+            action = SendToWorker(worker.key, attempts)
+            self._tables.do(action)
 
     def _watch(self, worker: _Worker, attempt: Attempt) -> None:
         """Limits that hold also while this loop has no time, as in a program that is busy."""
         if attempt.memory or attempt.timeout:
-            limit_memory = LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
-                                       attempt.timeout or 0.0)
-            self._tables.do(limit_memory)
+            memory = int(attempt.memory or 0)
+            seconds = attempt.timeout or 0.0
+            action = LimitMemory(worker.key, attempt.serial, memory, seconds)
+            self._tables.do(action)
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since = now
@@ -10860,8 +10891,8 @@ class CpuScheduler:
         they had begun."""
         for worker in comp.workers.values():
             if worker.queue:
-                kill = Kill(worker.key)
-                self._tables.do(kill)
+                action = Kill(worker.key)
+                self._tables.do(action)
 
     def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
         """Nobody tells what had begun: what stands first at a worker has failed, and the rest was
@@ -10982,8 +11013,7 @@ class JobRequests:
         if not worker.sending_file_on:
             return   # it was answered already: what is left of it is passed over
         if worker.sending_file_on == worker.comp.link and worker.sending_file_on in tables.links:
-            send = Send(worker.comp.link, piece)
-            tables.do(send)
+            tables.send(worker.comp.link, piece)
         else:
             self._answer(worker, 'the client is not connected')
 
@@ -11000,8 +11030,7 @@ class JobRequests:
             return
         number = next(self._numbers)
         comp.calls[number] = worker.key
-        send = Send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
-        tables.do(send)
+        tables.send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
 
     def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
@@ -11024,8 +11053,8 @@ class JobRequests:
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
         if len(comp.fetches) == 1:
-            fetch = Fetch(comp.comp, message.value)
-            tables.do(fetch)
+            action = Fetch(comp.comp, message.value)
+            tables.do(action)
 
     def on_fetched(self, event: Fetched, now: float) -> None:
         """Files that a job needs are missing, or are there."""
@@ -11056,8 +11085,8 @@ class JobRequests:
         if not worker.queue:
             return
         if worker.queue[0].serial == event.serial:
-            output = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
-            tables.reply(worker.comp, output)
+            message = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
+            tables.reply(worker.comp, message)
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         """The client has the file of a job, or cannot have it; or it cannot send a value."""
@@ -11085,8 +11114,8 @@ class JobRequests:
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.sending_file_on:
             worker.sending_file_on = 0
-            answer_job_file = AnswerJobFile(worker.key, error)
-            self._tables.do(answer_job_file)
+            action = AnswerJobFile(worker.key, error)
+            self._tables.do(action)
 
 
 class Computations:
@@ -11127,8 +11156,8 @@ class Computations:
         if self._results.has_key(message.comp, key):
             self._results.give_to(message.comp, up.instance)
             self._results.resend(message.comp, link)
-        prepare_directory = PrepareDirectory(message.comp, spec)
-        tables.do(prepare_directory)
+        action = PrepareDirectory(message.comp, spec)
+        tables.do(action)
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
@@ -11137,11 +11166,10 @@ class Computations:
             logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
-            want_again = WantAgain(comp.comp)
-            tables.do(want_again)
+            action = WantAgain(comp.comp)
+            tables.do(action)
         if comp.stage is Stage.READY:
-            send = Send(link, self._ready(comp))
-            tables.do(send)
+            tables.send(link, self._ready(comp))
         self._results.resend(comp.comp, link)
         workers = comp.workers.values()
         comp.begun = [(worker.queue[0].serial, worker.since) for worker in workers
@@ -11190,9 +11218,7 @@ class Computations:
             tables.do(WriteFile(message))
         elif not asked and message.offset + len(message.data) >= message.row[1]:
             text = 'the computation is not set up there'
-            file_stored = FileStored(*message[:3], message.row[0], text)
-            send = Send(link, file_stored)
-            tables.do(send)
+            tables.send(link, FileStored(*message[:3], message.row[0], text))
 
     def on_stored(self, event: FileWritten, now: float) -> None:
         """A file is there, or cannot be stored."""
@@ -11216,8 +11242,8 @@ class Computations:
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
         logger.info('%s: its files are here, its runner is started', comp)
-        start_runner = StartRunner(comp.comp, comp.spec, comp.link)
-        self._tables.do(start_runner)
+        action = StartRunner(comp.comp, comp.spec, comp.link)
+        self._tables.do(action)
         when = now + SETUP_TIME
         self._set_timer(when, comp, self._setup_late)
 
@@ -11245,8 +11271,8 @@ class Computations:
                         comp, now - comp.since)
             tables.reply(comp, self._ready(comp))
             for note in event.notes:
-                notice = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
-                tables.reply(comp, notice)
+                message = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
+                tables.reply(comp, message)
 
     def resize(self) -> None:
         """Computations have come or gone, or may use other numbers of CPUs."""
@@ -11263,8 +11289,8 @@ class Computations:
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
         self._results.spool(comp)
-        refused = Refused(comp.comp, code, text)
-        self._tables.reply(comp, refused)
+        message = Refused(comp.comp, code, text)
+        self._tables.reply(comp, message)
         self.close(comp, at_once=True)
 
     def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
@@ -11474,8 +11500,8 @@ class Computations:
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
-        stop_runner = StopRunner(comp.comp, at_once)
-        tables.do(stop_runner)
+        action = StopRunner(comp.comp, at_once)
+        tables.do(action)
 
 
 class Inquiries:
@@ -11503,8 +11529,7 @@ class Inquiries:
         while self.queries:
             link, name = self.queries.pop()
             if link in tables.links:
-                send = Send(link, self._report(link, name, now))
-                tables.do(send)
+                tables.send(link, self._report(link, name, now))
 
     def _report(self, link: int, name: str, now: float) -> Report:
         tables = self._tables
@@ -11636,8 +11661,8 @@ class NodeService:
             self._results.deliver(comp)
             self._results.spool(comp)
         for link in tables.links:
-            drop = Drop(link, 'node stopped')
-            tables.do(drop)
+            action = Drop(link, 'node stopped')
+            tables.do(action)
         for comp in tables.comps.values():
             self._computations.close(comp, at_once=True)
         tables.do(Exit())
@@ -11665,9 +11690,7 @@ class NodeService:
     def _offer(self, cpus: int) -> None:
         tables = self._tables
         for link in tables.links:
-            cpus_changed = CpusChanged(cpus)
-            send = Send(link, cpus_changed)
-            tables.do(send)
+            tables.send(link, CpusChanged(cpus))
 
     # -- pauses ------------------------------------------------------------------------------------
 
@@ -11710,8 +11733,8 @@ class NodeService:
         else:
             state = 'takes jobs'
         text = self._inquiries.status(state, now)
-        print_status = PrintStatus(text)
-        self._tables.do(print_status)
+        action = PrintStatus(text)
+        self._tables.do(action)
 
 
 class Node:
@@ -11894,8 +11917,8 @@ class Node:
             for serial, since in comp.begun:
                 row = (serial, now - since)
                 rows.append(row)
-            started = Started(comp.comp, rows)
-            self.tables.reply(comp, started)
+            message = Started(comp.comp, rows)
+            self.tables.reply(comp, message)
             comp.begun = []
         self.results.deliver(comp)
 
@@ -11945,9 +11968,7 @@ class Node:
         self.lease.end()
         if not self.attempts.refuses_new:
             for link in self.lease.take_refused():
-                cpus_changed = CpusChanged(self.cpus.offered)
-                send = Send(link, cpus_changed)
-                tables.do(send)
+                tables.send(link, CpusChanged(self.cpus.offered))
         if self.lease.was_last() and not self.service.stopping:
             self.service.stop(Stop(), now)
 
@@ -11983,12 +12004,9 @@ class Node:
             kept[name] = self.results.known_attempts(name)
         node_hello = NodeHello(self.name, self.cpus.offered,
                                dict(self.facts, holder=self.lease.held_by(now), kept=kept))
-        action = Send(link, node_hello)
-        tables.do(action)
+        tables.send(link, node_hello)
         if self.service.paused:
-            cpus_changed = CpusChanged(0)
-            send = Send(link, cpus_changed)
-            tables.do(send)
+            tables.send(link, CpusChanged(0))
 
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         tables = self.tables
@@ -12002,15 +12020,12 @@ class Node:
             return
         refusal = self._refusal(link, message.comp, now, message.spec)
         if refusal is not None:
-            send = Send(link, refusal)
-            tables.do(send)
+            tables.send(link, refusal)
         elif self.lease.is_of_another(tables.links[link].instance):
             self.lease.refuse(link)
             held = self.lease.held_by(now)
             text = 'it serves %s' % held
-            refused = Refused(message.comp, 'busy', text, self.lease.holder_row())
-            action = Send(link, refused)
-            tables.do(action)
+            tables.send(link, Refused(message.comp, 'busy', text, self.lease.holder_row()))
             self.computations.evict_orphans()
         else:
             self._take_lease(link, now)
@@ -12050,17 +12065,14 @@ class Node:
             logger.warning('%s wants results of a computation and does not have its key', client)
             attempt_history = AttemptHistory(whole=False)
             past = attempt_history.row()
-            send = Send(link, KnownAttempts(message.comp, [], past))
-            tables.do(send)
+            tables.send(link, KnownAttempts(message.comp, [], past))
             return
         self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in tables.links and comp.link != link:
                 held = self.lease.held_by(now)
                 text = 'its client is connected: %s' % held
-                refused = Refused(message.comp, 'busy', text)
-                action = Send(link, refused)
-                tables.do(action)
+                tables.send(link, Refused(message.comp, 'busy', text))
                 return
             if take:
                 comp.link = link
@@ -12084,8 +12096,8 @@ class Node:
     def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
         if comp is not None:
-            end_wanted = EndWanted(message.comp)
-            self._end_wanted(end_wanted, now)
+            event = EndWanted(message.comp)
+            self._end_wanted(event, now)
 
     def _end_wanted(self, event: EndWanted, now: float) -> None:
         """End when the lease ends, if the operator allows that."""
@@ -16350,8 +16362,8 @@ class ComputationFiles:
         loop."""
         def work() -> None:
             Digests.learn(paths)
-            digested = Digested(action)
-            self._host.post(digested)
+            event = Digested(action)
+            self._host.post(event)
         self._digesting.add(action.comp)
         thread = threading.Thread(target=work, name='dispy-digest', daemon=True)
         thread.start()
@@ -16406,8 +16418,8 @@ class ComputationFiles:
                     missing = files.receiver.want(Purpose.VALUES, [row])
         except (OSError, ValueError) as exc:
             error = str(exc)
-        value_sought = ValueSought(action.comp, digest, missing, error)
-        self._host.post(value_sought)
+        event = ValueSought(action.comp, digest, missing, error)
+        self._host.post(event)
 
     def drop_value(self, action: DropValue) -> None:
         """Remove a value."""
@@ -16423,8 +16435,8 @@ class ComputationFiles:
         if files is not None:
             with self._directory.as_user():
                 missing = files.receiver.again()
-                wanted = Wanted(action.comp, missing)
-                self._host.post(wanted)
+                event = Wanted(action.comp, missing)
+                self._host.post(event)
 
     def store(self, action: WriteFile) -> None:
         """Write a piece of a file."""
@@ -16437,8 +16449,8 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        file_written = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
-        self._host.post(file_written)
+        event = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
+        self._host.post(event)
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -16508,8 +16520,8 @@ class ResultStore:
                     raise ValueError(text)
                 left = self._zombie - spool.age()
                 until = self._host.now + max(0.0, left)
-                spool_found = SpoolFound(comp, owner, serials, until, digest)
-                self._host.tell(spool_found)
+                event = SpoolFound(comp, owner, serials, until, digest)
+                self._host.tell(event)
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
@@ -16525,8 +16537,8 @@ class ResultStore:
         except (OSError, ValueError, StartError) as exc:
             self._unkept.add(comp)
             error = str(exc)
-            results_spooled = ResultsSpooled(comp, [], error)
-            self._host.post(results_spooled)
+            event = ResultsSpooled(comp, [], error)
+            self._host.post(event)
         else:
             self._unkept.discard(comp)
             serials = []
@@ -17006,8 +17018,8 @@ class WorkerReader:
                 rows.append(_row_of(record))
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                worker_results = WorkerResults(pipe.worker, rows)
-                self._host.tell(worker_results)
+                event = WorkerResults(pipe.worker, rows)
+                self._host.tell(event)
                 rows = []
             self._from_job(pipe, record)
         if rows:
@@ -17024,31 +17036,28 @@ class WorkerReader:
         if record.kind == RecordType.LOGGED:
             log_record_of(bodies[0])
             data = bytes(bodies[0])
-            worker_printed = WorkerPrinted(pipe.worker, serial, 0, 0, data)
-            self._host.tell(worker_printed)
+            self._host.tell(WorkerPrinted(pipe.worker, serial, 0, 0, data))
         elif record.kind == RecordType.FILE:
             row = open_envelope(bodies[0])
-            is_file = _is_file(row)
-            if not is_file or not is_serial(serial):
+            if not _is_file(row):
                 raise PeerError('a file that is none')
+            if not is_serial(serial):
+                raise PeerError('a file of no job')
             offset = record.number * FILE_PIECE
             purpose = int(Purpose.FROM_JOB)
             piece = FilePiece(pipe.comp, purpose, serial, row, offset, out_of_band(bodies[1]))
-            worker_file = WorkerFile(pipe.worker, piece)
-            self._host.tell(worker_file)
+            self._host.tell(WorkerFile(pipe.worker, piece))
             self.held.hold_back(pipe)
         elif record.kind == RecordType.WANT:
             request = open_envelope(bodies[0])
-            if type(request) not in (int, str) or (type(request) is int
-                                                   and not is_serial(request)):
+            is_number = type(request) is int and is_serial(request)
+            if not is_number and type(request) is not str:
                 raise PeerError('modules that are none')
-            worker_wants = WorkerWants(pipe.worker, serial, request)
-            self._host.tell(worker_wants)
+            self._host.tell(WorkerWants(pipe.worker, serial, request))
         elif record.kind == RecordType.INITIALIZED:
             text = bytes(bodies[0]).decode('utf-8', 'replace')
             error = text and 'on node %s %s' % (self._host.node.name, text)
-            worker_initialized = WorkerInitialized(pipe.worker, error)
-            self._host.tell(worker_initialized)
+            self._host.tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == RecordType.JOBS_RETURNED:
             body = bodies[0]
             if len(body) % 8:
@@ -17205,8 +17214,8 @@ class ProcessHost:
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
             text = 'its process cannot be started: %s' % shortage(exc)
-            runner_gone = RunnerGone(comp, text, code='process')
-            self._host.post(runner_gone)
+            event = RunnerGone(comp, text, code='process')
+            self._host.post(event)
             return
         self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
@@ -17224,8 +17233,8 @@ class ProcessHost:
         if run is None or run.process is None:
             self._runs.pop(comp, None)
             self._files.discard(comp)
-            runner_gone = RunnerGone(comp, '')
-            self._host.post(runner_gone)
+            event = RunnerGone(comp, '')
+            self._host.post(event)
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
@@ -17398,15 +17407,15 @@ class ProcessHost:
             run.pids.pop(record.number, None)
             if record.number in run.equipped:
                 run.equipped.discard(record.number)
-                worker_left = WorkerLeft(record.number)
-                self._host.tell(worker_left)
+                event = WorkerLeft(record.number)
+                self._host.tell(event)
 
     def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
         """The runner answers, which is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
-        end_wanted = EndWanted(run.comp)
-        self._host.tell(end_wanted)
+        event = EndWanted(run.comp)
+        self._host.tell(event)
 
     def _on_up(self, run: ComputationProcesses, record: Record) -> None:
         run.up = True
@@ -17432,12 +17441,12 @@ class ProcessHost:
         self._host.tell(WorkerStartFailed(record.number, text))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        memory_exceeded = MemoryExceeded(record.number, record.serial)
-        self._host.tell(memory_exceeded)
+        event = MemoryExceeded(record.number, record.serial)
+        self._host.tell(event)
 
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
-        worker_overdue = WorkerOverdue(record.number, record.serial)
-        self._host.tell(worker_overdue)
+        event = WorkerOverdue(record.number, record.serial)
+        self._host.tell(event)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -17470,8 +17479,8 @@ class ProcessHost:
         tail = decoded.strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        worker_gone = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
-        self._host.tell(worker_gone)
+        event = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
+        self._host.tell(event)
 
     def _let_go_of_all(self, run: ComputationProcesses) -> None:
         for worker in list(run.pipes):
@@ -17497,8 +17506,8 @@ class ProcessHost:
                 self._host.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
-        kill = Kill(pipe.worker)
-        self.workers.kill(kill)
+        action = Kill(pipe.worker)
+        self.workers.kill(action)
         run.kill(pipe.worker)
         self._host.detach(pipe)
 
@@ -17817,8 +17826,8 @@ class NodeHost:
     def _directory_taken(self, memory: Memory, past: Dict[str, AttemptHistory]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
-            remembered = Remembered(comp, known)
-            self.tell(remembered)
+            event = Remembered(comp, known)
+            self.tell(event)
 
     def _exit(self, action: Exit) -> None:
         self.has_ended = True
@@ -17897,8 +17906,8 @@ class NodeHost:
         if not isinstance(message, Pulse):
             if type(message) is Query:
                 self.node.facts['available'] = self.directory.available()
-            received = Received(link.number, message)
-            self.tell(received)
+            event = Received(link.number, message)
+            self.tell(event)
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
@@ -17957,8 +17966,8 @@ class NodeHost:
         else:
             link = self.links.get(getattr(subject, 'link', 0))
         if comp and not isinstance(subject, Link):
-            faulted = Faulted(comp, text)
-            self.tell(faulted)
+            event = Faulted(comp, text)
+            self.tell(event)
         elif link is not None:
             self.loop.break_link(link, text)
         if bool(comp):

@@ -1441,8 +1441,8 @@ class ClientComputation(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        jobs_assigned = JobsAssigned(self.comp, (), [work.client_serial])
-        self.send(jobs_assigned)
+        message = JobsAssigned(self.comp, (), [work.client_serial])
+        self.send(message)
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1456,8 +1456,8 @@ class ClientComputation(NodeUser):
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            started = Started(work.comp, [(work.client_serial, ran)])
-            self.send(started)
+            message = Started(work.comp, [(work.client_serial, ran)])
+            self.send(message)
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
@@ -2816,8 +2816,8 @@ class ProgramComputations(Part):
             return True   # it asks again and again in one breath; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
-        ready = Ready(computation.comp, computation.known())
-        self._send(link, ready)
+        message = Ready(computation.comp, computation.known())
+        self._send(link, message)
         if not again:
             jobs = len(computation.works)
             results = len(computation.ended)
@@ -2914,8 +2914,8 @@ class ProgramComputations(Part):
         if is_other:
             self._cancel_dropped(computation)
         self._state.commit()   # from where they are sent now
-        known_attempts = KnownAttempts(computation.comp, computation.known())
-        self._send(link, known_attempts)
+        message = KnownAttempts(computation.comp, computation.known())
+        self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
 
     def _cancel_dropped(self, computation: ClientComputation) -> None:
