@@ -229,7 +229,7 @@ IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -9292,15 +9292,17 @@ class BegunNotes:
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
+        is_last = False
         try:
             while True:
                 with open_regular(path) as file:
                     found = json.load(file)
-                if 'directory' not in found or time.monotonic() > until:
+                if 'directory' not in found or is_last:
                     break
-                if not os.path.isdir(found['directory']):
-                    break
-                time.sleep(cls.EVERY)
+                # What it has written before its directory went may be newer than what was read
+                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                if not is_last:
+                    time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         begun = found.get('begun') if isinstance(found, dict) else None
@@ -13775,10 +13777,12 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
+        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        if name != 'overview' and peer.uses[comp].state is AssignmentState.WAITING:
+            raise ConnectionError('the scheduler has not been told of this cluster yet')
         return self.call_peer(peer, comp, name, *args)
 
     def call_peer(self, peer: NodeConnection, comp: str, name: str,
@@ -14046,6 +14050,21 @@ class NodeQueries:
             if not peer.embedded and count:
                 found[key] = count
         return found
+
+    def stop_if_settled(self) -> bool:
+        """End the driver if all that was said has left, and if of all jobs that were called back it
+        is known whether they have begun, where there is a link. Returns whether it ends."""
+        self._driver.flush()   # the end of this turn shall call nothing back
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            if peer is None or peer.link is None:
+                continue
+            if any(node.recalled.values()):
+                return False
+        if not self._driver.has_sent():
+            return False
+        self._driver.stop()
+        return True
 
 
 class FailedJob(NamedTuple):
@@ -19583,9 +19602,11 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
                 _cancel_at_scheduler(core, until)
     for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
-            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+            while not driver.ask(driver.queries.stop_if_settled):
+                if time.monotonic() >= until:
+                    driver.ask(driver.stop)
+                    break
                 time.sleep(0.01)
-            driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for core in cores:

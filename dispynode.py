@@ -13464,21 +13464,79 @@ class NumericThreads:
 
 class TrackerProcess:
     """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
-    have left behind. It is started by the runner, so that its workers share it: one that a worker
-    started would be a process that its job has left running."""
+    have left behind. It is a child of the runner, so that its workers share it: one that a worker
+    started would be a process that its job has left running. Most jobs never need it, and it is a
+    whole Python: where workers are forked, there is only its pipe until somebody writes to that.
+    What it removes is a convenience, so that jobs run without it, too."""
 
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
         self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+        self._process: Any = None    # if it was started here
         self.pid = 0
+        self.reader = -1    # the end of the pipe that it will read, until it is started
 
     def start(self) -> None:
-        """Start it. What it removes is a convenience, so that jobs run without it, too."""
+        """Start it now."""
         try:
             self._tracker.ensure_running()
-            self.pid = self._tracker._pid or 0
         except (OSError, AttributeError) as exc:   # no room for a process; another Python
-            logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+            self._warn(exc)
+        self.find()
+
+    @staticmethod
+    def _warn(exc: Exception) -> None:
+        logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+
+    def find(self) -> None:
+        """The user's code here may have needed it, and has started it then."""
+        self.pid = getattr(self._tracker, '_pid', None) or self.pid
+
+    def make_pipe(self) -> None:
+        """Called after the computation was loaded, and before workers are forked: make the pipe if
+        the tracker does not run."""
+        self.find()
+        if getattr(self._tracker, '_fd', 0) is not None:
+            return
+        try:
+            self.reader, self._tracker._fd = os.pipe()
+        except OSError as exc:
+            self._warn(exc)
+
+    def start_at_pipe(self) -> None:
+        """Start it: something was written to the pipe."""
+        handle = self.reader
+        self.reader = -1
+        code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        words = [sys.executable, *flags, '-c', code]
+        # It ignores these, but not from its very beginning
+        ignored = (signal.SIGINT, signal.SIGTERM)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+        try:
+            self._process = subprocess.Popen(words, pass_fds=[handle], cwd=os.sep)
+            self.pid = self._tracker._pid = self._process.pid
+        except OSError as exc:
+            self._warn(exc)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(handle)
+
+    def end_pipe(self) -> None:
+        """The workers have ended: if it was not needed, let the user's code that still runs here
+        start it in the usual way. Nobody would read the pipe meanwhile."""
+        if self.reader < 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.reader, selectors.EVENT_READ)
+            is_written = bool(selector.select(0))
+        if is_written:
+            self.start_at_pipe()
+            return
+        os.close(self.reader)
+        os.close(self._tracker._fd)
+        self.reader = -1
+        self._tracker._fd = None
 
     def stop(self) -> None:
         """Let it remove what is left and end; the workers have ended."""
@@ -15070,7 +15128,7 @@ class WorkerProcesses:
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
-        self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+        self.closed_in_workers: List[int] = []   # descriptors that are the runner's alone
         # Worker, which is to be made -> variables of its environment that say what it may use
         self._variables: Dict[int, Dict[str, str]] = {}
 
@@ -15845,16 +15903,35 @@ class Runner(LoadingProcess):
         captured_output = CapturedOutput(private)
         err = CapturedOutput(private)
         self._catch_output(captured_output, err)
-        if os.name == 'posix':
+        if os.name == 'posix' and not forks:
             self._tracker.start()
-            self._workers.kept_alive.add(self._tracker.pid)
+            self._keep_tracker()
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         unpack_support(self._spec)
         if forks:
             if not self._load(init.bodies[1]):
                 return
+            self._make_tracker_pipe(selector)
             self._tell_up()
         self._serve(selector)
+
+    def _make_tracker_pipe(self, selector: selectors.BaseSelector) -> None:
+        self._tracker.make_pipe()
+        self._keep_tracker()
+        if self._tracker.reader >= 0:
+            selector.register(self._tracker.reader, selectors.EVENT_READ,
+                              functools.partial(self._start_tracker, selector))
+
+    def _start_tracker(self, selector: selectors.BaseSelector) -> None:
+        selector.unregister(self._tracker.reader)
+        self._workers.closed_in_workers.remove(self._tracker.reader)
+        self._tracker.start_at_pipe()
+        self._keep_tracker()
+
+    def _keep_tracker(self) -> None:
+        """It is no process that a job has left running, whoever has started it."""
+        self._tracker.find()
+        self._workers.kept_alive.add(self._tracker.pid)
 
     def _loaded(self) -> None:
         self._workers.keep_children()
@@ -15862,6 +15939,7 @@ class Runner(LoadingProcess):
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     def _not_loaded(self) -> None:
+        self._keep_tracker()
         self._workers.kill_strays()
         self._tracker.stop()
         # Nobody wants it any more, and what that has interrupted is no fault
@@ -15885,7 +15963,9 @@ class Runner(LoadingProcess):
         writer.setblocking(False)
         workers = self._workers
         handle = reader.fileno()
-        workers.closed_in_workers = (handle, writer.fileno())
+        workers.closed_in_workers = [handle, writer.fileno()]
+        if self._tracker.reader >= 0:
+            workers.closed_in_workers.append(self._tracker.reader)
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
         descriptor = writer.fileno()
@@ -15915,9 +15995,11 @@ class Runner(LoadingProcess):
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
+        self._tracker.end_pipe()
         if not self._is_closed:   # first of all, as the next program may wait for it
             write_notes(self._spec['private'])
         self._clean_up()
+        self._keep_tracker()
         self._workers.drop_children()
         self._finalize()
         self._tracker.stop()
