@@ -57,6 +57,7 @@ def rows(scheduler, task, *words):
     return json.loads(out)
 
 
+@pytest.mark.long
 def test_an_operator_sees_and_orders(tmp_path):
     with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node, \
             SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
@@ -159,6 +160,7 @@ def two_secrets(tmp_path):
     return users
 
 
+@pytest.mark.long
 def test_users_are_known_by_their_secrets(tmp_path):
     """A user sees and cancels what is his, the operator everything, also after a new start."""
     directory, users = tmp_path / 'scheduler', two_secrets(tmp_path)
