@@ -4,8 +4,8 @@ they say to nodes, and which events they hand to the Schedule."""
 import types
 
 from dispy import (
-    PackedComputation, ComputationSetup, FileTransfers, NodePolicy, NodeSelection, NodeSpec,
-    NodeTable, NodeUser, Opened, Schedule)
+    PackedComputation, ComputationSetup, FileTransfers, HeldBack, NodePolicy, NodeSelection,
+    NodeSpec, NodeTable, NodeUser, Opened, Schedule)
 from dispynode import NodeHello
 
 SPEC = {'kind': 'function', 'portable': False, 'python': (3, 8, 0), 'code': b'code',
@@ -116,6 +116,7 @@ class FakeDriver:
         self.selection = NodeSelection(self)
         self.setup = ComputationSetup(self)
         self.files = FileTransfers(self)
+        self.held_back = HeldBack(self)
 
     # What the parts call.
 
