@@ -11,7 +11,7 @@ from dispy import (
     SendJobs, SendSecond, Submitted, NodeHad, cpus_of)
 from dispynode import AttemptHistory, Outcome
 from talk_schedule import job, jobs, only, row, sent
-from test_schedule import ModelNode, Walk
+from walk_schedule import ModelNode, Walk
 
 FAILURES = [outcome for outcome in Outcome if outcome not in (
     Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE,
