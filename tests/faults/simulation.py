@@ -1272,7 +1272,7 @@ def simulate(seed, **options):
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, True)
         stack.enter_context(mock.patch.multiple(dispynode, Link=SimLink,
-                                                availability=lambda directory: {},
+                                                availability=lambda directory, soon: {},
                                                 node_facts=lambda: dict(FACTS)))
         stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, drivers=SimDrivers,
                                                 Reconnector=SimDialling, Pool=SimPool,
