@@ -1592,6 +1592,8 @@ def _has_right_options(spec: dict) -> bool:
         return False
     if type(spec.get('initializer', False)) is not bool:
         return False
+    if type(spec.get('speculate', False)) is not bool:
+        return False
     if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
@@ -4222,6 +4224,19 @@ _IGNORED_BY_PYTHON = [
     getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
 
 
+BREAK_STATUS = 0xC000013A   # of a program that Ctrl-Break has ended: STATUS_CONTROL_C_EXIT
+
+
+def send_break(pid: int) -> None:
+    """Windows: press Ctrl-Break for the group of a process. If that cannot be done, the process
+    will be killed later. Not by os.kill, which kills it at once then."""
+    import ctypes
+    library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
+    if not library.GenerateConsoleCtrlEvent(1, pid):
+        error = ctypes.get_last_error()  # type: ignore[attr-defined]
+        logger.debug('process %d cannot be sent a Ctrl-Break (error %d)', pid, error)
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -4269,13 +4284,14 @@ class Program:
         told = False
         while True:
             try:
-                return process.wait(0.1)
+                status = process.wait(0.1)
+                if told and status == BREAK_STATUS:
+                    return -int(signal.SIGINT)
+                return status
             except subprocess.TimeoutExpired:
                 if self.interrupted and not told:
                     told = True
-                    with contextlib.suppress(OSError):   # it has no console: it will be killed
-                        ctrl_break_event = getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM)
-                        process.send_signal(ctrl_break_event)
+                    send_break(process.pid)
 
     @staticmethod
     def _spawn(words: List[str]) -> int:
@@ -4511,6 +4527,161 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+# Rights in the lists of who may use a file that Windows has in place of modes, as these lists are
+# written (SDDL); see winnt.h
+_RIGHTS = {'GA': 1 << 28, 'GX': 1 << 29, 'GW': 1 << 30, 'GR': 1 << 31, 'FA': 0x1f01ff,
+           'FR': 0x120089, 'FW': 0x120116, 'FX': 0x1200a0, 'CC': 1, 'DC': 2, 'LC': 4,
+           'SD': 0x10000, 'WD': 0x40000, 'WO': 0x80000}
+READS = 0x90000001     # its contents, by any of these rights
+WRITES = 0x500d0006    # its contents, its place or the list
+# The system and administrators, who may take any right; whoever owns the file
+_TRUSTED = frozenset(('SY', 'BA', 'LA', 'OW', 'CO'))
+_STRANGERS = {'WD': 'everybody', 'BU': 'all users', 'AU': 'all users', 'BG': 'guests'}
+
+
+def _rights_in(text: str) -> int:
+    """The rights of an entry as bits."""
+    if text[:2].lower() == '0x':
+        return int(text, 16)
+    rights = 0
+    for pair in re.findall('..', text):
+        rights |= _RIGHTS.get(pair, 0)
+    return rights
+
+
+def others_with(rights: int, access: str, user: str) -> List[str]:
+    """Who has any of these rights to a file of Windows beside its user, administrators and the
+    system. `access`: the list, in SDDL; `user`: the user's security identifier."""
+    head = access.partition('(')[0]
+    if 'D:' not in head or 'NO_ACCESS_CONTROL' in head:
+        return ['everybody']   # no list
+    found = []
+    entries = re.findall(r'\(([^()]*)\)', access)
+    for entry in entries:
+        kind, flags, given, _, _, who = entry.split(';')[:6]
+        pairs = re.findall('..', flags)
+        if kind != 'A' or 'IO' in pairs:   # IO: for files in this directory alone
+            continue
+        if who == user or who in _TRUSTED:
+            continue
+        if _rights_in(given) & rights:
+            found.append(_STRANGERS.get(who, who))
+    return found
+
+
+class AccessLists:
+    """Windows: who may use a file. Each method raises OSError. See GetNamedSecurityInfo and
+    "Security Descriptor String Format"."""
+    LIST = 4                    # DACL_SECURITY_INFORMATION
+    PROTECTED = 0x80000000      # PROTECTED_DACL_SECURITY_INFORMATION: nothing is inherited
+    OF_FILE = 1                 # SE_FILE_OBJECT
+    TOKEN_QUERY = 8
+    TOKEN_USER = 1
+
+    def __init__(self) -> None:
+        import ctypes
+        self._ctypes: Any = ctypes
+        self._library = self._ctypes.WinDLL('advapi32', use_last_error=True)
+        self._kernel = self._ctypes.WinDLL('kernel32', use_last_error=True)
+        self._kernel.GetCurrentProcess.restype = ctypes.c_void_p
+
+    def _check(self, is_done: int) -> None:
+        if not is_done:
+            error = self._ctypes.get_last_error()
+            raise self._ctypes.WinError(error)
+
+    def _text(self, pointer: Any) -> str:
+        """The text there, which is given back."""
+        text: str = pointer.value
+        self._kernel.LocalFree(pointer)
+        return text
+
+    def user(self) -> str:
+        """The security identifier of the user of this process."""
+        ctypes = self._ctypes
+        token = ctypes.c_void_p()
+        process = ctypes.c_void_p(self._kernel.GetCurrentProcess())
+        done = self._library.OpenProcessToken(process, self.TOKEN_QUERY, ctypes.byref(token))
+        self._check(done)
+        room = ctypes.create_string_buffer(512)
+        size = ctypes.c_uint32()
+        done = self._library.GetTokenInformation(token, self.TOKEN_USER, room, len(room),
+                                                 ctypes.byref(size))
+        self._kernel.CloseHandle(token)
+        self._check(done)
+        identifier = ctypes.c_void_p.from_buffer(room)   # the first member of TOKEN_USER
+        text = ctypes.c_wchar_p()
+        done = self._library.ConvertSidToStringSidW(identifier, ctypes.byref(text))
+        self._check(done)
+        return self._text(text)
+
+    def of(self, path: str) -> str:
+        """The list of a file, in SDDL."""
+        ctypes = self._ctypes
+        found = ctypes.c_void_p()
+        name = ctypes.c_wchar_p(path)
+        error = self._library.GetNamedSecurityInfoW(name, self.OF_FILE, self.LIST, None, None, None,
+                                                    None, ctypes.byref(found))
+        if error:
+            raise ctypes.WinError(error)
+        convert = self._library.ConvertSecurityDescriptorToStringSecurityDescriptorW
+        text = ctypes.c_wchar_p()
+        done = convert(found, 1, self.LIST, ctypes.byref(text), None)
+        self._kernel.LocalFree(found)
+        self._check(done)
+        return self._text(text)
+
+    def keep(self, path: str) -> None:
+        """Let the user, administrators and the system alone use a file, or a directory and what
+        will be made in it."""
+        ctypes = self._ctypes
+        flags = 'OICI' * os.path.isdir(path)
+        entries = ['(A;%s;FA;;;%s)' % (flags, who) for who in ('SY', 'BA', self.user())]
+        access = 'D:P' + ''.join(entries)
+        convert = self._library.ConvertStringSecurityDescriptorToSecurityDescriptorW
+        made = ctypes.c_void_p()
+        done = convert(ctypes.c_wchar_p(access), 1, ctypes.byref(made), None)
+        self._check(done)
+        name = ctypes.c_wchar_p(path)
+        which = ctypes.c_uint32(self.LIST | self.PROTECTED)
+        done = self._library.SetFileSecurityW(name, which, made)
+        self._kernel.LocalFree(made)
+        self._check(done)
+
+
+def others_who(rights: int, path: str) -> List[str]:
+    """Windows: who has any of these rights to a file beside the user of this process. Raises
+    OSError."""
+    lists = AccessLists()
+    user = lists.user()
+    try:
+        access = lists.of(path)
+    except OSError as exc:   # such as on a file system without lists
+        return ['perhaps everybody, as its list of access cannot be read: %s' % exc]
+    return others_with(rights, access, user)
+
+
+def private_again(path: str) -> str:
+    """The command that lets the user of this process alone use a file of Windows. Raises
+    OSError."""
+    lists = AccessLists()
+    return 'icacls "%s" /reset, then icacls "%s" /inheritance:r /grant:r *%s:F' % (
+        path, path, lists.user())
+
+
+def keep_private(path: str) -> None:
+    """Let nobody else use a file, or a directory and what will be made in it, where its mode does
+    not say so: on Windows."""
+    if not IS_WINDOWS:
+        return
+    try:
+        lists = AccessLists()
+        lists.keep(path)
+    except OSError as exc:   # such as on a file system without lists
+        logger.warning('%s may be open to others, as its list of access cannot be set: %s', path,
+                       exc)
+
+
 def has_place(path: str) -> bool:
     """Whether a path in the user's home is one: without HOME and an entry in the password file it
     begins with '~'."""
@@ -4582,17 +4753,26 @@ def read_secret(path: str) -> bytes:
             mode = os.fstat(handle).st_mode
             contents = file.read(64 * 1024)
             data = contents.strip()
+        if IS_WINDOWS:
+            _check_secret_on_windows(path)
     except OSError as exc:
         raise SecretError('the secret file %s cannot be read: %s' % (path, exc.strerror)) from exc
-    if os.name != 'nt':
-        if mode & 0o077:
-            text = ('the secret file %s can be read or written by others (mode %03o): run '
-                    'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
-            raise SecretError(text)
+    if not IS_WINDOWS and mode & 0o077:
+        text = ('the secret file %s can be read or written by others (mode %03o): run '
+                'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
+        raise SecretError(text)
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
     _secrets_from[data] = os.path.abspath(path)
     return data
+
+
+def _check_secret_on_windows(path: str) -> None:
+    others = others_who(READS | WRITES, path)
+    if others:
+        text = 'the secret file %s can be read or written by others (%s): run %s' % (
+            path, ', '.join(others), private_again(path))
+        raise SecretError(text)
 
 
 def make_secret(path: str) -> None:
@@ -4604,6 +4784,7 @@ def make_secret(path: str) -> None:
         folder = os.path.dirname(path)
         handle, temporary = tempfile.mkstemp(dir=folder)   # mode 0600
         try:
+            keep_private(temporary)
             with os.fdopen(handle, 'w') as file:
                 random_bytes = os.urandom(32)
                 digits = random_bytes.hex()
@@ -5598,6 +5779,20 @@ IS_WINDOWS = os.name == 'nt'
 NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
 
 
+def is_link(path: str) -> bool:
+    """Whether a path is a symbolic link or, on Windows, a junction, which leads elsewhere, too."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    if stat.S_ISLNK(status.st_mode):
+        return True
+    return getattr(status, 'st_reparse_tag', 0) == _JUNCTION
+
+
+_JUNCTION = 0xa0000003   # IO_REPARSE_TAG_MOUNT_POINT of winnt.h
+
+
 def _means_something_else(part: str) -> bool:
     """Whether Windows takes a part of a name for a device, or has no file of that name."""
     if set(part) & set('<>"|?*'):
@@ -5660,7 +5855,7 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         path = root
         for part in parts[:-1]:
             path = os.path.join(path, part)
-            if os.path.islink(path):
+            if is_link(path):
                 raise ValueError('%s is a link' % path)
             os.makedirs(path, mode=0o700, exist_ok=True)
         yield path + os.sep, None
@@ -5677,6 +5872,16 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         yield '', handle
     finally:
         os.close(handle)
+
+
+def move_below(path: str, root: str, name: str) -> None:
+    """Move a file to the place that `name` has below a directory; links are not followed. Raises
+    OSError, or ValueError for a name that climbs out."""
+    parts = check_name(name)
+    parent = _parent_of(root, parts)
+    with parent as (prefix, handle):
+        target = prefix + parts[-1]
+        os.replace(path, target, dst_dir_fd=handle)
 
 
 def open_regular(path: str) -> Any:
@@ -5747,7 +5952,7 @@ class Digests:
             with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
                 if state[0] == size and cls._known.get(path, ((), b''))[0] != state:
-                    if not os.path.islink(path):
+                    if not is_link(path):
                         paths.append(path)
                         total += size
         if total > cls.INLINE:
@@ -5957,7 +6162,7 @@ class FileReceiver:
         path = root
         for part in parts:
             path = os.path.join(path, part)
-            if os.path.islink(path):
+            if is_link(path):
                 return False
         return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
 
@@ -6047,6 +6252,18 @@ class FileReceiver:
         self._left = collections.Counter(file[0] for file in kept)
 
 
+def replace_file(path: str, place: str) -> None:
+    """Move a file to its place. On Windows this is tried again while somebody, such as a virus
+    scanner, has one that is there open. Raises OSError."""
+    for _ in range(10 * IS_WINDOWS):
+        try:
+            return os.replace(path, place)
+        except PermissionError as exc:
+            logger.debug('%s cannot be replaced yet: %s', place, exc)
+            time.sleep(0.02)
+    os.replace(path, place)
+
+
 @contextlib.contextmanager
 def replaced(path: str, end: str = '.part') -> Iterator[str]:
     """The name of a file that takes the place of another when it was written whole. It is removed
@@ -6054,7 +6271,7 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
     temporary = path + end
     try:
         yield temporary
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):   # it was not even made
             os.unlink(temporary)
@@ -6094,6 +6311,7 @@ def take_own_directory(path: str,
             os.open(os.path.join(path, mark),
                     os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
     os.chmod(path, mode)
+    keep_private(path)
 
 
 def default_directory(port: int) -> str:
@@ -6171,7 +6389,7 @@ def write_private(path: str, data: bytes) -> None:
     try:
         with os.fdopen(handle, 'wb') as file:
             file.write(data)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -6247,15 +6465,21 @@ RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns i
 
 
 def runner_start(handle: int) -> None:
-    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
-    puts back what it has inherited of signals: a program may block or ignore them."""
+    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket, -1
+    where that comes through stdin. It puts back what it has inherited of signals: a program may
+    block or ignore them."""
     user = os.environ.pop(RUNNER_USER, None)
     absolute_path = os.path.abspath(__file__)
     sys.argv[:] = [absolute_path]
     if _sigmask is not None:
         _sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    control = socket.socket(fileno=handle)
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if handle >= 0:
+        control = socket.socket(fileno=handle)
+    else:
+        shared = sys.stdin.buffer.read()
+        control = socket.fromshare(shared)  # type: ignore[attr-defined]
     runner_main(control, User(*json.loads(user)) if user else None)
 
 
@@ -6326,6 +6550,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
 # -- channels and the loop -------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+_PASSING_BLOCKED = frozenset((errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS))
 # macOS may give the receiver a dead socket if it is closed here before it has arrived there
 LATE_PASSING = sys.platform == 'darwin'
 
@@ -6350,10 +6575,17 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
 
 def send_with(sock: socket.socket, buffers: Sequence[Buffer],
               passing: Union[socket.socket, MemorySegment]) -> int:
-    """Send bytes and a descriptor with the first of them. Raises OSError."""
+    """Send bytes and a descriptor with the first of them. Raises OSError, which is BlockingIOError
+    if it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
+    has one for many sockets under way."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
-    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    try:
+        return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    except OSError as exc:
+        if exc.errno in _PASSING_BLOCKED:
+            raise BlockingIOError(exc.errno, exc.strerror) from exc
+        raise
 
 
 def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
@@ -6373,6 +6605,12 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
     if hasattr(socket, name):
         with contextlib.suppress(OSError):   # it works without
             sock.setsockopt(level, getattr(socket, name), value)
+
+
+def claim_port(sock: socket.socket) -> None:
+    """Have the port of a listening socket for this process alone. On Windows another one could bind
+    the same, and would get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE"."""
+    set_option(sock, socket.SOL_SOCKET, 'SO_EXCLUSIVEADDRUSE', 1)
 
 
 def set_tcp_options(sock: socket.socket) -> None:
@@ -7977,6 +8215,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """As socketserver's, without its look-up of the host's name."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
+        claim_port(self.socket)
         super().server_bind()
 
     def on_readable(self) -> None:
@@ -8783,7 +9022,7 @@ class DiscoverySockets:
         self.ears: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
-        for number in sorted(set(ports)) if reach != 'off' else ():
+        for number in self._heard(reach, ports) if reach != 'off' else ():
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             if reach == 'lan':
@@ -8806,6 +9045,15 @@ class DiscoverySockets:
                 ear.speaks = number == self._first
                 self.ears.append(ear)
                 loop.add_reader(ear.socket, ear.on_readable)
+
+    @staticmethod
+    def _heard(reach: str, ports: Iterable[int]) -> List[int]:
+        """The ports to listen at. Where only one of those who listen at a port of loopback hears
+        what is said there, that is to be a node: who asks from another port keeps off."""
+        numbers = sorted(set(ports))
+        if reach == 'loopback' and LOOPBACK == '127.0.0.1' and not numbers[0]:
+            return [0]
+        return numbers
 
     def broadcast(self, say: Callable[[], bytes]) -> None:
         """To everybody within reach: what `say` returns, by each family anew, so that a host of
@@ -12602,6 +12850,22 @@ def _no_stdin() -> None:
     os.set_inheritable(0, True)
 
 
+def leave_terminal() -> None:
+    """Never read from the terminal again. On Windows a process ends with its console, so that it is
+    left; what would be written there is lost."""
+    _no_stdin()
+    if not IS_WINDOWS:
+        return
+    handle = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if os.isatty(number):
+            os.dup2(handle, number)
+    os.close(handle)
+    import ctypes
+    library = ctypes.WinDLL('kernel32')  # type: ignore[attr-defined]
+    library.FreeConsole()
+
+
 def was_importing(exc: BaseException) -> bool:
     """Whether an exception came out of the code of a module, as while it is imported. An interrupt
     leaves a package half imported: some of its modules stay in sys.modules, and the next import of
@@ -14392,6 +14656,8 @@ def _job_objects() -> Any:
     library.CreateJobObjectW.argtypes = (handle, handle)
     library.SetInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number)
     library.QueryInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number, handle)
+    library.OpenProcess.restype = handle
+    library.OpenProcess.argtypes = (number, ctypes.c_int, number)
     library.AssignProcessToJobObject.argtypes = (handle, handle)
     library.TerminateJobObject.argtypes = (handle, number)
     library.CloseHandle.argtypes = (handle, )
@@ -14404,6 +14670,7 @@ _JOB_LIMITS_CLASS = 9
 _JOB_KILL_ON_CLOSE = 0x2000
 _JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
 _JOB_ACCOUNTING_CLASS = 1
+_PROCESS_ASSIGN = 0x0101   # PROCESS_TERMINATE | PROCESS_SET_QUOTA
 _ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
 
 
@@ -14411,14 +14678,18 @@ class ProcessTree:
     """Windows: a process and all that it starts from now on, as a job object. All of them end when
     the process that has made this one ends, whatever way."""
 
-    def __init__(self, process: Any) -> None:
-        """Raises OSError."""
+    def __init__(self, pid: int) -> None:
+        """`pid`: of a child of this process. Raises OSError."""
         self._library = _job_objects()
         self._handle: Any = self._library.CreateJobObjectW(None, None)
         limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
         if self._handle and self._library.SetInformationJobObject(self._handle, _JOB_LIMITS_CLASS,
                                                                   limits, len(limits)):
-            if self._library.AssignProcessToJobObject(self._handle, int(process.sentinel)):
+            process = self._library.OpenProcess(_PROCESS_ASSIGN, 0, pid)
+            assigned = self._library.AssignProcessToJobObject(self._handle, process)
+            if process:
+                self._library.CloseHandle(process)
+            if assigned:
                 return
         import ctypes
         error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
@@ -14438,10 +14709,11 @@ class ProcessTree:
             self._handle = None
 
 
-def tree_of(process: Any) -> Optional[ProcessTree]:
-    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do."""
+def tree_of(pid: int) -> Optional[ProcessTree]:
+    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do.
+    Raises OSError."""
     if IS_WINDOWS:
-        return ProcessTree(process)
+        return ProcessTree(pid)
     return None
 
 
@@ -14974,14 +15246,14 @@ class SpawnedWorkers(WorkerProcesses):
             with theirs:
                 context = multiprocessing.get_context('spawn')
                 pid = os.getpid()
-                process = context.Process(target=worker_main,
-                                          name='dispy-worker',
-                                          args=(theirs, self._spec['private'], names,
-                                                child.where[1:], pid))
+                process: Any = context.Process(target=worker_main,
+                                               name='dispy-worker',
+                                               args=(theirs, self._spec['private'], names,
+                                                     child.where[1:], pid))
                 with with_variables(variables or {}):
                     process.start()
             made.callback(process.kill)
-            tree = tree_of(process)
+            tree = tree_of(process.pid)
             loading_line = LoadingLine(ours, functools.partial(self._hear, process))
             child = child._replace(process=process, tree=tree, line=loading_line)
             made.pop_all()
@@ -16195,10 +16467,15 @@ def _probe(name: str, path: str) -> Interpreter:
         raise ValueError('--python %s=%s: it is Python %s, and dispy needs 3.8 or later' % (
             name, path, '.'.join(map(str, version))))
     interpreter = Interpreter(path, tuple(version), cloudpickle_version, has_psutil)
-    if not has_psutil and sys.platform != 'linux':
-        logger.warning('--python %s=%s has no psutil, which limits the memory of jobs here '
-                       '(dispy_memory): they are not limited', name, path)
+    if not has_psutil:
+        _tell_without_psutil('--python %s=%s' % (name, path))
     return interpreter
+
+
+def _tell_without_psutil(python: str) -> None:
+    if sys.platform != 'linux':   # there /proc tells
+        logger.warning('%s has no psutil, which limits the memory of jobs here (dispy_memory): '
+                       'they are not limited', python)
 
 
 def environment_for(python: str) -> Dict[str, str]:
@@ -16860,9 +17137,10 @@ if hasattr(os, 'register_at_fork'):
 class RunnerProcess:
     """The process of a runner. The loop's thread.
 
-    It is started with `subprocess`: `multiprocessing`, which is used only where a descriptor cannot
-    be passed to a new program, would run a program's main module again, and share its resource
-    tracker. It inherits no descriptor but its own, and has a session of its own.
+    It is started with `subprocess`: `multiprocessing` would run a program's main module again, and
+    share its resource tracker. It inherits no descriptor but its own, and has a session of its own.
+    On Windows it has a console of its own, without a window, which workers and programs share: a
+    Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
     """
     CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
 
@@ -16872,18 +17150,8 @@ class RunnerProcess:
         directory with this module, for one that has its own library and packages. Raises
         OSError."""
         self._home = home
-        self._popen: Any = None
-        self._process: Any = None
-        if os.name == 'posix':
-            self._popen = self._start(control, user, python or sys.executable)
-            self.pid: int = self._popen.pid
-        else:
-            context = multiprocessing.get_context('spawn')
-            self._process = context.Process(target=runner_main,
-                                            args=(control, user),
-                                            name='dispy-runner')
-            self._process.start()
-            self.pid = self._process.pid
+        self._popen: Any = self._start(control, user, python or sys.executable)
+        self.pid: int = self._popen.pid
 
     def _start(self, control: socket.socket, user: Optional[User], python: str) -> Any:
         places = []
@@ -16904,6 +17172,9 @@ class RunnerProcess:
         if user is not None:
             variables[RUNNER_USER] = json.dumps(user)
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        if IS_WINDOWS:
+            words = [*flags, '-c', self.CODE % (where, places, -1)]
+            return self._start_on_windows(control, python, words, variables)
         with contextlib.ExitStack() as opened:
             error = None
             try:
@@ -16917,46 +17188,54 @@ class RunnerProcess:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
                     pass_fds=(control.fileno(),), start_new_session=True)
 
+    @staticmethod
+    def _start_on_windows(control: socket.socket, python: str, words: Sequence[str],
+                          variables: Dict[str, str]) -> Any:
+        """A socket is for one process there, whose number must be known before: it goes through
+        stdin. The Python of a virtual environment starts another, which would have a number of its
+        own: that one is started here, as multiprocessing does it."""
+        base = getattr(sys, '_base_executable', python)
+        if python == sys.executable and python != base:
+            variables['__PYVENV_LAUNCHER__'] = python
+            python = base
+        no_window = getattr(subprocess, 'CREATE_NO_WINDOW', 0)
+        error = None
+        try:
+            os.fstat(2)
+        except OSError:   # closed, as in a program without a console
+            error = subprocess.DEVNULL
+        with process_start_lock:
+            process = subprocess.Popen([python, *words], env=variables, stdin=subprocess.PIPE,
+                                       stdout=subprocess.DEVNULL, stderr=error,
+                                       creationflags=no_window)
+        assert process.stdin is not None   # ours: it is a pipe
+        with process.stdin as pipe:
+            shared = control.share(process.pid)  # type: ignore[attr-defined]
+            pipe.write(shared)
+        return process
+
     @property
     def exitcode(self) -> Optional[int]:
         """None while it runs. 0 where the program has others wait for its children, and nobody
         can tell."""
-        if self._popen is not None:
-            return self._popen.poll()  # type: ignore[no-any-return]
-        return self._process.exitcode  # type: ignore[no-any-return]
-
-    def tree(self) -> Optional[ProcessTree]:
-        """What ends it with all that it starts, where groups of processes do not. Raises
-        OSError."""
-        if self._process is None:
-            return None
-        return tree_of(self._process)
+        return self._popen.poll()  # type: ignore[no-any-return]
 
     def terminate(self) -> None:
         """Tell it to end."""
-        (self._popen or self._process).terminate()
+        self._popen.terminate()
 
     def kill(self) -> None:
         """Kill it."""
-        (self._popen or self._process).kill()
+        self._popen.kill()
 
     def join(self, seconds: float) -> None:
         """Wait for its end."""
-        if self._process is not None:
-            self._process.join(seconds)
-            return
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(seconds)
 
-    def close(self) -> None:
-        """Release what belongs to a process that has ended."""
-        if self._process is not None:
-            self._process.close()
-
     def forget(self) -> None:
         """In a forked child: it is no child of this process."""
-        if self._popen is not None:
-            self._popen.returncode = 0
+        self._popen.returncode = 0
 
 
 class RunnerWatch:
@@ -17078,7 +17357,7 @@ class ComputationProcesses:
         try:
             self.process = RunnerProcess(theirs, host.options.user,
                                          self.python or host.options.python, self.home)
-            self.tree = self.process.tree()
+            self.tree = tree_of(self.process.pid)
         except OSError:
             ours.close()
             if self.process is not None:
@@ -17587,8 +17866,6 @@ class ProcessHost:
         self._let_go_of_all(run)
         if run.watch is not None:
             run.watch.close()
-        if code is not None:
-            run.process.close()
         run.process = None
         # In a program, orphans are its own
         if os.getpid() == 1:
@@ -19214,7 +19491,10 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
     """A log file that nobody else can read when it is made here."""
 
     def _open(self) -> Any:
+        is_new = not os.path.exists(self.baseFilename)
         os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT, 0o600))
+        if is_new:
+            keep_private(self.baseFilename)
         return super()._open()
 
 
@@ -19425,6 +19705,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
         user = find_user(args.user)
     else:
         user = None
+    if importlib.util.find_spec('psutil') is None:
+        _tell_without_psutil('this Python')
     secret = _find_secret_of(args)
     _make_ready_for(user)
     port = own_hosts(args.host or ('', ))
@@ -19489,7 +19771,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
-        _no_stdin()
+        leave_terminal()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
