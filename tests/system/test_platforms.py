@@ -432,7 +432,9 @@ def test_linux_tells_without_importing_psutil_what_that_would_tell(tmp_path):
         assert 'psutil' not in sys.modules
         import psutil
         for one in found:
-            assert set(one) == {'cpu', 'memory', 'swap', 'disk'} and 0 <= one['cpu'] <= 100
+            assert set(one) == {'cpu', 'memory', 'memory_total', 'swap', 'disk', 'disk_total'}
+            assert 0 <= one['cpu'] <= 100
+            assert one['memory_total'] == psutil.virtual_memory().total
             assert abs(one['memory'] - psutil.virtual_memory().available) < 1 << 30
             assert abs(one['swap'] - psutil.swap_memory().free) < 1 << 30
         found = dispynode.availability(sys.argv[1])
