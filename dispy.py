@@ -72,11 +72,13 @@ import argparse
 import ast
 import atexit
 import base64
+import bisect
 import builtins
 import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copy
 import copyreg
 import dataclasses
 import dis
@@ -173,9 +175,8 @@ from dispynode import Failing, failure_to_connect, find_offer, find_secret, form
 from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
 from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
 from dispynode import keep_private, keeps_identity, loads, lock_file, log_record_of, machine
-from dispynode import module_dict
-from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, others_who
-from dispynode import out_of_band, private_again
+from dispynode import module_dict, move_below, offer_to_joblib, open_pieces, open_plain
+from dispynode import open_regular, others_who, out_of_band, private_again
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
@@ -208,12 +209,19 @@ DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
+# Jobs that must have ended before one that runs is started a second time, and how many times their
+# median it must have run by then
+SPECULATE_AFTER = 10
+SPECULATE_TIMES = 2
+DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
+# CPUs in the mean of the past below which the use of a user is forgotten
+PAST_LEAST = 0.001
 # Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
@@ -1884,6 +1892,8 @@ class Opened(NamedTuple):
     reentrant: bool
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    speculate: bool = False      # its last jobs are started a second time, see `Speculation`
+    user: str = ''               # whose it is, where users have limits or shares
 
 
 class Submitted(NamedTuple):
@@ -2000,6 +2010,22 @@ class NodeHad(NamedTuple):
     until: float
 
 
+class SecondHad(NamedTuple):
+    """When a scheduler starts, after NodeHad of the same node: a job that ran elsewhere was started
+    there a second time, by an attempt with this serial."""
+    node: Any
+    comp: str
+    work: Any
+    serial: int
+
+
+class SecondWins(NamedTuple):
+    """A second attempt has finished; its result comes later."""
+    node: Any
+    comp: str
+    serial: int
+
+
 class NodeLost(NamedTuple):
     """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
     none the less."""
@@ -2042,12 +2068,41 @@ class Closed(NamedTuple):
     comp: str
 
 
+class RulesChanged(NamedTuple):
+    """Users have other limits and shares from now on."""
+    rules: 'UserRules'
+
+
 # Actions.
 class SendJobs(NamedTuple):
     """Send attempts, rows of works."""
     node: Any
     comp: str
     works: list
+
+
+class SendSecond(NamedTuple):
+    """Send second attempts of jobs that run elsewhere, rows of SecondAttempt."""
+    node: Any
+    comp: str
+    works: list
+
+
+class SecondOver(NamedTuple):
+    """A second attempt counts no more; what it has sent is dropped."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+
+
+class SecondCounts(NamedTuple):
+    """A second attempt is that of its job from now on: it has finished, or the first has failed.
+    What it has sent takes the place of what the first has sent. `ran` as in NodeStarted, None if it
+    is not known to have begun."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+    ran: Optional[float]
 
 
 class SendCancel(NamedTuple):
@@ -2132,6 +2187,12 @@ class JobWaits(NamedTuple):
 class JobParked(NamedTuple):
     """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
     work: Any
+    text: str
+
+
+class JobsHeld(NamedTuple):
+    """Jobs of a computation wait because of a limit of its user, which is said once."""
+    comp: str
     text: str
 
 
@@ -2332,14 +2393,21 @@ class ScarceJobs:
             line = self.queues[key] = _Queue()
         return line
 
+    def look_everywhere(self) -> None:
+        """Look at all idle nodes the next time, not only at those that something has happened
+        to."""
+        self._blocked.clear()
+
     def length(self) -> int:
         """Return how many jobs wait here."""
         return sum(line.length for line in self.queues.values())
 
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
-             changed: Dict[Any, 'NodeLoad'], comp: str) -> Optional[Tuple['NodeLoad', _Queue]]:
-        """An idle node for the head of a queue, and that queue; None if there is none. `before` is
-        the first of the jobs that wait for a CPU alone: those that come after it are left out."""
+             changed: Dict[Any, 'NodeLoad'],
+             comp: str) -> Optional[Tuple['NodeLoad', _Queue, ScheduledJob]]:
+        """An idle node for the head of a queue, that queue, and its head; None if there is none.
+        `before` is the first of the jobs that wait for a CPU alone: those that come after it are
+        left out."""
         for key, line in self.queues.items():
             work = line.head()
             if work is None or (before is not None and not _comes_before(work, before)):
@@ -2350,7 +2418,7 @@ class ScarceJobs:
             for node in nodes:
                 if node.fits(comp, work):
                     self._blocked.pop(key, None)
-                    return node, line
+                    return node, line, work
             self._blocked[key] = work   # until something happens to a node
         return None
 
@@ -2361,11 +2429,310 @@ def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
     return rank < (-priority_of(other), other.serial >> 16)
 
 
+class SecondAttempt(ScheduledJob):
+    """An attempt to run a job that runs elsewhere already, see `Speculation`.
+
+    first - the job
+    node - the key of the node where the attempt is
+    begun - since when it runs, None if it is not known to
+    rows - its provisional results, which are held back
+    said - what it has printed and logged, which the driver holds back
+    """
+    __slots__ = ('first', 'node', 'begun', 'rows', 'said')
+
+    def __init__(self, first: ScheduledJob, node: Any, serial: int) -> None:
+        super().__init__(first.comp, first.payload, first.options)
+        self.serial = serial
+        self.first = first
+        self.node = node
+        self.begun: Optional[float] = None
+        self.rows: List[tuple] = []
+        self.said: List[Output] = []
+
+
+class MedianDuration:
+    """The median of how long the jobs of a computation took that have ended last."""
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque()
+        self._sorted: List[float] = []
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        for seconds in durations:
+            self._last.append(seconds)
+            bisect.insort(self._sorted, seconds)
+            if len(self._last) > DURATIONS_KEPT:
+                oldest = self._last.popleft()
+                del self._sorted[bisect.bisect_left(self._sorted, oldest)]
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The median; None before enough have ended."""
+        count = len(self._sorted)
+        if count < SPECULATE_AFTER:
+            return None
+        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+
+
+class SecondAttempts:
+    """The second attempts of one computation."""
+
+    def __init__(self) -> None:
+        self.median = MedianDuration()
+        self.by_serial: Dict[int, SecondAttempt] = {}
+        self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
+        # Serials of attempts beside or before which another has failed: there is no third
+        self.tried: Set[int] = set()
+        # Number of a job -> the last of the serials that second attempts of it have had
+        self._serials: Dict[int, int] = {}
+
+    def new(self, work: ScheduledJob, node: Any, serial: int = 0) -> SecondAttempt:
+        """A second attempt of a job at a node; its serial is new, or given."""
+        number = job_number(work.serial)
+        last = self._serials.get(number, 0)
+        serial = serial or max(last, work.serial) + 1
+        second = SecondAttempt(work, node, serial)
+        self._serials[number] = serial
+        self.by_serial[serial] = second
+        self.of_job[work] = second
+        return second
+
+    def remove(self, second: SecondAttempt) -> None:
+        """It counts no more, or it is that of its job."""
+        del self.by_serial[second.serial]
+        del self.of_job[second.first]
+
+    def pass_over(self, work: ScheduledJob) -> None:
+        """The next attempt of a job has a serial that none before had."""
+        last = self._serials.pop(job_number(work.serial), 0)
+        work.serial = max(work.serial, last)
+
+    def forget(self, work: ScheduledJob) -> None:
+        """A job has ended."""
+        self._serials.pop(job_number(work.serial), None)
+        self.tried.discard(work.serial)
+
+    def at(self, key: Any) -> List[SecondAttempt]:
+        """Those that are at a node."""
+        return [second for second in self.by_serial.values() if second.node == key]
+
+
+class UserRule(NamedTuple):
+    """What a user, or a group of users, may have at once, and the part of what there is."""
+    share: float = 1.0          # in proportion to the shares of others
+    priority: int = 0           # the jobs of who has a higher one go first
+    cpus: float = math.inf      # CPUs that the jobs on nodes may have
+    jobs: float = math.inf      # jobs that may be on nodes
+
+
+class UserRules(NamedTuple):
+    """The rules by which a schedule limits users, and shares CPUs among them."""
+    users: Mapping[str, UserRule] = types.MappingProxyType({})
+    groups: Mapping[str, UserRule] = types.MappingProxyType({})
+    members: Mapping[str, str] = types.MappingProxyType({})   # user -> group
+    others: UserRule = UserRule()     # of users that are not named
+    by_user: bool = False             # CPUs are shared among users; if not, among clients
+    half_life: float = 0.0            # s after which half of the past use counts; 0: none counts
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether nobody is limited and users are not looked at."""
+        return self == UserRules()
+
+
+class UserLoad:
+    """A user, or a group of users, in the schedule."""
+    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'past', 'at')
+
+    def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
+        self.name = name           # for people
+        self.rule = rule
+        self.group = group
+        self.cpus = 0              # CPUs of the jobs on nodes, run or not
+        self.jobs = 0              # these jobs
+        self.running = 0           # CPUs of those that are known to run
+        # CPUs that were used in the mean of the past, of which half counts after each half-life,
+        # as it was at this time
+        self.past = 0.0
+        self.at = 0.0
+
+    @property
+    def claim(self) -> float:
+        """What it has of the CPUs and has had, in proportion to its share: who has least is
+        next."""
+        return (self.past + self.cpus) / self.rule.share
+
+    def rank(self) -> Tuple[float, ...]:
+        """Who has the least of this is next: by priority, then by the claims of the group and of
+        the user."""
+        if self.group is None:
+            return -self.rule.priority, self.claim, 0.0
+        return -self.rule.priority, self.group.claim, self.claim
+
+    def admits(self, cpus: int, jobs: int = 1) -> bool:
+        """Whether a job with so many CPUs, or several, may go to nodes now."""
+        rule = self.rule
+        if self.cpus + cpus > rule.cpus or self.jobs + jobs > rule.jobs:
+            return False
+        return self.group is None or self.group.admits(cpus, jobs)
+
+    def why_not(self, cpus: int) -> str:
+        """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
+        rule = self.rule
+        if self.jobs >= rule.jobs:
+            return '%s has %s on nodes, and the limit is %d (--limit)' % (
+                self.name, many(self.jobs, 'job'), rule.jobs)
+        if self.cpus + cpus > rule.cpus:
+            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
+                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+        if self.group is not None:
+            return self.group.why_not(cpus)
+        return ''
+
+    def never(self, cpus: int) -> str:
+        """Why no job with so many CPUs may ever go to a node, for people; empty if one may."""
+        if cpus > 1 and cpus > self.rule.cpus:
+            return 'it needs %d CPUs (dispy_cpus), and the limit of %s is %d (--limit)' % (
+                cpus, self.name, self.rule.cpus)
+        if self.group is not None:
+            return self.group.never(cpus)
+        return ''
+
+    def take(self, cpus: int, jobs: int) -> None:
+        """Jobs go to nodes; with negative numbers they are back or have ended."""
+        self.cpus += cpus
+        self.jobs += jobs
+        if self.group is not None:
+            self.group.take(cpus, jobs)
+
+
+class UserLoads:
+    """The users whose jobs a schedule has, their limits, and what they have used. No user has a
+    load while there are no rules."""
+
+    def __init__(self, rules: UserRules) -> None:
+        self.rules = rules
+        self._users: Dict[str, UserLoad] = {}
+        self._groups: Dict[str, UserLoad] = {}
+
+    @property
+    def by_user(self) -> bool:
+        """Whether CPUs are shared among users."""
+        return self.rules.by_user
+
+    def load_of(self, name: str) -> Optional[UserLoad]:
+        """The load of a user, who may be new; None without a name or without rules."""
+        if not name or self.rules.are_empty:
+            return None
+        user = self._users.get(name)
+        if user is None:
+            group = self._group_of(name)
+            rule = self.rules.users.get(name, self.rules.others)
+            user = self._users[name] = UserLoad('user ' + name, rule, group)
+        return user
+
+    def _group_of(self, name: str) -> Optional[UserLoad]:
+        """The load of the group of a user, if he is in one."""
+        group_name = self.rules.members.get(name)
+        if group_name is None:
+            return None
+        group = self._groups.get(group_name)
+        if group is None:
+            rule = self.rules.groups.get(group_name, UserRule())
+            group = self._groups[group_name] = UserLoad('group ' + group_name, rule)
+        return group
+
+    def loads(self) -> Dict[str, UserLoad]:
+        """The loads of users by their names, and those of groups as @NAME."""
+        found = dict(self._users)
+        for name, load in self._groups.items():
+            found['@' + name] = load
+        return found
+
+    # -- use over the past -------------------------------------------------------------------------
+
+    def ran(self, user: UserLoad, cpus: int, now: float) -> None:
+        """Jobs of a user run on so many CPUs more, or less."""
+        self._advance(user, now)
+        user.running += cpus
+        if user.group is not None:
+            self.ran(user.group, cpus, now)
+
+    def charge(self, user: UserLoad, seconds: float, now: float) -> None:
+        """A user has used CPUs for so many seconds, and it was not known that he did."""
+        if self.rules.half_life:
+            self._advance(user, now)
+            user.past += seconds * math.log(2) / self.rules.half_life
+        if user.group is not None:
+            self.charge(user.group, seconds, now)
+
+    def advance(self, now: float) -> None:
+        """Time goes by: what was used counts less, and what is used counts more."""
+        if self.rules.half_life:
+            for load in (*self._users.values(), *self._groups.values()):
+                self._advance(load, now)
+
+    def _advance(self, load: UserLoad, now: float) -> None:
+        """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        if self.rules.half_life and now > load.at:
+            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
+            load.past = load.past * kept + load.running * (1.0 - kept)
+        load.at = now
+
+    def used(self, now: float) -> Dict[str, float]:
+        """The CPUs that users have used in the mean of the past, by their names."""
+        self.advance(now)
+        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+
+    def keep(self, names: AbstractSet[str]) -> None:
+        """Forget the users who have used nearly nothing, but these."""
+        for name in list(self._users):
+            if name not in names and self._users[name].past < PAST_LEAST:
+                del self._users[name]
+
+    def restore(self, used: Dict[str, float], now: float) -> None:
+        """Take over what users had used when the process before this one has ended."""
+        for name, past in used.items():
+            user = self.load_of(name)
+            if user is None:
+                continue
+            for load in (user, user.group):
+                if load is not None:
+                    self._advance(load, now)
+                    load.past += past
+
+    def change(self, rules: UserRules, comps: Iterable['ComputationLoad'], now: float) -> None:
+        """Let other rules hold, for these computations too."""
+        used = self.used(now)
+        self.rules = rules
+        self._users = {}
+        self._groups = {}
+        if rules.half_life:
+            self.restore(used, now)
+        for comp in comps:
+            comp.user = user = self.load_of(comp.user_name)
+            if user is None:
+                continue
+            user.take(comp.cpus_in_flight, len(comp.running))
+            for node in comp.nodes.values():
+                flight = node.in_flight[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                self.ran(user, running, now)
+
+
 class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, speculates, user = opened
+        self.seconds = SecondAttempts() if speculates and not self.remote else None
+        self.user_name = user
+        # Its user, if he has limits or a share
+        self.user: Optional[UserLoad] = None
+        # Whether jobs wait because of a limit of the user, and of which of them that was told
+        self.held = False
+        self.told: Set[str] = set()
         # Node -> CPUs that it may use there, if `most` were more
         self.offers: Dict[Any, int] = {}
         self.order = order
@@ -2458,6 +2825,24 @@ class ComputationLoad:
         else:
             self.queue_of(work).forget()
 
+    def held_up(self) -> Tuple[int, str]:
+        """How many jobs wait because of a limit of the user, and why, for people."""
+        user = self.user
+        count = 0
+        text = ''
+        if user is None:
+            return count, text
+        if self.held and self.length():
+            count = self.length()
+            work = self.queue.head()
+            text = user.why_not(1 if work is None else cpus_of(work))
+        for work in self.too_wide:
+            reason = user.never(cpus_of(work))
+            if reason:
+                count += 1
+                text = text or reason
+        return count, text
+
     def not_begun(self) -> List[ScheduledJob]:
         """All that wait, and those on nodes that are not known to have begun."""
         found = self.waiting()
@@ -2480,7 +2865,7 @@ class NodeLoad:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
                  'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks',
-                 'trip', 'probe', 'tried_until', 'stock')
+                 'trip', 'probe', 'tried_until', 'stock', 'seconds')
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -2497,6 +2882,8 @@ class NodeLoad:
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
         self.stock = Stock()
+        # Second attempts that are here; none is counted among the jobs
+        self.seconds: List[SecondAttempt] = []
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
@@ -2634,6 +3021,9 @@ class NodeLoad:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        if comp.seconds is not None:
+            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
+            comp.seconds.median.add([row[3] - row[2] for row in finished])
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -2730,8 +3120,9 @@ class Books:
     is counted over these, such as the CPUs of a client's jobs, is changed here alone, so that the
     counts stay equal to what they count."""
 
-    def __init__(self) -> None:
+    def __init__(self, users: UserLoads) -> None:
         self.comps: Dict[str, ComputationLoad] = {}
+        self.users = users
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         # With jobs that wait, and perhaps some that had
@@ -2780,6 +3171,8 @@ class Books:
         move_job(work, 'send')
         if comp.blocked_head is work:
             comp.blocked_head = None
+        if comp.seconds is not None:
+            comp.seconds.pass_over(work)
         work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
@@ -2789,6 +3182,8 @@ class Books:
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
@@ -2824,6 +3219,8 @@ class Books:
             node.stock.take(work)
             comp.cpus_in_flight += cpus
             self.client_cpus[comp.client] += cpus
+            if comp.user is not None:
+                comp.user.take(cpus, 1)
             node.in_flight[comp.comp][work.serial] = work
             comp.running[work.serial] = node
             if work.options and 'priority' in work.options:
@@ -2833,6 +3230,22 @@ class Books:
             for work in there.in_flight[comp.comp].values():
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
 
+    def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """An attempt that is at a node counts as that of its job from now on."""
+        cpus = cpus_of(work)
+        node.take(comp.comp, cpus)
+        node.stock.take(work)
+        node.bytes += _bytes_of(work)
+        comp.cpus_in_flight += cpus
+        self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
+        node.in_flight[comp.comp][work.serial] = work
+        comp.running[work.serial] = node
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        self.changed[node.key] = node
+
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
         """Take attempts off a node. Those are left out that are not there: results that come twice
@@ -2841,6 +3254,8 @@ class Books:
         flight = node.in_flight[comp.comp]
         cpus = 0
         size = 0
+        if comp.user is not None:
+            self._stop(node, comp, serials)
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
@@ -2860,10 +3275,21 @@ class Books:
             node.bytes -= size
             comp.cpus_in_flight -= cpus
             self.client_cpus[comp.client] -= cpus
+            if comp.user is not None:
+                comp.user.take(-cpus, -len(landed))
             self.changed[node.key] = node
             if node.draining:
                 self.tell_drained(node, comp.comp)
         return landed
+
+    def _stop(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> None:
+        """Attempts are taken off a node: their user does not use the CPUs of those that run any
+        more."""
+        begun = node.begun[comp.comp]
+        flight = node.in_flight[comp.comp]
+        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
+        if cpus:
+            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -2934,12 +3360,15 @@ class Placement:
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
         """Jobs of these computations go to idle CPUs, as long as there are both."""
+        for comp in rivals:
+            comp.held = False
         while rivals:
             if len(rivals) > 1:
                 comp = min(rivals, key=self._rank)
             else:
                 comp = rivals[0]
-            if not comp.length() or not self._start_one(comp):
+            is_held = comp.user is not None and not self._admits(comp, 1)
+            if is_held or not comp.length() or not self._start_one(comp):
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
@@ -2956,7 +3385,7 @@ class Placement:
             if node.away is not None:
                 continue
             alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
-            if not alone:
+            if not alone and not self._is_contended(node):
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
@@ -3006,7 +3435,32 @@ class Placement:
         if text:
             comp.too_wide.append(work)
             self._books.do(JobParked(work, text))
+        elif comp.user is not None:
+            text = comp.user.never(cpus_of(work))
+            if text:
+                comp.too_wide.append(work)
+                self._tell_limit(comp, text, text)
         return bool(text)
+
+    def _tell_limit(self, comp: ComputationLoad, what: str, text: str) -> None:
+        """Jobs of a computation wait because of a limit of its user, which is told once of each
+        kind of jobs."""
+        if what not in comp.told:
+            comp.told.add(what)
+            jobs_held = JobsHeld(comp.comp, text)
+            self._books.do(jobs_held)
+
+    def _admits(self, comp: ComputationLoad, cpus: int) -> bool:
+        """Whether the user of a computation may have a job with so many CPUs on a node now."""
+        user = comp.user
+        if user is None or user.admits(cpus):
+            return True
+        comp.held = True
+        # Nodes may change meanwhile that are not looked at for these jobs now
+        comp.blocked_head = None
+        comp.scarce.look_everywhere()
+        self._tell_limit(comp, 'held', user.why_not(cpus))
+        return False
 
     @staticmethod
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
@@ -3054,33 +3508,33 @@ class Placement:
             return True
         return comp.may_wait_there(work)
 
-    def _rank(self, comp: ComputationLoad) -> Tuple[int, int, int]:
-        """Who has least of this is next: the CPUs of its client, of these its own, and the time
-        when it was served last; or its place in the order of coming."""
+    def _rank(self, comp: ComputationLoad) -> Tuple[float, ...]:
+        """Who has least of this is next: the claim of its user where users share, the CPUs of its
+        client, of these its own, and the time when it was served last; or its place in the order
+        of coming."""
         if self._fifo:
-            return comp.order, 0, 0
-        return self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served
+            return (comp.order,)
+        own = (self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served)
+        if comp.user is not None and self._books.users.by_user:
+            return comp.user.rank() + own
+        return own
 
     def _start_one(self, comp: ComputationLoad) -> bool:
         """Send the next job to an idle CPU."""
         books = self._books
-        for key, pinned in comp.pinned.items() if comp.pinned else ():
-            if pinned.length and key in comp.idle:
-                node = comp.idle[key]
-                work = pinned.head()
-                if work is None:
-                    continue
-                if node.fits(comp.comp, work):
-                    books.put_on(node, comp, pinned.pop())
-                    return True
+        if comp.pinned and self._start_pinned(comp):
+            return True
         work = comp.queue.head()
         if comp.scarce.queues:
             found = comp.scarce.next(work, comp.idle, books.changed, comp.comp)
             if found is not None:
-                there, queue = found
-                books.put_on(there, comp, queue.pop())
-                return True
+                there, queue, first = found
+                if self._admits(comp, cpus_of(first)):
+                    books.put_on(there, comp, queue.pop())
+                    return True
         if work is None:
+            return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
             return False
         nodes: Iterable[NodeLoad] = comp.idle.values()
         if comp.blocked_head is work:
@@ -3091,6 +3545,20 @@ class Placement:
                 books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked_head = work   # until something happens to a node
+        return False
+
+    def _start_pinned(self, comp: ComputationLoad) -> bool:
+        """Send a job that is for one node alone to an idle CPU there."""
+        for key, pinned in comp.pinned.items():
+            if not pinned.length or key not in comp.idle:
+                continue
+            node = comp.idle[key]
+            work = pinned.head()
+            if work is None:
+                continue
+            if node.fits(comp.comp, work) and self._admits(comp, cpus_of(work)):
+                self._books.put_on(node, comp, pinned.pop())
+                return True
         return False
 
     def _fill(self, node: NodeLoad, shares: Dict[str, int]) -> bool:
@@ -3127,6 +3595,15 @@ class Placement:
                     source = comp.source(node.key)
         return node.used > before
 
+    def _is_contended(self, node: NodeLoad) -> bool:
+        """Whether users share CPUs and jobs of several are on a node, or may come there. None is
+        sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
+        if not self._books.users.by_user:
+            return False
+        users = {comp.user for name, comp in node.comps.items()
+                 if node.parts[name] or (comp.length() and not comp.held)}
+        return len(users) > 1
+
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
                   choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
@@ -3138,14 +3615,12 @@ class Placement:
             fits = node.room(comp.comp)
         if cpus_of(work) > fits:
             return False
-        if work.options and not comp.remote:
-            # What has units of a resource shall use them, and not wait for a CPU
-            if 'resources' in work.options or not node.may_get(work):
-                return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
+            return False
+        if work.options and not comp.remote and self._takes_at_once(node, work):
+            return False
         if comp.called and not comp.may_wait_there(work):
-            if not choice > 0:
-                return False
-            return not node.waits(comp.comp)   # no CPU is ever idle there
+            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -3154,6 +3629,12 @@ class Placement:
             if before < limit + reserve:
                 return True
         return node.waits(comp.comp) < choice
+
+    @staticmethod
+    def _takes_at_once(node: NodeLoad, work: ScheduledJob) -> bool:
+        """Whether a job has to find what it needs beside CPUs: what has units of a resource shall
+        use them, and not wait for a CPU."""
+        return 'resources' in (work.options or ()) or not node.may_get(work)
 
     def reduce(self, node: NodeLoad) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
@@ -3191,7 +3672,7 @@ class Placement:
                 continue
             if not comp.idle:
                 continue
-            if comp.queue.length:
+            if comp.queue.length and not comp.held:
                 continue
             # More than 64 are seen to in later turns
             idle = comp.idle.values()
@@ -3316,6 +3797,13 @@ class Limits:
         if comp.most is not None:
             self._share_limits(comp)
 
+    def unpark_all(self, comp: ComputationLoad) -> None:
+        """Other limits hold: what waits beside the queue is looked at again."""
+        for work in reversed(comp.too_wide):
+            comp.queue_of(work).push_front(work)
+            self._books.waiting[comp.comp] = comp
+        comp.too_wide = []
+
     def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
         """A node with more CPUs has come."""
         stay = []
@@ -3409,12 +3897,330 @@ class Repetitions:
             books.changed[node.key] = node
 
 
+class Speculation:
+    """Starts the last running jobs of computations that want it a second time, on idle CPUs of
+    other nodes, when nothing waits and they have run for much longer than others took. What
+    finishes first counts. A failure of one attempt counts for nothing while the other goes on.
+
+    A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
+    needs them is sent there, and the second attempt is ended for it."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._comps: Dict[str, ComputationLoad] = {}   # that want it
+        self._due = math.inf     # when the first job has run for long enough
+
+    def begin(self, comp: ComputationLoad) -> None:
+        """A computation is opened."""
+        if comp.seconds is not None:
+            self._comps[comp.comp] = comp
+
+    def closed(self, comp: ComputationLoad) -> None:
+        """A computation is over."""
+        self._comps.pop(comp.comp, None)
+        if comp.seconds is not None:
+            for second in list(comp.seconds.by_serial.values()):
+                self._drop(comp, second)
+
+    # -- the end of a turn -------------------------------------------------------------------------
+
+    def next_at(self) -> float:
+        """When a job will have run for so long that it may be started a second time."""
+        return self._due
+
+    def look(self) -> None:
+        """End second attempts that are in the way of jobs, and start others."""
+        self._due = math.inf
+        for comp in self._comps.values():
+            self._make_way(comp)
+            self._start_late(comp)
+
+    def _make_way(self, comp: ComputationLoad) -> None:
+        """End those of a computation whose CPUs, or what else they use, a job needs."""
+        seconds: Any = comp.seconds
+        for second in list(seconds.by_serial.values()):
+            node = self._books.nodes[second.node]
+            if node.away is not None:
+                continue
+            place = node.seconds.index(second)
+            before = node.seconds[:place]
+            fits = self._fits(node, second, before)
+            if not fits or not self._is_within_limits(comp):
+                self._cancel(comp, second)
+
+    @staticmethod
+    def _is_within_limits(comp: ComputationLoad, work: Optional[ScheduledJob] = None) -> bool:
+        """Whether the limits of the user leave room for all second attempts of a computation, and
+        for one of this job besides."""
+        if comp.user is None:
+            return True
+        seconds: Any = comp.seconds
+        works = list(seconds.by_serial.values())
+        if work is not None:
+            works.append(work)
+        cpus = sum(map(cpus_of, works))
+        return comp.user.admits(cpus, len(works))
+
+    @staticmethod
+    def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
+        """Whether a second attempt finds at a node what it needs, beside the jobs there and these
+        second attempts."""
+        needs: Dict[str, int] = collections.Counter()
+        cpus = 0
+        own = 0     # CPUs of the same computation
+        for work in (second, *others):
+            count = cpus_of(work)
+            cpus += count
+            if work.comp == second.comp:
+                own += count
+            for name, units in needs_of(work):
+                needs[name] += units
+        limit = node.limits[second.comp]
+        own += node.parts[second.comp]
+        if node.used + cpus > node.cpus or own > limit:
+            return False
+        request = tuple(needs.items())
+        return node.stock.has_free(request)
+
+    def _start_late(self, comp: ComputationLoad) -> None:
+        """Start those jobs of a computation a second time that have run for long enough."""
+        median = comp.seconds.median.seconds  # type: ignore[union-attr]
+        if median is None or not comp.idle or comp.length():
+            return
+        late = []
+        for node in comp.nodes.values():
+            flight = node.in_flight[comp.comp]
+            for serial, since in node.begun[comp.comp].items():
+                work = flight[serial]
+                if not self._may_be_started(comp, work):
+                    continue
+                due = since + SPECULATE_TIMES * median
+                if due <= self._books.now:
+                    late.append((since, serial))
+                else:
+                    self._due = min(self._due, due)
+        late.sort()
+        for _, serial in late:
+            node = comp.running[serial]
+            self._start(comp, node, serial)
+
+    @staticmethod
+    def _may_be_started(comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether there may be a second attempt of a job that runs."""
+        seconds: Any = comp.seconds
+        if work.state not in _GOING_ON or work in seconds.of_job:
+            return False
+        if work.options and work.options.get('node') is not None:
+            return False
+        return work.serial not in seconds.tried
+
+    def _start(self, comp: ComputationLoad, first: NodeLoad, serial: int) -> None:
+        """Start a job a second time, if a CPU of another node is idle that no job may want."""
+        work = first.in_flight[comp.comp][serial]
+        if not self._is_within_limits(comp, work):
+            return
+        for node in comp.idle.values():
+            if node is first or self._is_wanted(node):
+                continue
+            if self._fits(node, work, node.seconds):
+                seconds: Any = comp.seconds
+                second = seconds.new(work, node.key)
+                node.seconds.append(second)
+                send_second = SendSecond(node.key, comp.comp, [second])
+                self._books.do(send_second)
+                return
+
+    @staticmethod
+    def _is_wanted(node: NodeLoad) -> bool:
+        """Whether jobs wait that might come to a node."""
+        for comp in node.comps.values():
+            if comp.length() or comp.overloaded:
+                return True
+        return False
+
+    # -- what nodes tell ---------------------------------------------------------------------------
+
+    def at(self, key: Any, comp: ComputationLoad, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt with this serial, if it is at this node."""
+        if comp.seconds is None:
+            return None
+        second = comp.seconds.by_serial.get(serial)
+        if second is None or second.node != key:
+            return None
+        return second
+
+    def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
+        """The same by the name of a computation, which may be over or have none."""
+        comp = self._comps.get(name)
+        if comp is None:
+            return None
+        return self.at(key, comp, serial)
+
+    def had(self, event: SecondHad) -> None:
+        """One that was started by the process before this one."""
+        comp = self._books.comps[event.comp]
+        if comp.seconds is None:
+            return
+        second = comp.seconds.new(event.work, event.node, event.serial)
+        self._books.nodes[event.node].seconds.append(second)
+
+    def started(self, node: NodeLoad, comp: ComputationLoad, serial: int, ran: float) -> None:
+        """An attempt that is none of the jobs there has begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            second.begun = self._books.now - max(0.0, ran)
+
+    def held(self, node: NodeLoad, comp: ComputationLoad, account: Account) -> Set[int]:
+        """What a node knows is compared with what was sent there. Returns the serials that are
+        there."""
+        there = set()
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            verdict, _ = account.verdict(second.serial, Occasion.CONNECTED)
+            if verdict is Verdict.STAYS:
+                there.add(second.serial)
+            else:
+                self._drop(comp, second)
+        return there
+
+    def returned(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
+        """A node gives one back that has not begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            self._fail(comp, second)
+
+    def lost(self, node: NodeLoad, comp: ComputationLoad) -> None:
+        """A node is gone."""
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            self._drop(comp, second)
+
+    def results(self, node: NodeLoad, comp: ComputationLoad, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that do not count: failures of second attempts, and what
+        these send before it is known whether they count. One that has finished is that of its job
+        from now on."""
+        if comp.seconds is None:
+            return rows
+        counting = []
+        for row in rows:
+            second = self.at(node.key, comp, row[0])
+            if second is not None and row[1] in PROVISIONAL:
+                second.rows.append(row)
+            elif second is not None and row[1] not in RETURNED:
+                self._fail(comp, second)
+            else:
+                if second is not None:
+                    self._let_count(comp, second)
+                counting.append(row)
+        return counting
+
+    def came(self, comp: ComputationLoad, pairs: Sequence[Tuple[ScheduledJob, tuple]]) -> None:
+        """Jobs have ended, or have a provisional result."""
+        for work, _ in pairs if comp.seconds is not None else ():
+            if work.state in ENDED:
+                self.ended(comp, work)
+
+    def wins(self, event: SecondWins) -> None:
+        """One has finished; its result comes later."""
+        pair = self._books.pair(event.node, event.comp)
+        if pair is None:
+            return
+        node, comp = pair
+        second = self.at(node.key, comp, event.serial)
+        if second is not None:
+            self._let_count(comp, second)
+
+    # -- what becomes of the job -------------------------------------------------------------------
+
+    def ended(self, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """A job has ended, or is not wanted any more: so is its second attempt."""
+        seconds = comp.seconds
+        if seconds is None:
+            return
+        second = seconds.of_job.get(work)
+        if second is not None:
+            self._cancel(comp, second)
+        if work.state in ENDED:
+            seconds.forget(work)
+
+    def goes_on(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether a job goes on whose first attempt has ended and is on no node any more: its
+        second is that of the job then."""
+        if comp.seconds is None or work.state is JobState.CANCELLING:
+            return False
+        second = comp.seconds.of_job.get(work)
+        if second is None:
+            return False
+        self._let_count(comp, second)
+        return True
+
+    def _let_count(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt takes the place of the first, which is ended if it goes on."""
+        books = self._books
+        work = second.first
+        before = comp.running.get(work.serial)
+        if before is not None:
+            books.take_off(before, comp, [work.serial])
+            send_cancel = SendCancel(before.key, comp.comp, [work.serial])
+            books.do(send_cancel)
+        else:
+            seconds: Any = comp.seconds
+            seconds.tried.add(second.serial)
+        self._remove(comp, second)
+        work.serial = second.serial
+        node = books.nodes[second.node]
+        books.goes_on_at(node, comp, work)
+        ran = None
+        if second.begun is not None:
+            ran = books.now - second.begun
+            node.begun[comp.comp][work.serial] = second.begun
+            if comp.user is not None:
+                books.users.ran(comp.user, cpus_of(work), books.now)
+        elif before is None:   # otherwise it has finished
+            move_job(work, 'back')
+            books.do(JobWaits(work))
+            move_job(work, 'send')
+        second_counts = SecondCounts(node.key, comp.comp, second, ran)
+        books.do(second_counts)
+        pairs = []
+        for row in second.rows:
+            move_job(work, 'provisional')
+            pairs.append((work, row))
+        if pairs:
+            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
+            books.do(jobs_ended)
+
+    def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt has failed: the first goes on, and has no other."""
+        seconds: Any = comp.seconds
+        seconds.tried.add(second.first.serial)
+        self._drop(comp, second)
+
+    def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._drop(comp, second)
+        send_cancel = SendCancel(second.node, comp.comp, [second.serial])
+        self._books.do(send_cancel)
+
+    def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._remove(comp, second)
+        second_over = SecondOver(second.node, comp.comp, second)
+        self._books.do(second_over)
+
+    def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        seconds: Any = comp.seconds
+        seconds.remove(second)
+        node = self._books.nodes[second.node]
+        node.seconds.remove(second)
+
+
+_GOING_ON = frozenset((JobState.RUNNING, JobState.PROVISIONAL))
+
+
 class Losses:
     """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
 
-    def __init__(self, books: Books, limits: Limits) -> None:
+    def __init__(self, books: Books, limits: Limits, speculation: Speculation) -> None:
         self._books = books
         self._limits = limits
+        self._speculation = speculation
 
     def away(self, event: NodeAway) -> None:
         """What is there goes on for a while."""
@@ -3469,6 +4275,7 @@ class Losses:
                account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
+        self._speculation.lost(node, comp)
         for serial in sorted(node.in_flight[name], reverse=True):   # each goes to the front
             verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial),
                                   Occasion.ENDED]
@@ -3486,6 +4293,8 @@ class Losses:
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
         books = self._books
+        if self._speculation.goes_on(comp, work):
+            return
         books.answer(comp, work)
         work.lost_with += (node_name,)
         if work.options:
@@ -3530,6 +4339,8 @@ class Losses:
         own = node.recalled[comp.comp].get(serial, False)
         off = books.take_off(node, comp, [serial])
         for work in off.values():
+            if self._speculation.goes_on(comp, work):
+                continue
             if own:
                 comp.called[job_number(serial)] = comp.called.get(job_number(serial), 0) + 1
             if work in comp.withdrawn:
@@ -3552,9 +4363,10 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
 class ScheduleRequests:
     """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
 
-    def __init__(self, books: Books, placement: Placement) -> None:
+    def __init__(self, books: Books, placement: Placement, speculation: Speculation) -> None:
         self._books = books
         self._placement = placement
+        self._speculation = speculation
         self._numbers = itertools.count(1)
 
     def submit(self, event: Submitted) -> None:
@@ -3616,6 +4428,7 @@ class ScheduleRequests:
             move_job(work, 'cancel')
             send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
             self._books.do(send_cancel)
+            self._speculation.ended(comp, work)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
@@ -3656,16 +4469,19 @@ class ScheduleRequests:
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
-    def __init__(self, fifo: bool = False) -> None:
-        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
-        self._books = Books()
+    def __init__(self, fifo: bool = False, rules: UserRules = UserRules()) -> None:
+        """Clients share CPUs evenly, or users by `rules`; with `fifo` those who came first are
+        served first."""
+        self.users = UserLoads(rules)
+        self._books = Books(self.users)
         self.comps = self._books.comps
         self.nodes = self._books.nodes
         self.away = self._books.away          # nodes that cannot be reached now
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
-        self._losses = Losses(self._books, self._limits)
-        self.requests = ScheduleRequests(self._books, self._placement)
+        self.speculation = Speculation(self._books)
+        self._losses = Losses(self._books, self._limits, self.speculation)
+        self.requests = ScheduleRequests(self._books, self._placement, self.speculation)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
@@ -3689,8 +4505,11 @@ class Schedule:
             NodeLost: self._losses.lost,
             NodeLeft: self._losses.left,
             Closed: self._closed,
+            RulesChanged: self._rules_changed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
+            SecondHad: self.speculation.had,
+            SecondWins: self.speculation.wins,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -3716,9 +4535,12 @@ class Schedule:
         for node in books.changed.values():
             placement.reduce(node)
         if books.waiting:
+            self.users.advance(now)
             placement.distribute()
-        if len(self.nodes) > 1 and books.changed:
-            placement.balance()
+        if len(self.nodes) > 1:
+            if books.changed:
+                placement.balance()
+            self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -3747,6 +4569,9 @@ class Schedule:
         rested = self._repetitions.next_at()
         if rested is not None:
             times.append(rested)
+        late = self.speculation.next_at()
+        if late < math.inf:
+            times.append(late)
         if times:
             return min(times)
         return None
@@ -3774,7 +4599,18 @@ class Schedule:
 
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
-        self.comps[event.comp] = ComputationLoad(event, order)
+        comp = self.comps[event.comp] = ComputationLoad(event, order)
+        self.speculation.begin(comp)
+        comp.user = self.users.load_of(event.user)
+
+    def _rules_changed(self, event: RulesChanged) -> None:
+        books = self._books
+        self.users.change(event.rules, self.comps.values(), books.now)
+        for comp in self.comps.values():
+            comp.told.clear()
+            comp.held = False
+            self._limits.unpark_all(comp)
+        books.changed.update(self.nodes)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -3782,6 +4618,7 @@ class Schedule:
         if comp is None:
             return
         books.waiting.pop(comp.comp, None)
+        self.speculation.closed(comp)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
             serials = list(node.in_flight[comp.comp])
@@ -3794,6 +4631,9 @@ class Schedule:
         comps = self.comps.values()
         if not any(other.client == comp.client for other in comps):
             books.client_cpus.pop(comp.client, None)
+        if comp.user is not None:
+            self.users.advance(books.now)
+            self.users.keep({other.user_name for other in comps})
         for work in comp.waiting():
             move_job(work, 'cancel')
             books.do(JobEnded(work, 'cancelled: the cluster was closed'))
@@ -3823,6 +4663,7 @@ class Schedule:
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         limits.limit(node, comp, event.cpus)
         limits.unpark(comp, node)
+        held -= self.speculation.held(node, comp, account)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
@@ -3835,6 +4676,7 @@ class Schedule:
             return
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
+        self.speculation.held(node, comp, event.account)
         # It is there, and what it holds will come; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
@@ -3866,6 +4708,7 @@ class Schedule:
         pair = self._books.pair(event.node, event.comp)
         if pair is not None:
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
+                self.speculation.returned(*pair, serial)
                 self._losses.give_back(*pair, serial)
 
     def _node_started(self, event: NodeStarted) -> None:
@@ -3880,7 +4723,10 @@ class Schedule:
         for serial, ran in event.rows:
             work = flight.get(serial)
             if work is None:
+                self.speculation.started(node, comp, serial, ran)
                 continue
+            if comp.user is not None and serial not in begun:
+                self.users.ran(comp.user, cpus_of(work), books.now)
             begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
             if work.state is JobState.SENT:
@@ -3908,6 +4754,8 @@ class Schedule:
             return
         node, comp = pair
         _check_outcomes(rows)
+        rows = self.speculation.results(node, comp, rows)
+        self._charge(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, books.now)
@@ -3931,9 +4779,24 @@ class Schedule:
             pairs.append((work, row))
         action = SendAck(node.key, comp.comp, serials)
         books.do(action)
+        self.speculation.came(comp, pairs)
         if pairs:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
+
+    def _charge(self, node: NodeLoad, comp: ComputationLoad, rows: Sequence[tuple]) -> None:
+        """Jobs of a user have ended before it was known that they had begun."""
+        if comp.user is None:
+            return
+        flight = node.in_flight[comp.comp]
+        begun = node.begun[comp.comp]
+        seconds = 0.0
+        for row in rows:
+            serial = row[0]
+            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
+                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+        if seconds:
+            self.users.charge(comp.user, seconds, self._books.now)
 
     def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
@@ -3960,6 +4823,8 @@ class Schedule:
             for other in node.comps.values():   # nothing more goes there, until it is Ready again
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
+            return True
+        if row[1] not in RETURNED and self.speculation.goes_on(comp, work):
             return True
         if row[1] == Outcome.DIED:
             retries = options.get('retries')
@@ -8016,14 +8881,19 @@ class Journal(Database):
         """
     # Values that jobs which have not ended have in their arguments; each is here once.
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
-    INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
+    # Second attempts of jobs that run, and the directories of their files
+    SECONDS = ('CREATE TABLE IF NOT EXISTS seconds (number INTEGER PRIMARY KEY, serial INTEGER, '
+               'node TEXT, files TEXT)')
+    INSERT, RENAME, MOVE, END, FREE, VALUE, SECOND, SECOND_OVER = range(8)
     STATEMENTS = (
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, '
         'state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
-        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
+        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)',
+        'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?, ?)',
+        'DELETE FROM seconds WHERE number = ? AND serial = ?')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
     _HEAD = struct.Struct('>BQdIIII')
@@ -8050,6 +8920,7 @@ class Journal(Database):
             self._check_new()
             with self.damages():
                 self._db.execute(self.VALUES)
+                self._db.execute(self.SECONDS)
                 self._take_new()
         except BaseException:
             self._db.close()
@@ -8192,6 +9063,24 @@ class Journal(Database):
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
+
+    def second_sent(self, second: SecondAttempt, node: str, memory: str, files: str) -> None:
+        """A second attempt is on its way to a node; the directory is where its files are kept."""
+        where = '%s#%s' % (node, memory[:8])
+        self.note(self.SECOND, job_number(second.serial), second.serial, where, files)
+
+    def second_over(self, second: SecondAttempt) -> None:
+        """A second attempt counts no more, or is that of its job."""
+        self.note(self.SECOND_OVER, job_number(second.serial), second.serial)
+
+    def seconds(self) -> Dict[int, Tuple[int, str, str]]:
+        """Number of a job that was sent -> serial, node and directory of its second attempt. Raises
+        DispyError for a file that is damaged."""
+        with self.damages():
+            rows = self._db.execute(
+                'SELECT number, serial, node, files FROM seconds WHERE number IN '
+                '(SELECT number FROM jobs WHERE state = ?)', (self.SENT, )).fetchall()
+        return {number: (serial, node, files) for number, serial, node, files in rows}
 
     def waits(self, work: ScheduledJob) -> None:
         """It came back without having been started, or may be run again."""
@@ -8629,6 +9518,7 @@ class RecoverableFiles:
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
         self.listen = head['listen']
+        self.files = str(head.get('files', ''))    # below which the files of jobs come
         self.process = tuple(head['process'])
         nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
@@ -9438,6 +10328,23 @@ def remove_abandoned_directories() -> None:
                 remove_abandoned_directory(entry.path)
 
 
+class SecondsOfUser:
+    """What a NodeUser does about second attempts of its jobs; see NodeUser for the methods."""
+
+    def send(self, peer: 'NodeConnection', seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node."""
+
+    def counts(self, peer: 'NodeConnection', second: SecondAttempt, ran: float) -> None:
+        """One that is at a node and has run for so many seconds is that of its job from now on."""
+
+    def over(self, second: SecondAttempt) -> None:
+        """One counts no more."""
+
+    def files_of(self, second: SecondAttempt) -> 'HeldFiles':
+        """Return where the files are kept that one sends."""
+        raise PeerError('a file that was not asked for')
+
+
 class NodeUser:
     """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
     reads these attributes, and calls these methods when something has happened. They are called in
@@ -9445,6 +10352,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    user_name = ''                              # whose limits and share it has, at a scheduler
     program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
@@ -9458,6 +10366,8 @@ class NodeUser:
     searches = True                             # nodes that a wildcard means are looked for by UDP
     warns = True                                # when no node is ready for a while
     reentrant = False                           # jobs of a lost node are run again elsewhere
+    speculate = False                           # its last jobs are started a second time
+    seconds = SecondsOfUser()
     remote = False                              # jobs go to a scheduler
     journal: Optional[Journal] = None           # where its jobs are written down
     closed = False                              # nothing can be submitted any more
@@ -9566,6 +10476,9 @@ class NodeUser:
 
     def job_waits(self, work: Any) -> None:
         """A job that was sent waits again."""
+
+    def jobs_held(self, text: str) -> None:
+        """Jobs wait because of a limit of their user, for this reason."""
 
     def job_parked(self, work: Any, text: str) -> None:
         """A job waits for a node that is large enough."""
@@ -9727,11 +10640,14 @@ class Recovery(Collector):
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
+        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
         self._unmet = holders - places   # they may keep results that are noted
         super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self.collected = threading.Event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
+        # Number -> serial, node and directory of the files of the second attempt
+        self._seconds = journal.seconds()
         self._done = done
         self._lost = lost
         self._again = again
@@ -9761,7 +10677,7 @@ class Recovery(Collector):
 
     def _settle(self, peer: NodeConnection, comp: str, serials: Sequence[int],
                 past: AttemptHistory) -> None:
-        for number, (job, node) in list(self._jobs.items()):
+        for job, serial, node in self._attempts():
             where, _, memory = node.rpartition('#')
             if where != peer.place:
                 continue
@@ -9769,17 +10685,66 @@ class Recovery(Collector):
                 continue
             whole = peer.embedded or memory != '' and peer.memory.startswith(memory)
             account = Account(frozenset(serials), past, whole)
-            verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
+            verdict, text = account.verdict(serial, Occasion.RECOVERED)
+            if verdict is Verdict.STAYS or self._other_goes_on(serial):
+                continue
+            del self._jobs[job_number(serial)]
             if verdict is Verdict.WAITS:
-                del self._jobs[number]
                 self._again(job)
-            elif verdict is Verdict.LOST:
-                del self._jobs[number]
+            else:
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
             cancel = Cancel(comp, list(serials))
             self.driver.send(peer.link, cancel)
         self._check()
+
+    def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
+        """Jobs, and serial and node of an attempt of theirs that has not ended."""
+        found = []
+        for number, (job, node) in self._jobs.items():
+            found.append((job, job.serial, node))
+            if number in self._seconds:
+                serial, other, _ = self._seconds[number]
+                found.append((job, serial, other))
+        return found
+
+    def _other_goes_on(self, serial: int) -> bool:
+        """An attempt counts no more. Returns whether its job has another, which counts then."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return False
+        second, node, files = self._seconds[number]
+        del self._seconds[number]
+        job, _ = self._jobs[number]
+        if serial == second:
+            settle_files(files, False)
+        else:
+            job.serial = second
+            self._jobs[number] = (job, node)
+            settle_files(files, True)
+        return True
+
+    def _end_other(self, serial: int) -> None:
+        """An attempt has finished: that beside it is ended."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return
+        job, node = self._jobs[number]
+        second, other, files = self._seconds.pop(number)
+        settle_files(files, serial == second)
+        if serial == second:
+            self._cancel_at(node, job.comp, job.serial)
+        else:
+            self._cancel_at(other, job.comp, second)
+
+    def _cancel_at(self, node: str, comp: str, serial: int) -> None:
+        place = node.rpartition('#')[0]
+        for peer in self.met:
+            if peer.place == place and peer.link is not None:
+                cancel = Cancel(comp, [serial])
+                self.driver.send(peer.link, cancel)
+        if not any(peer.place == place for peer in self.met):
+            self._unmet.add(place)   # it is told that the computation is over
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
@@ -9793,11 +10758,10 @@ class Recovery(Collector):
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
-        for serial in serials:
-            job, node = self._jobs.get(job_number(serial), (None, ''))
-            if job is None:
+        for job, serial, node in self._attempts():
+            if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place:
+            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -9810,6 +10774,9 @@ class Recovery(Collector):
                 continue
             if row[1] in PROVISIONAL:
                 continue
+            if row[1] not in RETURNED and self._other_goes_on(row[0]):
+                continue
+            self._end_other(row[0])
             del self._jobs[job_number(row[0])]
             job.serial = row[0]
             if row[1] == Outcome.STOPPED:
@@ -9822,12 +10789,9 @@ class Recovery(Collector):
 
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
-        for peer in self.met:
-            where = self._jobs.get(job_number(job.serial), (None, ''))[1].rpartition('#')[0]
-            if where != peer.place:
-                continue
-            if peer.link is not None:
-                self.driver.send(peer.link, Cancel(job.comp, [job.serial]))
+        for other, serial, node in self._attempts():
+            if other is job:
+                self._cancel_at(node, job.comp, serial)
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
@@ -9970,7 +10934,7 @@ class ResultCollection(Collector):
                         self._stages[key] = Collecting.WANTED
                     else:
                         self._stages[key] = Collecting.TOLD
-                self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
+                self.there[key] = {one for one in now if not self._is_known(comp, one)}
                 if taking:
                     for serial in known - now:
                         account = Account(frozenset(now), past)
@@ -9980,6 +10944,38 @@ class ResultCollection(Collector):
                         self.driver.send(peer.link, cancel)
             self._changed.notify_all()
         self._ask(peer)
+
+    def _is_known(self, comp: str, serial: int) -> bool:
+        """Whether what becomes of an attempt changes nothing: a result of its job is here."""
+        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
+        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+
+    def _end_others(self, comp: str, serial: int) -> None:
+        """An attempt has finished: others of its job are ended. The driver's thread."""
+        for peer in self.met:
+            for key in self._places_of(peer, comp):
+                there = self.there.get(key, set())
+                others = [one for one in there if job_number(one) == job_number(serial)]
+                there.difference_update(others)
+                if others and peer.link is not None:
+                    self.driver.send(peer.link, Cancel(comp, others))
+
+    def _settle_files(self, comp: str, serial: int) -> None:
+        """An attempt has finished: if it was a second one, its files come where they belong; those
+        of another are removed."""
+        root = self.lefts[comp].files
+        begin = '.dispy-%s-' % comp
+        names: List[str] = []
+        if os.path.isdir(root):
+            names = os.listdir(root)
+        for name in names:
+            digits = name[len(begin):]
+            if not name.startswith(begin) or not digits.isdigit():
+                continue
+            other = int(digits)
+            if job_number(other) == job_number(serial):
+                directory = os.path.join(root, name)
+                settle_files(directory, other == serial)
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
@@ -10034,6 +11030,9 @@ class ResultCollection(Collector):
                     self.gone.pop((comp, number), None)
                 for key in self._places_of(peer, comp):
                     self.there.get(key, set()).discard(row[0])
+                if row[1] in RETURNED:
+                    self._end_others(comp, row[0])
+                    self._settle_files(comp, row[0])
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
@@ -10110,11 +11109,15 @@ class ResultCollection(Collector):
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            distinct = set()
-            for key, serials in self.there.items():
-                if key[1] == comp:
-                    distinct.update(serials)
-            return len(distinct)
+            return len(self.numbers_there(comp))
+
+    def numbers_there(self, comp: str) -> Set[int]:
+        """Numbers of its jobs of which attempts and results are on nodes."""
+        numbers: Set[int] = set()
+        for key, serials in self.there.items():
+            if key[1] == comp:
+                numbers.update(map(job_number, serials))
+        return numbers
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -10320,8 +11323,9 @@ def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
             else:
                 job.state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
                 fill_in(job, row, left.is_program)
+    going_on = found.numbers_there(comp)
     for (name, number), (state, text) in found.gone.items():
-        if name == comp:
+        if name == comp and number not in going_on:   # by another attempt
             job = job_of(number)
             job.state = state
             end_without(job, text)
@@ -11744,6 +12748,9 @@ class ComputationSetup:
                 'update the scheduler and its nodes' % wanted
             self._refusal(peer, comp, text, 'python')
             return None
+        if peer.scheduler and spec.get('speculate') and 'speculates' not in peer.facts:
+            cluster.warn('%s is of an earlier release of dispy, which does not know of speculate='
+                         'True: no job is started a second time. Update the scheduler' % peer)
         if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
@@ -12035,7 +13042,13 @@ class FileTransfers:
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
+        if message.comp in self._driver.recoveries.by_comp and message.offset == 0:
+            text = 'on the client: its program has ended, and what collects its results stores none'
+            stored = FileStored(*message[:3], message.row[0], text)
+            self._driver.say_to(peer, stored)
         if cluster is None:
+            return
+        if self._driver.held_back.takes(peer, cluster, message):
             return
         if job is not None:
             cluster.file_piece(peer, job, message)
@@ -12068,6 +13081,182 @@ class FileTransfers:
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
+
+
+class HeldFiles:
+    """The files that a second attempt of a job sends. They are in a directory of their own until it
+    counts, and where they belong after that. The driver's thread.
+
+    directory - their own; it is made when the first comes
+    counts - the attempt is that of its job
+    names - of those that are whole and are not where they belong, in their order
+    """
+    forwards = False    # to where they belong, which takes its time
+
+    def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
+        """They belong below `root`; `where` as of FileReceiver."""
+        self.directory = directory
+        self.root = root
+        self.counts = False
+        self.names: List[str] = []
+        self._where = where
+        roots = {Purpose.FROM_JOB: directory}
+        self._receiver = FileReceiver(roots, where=where)
+
+    def take(self, message: FilePiece) -> Optional[FileStored]:
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        with contextlib.suppress(OSError):   # the receiver tells why it has no place
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        stored = self._receiver.take(message)
+        if stored is None or stored.error:
+            return stored
+        self.names.append(stored.name)
+        if self.counts:
+            return stored._replace(error=self.place())
+        return stored
+
+    def place(self) -> str:
+        """Move those that are whole where they belong. Returns why one could not be moved."""
+        self.counts = True
+        names = self.names
+        self.names = []
+        for name in names:
+            path = os.path.join(self.directory, *name.split('/'))
+            try:
+                move_below(path, self.root, name)
+            except (OSError, ValueError) as exc:
+                return '%sfile %.100r cannot be stored: %s' % (self._where, name, exc)
+        return ''
+
+    def keep_until_there(self, row: tuple) -> bool:
+        """Whether the row of Results of the attempt is kept until the files are where they
+        belong."""
+        return False
+
+    def find(self) -> None:
+        """Those that another process had received."""
+        for directory, _, names in os.walk(self.directory):
+            below = os.path.relpath(directory, self.directory)
+            for name in sorted(names):
+                if not name.endswith('.part'):
+                    path = os.path.normpath(os.path.join(below, name))
+                    self.names.append(path.replace(os.sep, '/'))
+
+    def drop(self) -> None:
+        """Remove those that are not where they belong."""
+        self._receiver.abort()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def held_directory(root: str, comp: str, serial: int) -> str:
+    """Where the files of a second attempt are kept that belong below `root`."""
+    return os.path.join(root, '.dispy-%s-%d' % (comp, serial))
+
+
+def settle_files(directory: str, counts: bool) -> None:
+    """What a second attempt has sent to a program that has ended comes to its place if the attempt
+    counts, and is removed otherwise. `directory` is that of HeldFiles."""
+    if not directory or not os.path.isdir(directory):
+        return
+    root = os.path.dirname(directory)
+    held = HeldFiles(directory, root)
+    if counts:
+        held.find()
+        error = held.place()
+        if error:
+            logger.error('%s', error)
+    held.drop()
+
+
+class HeldBack:
+    """Second attempts of jobs on their way to nodes, and what they send, which is held back until
+    it is known whether they count. The driver's thread.
+
+    files - (computation, serial) -> the files of an attempt that is a second one, or was
+    """
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
+        self.files: Dict[Tuple[str, int], HeldFiles] = {}
+
+    def send(self, action: SendSecond) -> None:
+        """The Schedule has chosen a node for second attempts."""
+        cluster = self._clusters[action.comp]
+        cluster.seconds.send(self._nodes.by_key[action.node], action.works)
+
+    def find(self, peer: NodeConnection, comp: str, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt that a message of a node speaks of."""
+        speculation = self._driver.schedule.speculation
+        return speculation.find(peer.key, comp, serial)
+
+    def output(self, peer: NodeConnection, message: Output) -> None:
+        """What an attempt prints or logs that is none of the jobs at its node."""
+        second = self.find(peer, message.comp, message.serial)
+        if second is not None:
+            second.said.append(message)
+
+    def takes(self, peer: NodeConnection, cluster: NodeUser, message: FilePiece) -> bool:
+        """A piece of a file that a job sends. Returns whether it is of an attempt that is a second
+        one, or was when it began to send files."""
+        place = (message.comp, message.key)
+        held = self.files.get(place)
+        if held is None:
+            second = self.find(peer, *place)
+            if second is None:
+                return False
+            held = self.files[place] = cluster.seconds.files_of(second)
+        stored = held.take(message)
+        if stored is not None:
+            self._driver.say_to(peer, stored)
+        return True
+
+    def admit(self, peer: NodeConnection, comp: str, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that have to wait for the files of their attempts."""
+        admitted = []
+        for row in rows:
+            held = self.files.get((comp, row[0]))
+            waits = False
+            if held is not None and held.forwards and row[1] not in PROVISIONAL:
+                if row[1] in RETURNED:
+                    second_wins = SecondWins(peer.key, comp, row[0])
+                    self._driver.decide(second_wins)
+                waits = held.keep_until_there(row)
+            if not waits:
+                admitted.append(row)
+        return admitted
+
+    def counts(self, action: SecondCounts) -> None:
+        """A second attempt is that of its job from now on: what was held back is shown."""
+        second = action.second
+        cluster = self._clusters[action.comp]
+        peer = self._nodes.by_key[action.node]
+        cluster.seconds.counts(peer, second, action.ran or 0.0)
+        held = self.files.get((action.comp, second.serial))
+        if held is not None:
+            error = held.place()
+            if error:
+                cluster.warn('%s: a job was started a second time: %s' % (cluster.name, error))
+        for message in second.said:
+            cluster.output(peer, second.first, message)
+
+    def over(self, action: SecondOver) -> None:
+        """A second attempt counts no more."""
+        self.forget(action.comp, action.second.serial)
+        self._clusters[action.comp].seconds.over(action.second)
+
+    def forget(self, comp: str, serial: int) -> None:
+        """An attempt has ended: what is left of its files is removed."""
+        held = self.files.pop((comp, serial), None)
+        if held is not None:
+            held.drop()
+
+    def forget_all(self, comp: str) -> None:
+        """A computation is over."""
+        for name, serial in list(self.files):
+            if name == comp:
+                self.forget(name, serial)
 
 
 class JobExchange:
@@ -12205,6 +13394,8 @@ class JobExchange:
             for ack in in_parts(Ack, comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
+        if self._driver.held_back.files:
+            rows = self._driver.held_back.admit(peer, comp, rows)
         node_results = NodeResults(peer.key, comp, rows)
         self._driver.decide(node_results)
 
@@ -12239,6 +13430,8 @@ class JobExchange:
             return
         if job is not None:
             cluster.output(peer, job, message)
+        else:
+            self._driver.held_back.output(peer, message)
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
@@ -12288,12 +13481,17 @@ class JobExchange:
                 if row[1] not in PROVISIONAL:
                     attempt = (action.comp, row[0])
                     self._driver.files.abort_attempt(attempt)
+        for _, row in action.pairs if self._driver.held_back.files else ():
+            if row[1] not in PROVISIONAL:
+                self._driver.held_back.forget(action.comp, row[0])
         cluster = self._clusters[action.comp]
         cluster.jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
         self._driver.lost_nodes.requeued += 1
+        if action.work.state in _WAITING:   # otherwise its second attempt goes on
+            self._driver.held_back.forget(action.work.comp, action.work.serial)
         cluster = self._clusters[action.work.comp]
         cluster.job_waits(action.work)
 
@@ -12302,10 +13500,15 @@ class JobExchange:
         cluster = self._clusters[action.work.comp]
         cluster.job_parked(action.work, action.text)
 
+    def jobs_held(self, action: JobsHeld) -> None:
+        """Jobs wait because of a limit of their user."""
+        self._clusters[action.comp].jobs_held(action.text)
+
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
         self._driver.lost_nodes.ended += 1
+        self._driver.held_back.forget(work.comp, work.serial)
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         cluster = self._clusters[work.comp]
@@ -12323,7 +13526,7 @@ class JobExchange:
         peer.wrong = True
         raise LinkBroken(text)
 
-    def end_unsent(self, action: SendJobs, text: str) -> None:
+    def end_unsent(self, action: Union[SendJobs, SendSecond], text: str) -> None:
         """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
@@ -13322,6 +14525,7 @@ class Driver(Loop):
         self.setup = ComputationSetup(self)
         self.files = FileTransfers(self)
         self.jobs = JobExchange(self)
+        self.held_back = HeldBack(self)
         self.cancels = Cancellations(self)
         self.lost_nodes = LostNodes(self)
         self.decisions = DecisionLog(self.log)
@@ -13334,6 +14538,9 @@ class Driver(Loop):
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
+            SendSecond: self.held_back.send,
+            SecondOver: self.held_back.over,
+            SecondCounts: self.held_back.counts,
             SendCancel: self.jobs.send_to_node,
             SendRecall: self.jobs.send_to_node,
             SendAck: self.jobs.send_ack,
@@ -13342,6 +14549,7 @@ class Driver(Loop):
             JobEnded: self.jobs.job_ended,
             JobWaits: self.jobs.job_waits,
             JobParked: self.jobs.job_parked,
+            JobsHeld: self.jobs.jobs_held,
             JobFailedOnce: self.jobs.failed_once,
             JobStays: self.jobs.job_stays,
             Withdrawn: self.cancels.withdrawn,
@@ -13472,7 +14680,7 @@ class Driver(Loop):
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all())
+                        cluster.cpus_in_all(), cluster.speculate, cluster.user_name)
         self.decide(opened)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
@@ -13492,6 +14700,7 @@ class Driver(Loop):
             return untold
         self.jobs.take_submitted()
         self.decide(Closed(comp))
+        self.held_back.forget_all(comp)
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
         self.chores.forget(comp)
@@ -13553,7 +14762,8 @@ class Driver(Loop):
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or jobs that are nowhere any more."""
         self.jobs.note_fault(text)
-        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+        if isinstance(subject, (SendJobs, SendSecond)):
+            # Some of them cannot be sent, and nobody knows which
             self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
@@ -13955,6 +15165,7 @@ class ClusterOptions:
     cleanup: Any
     jobs_per_worker: Optional[int]
     reentrant: bool
+    speculate: bool
     forward_logs: bool
     start_method: str
     resources: Request
@@ -14004,6 +15215,7 @@ class ClusterOptions:
         check_depends(given['depends'])
         options['loglevel'] = level_of(given['loglevel'])
         options['reentrant'] = flag_of('reentrant', given['reentrant'])
+        options['speculate'] = speculation(given['speculate'], options['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = flag_of('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
@@ -14078,6 +15290,15 @@ def check_depends(depends: Any) -> None:
     """Raise TypeError if the parameter `depends` is no list."""
     if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
         raise TypeError('depends must be a list, not %s' % type(depends).__name__)
+
+
+def speculation(value: Any, reentrant: bool) -> bool:
+    """The parameter `speculate`. Raises TypeError or ValueError."""
+    speculate = flag_of('speculate', value)
+    if speculate and not reentrant:
+        text = 'speculate=True needs reentrant=True: jobs may run twice, even at the same time'
+        raise ValueError(text)
+    return speculate
 
 
 def function_or_flag(name: str, value: Any) -> Any:
@@ -14426,6 +15647,10 @@ class LiveOutput:
         for monitor in self.monitors:
             monitor.printed(job, stream, message.offset, bytes(data))
 
+    def begin_again(self, job: DispyJob) -> None:
+        """What a job has printed until now does not count: it was started a second time."""
+        self._shown.pop(job, None)
+
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
@@ -14498,6 +15723,16 @@ class ResultDelivery:
                 job.status = DispyJob.Running
         if is_news and self._callbacks.cluster_status is not None:
             self._callbacks.tell(DispyJob.Running, peer, job)
+
+    def goes_on_at(self, job: DispyJob, start: float,
+                   peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Note that another attempt of a job counts from now on, which has begun at a node at this
+        time. The driver's thread."""
+        with self._book.lock:
+            if job.status == DispyJob.ProvisionalResult:
+                job.status = DispyJob.Running
+                job.result = None
+        self.began(job, start, peer)
 
     def apply_results(self, pairs: List[Tuple[DispyJob, tuple]],
                       peer: Union[NodeConnection, NodeInfo]) -> None:
@@ -15064,6 +16299,46 @@ class ComputationUser(NodeUser):
         self.driver.files.store(peer, self.wanted.root, message)
 
 
+class ProgramSeconds(SecondsOfUser):
+    """Second attempts of the jobs of a cluster of this program. The driver's thread."""
+
+    def __init__(self, cluster: 'ProgramCluster') -> None:
+        self._cluster = cluster
+
+    def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node. They are noted beside the first attempts."""
+        cluster = self._cluster
+        for second in seconds:
+            logger.debug('%s: a job is started a second time, at node %s', cluster.name, peer)
+            if cluster.journal is not None:
+                directory = self.files_of(second).directory
+                cluster.journal.second_sent(second, peer.place, peer.memory, directory)
+        cluster.send_rows(peer, seconds)
+
+    def counts(self, peer: NodeConnection, second: SecondAttempt, ran: float) -> None:
+        """Show the user that a job runs where its second attempt is. The provisional result of the
+        first is forgotten, and what it has printed."""
+        cluster = self._cluster
+        job: Any = second.first
+        if cluster.journal is not None:
+            cluster.journal.second_over(second)
+            cluster.journal.sent([job], peer.place, peer.memory)
+        cluster.live_output.begin_again(job)
+        if job.state is not JobState.SENT:
+            cluster.delivery.goes_on_at(job, time.time() - ran, peer)
+
+    def over(self, second: SecondAttempt) -> None:
+        """Note that one counts no more."""
+        if self._cluster.journal is not None:
+            self._cluster.journal.second_over(second)
+
+    def files_of(self, second: SecondAttempt) -> HeldFiles:
+        """Return where the files of one are kept: beside the place where they belong."""
+        root = self._cluster.wanted.root
+        directory = held_directory(root, self._cluster.comp, second.serial)
+        return HeldFiles(directory, root)
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -15095,6 +16370,8 @@ class ProgramCluster(ComputationUser):
         self.hosts_may_fail = options.hosts_may_fail
         self.multicast = options.multicast
         self.reentrant = options.reentrant
+        self.speculate = options.speculate
+        self.seconds = ProgramSeconds(self)
         self.probes = options.probes
         self.cluster = None
         self.unusable = ''
@@ -15236,7 +16513,7 @@ class ProgramCluster(ComputationUser):
         """Return what another process needs to collect the results. The driver's thread."""
         code = in_one_piece(self.cargo.spec['code'])
         row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
-        row['key'] = self.key.hex()
+        row.update(key=self.key.hex(), files=self.wanted.root)
         row['program'] = self.cargo.is_program
         row['code'] = hashlib.sha256(code).hexdigest()
         row['host'] = socket.gethostname()
@@ -15417,13 +16694,15 @@ class ProgramCluster(ComputationUser):
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
         """Send jobs to a node. With a journal they leave when it has been noted that they do."""
-        if peer.scheduler:
-            names: Tuple[str, ...] = _OF_JOBS_THERE
-        else:
-            names = OF_JOBS
-        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
+        self.send_rows(peer, works)
+
+    def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
+        """Send what a node has to know of attempts, when it is noted that they are sent."""
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
             for frame in messages:
@@ -15809,6 +17088,9 @@ class JobCluster(OldCluster):
         characters, ** for any directories and {id} for the job's id. They are below the program's
         directory, or below `dest`, when the job has ended. Implies job_dir
     dest - where these come, as 'results/{id}'; a relative path is below the program's directory
+    speculate - True, with reentrant=True: at the end of a run, when no job waits, jobs that have
+        run for twice the median of at least ten that have ended are started a second time, on an
+        idle CPU of another node. What finishes first counts, and the other is cancelled
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -15855,6 +17137,7 @@ class JobCluster(OldCluster):
                  job_dir: bool = False,
                  returns: Sequence[str] = (),
                  dest: Optional[str] = None,
+                 speculate: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -16538,6 +17821,8 @@ class SharedProgramCluster(ProgramCluster):
         shared['exclusive'] = self._shared.exclusive
         shared['cloudpickle'] = cloudpickle.__version__
         self.cargo.spec['shared'] = shared
+        if self.speculate:
+            self.cargo.spec['speculate'] = True
 
     def _make_delivery(self, *parts: Any) -> ResultDelivery:
         return SharedDelivery(*parts)
@@ -16574,6 +17859,9 @@ class SharedProgramCluster(ProgramCluster):
             work.start_time = None
             return
         host, port, name = node
+        before = self.delivery.places.get(work)
+        if before is not None and before.key != (host, port):
+            self.live_output.begin_again(work)   # its second attempt counts
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
                                               {})
 
@@ -20234,6 +21522,699 @@ def _report(argv: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
+# Command line: nodes that an engine such as Slurm places
+# --------------------------------------------------------------------------------------------------
+
+ENGINE_TIME = 60.0            # s that a command of an engine may take
+ADAPT_EVERY = 5.0             # s between two looks at what waits
+END_IDLE = 60.0               # s without jobs after which a node ends that is not one of MIN
+POD_IMAGE = 'python:3.12-slim'
+POD_GRACE = 60                # s that a node in a pod has to end
+POD_LABEL = 'app=dispy-node'
+# How a pod writes dispynode.py and the secret where only it can read them, and runs it
+POD_START = ('umask 077; python3 -c "import zlib; open(\'/tmp/dispynode.py\', \'wb\').write('
+             'zlib.decompress(open(\'/dispy/dispynode\', \'rb\').read()))" && '
+             'cp /dispy-secret/secret /tmp/secret && exec ')
+
+
+# The Job of a node, without what differs, and what all nodes have: dispynode.py and the secret
+POD_JOB: Dict[str, Any] = {
+    'apiVersion': 'batch/v1', 'kind': 'Job',
+    'metadata': {'labels': {'app': 'dispy-node'}, 'generateName': 'dispy-node-'},
+    'spec': {
+        'backoffLimit': 0, 'ttlSecondsAfterFinished': 600, 'template': {
+            'metadata': {'labels': {'app': 'dispy-node'}},
+            'spec': {
+                'restartPolicy': 'Never', 'terminationGracePeriodSeconds': POD_GRACE,
+                'containers': [{
+                    'name': 'node', 'resources': {'requests': {}, 'limits': {}},
+                    'volumeMounts': [{'name': 'dispy', 'mountPath': '/dispy'},
+                                     {'name': 'dispy-secret', 'mountPath': '/dispy-secret'}]}],
+                'volumes': [{'name': 'dispy', 'configMap': {'name': 'dispy-node'}},
+                            {'name': 'dispy-secret', 'secret': {'secretName': 'dispy-node'}}]}}}
+}
+POD_FILES: List[Dict[str, Any]] = [
+    {'apiVersion': 'v1', 'kind': 'ConfigMap', 'metadata': {'name': 'dispy-node'},
+     'binaryData': {}},
+    {'apiVersion': 'v1', 'kind': 'Secret', 'metadata': {'name': 'dispy-node'}, 'data': {}},
+]
+
+
+class NodeRequest(NamedTuple):
+    """What an engine is asked for: a part of a host, for some time, for one node."""
+    cpus: int
+    seconds: int                  # its time limit
+    memory: int = 0               # bytes; 0: what the engine gives if nothing is said
+    gpus: int = 0
+    queue: str = ''               # or partition, or namespace
+    log: str = ''                 # the directory for what nodes print
+    more: Tuple[str, ...] = ()    # options for the engine, as they stand in its scripts
+    image: str = ''               # of containers
+
+    @property
+    def megabytes(self) -> int:
+        """The memory, rounded up."""
+        return -(-self.memory >> 20)
+
+    def fields(self) -> Dict[str, Any]:
+        """What stands in options of engines."""
+        found: Dict[str, Any] = self._asdict()
+        minutes, seconds = divmod(self.seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
+        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        found['minutes'] = '%d:%02d' % (hours, minutes)
+        found['megabytes'] = self.megabytes
+        found['slot_megabytes'] = -(-self.megabytes // self.cpus)
+        found['several'] = self.cpus > 1
+        return found
+
+
+class Engine:
+    """A system that gives a part of a host for some time, to whoever submits a script with options
+    in comments. The subclasses have what each of them understands."""
+    name = ''
+    title = ''
+    number = ''                   # what a shell there puts in place for the number of its job
+    mark = ''                     # begins a comment with an option
+    submits: Sequence[str] = ()   # the command that reads a script
+    cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
+    lists: Sequence[str] = ()     # the command that prints the jobs of this user
+    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
+    # Field of a request, or '' for always -> the options that it takes, with fields
+    table: Dict[str, Sequence[str]] = {}
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """What is asked for, in options."""
+        fields = request.fields()
+        found: List[str] = []
+        for field, options in self.table.items():
+            if not field or fields[field]:
+                found += [option.format(**fields) for option in options]
+        return found
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        """The script that runs the command of a node."""
+        lines = ['#!/bin/sh']
+        for option in (*self.options(request), *request.more):
+            lines.append('%s %s' % (self.mark, option))
+        lines.append('exec %s' % command)
+        return '\n'.join(lines) + '\n'
+
+    def submit(self, request: NodeRequest, command: str) -> str:
+        """Ask for a node. Returns the number of the job. Raises DispyError."""
+        said = self._run(self.submits, self.script(request, command))
+        found = self.answer.search(said)
+        if found is None:
+            raise DispyError('%s said no number of a job but %.200r' % (self.submits[0], said))
+        return found.group(1)
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs. Raises DispyError."""
+        self._run([*self.cancels, *jobs])
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        """Those of these jobs that wait or run. Raises DispyError."""
+        said = self._run(self.lists)
+        known = self.listed(said)
+        return {job for job in jobs if job.partition('.')[0] in known}
+
+    def listed(self, said: str) -> Set[str]:
+        """The numbers of the jobs in what `lists` has printed."""
+        found = set()
+        for line in said.splitlines():
+            words = line.split()
+            if words:
+                found.add(words[0].partition('.')[0])
+        return found
+
+    def _run(self, command: Sequence[str], given: str = '') -> str:
+        pipe = subprocess.PIPE
+        data = given.encode()
+        try:
+            done = subprocess.run(command, input=data, stdout=pipe, stderr=pipe,
+                                  timeout=ENGINE_TIME)
+        except FileNotFoundError as exc:
+            text = '%s: there is no such program here: run this where jobs are submitted to %s'
+            raise DispyError(text % (command[0], self.title)) from exc
+        except subprocess.TimeoutExpired as exc:
+            message = '%s has not answered in %d s' % (command[0], ENGINE_TIME)
+            raise DispyError(message) from exc
+        said = done.stdout.decode(errors='replace')
+        if done.returncode and not self.is_nothing(done):
+            why = done.stderr.decode(errors='replace')
+            ending = exit_text(done.returncode)
+            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+        return said
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """Whether a command that has failed says that there are no jobs."""
+        return False
+
+
+class SlurmEngine(Engine):
+    """Slurm, as sbatch, scancel and squeue have it."""
+    name = 'slurm'
+    title = 'Slurm'
+    number = '$SLURM_JOB_ID'
+    mark = '#SBATCH'
+    submits = ('sbatch', '--parsable')
+    cancels = ('scancel',)
+    lists = ('squeue', '--me', '--noheader', '--format=%i')
+    answer = re.compile(r'(\d+)(?:;\S+)?\s*\Z')
+    table = {
+        '': ('--job-name=dispy-node', '--nodes=1', '--ntasks=1', '--cpus-per-task={cpus}',
+             '--time={clock}', '--output={log}/slurm-%j.log', '--no-requeue'),
+        'memory': ('--mem={megabytes}M',),
+        'gpus': ('--gres=gpu:{gpus}',),
+        'queue': ('--partition={queue}',),
+    }
+
+
+class PbsEngine(Engine):
+    """PBS Professional and OpenPBS."""
+    name = 'pbs'
+    title = 'PBS'
+    number = '$PBS_JOBID'
+    mark = '#PBS'
+    submits = ('qsub',)
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+\S*)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-l walltime={clock}', '-j oe', '-o {log}/', '-r n'),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qselect', '-u', _user_name())
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """The others stand in the table; CPUs, memory and GPUs in one chunk."""
+        chunk = '-l select=1:ncpus=%d' % request.cpus
+        if request.memory:
+            chunk += ':mem=%dmb' % request.megabytes
+        if request.gpus:
+            chunk += ':ngpus=%d' % request.gpus
+        return [chunk, *super().options(request)]
+
+
+class LsfEngine(Engine):
+    """IBM Spectrum LSF."""
+    name = 'lsf'
+    title = 'LSF'
+    number = '$LSB_JOBID'
+    mark = '#BSUB'
+    submits = ('bsub',)
+    cancels = ('bkill',)
+    lists = ('bjobs', '-noheader', '-o', 'jobid')
+    answer = re.compile(r'Job <(\d+)>')
+    table = {
+        '': ('-J dispy-node', '-n {cpus}', '-R "span[hosts=1]"', '-W {minutes}',
+             '-o {log}/lsf-%J.log', '-rn'),
+        'memory': ('-M {megabytes}MB', '-R "rusage[mem={megabytes}MB]"'),
+        'gpus': ('-gpu "num={gpus}"',),
+        'queue': ('-q {queue}',),
+    }
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """bjobs fails if there are none."""
+        return b'No unfinished job' in done.stderr
+
+
+class SgeEngine(Engine):
+    """Grid Engine. Its parallel environment and its name of GPUs are the site's: 'smp' and 'gpu',
+    unless options for the engine say others."""
+    name = 'sge'
+    title = 'Grid Engine'
+    number = '$JOB_ID'
+    mark = '#$'
+    submits = ('qsub', '-terse')
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-S /bin/sh', '-l h_rt={clock}', '-j y', '-o {log}/', '-r n'),
+        'several': ('-pe smp {cpus}',),
+        'memory': ('-l h_vmem={slot_megabytes}M',),
+        'gpus': ('-l gpu={gpus}',),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qstat', '-u', _user_name())
+
+
+class KubernetesEngine(Engine):
+    """Kubernetes: a Job with one pod for each node; dispynode.py and the secret are mounted
+    there."""
+    name = 'k8s'
+    title = 'Kubernetes'
+    number = '$HOSTNAME'
+    submits = ('kubectl', 'create', '-o', 'name', '-f', '-')
+    cancels = ('kubectl', 'delete', '--ignore-not-found', '--wait=false')
+    lists = ('kubectl', 'get', 'jobs', '-l', POD_LABEL, '-o', 'json')
+    answer = re.compile(r'(job\S*/\S+)\s*\Z')
+
+    @staticmethod
+    def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
+        """The Job of a node."""
+        job = copy.deepcopy(POD_JOB)
+        spec = job['spec']
+        spec['activeDeadlineSeconds'] = request.seconds
+        container = spec['template']['spec']['containers'][0]
+        container['image'] = request.image or POD_IMAGE
+        container['command'] = ['sh', '-c', POD_START + command]
+        requests = container['resources']['requests']
+        limits = container['resources']['limits']
+        for resources in (requests, limits):
+            resources['cpu'] = str(request.cpus)
+            if request.memory:
+                resources['memory'] = '%dMi' % request.megabytes
+        if request.gpus:
+            limits['nvidia.com/gpu'] = str(request.gpus)
+        return job
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        return json.dumps(self.manifest(request, command))
+
+    @staticmethod
+    def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
+        """What all nodes have: dispynode.py and the secret."""
+        files = copy.deepcopy(POD_FILES)
+        compressed = zlib.compress(source, 9)
+        packed = base64.b64encode(compressed)
+        files[0]['binaryData']['dispynode'] = packed.decode()
+        hidden = base64.b64encode(secret)
+        files[1]['data']['secret'] = hidden.decode()
+        return files
+
+    def listed(self, said: str) -> Set[str]:
+        """The Jobs that have not ended."""
+        found = set()
+        for job in json.loads(said)['items']:
+            status = job.get('status', {})
+            ends = []
+            for condition in status.get('conditions', ()):
+                if condition['type'] in ('Complete', 'Failed'):
+                    ends.append(condition['status'])
+            if 'True' not in ends:
+                name = job['metadata']['name']
+                found.add('job.batch/' + name)
+        return found
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        said = self._run(self.lists)
+        return self.listed(said).intersection(jobs)
+
+    def put_files(self, source: bytes, secret: bytes) -> None:
+        """Make what all nodes have, anew. Raises DispyError."""
+        for item in self.files(source, secret):
+            kind = item['kind'].lower()
+            name = item['metadata']['name']
+            self._run([*self.cancels, '%s/%s' % (kind, name)])
+            dumped = json.dumps(item)
+            self._run(self.submits, dumped)
+
+    def remove_files(self) -> None:
+        """Remove what `put_files` has made. Raises DispyError."""
+        self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+}
+ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
+
+
+class EngineNodes:
+    """The jobs by which an engine places nodes for this user, in a file that outlives this process.
+    A context, so that one deploy or stop changes it at a time.
+
+    jobs - number of a job -> whether its node stays when it has no jobs
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        home = os.path.expanduser('~')
+        self.engine = engine
+        self.directory = os.path.join(home, '.dispy', 'engines')
+        self._path = os.path.join(self.directory, engine.name + '.json')
+        self.jobs: Dict[str, bool] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> 'EngineNodes':
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self.directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work in %s' % self.directory) from None
+        self.jobs = {}
+        with contextlib.suppress(FileNotFoundError), open(self._path) as file:
+            self.jobs = json.load(file)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.jobs:
+            write_private(self._path, json.dumps(self.jobs).encode())
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+        self._lock.close()
+
+    def look(self) -> None:
+        """Forget the jobs that have ended. Raises DispyError."""
+        if not self.jobs:
+            return
+        alive = self.engine.alive(self.jobs)
+        for job in list(self.jobs):
+            if job not in alive:
+                del self.jobs[job]
+
+    def add(self, request: NodeRequest, command: str, stays: bool) -> str:
+        """Ask for a node. Returns the number of its job. Raises DispyError."""
+        job = self.engine.submit(request, command)
+        self.jobs[job] = stays
+        return job
+
+    def end(self) -> int:
+        """End all. Returns how many there were. Raises DispyError."""
+        self.look()
+        count = len(self.jobs)
+        if count:
+            self.engine.cancel(list(self.jobs))
+            self.jobs = {}
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.remove_files()
+        self._remove_files()
+        return count
+
+    def _remove_files(self) -> None:
+        """Remove what nodes were given, unless those of other engines need it."""
+        names = os.listdir(self.directory)
+        others = [name for name in names if name.endswith('.json')]
+        if others not in ([], [os.path.basename(self._path)]):
+            return
+        for name in names:
+            if name.startswith(('dispynode-', 'secret-')):
+                path = os.path.join(self.directory, name)
+                os.unlink(path)
+
+
+class NodeDemand(NamedTuple):
+    """What a scheduler has to do, for whoever places its nodes."""
+    waiting: int      # jobs that wait for a CPU, without those that a limit holds
+    idle: int         # CPUs that are idle
+    there: int        # nodes that were placed and are connected
+
+
+def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: int) -> int:
+    """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
+    each; there shall be `least` to `most`."""
+    coming = max(0, alive - demand.there)
+    jobs = demand.waiting - demand.idle - coming * cpus
+    for_jobs = min(-(-jobs // cpus), most - alive)
+    return max(0, for_jobs, least - alive)
+
+
+class NodePlacement:
+    """What is asked of an engine by `dispy deploy`: nodes with these options."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, options: List[str]) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispynode
+        self.engine = engine
+        self._args = args
+        self._options = options
+        self.nodes = EngineNodes(engine)
+        self.secret = find_secret(None, args.secret_file).strip()
+        digest = digest_of(self.secret).hex()
+        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        source = os.path.abspath(dispynode.__file__)
+        with open(source, 'rb') as file:
+            self._source = file.read()
+        digest = digest_of(self._source).hex()
+        name = 'dispynode-%s.py' % digest[:12]
+        self._script = os.path.join(self.nodes.directory, name)
+        if engine.name == 'k8s':
+            self._secret_file = '/tmp/secret'
+            self._script = '/tmp/dispynode.py'
+        parser = dispynode.make_parser()
+        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are told here
+        dispynode.Lifetime.of_options(self.node, 0.0)
+        self.request = NodeRequest(args.cpus, int(args.time))
+        given = {}
+        for field in ('memory', 'gpus', 'queue', 'image'):
+            value = getattr(args, field)
+            if value:
+                given[field] = value
+        given['more'] = tuple(args.engine_option)
+        given['log'] = self.nodes.directory
+        self.request = self.request._replace(**given)
+
+    def _words(self, stays: bool) -> List[str]:
+        """The options of a node that tell it what the engine is told."""
+        args = self._args
+        told = {'port': '0'}
+        told['scheduler-host'] = args.scheduler_host
+        told['secret-file'] = self._secret_file
+        told['cpus'] = '%d' % args.cpus
+        told['time-limit'] = '%d' % args.time
+        if args.drain_before is not None:
+            told['drain-before'] = '%g' % args.drain_before
+        if args.memory:
+            told['memory'] = '%d' % args.memory
+        if args.gpus:
+            told['resource'] = 'gpu=%d' % args.gpus
+        if not stays:
+            told['end-idle'] = '%g' % args.end_idle
+        words = ['--daemon']
+        for name, value in told.items():
+            words += ['--' + name, value]
+        return words
+
+    def command(self, stays: bool) -> str:
+        """The command of a node, for a shell. Its name and its directory have the number of the
+        job."""
+        engine = self.engine
+        name = '%s-%s' % (engine.name, engine.number)
+        words = [self._args.python]
+        words.append(shlex.quote(self._script))
+        words += map(shlex.quote, self._words(stays))
+        words.append('--name "%s"' % name)
+        words.append('--dest-path-prefix "${TMPDIR:-/tmp}/dispy-%s"' % name)
+        words += map(shlex.quote, self._options)
+        return ' '.join(words)
+
+    def put_files(self) -> None:
+        """Put what nodes need where they find it. Raises OSError, DispyError."""
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.put_files(self._source, self.secret)
+            return
+        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+            if not os.path.exists(path):
+                write_private(path, data)
+
+    def add(self, count: int, stays: bool) -> None:
+        """Ask for nodes, within the context of `nodes`. Raises DispyError."""
+        command = self.command(stays)
+        for _ in range(count):
+            job = self.nodes.add(self.request, command, stays)
+            print('%s: job %s is submitted' % (self.engine.title, job), flush=True)
+
+    def adapt(self, demand: NodeDemand, least: int, most: int) -> None:
+        """Ask for as many nodes as are lacking. Raises DispyError, OSError."""
+        with self.nodes:
+            self.nodes.look()
+            jobs = self.nodes.jobs
+            more = nodes_lacking(demand, len(jobs), self.request.cpus, least, most)
+            stay = sum(jobs.values())
+            staying = min(more, max(0, least - stay))
+            self.add(staying, True)
+            self.add(more - staying, False)
+
+
+class DemandOfScheduler:
+    """Asks a scheduler what it has to do."""
+
+    def __init__(self, placement: NodePlacement, args: argparse.Namespace) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispy_httpd
+        import dispyscheduler
+        self._prefix = placement.engine.name + '-'
+        host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+        secret = placement.secret
+        if args.ask_secret_file:
+            secret = find_secret(None, args.ask_secret_file).strip()
+        files = tls_files(placement.node.certfile, placement.node.keyfile, None)
+        access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
+        self.link = dispy_httpd.SchedulerLink(host, port, access)
+        self._operator = dispyscheduler.Operator(self.link.ask)
+
+    def look(self) -> NodeDemand:
+        """What there is to do. Raises RuntimeError, DispyError or OSError if that is not told."""
+        waiting = 0
+        for program in self._operator.programs():
+            waiting += max(0, program['waiting'] - program['limited'])
+        idle = 0
+        there = 0
+        for node in self._operator.nodes():
+            if node['state'] == 'connected':
+                idle += max(0, node['cpus'] - node['used'])
+                there += node['name'].startswith(self._prefix)
+        return NodeDemand(waiting, idle, there)
+
+
+def _range_option(text: str) -> Tuple[int, int]:
+    """Read MIN:MAX."""
+    least, _, most = text.partition(':')
+    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
+        return int(least), int(most)
+    raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
+
+
+# What is told of nodes that an engine places
+PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ('--scheduler-host', {
+        'default': socket.gethostname(), 'metavar': 'HOST[:PORT]',
+        'help': 'scheduler, or host of a program that listens (host=), that nodes connect to '
+                '(default: this host)'}),
+    ('--time', {
+        'type': duration_option, 'default': 3600.0, 'metavar': 'TIME',
+        'help': 'time limit of a node, such as 90m or 12h (default: 1h)'}),
+    ('--cpus', {
+        'type': count_option, 'default': 1, 'metavar': 'N', 'help': 'CPUs of a node (default: 1)'}),
+    ('--memory', {'type': size_option, 'metavar': 'N[kmgt]', 'help': 'memory of a node'}),
+    ('--gpus', {
+        'type': int, 'default': 0, 'metavar': 'N', 'help': 'GPUs of a node (default: 0)'}),
+    ('--queue', {'metavar': 'NAME', 'help': 'queue, or partition of Slurm'}),
+    ('--drain-before', {
+        'type': seconds_option, 'metavar': 'S',
+        'help': 'seconds before its time limit from which on a node takes no new jobs (default: '
+                '120)'}),
+    ('--engine-option', {
+        'action': 'append', 'default': [], 'metavar': 'TEXT',
+        'help': 'another line of options for the engine, such as "--account=physics"; may be '
+                'repeated'}),
+    ('--image', {
+        'metavar': 'IMAGE', 'help': 'of containers in Kubernetes (default: %s)' % POD_IMAGE}),
+    ('--python', {
+        'default': 'python3', 'metavar': 'PATH', 'help': 'Python there (default: %(default)s)'}),
+    ('--secret-file', {
+        'metavar': 'FILE',
+        'help': 'file with the secret of nodes (default: the one of this user)'}),
+    ('--adaptive', {
+        'type': _range_option, 'metavar': 'MIN:MAX',
+        'help': 'stay, and submit nodes as jobs wait at the scheduler, so many at least and at '
+                'most'}),
+    ('--end-idle', {
+        'type': seconds_option, 'default': END_IDLE, 'metavar': 'S',
+        'help': 'with --adaptive: nodes beyond MIN end after so many seconds without jobs '
+                '(default: %(default)g)'}),
+    ('--ask-secret-file', {
+        'metavar': 'FILE',
+        'help': 'with --adaptive: file with the secret by which the scheduler is asked, if it is '
+                'not that of nodes'}),
+)
+
+
+def _engine_parser(task: str) -> argparse.ArgumentParser:
+    text = {
+        'deploy': 'Submit nodes to an engine. They connect to a program or scheduler, and end '
+                  'before their time limit.',
+        'stop': 'Cancel the nodes that were submitted to an engine.'
+    }
+    usage = '%(prog)s --ENGINE [N] [options]'
+    if task == 'deploy':
+        usage += ' [-- options of dispynode]'
+    parser = argparse.ArgumentParser(prog='dispy ' + task, description=text[task], usage=usage)
+    engines = parser.add_mutually_exclusive_group(required=True)
+    for engine in ENGINES.values():
+        meaning = '%s; to deploy, how many nodes' % engine.title
+        option = '--' + engine.name
+        engines.add_argument(option, nargs='?', const=0, type=count_option, metavar='N',
+                             help=meaning)
+    if task == 'stop':
+        return parser
+    for option, settings in PLACING:
+        parser.add_argument(option, **settings)
+    return parser
+
+
+def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
+    """The engine that is meant, and the number that is given with it, or 0."""
+    for name, engine in ENGINES.items():
+        number = getattr(args, name)
+        if number is not None:
+            return engine, number
+    raise AssertionError('no engine')   # the parser wants one
+
+
+def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if bool(count) == bool(args.adaptive):
+        raise ValueError('give a number of nodes (--%s N) or --adaptive MIN:MAX' % engine.name)
+    if engine.name == 'k8s' and (args.queue or args.engine_option):
+        raise ValueError('Kubernetes has no queues and no options of scripts (--queue, '
+                         '--engine-option): its namespace is that of the context of kubectl')
+    if engine.name != 'k8s' and args.image:
+        raise ValueError('--image is for Kubernetes')
+
+
+def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
+    """Place nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError, DispyError."""
+    source = DemandOfScheduler(placement, args)
+    never = threading.Event()
+    try:
+        why = source.link.why_not()
+        if why:
+            raise DispyError('the scheduler at %s cannot be asked: %s' % (args.scheduler_host, why))
+        while True:
+            try:
+                demand = source.look()
+                placement.adapt(demand, *args.adaptive)
+            except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
+                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
+                      flush=True)
+            never.wait(ADAPT_EVERY)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        source.link.close()
+
+
+def _place(task: str, argv: List[str], options: List[str]) -> int:
+    """`dispy deploy` and `dispy stop` of nodes that an engine places. Returns the exit status."""
+    parser = _engine_parser(task)
+    args = parser.parse_args(argv)
+    engine, count = _engine_of(args)
+    try:
+        if task == 'stop':
+            if options:
+                raise ValueError('stop takes no options of dispynode')
+            with EngineNodes(engine) as nodes:
+                ended = nodes.end()
+            print('%s: %s cancelled' % (engine.title, many(ended, 'job')))
+            return 0
+        _check_placement(args, engine, count)
+        placement = NodePlacement(engine, args, options)
+    except (ValueError, OSError, DispyError) as exc:
+        parser.error(str(exc))
+    try:
+        with placement.nodes:
+            placement.put_files()
+            placement.add(count, True)
+        if args.adaptive:
+            return _adapt(placement, args)
+    except (ValueError, OSError, DispyError) as exc:
+        print('dispy %s: %s' % (task, exc), file=sys.stderr)
+        return 1
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line: nodes by ssh, nodes in a table, commands over many arguments
 # --------------------------------------------------------------------------------------------------
 
@@ -20633,6 +22614,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
     else:
         ours, options = (argv, [])
+    if any(word.partition('=')[0] in ENGINE_OPTIONS for word in ours):
+        return _place(task, ours, options)
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     absolute_path = os.path.abspath(dispynode.__file__)

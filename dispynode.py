@@ -198,6 +198,10 @@ PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 END_TIME = 2.0                # s that workers which were killed may take to end
+# Seconds before its time limit at which a node whose jobs got their grace has ended for sure: for
+# what it has still to say, and for the start that the limit counts too
+LIMIT_MARGIN = 10.0
+DRAIN_BEFORE = 120.0          # s before its time limit at which a node takes no new jobs
 CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these take at most
@@ -244,6 +248,10 @@ MEMORY_CHECK_INTERVAL = 0.05
 # Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
+# Bytes from which a value with buffers passes between a node and its workers in a memory segment.
+# Below this the pipe is as fast: its memory has been used before.
+SEGMENT_FROM = 2 << 20
+SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
 # Bytes after which a batch is a frame: the other side can begin with it
 BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
@@ -1588,6 +1596,8 @@ def _has_right_options(spec: dict) -> bool:
         return False
     if type(spec.get('initializer', False)) is not bool:
         return False
+    if type(spec.get('speculate', False)) is not bool:
+        return False
     if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
@@ -2035,10 +2045,15 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
+ALIGNED = 64    # bytes; arrays may have to begin at a multiple of less, of 16 at the most
+
+
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     buffer_count = len(buffers)
-    head = _BUFFERS.pack(1, buffer_count) + struct.pack('>Q%dQ' % len(buffers), len(body),
-                                                        *map(len, buffers))
+    size = _BUFFERS.size + 8 * (buffer_count + 1) + len(body)
+    body += bytes(-size % ALIGNED)   # which the unpickler does not look at
+    lengths = struct.pack('>Q%dQ' % buffer_count, len(body), *map(len, buffers))
+    head = _BUFFERS.pack(1, buffer_count) + lengths
     return (head + body, *buffers)
 
 
@@ -2208,11 +2223,19 @@ class _Source:
                 advice, first * mmap.PAGESIZE, size)
 
 
+def _is_segment(payload: Any) -> bool:
+    """Whether a payload is all of a memory segment, mapped for it alone."""
+    while type(payload) is memoryview:
+        payload = payload.obj
+    return type(payload) is MappedSegment
+
+
 def loads(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
     look at the payload again."""
     size = len(payload)
-    if size > LAZY:
+    segment = once and size >= SEGMENT_FROM and _is_segment(payload)
+    if size > LAZY and not segment:   # which is used in place
         source = _Source(memoryview(payload), once)
     else:
         source = None
@@ -2228,10 +2251,13 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         return pickle.loads(payload)
     view = memoryview(payload)
     ends = _ends_of(view)
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
+    # segment is mapped copy-on-write for this value alone.
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
-        buffer = bytearray(view[begin:end])
+        buffer: Any = view[begin:end]
+        if not segment or begin % ALIGNED:
+            buffer = bytearray(buffer)
         buffers.append(buffer)
     return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
 
@@ -3674,9 +3700,6 @@ def values_in(private: str) -> str:
     return os.path.join(private, 'values')
 
 
-_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-
-
 class ValueFiles:
     """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
     on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
@@ -4912,7 +4935,8 @@ def certificate_digest(certfile: str) -> bytes:
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
 #   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
-#     the last byte of MAGIC, and with the first number of the release.
+#     the last byte of MAGIC, and with the first number of the release. What a frame can do without
+#     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
@@ -4923,6 +4947,12 @@ _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
 _SEES_TLS = 1
 NO_TLS = bytes(32)
+# In the last byte of HELLO and CHALLENGE: payloads have no tag. Offered under TLS alone, where the
+# record layer has authenticated every byte and its place before we see it, and the certificate in
+# TH ties this handshake to that channel: whoever could change a payload there could as well have
+# made the handshake. TH has this byte, too, so that nobody between can ask for it. The header's tag
+# stays: it is short, and the length of a frame is believed by it.
+_NO_PAYLOAD_TAGS = 1
 
 
 class Session(NamedTuple):
@@ -4933,6 +4963,7 @@ class Session(NamedTuple):
     peer_role: int
     secret: int = 0
     version: int = VERSIONS[1]   # minor, of the wire
+    tags_payloads: bool = True
 
 
 def _other_version(name: str, low: int, high: int) -> str:
@@ -5048,6 +5079,8 @@ def handshake_dial(sock: Any,
     the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
+    if tls:
+        hello = hello[:-1] + bytes((_NO_PAYLOAD_TAGS,))
     sock.sendall(hello)
     try:
         challenge = receive(_CHALLENGE.size)
@@ -5075,7 +5108,8 @@ def handshake_dial(sock: Any,
         raise HandshakeError('it does not know the secret')
     send_key = keys.key(b'c2s')
     receive_key = keys.key(b's2c')
-    return Session(send_key, receive_key, peer_instance, peer_role, version=version)
+    tags = not hello[-1] & challenge[-1] & _NO_PAYLOAD_TAGS
+    return Session(send_key, receive_key, peer_instance, peer_role, 0, version, tags)
 
 
 def handshake_accept(sock: Any,
@@ -5109,6 +5143,10 @@ def handshake_accept(sock: Any,
         raise HandshakeError(text)
     random_bytes = os.urandom(32)
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
+    untagged = hello[-1] & _NO_PAYLOAD_TAGS
+    if not tls:
+        untagged = 0
+    challenge = challenge[:-1] + bytes((untagged,))
     sock.sendall(challenge)
     proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
@@ -5118,7 +5156,8 @@ def handshake_accept(sock: Any,
         sock.sendall(_PROOF.pack(MAGIC, keys.server))
         send_key = keys.key(b's2c')
         receive_key = keys.key(b'c2s')
-        return Session(send_key, receive_key, peer_instance, peer_role, number, version)
+        return Session(send_key, receive_key, peer_instance, peer_role, number, version,
+                       not untagged)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -5182,6 +5221,28 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
+# A mapping keeps no descriptor, where it can do without
+_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
+# Whether there is memory that has a descriptor, can be sealed, and can be sent
+HAS_SEGMENTS = False
+if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
+    import fcntl
+    HAS_SEGMENTS = hasattr(fcntl, 'F_ADD_SEALS')
+if HAS_SEGMENTS:
+    _MSG_CTRUNC = int(socket.MSG_CTRUNC)   # a plain number is compared 20 times as fast
+    SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
+    SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def is_unused(memory: bytearray) -> bool:
+    """Whether nothing looks at it any more: then, and only then, its length can be changed."""
+    try:
+        memory.append(memory.pop())
+    except BufferError:
+        return False
+    return True
+
+
 class ReceiveBuffer:
     """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
     tells.
@@ -5194,6 +5255,7 @@ class ReceiveBuffer:
     # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
     FIRST = 2 << 20
     AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
+    _used: Deque[bytearray] = collections.deque(maxlen=4)   # memory of units, of all streams
 
     def __init__(self, head_size: int) -> None:
         self._head_size = head_size
@@ -5201,7 +5263,7 @@ class ReceiveBuffer:
         self._view = memoryview(self._staging)
         self._start = self._end = 0
         self._body_size = -1       # of the unit at _start, once its head is there
-        self._head = b''
+        self._head: Any = b''
         self._large: Optional[memoryview] = None
         self._filled = 0
 
@@ -5211,7 +5273,8 @@ class ReceiveBuffer:
         return self._body_size
 
     def measure(self, head: bytes) -> int:
-        """Length of the body that follows `head`; may raise to refuse it."""
+        """Length of the body that follows `head`; may raise to refuse it. May set `_head` to what
+        it has read there."""
         raise NotImplementedError
 
     def get_buffer(self) -> memoryview:
@@ -5229,11 +5292,24 @@ class ReceiveBuffer:
         if size >= LAZY:
             self._large = mapped(self._body_size)
         else:
-            self._large = memoryview(bytearray(min(size, self._body_size)))
+            self._large = self._memory(min(size, self._body_size))
         if old is not None:
             self._large[:self._filled] = old
 
-    def buffer_updated(self, count: int) -> List[Tuple[bytes, memoryview]]:
+    @classmethod
+    def _memory(cls, size: int) -> memoryview:
+        """Memory for so many bytes: what was used before and nobody looks at any more, or new."""
+        with contextlib.suppress(IndexError):   # there is none, or another thread has taken it
+            used = cls._used.popleft()
+            if len(used) >= size and is_unused(used):
+                cls._used.append(used)
+                return memoryview(used)[:size]
+        new = bytearray(size)
+        if size <= cls.FIRST:
+            cls._used.append(new)
+        return memoryview(new)
+
+    def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
         """Note that `count` bytes were received; return the units (head, body) that are whole
         now."""
         if self._large is None:
@@ -5295,17 +5371,19 @@ TAIL_TAG = 32
 
 class FrameEncoder:
     """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
-    numbered, the number not sent."""
+    numbered, the number not sent. Under TLS payloads have no tag if both sides have agreed on
+    that."""
 
     @property
     def sealed(self) -> int:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, tags_payloads: bool = True) -> None:
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
+        self._tags_payloads = tags_payloads
 
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
@@ -5324,14 +5402,19 @@ class FrameEncoder:
         header = _FRAME.pack(size, op, encoding, 0, 0)
         digest = hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')
         head = header + digest[:HEAD_TAG]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        for piece in pieces:
-            mac.update(piece)
+        tail = b''
+        if self._tags_payloads:
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            for piece in pieces:
+                mac.update(piece)
+            tail = mac.digest()
         self._seq += 1
         if size < OUT_OF_BAND:
-            return [b''.join((head, *pieces, mac.digest()))]
-        return [head, *pieces, mac.digest()]
+            return [b''.join((head, *pieces, tail))]
+        if tail:
+            return [head, *pieces, tail]
+        return [head, *pieces]
 
 
 class FrameDecoder(ReceiveBuffer):
@@ -5339,8 +5422,13 @@ class FrameDecoder(ReceiveBuffer):
     tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
     of no use then."""
 
-    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES,
+                 tags_payloads: bool = True) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
+        if tags_payloads:
+            self._tail = TAIL_TAG
+        else:
+            self._tail = 0
         # The secret; ops that may come
         self._key = key
         self._takes = takes
@@ -5369,28 +5457,32 @@ class FrameDecoder(ReceiveBuffer):
             limit = MAX_CONTROL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
-        return size + TAIL_TAG
+        return size + self._tail  # type: ignore[no-any-return]
 
     def open(self, head: bytes, body: memoryview) -> Any:
         """Return the message of a whole frame."""
         header = head[:_FRAME.size]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        mac.update(body[:-TAIL_TAG])
-        digest = mac.digest()
-        if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
-            raise PeerError('a frame is not authentic')
+        payload = body
+        if self._tail:
+            payload = body[:-TAIL_TAG]
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            mac.update(payload)
+            digest = mac.digest()
+            if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
+                raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        payload = body[:-TAIL_TAG]
         message = decode(op, encoding, payload)
         self.opened += 1
         return message
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
+# kind, 1 if the first body is in a memory segment whose descriptor comes along, number (worker, or
+# exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
+_IN_SEGMENT = 1    # the byte that tells it
 
 
 class RecordType(enum.IntEnum):
@@ -5460,6 +5552,163 @@ FROM_LOADING = {
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
+class MemorySegment:
+    """Memory in which a value goes to another process, by its descriptor. The value is written to
+    it once, as pieces; stores into a mapping would end this process where there is no more memory.
+    Then it is sealed: nobody can change it, which a private mapping would show, or cut it short,
+    which would end whoever reads it. It is not used again, and is gone with its last descriptor and
+    mapping, whoever was killed before that."""
+    NAME = 'dispy-value'
+
+    def __init__(self, payload: Payload) -> None:
+        """For this value. It is made when it is filled."""
+        self.payload = payload
+        self.is_whole = False
+        self._handle = -1
+        self._left: Deque[memoryview] = collections.deque()
+        for piece in pieces_of(payload):
+            view = memoryview(piece)
+            self._left.append(view.cast('B'))
+
+    def fill(self, most: int) -> int:
+        """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
+        where there is no room or no descriptor."""
+        if self._handle < 0:
+            self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        written = 0
+        while self._left and written < most:
+            view = self._left[0]
+            room = min(most - written, WRITE_MOST)
+            count = os.write(self._handle, view[:room])
+            written += count
+            self._left[0] = view[count:]
+            if count == len(view):
+                self._left.popleft()
+        if not self._left:
+            fcntl.fcntl(self._handle, fcntl.F_ADD_SEALS, SEALED)
+            self.is_whole = True
+        return written
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._handle
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class MappedSegment(mmap.mmap):
+    """A memory segment in the process that has received it, mapped copy-on-write."""
+
+
+class _NotReceived:
+    """Stands for a value that has come without its segment. Who opens it gets an error."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __reduce__(self) -> tuple:
+        text = 'no descriptor was left for a value of %d bytes: raise the limit of open files ' \
+            '(ulimit -n)' % self._size
+        return _raise_shortage, (text,)
+
+
+def _raise_shortage(text: str) -> NoReturn:
+    raise OSError(errno.EMFILE, text)
+
+
+class SegmentIntake:
+    """The descriptors of memory segments that have come on a pipe, in the order of the records to
+    which they belong. Some of these are mapped; where many are in use, as in a program that keeps
+    its results, others are read: a mapping holds a descriptor (before Python 3.13)."""
+    WAITING_MOST = 64     # descriptors whose records have not come
+    ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
+    _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
+
+    def __init__(self) -> None:
+        self._handles: Deque[int] = collections.deque()
+
+    def came(self, ancillary: Sequence[Tuple[int, int, bytes]], flags: int) -> None:
+        """Take what came beside some bytes. Raises PeerError."""
+        handles = array.array('i')
+        for level, kind, body in ancillary:
+            if level != socket.SOL_SOCKET:
+                continue
+            if kind == socket.SCM_RIGHTS:
+                rest = len(body) % handles.itemsize
+                handles.frombytes(body[:len(body) - rest])
+        if flags & _MSG_CTRUNC:
+            if not handles:   # this process has no descriptor left
+                handles.append(-1)
+        self._handles.extend(handles)
+        if len(self._handles) > self.WAITING_MOST:
+            raise PeerError('descriptors that belong to nothing')
+
+    def take(self, size: int) -> memoryview:
+        """The value of this size in the next segment. Raises PeerError, MemoryError."""
+        if not self._handles:
+            raise PeerError('a value that has not come')
+        handle = self._handles.popleft()
+        if handle < 0:
+            missing = pickle.dumps(_NotReceived(size))
+            return memoryview(missing)
+        try:
+            return self._open(handle, size)
+        except (OSError, ValueError) as exc:
+            text = 'a memory segment that is none: %s' % exc
+            raise PeerError(text) from exc
+        finally:
+            os.close(handle)
+
+    def _open(self, handle: int, size: int) -> memoryview:
+        seals = fcntl.fcntl(handle, fcntl.F_GET_SEALS)
+        if seals & SEALED != SEALED:
+            raise ValueError('it is not sealed')
+        length = os.fstat(handle).st_size
+        if length != size:
+            text = 'it has %d bytes and not %d' % (length, size)
+            raise ValueError(text)
+        if len(self._mapped) < SEGMENTS_MOST:
+            with contextlib.suppress(OSError):   # no descriptor, or no mappings here
+                access = mmap.ACCESS_COPY
+                segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
+                self._mapped.add(segment)
+                return memoryview(segment)
+        view = mapped(size)
+        at = 0
+        while at < size:
+            room = view[at:at + ReceiveBuffer.AT_ONCE]
+            at += os.preadv(handle, [room], at)
+        return view
+
+    def close(self) -> None:
+        """Close the descriptors that nobody has taken."""
+        while self._handles:
+            handle = self._handles.popleft()
+            if handle >= 0:
+                os.close(handle)
+
+
+def goes_in_segment(payload: Payload) -> bool:
+    """Whether a value passes to or from a worker in a memory segment: if it has buffers beside its
+    pickle, which are used where they lie. What stands in the pickle is copied when it is opened,
+    and through the pipe it comes as fast."""
+    if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
+        return False
+    return payload[0][0] == 1
+
+
+def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
+                   second: Buffer = b'', third: Buffer = b'') -> bytes:
+    """A record whose first body is in a memory segment, which is to be sent with it."""
+    size = size_of(first)
+    head = _RECORD.pack(kind, 1, number, serial, start, end, size, len(second), len(third))
+    return b''.join((head, second, third))
+
+
 class Record(NamedTuple):
     """A record that was taken apart."""
     kind: int
@@ -5490,15 +5739,20 @@ class RecordBuffer(ReceiveBuffer):
     def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
         self._limits = limits
+        self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        kind, *_, one, two, three = _RECORD.unpack(head)
+        self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
+        kind, in_segment = self._head[:2]
+        one, two, three = self._head[6:]
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
                 text = 'record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three)
                 raise PeerError(text)
-        return one + two + three  # type: ignore[no-any-return]
+        if in_segment:
+            return two + three
+        return one + two + three
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
@@ -5508,10 +5762,14 @@ class RecordBuffer(ReceiveBuffer):
             records.append(self.record_of(head, body))
         return records
 
-    @staticmethod
-    def record_of(head: bytes, body: memoryview) -> Record:
-        """The record of which these are the head and the bodies."""
-        kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+    def record_of(self, head: Tuple[Any, ...], body: memoryview) -> Record:
+        """The record of which these are the head and the bodies. Raises PeerError for a segment
+        that is none."""
+        kind, in_segment, number, serial, start, end, one, two, three = head
+        if in_segment:
+            segment = self.segments.take(one)
+            rest = (body[:two], body[two:two + three])
+            return Record(kind, number, serial, start, end, (segment, *rest))
         both = one + two
         bodies = (body[:one], body[one:both], body[both:both + three])
         return Record(kind, number, serial, start, end, bodies)
@@ -5618,6 +5876,16 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         yield '', handle
     finally:
         os.close(handle)
+
+
+def move_below(path: str, root: str, name: str) -> None:
+    """Move a file to the place that `name` has below a directory; links are not followed. Raises
+    OSError, or ValueError for a name that climbs out."""
+    parts = check_name(name)
+    parent = _parent_of(root, parts)
+    with parent as (prefix, handle):
+        target = prefix + parts[-1]
+        os.replace(path, target, dst_dir_fd=handle)
 
 
 def open_regular(path: str) -> Any:
@@ -6309,9 +6577,10 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
     return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
 
 
-def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
-    """Send bytes and a socket with the first of them. Raises OSError, which is BlockingIOError if
-    it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
+def send_with(sock: socket.socket, buffers: Sequence[Buffer],
+              passing: Union[socket.socket, MemorySegment]) -> int:
+    """Send bytes and a descriptor with the first of them. Raises OSError, which is BlockingIOError
+    if it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
     has one for many sockets under way."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
@@ -6417,16 +6686,17 @@ class Channel:
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
-        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
+        self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
         if hasattr(sock, 'do_handshake'):
             import ssl
             self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
-        """Send these behind what waits already; with the first of them a socket, which is closed
-        here then."""
+    def push(self, buffers: Iterable[Buffer],
+             passing: Union[socket.socket, MemorySegment, None] = None) -> None:
+        """Send these behind what waits already; with the first of them a descriptor, which is
+        closed here then."""
         for buffer in buffers:
             view = memoryview(buffer)
             if type(buffer) is not bytes:
@@ -6718,9 +6988,9 @@ class Link(Channel):
                  now: float,
                  pulse: float = PULSE,
                  takes: Iterable[int] = MESSAGES) -> None:
-        self._opener = FrameDecoder(session.receive_key, takes)
+        self._opener = FrameDecoder(session.receive_key, takes, session.tags_payloads)
         super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key)
+        self._sealer = FrameEncoder(session.send_key, session.tags_payloads)
         self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
@@ -7097,18 +7367,66 @@ class Pipe(Channel):
             limits = FROM_RUNNER
         self._records = RecordBuffer(limits)
         super().__init__(sock, self._records)
+        self.record_of = self._records.record_of
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._may_fill = 0     # bytes of memory segments in this turn
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
+    def push_value(self, head: bytes, payload: Payload) -> None:
+        """Send a record whose only body goes in a memory segment, behind what waits already."""
+        segment = MemorySegment(payload)
+        self.push([head], segment)
+
+    def write(self) -> None:
+        self._may_fill = WRITE_MOST
+        super().write()
+
+    def _send_some(self) -> int:
+        head, segment = self._out[0]
+        if type(segment) is not MemorySegment:
+            return super()._send_some()
+        try:
+            if not segment.is_whole:
+                self._may_fill -= segment.fill(self._may_fill)
+            if segment.is_whole:
+                return super()._send_some()
+        except _WOULD_BLOCK:
+            raise
+        except OSError as exc:   # no room or no descriptor
+            logger.debug('a value goes through the pipe: %s', exc)
+            self._without_segment(head, segment)
+            return super()._send_some()
+        raise BlockingIOError   # the rest of it in the next turn
+
+    def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
+        """Send a record whole."""
+        segment.close()
+        self._out.popleft()
+        whole_head = bytearray(head)
+        whole_head[_IN_SEGMENT] = 0
+        views = [memoryview(whole_head)]
+        for piece in pieces_of(segment.payload):
+            view = memoryview(piece)
+            views.append(view.cast('B'))
+            self.queued += view.nbytes
+        for view in reversed(views):
+            self._out.appendleft((view, None))
+
     def receive(self, room: memoryview) -> int:
         if not self._asks:
-            return super().receive(room)
-        count, ancillary, _, _ = self.sock.recvmsg_into([room],
-                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not self.worker or not HAS_SEGMENTS:
+                return super().receive(room)
+            count, ancillary, flags, _ = self.sock.recvmsg_into([room], SegmentIntake.ROOM)
+            if ancillary or flags & _MSG_CTRUNC:
+                self._records.segments.came(ancillary, flags)
+            return count
+        size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
+        count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
+        self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue
@@ -7128,7 +7446,11 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
+        return [self.record_of(head, body) for head, body in self.read(now)]
+
+    def close(self) -> None:
+        super().close()
+        self._records.segments.close()
 
 
 class Faults:
@@ -11746,6 +12068,12 @@ class NodeService:
             self._leave(now)
 
     @property
+    def has_jobs(self) -> bool:
+        """Whether there are jobs here, run or not."""
+        comps = self._tables.comps.values()
+        return any(comp.attempts for comp in comps)
+
+    @property
     def is_ending(self) -> bool:
         """Whether the node ends when nothing is left to do."""
         return self.stopping or self._finishing
@@ -13290,7 +13618,13 @@ class WorkerPipe:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         buffer = self._intake.get_buffer()
-        count = self._sock.recv_into(buffer, 0, flags)
+        if HAS_SEGMENTS:
+            told = self._sock.recvmsg_into([buffer], SegmentIntake.ROOM, flags)
+            count = told[0]
+            if told[1] or told[2] & _MSG_CTRUNC:
+                self._intake.segments.came(*told[1:3])
+        else:
+            count = self._sock.recv_into(buffer, 0, flags)
         if count == 0:
             self.at_end()
             os._exit(0)
@@ -13323,15 +13657,36 @@ class WorkerPipe:
 
     def send(self, *args: Any) -> None:
         """Send a record, given as to pack_record."""
-        buffers = pack_record(*args)
+        self._in_turn(pack_record(*args))
+
+    def send_result(self, *args: Any) -> None:
+        """Send a RESULT record, given as to pack_record behind its kind. A large value goes in a
+        memory segment, if there is room."""
+        payload = args[4]
+        if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
+            self.send(RecordType.RESULT, *args)
+            return
+        with contextlib.closing(MemorySegment(payload)) as segment:
+            try:
+                segment.fill(sys.maxsize)
+            except OSError as exc:   # no room or no descriptor
+                logger.debug('a value goes through the pipe: %s', exc)
+                self.send(RecordType.RESULT, *args)
+            else:
+                self._in_turn([segment_record(RecordType.RESULT, *args)], segment)
+
+    def _in_turn(self, buffers: List[Buffer], segment: Optional[MemorySegment] = None) -> None:
         with self._sending:
             if self._shared:
                 with self._turn:
-                    self._write(buffers)
+                    self._write(buffers, segment)
             else:
-                self._write(buffers)
+                self._write(buffers, segment)
 
-    def _write(self, buffers: List[Buffer]) -> None:
+    def _write(self, buffers: List[Buffer], segment: Optional[MemorySegment]) -> None:
+        if segment is not None:
+            sent = send_with(self._sock, buffers, segment)
+            buffers = [memoryview(buffers[0])[sent:]]
         for buffer in buffers:
             if len(buffer) <= WRITE_MOST:
                 self._sock.sendall(buffer)
@@ -13550,9 +13905,8 @@ class JobServices:
             raise ValueError(over_limit('dispy_provisional_result: the value', size))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(RecordType.RESULT,
-                            Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
-                            self._slots[0], now, now, payload)
+            outcome = Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE
+            self._pipe.send_result(outcome, self._slots[0], now, now, payload)
         return 0
 
     def _forward(self, record: logging.LogRecord) -> None:
@@ -13803,8 +14157,7 @@ class Worker:
             if not self._pipe.jobs:
                 self._pipe.receive(0)
             else:
-                record = self._pipe.jobs.popleft()
-                self._run(record)
+                self._run(self._pipe.jobs.popleft())   # and its arguments are let go
                 self._slots[0] = 0
                 fit = self._tidy()
         if clean_up is not None:
@@ -13908,7 +14261,7 @@ class Worker:
         if self._job_directory.is_entered:
             self._job_directory.leave()
         try:
-            self._pipe.send(RecordType.RESULT, outcome, serial, start, end, payload, out, err)
+            self._pipe.send_result(outcome, serial, start, end, payload, out, err)
         except ValueError as exc:
             text = 'the result could not be sent: %s' % exc
             self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
@@ -15441,10 +15794,14 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
-def _row_of(record: Record) -> tuple:
-    """A row of Results, of the record of a worker."""
+def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
+    """A row of Results, of the record of a worker. Raises PeerError."""
+    _, in_segment, outcome, serial, start, end, size, _, _ = head
+    if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
+        return serial, outcome, start, end, bytes(body), b'', b''
+    record = pipe.record_of(head, body)
     payload, stdout, stderr = map(_keep, record.bodies)
-    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+    return serial, outcome, start, end, payload, stdout, stderr
 
 
 def shortage(exc: BaseException) -> str:
@@ -16113,10 +16470,12 @@ def pythons_text(facts: Dict[str, Any]) -> str:
     return ', '.join(texts)
 
 
-def whole_memory() -> Optional[int]:
+def whole_memory(given: Optional[int] = None) -> Optional[int]:
     """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
-    cgroup of this process. None where nobody tells."""
+    cgroup of this process, and at most what is given. None where nobody tells."""
     sizes = []
+    if given is not None:
+        sizes.append(given)
     found = re.search(r'^MemTotal: *(\d+) kB', _text_of('/proc/meminfo'), re.MULTILINE)
     if found:
         sizes.append(int(found.group(1)) << 10)
@@ -16162,6 +16521,7 @@ class Options(NamedTuple):
     grace: float = GRACE                   # s that jobs have to end when the node is stopped
     offer: Offer = Offer()
     interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
+    memory: Optional[int] = None           # bytes that jobs may have together
 
 
 class ChildEnded(NamedTuple):
@@ -17149,29 +17509,31 @@ class WorkerReader:
         """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
         OSError."""
         rows = []
-        records = pipe.records(self._host.now)
+        units = pipe.read(self._host.now)
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
-        for record in records:
-            if record.kind == _RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
-                                                                     record.end, *record.bodies):
+        for head, body in units:
+            if head[0] == _RESULT:
+                row = _row_of(pipe, head, body)
+                if row[OUTCOME] not in OF_WORKERS or not is_outcome(*row[OUTCOME:]):
+                    size = size_of(row[PAYLOAD])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0]))
+                        *row[OUTCOME:PAYLOAD], size)
                     raise PeerError(text)
-                rows.append(_row_of(record))
+                rows.append(row)
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 worker_results = WorkerResults(pipe.worker, rows)
                 self._host.tell(worker_results)
                 rows = []
+            record = pipe.record_of(head, body)
             self._from_job(pipe, record)
         if rows:
             self._host.tell(WorkerResults(pipe.worker, rows))
             self.held.hold_back(pipe)
         elif pipe.is_large:
             self.held.hold_back(pipe)
-        return len(records)
+        return len(units)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
@@ -17257,12 +17619,23 @@ class WorkerPipes:
         run = self._of_worker.get(action.worker)
         if run is not None:
             buffers: List[Buffer] = []
+            pipe = run.pipes[action.worker]
             for attempt in action.attempts:
-                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                       attempt.payload)
+                payload = attempt.payload
+                size = len(payload)
+                if type(payload) is bytes and size < OUT_OF_BAND:   # nearly always
+                    head = _RECORD.pack(_JOB, 0, attempt.cpus, attempt.serial, 0.0, 0.0, size, 0, 0)
+                    buffers.append(head + payload)
+                elif goes_in_segment(payload):
+                    head = segment_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
+                    pipe.push(buffers)
+                    buffers = []
+                    pipe.push_value(head, payload)
+                else:
+                    buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
             if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
                 buffers = [b''.join(buffers)]
-            run.pipes[action.worker].push(buffers)
+            pipe.push(buffers)
             self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
@@ -17906,7 +18279,7 @@ class NodeHost:
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
         facts = dict(node_facts(), start_method=options.start_method,
-                     resources=options.offer.counts, memory_total=whole_memory(),
+                     resources=options.offer.counts, memory_total=whole_memory(options.memory),
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
@@ -18619,6 +18992,70 @@ def write_stacks_on_signal() -> None:
         logger.debug('stacks cannot be written: %s', exc)
 
 
+class Lifetime:
+    """Decides when a node ends by itself: before a time limit, as Slurm has it, or after some time
+    without jobs. Times are in seconds."""
+    APART = 1.0     # s between two looks
+
+    def __init__(self, born: float, limit: float, ahead: float, idle: float, grace: float) -> None:
+        """The node was born then and has `limit` seconds. It takes no new jobs for the last `ahead`
+        of them, and none when it has had none for `idle` seconds; jobs have `grace` seconds to end.
+        Raises ValueError for times that make no sense."""
+        last = max(ahead, grace + LIMIT_MARGIN)
+        if limit <= last:
+            raise ValueError('--time-limit %g: it has to be more than %g s: --drain-before, or '
+                             '--grace and %g s' % (limit, last, LIMIT_MARGIN))
+        self._drains_at = born + limit - last
+        self._stops_at = born + limit - grace - LIMIT_MARGIN
+        self._idle = idle
+        self._busy_at = born
+        self._is_finishing = False
+
+    @classmethod
+    def of_options(cls, args: argparse.Namespace, now: float) -> Optional['Lifetime']:
+        """What the command line says, or None if it says nothing of this. Raises ValueError."""
+        if args.time_limit is None and args.end_idle is None:
+            return None
+        limit = args.time_limit or math.inf
+        idle = args.end_idle or math.inf
+        ahead = args.drain_before
+        if ahead is None:
+            ahead = min(DRAIN_BEFORE, limit / 2)
+        return cls(now, limit, ahead, idle, args.grace)
+
+    def look(self, has_jobs: bool, now: float) -> Any:
+        """The event that is to be told to the node now, or None."""
+        if has_jobs:
+            self._busy_at = now
+        if now >= self._stops_at:
+            self._stops_at = math.inf
+            logger.info('its time limit (--time-limit) is near')
+            return Stop()
+        if self._is_finishing:
+            return None
+        if now >= self._drains_at:
+            logger.info('its time limit (--time-limit) comes nearer')
+        elif now - self._busy_at >= self._idle:
+            logger.info('it has had no jobs for %g s (--end-idle)', self._idle)
+        else:
+            return None
+        self._is_finishing = True
+        return Finish()
+
+    def watch(self, daemon: Daemon) -> None:
+        """Look again and again, in the thread of the loop."""
+        def look() -> None:
+            event = self.look(daemon.node.service.has_jobs, daemon.now)
+            if event is not None:
+                daemon.tell(event)
+
+        def wake() -> None:
+            while True:
+                time.sleep(self.APART)
+                daemon.call_soon(look)
+        threading.Thread(target=wake, daemon=True, name='dispy-lifetime').start()
+
+
 class ServiceManager:
     """systemd, if it has started this process as a service of Type=notify. It is told when the
     service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
@@ -19076,6 +19513,17 @@ def make_parser() -> OptionParser:
         metavar='NAME=PATH',
         help='another Python that jobs may run on (JobCluster: python=), such as bin/python of a '
         'virtual environment; may be repeated')
+    add('--memory', type=size_option, metavar='N[kmgt]',
+        help='bytes of memory that jobs may reserve together (default: what the host or its '
+        'cgroup has)')
+    add('--time-limit', type=seconds_option, metavar='S',
+        help='seconds after which the host is taken away, as by Slurm: the node ends before that '
+        'by itself')
+    add('--drain-before', type=seconds_option, metavar='S',
+        help='with --time-limit: take no new jobs from so many seconds before it on, and end when '
+        'none is left (default: %g)' % DRAIN_BEFORE)
+    add('--end-idle', type=seconds_option, metavar='S',
+        help='end after so many seconds without jobs')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -19322,7 +19770,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
                    or default_start_method(), grace=args.grace,
-                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python))
+                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python),
+                   memory=args.memory)
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
@@ -19360,6 +19809,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for text in args.scheduler_host:
                 host_and_ports.append(host_and_port(text, args.scheduler_port))
             schedulers = tuple(host_and_ports)
+            lifetime = Lifetime.of_options(args, time.monotonic())
         except ValueError as exc:
             parser.error(str(exc))
         if args.save_config:
@@ -19379,6 +19829,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
+    if lifetime is not None:
+        lifetime.watch(daemon)
     manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
     try:
         return run_until_ended(daemon)
