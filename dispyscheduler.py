@@ -83,7 +83,8 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST
 from dispy import REPORTS_APART
 from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
-from dispy import FailedJobs, HeldFiles, JobsAssigned, JobState, NodeChanged, NodeConnection
+from dispy import EndedJobs, FailedJobs, HeldFiles, JobState, JobsAssigned, NodeChanged
+from dispy import NodeConnection
 from dispy import NodeDrains
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
 from dispy import NodeUse, NodeUser, Overview, PackedComputation, RulesChanged, Schedule
@@ -97,7 +98,8 @@ from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RE
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
-from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, Holder, IncomingValue, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
@@ -1655,8 +1657,8 @@ class ClientComputation(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        jobs_assigned = JobsAssigned(self.comp, (), [work.client_serial])
-        self.send(jobs_assigned)
+        message = JobsAssigned(self.comp, (), [work.client_serial])
+        self.send(message)
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1675,8 +1677,8 @@ class ClientComputation(NodeUser):
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            started = Started(work.comp, [(work.client_serial, ran)])
-            self.send(started)
+            message = Started(work.comp, [(work.client_serial, ran)])
+            self.send(message)
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
@@ -2125,6 +2127,166 @@ class TurnTimes:
         return max(self._longest, self._longest_before)
 
 
+class JobsForMonitors:
+    """The jobs of all programs, one by one, as monitors show them. What has ended is noted while a
+    monitor asks: what it is called, what it was given and what it has printed is in memory then.
+    The loop's thread."""
+    PATIENCE = 60.0   # s without a question after which nobody watches
+
+    def __init__(self, overview: 'ProgramOverview', scheduler: 'Scheduler') -> None:
+        self._overview = overview
+        self._scheduler = scheduler
+        self._watched_until = 0.0
+        self._ended = EndedJobs()
+
+    def watch(self) -> None:
+        """Note that a monitor asks."""
+        self._watched_until = self._scheduler.now + self.PATIENCE
+
+    def note(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
+             status: int, text: str) -> None:
+        """Note a job that has ended with this row of Results, at this node if it was at one."""
+        if self._scheduler.now > self._watched_until:
+            return
+        peer = self._scheduler.nodes.by_key.get(node)
+        where = ''
+        if peer is not None:
+            where = peer.name or str(peer)
+        stdout = _end_of_output(row[5])
+        stderr = _end_of_output(row[6])
+        serial = work.client_serial
+        name = job_number(serial)
+        payload = work.payload or None
+        attempt = attempt_number(work.serial)
+        cpus = cpus_of(work)
+        began = row[2] or None
+        ended = row[3] or time.time()
+        self._ended.add(computation.number, serial, name, payload, status, attempt, node, where,
+                        cpus, None, began, ended, stdout, stderr, text)
+
+    def ended(self, known: int) -> List[tuple]:
+        """Return the jobs that have ended after the one with this number, in the form of EndedJob;
+        at most PAGE."""
+        rows = self._ended.since(known, PAGE, self._overview.seen_clusters())
+        return list(map(tuple, rows))
+
+    def at_nodes(self, first: int, count: int) -> List[tuple]:
+        """Return jobs that are at nodes: cluster, job, number of the attempt, key of the node,
+        whether it runs, seconds that it has run or None, CPUs."""
+        keys = sorted(self._scheduler.schedule.nodes, key=str)
+        rows: List[tuple] = []
+        for key in keys:
+            for computation in self._overview.opened_computations():
+                rows += self._jobs_there(computation, key)
+                if len(rows) >= first + count:
+                    break
+        return rows[first:first + min(count, PAGE)]
+
+    def _jobs_there(self, computation: ClientComputation, key: Any) -> List[tuple]:
+        rows = []
+        for job in self._overview.known_jobs_at(key, computation.comp, PAGE):
+            work = job.work
+            attempt = attempt_number(work.serial)
+            row = (computation.number, work.client_serial, attempt, key, job.is_running,
+                   job.seconds, cpus_of(work))
+            rows.append(row)
+        return rows
+
+    def waiting(self, number: int, first: int, count: int) -> List[int]:
+        """Return the numbers of jobs of a computation that are at no node, in the order of their
+        submission."""
+        works = self._overview.computation(number).works
+        waiting = (serial for serial, work in works.items() if work.state in _AT_NO_NODE)
+        last = first + min(count, PAGE)
+        page = itertools.islice(waiting, first, last)
+        return list(page)
+
+    def jobs(self, key: Any) -> List[tuple]:
+        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
+        None."""
+        peer = self._overview.peer(key)
+        rows: List[tuple] = []
+        for computation in self._overview.opened_computations():
+            left = PAGE - len(rows)
+            jobs = self._overview.jobs_at(peer.key, computation.comp, left)
+            for job in jobs:
+                number = job.work.client_serial
+                row = (computation.number, number, job.is_running, job.seconds)
+                rows.append(row)
+        return rows
+
+    def arguments(self, jobs: list) -> list:
+        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
+        size if they are large, None if the job has ended."""
+        computations = {}
+        for computation in self._overview.opened_computations():
+            computations[computation.number] = computation
+        found = []
+        for number, serial in jobs[:PAGE]:
+            work = None
+            if number in computations:
+                work = computations[number].works.get(serial)
+            found.append(self._arguments_of(work))
+        return found
+
+    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
+        if work is None:
+            return None
+        if work.payload:
+            return shown_arguments(work.payload)
+        state = self._scheduler.state
+        number = work.number
+        try:
+            size = state.size_of_payload(number)
+            if size > ARGUMENTS_MOST:
+                return size
+            return shown_arguments(state.payload(number))
+        except OSError as exc:   # the job is shown without them
+            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
+            return None
+
+    def looks(self, jobs: list, wants_stacks: bool) -> List[Optional[tuple]]:
+        """Return what jobs do that are named by pairs of cluster and job, in the form of JobSight;
+        None where that is not known, or not yet."""
+        found = []
+        for number, serial in jobs[:PAGE]:
+            computation = self._overview.computation(number)
+            sights = self.looks_of(computation, [serial], wants_stacks)
+            found += sights
+        return found
+
+    def looks_of(self, computation: ClientComputation, serials: List[int],
+                 wants_stacks: bool) -> List[Optional[tuple]]:
+        """Return the same of jobs of a computation."""
+        numbers = []
+        for serial in serials:
+            work = computation.works.get(serial)
+            number = 0
+            if work is not None:
+                number = work.number
+            numbers.append(number)
+        sights = self._overview.sights(computation.comp, numbers, bool(wants_stacks))
+        return [None if sight is None else tuple(sight) for sight in sights]
+
+    def cancel(self, number: int, serials: List[int]) -> int:
+        """End jobs of a computation, wherever they are. Return how many they were."""
+        works = self._overview.computation(number).works
+        found = [works[serial] for serial in serials if serial in works]
+        for work in found:
+            self._scheduler.decide(CancelAsked(work))
+        return len(found)
+
+
+_AT_NO_NODE = frozenset((JobState.CREATED, JobState.REQUEUED))
+
+
+def _end_of_output(data: Any) -> bytes:
+    if size_of(data) > LAZY:
+        return b''
+    plain: bytes = _plain(data)
+    return plain
+
+
 class ProgramOverview(Overview):
     """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
     knows the secret of the programs may see and manage everything; if the operator has a secret of
@@ -2143,6 +2305,7 @@ class ProgramOverview(Overview):
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
         self._failed_jobs = FailedJobs()
+        self.jobs_shown = JobsForMonitors(self, scheduler)
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
 
@@ -2176,7 +2339,14 @@ class ProgramOverview(Overview):
         finally:
             self._only = ''
 
-    def _opened(self) -> List[ClientComputation]:
+    def seen_clusters(self) -> Optional[Set[int]]:
+        """Return the numbers of the clusters that who asks may see; None: of all there are and ever
+        were."""
+        if not self._only:
+            return None
+        return {computation.number for computation in self.opened_computations()}
+
+    def opened_computations(self) -> List[ClientComputation]:
         """Return the computations that who asks may see."""
         opened = self._scheduler.computations.opened()
         if not self._only:
@@ -2187,7 +2357,7 @@ class ProgramOverview(Overview):
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Answer somebody who does not have the operator's secret: with the names and counts of
         all programs and with nothing about their jobs. Orders are refused."""
-        if name in ('failures', 'jobs'):
+        if name in ('failures', 'jobs', 'ended', 'at_nodes', 'waiting'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
             raise RuntimeError(
@@ -2212,6 +2382,8 @@ class ProgramOverview(Overview):
         """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
         exit_status = 0
+        text = ''
+        status = JobState.FINISHED
         if outcome in RETURNED and computation.cargo.is_program:
             exit_status = _exit_status(row)
         if node is not None:
@@ -2222,6 +2394,7 @@ class ProgramOverview(Overview):
             computation.cpu_seconds += seconds * cpus_of(work)
         if outcome == Outcome.CANCELLED:
             word = 'cancelled'
+            status = JobState.CANCELLED
             computation.cancelled += 1
         elif outcome in RETURNED and not exit_status:
             word = 'done'
@@ -2229,11 +2402,13 @@ class ProgramOverview(Overview):
         else:
             word = 'failed'
             computation.failed += 1
-            self._note_failure(computation, work, row, node, exit_status)
+            status, text = self._note_failure(computation, work, row, node, exit_status)
+        self.jobs_shown.note(computation, work, row, node, int(status), text)
         self._scheduler.history.add(computation, work, row, node, word)
 
     def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
-                      exit_status: int) -> None:
+                      exit_status: int) -> Tuple[JobState, str]:
+        """Note a job that has failed. Return its state and why it has failed."""
         peer = self._scheduler.nodes.by_key.get(node)
         where = ''
         if peer is not None:
@@ -2241,9 +2416,11 @@ class ProgramOverview(Overview):
         text = 'exit status %d' % exit_status
         if not exit_status:
             text = _failure_text(row)
-        status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
-        number = job_number(work.client_serial)
-        self._failed_jobs.add(row[3], computation.number, number, work.payload, status, where, text)
+        status = _STATE_OF.get(row[1], JobState.TERMINATED)
+        serial = work.client_serial
+        self._failed_jobs.add(row[3], computation.number, job_number(serial), work.payload,
+                              int(status), where, text, serial)
+        return status, text
 
     def over(self, computation: ClientComputation) -> None:
         """Keep what a computation that is over has done at nodes."""
@@ -2274,20 +2451,23 @@ class ProgramOverview(Overview):
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _computation(self, number: int) -> ClientComputation:
-        for computation in self._opened():
+    def computation(self, number: int) -> ClientComputation:
+        """Return the computation with this number. Raises ValueError."""
+        for computation in self.opened_computations():
             if computation.number == number:
                 return computation
         raise ValueError('there is no cluster %.20r' % (number,))
 
-    def _peer(self, key: Any) -> NodeConnection:
+    def peer(self, key: Any) -> NodeConnection:
+        """Return a node. Raises ValueError."""
         peer = self._scheduler.nodes.by_key.get(key)
         if peer is None:
             raise ValueError('there is no node %.80r' % (key,))
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        computations = self._opened()
+        self.jobs_shown.watch()
+        computations = self.opened_computations()
         count = min(count, PAGE)
         clusters: List[dict] = []
         for computation in computations[first:first + count]:
@@ -2315,7 +2495,7 @@ class ProgramOverview(Overview):
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
-        computations = self._opened()
+        computations = self.opened_computations()
         peers = scheduler.nodes.by_key.values()
         page = itertools.islice(peers, first, first + min(count, PAGE))
         return [self._node(peer, computations, asking) for peer in page]
@@ -2381,7 +2561,7 @@ class ProgramOverview(Overview):
         times = scheduler.turn_times
         works = 0
         results = 0
-        for computation in self._opened():
+        for computation in self.opened_computations():
             works += len(computation.works)
             results += len(computation.ended)
         at_nodes = 0
@@ -2402,71 +2582,32 @@ class ProgramOverview(Overview):
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
         FailedJob."""
-        seen = {computation.number for computation in self._opened()}
-        rows = self._failed_jobs.since(known)
-        return [tuple(row) for row in rows if not self._only or row.cluster in seen]
-
-    def _jobs(self, key: Any) -> List[tuple]:
-        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
-        None."""
-        peer = self._peer(key)
-        rows: List[tuple] = []
-        for computation in self._opened():
-            left = PAGE - len(rows)
-            for job in self.jobs_at(peer.key, computation.comp, left):
-                number = job.work.client_serial
-                row = (computation.number, number, job.is_running, job.seconds)
-                rows.append(row)
-        return rows
-
-    def _arguments(self, jobs: list) -> list:
-        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
-        size if they are large, None if the job has ended."""
-        computations = {}
-        for computation in self._opened():
-            computations[computation.number] = computation
-        found = []
-        for number, serial in jobs[:PAGE]:
-            work = None
-            if number in computations:
-                work = computations[number].works.get(serial)
-            found.append(self._arguments_of(work))
-        return found
-
-    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
-        if work is None:
-            return None
-        if work.payload:
-            return shown_arguments(work.payload)
-        state = self._scheduler.state
-        number = work.number
-        try:
-            size = state.size_of_payload(number)
-            if size > ARGUMENTS_MOST:
-                return size
-            return shown_arguments(state.payload(number))
-        except OSError as exc:   # the job is shown without them
-            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
-            return None
+        rows = self._failed_jobs.since(known, self.seen_clusters())
+        return list(map(tuple, rows))
 
     # -- orders ------------------------------------------------------------------------------------
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
-        """End jobs at a node: those of a list, or all for None."""
-        comp = self._computation(number).comp
-        there = self.sent_to(self._peer(key).key, comp)
+        """End jobs at a node: those of a list, or all for None. Without a node, those of the list
+        wherever they are."""
+        if key is None:
+            count = self.jobs_shown.cancel(number, jobs)
+            logger.info('%s has cancelled jobs of computation %d: %d', self._asker, number, count)
+            return count
+        comp = self.computation(number).comp
+        there = self.sent_to(self.peer(key).key, comp)
         works: List[Any] = list(there.values())
         if jobs is not None:
             works = [work for work in works if work.client_serial in jobs]
         for work in works:
             self._scheduler.decide(CancelAsked(work))
         logger.info('%s has cancelled jobs of computation %d at node %s: %d', self._asker, number,
-                    self._peer(key), len(works))
+                    self.peer(key), len(works))
         return len(works)
 
     def _cancel_waiting(self, number: int) -> int:
         """End jobs that have not begun, also those that wait at nodes."""
-        comp = self._computation(number).comp
+        comp = self.computation(number).comp
         count = self._scheduler.cancels.cancel_waiting(comp)
         logger.info('%s has cancelled jobs of computation %d that had not begun: %d', self._asker,
                     number, count)
@@ -2486,7 +2627,7 @@ class ProgramOverview(Overview):
     def _cpus(self, key: Any, cpus: int, reason: str = '') -> int:
         """Limit the CPUs of a node that each computation may use; 0 drains the node, for this
         reason."""
-        peer = self._peer(key)
+        peer = self.peer(key)
         if type(reason) is not str:
             raise ValueError('reason=%.40r is no text' % (reason,))
         offered = peer.offered
@@ -2507,7 +2648,7 @@ class ProgramOverview(Overview):
     def _release(self, key: Any) -> int:
         """Let a node go for all computations, also those that come later, when their jobs there
         have ended."""
-        peer = self._peer(key)
+        peer = self.peer(key)
         logger.info('%s has released node %s', self._asker, peer)
         told = self._released.setdefault(peer.key, set())
         for comp, use in list(peer.uses.items()):
@@ -2521,7 +2662,7 @@ class ProgramOverview(Overview):
     def _use(self, key: Any) -> int:
         """Use a node again that was released or drained, with all its CPUs."""
         scheduler = self._scheduler
-        peer = self._peer(key)
+        peer = self.peer(key)
         self._drains.end(peer)
         logger.info('%s has resumed node %s', self._asker, peer)
         for comp in self._released.pop(peer.key, set()):
@@ -2545,8 +2686,12 @@ class ProgramOverview(Overview):
         'load': _load,
         'users': _users,
         'history': _history,
-        'jobs': _jobs,
-        'arguments': _arguments,
+        'jobs': lambda self, *args: self.jobs_shown.jobs(*args),
+        'ended': lambda self, *args: self.jobs_shown.ended(*args),
+        'at_nodes': lambda self, *args: self.jobs_shown.at_nodes(*args),
+        'waiting': lambda self, *args: self.jobs_shown.waiting(*args),
+        'looks': lambda self, *args: self.jobs_shown.looks(*args),
+        'arguments': lambda self, *args: self.jobs_shown.arguments(*args),
         'cancel': _cancel,
         'cancel_waiting': _cancel_waiting,
         'add': _add,
@@ -2555,8 +2700,9 @@ class ProgramOverview(Overview):
         'use': _use,
     }
     # What users may ask, of their own programs
-    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'arguments',
-                           'cancel', 'cancel_waiting', 'users'))
+    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'ended',
+                           'at_nodes', 'waiting', 'looks', 'arguments', 'cancel',
+                           'cancel_waiting', 'users'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -2677,7 +2823,12 @@ class NodeSharing(NodePolicy):
         """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
-    def how_to_share(self, text: str) -> str:
+    def process(self) -> tuple:
+        """Return the same for programs."""
+        host, pid, _ = super().process()
+        return host, pid, self.port
+
+    def about_holder(self, holder: Holder, place: str) -> str:
         """Return nothing, because a scheduler shares what it has."""
         return ''
 
@@ -3157,8 +3308,8 @@ class ProgramComputations(Part):
             return True   # it asks again and again in one breath; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
-        ready = Ready(computation.comp, computation.known())
-        self._send(link, ready)
+        message = Ready(computation.comp, computation.known())
+        self._send(link, message)
         if not again:
             jobs = len(computation.works)
             results = len(computation.ended)
@@ -3259,8 +3410,8 @@ class ProgramComputations(Part):
             self._cancel_dropped(computation)
             self._scheduler.program_jobs.give_up_files(computation)
         self._state.commit()   # from where they are sent now
-        known_attempts = KnownAttempts(computation.comp, computation.known())
-        self._send(link, known_attempts)
+        message = KnownAttempts(computation.comp, computation.known())
+        self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
 
     def _cancel_dropped(self, computation: ClientComputation) -> None:
@@ -4010,6 +4161,13 @@ class ProgramCalls(Part):
             answer(None)
         self._files.change_files(computation, args[3], complete)
 
+    def _looks(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
+        """Tell what jobs do, which the program names by its serials."""
+        serials, wants_stacks = args
+        jobs = self._scheduler.overview.jobs_shown
+        answer(jobs.looks_of(computation, serials[:PAGE], wants_stacks))
+
     def _running(self, computation: ClientComputation, name: str, args: tuple,
                  answer: Answer) -> None:
         """Ask a node which jobs run there."""
@@ -4056,7 +4214,7 @@ class ProgramCalls(Part):
         'jobs': _jobs,
         'allocate': _allocate,
         'leave': _leave,
-        'running': _running,
+        'running': _running, 'looks': _looks,
         'place': _place,
     }
 
