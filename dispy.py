@@ -72,6 +72,7 @@ import argparse
 import ast
 import atexit
 import base64
+import bisect
 import builtins
 import collections
 import collections.abc
@@ -154,12 +155,14 @@ from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
 from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS
-from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST
+from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
+from dispynode import ConnectionAttempt
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
-from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, HandshakeError, Holder, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
 from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
 from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
@@ -173,8 +176,9 @@ from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest,
 from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
 from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
 from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
-from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
-from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
+from dispynode import keep_private, keeps_identity, loads, lock_file, log_record_of, machine
+from dispynode import module_dict, move_below, offer_to_joblib, open_pieces, open_plain
+from dispynode import open_regular, others_who, out_of_band, private_again
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
@@ -207,6 +211,11 @@ DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
+# Jobs that must have ended before one that runs is started a second time, and how many times their
+# median it must have run by then
+SPECULATE_AFTER = 10
+SPECULATE_TIMES = 2
+DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
@@ -220,7 +229,7 @@ IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -254,6 +263,12 @@ REPORTS_APART = 5.0           # s between two questions to a node for what is fr
 FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
 FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
+# Jobs that have ended and that monitors can still show, the bytes of these, and those of the end
+# of what a job has printed
+ENDED_KEPT = 10000
+ENDED_BYTES = 64 << 20
+OUTPUT_SHOWN = 4096
+ENDED_PAGE = 500              # of these jobs in one answer
 ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
 DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
 # Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
@@ -440,26 +455,28 @@ def result_of(job: 'DispyJob') -> Any:
     return result
 
 
-def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
+def in_slices(wait: Callable[[float], Any],
+              timeout: Optional[float],
+              clock: Callable[[], float] = time.monotonic) -> Any:
     """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
-    have passed (None: without limit), and return what it returned last. No call waits longer than
-    FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
-    through here. Any thread."""
+    of `clock` have passed (None: without limit), and return what it returned last. No call waits
+    longer than FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's
+    threads go through here. Any thread."""
     if timeout is None:
         until = None
     else:
-        until = time.monotonic() + timeout
+        until = clock() + timeout
     while True:
         if until is None:
             left = FOREVER
         else:
-            left = min(FOREVER, until - time.monotonic())
+            left = min(FOREVER, until - clock())
         found = wait(max(0.0, left))
         if found:
             return found
         if until is None:
             continue
-        if time.monotonic() >= until:
+        if clock() >= until:
             return found
 
 
@@ -1885,6 +1902,7 @@ class Opened(NamedTuple):
     reentrant: bool
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    speculate: bool = False      # its last jobs are started a second time, see `Speculation`
     user: str = ''               # whose it is, where users have limits or shares
 
 
@@ -2002,6 +2020,22 @@ class NodeHad(NamedTuple):
     until: float
 
 
+class SecondHad(NamedTuple):
+    """When a scheduler starts, after NodeHad of the same node: a job that ran elsewhere was started
+    there a second time, by an attempt with this serial."""
+    node: Any
+    comp: str
+    work: Any
+    serial: int
+
+
+class SecondWins(NamedTuple):
+    """A second attempt has finished; its result comes later."""
+    node: Any
+    comp: str
+    serial: int
+
+
 class NodeLost(NamedTuple):
     """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
     none the less."""
@@ -2055,6 +2089,30 @@ class SendJobs(NamedTuple):
     node: Any
     comp: str
     works: list
+
+
+class SendSecond(NamedTuple):
+    """Send second attempts of jobs that run elsewhere, rows of SecondAttempt."""
+    node: Any
+    comp: str
+    works: list
+
+
+class SecondOver(NamedTuple):
+    """A second attempt counts no more; what it has sent is dropped."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+
+
+class SecondCounts(NamedTuple):
+    """A second attempt is that of its job from now on: it has finished, or the first has failed.
+    What it has sent takes the place of what the first has sent. `ran` as in NodeStarted, None if it
+    is not known to have begun."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+    ran: Optional[float]
 
 
 class SendCancel(NamedTuple):
@@ -2381,6 +2439,95 @@ def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
     return rank < (-priority_of(other), other.serial >> 16)
 
 
+class SecondAttempt(ScheduledJob):
+    """An attempt to run a job that runs elsewhere already, see `Speculation`.
+
+    first - the job
+    node - the key of the node where the attempt is
+    begun - since when it runs, None if it is not known to
+    rows - its provisional results, which are held back
+    said - what it has printed and logged, which the driver holds back
+    """
+    __slots__ = ('first', 'node', 'begun', 'rows', 'said')
+
+    def __init__(self, first: ScheduledJob, node: Any, serial: int) -> None:
+        super().__init__(first.comp, first.payload, first.options)
+        self.serial = serial
+        self.first = first
+        self.node = node
+        self.begun: Optional[float] = None
+        self.rows: List[tuple] = []
+        self.said: List[Output] = []
+
+
+class MedianDuration:
+    """The median of how long the jobs of a computation took that have ended last."""
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque()
+        self._sorted: List[float] = []
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        for seconds in durations:
+            self._last.append(seconds)
+            bisect.insort(self._sorted, seconds)
+            if len(self._last) > DURATIONS_KEPT:
+                oldest = self._last.popleft()
+                del self._sorted[bisect.bisect_left(self._sorted, oldest)]
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The median; None before enough have ended."""
+        count = len(self._sorted)
+        if count < SPECULATE_AFTER:
+            return None
+        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+
+
+class SecondAttempts:
+    """The second attempts of one computation."""
+
+    def __init__(self) -> None:
+        self.median = MedianDuration()
+        self.by_serial: Dict[int, SecondAttempt] = {}
+        self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
+        # Serials of attempts beside or before which another has failed: there is no third
+        self.tried: Set[int] = set()
+        # Number of a job -> the last of the serials that second attempts of it have had
+        self._serials: Dict[int, int] = {}
+
+    def new(self, work: ScheduledJob, node: Any, serial: int = 0) -> SecondAttempt:
+        """A second attempt of a job at a node; its serial is new, or given."""
+        number = job_number(work.serial)
+        last = self._serials.get(number, 0)
+        serial = serial or max(last, work.serial) + 1
+        second = SecondAttempt(work, node, serial)
+        self._serials[number] = serial
+        self.by_serial[serial] = second
+        self.of_job[work] = second
+        return second
+
+    def remove(self, second: SecondAttempt) -> None:
+        """It counts no more, or it is that of its job."""
+        del self.by_serial[second.serial]
+        del self.of_job[second.first]
+
+    def pass_over(self, work: ScheduledJob) -> None:
+        """The next attempt of a job has a serial that none before had."""
+        last = self._serials.pop(job_number(work.serial), 0)
+        work.serial = max(work.serial, last)
+
+    def forget(self, work: ScheduledJob) -> None:
+        """A job has ended."""
+        self._serials.pop(job_number(work.serial), None)
+        self.tried.discard(work.serial)
+
+    def at(self, key: Any) -> List[SecondAttempt]:
+        """Those that are at a node."""
+        return [second for second in self.by_serial.values() if second.node == key]
+
+
 class UserRule(NamedTuple):
     """What a user, or a group of users, may have at once, and the part of what there is."""
     share: float = 1.0          # in proportion to the shares of others
@@ -2433,12 +2580,12 @@ class UserLoad:
             return -self.rule.priority, self.claim, 0.0
         return -self.rule.priority, self.group.claim, self.claim
 
-    def admits(self, cpus: int) -> bool:
-        """Whether a job with so many CPUs may go to a node now."""
+    def admits(self, cpus: int, jobs: int = 1) -> bool:
+        """Whether a job with so many CPUs, or several, may go to nodes now."""
         rule = self.rule
-        if self.cpus + cpus > rule.cpus or self.jobs >= rule.jobs:
+        if self.cpus + cpus > rule.cpus or self.jobs + jobs > rule.jobs:
             return False
-        return self.group is None or self.group.admits(cpus)
+        return self.group is None or self.group.admits(cpus, jobs)
 
     def why_not(self, cpus: int) -> str:
         """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
@@ -2588,7 +2735,9 @@ class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most, self.user_name = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, speculates, user = opened
+        self.seconds = SecondAttempts() if speculates and not self.remote else None
+        self.user_name = user
         # Its user, if he has limits or a share
         self.user: Optional[UserLoad] = None
         # Whether jobs wait because of a limit of the user, and of which of them that was told
@@ -2726,7 +2875,7 @@ class NodeLoad:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
                  'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks',
-                 'trip', 'probe', 'tried_until', 'stock')
+                 'trip', 'probe', 'tried_until', 'stock', 'seconds')
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -2743,6 +2892,8 @@ class NodeLoad:
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
         self.stock = Stock()
+        # Second attempts that are here; none is counted among the jobs
+        self.seconds: List[SecondAttempt] = []
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
@@ -2880,6 +3031,9 @@ class NodeLoad:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        if comp.seconds is not None:
+            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
+            comp.seconds.median.add([row[3] - row[2] for row in finished])
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -3027,6 +3181,8 @@ class Books:
         move_job(work, 'send')
         if comp.blocked_head is work:
             comp.blocked_head = None
+        if comp.seconds is not None:
+            comp.seconds.pass_over(work)
         work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
@@ -3083,6 +3239,22 @@ class Books:
             there.ranks[comp.comp] = collections.Counter()
             for work in there.in_flight[comp.comp].values():
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
+
+    def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """An attempt that is at a node counts as that of its job from now on."""
+        cpus = cpus_of(work)
+        node.take(comp.comp, cpus)
+        node.stock.take(work)
+        node.bytes += _bytes_of(work)
+        comp.cpus_in_flight += cpus
+        self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
+        node.in_flight[comp.comp][work.serial] = work
+        comp.running[work.serial] = node
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        self.changed[node.key] = node
 
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
@@ -3570,8 +3742,8 @@ class Placement:
         it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
-            send_recall = SendRecall(node.key, comp.comp, serials)
-            self._books.do(send_recall)
+            action = SendRecall(node.key, comp.comp, serials)
+            self._books.do(action)
 
 
 class Limits:
@@ -3589,8 +3761,8 @@ class Limits:
             comp.offers[node.key] = cpus
             self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
             comp_limit = node.limits[comp.comp]
-            limit_node = LimitNode(node.key, comp.comp, comp_limit)
-            self._books.do(limit_node)
+            action = LimitNode(node.key, comp.comp, comp_limit)
+            self._books.do(action)
             self._share_limits(comp)
 
     def _share_limits(self, comp: ComputationLoad) -> None:
@@ -3608,8 +3780,8 @@ class Limits:
             left -= more
             self._set_limit(node, comp, limit + more)
             cpus = limit + more
-            limit_node = LimitNode(key, comp.comp, cpus)
-            self._books.do(limit_node)
+            action = LimitNode(key, comp.comp, cpus)
+            self._books.do(action)
 
     def _set_limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
         placement = self._placement
@@ -3735,12 +3907,330 @@ class Repetitions:
             books.changed[node.key] = node
 
 
+class Speculation:
+    """Starts the last running jobs of computations that want it a second time, on idle CPUs of
+    other nodes, when nothing waits and they have run for much longer than others took. What
+    finishes first counts. A failure of one attempt counts for nothing while the other goes on.
+
+    A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
+    needs them is sent there, and the second attempt is ended for it."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._comps: Dict[str, ComputationLoad] = {}   # that want it
+        self._due = math.inf     # when the first job has run for long enough
+
+    def begin(self, comp: ComputationLoad) -> None:
+        """A computation is opened."""
+        if comp.seconds is not None:
+            self._comps[comp.comp] = comp
+
+    def closed(self, comp: ComputationLoad) -> None:
+        """A computation is over."""
+        self._comps.pop(comp.comp, None)
+        if comp.seconds is not None:
+            for second in list(comp.seconds.by_serial.values()):
+                self._drop(comp, second)
+
+    # -- the end of a turn -------------------------------------------------------------------------
+
+    def next_at(self) -> float:
+        """When a job will have run for so long that it may be started a second time."""
+        return self._due
+
+    def look(self) -> None:
+        """End second attempts that are in the way of jobs, and start others."""
+        self._due = math.inf
+        for comp in self._comps.values():
+            self._make_way(comp)
+            self._start_late(comp)
+
+    def _make_way(self, comp: ComputationLoad) -> None:
+        """End those of a computation whose CPUs, or what else they use, a job needs."""
+        seconds: Any = comp.seconds
+        for second in list(seconds.by_serial.values()):
+            node = self._books.nodes[second.node]
+            if node.away is not None:
+                continue
+            place = node.seconds.index(second)
+            before = node.seconds[:place]
+            fits = self._fits(node, second, before)
+            if not fits or not self._is_within_limits(comp):
+                self._cancel(comp, second)
+
+    @staticmethod
+    def _is_within_limits(comp: ComputationLoad, work: Optional[ScheduledJob] = None) -> bool:
+        """Whether the limits of the user leave room for all second attempts of a computation, and
+        for one of this job besides."""
+        if comp.user is None:
+            return True
+        seconds: Any = comp.seconds
+        works = list(seconds.by_serial.values())
+        if work is not None:
+            works.append(work)
+        cpus = sum(map(cpus_of, works))
+        return comp.user.admits(cpus, len(works))
+
+    @staticmethod
+    def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
+        """Whether a second attempt finds at a node what it needs, beside the jobs there and these
+        second attempts."""
+        needs: Dict[str, int] = collections.Counter()
+        cpus = 0
+        own = 0     # CPUs of the same computation
+        for work in (second, *others):
+            count = cpus_of(work)
+            cpus += count
+            if work.comp == second.comp:
+                own += count
+            for name, units in needs_of(work):
+                needs[name] += units
+        limit = node.limits[second.comp]
+        own += node.parts[second.comp]
+        if node.used + cpus > node.cpus or own > limit:
+            return False
+        request = tuple(needs.items())
+        return node.stock.has_free(request)
+
+    def _start_late(self, comp: ComputationLoad) -> None:
+        """Start those jobs of a computation a second time that have run for long enough."""
+        median = comp.seconds.median.seconds  # type: ignore[union-attr]
+        if median is None or not comp.idle or comp.length():
+            return
+        late = []
+        for node in comp.nodes.values():
+            flight = node.in_flight[comp.comp]
+            for serial, since in node.begun[comp.comp].items():
+                work = flight[serial]
+                if not self._may_be_started(comp, work):
+                    continue
+                due = since + SPECULATE_TIMES * median
+                if due <= self._books.now:
+                    late.append((since, serial))
+                else:
+                    self._due = min(self._due, due)
+        late.sort()
+        for _, serial in late:
+            node = comp.running[serial]
+            self._start(comp, node, serial)
+
+    @staticmethod
+    def _may_be_started(comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether there may be a second attempt of a job that runs."""
+        seconds: Any = comp.seconds
+        if work.state not in _GOING_ON or work in seconds.of_job:
+            return False
+        if work.options and work.options.get('node') is not None:
+            return False
+        return work.serial not in seconds.tried
+
+    def _start(self, comp: ComputationLoad, first: NodeLoad, serial: int) -> None:
+        """Start a job a second time, if a CPU of another node is idle that no job may want."""
+        work = first.in_flight[comp.comp][serial]
+        if not self._is_within_limits(comp, work):
+            return
+        for node in comp.idle.values():
+            if node is first or self._is_wanted(node):
+                continue
+            if self._fits(node, work, node.seconds):
+                seconds: Any = comp.seconds
+                second = seconds.new(work, node.key)
+                node.seconds.append(second)
+                send_second = SendSecond(node.key, comp.comp, [second])
+                self._books.do(send_second)
+                return
+
+    @staticmethod
+    def _is_wanted(node: NodeLoad) -> bool:
+        """Whether jobs wait that might come to a node."""
+        for comp in node.comps.values():
+            if comp.length() or comp.overloaded:
+                return True
+        return False
+
+    # -- what nodes tell ---------------------------------------------------------------------------
+
+    def at(self, key: Any, comp: ComputationLoad, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt with this serial, if it is at this node."""
+        if comp.seconds is None:
+            return None
+        second = comp.seconds.by_serial.get(serial)
+        if second is None or second.node != key:
+            return None
+        return second
+
+    def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
+        """The same by the name of a computation, which may be over or have none."""
+        comp = self._comps.get(name)
+        if comp is None:
+            return None
+        return self.at(key, comp, serial)
+
+    def had(self, event: SecondHad) -> None:
+        """One that was started by the process before this one."""
+        comp = self._books.comps[event.comp]
+        if comp.seconds is None:
+            return
+        second = comp.seconds.new(event.work, event.node, event.serial)
+        self._books.nodes[event.node].seconds.append(second)
+
+    def started(self, node: NodeLoad, comp: ComputationLoad, serial: int, ran: float) -> None:
+        """An attempt that is none of the jobs there has begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            second.begun = self._books.now - max(0.0, ran)
+
+    def held(self, node: NodeLoad, comp: ComputationLoad, account: Account) -> Set[int]:
+        """What a node knows is compared with what was sent there. Returns the serials that are
+        there."""
+        there = set()
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            verdict, _ = account.verdict(second.serial, Occasion.CONNECTED)
+            if verdict is Verdict.STAYS:
+                there.add(second.serial)
+            else:
+                self._drop(comp, second)
+        return there
+
+    def returned(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
+        """A node gives one back that has not begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            self._fail(comp, second)
+
+    def lost(self, node: NodeLoad, comp: ComputationLoad) -> None:
+        """A node is gone."""
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            self._drop(comp, second)
+
+    def results(self, node: NodeLoad, comp: ComputationLoad, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that do not count: failures of second attempts, and what
+        these send before it is known whether they count. One that has finished is that of its job
+        from now on."""
+        if comp.seconds is None:
+            return rows
+        counting = []
+        for row in rows:
+            second = self.at(node.key, comp, row[0])
+            if second is not None and row[1] in PROVISIONAL:
+                second.rows.append(row)
+            elif second is not None and row[1] not in RETURNED:
+                self._fail(comp, second)
+            else:
+                if second is not None:
+                    self._let_count(comp, second)
+                counting.append(row)
+        return counting
+
+    def came(self, comp: ComputationLoad, pairs: Sequence[Tuple[ScheduledJob, tuple]]) -> None:
+        """Jobs have ended, or have a provisional result."""
+        for work, _ in pairs if comp.seconds is not None else ():
+            if work.state in ENDED:
+                self.ended(comp, work)
+
+    def wins(self, event: SecondWins) -> None:
+        """One has finished; its result comes later."""
+        pair = self._books.pair(event.node, event.comp)
+        if pair is None:
+            return
+        node, comp = pair
+        second = self.at(node.key, comp, event.serial)
+        if second is not None:
+            self._let_count(comp, second)
+
+    # -- what becomes of the job -------------------------------------------------------------------
+
+    def ended(self, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """A job has ended, or is not wanted any more: so is its second attempt."""
+        seconds = comp.seconds
+        if seconds is None:
+            return
+        second = seconds.of_job.get(work)
+        if second is not None:
+            self._cancel(comp, second)
+        if work.state in ENDED:
+            seconds.forget(work)
+
+    def goes_on(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether a job goes on whose first attempt has ended and is on no node any more: its
+        second is that of the job then."""
+        if comp.seconds is None or work.state is JobState.CANCELLING:
+            return False
+        second = comp.seconds.of_job.get(work)
+        if second is None:
+            return False
+        self._let_count(comp, second)
+        return True
+
+    def _let_count(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt takes the place of the first, which is ended if it goes on."""
+        books = self._books
+        work = second.first
+        before = comp.running.get(work.serial)
+        if before is not None:
+            books.take_off(before, comp, [work.serial])
+            send_cancel = SendCancel(before.key, comp.comp, [work.serial])
+            books.do(send_cancel)
+        else:
+            seconds: Any = comp.seconds
+            seconds.tried.add(second.serial)
+        self._remove(comp, second)
+        work.serial = second.serial
+        node = books.nodes[second.node]
+        books.goes_on_at(node, comp, work)
+        ran = None
+        if second.begun is not None:
+            ran = books.now - second.begun
+            node.begun[comp.comp][work.serial] = second.begun
+            if comp.user is not None:
+                books.users.ran(comp.user, cpus_of(work), books.now)
+        elif before is None:   # otherwise it has finished
+            move_job(work, 'back')
+            books.do(JobWaits(work))
+            move_job(work, 'send')
+        second_counts = SecondCounts(node.key, comp.comp, second, ran)
+        books.do(second_counts)
+        pairs = []
+        for row in second.rows:
+            move_job(work, 'provisional')
+            pairs.append((work, row))
+        if pairs:
+            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
+            books.do(jobs_ended)
+
+    def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt has failed: the first goes on, and has no other."""
+        seconds: Any = comp.seconds
+        seconds.tried.add(second.first.serial)
+        self._drop(comp, second)
+
+    def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._drop(comp, second)
+        send_cancel = SendCancel(second.node, comp.comp, [second.serial])
+        self._books.do(send_cancel)
+
+    def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._remove(comp, second)
+        second_over = SecondOver(second.node, comp.comp, second)
+        self._books.do(second_over)
+
+    def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        seconds: Any = comp.seconds
+        seconds.remove(second)
+        node = self._books.nodes[second.node]
+        node.seconds.remove(second)
+
+
+_GOING_ON = frozenset((JobState.RUNNING, JobState.PROVISIONAL))
+
+
 class Losses:
     """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
 
-    def __init__(self, books: Books, limits: Limits) -> None:
+    def __init__(self, books: Books, limits: Limits, speculation: Speculation) -> None:
         self._books = books
         self._limits = limits
+        self._speculation = speculation
 
     def away(self, event: NodeAway) -> None:
         """What is there goes on for a while."""
@@ -3795,6 +4285,7 @@ class Losses:
                account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
+        self._speculation.lost(node, comp)
         for serial in sorted(node.in_flight[name], reverse=True):   # each goes to the front
             verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial),
                                   Occasion.ENDED]
@@ -3812,6 +4303,8 @@ class Losses:
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
         books = self._books
+        if self._speculation.goes_on(comp, work):
+            return
         books.answer(comp, work)
         work.lost_with += (node_name,)
         if work.options:
@@ -3835,8 +4328,8 @@ class Losses:
         elif move_job(work, 'give up') is JobState.CANCELLED:
             books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
-            job_ended = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
-            books.do(job_ended)
+            action = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
+            books.do(action)
 
     def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account,
                occasion: Occasion) -> None:
@@ -3856,6 +4349,8 @@ class Losses:
         own = node.recalled[comp.comp].get(serial, False)
         off = books.take_off(node, comp, [serial])
         for work in off.values():
+            if self._speculation.goes_on(comp, work):
+                continue
             if own:
                 comp.called[job_number(serial)] = comp.called.get(job_number(serial), 0) + 1
             if work in comp.withdrawn:
@@ -3878,9 +4373,10 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
 class ScheduleRequests:
     """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
 
-    def __init__(self, books: Books, placement: Placement) -> None:
+    def __init__(self, books: Books, placement: Placement, speculation: Speculation) -> None:
         self._books = books
         self._placement = placement
+        self._speculation = speculation
         self._numbers = itertools.count(1)
 
     def submit(self, event: Submitted) -> None:
@@ -3940,8 +4436,9 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
-            self._books.do(send_cancel)
+            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(action)
+            self._speculation.ended(comp, work)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
@@ -3992,8 +4489,9 @@ class Schedule:
         self.away = self._books.away          # nodes that cannot be reached now
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
-        self._losses = Losses(self._books, self._limits)
-        self.requests = ScheduleRequests(self._books, self._placement)
+        self.speculation = Speculation(self._books)
+        self._losses = Losses(self._books, self._limits, self.speculation)
+        self.requests = ScheduleRequests(self._books, self._placement, self.speculation)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
@@ -4020,6 +4518,8 @@ class Schedule:
             RulesChanged: self._rules_changed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
+            SecondHad: self.speculation.had,
+            SecondWins: self.speculation.wins,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -4047,8 +4547,10 @@ class Schedule:
         if books.waiting:
             self.users.advance(now)
             placement.distribute()
-        if len(self.nodes) > 1 and books.changed:
-            placement.balance()
+        if len(self.nodes) > 1:
+            if books.changed:
+                placement.balance()
+            self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -4056,8 +4558,8 @@ class Schedule:
         """Nodes that have not come back in their time."""
         for node in [node for node in self.away.values() if node.lost_at() <= now]:
             away: Any = node.away
-            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
-            self._node_doubted(node_doubted)
+            event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(event)
             self._books.do(NodeGone(node.key))
 
     def lost_at(self, key: Any) -> float:
@@ -4077,6 +4579,9 @@ class Schedule:
         rested = self._repetitions.next_at()
         if rested is not None:
             times.append(rested)
+        late = self.speculation.next_at()
+        if late < math.inf:
+            times.append(late)
         if times:
             return min(times)
         return None
@@ -4105,6 +4610,7 @@ class Schedule:
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
         comp = self.comps[event.comp] = ComputationLoad(event, order)
+        self.speculation.begin(comp)
         comp.user = self.users.load_of(event.user)
 
     def _rules_changed(self, event: RulesChanged) -> None:
@@ -4122,6 +4628,7 @@ class Schedule:
         if comp is None:
             return
         books.waiting.pop(comp.comp, None)
+        self.speculation.closed(comp)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
             serials = list(node.in_flight[comp.comp])
@@ -4166,11 +4673,12 @@ class Schedule:
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         limits.limit(node, comp, event.cpus)
         limits.unpark(comp, node)
+        held -= self.speculation.held(node, comp, account)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
-            send_cancel = SendCancel(node.key, comp.comp, unwanted)
-            books.do(send_cancel)
+            action = SendCancel(node.key, comp.comp, unwanted)
+            books.do(action)
 
     def _node_told(self, event: NodeTold) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -4178,6 +4686,7 @@ class Schedule:
             return
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
+        self.speculation.held(node, comp, event.account)
         # It is there, and what it holds will come; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
@@ -4209,6 +4718,7 @@ class Schedule:
         pair = self._books.pair(event.node, event.comp)
         if pair is not None:
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
+                self.speculation.returned(*pair, serial)
                 self._losses.give_back(*pair, serial)
 
     def _node_started(self, event: NodeStarted) -> None:
@@ -4223,6 +4733,7 @@ class Schedule:
         for serial, ran in event.rows:
             work = flight.get(serial)
             if work is None:
+                self.speculation.started(node, comp, serial, ran)
                 continue
             if comp.user is not None and serial not in begun:
                 self.users.ran(comp.user, cpus_of(work), books.now)
@@ -4238,8 +4749,8 @@ class Schedule:
                 heapq.heappush(self._late, (late, next_number, node.key))
         if pairs:
             books.changed[node.key] = node
-            jobs_started = JobsStarted(node.key, comp.comp, pairs)
-            books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, pairs)
+            books.do(action)
 
     def _node_results(self, event: NodeResults) -> None:
         rows = event.rows
@@ -4253,6 +4764,7 @@ class Schedule:
             return
         node, comp = pair
         _check_outcomes(rows)
+        rows = self.speculation.results(node, comp, rows)
         self._charge(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
@@ -4277,6 +4789,7 @@ class Schedule:
             pairs.append((work, row))
         action = SendAck(node.key, comp.comp, serials)
         books.do(action)
+        self.speculation.came(comp, pairs)
         if pairs:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
@@ -4308,8 +4821,8 @@ class Schedule:
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
         if work.state is JobState.SENT:
-            jobs_started = JobsStarted(node.key, comp.comp, [(work, 0.0)])
-            self._books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, [(work, 0.0)])
+            self._books.do(action)
         move_job(work, 'provisional')
 
     def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob,
@@ -4321,14 +4834,16 @@ class Schedule:
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
             return True
+        if row[1] not in RETURNED and self.speculation.goes_on(comp, work):
+            return True
         if row[1] == Outcome.DIED:
             retries = options.get('retries')
             if retries and not comp.remote:
                 self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 return True
         if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
-            job_failed_once = JobFailedOnce(node.key, comp.comp, work, row)
-            self._books.do(job_failed_once)
+            action = JobFailedOnce(node.key, comp.comp, work, row)
+            self._books.do(action)
             return True
         return False
 
@@ -5273,8 +5788,8 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
     """(metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
-        stem_and_suffix = os.path.splitext(name)
-        file = _METADATA_FILES.get(stem_and_suffix[1])
+        _, suffix = os.path.splitext(name)
+        file = _METADATA_FILES.get(suffix)
         path = os.path.join(directory, name, file or '')
         if file and os.path.isfile(path):
             with open(path, encoding='utf-8', errors='replace') as record:
@@ -5291,8 +5806,8 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 else:
                     below = member
                 name, _, file = below.partition('/')
-                stem_and_suffix = os.path.splitext(name)
-                expected = _METADATA_FILES.get(stem_and_suffix[1])
+                _, suffix = os.path.splitext(name)
+                expected = _METADATA_FILES.get(suffix)
                 if not member.endswith(below):
                     continue
                 if expected == file:
@@ -6213,8 +6728,8 @@ class OwnModules:
         if _is_package_file(os.path.basename(path)):
             holder = os.path.dirname(holder)
         owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
-        stem_and_suffix = os.path.splitext(owner)
-        return stem_and_suffix[0].partition('-')[2]
+        stem, _ = os.path.splitext(owner)
+        return stem.partition('-')[2]
 
 
 own_modules = OwnModules()
@@ -7234,8 +7749,8 @@ def is_executable(path: str, start: bytes) -> bool:
         return os.access(path, os.X_OK)
     pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
     suffixes = pathext.lower().split(';')
-    stem_and_suffix = os.path.splitext(path)
-    end = stem_and_suffix[1].lower()
+    _, suffix = os.path.splitext(path)
+    end = suffix.lower()
     if start == b'MZ':
         return True
     if end in ('.py', '.pyw'):
@@ -8129,6 +8644,11 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
             raise DispyError('%s: %s belongs to another user (number %d), who may have put '
                              'anything into it' % (what, path, status.st_uid))
     if os.name == 'nt':
+        others = others_who(WRITES, path)
+        if others:
+            message = ('%s: %s can be written by others (%s): if you know that what is in it is '
+                       'yours, run %s' % (what, path, ', '.join(others), private_again(path)))
+            raise DispyError(message)
         return
     if not status.st_mode & 0o022:
         return
@@ -8146,8 +8666,11 @@ def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> in
     for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
         flags |= getattr(os, name, 0)
     check_own_file(path, what)
+    is_new = make and not os.path.exists(path)
     handle = os.open(path, flags, 0o600)
     try:
+        if is_new:
+            keep_private(path)
         _check_status(os.fstat(handle), path, what)
     except BaseException:
         os.close(handle)
@@ -8368,14 +8891,19 @@ class Journal(Database):
         """
     # Values that jobs which have not ended have in their arguments; each is here once.
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
-    INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
+    # Second attempts of jobs that run, and the directories of their files
+    SECONDS = ('CREATE TABLE IF NOT EXISTS seconds (number INTEGER PRIMARY KEY, serial INTEGER, '
+               'node TEXT, files TEXT)')
+    INSERT, RENAME, MOVE, END, FREE, VALUE, SECOND, SECOND_OVER = range(8)
     STATEMENTS = (
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, '
         'state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
-        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
+        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)',
+        'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?, ?)',
+        'DELETE FROM seconds WHERE number = ? AND serial = ?')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
     _HEAD = struct.Struct('>BQdIIII')
@@ -8402,6 +8930,7 @@ class Journal(Database):
             self._check_new()
             with self.damages():
                 self._db.execute(self.VALUES)
+                self._db.execute(self.SECONDS)
                 self._take_new()
         except BaseException:
             self._db.close()
@@ -8544,6 +9073,24 @@ class Journal(Database):
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
+
+    def second_sent(self, second: SecondAttempt, node: str, memory: str, files: str) -> None:
+        """A second attempt is on its way to a node; the directory is where its files are kept."""
+        where = '%s#%s' % (node, memory[:8])
+        self.note(self.SECOND, job_number(second.serial), second.serial, where, files)
+
+    def second_over(self, second: SecondAttempt) -> None:
+        """A second attempt counts no more, or is that of its job."""
+        self.note(self.SECOND_OVER, job_number(second.serial), second.serial)
+
+    def seconds(self) -> Dict[int, Tuple[int, str, str]]:
+        """Number of a job that was sent -> serial, node and directory of its second attempt. Raises
+        DispyError for a file that is damaged."""
+        with self.damages():
+            rows = self._db.execute(
+                'SELECT number, serial, node, files FROM seconds WHERE number IN '
+                '(SELECT number FROM jobs WHERE state = ?)', (self.SENT, )).fetchall()
+        return {number: (serial, node, files) for number, serial, node, files in rows}
 
     def waits(self, work: ScheduledJob) -> None:
         """It came back without having been started, or may be run again."""
@@ -8745,15 +9292,17 @@ class BegunNotes:
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
+        is_last = False
         try:
             while True:
                 with open_regular(path) as file:
                     found = json.load(file)
-                if 'directory' not in found or time.monotonic() > until:
+                if 'directory' not in found or is_last:
                     break
-                if not os.path.isdir(found['directory']):
-                    break
-                time.sleep(cls.EVERY)
+                # What it has written before its directory went may be newer than what was read
+                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                if not is_last:
+                    time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         begun = found.get('begun') if isinstance(found, dict) else None
@@ -8981,6 +9530,7 @@ class RecoverableFiles:
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
         self.listen = head['listen']
+        self.files = str(head.get('files', ''))    # below which the files of jobs come
         self.process = tuple(head['process'])
         nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
@@ -9114,38 +9664,31 @@ def remedy_for_source(spec: dict) -> str:
             'that it needs as arguments; or r' + same)
 
 
-_OF_SCHEDULER = LazyPattern(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
-
-
-def how_to_share(text: str) -> str:
-    """A node says whom it serves; what to do, to be appended."""
-    found = _OF_SCHEDULER.match(text)
-    if found is not None:
-        if int(found.group(2)) == SCHEDULER_PORT:
+def how_to_share(holder: Holder) -> str:
+    """Return what a program can do that wants a node which another process has, to be appended to
+    what the node says."""
+    if holder.port:
+        if holder.port == SCHEDULER_PORT:
             port = ''
         else:
-            port = ', scheduler_port=%s' % found.group(2)
+            port = ', scheduler_port=%d' % holder.port
         return ('. That scheduler shares its nodes: use SharedJobCluster(..., '
-                'scheduler_host=%r%s)' % (found.group(1), port))
-    if text.startswith('it serves '):
-        if 'connection is lost' not in text:
-            return ('. A node serves one client at a time. For several programs at once '
-                    'start a dispyscheduler, and use SharedJobCluster')
-    return ''
-
-
-def who_holds(text: str, place: str) -> str:
-    """A node says by whom it is held: if that is a program of this user that has ended, which it
-    was, and what to do."""
-    found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
-    if found is None:
+                'scheduler_host=%r%s)' % (holder.host, port))
+    if holder.is_away:
         return ''
-    host = found.group(1)
-    pid = int(found.group(2))
+    return ('. A node serves one client at a time. For several programs at once '
+            'start a dispyscheduler, and use SharedJobCluster')
+
+
+def who_holds(holder: Holder, place: str) -> str:
+    """Return which program of this user it was that has a node and has ended, and what to do about
+    it; empty if it is another's, or has not ended. `place` is that of the node."""
+    if not holder.is_away:
+        return ''
     for left in programs_left():
         left.close()
         row = left.row
-        if (row.host, row.pid) != (host, pid):
+        if (row.host, row.pid) != (holder.host, holder.pid):
             continue
         if place in left.places:
             return (': these are jobs of %s (%s), a program of yours that began %s and '
@@ -9382,6 +9925,10 @@ class Monitor:
     def failed(self, job: DispyJob, payload: Any) -> None:
         """A job has ended without a result; `payload` are its arguments, packed."""
 
+    def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Jobs have ended, each with its packed arguments; `peer` is the node that they were at,
+        None if they were at none."""
+
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
 
@@ -9442,7 +9989,7 @@ class Outgoing:
 class NodeAssignment:
     """A node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
-                 'passes', 'unloadable', 'seat_told')
+                 'passes', 'unloadable', 'seat_told', 'holder_hint')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = AssignmentState.WAITING
@@ -9455,6 +10002,8 @@ class NodeAssignment:
         self.acks: List[int] = []                    # serials to be acknowledged
         self.then = ''                               # when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
+        # A row of Holder, and what to do about that
+        self.holder_hint: Tuple[tuple, str] = ((), '')
         self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
@@ -9790,6 +10339,23 @@ def remove_abandoned_directories() -> None:
                 remove_abandoned_directory(entry.path)
 
 
+class SecondsOfUser:
+    """What a NodeUser does about second attempts of its jobs; see NodeUser for the methods."""
+
+    def send(self, peer: 'NodeConnection', seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node."""
+
+    def counts(self, peer: 'NodeConnection', second: SecondAttempt, ran: float) -> None:
+        """One that is at a node and has run for so many seconds is that of its job from now on."""
+
+    def over(self, second: SecondAttempt) -> None:
+        """One counts no more."""
+
+    def files_of(self, second: SecondAttempt) -> 'HeldFiles':
+        """Return where the files are kept that one sends."""
+        raise PeerError('a file that was not asked for')
+
+
 class NodeUser:
     """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
     reads these attributes, and calls these methods when something has happened. They are called in
@@ -9811,6 +10377,8 @@ class NodeUser:
     searches = True                             # nodes that a wildcard means are looked for by UDP
     warns = True                                # when no node is ready for a while
     reentrant = False                           # jobs of a lost node are run again elsewhere
+    speculate = False                           # its last jobs are started a second time
+    seconds = SecondsOfUser()
     remote = False                              # jobs go to a scheduler
     journal: Optional[Journal] = None           # where its jobs are written down
     closed = False                              # nothing can be submitted any more
@@ -9968,9 +10536,14 @@ class NodePolicy:
         """Who this is, for those who run the node and for others who want it."""
         return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
-    def how_to_share(self, text: str) -> str:
-        """What to do about a node that serves others, and says so in these words."""
-        return how_to_share(text)
+    def process(self) -> tuple:
+        """Return the same for programs: a row of ClientHello."""
+        return socket.gethostname(), os.getpid(), 0
+
+    def about_holder(self, holder: Holder, place: str) -> str:
+        """Return what to do about a node that serves another, to be appended to what it says.
+        `place` is that of the node."""
+        return who_holds(holder, place) or how_to_share(holder)
 
     def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
@@ -9991,6 +10564,11 @@ class NodePolicy:
 
     def node_freed(self, peer: 'NodeConnection') -> None:
         """A computation has left a node, or was refused there."""
+
+
+def new_comp() -> str:
+    """Return a name for a computation, which no other has."""
+    return uuid.uuid4().hex
 
 
 def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
@@ -10014,11 +10592,15 @@ class Collector(NodeUser):
     client = 'recovery'
     acknowledges = True    # results, when they come
 
-    def __init__(self, places: Iterable[str], calling: Iterable[str],
-                 listens: Sequence[str]) -> None:
+    def __init__(self,
+                 places: Iterable[str],
+                 calling: Iterable[str],
+                 listens: Sequence[str],
+                 new_name: Callable[[], str] = new_comp) -> None:
         """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
-        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT."""
-        self.comp = uuid.uuid4().hex
+        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT.
+        `new_name` names what is a cluster to the driver."""
+        self.comp = new_name()
         self.port = NODE_PORT
         self.specs = _specs_of_places(places)
         self.callers = {where[1:] for where in calling if where.startswith(' ')}
@@ -10077,17 +10659,24 @@ class Recovery(Collector):
                  lost: Callable[[DispyJob, str], None],
                  again: Callable[[DispyJob], None],
                  over: Callable[[], None],
-                 cancel: bool = False) -> None:
+                 cancel: bool = False,
+                 parts: Optional['DriverParts'] = None) -> None:
+        """`parts` are those of the driver that it will have, where they are not the usual ones."""
+        parts = parts or DriverParts()
         rows = journal.comps()
         self._journal = journal
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
+        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
         self._unmet = holders - places   # they may keep results that are noted
-        super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
+        listens = [row[4] for row in rows if row[4]]
+        super().__init__(places | self._unmet, places, listens, parts.new_comp)
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.collected = threading.Event()
+        self.collected = parts.event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
+        # Number -> serial, node and directory of the files of the second attempt
+        self._seconds = journal.seconds()
         self._done = done
         self._lost = lost
         self._again = again
@@ -10117,7 +10706,7 @@ class Recovery(Collector):
 
     def _settle(self, peer: NodeConnection, comp: str, serials: Sequence[int],
                 past: AttemptHistory) -> None:
-        for number, (job, node) in list(self._jobs.items()):
+        for job, serial, node in self._attempts():
             where, _, memory = node.rpartition('#')
             if where != peer.place:
                 continue
@@ -10125,17 +10714,66 @@ class Recovery(Collector):
                 continue
             whole = peer.embedded or memory != '' and peer.memory.startswith(memory)
             account = Account(frozenset(serials), past, whole)
-            verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
+            verdict, text = account.verdict(serial, Occasion.RECOVERED)
+            if verdict is Verdict.STAYS or self._other_goes_on(serial):
+                continue
+            del self._jobs[job_number(serial)]
             if verdict is Verdict.WAITS:
-                del self._jobs[number]
                 self._again(job)
-            elif verdict is Verdict.LOST:
-                del self._jobs[number]
+            else:
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
-            cancel = Cancel(comp, list(serials))
-            self.driver.send(peer.link, cancel)
+            message = Cancel(comp, list(serials))
+            self.driver.send(peer.link, message)
         self._check()
+
+    def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
+        """Jobs, and serial and node of an attempt of theirs that has not ended."""
+        found = []
+        for number, (job, node) in self._jobs.items():
+            found.append((job, job.serial, node))
+            if number in self._seconds:
+                serial, other, _ = self._seconds[number]
+                found.append((job, serial, other))
+        return found
+
+    def _other_goes_on(self, serial: int) -> bool:
+        """An attempt counts no more. Returns whether its job has another, which counts then."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return False
+        second, node, files = self._seconds[number]
+        del self._seconds[number]
+        job, _ = self._jobs[number]
+        if serial == second:
+            settle_files(files, False)
+        else:
+            job.serial = second
+            self._jobs[number] = (job, node)
+            settle_files(files, True)
+        return True
+
+    def _end_other(self, serial: int) -> None:
+        """An attempt has finished: that beside it is ended."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return
+        job, node = self._jobs[number]
+        second, other, files = self._seconds.pop(number)
+        settle_files(files, serial == second)
+        if serial == second:
+            self._cancel_at(node, job.comp, job.serial)
+        else:
+            self._cancel_at(other, job.comp, second)
+
+    def _cancel_at(self, node: str, comp: str, serial: int) -> None:
+        place = node.rpartition('#')[0]
+        for peer in self.met:
+            if peer.place == place and peer.link is not None:
+                cancel = Cancel(comp, [serial])
+                self.driver.send(peer.link, cancel)
+        if not any(peer.place == place for peer in self.met):
+            self._unmet.add(place)   # it is told that the computation is over
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
@@ -10149,11 +10787,10 @@ class Recovery(Collector):
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
-        for serial in serials:
-            job, node = self._jobs.get(job_number(serial), (None, ''))
-            if job is None:
+        for job, serial, node in self._attempts():
+            if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place:
+            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -10166,6 +10803,9 @@ class Recovery(Collector):
                 continue
             if row[1] in PROVISIONAL:
                 continue
+            if row[1] not in RETURNED and self._other_goes_on(row[0]):
+                continue
+            self._end_other(row[0])
             del self._jobs[job_number(row[0])]
             job.serial = row[0]
             if row[1] == Outcome.STOPPED:
@@ -10178,12 +10818,9 @@ class Recovery(Collector):
 
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
-        for peer in self.met:
-            where = self._jobs.get(job_number(job.serial), (None, ''))[1].rpartition('#')[0]
-            if where != peer.place:
-                continue
-            if peer.link is not None:
-                self.driver.send(peer.link, Cancel(job.comp, [job.serial]))
+        for other, serial, node in self._attempts():
+            if other is job:
+                self._cancel_at(node, job.comp, serial)
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
@@ -10205,12 +10842,13 @@ class Recovery(Collector):
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
         """Until all has been collected, and a little longer for nodes that may forget what they
         keep."""
+        clock = self.driver.clock
         if timeout is None:
             until = math.inf
         else:
-            until = time.monotonic() + timeout
-        in_slices(self.collected.wait, timeout)
-        over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
+            until = clock() + timeout
+        in_slices(self.collected.wait, timeout, clock)
+        over.wait(min(max(0.0, until - clock()), FORGET_TIME))
 
 
 class Collecting(enum.Enum):
@@ -10326,16 +10964,48 @@ class ResultCollection(Collector):
                         self._stages[key] = Collecting.WANTED
                     else:
                         self._stages[key] = Collecting.TOLD
-                self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
+                self.there[key] = {one for one in now if not self._is_known(comp, one)}
                 if taking:
                     for serial in known - now:
                         account = Account(frozenset(now), past)
                         self._went(comp, serial, account, peer)
                     if self._cancel and serials:
-                        cancel = Cancel(comp, list(serials))
-                        self.driver.send(peer.link, cancel)
+                        message = Cancel(comp, list(serials))
+                        self.driver.send(peer.link, message)
             self._changed.notify_all()
         self._ask(peer)
+
+    def _is_known(self, comp: str, serial: int) -> bool:
+        """Whether what becomes of an attempt changes nothing: a result of its job is here."""
+        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
+        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+
+    def _end_others(self, comp: str, serial: int) -> None:
+        """An attempt has finished: others of its job are ended. The driver's thread."""
+        for peer in self.met:
+            for key in self._places_of(peer, comp):
+                there = self.there.get(key, set())
+                others = [one for one in there if job_number(one) == job_number(serial)]
+                there.difference_update(others)
+                if others and peer.link is not None:
+                    self.driver.send(peer.link, Cancel(comp, others))
+
+    def _settle_files(self, comp: str, serial: int) -> None:
+        """An attempt has finished: if it was a second one, its files come where they belong; those
+        of another are removed."""
+        root = self.lefts[comp].files
+        begin = '.dispy-%s-' % comp
+        names: List[str] = []
+        if os.path.isdir(root):
+            names = os.listdir(root)
+        for name in names:
+            digits = name[len(begin):]
+            if not name.startswith(begin) or not digits.isdigit():
+                continue
+            other = int(digits)
+            if job_number(other) == job_number(serial):
+                directory = os.path.join(root, name)
+                settle_files(directory, other == serial)
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
@@ -10390,6 +11060,9 @@ class ResultCollection(Collector):
                     self.gone.pop((comp, number), None)
                 for key in self._places_of(peer, comp):
                     self.there.get(key, set()).discard(row[0])
+                if row[1] in RETURNED:
+                    self._end_others(comp, row[0])
+                    self._settle_files(comp, row[0])
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
@@ -10466,11 +11139,15 @@ class ResultCollection(Collector):
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            distinct = set()
-            for key, serials in self.there.items():
-                if key[1] == comp:
-                    distinct.update(serials)
-            return len(distinct)
+            return len(self.numbers_there(comp))
+
+    def numbers_there(self, comp: str) -> Set[int]:
+        """Numbers of its jobs of which attempts and results are on nodes."""
+        numbers: Set[int] = set()
+        for key, serials in self.there.items():
+            if key[1] == comp:
+                numbers.update(map(job_number, serials))
+        return numbers
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -10517,7 +11194,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return JournalRecovery(journal, terminate_pending).run(seconds, access)
+        return JournalRecovery(journal, terminate_pending, drivers).run(seconds, access)
     finally:
         journal.close()
 
@@ -10676,8 +11353,9 @@ def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
             else:
                 job.state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
                 fill_in(job, row, left.is_program)
+    going_on = found.numbers_there(comp)
     for (name, number), (state, text) in found.gone.items():
-        if name == comp:
+        if name == comp and number not in going_on:   # by another attempt
             job = job_of(number)
             job.state = state
             end_without(job, text)
@@ -10803,9 +11481,11 @@ class JournalRecovery:
     """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
     with an underscore are called by the driver's thread."""
 
-    def __init__(self, journal: Journal, cancel: bool) -> None:
+    def __init__(self, journal: Journal, cancel: bool, source: 'Drivers') -> None:
+        """`source` is where its driver comes from."""
         self._journal = journal
         self._cancel = cancel
+        self._drivers = source
         self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
         with journal.damages():
             self._is_program = journal.is_program()
@@ -10828,17 +11508,17 @@ class JournalRecovery:
 
     def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
         restored = self._restored
-        driver = drivers.alone(access)
+        driver = self._drivers.alone(access)
         try:
-            over = threading.Event()
+            over = driver.parts.event()
             recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
-                                self._lost, self._wait_again, over.set, self._cancel)
+                                self._lost, self._wait_again, over.set, self._cancel, driver.parts)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
             is_whole = recovery.collected.is_set()
             driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
-            drivers.release(driver)
+            self._drivers.release(driver)
 
     def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
         with self._lock:
@@ -11341,7 +12021,7 @@ class Connector:
         patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self._driver.post, peer, reach)
+        peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
         """Start the node of this program. There is no thread, as nothing is waited for."""
@@ -11412,7 +12092,8 @@ class Connector:
 
     def _link_of(self, event: Any) -> Link:
         """The link that a connection becomes."""
-        return Link(event.sock, event.session, event.address, self._driver.now,
+        make = self._driver.parts.link
+        return make(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
@@ -11471,7 +12152,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        policy = self._driver.policy
+        hello = ClientHello(policy.introduction(), self._driver.access.pulse, policy.process())
         self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
@@ -11493,7 +12175,7 @@ class Connector:
 
     def _send_away(self, event: Authenticated) -> None:
         """A node has dialled that is connected."""
-        link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+        link = self._link_of(event)
         self._driver.attach(link)
         self._driver.disconnect(link, 'this program has connected to it already')
 
@@ -11517,8 +12199,9 @@ class Connector:
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             patience = max(1.0, link.pulse)
-            peer.second.start(self._driver.now, self._driver.post,
-                              functools.partial(self._reach_peer, peer, patience=patience))
+            reach = functools.partial(self._reach_peer, peer, patience=patience)
+            peer.second.start(self._driver.now, self._driver.post, reach,
+                              self._driver.parts.attempt)
 
     def _second_reached(self, event: Connected) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
@@ -11776,8 +12459,8 @@ class NodeSelection:
         peer.count_link()
         peer.link = None
         for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         for use in peer.uses.values():
             use.move('lost')
             use.allocation = None
@@ -11827,8 +12510,8 @@ class NodeSelection:
         if peer is None:
             return
         if peer.link is not None:
-            limit = Limit(action.comp, action.cpus)
-            self._driver.send(peer.link, limit)
+            message = Limit(action.comp, action.cpus)
+            self._driver.send(peer.link, message)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
@@ -11859,8 +12542,8 @@ class NodeSelection:
         if use.state is AssignmentState.READY:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
         self.done(peer, comp)
-        node_left = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
-        self._driver.decide(node_left)
+        event = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
+        self._driver.decide(event)
         if then == 'close':
             use.move('close')
             use.reason = 'closed by the program'
@@ -12025,10 +12708,9 @@ class ComputationSetup:
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
-                node_offers = NodeOffers(peer.key, comp,
-                                         self._driver.selection.tell_limit(peer, comp),
-                                         peer.offered)
-                self._driver.decide(node_offers)
+                cpus = self._driver.selection.tell_limit(peer, comp)
+                event = NodeOffers(peer.key, comp, cpus, peer.offered)
+                self._driver.decide(event)
             elif use.state is AssignmentState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
@@ -12079,8 +12761,8 @@ class ComputationSetup:
         setup_args = out_of_band(spec['setup_args'])
         spec.update(code=out, setup_args=setup_args, client=cluster.client,
                     whose=cluster.program)
-        compute = Compute(comp, spec)
-        self._driver.send(peer.link, compute)
+        message = Compute(comp, spec)
+        self._driver.send(peer.link, message)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
         """What a computation is, in a form that this node can load; None if there is none, or if it
@@ -12100,6 +12782,9 @@ class ComputationSetup:
                 'update the scheduler and its nodes' % wanted
             self._refusal(peer, comp, text, 'python')
             return None
+        if peer.scheduler and spec.get('speculate') and 'speculates' not in peer.facts:
+            cluster.warn('%s is of an earlier release of dispy, which does not know of speculate='
+                         'True: no job is started a second time. Update the scheduler' % peer)
         if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
@@ -12233,20 +12918,29 @@ class ComputationSetup:
             peer.link.abandon(comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
-            node_doubted = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text,
-                                       peer.kind, [comp])
-            self._driver.lost_nodes.doubt(node_doubted)
-            node_left = NodeLeft(peer.key, comp, str(peer), message.text)
-            self._driver.decide(node_left)
+            doubt = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind,
+                                [comp])
+            self._driver.lost_nodes.doubt(doubt)
+            event = NodeLeft(peer.key, comp, str(peer), message.text)
+            self._driver.decide(event)
         text = source_here.added_to(message.text)
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, peer.name)
-        if code == 'busy':
-            text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
+        if message.holder:
+            text += self._about_holder(peer, use, message.holder)
         self._refusal(peer, comp, text, 'process' if was_ready and code == 'setup' else code)
         use.unloadable = code in ('code', 'initializer')
         self._check_unloadable(comp)
         self._driver.policy.node_freed(peer)
+
+    def _about_holder(self, peer: NodeConnection, use: NodeAssignment, row: tuple) -> str:
+        """What to do about a node that serves another. It is found out once for each holder, as
+        many files may have to be read."""
+        holder, hint = use.holder_hint
+        if holder != row:
+            hint = self._driver.policy.about_holder(Holder(*row), peer.place)
+            use.holder_hint = (row, hint)
+        return hint
 
     def _check_unloadable(self, comp: str) -> None:
         """Where every node that can come has said that it cannot load the code, jobs would wait for
@@ -12364,8 +13058,8 @@ class FileTransfers:
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
             purpose = int(Purpose.VALUES)
-            file_stored = FileStored(cluster.comp, purpose, key, row[0], text)
-            self._driver.say_to(peer, file_stored)
+            message = FileStored(cluster.comp, purpose, key, row[0], text)
+            self._driver.say_to(peer, message)
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             number = peer.link.number  # type: ignore[union-attr]
@@ -12391,7 +13085,13 @@ class FileTransfers:
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
+        if message.comp in self._driver.recoveries.by_comp and message.offset == 0:
+            text = 'on the client: its program has ended, and what collects its results stores none'
+            stored = FileStored(*message[:3], message.row[0], text)
+            self._driver.say_to(peer, stored)
         if cluster is None:
+            return
+        if self._driver.held_back.takes(peer, cluster, message):
             return
         if job is not None:
             cluster.file_piece(peer, job, message)
@@ -12424,6 +13124,182 @@ class FileTransfers:
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
+
+
+class HeldFiles:
+    """The files that a second attempt of a job sends. They are in a directory of their own until it
+    counts, and where they belong after that. The driver's thread.
+
+    directory - their own; it is made when the first comes
+    counts - the attempt is that of its job
+    names - of those that are whole and are not where they belong, in their order
+    """
+    forwards = False    # to where they belong, which takes its time
+
+    def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
+        """They belong below `root`; `where` as of FileReceiver."""
+        self.directory = directory
+        self.root = root
+        self.counts = False
+        self.names: List[str] = []
+        self._where = where
+        roots = {Purpose.FROM_JOB: directory}
+        self._receiver = FileReceiver(roots, where=where)
+
+    def take(self, message: FilePiece) -> Optional[FileStored]:
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        with contextlib.suppress(OSError):   # the receiver tells why it has no place
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        stored = self._receiver.take(message)
+        if stored is None or stored.error:
+            return stored
+        self.names.append(stored.name)
+        if self.counts:
+            return stored._replace(error=self.place())
+        return stored
+
+    def place(self) -> str:
+        """Move those that are whole where they belong. Returns why one could not be moved."""
+        self.counts = True
+        names = self.names
+        self.names = []
+        for name in names:
+            path = os.path.join(self.directory, *name.split('/'))
+            try:
+                move_below(path, self.root, name)
+            except (OSError, ValueError) as exc:
+                return '%sfile %.100r cannot be stored: %s' % (self._where, name, exc)
+        return ''
+
+    def keep_until_there(self, row: tuple) -> bool:
+        """Whether the row of Results of the attempt is kept until the files are where they
+        belong."""
+        return False
+
+    def find(self) -> None:
+        """Those that another process had received."""
+        for directory, _, names in os.walk(self.directory):
+            below = os.path.relpath(directory, self.directory)
+            for name in sorted(names):
+                if not name.endswith('.part'):
+                    path = os.path.normpath(os.path.join(below, name))
+                    self.names.append(path.replace(os.sep, '/'))
+
+    def drop(self) -> None:
+        """Remove those that are not where they belong."""
+        self._receiver.abort()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def held_directory(root: str, comp: str, serial: int) -> str:
+    """Where the files of a second attempt are kept that belong below `root`."""
+    return os.path.join(root, '.dispy-%s-%d' % (comp, serial))
+
+
+def settle_files(directory: str, counts: bool) -> None:
+    """What a second attempt has sent to a program that has ended comes to its place if the attempt
+    counts, and is removed otherwise. `directory` is that of HeldFiles."""
+    if not directory or not os.path.isdir(directory):
+        return
+    root = os.path.dirname(directory)
+    held = HeldFiles(directory, root)
+    if counts:
+        held.find()
+        error = held.place()
+        if error:
+            logger.error('%s', error)
+    held.drop()
+
+
+class HeldBack:
+    """Second attempts of jobs on their way to nodes, and what they send, which is held back until
+    it is known whether they count. The driver's thread.
+
+    files - (computation, serial) -> the files of an attempt that is a second one, or was
+    """
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
+        self.files: Dict[Tuple[str, int], HeldFiles] = {}
+
+    def send(self, action: SendSecond) -> None:
+        """The Schedule has chosen a node for second attempts."""
+        cluster = self._clusters[action.comp]
+        cluster.seconds.send(self._nodes.by_key[action.node], action.works)
+
+    def find(self, peer: NodeConnection, comp: str, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt that a message of a node speaks of."""
+        speculation = self._driver.schedule.speculation
+        return speculation.find(peer.key, comp, serial)
+
+    def output(self, peer: NodeConnection, message: Output) -> None:
+        """What an attempt prints or logs that is none of the jobs at its node."""
+        second = self.find(peer, message.comp, message.serial)
+        if second is not None:
+            second.said.append(message)
+
+    def takes(self, peer: NodeConnection, cluster: NodeUser, message: FilePiece) -> bool:
+        """A piece of a file that a job sends. Returns whether it is of an attempt that is a second
+        one, or was when it began to send files."""
+        place = (message.comp, message.key)
+        held = self.files.get(place)
+        if held is None:
+            second = self.find(peer, *place)
+            if second is None:
+                return False
+            held = self.files[place] = cluster.seconds.files_of(second)
+        stored = held.take(message)
+        if stored is not None:
+            self._driver.say_to(peer, stored)
+        return True
+
+    def admit(self, peer: NodeConnection, comp: str, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that have to wait for the files of their attempts."""
+        admitted = []
+        for row in rows:
+            held = self.files.get((comp, row[0]))
+            waits = False
+            if held is not None and held.forwards and row[1] not in PROVISIONAL:
+                if row[1] in RETURNED:
+                    second_wins = SecondWins(peer.key, comp, row[0])
+                    self._driver.decide(second_wins)
+                waits = held.keep_until_there(row)
+            if not waits:
+                admitted.append(row)
+        return admitted
+
+    def counts(self, action: SecondCounts) -> None:
+        """A second attempt is that of its job from now on: what was held back is shown."""
+        second = action.second
+        cluster = self._clusters[action.comp]
+        peer = self._nodes.by_key[action.node]
+        cluster.seconds.counts(peer, second, action.ran or 0.0)
+        held = self.files.get((action.comp, second.serial))
+        if held is not None:
+            error = held.place()
+            if error:
+                cluster.warn('%s: a job was started a second time: %s' % (cluster.name, error))
+        for message in second.said:
+            cluster.output(peer, second.first, message)
+
+    def over(self, action: SecondOver) -> None:
+        """A second attempt counts no more."""
+        self.forget(action.comp, action.second.serial)
+        self._clusters[action.comp].seconds.over(action.second)
+
+    def forget(self, comp: str, serial: int) -> None:
+        """An attempt has ended: what is left of its files is removed."""
+        held = self.files.pop((comp, serial), None)
+        if held is not None:
+            held.drop()
+
+    def forget_all(self, comp: str) -> None:
+        """A computation is over."""
+        for name, serial in list(self.files):
+            if name == comp:
+                self.forget(name, serial)
 
 
 class JobExchange:
@@ -12470,8 +13346,8 @@ class JobExchange:
         serials = action.serials
         stay = self._unsend(peer, action.comp, serials)
         if stay:   # they have not come there, nor will they
-            node_returned = NodeReturned(peer.key, action.comp, stay)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, action.comp, stay)
+            self._driver.decide(event)
             serials = [serial for serial in serials if serial not in stay]
         for message in in_parts(kind, action.comp, serials):
             self._driver.send(peer.link, message)
@@ -12520,8 +13396,8 @@ class JobExchange:
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         if self.outgoing.held_up:
             self._driver.chores.within(Outgoing.AGAIN)
 
@@ -12543,8 +13419,8 @@ class JobExchange:
             if peer.uses[comp].state is not AssignmentState.READY:
                 continue
             if not peer.uses[comp].then:
-                node_offers = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
-                self._driver.decide(node_offers)
+                event = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
+                self._driver.decide(event)
 
     def on_results(self, peer: NodeConnection, message: Results) -> None:
         """Jobs have ended at a node, or go on and have a provisional result."""
@@ -12561,8 +13437,10 @@ class JobExchange:
             for ack in in_parts(Ack, comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
-        node_results = NodeResults(peer.key, comp, rows)
-        self._driver.decide(node_results)
+        if self._driver.held_back.files:
+            rows = self._driver.held_back.admit(peer, comp, rows)
+        event = NodeResults(peer.key, comp, rows)
+        self._driver.decide(event)
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
@@ -12572,13 +13450,13 @@ class JobExchange:
             self._driver.recoveries.by_comp[comp].returned(peer, comp, serials)
             return
         self._unsend(peer, comp, serials)
-        node_returned = NodeReturned(peer.key, comp, serials)
-        self._driver.decide(node_returned)
+        event = NodeReturned(peer.key, comp, serials)
+        self._driver.decide(event)
 
     def on_started(self, peer: NodeConnection, message: Started) -> None:
         """Jobs have begun."""
-        node_started = NodeStarted(peer.key, message.comp, message.rows)
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, message.comp, message.rows)
+        self._driver.decide(event)
 
     def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
@@ -12595,11 +13473,13 @@ class JobExchange:
             return
         if job is not None:
             cluster.output(peer, job, message)
+        else:
+            self._driver.held_back.output(peer, message)
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
-        node_started = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
+        self._driver.decide(event)
 
     def jobs_started(self, action: JobsStarted) -> None:
         """As the Schedule knows, jobs have begun."""
@@ -12644,12 +13524,17 @@ class JobExchange:
                 if row[1] not in PROVISIONAL:
                     attempt = (action.comp, row[0])
                     self._driver.files.abort_attempt(attempt)
+        for _, row in action.pairs if self._driver.held_back.files else ():
+            if row[1] not in PROVISIONAL:
+                self._driver.held_back.forget(action.comp, row[0])
         cluster = self._clusters[action.comp]
         cluster.jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
         self._driver.lost_nodes.requeued += 1
+        if action.work.state in _WAITING:   # otherwise its second attempt goes on
+            self._driver.held_back.forget(action.work.comp, action.work.serial)
         cluster = self._clusters[action.work.comp]
         cluster.job_waits(action.work)
 
@@ -12666,6 +13551,7 @@ class JobExchange:
         """A job has ended without a result."""
         work = action.work
         self._driver.lost_nodes.ended += 1
+        self._driver.held_back.forget(work.comp, work.serial)
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         cluster = self._clusters[work.comp]
@@ -12678,18 +13564,18 @@ class JobExchange:
         for comp, serial in self._driver.refusals.refused(link, message.frame):
             row = (serial, int(Outcome.DIED), 0.0, 0.0,
                    ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
-            node_results = NodeResults(peer.key, comp, [row])
-            self._driver.decide(node_results)
+            event = NodeResults(peer.key, comp, [row])
+            self._driver.decide(event)
         peer.wrong = True
         raise LinkBroken(text)
 
-    def end_unsent(self, action: SendJobs, text: str) -> None:
+    def end_unsent(self, action: Union[SendJobs, SendSecond], text: str) -> None:
         """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
                 for work in action.works]
-        node_results = NodeResults(action.node, action.comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(action.node, action.comp, rows)
+        self._driver.decide(event)
 
     def note_fault(self, text: str) -> None:
         """Jobs that were in hand are looked for soon, once for many faults."""
@@ -12877,8 +13763,8 @@ class Recoveries:
         else:
             serials = frozenset(message.serials)
             account = Account(serials, past, peer.whole)
-            node_told = NodeTold(peer.key, comp, account)
-            self._driver.decide(node_told)
+            event = NodeTold(peer.key, comp, account)
+            self._driver.decide(event)
 
 
 class SchedulerCalls:
@@ -12891,11 +13777,18 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        if name != 'overview' and peer.uses[comp].state is AssignmentState.WAITING:
+            raise ConnectionError('the scheduler has not been told of this cluster yet')
+        return self.call_peer(peer, comp, name, *args)
+
+    def call_peer(self, peer: NodeConnection, comp: str, name: str,
+                  *args: Any) -> 'concurrent.futures.Future[Any]':
+        """Ask a scheduler, or a node of a cluster, that is connected."""
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
         self._driver.send(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
@@ -13123,8 +14016,8 @@ class NodeQueries:
     def on_report(self, peer: NodeConnection, message: Report) -> None:
         """A node tells what is there."""
         if message.running:
-            node_started = NodeStarted(peer.key, message.comp, message.running)
-            self._driver.decide(node_started)
+            event = NodeStarted(peer.key, message.comp, message.running)
+            self._driver.decide(event)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
@@ -13158,6 +14051,21 @@ class NodeQueries:
                 found[key] = count
         return found
 
+    def stop_if_settled(self) -> bool:
+        """End the driver if all that was said has left, and if of all jobs that were called back it
+        is known whether they have begun, where there is a link. Returns whether it ends."""
+        self._driver.flush()   # the end of this turn shall call nothing back
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            if peer is None or peer.link is None:
+                continue
+            if any(node.recalled.values()):
+                return False
+        if not self._driver.has_sent():
+            return False
+        self._driver.stop()
+        return True
+
 
 class FailedJob(NamedTuple):
     """A job that has failed, as monitors are told of it."""
@@ -13169,6 +14077,7 @@ class FailedJob(NamedTuple):
     status: int
     node: str
     text: str      # the end of its traceback
+    key: int = 0   # the job's number for monitors
 
 
 class FailedJobs:
@@ -13179,25 +14088,99 @@ class FailedJobs:
         self._rows: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
 
     def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
-            text: str) -> None:
+            text: str, key: int) -> None:
         """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
         self._count += 1
         short_text = text[-FAILURE_TEXT:]
         failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
-                               shown_arguments(payload), status, node, short_text)
+                               shown_arguments(payload), status, node, short_text, key)
         self._rows.append(failed_job)
 
     def all(self) -> List[FailedJob]:
         """All of them, the oldest first."""
         return list(self._rows)
 
-    def since(self, known: int) -> List[FailedJob]:
-        """The oldest of those with a larger number than `known`, at most FAILURES_PAGE. A number
-        that was not given yet comes from an earlier process, and then all of them are new."""
+    def since(self, known: int,
+              clusters: Optional[AbstractSet[int]] = None) -> List[FailedJob]:
+        """The oldest of those with a larger number than `known`, of some clusters or of all, at
+        most FAILURES_PAGE. A number that was not given yet comes from an earlier process, and then
+        all of them are new."""
         rows = self.all()
         if known <= self._count:
             rows = [row for row in rows if row.number > known]
+        if clusters is not None:
+            rows = [row for row in rows if row.cluster in clusters]
         return rows[:FAILURES_PAGE]
+
+
+class EndedJob(NamedTuple):
+    """A job that has ended, as monitors are told of it."""
+    number: int                  # of the end, from 1
+    cluster: int
+    key: int                     # the job's number for monitors
+    job: Any                     # its id
+    payload: Any                 # as of FailedJob
+    status: int
+    attempts: int                # the number of the last one
+    node: Any                    # the key of the node where it was, or None
+    where: str                   # the name of that node
+    cpus: int
+    submitted: Optional[float]   # these three in s since the epoch
+    began: Optional[float]
+    ended: float
+    stdout: Any                  # the end of what it has printed: bytes or text
+    stderr: Any
+    text: str                    # why it failed
+
+
+class EndedJobs:
+    """The last jobs that have ended: ENDED_KEPT of them, with at most ENDED_BYTES of arguments and
+    output. One thread at a time adds to them, any may read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._bytes = 0
+        self._rows: Deque[EndedJob] = collections.deque()
+
+    def add(self, *row: Any) -> None:
+        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
+        ended_job = EndedJob(0, *row)
+        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
+        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
+        text = ended_job.text[-FAILURE_TEXT:]
+        payload = shown_arguments(ended_job.payload)
+        with self._lock:
+            self._count += 1
+            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
+                                           stderr=stderr, text=text)
+            self._rows.append(ended_job)
+            self._bytes += _shown_size(ended_job)
+            while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
+                oldest = self._rows.popleft()
+                self._bytes -= _shown_size(oldest)
+
+    def since(self, known: int, most: int = ENDED_PAGE,
+              clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
+        """Return the oldest `most` of those with a larger number than `known`, of some clusters or
+        of all. A number that was not given yet comes from an earlier process, and then all of them
+        are new."""
+        with self._lock:
+            new = len(self._rows)
+            if known <= self._count:
+                new = min(new, self._count - known)
+            rows: Iterable[EndedJob] = itertools.islice(self._rows, len(self._rows) - new, None)
+            if clusters is not None:
+                rows = (row for row in rows if row.cluster in clusters)
+            return list(itertools.islice(rows, most))
+
+
+def _shown_size(ended_job: EndedJob) -> int:
+    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
+    payload = ended_job.payload
+    if payload is None or isinstance(payload, int):
+        return size
+    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:
@@ -13240,6 +14223,7 @@ def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
         'port': node.port,
         'offered': node.offered,
         'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+        'totals': [free.get(name) for name in ('memory_total', 'disk_total')],
         'platform': str(node.facts.get('platform', ''))[:200],
         'resources': resource_use(node.facts_now()),
         'heard': heard,
@@ -13254,6 +14238,63 @@ class JobAtNode(NamedTuple):
     seconds: Optional[float]   # that it has run; None: not known
 
 
+class JobSight(NamedTuple):
+    """What a node has told of a running job."""
+    age: float       # s since it was told
+    stacks: str      # of its process; empty if they were not asked for
+    stdout: bytes    # the ends of these
+    stderr: bytes
+    error: str       # why nothing is known
+
+
+class JobLooks:
+    """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
+    processes. The driver's thread."""
+    APART = 0.5      # s between two questions for a job
+    KEPT = 200       # answers
+    CANNOT = 'its node is not connected, or is of an older release'
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (computation, serial) -> when its node was asked, and when and what it has told
+        self._asked: 'collections.OrderedDict[Tuple[str, int], float]' = collections.OrderedDict()
+        self._told: 'collections.OrderedDict[Tuple[str, int], Tuple[float, tuple]]' = \
+            collections.OrderedDict()
+
+    def look(self, peer: NodeConnection, comp: str, serial: int,
+             wants_stacks: bool) -> Optional[JobSight]:
+        """Ask the node where a job runs, unless it was asked a moment ago, and return what it has
+        told before, None if it has not told anything. What it answers is known the next time."""
+        key = (comp, serial)
+        now = self._driver.now
+        if peer.link is None or not peer.facts.get('looks'):
+            return JobSight(0.0, '', b'', b'', self.CANNOT)
+        if now - self._asked.get(key, -math.inf) >= self.APART:
+            self._keep(self._asked, key, now)
+            future = self._driver.calls.call_peer(peer, comp, 'look', serial, wants_stacks)
+            future.add_done_callback(functools.partial(self._answered, key))
+        told = self._told.get(key)
+        if told is None:
+            return None
+        when, values = told
+        return JobSight(now - when, *values)
+
+    def _answered(self, key: Tuple[str, int], future: Any) -> None:
+        exc = future.exception()
+        if exc is not None:
+            values = ('', b'', b'', str(exc))
+        else:
+            stacks, stdout, stderr = future.result()
+            values = (str(stacks), bytes(stdout), bytes(stderr), '')
+        self._keep(self._told, key, (self._driver.now, values))
+
+    def _keep(self, table: Any, key: Tuple[str, int], value: Any) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > self.KEPT:
+            table.popitem(last=False)
+
+
 class Overview:
     """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
     answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
@@ -13266,6 +14307,7 @@ class Overview:
         self._asked: Dict[Tuple[Any, str], float] = {}
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+        self.looks = JobLooks(driver)
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
@@ -13307,6 +14349,20 @@ class Overview:
             free.update(report[1].available)
         return free
 
+    def sights(self, comp: str, numbers: Sequence[int],
+               wants_stacks: bool) -> List[Optional[JobSight]]:
+        """What jobs of a computation do, which are named by their numbers; None where it is not
+        known, or not yet."""
+        wanted = frozenset(numbers)
+        found: Dict[int, Optional[JobSight]] = {}
+        for key, node in self._driver.schedule.nodes.items():
+            for serial in node.in_flight.get(comp, ()):
+                number = job_number(serial)
+                if number in wanted:
+                    peer = self._driver.nodes.by_key[key]
+                    found[number] = self.looks.look(peer, comp, serial, wants_stacks)
+        return [found.get(number) for number in numbers]
+
     def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
         """What is known of a node, whoever uses it."""
         heard = None
@@ -13333,11 +14389,17 @@ class Overview:
     def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
         """The same, with what is known of how long they have run; the first `most` of them. The
         node is asked, and what it answers is known the next time."""
-        sent = self.sent_to(key, comp)
-        if not sent:
+        if not self.sent_to(key, comp):
             return []
         peer = self._driver.nodes.by_key[key]
         self.ask_node(peer, comp, self.JOBS_APART)
+        return self.known_jobs_at(key, comp, most)
+
+    def known_jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
+        """The same as `jobs_at`, by what is known already: the node is not asked."""
+        sent = self.sent_to(key, comp)
+        if not sent:
+            return []
         seconds = self._seconds_run(key, comp)
         runs = self._driver.schedule.runs(key)
         run = runs.get(comp, ())
@@ -13635,6 +14697,23 @@ class Chores:
                          % (cluster.name, driver.queries.explain_no_nodes(comp)))
 
 
+class DriverParts(NamedTuple):
+    """What a driver has to do with sockets, threads and chance. A simulation of the system gives
+    its driver others.
+
+    link - the class of a connection that nodes and clients have authenticated
+    attempt - the class of an attempt to connect
+    pool - the class of a group of threads
+    event - makes what threads of the user wait for
+    new_comp - makes the name of a computation
+    """
+    link: Type[Link] = Link
+    attempt: Type[ConnectionAttempt] = ConnectionAttempt
+    pool: Type[Pool] = Pool
+    event: Callable[[], threading.Event] = threading.Event
+    new_comp: Callable[[], str] = new_comp
+
+
 class Driver(Loop):
     """See the module's docstring. Made and ended by `Drivers`.
 
@@ -13659,9 +14738,13 @@ class Driver(Loop):
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
 
-    def __init__(self, access: ConnectionSettings, instance: bytes = b'',
-                 policy: Optional[NodePolicy] = None) -> None:
+    def __init__(self,
+                 access: ConnectionSettings,
+                 instance: bytes = b'',
+                 policy: Optional[NodePolicy] = None,
+                 parts: DriverParts = DriverParts()) -> None:
         self.instance = instance or _instance
+        self.parts = parts
         self.policy = policy or NodePolicy()
         psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
         tls = None
@@ -13673,15 +14756,16 @@ class Driver(Loop):
         self.schedule = Schedule()
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
-        self.openers = Pool('dispy-opener', 2)
-        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
+        self.openers = parts.pool('dispy-opener', 2)
+        self.callbacks = parts.pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
+        self.tellers = parts.pool('dispy-status', 1)   # one: changes are told in their order
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
         self.setup = ComputationSetup(self)
         self.files = FileTransfers(self)
         self.jobs = JobExchange(self)
+        self.held_back = HeldBack(self)
         self.cancels = Cancellations(self)
         self.lost_nodes = LostNodes(self)
         self.decisions = DecisionLog(self.log)
@@ -13694,6 +14778,9 @@ class Driver(Loop):
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
+            SendSecond: self.held_back.send,
+            SecondOver: self.held_back.over,
+            SecondCounts: self.held_back.counts,
             SendCancel: self.jobs.send_to_node,
             SendRecall: self.jobs.send_to_node,
             SendAck: self.jobs.send_ack,
@@ -13766,8 +14853,8 @@ class Driver(Loop):
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in the driver's thread. Any thread."""
-        run_in_driver = RunInDriver(functools.partial(call, *args), None)
-        self.post(run_in_driver)
+        event = RunInDriver(functools.partial(call, *args), None)
+        self.post(event)
 
     def _main(self) -> None:
         try:
@@ -13832,9 +14919,9 @@ class Driver(Loop):
         if cluster.journal is not None:
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
-        opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all(), cluster.user_name)
-        self.decide(opened)
+        event = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
+                       cluster.cpus_in_all(), cluster.speculate, cluster.user_name)
+        self.decide(event)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
         if probe:
@@ -13853,6 +14940,7 @@ class Driver(Loop):
             return untold
         self.jobs.take_submitted()
         self.decide(Closed(comp))
+        self.held_back.forget_all(comp)
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
         self.chores.forget(comp)
@@ -13914,7 +15002,8 @@ class Driver(Loop):
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or jobs that are nowhere any more."""
         self.jobs.note_fault(text)
-        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+        if isinstance(subject, (SendJobs, SendSecond)):
+            # Some of them cannot be sent, and nobody knows which
             self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
@@ -14027,10 +15116,9 @@ class Driver(Loop):
                 for comp, use in peer.uses.items():
                     if use.state is AssignmentState.READY:
                         ready.append(comp)
-                short_text = message.text[:200]
-                node_doubted = NodeDoubted(peer.key, str(peer), Evidence.BYE, short_text, peer.kind,
-                                           ready)
-                self.lost_nodes.doubt(node_doubted)
+                doubt = NodeDoubted(peer.key, str(peer), Evidence.BYE, message.text[:200],
+                                    peer.kind, ready)
+                self.lost_nodes.doubt(doubt)
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -14316,6 +15404,7 @@ class ClusterOptions:
     cleanup: Any
     jobs_per_worker: Optional[int]
     reentrant: bool
+    speculate: bool
     forward_logs: bool
     start_method: str
     resources: Request
@@ -14365,6 +15454,7 @@ class ClusterOptions:
         check_depends(given['depends'])
         options['loglevel'] = level_of(given['loglevel'])
         options['reentrant'] = flag_of('reentrant', given['reentrant'])
+        options['speculate'] = speculation(given['speculate'], options['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = flag_of('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
@@ -14439,6 +15529,15 @@ def check_depends(depends: Any) -> None:
     """Raise TypeError if the parameter `depends` is no list."""
     if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
         raise TypeError('depends must be a list, not %s' % type(depends).__name__)
+
+
+def speculation(value: Any, reentrant: bool) -> bool:
+    """The parameter `speculate`. Raises TypeError or ValueError."""
+    speculate = flag_of('speculate', value)
+    if speculate and not reentrant:
+        text = 'speculate=True needs reentrant=True: jobs may run twice, even at the same time'
+        raise ValueError(text)
+    return speculate
 
 
 def function_or_flag(name: str, value: Any) -> Any:
@@ -14682,9 +15781,9 @@ class UserCallbacks:
         """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
         until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
-        told = threading.Event()
         if call is None or not nodes:
             return
+        told = self.driver.parts.event()
         is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
 
         def tell() -> None:
@@ -14766,6 +15865,19 @@ class LiveOutput:
         self.monitors = tuple(monitors)
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
+    def watched(self, pairs: List[Tuple[DispyJob, tuple]]) -> List[Tuple[DispyJob, Any]]:
+        """Return the jobs that are about to get results, with their packed arguments, which they
+        lose by that; none if no monitor watches."""
+        if not self.monitors:
+            return []
+        return [(job, job.payload) for job, _ in pairs]
+
+    def tell_ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Tell the monitors of jobs that have ended, as `Monitor.ended`. The driver's thread or an
+        opener."""
+        for monitor in self.monitors:
+            monitor.ended(jobs, peer)
+
     def page(self) -> str:
         """Return the link to the web page that shows the cluster, or an empty text."""
         for monitor in self.monitors:
@@ -14786,6 +15898,10 @@ class LiveOutput:
             self._show(job, stream, data)
         for monitor in self.monitors:
             monitor.printed(job, stream, message.offset, bytes(data))
+
+    def begin_again(self, job: DispyJob) -> None:
+        """What a job has printed until now does not count: it was started a second time."""
+        self._shown.pop(job, None)
 
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
@@ -14860,6 +15976,16 @@ class ResultDelivery:
         if is_news and self._callbacks.cluster_status is not None:
             self._callbacks.tell(DispyJob.Running, peer, job)
 
+    def goes_on_at(self, job: DispyJob, start: float,
+                   peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Note that another attempt of a job counts from now on, which has begun at a node at this
+        time. The driver's thread."""
+        with self._book.lock:
+            if job.status == DispyJob.ProvisionalResult:
+                job.status = DispyJob.Running
+                job.result = None
+        self.began(job, start, peer)
+
     def apply_results(self, pairs: List[Tuple[DispyJob, tuple]],
                       peer: Union[NodeConnection, NodeInfo]) -> None:
         """Give jobs their results, which are rows of Results of a node. The driver's thread or an
@@ -14867,14 +15993,15 @@ class ResultDelivery:
         seconds = 0.0
         finished = 0
         is_program = self._is_program
+        watched = self._output.watched(pairs)
         for job, row in pairs:
             payload = job.payload
             # Nobody had told that it has begun
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
-                    status_callback = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
-                    self.driver.post(status_callback)
+                    event = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
+                    self.driver.post(event)
             fill_in(job, row, is_program, self._failures, peer.name)
             if job.status == 11 and not (is_program and job.result):
                 finished += 1
@@ -14883,6 +16010,8 @@ class ResultDelivery:
             seconds += row[3] - row[2]
         jobs = [job for job, _ in pairs]
         self._book.add_results(jobs, finished, peer, seconds)
+        if watched:
+            self._output.tell_ended(watched, peer)
         self._publish_ended(jobs, peer)
 
     def queue_ordered(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
@@ -14936,6 +16065,7 @@ class ResultDelivery:
         with self._book.lock:   # beside a provisional result
             end_without(job, text, self._failures)
         self._count_failure(job, payload)
+        self._output.tell_ended([(job, payload)], None)
         self._publish_ended([job])
 
     def end_with_driver(self, job: DispyJob, text: str) -> None:
@@ -14964,8 +16094,8 @@ class ResultDelivery:
         driver = self.driver
         if callbacks.cluster_status is not None:
             for job in jobs:
-                status_callback = StatusCallback(callbacks, job.status, peer, job)
-                driver.post(status_callback)
+                event = StatusCallback(callbacks, job.status, peer, job)
+                driver.post(event)
         for job in jobs:
             if job.event is not None or job.when_ended is not None:
                 job.wake()
@@ -15084,8 +16214,8 @@ class Submitter:
                 future.job = job
             book.enter(job)
             if self._callbacks.cluster_status is not None:
-                status_callback = StatusCallback(self._callbacks, DispyJob.Created, None, job)
-                driver.post(status_callback)
+                event = StatusCallback(self._callbacks, DispyJob.Created, None, job)
+                driver.post(event)
             # With the lock held: `close` comes after it or before the test above
             driver.post(job)
         return job
@@ -15259,7 +16389,7 @@ class JobTakeover:
                         at_nodes)
             lost = functools.partial(self._lost, journal)
             recovery = Recovery(journal, restored.sent, restored.holders, self._done, lost,
-                                self._submit_again, self._over)
+                                self._submit_again, self._over, parts=self.driver.parts)
             self.recovery = recovery
             self.driver.ask(lambda: recovery.begin(self.driver))
 
@@ -15425,6 +16555,61 @@ class ComputationUser(NodeUser):
         self.driver.files.store(peer, self.wanted.root, message)
 
 
+class ProgramSeconds(SecondsOfUser):
+    """Second attempts of the jobs of a cluster of this program. The driver's thread."""
+
+    def __init__(self, cluster: 'ProgramCluster') -> None:
+        self._cluster = cluster
+
+    def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node. They are noted beside the first attempts."""
+        cluster = self._cluster
+        for second in seconds:
+            logger.debug('%s: a job is started a second time, at node %s', cluster.name, peer)
+            if cluster.journal is not None:
+                directory = self.files_of(second).directory
+                cluster.journal.second_sent(second, peer.place, peer.memory, directory)
+        cluster.send_rows(peer, seconds)
+
+    def counts(self, peer: NodeConnection, second: SecondAttempt, ran: float) -> None:
+        """Show the user that a job runs where its second attempt is. The provisional result of the
+        first is forgotten, and what it has printed."""
+        cluster = self._cluster
+        job: Any = second.first
+        if cluster.journal is not None:
+            cluster.journal.second_over(second)
+            cluster.journal.sent([job], peer.place, peer.memory)
+        cluster.live_output.begin_again(job)
+        if job.state is not JobState.SENT:
+            cluster.delivery.goes_on_at(job, time.time() - ran, peer)
+
+    def over(self, second: SecondAttempt) -> None:
+        """Note that one counts no more."""
+        if self._cluster.journal is not None:
+            self._cluster.journal.second_over(second)
+
+    def files_of(self, second: SecondAttempt) -> HeldFiles:
+        """Return where the files of one are kept: beside the place where they belong."""
+        root = self._cluster.wanted.root
+        directory = held_directory(root, self._cluster.comp, second.serial)
+        return HeldFiles(directory, root)
+
+
+class ProgramParts(NamedTuple):
+    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
+    clusters others.
+
+    drivers - has the drivers
+    journal - the class of what writes the recover_file
+    book - the class of what counts the jobs
+    new_comp - makes the name of a computation
+    """
+    drivers: Drivers = drivers
+    journal: Type[Journal] = Journal
+    book: Type[JobBook] = JobBook
+    new_comp: Callable[[], str] = new_comp
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -15442,12 +16627,15 @@ class ProgramCluster(ComputationUser):
     report - what people are shown
     takeover - carries on with jobs of a program that has crashed
     """
-    def __init__(self, computation: Any, options: ClusterOptions) -> None:
+    def __init__(self, computation: Any, options: ClusterOptions,
+                 parts: ProgramParts = ProgramParts()) -> None:
         """Pack the computation. Nothing is started. Raises TypeError, ValueError,
         FileNotFoundError, or what pickling raises."""
         self.options = options
+        self._parts = parts
+        self.book = parts.book()
         self.name = name_of(computation)
-        self.comp = self.client = uuid.uuid4().hex
+        self.comp = self.client = parts.new_comp()
         # Who has it may take the results; it is sent when that is wanted
         self.key = os.urandom(32)
         self.port = options.port
@@ -15456,6 +16644,8 @@ class ProgramCluster(ComputationUser):
         self.hosts_may_fail = options.hosts_may_fail
         self.multicast = options.multicast
         self.reentrant = options.reentrant
+        self.speculate = options.speculate
+        self.seconds = ProgramSeconds(self)
         self.probes = options.probes
         self.cluster = None
         self.unusable = ''
@@ -15512,7 +16702,6 @@ class ProgramCluster(ComputationUser):
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
         is_program = self.cargo.is_program
-        self.book = JobBook()
         self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
         self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
         self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
@@ -15543,7 +16732,7 @@ class ProgramCluster(ComputationUser):
         if self.options.recover_file is None:
             self._use_nodes(cluster, access)
             return
-        self.journal = journal = Journal(self.options.recover_file)
+        self.journal = journal = self._parts.journal(self.options.recover_file)
         try:
             known = journal.known()
             self._use_nodes(cluster, access)
@@ -15553,7 +16742,7 @@ class ProgramCluster(ComputationUser):
         self.takeover.begin(journal, known)
 
     def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
-        driver = self.driver = drivers.acquire(access)
+        driver = self.driver = self._parts.drivers.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
                  self.report, self.takeover)
@@ -15567,7 +16756,7 @@ class ProgramCluster(ComputationUser):
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
             self.cluster = None
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
             raise
         _clusters.add(cluster)
         logger.info('%s: the computation begins', self.name, extra=ROUTINE)
@@ -15597,7 +16786,7 @@ class ProgramCluster(ComputationUser):
         """Return what another process needs to collect the results. The driver's thread."""
         code = in_one_piece(self.cargo.spec['code'])
         row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
-        row['key'] = self.key.hex()
+        row.update(key=self.key.hex(), files=self.wanted.root)
         row['program'] = self.cargo.is_program
         row['code'] = hashlib.sha256(code).hexdigest()
         row['host'] = socket.gethostname()
@@ -15665,7 +16854,7 @@ class ProgramCluster(ComputationUser):
             self.journal.close(remove=True)
         self._log_end()
         if threading.current_thread() is not driver.thread:
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
 
     def _log_end(self) -> None:
         """Log what came of the computation, in numbers."""
@@ -15778,13 +16967,15 @@ class ProgramCluster(ComputationUser):
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
         """Send jobs to a node. With a journal they leave when it has been noted that they do."""
-        if peer.scheduler:
-            names: Tuple[str, ...] = _OF_JOBS_THERE
-        else:
-            names = OF_JOBS
-        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
+        self.send_rows(peer, works)
+
+    def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
+        """Send what a node has to know of attempts, when it is noted that they are sent."""
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
             for frame in messages:
@@ -16170,6 +17361,9 @@ class JobCluster(OldCluster):
         characters, ** for any directories and {id} for the job's id. They are below the program's
         directory, or below `dest`, when the job has ended. Implies job_dir
     dest - where these come, as 'results/{id}'; a relative path is below the program's directory
+    speculate - True, with reentrant=True: at the end of a run, when no job waits, jobs that have
+        run for twice the median of at least ten that have ended are started a second time, on an
+        idle CPU of another node. What finishes first counts, and the other is cancelled
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -16216,6 +17410,7 @@ class JobCluster(OldCluster):
                  job_dir: bool = False,
                  returns: Sequence[str] = (),
                  dest: Optional[str] = None,
+                 speculate: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -16899,6 +18094,8 @@ class SharedProgramCluster(ProgramCluster):
         shared['exclusive'] = self._shared.exclusive
         shared['cloudpickle'] = cloudpickle.__version__
         self.cargo.spec['shared'] = shared
+        if self.speculate:
+            self.cargo.spec['speculate'] = True
 
     def _make_delivery(self, *parts: Any) -> ResultDelivery:
         return SharedDelivery(*parts)
@@ -16935,6 +18132,9 @@ class SharedProgramCluster(ProgramCluster):
             work.start_time = None
             return
         host, port, name = node
+        before = self.delivery.places.get(work)
+        if before is not None and before.key != (host, port):
+            self.live_output.begin_again(work)   # its second attempt counts
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
                                               {})
 
@@ -17016,7 +18216,7 @@ class NodeScan(NodeUser):
             nodes = '*'
         self.specs = parse_nodes(nodes, port)
         self.port = port
-        self.comp = uuid.uuid4().hex
+        self.comp = new_comp()
         files = tls_files(certfile, keyfile, cafile)
         access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
         self.driver = drivers.acquire(access)
@@ -18402,9 +19602,11 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
                 _cancel_at_scheduler(core, until)
     for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
-            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+            while not driver.ask(driver.queries.stop_if_settled):
+                if time.monotonic() >= until:
+                    driver.ask(driver.stop)
+                    break
                 time.sleep(0.01)
-            driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for core in cores:

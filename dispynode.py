@@ -248,6 +248,10 @@ MEMORY_CHECK_INTERVAL = 0.05
 # Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
+# Bytes from which a value with buffers passes between a node and its workers in a memory segment.
+# Below this the pipe is as fast: its memory has been used before.
+SEGMENT_FROM = 2 << 20
+SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
 # Bytes after which a batch is a frame: the other side can begin with it
 BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
@@ -256,6 +260,9 @@ WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one fra
 VALUE_MOST = (4 << 30) + (1 << 20)
 # Characters of a text for people, such as a traceback; longer ones lose their middle
 TEXT_MOST = 64 * 1024
+# Bytes of what is seen of a running job: the stacks of its process, and the ends of its output
+STACKS_MOST = 64 * 1024
+OUTPUT_SEEN = 4096
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 # Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
@@ -413,6 +420,19 @@ class AttemptHistory(NamedTuple):
         return AttemptHistory(whole, unbegun, lost, given_up, text)
 
 
+class Holder(NamedTuple):
+    """The process that has a node which others want.
+
+    host, pid - where it runs, and its number there
+    port - at which it serves programs if it is a scheduler, else 0
+    is_away - whether its connection to the node is lost
+    """
+    host: str
+    pid: int
+    port: int
+    is_away: bool
+
+
 class Reason(NamedTuple):
     """A reason for which a node does not take a computation: what it is, and whether it can pass by
     itself. One that passes is tried again, later and later; one that does not is final until the
@@ -461,9 +481,12 @@ def reason_of(exc: BaseException) -> str:
 
 class ClientHello(NamedTuple):
     """A client says first on a link who it is (the name is shown to others) and how many seconds
-    its pulse is. NodeHello answers it."""
+    its pulse is. NodeHello answers it. `process` says the same as the name, for programs: a row
+    (host, PID, port at which it serves programs if it is a scheduler, else 0). Minor version 1 does
+    not have it."""
     name: str
     pulse: float
+    process: tuple = ()
 
 
 class Compute(NamedTuple):
@@ -544,10 +567,12 @@ class NodeHello(NamedTuple):
 
 class Refused(NamedTuple):
     """A node does not serve this computation (or, with an empty name, this client); the code is for
-    programs, the text for people."""
+    programs, the text for people. `holder` is a row of Holder if another client has the node, else
+    empty. Minor version 1 does not have it."""
     comp: str
     code: str
     text: str
+    holder: tuple = ()
 
 
 class Need(NamedTuple):
@@ -761,6 +786,9 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
+# Messages to which a minor version has added fields, at the end: that version, and what stands in
+# the fields where a peer does not speak it
+LATER_FIELDS: Dict[type, Tuple[int, tuple]] = {ClientHello: (2, ((), )), Refused: (2, ((), ))}
 # What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 SPEAK_OF_COMPS = {
@@ -1227,6 +1255,25 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
     return OPS[type(message)], 1, [head + body, *raw]
 
 
+def _with_later_fields(message: type, fields: tuple) -> tuple:
+    """The fields of a message, with those that its sender may not know."""
+    _, later = LATER_FIELDS[message]
+    whole = len(FIELD_TYPES[message])
+    if len(fields) + len(later) == whole:
+        return fields + later
+    return fields
+
+
+def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
+    """Turn a message into what `encode` makes of it, for a peer of this minor version."""
+    kind = type(message)
+    since, later = LATER_FIELDS.get(kind, (0, ()))
+    if version < since:
+        fields = message[:-len(later)]
+        message = tuple.__new__(kind, fields)
+    return encode(message)
+
+
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
     """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
     PeerError."""
@@ -1241,6 +1288,8 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
+    if message in LATER_FIELDS and type(fields) is tuple:
+        fields = _with_later_fields(message, fields)
     if type(fields) is not tuple or len(fields) != len(kinds) or not all(
             map(isinstance, fields, kinds)):
         text = '%s with wrong fields' % message.__name__
@@ -1592,6 +1641,8 @@ def _has_right_options(spec: dict) -> bool:
         return False
     if type(spec.get('initializer', False)) is not bool:
         return False
+    if type(spec.get('speculate', False)) is not bool:
+        return False
     if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
@@ -1601,11 +1652,70 @@ def _all_serials(fields: tuple) -> bool:
     return all(map(is_serial, fields[1]))
 
 
+def _is_process(row: tuple) -> bool:
+    """Whether a row says which process a client is: see ClientHello."""
+    if not row:
+        return True
+    if len(row) != 3:
+        return False
+    host, pid, port = row
+    if type(host) is not str:
+        return False
+    return is_serial(pid) and is_serial(port)
+
+
+def _is_client_hello(fields: tuple) -> bool:
+    _, pulse, process = fields
+    if not math.isfinite(pulse):
+        return False
+    return _is_process(process)
+
+
+def _is_node_hello(fields: tuple) -> bool:
+    _, cpus, facts = fields
+    if cpus < 0:
+        return False
+    if type(facts.get('python', ())) is not tuple:
+        return False
+    if type(facts.get('available', {})) is not dict:
+        return False
+    return _is_kept(facts.get('kept', {}))
+
+
+def _is_report(fields: tuple) -> bool:
+    _, running, waiting, _ = fields
+    if not all(map(_is_running, running)):
+        return False
+    return all(map(is_serial, waiting))
+
+
+def _is_output(fields: tuple) -> bool:
+    _, serial, stream, offset, data = fields
+    if not is_serial(serial):
+        return False
+    if not is_serial(offset):
+        return False
+    if stream not in (0, 1, 2):
+        return False
+    return _is_buffer(data)
+
+
+def _is_refused(fields: tuple) -> bool:
+    holder = fields[3]
+    if not holder:
+        return True
+    is_away = holder[-1]
+    if type(is_away) is not bool:
+        return False
+    process = holder[:-1]
+    return process != () and _is_process(process)
+
+
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
-    ClientHello: lambda fields: math.isfinite(fields[1]),
-    NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(
-        fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
+    ClientHello: _is_client_hello,
+    Refused: _is_refused,
+    NodeHello: _is_node_hello,
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
     FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
@@ -1614,9 +1724,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Wrong: lambda fields: is_serial(fields[1]),
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
-    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(is_serial, fields[2])),
-    Output: lambda fields: is_serial(fields[1]) and fields[2] in
-    (0, 1, 2) and is_serial(fields[3]) and _is_buffer(fields[4]),
+    Report: _is_report,
+    Output: _is_output,
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
@@ -2039,10 +2148,15 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
+ALIGNED = 64    # bytes; arrays may have to begin at a multiple of less, of 16 at the most
+
+
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     buffer_count = len(buffers)
-    head = _BUFFERS.pack(1, buffer_count) + struct.pack('>Q%dQ' % len(buffers), len(body),
-                                                        *map(len, buffers))
+    size = _BUFFERS.size + 8 * (buffer_count + 1) + len(body)
+    body += bytes(-size % ALIGNED)   # which the unpickler does not look at
+    lengths = struct.pack('>Q%dQ' % buffer_count, len(body), *map(len, buffers))
+    head = _BUFFERS.pack(1, buffer_count) + lengths
     return (head + body, *buffers)
 
 
@@ -2212,11 +2326,19 @@ class _Source:
                 advice, first * mmap.PAGESIZE, size)
 
 
+def _is_segment(payload: Any) -> bool:
+    """Whether a payload is all of a memory segment, mapped for it alone."""
+    while type(payload) is memoryview:
+        payload = payload.obj
+    return type(payload) is MappedSegment
+
+
 def loads(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
     look at the payload again."""
     size = len(payload)
-    if size > LAZY:
+    segment = once and size >= SEGMENT_FROM and _is_segment(payload)
+    if size > LAZY and not segment:   # which is used in place
         source = _Source(memoryview(payload), once)
     else:
         source = None
@@ -2232,10 +2354,13 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         return pickle.loads(payload)
     view = memoryview(payload)
     ends = _ends_of(view)
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
+    # segment is mapped copy-on-write for this value alone.
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
-        buffer = bytearray(view[begin:end])
+        buffer: Any = view[begin:end]
+        if not segment or begin % ALIGNED:
+            buffer = bytearray(buffer)
         buffers.append(buffer)
     return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
 
@@ -3678,9 +3803,6 @@ def values_in(private: str) -> str:
     return os.path.join(private, 'values')
 
 
-_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-
-
 class ValueFiles:
     """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
     on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
@@ -4209,6 +4331,19 @@ _IGNORED_BY_PYTHON = [
     getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
 
 
+BREAK_STATUS = 0xC000013A   # of a program that Ctrl-Break has ended: STATUS_CONTROL_C_EXIT
+
+
+def send_break(pid: int) -> None:
+    """Windows: press Ctrl-Break for the group of a process. If that cannot be done, the process
+    will be killed later. Not by os.kill, which kills it at once then."""
+    import ctypes
+    library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
+    if not library.GenerateConsoleCtrlEvent(1, pid):
+        error = ctypes.get_last_error()  # type: ignore[attr-defined]
+        logger.debug('process %d cannot be sent a Ctrl-Break (error %d)', pid, error)
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -4256,13 +4391,14 @@ class Program:
         told = False
         while True:
             try:
-                return process.wait(0.1)
+                status = process.wait(0.1)
+                if told and status == BREAK_STATUS:
+                    return -int(signal.SIGINT)
+                return status
             except subprocess.TimeoutExpired:
                 if self.interrupted and not told:
                     told = True
-                    with contextlib.suppress(OSError):   # it has no console: it will be killed
-                        ctrl_break_event = getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM)
-                        process.send_signal(ctrl_break_event)
+                    send_break(process.pid)
 
     @staticmethod
     def _spawn(words: List[str]) -> int:
@@ -4498,6 +4634,161 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+# Rights in the lists of who may use a file that Windows has in place of modes, as these lists are
+# written (SDDL); see winnt.h
+_RIGHTS = {'GA': 1 << 28, 'GX': 1 << 29, 'GW': 1 << 30, 'GR': 1 << 31, 'FA': 0x1f01ff,
+           'FR': 0x120089, 'FW': 0x120116, 'FX': 0x1200a0, 'CC': 1, 'DC': 2, 'LC': 4,
+           'SD': 0x10000, 'WD': 0x40000, 'WO': 0x80000}
+READS = 0x90000001     # its contents, by any of these rights
+WRITES = 0x500d0006    # its contents, its place or the list
+# The system and administrators, who may take any right; whoever owns the file
+_TRUSTED = frozenset(('SY', 'BA', 'LA', 'OW', 'CO'))
+_STRANGERS = {'WD': 'everybody', 'BU': 'all users', 'AU': 'all users', 'BG': 'guests'}
+
+
+def _rights_in(text: str) -> int:
+    """The rights of an entry as bits."""
+    if text[:2].lower() == '0x':
+        return int(text, 16)
+    rights = 0
+    for pair in re.findall('..', text):
+        rights |= _RIGHTS.get(pair, 0)
+    return rights
+
+
+def others_with(rights: int, access: str, user: str) -> List[str]:
+    """Who has any of these rights to a file of Windows beside its user, administrators and the
+    system. `access`: the list, in SDDL; `user`: the user's security identifier."""
+    head = access.partition('(')[0]
+    if 'D:' not in head or 'NO_ACCESS_CONTROL' in head:
+        return ['everybody']   # no list
+    found = []
+    entries = re.findall(r'\(([^()]*)\)', access)
+    for entry in entries:
+        kind, flags, given, _, _, who = entry.split(';')[:6]
+        pairs = re.findall('..', flags)
+        if kind != 'A' or 'IO' in pairs:   # IO: for files in this directory alone
+            continue
+        if who == user or who in _TRUSTED:
+            continue
+        if _rights_in(given) & rights:
+            found.append(_STRANGERS.get(who, who))
+    return found
+
+
+class AccessLists:
+    """Windows: who may use a file. Each method raises OSError. See GetNamedSecurityInfo and
+    "Security Descriptor String Format"."""
+    LIST = 4                    # DACL_SECURITY_INFORMATION
+    PROTECTED = 0x80000000      # PROTECTED_DACL_SECURITY_INFORMATION: nothing is inherited
+    OF_FILE = 1                 # SE_FILE_OBJECT
+    TOKEN_QUERY = 8
+    TOKEN_USER = 1
+
+    def __init__(self) -> None:
+        import ctypes
+        self._ctypes: Any = ctypes
+        self._library = self._ctypes.WinDLL('advapi32', use_last_error=True)
+        self._kernel = self._ctypes.WinDLL('kernel32', use_last_error=True)
+        self._kernel.GetCurrentProcess.restype = ctypes.c_void_p
+
+    def _check(self, is_done: int) -> None:
+        if not is_done:
+            error = self._ctypes.get_last_error()
+            raise self._ctypes.WinError(error)
+
+    def _text(self, pointer: Any) -> str:
+        """The text there, which is given back."""
+        text: str = pointer.value
+        self._kernel.LocalFree(pointer)
+        return text
+
+    def user(self) -> str:
+        """The security identifier of the user of this process."""
+        ctypes = self._ctypes
+        token = ctypes.c_void_p()
+        process = ctypes.c_void_p(self._kernel.GetCurrentProcess())
+        done = self._library.OpenProcessToken(process, self.TOKEN_QUERY, ctypes.byref(token))
+        self._check(done)
+        room = ctypes.create_string_buffer(512)
+        size = ctypes.c_uint32()
+        done = self._library.GetTokenInformation(token, self.TOKEN_USER, room, len(room),
+                                                 ctypes.byref(size))
+        self._kernel.CloseHandle(token)
+        self._check(done)
+        identifier = ctypes.c_void_p.from_buffer(room)   # the first member of TOKEN_USER
+        text = ctypes.c_wchar_p()
+        done = self._library.ConvertSidToStringSidW(identifier, ctypes.byref(text))
+        self._check(done)
+        return self._text(text)
+
+    def of(self, path: str) -> str:
+        """The list of a file, in SDDL."""
+        ctypes = self._ctypes
+        found = ctypes.c_void_p()
+        name = ctypes.c_wchar_p(path)
+        error = self._library.GetNamedSecurityInfoW(name, self.OF_FILE, self.LIST, None, None, None,
+                                                    None, ctypes.byref(found))
+        if error:
+            raise ctypes.WinError(error)
+        convert = self._library.ConvertSecurityDescriptorToStringSecurityDescriptorW
+        text = ctypes.c_wchar_p()
+        done = convert(found, 1, self.LIST, ctypes.byref(text), None)
+        self._kernel.LocalFree(found)
+        self._check(done)
+        return self._text(text)
+
+    def keep(self, path: str) -> None:
+        """Let the user, administrators and the system alone use a file, or a directory and what
+        will be made in it."""
+        ctypes = self._ctypes
+        flags = 'OICI' * os.path.isdir(path)
+        entries = ['(A;%s;FA;;;%s)' % (flags, who) for who in ('SY', 'BA', self.user())]
+        access = 'D:P' + ''.join(entries)
+        convert = self._library.ConvertStringSecurityDescriptorToSecurityDescriptorW
+        made = ctypes.c_void_p()
+        done = convert(ctypes.c_wchar_p(access), 1, ctypes.byref(made), None)
+        self._check(done)
+        name = ctypes.c_wchar_p(path)
+        which = ctypes.c_uint32(self.LIST | self.PROTECTED)
+        done = self._library.SetFileSecurityW(name, which, made)
+        self._kernel.LocalFree(made)
+        self._check(done)
+
+
+def others_who(rights: int, path: str) -> List[str]:
+    """Windows: who has any of these rights to a file beside the user of this process. Raises
+    OSError."""
+    lists = AccessLists()
+    user = lists.user()
+    try:
+        access = lists.of(path)
+    except OSError as exc:   # such as on a file system without lists
+        return ['perhaps everybody, as its list of access cannot be read: %s' % exc]
+    return others_with(rights, access, user)
+
+
+def private_again(path: str) -> str:
+    """The command that lets the user of this process alone use a file of Windows. Raises
+    OSError."""
+    lists = AccessLists()
+    return 'icacls "%s" /reset, then icacls "%s" /inheritance:r /grant:r *%s:F' % (
+        path, path, lists.user())
+
+
+def keep_private(path: str) -> None:
+    """Let nobody else use a file, or a directory and what will be made in it, where its mode does
+    not say so: on Windows."""
+    if not IS_WINDOWS:
+        return
+    try:
+        lists = AccessLists()
+        lists.keep(path)
+    except OSError as exc:   # such as on a file system without lists
+        logger.warning('%s may be open to others, as its list of access cannot be set: %s', path,
+                       exc)
+
+
 def has_place(path: str) -> bool:
     """Whether a path in the user's home is one: without HOME and an entry in the password file it
     begins with '~'."""
@@ -4569,17 +4860,26 @@ def read_secret(path: str) -> bytes:
             mode = os.fstat(handle).st_mode
             contents = file.read(64 * 1024)
             data = contents.strip()
+        if IS_WINDOWS:
+            _check_secret_on_windows(path)
     except OSError as exc:
         raise SecretError('the secret file %s cannot be read: %s' % (path, exc.strerror)) from exc
-    if os.name != 'nt':
-        if mode & 0o077:
-            text = ('the secret file %s can be read or written by others (mode %03o): run '
-                    'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
-            raise SecretError(text)
+    if not IS_WINDOWS and mode & 0o077:
+        text = ('the secret file %s can be read or written by others (mode %03o): run '
+                'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
+        raise SecretError(text)
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
     _secrets_from[data] = os.path.abspath(path)
     return data
+
+
+def _check_secret_on_windows(path: str) -> None:
+    others = others_who(READS | WRITES, path)
+    if others:
+        text = 'the secret file %s can be read or written by others (%s): run %s' % (
+            path, ', '.join(others), private_again(path))
+        raise SecretError(text)
 
 
 def make_secret(path: str) -> None:
@@ -4591,6 +4891,7 @@ def make_secret(path: str) -> None:
         folder = os.path.dirname(path)
         handle, temporary = tempfile.mkstemp(dir=folder)   # mode 0600
         try:
+            keep_private(temporary)
             with os.fdopen(handle, 'w') as file:
                 random_bytes = os.urandom(32)
                 digits = random_bytes.hex()
@@ -4737,10 +5038,12 @@ def certificate_digest(certfile: str) -> bytes:
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
 #   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
-#     the last byte of MAGIC, and with the first number of the release.
+#     the last byte of MAGIC, and with the first number of the release. What a frame can do without
+#     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
-VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+# Minor versions spoken, lowest and highest. 2: with the fields of LATER_FIELDS
+VERSIONS = (1, 2)
 # At the end of ALERT, for people only
 _RELEASE = __version__.encode('ascii')[:16].ljust(16, b'\0')
 _HELLO = struct.Struct('>8sHHBBH16s32s16x')
@@ -4748,6 +5051,12 @@ _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
 _SEES_TLS = 1
 NO_TLS = bytes(32)
+# In the last byte of HELLO and CHALLENGE: payloads have no tag. Offered under TLS alone, where the
+# record layer has authenticated every byte and its place before we see it, and the certificate in
+# TH ties this handshake to that channel: whoever could change a payload there could as well have
+# made the handshake. TH has this byte, too, so that nobody between can ask for it. The header's tag
+# stays: it is short, and the length of a frame is believed by it.
+_NO_PAYLOAD_TAGS = 1
 
 
 class Session(NamedTuple):
@@ -4758,6 +5067,7 @@ class Session(NamedTuple):
     peer_role: int
     secret: int = 0
     version: int = VERSIONS[1]   # minor, of the wire
+    tags_payloads: bool = True
 
 
 def _other_version(name: str, low: int, high: int) -> str:
@@ -4873,6 +5183,8 @@ def handshake_dial(sock: Any,
     the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
+    if tls:
+        hello = hello[:-1] + bytes((_NO_PAYLOAD_TAGS,))
     sock.sendall(hello)
     try:
         challenge = receive(_CHALLENGE.size)
@@ -4900,7 +5212,8 @@ def handshake_dial(sock: Any,
         raise HandshakeError('it does not know the secret')
     send_key = keys.key(b'c2s')
     receive_key = keys.key(b's2c')
-    return Session(send_key, receive_key, peer_instance, peer_role, version=version)
+    tags = not hello[-1] & challenge[-1] & _NO_PAYLOAD_TAGS
+    return Session(send_key, receive_key, peer_instance, peer_role, 0, version, tags)
 
 
 def handshake_accept(sock: Any,
@@ -4934,6 +5247,10 @@ def handshake_accept(sock: Any,
         raise HandshakeError(text)
     random_bytes = os.urandom(32)
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
+    untagged = hello[-1] & _NO_PAYLOAD_TAGS
+    if not tls:
+        untagged = 0
+    challenge = challenge[:-1] + bytes((untagged,))
     sock.sendall(challenge)
     proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
@@ -4943,7 +5260,8 @@ def handshake_accept(sock: Any,
         sock.sendall(_PROOF.pack(MAGIC, keys.server))
         send_key = keys.key(b's2c')
         receive_key = keys.key(b'c2s')
-        return Session(send_key, receive_key, peer_instance, peer_role, number, version)
+        return Session(send_key, receive_key, peer_instance, peer_role, number, version,
+                       not untagged)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -5007,6 +5325,28 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
+# A mapping keeps no descriptor, where it can do without
+_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
+# Whether there is memory that has a descriptor, can be sealed, and can be sent
+HAS_SEGMENTS = False
+if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
+    import fcntl
+    HAS_SEGMENTS = hasattr(fcntl, 'F_ADD_SEALS')
+if HAS_SEGMENTS:
+    _MSG_CTRUNC = int(socket.MSG_CTRUNC)   # a plain number is compared 20 times as fast
+    SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
+    SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def is_unused(memory: bytearray) -> bool:
+    """Whether nothing looks at it any more: then, and only then, its length can be changed."""
+    try:
+        memory.append(memory.pop())
+    except BufferError:
+        return False
+    return True
+
+
 class ReceiveBuffer:
     """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
     tells.
@@ -5019,6 +5359,7 @@ class ReceiveBuffer:
     # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
     FIRST = 2 << 20
     AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
+    _used: Deque[bytearray] = collections.deque(maxlen=4)   # memory of units, of all streams
 
     def __init__(self, head_size: int) -> None:
         self._head_size = head_size
@@ -5026,7 +5367,7 @@ class ReceiveBuffer:
         self._view = memoryview(self._staging)
         self._start = self._end = 0
         self._body_size = -1       # of the unit at _start, once its head is there
-        self._head = b''
+        self._head: Any = b''
         self._large: Optional[memoryview] = None
         self._filled = 0
 
@@ -5036,7 +5377,8 @@ class ReceiveBuffer:
         return self._body_size
 
     def measure(self, head: bytes) -> int:
-        """Length of the body that follows `head`; may raise to refuse it."""
+        """Length of the body that follows `head`; may raise to refuse it. May set `_head` to what
+        it has read there."""
         raise NotImplementedError
 
     def get_buffer(self) -> memoryview:
@@ -5054,11 +5396,24 @@ class ReceiveBuffer:
         if size >= LAZY:
             self._large = mapped(self._body_size)
         else:
-            self._large = memoryview(bytearray(min(size, self._body_size)))
+            self._large = self._memory(min(size, self._body_size))
         if old is not None:
             self._large[:self._filled] = old
 
-    def buffer_updated(self, count: int) -> List[Tuple[bytes, memoryview]]:
+    @classmethod
+    def _memory(cls, size: int) -> memoryview:
+        """Memory for so many bytes: what was used before and nobody looks at any more, or new."""
+        with contextlib.suppress(IndexError):   # there is none, or another thread has taken it
+            used = cls._used.popleft()
+            if len(used) >= size and is_unused(used):
+                cls._used.append(used)
+                return memoryview(used)[:size]
+        new = bytearray(size)
+        if size <= cls.FIRST:
+            cls._used.append(new)
+        return memoryview(new)
+
+    def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
         """Note that `count` bytes were received; return the units (head, body) that are whole
         now."""
         if self._large is None:
@@ -5120,22 +5475,30 @@ TAIL_TAG = 32
 
 class FrameEncoder:
     """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
-    numbered, the number not sent."""
+    numbered, the number not sent. Under TLS payloads have no tag if both sides have agreed on
+    that."""
 
     @property
     def sealed(self) -> int:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, tags_payloads: bool = True,
+                 version: int = VERSIONS[1]) -> None:
+        """`version` is the minor version that the other side speaks."""
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
+        self._tags_payloads = tags_payloads
+        if version == VERSIONS[1]:
+            self._encode: Callable[..., Tuple[int, int, List[Buffer]]] = encode
+        else:
+            self._encode = functools.partial(encode_for, version)
 
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
         too large."""
-        op, encoding, pieces = encode(message)
+        op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
@@ -5149,14 +5512,19 @@ class FrameEncoder:
         header = _FRAME.pack(size, op, encoding, 0, 0)
         digest = hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')
         head = header + digest[:HEAD_TAG]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        for piece in pieces:
-            mac.update(piece)
+        tail = b''
+        if self._tags_payloads:
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            for piece in pieces:
+                mac.update(piece)
+            tail = mac.digest()
         self._seq += 1
         if size < OUT_OF_BAND:
-            return [b''.join((head, *pieces, mac.digest()))]
-        return [head, *pieces, mac.digest()]
+            return [b''.join((head, *pieces, tail))]
+        if tail:
+            return [head, *pieces, tail]
+        return [head, *pieces]
 
 
 class FrameDecoder(ReceiveBuffer):
@@ -5164,8 +5532,13 @@ class FrameDecoder(ReceiveBuffer):
     tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
     of no use then."""
 
-    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES,
+                 tags_payloads: bool = True) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
+        if tags_payloads:
+            self._tail = TAIL_TAG
+        else:
+            self._tail = 0
         # The secret; ops that may come
         self._key = key
         self._takes = takes
@@ -5194,28 +5567,32 @@ class FrameDecoder(ReceiveBuffer):
             limit = MAX_CONTROL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
-        return size + TAIL_TAG
+        return size + self._tail  # type: ignore[no-any-return]
 
     def open(self, head: bytes, body: memoryview) -> Any:
         """Return the message of a whole frame."""
         header = head[:_FRAME.size]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        mac.update(body[:-TAIL_TAG])
-        digest = mac.digest()
-        if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
-            raise PeerError('a frame is not authentic')
+        payload = body
+        if self._tail:
+            payload = body[:-TAIL_TAG]
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            mac.update(payload)
+            digest = mac.digest()
+            if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
+                raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        payload = body[:-TAIL_TAG]
         message = decode(op, encoding, payload)
         self.opened += 1
         return message
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
+# kind, 1 if the first body is in a memory segment whose descriptor comes along, number (worker, or
+# exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
+_IN_SEGMENT = 1    # the byte that tells it
 
 
 class RecordType(enum.IntEnum):
@@ -5231,6 +5608,8 @@ class RecordType(enum.IntEnum):
     WATCH = 7
     ASK = 8         # is it alive?
     EQUIP = 9       # number: worker, which is to be made; body: JSON of variables that it has
+    # Number: worker, serial: the job, start: 1.0 if its stacks are wanted; answered by SEEN
+    LOOK = 10
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
     # forked
     READY = 16
@@ -5243,6 +5622,8 @@ class RecordType(enum.IntEnum):
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
+    # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
+    SEEN = 26
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
@@ -5275,7 +5656,8 @@ FROM_RUNNER = {
     RecordType.WORKER_STARTED: (0, 0, 0), RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.MEMORY_EXCEEDED: (0, 0, 0), RecordType.OVERDUE: (0, 0, 0),
     RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0),
-    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0)
+    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
+    RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
 # From a worker that loads the computation itself, beside what it sends to the daemon
 FROM_LOADING = {
@@ -5283,6 +5665,163 @@ FROM_LOADING = {
     for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)
 }
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
+
+
+class MemorySegment:
+    """Memory in which a value goes to another process, by its descriptor. The value is written to
+    it once, as pieces; stores into a mapping would end this process where there is no more memory.
+    Then it is sealed: nobody can change it, which a private mapping would show, or cut it short,
+    which would end whoever reads it. It is not used again, and is gone with its last descriptor and
+    mapping, whoever was killed before that."""
+    NAME = 'dispy-value'
+
+    def __init__(self, payload: Payload) -> None:
+        """For this value. It is made when it is filled."""
+        self.payload = payload
+        self.is_whole = False
+        self._handle = -1
+        self._left: Deque[memoryview] = collections.deque()
+        for piece in pieces_of(payload):
+            view = memoryview(piece)
+            self._left.append(view.cast('B'))
+
+    def fill(self, most: int) -> int:
+        """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
+        where there is no room or no descriptor."""
+        if self._handle < 0:
+            self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        written = 0
+        while self._left and written < most:
+            view = self._left[0]
+            room = min(most - written, WRITE_MOST)
+            count = os.write(self._handle, view[:room])
+            written += count
+            self._left[0] = view[count:]
+            if count == len(view):
+                self._left.popleft()
+        if not self._left:
+            fcntl.fcntl(self._handle, fcntl.F_ADD_SEALS, SEALED)
+            self.is_whole = True
+        return written
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._handle
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class MappedSegment(mmap.mmap):
+    """A memory segment in the process that has received it, mapped copy-on-write."""
+
+
+class _NotReceived:
+    """Stands for a value that has come without its segment. Who opens it gets an error."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __reduce__(self) -> tuple:
+        text = 'no descriptor was left for a value of %d bytes: raise the limit of open files ' \
+            '(ulimit -n)' % self._size
+        return _raise_shortage, (text,)
+
+
+def _raise_shortage(text: str) -> NoReturn:
+    raise OSError(errno.EMFILE, text)
+
+
+class SegmentIntake:
+    """The descriptors of memory segments that have come on a pipe, in the order of the records to
+    which they belong. Some of these are mapped; where many are in use, as in a program that keeps
+    its results, others are read: a mapping holds a descriptor (before Python 3.13)."""
+    WAITING_MOST = 64     # descriptors whose records have not come
+    ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
+    _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
+
+    def __init__(self) -> None:
+        self._handles: Deque[int] = collections.deque()
+
+    def came(self, ancillary: Sequence[Tuple[int, int, bytes]], flags: int) -> None:
+        """Take what came beside some bytes. Raises PeerError."""
+        handles = array.array('i')
+        for level, kind, body in ancillary:
+            if level != socket.SOL_SOCKET:
+                continue
+            if kind == socket.SCM_RIGHTS:
+                rest = len(body) % handles.itemsize
+                handles.frombytes(body[:len(body) - rest])
+        if flags & _MSG_CTRUNC:
+            if not handles:   # this process has no descriptor left
+                handles.append(-1)
+        self._handles.extend(handles)
+        if len(self._handles) > self.WAITING_MOST:
+            raise PeerError('descriptors that belong to nothing')
+
+    def take(self, size: int) -> memoryview:
+        """The value of this size in the next segment. Raises PeerError, MemoryError."""
+        if not self._handles:
+            raise PeerError('a value that has not come')
+        handle = self._handles.popleft()
+        if handle < 0:
+            missing = pickle.dumps(_NotReceived(size))
+            return memoryview(missing)
+        try:
+            return self._open(handle, size)
+        except (OSError, ValueError) as exc:
+            text = 'a memory segment that is none: %s' % exc
+            raise PeerError(text) from exc
+        finally:
+            os.close(handle)
+
+    def _open(self, handle: int, size: int) -> memoryview:
+        seals = fcntl.fcntl(handle, fcntl.F_GET_SEALS)
+        if seals & SEALED != SEALED:
+            raise ValueError('it is not sealed')
+        length = os.fstat(handle).st_size
+        if length != size:
+            text = 'it has %d bytes and not %d' % (length, size)
+            raise ValueError(text)
+        if len(self._mapped) < SEGMENTS_MOST:
+            with contextlib.suppress(OSError):   # no descriptor, or no mappings here
+                access = mmap.ACCESS_COPY
+                segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
+                self._mapped.add(segment)
+                return memoryview(segment)
+        view = mapped(size)
+        at = 0
+        while at < size:
+            room = view[at:at + ReceiveBuffer.AT_ONCE]
+            at += os.preadv(handle, [room], at)
+        return view
+
+    def close(self) -> None:
+        """Close the descriptors that nobody has taken."""
+        while self._handles:
+            handle = self._handles.popleft()
+            if handle >= 0:
+                os.close(handle)
+
+
+def goes_in_segment(payload: Payload) -> bool:
+    """Whether a value passes to or from a worker in a memory segment: if it has buffers beside its
+    pickle, which are used where they lie. What stands in the pickle is copied when it is opened,
+    and through the pipe it comes as fast."""
+    if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
+        return False
+    return payload[0][0] == 1
+
+
+def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
+                   second: Buffer = b'', third: Buffer = b'') -> bytes:
+    """A record whose first body is in a memory segment, which is to be sent with it."""
+    size = size_of(first)
+    head = _RECORD.pack(kind, 1, number, serial, start, end, size, len(second), len(third))
+    return b''.join((head, second, third))
 
 
 class Record(NamedTuple):
@@ -5315,15 +5854,20 @@ class RecordBuffer(ReceiveBuffer):
     def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
         self._limits = limits
+        self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        kind, *_, one, two, three = _RECORD.unpack(head)
+        self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
+        kind, in_segment = self._head[:2]
+        one, two, three = self._head[6:]
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
                 text = 'record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three)
                 raise PeerError(text)
-        return one + two + three  # type: ignore[no-any-return]
+        if in_segment:
+            return two + three
+        return one + two + three
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
@@ -5333,10 +5877,14 @@ class RecordBuffer(ReceiveBuffer):
             records.append(self.record_of(head, body))
         return records
 
-    @staticmethod
-    def record_of(head: bytes, body: memoryview) -> Record:
-        """The record of which these are the head and the bodies."""
-        kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+    def record_of(self, head: Tuple[Any, ...], body: memoryview) -> Record:
+        """The record of which these are the head and the bodies. Raises PeerError for a segment
+        that is none."""
+        kind, in_segment, number, serial, start, end, one, two, three = head
+        if in_segment:
+            segment = self.segments.take(one)
+            rest = (body[:two], body[two:two + three])
+            return Record(kind, number, serial, start, end, (segment, *rest))
         both = one + two
         bodies = (body[:one], body[one:both], body[both:both + three])
         return Record(kind, number, serial, start, end, bodies)
@@ -5348,6 +5896,20 @@ _DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name 
 IS_WINDOWS = os.name == 'nt'
 # Whether names that differ only in case, or in how letters with accents are composed, are one file
 NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
+
+
+def is_link(path: str) -> bool:
+    """Whether a path is a symbolic link or, on Windows, a junction, which leads elsewhere, too."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    if stat.S_ISLNK(status.st_mode):
+        return True
+    return getattr(status, 'st_reparse_tag', 0) == _JUNCTION
+
+
+_JUNCTION = 0xa0000003   # IO_REPARSE_TAG_MOUNT_POINT of winnt.h
 
 
 def _means_something_else(part: str) -> bool:
@@ -5412,7 +5974,7 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         path = root
         for part in parts[:-1]:
             path = os.path.join(path, part)
-            if os.path.islink(path):
+            if is_link(path):
                 raise ValueError('%s is a link' % path)
             os.makedirs(path, mode=0o700, exist_ok=True)
         yield path + os.sep, None
@@ -5429,6 +5991,16 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         yield '', handle
     finally:
         os.close(handle)
+
+
+def move_below(path: str, root: str, name: str) -> None:
+    """Move a file to the place that `name` has below a directory; links are not followed. Raises
+    OSError, or ValueError for a name that climbs out."""
+    parts = check_name(name)
+    parent = _parent_of(root, parts)
+    with parent as (prefix, handle):
+        target = prefix + parts[-1]
+        os.replace(path, target, dst_dir_fd=handle)
 
 
 def open_regular(path: str) -> Any:
@@ -5499,7 +6071,7 @@ class Digests:
             with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
                 if state[0] == size and cls._known.get(path, ((), b''))[0] != state:
-                    if not os.path.islink(path):
+                    if not is_link(path):
                         paths.append(path)
                         total += size
         if total > cls.INLINE:
@@ -5709,9 +6281,13 @@ class FileReceiver:
         path = root
         for part in parts:
             path = os.path.join(path, part)
-            if os.path.islink(path):
+            if is_link(path):
                 return False
-        return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
+        if not os.path.isfile(path):
+            return False
+        if os.path.getsize(path) != size:
+            return False
+        return Digests.of(path) == digest
 
     def piece(self, piece: FilePiece) -> bool:
         """Take a piece; true when its file is whole and in its place. Raises ValueError or
@@ -5799,6 +6375,18 @@ class FileReceiver:
         self._left = collections.Counter(file[0] for file in kept)
 
 
+def replace_file(path: str, place: str) -> None:
+    """Move a file to its place. On Windows this is tried again while somebody, such as a virus
+    scanner, has one that is there open. Raises OSError."""
+    for _ in range(10 * IS_WINDOWS):
+        try:
+            return os.replace(path, place)
+        except PermissionError as exc:
+            logger.debug('%s cannot be replaced yet: %s', place, exc)
+            time.sleep(0.02)
+    os.replace(path, place)
+
+
 @contextlib.contextmanager
 def replaced(path: str, end: str = '.part') -> Iterator[str]:
     """The name of a file that takes the place of another when it was written whole. It is removed
@@ -5806,7 +6394,7 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
     temporary = path + end
     try:
         yield temporary
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):   # it was not even made
             os.unlink(temporary)
@@ -5846,6 +6434,7 @@ def take_own_directory(path: str,
             os.open(os.path.join(path, mark),
                     os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
     os.chmod(path, mode)
+    keep_private(path)
 
 
 def default_directory(port: int) -> str:
@@ -5923,7 +6512,7 @@ def write_private(path: str, data: bytes) -> None:
     try:
         with os.fdopen(handle, 'wb') as file:
             file.write(data)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -5999,15 +6588,21 @@ RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns i
 
 
 def runner_start(handle: int) -> None:
-    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
-    puts back what it has inherited of signals: a program may block or ignore them."""
+    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket, -1
+    where that comes through stdin. It puts back what it has inherited of signals: a program may
+    block or ignore them."""
     user = os.environ.pop(RUNNER_USER, None)
     absolute_path = os.path.abspath(__file__)
     sys.argv[:] = [absolute_path]
     if _sigmask is not None:
         _sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    control = socket.socket(fileno=handle)
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if handle >= 0:
+        control = socket.socket(fileno=handle)
+    else:
+        shared = sys.stdin.buffer.read()
+        control = socket.fromshare(shared)  # type: ignore[attr-defined]
     runner_main(control, User(*json.loads(user)) if user else None)
 
 
@@ -6078,6 +6673,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
 # -- channels and the loop -------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+_PASSING_BLOCKED = frozenset((errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS))
 # macOS may give the receiver a dead socket if it is closed here before it has arrived there
 LATE_PASSING = sys.platform == 'darwin'
 
@@ -6100,11 +6696,19 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
     return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
 
 
-def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
-    """Send bytes and a socket with the first of them. Raises OSError."""
+def send_with(sock: socket.socket, buffers: Sequence[Buffer],
+              passing: Union[socket.socket, MemorySegment]) -> int:
+    """Send bytes and a descriptor with the first of them. Raises OSError, which is BlockingIOError
+    if it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
+    has one for many sockets under way."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
-    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    try:
+        return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    except OSError as exc:
+        if exc.errno in _PASSING_BLOCKED:
+            raise BlockingIOError(exc.errno, exc.strerror) from exc
+        raise
 
 
 def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
@@ -6124,6 +6728,12 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
     if hasattr(socket, name):
         with contextlib.suppress(OSError):   # it works without
             sock.setsockopt(level, getattr(socket, name), value)
+
+
+def claim_port(sock: socket.socket) -> None:
+    """Have the port of a listening socket for this process alone. On Windows another one could bind
+    the same, and would get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE"."""
+    set_option(sock, socket.SOL_SOCKET, 'SO_EXCLUSIVEADDRUSE', 1)
 
 
 def set_tcp_options(sock: socket.socket) -> None:
@@ -6195,16 +6805,17 @@ class Channel:
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
-        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
+        self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
         if hasattr(sock, 'do_handshake'):
             import ssl
             self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
-        """Send these behind what waits already; with the first of them a socket, which is closed
-        here then."""
+    def push(self, buffers: Iterable[Buffer],
+             passing: Union[socket.socket, MemorySegment, None] = None) -> None:
+        """Send these behind what waits already; with the first of them a descriptor, which is
+        closed here then."""
         for buffer in buffers:
             view = memoryview(buffer)
             if type(buffer) is not bytes:
@@ -6496,9 +7107,9 @@ class Link(Channel):
                  now: float,
                  pulse: float = PULSE,
                  takes: Iterable[int] = MESSAGES) -> None:
-        self._opener = FrameDecoder(session.receive_key, takes)
+        self._opener = FrameDecoder(session.receive_key, takes, session.tags_payloads)
         super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key)
+        self._sealer = FrameEncoder(session.send_key, session.tags_payloads, session.version)
         self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
@@ -6875,18 +7486,66 @@ class Pipe(Channel):
             limits = FROM_RUNNER
         self._records = RecordBuffer(limits)
         super().__init__(sock, self._records)
+        self.record_of = self._records.record_of
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._may_fill = 0     # bytes of memory segments in this turn
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
+    def push_value(self, head: bytes, payload: Payload) -> None:
+        """Send a record whose only body goes in a memory segment, behind what waits already."""
+        segment = MemorySegment(payload)
+        self.push([head], segment)
+
+    def write(self) -> None:
+        self._may_fill = WRITE_MOST
+        super().write()
+
+    def _send_some(self) -> int:
+        head, segment = self._out[0]
+        if type(segment) is not MemorySegment:
+            return super()._send_some()
+        try:
+            if not segment.is_whole:
+                self._may_fill -= segment.fill(self._may_fill)
+            if segment.is_whole:
+                return super()._send_some()
+        except _WOULD_BLOCK:
+            raise
+        except OSError as exc:   # no room or no descriptor
+            logger.debug('a value goes through the pipe: %s', exc)
+            self._without_segment(head, segment)
+            return super()._send_some()
+        raise BlockingIOError   # the rest of it in the next turn
+
+    def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
+        """Send a record whole."""
+        segment.close()
+        self._out.popleft()
+        whole_head = bytearray(head)
+        whole_head[_IN_SEGMENT] = 0
+        views = [memoryview(whole_head)]
+        for piece in pieces_of(segment.payload):
+            view = memoryview(piece)
+            views.append(view.cast('B'))
+            self.queued += view.nbytes
+        for view in reversed(views):
+            self._out.appendleft((view, None))
+
     def receive(self, room: memoryview) -> int:
         if not self._asks:
-            return super().receive(room)
-        count, ancillary, _, _ = self.sock.recvmsg_into([room],
-                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not self.worker or not HAS_SEGMENTS:
+                return super().receive(room)
+            count, ancillary, flags, _ = self.sock.recvmsg_into([room], SegmentIntake.ROOM)
+            if ancillary or flags & _MSG_CTRUNC:
+                self._records.segments.came(ancillary, flags)
+            return count
+        size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
+        count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
+        self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue
@@ -6906,7 +7565,11 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
+        return [self.record_of(head, body) for head, body in self.read(now)]
+
+    def close(self) -> None:
+        super().close()
+        self._records.segments.close()
 
 
 class Faults:
@@ -7119,8 +7782,8 @@ class Loop:
             return
         text = 'there are more than %d connections, which this system cannot wait for' \
             % SELECT_MOST
-        bye = Bye(text)
-        self.send(link, bye)
+        message = Bye(text)
+        self.send(link, message)
         self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
@@ -7180,8 +7843,8 @@ class Loop:
     def disconnect(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
         if not link.owes:
-            bye = Bye(text[:1000])
-            self.send(link, bye)
+            message = Bye(text[:1000])
+            self.send(link, message)
         with contextlib.suppress(OSError):   # it is closed all the same
             link.drain(self.PARTING)
         self.detach(link)
@@ -7675,6 +8338,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """As socketserver's, without its look-up of the host's name."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
+        claim_port(self.socket)
         super().server_bind()
 
     def on_readable(self) -> None:
@@ -7996,22 +8660,25 @@ class Reconnector:
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
         self._flaps = 0                    # links in a row that ended at once
         self._hurry_until = -math.inf      # attempts are short and frequent
-        self._attempt: Optional[_Connecting] = None
+        self._attempt: Optional[ConnectionAttempt] = None
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at it."""
         return self._attempt is not None
 
-    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
-                                                                            Authenticated]) -> None:
+    def start(self,
+              post: Callable[[Any], None],
+              peer: Any,
+              reach: Callable[[Callable[[Any], None]], Authenticated],
+              attempt: 'Optional[Type[ConnectionAttempt]]' = None) -> None:
         """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
-        posted with `peer`."""
-        connecting = _Connecting(post, peer, reach)
+        posted with `peer`. `attempt` is the class of the attempt, if that is not the usual one."""
+        make = attempt or ConnectionAttempt
         self.due = None
-        self._attempt = connecting
+        self._attempt = make(post, peer, reach)
         try:
-            self._attempt.thread.start()
+            self._attempt.start()
         except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
             self._attempt = None
             text = 'no thread could be started: %s' % exc
@@ -8052,7 +8719,7 @@ class Reconnector:
             self._attempt.abort(waits)
 
 
-class _Connecting:
+class ConnectionAttempt:
     """One attempt of a Reconnector, which has a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
@@ -8063,7 +8730,11 @@ class _Connecting:
         self._lock = threading.Lock()   # guards the two below
         self._sock: Any = None
         self._aborted = False
-        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+        self._thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+
+    def start(self) -> None:
+        """Begin. Raises RuntimeError if no thread can be started."""
+        self._thread.start()
 
     def _work(self) -> None:
         try:
@@ -8092,7 +8763,7 @@ class _Connecting:
             with contextlib.suppress(OSError):   # not connected yet, or not any more
                 sock.shutdown(socket.SHUT_RDWR)
         if sock is not None or waits:
-            self.thread.join(HANDSHAKE_TIME)
+            self._thread.join(HANDSHAKE_TIME)
 
 
 class SecondConnection:
@@ -8120,12 +8791,15 @@ class SecondConnection:
             return False
         return self._failed_at >= since
 
-    def start(self, now: float, post: Callable[[Any], None],
-              reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
+    def start(self,
+              now: float,
+              post: Callable[[Any], None],
+              reach: Callable[[Callable[[Any], None]], Authenticated],
+              attempt: Optional[Type[ConnectionAttempt]] = None) -> None:
         """One more attempt, unless there is one."""
         if not self.busy:
             self._began = now
-            self._dialling.start(post, self, reach)
+            self._dialling.start(post, self, reach, attempt)
 
     def ended(self, failed_at: Optional[float] = None) -> bool:
         """Its event has come. Returns whether the next attempt may begin at once: one that was
@@ -8481,7 +9155,7 @@ class DiscoverySockets:
         self.ears: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
-        for number in sorted(set(ports)) if reach != 'off' else ():
+        for number in self._heard(reach, ports) if reach != 'off' else ():
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             if reach == 'lan':
@@ -8504,6 +9178,15 @@ class DiscoverySockets:
                 ear.speaks = number == self._first
                 self.ears.append(ear)
                 loop.add_reader(ear.socket, ear.on_readable)
+
+    @staticmethod
+    def _heard(reach: str, ports: Iterable[int]) -> List[int]:
+        """The ports to listen at. Where only one of those who listen at a port of loopback hears
+        what is said there, that is to be a node: who asks from another port keeps off."""
+        numbers = sorted(set(ports))
+        if reach == 'loopback' and LOOPBACK == '127.0.0.1' and not numbers[0]:
+            return [0]
+        return numbers
 
     def broadcast(self, say: Callable[[], bytes]) -> None:
         """To everybody within reach: what `say` returns, by each family anew, so that a host of
@@ -8795,6 +9478,16 @@ class WorkerOverdue(NamedTuple):
     serial: int
 
 
+class JobSeen(NamedTuple):
+    """A runner has looked at the job of a worker, as Look wants it. All is empty if the worker does
+    not run that any more."""
+    worker: int
+    serial: int
+    stacks: str
+    stdout: bytes
+    stderr: bytes
+
+
 class Stop(NamedTuple):
     """The daemon shall end."""
 
@@ -8945,6 +9638,14 @@ class Interrupt(NamedTuple):
     """KeyboardInterrupt in the job, if the worker still runs it."""
     worker: int
     serial: int
+
+
+class Look(NamedTuple):
+    """See what a job has printed last and, if that is wanted, the stacks of its process. Fed back
+    as JobSeen."""
+    worker: int
+    serial: int
+    stacks: bool
 
 
 class LimitMemory(NamedTuple):
@@ -9210,6 +9911,7 @@ class NodeTables:
         self.comps: Dict[str, _Computation] = {}
         self.workers: Dict[int, _Worker] = {}
         self._client_names: Dict[int, str] = {}   # by link
+        self._processes: Dict[int, tuple] = {}    # by link, see ClientHello
 
     def do(self, action: Any) -> None:
         """Add an action to those of this call."""
@@ -9218,8 +9920,11 @@ class NodeTables:
     def reply(self, comp: _Computation, message: Any) -> None:
         """Send a message to the client of a computation, if it is connected."""
         if comp.link in self.links:
-            send = Send(comp.link, message)
-            self.do(send)
+            self.do(Send(comp.link, message))
+
+    def send(self, link: int, message: Any) -> None:
+        """Send a message on a link."""
+        self.do(Send(link, message))
 
     def ask_for_files(self, comp: _Computation, files: list) -> None:
         """Ask the client of a computation for files, rows as in Need."""
@@ -9248,9 +9953,15 @@ class NodeTables:
             return None
         return worker
 
-    def name_client(self, link: int, name: str) -> None:
-        """Note the name that the client on a link has given."""
+    def name_client(self, link: int, name: str, process: tuple) -> None:
+        """Note the name that the client on a link has given, and which process it is: a row of
+        ClientHello."""
         self._client_names[link] = name
+        self._processes[link] = process
+
+    def process_at(self, link: int) -> tuple:
+        """Which process the client on a link is; empty if it has not told."""
+        return self._processes.get(link, ())
 
     def client_at(self, link: int) -> str:
         """The name of the client on a link, or its address."""
@@ -9260,6 +9971,7 @@ class NodeTables:
     def remove_link(self, link: int) -> Optional[LinkUp]:
         """Forget a link. Returns what was known of it."""
         self._client_names.pop(link, None)
+        self._processes.pop(link, None)
         return self.links.pop(link, None)
 
     def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
@@ -9267,8 +9979,8 @@ class NodeTables:
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
-            broken = Broken(comp, exc)
-            self.do(broken)
+            action = Broken(comp, exc)
+            self.do(action)
 
 
 class Timer(NamedTuple):
@@ -9436,8 +10148,8 @@ class ResourceWorkers:
     def retire(self, worker: _Worker) -> None:
         """Let a worker that does nothing end."""
         self._remove(worker)
-        retire = Retire(worker.key)
-        self._tables.do(retire)
+        action = Retire(worker.key)
+        self._tables.do(action)
 
     def idle(self, worker: _Worker) -> None:
         """A worker has nothing to do."""
@@ -9470,6 +10182,7 @@ class NodeLease:
         self.state = Lease.FREE
         self.holder: Optional[bytes] = None
         self.holder_text = ''
+        self._process: tuple = ()   # the holder's, see ClientHello
         self.served = 0             # leases that have ended
         self._serve = serve
         self._client_shutdown = client_shutdown
@@ -9488,8 +10201,9 @@ class NodeLease:
         self.holder = holder
         self.holder_text = text
 
-    def take(self, holder: bytes, text: str, now: float) -> None:
+    def take(self, holder: bytes, text: str, now: float, process: tuple = ()) -> None:
         """A client has the node from now on, or has it still and is connected."""
+        self._process = process
         if self.state is Lease.FREE:
             self._cooldown = (None, 0.0)
             self._held_since = now
@@ -9517,6 +10231,12 @@ class NodeLease:
         return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
                                     '; its connection is lost'
                                     if self.state is Lease.ORPHANED else '')
+
+    def holder_row(self) -> tuple:
+        """Return the holder as a row of Holder; empty if it has not told which process it is."""
+        if not self._process:
+            return ()
+        return (*self._process, self.state is Lease.ORPHANED)
 
     def refuse(self, link: int) -> None:
         """Note that a client was refused because another holds the node."""
@@ -9578,14 +10298,14 @@ class PastAttempts:
         if name not in self._known:
             self._set_timer(name, tables.now)
         self._known[name] = self._known.get(name, AttemptHistory()).and_also(past)
-        remember = Remember(name, self._known[name])
-        tables.do(remember)
+        action = Remember(name, self._known[name])
+        tables.do(action)
 
     def forget(self, name: str) -> None:
         """The client of a computation is done with it."""
         if self._known.pop(name, None) is not None:
-            remember = Remember(name, AttemptHistory())
-            self._tables.do(remember)
+            action = Remember(name, AttemptHistory())
+            self._tables.do(action)
 
     def _set_timer(self, name: str, now: float) -> None:
         when = now + PAST_TIME
@@ -9623,9 +10343,7 @@ class UndeliveredResults:
         """Send what has not been sent; to the disk with it if the client is away."""
         tables = self._tables
         if comp.outbox and comp.link in tables.links:
-            results = Results(comp.comp, comp.outbox)
-            send = Send(comp.link, results)
-            tables.do(send)
+            tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
             comp.outbox = []
         elif comp.outbox:
             self.spool(comp)
@@ -9747,14 +10465,12 @@ class UndeliveredResults:
         comp = tables.comps.get(name)
         if comp is not None and comp.unacknowledged:
             rows = list(comp.unacknowledged.values())
-            results = Results(name, rows)
-            send = Send(link, results)
-            tables.do(send)
+            tables.send(link, Results(name, rows))
         if comp is not None:
             comp.outbox = []
         if name in self.spooled:
-            send_spooled = SendSpooled(link, name)
-            tables.do(send_spooled)
+            action = SendSpooled(link, name)
+            tables.do(action)
 
     def forget_link(self, link: int) -> None:
         """A link is gone."""
@@ -10055,8 +10771,8 @@ class Attempts:
         """Ask a worker for what it has not started."""
         if not worker.recalled:
             worker.recalled = True
-            take_from_worker = TakeFromWorker(worker.key)
-            self._tables.do(take_from_worker)
+            action = TakeFromWorker(worker.key)
+            self._tables.do(action)
 
     def take_back_all(self) -> None:
         """Ask workers for what stands behind jobs that run."""
@@ -10211,8 +10927,8 @@ class Interruptions:
 
     def _kill(self, worker: _Worker, serial: int, now: float) -> None:
         if self._is_running(worker, serial):
-            kill = Kill(worker.key)
-            self._tables.do(kill)
+            action = Kill(worker.key)
+            self._tables.do(action)
             when = now + GRACE
             self._set_timer(when, self._stuck, worker, serial)
 
@@ -10395,8 +11111,8 @@ class WorkerPool:
         comp.workers[worker.key] = worker
         if resources:
             self.special.equip(worker)
-        start_worker = StartWorker(worker.key, comp.comp)
-        tables.do(start_worker)
+        action = StartWorker(worker.key, comp.comp)
+        tables.do(action)
         return worker
 
     def start_failed(self, worker: _Worker, text: str, now: float) -> None:
@@ -10424,8 +11140,8 @@ class WorkerPool:
         comp.refillable.pop(worker.key, None)
         if comp.most and worker.jobs_given >= comp.most:
             self.remove(worker)
-            retire = Retire(worker.key)
-            tables.do(retire)
+            action = Retire(worker.key)
+            tables.do(action)
         else:
             worker.since = tables.now
             if worker.resources:
@@ -10616,15 +11332,16 @@ class CpuScheduler:
             else:   # it may begin before this is told
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
-            send_to_worker = SendToWorker(worker.key, attempts)
-            self._tables.do(send_to_worker)
+            action = SendToWorker(worker.key, attempts)
+            self._tables.do(action)
 
     def _watch(self, worker: _Worker, attempt: Attempt) -> None:
         """Limits that hold also while this loop has no time, as in a program that is busy."""
         if attempt.memory or attempt.timeout:
-            limit_memory = LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
-                                       attempt.timeout or 0.0)
-            self._tables.do(limit_memory)
+            memory = int(attempt.memory or 0)
+            seconds = attempt.timeout or 0.0
+            action = LimitMemory(worker.key, attempt.serial, memory, seconds)
+            self._tables.do(action)
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since = now
@@ -10759,8 +11476,8 @@ class CpuScheduler:
         they had begun."""
         for worker in comp.workers.values():
             if worker.queue:
-                kill = Kill(worker.key)
-                self._tables.do(kill)
+                action = Kill(worker.key)
+                self._tables.do(action)
 
     def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
         """Nobody tells what had begun: what stands first at a worker has failed, and the rest was
@@ -10881,8 +11598,7 @@ class JobRequests:
         if not worker.sending_file_on:
             return   # it was answered already: what is left of it is passed over
         if worker.sending_file_on == worker.comp.link and worker.sending_file_on in tables.links:
-            send = Send(worker.comp.link, piece)
-            tables.do(send)
+            tables.send(worker.comp.link, piece)
         else:
             self._answer(worker, 'the client is not connected')
 
@@ -10899,8 +11615,7 @@ class JobRequests:
             return
         number = next(self._numbers)
         comp.calls[number] = worker.key
-        send = Send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
-        tables.do(send)
+        tables.send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
 
     def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
@@ -10923,8 +11638,8 @@ class JobRequests:
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
         if len(comp.fetches) == 1:
-            fetch = Fetch(comp.comp, message.value)
-            tables.do(fetch)
+            action = Fetch(comp.comp, message.value)
+            tables.do(action)
 
     def on_fetched(self, event: Fetched, now: float) -> None:
         """Files that a job needs are missing, or are there."""
@@ -10955,8 +11670,8 @@ class JobRequests:
         if not worker.queue:
             return
         if worker.queue[0].serial == event.serial:
-            output = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
-            tables.reply(worker.comp, output)
+            message = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
+            tables.reply(worker.comp, message)
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         """The client has the file of a job, or cannot have it; or it cannot send a value."""
@@ -10984,8 +11699,8 @@ class JobRequests:
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.sending_file_on:
             worker.sending_file_on = 0
-            answer_job_file = AnswerJobFile(worker.key, error)
-            self._tables.do(answer_job_file)
+            action = AnswerJobFile(worker.key, error)
+            self._tables.do(action)
 
 
 class Computations:
@@ -11026,8 +11741,8 @@ class Computations:
         if self._results.has_key(message.comp, key):
             self._results.give_to(message.comp, up.instance)
             self._results.resend(message.comp, link)
-        prepare_directory = PrepareDirectory(message.comp, spec)
-        tables.do(prepare_directory)
+        action = PrepareDirectory(message.comp, spec)
+        tables.do(action)
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
@@ -11036,11 +11751,10 @@ class Computations:
             logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
-            want_again = WantAgain(comp.comp)
-            tables.do(want_again)
+            action = WantAgain(comp.comp)
+            tables.do(action)
         if comp.stage is Stage.READY:
-            send = Send(link, self._ready(comp))
-            tables.do(send)
+            tables.send(link, self._ready(comp))
         self._results.resend(comp.comp, link)
         workers = comp.workers.values()
         comp.begun = [(worker.queue[0].serial, worker.since) for worker in workers
@@ -11089,9 +11803,7 @@ class Computations:
             tables.do(WriteFile(message))
         elif not asked and message.offset + len(message.data) >= message.row[1]:
             text = 'the computation is not set up there'
-            file_stored = FileStored(*message[:3], message.row[0], text)
-            send = Send(link, file_stored)
-            tables.do(send)
+            tables.send(link, FileStored(*message[:3], message.row[0], text))
 
     def on_stored(self, event: FileWritten, now: float) -> None:
         """A file is there, or cannot be stored."""
@@ -11115,8 +11827,8 @@ class Computations:
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
         logger.info('%s: its files are here, its runner is started', comp)
-        start_runner = StartRunner(comp.comp, comp.spec, comp.link)
-        self._tables.do(start_runner)
+        action = StartRunner(comp.comp, comp.spec, comp.link)
+        self._tables.do(action)
         when = now + SETUP_TIME
         self._set_timer(when, comp, self._setup_late)
 
@@ -11144,8 +11856,8 @@ class Computations:
                         comp, now - comp.since)
             tables.reply(comp, self._ready(comp))
             for note in event.notes:
-                notice = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
-                tables.reply(comp, notice)
+                message = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
+                tables.reply(comp, message)
 
     def resize(self) -> None:
         """Computations have come or gone, or may use other numbers of CPUs."""
@@ -11162,8 +11874,8 @@ class Computations:
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
         self._results.spool(comp)
-        refused = Refused(comp.comp, code, text)
-        self._tables.reply(comp, refused)
+        message = Refused(comp.comp, code, text)
+        self._tables.reply(comp, message)
         self.close(comp, at_once=True)
 
     def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
@@ -11373,8 +12085,8 @@ class Computations:
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
-        stop_runner = StopRunner(comp.comp, at_once)
-        tables.do(stop_runner)
+        action = StopRunner(comp.comp, at_once)
+        tables.do(action)
 
 
 class Inquiries:
@@ -11402,8 +12114,7 @@ class Inquiries:
         while self.queries:
             link, name = self.queries.pop()
             if link in tables.links:
-                send = Send(link, self._report(link, name, now))
-                tables.do(send)
+                tables.send(link, self._report(link, name, now))
 
     def _report(self, link: int, name: str, now: float) -> Report:
         tables = self._tables
@@ -11444,6 +12155,67 @@ class Inquiries:
                 comp.spec['name'], comp.stage.value, running, waiting, comp.done)
             lines.append(line)
         return '\n'.join(lines)
+
+
+class JobLookouts:
+    """Questions of clients for what their running jobs do."""
+    WAITING = 100   # that are waited for at most
+
+    def __init__(self, tables: NodeTables) -> None:
+        self._tables = tables
+        # Worker, serial -> who has asked: links, computations, numbers of their calls
+        self._asked: 'collections.OrderedDict[Tuple[int, int], List[tuple]]' = \
+            collections.OrderedDict()
+
+    def on_call(self, link: int, message: Call, now: float) -> None:
+        """A client asks. The runner looks, unless it is about to."""
+        serial, stacks = self._what(message)
+        comp = self._tables.comp_of(link, message.comp)
+        worker = None
+        if comp is not None:
+            worker = self._worker_with(comp, serial)
+        if worker is None:
+            error = ('LookupError', 'the job does not run at this node')
+            returned = Return(message.comp, message.number, error, None)
+            send = Send(link, returned)
+            self._tables.do(send)
+            return
+        key = (worker.key, serial)
+        who = (link, message.comp, message.number)
+        asked = self._asked.setdefault(key, [])
+        asked.append(who)
+        if len(self._asked) > self.WAITING:   # of those a runner did not answer
+            self._asked.popitem(last=False)
+        look = Look(worker.key, serial, stacks)
+        self._tables.do(look)
+
+    @staticmethod
+    def _what(message: Call) -> Tuple[int, bool]:
+        """Return the serial of the job, and whether its stacks are wanted. Raises PeerError."""
+        kinds = list(map(type, message.args))
+        if message.name != 'look' or kinds != [int, bool]:
+            raise PeerError('a question that makes no sense')
+        serial, stacks = message.args
+        return serial, stacks
+
+    @staticmethod
+    def _worker_with(comp: _Computation, serial: int) -> Optional[_Worker]:
+        for worker in comp.workers.values():
+            if not worker.queue:
+                continue
+            if worker.queue[0].serial == serial:
+                return worker
+        return None
+
+    def on_seen(self, event: JobSeen, now: float) -> None:
+        """A runner has looked."""
+        key = (event.worker, event.serial)
+        value = (event.stacks, event.stdout, event.stderr)
+        for link, comp, number in self._asked.pop(key, ()):
+            if link in self._tables.links:
+                returned = Return(comp, number, (), value)
+                send = Send(link, returned)
+                self._tables.do(send)
 
 
 class NodeService:
@@ -11541,8 +12313,8 @@ class NodeService:
             self._results.deliver(comp)
             self._results.spool(comp)
         for link in tables.links:
-            drop = Drop(link, 'node stopped')
-            tables.do(drop)
+            action = Drop(link, 'node stopped')
+            tables.do(action)
         for comp in tables.comps.values():
             self._computations.close(comp, at_once=True)
         tables.do(Exit())
@@ -11570,9 +12342,7 @@ class NodeService:
     def _offer(self, cpus: int) -> None:
         tables = self._tables
         for link in tables.links:
-            cpus_changed = CpusChanged(cpus)
-            send = Send(link, cpus_changed)
-            tables.do(send)
+            tables.send(link, CpusChanged(cpus))
 
     # -- pauses ------------------------------------------------------------------------------------
 
@@ -11615,8 +12385,8 @@ class NodeService:
         else:
             state = 'takes jobs'
         text = self._inquiries.status(state, now)
-        print_status = PrintStatus(text)
-        self._tables.do(print_status)
+        action = PrintStatus(text)
+        self._tables.do(action)
 
 
 class Node:
@@ -11640,6 +12410,7 @@ class Node:
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
         self.inquiries = Inquiries(self.tables, self.lease, self.cpus, facts, now)
+        self.lookouts = JobLookouts(self.tables)
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
@@ -11677,6 +12448,7 @@ class Node:
             WorkerLeft: self.scheduler.pool.special.on_worker_left,
             MemoryExceeded: self.interruptions.on_too_big,
             WorkerOverdue: self.interruptions.on_overdue,
+            JobSeen: self.lookouts.on_seen,
             WorkerFile: self.requests.on_file,
             WorkerWants: self.requests.on_wants,
             WorkerPrinted: self.requests.on_printed,
@@ -11702,6 +12474,7 @@ class Node:
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
             Query: self.inquiries.on_query,
+            Call: self.lookouts.on_call,
             Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim,
@@ -11799,8 +12572,8 @@ class Node:
             for serial, since in comp.begun:
                 row = (serial, now - since)
                 rows.append(row)
-            started = Started(comp.comp, rows)
-            self.tables.reply(comp, started)
+            message = Started(comp.comp, rows)
+            self.tables.reply(comp, message)
             comp.begun = []
         self.results.deliver(comp)
 
@@ -11838,7 +12611,7 @@ class Node:
         tables = self.tables
         instance = tables.links[link].instance
         client = tables.client_at(link)
-        self.lease.take(instance, client, now)
+        self.lease.take(instance, client, now, tables.process_at(link))
 
     def _free_lease(self, now: float) -> None:
         """Free the lease when its holder has no computation here."""
@@ -11850,9 +12623,7 @@ class Node:
         self.lease.end()
         if not self.attempts.refuses_new:
             for link in self.lease.take_refused():
-                cpus_changed = CpusChanged(self.cpus.offered)
-                send = Send(link, cpus_changed)
-                tables.do(send)
+                tables.send(link, CpusChanged(self.cpus.offered))
         if self.lease.was_last() and not self.service.stopping:
             self.service.stop(Stop(), now)
 
@@ -11871,7 +12642,7 @@ class Node:
 
     def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
         tables = self.tables
-        tables.name_client(link, message.name[:200])
+        tables.name_client(link, message.name[:200], message.process)
         client = tables.client_at(link)
         address = tables.links[link].address
         logger.info('%s has connected from %s', client, address)
@@ -11888,12 +12659,9 @@ class Node:
             kept[name] = self.results.known_attempts(name)
         node_hello = NodeHello(self.name, self.cpus.offered,
                                dict(self.facts, holder=self.lease.held_by(now), kept=kept))
-        action = Send(link, node_hello)
-        tables.do(action)
+        tables.send(link, node_hello)
         if self.service.paused:
-            cpus_changed = CpusChanged(0)
-            send = Send(link, cpus_changed)
-            tables.do(send)
+            tables.send(link, CpusChanged(0))
 
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         tables = self.tables
@@ -11907,15 +12675,12 @@ class Node:
             return
         refusal = self._refusal(link, message.comp, now, message.spec)
         if refusal is not None:
-            send = Send(link, refusal)
-            tables.do(send)
+            tables.send(link, refusal)
         elif self.lease.is_of_another(tables.links[link].instance):
             self.lease.refuse(link)
             held = self.lease.held_by(now)
             text = 'it serves %s' % held
-            refused = Refused(message.comp, 'busy', text)
-            action = Send(link, refused)
-            tables.do(action)
+            tables.send(link, Refused(message.comp, 'busy', text, self.lease.holder_row()))
             self.computations.evict_orphans()
         else:
             self._take_lease(link, now)
@@ -11955,17 +12720,14 @@ class Node:
             logger.warning('%s wants results of a computation and does not have its key', client)
             attempt_history = AttemptHistory(whole=False)
             past = attempt_history.row()
-            send = Send(link, KnownAttempts(message.comp, [], past))
-            tables.do(send)
+            tables.send(link, KnownAttempts(message.comp, [], past))
             return
         self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in tables.links and comp.link != link:
                 held = self.lease.held_by(now)
                 text = 'its client is connected: %s' % held
-                refused = Refused(message.comp, 'busy', text)
-                action = Send(link, refused)
-                tables.do(action)
+                tables.send(link, Refused(message.comp, 'busy', text))
                 return
             if take:
                 comp.link = link
@@ -11989,8 +12751,8 @@ class Node:
     def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
         if comp is not None:
-            end_wanted = EndWanted(message.comp)
-            self._end_wanted(end_wanted, now)
+            event = EndWanted(message.comp)
+            self._end_wanted(event, now)
 
     def _end_wanted(self, event: EndWanted, now: float) -> None:
         """End when the lease ends, if the operator allows that."""
@@ -12189,6 +12951,11 @@ _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
 # Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
 # the worker raises there.
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
+# Has a worker write its stacks: one that hardly anything uses or that does nothing by default
+if hasattr(signal, 'SIGRTMIN'):
+    STACKS_SIGNAL = int(signal.SIGRTMIN) + 9
+else:
+    STACKS_SIGNAL = int(getattr(signal, 'SIGINFO', 0))
 # Windows has no signal that cannot be handled; to send this one there ends a process likewise
 SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 # Windows translates line ends in files that are not opened with it
@@ -12304,6 +13071,22 @@ def _no_stdin() -> None:
         os.dup2(handle, 0)
         os.close(handle)
     os.set_inheritable(0, True)
+
+
+def leave_terminal() -> None:
+    """Never read from the terminal again. On Windows a process ends with its console, so that it is
+    left; what would be written there is lost."""
+    _no_stdin()
+    if not IS_WINDOWS:
+        return
+    handle = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if os.isatty(number):
+            os.dup2(handle, number)
+    os.close(handle)
+    import ctypes
+    library = ctypes.WinDLL('kernel32')  # type: ignore[attr-defined]
+    library.FreeConsole()
 
 
 def was_importing(exc: BaseException) -> bool:
@@ -12681,21 +13464,79 @@ class NumericThreads:
 
 class TrackerProcess:
     """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
-    have left behind. It is started by the runner, so that its workers share it: one that a worker
-    started would be a process that its job has left running."""
+    have left behind. It is a child of the runner, so that its workers share it: one that a worker
+    started would be a process that its job has left running. Most jobs never need it, and it is a
+    whole Python: where workers are forked, there is only its pipe until somebody writes to that.
+    What it removes is a convenience, so that jobs run without it, too."""
 
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
         self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+        self._process: Any = None    # if it was started here
         self.pid = 0
+        self.reader = -1    # the end of the pipe that it will read, until it is started
 
     def start(self) -> None:
-        """Start it. What it removes is a convenience, so that jobs run without it, too."""
+        """Start it now."""
         try:
             self._tracker.ensure_running()
-            self.pid = self._tracker._pid or 0
         except (OSError, AttributeError) as exc:   # no room for a process; another Python
-            logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+            self._warn(exc)
+        self.find()
+
+    @staticmethod
+    def _warn(exc: Exception) -> None:
+        logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+
+    def find(self) -> None:
+        """The user's code here may have needed it, and has started it then."""
+        self.pid = getattr(self._tracker, '_pid', None) or self.pid
+
+    def make_pipe(self) -> None:
+        """Called after the computation was loaded, and before workers are forked: make the pipe if
+        the tracker does not run."""
+        self.find()
+        if getattr(self._tracker, '_fd', 0) is not None:
+            return
+        try:
+            self.reader, self._tracker._fd = os.pipe()
+        except OSError as exc:
+            self._warn(exc)
+
+    def start_at_pipe(self) -> None:
+        """Start it: something was written to the pipe."""
+        handle = self.reader
+        self.reader = -1
+        code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        words = [sys.executable, *flags, '-c', code]
+        # It ignores these, but not from its very beginning
+        ignored = (signal.SIGINT, signal.SIGTERM)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+        try:
+            self._process = subprocess.Popen(words, pass_fds=[handle], cwd=os.sep)
+            self.pid = self._tracker._pid = self._process.pid
+        except OSError as exc:
+            self._warn(exc)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(handle)
+
+    def end_pipe(self) -> None:
+        """The workers have ended: if it was not needed, let the user's code that still runs here
+        start it in the usual way. Nobody would read the pipe meanwhile."""
+        if self.reader < 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.reader, selectors.EVENT_READ)
+            is_written = bool(selector.select(0))
+        if is_written:
+            self.start_at_pipe()
+            return
+        os.close(self.reader)
+        os.close(self._tracker._fd)
+        self.reader = -1
+        self._tracker._fd = None
 
     def stop(self) -> None:
         """Let it remove what is left and end; the workers have ended."""
@@ -13048,7 +13889,13 @@ class WorkerPipe:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         buffer = self._intake.get_buffer()
-        count = self._sock.recv_into(buffer, 0, flags)
+        if HAS_SEGMENTS:
+            told = self._sock.recvmsg_into([buffer], SegmentIntake.ROOM, flags)
+            count = told[0]
+            if told[1] or told[2] & _MSG_CTRUNC:
+                self._intake.segments.came(*told[1:3])
+        else:
+            count = self._sock.recv_into(buffer, 0, flags)
         if count == 0:
             self.at_end()
             os._exit(0)
@@ -13081,15 +13928,36 @@ class WorkerPipe:
 
     def send(self, *args: Any) -> None:
         """Send a record, given as to pack_record."""
-        buffers = pack_record(*args)
+        self._in_turn(pack_record(*args))
+
+    def send_result(self, *args: Any) -> None:
+        """Send a RESULT record, given as to pack_record behind its kind. A large value goes in a
+        memory segment, if there is room."""
+        payload = args[4]
+        if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
+            self.send(RecordType.RESULT, *args)
+            return
+        with contextlib.closing(MemorySegment(payload)) as segment:
+            try:
+                segment.fill(sys.maxsize)
+            except OSError as exc:   # no room or no descriptor
+                logger.debug('a value goes through the pipe: %s', exc)
+                self.send(RecordType.RESULT, *args)
+            else:
+                self._in_turn([segment_record(RecordType.RESULT, *args)], segment)
+
+    def _in_turn(self, buffers: List[Buffer], segment: Optional[MemorySegment] = None) -> None:
         with self._sending:
             if self._shared:
                 with self._turn:
-                    self._write(buffers)
+                    self._write(buffers, segment)
             else:
-                self._write(buffers)
+                self._write(buffers, segment)
 
-    def _write(self, buffers: List[Buffer]) -> None:
+    def _write(self, buffers: List[Buffer], segment: Optional[MemorySegment]) -> None:
+        if segment is not None:
+            sent = send_with(self._sock, buffers, segment)
+            buffers = [memoryview(buffers[0])[sent:]]
         for buffer in buffers:
             if len(buffer) <= WRITE_MOST:
                 self._sock.sendall(buffer)
@@ -13308,9 +14176,8 @@ class JobServices:
             raise ValueError(over_limit('dispy_provisional_result: the value', size))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(RecordType.RESULT,
-                            Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
-                            self._slots[0], now, now, payload)
+            outcome = Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE
+            self._pipe.send_result(outcome, self._slots[0], now, now, payload)
         return 0
 
     def _forward(self, record: logging.LogRecord) -> None:
@@ -13561,8 +14428,7 @@ class Worker:
             if not self._pipe.jobs:
                 self._pipe.receive(0)
             else:
-                record = self._pipe.jobs.popleft()
-                self._run(record)
+                self._run(self._pipe.jobs.popleft())   # and its arguments are let go
                 self._slots[0] = 0
                 fit = self._tidy()
         if clean_up is not None:
@@ -13580,6 +14446,8 @@ class Worker:
         self._pid = os.getpid()
         self._output.install()
         self._interrupts.install()
+        stack_file = StackFile(self._spec['private'], self._pid)
+        stack_file.begin()
         self._services.install(self._globals)
         # Forked twins would draw the same "random" numbers; `random` sees to it itself
         if 'numpy' in sys.modules:
@@ -13666,7 +14534,7 @@ class Worker:
         if self._job_directory.is_entered:
             self._job_directory.leave()
         try:
-            self._pipe.send(RecordType.RESULT, outcome, serial, start, end, payload, out, err)
+            self._pipe.send_result(outcome, serial, start, end, payload, out, err)
         except ValueError as exc:
             text = 'the result could not be sent: %s' % exc
             self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
@@ -14071,6 +14939,8 @@ def _job_objects() -> Any:
     library.CreateJobObjectW.argtypes = (handle, handle)
     library.SetInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number)
     library.QueryInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number, handle)
+    library.OpenProcess.restype = handle
+    library.OpenProcess.argtypes = (number, ctypes.c_int, number)
     library.AssignProcessToJobObject.argtypes = (handle, handle)
     library.TerminateJobObject.argtypes = (handle, number)
     library.CloseHandle.argtypes = (handle, )
@@ -14083,6 +14953,7 @@ _JOB_LIMITS_CLASS = 9
 _JOB_KILL_ON_CLOSE = 0x2000
 _JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
 _JOB_ACCOUNTING_CLASS = 1
+_PROCESS_ASSIGN = 0x0101   # PROCESS_TERMINATE | PROCESS_SET_QUOTA
 _ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
 
 
@@ -14090,14 +14961,18 @@ class ProcessTree:
     """Windows: a process and all that it starts from now on, as a job object. All of them end when
     the process that has made this one ends, whatever way."""
 
-    def __init__(self, process: Any) -> None:
-        """Raises OSError."""
+    def __init__(self, pid: int) -> None:
+        """`pid`: of a child of this process. Raises OSError."""
         self._library = _job_objects()
         self._handle: Any = self._library.CreateJobObjectW(None, None)
         limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
         if self._handle and self._library.SetInformationJobObject(self._handle, _JOB_LIMITS_CLASS,
                                                                   limits, len(limits)):
-            if self._library.AssignProcessToJobObject(self._handle, int(process.sentinel)):
+            process = self._library.OpenProcess(_PROCESS_ASSIGN, 0, pid)
+            assigned = self._library.AssignProcessToJobObject(self._handle, process)
+            if process:
+                self._library.CloseHandle(process)
+            if assigned:
                 return
         import ctypes
         error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
@@ -14117,10 +14992,11 @@ class ProcessTree:
             self._handle = None
 
 
-def tree_of(process: Any) -> Optional[ProcessTree]:
-    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do."""
+def tree_of(pid: int) -> Optional[ProcessTree]:
+    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do.
+    Raises OSError."""
     if IS_WINDOWS:
-        return ProcessTree(process)
+        return ProcessTree(pid)
     return None
 
 
@@ -14133,6 +15009,101 @@ def processes_in_tree() -> int:
         return int(_JOB_ACCOUNTING.unpack(told.raw)[6])
     children = ask_psutil(lambda psutil: psutil.Process().children(recursive=True))   # in Wine
     return 1 + len(children or ())
+
+
+class StackFile:
+    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, also
+    while C code runs. It lies in the private directory of its computation, under its pid."""
+    TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
+    STEP = 0.002
+    # What has called the job, which stands behind its own lines
+    OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
+    SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
+
+    def __init__(self, private: str, pid: int) -> None:
+        self._path = os.path.join(private, 'stacks-%d' % pid)
+        self._pid = pid
+
+    def begin(self) -> None:
+        """Write into it from now on. Called by the process itself. Without a file there are no
+        stacks."""
+        if not STACKS_SIGNAL:
+            return
+        import faulthandler
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with contextlib.suppress(OSError, RuntimeError):
+            opened = os.open(self._path, flags, 0o600)
+            handle = _out_of_reach(opened)
+            faulthandler.register(STACKS_SIGNAL, handle, all_threads=True)
+
+    def read(self) -> str:
+        """Have the process write its stacks. Return them, or why there are none."""
+        if not STACKS_SIGNAL:
+            return 'this system has no signal for it'
+        try:
+            before = os.path.getsize(self._path)
+            if not self._is_ready():
+                return 'the job has changed how its process takes signals'
+            os.kill(self._pid, STACKS_SIGNAL)
+            return self._written(before)
+        except OSError as exc:
+            return 'the stacks cannot be read: %s' % exc
+
+    def _written(self, before: int) -> str:
+        """Wait until it has written, and return that."""
+        until = time.monotonic() + self.TIME
+        size = before
+        while time.monotonic() < until:
+            time.sleep(self.STEP)
+            known = size
+            size = os.path.getsize(self._path)
+            if size > before and size == known:
+                break
+        with open(self._path, 'rb') as file:
+            file.seek(before)
+            data = file.read(STACKS_MOST)
+        if not data:
+            return self.SILENT
+        text = data.decode('utf-8', 'replace')
+        return self.OURS.sub('', text)
+
+    def _is_ready(self) -> bool:
+        """Return whether the process takes the signal, which would end it otherwise, as far as the
+        system tells that."""
+        path = '/proc/%d/status' % self._pid
+        if not os.path.exists(path):
+            return True
+        with open(path) as file:
+            status = file.read()
+        found = re.search(r'^SigCgt:\s*([0-9a-f]+)$', status, re.M)
+        if found is None:
+            return False
+        caught = int(found.group(1), 16)
+        place = 1 << (STACKS_SIGNAL - 1)
+        return bool(caught & place)
+
+    def remove(self) -> None:
+        """Remove the file of a process that has ended."""
+        with contextlib.suppress(OSError):   # there is none
+            os.unlink(self._path)
+
+
+def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes, bytes, bytes]:
+    """Return the stacks of a worker, if they are wanted, and the ends of what its job has printed
+    to stdout and stderr."""
+    stacks = ''
+    if wants_stacks:
+        stack_file = StackFile(private, child.process.pid)
+        stacks = stack_file.read()
+    ends = []
+    for output in (child.out, child.err):
+        status = os.fstat(output.handle)
+        at = max(0, status.st_size - OUTPUT_SEEN)
+        data = output.since(at)
+        ends.append(data[:OUTPUT_SEEN])
+    stdout, stderr = ends
+    encoded = stacks.encode('utf-8', 'replace')
+    return encoded[:STACKS_MOST], stdout, stderr
 
 
 class WorkerProcesses:
@@ -14157,7 +15128,7 @@ class WorkerProcesses:
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
-        self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+        self.closed_in_workers: List[int] = []   # descriptors that are the runner's alone
         # Worker, which is to be made -> variables of its environment that say what it may use
         self._variables: Dict[int, Dict[str, str]] = {}
 
@@ -14286,6 +15257,19 @@ class WorkerProcesses:
         if child.slots[0] == serial:
             self._interrupt(child)
 
+    def show(self, record: Record) -> None:
+        """Tell what a job does, if its worker still runs it."""
+        serial = record.serial
+        child = self._children.get(record.number)
+        nothing = (b'', b'', b'')
+        seen = nothing
+        if child is not None and child.slots[0] == serial:
+            wants_stacks = bool(record.start)
+            seen = look_at_job(child, self._spec['private'], wants_stacks)
+            if child.slots[0] != serial:   # it may be of the next job
+                seen = nothing
+        self._send(RecordType.SEEN, record.number, serial, 0.0, 0.0, *seen)
+
     def kill(self, record: Record) -> None:
         """Kill a worker."""
         child = self._children.get(record.number)
@@ -14339,6 +15323,8 @@ class WorkerProcesses:
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
                 self._tell_end(key, child, out, err)
+                stack_file = StackFile(self._spec['private'], child.process.pid)
+                stack_file.remove()
                 child.out.close()
                 child.err.close()
                 child.process.close()
@@ -14653,14 +15639,14 @@ class SpawnedWorkers(WorkerProcesses):
             with theirs:
                 context = multiprocessing.get_context('spawn')
                 pid = os.getpid()
-                process = context.Process(target=worker_main,
-                                          name='dispy-worker',
-                                          args=(theirs, self._spec['private'], names,
-                                                child.where[1:], pid))
+                process: Any = context.Process(target=worker_main,
+                                               name='dispy-worker',
+                                               args=(theirs, self._spec['private'], names,
+                                                     child.where[1:], pid))
                 with with_variables(variables or {}):
                     process.start()
             made.callback(process.kill)
-            tree = tree_of(process)
+            tree = tree_of(process.pid)
             loading_line = LoadingLine(ours, functools.partial(self._hear, process))
             child = child._replace(process=process, tree=tree, line=loading_line)
             made.pop_all()
@@ -14917,16 +15903,35 @@ class Runner(LoadingProcess):
         captured_output = CapturedOutput(private)
         err = CapturedOutput(private)
         self._catch_output(captured_output, err)
-        if os.name == 'posix':
+        if os.name == 'posix' and not forks:
             self._tracker.start()
-            self._workers.kept_alive.add(self._tracker.pid)
+            self._keep_tracker()
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         unpack_support(self._spec)
         if forks:
             if not self._load(init.bodies[1]):
                 return
+            self._make_tracker_pipe(selector)
             self._tell_up()
         self._serve(selector)
+
+    def _make_tracker_pipe(self, selector: selectors.BaseSelector) -> None:
+        self._tracker.make_pipe()
+        self._keep_tracker()
+        if self._tracker.reader >= 0:
+            selector.register(self._tracker.reader, selectors.EVENT_READ,
+                              functools.partial(self._start_tracker, selector))
+
+    def _start_tracker(self, selector: selectors.BaseSelector) -> None:
+        selector.unregister(self._tracker.reader)
+        self._workers.closed_in_workers.remove(self._tracker.reader)
+        self._tracker.start_at_pipe()
+        self._keep_tracker()
+
+    def _keep_tracker(self) -> None:
+        """It is no process that a job has left running, whoever has started it."""
+        self._tracker.find()
+        self._workers.kept_alive.add(self._tracker.pid)
 
     def _loaded(self) -> None:
         self._workers.keep_children()
@@ -14934,6 +15939,7 @@ class Runner(LoadingProcess):
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     def _not_loaded(self) -> None:
+        self._keep_tracker()
         self._workers.kill_strays()
         self._tracker.stop()
         # Nobody wants it any more, and what that has interrupted is no fault
@@ -14957,7 +15963,9 @@ class Runner(LoadingProcess):
         writer.setblocking(False)
         workers = self._workers
         handle = reader.fileno()
-        workers.closed_in_workers = (handle, writer.fileno())
+        workers.closed_in_workers = [handle, writer.fileno()]
+        if self._tracker.reader >= 0:
+            workers.closed_in_workers.append(self._tracker.reader)
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
         descriptor = writer.fileno()
@@ -14967,7 +15975,7 @@ class Runner(LoadingProcess):
         handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
                     RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
                     RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
-                    RecordType.EQUIP: workers.equip,
+                    RecordType.EQUIP: workers.equip, RecordType.LOOK: workers.show,
                     RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
         try:
             workers.begin()
@@ -14987,9 +15995,11 @@ class Runner(LoadingProcess):
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
+        self._tracker.end_pipe()
         if not self._is_closed:   # first of all, as the next program may wait for it
             write_notes(self._spec['private'])
         self._clean_up()
+        self._keep_tracker()
         self._workers.drop_children()
         self._finalize()
         self._tracker.stop()
@@ -15191,10 +16201,14 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
-def _row_of(record: Record) -> tuple:
-    """A row of Results, of the record of a worker."""
+def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
+    """A row of Results, of the record of a worker. Raises PeerError."""
+    _, in_segment, outcome, serial, start, end, size, _, _ = head
+    if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
+        return serial, outcome, start, end, bytes(body), b'', b''
+    record = pipe.record_of(head, body)
     payload, stdout, stderr = map(_keep, record.bodies)
-    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+    return serial, outcome, start, end, payload, stdout, stderr
 
 
 def shortage(exc: BaseException) -> str:
@@ -15295,21 +16309,31 @@ def node_facts() -> dict:
     pid = os.getpid()
     return {
         'python': python, 'dispy': __version__, 'platform': system, 'cloudpickle': cloudpickle,
-        'pid': pid
+        'pid': pid, 'looks': True
     }
 
 
 def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
-    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
-    that fails does not hide the others."""
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
+    there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
+    of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
+    the others."""
     cpu = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
     memory = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+    memory_total = ask_psutil(lambda psutil: psutil.virtual_memory().total)
     swap = ask_psutil(lambda psutil: psutil.swap_memory().free)
-    found: Dict[str, Optional[float]] = {'cpu': cpu, 'memory': memory, 'disk': None, 'swap': swap}
+    found: Dict[str, Optional[float]] = {
+        'cpu': cpu,
+        'memory': memory,
+        'memory_total': memory_total,
+        'disk': None,
+        'disk_total': None,
+        'swap': swap,
+    }
     with contextlib.suppress(OSError):   # the directory was removed
         usage = shutil.disk_usage(directory)
         found['disk'] = usage.free
+        found['disk_total'] = usage.total
     return found
 
 
@@ -15465,6 +16489,11 @@ class ResultSpool:
                 else:
                     os.unlink(self.path)
                 raise
+
+    def age(self) -> float:
+        """Return the seconds since the last results were added. Raises OSError."""
+        status = os.stat(self.path)
+        return time.time() - status.st_mtime
 
     def rows(self) -> Iterator[tuple]:
         """Return what is kept, row after row; ends before what is torn."""
@@ -15835,10 +16864,15 @@ def _probe(name: str, path: str) -> Interpreter:
         raise ValueError('--python %s=%s: it is Python %s, and dispy needs 3.8 or later' % (
             name, path, '.'.join(map(str, version))))
     interpreter = Interpreter(path, tuple(version), cloudpickle_version, has_psutil)
-    if not has_psutil and sys.platform != 'linux':
-        logger.warning('--python %s=%s has no psutil, which limits the memory of jobs here '
-                       '(dispy_memory): they are not limited', name, path)
+    if not has_psutil:
+        _tell_without_psutil('--python %s=%s' % (name, path))
     return interpreter
+
+
+def _tell_without_psutil(python: str) -> None:
+    if sys.platform != 'linux':   # there /proc tells
+        logger.warning('%s has no psutil, which limits the memory of jobs here (dispy_memory): '
+                       'they are not limited', python)
 
 
 def environment_for(python: str) -> Dict[str, str]:
@@ -15939,6 +16973,10 @@ class NodeDirectory:
         self.memory: Optional[Memory] = None
         # Where computations work, and what is above: not the same with --user
         self.root = self.base = ''
+
+    def available(self) -> Dict[str, Any]:
+        """Return what is free of the machine, with the disk of the directory."""
+        return availability(self.root)
 
     def take(self, port: int) -> None:
         """Have the directory. Raises StartError."""
@@ -16100,7 +17138,7 @@ class NodeDirectory:
     def spooled(self) -> List[str]:
         """Computations that have such a file."""
         return [
-            name[2:] for name in os.listdir(self.base)
+            name[2:] for name in sorted(os.listdir(self.base))
             if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))
         ]
 
@@ -16249,8 +17287,8 @@ class ComputationFiles:
         loop."""
         def work() -> None:
             Digests.learn(paths)
-            digested = Digested(action)
-            self._host.post(digested)
+            event = Digested(action)
+            self._host.post(event)
         self._digesting.add(action.comp)
         thread = threading.Thread(target=work, name='dispy-digest', daemon=True)
         thread.start()
@@ -16305,8 +17343,8 @@ class ComputationFiles:
                     missing = files.receiver.want(Purpose.VALUES, [row])
         except (OSError, ValueError) as exc:
             error = str(exc)
-        value_sought = ValueSought(action.comp, digest, missing, error)
-        self._host.post(value_sought)
+        event = ValueSought(action.comp, digest, missing, error)
+        self._host.post(event)
 
     def drop_value(self, action: DropValue) -> None:
         """Remove a value."""
@@ -16322,8 +17360,8 @@ class ComputationFiles:
         if files is not None:
             with self._directory.as_user():
                 missing = files.receiver.again()
-                wanted = Wanted(action.comp, missing)
-                self._host.post(wanted)
+                event = Wanted(action.comp, missing)
+                self._host.post(event)
 
     def store(self, action: WriteFile) -> None:
         """Write a piece of a file."""
@@ -16336,8 +17374,8 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        file_written = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
-        self._host.post(file_written)
+        event = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
+        self._host.post(event)
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -16405,13 +17443,10 @@ class ResultStore:
                 if not serials:
                     text = '%s is empty' % spool.path
                     raise ValueError(text)
-                now = time.time()
-                status = os.stat(spool.path)
-                st_mtime = status.st_mtime
-                left = self._zombie - (now - st_mtime)
+                left = self._zombie - spool.age()
                 until = self._host.now + max(0.0, left)
-                spool_found = SpoolFound(comp, owner, serials, until, digest)
-                self._host.tell(spool_found)
+                event = SpoolFound(comp, owner, serials, until, digest)
+                self._host.tell(event)
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
@@ -16427,8 +17462,8 @@ class ResultStore:
         except (OSError, ValueError, StartError) as exc:
             self._unkept.add(comp)
             error = str(exc)
-            results_spooled = ResultsSpooled(comp, [], error)
-            self._host.post(results_spooled)
+            event = ResultsSpooled(comp, [], error)
+            self._host.post(event)
         else:
             self._unkept.discard(comp)
             serials = []
@@ -16503,9 +17538,10 @@ if hasattr(os, 'register_at_fork'):
 class RunnerProcess:
     """The process of a runner. The loop's thread.
 
-    It is started with `subprocess`: `multiprocessing`, which is used only where a descriptor cannot
-    be passed to a new program, would run a program's main module again, and share its resource
-    tracker. It inherits no descriptor but its own, and has a session of its own.
+    It is started with `subprocess`: `multiprocessing` would run a program's main module again, and
+    share its resource tracker. It inherits no descriptor but its own, and has a session of its own.
+    On Windows it has a console of its own, without a window, which workers and programs share: a
+    Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
     """
     CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
 
@@ -16515,18 +17551,8 @@ class RunnerProcess:
         directory with this module, for one that has its own library and packages. Raises
         OSError."""
         self._home = home
-        self._popen: Any = None
-        self._process: Any = None
-        if os.name == 'posix':
-            self._popen = self._start(control, user, python or sys.executable)
-            self.pid: int = self._popen.pid
-        else:
-            context = multiprocessing.get_context('spawn')
-            self._process = context.Process(target=runner_main,
-                                            args=(control, user),
-                                            name='dispy-runner')
-            self._process.start()
-            self.pid = self._process.pid
+        self._popen: Any = self._start(control, user, python or sys.executable)
+        self.pid: int = self._popen.pid
 
     def _start(self, control: socket.socket, user: Optional[User], python: str) -> Any:
         places = []
@@ -16547,6 +17573,9 @@ class RunnerProcess:
         if user is not None:
             variables[RUNNER_USER] = json.dumps(user)
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        if IS_WINDOWS:
+            words = [*flags, '-c', self.CODE % (where, places, -1)]
+            return self._start_on_windows(control, python, words, variables)
         with contextlib.ExitStack() as opened:
             error = None
             try:
@@ -16560,46 +17589,54 @@ class RunnerProcess:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
                     pass_fds=(control.fileno(),), start_new_session=True)
 
+    @staticmethod
+    def _start_on_windows(control: socket.socket, python: str, words: Sequence[str],
+                          variables: Dict[str, str]) -> Any:
+        """A socket is for one process there, whose number must be known before: it goes through
+        stdin. The Python of a virtual environment starts another, which would have a number of its
+        own: that one is started here, as multiprocessing does it."""
+        base = getattr(sys, '_base_executable', python)
+        if python == sys.executable and python != base:
+            variables['__PYVENV_LAUNCHER__'] = python
+            python = base
+        no_window = getattr(subprocess, 'CREATE_NO_WINDOW', 0)
+        error = None
+        try:
+            os.fstat(2)
+        except OSError:   # closed, as in a program without a console
+            error = subprocess.DEVNULL
+        with process_start_lock:
+            process = subprocess.Popen([python, *words], env=variables, stdin=subprocess.PIPE,
+                                       stdout=subprocess.DEVNULL, stderr=error,
+                                       creationflags=no_window)
+        assert process.stdin is not None   # ours: it is a pipe
+        with process.stdin as pipe:
+            shared = control.share(process.pid)  # type: ignore[attr-defined]
+            pipe.write(shared)
+        return process
+
     @property
     def exitcode(self) -> Optional[int]:
         """None while it runs. 0 where the program has others wait for its children, and nobody
         can tell."""
-        if self._popen is not None:
-            return self._popen.poll()  # type: ignore[no-any-return]
-        return self._process.exitcode  # type: ignore[no-any-return]
-
-    def tree(self) -> Optional[ProcessTree]:
-        """What ends it with all that it starts, where groups of processes do not. Raises
-        OSError."""
-        if self._process is None:
-            return None
-        return tree_of(self._process)
+        return self._popen.poll()  # type: ignore[no-any-return]
 
     def terminate(self) -> None:
         """Tell it to end."""
-        (self._popen or self._process).terminate()
+        self._popen.terminate()
 
     def kill(self) -> None:
         """Kill it."""
-        (self._popen or self._process).kill()
+        self._popen.kill()
 
     def join(self, seconds: float) -> None:
         """Wait for its end."""
-        if self._process is not None:
-            self._process.join(seconds)
-            return
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(seconds)
 
-    def close(self) -> None:
-        """Release what belongs to a process that has ended."""
-        if self._process is not None:
-            self._process.close()
-
     def forget(self) -> None:
         """In a forked child: it is no child of this process."""
-        if self._popen is not None:
-            self._popen.returncode = 0
+        self._popen.returncode = 0
 
 
 class RunnerWatch:
@@ -16721,7 +17758,7 @@ class ComputationProcesses:
         try:
             self.process = RunnerProcess(theirs, host.options.user,
                                          self.python or host.options.python, self.home)
-            self.tree = self.process.tree()
+            self.tree = tree_of(self.process.pid)
         except OSError:
             ours.close()
             if self.process is not None:
@@ -16895,29 +17932,31 @@ class WorkerReader:
         """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
         OSError."""
         rows = []
-        records = pipe.records(self._host.now)
+        units = pipe.read(self._host.now)
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
-        for record in records:
-            if record.kind == _RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
-                                                                     record.end, *record.bodies):
+        for head, body in units:
+            if head[0] == _RESULT:
+                row = _row_of(pipe, head, body)
+                if row[OUTCOME] not in OF_WORKERS or not is_outcome(*row[OUTCOME:]):
+                    size = size_of(row[PAYLOAD])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0]))
+                        *row[OUTCOME:PAYLOAD], size)
                     raise PeerError(text)
-                rows.append(_row_of(record))
+                rows.append(row)
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                worker_results = WorkerResults(pipe.worker, rows)
-                self._host.tell(worker_results)
+                event = WorkerResults(pipe.worker, rows)
+                self._host.tell(event)
                 rows = []
+            record = pipe.record_of(head, body)
             self._from_job(pipe, record)
         if rows:
             self._host.tell(WorkerResults(pipe.worker, rows))
             self.held.hold_back(pipe)
         elif pipe.is_large:
             self.held.hold_back(pipe)
-        return len(records)
+        return len(units)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
@@ -16926,31 +17965,28 @@ class WorkerReader:
         if record.kind == RecordType.LOGGED:
             log_record_of(bodies[0])
             data = bytes(bodies[0])
-            worker_printed = WorkerPrinted(pipe.worker, serial, 0, 0, data)
-            self._host.tell(worker_printed)
+            self._host.tell(WorkerPrinted(pipe.worker, serial, 0, 0, data))
         elif record.kind == RecordType.FILE:
             row = open_envelope(bodies[0])
-            is_file = _is_file(row)
-            if not is_file or not is_serial(serial):
+            if not _is_file(row):
                 raise PeerError('a file that is none')
+            if not is_serial(serial):
+                raise PeerError('a file of no job')
             offset = record.number * FILE_PIECE
             purpose = int(Purpose.FROM_JOB)
             piece = FilePiece(pipe.comp, purpose, serial, row, offset, out_of_band(bodies[1]))
-            worker_file = WorkerFile(pipe.worker, piece)
-            self._host.tell(worker_file)
+            self._host.tell(WorkerFile(pipe.worker, piece))
             self.held.hold_back(pipe)
         elif record.kind == RecordType.WANT:
             request = open_envelope(bodies[0])
-            if type(request) not in (int, str) or (type(request) is int
-                                                   and not is_serial(request)):
+            is_number = type(request) is int and is_serial(request)
+            if not is_number and type(request) is not str:
                 raise PeerError('modules that are none')
-            worker_wants = WorkerWants(pipe.worker, serial, request)
-            self._host.tell(worker_wants)
+            self._host.tell(WorkerWants(pipe.worker, serial, request))
         elif record.kind == RecordType.INITIALIZED:
             text = bytes(bodies[0]).decode('utf-8', 'replace')
             error = text and 'on node %s %s' % (self._host.node.name, text)
-            worker_initialized = WorkerInitialized(pipe.worker, error)
-            self._host.tell(worker_initialized)
+            self._host.tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == RecordType.JOBS_RETURNED:
             body = bodies[0]
             if len(body) % 8:
@@ -17003,12 +18039,23 @@ class WorkerPipes:
         run = self._of_worker.get(action.worker)
         if run is not None:
             buffers: List[Buffer] = []
+            pipe = run.pipes[action.worker]
             for attempt in action.attempts:
-                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                       attempt.payload)
+                payload = attempt.payload
+                size = len(payload)
+                if type(payload) is bytes and size < OUT_OF_BAND:   # nearly always
+                    head = _RECORD.pack(_JOB, 0, attempt.cpus, attempt.serial, 0.0, 0.0, size, 0, 0)
+                    buffers.append(head + payload)
+                elif goes_in_segment(payload):
+                    head = segment_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
+                    pipe.push(buffers)
+                    buffers = []
+                    pipe.push_value(head, payload)
+                else:
+                    buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
             if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
                 buffers = [b''.join(buffers)]
-            run.pipes[action.worker].push(buffers)
+            pipe.push(buffers)
             self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
@@ -17029,6 +18076,10 @@ class WorkerPipes:
     def interrupt(self, action: Interrupt) -> None:
         """Interrupt what a worker runs."""
         self._order(RecordType.INTERRUPT, action.worker, action.serial)
+
+    def look(self, action: Look) -> None:
+        """Look at the job of a worker."""
+        self._order(RecordType.LOOK, action.worker, action.serial, float(action.stacks))
 
     def kill(self, action: Kill) -> None:
         """Kill a worker."""
@@ -17088,6 +18139,7 @@ class ProcessHost:
             RecordType.UNBORN: self._on_worker_start_failed,
             RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
             RecordType.OVERDUE: self._on_overdue,
+            RecordType.SEEN: self._on_seen,
             RecordType.PRINTED: self._on_printed,
         }
 
@@ -17107,8 +18159,8 @@ class ProcessHost:
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
             text = 'its process cannot be started: %s' % shortage(exc)
-            runner_gone = RunnerGone(comp, text, code='process')
-            self._host.post(runner_gone)
+            event = RunnerGone(comp, text, code='process')
+            self._host.post(event)
             return
         self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
@@ -17126,8 +18178,8 @@ class ProcessHost:
         if run is None or run.process is None:
             self._runs.pop(comp, None)
             self._files.discard(comp)
-            runner_gone = RunnerGone(comp, '')
-            self._host.post(runner_gone)
+            event = RunnerGone(comp, '')
+            self._host.post(event)
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
@@ -17217,8 +18269,6 @@ class ProcessHost:
         self._let_go_of_all(run)
         if run.watch is not None:
             run.watch.close()
-        if code is not None:
-            run.process.close()
         run.process = None
         # In a program, orphans are its own
         if os.getpid() == 1:
@@ -17300,15 +18350,15 @@ class ProcessHost:
             run.pids.pop(record.number, None)
             if record.number in run.equipped:
                 run.equipped.discard(record.number)
-                worker_left = WorkerLeft(record.number)
-                self._host.tell(worker_left)
+                event = WorkerLeft(record.number)
+                self._host.tell(event)
 
     def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
         """The runner answers, which is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
-        end_wanted = EndWanted(run.comp)
-        self._host.tell(end_wanted)
+        event = EndWanted(run.comp)
+        self._host.tell(event)
 
     def _on_up(self, run: ComputationProcesses, record: Record) -> None:
         run.up = True
@@ -17334,12 +18384,18 @@ class ProcessHost:
         self._host.tell(WorkerStartFailed(record.number, text))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        memory_exceeded = MemoryExceeded(record.number, record.serial)
-        self._host.tell(memory_exceeded)
+        event = MemoryExceeded(record.number, record.serial)
+        self._host.tell(event)
 
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
-        worker_overdue = WorkerOverdue(record.number, record.serial)
-        self._host.tell(worker_overdue)
+        event = WorkerOverdue(record.number, record.serial)
+        self._host.tell(event)
+
+    def _on_seen(self, run: ComputationProcesses, record: Record) -> None:
+        stacks, stdout, stderr = map(bytes, record.bodies)
+        text = stacks.decode('utf-8', 'replace')
+        job_seen = JobSeen(record.number, record.serial, text, stdout, stderr)
+        self._host.tell(job_seen)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -17372,8 +18428,8 @@ class ProcessHost:
         tail = decoded.strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        worker_gone = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
-        self._host.tell(worker_gone)
+        event = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
+        self._host.tell(event)
 
     def _let_go_of_all(self, run: ComputationProcesses) -> None:
         for worker in list(run.pipes):
@@ -17399,8 +18455,8 @@ class ProcessHost:
                 self._host.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
-        kill = Kill(pipe.worker)
-        self.workers.kill(kill)
+        action = Kill(pipe.worker)
+        self.workers.kill(action)
         run.kill(pipe.worker)
         self._host.detach(pipe)
 
@@ -17645,15 +18701,17 @@ class NodeHost:
                  options: Options,
                  directory: Type[NodeDirectory] = NodeDirectory,
                  files: Type[ComputationFiles] = ComputationFiles,
-                 processes: Type[ProcessHost] = ProcessHost) -> None:
-        """The classes are those of the parts that have to do with files and processes."""
+                 processes: Type[ProcessHost] = ProcessHost,
+                 facts: Optional[Dict[str, Any]] = None) -> None:
+        """The classes are those of the parts that have to do with files and processes. `facts` are
+        those of the machine, see `node_facts`."""
         self.loop = loop
         self.options = options
         self.instance = os.urandom(16)
         self.links: Dict[int, Link] = {}     # to clients
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
-        facts = dict(node_facts(), start_method=options.start_method,
+        facts = dict(facts or node_facts(), start_method=options.start_method,
                      resources=options.offer.counts, memory_total=whole_memory(options.memory),
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
@@ -17695,6 +18753,7 @@ class NodeHost:
             StartWorker: self.processes.workers.start_worker,
             SendToWorker: self.processes.workers.feed,
             Interrupt: self.processes.workers.interrupt,
+            Look: self.processes.workers.look,
             Kill: self.processes.workers.kill,
             LimitMemory: self.processes.workers.watch,
             TakeFromWorker: self.processes.workers.take_back,
@@ -17717,8 +18776,8 @@ class NodeHost:
     def _directory_taken(self, memory: Memory, past: Dict[str, AttemptHistory]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
-            remembered = Remembered(comp, known)
-            self.tell(remembered)
+            event = Remembered(comp, known)
+            self.tell(event)
 
     def _exit(self, action: Exit) -> None:
         self.has_ended = True
@@ -17770,7 +18829,7 @@ class NodeHost:
     def link_up(self, link: Link) -> None:
         """A client has proved itself."""
         self.links[link.number] = link
-        self.node.facts['available'] = availability(self.directory.root)
+        self.node.facts['available'] = self.directory.available()
         event = LinkUp(link.number, link.instance, link.address)
         self.tell(event)
 
@@ -17796,9 +18855,9 @@ class NodeHost:
             raise LinkBroken(text)
         if not isinstance(message, Pulse):
             if type(message) is Query:
-                self.node.facts['available'] = availability(self.directory.root)
-            received = Received(link.number, message)
-            self.tell(received)
+                self.node.facts['available'] = self.directory.available()
+            event = Received(link.number, message)
+            self.tell(event)
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
@@ -17857,8 +18916,8 @@ class NodeHost:
         else:
             link = self.links.get(getattr(subject, 'link', 0))
         if comp and not isinstance(subject, Link):
-            faulted = Faulted(comp, text)
-            self.tell(faulted)
+            event = Faulted(comp, text)
+            self.tell(event)
         elif link is not None:
             self.loop.break_link(link, text)
         if bool(comp):
@@ -17959,10 +19018,14 @@ class Daemon(Loop):
     """The loop of a dispynode: a NodeHost, and the links of clients, which were let in at its gates
     or which it has made itself."""
 
-    def __init__(self, options: Options,
-                 host: Callable[[Loop, Options], NodeHost] = NodeHost) -> None:
+    def __init__(self,
+                 options: Options,
+                 host: Callable[[Loop, Options], NodeHost] = NodeHost,
+                 link: Type[Link] = Link) -> None:
+        """`host` makes the part that is the node, and `link` is the class of links to clients."""
         super().__init__()
         self._options = options
+        self._link = link
         self.node_host = host(self, options)
         self.node = self.node_host.node
         self.tell = self.node_host.tell
@@ -18059,7 +19122,7 @@ class Daemon(Loop):
 
     def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
         """A peer has proved itself."""
-        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        link = self._link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
         self.attach(link)
         self.node_host.link_up(link)
         return link
@@ -18918,7 +19981,10 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
     """A log file that nobody else can read when it is made here."""
 
     def _open(self) -> Any:
+        is_new = not os.path.exists(self.baseFilename)
         os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT, 0o600))
+        if is_new:
+            keep_private(self.baseFilename)
         return super()._open()
 
 
@@ -19129,6 +20195,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
         user = find_user(args.user)
     else:
         user = None
+    if importlib.util.find_spec('psutil') is None:
+        _tell_without_psutil('this Python')
     secret = _find_secret_of(args)
     _make_ready_for(user)
     port = own_hosts(args.host or ('', ))
@@ -19195,7 +20263,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
-        _no_stdin()
+        leave_terminal()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)

@@ -83,27 +83,32 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST
 from dispy import REPORTS_APART
 from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
-from dispy import FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnection, NodeDrains
+from dispy import EndedJobs, FailedJobs, HeldFiles, JobState, JobsAssigned, NodeChanged
+from dispy import NodeConnection
+from dispy import NodeDrains
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
 from dispy import NodeUse, NodeUser, Overview, PackedComputation, RulesChanged, Schedule
-from dispy import ScheduledJob, UserLoad, UserRule, UserRules, WithdrawAsked
+from dispy import ScheduledJob, SecondHad, SecondsOfUser, UserLoad, UserRule, UserRules
+from dispy import WithdrawAsked
 from dispy import cpus_of, has_ended, job_row, parse_nodes, python_at, shown_arguments
 from dispy import shown_state
 from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
 from dispynode import ENDING_SIGNALS, EXIT_STATUSES, FOR_CODE, LAZY, NAME_MOST, NODE_PORT
-from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RETURNED
+from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, READS, RETURNED
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
-from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, Holder, IncomingValue, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
 from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
 from dispynode import days_option
-from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
-from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
+from dispynode import derive_key, digest_of, discovery_reach, file_digest, find_secret, has_place
+from dispynode import host_and_port, in_parts, is_comp, leave_terminal, limit_values
+from dispynode import listen_at_terminal, log_record_of, others_who
 from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
@@ -294,9 +299,9 @@ class DiskReserve:
     def give_up(self) -> None:
         """Delete the file if others have filled the disk."""
         if self.free() < self.size:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):   # it has gone, or somebody has it open
                 os.unlink(self._path)
-            self._is_there = False
+            self._is_there = os.path.exists(self._path)
 
 
 class LargeFiles:
@@ -316,6 +321,8 @@ class LargeFiles:
         self._pending: Dict[LargeFile, Sequence[Any]] = {}
         # Jobs whose files are not needed after the next transaction
         self._gone: List[int] = []
+        # Paths of such files that cannot be removed yet
+        self._stuck: List[str] = []
         self._new_values = itertools.count(1)
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
@@ -422,12 +429,23 @@ class LargeFiles:
             os.fsync(file.fileno())
 
     def unlink_gone(self) -> None:
-        """Delete the files that are not needed any more. Raises OSError."""
+        """Delete the files that are not needed any more. One that cannot be deleted, such as on
+        Windows while a virus scanner has it open, is deleted with the next ones."""
+        paths = self._stuck
         for number, end in itertools.product(self._gone, 'pr'):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(number, end))
+            path = self.path(number, end)
+            paths.append(path)
+        self._stuck = []
         self.numbers.difference_update(self._gone)
         self._gone = []
+        for path in paths:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                logger.debug('%s cannot be deleted yet: %s', path, exc)
+                self._stuck.append(path)
 
 
 class HistoryDatabase(Database):
@@ -484,7 +502,46 @@ class HistoryDatabase(Database):
         return to, rows
 
 
-class State(HistoryDatabase):
+class SecondsDatabase(HistoryDatabase):
+    """The part of the state that holds second attempts of jobs that run."""
+    SECOND: int
+    SECOND_OVER: int
+    _places: Dict[str, int]        # text of the key of a node -> its place
+
+    def seconds_sent(self, seconds: Sequence[ScheduledJob], key: Any) -> None:
+        """Note second attempts that go to a node, when this is on the disk."""
+        place = self._places[_key_text(key)]
+        for second in seconds:
+            number = job_number(second.serial)
+            self.note(self.SECOND, number, attempt_number(second.serial), place)
+
+    def second_over(self, second: ScheduledJob) -> None:
+        """Note that a second attempt counts no more, or is that of its job."""
+        number = job_number(second.serial)
+        self.note(self.SECOND_OVER, number, attempt_number(second.serial))
+
+    def seconds(self, works: Dict[int, 'ClientJob']) -> List[Tuple['ClientJob', int, Any]]:
+        """Return those of these jobs, by their numbers, that were started a second time, with the
+        serial of that attempt and the key of its node."""
+        keys = self._keys_of_nodes()
+        found = []
+        rows = self._db.execute('SELECT number, attempt, node FROM seconds')
+        for number, attempt, place in rows:
+            work = works.get(number)
+            if work is not None:
+                serial = serial_of(number, attempt)
+                found.append((work, serial, keys[place]))
+        return found
+
+    def _keys_of_nodes(self) -> Dict[int, Any]:
+        """Return a dictionary from the places of nodes to their keys."""
+        keys = {}
+        for key, place in self._places.items():
+            keys[place] = _key_of(key)
+        return keys
+
+
+class State(SecondsDatabase):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
     computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK = 0x64735335
@@ -504,12 +561,13 @@ class State(HistoryDatabase):
             instance BLOB)
         """
     # Those that the first release did not have: what was given up, the memories of nodes, their
-    # lock files, nodes that an operator has drained, jobs that have ended, by computations, and
-    # what users have used
+    # lock files, second attempts of jobs that run, nodes that an operator has drained, jobs that
+    # have ended, by computations, and what users have used
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
         'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)',
+        'seconds (number INTEGER PRIMARY KEY, attempt INTEGER, node INTEGER)',
         'drains (node TEXT PRIMARY KEY, reason TEXT, since REAL)',
         'accounts (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, user TEXT, proven INTEGER, '
         'program TEXT, name TEXT)',
@@ -517,7 +575,7 @@ class State(HistoryDatabase):
         'began REAL, ended REAL, cpus INTEGER, outcome TEXT)',
         'used (user TEXT PRIMARY KEY, cpus REAL, at REAL)')
     COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN, \
-        ACCOUNT, HISTORY, HISTORY_OVER, USED, USED_OVER = range(18)
+        ACCOUNT, HISTORY, HISTORY_OVER, SECOND, SECOND_OVER, USED, USED_OVER = range(20)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -536,6 +594,8 @@ class State(HistoryDatabase):
         'INSERT INTO history VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)',
         'DELETE FROM history WHERE number IN '
         '(SELECT number FROM history WHERE ended < ? ORDER BY number LIMIT 2000)',
+        'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?)',
+        'DELETE FROM seconds WHERE number = ? AND attempt = ?',
         'INSERT OR REPLACE INTO used VALUES (?, ?, ?)',
         'DELETE FROM used WHERE at < ?')
 
@@ -891,9 +951,7 @@ class State(HistoryDatabase):
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
         """Yield (number, serial of the program, options, state, serial, key of its node) of the
         jobs of a computation in the order in which they came."""
-        keys = {}
-        for key, place in self._places.items():
-            keys[place] = _key_of(key)
+        keys = self._keys_of_nodes()
         query = ('SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
                  'ORDER BY number')
         rows = self._db.execute(query, (self._comps[comp],))
@@ -1013,6 +1071,10 @@ def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
 # The same of the values that its jobs need, each a file called by its digest
 VALUES_OF = '.values'
+
+
+# The same of the files that second attempts of its jobs send, by their serials
+SECONDS_OF = '.seconds'
 
 
 TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
@@ -1203,6 +1265,134 @@ def _no_source() -> Tuple[bytes, str]:
     return b'', 'only its program can tell'
 
 
+class ForwardedFiles(HeldFiles):
+    """The files of a second attempt, which are kept on the disk here until it counts, and go to
+    the program then. Its result follows when the program has them. The loop's thread."""
+    forwards = True
+
+    def __init__(self, computation: 'ClientComputation', scheduler: 'Scheduler',
+                 serial: int) -> None:
+        directory = os.path.join(computation.directory + SECONDS_OF, str(serial))
+        super().__init__(directory, directory, 'at the scheduler: ')
+        self._computation = computation
+        self._scheduler = scheduler
+        self._serial = serial
+        self._result: Optional[tuple] = None    # the row of Results that waits
+        self._under_way: Set[str] = set()       # names of files on the way to the program
+        self._rows: Dict[str, tuple] = {}       # name -> row of FilePiece
+
+    def take(self, message: FilePiece) -> Optional[FileStored]:
+        """Take a piece, as HeldFiles does."""
+        row = message.row
+        self._rows[row[0]] = row
+        return super().take(message)
+
+    def place(self) -> str:
+        """Send the program those that are whole. Returns an empty text: what it cannot store is
+        told later."""
+        self.counts = True
+        self.forward()
+        return ''
+
+    def forward(self) -> None:
+        """Send those that the program is not known to have."""
+        computation = self._computation
+        scheduler = self._scheduler
+        known = scheduler.schedule.comps[computation.comp]
+        node = known.running.get(self._serial)
+        if not self.counts or node is None or computation.is_collected:
+            return
+        if computation.link not in scheduler.links:
+            return
+        work: Any = node.in_flight[computation.comp][self._serial]
+        transfer = (computation.comp, int(Purpose.FROM_JOB), work.client_serial)
+        for name in self.names:
+            path = os.path.join(self.directory, *name.split('/'))
+            if name not in self._rows:   # it came before this process was started
+                size, digest = file_digest(path)
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                self._rows[name] = (name, size, digest, mode)
+            row = self._rows[name]
+            self._under_way.add(name)
+            scheduler.program_jobs.backlog.add_file(computation.link, transfer, row, path)
+
+    def came(self, name: str, error: str) -> bool:
+        """The program has stored a file, or cannot. Returns whether it was one of these."""
+        if name not in self._under_way:
+            return False
+        self._under_way.discard(name)
+        if name in self.names:
+            self.names.remove(name)
+        if error:
+            text = '%s could not be sent: %s' % (name, error)
+            self._result = ended_row(self._serial, Outcome.DIED, text)
+            self.names.clear()
+        self._let_go()
+        return True
+
+    def _let_go(self) -> None:
+        """Hand on the result if nothing is left that it waits for."""
+        comp = self._computation.comp
+        known = self._scheduler.schedule.comps[comp]
+        node = known.running.get(self._serial)
+        if self._result is not None and not self.names and node is not None:
+            node_results = NodeResults(node.key, comp, [self._result])
+            self._scheduler.decide(node_results)
+
+    def keep_until_there(self, row: tuple) -> bool:
+        """Whether the row of Results of the attempt has to wait."""
+        if not self.counts or not self.names:
+            return False
+        self._result = row
+        if self._computation.is_collected:
+            self.give_up()
+        return True
+
+    def give_up(self) -> None:
+        """The program has ended, and what collects its results stores no files."""
+        if self._result is not None:
+            self._computation.warn(
+                'the files %s have not come: they are of a job that was started a second time, and '
+                'its program has ended' % ', '.join(self.names))
+            self.names.clear()
+            self._let_go()
+
+
+class ClientSeconds(SecondsOfUser):
+    """Second attempts of the jobs of a program. It is told of one when that counts. The loop's
+    thread."""
+
+    def __init__(self, computation: 'ClientComputation', scheduler: 'Scheduler') -> None:
+        self._computation = computation
+        self._scheduler = scheduler
+
+    def send(self, peer: NodeConnection, seconds: Sequence[Any]) -> None:
+        """Send these to a node."""
+        self._computation.send_rows(peer, seconds)
+        self._scheduler.state.seconds_sent(seconds, peer.key)
+
+    def counts(self, peer: NodeConnection, second: Any, ran: float) -> None:
+        """Tell the program that a job is elsewhere than it was."""
+        computation = self._computation
+        work = second.first
+        self._scheduler.state.second_over(second)
+        self._scheduler.state.sent([work], peer.key)
+        node = (peer.ip_addr, peer.port, peer.name)
+        serials = [work.client_serial]
+        jobs_assigned = JobsAssigned(computation.comp, node, serials)
+        computation.send(jobs_assigned)
+        if work.state is not JobState.SENT:
+            computation.jobs_started(peer, [(work, ran)])
+
+    def over(self, second: Any) -> None:
+        """Note that one counts no more."""
+        self._scheduler.state.second_over(second)
+
+    def files_of(self, second: Any) -> ForwardedFiles:
+        """Return where the files of one are kept."""
+        return ForwardedFiles(self._computation, self._scheduler, second.serial)
+
+
 class ClientComputation(NodeUser):
     """A computation of a program, in the place of a JobCluster. The loop's thread."""
     cargo: PackedComputation
@@ -1230,6 +1420,8 @@ class ClientComputation(NodeUser):
         self.digest = result_key(spec)   # of what shows that results are its
         self.directory = directory
         self.reentrant = shared['reentrant']
+        self.speculate = self.reentrant and spec.get('speculate', False)
+        self.seconds = ClientSeconds(self, scheduler)
         self.exclusive = shared['exclusive']
         self.cloudpickle = shared['cloudpickle']
         recovers = bool(shared['recovers'])
@@ -1268,6 +1460,7 @@ class ClientComputation(NodeUser):
         self.told_at = (0, 0.0)
         # Serial of a job that sends a file -> the link that it goes along, and its name.
         self.files: Dict[int, Tuple[int, str]] = {}
+        self.is_collected = False                 # by another process than its program
         self.given_up_at = math.inf               # when, if its program does not come back
         # When it lets its nodes go, if its program is not back and it has no jobs
         self.rests_at = math.inf
@@ -1325,6 +1518,7 @@ class ClientComputation(NodeUser):
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
+        shutil.rmtree(self.directory + SECONDS_OF, ignore_errors=True)
 
     def send(self, message: Any) -> None:
         """Send a message to the program, if it is connected."""
@@ -1395,8 +1589,18 @@ class ClientComputation(NodeUser):
         return self.values.path(digest)
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[Any]) -> None:
-        """Send jobs to a node, and tell the program where they are. The arguments of jobs that have
-        waited for long are on the disk."""
+        """Send jobs to a node, and tell the program where they are."""
+        scheduler = self._scheduler
+        scheduler.state.sent(works, peer.key)
+        if self.link in scheduler.links:
+            node = (peer.ip_addr, peer.port, peer.name)
+            serials = [work.client_serial for work in works]
+            self.send(JobsAssigned(self.comp, node, serials))
+        self.send_rows(peer, works)
+
+    def send_rows(self, peer: NodeConnection, works: Sequence[Any]) -> None:
+        """Send attempts to a node. The arguments of jobs that have waited for long are on the
+        disk."""
         scheduler = self._scheduler
         rows: List[Tuple[tuple, int]] = []
         unread: List[tuple] = []
@@ -1404,7 +1608,7 @@ class ClientComputation(NodeUser):
             try:
                 payload = work.payload
                 if payload is None:
-                    payload = scheduler.state.payload(work.number)
+                    payload = scheduler.state.payload(job_number(work.serial))
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
                 unread.append(ended_row(work.serial, Outcome.DIED, text))
@@ -1412,11 +1616,6 @@ class ClientComputation(NodeUser):
                 rows.append(job_row(work, payload, OF_JOBS))
         for frame in batches(Jobs, self.comp, rows):
             scheduler.send(peer.link, frame)  # type: ignore[arg-type]
-        scheduler.state.sent(works, peer.key)
-        if self.link in scheduler.links:
-            node = (peer.ip_addr, peer.port, peer.name)
-            serials = [work.client_serial for work in works]
-            self.send(JobsAssigned(self.comp, node, serials))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
@@ -1458,8 +1657,8 @@ class ClientComputation(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        jobs_assigned = JobsAssigned(self.comp, (), [work.client_serial])
-        self.send(jobs_assigned)
+        message = JobsAssigned(self.comp, (), [work.client_serial])
+        self.send(message)
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1478,8 +1677,8 @@ class ClientComputation(NodeUser):
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            started = Started(work.comp, [(work.client_serial, ran)])
-            self.send(started)
+            message = Started(work.comp, [(work.client_serial, ran)])
+            self.send(message)
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
@@ -1928,6 +2127,166 @@ class TurnTimes:
         return max(self._longest, self._longest_before)
 
 
+class JobsForMonitors:
+    """The jobs of all programs, one by one, as monitors show them. What has ended is noted while a
+    monitor asks: what it is called, what it was given and what it has printed is in memory then.
+    The loop's thread."""
+    PATIENCE = 60.0   # s without a question after which nobody watches
+
+    def __init__(self, overview: 'ProgramOverview', scheduler: 'Scheduler') -> None:
+        self._overview = overview
+        self._scheduler = scheduler
+        self._watched_until = 0.0
+        self._ended = EndedJobs()
+
+    def watch(self) -> None:
+        """Note that a monitor asks."""
+        self._watched_until = self._scheduler.now + self.PATIENCE
+
+    def note(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
+             status: int, text: str) -> None:
+        """Note a job that has ended with this row of Results, at this node if it was at one."""
+        if self._scheduler.now > self._watched_until:
+            return
+        peer = self._scheduler.nodes.by_key.get(node)
+        where = ''
+        if peer is not None:
+            where = peer.name or str(peer)
+        stdout = _end_of_output(row[5])
+        stderr = _end_of_output(row[6])
+        serial = work.client_serial
+        name = job_number(serial)
+        payload = work.payload or None
+        attempt = attempt_number(work.serial)
+        cpus = cpus_of(work)
+        began = row[2] or None
+        ended = row[3] or time.time()
+        self._ended.add(computation.number, serial, name, payload, status, attempt, node, where,
+                        cpus, None, began, ended, stdout, stderr, text)
+
+    def ended(self, known: int) -> List[tuple]:
+        """Return the jobs that have ended after the one with this number, in the form of EndedJob;
+        at most PAGE."""
+        rows = self._ended.since(known, PAGE, self._overview.seen_clusters())
+        return list(map(tuple, rows))
+
+    def at_nodes(self, first: int, count: int) -> List[tuple]:
+        """Return jobs that are at nodes: cluster, job, number of the attempt, key of the node,
+        whether it runs, seconds that it has run or None, CPUs."""
+        keys = sorted(self._scheduler.schedule.nodes, key=str)
+        rows: List[tuple] = []
+        for key in keys:
+            for computation in self._overview.opened_computations():
+                rows += self._jobs_there(computation, key)
+                if len(rows) >= first + count:
+                    break
+        return rows[first:first + min(count, PAGE)]
+
+    def _jobs_there(self, computation: ClientComputation, key: Any) -> List[tuple]:
+        rows = []
+        for job in self._overview.known_jobs_at(key, computation.comp, PAGE):
+            work = job.work
+            attempt = attempt_number(work.serial)
+            row = (computation.number, work.client_serial, attempt, key, job.is_running,
+                   job.seconds, cpus_of(work))
+            rows.append(row)
+        return rows
+
+    def waiting(self, number: int, first: int, count: int) -> List[int]:
+        """Return the numbers of jobs of a computation that are at no node, in the order of their
+        submission."""
+        works = self._overview.computation(number).works
+        waiting = (serial for serial, work in works.items() if work.state in _AT_NO_NODE)
+        last = first + min(count, PAGE)
+        page = itertools.islice(waiting, first, last)
+        return list(page)
+
+    def jobs(self, key: Any) -> List[tuple]:
+        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
+        None."""
+        peer = self._overview.peer(key)
+        rows: List[tuple] = []
+        for computation in self._overview.opened_computations():
+            left = PAGE - len(rows)
+            jobs = self._overview.jobs_at(peer.key, computation.comp, left)
+            for job in jobs:
+                number = job.work.client_serial
+                row = (computation.number, number, job.is_running, job.seconds)
+                rows.append(row)
+        return rows
+
+    def arguments(self, jobs: list) -> list:
+        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
+        size if they are large, None if the job has ended."""
+        computations = {}
+        for computation in self._overview.opened_computations():
+            computations[computation.number] = computation
+        found = []
+        for number, serial in jobs[:PAGE]:
+            work = None
+            if number in computations:
+                work = computations[number].works.get(serial)
+            found.append(self._arguments_of(work))
+        return found
+
+    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
+        if work is None:
+            return None
+        if work.payload:
+            return shown_arguments(work.payload)
+        state = self._scheduler.state
+        number = work.number
+        try:
+            size = state.size_of_payload(number)
+            if size > ARGUMENTS_MOST:
+                return size
+            return shown_arguments(state.payload(number))
+        except OSError as exc:   # the job is shown without them
+            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
+            return None
+
+    def looks(self, jobs: list, wants_stacks: bool) -> List[Optional[tuple]]:
+        """Return what jobs do that are named by pairs of cluster and job, in the form of JobSight;
+        None where that is not known, or not yet."""
+        found = []
+        for number, serial in jobs[:PAGE]:
+            computation = self._overview.computation(number)
+            sights = self.looks_of(computation, [serial], wants_stacks)
+            found += sights
+        return found
+
+    def looks_of(self, computation: ClientComputation, serials: List[int],
+                 wants_stacks: bool) -> List[Optional[tuple]]:
+        """Return the same of jobs of a computation."""
+        numbers = []
+        for serial in serials:
+            work = computation.works.get(serial)
+            number = 0
+            if work is not None:
+                number = work.number
+            numbers.append(number)
+        sights = self._overview.sights(computation.comp, numbers, bool(wants_stacks))
+        return [None if sight is None else tuple(sight) for sight in sights]
+
+    def cancel(self, number: int, serials: List[int]) -> int:
+        """End jobs of a computation, wherever they are. Return how many they were."""
+        works = self._overview.computation(number).works
+        found = [works[serial] for serial in serials if serial in works]
+        for work in found:
+            self._scheduler.decide(CancelAsked(work))
+        return len(found)
+
+
+_AT_NO_NODE = frozenset((JobState.CREATED, JobState.REQUEUED))
+
+
+def _end_of_output(data: Any) -> bytes:
+    if size_of(data) > LAZY:
+        return b''
+    plain: bytes = _plain(data)
+    return plain
+
+
 class ProgramOverview(Overview):
     """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
     knows the secret of the programs may see and manage everything; if the operator has a secret of
@@ -1946,6 +2305,7 @@ class ProgramOverview(Overview):
         # Node -> jobs ended there and seconds that they ran, of computations that are over
         self._ended_at: Dict[Any, List[float]] = {}
         self._failed_jobs = FailedJobs()
+        self.jobs_shown = JobsForMonitors(self, scheduler)
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
 
@@ -1979,7 +2339,14 @@ class ProgramOverview(Overview):
         finally:
             self._only = ''
 
-    def _opened(self) -> List[ClientComputation]:
+    def seen_clusters(self) -> Optional[Set[int]]:
+        """Return the numbers of the clusters that who asks may see; None: of all there are and ever
+        were."""
+        if not self._only:
+            return None
+        return {computation.number for computation in self.opened_computations()}
+
+    def opened_computations(self) -> List[ClientComputation]:
         """Return the computations that who asks may see."""
         opened = self._scheduler.computations.opened()
         if not self._only:
@@ -1990,7 +2357,7 @@ class ProgramOverview(Overview):
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Answer somebody who does not have the operator's secret: with the names and counts of
         all programs and with nothing about their jobs. Orders are refused."""
-        if name in ('failures', 'jobs'):
+        if name in ('failures', 'jobs', 'ended', 'at_nodes', 'waiting'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
             raise RuntimeError(
@@ -2015,6 +2382,8 @@ class ProgramOverview(Overview):
         """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
         exit_status = 0
+        text = ''
+        status = JobState.FINISHED
         if outcome in RETURNED and computation.cargo.is_program:
             exit_status = _exit_status(row)
         if node is not None:
@@ -2025,6 +2394,7 @@ class ProgramOverview(Overview):
             computation.cpu_seconds += seconds * cpus_of(work)
         if outcome == Outcome.CANCELLED:
             word = 'cancelled'
+            status = JobState.CANCELLED
             computation.cancelled += 1
         elif outcome in RETURNED and not exit_status:
             word = 'done'
@@ -2032,11 +2402,13 @@ class ProgramOverview(Overview):
         else:
             word = 'failed'
             computation.failed += 1
-            self._note_failure(computation, work, row, node, exit_status)
+            status, text = self._note_failure(computation, work, row, node, exit_status)
+        self.jobs_shown.note(computation, work, row, node, int(status), text)
         self._scheduler.history.add(computation, work, row, node, word)
 
     def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
-                      exit_status: int) -> None:
+                      exit_status: int) -> Tuple[JobState, str]:
+        """Note a job that has failed. Return its state and why it has failed."""
         peer = self._scheduler.nodes.by_key.get(node)
         where = ''
         if peer is not None:
@@ -2044,9 +2416,11 @@ class ProgramOverview(Overview):
         text = 'exit status %d' % exit_status
         if not exit_status:
             text = _failure_text(row)
-        status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
-        number = job_number(work.client_serial)
-        self._failed_jobs.add(row[3], computation.number, number, work.payload, status, where, text)
+        status = _STATE_OF.get(row[1], JobState.TERMINATED)
+        serial = work.client_serial
+        self._failed_jobs.add(row[3], computation.number, job_number(serial), work.payload,
+                              int(status), where, text, serial)
+        return status, text
 
     def over(self, computation: ClientComputation) -> None:
         """Keep what a computation that is over has done at nodes."""
@@ -2077,20 +2451,23 @@ class ProgramOverview(Overview):
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _computation(self, number: int) -> ClientComputation:
-        for computation in self._opened():
+    def computation(self, number: int) -> ClientComputation:
+        """Return the computation with this number. Raises ValueError."""
+        for computation in self.opened_computations():
             if computation.number == number:
                 return computation
         raise ValueError('there is no cluster %.20r' % (number,))
 
-    def _peer(self, key: Any) -> NodeConnection:
+    def peer(self, key: Any) -> NodeConnection:
+        """Return a node. Raises ValueError."""
         peer = self._scheduler.nodes.by_key.get(key)
         if peer is None:
             raise ValueError('there is no node %.80r' % (key,))
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        computations = self._opened()
+        self.jobs_shown.watch()
+        computations = self.opened_computations()
         count = min(count, PAGE)
         clusters: List[dict] = []
         for computation in computations[first:first + count]:
@@ -2118,7 +2495,7 @@ class ProgramOverview(Overview):
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
-        computations = self._opened()
+        computations = self.opened_computations()
         peers = scheduler.nodes.by_key.values()
         page = itertools.islice(peers, first, first + min(count, PAGE))
         return [self._node(peer, computations, asking) for peer in page]
@@ -2184,7 +2561,7 @@ class ProgramOverview(Overview):
         times = scheduler.turn_times
         works = 0
         results = 0
-        for computation in self._opened():
+        for computation in self.opened_computations():
             works += len(computation.works)
             results += len(computation.ended)
         at_nodes = 0
@@ -2205,71 +2582,32 @@ class ProgramOverview(Overview):
     def _failures(self, known: int) -> List[tuple]:
         """Return the jobs that have failed after the failure with this number, in the form of
         FailedJob."""
-        seen = {computation.number for computation in self._opened()}
-        rows = self._failed_jobs.since(known)
-        return [tuple(row) for row in rows if not self._only or row.cluster in seen]
-
-    def _jobs(self, key: Any) -> List[tuple]:
-        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
-        None."""
-        peer = self._peer(key)
-        rows: List[tuple] = []
-        for computation in self._opened():
-            left = PAGE - len(rows)
-            for job in self.jobs_at(peer.key, computation.comp, left):
-                number = job.work.client_serial
-                row = (computation.number, number, job.is_running, job.seconds)
-                rows.append(row)
-        return rows
-
-    def _arguments(self, jobs: list) -> list:
-        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
-        size if they are large, None if the job has ended."""
-        computations = {}
-        for computation in self._opened():
-            computations[computation.number] = computation
-        found = []
-        for number, serial in jobs[:PAGE]:
-            work = None
-            if number in computations:
-                work = computations[number].works.get(serial)
-            found.append(self._arguments_of(work))
-        return found
-
-    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
-        if work is None:
-            return None
-        if work.payload:
-            return shown_arguments(work.payload)
-        state = self._scheduler.state
-        number = work.number
-        try:
-            size = state.size_of_payload(number)
-            if size > ARGUMENTS_MOST:
-                return size
-            return shown_arguments(state.payload(number))
-        except OSError as exc:   # the job is shown without them
-            logger.debug('arguments of job %d: %s', job_number(work.client_serial), exc)
-            return None
+        rows = self._failed_jobs.since(known, self.seen_clusters())
+        return list(map(tuple, rows))
 
     # -- orders ------------------------------------------------------------------------------------
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
-        """End jobs at a node: those of a list, or all for None."""
-        comp = self._computation(number).comp
-        there = self.sent_to(self._peer(key).key, comp)
+        """End jobs at a node: those of a list, or all for None. Without a node, those of the list
+        wherever they are."""
+        if key is None:
+            count = self.jobs_shown.cancel(number, jobs)
+            logger.info('%s has cancelled jobs of computation %d: %d', self._asker, number, count)
+            return count
+        comp = self.computation(number).comp
+        there = self.sent_to(self.peer(key).key, comp)
         works: List[Any] = list(there.values())
         if jobs is not None:
             works = [work for work in works if work.client_serial in jobs]
         for work in works:
             self._scheduler.decide(CancelAsked(work))
         logger.info('%s has cancelled jobs of computation %d at node %s: %d', self._asker, number,
-                    self._peer(key), len(works))
+                    self.peer(key), len(works))
         return len(works)
 
     def _cancel_waiting(self, number: int) -> int:
         """End jobs that have not begun, also those that wait at nodes."""
-        comp = self._computation(number).comp
+        comp = self.computation(number).comp
         count = self._scheduler.cancels.cancel_waiting(comp)
         logger.info('%s has cancelled jobs of computation %d that had not begun: %d', self._asker,
                     number, count)
@@ -2289,7 +2627,7 @@ class ProgramOverview(Overview):
     def _cpus(self, key: Any, cpus: int, reason: str = '') -> int:
         """Limit the CPUs of a node that each computation may use; 0 drains the node, for this
         reason."""
-        peer = self._peer(key)
+        peer = self.peer(key)
         if type(reason) is not str:
             raise ValueError('reason=%.40r is no text' % (reason,))
         offered = peer.offered
@@ -2310,7 +2648,7 @@ class ProgramOverview(Overview):
     def _release(self, key: Any) -> int:
         """Let a node go for all computations, also those that come later, when their jobs there
         have ended."""
-        peer = self._peer(key)
+        peer = self.peer(key)
         logger.info('%s has released node %s', self._asker, peer)
         told = self._released.setdefault(peer.key, set())
         for comp, use in list(peer.uses.items()):
@@ -2324,7 +2662,7 @@ class ProgramOverview(Overview):
     def _use(self, key: Any) -> int:
         """Use a node again that was released or drained, with all its CPUs."""
         scheduler = self._scheduler
-        peer = self._peer(key)
+        peer = self.peer(key)
         self._drains.end(peer)
         logger.info('%s has resumed node %s', self._asker, peer)
         for comp in self._released.pop(peer.key, set()):
@@ -2348,8 +2686,12 @@ class ProgramOverview(Overview):
         'load': _load,
         'users': _users,
         'history': _history,
-        'jobs': _jobs,
-        'arguments': _arguments,
+        'jobs': lambda self, *args: self.jobs_shown.jobs(*args),
+        'ended': lambda self, *args: self.jobs_shown.ended(*args),
+        'at_nodes': lambda self, *args: self.jobs_shown.at_nodes(*args),
+        'waiting': lambda self, *args: self.jobs_shown.waiting(*args),
+        'looks': lambda self, *args: self.jobs_shown.looks(*args),
+        'arguments': lambda self, *args: self.jobs_shown.arguments(*args),
         'cancel': _cancel,
         'cancel_waiting': _cancel_waiting,
         'add': _add,
@@ -2358,8 +2700,9 @@ class ProgramOverview(Overview):
         'use': _use,
     }
     # What users may ask, of their own programs
-    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'arguments',
-                           'cancel', 'cancel_waiting', 'users'))
+    _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'ended',
+                           'at_nodes', 'waiting', 'looks', 'arguments', 'cancel',
+                           'cancel_waiting', 'users'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -2480,7 +2823,12 @@ class NodeSharing(NodePolicy):
         """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
-    def how_to_share(self, text: str) -> str:
+    def process(self) -> tuple:
+        """Return the same for programs."""
+        host, pid, _ = super().process()
+        return host, pid, self.port
+
+    def about_holder(self, holder: Holder, place: str) -> str:
         """Return nothing, because a scheduler shares what it has."""
         return ''
 
@@ -2817,6 +3165,7 @@ class ProgramLinks(Part):
         facts['memory'] = scheduler.instance.hex()
         facts['resources'] = {}   # jobs may ask for some, which are counted here
         facts['pythons'] = {}     # computations may ask for one, which is found out here
+        facts['speculates'] = True
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
@@ -2959,8 +3308,8 @@ class ProgramComputations(Part):
             return True   # it asks again and again in one breath; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
-        ready = Ready(computation.comp, computation.known())
-        self._send(link, ready)
+        message = Ready(computation.comp, computation.known())
+        self._send(link, message)
         if not again:
             jobs = len(computation.works)
             results = len(computation.ended)
@@ -3057,10 +3406,12 @@ class ProgramComputations(Part):
         is_other = computation.instance != link.instance   # the program itself sends these again
         self._came_back(computation, link)
         if is_other:
+            computation.is_collected = True
             self._cancel_dropped(computation)
+            self._scheduler.program_jobs.give_up_files(computation)
         self._state.commit()   # from where they are sent now
-        known_attempts = KnownAttempts(computation.comp, computation.known())
-        self._send(link, known_attempts)
+        message = KnownAttempts(computation.comp, computation.known())
+        self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
 
     def _cancel_dropped(self, computation: ClientComputation) -> None:
@@ -3389,6 +3740,9 @@ class ProgramFiles(Part):
         if message.key not in computation.works:
             return
         work = computation.works[message.key]
+        held = self._scheduler.held_back.files.get((computation.comp, work.serial))
+        if isinstance(held, ForwardedFiles) and held.came(message.name, message.error):
+            return
         if computation.files.pop(work.serial, None) is not None:
             self._say_to_node_of(computation.comp, work.serial, message._replace(key=work.serial))
 
@@ -3626,10 +3980,25 @@ class ProgramJobs(Part):
         """Send a program the results that it has not acknowledged, and where its jobs are."""
         computation.unread.clear()
         self.send_ended(computation, list(computation.ended.values()))
+        for held in self._held_files(computation):
+            held.forward()
         known = self._schedule.comps.get(computation.comp)
         if known is not None:
             for node in known.nodes.values():
                 self._tell_jobs_at(computation, node)
+
+    def _held_files(self, computation: ClientComputation) -> List[ForwardedFiles]:
+        """Return the files of its second attempts, and of those that were second ones."""
+        found = []
+        for (comp, _), held in self._scheduler.held_back.files.items():
+            if comp == computation.comp and isinstance(held, ForwardedFiles):
+                found.append(held)
+        return found
+
+    def give_up_files(self, computation: ClientComputation) -> None:
+        """No results wait any more until files are at the program."""
+        for held in self._held_files(computation):
+            held.give_up()
 
     def _tell_jobs_at(self, computation: ClientComputation, node: Any) -> None:
         """Tell a program which of its jobs are at a node, and which of these run. `node` is the
@@ -3792,6 +4161,13 @@ class ProgramCalls(Part):
             answer(None)
         self._files.change_files(computation, args[3], complete)
 
+    def _looks(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
+        """Tell what jobs do, which the program names by its serials."""
+        serials, wants_stacks = args
+        jobs = self._scheduler.overview.jobs_shown
+        answer(jobs.looks_of(computation, serials[:PAGE], wants_stacks))
+
     def _running(self, computation: ClientComputation, name: str, args: tuple,
                  answer: Answer) -> None:
         """Ask a node which jobs run there."""
@@ -3838,7 +4214,7 @@ class ProgramCalls(Part):
         'jobs': _jobs,
         'allocate': _allocate,
         'leave': _leave,
-        'running': _running,
+        'running': _running, 'looks': _looks,
         'place': _place,
     }
 
@@ -3999,11 +4375,45 @@ class Restoration(Part):
             until = scheduler.now + RETURN_TIME
             had = NodeHad(key, computation.comp, works, name, until)
             scheduler.decide(had)
+        self._restore_seconds(computation, sent)
         scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
         if computation.works or computation.ended:
             at_nodes = sum(map(len, sent.values()))
             logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', computation.name,
                         len(waiting), at_nodes, len(computation.ended))
+
+    def _restore_seconds(self, computation: ClientComputation,
+                         sent: Dict[Any, List[ClientJob]]) -> None:
+        """Go on with jobs that were started a second time, and with the files that these attempts
+        have sent. `sent` has the jobs by the nodes of their first attempts."""
+        scheduler = self._scheduler
+        comp = computation.comp
+        works = {}
+        for there in sent.values():
+            for work in there:
+                works[work.number] = work
+        for work, serial, key in self._state.seconds(works):
+            if key not in self._nodes:
+                continue
+            if key not in sent:
+                sent[key] = []
+                name = self._restore_node(key)
+                until = scheduler.now + RETURN_TIME
+                had = NodeHad(key, comp, [], name, until)
+                scheduler.decide(had)
+            second_had = SecondHad(key, comp, work, serial)
+            scheduler.decide(second_had)
+        known = scheduler.schedule.comps[comp]
+        directory = computation.directory + SECONDS_OF
+        words: List[str] = []
+        if os.path.isdir(directory):
+            words = os.listdir(directory)
+        for word in words:
+            serial = int(word)
+            held = ForwardedFiles(computation, scheduler, serial)
+            held.find()
+            held.counts = serial in known.running
+            scheduler.held_back.files[comp, serial] = held
 
     def _work(self, computation: ClientComputation, serial: int, options: Optional[dict],
               own: int) -> ClientJob:
@@ -4961,7 +5371,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _end_on_signals(scheduler, args.daemon)
     write_stacks_on_signal()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
-    if has_terminal and not args.daemon:
+    if args.daemon:
+        leave_terminal()
+    elif has_terminal:
         listen_at_terminal(PROMPT, OperatorPrompt(scheduler).take)
     manager.ready('at port %d' % port, scheduler.call_soon)
     try:
@@ -5298,7 +5710,7 @@ def _is_network(word: str) -> bool:
 def is_log_private(path: Optional[str]) -> bool:
     """Return whether nobody else can read the log, which is a file or standard error."""
     if os.name == 'nt':
-        return True
+        return not path or not others_who(READS, path)
     if path:
         return not os.stat(path).st_mode & 0o077
     if sys.stderr.isatty():
