@@ -2583,7 +2583,9 @@ class UserLoad:
     def admits(self, cpus: int, jobs: int = 1) -> bool:
         """Whether a job with so many CPUs, or several, may go to nodes now."""
         rule = self.rule
-        if self.cpus + cpus > rule.cpus or self.jobs + jobs > rule.jobs:
+        if self.cpus + cpus > rule.cpus:
+            return False
+        if self.jobs + jobs > rule.jobs:
             return False
         return self.group is None or self.group.admits(cpus, jobs)
 
@@ -2591,11 +2593,13 @@ class UserLoad:
         """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
-            return '%s has %s on nodes, and the limit is %d (--limit)' % (
-                self.name, many(self.jobs, 'job'), rule.jobs)
+            have = many(self.jobs, 'job')
+            text = '%s has %s on nodes, and the limit is %d (--limit)'
+            return text % (self.name, have, rule.jobs)
         if self.cpus + cpus > rule.cpus:
-            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
-                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+            text = '%s has %s, the next job needs %d, and the limit is %d (--limit)'
+            have = many(self.cpus, 'CPU')
+            return text % (self.name, have, cpus, rule.cpus)
         if self.group is not None:
             return self.group.why_not(cpus)
         return ''
@@ -2639,7 +2643,8 @@ class UserLoads:
         if user is None:
             group = self._group_of(name)
             rule = self.rules.users.get(name, self.rules.others)
-            user = self._users[name] = UserLoad('user ' + name, rule, group)
+            user = UserLoad('user ' + name, rule, group)
+            self._users[name] = user
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
@@ -2673,32 +2678,42 @@ class UserLoads:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
         if self.rules.half_life:
             self._advance(user, now)
-            user.past += seconds * math.log(2) / self.rules.half_life
+            rate = math.log(2) / self.rules.half_life
+            user.past += seconds * rate
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
         if self.rules.half_life:
-            for load in (*self._users.values(), *self._groups.values()):
-                self._advance(load, now)
+            for table in (self._users, self._groups):
+                for load in table.values():
+                    self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
         """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
         if self.rules.half_life and now > load.at:
-            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
-            load.past = load.past * kept + load.running * (1.0 - kept)
+            age = now - load.at
+            kept = 0.5 ** (age / self.rules.half_life)
+            load.past *= kept
+            load.past += load.running * (1.0 - kept)
         load.at = now
 
     def used(self, now: float) -> Dict[str, float]:
         """The CPUs that users have used in the mean of the past, by their names."""
         self.advance(now)
-        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+        found = {}
+        for name, user in self._users.items():
+            if user.past >= PAST_LEAST:
+                found[name] = user.past
+        return found
 
     def keep(self, names: AbstractSet[str]) -> None:
         """Forget the users who have used nearly nothing, but these."""
-        for name in list(self._users):
-            if name not in names and self._users[name].past < PAST_LEAST:
+        for name, user in list(self._users.items()):
+            if name in names:
+                continue
+            if user.past < PAST_LEAST:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
@@ -2727,8 +2742,9 @@ class UserLoads:
             user.take(comp.cpus_in_flight, len(comp.running))
             for node in comp.nodes.values():
                 flight = node.in_flight[comp.comp]
-                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
-                self.ran(user, running, now)
+                for serial in node.begun[comp.comp]:
+                    cpus = cpus_of(flight[serial])
+                    self.ran(user, cpus, now)
 
 
 class ComputationLoad:
@@ -21857,7 +21873,8 @@ class NodeRequest(NamedTuple):
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
         found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
-        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        whole_minutes = -(-self.seconds // 60)
+        hours, minutes = divmod(whole_minutes, 60)
         found['minutes'] = '%d:%02d' % (hours, minutes)
         found['megabytes'] = self.megabytes
         found['slot_megabytes'] = -(-self.megabytes // self.cpus)
@@ -21912,7 +21929,12 @@ class Engine:
         """Those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
-        return {job for job in jobs if job.partition('.')[0] in known}
+        found = set()
+        for job in jobs:
+            number, _, _ = job.partition('.')
+            if number in known:
+                found.add(job)
+        return found
 
     def listed(self, said: str) -> Set[str]:
         """The numbers of the jobs in what `lists` has printed."""
@@ -21939,7 +21961,8 @@ class Engine:
         if done.returncode and not self.is_nothing(done):
             why = done.stderr.decode(errors='replace')
             ending = exit_text(done.returncode)
-            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+            why = why.strip() or ending
+            raise DispyError('%s: %s' % (command[0], why))
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
@@ -22118,9 +22141,9 @@ class KubernetesEngine(Engine):
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
-ENGINES = {
-    engine.name: engine
-    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+ENGINES: Dict[str, Engine] = {
+    'slurm': SlurmEngine(), 'pbs': PbsEngine(), 'lsf': LsfEngine(), 'sge': SgeEngine(),
+    'k8s': KubernetesEngine()
 }
 ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
@@ -22209,9 +22232,12 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
     """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
     each; there shall be `least` to `most`."""
     coming = max(0, alive - demand.there)
-    jobs = demand.waiting - demand.idle - coming * cpus
-    for_jobs = min(-(-jobs // cpus), most - alive)
-    return max(0, for_jobs, least - alive)
+    jobs = demand.waiting - demand.idle
+    jobs -= coming * cpus
+    for_jobs = -(-jobs // cpus)
+    room = most - alive
+    missing = least - alive
+    return max(0, min(for_jobs, room), missing)
 
 
 class NodePlacement:
@@ -22226,7 +22252,8 @@ class NodePlacement:
         self.nodes = EngineNodes(engine)
         self.secret = find_secret(None, args.secret_file).strip()
         digest = digest_of(self.secret).hex()
-        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        name = 'secret-' + digest[:12]
+        self._secret_file = os.path.join(self.nodes.directory, name)
         source = os.path.abspath(dispynode.__file__)
         with open(source, 'rb') as file:
             self._source = file.read()
@@ -22288,7 +22315,8 @@ class NodePlacement:
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
-        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+        files = {self._script: self._source, self._secret_file: self.secret}
+        for path, data in files.items():
             if not os.path.exists(path):
                 write_private(path, data)
 
@@ -22345,8 +22373,10 @@ class DemandOfScheduler:
 def _range_option(text: str) -> Tuple[int, int]:
     """Read MIN:MAX."""
     least, _, most = text.partition(':')
-    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
-        return int(least), int(most)
+    if least.isdigit() and most.isdigit():
+        found = (int(least), int(most))
+        if found[0] <= found[1] and found[1]:
+            return found
     raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
 
 
@@ -22451,8 +22481,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
                 demand = source.look()
                 placement.adapt(demand, *args.adaptive)
             except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
-                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
-                      flush=True)
+                text = str(exc) or 'no answer'
+                print('dispy deploy: %s; tried again' % text, file=sys.stderr, flush=True)
             never.wait(ADAPT_EVERY)
     except KeyboardInterrupt:
         return 0
