@@ -2595,11 +2595,13 @@ class UserLoad:
         """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
-            return '%s has %s on nodes, and the limit is %d (--limit)' % (
-                self.name, many(self.jobs, 'job'), rule.jobs)
+            have = many(self.jobs, 'job')
+            text = '%s has %s on nodes, and the limit is %d (--limit)'
+            return text % (self.name, have, rule.jobs)
         if self.cpus + cpus > rule.cpus:
-            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
-                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+            text = '%s has %s, the next job needs %d, and the limit is %d (--limit)'
+            have = many(self.cpus, 'CPU')
+            return text % (self.name, have, cpus, rule.cpus)
         if self.group is not None:
             return self.group.why_not(cpus)
         return ''
@@ -2643,7 +2645,8 @@ class UserLoads:
         if user is None:
             group = self._group_of(name)
             rule = self.rules.users.get(name, self.rules.others)
-            user = self._users[name] = UserLoad('user ' + name, rule, group)
+            user = UserLoad('user ' + name, rule, group)
+            self._users[name] = user
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
@@ -2677,15 +2680,17 @@ class UserLoads:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
         if self.rules.half_life:
             self._advance(user, now)
-            user.past += seconds * math.log(2) / self.rules.half_life
+            rate = math.log(2) / self.rules.half_life
+            user.past += seconds * rate
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
         if self.rules.half_life:
-            for load in (*self._users.values(), *self._groups.values()):
-                self._advance(load, now)
+            for table in (self._users, self._groups):
+                for load in table.values():
+                    self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
         """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
@@ -2707,8 +2712,10 @@ class UserLoads:
 
     def keep(self, names: AbstractSet[str]) -> None:
         """Forget the users who have used nearly nothing, but these."""
-        for name in list(self._users):
-            if name not in names and self._users[name].past < PAST_LEAST:
+        for name, user in list(self._users.items()):
+            if name in names:
+                continue
+            if user.past < PAST_LEAST:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
@@ -21896,7 +21903,8 @@ class NodeRequest(NamedTuple):
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
         found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
-        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        whole_minutes = -(-self.seconds // 60)
+        hours, minutes = divmod(whole_minutes, 60)
         found['minutes'] = '%d:%02d' % (hours, minutes)
         found['megabytes'] = self.megabytes
         found['slot_megabytes'] = -(-self.megabytes // self.cpus)
@@ -21951,7 +21959,12 @@ class Engine:
         """Those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
-        return {job for job in jobs if job.partition('.')[0] in known}
+        found = set()
+        for job in jobs:
+            number, _, _ = job.partition('.')
+            if number in known:
+                found.add(job)
+        return found
 
     def listed(self, said: str) -> Set[str]:
         """The numbers of the jobs in what `lists` has printed."""
@@ -21978,7 +21991,8 @@ class Engine:
         if done.returncode and not self.is_nothing(done):
             why = done.stderr.decode(errors='replace')
             ending = exit_text(done.returncode)
-            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+            why = why.strip() or ending
+            raise DispyError('%s: %s' % (command[0], why))
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
@@ -22157,9 +22171,9 @@ class KubernetesEngine(Engine):
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
-ENGINES = {
-    engine.name: engine
-    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+ENGINES: Dict[str, Engine] = {
+    'slurm': SlurmEngine(), 'pbs': PbsEngine(), 'lsf': LsfEngine(), 'sge': SgeEngine(),
+    'k8s': KubernetesEngine()
 }
 ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
@@ -22248,9 +22262,12 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
     """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
     each; there shall be `least` to `most`."""
     coming = max(0, alive - demand.there)
-    jobs = demand.waiting - demand.idle - coming * cpus
-    for_jobs = min(-(-jobs // cpus), most - alive)
-    return max(0, for_jobs, least - alive)
+    jobs = demand.waiting - demand.idle
+    jobs -= coming * cpus
+    for_jobs = -(-jobs // cpus)
+    room = most - alive
+    missing = least - alive
+    return max(0, min(for_jobs, room), missing)
 
 
 class NodePlacement:
@@ -22265,7 +22282,8 @@ class NodePlacement:
         self.nodes = EngineNodes(engine)
         self.secret = find_secret(None, args.secret_file).strip()
         digest = digest_of(self.secret).hex()
-        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        name = 'secret-' + digest[:12]
+        self._secret_file = os.path.join(self.nodes.directory, name)
         source = os.path.abspath(dispynode.__file__)
         with open(source, 'rb') as file:
             self._source = file.read()
@@ -22327,7 +22345,8 @@ class NodePlacement:
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
-        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+        files = {self._script: self._source, self._secret_file: self.secret}
+        for path, data in files.items():
             if not os.path.exists(path):
                 write_private(path, data)
 
@@ -22492,8 +22511,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
                 demand = source.look()
                 placement.adapt(demand, *args.adaptive)
             except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
-                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
-                      flush=True)
+                text = str(exc) or 'no answer'
+                print('dispy deploy: %s; tried again' % text, file=sys.stderr, flush=True)
             never.wait(ADAPT_EVERY)
     except KeyboardInterrupt:
         return 0
