@@ -152,8 +152,8 @@ from dispy import (
     FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec, NodeUse,
     SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError, job_number,
-                       __version__, find_secret, host_and_port, _no_password, write_private,
-                       pieces_of, read_secret, size_of, tls_files, split_needs, Each,
+                       __version__, claim_port, find_secret, host_and_port, _no_password,
+                       write_private, pieces_of, read_secret, size_of, tls_files, split_needs, Each,
                        HANDSHAKE_TIME, ServiceManager, write_stacks_on_signal)
 
 __all__ = ['DispyHTTPServer']
@@ -2239,6 +2239,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind as HTTPServer does, without its look-up of the host's name."""
+        claim_port(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
