@@ -78,6 +78,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copy
 import copyreg
 import dataclasses
 import dis
@@ -221,12 +222,14 @@ WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
+# CPUs in the mean of the past below which the use of a user is forgotten
+PAST_LEAST = 0.001
 # Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -260,6 +263,12 @@ REPORTS_APART = 5.0           # s between two questions to a node for what is fr
 FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
 FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
+# Jobs that have ended and that monitors can still show, the bytes of these, and those of the end
+# of what a job has printed
+ENDED_KEPT = 10000
+ENDED_BYTES = 64 << 20
+OUTPUT_SHOWN = 4096
+ENDED_PAGE = 500              # of these jobs in one answer
 ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
 DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
 # Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
@@ -1059,7 +1068,10 @@ class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
 def resources_of(facts: dict) -> Dict[str, int]:
     """How many units of resources a node offers, by what it has told."""
     found = facts.get('resources')
-    if type(found) is not dict or not is_request(tuple(sorted(found.items()))):
+    if type(found) is not dict:
+        return {}
+    rows = sorted(found.items())
+    if not is_request(tuple(rows)):
         return {}
     return found
 
@@ -1894,6 +1906,7 @@ class Opened(NamedTuple):
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
     speculate: bool = False      # its last jobs are started a second time, see `Speculation`
+    user: str = ''               # whose it is, where users have limits or shares
 
 
 class Submitted(NamedTuple):
@@ -2068,6 +2081,11 @@ class Closed(NamedTuple):
     comp: str
 
 
+class RulesChanged(NamedTuple):
+    """Users have other limits and shares from now on."""
+    rules: 'UserRules'
+
+
 # Actions.
 class SendJobs(NamedTuple):
     """Send attempts, rows of works."""
@@ -2182,6 +2200,12 @@ class JobWaits(NamedTuple):
 class JobParked(NamedTuple):
     """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
     work: Any
+    text: str
+
+
+class JobsHeld(NamedTuple):
+    """Jobs of a computation wait because of a limit of its user, which is said once."""
+    comp: str
     text: str
 
 
@@ -2382,14 +2406,21 @@ class ScarceJobs:
             line = self.queues[key] = _Queue()
         return line
 
+    def look_everywhere(self) -> None:
+        """Look at all idle nodes the next time, not only at those that something has happened
+        to."""
+        self._blocked.clear()
+
     def length(self) -> int:
         """Return how many jobs wait here."""
         return sum(line.length for line in self.queues.values())
 
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
-             changed: Dict[Any, 'NodeLoad'], comp: str) -> Optional[Tuple['NodeLoad', _Queue]]:
-        """An idle node for the head of a queue, and that queue; None if there is none. `before` is
-        the first of the jobs that wait for a CPU alone: those that come after it are left out."""
+             changed: Dict[Any, 'NodeLoad'],
+             comp: str) -> Optional[Tuple['NodeLoad', _Queue, ScheduledJob]]:
+        """An idle node for the head of a queue, that queue, and its head; None if there is none.
+        `before` is the first of the jobs that wait for a CPU alone: those that come after it are
+        left out."""
         for key, line in self.queues.items():
             work = line.head()
             if work is None or (before is not None and not _comes_before(work, before)):
@@ -2400,7 +2431,7 @@ class ScarceJobs:
             for node in nodes:
                 if node.fits(comp, work):
                     self._blocked.pop(key, None)
-                    return node, line
+                    return node, line, work
             self._blocked[key] = work   # until something happens to a node
         return None
 
@@ -2500,12 +2531,223 @@ class SecondAttempts:
         return [second for second in self.by_serial.values() if second.node == key]
 
 
+class UserRule(NamedTuple):
+    """What a user, or a group of users, may have at once, and the part of what there is."""
+    share: float = 1.0          # in proportion to the shares of others
+    priority: int = 0           # the jobs of who has a higher one go first
+    cpus: float = math.inf      # CPUs that the jobs on nodes may have
+    jobs: float = math.inf      # jobs that may be on nodes
+
+
+class UserRules(NamedTuple):
+    """The rules by which a schedule limits users, and shares CPUs among them."""
+    users: Mapping[str, UserRule] = types.MappingProxyType({})
+    groups: Mapping[str, UserRule] = types.MappingProxyType({})
+    members: Mapping[str, str] = types.MappingProxyType({})   # user -> group
+    others: UserRule = UserRule()     # of users that are not named
+    by_user: bool = False             # CPUs are shared among users; if not, among clients
+    half_life: float = 0.0            # s after which half of the past use counts; 0: none counts
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether nobody is limited and users are not looked at."""
+        return self == UserRules()
+
+
+class UserLoad:
+    """A user, or a group of users, in the schedule."""
+    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'past', 'at')
+
+    def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
+        self.name = name           # for people
+        self.rule = rule
+        self.group = group
+        self.cpus = 0              # CPUs of the jobs on nodes, run or not
+        self.jobs = 0              # these jobs
+        self.running = 0           # CPUs of those that are known to run
+        # CPUs that were used in the mean of the past, of which half counts after each half-life,
+        # as it was at this time
+        self.past = 0.0
+        self.at = 0.0
+
+    @property
+    def claim(self) -> float:
+        """What it has of the CPUs and has had, in proportion to its share: who has least is
+        next."""
+        return (self.past + self.cpus) / self.rule.share
+
+    def rank(self) -> Tuple[float, ...]:
+        """Who has the least of this is next: by priority, then by the claims of the group and of
+        the user."""
+        if self.group is None:
+            return -self.rule.priority, self.claim, 0.0
+        return -self.rule.priority, self.group.claim, self.claim
+
+    def admits(self, cpus: int, jobs: int = 1) -> bool:
+        """Whether a job with so many CPUs, or several, may go to nodes now."""
+        rule = self.rule
+        if self.cpus + cpus > rule.cpus:
+            return False
+        if self.jobs + jobs > rule.jobs:
+            return False
+        return self.group is None or self.group.admits(cpus, jobs)
+
+    def why_not(self, cpus: int) -> str:
+        """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
+        rule = self.rule
+        if self.jobs >= rule.jobs:
+            return '%s has %s on nodes, and the limit is %d (--limit)' % (
+                self.name, many(self.jobs, 'job'), rule.jobs)
+        if self.cpus + cpus > rule.cpus:
+            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
+                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+        if self.group is not None:
+            return self.group.why_not(cpus)
+        return ''
+
+    def never(self, cpus: int) -> str:
+        """Why no job with so many CPUs may ever go to a node, for people; empty if one may."""
+        if cpus > 1 and cpus > self.rule.cpus:
+            return 'it needs %d CPUs (dispy_cpus), and the limit of %s is %d (--limit)' % (
+                cpus, self.name, self.rule.cpus)
+        if self.group is not None:
+            return self.group.never(cpus)
+        return ''
+
+    def take(self, cpus: int, jobs: int) -> None:
+        """Jobs go to nodes; with negative numbers they are back or have ended."""
+        self.cpus += cpus
+        self.jobs += jobs
+        if self.group is not None:
+            self.group.take(cpus, jobs)
+
+
+class UserLoads:
+    """The users whose jobs a schedule has, their limits, and what they have used. No user has a
+    load while there are no rules."""
+
+    def __init__(self, rules: UserRules) -> None:
+        self.rules = rules
+        self._users: Dict[str, UserLoad] = {}
+        self._groups: Dict[str, UserLoad] = {}
+
+    @property
+    def by_user(self) -> bool:
+        """Whether CPUs are shared among users."""
+        return self.rules.by_user
+
+    def load_of(self, name: str) -> Optional[UserLoad]:
+        """The load of a user, who may be new; None without a name or without rules."""
+        if not name or self.rules.are_empty:
+            return None
+        user = self._users.get(name)
+        if user is None:
+            group = self._group_of(name)
+            rule = self.rules.users.get(name, self.rules.others)
+            user = self._users[name] = UserLoad('user ' + name, rule, group)
+        return user
+
+    def _group_of(self, name: str) -> Optional[UserLoad]:
+        """The load of the group of a user, if he is in one."""
+        group_name = self.rules.members.get(name)
+        if group_name is None:
+            return None
+        group = self._groups.get(group_name)
+        if group is None:
+            rule = self.rules.groups.get(group_name, UserRule())
+            group = self._groups[group_name] = UserLoad('group ' + group_name, rule)
+        return group
+
+    def loads(self) -> Dict[str, UserLoad]:
+        """The loads of users by their names, and those of groups as @NAME."""
+        found = dict(self._users)
+        for name, load in self._groups.items():
+            found['@' + name] = load
+        return found
+
+    # -- use over the past -------------------------------------------------------------------------
+
+    def ran(self, user: UserLoad, cpus: int, now: float) -> None:
+        """Jobs of a user run on so many CPUs more, or less."""
+        self._advance(user, now)
+        user.running += cpus
+        if user.group is not None:
+            self.ran(user.group, cpus, now)
+
+    def charge(self, user: UserLoad, seconds: float, now: float) -> None:
+        """A user has used CPUs for so many seconds, and it was not known that he did."""
+        if self.rules.half_life:
+            self._advance(user, now)
+            user.past += seconds * math.log(2) / self.rules.half_life
+        if user.group is not None:
+            self.charge(user.group, seconds, now)
+
+    def advance(self, now: float) -> None:
+        """Time goes by: what was used counts less, and what is used counts more."""
+        if self.rules.half_life:
+            for load in (*self._users.values(), *self._groups.values()):
+                self._advance(load, now)
+
+    def _advance(self, load: UserLoad, now: float) -> None:
+        """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        if self.rules.half_life and now > load.at:
+            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
+            load.past = load.past * kept + load.running * (1.0 - kept)
+        load.at = now
+
+    def used(self, now: float) -> Dict[str, float]:
+        """The CPUs that users have used in the mean of the past, by their names."""
+        self.advance(now)
+        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+
+    def keep(self, names: AbstractSet[str]) -> None:
+        """Forget the users who have used nearly nothing, but these."""
+        for name in list(self._users):
+            if name not in names and self._users[name].past < PAST_LEAST:
+                del self._users[name]
+
+    def restore(self, used: Dict[str, float], now: float) -> None:
+        """Take over what users had used when the process before this one has ended."""
+        for name, past in used.items():
+            user = self.load_of(name)
+            if user is None:
+                continue
+            for load in (user, user.group):
+                if load is not None:
+                    self._advance(load, now)
+                    load.past += past
+
+    def change(self, rules: UserRules, comps: Iterable['ComputationLoad'], now: float) -> None:
+        """Let other rules hold, for these computations too."""
+        used = self.used(now)
+        self.rules = rules
+        self._users = {}
+        self._groups = {}
+        if rules.half_life:
+            self.restore(used, now)
+        for comp in comps:
+            comp.user = user = self.load_of(comp.user_name)
+            if user is None:
+                continue
+            user.take(comp.cpus_in_flight, len(comp.running))
+            for node in comp.nodes.values():
+                flight = node.in_flight[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                self.ran(user, running, now)
+
+
 class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most, speculates = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, speculates, user = opened
         self.seconds = SecondAttempts() if speculates and not self.remote else None
+        self.user_name = user
+        # Its user, if he has limits or a share
+        self.user: Optional[UserLoad] = None
+        # Whether jobs wait because of a limit of the user, and of which of them that was told
+        self.held = False
+        self.told: Set[str] = set()
         # Node -> CPUs that it may use there, if `most` were more
         self.offers: Dict[Any, int] = {}
         self.order = order
@@ -2597,6 +2839,24 @@ class ComputationLoad:
             self.too_wide.remove(work)
         else:
             self.queue_of(work).forget()
+
+    def held_up(self) -> Tuple[int, str]:
+        """How many jobs wait because of a limit of the user, and why, for people."""
+        user = self.user
+        count = 0
+        text = ''
+        if user is None:
+            return count, text
+        if self.held and self.length():
+            count = self.length()
+            work = self.queue.head()
+            text = user.why_not(1 if work is None else cpus_of(work))
+        for work in self.too_wide:
+            reason = user.never(cpus_of(work))
+            if reason:
+                count += 1
+                text = text or reason
+        return count, text
 
     def not_begun(self) -> List[ScheduledJob]:
         """All that wait, and those on nodes that are not known to have begun."""
@@ -2875,8 +3135,9 @@ class Books:
     is counted over these, such as the CPUs of a client's jobs, is changed here alone, so that the
     counts stay equal to what they count."""
 
-    def __init__(self) -> None:
+    def __init__(self, users: UserLoads) -> None:
         self.comps: Dict[str, ComputationLoad] = {}
+        self.users = users
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         # With jobs that wait, and perhaps some that had
@@ -2936,6 +3197,8 @@ class Books:
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
@@ -2971,6 +3234,8 @@ class Books:
             node.stock.take(work)
             comp.cpus_in_flight += cpus
             self.client_cpus[comp.client] += cpus
+            if comp.user is not None:
+                comp.user.take(cpus, 1)
             node.in_flight[comp.comp][work.serial] = work
             comp.running[work.serial] = node
             if work.options and 'priority' in work.options:
@@ -2988,6 +3253,8 @@ class Books:
         node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
@@ -3002,6 +3269,8 @@ class Books:
         flight = node.in_flight[comp.comp]
         cpus = 0
         size = 0
+        if comp.user is not None:
+            self._stop(node, comp, serials)
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
@@ -3021,10 +3290,21 @@ class Books:
             node.bytes -= size
             comp.cpus_in_flight -= cpus
             self.client_cpus[comp.client] -= cpus
+            if comp.user is not None:
+                comp.user.take(-cpus, -len(landed))
             self.changed[node.key] = node
             if node.draining:
                 self.tell_drained(node, comp.comp)
         return landed
+
+    def _stop(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> None:
+        """Attempts are taken off a node: their user does not use the CPUs of those that run any
+        more."""
+        begun = node.begun[comp.comp]
+        flight = node.in_flight[comp.comp]
+        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
+        if cpus:
+            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -3095,12 +3375,15 @@ class Placement:
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
         """Jobs of these computations go to idle CPUs, as long as there are both."""
+        for comp in rivals:
+            comp.held = False
         while rivals:
             if len(rivals) > 1:
                 comp = min(rivals, key=self._rank)
             else:
                 comp = rivals[0]
-            if not comp.length() or not self._start_one(comp):
+            is_held = comp.user is not None and not self._admits(comp, 1)
+            if is_held or not comp.length() or not self._start_one(comp):
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
@@ -3117,7 +3400,7 @@ class Placement:
             if node.away is not None:
                 continue
             alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
-            if not alone:
+            if not alone and not self._is_contended(node):
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
@@ -3167,13 +3450,42 @@ class Placement:
         if text:
             comp.too_wide.append(work)
             self._books.do(JobParked(work, text))
+        elif comp.user is not None:
+            text = comp.user.never(cpus_of(work))
+            if text:
+                comp.too_wide.append(work)
+                self._tell_limit(comp, text, text)
         return bool(text)
+
+    def _tell_limit(self, comp: ComputationLoad, what: str, text: str) -> None:
+        """Jobs of a computation wait because of a limit of its user, which is told once of each
+        kind of jobs."""
+        if what not in comp.told:
+            comp.told.add(what)
+            jobs_held = JobsHeld(comp.comp, text)
+            self._books.do(jobs_held)
+
+    def _admits(self, comp: ComputationLoad, cpus: int) -> bool:
+        """Whether the user of a computation may have a job with so many CPUs on a node now."""
+        user = comp.user
+        if user is None or user.admits(cpus):
+            return True
+        comp.held = True
+        # Nodes may change meanwhile that are not looked at for these jobs now
+        comp.blocked_head = None
+        comp.scarce.look_everywhere()
+        self._tell_limit(comp, 'held', user.why_not(cpus))
+        return False
 
     @staticmethod
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
         """Why this node alone can never run a job; empty if it can, or cannot be used now."""
         node = comp.nodes.get(key)
-        if node is None or node.away is not None or not node.limits[comp.comp] > 0:
+        if node is None:
+            return ''
+        if node.away is not None:
+            return ''
+        if node.limits[comp.comp] <= 0:
             return ''
         text = lack_at([node], comp, cpus_of(work), needs_of(work))
         return text and '%s; it is for node %s alone' % (text, node.name)
@@ -3215,33 +3527,33 @@ class Placement:
             return True
         return comp.may_wait_there(work)
 
-    def _rank(self, comp: ComputationLoad) -> Tuple[int, int, int]:
-        """Who has least of this is next: the CPUs of its client, of these its own, and the time
-        when it was served last; or its place in the order of coming."""
+    def _rank(self, comp: ComputationLoad) -> Tuple[float, ...]:
+        """Who has least of this is next: the claim of its user where users share, the CPUs of its
+        client, of these its own, and the time when it was served last; or its place in the order
+        of coming."""
         if self._fifo:
-            return comp.order, 0, 0
-        return self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served
+            return (comp.order,)
+        own = (self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served)
+        if comp.user is not None and self._books.users.by_user:
+            return comp.user.rank() + own
+        return own
 
     def _start_one(self, comp: ComputationLoad) -> bool:
         """Send the next job to an idle CPU."""
         books = self._books
-        for key, pinned in comp.pinned.items() if comp.pinned else ():
-            if pinned.length and key in comp.idle:
-                node = comp.idle[key]
-                work = pinned.head()
-                if work is None:
-                    continue
-                if node.fits(comp.comp, work):
-                    books.put_on(node, comp, pinned.pop())
-                    return True
+        if comp.pinned and self._start_pinned(comp):
+            return True
         work = comp.queue.head()
         if comp.scarce.queues:
             found = comp.scarce.next(work, comp.idle, books.changed, comp.comp)
             if found is not None:
-                there, queue = found
-                books.put_on(there, comp, queue.pop())
-                return True
+                there, queue, first = found
+                if self._admits(comp, cpus_of(first)):
+                    books.put_on(there, comp, queue.pop())
+                    return True
         if work is None:
+            return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
             return False
         nodes: Iterable[NodeLoad] = comp.idle.values()
         if comp.blocked_head is work:
@@ -3252,6 +3564,20 @@ class Placement:
                 books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked_head = work   # until something happens to a node
+        return False
+
+    def _start_pinned(self, comp: ComputationLoad) -> bool:
+        """Send a job that is for one node alone to an idle CPU there."""
+        for key, pinned in comp.pinned.items():
+            if not pinned.length or key not in comp.idle:
+                continue
+            node = comp.idle[key]
+            work = pinned.head()
+            if work is None:
+                continue
+            if node.fits(comp.comp, work) and self._admits(comp, cpus_of(work)):
+                self._books.put_on(node, comp, pinned.pop())
+                return True
         return False
 
     def _fill(self, node: NodeLoad, shares: Dict[str, int]) -> bool:
@@ -3288,6 +3614,15 @@ class Placement:
                     source = comp.source(node.key)
         return node.used > before
 
+    def _is_contended(self, node: NodeLoad) -> bool:
+        """Whether users share CPUs and jobs of several are on a node, or may come there. None is
+        sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
+        if not self._books.users.by_user:
+            return False
+        users = {comp.user for name, comp in node.comps.items()
+                 if node.parts[name] or (comp.length() and not comp.held)}
+        return len(users) > 1
+
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
                   choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
@@ -3299,14 +3634,12 @@ class Placement:
             fits = node.room(comp.comp)
         if cpus_of(work) > fits:
             return False
-        if work.options and not comp.remote:
-            # What has units of a resource shall use them, and not wait for a CPU
-            if 'resources' in work.options or not node.may_get(work):
-                return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
+            return False
+        if work.options and not comp.remote and self._takes_at_once(node, work):
+            return False
         if comp.called and not comp.may_wait_there(work):
-            if not choice > 0:
-                return False
-            return not node.waits(comp.comp)   # no CPU is ever idle there
+            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -3315,6 +3648,12 @@ class Placement:
             if before < limit + reserve:
                 return True
         return node.waits(comp.comp) < choice
+
+    @staticmethod
+    def _takes_at_once(node: NodeLoad, work: ScheduledJob) -> bool:
+        """Whether a job has to find what it needs beside CPUs: what has units of a resource shall
+        use them, and not wait for a CPU."""
+        return 'resources' in (work.options or ()) or not node.may_get(work)
 
     def reduce(self, node: NodeLoad) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
@@ -3352,7 +3691,7 @@ class Placement:
                 continue
             if not comp.idle:
                 continue
-            if comp.queue.length:
+            if comp.queue.length and not comp.held:
                 continue
             # More than 64 are seen to in later turns
             idle = comp.idle.values()
@@ -3476,6 +3815,13 @@ class Limits:
         self._books.changed[node.key] = node
         if comp.most is not None:
             self._share_limits(comp)
+
+    def unpark_all(self, comp: ComputationLoad) -> None:
+        """Other limits hold: what waits beside the queue is looked at again."""
+        for work in reversed(comp.too_wide):
+            comp.queue_of(work).push_front(work)
+            self._books.waiting[comp.comp] = comp
+        comp.too_wide = []
 
     def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
         """A node with more CPUs has come."""
@@ -3618,8 +3964,21 @@ class Speculation:
             place = node.seconds.index(second)
             before = node.seconds[:place]
             fits = self._fits(node, second, before)
-            if not fits:
+            if not fits or not self._is_within_limits(comp):
                 self._cancel(comp, second)
+
+    @staticmethod
+    def _is_within_limits(comp: ComputationLoad, work: Optional[ScheduledJob] = None) -> bool:
+        """Whether the limits of the user leave room for all second attempts of a computation, and
+        for one of this job besides."""
+        if comp.user is None:
+            return True
+        seconds: Any = comp.seconds
+        works = list(seconds.by_serial.values())
+        if work is not None:
+            works.append(work)
+        cpus = sum(map(cpus_of, works))
+        return comp.user.admits(cpus, len(works))
 
     @staticmethod
     def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
@@ -3637,7 +3996,9 @@ class Speculation:
                 needs[name] += units
         limit = node.limits[second.comp]
         own += node.parts[second.comp]
-        if node.used + cpus > node.cpus or own > limit:
+        if node.used + cpus > node.cpus:
+            return False
+        if own > limit:
             return False
         request = tuple(needs.items())
         return node.stock.has_free(request)
@@ -3677,6 +4038,8 @@ class Speculation:
     def _start(self, comp: ComputationLoad, first: NodeLoad, serial: int) -> None:
         """Start a job a second time, if a CPU of another node is idle that no job may want."""
         work = first.in_flight[comp.comp][serial]
+        if not self._is_within_limits(comp, work):
+            return
         for node in comp.idle.values():
             if node is first or self._is_wanted(node):
                 continue
@@ -3830,6 +4193,8 @@ class Speculation:
         if second.begun is not None:
             ran = books.now - second.begun
             node.begun[comp.comp][work.serial] = second.begun
+            if comp.user is not None:
+                books.users.ran(comp.user, cpus_of(work), books.now)
         elif before is None:   # otherwise it has finished
             move_job(work, 'back')
             books.do(JobWaits(work))
@@ -4125,9 +4490,11 @@ class ScheduleRequests:
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
-    def __init__(self, fifo: bool = False) -> None:
-        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
-        self._books = Books()
+    def __init__(self, fifo: bool = False, rules: UserRules = UserRules()) -> None:
+        """Clients share CPUs evenly, or users by `rules`; with `fifo` those who came first are
+        served first."""
+        self.users = UserLoads(rules)
+        self._books = Books(self.users)
         self.comps = self._books.comps
         self.nodes = self._books.nodes
         self.away = self._books.away          # nodes that cannot be reached now
@@ -4159,6 +4526,7 @@ class Schedule:
             NodeLost: self._losses.lost,
             NodeLeft: self._losses.left,
             Closed: self._closed,
+            RulesChanged: self._rules_changed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
             SecondHad: self.speculation.had,
@@ -4188,6 +4556,7 @@ class Schedule:
         for node in books.changed.values():
             placement.reduce(node)
         if books.waiting:
+            self.users.advance(now)
             placement.distribute()
         if len(self.nodes) > 1:
             if books.changed:
@@ -4253,6 +4622,16 @@ class Schedule:
         order = next(self._books.numbers)
         comp = self.comps[event.comp] = ComputationLoad(event, order)
         self.speculation.begin(comp)
+        comp.user = self.users.load_of(event.user)
+
+    def _rules_changed(self, event: RulesChanged) -> None:
+        books = self._books
+        self.users.change(event.rules, self.comps.values(), books.now)
+        for comp in self.comps.values():
+            comp.told.clear()
+            comp.held = False
+            self._limits.unpark_all(comp)
+        books.changed.update(self.nodes)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -4273,6 +4652,9 @@ class Schedule:
         comps = self.comps.values()
         if not any(other.client == comp.client for other in comps):
             books.client_cpus.pop(comp.client, None)
+        if comp.user is not None:
+            self.users.advance(books.now)
+            self.users.keep({other.user_name for other in comps})
         for work in comp.waiting():
             move_job(work, 'cancel')
             books.do(JobEnded(work, 'cancelled: the cluster was closed'))
@@ -4364,6 +4746,8 @@ class Schedule:
             if work is None:
                 self.speculation.started(node, comp, serial, ran)
                 continue
+            if comp.user is not None and serial not in begun:
+                self.users.ran(comp.user, cpus_of(work), books.now)
             begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
             if work.state is JobState.SENT:
@@ -4392,6 +4776,7 @@ class Schedule:
         node, comp = pair
         _check_outcomes(rows)
         rows = self.speculation.results(node, comp, rows)
+        self._charge(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, books.now)
@@ -4419,6 +4804,20 @@ class Schedule:
         if pairs:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
+
+    def _charge(self, node: NodeLoad, comp: ComputationLoad, rows: Sequence[tuple]) -> None:
+        """Jobs of a user have ended before it was known that they had begun."""
+        if comp.user is None:
+            return
+        flight = node.in_flight[comp.comp]
+        begun = node.begun[comp.comp]
+        seconds = 0.0
+        for row in rows:
+            serial = row[0]
+            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
+                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+        if seconds:
+            self.users.charge(comp.user, seconds, self._books.now)
 
     def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
@@ -8904,20 +9303,27 @@ class BegunNotes:
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
+        is_last = False
         try:
             while True:
                 with open_regular(path) as file:
                     found = json.load(file)
-                if 'directory' not in found or time.monotonic() > until:
+                if 'directory' not in found or is_last:
                     break
-                if not os.path.isdir(found['directory']):
-                    break
-                time.sleep(cls.EVERY)
+                # What it has written before its directory went may be newer than what was read
+                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                if not is_last:
+                    time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
-        begun = found.get('begun') if isinstance(found, dict) else None
-        if type(begun) is not list or not all(type(serial) is int for serial in begun):
-            return AttemptHistory(whole=False)
+        unknown = AttemptHistory(whole=False)
+        if not isinstance(found, dict):
+            return unknown
+        begun = found.get('begun')
+        if type(begun) is not list:
+            return unknown
+        if not all(type(serial) is int for serial in begun):
+            return unknown
         return AttemptHistory(lost=frozenset(begun))
 
 
@@ -9535,6 +9941,10 @@ class Monitor:
     def failed(self, job: DispyJob, payload: Any) -> None:
         """A job has ended without a result; `payload` are its arguments, packed."""
 
+    def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Jobs have ended, each with its packed arguments; `peer` is the node that they were at,
+        None if they were at none."""
+
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
 
@@ -9969,6 +10379,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    user_name = ''                              # whose limits and share it has, at a scheduler
     program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
@@ -10092,6 +10503,9 @@ class NodeUser:
 
     def job_waits(self, work: Any) -> None:
         """A job that was sent waits again."""
+
+    def jobs_held(self, text: str) -> None:
+        """Jobs wait because of a limit of their user, for this reason."""
 
     def job_parked(self, work: Any, text: str) -> None:
         """A job waits for a node that is large enough."""
@@ -10580,7 +10994,11 @@ class ResultCollection(Collector):
     def _is_known(self, comp: str, serial: int) -> bool:
         """Whether what becomes of an attempt changes nothing: a result of its job is here."""
         row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
-        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+        if row is None:
+            return False
+        if row[1] in RETURNED:
+            return True
+        return bool(row[0] >= serial)
 
     def _end_others(self, comp: str, serial: int) -> None:
         """An attempt has finished: others of its job are ended. The driver's thread."""
@@ -11914,7 +12332,11 @@ class Connector:
                                 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
         about = text if failing is Failing.OTHERWISE else failing
-        if about in peer.told or self._only_probed(peer) or peer.replacing:
+        if about in peer.told:
+            return
+        if peer.replacing:
+            return
+        if self._only_probed(peer):
             return
         peer.told.add(about)
         if not line:
@@ -12221,7 +12643,10 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     if peer.scheduler:
         return False
     python = python_at(peer.facts, spec.get('interpreter', ''))
-    return python is not None and python.version[:2] != spec['python'][:2]
+    if python is None:
+        return False
+    version = spec['python'][:2]
+    return bool(python.version[:2] != version)
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
@@ -13145,6 +13570,10 @@ class JobExchange:
         cluster = self._clusters[action.work.comp]
         cluster.job_parked(action.work, action.text)
 
+    def jobs_held(self, action: JobsHeld) -> None:
+        """Jobs wait because of a limit of their user."""
+        self._clusters[action.comp].jobs_held(action.text)
+
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
@@ -13375,11 +13804,18 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        if name != 'overview' and peer.uses[comp].state is AssignmentState.WAITING:
+            raise ConnectionError('the scheduler has not been told of this cluster yet')
+        return self.call_peer(peer, comp, name, *args)
+
+    def call_peer(self, peer: NodeConnection, comp: str, name: str,
+                  *args: Any) -> 'concurrent.futures.Future[Any]':
+        """Ask a scheduler, or a node of a cluster, that is connected."""
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
         self._driver.send(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
@@ -13642,6 +14078,21 @@ class NodeQueries:
                 found[key] = count
         return found
 
+    def stop_if_settled(self) -> bool:
+        """End the driver if all that was said has left, and if of all jobs that were called back it
+        is known whether they have begun, where there is a link. Returns whether it ends."""
+        self._driver.flush()   # the end of this turn shall call nothing back
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            if peer is None or peer.link is None:
+                continue
+            if any(node.recalled.values()):
+                return False
+        if not self._driver.has_sent():
+            return False
+        self._driver.stop()
+        return True
+
 
 class FailedJob(NamedTuple):
     """A job that has failed, as monitors are told of it."""
@@ -13653,6 +14104,7 @@ class FailedJob(NamedTuple):
     status: int
     node: str
     text: str      # the end of its traceback
+    key: int = 0   # the job's number for monitors
 
 
 class FailedJobs:
@@ -13663,25 +14115,99 @@ class FailedJobs:
         self._rows: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
 
     def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
-            text: str) -> None:
+            text: str, key: int) -> None:
         """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
         self._count += 1
         short_text = text[-FAILURE_TEXT:]
         failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
-                               shown_arguments(payload), status, node, short_text)
+                               shown_arguments(payload), status, node, short_text, key)
         self._rows.append(failed_job)
 
     def all(self) -> List[FailedJob]:
         """All of them, the oldest first."""
         return list(self._rows)
 
-    def since(self, known: int) -> List[FailedJob]:
-        """The oldest of those with a larger number than `known`, at most FAILURES_PAGE. A number
-        that was not given yet comes from an earlier process, and then all of them are new."""
+    def since(self, known: int,
+              clusters: Optional[AbstractSet[int]] = None) -> List[FailedJob]:
+        """The oldest of those with a larger number than `known`, of some clusters or of all, at
+        most FAILURES_PAGE. A number that was not given yet comes from an earlier process, and then
+        all of them are new."""
         rows = self.all()
         if known <= self._count:
             rows = [row for row in rows if row.number > known]
+        if clusters is not None:
+            rows = [row for row in rows if row.cluster in clusters]
         return rows[:FAILURES_PAGE]
+
+
+class EndedJob(NamedTuple):
+    """A job that has ended, as monitors are told of it."""
+    number: int                  # of the end, from 1
+    cluster: int
+    key: int                     # the job's number for monitors
+    job: Any                     # its id
+    payload: Any                 # as of FailedJob
+    status: int
+    attempts: int                # the number of the last one
+    node: Any                    # the key of the node where it was, or None
+    where: str                   # the name of that node
+    cpus: int
+    submitted: Optional[float]   # these three in s since the epoch
+    began: Optional[float]
+    ended: float
+    stdout: Any                  # the end of what it has printed: bytes or text
+    stderr: Any
+    text: str                    # why it failed
+
+
+class EndedJobs:
+    """The last jobs that have ended: ENDED_KEPT of them, with at most ENDED_BYTES of arguments and
+    output. One thread at a time adds to them, any may read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._bytes = 0
+        self._rows: Deque[EndedJob] = collections.deque()
+
+    def add(self, *row: Any) -> None:
+        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
+        ended_job = EndedJob(0, *row)
+        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
+        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
+        text = ended_job.text[-FAILURE_TEXT:]
+        payload = shown_arguments(ended_job.payload)
+        with self._lock:
+            self._count += 1
+            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
+                                           stderr=stderr, text=text)
+            self._rows.append(ended_job)
+            self._bytes += _shown_size(ended_job)
+            while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
+                oldest = self._rows.popleft()
+                self._bytes -= _shown_size(oldest)
+
+    def since(self, known: int, most: int = ENDED_PAGE,
+              clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
+        """Return the oldest `most` of those with a larger number than `known`, of some clusters or
+        of all. A number that was not given yet comes from an earlier process, and then all of them
+        are new."""
+        with self._lock:
+            new = len(self._rows)
+            if known <= self._count:
+                new = min(new, self._count - known)
+            rows: Iterable[EndedJob] = itertools.islice(self._rows, len(self._rows) - new, None)
+            if clusters is not None:
+                rows = (row for row in rows if row.cluster in clusters)
+            return list(itertools.islice(rows, most))
+
+
+def _shown_size(ended_job: EndedJob) -> int:
+    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
+    payload = ended_job.payload
+    if payload is None or isinstance(payload, int):
+        return size
+    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:
@@ -13724,6 +14250,7 @@ def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
         'port': node.port,
         'offered': node.offered,
         'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+        'totals': [free.get(name) for name in ('memory_total', 'disk_total')],
         'platform': str(node.facts.get('platform', ''))[:200],
         'resources': resource_use(node.facts_now()),
         'heard': heard,
@@ -13738,6 +14265,63 @@ class JobAtNode(NamedTuple):
     seconds: Optional[float]   # that it has run; None: not known
 
 
+class JobSight(NamedTuple):
+    """What a node has told of a running job."""
+    age: float       # s since it was told
+    stacks: str      # of its process; empty if they were not asked for
+    stdout: bytes    # the ends of these
+    stderr: bytes
+    error: str       # why nothing is known
+
+
+class JobLooks:
+    """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
+    processes. The driver's thread."""
+    APART = 0.5      # s between two questions for a job
+    KEPT = 200       # answers
+    CANNOT = 'its node is not connected, or is of an older release'
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (computation, serial) -> when its node was asked, and when and what it has told
+        self._asked: 'collections.OrderedDict[Tuple[str, int], float]' = collections.OrderedDict()
+        self._told: 'collections.OrderedDict[Tuple[str, int], Tuple[float, tuple]]' = \
+            collections.OrderedDict()
+
+    def look(self, peer: NodeConnection, comp: str, serial: int,
+             wants_stacks: bool) -> Optional[JobSight]:
+        """Ask the node where a job runs, unless it was asked a moment ago, and return what it has
+        told before, None if it has not told anything. What it answers is known the next time."""
+        key = (comp, serial)
+        now = self._driver.now
+        if peer.link is None or not peer.facts.get('looks'):
+            return JobSight(0.0, '', b'', b'', self.CANNOT)
+        if now - self._asked.get(key, -math.inf) >= self.APART:
+            self._keep(self._asked, key, now)
+            future = self._driver.calls.call_peer(peer, comp, 'look', serial, wants_stacks)
+            future.add_done_callback(functools.partial(self._answered, key))
+        told = self._told.get(key)
+        if told is None:
+            return None
+        when, values = told
+        return JobSight(now - when, *values)
+
+    def _answered(self, key: Tuple[str, int], future: Any) -> None:
+        exc = future.exception()
+        if exc is not None:
+            values = ('', b'', b'', str(exc))
+        else:
+            stacks, stdout, stderr = future.result()
+            values = (str(stacks), bytes(stdout), bytes(stderr), '')
+        self._keep(self._told, key, (self._driver.now, values))
+
+    def _keep(self, table: Any, key: Tuple[str, int], value: Any) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > self.KEPT:
+            table.popitem(last=False)
+
+
 class Overview:
     """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
     answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
@@ -13750,6 +14334,7 @@ class Overview:
         self._asked: Dict[Tuple[Any, str], float] = {}
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+        self.looks = JobLooks(driver)
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
@@ -13791,6 +14376,20 @@ class Overview:
             free.update(report[1].available)
         return free
 
+    def sights(self, comp: str, numbers: Sequence[int],
+               wants_stacks: bool) -> List[Optional[JobSight]]:
+        """What jobs of a computation do, which are named by their numbers; None where it is not
+        known, or not yet."""
+        wanted = frozenset(numbers)
+        found: Dict[int, Optional[JobSight]] = {}
+        for key, node in self._driver.schedule.nodes.items():
+            for serial in node.in_flight.get(comp, ()):
+                number = job_number(serial)
+                if number in wanted:
+                    peer = self._driver.nodes.by_key[key]
+                    found[number] = self.looks.look(peer, comp, serial, wants_stacks)
+        return [found.get(number) for number in numbers]
+
     def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
         """What is known of a node, whoever uses it."""
         heard = None
@@ -13817,11 +14416,17 @@ class Overview:
     def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
         """The same, with what is known of how long they have run; the first `most` of them. The
         node is asked, and what it answers is known the next time."""
-        sent = self.sent_to(key, comp)
-        if not sent:
+        if not self.sent_to(key, comp):
             return []
         peer = self._driver.nodes.by_key[key]
         self.ask_node(peer, comp, self.JOBS_APART)
+        return self.known_jobs_at(key, comp, most)
+
+    def known_jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
+        """The same as `jobs_at`, by what is known already: the node is not asked."""
+        sent = self.sent_to(key, comp)
+        if not sent:
+            return []
         seconds = self._seconds_run(key, comp)
         runs = self._driver.schedule.runs(key)
         run = runs.get(comp, ())
@@ -14211,6 +14816,7 @@ class Driver(Loop):
             JobEnded: self.jobs.job_ended,
             JobWaits: self.jobs.job_waits,
             JobParked: self.jobs.job_parked,
+            JobsHeld: self.jobs.jobs_held,
             JobFailedOnce: self.jobs.failed_once,
             JobStays: self.jobs.job_stays,
             Withdrawn: self.cancels.withdrawn,
@@ -14341,7 +14947,7 @@ class Driver(Loop):
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
         event = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                       cluster.cpus_in_all(), cluster.speculate)
+                       cluster.cpus_in_all(), cluster.speculate, cluster.user_name)
         self.decide(event)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
@@ -15286,6 +15892,19 @@ class LiveOutput:
         self.monitors = tuple(monitors)
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
+    def watched(self, pairs: List[Tuple[DispyJob, tuple]]) -> List[Tuple[DispyJob, Any]]:
+        """Return the jobs that are about to get results, with their packed arguments, which they
+        lose by that; none if no monitor watches."""
+        if not self.monitors:
+            return []
+        return [(job, job.payload) for job, _ in pairs]
+
+    def tell_ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Tell the monitors of jobs that have ended, as `Monitor.ended`. The driver's thread or an
+        opener."""
+        for monitor in self.monitors:
+            monitor.ended(jobs, peer)
+
     def page(self) -> str:
         """Return the link to the web page that shows the cluster, or an empty text."""
         for monitor in self.monitors:
@@ -15401,6 +16020,7 @@ class ResultDelivery:
         seconds = 0.0
         finished = 0
         is_program = self._is_program
+        watched = self._output.watched(pairs)
         for job, row in pairs:
             payload = job.payload
             # Nobody had told that it has begun
@@ -15417,6 +16037,8 @@ class ResultDelivery:
             seconds += row[3] - row[2]
         jobs = [job for job, _ in pairs]
         self._book.add_results(jobs, finished, peer, seconds)
+        if watched:
+            self._output.tell_ended(watched, peer)
         self._publish_ended(jobs, peer)
 
     def queue_ordered(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
@@ -15470,6 +16092,7 @@ class ResultDelivery:
         with self._book.lock:   # beside a provisional result
             end_without(job, text, self._failures)
         self._count_failure(job, payload)
+        self._output.tell_ended([(job, payload)], None)
         self._publish_ended([job])
 
     def end_with_driver(self, job: DispyJob, text: str) -> None:
@@ -15959,21 +16582,6 @@ class ComputationUser(NodeUser):
         self.driver.files.store(peer, self.wanted.root, message)
 
 
-class ProgramParts(NamedTuple):
-    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
-    clusters others.
-
-    drivers - has the drivers
-    journal - the class of what writes the recover_file
-    book - the class of what counts the jobs
-    new_comp - makes the name of a computation
-    """
-    drivers: Drivers = drivers
-    journal: Type[Journal] = Journal
-    book: Type[JobBook] = JobBook
-    new_comp: Callable[[], str] = new_comp
-
-
 class ProgramSeconds(SecondsOfUser):
     """Second attempts of the jobs of a cluster of this program. The driver's thread."""
 
@@ -16012,6 +16620,21 @@ class ProgramSeconds(SecondsOfUser):
         root = self._cluster.wanted.root
         directory = held_directory(root, self._cluster.comp, second.serial)
         return HeldFiles(directory, root)
+
+
+class ProgramParts(NamedTuple):
+    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
+    clusters others.
+
+    drivers - has the drivers
+    journal - the class of what writes the recover_file
+    book - the class of what counts the jobs
+    new_comp - makes the name of a computation
+    """
+    drivers: Drivers = drivers
+    journal: Type[Journal] = Journal
+    book: Type[JobBook] = JobBook
+    new_comp: Callable[[], str] = new_comp
 
 
 def _whereabouts_of(computation: Any) -> Tuple[str, str]:
@@ -19012,9 +19635,11 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
                 _cancel_at_scheduler(core, until)
     for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
-            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+            while not driver.ask(driver.queries.stop_if_settled):
+                if time.monotonic() >= until:
+                    driver.ask(driver.stop)
+                    break
                 time.sleep(0.01)
-            driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for core in cores:
@@ -21113,7 +21738,10 @@ def _stacks_path(process: int) -> Optional[str]:
     with contextlib.suppress(OSError):   # another system, or the process of another user
         status = _since('/proc/%d/status' % process)
         caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
-        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+        if caught is None:
+            return None
+        signals = int(caught.group(1), 16)
+        if not signals >> (signal.SIGUSR2 - 1) & 1:
             return None   # the signal would end it
         for name in os.listdir(root):
             path = os.path.join(root, name)
@@ -21201,6 +21829,699 @@ def _report(argv: Sequence[str]) -> int:
     with open(handle, 'w', encoding='utf-8') as file:
         file.write(report.text())
     print('%s is written. Read it before you send it.' % args.output)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: nodes that an engine such as Slurm places
+# --------------------------------------------------------------------------------------------------
+
+ENGINE_TIME = 60.0            # s that a command of an engine may take
+ADAPT_EVERY = 5.0             # s between two looks at what waits
+END_IDLE = 60.0               # s without jobs after which a node ends that is not one of MIN
+POD_IMAGE = 'python:3.12-slim'
+POD_GRACE = 60                # s that a node in a pod has to end
+POD_LABEL = 'app=dispy-node'
+# How a pod writes dispynode.py and the secret where only it can read them, and runs it
+POD_START = ('umask 077; python3 -c "import zlib; open(\'/tmp/dispynode.py\', \'wb\').write('
+             'zlib.decompress(open(\'/dispy/dispynode\', \'rb\').read()))" && '
+             'cp /dispy-secret/secret /tmp/secret && exec ')
+
+
+# The Job of a node, without what differs, and what all nodes have: dispynode.py and the secret
+POD_JOB: Dict[str, Any] = {
+    'apiVersion': 'batch/v1', 'kind': 'Job',
+    'metadata': {'labels': {'app': 'dispy-node'}, 'generateName': 'dispy-node-'},
+    'spec': {
+        'backoffLimit': 0, 'ttlSecondsAfterFinished': 600, 'template': {
+            'metadata': {'labels': {'app': 'dispy-node'}},
+            'spec': {
+                'restartPolicy': 'Never', 'terminationGracePeriodSeconds': POD_GRACE,
+                'containers': [{
+                    'name': 'node', 'resources': {'requests': {}, 'limits': {}},
+                    'volumeMounts': [{'name': 'dispy', 'mountPath': '/dispy'},
+                                     {'name': 'dispy-secret', 'mountPath': '/dispy-secret'}]}],
+                'volumes': [{'name': 'dispy', 'configMap': {'name': 'dispy-node'}},
+                            {'name': 'dispy-secret', 'secret': {'secretName': 'dispy-node'}}]}}}
+}
+POD_FILES: List[Dict[str, Any]] = [
+    {'apiVersion': 'v1', 'kind': 'ConfigMap', 'metadata': {'name': 'dispy-node'},
+     'binaryData': {}},
+    {'apiVersion': 'v1', 'kind': 'Secret', 'metadata': {'name': 'dispy-node'}, 'data': {}},
+]
+
+
+class NodeRequest(NamedTuple):
+    """What an engine is asked for: a part of a host, for some time, for one node."""
+    cpus: int
+    seconds: int                  # its time limit
+    memory: int = 0               # bytes; 0: what the engine gives if nothing is said
+    gpus: int = 0
+    queue: str = ''               # or partition, or namespace
+    log: str = ''                 # the directory for what nodes print
+    more: Tuple[str, ...] = ()    # options for the engine, as they stand in its scripts
+    image: str = ''               # of containers
+
+    @property
+    def megabytes(self) -> int:
+        """The memory, rounded up."""
+        return -(-self.memory >> 20)
+
+    def fields(self) -> Dict[str, Any]:
+        """What stands in options of engines."""
+        found: Dict[str, Any] = self._asdict()
+        minutes, seconds = divmod(self.seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
+        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        found['minutes'] = '%d:%02d' % (hours, minutes)
+        found['megabytes'] = self.megabytes
+        found['slot_megabytes'] = -(-self.megabytes // self.cpus)
+        found['several'] = self.cpus > 1
+        return found
+
+
+class Engine:
+    """A system that gives a part of a host for some time, to whoever submits a script with options
+    in comments. The subclasses have what each of them understands."""
+    name = ''
+    title = ''
+    number = ''                   # what a shell there puts in place for the number of its job
+    mark = ''                     # begins a comment with an option
+    submits: Sequence[str] = ()   # the command that reads a script
+    cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
+    lists: Sequence[str] = ()     # the command that prints the jobs of this user
+    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
+    # Field of a request, or '' for always -> the options that it takes, with fields
+    table: Dict[str, Sequence[str]] = {}
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """What is asked for, in options."""
+        fields = request.fields()
+        found: List[str] = []
+        for field, options in self.table.items():
+            if not field or fields[field]:
+                found += [option.format(**fields) for option in options]
+        return found
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        """The script that runs the command of a node."""
+        lines = ['#!/bin/sh']
+        for option in (*self.options(request), *request.more):
+            lines.append('%s %s' % (self.mark, option))
+        lines.append('exec %s' % command)
+        return '\n'.join(lines) + '\n'
+
+    def submit(self, request: NodeRequest, command: str) -> str:
+        """Ask for a node. Returns the number of the job. Raises DispyError."""
+        said = self._run(self.submits, self.script(request, command))
+        found = self.answer.search(said)
+        if found is None:
+            raise DispyError('%s said no number of a job but %.200r' % (self.submits[0], said))
+        return found.group(1)
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs. Raises DispyError."""
+        self._run([*self.cancels, *jobs])
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        """Those of these jobs that wait or run. Raises DispyError."""
+        said = self._run(self.lists)
+        known = self.listed(said)
+        return {job for job in jobs if job.partition('.')[0] in known}
+
+    def listed(self, said: str) -> Set[str]:
+        """The numbers of the jobs in what `lists` has printed."""
+        found = set()
+        for line in said.splitlines():
+            words = line.split()
+            if words:
+                found.add(words[0].partition('.')[0])
+        return found
+
+    def _run(self, command: Sequence[str], given: str = '') -> str:
+        pipe = subprocess.PIPE
+        data = given.encode()
+        try:
+            done = subprocess.run(command, input=data, stdout=pipe, stderr=pipe,
+                                  timeout=ENGINE_TIME)
+        except FileNotFoundError as exc:
+            text = '%s: there is no such program here: run this where jobs are submitted to %s'
+            raise DispyError(text % (command[0], self.title)) from exc
+        except subprocess.TimeoutExpired as exc:
+            message = '%s has not answered in %d s' % (command[0], ENGINE_TIME)
+            raise DispyError(message) from exc
+        said = done.stdout.decode(errors='replace')
+        if done.returncode and not self.is_nothing(done):
+            why = done.stderr.decode(errors='replace')
+            ending = exit_text(done.returncode)
+            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+        return said
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """Whether a command that has failed says that there are no jobs."""
+        return False
+
+
+class SlurmEngine(Engine):
+    """Slurm, as sbatch, scancel and squeue have it."""
+    name = 'slurm'
+    title = 'Slurm'
+    number = '$SLURM_JOB_ID'
+    mark = '#SBATCH'
+    submits = ('sbatch', '--parsable')
+    cancels = ('scancel',)
+    lists = ('squeue', '--me', '--noheader', '--format=%i')
+    answer = re.compile(r'(\d+)(?:;\S+)?\s*\Z')
+    table = {
+        '': ('--job-name=dispy-node', '--nodes=1', '--ntasks=1', '--cpus-per-task={cpus}',
+             '--time={clock}', '--output={log}/slurm-%j.log', '--no-requeue'),
+        'memory': ('--mem={megabytes}M',),
+        'gpus': ('--gres=gpu:{gpus}',),
+        'queue': ('--partition={queue}',),
+    }
+
+
+class PbsEngine(Engine):
+    """PBS Professional and OpenPBS."""
+    name = 'pbs'
+    title = 'PBS'
+    number = '$PBS_JOBID'
+    mark = '#PBS'
+    submits = ('qsub',)
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+\S*)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-l walltime={clock}', '-j oe', '-o {log}/', '-r n'),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qselect', '-u', _user_name())
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """The others stand in the table; CPUs, memory and GPUs in one chunk."""
+        chunk = '-l select=1:ncpus=%d' % request.cpus
+        if request.memory:
+            chunk += ':mem=%dmb' % request.megabytes
+        if request.gpus:
+            chunk += ':ngpus=%d' % request.gpus
+        return [chunk, *super().options(request)]
+
+
+class LsfEngine(Engine):
+    """IBM Spectrum LSF."""
+    name = 'lsf'
+    title = 'LSF'
+    number = '$LSB_JOBID'
+    mark = '#BSUB'
+    submits = ('bsub',)
+    cancels = ('bkill',)
+    lists = ('bjobs', '-noheader', '-o', 'jobid')
+    answer = re.compile(r'Job <(\d+)>')
+    table = {
+        '': ('-J dispy-node', '-n {cpus}', '-R "span[hosts=1]"', '-W {minutes}',
+             '-o {log}/lsf-%J.log', '-rn'),
+        'memory': ('-M {megabytes}MB', '-R "rusage[mem={megabytes}MB]"'),
+        'gpus': ('-gpu "num={gpus}"',),
+        'queue': ('-q {queue}',),
+    }
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """bjobs fails if there are none."""
+        return b'No unfinished job' in done.stderr
+
+
+class SgeEngine(Engine):
+    """Grid Engine. Its parallel environment and its name of GPUs are the site's: 'smp' and 'gpu',
+    unless options for the engine say others."""
+    name = 'sge'
+    title = 'Grid Engine'
+    number = '$JOB_ID'
+    mark = '#$'
+    submits = ('qsub', '-terse')
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-S /bin/sh', '-l h_rt={clock}', '-j y', '-o {log}/', '-r n'),
+        'several': ('-pe smp {cpus}',),
+        'memory': ('-l h_vmem={slot_megabytes}M',),
+        'gpus': ('-l gpu={gpus}',),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qstat', '-u', _user_name())
+
+
+class KubernetesEngine(Engine):
+    """Kubernetes: a Job with one pod for each node; dispynode.py and the secret are mounted
+    there."""
+    name = 'k8s'
+    title = 'Kubernetes'
+    number = '$HOSTNAME'
+    submits = ('kubectl', 'create', '-o', 'name', '-f', '-')
+    cancels = ('kubectl', 'delete', '--ignore-not-found', '--wait=false')
+    lists = ('kubectl', 'get', 'jobs', '-l', POD_LABEL, '-o', 'json')
+    answer = re.compile(r'(job\S*/\S+)\s*\Z')
+
+    @staticmethod
+    def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
+        """The Job of a node."""
+        job = copy.deepcopy(POD_JOB)
+        spec = job['spec']
+        spec['activeDeadlineSeconds'] = request.seconds
+        container = spec['template']['spec']['containers'][0]
+        container['image'] = request.image or POD_IMAGE
+        container['command'] = ['sh', '-c', POD_START + command]
+        requests = container['resources']['requests']
+        limits = container['resources']['limits']
+        for resources in (requests, limits):
+            resources['cpu'] = str(request.cpus)
+            if request.memory:
+                resources['memory'] = '%dMi' % request.megabytes
+        if request.gpus:
+            limits['nvidia.com/gpu'] = str(request.gpus)
+        return job
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        return json.dumps(self.manifest(request, command))
+
+    @staticmethod
+    def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
+        """What all nodes have: dispynode.py and the secret."""
+        files = copy.deepcopy(POD_FILES)
+        compressed = zlib.compress(source, 9)
+        packed = base64.b64encode(compressed)
+        files[0]['binaryData']['dispynode'] = packed.decode()
+        hidden = base64.b64encode(secret)
+        files[1]['data']['secret'] = hidden.decode()
+        return files
+
+    def listed(self, said: str) -> Set[str]:
+        """The Jobs that have not ended."""
+        found = set()
+        for job in json.loads(said)['items']:
+            status = job.get('status', {})
+            ends = []
+            for condition in status.get('conditions', ()):
+                if condition['type'] in ('Complete', 'Failed'):
+                    ends.append(condition['status'])
+            if 'True' not in ends:
+                name = job['metadata']['name']
+                found.add('job.batch/' + name)
+        return found
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        said = self._run(self.lists)
+        return self.listed(said).intersection(jobs)
+
+    def put_files(self, source: bytes, secret: bytes) -> None:
+        """Make what all nodes have, anew. Raises DispyError."""
+        for item in self.files(source, secret):
+            kind = item['kind'].lower()
+            name = item['metadata']['name']
+            self._run([*self.cancels, '%s/%s' % (kind, name)])
+            dumped = json.dumps(item)
+            self._run(self.submits, dumped)
+
+    def remove_files(self) -> None:
+        """Remove what `put_files` has made. Raises DispyError."""
+        self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+}
+ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
+
+
+class EngineNodes:
+    """The jobs by which an engine places nodes for this user, in a file that outlives this process.
+    A context, so that one deploy or stop changes it at a time.
+
+    jobs - number of a job -> whether its node stays when it has no jobs
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        home = os.path.expanduser('~')
+        self.engine = engine
+        self.directory = os.path.join(home, '.dispy', 'engines')
+        self._path = os.path.join(self.directory, engine.name + '.json')
+        self.jobs: Dict[str, bool] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> 'EngineNodes':
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self.directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work in %s' % self.directory) from None
+        self.jobs = {}
+        with contextlib.suppress(FileNotFoundError), open(self._path) as file:
+            self.jobs = json.load(file)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.jobs:
+            write_private(self._path, json.dumps(self.jobs).encode())
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+        self._lock.close()
+
+    def look(self) -> None:
+        """Forget the jobs that have ended. Raises DispyError."""
+        if not self.jobs:
+            return
+        alive = self.engine.alive(self.jobs)
+        for job in list(self.jobs):
+            if job not in alive:
+                del self.jobs[job]
+
+    def add(self, request: NodeRequest, command: str, stays: bool) -> str:
+        """Ask for a node. Returns the number of its job. Raises DispyError."""
+        job = self.engine.submit(request, command)
+        self.jobs[job] = stays
+        return job
+
+    def end(self) -> int:
+        """End all. Returns how many there were. Raises DispyError."""
+        self.look()
+        count = len(self.jobs)
+        if count:
+            self.engine.cancel(list(self.jobs))
+            self.jobs = {}
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.remove_files()
+        self._remove_files()
+        return count
+
+    def _remove_files(self) -> None:
+        """Remove what nodes were given, unless those of other engines need it."""
+        names = os.listdir(self.directory)
+        others = [name for name in names if name.endswith('.json')]
+        if others not in ([], [os.path.basename(self._path)]):
+            return
+        for name in names:
+            if name.startswith(('dispynode-', 'secret-')):
+                path = os.path.join(self.directory, name)
+                os.unlink(path)
+
+
+class NodeDemand(NamedTuple):
+    """What a scheduler has to do, for whoever places its nodes."""
+    waiting: int      # jobs that wait for a CPU, without those that a limit holds
+    idle: int         # CPUs that are idle
+    there: int        # nodes that were placed and are connected
+
+
+def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: int) -> int:
+    """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
+    each; there shall be `least` to `most`."""
+    coming = max(0, alive - demand.there)
+    jobs = demand.waiting - demand.idle - coming * cpus
+    for_jobs = min(-(-jobs // cpus), most - alive)
+    return max(0, for_jobs, least - alive)
+
+
+class NodePlacement:
+    """What is asked of an engine by `dispy deploy`: nodes with these options."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, options: List[str]) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispynode
+        self.engine = engine
+        self._args = args
+        self._options = options
+        self.nodes = EngineNodes(engine)
+        self.secret = find_secret(None, args.secret_file).strip()
+        digest = digest_of(self.secret).hex()
+        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        source = os.path.abspath(dispynode.__file__)
+        with open(source, 'rb') as file:
+            self._source = file.read()
+        digest = digest_of(self._source).hex()
+        name = 'dispynode-%s.py' % digest[:12]
+        self._script = os.path.join(self.nodes.directory, name)
+        if engine.name == 'k8s':
+            self._secret_file = '/tmp/secret'
+            self._script = '/tmp/dispynode.py'
+        parser = dispynode.make_parser()
+        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are told here
+        dispynode.Lifetime.of_options(self.node, 0.0)
+        self.request = NodeRequest(args.cpus, int(args.time))
+        given = {}
+        for field in ('memory', 'gpus', 'queue', 'image'):
+            value = getattr(args, field)
+            if value:
+                given[field] = value
+        given['more'] = tuple(args.engine_option)
+        given['log'] = self.nodes.directory
+        self.request = self.request._replace(**given)
+
+    def _words(self, stays: bool) -> List[str]:
+        """The options of a node that tell it what the engine is told."""
+        args = self._args
+        told = {'port': '0'}
+        told['scheduler-host'] = args.scheduler_host
+        told['secret-file'] = self._secret_file
+        told['cpus'] = '%d' % args.cpus
+        told['time-limit'] = '%d' % args.time
+        if args.drain_before is not None:
+            told['drain-before'] = '%g' % args.drain_before
+        if args.memory:
+            told['memory'] = '%d' % args.memory
+        if args.gpus:
+            told['resource'] = 'gpu=%d' % args.gpus
+        if not stays:
+            told['end-idle'] = '%g' % args.end_idle
+        words = ['--daemon']
+        for name, value in told.items():
+            words += ['--' + name, value]
+        return words
+
+    def command(self, stays: bool) -> str:
+        """The command of a node, for a shell. Its name and its directory have the number of the
+        job."""
+        engine = self.engine
+        name = '%s-%s' % (engine.name, engine.number)
+        words = [self._args.python]
+        words.append(shlex.quote(self._script))
+        words += map(shlex.quote, self._words(stays))
+        words.append('--name "%s"' % name)
+        words.append('--dest-path-prefix "${TMPDIR:-/tmp}/dispy-%s"' % name)
+        words += map(shlex.quote, self._options)
+        return ' '.join(words)
+
+    def put_files(self) -> None:
+        """Put what nodes need where they find it. Raises OSError, DispyError."""
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.put_files(self._source, self.secret)
+            return
+        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+            if not os.path.exists(path):
+                write_private(path, data)
+
+    def add(self, count: int, stays: bool) -> None:
+        """Ask for nodes, within the context of `nodes`. Raises DispyError."""
+        command = self.command(stays)
+        for _ in range(count):
+            job = self.nodes.add(self.request, command, stays)
+            print('%s: job %s is submitted' % (self.engine.title, job), flush=True)
+
+    def adapt(self, demand: NodeDemand, least: int, most: int) -> None:
+        """Ask for as many nodes as are lacking. Raises DispyError, OSError."""
+        with self.nodes:
+            self.nodes.look()
+            jobs = self.nodes.jobs
+            more = nodes_lacking(demand, len(jobs), self.request.cpus, least, most)
+            stay = sum(jobs.values())
+            staying = min(more, max(0, least - stay))
+            self.add(staying, True)
+            self.add(more - staying, False)
+
+
+class DemandOfScheduler:
+    """Asks a scheduler what it has to do."""
+
+    def __init__(self, placement: NodePlacement, args: argparse.Namespace) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispy_httpd
+        import dispyscheduler
+        self._prefix = placement.engine.name + '-'
+        host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+        secret = placement.secret
+        if args.ask_secret_file:
+            secret = find_secret(None, args.ask_secret_file).strip()
+        files = tls_files(placement.node.certfile, placement.node.keyfile, None)
+        access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
+        self.link = dispy_httpd.SchedulerLink(host, port, access)
+        self._operator = dispyscheduler.Operator(self.link.ask)
+
+    def look(self) -> NodeDemand:
+        """What there is to do. Raises RuntimeError, DispyError or OSError if that is not told."""
+        waiting = 0
+        for program in self._operator.programs():
+            waiting += max(0, program['waiting'] - program['limited'])
+        idle = 0
+        there = 0
+        for node in self._operator.nodes():
+            if node['state'] == 'connected':
+                idle += max(0, node['cpus'] - node['used'])
+                there += node['name'].startswith(self._prefix)
+        return NodeDemand(waiting, idle, there)
+
+
+def _range_option(text: str) -> Tuple[int, int]:
+    """Read MIN:MAX."""
+    least, _, most = text.partition(':')
+    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
+        return int(least), int(most)
+    raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
+
+
+# What is told of nodes that an engine places
+PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ('--scheduler-host', {
+        'default': socket.gethostname(), 'metavar': 'HOST[:PORT]',
+        'help': 'scheduler, or host of a program that listens (host=), that nodes connect to '
+                '(default: this host)'}),
+    ('--time', {
+        'type': duration_option, 'default': 3600.0, 'metavar': 'TIME',
+        'help': 'time limit of a node, such as 90m or 12h (default: 1h)'}),
+    ('--cpus', {
+        'type': count_option, 'default': 1, 'metavar': 'N', 'help': 'CPUs of a node (default: 1)'}),
+    ('--memory', {'type': size_option, 'metavar': 'N[kmgt]', 'help': 'memory of a node'}),
+    ('--gpus', {
+        'type': int, 'default': 0, 'metavar': 'N', 'help': 'GPUs of a node (default: 0)'}),
+    ('--queue', {'metavar': 'NAME', 'help': 'queue, or partition of Slurm'}),
+    ('--drain-before', {
+        'type': seconds_option, 'metavar': 'S',
+        'help': 'seconds before its time limit from which on a node takes no new jobs (default: '
+                '120)'}),
+    ('--engine-option', {
+        'action': 'append', 'default': [], 'metavar': 'TEXT',
+        'help': 'another line of options for the engine, such as "--account=physics"; may be '
+                'repeated'}),
+    ('--image', {
+        'metavar': 'IMAGE', 'help': 'of containers in Kubernetes (default: %s)' % POD_IMAGE}),
+    ('--python', {
+        'default': 'python3', 'metavar': 'PATH', 'help': 'Python there (default: %(default)s)'}),
+    ('--secret-file', {
+        'metavar': 'FILE',
+        'help': 'file with the secret of nodes (default: the one of this user)'}),
+    ('--adaptive', {
+        'type': _range_option, 'metavar': 'MIN:MAX',
+        'help': 'stay, and submit nodes as jobs wait at the scheduler, so many at least and at '
+                'most'}),
+    ('--end-idle', {
+        'type': seconds_option, 'default': END_IDLE, 'metavar': 'S',
+        'help': 'with --adaptive: nodes beyond MIN end after so many seconds without jobs '
+                '(default: %(default)g)'}),
+    ('--ask-secret-file', {
+        'metavar': 'FILE',
+        'help': 'with --adaptive: file with the secret by which the scheduler is asked, if it is '
+                'not that of nodes'}),
+)
+
+
+def _engine_parser(task: str) -> argparse.ArgumentParser:
+    text = {
+        'deploy': 'Submit nodes to an engine. They connect to a program or scheduler, and end '
+                  'before their time limit.',
+        'stop': 'Cancel the nodes that were submitted to an engine.'
+    }
+    usage = '%(prog)s --ENGINE [N] [options]'
+    if task == 'deploy':
+        usage += ' [-- options of dispynode]'
+    parser = argparse.ArgumentParser(prog='dispy ' + task, description=text[task], usage=usage)
+    engines = parser.add_mutually_exclusive_group(required=True)
+    for engine in ENGINES.values():
+        meaning = '%s; to deploy, how many nodes' % engine.title
+        option = '--' + engine.name
+        engines.add_argument(option, nargs='?', const=0, type=count_option, metavar='N',
+                             help=meaning)
+    if task == 'stop':
+        return parser
+    for option, settings in PLACING:
+        parser.add_argument(option, **settings)
+    return parser
+
+
+def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
+    """The engine that is meant, and the number that is given with it, or 0."""
+    for name, engine in ENGINES.items():
+        number = getattr(args, name)
+        if number is not None:
+            return engine, number
+    raise AssertionError('no engine')   # the parser wants one
+
+
+def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if bool(count) == bool(args.adaptive):
+        raise ValueError('give a number of nodes (--%s N) or --adaptive MIN:MAX' % engine.name)
+    if engine.name == 'k8s' and (args.queue or args.engine_option):
+        raise ValueError('Kubernetes has no queues and no options of scripts (--queue, '
+                         '--engine-option): its namespace is that of the context of kubectl')
+    if engine.name != 'k8s' and args.image:
+        raise ValueError('--image is for Kubernetes')
+
+
+def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
+    """Place nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError, DispyError."""
+    source = DemandOfScheduler(placement, args)
+    never = threading.Event()
+    try:
+        why = source.link.why_not()
+        if why:
+            raise DispyError('the scheduler at %s cannot be asked: %s' % (args.scheduler_host, why))
+        while True:
+            try:
+                demand = source.look()
+                placement.adapt(demand, *args.adaptive)
+            except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
+                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
+                      flush=True)
+            never.wait(ADAPT_EVERY)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        source.link.close()
+
+
+def _place(task: str, argv: List[str], options: List[str]) -> int:
+    """`dispy deploy` and `dispy stop` of nodes that an engine places. Returns the exit status."""
+    parser = _engine_parser(task)
+    args = parser.parse_args(argv)
+    engine, count = _engine_of(args)
+    try:
+        if task == 'stop':
+            if options:
+                raise ValueError('stop takes no options of dispynode')
+            with EngineNodes(engine) as nodes:
+                ended = nodes.end()
+            print('%s: %s cancelled' % (engine.title, many(ended, 'job')))
+            return 0
+        _check_placement(args, engine, count)
+        placement = NodePlacement(engine, args, options)
+    except (ValueError, OSError, DispyError) as exc:
+        parser.error(str(exc))
+    try:
+        with placement.nodes:
+            placement.put_files()
+            placement.add(count, True)
+        if args.adaptive:
+            return _adapt(placement, args)
+    except (ValueError, OSError, DispyError) as exc:
+        print('dispy %s: %s' % (task, exc), file=sys.stderr)
+        return 1
     return 0
 
 
@@ -21365,7 +22686,10 @@ class Deployment:
     def _busy(self) -> bool:
         """Whether a computation is there."""
         root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+        if not os.path.isdir(root):
+            return False
+        names = os.listdir(root)
+        return any(name.startswith('p-') for name in names)
 
     def _let_finish(self, pid: int, grace: Optional[float]) -> None:
         """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
@@ -21604,6 +22928,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
     else:
         ours, options = (argv, [])
+    if any(word.partition('=')[0] in ENGINE_OPTIONS for word in ours):
+        return _place(task, ours, options)
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     absolute_path = os.path.abspath(dispynode.__file__)

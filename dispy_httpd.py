@@ -22,9 +22,10 @@
 
 One thread takes snapshots in the driver's turn, whatever the number of browsers. A snapshot costs
 O(nodes), not O(jobs), and what takes long is done less often. Requests sort it and cut a page out
-of it. Jobs tell nothing while they run well: only what fails and what is printed is noted. A
-scheduler is asked by `Call`, 100 rows at once. A monitor proves that it knows the secret of the
-programs, as they do, and sees and manages what belongs to all of them.
+of it. Of jobs it is noted what fails, what is printed, and what has ended: the last 10,000 jobs. A
+list of jobs is made at most once a second and only while somebody looks at it; the timeline goes on
+from what it was. A scheduler is asked by `Call`, 100 to 500 rows at once. A monitor proves that it
+knows the secret of the programs, as they do, and sees and manages what belongs to all of them.
 
 Safety. The server listens on 127.0.0.1 unless told otherwise. Page, script, style and icon hold no
 data; all else needs the token: `Authorization: Bearer TOKEN`. The token stands in the fragment of
@@ -44,6 +45,8 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     shared             bool: whether a scheduler is watched
     source             str: what is watched, or why it cannot be
     nothing            str: what is to be said where there is no cluster
+    home               str: the page to begin with, 'clusters' or 'nodes'
+    jobs               {submitted, ended, failed} of all clusters that are open
     clusters           [{number, name}]
     snapshot_seconds   of the driver's thread for the last snapshot
 
@@ -61,24 +64,51 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     state str, reason str: why it is not used
     cpus, used: CPUs; jobs: ended there; job_seconds s
     resources str: 'gpu 1 of 2', those that jobs have of what it offers; '' for none
-    memory, disk: bytes free, or null; load %: of its CPUs, or null
+    memory, disk: bytes free, or null; memory_total, disk_total: bytes in all, or null
+    load %: of its CPUs, or null
     heard s since its last sign of life, or null
     holder str: who holds it, known with --nodes only
     clusters [{number, name, state, reason, cpus, used, jobs, job_seconds}]
-/api/node?id=ID, a table of the node's jobs with `node`: its row above
+/api/node?id=ID, a table of the node's jobs with `node`: its row above and, as `plot` there,
+    [[s since the epoch, CPUs used, CPUs, load % or null, bytes of memory free or null], ...] at
+    most 240
     cluster int, job int: a number for `cancel`, id str (of a scheduler's job: its number in its
         program)
     arguments str (short form; of what is no builtin only the type)
     state 'running' or 'waits there'
     seconds s since it was sent or, where the node has said so, that it has run; null: not known
     stdout, stderr: the last 4 KiB printed
-    live bool: whether output is sent while it is printed, which it is by nodes that were set up
-        after this server was made, or if the cluster has on_output; null: of a scheduler, which
-        passes output on and does not keep it
-/api/failures, of the last 500 failed jobs of each cluster, or of a scheduler
-    text str: the last line, trace str: of the last one
-    count int, last s since the epoch, cluster int
-    jobs [{id, arguments, node, status, time}], at most 10
+    live bool: whether that is what it has printed until now; false or null: it was asked for a
+        moment ago, and is not there yet
+/api/failures, jobs that have failed, by the last line of their tracebacks without numbers and
+    names of nodes; of the last 500 of each cluster, or of a scheduler
+    group str: for /api/jobs; text str: that line, trace str: of the last one
+    count int, last s since the epoch, cluster int, name str and user str: of the cluster
+    jobs [{job, id, arguments, node, status, time}], at most 10
+/api/jobs, all jobs that wait, run and are known to have ended; and with ?state=, one of waiting,
+    running, done, failed, cancelled, ended; ?cluster=, ?node=ID, ?group=, ?search=TEXT some of them
+    cluster, job, id, arguments, seconds: as of /api/node
+    state 'waiting', 'waits there', 'running', 'done', 'failed' or 'cancelled'
+    status str: how it ended; node str: the id of its node, where str: that node's name
+    attempts int: the number of the last; cpus int
+    submitted, began, ended: s since the epoch, or null where not known
+    text str: the last line of what says why it has failed
+    and beside the rows unlisted {waiting int, ended int}: jobs that are counted and not listed
+/api/job?cluster=N&job=N: one row, as of /api/jobs, with
+    trace str: why it has failed; stdout, stderr: the last 4 KiB; lost_with [str, ...]: nodes that
+    were lost while it was there
+/api/timeline?span=S, a table of nodes (as /api/nodes), with `bin`: the s of one bin
+    id, name, address, state, cpus
+    lanes [[CPU, number of the first run, [bins from the end of the run before (at first since the
+        epoch) to its first bin, from there to its last, kind, jobs, ...]], ...]; kind 0: done, 1:
+        cancelled, 2: failed. A stream tells what is new: of each CPU the runs from that number on
+    running [[CPU, s since the epoch when it began, cluster, job], ...]
+/api/accounts?by=user|day|computation&days=N, of a scheduler: jobs that it remembers (--history)
+    user str, day 'YYYY-MM-DD' (the last one), computation str, program str; those that were asked
+        by say what the row is about
+    jobs, done, failed, cancelled int; cpu_seconds s
+    and beside the rows by str, complete bool: whether all was read, none str: why there is nothing
+/api/at?node=ID&lane=CPU&ms=T&around=MS: jobs that ran there T ms since the epoch, as of /api/jobs
 /metrics
     text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and
     `--token-file F` here). With a scheduler, jobs that have ended are counted since it was started,
@@ -88,7 +118,10 @@ POST takes a JSON object and is answered by {done int}. `cluster` is its number.
 missing, all clusters that use the node are meant; with a scheduler that is always so, and holds for
 clusters that come later too.
 
-    /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node
+    /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node;
+                          {cluster, jobs: [number, ...]}: wherever they are
+    /api/stacks           {cluster, job}: answered by {done: 1, text str}, the stacks of the
+                          process of a running job, which goes on
     /api/cancel_waiting   {cluster}: end jobs that do not run
     /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all that a word
                           with * means
@@ -109,6 +142,8 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -117,9 +152,11 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import re
+import reprlib
 import secrets
 import pickletools
 import signal
@@ -131,7 +168,7 @@ import time
 import urllib.parse
 import uuid
 from typing import (
-    Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type)
+    Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type)
 
 try:
     from dispy import drivers
@@ -149,12 +186,12 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 import dispy
 from dispy import (
     ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, ConnectionSettings, DispyJob,
-    FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec, NodeUse,
-    SharedJobCluster, words_of)
+    EndedJob, EndedJobs, FailedJob, FailedJobs, JobAtNode, JobCluster, JobSight, Monitor, NodeInfo,
+    NodeSpec, NodeUse, SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError, job_number,
                        __version__, claim_port, find_secret, host_and_port, _no_password,
                        write_private, pieces_of, read_secret, size_of, tls_files, split_needs, Each,
-                       HANDSHAKE_TIME, ServiceManager, write_stacks_on_signal)
+                       HANDSHAKE_TIME, ServiceManager, attempt_number, write_stacks_on_signal)
 
 __all__ = ['DispyHTTPServer']
 
@@ -175,7 +212,23 @@ OUTPUTS_KEPT = 1000
 PER_PAGE = 50
 PER_PAGE_MOST = 200
 SCHEDULER_PAGE = 100          # rows asked of a scheduler at once: a few ms of its loop
-TEXTS_KEPT = 5000             # arguments of jobs of a scheduler's nodes
+TEXTS_KEPT = 20000            # arguments of jobs as text
+JOBS_PAGE = 500               # rows about jobs that a scheduler is asked for at once
+LIST_APART = 1.0              # s between two lists of all jobs at least
+WAITING_LISTED = 2000         # of the waiting jobs of a cluster
+BARS_KEPT = 200000            # of the timeline
+# Seconds after which nodes are asked for their history if nobody looks
+HISTORY_APART = 10.0
+STACKS_TIME = 5.0             # s that a node may take to tell the stacks of a job
+STACKS_STEP = 0.1             # s between two questions for them
+ACCOUNTS_KEPT = 50000         # sums of a day, user and computation
+DAY = 86400.0                 # s
+NODE_POINTS = 240             # of a node's history
+BINS = 600                    # of the time that it shows
+BARS_NAMED = 5                # jobs that are named where a bar stands for many
+RUNS_KEPT = 60.0              # s that runs of a width are kept after they were asked for
+# Seconds by which a job may seem to begin before the one before it has ended
+CLOCK_STEP = 0.005
 SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only one in so many
 # Bytes of a request
 MAX_LINE = 4096
@@ -265,8 +318,16 @@ class _SafeUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError('a persistent id')
 
 
-def arguments_text(payload: Any) -> str:
-    """Return the short form of a job's packed arguments. Large ones are not opened."""
+LONG = reprlib.Repr()         # of the arguments of a job that is shown alone
+LONG.maxlevel = 6
+LONG.maxstring = LONG.maxother = 2000
+LONG.maxlist = LONG.maxtuple = LONG.maxdict = LONG.maxset = 100
+LONG_MOST = 10000             # characters of that
+
+
+def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
+    """Return the short form of a job's packed arguments, or a longer one by `form`. Large ones are
+    not opened."""
     if payload is None:
         return ''
     if isinstance(payload, int):
@@ -284,7 +345,13 @@ def arguments_text(payload: Any) -> str:
         # As no program packs them: they might have no end
         if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
-        return words_of(args, kwargs)
+        if form is None:
+            return words_of(args, kwargs)
+        words = list(map(form.repr, args))
+        for name, value in kwargs.items():
+            word = form.repr(value)
+            words.append('%.80s=%s' % (name, word))
+        return ', '.join(words)[:LONG_MOST]
     except Exception:  # an unpickler without the real classes may stumble over anything
         return hidden
 
@@ -367,9 +434,692 @@ class History:
 
 
 # --------------------------------------------------------------------------------------------------
+# The timeline: when jobs ran on the CPUs of nodes. What has ended is brought into runs of bins as
+# it comes, and a browser gets what is new: neither costs more for the jobs that were before.
+# --------------------------------------------------------------------------------------------------
+
+JobKey = Tuple[int, int]   # cluster, number of the job there
+# Node -> its running jobs: lane, beginning, cluster and number of the job
+Placed = Dict[str, List[List[Any]]]
+
+
+def key_of(row: dict) -> JobKey:
+    """Return what names a listed job."""
+    return row['cluster'], row['job']
+
+
+class Bar(NamedTuple):
+    """A job on one CPU of a node."""
+    began: float
+    ended: float
+    kind: int      # place in BAR_KINDS
+    key: JobKey
+
+
+# In the order in which one hides another where both are too short to be seen
+BAR_KINDS = ('done', 'cancelled', 'failed')
+
+
+class Runs:
+    """The bars of a CPU in bins of one width. A run is four numbers: its first bin since the epoch,
+    its last, the kind, and how many jobs it stands for. Only the last run may still change.
+
+    first - how many runs have been forgotten
+    changes - how many bars were added
+    used - when it was last asked for
+    """
+    __slots__ = ('width', 'first', 'runs', 'changes', 'used')
+
+    def __init__(self, width: float) -> None:
+        self.width = width
+        self.first = 0
+        self.runs: Deque[List[int]] = collections.deque()
+        self.changes = 0
+        self.used = 0.0
+
+    def add(self, bar: Bar) -> None:
+        """Add a bar that has ended after all others."""
+        self.changes += 1
+        first = int(bar.began / self.width)
+        last = int(bar.ended / self.width)
+        if self.runs:
+            before = self.runs[-1]
+            is_short = last - first < 2
+            if first <= before[1] and is_short:
+                before[1] = max(before[1], last)
+                before[2] = max(before[2], bar.kind)
+                before[3] += 1
+                return
+            first = max(first, min(before[1] + 1, last))
+        self.runs.append([first, last, bar.kind, 1])
+
+    def forget_before(self, time_left: float) -> None:
+        """Forget the runs that have ended before this time."""
+        bin_left = int(time_left / self.width)
+        while self.runs and self.runs[0][1] < bin_left:
+            self.runs.popleft()
+            self.first += 1
+
+    def after(self, known: int) -> Tuple[int, List[int]]:
+        """Return the number of the first run that a browser which has so many does not have as it
+        is now, and four numbers for each from there on: bins from the end of the one before it
+        (of the first, since the epoch), bins to its last, kind, jobs."""
+        begin = max(known - 1, self.first)
+        found: List[int] = []
+        end = 0
+        for first, last, kind, jobs in itertools.islice(self.runs, begin - self.first, None):
+            found += (first - end, last - first, kind, jobs)
+            end = last
+        return begin, found
+
+
+class Lane:
+    """What ran on one CPU of a node, the first to end first."""
+    __slots__ = ('bars', 'runs')
+
+    def __init__(self) -> None:
+        self.bars: Deque[Bar] = collections.deque()
+        self.runs: Dict[float, Runs] = {}
+
+    def end(self) -> float:
+        """Return when the last bar ends."""
+        if not self.bars:
+            return 0.0
+        return self.bars[-1].ended
+
+    def add(self, bar: Bar) -> None:
+        """Add a bar."""
+        self.bars.append(bar)
+        for runs in self.runs.values():
+            runs.add(bar)
+
+    def runs_of(self, width: float, left: float) -> Runs:
+        """Return the runs with bins of this width since a time."""
+        runs = self.runs.get(width)
+        now = time.monotonic()
+        if runs is None:
+            runs = Runs(width)
+            for bar in self.bars:
+                if bar.ended >= left:
+                    runs.add(bar)
+            for other in list(self.runs.values()):
+                if now - other.used > RUNS_KEPT:
+                    del self.runs[other.width]
+            self.runs[width] = runs
+        runs.forget_before(left)
+        runs.used = now
+        return runs
+
+    def bars_at(self, begin: float, end: float) -> List[Bar]:
+        """Return the bars between two times, the last first."""
+        found = []
+        for bar in reversed(self.bars):
+            if bar.ended < begin:
+                break
+            if bar.began <= end:
+                found.append(bar)
+        return found
+
+
+class Timeline:
+    """The last BARS_KEPT bars of jobs, on the CPUs of nodes. Which CPU a job had is not known: it
+    is given one that was free then. Its methods are called one at a time, see `JobList`."""
+
+    def __init__(self) -> None:
+        self._nodes: Dict[str, List[Lane]] = {}
+        # Lanes in the order in which their bars came
+        self._order: Deque[Lane] = collections.deque()
+        self.count = 0   # of the bars that have come
+        # Running jobs -> their node, and the lanes that they are shown on
+        self._held: Dict[JobKey, Tuple[str, List[int]]] = {}
+        self._taken: Dict[str, Set[int]] = {}   # by node, these lanes
+
+    def add(self, row: dict) -> None:
+        """Add a job that has ended."""
+        key = key_of(row)
+        node, held = self._held.pop(key, ('', []))
+        if node:
+            self._taken[node].difference_update(held)
+        if row['began'] is None or not row['node']:
+            return
+        if node != row['node']:
+            held = self._free(row)
+        kind = BAR_KINDS.index(row['state'])
+        bar = Bar(row['began'], row['ended'], kind, key)
+        lanes = self._nodes[row['node']]
+        for number in held:
+            lane = lanes[number]
+            lane.add(bar)
+            self._order.append(lane)
+            self.count += 1
+        while len(self._order) > BARS_KEPT:
+            self._order.popleft().bars.popleft()
+
+    def _free(self, row: dict) -> List[int]:
+        """Return lanes of a job's node that were free when it began, those that were used last;
+        others are made where there are too few."""
+        lanes = self._nodes.setdefault(row['node'], [])
+        taken = self._taken.get(row['node'], ())
+        latest = row['began'] + CLOCK_STEP
+        fitting = []
+        for number, lane in enumerate(lanes):
+            if number in taken:
+                continue
+            end = lane.end()
+            if end <= latest:
+                fitting.append((-end, number))
+        count = row['cpus']
+        best = heapq.nsmallest(count, fitting)
+        found = [number for _, number in best]
+        while len(found) < count:
+            found.append(len(lanes))
+            lanes.append(Lane())
+        return found
+
+    def place(self, running: List[dict]) -> Placed:
+        """Return for each node the jobs that run: lane, beginning, cluster and number of the
+        job."""
+        before = self._held
+        self._held = {}
+        self._taken = collections.defaultdict(set)
+        new = []
+        for row in running:
+            node, numbers = before.get(key_of(row), ('', []))
+            if node == row['node']:
+                self._hold(row, numbers)
+            else:
+                new.append(row)
+        for row in new:
+            self._hold(row, self._free(row))
+        found: Placed = collections.defaultdict(list)
+        for row in running:
+            key = key_of(row)
+            node, numbers = self._held[key]
+            began = round(row['began'], 2)
+            for number in numbers:
+                bar = [number, began, *key]
+                found[node].append(bar)
+        return found
+
+    def _hold(self, row: dict, numbers: List[int]) -> None:
+        self._held[key_of(row)] = (row['node'], numbers)
+        self._taken[row['node']].update(numbers)
+
+    def lanes_of(self, node: str, cpus: int) -> List[Lane]:
+        """Return the lanes of a node, at least so many."""
+        lanes = self._nodes.setdefault(node, [])
+        while len(lanes) < cpus:
+            lanes.append(Lane())
+        return lanes
+
+    def bars_at(self, node: str, lane: int, begin: float, end: float) -> List[Bar]:
+        """Return the bars of a lane between two times, the last first."""
+        lanes = self._nodes.get(node, [])
+        if lane >= len(lanes):
+            return []
+        return lanes[lane].bars_at(begin, end)
+
+    def forget_nodes(self, known: Iterable[str]) -> None:
+        """Forget the nodes of which no bar is left, but for those that are known."""
+        for node in set(self._nodes).difference(known):
+            if not any(lane.bars for lane in self._nodes[node]):
+                del self._nodes[node]
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs one by one: a list of those that wait, run and have ended. Made for requests, whatever the
+# source; nothing here belongs to a driver's thread.
+# --------------------------------------------------------------------------------------------------
+
+# What a page asks for by `state` -> the states of the jobs that it gets
+STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
+    '': ('waiting', 'waits there', 'running', 'done', 'failed', 'cancelled'),
+    'waiting': ('waiting', 'waits there'),
+    'running': ('running',),
+    'done': ('done',),
+    'failed': ('failed',),
+    'cancelled': ('cancelled',),
+    'ended': ('done', 'failed', 'cancelled'),
+}
+ENDED_STATES = frozenset(STATE_GROUPS['ended'])
+COUNTED_STATES = ('waiting', 'done', 'failed', 'cancelled')   # fields of the row of a cluster
+# Fields of a listed job that are sent; `payload` and `name` become texts before
+LISTED_FIELDS = ('cluster', 'job', 'id', 'arguments', 'state', 'status', 'node', 'where', 'seconds',
+                 'attempts', 'submitted', 'began', 'ended', 'cpus', 'text')
+# What of a node's row the timeline needs
+TIMELINE_FIELDS = ('id', 'name', 'address', 'state', 'cpus')
+NEW_LISTED_JOB: Dict[str, Any] = {
+    'name': None,
+    'payload': None,
+    'status': '',
+    'node': '',
+    'where': '',
+    'seconds': None,
+    'attempts': 0,
+    'submitted': None,
+    'began': None,
+    'ended': None,
+    'cpus': 1,
+    'text': '',
+    'stdout': b'',
+    'stderr': b'',
+    'known': False,   # whether the source has the arguments, and does not need to be asked
+}
+
+
+def listed_job(cluster: int, job: int, name: Any, state: str, **fields: Any) -> dict:
+    """Return the row of a job in the list; `name` is its id, of any type."""
+    row = dict(NEW_LISTED_JOB)
+    row.update(fields)
+    row['cluster'] = cluster
+    row['job'] = job
+    row['name'] = name
+    row['id'] = id_text(name)
+    row['state'] = state
+    return row
+
+
+def last_time(row: dict) -> float:
+    """Return by what jobs are sorted: when something has happened last or, of those that wait, less
+    the later they were submitted."""
+    for name in ('ended', 'began'):
+        if row[name] is not None:
+            return float(row[name])
+    return -float(row['job'])
+
+
+def state_word(status: int) -> str:
+    """Return the state of a job as a word."""
+    state = dispy.JobState(status)
+    return state.name.lower()
+
+
+def state_of_end(status: int, text: str) -> str:
+    """Return the state of a job that has ended; `text` says why it failed, if it did."""
+    if status == DispyJob.Cancelled:
+        return 'cancelled'
+    if text or status != DispyJob.Finished:
+        return 'failed'
+    return 'done'
+
+
+def listed_end(job: EndedJob, node: str) -> dict:
+    """Return the row of a job that has ended; `node` is the id of its node for the page."""
+    state = state_of_end(job.status, job.text)
+    row = listed_job(job.cluster, job.key, job.job, state)
+    row['status'] = state_word(job.status)
+    row['payload'] = job.payload
+    row['known'] = True
+    row['node'] = node
+    row['where'] = job.where
+    row['attempts'] = job.attempts
+    row['cpus'] = job.cpus
+    row['submitted'] = job.submitted
+    row['began'] = job.began
+    row['ended'] = job.ended
+    if job.began is not None:
+        row['seconds'] = max(0.0, job.ended - job.began)
+    row['stdout'] = job.stdout
+    row['stderr'] = job.stderr
+    if row['state'] == 'failed':
+        row['text'] = job.text
+    return row
+
+
+def listed_bar(bar: Bar) -> dict:
+    """Return the row of a job of which only its bar is known any more."""
+    cluster, job = bar.key
+    state = BAR_KINDS[bar.kind]
+    row = listed_job(cluster, job, job, state)
+    row['began'] = bar.began
+    row['ended'] = bar.ended
+    row['seconds'] = bar.ended - bar.began
+    row['known'] = True
+    return row
+
+
+def listed_failure(failed: FailedJob) -> dict:
+    """Return the row of a job of which only that it failed is known any more."""
+    row = listed_job(failed.cluster, failed.key, failed.job, 'failed')
+    row['status'] = state_word(failed.status)
+    row['payload'] = failed.payload
+    row['known'] = True
+    row['where'] = failed.node
+    row['ended'] = failed.time
+    row['time'] = failed.time
+    row['text'] = failed.text
+    return row
+
+
+class JobTexts:
+    """Arguments of jobs as text, those that were shown last. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._texts: 'collections.OrderedDict[JobKey, str]' = collections.OrderedDict()
+
+    def missing(self, rows: Iterable[dict]) -> List[dict]:
+        """Return the rows whose text has to be made."""
+        with self._lock:
+            return [row for row in rows if key_of(row) not in self._texts]
+
+    def add(self, row: dict, text: str) -> None:
+        """Keep the text of a job."""
+        with self._lock:
+            self._texts[key_of(row)] = text
+            while len(self._texts) > TEXTS_KEPT:
+                self._texts.popitem(last=False)
+
+    def of(self, row: dict) -> str:
+        """Return the text of a job; it is empty if it is not known."""
+        return self._texts.get(key_of(row), '')
+
+
+class JobList:
+    """All jobs of a source that can be shown. It is made anew at most once in LIST_APART seconds,
+    for all browsers. `jobs` is the part of the source that knows them, such as ClusterJobs:
+
+    ended() - EndedJob and id of the node, of those that have ended since it was called last
+    current() - rows of those that wait or run
+    failures() - FailedJob of those that have failed
+    arguments(rows) - the packed arguments of rows whose arguments are not `known`
+    details(row) - what else is known of a job
+    sights(keys, wants_stacks) - JobSight of those that run, None where it is not known yet
+    """
+
+    def __init__(self, jobs: Any) -> None:
+        self._jobs = jobs
+        self._lock = threading.Lock()       # guards all below
+        self._ended: 'collections.OrderedDict[JobKey, dict]' = collections.OrderedDict()
+        self._rows: List[dict] = []
+        self._made = -math.inf
+        self._asked = False                 # a page has asked for jobs
+        self._placed: Placed = {}           # jobs that run, for the timeline
+        self._placed_at = -math.inf
+        self.texts = JobTexts()
+        self.shows_arguments = True
+        self.timeline = Timeline()
+
+    def follow(self) -> None:
+        """Take what has ended meanwhile, once a page has asked for jobs. The snapshot thread."""
+        if not self._asked:
+            return
+        try:
+            with self._lock:
+                self._take()
+        except (RuntimeError, concurrent.futures.TimeoutError) as exc:
+            logger.debug('the jobs that have ended cannot be asked: %s', exc)
+
+    def forget(self) -> None:
+        """Forget all jobs: their numbers will mean others."""
+        with self._lock:
+            self._ended.clear()
+            self._rows = []
+            self._made = -math.inf
+            self.texts = JobTexts()
+            self.timeline = Timeline()
+
+    def _take(self) -> None:
+        self._asked = True
+        for job, node in self._jobs.ended():
+            row = listed_end(job, node)
+            row['time'] = last_time(row)
+            self._ended.pop(key_of(row), None)
+            self._ended[key_of(row)] = row
+            self.timeline.add(row)
+        while len(self._ended) > dispy.ENDED_KEPT:
+            self._ended.popitem(last=False)
+
+    def rows(self) -> List[dict]:
+        """Return the rows of all jobs, which are not changed any more. Raises RuntimeError."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._made < LIST_APART:
+                return self._rows
+            current = []
+            try:
+                current = self._jobs.current()
+                self._take()   # behind `current`, so that no job is missing
+            except (RuntimeError, concurrent.futures.TimeoutError) as exc:
+                logger.debug('the jobs cannot be asked: %s', exc)
+            found = {key_of(row): row for row in current}
+            found.update(self._ended)
+            for failed in self._jobs.failures():
+                key = (failed.cluster, failed.key)
+                if key not in found:
+                    found[key] = listed_failure(failed)
+            for row in current:
+                row['time'] = last_time(row)
+            self._rows = list(found.values())
+            self._made = time.monotonic()
+            return self._rows
+
+    def bars(self, nodes: List[dict], span: int) -> Tuple[List[dict], int]:
+        """Return the rows of the timeline for these nodes, with the Runs of their CPUs since so
+        many seconds ago, and a number that changes with them. Raises RuntimeError."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._placed_at >= SNAPSHOTS_APART:
+                running = self._jobs.running()
+                self._take()
+                self._placed = self.timeline.place(running)
+                self._placed_at = time.monotonic()
+            width = span / BINS
+            left = time.time() - span
+            rows = []
+            for node in nodes:
+                row = {name: node[name] for name in TIMELINE_FIELDS}
+                name = node['id']
+                lanes = self.timeline.lanes_of(name, node['cpus'])
+                row['lanes'] = [lane.runs_of(width, left) for lane in lanes]
+                row['running'] = self._placed.get(name, [])
+                rows.append(row)
+            return rows, self.timeline.count
+
+    def new_runs(self, row: dict, known: 'Dict[Runs, Tuple[int, int]]') -> List[List[Any]]:
+        """Return of the lanes in a row of `bars` what a browser does not know: the lane, the number
+        of the first run, and the numbers of runs. `known` is how many of each it has."""
+        found: List[List[Any]] = []
+        with self._lock:
+            for number, runs in enumerate(row['lanes']):
+                count = runs.first + len(runs.runs)
+                changes = runs.changes
+                if known.get(runs) == (count, changes):
+                    continue
+                have, _ = known.get(runs, (0, 0))
+                begin, numbers = runs.after(have)
+                known[runs] = (count, changes)
+                if numbers:
+                    found.append([number, begin, numbers])
+        return found
+
+    def at(self, node: str, lane: int, begin: float, end: float) -> List[dict]:
+        """Return the rows of jobs that ran on a CPU of a node between two times, the last
+        first."""
+        with self._lock:
+            bars = self.timeline.bars_at(node, lane, begin, end)
+            rows = []
+            for bar in bars:
+                row = self._ended.get(bar.key)
+                if row is None:
+                    row = listed_bar(bar)
+                rows.append(row)
+            return rows
+
+    def find(self, key: JobKey) -> dict:
+        """Return the row of a job. Raises Refusal."""
+        for row in self.rows():
+            if key_of(row) == key:
+                return row
+        raise Refusal(404, 'job %d of cluster %d is not known any more' % (key[1], key[0]))
+
+    def fill_in(self, rows: List[dict], most: int = PER_PAGE_MOST) -> None:
+        """Make the texts of these jobs' arguments, of at most so many that have to be asked for."""
+        if not self.shows_arguments:
+            return
+        unknown = []
+        for row in self.texts.missing(rows):
+            if row['known']:
+                text = arguments_text(row['payload'])
+                self.texts.add(row, text)
+            else:
+                unknown.append(row)
+        for at in range(0, min(len(unknown), most), SCHEDULER_PAGE):
+            some = unknown[at:at + SCHEDULER_PAGE]
+            for row, payload in zip(some, self._jobs.arguments(some)):
+                if payload is not None:   # otherwise it has ended meanwhile
+                    self.texts.add(row, arguments_text(payload))
+
+    def shown(self, row: dict) -> dict:
+        """Return what of a row is sent."""
+        shown = {name: row.get(name) for name in LISTED_FIELDS}
+        shown['arguments'] = self.texts.of(row)
+        shown['text'] = last_line(row['text'])
+        for name in ('seconds', 'submitted', 'began', 'ended'):
+            if row[name] is not None:
+                shown[name] = round(row[name], 3)
+        return shown
+
+    def details(self, key: JobKey) -> dict:
+        """Return all that is known of a job. Raises Refusal."""
+        row = self.find(key)
+        self.fill_in([row])
+        shown = self.shown(row)
+        shown['trace'] = row['text']
+        shown['stdout'] = row['stdout']
+        shown['stderr'] = row['stderr']
+        shown['live'] = None
+        if row['state'] not in ENDED_STATES:
+            shown.update(self._jobs.details(row))
+        printed = shown['stdout'] or shown['stderr']
+        if row['state'] == 'running' and not printed:
+            self.show_output([shown])
+        for stream in ('stdout', 'stderr'):
+            if isinstance(shown[stream], bytes):
+                shown[stream] = shown[stream].decode('utf-8', 'replace')
+        if row['known'] and self.shows_arguments:
+            shown['arguments'] = arguments_text(row['payload'], LONG)
+        return shown
+
+    def show_output(self, rows: List[dict]) -> None:
+        """Ask for what running jobs have printed, and fill in what is known of it."""
+        keys = list(map(key_of, rows))
+        try:
+            sights = self._jobs.sights(keys, False)
+        except (RuntimeError, concurrent.futures.TimeoutError) as exc:
+            logger.debug('what jobs print cannot be asked: %s', exc)
+            return
+        for row, sight in zip(rows, sights):
+            if sight is not None:
+                row['stdout'] = sight.stdout
+                row['stderr'] = sight.stderr
+                row['live'] = True
+
+    def stacks(self, key: JobKey) -> str:
+        """Return the stacks of the process of a running job as they are now. Raises Refusal."""
+        began = time.monotonic()
+        while True:
+            sight, = self._jobs.sights([key], True)
+            passed = time.monotonic() - began
+            is_new = sight is not None and sight.age < passed
+            if is_new and sight.error:
+                raise Refusal(409, sight.error)
+            if is_new and sight.stacks:
+                text: str = sight.stacks
+                return text
+            if passed > STACKS_TIME:
+                raise Refusal(409, 'the job does not run, or its node does not answer')
+            time.sleep(STACKS_STEP)
+
+
+class JobFilter:
+    """What of the jobs a query asks for; its words are taken out of the query. Raises Refusal."""
+
+    def __init__(self, query: Dict[str, str]) -> None:
+        state = query.pop('state', '')
+        if state not in STATE_GROUPS:
+            known = ', '.join(filter(None, STATE_GROUPS))
+            raise Refusal(400, 'state=%.40s: it is one of %s' % (state, known))
+        self._states = frozenset(STATE_GROUPS[state])
+        self._cluster = number_in(query, 'cluster', 0, 0, 10 ** 9)
+        self._node = query.pop('node', '')
+        self._group = query.pop('group', '')
+        self.search = query.pop('search', '').lower()
+
+    def fits(self, row: dict) -> bool:
+        """Return whether a row is asked for, whatever is searched."""
+        if row['state'] not in self._states:
+            return False
+        if self._cluster and row['cluster'] != self._cluster:
+            return False
+        if self._node and row['node'] != self._node:
+            return False
+        return not self._group or group_key(row) == self._group
+
+    def search_in(self, rows: List[dict], texts: JobTexts) -> List[dict]:
+        """Return the rows that have what is searched."""
+        found = []
+        for row in rows:
+            arguments = texts.of(row)
+            if self.is_found(row, arguments):
+                found.append(row)
+        return found
+
+    def is_found(self, row: dict, arguments: str) -> bool:
+        """Return whether the text that is searched is in a row."""
+        reason = last_line(row['text'])
+        texts = (row['id'], arguments, row['where'], reason)
+        everything = '\n'.join(texts)
+        return self.search in everything.lower()
+
+
+# --------------------------------------------------------------------------------------------------
 # Sources: where snapshots come from. Each has `snapshot`, `jobs`, `failures`, `act`, `close`, and
 # gives plain values.
 # --------------------------------------------------------------------------------------------------
+
+# What of a node's row is shown over time
+_history_of = operator.itemgetter('used', 'cpus', 'load', 'memory')
+
+
+class NodeHistories:
+    """CPUs used, load, and free memory and disk of nodes over time: NODE_POINTS of each, of which
+    every second one is dropped when there are as many. The snapshot thread's."""
+
+    def __init__(self) -> None:
+        self._points: Dict[str, List[tuple]] = {}
+        self._apart: Dict[str, float] = {}
+
+    def add(self, rows: List[dict], now: float) -> None:
+        """Take what is known of all nodes now, and put into each row as `plot` what is known of
+        that node; forget the nodes that have gone."""
+        seen = set()
+        for row in rows:
+            name = row['id']
+            seen.add(name)
+            self._add_point(name, row, now)
+            row['plot'] = self._points[name]
+        gone = set(self._points).difference(seen)
+        for name in gone:
+            del self._points[name]
+            del self._apart[name]
+
+    def _add_point(self, name: str, row: dict, now: float) -> None:
+        """Add a point if the last one is old enough."""
+        points = self._points.get(name, [])
+        apart = self._apart.setdefault(name, SAMPLES_APART)
+        if points:
+            last = points[-1][0]
+            if now - last < apart:
+                return
+        if len(points) >= NODE_POINTS:
+            points = points[::2]
+            self._apart[name] = 2 * apart
+        at = round(now, 1)
+        values = _history_of(row)
+        # A new list: requests may be reading the old one
+        self._points[name] = [*points, (at, *values)]
+
 
 class ClusterView(Monitor):
     """A cluster that is shown: `given` is what the program has, `cluster` what its driver knows of
@@ -381,11 +1131,12 @@ class ClusterView(Monitor):
         self.cluster = dispy.core_of(given)
         self.history = History()
         self.failed_jobs = FailedJobs()
+        self.ended_jobs = EndedJobs()
         # Job -> the end of what it has printed to stdout and to stderr
         self.output: 'collections.OrderedDict[DispyJob, List[bytes]]' = collections.OrderedDict()
         # Node -> its link when this began: output is not sent along it
         self.live_from: Dict[Any, Any] = {}
-        self.ended = 0.0   # when the cluster was closed, in s since the epoch
+        self.closed_at = 0.0   # when the cluster was closed, in s since the epoch
 
     @property
     def looks_only(self) -> bool:
@@ -400,8 +1151,31 @@ class ClusterView(Monitor):
         if text is None:
             text = 'exit status %s' % (job.result,)
         node = job.ip_addr or ''
-        self.failed_jobs.add(
-            job.end_time or 0.0, self.number, job.id, payload, job.status, node, text)
+        key = job_number(job.serial)
+        ended = job.end_time or 0.0
+        self.failed_jobs.add(ended, self.number, job.id, payload, job.status, node, text, key)
+
+    def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
+        """Note jobs that have ended."""
+        key = None
+        where = ''
+        if peer is not None:
+            key = peer.key
+            where = peer.name or peer.ip_addr
+        for job, payload in jobs:
+            text = job._exception or ''
+            if not text and dispy.has_exit_status(job):
+                text = 'exit status %s' % (job.result,)
+            number = job_number(job.serial)
+            attempt = attempt_number(job.serial)
+            cpus = dispy.cpus_of(job)
+            ended = job.end_time or time.time()
+            times = (job.submit_time, job.start_time, ended)
+            stdout = job.stdout or ''
+            stderr = job.stderr or ''
+            self.ended_jobs.add(self.number, number, job.id, payload, job.status, attempt, key,
+                                where, cpus, *times, stdout, stderr, text)
+            self.output.pop(job, None)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         """Keep the end of what a job prints."""
@@ -455,6 +1229,18 @@ class ClusterView(Monitor):
         overview = self.cluster.driver.overview
         return overview.jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
+    def known_jobs_at(self, key: Any) -> List[JobAtNode]:
+        """Return the same by what is known, without asking the node."""
+        overview = self.cluster.driver.overview
+        return overview.known_jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
+
+    def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what jobs do, which are named by their numbers. Any thread but the driver's."""
+        cluster = self.cluster
+        overview = cluster.driver.overview
+        return cluster.driver.ask(  # type: ignore[no-any-return]
+            lambda: overview.sights(cluster.comp, numbers, wants_stacks))
+
     def is_live(self, key: Any) -> bool:
         """Return whether a node sends what jobs print while they print it. The driver's thread."""
         peer = self.cluster.driver.nodes.by_key[key]
@@ -493,6 +1279,13 @@ class ClusterView(Monitor):
             holder = peer.facts.get('holder', '')
             row['holder'] = str(free.get('holder', holder))
         return row
+
+
+def sight_of(row: Optional[tuple]) -> Optional[JobSight]:
+    """Return what a scheduler has told of a job in its own form."""
+    if row is None:
+        return None
+    return JobSight(*row)
 
 
 # (address, name) of a node -> serial -> job there
@@ -563,6 +1356,20 @@ class SharedClusterView(ClusterView):
             rows.append(JobAtNode(serial, job, serial in running, None))
         return rows
 
+    known_jobs_at = jobs_at
+
+    def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what jobs do, as the scheduler tells."""
+        cluster = self.cluster
+        calls = cluster.driver.calls
+        places = cluster.delivery.places.copy()
+        known = {job_number(job.serial): job.serial for job in places}
+        serials = [known.get(number, 0) for number in numbers]
+        future = cluster.driver.ask(
+            lambda: calls.call(cluster.comp, 'looks', serials, wants_stacks))
+        rows = dispy.answer_of(future, dispy.CALL_TIME)
+        return list(map(sight_of, rows))
+
     def is_live(self, key: Any) -> bool:
         """Return whether the scheduler passes output on while it is printed."""
         links = {peer.link for peer in self._peers()}
@@ -594,6 +1401,9 @@ def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used
                                  in known.get('resources', {}).items())
     row['holder'] = ''
     row['memory'], row['disk'], idle = known['free']
+    memory, disk = known.get('totals', (None, None))
+    row['memory_total'] = memory
+    row['disk_total'] = disk
     row['load'] = None
     if idle is not None:
         row['load'] = round(100.0 - idle, 1)
@@ -678,6 +1488,131 @@ def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
     return 'waiting for a node'
 
 
+class ClusterJobs:
+    """The jobs of a ClusterSource one by one, see `JobList`. Requests and the snapshot thread, one
+    at a time."""
+
+    def __init__(self, source: 'ClusterSource') -> None:
+        self._source = source
+        self._known: Dict[int, int] = {}   # number of a cluster -> that of the last job that ended
+
+    def ended(self) -> List[Tuple[EndedJob, str]]:
+        """Return the jobs that have ended since this was called last, with the ids of nodes."""
+        rows: List[Tuple[EndedJob, str]] = []
+        for watched in self._source.watched():
+            known = self._known.get(watched.number, 0)
+            for job in watched.ended_jobs.since(known, dispy.ENDED_KEPT):
+                self._known[watched.number] = job.number
+                node = ''
+                if job.node is not None:
+                    node = self._source.node_id(watched, job.node)
+                rows.append((job, node))
+        return rows
+
+    def current(self) -> List[dict]:
+        """Return the rows of jobs that run, and of the first of those that wait."""
+        rows = []
+        for watched in self._source.watched():
+            there = self._at_nodes(watched)
+            rows += there
+            rows += self._waiting(watched, {row['job'] for row in there})
+        return rows
+
+    def running(self) -> List[dict]:
+        """Return the rows of jobs that run."""
+        rows = []
+        for watched in self._source.watched():
+            rows += self._at_nodes(watched)
+        return [row for row in rows if row['state'] == 'running']
+
+    def _at_nodes(self, watched: ClusterView) -> List[dict]:
+        """Return the rows of a cluster's jobs that were sent to nodes."""
+        if watched.looks_only or watched.cluster.closed:
+            return []
+        turn = functools.partial(self._turn, watched)
+        try:
+            found = watched.cluster.driver.ask(turn)
+        except RuntimeError:   # closed meanwhile
+            return []
+        rows = []
+        now = time.time()
+        for key, where, (serial, job, is_running, seconds) in found:
+            row = self._row(watched, job, 'waits there')
+            row['job'] = job_number(serial)
+            row['node'] = self._source.node_id(watched, key)
+            row['where'] = where
+            row['attempts'] = attempt_number(serial)
+            if is_running:
+                row['state'] = 'running'
+                row['began'] = job.start_time or now
+                if seconds is not None:
+                    row['began'] = now - seconds
+                row['seconds'] = max(0.0, now - row['began'])
+            rows.append(row)
+        return rows
+
+    @staticmethod
+    def _turn(watched: ClusterView) -> List[Tuple[Any, str, JobAtNode]]:
+        """Return the jobs at all nodes of a cluster, with the keys and the names of the nodes. The
+        driver's thread."""
+        rows = []
+        for peer in watched.nodes():
+            for job in watched.known_jobs_at(peer.key):
+                rows.append((peer.key, peer.name or peer.ip_addr, job))
+        return rows
+
+    def _waiting(self, watched: ClusterView, at_nodes: Set[int]) -> List[dict]:
+        waiting = []
+        for job in watched.cluster.book.jobs_owed():
+            number = job_number(job.serial)
+            if number and number not in at_nodes and job.status not in dispy.ENDED:
+                waiting.append((number, job))
+        first = heapq.nsmallest(WAITING_LISTED, waiting, key=operator.itemgetter(0))
+        return [self._row(watched, job, 'waiting') for _, job in first]
+
+    @staticmethod
+    def _row(watched: ClusterView, job: DispyJob, state: str) -> dict:
+        row = listed_job(watched.number, job_number(job.serial), job.id, state)
+        row['payload'] = job.payload
+        row['known'] = job.payload is not None
+        row['submitted'] = job.submit_time
+        row['cpus'] = dispy.cpus_of(job)
+        row['object'] = job
+        return row
+
+    def failures(self) -> List[FailedJob]:
+        """Return the last jobs of each cluster that have failed."""
+        rows: List[FailedJob] = []
+        for watched in self._source.watched():
+            rows += watched.failed_jobs.all()
+        return rows
+
+    def arguments(self, rows: List[dict]) -> List[Any]:
+        """Return the packed arguments of jobs that have lost them: they have ended."""
+        return [None for _ in rows]
+
+    def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what running jobs do, in this order."""
+        by_cluster: Dict[int, List[int]] = {}
+        for cluster, number in keys:
+            of_cluster = by_cluster.setdefault(cluster, [])
+            of_cluster.append(number)
+        found: Dict[JobKey, Optional[JobSight]] = {}
+        for cluster, numbers in by_cluster.items():
+            watched = self._source.cluster(cluster)
+            sights = watched.sights(numbers, wants_stacks)
+            for number, sight in zip(numbers, sights):
+                found[cluster, number] = sight
+        return [found[key] for key in keys]
+
+    def details(self, row: dict) -> dict:
+        """Return what a job that has not ended has printed, and where it was lost before."""
+        watched = self._source.cluster(row['cluster'])
+        job = row['object']
+        stdout, stderr = watched.output.get(job, (b'', b''))
+        return {'stdout': stdout, 'stderr': stderr, 'lost_with': list(job.lost_with)}
+
+
 class ClusterSource:
     """Shows the clusters of this program or, with a `NodeMonitor`, nodes beside any program."""
     text = 'clusters of this program'
@@ -685,7 +1620,7 @@ class ClusterSource:
     manages = True
     shared = False
     is_up = True      # what is shown can be asked
-    shows_arguments = True
+    home = 'clusters'   # the page to begin with
     page = ''   # the link to the page that shows them
 
     def __init__(self) -> None:
@@ -695,6 +1630,7 @@ class ClusterSource:
         self._count = 0
         # A node's id begins with its driver's place here; snapshot thread and requests
         self._drivers: List[Any] = []
+        self.job_list = JobList(ClusterJobs(self))
 
     def measures(self) -> Dict[str, float]:
         """Return metrics of what is shown as a whole, by the fields of SCHEDULER_METRICS."""
@@ -776,7 +1712,7 @@ class ClusterSource:
                     functools.partial(self._turn, watched, asking))
             except RuntimeError:
                 logger.debug('%s was closed meanwhile, or its driver has failed', cluster.name)
-        watched.ended = watched.ended or time.time()
+        watched.closed_at = watched.closed_at or time.time()
         return [], counts_of(cluster), 0.0
 
     @staticmethod
@@ -803,16 +1739,20 @@ class ClusterSource:
         row['used'] = sum(row['used'] for row in rows)
         row['cpus'] = sum(row['cpus'] for row in ready)
         row['nodes'] = len(ready)
-        until = watched.ended or time.time()
+        until = watched.closed_at or time.time()
         row['elapsed'] = until - cluster.book.began
         counted = cluster.jobs_at_nodes().values()
         row['job_seconds'] = sum(seconds for _, _, seconds in counted)
-        return cluster_row(row, watched.history, bool(watched.ended))
+        return cluster_row(row, watched.history, bool(watched.closed_at))
 
     def _prefix(self, watched: ClusterView) -> str:
         """Return how the ids of a cluster's nodes begin."""
         place = self._drivers.index(watched.cluster.driver)
         return '%d.' % (place + 1)
+
+    def node_id(self, watched: ClusterView, key: Any) -> str:
+        """Return the id of a cluster's node by its key."""
+        return self._prefix(watched) + key_text(key)
 
     def _merge(self, watched: ClusterView, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Merge the rows of one cluster's nodes into those of all clusters."""
@@ -903,40 +1843,39 @@ class ClusterSource:
 
     def complete(self, rows: List[dict]) -> None:
         """Fill in what takes time in the rows of jobs that are shown. Any thread."""
+        running = [row for row in rows if row['state'] == 'running']
+        silent = [row for row in running if not row['live']]
+        self.job_list.show_output(silent)
         for row in rows:
-            if self.shows_arguments:
+            if self.job_list.shows_arguments:
                 row['arguments'] = arguments_text(row['arguments'])
             else:
                 row['arguments'] = ''
 
-    def failures(self) -> List[dict]:
-        """Return the failed jobs, grouped by the last line of their tracebacks. Any thread."""
-        rows: List[FailedJob] = []
-        for watched in self.watched():
-            rows += watched.failed_jobs.all()
-        groups = grouped(rows)
-        if not self.shows_arguments:
-            for group in groups:
-                for job in group['jobs']:
-                    job['arguments'] = ''
-        return groups
-
     # -- changes -----------------------------------------------------------------------------------
 
-    def _cluster(self, number: int) -> ClusterView:
+    def cluster(self, number: int) -> ClusterView:
+        """Return the cluster with this number. Raises Refusal."""
         for watched in self.watched():
             if watched.number == number:
                 return watched
         raise Refusal(404, 'there is no cluster %d' % number)
 
-    def cancel(self, cluster: int, node: str, jobs: Any) -> int:
-        """End jobs at a node. Return how many."""
-        numbers = chosen_jobs(jobs)
-        (watched, key), = self._uses(node, cluster)
+    def cancel(self, cluster: int, jobs: Any, node: Optional[str] = None) -> int:
+        """End jobs at a node or, if none is named, jobs that are listed wherever they are. Return
+        how many."""
+        numbers = chosen_jobs(jobs, node)
+        if node is not None:
+            (watched, key), = self._uses(node, cluster)
+        else:
+            watched = self.cluster(cluster)
         driver = watched.cluster.driver
 
         def end() -> int:
-            chosen = list(watched.sent_to(key).values())
+            if node is None:
+                chosen = watched.cluster.book.jobs_owed()
+            else:
+                chosen = list(watched.sent_to(key).values())
             if numbers is not None:
                 wanted = frozenset(numbers)
                 chosen = [job for job in chosen if job_number(job.serial) in wanted]
@@ -947,7 +1886,7 @@ class ClusterSource:
 
     def cancel_waiting(self, cluster: int) -> int:
         """End jobs that have not begun, also those that wait at nodes. Return how many."""
-        watched = self._cluster(cluster).cluster
+        watched = self.cluster(cluster).cluster
         driver = watched.driver
         return driver.ask(  # type: ignore[no-any-return]
             lambda: driver.cancels.cancel_waiting(watched.comp))
@@ -958,7 +1897,7 @@ class ClusterSource:
                  port: Optional[int] = None,
                  cpus: Optional[int] = None) -> int:
         """Look for a node."""
-        self._cluster(cluster).given.discover_nodes([(host, port, cpus)])
+        self.cluster(cluster).given.discover_nodes([(host, port, cpus)])
         return 1
 
     def _each(self, node: str, cluster: Optional[int], call: Callable[..., Any]) -> int:
@@ -1005,38 +1944,58 @@ def merge_uses(there: dict, row: dict) -> None:
         there['reason'] = row['reason']
 
 
-def grouped(failures: Iterable[FailedJob]) -> List[dict]:
-    """Return a row for each group of failed jobs of a cluster that have the same last line of their
-    tracebacks."""
-    groups: Dict[Tuple[int, str], List[FailedJob]] = {}
-    for failed in failures:
-        key = (failed.cluster, last_line(failed.text))
-        members = groups.setdefault(key, [])
-        members.append(failed)
-    rows = []
-    for (_, line), members in groups.items():
-        rows.append(_group_row(line, members))
-    return rows
+# What differs from job to job where the fault is the same: numbers, addresses of objects
+VARIES = re.compile(r'0x[0-9a-fA-F]+|\d+(?:\.\d+)*(?:[eE][-+]?\d+)?')
 
 
-def _group_row(line: str, members: List[FailedJob]) -> dict:
+def pattern_of(line: str, names: Sequence[str] = ()) -> str:
+    """Return the last line of a traceback with # in the place of each number, and of each name of a
+    node."""
+    for name in names:
+        if len(name) > 1:
+            line = line.replace(name, '#')
+    return VARIES.sub('#', line)
+
+
+def group_key(row: dict) -> str:
+    """Return what the failed jobs of a cluster have in common that failed for the same reason."""
+    pattern = pattern_of(last_line(row['text']), (row['where'],))
+    digest = hashlib.blake2b(pattern.encode('utf-8', 'replace'), digest_size=8)
+    return '%d-%s' % (row['cluster'], digest.hexdigest())
+
+
+def grouped(rows: Iterable[dict]) -> List[Tuple[str, List[dict]]]:
+    """Return the keys of the groups of failed jobs, and their jobs, the first to fail first."""
+    groups: Dict[str, List[dict]] = {}
+    failed = [row for row in rows if row['state'] == 'failed']
+    for row in sorted(failed, key=operator.itemgetter('ended')):
+        members = groups.setdefault(group_key(row), [])
+        members.append(row)
+    return list(groups.items())
+
+
+def group_row(key: str, members: List[dict], jobs: JobList) -> dict:
+    """Return the row of a group of failed jobs for the page."""
     last = members[-1]
-    row: Dict[str, Any] = {'text': line}
+    lines = {last_line(row['text']) for row in members}
+    text = last_line(last['text'])
+    if len(lines) > 1:
+        text = pattern_of(text, (last['where'],))
+    newest = members[:-11:-1]
+    jobs.fill_in(newest)
+    row: Dict[str, Any] = {'group': key, 'text': text}
     row['count'] = len(members)
-    row['cluster'] = last.cluster
-    row['last'] = last.time
-    row['trace'] = last.text
-    newest = reversed(members[-10:])
-    row['jobs'] = [_failed_row(failed) for failed in newest]
+    row['cluster'] = last['cluster']
+    row['last'] = last['ended']
+    row['trace'] = last['text']
+    row['jobs'] = [_failed_row(jobs.shown(failed)) for failed in newest]
     return row
 
 
-def _failed_row(failed: FailedJob) -> dict:
-    row: Dict[str, Any] = {'id': id_text(failed.job)}
-    row['arguments'] = arguments_text(failed.payload)
-    row['node'] = failed.node
-    row['time'] = failed.time
-    row['status'] = dispy.JobState(failed.status).name.lower()
+def _failed_row(shown: dict) -> dict:
+    row = {name: shown[name] for name in ('job', 'id', 'arguments', 'status')}
+    row['node'] = shown['where']
+    row['time'] = shown['ended']
     return row
 
 
@@ -1047,15 +2006,15 @@ def key_text(key: Any) -> str:
     return str(key)
 
 
-def chosen_jobs(jobs: Any) -> Optional[List[int]]:
-    """Return the numbers of jobs in a request, None for all jobs. Raises Refusal."""
-    if jobs == 'all':
+def chosen_jobs(jobs: Any, node: Optional[str]) -> Optional[List[int]]:
+    """Return the numbers of jobs in a request, None for all jobs of a node. Raises Refusal."""
+    if jobs == 'all' and node is not None:
         return None
     if isinstance(jobs, list):
         kinds = set(map(type, jobs))
         if kinds <= {int}:
             return jobs
-    raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
+    raise Refusal(400, "jobs is neither a list of numbers nor, of a node, 'all'")
 
 
 def counts_of(cluster: Any) -> Dict[str, int]:
@@ -1082,6 +2041,7 @@ class NodesSource(ClusterSource):
     text = 'nodes, whoever uses them'
     nothing = 'Nodes are watched here, not clusters: see Nodes.'
     manages = False
+    home = 'nodes'
 
     def __init__(self, survey: NodeMonitor) -> None:
         super().__init__()
@@ -1133,12 +2093,218 @@ class SchedulerLink(dispy.NodeScan):
             raise RuntimeError('the scheduler %s is not connected: %s' % (where, why)) from None
 
 
+class SchedulerJobs:
+    """The jobs of a SchedulerSource one by one, see `JobList`. Requests and the snapshot thread,
+    one at a time."""
+
+    def __init__(self, source: 'SchedulerSource') -> None:
+        self._source = source
+        self._known = 0
+
+    def _all(self, name: str, *args: Any, most: int = sys.maxsize) -> List[Any]:
+        """Return all rows of an answer that comes in pages."""
+        rows: List[Any] = []
+        while len(rows) < most:
+            page = self._source.ask(name, *args, len(rows), JOBS_PAGE)
+            rows += page
+            if len(page) < JOBS_PAGE:
+                break
+        return rows
+
+    def ended(self) -> List[Tuple[EndedJob, str]]:
+        """Return the jobs that have ended since this was called last, with the ids of nodes."""
+        found = []
+        while True:
+            rows = self._source.ask('ended', self._known)
+            for job in itertools.starmap(EndedJob, rows):
+                self._known = job.number
+                node = ''
+                if job.node is not None:
+                    node = scheduler_node_id(job.node)
+                found.append((job, node))
+            if not rows:
+                return found
+
+    def current(self) -> List[dict]:
+        """Return the rows of jobs that are at nodes, and of the first of those that wait."""
+        rows = self._at_nodes()
+        for cluster in self._source.numbers():
+            waiting = self._all('waiting', cluster, most=WAITING_LISTED)
+            for job in waiting:
+                number = job_number(job)
+                row = listed_job(cluster, job, number, 'waiting')
+                rows.append(row)
+        return rows
+
+    def running(self) -> List[dict]:
+        """Return the rows of jobs that run."""
+        return [row for row in self._at_nodes() if row['state'] == 'running']
+
+    def _at_nodes(self) -> List[dict]:
+        rows = []
+        now = time.time()
+        names = self._source.node_names()
+        for cluster, job, attempt, key, is_running, seconds, cpus in self._all('at_nodes'):
+            row = listed_job(cluster, job, job_number(job), 'waits there')
+            row['node'] = scheduler_node_id(key)
+            row['where'] = names.get(row['node'], '')
+            row['attempts'] = attempt
+            row['cpus'] = cpus
+            if is_running:
+                row['state'] = 'running'
+                row['seconds'] = seconds or 0.0
+                row['began'] = now - row['seconds']
+            rows.append(row)
+        return rows
+
+    def failures(self) -> List[FailedJob]:
+        """Return the last jobs that have failed."""
+        return self._source.failed_jobs()
+
+    def arguments(self, rows: List[dict]) -> List[Any]:
+        """Return the packed arguments of jobs, None for those that have ended."""
+        jobs = [key_of(row) for row in rows]
+        return self._source.ask('arguments', jobs)  # type: ignore[no-any-return]
+
+    def details(self, row: dict) -> dict:
+        """Return nothing: what a job prints is passed on to its program and not kept."""
+        return {}
+
+    def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
+        """Return what running jobs do, in this order."""
+        rows = self._source.ask('looks', keys, wants_stacks)
+        return list(map(sight_of, rows))
+
+
+class HistoryRow(NamedTuple):
+    """A job of the history that a scheduler keeps, as it tells of it."""
+    user: str
+    proven: int      # whether that is shown by a secret
+    program: str
+    name: str        # of its computation
+    job: int
+    node: str
+    began: float     # these two in s since the epoch
+    ended: float
+    cpus: int
+    outcome: str     # 'done', 'failed' or 'cancelled'
+    comp: str
+
+
+class Accounts:
+    """Sums over the history that a scheduler keeps (--history), for each day, user and computation.
+    It is read on from where it was read to, some pages at a time. Requests."""
+    PAGES = 20       # of the history that are read for one request
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()    # guards all below
+        self._after = 0
+        self._last: Set[tuple] = set()   # jobs of the last page, of which more may come
+        # (day, user, computation, its name) -> row
+        self._sums: Dict[tuple, dict] = {}
+        self.is_complete = False
+
+    def read(self) -> List[dict]:
+        """Read on, and return the sums. Raises RuntimeError if the scheduler is away, ValueError if
+        it keeps no history."""
+        with self._lock:
+            for _ in range(self.PAGES):
+                self.is_complete = self._read_page()
+                if self.is_complete:
+                    break
+            if len(self._sums) > ACCOUNTS_KEPT:
+                self._forget_oldest()
+            return [dict(row) for row in self._sums.values()]
+
+    def _read_page(self) -> bool:
+        """Read a page. Return whether it is the last one for now."""
+        after, rows = self._ask('history', self._after, 0.0)
+        known = self._last
+        self._last = set()
+        for row in rows:
+            job = HistoryRow(*row)
+            key = (job.comp, job.job, job.ended)
+            self._last.add(key)
+            if key not in known:
+                self._add(job)
+        if after < 0:
+            return True
+        self._after = after
+        self._last = set()
+        return False
+
+    def _add(self, job: HistoryRow) -> None:
+        local = time.localtime(job.ended)
+        day = time.strftime('%Y-%m-%d', local)
+        user = job.user
+        if user and not job.proven:
+            user += ' (not proven)'
+        key = (day, user, job.comp, job.name)
+        row = self._sums.get(key)
+        if row is None:
+            row = dict(NEW_SUM)
+            row['day'] = day
+            row['user'] = user
+            row['computation'] = job.name
+            row['program'] = job.program
+            self._sums[key] = row
+        row['jobs'] += 1
+        row[job.outcome] += 1
+        seconds = job.ended - job.began
+        row['cpu_seconds'] += seconds * job.cpus
+
+    def _forget_oldest(self) -> None:
+        keys = sorted(self._sums)
+        count = len(keys) - ACCOUNTS_KEPT
+        for key in keys[:count]:
+            del self._sums[key]
+
+
+SUMMED = ('jobs', 'done', 'failed', 'cancelled', 'cpu_seconds')
+NEW_SUM: Dict[str, Any] = dict.fromkeys(SUMMED, 0)
+OF_PROGRAMS = ('user', 'computation', 'program')
+# What sums are asked by -> what a row of these is about
+SUMMED_BY: Dict[str, Tuple[str, ...]] = {
+    'user': ('user',), 'day': ('day',), 'computation': OF_PROGRAMS
+}
+
+
+def summed(rows: List[dict], by: str) -> List[dict]:
+    """Return one row for each value of a field: 'user' or 'day', or for each computation of each
+    program, all days together."""
+    found: Dict[tuple, dict] = {}
+    names = SUMMED_BY[by]
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        total = found.get(key)
+        if total is None:
+            total = dict(NEW_SUM)
+            total['day'] = row['day']
+            for name in OF_PROGRAMS:
+                total[name] = ''
+            total.update(zip(names, key))
+            found[key] = total
+        for field in SUMMED:
+            total[field] += row[field]
+        total['day'] = max(total['day'], row['day'])
+    for row in found.values():
+        row['cpu_seconds'] = round(row['cpu_seconds'], 3)
+    return list(found.values())
+
+
+def scheduler_node_id(key: Any) -> str:
+    """Return the id of a node of a scheduler."""
+    return '1.' + key_text(key)
+
+
 class SchedulerSource:
     """Shows all clusters of all programs of a dispyscheduler. `ask` takes a question of its
     `ProgramOverview` and returns (seconds, answer)."""
     nothing = 'No program uses the scheduler now.'
     manages = True
     shared = True
+    home = 'clusters'
 
     def __init__(self, ask: Callable[..., Tuple[float, Any]], text: str,
                  close: Callable[[], None]) -> None:
@@ -1148,6 +2314,10 @@ class SchedulerSource:
         self.close = close
         self._histories: Dict[str, History] = {}
         self._failures: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
+        self._names: Dict[str, str] = {}              # id of a node -> its name
+        self._numbers: List[int] = []                 # of clusters
+        self.job_list = JobList(SchedulerJobs(self))
+        self.accounts = Accounts(self.ask)
         self._failed = 0                              # number of the last failure that was told
         self._lock = threading.Lock()                 # guards the three below: requests
         self._keys: Dict[str, Any] = {}               # id of a node -> its key there
@@ -1190,7 +2360,9 @@ class SchedulerSource:
             self._take_failures()
         except (RuntimeError, concurrent.futures.TimeoutError) as exc:
             self.text = str(exc) or 'the scheduler does not answer'
-            with self._lock:   # numbers may mean others when it is there again
+            self.accounts = Accounts(self.ask)
+            self.job_list.forget()   # numbers may mean others when it is there again
+            with self._lock:
                 self._texts.clear()
                 self._jobs.clear()
             return [], [], 0.0
@@ -1204,6 +2376,10 @@ class SchedulerSource:
             row = self._node_row(node, by_number)
             found[row['id']] = row
         self._keep_histories(clusters)
+        self._numbers = list(by_number)
+        self._names = {}
+        for name, row in found.items():
+            self._names[name] = row['name'] or row['address']
         with self._lock:
             self._keys = {}
             for name, row in found.items():
@@ -1247,7 +2423,7 @@ class SchedulerSource:
             reason = reason or refused
         used = sum(use['used'] for use in uses)
         row = node_row(node, state, reason, node['cpus'], 0, used)
-        row['id'] = '1.' + key_text(node['key'])
+        row['id'] = scheduler_node_id(node['key'])
         row['clusters'] = uses
         row['jobs'] = node['jobs']
         row['job_seconds'] = round(node['job_seconds'], 3)
@@ -1300,6 +2476,8 @@ class SchedulerSource:
     def complete(self, rows: List[dict]) -> None:
         """Add the arguments to the rows of jobs that are shown. The scheduler is asked for each of
         them once."""
+        running = [row for row in rows if row['state'] == 'running']
+        self.job_list.show_output(running)
         jobs = [(row['cluster'], row['job']) for row in rows]
         with self._lock:
             missing = [job for job in jobs if job not in self._texts]
@@ -1315,9 +2493,21 @@ class SchedulerSource:
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
 
-    def failures(self) -> List[dict]:
-        """Return the failed jobs, grouped as those of ClusterSource."""
-        return grouped(list(self._failures))
+    def ask(self, *question: Any) -> Any:
+        """Return the scheduler's answer. Raises RuntimeError if it is away."""
+        return self._ask(*question)[1]
+
+    def numbers(self) -> List[int]:
+        """Return the numbers of the clusters."""
+        return self._numbers
+
+    def node_names(self) -> Dict[str, str]:
+        """Return the names of nodes by their ids."""
+        return self._names
+
+    def failed_jobs(self) -> List[FailedJob]:
+        """Return the last jobs that have failed."""
+        return list(self._failures)
 
     # -- changes -----------------------------------------------------------------------------------
 
@@ -1329,10 +2519,13 @@ class SchedulerSource:
             raise ValueError('cluster: nodes of a scheduler are managed for all clusters at once')
         return self._order(name, self._key(node), *args)
 
-    def cancel(self, cluster: int, node: str, jobs: Any) -> int:
-        """End jobs at a node. Return how many."""
-        numbers = chosen_jobs(jobs)
-        return self._order('cancel', cluster, self._key(node), numbers)
+    def cancel(self, cluster: int, jobs: Any, node: Optional[str] = None) -> int:
+        """End jobs at a node or, if none is named, wherever they are. Return how many."""
+        numbers = chosen_jobs(jobs, node)
+        key = None
+        if node is not None:
+            key = self._key(node)
+        return self._order('cancel', cluster, key, numbers)
 
     def cancel_waiting(self, cluster: int) -> int:
         """End jobs that do not run, also those that wait at nodes. Return how many."""
@@ -1405,9 +2598,9 @@ def id_text(number: Any) -> str:
     return '<%s>' % kind.__name__
 
 
-def _number(query: Dict[str, str], name: str, default: int, low: int, high: int) -> int:
+def number_in(query: Dict[str, str], name: str, default: int, low: int, high: int) -> int:
     text = query.pop(name, str(default))
-    if re.fullmatch('[0-9]{1,9}', text):
+    if re.fullmatch('[0-9]{1,19}', text):
         number = int(text)
         if low <= number <= high:
             return number
@@ -1433,10 +2626,10 @@ def table(rows: List[dict],
     sort = query.pop('sort', columns[0])
     if sort not in columns:
         raise Refusal(400, 'sort=%.40s: it is one of %s' % (sort, ', '.join(columns)))
-    desc = _number(query, 'desc', int(sort in descending), 0, 1)
-    per = _number(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
+    desc = number_in(query, 'desc', int(sort in descending), 0, 1)
+    per = number_in(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
     pages = max(1, -(-len(rows) // per))
-    page = min(_number(query, 'page', 1, 1, 10 ** 9), pages)
+    page = min(number_in(query, 'page', 1, 1, 10 ** 9), pages)
     ordered = []
     without = []
     for row in rows:
@@ -1465,6 +2658,12 @@ NODE_FIELDS = ('name', 'address', 'state', 'cpus', 'used', 'jobs', 'job_seconds'
 NODE_DESCENDING = ('cpus', 'used', 'jobs', 'job_seconds', 'load')
 JOB_FIELDS = ('seconds', 'job', 'cluster', 'state')
 FAILURE_FIELDS = ('count', 'last', 'text', 'cluster')
+ACCOUNT_FIELDS = ('cpu_seconds', 'jobs', 'done', 'failed', 'cancelled', 'user', 'day',
+                  'computation')
+ACCOUNT_DESCENDING = ('cpu_seconds', 'jobs', 'done', 'failed', 'cancelled', 'day')
+LISTED_DESCENDING = ('time', 'seconds', 'attempts')
+LISTED_ORDER = ('time', 'id', 'job', 'cluster', 'state', 'where', 'seconds', 'attempts',
+                'submitted', 'began', 'ended')
 
 
 def clusters_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
@@ -1474,7 +2673,28 @@ def clusters_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dic
 
 def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """Answer /api/nodes."""
-    return table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
+    found = table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
+    rows = []
+    for row in found['rows']:
+        row = dict(row)
+        del row['plot']
+        rows.append(row)
+    found['rows'] = rows
+    return found
+
+
+def jobs_of_all(clusters: List[dict]) -> Dict[str, int]:
+    """Return how many jobs were submitted and have ended, and how many of these have failed, of all
+    clusters that are open or, if none is, of all."""
+    rows = [row for row in clusters if row['state'] != 'closed']
+    found = {'submitted': 0, 'ended': 0, 'failed': 0}
+    for row in rows or clusters:
+        found['submitted'] += row['submitted']
+        found['failed'] += row['failed']
+        found['ended'] += row['failed']
+        found['ended'] += row['done']
+        found['ended'] += row['cancelled']
+    return found
 
 
 def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
@@ -1498,18 +2718,123 @@ def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
 
 def failures_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """Answer /api/failures."""
-    return table(source.failures(), query, FAILURE_FIELDS, ('count', 'last'))
+    clusters = {row['number']: row for row in snapshot.clusters}
+    rows = []
+    for key, members in grouped(source.job_list.rows()):
+        row = group_row(key, members, source.job_list)
+        cluster = clusters.get(row['cluster'], {})
+        row['name'] = cluster.get('name', '')
+        row['user'] = cluster.get('user', '')
+        rows.append(row)
+    return table(rows, query, FAILURE_FIELDS, ('count', 'last'))
+
+
+def jobs_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
+    """Answer /api/jobs."""
+    jobs = source.job_list
+    wanted = JobFilter(query)
+    everything = jobs.rows()
+    rows = list(filter(wanted.fits, everything))
+    if wanted.search:
+        jobs.fill_in(rows)
+        rows = wanted.search_in(rows, jobs.texts)
+    found = table(rows, query, LISTED_ORDER, LISTED_DESCENDING)
+    jobs.fill_in(found['rows'])
+    found['rows'] = list(map(jobs.shown, found['rows']))
+    listed = collections.Counter(row['state'] for row in everything)
+    found['unlisted'] = unlisted(snapshot.clusters, listed)
+    return found
+
+
+def unlisted(clusters: List[dict], listed: Dict[str, int]) -> Dict[str, int]:
+    """Return how many jobs are counted and are not among those of the list, whose states are
+    counted as well."""
+    counted: Dict[str, int] = collections.Counter()
+    for row in clusters:
+        for state in COUNTED_STATES:
+            counted[state] += row[state]
+    found = {}
+    for name in ('waiting', 'ended'):
+        states = STATE_GROUPS[name]
+        count = sum(counted[state] for state in states)
+        known = sum(listed[state] for state in states)
+        found[name] = max(0, count - known)
+    return found
+
+
+def timeline_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
+    """Answer /api/timeline. The lanes are left to `Known`."""
+    span = number_in(query, 'span', 300, 10, 10 ** 7)
+    query.setdefault('per', str(PER_PAGE_MOST))
+    found = table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
+    rows, count = source.job_list.bars(found['rows'], span)
+    found['rows'] = rows
+    found['count'] = count
+    found['span'] = span
+    found['bin'] = span / BINS
+    return found
+
+
+def accounts_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
+    """Answer /api/accounts."""
+    by = query.pop('by', 'user')
+    days = number_in(query, 'days', 36500, 1, 36500)
+    if by not in SUMMED_BY:
+        raise Refusal(400, 'by=%.40s: it is one of user, day, computation' % by)
+    if not source.shared:
+        raise Refusal(404, 'only a dispyscheduler keeps accounts')
+    rows = []
+    nothing = ''
+    try:
+        rows = source.accounts.read()
+    except ValueError as exc:   # it keeps none
+        nothing = str(exc)
+    since = time.localtime(time.time() - days * DAY)
+    first = time.strftime('%Y-%m-%d', since)
+    recent = [row for row in rows if row['day'] > first]
+    found = table(summed(recent, by), query, (by, *ACCOUNT_FIELDS), ACCOUNT_DESCENDING)
+    found['by'] = by
+    found['complete'] = source.accounts.is_complete
+    found['none'] = nothing
+    return found
+
+
+def at_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
+    """Answer /api/at."""
+    node = query.pop('node', '')
+    lane = number_in(query, 'lane', 0, 0, 10 ** 6)
+    when = number_in(query, 'ms', 0, 0, 10 ** 15)
+    around = number_in(query, 'around', 0, 0, 10 ** 10)
+    jobs = source.job_list
+    begin = (when - around) / 1000.0
+    end = (when + around) / 1000.0
+    rows = jobs.at(node, lane, begin, end)
+    first = rows[:BARS_NAMED]
+    jobs.fill_in(first)
+    shown = list(map(jobs.shown, first))
+    found = table(shown, query, ('ended',), ('ended',))
+    found['total'] = len(rows)
+    return found
+
+
+def job_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
+    """Answer /api/job."""
+    cluster = number_in(query, 'cluster', 0, 0, 10 ** 9)
+    job = number_in(query, 'job', 0, 0, 10 ** 18)
+    row = source.job_list.details((cluster, job))
+    return table([row], query, ('job',))
 
 
 VIEWS: Dict[str, Callable[[Any, Snapshot, Dict[str, str]], dict]] = {
     '/api/clusters': clusters_view, '/api/nodes': nodes_view, '/api/node': node_view,
-    '/api/failures': failures_view
+    '/api/failures': failures_view, '/api/jobs': jobs_view, '/api/job': job_view,
+    '/api/timeline': timeline_view, '/api/at': at_view, '/api/accounts': accounts_view
 }
 
 # path -> (method of the source, {field: (type, whether it must be there)})
 CHANGES: Dict[str, Tuple[str, Dict[str, Tuple[Any, bool]]]] = {
     '/api/cancel': ('cancel',
-                    {'cluster': (int, True), 'node': (str, True), 'jobs': ((list, str), True)}),
+                    {'cluster': (int, True), 'node': (str, False), 'jobs': ((list, str), True)}),
     '/api/cancel_waiting': ('cancel_waiting', {'cluster': (int, True)}),
     '/api/add': ('add_node', {
         'cluster': (int, True), 'host': (str, True), 'port': (int, False), 'cpus': (int, False)
@@ -1517,6 +2842,7 @@ CHANGES: Dict[str, Tuple[str, Dict[str, Tuple[Any, bool]]]] = {
     '/api/use': ('use', {'node': (str, True), 'cluster': (int, False)}),
     '/api/drain': ('drain', {'node': (str, True), 'cluster': (int, False)}),
     '/api/release': ('release', {'node': (str, True), 'cluster': (int, False)}),
+    '/api/stacks': ('stacks', {'cluster': (int, True), 'job': (int, True)}),
     '/api/cpus': ('cpus', {'node': (str, True), 'cpus': (int, True), 'cluster': (int, False)}),
 }
 
@@ -1703,6 +3029,7 @@ class SnapshotThread:
         self._wanted_until = 0.0
         self._ending = False
         self.last: Optional[Snapshot] = None
+        self._histories = NodeHistories()
         self._thread = threading.Thread(target=self._run, name='dispy-httpd-snapshots', daemon=True)
 
     def start(self) -> None:
@@ -1712,12 +3039,19 @@ class SnapshotThread:
     def _run(self) -> None:
         version = 0
         cost = 0.0
+        asked = -math.inf
         while True:
             began = time.monotonic()
             ending = self._ending
-            wanted = began < self._wanted_until
+            asking = began < self._wanted_until
+            if began - asked >= HISTORY_APART:
+                asking = True
+            if asking:
+                asked = began
             try:
-                clusters, nodes, cost = self._source.snapshot(wanted)
+                clusters, nodes, cost = self._source.snapshot(asking)
+                self._source.job_list.follow()
+                self._histories.add(nodes, time.time())
             except Exception:
                 # Our own fault, or a driver that does not answer; the next one may come
                 logger.exception('a snapshot for the web monitor failed')
@@ -1840,6 +3174,38 @@ def _check_field(field: str, value: Any, kind: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):
         name = getattr(kind, '__name__', 'list or text')
         raise Refusal(400, '%s is no %s' % (field, name))
+
+
+class Known:
+    """What of plots and of the timeline the browser at the end of a stream has."""
+
+    def __init__(self, jobs: JobList) -> None:
+        self._jobs = jobs
+        self._plots: Dict[Any, Any] = {}   # by the number of a cluster or the id of a node
+        self._runs: Dict[Runs, Tuple[int, int]] = {}
+
+    def news(self, view: dict) -> dict:
+        """Return a view without the plots and without the runs that the browser has."""
+        rows = []
+        for row in view['rows']:
+            if 'plot' in row:
+                row = self._without_known_plot(row, row['number'])
+            elif 'lanes' in row:
+                row = dict(row, lanes=self._jobs.new_runs(row, self._runs))
+            rows.append(row)
+        view = dict(view, rows=rows)
+        if 'node' in view:
+            node = view['node']
+            view['node'] = self._without_known_plot(node, node['id'])
+        return view
+
+    def _without_known_plot(self, row: dict, key: Any) -> dict:
+        if self._plots.get(key) is not row['plot']:
+            self._plots[key] = row['plot']
+            return row
+        row = dict(row)
+        del row['plot']
+        return row
 
 
 class LimitedReader:
@@ -2098,7 +3464,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif accepted.startswith(EVENTS) and self.command == 'GET':
             self._stream(path, query, snapshot)
         else:
-            self._reply_json(self._view(path, query, snapshot))
+            known = Known(self.server.source.job_list)
+            self._reply_json(known.news(self._view(path, query, snapshot)))
 
     def _view(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> dict:
         source = self.server.source
@@ -2115,6 +3482,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         view['manages'] = source.manages
         view['shared'] = source.shared
         view['source'] = source.text
+        view['home'] = source.home
+        view['jobs'] = jobs_of_all(snapshot.clusters)
         view['nothing'] = source.nothing
         view['clusters'] = names = []
         for row in snapshot.clusters[:PER_PAGE_MOST]:
@@ -2124,7 +3493,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
         """Send events until the browser goes or the server ends."""
         watch: SnapshotThread = self.server.watch
-        plots: Dict[int, Any] = {}
+        known = Known(self.server.source.job_list)
         spoke = time.monotonic()
         view = self._view(path, query, snapshot)
         sent: Any = None
@@ -2135,7 +3504,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             del same['time'], same['snapshot_seconds']
             if same != sent:
                 sent = same
-                self._event(json.dumps(self._without_known_plots(view, plots)))
+                self._event(json.dumps(known.news(view)))
                 spoke = time.monotonic()
             elif time.monotonic() - spoke > HEARTBEAT:
                 self.wfile.write(b': still here\n\n')
@@ -2150,21 +3519,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 error = {'error': str(exc), 'status': exc.status}
                 self._event(json.dumps(error))
                 return
-
-    @staticmethod
-    def _without_known_plots(view: dict, plots: Dict[int, Any]) -> dict:
-        """Return a view without the plots that have not changed. `plots` are those that were
-        sent."""
-        rows = []
-        for row in view['rows']:
-            plot = row.get('plot')
-            if plot is not None and plots.get(row['number']) is plot:
-                row = dict(row)
-                del row['plot']
-            elif plot is not None:
-                plots[row['number']] = plot
-            rows.append(row)
-        return dict(view, rows=rows)
 
     def _event(self, data: str) -> None:
         self.wfile.write(b'data: %s\n\n' % data.encode())
@@ -2187,6 +3541,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 'nodes are only looked at here; what they do is decided by the program that uses '
                 'them')
         try:
+            if name == 'stacks':
+                text = source.job_list.stacks(key_of(body))
+                self._reply_json({'done': 1, 'text': text})
+                return
             done = getattr(source, name)(**body)
         except (ValueError, TypeError) as exc:
             raise Refusal(400, str(exc)) from exc
@@ -2347,7 +3705,7 @@ class DispyHTTPServer:
                  show_job_args: bool = True,
                  DocumentRoot: Optional[str] = None) -> None:
         source = ClusterSource()
-        source.shows_arguments = dispy.flag_of('show_job_args', show_job_args)
+        source.job_list.shows_arguments = dispy.flag_of('show_job_args', show_job_args)
         dispy.old_names.tell_given(DocumentRoot=DocumentRoot)
         if cluster is not None:
             source.add(cluster)
@@ -3017,7 +4375,7 @@ th a { color: inherit; }
 th[aria-sort] a { color: var(--ink); font-weight: 600; }
 tr + tr td { border-top: 1px solid var(--faint); }
 .n { text-align: right; white-space: nowrap; }
-td .sub {
+td .sub, .line .sub {
   color: var(--soft);
   font-size: 0.84rem;
   display: block;
@@ -3048,6 +4406,7 @@ td .reason { max-width: 26rem; white-space: pre-line; }
 }
 .meter rect { fill: var(--run); }
 code, pre, .mono { font-family: var(--mono); font-size: 0.86rem; }
+h1 .mono { font-size: inherit; overflow-wrap: anywhere; }
 .args { overflow-wrap: anywhere; white-space: pre-wrap; }
 pre {
   background: var(--sunk);
@@ -3140,6 +4499,54 @@ label input, label select { color: var(--ink); font-size: 0.95rem; }
 }
 .actions form { gap: 0.4rem; flex-wrap: nowrap; }
 
+/* Jobs and the timeline */
+.tabs { display: flex; flex-wrap: wrap; gap: 0.2rem; }
+.tabs a {
+  padding: 0.28rem 0.65rem;
+  border-radius: 5px;
+  color: var(--soft);
+}
+.tabs a[aria-current] {
+  background: var(--faint);
+  color: var(--ink);
+  font-weight: 550;
+}
+input[type="search"] { width: min(17rem, 100%); }
+.part { margin: 1.4rem 0; }
+.plots.three { grid-template-columns: repeat(3, 1fr); }
+.sub.bad { color: var(--fail); }
+.line .sub { font-family: system-ui, sans-serif; }
+.legend {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.3rem 1.1rem;
+  color: var(--soft);
+  font-size: 0.87rem;
+}
+.bars {
+  position: relative;
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 8px;
+  padding: 0.7rem;
+}
+.bars canvas { display: block; cursor: crosshair; }
+.bars canvas.named { cursor: pointer; }
+.tip {
+  position: absolute;
+  z-index: 2;
+  max-width: min(24rem, 90%);
+  padding: 0.4rem 0.7rem;
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 6px;
+  box-shadow: 0 3px 12px rgba(0, 0, 0, 0.18);
+  font-size: 0.87rem;
+}
+.tip[hidden] { display: none; }
+.tip p { margin: 0.1rem 0; }
+.tip .args { display: block; }
+
 /* Failures */
 details { border-top: 1px solid var(--faint); }
 details:first-child { border-top: 0; }
@@ -3182,11 +4589,13 @@ details th, details td { padding: 0.35rem 0.8rem 0.35rem 0; }
     width: 100%;
     height: 2.6rem;
     gap: 0;
-    margin: 0 -0.5rem;
+    margin: 0 -0.4rem;
+    overflow-x: auto;
+    scrollbar-width: none;
   }
-  nav a { padding: 0 0.6rem; }
+  nav a { padding: 0 0.4rem; font-size: 0.93rem; }
   main { padding: 1.1rem 1rem 3.5rem; }
-  .plots { grid-template-columns: 1fr; gap: 1.1rem; }
+  .plots, .plots.three { grid-template-columns: 1fr; gap: 1.1rem; }
   .figures { grid-template-columns: repeat(3, 1fr); gap: 0.8rem; }
   .figures dd { font-size: 1.2rem; }
   .stack thead { position: absolute; left: -99em; }
@@ -3241,9 +4650,11 @@ SCRIPT = r'''"use strict";
 
 const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "g", "title"]);
-// The reader changes these attributes; after an element was made they are left alone.
+// The reader changes these attributes; after an element was made they are left alone. An element
+// with data-own is left alone as a whole.
 const READERS_OWN = new Set(["value", "checked", "open"]);
 const DASH = "\u2013";
+const THIN = "\u2009";   // a space between thousands
 
 function isAbsent(value) {
   return value === null || value === undefined || value === false;
@@ -3289,6 +4700,7 @@ function update(node, item) {
     if (node.data !== String(item)) node.data = String(item);
     return;
   }
+  if (item.attributes["data-own"]) return;
   for (const {name} of [...node.attributes]) {
     if (!READERS_OWN.has(name) && isAbsent(item.attributes[name])) node.removeAttribute(name);
   }
@@ -3341,8 +4753,7 @@ function patch(parent, items) {
 // -- words and numbers ----------------------------------------------------------------------------
 
 function count(n) {
-  const thinSpace = "\u2009";
-  return Math.round(n).toLocaleString("en").replace(/,/g, thinSpace);
+  return Math.round(n).toLocaleString("en").replace(/,/g, THIN);
 }
 
 // A number with as many digits as matter.
@@ -3409,6 +4820,8 @@ const PLAY = "\u25b6";
 const WARNING = "\u25b2";
 const CROSS = "\u2715";
 const SQUARE = "\u25a1";
+const SQUARE_FULL = "\u25a0";
+const DIAMOND = "\u25c6";
 // state -> shape and kind. The colour of the kind only repeats what word and shape say.
 const STATES = {
   "ready": [FULL, "good"],
@@ -3432,6 +4845,9 @@ const STATES = {
   "no name service": [WARNING, "bad"],
   "lost": [CROSS, "bad"],
   "closed": [SQUARE, "off"],
+  "done": [SQUARE_FULL, "good"],
+  "failed": [WARNING, "bad"],
+  "cancelled": [DIAMOND, "warn"],
 };
 
 function withShape(shape, kind, words) {
@@ -3449,15 +4865,34 @@ function mark(kind) {
 
 // -- which page is shown --------------------------------------------------------------------------
 
-const PAGES = {clusters: "Clusters", nodes: "Nodes", failures: "Failures", manage: "Manage"};
+const PAGES = {
+  clusters: "Clusters",
+  timeline: "Timeline",
+  jobs: "Jobs",
+  nodes: "Nodes",
+  failures: "Failures",
+  accounts: "Accounts",
+  manage: "Manage",
+};
+// Those that are shown where only nodes are watched
+const NODE_PAGES = new Set(["nodes", "manage"]);
+// A page that is no entry of the navigation -> the one that is marked for it
+const ENTRY = {node: "nodes", job: "jobs"};
+const TITLES = {node: "Node", job: "Job"};
 // page -> what it asks of the server
 const SOURCES = {
   clusters: "clusters",
+  timeline: "timeline",
+  jobs: "jobs",
+  job: "job",
   nodes: "nodes",
   node: "node",
   failures: "failures",
+  accounts: "accounts",
   manage: "nodes",
 };
+// Words of the query that make it another page, which is drawn anew
+const OF_PLACE = {node: ["id"], job: ["cluster", "job"], timeline: ["span", "page", "per", "sort"]};
 let token = sessionStorage.getItem("dispy-token") || "";
 let place = null;           // the page and its query
 let view = null;            // what the server told last of it, or {error, status}
@@ -3471,7 +4906,8 @@ function byId(id) {
 }
 
 function placeKey() {
-  return place.page + (place.query.get("id") || "");
+  const words = (OF_PLACE[place.page] || []).map(word => place.query.get(word) || "");
+  return [place.page, ...words].join(" ");
 }
 
 // The token stands in the link that was opened. It is kept for this tab; the address bar loses it.
@@ -3480,7 +4916,7 @@ function takeToken() {
   if (!found) return;
   token = found[1];
   sessionStorage.setItem("dispy-token", token);
-  history.replaceState(null, "", "#/clusters");
+  history.replaceState(null, "", "#/");
 }
 
 function go() {
@@ -3488,12 +4924,13 @@ function go() {
   const [path, words] = location.hash.replace(/^#\/?/, "").split("?");
   const before = place && placeKey();
   const page = SOURCES[path] ? path : "clusters";
-  place = {page, query: new URLSearchParams(words || "")};
+  place = {page, query: new URLSearchParams(words || ""), isHome: path === ""};
   if (before !== placeKey()) {
     view = null;
     chosen.clear();
     sure = "";
-    byId("main").scrollTop = 0;
+    window.scrollTo(0, 0);
+    bars.clear();
   }
   plots.clear();
   listen();
@@ -3598,9 +5035,23 @@ function fillInPlots(rows) {
   }
 }
 
+function fillInPlot(node) {
+  if (node.plot) {
+    plots.set(node.id, node.plot);
+  } else {
+    node.plot = plots.get(node.id) || [];
+  }
+}
+
 function show(data) {
+  if (place.isHome && data.home && data.home !== place.page) {
+    location.replace("#/" + data.home);
+    return;
+  }
   if (place.page === "clusters" && data.rows) fillInPlots(data.rows);
+  if (data.node) fillInPlot(data.node);
   view = data;
+  if (place.page === "timeline" && data.rows) bars.take(data);
   draw();
 }
 
@@ -3748,6 +5199,20 @@ function figure(word, value, unit, kind) {
     h("dd", {"data-figure": word}, value, small));
 }
 
+function linkTo(page, words, text) {
+  const query = new URLSearchParams(words).toString();
+  return h("a", {href: "#/" + page + "?" + query}, text);
+}
+
+// A number of jobs, and a link to them.
+function jobsFigure(word, row, state, kind) {
+  const n = row[state];
+  const value = n ? linkTo("jobs", {cluster: row.number, state}, count(n)) : count(n);
+  return h("div", {},
+    h("dt", {}, mark(kind), word),
+    h("dd", {"data-figure": word}, h("span", {}, value)));
+}
+
 // Shares of all jobs in one bar.
 function bar(row) {
   const all = Math.max(1, row.submitted);
@@ -3819,13 +5284,14 @@ function areaPath(points, series, {x, y, end}) {
 
 // points: [[time, value, ...], ...]. A series is {at: index of its value, kind: class of its line,
 // area: class of what is below it, step: whether it goes by steps}.
-function plot(points, word, series) {
+function plot(points, word, series, options) {
+  const {top: least = 1, words = count} = options || {};
   const first = points.length ? points[0] : [0];
   const last = points.length ? points[points.length - 1] : [0];
   const from = first[0];
   const to = last[0];
   const highest = point => Math.max(...series.map(one => point[one.at]));
-  const top = Math.max(1, ...points.map(highest));
+  const top = Math.max(least, ...points.map(highest));
   const scale = scales(from, to, top);
   const lines = series.map(one => {
     const area = areaPath(points, one, scale);
@@ -3837,14 +5303,14 @@ function plot(points, word, series) {
   const grid = [0.5, 1].map(part => {
     return h("path", {class: "grid", d: "M0 " + scale.y(top * part) + "H600"});
   });
-  const now = points.length ? ", now " + series.map(one => last[one.at]).join(" of ") : "";
+  const now = points.length ? ", now " + series.map(one => words(last[one.at])).join(" of ") : "";
   const attributes = {
     viewBox: "0 0 600 120",
     preserveAspectRatio: "none",
     role: "img",
     "aria-label": word + now,
   };
-  const caption = [h("span", {}, word), h("span", {}, "0 to " + count(top))];
+  const caption = [h("span", {}, word), h("span", {}, "0 to " + words(top))];
   const axis = [clock(from), span(to - from), clock(to)].map(text => h("span", {}, text));
   return h("figure", {class: "plot"},
     h("figcaption", {}, caption),
@@ -3873,11 +5339,11 @@ function clusterInWords(row) {
 
 function clusterCard(row) {
   const figures = [
-    figure("Done", count(row.done), "", "done"),
-    figure("Failed", count(row.failed), "", "fail"),
-    figure("Cancelled", count(row.cancelled), "", "stop"),
-    figure("Running", count(row.running), "", "run"),
-    figure("Waiting", count(row.waiting), "", "wait"),
+    jobsFigure("Done", row, "done", "done"),
+    jobsFigure("Failed", row, "failed", "fail"),
+    jobsFigure("Cancelled", row, "cancelled", "stop"),
+    jobsFigure("Running", row, "running", "run"),
+    jobsFigure("Waiting", row, "waiting", "wait"),
     figure("Rate", few(row.rate), "/ s"),
     figure("Time left", span(row.left)),
     figure("CPUs used", row.used, "of " + row.cpus),
@@ -3944,14 +5410,24 @@ function stateCell(row) {
   ];
 }
 
+// What is free, and how much there is in all.
+function free(part, all) {
+  return [size(part), all ? subline("of " + size(all)) : null];
+}
+
+function jobsAtNode(row) {
+  if (!row.jobs || view.home === "nodes") return count(row.jobs);
+  return linkTo("jobs", {node: row.id, state: "ended"}, count(row.jobs));
+}
+
 const NODE_COLUMNS = [
   ["Node", "name", "wide", nodeName],
   ["State", "state", "wide", stateCell],
   ["CPUs used", "used", "n", cpusCell],
-  ["Jobs done", "jobs", "n", row => count(row.jobs)],
+  ["Jobs done", "jobs", "n", jobsAtNode],
   ["Job time", "job_seconds", "n", row => span(row.job_seconds)],
-  ["Memory free", "memory", "n", row => size(row.memory)],
-  ["Disk free", "disk", "n", row => size(row.disk)],
+  ["Memory free", "memory", "n", row => free(row.memory, row.memory_total)],
+  ["Disk free", "disk", "n", row => free(row.disk, row.disk_total)],
   ["Load", "load", "n", row => percent(row.load)],
   ["Heard", "heard", "n", row => ago(row.heard)],
 ];
@@ -3995,17 +5471,29 @@ function chooseCell(row) {
   });
 }
 
+function clusterName(number) {
+  const found = view.clusters.find(one => one.number === number);
+  return found ? found.name : "cluster " + number;
+}
+
 function jobCell(row) {
-  const cluster = view.clusters.length > 1 ? subline("cluster " + row.cluster) : null;
-  return [h("span", {class: "mono"}, row.id), cluster];
+  const cluster = view.clusters.length > 1 ? subline(clusterName(row.cluster)) : null;
+  const link = linkTo("job", {cluster: row.cluster, job: row.job}, row.id);
+  return [h("span", {class: "mono"}, link), cluster];
+}
+
+// What a job prints; `follow` keeps the end of it in sight.
+function printed(name, text) {
+  if (!text) return null;
+  const kind = name === "stderr" ? "err" : false;
+  return h("pre", {class: kind, "aria-label": name, "data-follow": true}, text);
 }
 
 function outputCell(row) {
-  const error = {class: "err", "aria-label": "stderr"};
   return [
     h("div", {class: "mono args"}, row.arguments || "none"),
-    row.stdout ? h("pre", {"aria-label": "stdout"}, row.stdout) : null,
-    row.stderr ? h("pre", error, row.stderr) : null,
+    printed("stdout", row.stdout),
+    printed("stderr", row.stderr),
   ];
 }
 
@@ -4035,10 +5523,10 @@ function factsOf(node) {
     ["State", stateCell(node)],
     ["CPUs used", node.used + " of " + node.cpus],
     ["Resources", node.resources || DASH],
-    ["Jobs done", count(node.jobs)],
+    ["Jobs done", jobsAtNode(node)],
     ["Job time", span(node.job_seconds)],
-    ["Memory free", size(node.memory)],
-    ["Disk free", size(node.disk)],
+    ["Memory free", [size(node.memory), " of ", size(node.memory_total)]],
+    ["Disk free", [size(node.disk), " of ", size(node.disk_total)]],
     ["Load", percent(node.load)],
     ["Heard", ago(node.heard)],
     ["Platform", node.platform || DASH],
@@ -4051,7 +5539,23 @@ function nodeCard(node) {
     return h("div", {}, h("dt", {}, word), h("dd", {}, value));
   });
   const reason = node.reason.includes("\n") ? h("pre", {}, node.reason) : null;
-  return h("section", {class: "card"}, h("dl", {class: "facts"}, facts), reason);
+  return h("section", {class: "card"},
+    h("dl", {class: "facts"}, facts), reason, nodePlots(node));
+}
+
+const LOAD_PLOT = [{at: 3, kind: "p-done", area: "p-area-done", step: true}];
+const MEMORY_PLOT = [{at: 4, kind: "p-used", area: "p-area-used", step: true}];
+
+function nodePlots(node) {
+  const known = at => node.plot.filter(point => point[at] !== null);
+  if (node.plot.length < 2) return null;
+  const memory = node.memory_total || 0;
+  const used = known(4).map(point => [point[0], 0, 0, 0, memory - point[4]]);
+  return h("div", {class: "plots three"},
+    plot(node.plot.map(point => [point[0], 0, point[1], point[2]]),
+      "CPUs used by jobs; dashed: offered", CPUS_PLOT),
+    plot(known(3), "Load in %", LOAD_PLOT, {top: 100}),
+    memory ? plot(used, "Memory used", MEMORY_PLOT, {top: memory, words: size}) : null);
 }
 
 function jobTools() {
@@ -4067,9 +5571,6 @@ function noJobs() {
   return empty("Which jobs these are is known to the program that uses the node.");
 }
 
-const NOT_LIVE = "Output is shown while it is printed by nodes that were set up after the " +
-  "monitor was made, or if the cluster has on_output. This node was set up before.";
-
 // Jobs that have ended meanwhile are not chosen any more.
 function forgetEndedJobs() {
   const there = new Set(view.rows.map(jobKey));
@@ -4084,7 +5585,6 @@ function nodePage() {
   const jobs = view.rows.length
     ? tableOf(JOB_COLUMNS, row => "j" + jobKey(row), "Jobs on this node")
     : noJobs();
-  const isSilent = view.rows.some(row => row.live === false);
   return [
     h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")),
     heading(node.name || node.address, addressOf(node)),
@@ -4092,14 +5592,642 @@ function nodePage() {
     h("div", {class: "top"}, h("h2", {}, "Jobs there"), h("p", {}, count(view.total))),
     jobTools(),
     jobs,
-    isSilent ? h("p", {class: "soft"}, NOT_LIVE) : null,
   ];
 }
+
+// -- the list of jobs, and one job ----------------------------------------------------------------
+
+const JOB_STATES = ["", "waiting", "running", "done", "failed", "cancelled"];
+
+function stateLinks() {
+  const now = place.query.get("state") || "";
+  return h("span", {class: "tabs"}, JOB_STATES.map(state => {
+    const attributes = {
+      href: href("jobs", {state, group: "", page: 1}),
+      "aria-current": state === now ? "true" : false,
+    };
+    return h("a", attributes, state || "all");
+  }));
+}
+
+function clusterFilter() {
+  if (view.clusters.length < 2) return null;
+  const now = Number(place.query.get("cluster") || 0);
+  const all = h("option", {value: 0, "data-key": 0, selected: now === 0}, "all clusters");
+  const options = view.clusters.map(one => {
+    const attributes = {
+      value: one.number,
+      "data-key": one.number,
+      selected: one.number === now,
+    };
+    return h("option", attributes, one.number + " " + one.name);
+  });
+  const select = {name: "cluster", "data-act": "word", "aria-label": "cluster"};
+  return h("select", select, all, options);
+}
+
+// What else narrows the list, and how that ends.
+function narrowed() {
+  const words = [];
+  const node = place.query.get("node");
+  if (node) words.push(["of one node", {node: ""}]);
+  if (place.query.get("group")) words.push(["of one group of failures", {group: ""}]);
+  return words.map(([text, changes]) => {
+    return h("span", {class: "soft"}, text + " ",
+      h("a", {href: href("jobs", {...changes, page: 1})}, "(show all)"));
+  });
+}
+
+function jobFilters() {
+  const search = {
+    name: "search",
+    type: "search",
+    "data-act": "search",
+    "data-key": "search",
+    placeholder: "id, arguments, node, error",
+    "aria-label": "search jobs",
+    value: place.query.get("search") || "",
+    autocomplete: "off",
+    spellcheck: "false",
+  };
+  return h("form", {class: "tools", "data-act": "search", role: "search"},
+    stateLinks(), h("input", search), clusterFilter(), narrowed());
+}
+
+function placeCell(row) {
+  if (!row.where) return DASH;
+  if (!row.node) return row.where;
+  return linkTo("node", {id: row.node}, row.where);
+}
+
+function whenCell(row) {
+  const at = row.ended || row.began || row.submitted;
+  if (!at) return DASH;
+  return h("span", {class: "nowrap"}, clock(at));
+}
+
+function listedArguments(row) {
+  return [
+    h("span", {class: "mono args"}, row.arguments || DASH),
+    row.text ? subline(row.text, "bad") : null,
+  ];
+}
+
+const LISTED_COLUMNS = [
+  ["Job", "id", "", jobCell],
+  ["State", "state", "", row => state(row.state)],
+  ["Node", "where", "", placeCell],
+  ["Time run", "seconds", "n", row => span(row.seconds)],
+  ["Attempts", "attempts", "n", row => row.attempts || DASH],
+  ["Last change", "time", "n", whenCell],
+  ["Arguments", "", "wide", listedArguments],
+];
+
+function unlistedWords() {
+  const {waiting, ended} = view.unlisted;
+  const parts = [];
+  if (waiting) parts.push(count(waiting) + " that wait");
+  if (ended) parts.push(count(ended) + " that have ended");
+  if (!parts.length) return null;
+  const words = "Not listed: " + parts.join(" and ") + ". The list has the last 10" + THIN +
+    "000 jobs that ended while the monitor was there, and the first 2" + THIN + "000 of a " +
+    "cluster that wait.";
+  return h("p", {class: "soft"}, words);
+}
+
+function jobsPage() {
+  const rows = view.rows.length
+    ? tableOf(LISTED_COLUMNS, row => "l" + jobKey(row), "Jobs")
+    : empty("No such job.");
+  return [heading("Jobs", many(view.total, "job")), jobFilters(), rows, unlistedWords()];
+}
+
+function jobFacts(row) {
+  const isNews = row.status && row.status !== "finished" && row.status !== row.state;
+  const facts = [
+    ["State", [state(row.state), isNews ? subline(row.status) : null]],
+    ["Cluster", clusterName(row.cluster)],
+    ["Node", placeCell(row)],
+    ["CPUs", row.cpus],
+    ["Submitted", row.submitted ? moment(row.submitted) : DASH],
+    ["Began", row.began ? moment(row.began) : DASH],
+    ["Ended", row.ended ? moment(row.ended) : DASH],
+    ["Time run", span(row.seconds)],
+    ["Waited", row.submitted && row.began ? span(row.began - row.submitted) : DASH],
+    ["Attempts", row.attempts || DASH],
+  ];
+  return facts.map(([word, value]) => h("div", {}, h("dt", {}, word), h("dd", {}, value)));
+}
+
+// Date and time, of seconds since the epoch.
+function moment(seconds) {
+  const date = new Date(seconds * 1000);
+  const isToday = date.toDateString() === new Date().toDateString();
+  return (isToday ? "" : date.toLocaleDateString() + " ") + clock(seconds);
+}
+
+function isOver(row) {
+  return row.state === "done" || row.state === "failed" || row.state === "cancelled";
+}
+
+function jobActions(row) {
+  if (!view.manages || isOver(row)) return null;
+  const cancel = {"data-act": "cancel_one", "data-job": jobKey(row)};
+  const look = {type: "button", "data-act": "stacks", "data-key": "stacks",
+    "data-job": jobKey(row)};
+  return h("span", {class: "actions"},
+    row.state === "running" ? h("button", look, "Show its stack") : null,
+    doubt("one" + jobKey(row), "Cancel", cancel));
+}
+
+let stacks = null;   // what was told of a job: {job, text, time}
+
+async function askForStacks(data) {
+  const [cluster, job] = data.job.split(".").map(Number);
+  const headers = {"Content-Type": "application/json"};
+  const body = JSON.stringify({cluster, job});
+  try {
+    const answer = await ask("api/stacks", {method: "POST", headers, body});
+    const told = await answer.json();
+    if (!answer.ok) {
+      note(told.error);
+      return;
+    }
+    stacks = {job: data.job, text: told.text, time: Date.now() / 1000};
+    draw();
+  } catch (error) {
+    note("The server does not answer: " + error.message);
+  }
+}
+
+function stacksPart(row) {
+  if (!stacks || stacks.job !== jobKey(row)) return null;
+  return part("Stack at " + clock(stacks.time), h("pre", {}, stacks.text.trim()));
+}
+
+function part(title, ...content) {
+  return h("section", {class: "part", "data-key": title}, h("h2", {}, title), content);
+}
+
+function attemptsPart(row) {
+  const lost = row.lost_with || [];
+  if (!lost.length) return null;
+  const lines = lost.map(name => h("li", {}, "lost with the node " + name));
+  return part("Earlier attempts", h("ol", {}, lines));
+}
+
+function jobPage() {
+  const row = view.rows[0];
+  const output = [printed("stdout", row.stdout), printed("stderr", row.stderr)];
+  const hasOutput = row.stdout || row.stderr;
+  return [
+    h("p", {class: "soft"}, h("a", {href: "#/jobs"}, "\u2190 Jobs")),
+    h("div", {class: "top"},
+      h("h1", {}, "Job ", h("span", {class: "mono"}, row.id)), jobActions(row)),
+    h("section", {class: "card"}, h("dl", {class: "facts"}, jobFacts(row))),
+    part("Arguments", h("pre", {}, row.arguments || "none")),
+    row.trace ? part("Failure", h("pre", {class: "err"}, row.trace.trim())) : null,
+    attemptsPart(row),
+    stacksPart(row),
+    part("Output", hasOutput ? output : h("p", {class: "soft"}, outputWords(row))),
+  ];
+}
+
+function outputWords(row) {
+  return isOver(row) ? "Nothing was printed." : "Nothing was printed yet.";
+}
+
+// -- the timeline ---------------------------------------------------------------------------------
+
+const SPANS = [
+  [60, "1 minute"], [300, "5 minutes"], [900, "15 minutes"], [3600, "1 hour"],
+  [21600, "6 hours"], [86400, "1 day"],
+];
+const KINDS = ["done", "cancelled", "failed"];   // in the order of the server
+const COLOURS = {done: "--done", cancelled: "--stop", failed: "--fail", running: "--run"};
+
+// The runs of one CPU, four numbers each: first bin, last bin, kind, jobs.
+class BarRow {
+  constructor() {
+    this.first = 0;
+    this.runs = [];
+  }
+
+  take(begin, numbers) {
+    const at = 4 * (begin - this.first);
+    if (at < 0 || at > this.runs.length) {
+      this.first = begin;
+      this.runs = [];
+    } else {
+      this.runs.length = at;
+    }
+    let end = 0;
+    for (let run = 0; run < numbers.length; run += 4) {
+      const from = end + numbers[run];
+      end = from + numbers[run + 1];
+      this.runs.push(from, end, numbers[run + 2], numbers[run + 3]);
+    }
+  }
+
+  // Forget what has ended before this bin, now and then.
+  trim(bin) {
+    let gone = 0;
+    while (4 * gone < this.runs.length && this.runs[4 * gone + 1] < bin) gone++;
+    if (gone < 200) return;
+    this.runs.splice(0, 4 * gone);
+    this.first += gone;
+  }
+}
+
+// The bars of the nodes that are shown, and the canvas that they are painted on. Only the part that
+// is in sight is painted.
+class Bars {
+  constructor() {
+    this.rows = new Map();    // id of a node -> its BarRows
+    this.nodes = [];          // what the server told of nodes, each with `top` and `height` in px
+    this.isAwaited = false;   // it will be painted with the next frame
+    this.cursor = null;       // {node, lane, time} that is looked at
+    this.asking = 0;
+    this.shift = 0;           // s that the server's clock is ahead
+  }
+
+  clear() {
+    this.rows.clear();
+    this.nodes = [];
+    this.cursor = null;
+    this.hide();
+  }
+
+  take(data) {
+    this.shift = data.time - Date.now() / 1000;
+    this.span = data.span;
+    this.bin = data.bin;
+    this.nodes = data.rows;
+    for (const node of data.rows) {
+      const rows = this.rows.get(node.id) || [];
+      this.rows.set(node.id, rows);
+      for (const [lane, begin, numbers] of node.lanes) {
+        while (rows.length <= lane) rows.push(new BarRow());
+        rows[lane].take(begin, numbers);
+      }
+      node.count = Math.max(node.cpus, rows.length, ...node.running.map(one => one[0] + 1));
+    }
+  }
+
+  paintSoon() {
+    if (this.isAwaited || !byId("bars")) return;
+    this.isAwaited = true;
+    requestAnimationFrame(() => {
+      this.isAwaited = false;
+      if (byId("bars")) this.paint(byId("bars"));
+    });
+  }
+
+  // Give each node its place from above.
+  arrange() {
+    const lanes = this.nodes.reduce((sum, node) => sum + node.count, 0);
+    this.lane = 4;
+    if (lanes <= 200) this.lane = 8;
+    if (lanes <= 48) this.lane = 14;
+    if (lanes > 3000) this.lane = 2;
+    let top = 22;
+    for (const node of this.nodes) {
+      node.top = top;
+      node.height = Math.max(node.count * this.lane, 13);
+      top += node.height + 5;
+    }
+    return top;
+  }
+
+  // Set the size of the canvas, which clears it, if that has changed.
+  fit(canvas) {
+    const height = this.arrange();
+    const box = getComputedStyle(canvas.parentElement);
+    const padding = parseFloat(box.paddingLeft) + parseFloat(box.paddingRight);
+    const width = Math.floor(canvas.parentElement.clientWidth - padding);
+    const ratio = window.devicePixelRatio || 1;
+    const scale = height * ratio > 16000 ? 1 : ratio;   // browsers have a limit
+    this.gutter = width < 600 ? 76 : 130;
+    this.width = width;
+    const pixels = {width: Math.round(width * scale), height: Math.round(height * scale)};
+    if (canvas.width !== pixels.width || canvas.height !== pixels.height) {
+      Object.assign(canvas, pixels);
+      canvas.style.width = width + "px";
+      canvas.style.height = height + "px";
+    }
+    const context = canvas.getContext("2d");
+    context.setTransform(scale, 0, 0, scale, 0, 0);
+    return context;
+  }
+
+  now() {
+    return Date.now() / 1000 + this.shift;
+  }
+
+  x(time) {
+    const part = (time - this.left) / this.span;
+    return this.gutter + Math.max(0, Math.min(1, part)) * (this.width - this.gutter);
+  }
+
+  paint(canvas) {
+    const began = performance.now();
+    const context = this.fit(canvas);
+    const style = getComputedStyle(document.documentElement);
+    this.colours = {};
+    for (const [kind, name] of Object.entries(COLOURS)) {
+      this.colours[kind] = style.getPropertyValue(name).trim();
+    }
+    this.ground = style.getPropertyValue("--sunk").trim();
+    this.ink = style.getPropertyValue("--soft").trim();
+    this.left = this.now() - this.span;
+    const place = canvas.getBoundingClientRect();
+    const from = -place.top - 50;
+    const to = from + window.innerHeight + 100;
+    context.font = "12px system-ui, sans-serif";
+    context.textBaseline = "middle";
+    context.clearRect(0, from, this.width, to - from);
+    if (from < 22) this.paintAxis(context);
+    let painted = 0;
+    for (const node of this.nodes) {
+      if (node.top + node.height < from || node.top > to) continue;
+      this.paintNode(context, node);
+      painted++;
+    }
+    if (this.cursor) this.paintCursor(context);
+    canvas.dataset.nodes = painted;
+    canvas.dataset.ms = (performance.now() - began).toFixed(2);
+  }
+
+  paintAxis(context) {
+    context.fillStyle = this.ink;
+    const steps = this.width < 600 ? 2 : 4;
+    for (let step = 0; step <= steps; step++) {
+      const time = this.left + this.span * step / steps;
+      context.textAlign = "center";
+      if (step === 0) context.textAlign = "left";
+      if (step === steps) context.textAlign = "right";
+      context.fillText(step === steps ? "now" : clock(time), this.x(time), 9);
+    }
+  }
+
+  paintNode(context, node) {
+    const rows = this.rows.get(node.id) || [];
+    context.fillStyle = this.ink;
+    context.textAlign = "left";
+    const name = node.name || node.address;
+    context.fillText(name, 0, node.top + Math.min(7, node.height / 2), this.gutter - 8);
+    context.fillStyle = this.ground;
+    context.fillRect(this.gutter, node.top, this.width - this.gutter, node.count * this.lane);
+    rows.forEach((row, lane) => {
+      row.trim(this.left / this.bin);
+      this.paintRow(context, row.runs, node.top + lane * this.lane);
+    });
+    for (const [lane, began] of node.running) this.paintRunning(context, node, lane, began);
+  }
+
+  paintRow(context, runs, top) {
+    const height = this.lane > 4 ? this.lane - 2 : this.lane - 1;
+    const right = this.left / this.bin;
+    const perBin = (this.width - this.gutter) * this.bin / this.span;
+    for (let at = 0; at < runs.length; at += 4) {
+      if (runs[at + 1] < right) continue;
+      const begin = this.gutter + Math.max(0, runs[at] - right) * perBin;
+      const end = Math.min(this.width, this.gutter + (runs[at + 1] + 1 - right) * perBin);
+      const gap = end - begin > 3 ? 1 : 0;
+      const length = Math.max(1, end - begin - gap);
+      this.paintBar(context, KINDS[runs[at + 2]], begin, top, length, height);
+    }
+  }
+
+  // Colour and form say what has become of a job: one that was cancelled is half as high, one that
+  // failed has a line in it.
+  paintBar(context, kind, begin, top, width, height) {
+    context.fillStyle = this.colours[kind];
+    if (kind === "cancelled") {
+      context.fillRect(begin, top + height / 2, width, height / 2);
+      return;
+    }
+    context.fillRect(begin, top, width, height);
+    if (kind === "failed" && height > 4) {
+      context.fillStyle = this.ground;
+      context.fillRect(begin, top + Math.floor(height / 2), width, 1);
+    }
+  }
+
+  paintRunning(context, node, lane, began) {
+    const top = node.top + lane * this.lane;
+    const height = this.lane > 4 ? this.lane - 2 : this.lane - 1;
+    const begin = this.x(began);
+    const width = Math.max(1, this.width - begin);
+    context.fillStyle = this.colours.running;
+    context.globalAlpha = 0.55;
+    context.fillRect(begin, top, width, height);
+    context.globalAlpha = 1;
+    context.fillRect(this.width - 2, top, 2, height);
+  }
+
+  paintCursor(context) {
+    const {node, lane, time} = this.cursor;
+    context.strokeStyle = this.ink;
+    context.lineWidth = 1;
+    const x = this.x(time);
+    context.strokeRect(x - 3, node.top + lane * this.lane - 1.5, 6, this.lane + 1);
+  }
+
+  // Which CPU and which time are at a place of the canvas; null if there is none.
+  find(x, y) {
+    const node = this.nodes.find(one => y >= one.top && y < one.top + one.height);
+    if (!node) return null;
+    const lane = Math.min(node.count - 1, Math.floor((y - node.top) / this.lane));
+    const part = (x - this.gutter) / (this.width - this.gutter);
+    return {node, lane, time: this.left + part * this.span, isName: part < 0};
+  }
+
+  look(cursor, x, y) {
+    this.cursor = cursor;
+    clearTimeout(this.asking);
+    if (!cursor || cursor.isName) {
+      this.hide();
+      return;
+    }
+    this.asking = setTimeout(() => this.askFor(cursor, x, y), 100);
+  }
+
+  // The jobs at a place: one that runs, or those that have ended there.
+  async jobsAt(cursor) {
+    const {node, lane, time} = cursor;
+    const running = node.running.find(one => one[0] === lane && one[1] <= time + this.bin);
+    if (running) {
+      const [, , cluster, job] = running;
+      const answer = await ask("api/job?cluster=" + cluster + "&job=" + job, {});
+      return answer.ok ? answer.json() : {rows: [], total: 0};
+    }
+    const around = Math.round(1000 * this.bin);
+    const words = new URLSearchParams({
+      node: node.id, lane, ms: Math.round(1000 * time), around,
+    });
+    const answer = await ask("api/at?" + words, {});
+    return answer.ok ? answer.json() : {rows: [], total: 0};
+  }
+
+  async askFor(cursor, x, y) {
+    try {
+      const found = await this.jobsAt(cursor);
+      if (this.cursor === cursor) this.tell(cursor, found, x, y);
+    } catch (error) {
+      this.hide();
+    }
+  }
+
+  tell(cursor, found, x, y) {
+    const tip = byId("tip");
+    if (!tip) return;
+    const where = (cursor.node.name || cursor.node.address) + ", CPU " + (cursor.lane + 1);
+    const lines = found.rows.map(row => {
+      return h("p", {},
+        state(row.state), " ", linkTo("job", {cluster: row.cluster, job: row.job}, row.id), " ",
+        span(row.seconds), h("span", {class: "mono args"}, row.arguments || ""));
+    });
+    const more = found.total - found.rows.length;
+    patch(tip, [
+      h("p", {class: "soft"}, where + ", " + clock(cursor.time)),
+      ...lines,
+      lines.length ? "" : h("p", {}, "Nothing ran."),
+      more > 0 ? h("p", {class: "soft"}, "and " + many(more, "other job")) : "",
+    ].filter(item => item !== ""));
+    cursor.found = found;
+    tip.hidden = false;
+    const left = Math.max(0, Math.min(x + 12, this.width - tip.offsetWidth - 4));
+    tip.style.left = left + "px";
+    tip.style.top = y + 16 + "px";
+  }
+
+  hide() {
+    const tip = byId("tip");
+    if (tip) tip.hidden = true;
+  }
+
+  // The keyboard: arrows move what is looked at.
+  move(key) {
+    if (!this.nodes.length) return;
+    const cursor = this.cursor || {node: this.nodes[0], lane: 0, time: this.now() - this.bin};
+    let {node, lane, time} = cursor;
+    const at = this.nodes.findIndex(one => one.id === node.id);
+    node = this.nodes[Math.max(0, at)];
+    if (key === "ArrowLeft") time -= 4 * this.bin;
+    if (key === "ArrowRight") time += 4 * this.bin;
+    if (key === "ArrowDown") lane++;
+    if (key === "ArrowUp") lane--;
+    if (lane < 0 && at > 0) {
+      node = this.nodes[at - 1];
+      lane = node.count - 1;
+    } else if (lane >= node.count && at < this.nodes.length - 1) {
+      node = this.nodes[at + 1];
+      lane = 0;
+    }
+    lane = Math.max(0, Math.min(node.count - 1, lane));
+    time = Math.max(this.left, Math.min(this.now(), time));
+    this.look({node, lane, time}, this.x(time), node.top + lane * this.lane);
+    this.paintSoon();
+  }
+
+  open() {
+    if (!this.cursor) return;
+    if (this.cursor.isName) {
+      location.hash = "#/node?id=" + encodeURIComponent(this.cursor.node.id);
+    } else if (this.cursor.found && this.cursor.found.rows.length) {
+      const [row] = this.cursor.found.rows;
+      location.hash = "#/job?cluster=" + row.cluster + "&job=" + row.job;
+    }
+  }
+}
+
+const bars = new Bars();
+
+function spanChoice() {
+  const options = SPANS.map(([seconds, words]) => {
+    return h("option", {value: seconds, "data-key": seconds, selected: seconds === view.span},
+      words);
+  });
+  const select = {name: "span", "data-act": "word", "aria-label": "time shown"};
+  return h("select", select, options);
+}
+
+function legend() {
+  const entries = [["done", "done"], ["run", "running"], ["stop", "cancelled"], ["fail", "failed"]];
+  return h("span", {class: "legend"}, entries.map(([kind, words]) => {
+    return h("span", {}, mark(kind), words);
+  }));
+}
+
+function timelinePage() {
+  if (!view.rows.length) return [heading("Timeline"), empty("No node is known yet.")];
+  const busy = view.rows.reduce((sum, node) => sum + node.running.length, 0);
+  const all = view.rows.reduce((sum, node) => sum + node.count, 0);
+  const words = busy + " of " + many(all, "CPU") + " at work";
+  const canvas = {
+    id: "bars",
+    "data-own": true,
+    "data-key": "bars",
+    tabindex: 0,
+    role: "img",
+    "aria-label": "When jobs ran on each CPU. The arrow keys move along the bars, Enter opens a " +
+      "job. The page Jobs has the same as a table.",
+  };
+  const tip = {id: "tip", class: "tip", "data-own": true, "data-key": "tip", role: "status",
+    hidden: true};
+  return [
+    heading("Timeline", words),
+    h("div", {class: "tools"}, spanChoice(), legend()),
+    h("div", {class: "bars"}, h("canvas", canvas), h("div", tip)),
+    pager(),
+  ];
+}
+
+document.addEventListener("mousemove", event => {
+  if (event.target.id !== "bars") return;
+  const {offsetX: x, offsetY: y} = event;
+  bars.look(bars.find(x, y), x, y);
+  event.target.classList.toggle("named", Boolean(bars.cursor && bars.cursor.isName));
+});
+document.addEventListener("mouseout", event => {
+  if (event.target.id === "bars" && !(event.relatedTarget && event.relatedTarget.closest("#tip"))) {
+    bars.look(null);
+  }
+});
+document.addEventListener("keydown", event => {
+  if (event.target.id !== "bars") return;
+  if (event.key.startsWith("Arrow")) {
+    event.preventDefault();
+    bars.move(event.key);
+  } else if (event.key === "Enter") {
+    bars.open();
+  }
+});
+document.addEventListener("click", event => {
+  if (event.target.id !== "bars") return;
+  const cursor = bars.find(event.offsetX, event.offsetY);
+  if (cursor && cursor.isName) {
+    bars.cursor = cursor;
+    bars.open();
+  } else if (cursor) {
+    bars.jobsAt(cursor).then(found => {
+      bars.cursor = {...cursor, found};
+      bars.open();
+    }, () => {});
+  }
+});
+document.addEventListener("scroll", () => bars.paintSoon(), {passive: true});
+window.addEventListener("resize", () => bars.paintSoon());
+// Time goes on also where no job begins or ends.
+setInterval(() => {
+  if (place && place.page === "timeline" && !document.hidden) bars.paintSoon();
+}, 1000);
 
 // -- failures -------------------------------------------------------------------------------------
 
 const FAILED_JOB_COLUMNS = [
-  ["Job", "mono", job => job.id],
+  ["Job", "mono", job => linkTo("job", {cluster: job.cluster, job: job.job}, job.id)],
   ["Arguments", "mono args wide", job => job.arguments || "none"],
   ["Status", "", job => job.status],
   ["Node", "", job => job.node || DASH],
@@ -4113,31 +6241,88 @@ function failedJob(job) {
   return h("tr", {}, cells);
 }
 
-// Failed jobs with the same last line of their tracebacks.
+// Failed jobs with the same last line of their tracebacks, but for numbers and names of nodes.
 function failureGroup(group) {
   const head = FAILED_JOB_COLUMNS.map(([word]) => h("th", {scope: "col"}, word));
   const jobs = h("table", {class: "stack"},
     h("thead", {}, h("tr", {}, head)),
-    h("tbody", {}, group.jobs.map(failedJob)));
+    h("tbody", {}, group.jobs.map(job => failedJob({...job, cluster: group.cluster}))));
   const summary = [
     h("span", {class: "count"}, mark("fail"), count(group.count)),
-    h("span", {class: "line mono"}, group.text || "no text"),
+    h("span", {class: "line mono"}, group.text || "no text", subline(ownerOf(group))),
     h("span", {class: "soft nowrap"}, clock(group.last)),
   ];
-  return h("details", {"data-key": "f" + group.cluster + group.text},
+  const all = linkTo("jobs", {state: "failed", group: group.group},
+    group.count === 1 ? "this job in the list" : "all " + count(group.count) + " in the list");
+  return h("details", {"data-key": "f" + group.group},
     h("summary", {}, summary),
-    h("div", {}, h("pre", {}, group.trace.trim()), jobs));
+    h("div", {}, h("p", {}, all), h("pre", {}, group.trace.trim()), jobs));
+}
+
+function ownerOf(group) {
+  const name = group.name || "cluster " + group.cluster;
+  return group.user ? name + " of " + group.user : name;
 }
 
 function failuresPage() {
-  const words = "the last 500 failed jobs of a cluster, grouped by the last line of their " +
-    "tracebacks; by ";
+  const words = "grouped by the last line of their tracebacks, without numbers (#) and names of " +
+    "nodes; by ";
   const byNumber = sortLink("number", "count", true);
   const byTime = sortLink("time", "last", true);
   const groups = view.rows.length
     ? h("div", {class: "wrap"}, view.rows.map(failureGroup))
     : empty("No job has failed.");
   return [heading("Failures", words, byNumber, ", ", byTime), groups, pager()];
+}
+
+// -- accounts -------------------------------------------------------------------------------------
+
+const SUMS = {user: "User", day: "Day", computation: "Computation"};
+const PERIODS = [[1, "today"], [7, "7 days"], [31, "31 days"], [36500, "all days"]];
+
+function sumCell(row) {
+  const name = row[view.by] || "no name";
+  return [name, view.by === "computation" ? subline(row.program) : null];
+}
+
+function sumColumns() {
+  const numbers = ["done", "failed", "cancelled"].map(field => {
+    return [field[0].toUpperCase() + field.slice(1), field, "n", row => count(row[field])];
+  });
+  return [
+    [SUMS[view.by], view.by, "wide", sumCell],
+    ["CPU time", "cpu_seconds", "n", row => span(row.cpu_seconds)],
+    ["Jobs", "jobs", "n", row => count(row.jobs)],
+    ...numbers,
+  ];
+}
+
+function sumLinks() {
+  return h("span", {class: "tabs"}, Object.entries(SUMS).map(([by, words]) => {
+    const current = by === view.by ? "true" : false;
+    const sort = by === "day" ? "day" : "cpu_seconds";
+    const link = href("accounts", {by, sort, desc: 1, page: 1});
+    return h("a", {href: link, "aria-current": current}, "by " + words.toLowerCase());
+  }));
+}
+
+function periodChoice() {
+  const now = Number(place.query.get("days") || 36500);
+  const options = PERIODS.map(([days, words]) => {
+    return h("option", {value: days, "data-key": days, selected: days === now}, words);
+  });
+  return h("select", {name: "days", "data-act": "word", "aria-label": "days"}, options);
+}
+
+function accountsPage() {
+  if (view.none) return [heading("Accounts"), empty(view.none)];
+  const words = view.complete ? "jobs that the scheduler remembers" : "the history is being read";
+  const rows = view.rows.length
+    ? tableOf(sumColumns(), row => "a" + row.user + row.day + row.computation + row.program,
+      "Accounts")
+    : empty("No job has ended in this time.");
+  return [heading("Accounts", words),
+    h("div", {class: "tools"}, sumLinks(), periodChoice()), rows];
 }
 
 // -- managing -------------------------------------------------------------------------------------
@@ -4236,19 +6421,41 @@ function managePage() {
 
 const DRAW = {
   clusters: clustersPage,
+  timeline: timelinePage,
+  jobs: jobsPage,
+  job: jobPage,
   nodes: nodesPage,
   node: nodePage,
   failures: failuresPage,
+  accounts: accountsPage,
   manage: managePage,
 };
 
+// Whether a page has something to show of what is watched.
+function isServed(page) {
+  if (!view) return page !== "accounts";
+  if (view.home === "nodes") return NODE_PAGES.has(page);
+  return page !== "accounts" || Boolean(view.shared);
+}
+
 function drawNavigation() {
-  const shown = place.page === "node" ? "nodes" : place.page;
-  const links = Object.entries(PAGES).map(([name, words]) => {
+  const shown = ENTRY[place.page] || place.page;
+  const entries = Object.entries(PAGES).filter(([name]) => isServed(name));
+  const links = entries.map(([name, words]) => {
     return h("a", {href: "#/" + name, "aria-current": name === shown ? "page" : false}, words);
   });
   patch(byId("nav"), links);
-  document.title = (PAGES[place.page] || "Node") + " \u00b7 dispy";
+  const words = [PAGES[place.page] || TITLES[place.page], "dispy"];
+  document.title = [...progressWords(), ...words].join(" \u00b7 ");
+}
+
+// How far all jobs are, for the title of the window.
+function progressWords() {
+  const jobs = view && view.jobs;
+  if (!jobs || !jobs.submitted) return [];
+  const words = [Math.floor(100 * jobs.ended / jobs.submitted) + " %"];
+  if (jobs.failed) words.push(count(jobs.failed) + " failed");
+  return words;
 }
 
 function content() {
@@ -4261,10 +6468,25 @@ function content() {
   return h("div", {"data-key": placeKey()}, DRAW[place.page]());
 }
 
+// The outputs whose end the reader has scrolled away from.
+function outputsLeft() {
+  const outputs = [...document.querySelectorAll("[data-follow]")];
+  return new Set(outputs.filter(box => box.scrollHeight - box.scrollTop - box.clientHeight > 4));
+}
+
+function followOutputs(left) {
+  for (const box of document.querySelectorAll("[data-follow]")) {
+    if (!left.has(box)) box.scrollTop = box.scrollHeight;
+  }
+}
+
 function draw() {
   drawNavigation();
   const focused = document.activeElement;
+  const left = outputsLeft();
   patch(byId("main"), [content()]);
+  followOutputs(left);
+  if (place.page === "timeline") bars.paintSoon();
   // An element that was moved has lost the focus.
   if (focused && focused !== document.activeElement && focused.isConnected) {
     focused.focus({preventScroll: true});
@@ -4321,6 +6543,12 @@ function choose(data, box) {
   draw();
 }
 
+function cancelOne(data) {
+  sure = "";
+  const [cluster, job] = data.job.split(".").map(Number);
+  post("cancel", {cluster, jobs: [job]}, endingWords);
+}
+
 function cancelChosen() {
   sure = "";
   cancelJobs([...chosen]);
@@ -4336,6 +6564,28 @@ function release(data) {
   post("release", {node: data.node}, () => "The node is let go when its jobs have ended.");
 }
 
+// Search when the reader has not typed for a moment.
+let searching = 0;
+
+function searchSoon(input) {
+  clearTimeout(searching);
+  searching = setTimeout(() => {
+    if (place.page !== "jobs") return;
+    location.replace(href("jobs", {search: input.value, page: 1}));
+  }, 250);
+}
+
+function chooseWord(select) {
+  location.hash = href(place.page, {[select.name]: select.value, page: 1});
+}
+
+document.addEventListener("input", event => {
+  if (event.target.dataset.act === "search") searchSoon(event.target);
+});
+document.addEventListener("change", event => {
+  if (event.target.dataset.act === "word") chooseWord(event.target);
+});
+
 // data-act of an element -> what a click on it does
 const CLICKS = {
   sure: askAgain,
@@ -4345,6 +6595,8 @@ const CLICKS = {
   cancel_some: cancelChosen,
   cancel_all: cancelAll,
   cancel_waiting: cancelWaitingJobs,
+  cancel_one: cancelOne,
+  stacks: askForStacks,
   use: data => post("use", {node: data.node}, () => "The node is used again."),
   drain: data => post("drain", {node: data.node}, () => "Nothing new is sent to the node."),
   release,
@@ -4371,7 +6623,7 @@ function setCpus(data, words) {
 }
 
 // data-act of a form -> what is done when it is sent
-const FORMS = {add: addNode, cpus: setCpus};
+const FORMS = {add: addNode, cpus: setCpus, search: () => {}};
 
 document.addEventListener("click", event => {
   const target = event.target.closest("[data-act]");

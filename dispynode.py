@@ -198,6 +198,10 @@ PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 END_TIME = 2.0                # s that workers which were killed may take to end
+# Seconds before its time limit at which a node whose jobs got their grace has ended for sure: for
+# what it has still to say, and for the start that the limit counts too
+LIMIT_MARGIN = 10.0
+DRAIN_BEFORE = 120.0          # s before its time limit at which a node takes no new jobs
 CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these take at most
@@ -256,6 +260,9 @@ WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one fra
 VALUE_MOST = (4 << 30) + (1 << 20)
 # Characters of a text for people, such as a traceback; longer ones lose their middle
 TEXT_MOST = 64 * 1024
+# Bytes of what is seen of a running job: the stacks of its process, and the ends of its output
+STACKS_MOST = 64 * 1024
+OUTPUT_SEEN = 4096
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 # Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
@@ -5476,7 +5483,8 @@ class FrameEncoder:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes, tags_payloads: bool = True, version: int = VERSIONS[1]) -> None:
+    def __init__(self, key: bytes, tags_payloads: bool = True,
+                 version: int = VERSIONS[1]) -> None:
         """`version` is the minor version that the other side speaks."""
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
@@ -5600,6 +5608,8 @@ class RecordType(enum.IntEnum):
     WATCH = 7
     ASK = 8         # is it alive?
     EQUIP = 9       # number: worker, which is to be made; body: JSON of variables that it has
+    # Number: worker, serial: the job, start: 1.0 if its stacks are wanted; answered by SEEN
+    LOOK = 10
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
     # forked
     READY = 16
@@ -5612,6 +5622,8 @@ class RecordType(enum.IntEnum):
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
+    # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
+    SEEN = 26
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
@@ -5644,7 +5656,8 @@ FROM_RUNNER = {
     RecordType.WORKER_STARTED: (0, 0, 0), RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.MEMORY_EXCEEDED: (0, 0, 0), RecordType.OVERDUE: (0, 0, 0),
     RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0),
-    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0)
+    RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
+    RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
 # From a worker that loads the computation itself, beside what it sends to the daemon
 FROM_LOADING = {
@@ -9465,6 +9478,16 @@ class WorkerOverdue(NamedTuple):
     serial: int
 
 
+class JobSeen(NamedTuple):
+    """A runner has looked at the job of a worker, as Look wants it. All is empty if the worker does
+    not run that any more."""
+    worker: int
+    serial: int
+    stacks: str
+    stdout: bytes
+    stderr: bytes
+
+
 class Stop(NamedTuple):
     """The daemon shall end."""
 
@@ -9615,6 +9638,14 @@ class Interrupt(NamedTuple):
     """KeyboardInterrupt in the job, if the worker still runs it."""
     worker: int
     serial: int
+
+
+class Look(NamedTuple):
+    """See what a job has printed last and, if that is wanted, the stacks of its process. Fed back
+    as JobSeen."""
+    worker: int
+    serial: int
+    stacks: bool
 
 
 class LimitMemory(NamedTuple):
@@ -12126,6 +12157,67 @@ class Inquiries:
         return '\n'.join(lines)
 
 
+class JobLookouts:
+    """Questions of clients for what their running jobs do."""
+    WAITING = 100   # that are waited for at most
+
+    def __init__(self, tables: NodeTables) -> None:
+        self._tables = tables
+        # Worker, serial -> who has asked: links, computations, numbers of their calls
+        self._asked: 'collections.OrderedDict[Tuple[int, int], List[tuple]]' = \
+            collections.OrderedDict()
+
+    def on_call(self, link: int, message: Call, now: float) -> None:
+        """A client asks. The runner looks, unless it is about to."""
+        serial, stacks = self._what(message)
+        comp = self._tables.comp_of(link, message.comp)
+        worker = None
+        if comp is not None:
+            worker = self._worker_with(comp, serial)
+        if worker is None:
+            error = ('LookupError', 'the job does not run at this node')
+            returned = Return(message.comp, message.number, error, None)
+            send = Send(link, returned)
+            self._tables.do(send)
+            return
+        key = (worker.key, serial)
+        who = (link, message.comp, message.number)
+        asked = self._asked.setdefault(key, [])
+        asked.append(who)
+        if len(self._asked) > self.WAITING:   # of those a runner did not answer
+            self._asked.popitem(last=False)
+        look = Look(worker.key, serial, stacks)
+        self._tables.do(look)
+
+    @staticmethod
+    def _what(message: Call) -> Tuple[int, bool]:
+        """Return the serial of the job, and whether its stacks are wanted. Raises PeerError."""
+        kinds = list(map(type, message.args))
+        if message.name != 'look' or kinds != [int, bool]:
+            raise PeerError('a question that makes no sense')
+        serial, stacks = message.args
+        return serial, stacks
+
+    @staticmethod
+    def _worker_with(comp: _Computation, serial: int) -> Optional[_Worker]:
+        for worker in comp.workers.values():
+            if not worker.queue:
+                continue
+            if worker.queue[0].serial == serial:
+                return worker
+        return None
+
+    def on_seen(self, event: JobSeen, now: float) -> None:
+        """A runner has looked."""
+        key = (event.worker, event.serial)
+        value = (event.stacks, event.stdout, event.stderr)
+        for link, comp, number in self._asked.pop(key, ()):
+            if link in self._tables.links:
+                returned = Return(comp, number, (), value)
+                send = Send(link, returned)
+                self._tables.do(send)
+
+
 class NodeService:
     """Whether a node takes new jobs, and how it ends: hours of service, the user of its machine and
     its operator let it pause and go on; the operator or the end of its last lease stops it.
@@ -12192,6 +12284,12 @@ class NodeService:
         """The end of a turn: a node that is to end leaves when nothing is left to do."""
         if not self._has_work():
             self._leave(now)
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether there are jobs here, run or not."""
+        comps = self._tables.comps.values()
+        return any(comp.attempts for comp in comps)
 
     @property
     def is_ending(self) -> bool:
@@ -12312,6 +12410,7 @@ class Node:
         self.cpus = Cpus(cpus)
         self.lease = NodeLease(serve, client_shutdown)
         self.inquiries = Inquiries(self.tables, self.lease, self.cpus, facts, now)
+        self.lookouts = JobLookouts(self.tables)
         self.past = PastAttempts(self.tables, self.timers)
         self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
         share = FairShare(self.tables, self.cpus)
@@ -12349,6 +12448,7 @@ class Node:
             WorkerLeft: self.scheduler.pool.special.on_worker_left,
             MemoryExceeded: self.interruptions.on_too_big,
             WorkerOverdue: self.interruptions.on_overdue,
+            JobSeen: self.lookouts.on_seen,
             WorkerFile: self.requests.on_file,
             WorkerWants: self.requests.on_wants,
             WorkerPrinted: self.requests.on_printed,
@@ -12374,6 +12474,7 @@ class Node:
             Ack: self.results.on_ack,
             Done: self.computations.on_done,
             Query: self.inquiries.on_query,
+            Call: self.lookouts.on_call,
             Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim,
@@ -12850,6 +12951,11 @@ _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
 # Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
 # the worker raises there.
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
+# Has a worker write its stacks: one that hardly anything uses or that does nothing by default
+if hasattr(signal, 'SIGRTMIN'):
+    STACKS_SIGNAL = int(signal.SIGRTMIN) + 9
+else:
+    STACKS_SIGNAL = int(getattr(signal, 'SIGINFO', 0))
 # Windows has no signal that cannot be handled; to send this one there ends a process likewise
 SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 # Windows translates line ends in files that are not opened with it
@@ -13358,21 +13464,79 @@ class NumericThreads:
 
 class TrackerProcess:
     """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
-    have left behind. It is started by the runner, so that its workers share it: one that a worker
-    started would be a process that its job has left running."""
+    have left behind. It is a child of the runner, so that its workers share it: one that a worker
+    started would be a process that its job has left running. Most jobs never need it, and it is a
+    whole Python: where workers are forked, there is only its pipe until somebody writes to that.
+    What it removes is a convenience, so that jobs run without it, too."""
 
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
         self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+        self._process: Any = None    # if it was started here
         self.pid = 0
+        self.reader = -1    # the end of the pipe that it will read, until it is started
 
     def start(self) -> None:
-        """Start it. What it removes is a convenience, so that jobs run without it, too."""
+        """Start it now."""
         try:
             self._tracker.ensure_running()
-            self.pid = self._tracker._pid or 0
         except (OSError, AttributeError) as exc:   # no room for a process; another Python
-            logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+            self._warn(exc)
+        self.find()
+
+    @staticmethod
+    def _warn(exc: Exception) -> None:
+        logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+
+    def find(self) -> None:
+        """The user's code here may have needed it, and has started it then."""
+        self.pid = getattr(self._tracker, '_pid', None) or self.pid
+
+    def make_pipe(self) -> None:
+        """Called after the computation was loaded, and before workers are forked: make the pipe if
+        the tracker does not run."""
+        self.find()
+        if getattr(self._tracker, '_fd', 0) is not None:
+            return
+        try:
+            self.reader, self._tracker._fd = os.pipe()
+        except OSError as exc:
+            self._warn(exc)
+
+    def start_at_pipe(self) -> None:
+        """Start it: something was written to the pipe."""
+        handle = self.reader
+        self.reader = -1
+        code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        words = [sys.executable, *flags, '-c', code]
+        # It ignores these, but not from its very beginning
+        ignored = (signal.SIGINT, signal.SIGTERM)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+        try:
+            self._process = subprocess.Popen(words, pass_fds=[handle], cwd=os.sep)
+            self.pid = self._tracker._pid = self._process.pid
+        except OSError as exc:
+            self._warn(exc)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(handle)
+
+    def end_pipe(self) -> None:
+        """The workers have ended: if it was not needed, let the user's code that still runs here
+        start it in the usual way. Nobody would read the pipe meanwhile."""
+        if self.reader < 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.reader, selectors.EVENT_READ)
+            is_written = bool(selector.select(0))
+        if is_written:
+            self.start_at_pipe()
+            return
+        os.close(self.reader)
+        os.close(self._tracker._fd)
+        self.reader = -1
+        self._tracker._fd = None
 
     def stop(self) -> None:
         """Let it remove what is left and end; the workers have ended."""
@@ -14282,6 +14446,8 @@ class Worker:
         self._pid = os.getpid()
         self._output.install()
         self._interrupts.install()
+        stack_file = StackFile(self._spec['private'], self._pid)
+        stack_file.begin()
         self._services.install(self._globals)
         # Forked twins would draw the same "random" numbers; `random` sees to it itself
         if 'numpy' in sys.modules:
@@ -14845,6 +15011,101 @@ def processes_in_tree() -> int:
     return 1 + len(children or ())
 
 
+class StackFile:
+    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, also
+    while C code runs. It lies in the private directory of its computation, under its pid."""
+    TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
+    STEP = 0.002
+    # What has called the job, which stands behind its own lines
+    OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
+    SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
+
+    def __init__(self, private: str, pid: int) -> None:
+        self._path = os.path.join(private, 'stacks-%d' % pid)
+        self._pid = pid
+
+    def begin(self) -> None:
+        """Write into it from now on. Called by the process itself. Without a file there are no
+        stacks."""
+        if not STACKS_SIGNAL:
+            return
+        import faulthandler
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with contextlib.suppress(OSError, RuntimeError):
+            opened = os.open(self._path, flags, 0o600)
+            handle = _out_of_reach(opened)
+            faulthandler.register(STACKS_SIGNAL, handle, all_threads=True)
+
+    def read(self) -> str:
+        """Have the process write its stacks. Return them, or why there are none."""
+        if not STACKS_SIGNAL:
+            return 'this system has no signal for it'
+        try:
+            before = os.path.getsize(self._path)
+            if not self._is_ready():
+                return 'the job has changed how its process takes signals'
+            os.kill(self._pid, STACKS_SIGNAL)
+            return self._written(before)
+        except OSError as exc:
+            return 'the stacks cannot be read: %s' % exc
+
+    def _written(self, before: int) -> str:
+        """Wait until it has written, and return that."""
+        until = time.monotonic() + self.TIME
+        size = before
+        while time.monotonic() < until:
+            time.sleep(self.STEP)
+            known = size
+            size = os.path.getsize(self._path)
+            if size > before and size == known:
+                break
+        with open(self._path, 'rb') as file:
+            file.seek(before)
+            data = file.read(STACKS_MOST)
+        if not data:
+            return self.SILENT
+        text = data.decode('utf-8', 'replace')
+        return self.OURS.sub('', text)
+
+    def _is_ready(self) -> bool:
+        """Return whether the process takes the signal, which would end it otherwise, as far as the
+        system tells that."""
+        path = '/proc/%d/status' % self._pid
+        if not os.path.exists(path):
+            return True
+        with open(path) as file:
+            status = file.read()
+        found = re.search(r'^SigCgt:\s*([0-9a-f]+)$', status, re.M)
+        if found is None:
+            return False
+        caught = int(found.group(1), 16)
+        place = 1 << (STACKS_SIGNAL - 1)
+        return bool(caught & place)
+
+    def remove(self) -> None:
+        """Remove the file of a process that has ended."""
+        with contextlib.suppress(OSError):   # there is none
+            os.unlink(self._path)
+
+
+def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes, bytes, bytes]:
+    """Return the stacks of a worker, if they are wanted, and the ends of what its job has printed
+    to stdout and stderr."""
+    stacks = ''
+    if wants_stacks:
+        stack_file = StackFile(private, child.process.pid)
+        stacks = stack_file.read()
+    ends = []
+    for output in (child.out, child.err):
+        status = os.fstat(output.handle)
+        at = max(0, status.st_size - OUTPUT_SEEN)
+        data = output.since(at)
+        ends.append(data[:OUTPUT_SEEN])
+    stdout, stderr = ends
+    encoded = stacks.encode('utf-8', 'replace')
+    return encoded[:STACKS_MOST], stdout, stderr
+
+
 class WorkerProcesses:
     """The worker processes of a runner: forks and signals them, reaps them with all that they have
     left running, limits their memory and shows what they print. What becomes of them is told by
@@ -14867,7 +15128,7 @@ class WorkerProcesses:
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
-        self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+        self.closed_in_workers: List[int] = []   # descriptors that are the runner's alone
         # Worker, which is to be made -> variables of its environment that say what it may use
         self._variables: Dict[int, Dict[str, str]] = {}
 
@@ -14996,6 +15257,19 @@ class WorkerProcesses:
         if child.slots[0] == serial:
             self._interrupt(child)
 
+    def show(self, record: Record) -> None:
+        """Tell what a job does, if its worker still runs it."""
+        serial = record.serial
+        child = self._children.get(record.number)
+        nothing = (b'', b'', b'')
+        seen = nothing
+        if child is not None and child.slots[0] == serial:
+            wants_stacks = bool(record.start)
+            seen = look_at_job(child, self._spec['private'], wants_stacks)
+            if child.slots[0] != serial:   # it may be of the next job
+                seen = nothing
+        self._send(RecordType.SEEN, record.number, serial, 0.0, 0.0, *seen)
+
     def kill(self, record: Record) -> None:
         """Kill a worker."""
         child = self._children.get(record.number)
@@ -15049,6 +15323,8 @@ class WorkerProcesses:
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
                 self._tell_end(key, child, out, err)
+                stack_file = StackFile(self._spec['private'], child.process.pid)
+                stack_file.remove()
                 child.out.close()
                 child.err.close()
                 child.process.close()
@@ -15627,16 +15903,35 @@ class Runner(LoadingProcess):
         captured_output = CapturedOutput(private)
         err = CapturedOutput(private)
         self._catch_output(captured_output, err)
-        if os.name == 'posix':
+        if os.name == 'posix' and not forks:
             self._tracker.start()
-            self._workers.kept_alive.add(self._tracker.pid)
+            self._keep_tracker()
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         unpack_support(self._spec)
         if forks:
             if not self._load(init.bodies[1]):
                 return
+            self._make_tracker_pipe(selector)
             self._tell_up()
         self._serve(selector)
+
+    def _make_tracker_pipe(self, selector: selectors.BaseSelector) -> None:
+        self._tracker.make_pipe()
+        self._keep_tracker()
+        if self._tracker.reader >= 0:
+            selector.register(self._tracker.reader, selectors.EVENT_READ,
+                              functools.partial(self._start_tracker, selector))
+
+    def _start_tracker(self, selector: selectors.BaseSelector) -> None:
+        selector.unregister(self._tracker.reader)
+        self._workers.closed_in_workers.remove(self._tracker.reader)
+        self._tracker.start_at_pipe()
+        self._keep_tracker()
+
+    def _keep_tracker(self) -> None:
+        """It is no process that a job has left running, whoever has started it."""
+        self._tracker.find()
+        self._workers.kept_alive.add(self._tracker.pid)
 
     def _loaded(self) -> None:
         self._workers.keep_children()
@@ -15644,6 +15939,7 @@ class Runner(LoadingProcess):
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     def _not_loaded(self) -> None:
+        self._keep_tracker()
         self._workers.kill_strays()
         self._tracker.stop()
         # Nobody wants it any more, and what that has interrupted is no fault
@@ -15667,7 +15963,9 @@ class Runner(LoadingProcess):
         writer.setblocking(False)
         workers = self._workers
         handle = reader.fileno()
-        workers.closed_in_workers = (handle, writer.fileno())
+        workers.closed_in_workers = [handle, writer.fileno()]
+        if self._tracker.reader >= 0:
+            workers.closed_in_workers.append(self._tracker.reader)
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
         descriptor = writer.fileno()
@@ -15677,7 +15975,7 @@ class Runner(LoadingProcess):
         handlers = {RecordType.FORK: lambda record: workers.start(record, self._take_socket),
                     RecordType.INTERRUPT: workers.interrupt, RecordType.KILL: workers.kill,
                     RecordType.RECALL: workers.recall, RecordType.WATCH: workers.watch,
-                    RecordType.EQUIP: workers.equip,
+                    RecordType.EQUIP: workers.equip, RecordType.LOOK: workers.show,
                     RecordType.ASK: lambda record: self._send(RecordType.ALIVE)}
         try:
             workers.begin()
@@ -15697,9 +15995,11 @@ class Runner(LoadingProcess):
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
+        self._tracker.end_pipe()
         if not self._is_closed:   # first of all, as the next program may wait for it
             write_notes(self._spec['private'])
         self._clean_up()
+        self._keep_tracker()
         self._workers.drop_children()
         self._finalize()
         self._tracker.stop()
@@ -16009,21 +16309,31 @@ def node_facts() -> dict:
     pid = os.getpid()
     return {
         'python': python, 'dispy': __version__, 'platform': system, 'cloudpickle': cloudpickle,
-        'pid': pid
+        'pid': pid, 'looks': True
     }
 
 
 def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
-    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
-    that fails does not hide the others."""
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
+    there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
+    of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
+    the others."""
     cpu = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
     memory = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+    memory_total = ask_psutil(lambda psutil: psutil.virtual_memory().total)
     swap = ask_psutil(lambda psutil: psutil.swap_memory().free)
-    found: Dict[str, Optional[float]] = {'cpu': cpu, 'memory': memory, 'disk': None, 'swap': swap}
+    found: Dict[str, Optional[float]] = {
+        'cpu': cpu,
+        'memory': memory,
+        'memory_total': memory_total,
+        'disk': None,
+        'disk_total': None,
+        'swap': swap,
+    }
     with contextlib.suppress(OSError):   # the directory was removed
         usage = shutil.disk_usage(directory)
         found['disk'] = usage.free
+        found['disk_total'] = usage.total
     return found
 
 
@@ -16582,10 +16892,12 @@ def pythons_text(facts: Dict[str, Any]) -> str:
     return ', '.join(texts)
 
 
-def whole_memory() -> Optional[int]:
+def whole_memory(given: Optional[int] = None) -> Optional[int]:
     """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
-    cgroup of this process. None where nobody tells."""
+    cgroup of this process, and at most what is given. None where nobody tells."""
     sizes = []
+    if given is not None:
+        sizes.append(given)
     found = re.search(r'^MemTotal: *(\d+) kB', _text_of('/proc/meminfo'), re.MULTILINE)
     if found:
         sizes.append(int(found.group(1)) << 10)
@@ -16631,6 +16943,7 @@ class Options(NamedTuple):
     grace: float = GRACE                   # s that jobs have to end when the node is stopped
     offer: Offer = Offer()
     interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
+    memory: Optional[int] = None           # bytes that jobs may have together
 
 
 class ChildEnded(NamedTuple):
@@ -17764,6 +18077,10 @@ class WorkerPipes:
         """Interrupt what a worker runs."""
         self._order(RecordType.INTERRUPT, action.worker, action.serial)
 
+    def look(self, action: Look) -> None:
+        """Look at the job of a worker."""
+        self._order(RecordType.LOOK, action.worker, action.serial, float(action.stacks))
+
     def kill(self, action: Kill) -> None:
         """Kill a worker."""
         self._order(RecordType.KILL, action.worker)
@@ -17822,6 +18139,7 @@ class ProcessHost:
             RecordType.UNBORN: self._on_worker_start_failed,
             RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
             RecordType.OVERDUE: self._on_overdue,
+            RecordType.SEEN: self._on_seen,
             RecordType.PRINTED: self._on_printed,
         }
 
@@ -18072,6 +18390,12 @@ class ProcessHost:
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
         event = WorkerOverdue(record.number, record.serial)
         self._host.tell(event)
+
+    def _on_seen(self, run: ComputationProcesses, record: Record) -> None:
+        stacks, stdout, stderr = map(bytes, record.bodies)
+        text = stacks.decode('utf-8', 'replace')
+        job_seen = JobSeen(record.number, record.serial, text, stdout, stderr)
+        self._host.tell(job_seen)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -18388,7 +18712,7 @@ class NodeHost:
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
         facts = dict(facts or node_facts(), start_method=options.start_method,
-                     resources=options.offer.counts, memory_total=whole_memory(),
+                     resources=options.offer.counts, memory_total=whole_memory(options.memory),
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
@@ -18429,6 +18753,7 @@ class NodeHost:
             StartWorker: self.processes.workers.start_worker,
             SendToWorker: self.processes.workers.feed,
             Interrupt: self.processes.workers.interrupt,
+            Look: self.processes.workers.look,
             Kill: self.processes.workers.kill,
             LimitMemory: self.processes.workers.watch,
             TakeFromWorker: self.processes.workers.take_back,
@@ -19105,6 +19430,70 @@ def write_stacks_on_signal() -> None:
         logger.debug('stacks cannot be written: %s', exc)
 
 
+class Lifetime:
+    """Decides when a node ends by itself: before a time limit, as Slurm has it, or after some time
+    without jobs. Times are in seconds."""
+    APART = 1.0     # s between two looks
+
+    def __init__(self, born: float, limit: float, ahead: float, idle: float, grace: float) -> None:
+        """The node was born then and has `limit` seconds. It takes no new jobs for the last `ahead`
+        of them, and none when it has had none for `idle` seconds; jobs have `grace` seconds to end.
+        Raises ValueError for times that make no sense."""
+        last = max(ahead, grace + LIMIT_MARGIN)
+        if limit <= last:
+            raise ValueError('--time-limit %g: it has to be more than %g s: --drain-before, or '
+                             '--grace and %g s' % (limit, last, LIMIT_MARGIN))
+        self._drains_at = born + limit - last
+        self._stops_at = born + limit - grace - LIMIT_MARGIN
+        self._idle = idle
+        self._busy_at = born
+        self._is_finishing = False
+
+    @classmethod
+    def of_options(cls, args: argparse.Namespace, now: float) -> Optional['Lifetime']:
+        """What the command line says, or None if it says nothing of this. Raises ValueError."""
+        if args.time_limit is None and args.end_idle is None:
+            return None
+        limit = args.time_limit or math.inf
+        idle = args.end_idle or math.inf
+        ahead = args.drain_before
+        if ahead is None:
+            ahead = min(DRAIN_BEFORE, limit / 2)
+        return cls(now, limit, ahead, idle, args.grace)
+
+    def look(self, has_jobs: bool, now: float) -> Any:
+        """The event that is to be told to the node now, or None."""
+        if has_jobs:
+            self._busy_at = now
+        if now >= self._stops_at:
+            self._stops_at = math.inf
+            logger.info('its time limit (--time-limit) is near')
+            return Stop()
+        if self._is_finishing:
+            return None
+        if now >= self._drains_at:
+            logger.info('its time limit (--time-limit) comes nearer')
+        elif now - self._busy_at >= self._idle:
+            logger.info('it has had no jobs for %g s (--end-idle)', self._idle)
+        else:
+            return None
+        self._is_finishing = True
+        return Finish()
+
+    def watch(self, daemon: Daemon) -> None:
+        """Look again and again, in the thread of the loop."""
+        def look() -> None:
+            event = self.look(daemon.node.service.has_jobs, daemon.now)
+            if event is not None:
+                daemon.tell(event)
+
+        def wake() -> None:
+            while True:
+                time.sleep(self.APART)
+                daemon.call_soon(look)
+        threading.Thread(target=wake, daemon=True, name='dispy-lifetime').start()
+
+
 class ServiceManager:
     """systemd, if it has started this process as a service of Type=notify. It is told when the
     service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
@@ -19562,6 +19951,17 @@ def make_parser() -> OptionParser:
         metavar='NAME=PATH',
         help='another Python that jobs may run on (JobCluster: python=), such as bin/python of a '
         'virtual environment; may be repeated')
+    add('--memory', type=size_option, metavar='N[kmgt]',
+        help='bytes of memory that jobs may reserve together (default: what the host or its '
+        'cgroup has)')
+    add('--time-limit', type=seconds_option, metavar='S',
+        help='seconds after which the host is taken away, as by Slurm: the node ends before that '
+        'by itself')
+    add('--drain-before', type=seconds_option, metavar='S',
+        help='with --time-limit: take no new jobs from so many seconds before it on, and end when '
+        'none is left (default: %g)' % DRAIN_BEFORE)
+    add('--end-idle', type=seconds_option, metavar='S',
+        help='end after so many seconds without jobs')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -19808,7 +20208,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                    60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
                    args.msg_timeout, args.force_cleanup, args.start_method
                    or default_start_method(), grace=args.grace,
-                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python))
+                   offer=find_offer(args.resource), interpreters=find_interpreters(args.python),
+                   memory=args.memory)
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
@@ -19846,6 +20247,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for text in args.scheduler_host:
                 host_and_ports.append(host_and_port(text, args.scheduler_port))
             schedulers = tuple(host_and_ports)
+            lifetime = Lifetime.of_options(args, time.monotonic())
         except ValueError as exc:
             parser.error(str(exc))
         if args.save_config:
@@ -19865,6 +20267,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
+    if lifetime is not None:
+        lifetime.watch(daemon)
     manager.ready('%d CPUs at port %d' % (cpus, port), daemon.call_soon)
     try:
         return run_until_ended(daemon)

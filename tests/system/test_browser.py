@@ -95,7 +95,13 @@ class Browser:
         return self.driver.execute_script(
             'return Object.fromEntries('
             '[...document.querySelector("section").querySelectorAll("[data-figure]")]'
-            '.map(e => [e.dataset.figure, parseInt(e.firstChild.data.replace(/[^0-9]/g, ""))]))')
+            '.map(e => [e.dataset.figure, '
+            'parseInt(e.firstChild.textContent.replace(/[^0-9]/g, ""))]))')
+
+    def bars(self):
+        """What the canvas of the timeline tells of itself."""
+        return dict(self.script('const bars = document.getElementById("bars"); '
+                                'return bars ? {...bars.dataset} : {}'))
 
     def script(self, text, *args):
         return self.driver.execute_script(text, *args)
@@ -298,13 +304,95 @@ def test_the_keyboard_is_enough(browse):
         browser.reads('Jobs there')
 
 
+def test_jobs_are_found_looked_at_and_cancelled(browse, tmp_path):
+    """From a count to the list, by searching, to one job, whose output follows its end; to its
+    stack; and from a group of failures to its jobs. The title says how far all is."""
+    end = str(tmp_path / 'end')
+    with dispy.JobCluster(scene, nodes='local') as cluster, monitor(cluster) as server:
+        browser = browse(server)
+        jobs = [cluster.submit_job_id('job%d' % n, n, end) for n in range(43)]
+        eventually(lambda: dispy.core_of(cluster).book.submitted
+                   - dispy.core_of(cluster).book.pending == 42, seconds=40)
+        browser.see(lambda: browser.driver.title.startswith('97 % \u00b7 6 failed \u00b7 Clusters'),
+                    'a title')
+        browser.click('6', 'dd a[href*="state=failed"]')
+        browser.see(lambda: len(browser.all('main tbody tr')) == 6)
+        browser.page('failures').click('', 'summary')
+        browser.reads('no convergence after # steps', 'scene')
+        browser.click('all 6 in the list', 'details a')
+        browser.see(lambda: len(browser.all('main tbody tr')) == 6)
+        browser.click('running', '.tabs a')
+        browser.see(lambda: len(browser.all('main tbody tr')) == 1)
+        browser.click('all', '.tabs a')
+        browser.all('input[type=search]')[0].send_keys('JOB42')
+        browser.see(lambda: len(browser.all('main tbody tr')) == 1)
+        assert browser.all('input[type=search]')[0].get_attribute('value') == 'JOB42'
+        browser.click('job42', 'td a')
+        browser.reads('Job job42', 'step 1 of 42')
+        # The end of what is printed stays in sight, until somebody scrolls away from it
+        bottom = ('const box = document.querySelector("pre[aria-label=stdout]"); '
+                  'return box && box.scrollHeight > box.clientHeight '
+                  '&& box.scrollHeight - box.scrollTop - box.clientHeight')
+        browser.see(lambda: browser.script(bottom) is not False and browser.script(bottom) < 5)
+        browser.script('document.querySelector("pre[aria-label=stdout]").scrollTop = 0')
+        lines = browser.text('pre[aria-label=stdout]')
+        browser.see(lambda: browser.text('pre[aria-label=stdout]') != lines)
+        assert browser.script(bottom) > 5
+        browser.click('Show its stack')
+        browser.reads('most recent call first', 'in scene')
+        browser.click('Cancel')
+        browser.click('Yes: cancel')
+        eventually(lambda: jobs[42].status == dispy.DispyJob.Cancelled)
+        browser.reads('cancelled')
+        assert browser.errors() == []
+        (tmp_path / 'end').write_text('')
+        assert cluster.wait(20)
+
+
+def test_the_timeline_by_pointer_and_by_keyboard(browse, tmp_path):
+    end = str(tmp_path / 'end')
+    with NodeProcess(tmp_path / 'a', '--name', 'basement', cpus=1) as node:
+        with dispy.JobCluster(scene, nodes=[node.address]) as cluster, monitor(cluster) as server:
+            browser = browse(server).page('timeline?span=60')
+            browser.reads('Timeline', '0 of 1 CPU at work')
+            job = cluster.submit_job_id(EVIL, 44, end)
+            browser.reads('1 of 1 CPU at work')
+            canvas = browser.all('#bars')[0]
+            pointer = webdriver.ActionChains(browser.driver)
+            right = int(canvas.get_attribute('clientWidth')) // 2 - 2
+            pointer.move_to_element_with_offset(canvas, right, 10).perform()
+            browser.reads('basement, CPU 1', 'running', EVIL, '44, ')
+            assert (browser.script('return window.broken') is None
+                    and browser.all('main script, main img') == [])
+            (tmp_path / 'end').write_text('')
+            assert job(20) == 44
+            browser.reads('0 of 1 CPU at work')
+            canvas = browser.all('#bars')[0]
+            canvas.send_keys(Keys.ARROW_DOWN)   # there is no other CPU: the same bar
+            browser.see(lambda: 'done' in browser.text('#tip'))
+            canvas.send_keys(Keys.ENTER)
+            browser.reads('Job <script>', 'Waited')
+            assert browser.errors() == []
+
+
+def test_nodes_are_where_it_opens_if_only_these_are_watched(browse, tmp_path):
+    with NodeProcess(tmp_path / 'a', '--name', 'basement') as node:
+        source = dispy_httpd.NodesSource(dispy_httpd.NodeMonitor([node.address]))
+        with dispy_httpd.SourceHTTPServer(source, port=0, poll_sec=0.25) as server:
+            browser = browse(server)
+            browser.reads('basement', 'Memory free')
+            assert browser.driver.current_url.endswith('#/nodes')
+            browser.see(lambda: browser.text('#nav').split() == ['Nodes', 'Manage'])
+
+
 def scene(number, end):
     print('step 1 of', number, flush=True)
     time.sleep(number / 50)
     if number % 7 == 6:
         raise ValueError('no convergence after %d steps' % (number % 3 * 100))
     while number > 40 and not os.path.exists(end):
-        time.sleep(0.01)
+        print('waiting', flush=True)
+        time.sleep(0.1)
     return number
 
 
@@ -325,13 +413,16 @@ def test_pictures_of_every_page(browse, tmp_path, look, width, height, dark):
             cluster.set_node_cpus('attic', 1)
             browser = browse(server, width=width, height=height, dark=dark)
             eventually(lambda: dispy.core_of(cluster).book.finished > 30, seconds=40)
-            for page in ('clusters', 'nodes', 'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
+            for page in ('clusters', 'timeline?span=60', 'jobs', 'job?cluster=1&job=7', 'nodes',
+                         'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
                 browser.page(page).see(lambda: browser.all('main h1')
                                        and 'Loading' not in browser.text())
                 if page == 'failures':
                     browser.click('', 'summary')
                 elif page.startswith('node?'):
                     browser.see(lambda: browser.all('pre'))
+                elif page.startswith('timeline?'):
+                    browser.see(lambda: browser.bars().get('nodes') == '2')
                 assert browser.script('return document.documentElement.scrollWidth') <= width
                 if width < 500:
                     browser.size(width, max(height, min(
@@ -350,7 +441,8 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
     with NodeProcess(tmp_path / 'a', '--name', 'basement') as a, \
             NodeProcess(tmp_path / 'b', '--name', 'attic', cpus=1) as b, \
             SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % a.port,
-                             '-n', '127.0.0.1:%d' % b.port, '--httpd', '0') as scheduler, \
+                             '-n', '127.0.0.1:%d' % b.port, '--httpd', '0',
+                             '--history', '1') as scheduler, \
             dispy.SharedJobCluster(scene, scheduler_port=scheduler.port) as first, \
             dispy.SharedJobCluster(work, scheduler_port=scheduler.port) as second:
         browser = browse(scheduler.page(), width=width, height=height, dark=dark)
@@ -367,7 +459,8 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
                 'const card = document.querySelector(`section[aria-label="cluster '
                 '${arguments[0]}"]`); return card && Object.fromEntries('
                 '[...card.querySelectorAll("[data-figure]")].map(e => '
-                '[e.dataset.figure, parseInt(e.firstChild.data.replace(/[^0-9]/g, ""))]))', name)
+                '[e.dataset.figure, '
+                'parseInt(e.firstChild.textContent.replace(/[^0-9]/g, ""))]))', name)
         browser.see(lambda: [shown('work')[word]
                              for word in ('Done', 'Failed', 'Cancelled', 'Running', 'Waiting')]
                     == [59, 1, 0, 0, 0])
@@ -375,13 +468,16 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
             lambda: sum(shown('scene')[word] for word in ('Done', 'Failed', 'Running', 'Waiting'))
             == 60 and shown('scene')['Running'] == 3)
         browser.reads('PID %d' % os.getpid(), 'all programs of the dispyscheduler')
-        for page in ('clusters', 'nodes', 'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
+        for page in ('clusters', 'timeline?span=60', 'jobs', 'nodes', 'node?id=1.%s:%d' % a.address,
+                     'failures', 'accounts', 'manage'):
             browser.page(page).see(lambda: browser.all('main h1')
                                    and 'Loading' not in browser.text())
             if page == 'failures':
                 browser.click('', 'summary')
             elif page.startswith('node?'):
                 browser.reads(end, 'running')
+            elif page == 'accounts':
+                browser.reads('by computation', 'CPU time')
             assert browser.script('return document.documentElement.scrollWidth') <= width
             if width < 500:
                 browser.size(width, max(height, min(

@@ -193,7 +193,8 @@ def test_the_archives_can_be_built_and_are_right(tmp_path):
     for module in ('build', 'twine'):
         pytest.importorskip(module, reason='%s is not installed' % module)
     source = tmp_path / 'source'
-    others = shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.egg-info', '__pycache__')
+    others = shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.egg-info', '__pycache__',
+                                    '.pytest_cache')
     shutil.copytree(ROOT, str(source), ignore=others)
     out = tmp_path / 'dist'
     run = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'universal_newlines': True,
