@@ -72,6 +72,7 @@ import argparse
 import ast
 import atexit
 import base64
+import bisect
 import builtins
 import collections
 import collections.abc
@@ -153,7 +154,7 @@ from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
 from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS
-from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST
+from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
@@ -172,8 +173,9 @@ from dispynode import digest_of, discovery_reach, dumps, exit_text, file_digest,
 from dispynode import Failing, failure_to_connect, find_offer, find_secret, format_address
 from dispynode import globals_of, has_place, host_and_port, in_one_piece, in_parts, is_comp
 from dispynode import is_named, is_outcome, is_own_address, is_request, is_serial, job_number
-from dispynode import keeps_identity, loads, lock_file, log_record_of, machine, module_dict
-from dispynode import offer_to_joblib, open_pieces, open_plain, open_regular, out_of_band
+from dispynode import keep_private, keeps_identity, loads, lock_file, log_record_of, machine
+from dispynode import module_dict, move_below, offer_to_joblib, open_pieces, open_plain
+from dispynode import open_regular, others_who, out_of_band, private_again
 from dispynode import pack_error, package_version, path_option, plain_form, plain_text
 from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
@@ -206,6 +208,11 @@ DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
+# Jobs that must have ended before one that runs is started a second time, and how many times their
+# median it must have run by then
+SPECULATE_AFTER = 10
+SPECULATE_TIMES = 2
+DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
@@ -1888,6 +1895,7 @@ class Opened(NamedTuple):
     reentrant: bool
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    speculate: bool = False      # its last jobs are started a second time, see `Speculation`
 
 
 class Submitted(NamedTuple):
@@ -2004,6 +2012,22 @@ class NodeHad(NamedTuple):
     until: float
 
 
+class SecondHad(NamedTuple):
+    """When a scheduler starts, after NodeHad of the same node: a job that ran elsewhere was started
+    there a second time, by an attempt with this serial."""
+    node: Any
+    comp: str
+    work: Any
+    serial: int
+
+
+class SecondWins(NamedTuple):
+    """A second attempt has finished; its result comes later."""
+    node: Any
+    comp: str
+    serial: int
+
+
 class NodeLost(NamedTuple):
     """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
     none the less."""
@@ -2052,6 +2076,30 @@ class SendJobs(NamedTuple):
     node: Any
     comp: str
     works: list
+
+
+class SendSecond(NamedTuple):
+    """Send second attempts of jobs that run elsewhere, rows of SecondAttempt."""
+    node: Any
+    comp: str
+    works: list
+
+
+class SecondOver(NamedTuple):
+    """A second attempt counts no more; what it has sent is dropped."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+
+
+class SecondCounts(NamedTuple):
+    """A second attempt is that of its job from now on: it has finished, or the first has failed.
+    What it has sent takes the place of what the first has sent. `ran` as in NodeStarted, None if it
+    is not known to have begun."""
+    node: Any
+    comp: str
+    second: 'SecondAttempt'
+    ran: Optional[float]
 
 
 class SendCancel(NamedTuple):
@@ -2365,11 +2413,101 @@ def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
     return rank < (-priority_of(other), other.serial >> 16)
 
 
+class SecondAttempt(ScheduledJob):
+    """An attempt to run a job that runs elsewhere already, see `Speculation`.
+
+    first - the job
+    node - the key of the node where the attempt is
+    begun - since when it runs, None if it is not known to
+    rows - its provisional results, which are held back
+    said - what it has printed and logged, which the driver holds back
+    """
+    __slots__ = ('first', 'node', 'begun', 'rows', 'said')
+
+    def __init__(self, first: ScheduledJob, node: Any, serial: int) -> None:
+        super().__init__(first.comp, first.payload, first.options)
+        self.serial = serial
+        self.first = first
+        self.node = node
+        self.begun: Optional[float] = None
+        self.rows: List[tuple] = []
+        self.said: List[Output] = []
+
+
+class MedianDuration:
+    """The median of how long the jobs of a computation took that have ended last."""
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque()
+        self._sorted: List[float] = []
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        for seconds in durations:
+            self._last.append(seconds)
+            bisect.insort(self._sorted, seconds)
+            if len(self._last) > DURATIONS_KEPT:
+                oldest = self._last.popleft()
+                del self._sorted[bisect.bisect_left(self._sorted, oldest)]
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The median; None before enough have ended."""
+        count = len(self._sorted)
+        if count < SPECULATE_AFTER:
+            return None
+        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+
+
+class SecondAttempts:
+    """The second attempts of one computation."""
+
+    def __init__(self) -> None:
+        self.median = MedianDuration()
+        self.by_serial: Dict[int, SecondAttempt] = {}
+        self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
+        # Serials of attempts beside or before which another has failed: there is no third
+        self.tried: Set[int] = set()
+        # Number of a job -> the last of the serials that second attempts of it have had
+        self._serials: Dict[int, int] = {}
+
+    def new(self, work: ScheduledJob, node: Any, serial: int = 0) -> SecondAttempt:
+        """A second attempt of a job at a node; its serial is new, or given."""
+        number = job_number(work.serial)
+        last = self._serials.get(number, 0)
+        serial = serial or max(last, work.serial) + 1
+        second = SecondAttempt(work, node, serial)
+        self._serials[number] = serial
+        self.by_serial[serial] = second
+        self.of_job[work] = second
+        return second
+
+    def remove(self, second: SecondAttempt) -> None:
+        """It counts no more, or it is that of its job."""
+        del self.by_serial[second.serial]
+        del self.of_job[second.first]
+
+    def pass_over(self, work: ScheduledJob) -> None:
+        """The next attempt of a job has a serial that none before had."""
+        last = self._serials.pop(job_number(work.serial), 0)
+        work.serial = max(work.serial, last)
+
+    def forget(self, work: ScheduledJob) -> None:
+        """A job has ended."""
+        self._serials.pop(job_number(work.serial), None)
+        self.tried.discard(work.serial)
+
+    def at(self, key: Any) -> List[SecondAttempt]:
+        """Those that are at a node."""
+        return [second for second in self.by_serial.values() if second.node == key]
+
+
 class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, speculates = opened
+        self.seconds = SecondAttempts() if speculates and not self.remote else None
         # Node -> CPUs that it may use there, if `most` were more
         self.offers: Dict[Any, int] = {}
         self.order = order
@@ -2484,7 +2622,7 @@ class NodeLoad:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'in_flight', 'comps', 'recalled', 'limits',
                  'parts', 'draining', 'away', 'offers', 'cpus_reserved', 'begun', 'ahead', 'ranks',
-                 'trip', 'probe', 'tried_until', 'stock')
+                 'trip', 'probe', 'tried_until', 'stock', 'seconds')
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -2501,6 +2639,8 @@ class NodeLoad:
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
         self.stock = Stock()
+        # Second attempts that are here; none is counted among the jobs
+        self.seconds: List[SecondAttempt] = []
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
@@ -2638,6 +2778,9 @@ class NodeLoad:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        if comp.seconds is not None:
+            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
+            comp.seconds.median.add([row[3] - row[2] for row in finished])
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -2784,6 +2927,8 @@ class Books:
         move_job(work, 'send')
         if comp.blocked_head is work:
             comp.blocked_head = None
+        if comp.seconds is not None:
+            comp.seconds.pass_over(work)
         work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
@@ -2836,6 +2981,20 @@ class Books:
             there.ranks[comp.comp] = collections.Counter()
             for work in there.in_flight[comp.comp].values():
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
+
+    def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """An attempt that is at a node counts as that of its job from now on."""
+        cpus = cpus_of(work)
+        node.take(comp.comp, cpus)
+        node.stock.take(work)
+        node.bytes += _bytes_of(work)
+        comp.cpus_in_flight += cpus
+        self.client_cpus[comp.client] += cpus
+        node.in_flight[comp.comp][work.serial] = work
+        comp.running[work.serial] = node
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        self.changed[node.key] = node
 
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
@@ -3413,12 +3572,313 @@ class Repetitions:
             books.changed[node.key] = node
 
 
+class Speculation:
+    """Starts the last running jobs of computations that want it a second time, on idle CPUs of
+    other nodes, when nothing waits and they have run for much longer than others took. What
+    finishes first counts. A failure of one attempt counts for nothing while the other goes on.
+
+    A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
+    needs them is sent there, and the second attempt is ended for it."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._comps: Dict[str, ComputationLoad] = {}   # that want it
+        self._due = math.inf     # when the first job has run for long enough
+
+    def begin(self, comp: ComputationLoad) -> None:
+        """A computation is opened."""
+        if comp.seconds is not None:
+            self._comps[comp.comp] = comp
+
+    def closed(self, comp: ComputationLoad) -> None:
+        """A computation is over."""
+        self._comps.pop(comp.comp, None)
+        if comp.seconds is not None:
+            for second in list(comp.seconds.by_serial.values()):
+                self._drop(comp, second)
+
+    # -- the end of a turn -------------------------------------------------------------------------
+
+    def next_at(self) -> float:
+        """When a job will have run for so long that it may be started a second time."""
+        return self._due
+
+    def look(self) -> None:
+        """End second attempts that are in the way of jobs, and start others."""
+        self._due = math.inf
+        for comp in self._comps.values():
+            self._make_way(comp)
+            self._start_late(comp)
+
+    def _make_way(self, comp: ComputationLoad) -> None:
+        """End those of a computation whose CPUs, or what else they use, a job needs."""
+        seconds: Any = comp.seconds
+        for second in list(seconds.by_serial.values()):
+            node = self._books.nodes[second.node]
+            if node.away is not None:
+                continue
+            place = node.seconds.index(second)
+            before = node.seconds[:place]
+            fits = self._fits(node, second, before)
+            if not fits:
+                self._cancel(comp, second)
+
+    @staticmethod
+    def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
+        """Whether a second attempt finds at a node what it needs, beside the jobs there and these
+        second attempts."""
+        needs: Dict[str, int] = collections.Counter()
+        cpus = 0
+        own = 0     # CPUs of the same computation
+        for work in (second, *others):
+            count = cpus_of(work)
+            cpus += count
+            if work.comp == second.comp:
+                own += count
+            for name, units in needs_of(work):
+                needs[name] += units
+        limit = node.limits[second.comp]
+        own += node.parts[second.comp]
+        if node.used + cpus > node.cpus or own > limit:
+            return False
+        request = tuple(needs.items())
+        return node.stock.has_free(request)
+
+    def _start_late(self, comp: ComputationLoad) -> None:
+        """Start those jobs of a computation a second time that have run for long enough."""
+        median = comp.seconds.median.seconds  # type: ignore[union-attr]
+        if median is None or not comp.idle or comp.length():
+            return
+        late = []
+        for node in comp.nodes.values():
+            flight = node.in_flight[comp.comp]
+            for serial, since in node.begun[comp.comp].items():
+                work = flight[serial]
+                if not self._may_be_started(comp, work):
+                    continue
+                due = since + SPECULATE_TIMES * median
+                if due <= self._books.now:
+                    late.append((since, serial))
+                else:
+                    self._due = min(self._due, due)
+        late.sort()
+        for _, serial in late:
+            node = comp.running[serial]
+            self._start(comp, node, serial)
+
+    @staticmethod
+    def _may_be_started(comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether there may be a second attempt of a job that runs."""
+        seconds: Any = comp.seconds
+        if work.state not in _GOING_ON or work in seconds.of_job:
+            return False
+        if work.options and work.options.get('node') is not None:
+            return False
+        return work.serial not in seconds.tried
+
+    def _start(self, comp: ComputationLoad, first: NodeLoad, serial: int) -> None:
+        """Start a job a second time, if a CPU of another node is idle that no job may want."""
+        work = first.in_flight[comp.comp][serial]
+        for node in comp.idle.values():
+            if node is first or self._is_wanted(node):
+                continue
+            if self._fits(node, work, node.seconds):
+                seconds: Any = comp.seconds
+                second = seconds.new(work, node.key)
+                node.seconds.append(second)
+                send_second = SendSecond(node.key, comp.comp, [second])
+                self._books.do(send_second)
+                return
+
+    @staticmethod
+    def _is_wanted(node: NodeLoad) -> bool:
+        """Whether jobs wait that might come to a node."""
+        for comp in node.comps.values():
+            if comp.length() or comp.overloaded:
+                return True
+        return False
+
+    # -- what nodes tell ---------------------------------------------------------------------------
+
+    def at(self, key: Any, comp: ComputationLoad, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt with this serial, if it is at this node."""
+        if comp.seconds is None:
+            return None
+        second = comp.seconds.by_serial.get(serial)
+        if second is None or second.node != key:
+            return None
+        return second
+
+    def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
+        """The same by the name of a computation, which may be over or have none."""
+        comp = self._comps.get(name)
+        if comp is None:
+            return None
+        return self.at(key, comp, serial)
+
+    def had(self, event: SecondHad) -> None:
+        """One that was started by the process before this one."""
+        comp = self._books.comps[event.comp]
+        if comp.seconds is None:
+            return
+        second = comp.seconds.new(event.work, event.node, event.serial)
+        self._books.nodes[event.node].seconds.append(second)
+
+    def started(self, node: NodeLoad, comp: ComputationLoad, serial: int, ran: float) -> None:
+        """An attempt that is none of the jobs there has begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            second.begun = self._books.now - max(0.0, ran)
+
+    def held(self, node: NodeLoad, comp: ComputationLoad, account: Account) -> Set[int]:
+        """What a node knows is compared with what was sent there. Returns the serials that are
+        there."""
+        there = set()
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            verdict, _ = account.verdict(second.serial, Occasion.CONNECTED)
+            if verdict is Verdict.STAYS:
+                there.add(second.serial)
+            else:
+                self._drop(comp, second)
+        return there
+
+    def returned(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
+        """A node gives one back that has not begun."""
+        second = self.at(node.key, comp, serial)
+        if second is not None:
+            self._fail(comp, second)
+
+    def lost(self, node: NodeLoad, comp: ComputationLoad) -> None:
+        """A node is gone."""
+        for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
+            self._drop(comp, second)
+
+    def results(self, node: NodeLoad, comp: ComputationLoad, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that do not count: failures of second attempts, and what
+        these send before it is known whether they count. One that has finished is that of its job
+        from now on."""
+        if comp.seconds is None:
+            return rows
+        counting = []
+        for row in rows:
+            second = self.at(node.key, comp, row[0])
+            if second is not None and row[1] in PROVISIONAL:
+                second.rows.append(row)
+            elif second is not None and row[1] not in RETURNED:
+                self._fail(comp, second)
+            else:
+                if second is not None:
+                    self._let_count(comp, second)
+                counting.append(row)
+        return counting
+
+    def came(self, comp: ComputationLoad, pairs: Sequence[Tuple[ScheduledJob, tuple]]) -> None:
+        """Jobs have ended, or have a provisional result."""
+        for work, _ in pairs if comp.seconds is not None else ():
+            if work.state in ENDED:
+                self.ended(comp, work)
+
+    def wins(self, event: SecondWins) -> None:
+        """One has finished; its result comes later."""
+        pair = self._books.pair(event.node, event.comp)
+        if pair is None:
+            return
+        node, comp = pair
+        second = self.at(node.key, comp, event.serial)
+        if second is not None:
+            self._let_count(comp, second)
+
+    # -- what becomes of the job -------------------------------------------------------------------
+
+    def ended(self, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """A job has ended, or is not wanted any more: so is its second attempt."""
+        seconds = comp.seconds
+        if seconds is None:
+            return
+        second = seconds.of_job.get(work)
+        if second is not None:
+            self._cancel(comp, second)
+        if work.state in ENDED:
+            seconds.forget(work)
+
+    def goes_on(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
+        """Whether a job goes on whose first attempt has ended and is on no node any more: its
+        second is that of the job then."""
+        if comp.seconds is None or work.state is JobState.CANCELLING:
+            return False
+        second = comp.seconds.of_job.get(work)
+        if second is None:
+            return False
+        self._let_count(comp, second)
+        return True
+
+    def _let_count(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt takes the place of the first, which is ended if it goes on."""
+        books = self._books
+        work = second.first
+        before = comp.running.get(work.serial)
+        if before is not None:
+            books.take_off(before, comp, [work.serial])
+            send_cancel = SendCancel(before.key, comp.comp, [work.serial])
+            books.do(send_cancel)
+        else:
+            seconds: Any = comp.seconds
+            seconds.tried.add(second.serial)
+        self._remove(comp, second)
+        work.serial = second.serial
+        node = books.nodes[second.node]
+        books.goes_on_at(node, comp, work)
+        ran = None
+        if second.begun is not None:
+            ran = books.now - second.begun
+            node.begun[comp.comp][work.serial] = second.begun
+        elif before is None:   # otherwise it has finished
+            move_job(work, 'back')
+            books.do(JobWaits(work))
+            move_job(work, 'send')
+        second_counts = SecondCounts(node.key, comp.comp, second, ran)
+        books.do(second_counts)
+        pairs = []
+        for row in second.rows:
+            move_job(work, 'provisional')
+            pairs.append((work, row))
+        if pairs:
+            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
+            books.do(jobs_ended)
+
+    def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        """A second attempt has failed: the first goes on, and has no other."""
+        seconds: Any = comp.seconds
+        seconds.tried.add(second.first.serial)
+        self._drop(comp, second)
+
+    def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._drop(comp, second)
+        send_cancel = SendCancel(second.node, comp.comp, [second.serial])
+        self._books.do(send_cancel)
+
+    def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        self._remove(comp, second)
+        second_over = SecondOver(second.node, comp.comp, second)
+        self._books.do(second_over)
+
+    def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
+        seconds: Any = comp.seconds
+        seconds.remove(second)
+        node = self._books.nodes[second.node]
+        node.seconds.remove(second)
+
+
+_GOING_ON = frozenset((JobState.RUNNING, JobState.PROVISIONAL))
+
+
 class Losses:
     """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
 
-    def __init__(self, books: Books, limits: Limits) -> None:
+    def __init__(self, books: Books, limits: Limits, speculation: Speculation) -> None:
         self._books = books
         self._limits = limits
+        self._speculation = speculation
 
     def away(self, event: NodeAway) -> None:
         """What is there goes on for a while."""
@@ -3473,6 +3933,7 @@ class Losses:
                account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
+        self._speculation.lost(node, comp)
         for serial in sorted(node.in_flight[name], reverse=True):   # each goes to the front
             verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial),
                                   Occasion.ENDED]
@@ -3490,6 +3951,8 @@ class Losses:
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
         books = self._books
+        if self._speculation.goes_on(comp, work):
+            return
         books.answer(comp, work)
         work.lost_with += (node_name,)
         if work.options:
@@ -3534,6 +3997,8 @@ class Losses:
         own = node.recalled[comp.comp].get(serial, False)
         off = books.take_off(node, comp, [serial])
         for work in off.values():
+            if self._speculation.goes_on(comp, work):
+                continue
             if own:
                 comp.called[job_number(serial)] = comp.called.get(job_number(serial), 0) + 1
             if work in comp.withdrawn:
@@ -3556,9 +4021,10 @@ def _check_outcomes(rows: Sequence[tuple]) -> None:
 class ScheduleRequests:
     """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
 
-    def __init__(self, books: Books, placement: Placement) -> None:
+    def __init__(self, books: Books, placement: Placement, speculation: Speculation) -> None:
         self._books = books
         self._placement = placement
+        self._speculation = speculation
         self._numbers = itertools.count(1)
 
     def submit(self, event: Submitted) -> None:
@@ -3620,6 +4086,7 @@ class ScheduleRequests:
             move_job(work, 'cancel')
             send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
             self._books.do(send_cancel)
+            self._speculation.ended(comp, work)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
         move_job(work, 'cancel')
@@ -3668,8 +4135,9 @@ class Schedule:
         self.away = self._books.away          # nodes that cannot be reached now
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
-        self._losses = Losses(self._books, self._limits)
-        self.requests = ScheduleRequests(self._books, self._placement)
+        self.speculation = Speculation(self._books)
+        self._losses = Losses(self._books, self._limits, self.speculation)
+        self.requests = ScheduleRequests(self._books, self._placement, self.speculation)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
         self._repetitions = Repetitions(self._books)
@@ -3695,6 +4163,8 @@ class Schedule:
             Closed: self._closed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
+            SecondHad: self.speculation.had,
+            SecondWins: self.speculation.wins,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -3721,8 +4191,10 @@ class Schedule:
             placement.reduce(node)
         if books.waiting:
             placement.distribute()
-        if len(self.nodes) > 1 and books.changed:
-            placement.balance()
+        if len(self.nodes) > 1:
+            if books.changed:
+                placement.balance()
+            self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -3751,6 +4223,9 @@ class Schedule:
         rested = self._repetitions.next_at()
         if rested is not None:
             times.append(rested)
+        late = self.speculation.next_at()
+        if late < math.inf:
+            times.append(late)
         if times:
             return min(times)
         return None
@@ -3778,7 +4253,8 @@ class Schedule:
 
     def _opened(self, event: Opened) -> None:
         order = next(self._books.numbers)
-        self.comps[event.comp] = ComputationLoad(event, order)
+        comp = self.comps[event.comp] = ComputationLoad(event, order)
+        self.speculation.begin(comp)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -3786,6 +4262,7 @@ class Schedule:
         if comp is None:
             return
         books.waiting.pop(comp.comp, None)
+        self.speculation.closed(comp)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
             serials = list(node.in_flight[comp.comp])
@@ -3827,6 +4304,7 @@ class Schedule:
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         limits.limit(node, comp, event.cpus)
         limits.unpark(comp, node)
+        held -= self.speculation.held(node, comp, account)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
@@ -3839,6 +4317,7 @@ class Schedule:
             return
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
+        self.speculation.held(node, comp, event.account)
         # It is there, and what it holds will come; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
@@ -3870,6 +4349,7 @@ class Schedule:
         pair = self._books.pair(event.node, event.comp)
         if pair is not None:
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
+                self.speculation.returned(*pair, serial)
                 self._losses.give_back(*pair, serial)
 
     def _node_started(self, event: NodeStarted) -> None:
@@ -3884,6 +4364,7 @@ class Schedule:
         for serial, ran in event.rows:
             work = flight.get(serial)
             if work is None:
+                self.speculation.started(node, comp, serial, ran)
                 continue
             begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
@@ -3912,6 +4393,7 @@ class Schedule:
             return
         node, comp = pair
         _check_outcomes(rows)
+        rows = self.speculation.results(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, books.now)
@@ -3935,6 +4417,7 @@ class Schedule:
             pairs.append((work, row))
         action = SendAck(node.key, comp.comp, serials)
         books.do(action)
+        self.speculation.came(comp, pairs)
         if pairs:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
@@ -3964,6 +4447,8 @@ class Schedule:
             for other in node.comps.values():   # nothing more goes there, until it is Ready again
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
+            return True
+        if row[1] not in RETURNED and self.speculation.goes_on(comp, work):
             return True
         if row[1] == Outcome.DIED:
             retries = options.get('retries')
@@ -7773,6 +8258,11 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
             raise DispyError('%s: %s belongs to another user (number %d), who may have put '
                              'anything into it' % (what, path, status.st_uid))
     if os.name == 'nt':
+        others = others_who(WRITES, path)
+        if others:
+            message = ('%s: %s can be written by others (%s): if you know that what is in it is '
+                       'yours, run %s' % (what, path, ', '.join(others), private_again(path)))
+            raise DispyError(message)
         return
     if not status.st_mode & 0o022:
         return
@@ -7790,8 +8280,11 @@ def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> in
     for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
         flags |= getattr(os, name, 0)
     check_own_file(path, what)
+    is_new = make and not os.path.exists(path)
     handle = os.open(path, flags, 0o600)
     try:
+        if is_new:
+            keep_private(path)
         _check_status(os.fstat(handle), path, what)
     except BaseException:
         os.close(handle)
@@ -8012,14 +8505,19 @@ class Journal(Database):
         """
     # Values that jobs which have not ended have in their arguments; each is here once.
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
-    INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
+    # Second attempts of jobs that run, and the directories of their files
+    SECONDS = ('CREATE TABLE IF NOT EXISTS seconds (number INTEGER PRIMARY KEY, serial INTEGER, '
+               'node TEXT, files TEXT)')
+    INSERT, RENAME, MOVE, END, FREE, VALUE, SECOND, SECOND_OVER = range(8)
     STATEMENTS = (
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, '
         'state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
-        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
+        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)',
+        'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?, ?)',
+        'DELETE FROM seconds WHERE number = ? AND serial = ?')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
     _HEAD = struct.Struct('>BQdIIII')
@@ -8046,6 +8544,7 @@ class Journal(Database):
             self._check_new()
             with self.damages():
                 self._db.execute(self.VALUES)
+                self._db.execute(self.SECONDS)
                 self._take_new()
         except BaseException:
             self._db.close()
@@ -8188,6 +8687,24 @@ class Journal(Database):
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
+
+    def second_sent(self, second: SecondAttempt, node: str, memory: str, files: str) -> None:
+        """A second attempt is on its way to a node; the directory is where its files are kept."""
+        where = '%s#%s' % (node, memory[:8])
+        self.note(self.SECOND, job_number(second.serial), second.serial, where, files)
+
+    def second_over(self, second: SecondAttempt) -> None:
+        """A second attempt counts no more, or is that of its job."""
+        self.note(self.SECOND_OVER, job_number(second.serial), second.serial)
+
+    def seconds(self) -> Dict[int, Tuple[int, str, str]]:
+        """Number of a job that was sent -> serial, node and directory of its second attempt. Raises
+        DispyError for a file that is damaged."""
+        with self.damages():
+            rows = self._db.execute(
+                'SELECT number, serial, node, files FROM seconds WHERE number IN '
+                '(SELECT number FROM jobs WHERE state = ?)', (self.SENT, )).fetchall()
+        return {number: (serial, node, files) for number, serial, node, files in rows}
 
     def waits(self, work: ScheduledJob) -> None:
         """It came back without having been started, or may be run again."""
@@ -8625,6 +9142,7 @@ class RecoverableFiles:
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
         self.listen = head['listen']
+        self.files = str(head.get('files', ''))    # below which the files of jobs come
         self.process = tuple(head['process'])
         nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
@@ -9438,6 +9956,23 @@ def remove_abandoned_directories() -> None:
                 remove_abandoned_directory(entry.path)
 
 
+class SecondsOfUser:
+    """What a NodeUser does about second attempts of its jobs; see NodeUser for the methods."""
+
+    def send(self, peer: 'NodeConnection', seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node."""
+
+    def counts(self, peer: 'NodeConnection', second: SecondAttempt, ran: float) -> None:
+        """One that is at a node and has run for so many seconds is that of its job from now on."""
+
+    def over(self, second: SecondAttempt) -> None:
+        """One counts no more."""
+
+    def files_of(self, second: SecondAttempt) -> 'HeldFiles':
+        """Return where the files are kept that one sends."""
+        raise PeerError('a file that was not asked for')
+
+
 class NodeUser:
     """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
     reads these attributes, and calls these methods when something has happened. They are called in
@@ -9458,6 +9993,8 @@ class NodeUser:
     searches = True                             # nodes that a wildcard means are looked for by UDP
     warns = True                                # when no node is ready for a while
     reentrant = False                           # jobs of a lost node are run again elsewhere
+    speculate = False                           # its last jobs are started a second time
+    seconds = SecondsOfUser()
     remote = False                              # jobs go to a scheduler
     journal: Optional[Journal] = None           # where its jobs are written down
     closed = False                              # nothing can be submitted any more
@@ -9727,11 +10264,14 @@ class Recovery(Collector):
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
+        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
         self._unmet = holders - places   # they may keep results that are noted
         super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self.collected = threading.Event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
+        # Number -> serial, node and directory of the files of the second attempt
+        self._seconds = journal.seconds()
         self._done = done
         self._lost = lost
         self._again = again
@@ -9761,7 +10301,7 @@ class Recovery(Collector):
 
     def _settle(self, peer: NodeConnection, comp: str, serials: Sequence[int],
                 past: AttemptHistory) -> None:
-        for number, (job, node) in list(self._jobs.items()):
+        for job, serial, node in self._attempts():
             where, _, memory = node.rpartition('#')
             if where != peer.place:
                 continue
@@ -9769,17 +10309,66 @@ class Recovery(Collector):
                 continue
             whole = peer.embedded or memory != '' and peer.memory.startswith(memory)
             account = Account(frozenset(serials), past, whole)
-            verdict, text = account.verdict(job.serial, Occasion.RECOVERED)
+            verdict, text = account.verdict(serial, Occasion.RECOVERED)
+            if verdict is Verdict.STAYS or self._other_goes_on(serial):
+                continue
+            del self._jobs[job_number(serial)]
             if verdict is Verdict.WAITS:
-                del self._jobs[number]
                 self._again(job)
-            elif verdict is Verdict.LOST:
-                del self._jobs[number]
+            else:
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
             cancel = Cancel(comp, list(serials))
             self.driver.send(peer.link, cancel)
         self._check()
+
+    def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
+        """Jobs, and serial and node of an attempt of theirs that has not ended."""
+        found = []
+        for number, (job, node) in self._jobs.items():
+            found.append((job, job.serial, node))
+            if number in self._seconds:
+                serial, other, _ = self._seconds[number]
+                found.append((job, serial, other))
+        return found
+
+    def _other_goes_on(self, serial: int) -> bool:
+        """An attempt counts no more. Returns whether its job has another, which counts then."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return False
+        second, node, files = self._seconds[number]
+        del self._seconds[number]
+        job, _ = self._jobs[number]
+        if serial == second:
+            settle_files(files, False)
+        else:
+            job.serial = second
+            self._jobs[number] = (job, node)
+            settle_files(files, True)
+        return True
+
+    def _end_other(self, serial: int) -> None:
+        """An attempt has finished: that beside it is ended."""
+        number = job_number(serial)
+        if number not in self._seconds:
+            return
+        job, node = self._jobs[number]
+        second, other, files = self._seconds.pop(number)
+        settle_files(files, serial == second)
+        if serial == second:
+            self._cancel_at(node, job.comp, job.serial)
+        else:
+            self._cancel_at(other, job.comp, second)
+
+    def _cancel_at(self, node: str, comp: str, serial: int) -> None:
+        place = node.rpartition('#')[0]
+        for peer in self.met:
+            if peer.place == place and peer.link is not None:
+                cancel = Cancel(comp, [serial])
+                self.driver.send(peer.link, cancel)
+        if not any(peer.place == place for peer in self.met):
+            self._unmet.add(place)   # it is told that the computation is over
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
@@ -9793,11 +10382,10 @@ class Recovery(Collector):
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
-        for serial in serials:
-            job, node = self._jobs.get(job_number(serial), (None, ''))
-            if job is None:
+        for job, serial, node in self._attempts():
+            if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place:
+            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -9810,6 +10398,9 @@ class Recovery(Collector):
                 continue
             if row[1] in PROVISIONAL:
                 continue
+            if row[1] not in RETURNED and self._other_goes_on(row[0]):
+                continue
+            self._end_other(row[0])
             del self._jobs[job_number(row[0])]
             job.serial = row[0]
             if row[1] == Outcome.STOPPED:
@@ -9822,12 +10413,9 @@ class Recovery(Collector):
 
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
-        for peer in self.met:
-            where = self._jobs.get(job_number(job.serial), (None, ''))[1].rpartition('#')[0]
-            if where != peer.place:
-                continue
-            if peer.link is not None:
-                self.driver.send(peer.link, Cancel(job.comp, [job.serial]))
+        for other, serial, node in self._attempts():
+            if other is job:
+                self._cancel_at(node, job.comp, serial)
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
@@ -9970,7 +10558,7 @@ class ResultCollection(Collector):
                         self._stages[key] = Collecting.WANTED
                     else:
                         self._stages[key] = Collecting.TOLD
-                self.there[key] = {one for one in now if (comp, job_number(one)) not in self.rows}
+                self.there[key] = {one for one in now if not self._is_known(comp, one)}
                 if taking:
                     for serial in known - now:
                         account = Account(frozenset(now), past)
@@ -9980,6 +10568,38 @@ class ResultCollection(Collector):
                         self.driver.send(peer.link, cancel)
             self._changed.notify_all()
         self._ask(peer)
+
+    def _is_known(self, comp: str, serial: int) -> bool:
+        """Whether what becomes of an attempt changes nothing: a result of its job is here."""
+        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
+        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+
+    def _end_others(self, comp: str, serial: int) -> None:
+        """An attempt has finished: others of its job are ended. The driver's thread."""
+        for peer in self.met:
+            for key in self._places_of(peer, comp):
+                there = self.there.get(key, set())
+                others = [one for one in there if job_number(one) == job_number(serial)]
+                there.difference_update(others)
+                if others and peer.link is not None:
+                    self.driver.send(peer.link, Cancel(comp, others))
+
+    def _settle_files(self, comp: str, serial: int) -> None:
+        """An attempt has finished: if it was a second one, its files come where they belong; those
+        of another are removed."""
+        root = self.lefts[comp].files
+        begin = '.dispy-%s-' % comp
+        names: List[str] = []
+        if os.path.isdir(root):
+            names = os.listdir(root)
+        for name in names:
+            digits = name[len(begin):]
+            if not name.startswith(begin) or not digits.isdigit():
+                continue
+            other = int(digits)
+            if job_number(other) == job_number(serial):
+                directory = os.path.join(root, name)
+                settle_files(directory, other == serial)
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
         """A job is not at its node any more, and no result of it came."""
@@ -10034,6 +10654,9 @@ class ResultCollection(Collector):
                     self.gone.pop((comp, number), None)
                 for key in self._places_of(peer, comp):
                     self.there.get(key, set()).discard(row[0])
+                if row[1] in RETURNED:
+                    self._end_others(comp, row[0])
+                    self._settle_files(comp, row[0])
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
@@ -10110,11 +10733,15 @@ class ResultCollection(Collector):
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
         with self._changed:
-            distinct = set()
-            for key, serials in self.there.items():
-                if key[1] == comp:
-                    distinct.update(serials)
-            return len(distinct)
+            return len(self.numbers_there(comp))
+
+    def numbers_there(self, comp: str) -> Set[int]:
+        """Numbers of its jobs of which attempts and results are on nodes."""
+        numbers: Set[int] = set()
+        for key, serials in self.there.items():
+            if key[1] == comp:
+                numbers.update(map(job_number, serials))
+        return numbers
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
@@ -10320,8 +10947,9 @@ def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
             else:
                 job.state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
                 fill_in(job, row, left.is_program)
+    going_on = found.numbers_there(comp)
     for (name, number), (state, text) in found.gone.items():
-        if name == comp:
+        if name == comp and number not in going_on:   # by another attempt
             job = job_of(number)
             job.state = state
             end_without(job, text)
@@ -11744,6 +12372,9 @@ class ComputationSetup:
                 'update the scheduler and its nodes' % wanted
             self._refusal(peer, comp, text, 'python')
             return None
+        if peer.scheduler and spec.get('speculate') and 'speculates' not in peer.facts:
+            cluster.warn('%s is of an earlier release of dispy, which does not know of speculate='
+                         'True: no job is started a second time. Update the scheduler' % peer)
         if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
@@ -12035,7 +12666,13 @@ class FileTransfers:
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
+        if message.comp in self._driver.recoveries.by_comp and message.offset == 0:
+            text = 'on the client: its program has ended, and what collects its results stores none'
+            stored = FileStored(*message[:3], message.row[0], text)
+            self._driver.say_to(peer, stored)
         if cluster is None:
+            return
+        if self._driver.held_back.takes(peer, cluster, message):
             return
         if job is not None:
             cluster.file_piece(peer, job, message)
@@ -12068,6 +12705,182 @@ class FileTransfers:
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
+
+
+class HeldFiles:
+    """The files that a second attempt of a job sends. They are in a directory of their own until it
+    counts, and where they belong after that. The driver's thread.
+
+    directory - their own; it is made when the first comes
+    counts - the attempt is that of its job
+    names - of those that are whole and are not where they belong, in their order
+    """
+    forwards = False    # to where they belong, which takes its time
+
+    def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
+        """They belong below `root`; `where` as of FileReceiver."""
+        self.directory = directory
+        self.root = root
+        self.counts = False
+        self.names: List[str] = []
+        self._where = where
+        roots = {Purpose.FROM_JOB: directory}
+        self._receiver = FileReceiver(roots, where=where)
+
+    def take(self, message: FilePiece) -> Optional[FileStored]:
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        with contextlib.suppress(OSError):   # the receiver tells why it has no place
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        stored = self._receiver.take(message)
+        if stored is None or stored.error:
+            return stored
+        self.names.append(stored.name)
+        if self.counts:
+            return stored._replace(error=self.place())
+        return stored
+
+    def place(self) -> str:
+        """Move those that are whole where they belong. Returns why one could not be moved."""
+        self.counts = True
+        names = self.names
+        self.names = []
+        for name in names:
+            path = os.path.join(self.directory, *name.split('/'))
+            try:
+                move_below(path, self.root, name)
+            except (OSError, ValueError) as exc:
+                return '%sfile %.100r cannot be stored: %s' % (self._where, name, exc)
+        return ''
+
+    def keep_until_there(self, row: tuple) -> bool:
+        """Whether the row of Results of the attempt is kept until the files are where they
+        belong."""
+        return False
+
+    def find(self) -> None:
+        """Those that another process had received."""
+        for directory, _, names in os.walk(self.directory):
+            below = os.path.relpath(directory, self.directory)
+            for name in sorted(names):
+                if not name.endswith('.part'):
+                    path = os.path.normpath(os.path.join(below, name))
+                    self.names.append(path.replace(os.sep, '/'))
+
+    def drop(self) -> None:
+        """Remove those that are not where they belong."""
+        self._receiver.abort()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def held_directory(root: str, comp: str, serial: int) -> str:
+    """Where the files of a second attempt are kept that belong below `root`."""
+    return os.path.join(root, '.dispy-%s-%d' % (comp, serial))
+
+
+def settle_files(directory: str, counts: bool) -> None:
+    """What a second attempt has sent to a program that has ended comes to its place if the attempt
+    counts, and is removed otherwise. `directory` is that of HeldFiles."""
+    if not directory or not os.path.isdir(directory):
+        return
+    root = os.path.dirname(directory)
+    held = HeldFiles(directory, root)
+    if counts:
+        held.find()
+        error = held.place()
+        if error:
+            logger.error('%s', error)
+    held.drop()
+
+
+class HeldBack:
+    """Second attempts of jobs on their way to nodes, and what they send, which is held back until
+    it is known whether they count. The driver's thread.
+
+    files - (computation, serial) -> the files of an attempt that is a second one, or was
+    """
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
+        self.files: Dict[Tuple[str, int], HeldFiles] = {}
+
+    def send(self, action: SendSecond) -> None:
+        """The Schedule has chosen a node for second attempts."""
+        cluster = self._clusters[action.comp]
+        cluster.seconds.send(self._nodes.by_key[action.node], action.works)
+
+    def find(self, peer: NodeConnection, comp: str, serial: int) -> Optional[SecondAttempt]:
+        """The second attempt that a message of a node speaks of."""
+        speculation = self._driver.schedule.speculation
+        return speculation.find(peer.key, comp, serial)
+
+    def output(self, peer: NodeConnection, message: Output) -> None:
+        """What an attempt prints or logs that is none of the jobs at its node."""
+        second = self.find(peer, message.comp, message.serial)
+        if second is not None:
+            second.said.append(message)
+
+    def takes(self, peer: NodeConnection, cluster: NodeUser, message: FilePiece) -> bool:
+        """A piece of a file that a job sends. Returns whether it is of an attempt that is a second
+        one, or was when it began to send files."""
+        place = (message.comp, message.key)
+        held = self.files.get(place)
+        if held is None:
+            second = self.find(peer, *place)
+            if second is None:
+                return False
+            held = self.files[place] = cluster.seconds.files_of(second)
+        stored = held.take(message)
+        if stored is not None:
+            self._driver.say_to(peer, stored)
+        return True
+
+    def admit(self, peer: NodeConnection, comp: str, rows: List[tuple]) -> List[tuple]:
+        """Rows of Results without those that have to wait for the files of their attempts."""
+        admitted = []
+        for row in rows:
+            held = self.files.get((comp, row[0]))
+            waits = False
+            if held is not None and held.forwards and row[1] not in PROVISIONAL:
+                if row[1] in RETURNED:
+                    second_wins = SecondWins(peer.key, comp, row[0])
+                    self._driver.decide(second_wins)
+                waits = held.keep_until_there(row)
+            if not waits:
+                admitted.append(row)
+        return admitted
+
+    def counts(self, action: SecondCounts) -> None:
+        """A second attempt is that of its job from now on: what was held back is shown."""
+        second = action.second
+        cluster = self._clusters[action.comp]
+        peer = self._nodes.by_key[action.node]
+        cluster.seconds.counts(peer, second, action.ran or 0.0)
+        held = self.files.get((action.comp, second.serial))
+        if held is not None:
+            error = held.place()
+            if error:
+                cluster.warn('%s: a job was started a second time: %s' % (cluster.name, error))
+        for message in second.said:
+            cluster.output(peer, second.first, message)
+
+    def over(self, action: SecondOver) -> None:
+        """A second attempt counts no more."""
+        self.forget(action.comp, action.second.serial)
+        self._clusters[action.comp].seconds.over(action.second)
+
+    def forget(self, comp: str, serial: int) -> None:
+        """An attempt has ended: what is left of its files is removed."""
+        held = self.files.pop((comp, serial), None)
+        if held is not None:
+            held.drop()
+
+    def forget_all(self, comp: str) -> None:
+        """A computation is over."""
+        for name, serial in list(self.files):
+            if name == comp:
+                self.forget(name, serial)
 
 
 class JobExchange:
@@ -12205,6 +13018,8 @@ class JobExchange:
             for ack in in_parts(Ack, comp, serials):
                 self._driver.send(peer.link, ack)  # type: ignore[arg-type]
             return
+        if self._driver.held_back.files:
+            rows = self._driver.held_back.admit(peer, comp, rows)
         node_results = NodeResults(peer.key, comp, rows)
         self._driver.decide(node_results)
 
@@ -12239,6 +13054,8 @@ class JobExchange:
             return
         if job is not None:
             cluster.output(peer, job, message)
+        else:
+            self._driver.held_back.output(peer, message)
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
@@ -12288,12 +13105,17 @@ class JobExchange:
                 if row[1] not in PROVISIONAL:
                     attempt = (action.comp, row[0])
                     self._driver.files.abort_attempt(attempt)
+        for _, row in action.pairs if self._driver.held_back.files else ():
+            if row[1] not in PROVISIONAL:
+                self._driver.held_back.forget(action.comp, row[0])
         cluster = self._clusters[action.comp]
         cluster.jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
         self._driver.lost_nodes.requeued += 1
+        if action.work.state in _WAITING:   # otherwise its second attempt goes on
+            self._driver.held_back.forget(action.work.comp, action.work.serial)
         cluster = self._clusters[action.work.comp]
         cluster.job_waits(action.work)
 
@@ -12306,6 +13128,7 @@ class JobExchange:
         """A job has ended without a result."""
         work = action.work
         self._driver.lost_nodes.ended += 1
+        self._driver.held_back.forget(work.comp, work.serial)
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         cluster = self._clusters[work.comp]
@@ -12323,7 +13146,7 @@ class JobExchange:
         peer.wrong = True
         raise LinkBroken(text)
 
-    def end_unsent(self, action: SendJobs, text: str) -> None:
+    def end_unsent(self, action: Union[SendJobs, SendSecond], text: str) -> None:
         """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
@@ -13481,6 +14304,7 @@ class Driver(Loop):
         self.setup = ComputationSetup(self)
         self.files = FileTransfers(self)
         self.jobs = JobExchange(self)
+        self.held_back = HeldBack(self)
         self.cancels = Cancellations(self)
         self.lost_nodes = LostNodes(self)
         self.decisions = DecisionLog(self.log)
@@ -13493,6 +14317,9 @@ class Driver(Loop):
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
+            SendSecond: self.held_back.send,
+            SecondOver: self.held_back.over,
+            SecondCounts: self.held_back.counts,
             SendCancel: self.jobs.send_to_node,
             SendRecall: self.jobs.send_to_node,
             SendAck: self.jobs.send_ack,
@@ -13631,7 +14458,7 @@ class Driver(Loop):
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all())
+                        cluster.cpus_in_all(), cluster.speculate)
         self.decide(opened)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
@@ -13651,6 +14478,7 @@ class Driver(Loop):
             return untold
         self.jobs.take_submitted()
         self.decide(Closed(comp))
+        self.held_back.forget_all(comp)
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
         self.chores.forget(comp)
@@ -13712,7 +14540,8 @@ class Driver(Loop):
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or jobs that are nowhere any more."""
         self.jobs.note_fault(text)
-        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+        if isinstance(subject, (SendJobs, SendSecond)):
+            # Some of them cannot be sent, and nobody knows which
             self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
@@ -14114,6 +14943,7 @@ class ClusterOptions:
     cleanup: Any
     jobs_per_worker: Optional[int]
     reentrant: bool
+    speculate: bool
     forward_logs: bool
     start_method: str
     resources: Request
@@ -14163,6 +14993,7 @@ class ClusterOptions:
         check_depends(given['depends'])
         options['loglevel'] = level_of(given['loglevel'])
         options['reentrant'] = flag_of('reentrant', given['reentrant'])
+        options['speculate'] = speculation(given['speculate'], options['reentrant'])
         options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
         options['forward_logs'] = flag_of('forward_logs', given['forward_logs'])
         options['start_method'] = _start_method(given['start_method'])
@@ -14237,6 +15068,15 @@ def check_depends(depends: Any) -> None:
     """Raise TypeError if the parameter `depends` is no list."""
     if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
         raise TypeError('depends must be a list, not %s' % type(depends).__name__)
+
+
+def speculation(value: Any, reentrant: bool) -> bool:
+    """The parameter `speculate`. Raises TypeError or ValueError."""
+    speculate = flag_of('speculate', value)
+    if speculate and not reentrant:
+        text = 'speculate=True needs reentrant=True: jobs may run twice, even at the same time'
+        raise ValueError(text)
+    return speculate
 
 
 def function_or_flag(name: str, value: Any) -> Any:
@@ -14598,6 +15438,10 @@ class LiveOutput:
         for monitor in self.monitors:
             monitor.printed(job, stream, message.offset, bytes(data))
 
+    def begin_again(self, job: DispyJob) -> None:
+        """What a job has printed until now does not count: it was started a second time."""
+        self._shown.pop(job, None)
+
     def show_rest(self, job: DispyJob, row: tuple) -> None:
         """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
@@ -14670,6 +15514,16 @@ class ResultDelivery:
                 job.status = DispyJob.Running
         if is_news and self._callbacks.cluster_status is not None:
             self._callbacks.tell(DispyJob.Running, peer, job)
+
+    def goes_on_at(self, job: DispyJob, start: float,
+                   peer: Union[NodeConnection, NodeInfo]) -> None:
+        """Note that another attempt of a job counts from now on, which has begun at a node at this
+        time. The driver's thread."""
+        with self._book.lock:
+            if job.status == DispyJob.ProvisionalResult:
+                job.status = DispyJob.Running
+                job.result = None
+        self.began(job, start, peer)
 
     def apply_results(self, pairs: List[Tuple[DispyJob, tuple]],
                       peer: Union[NodeConnection, NodeInfo]) -> None:
@@ -15240,6 +16094,46 @@ class ComputationUser(NodeUser):
         self.driver.files.store(peer, self.wanted.root, message)
 
 
+class ProgramSeconds(SecondsOfUser):
+    """Second attempts of the jobs of a cluster of this program. The driver's thread."""
+
+    def __init__(self, cluster: 'ProgramCluster') -> None:
+        self._cluster = cluster
+
+    def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
+        """Send these to a node. They are noted beside the first attempts."""
+        cluster = self._cluster
+        for second in seconds:
+            logger.debug('%s: a job is started a second time, at node %s', cluster.name, peer)
+            if cluster.journal is not None:
+                directory = self.files_of(second).directory
+                cluster.journal.second_sent(second, peer.place, peer.memory, directory)
+        cluster.send_rows(peer, seconds)
+
+    def counts(self, peer: NodeConnection, second: SecondAttempt, ran: float) -> None:
+        """Show the user that a job runs where its second attempt is. The provisional result of the
+        first is forgotten, and what it has printed."""
+        cluster = self._cluster
+        job: Any = second.first
+        if cluster.journal is not None:
+            cluster.journal.second_over(second)
+            cluster.journal.sent([job], peer.place, peer.memory)
+        cluster.live_output.begin_again(job)
+        if job.state is not JobState.SENT:
+            cluster.delivery.goes_on_at(job, time.time() - ran, peer)
+
+    def over(self, second: SecondAttempt) -> None:
+        """Note that one counts no more."""
+        if self._cluster.journal is not None:
+            self._cluster.journal.second_over(second)
+
+    def files_of(self, second: SecondAttempt) -> HeldFiles:
+        """Return where the files of one are kept: beside the place where they belong."""
+        root = self._cluster.wanted.root
+        directory = held_directory(root, self._cluster.comp, second.serial)
+        return HeldFiles(directory, root)
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -15271,6 +16165,8 @@ class ProgramCluster(ComputationUser):
         self.hosts_may_fail = options.hosts_may_fail
         self.multicast = options.multicast
         self.reentrant = options.reentrant
+        self.speculate = options.speculate
+        self.seconds = ProgramSeconds(self)
         self.probes = options.probes
         self.cluster = None
         self.unusable = ''
@@ -15412,7 +16308,7 @@ class ProgramCluster(ComputationUser):
         """Return what another process needs to collect the results. The driver's thread."""
         code = in_one_piece(self.cargo.spec['code'])
         row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
-        row['key'] = self.key.hex()
+        row.update(key=self.key.hex(), files=self.wanted.root)
         row['program'] = self.cargo.is_program
         row['code'] = hashlib.sha256(code).hexdigest()
         row['host'] = socket.gethostname()
@@ -15593,13 +16489,15 @@ class ProgramCluster(ComputationUser):
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
         """Send jobs to a node. With a journal they leave when it has been noted that they do."""
-        if peer.scheduler:
-            names: Tuple[str, ...] = _OF_JOBS_THERE
-        else:
-            names = OF_JOBS
-        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
+        self.send_rows(peer, works)
+
+    def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
+        """Send what a node has to know of attempts, when it is noted that they are sent."""
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
             for frame in messages:
@@ -15985,6 +16883,9 @@ class JobCluster(OldCluster):
         characters, ** for any directories and {id} for the job's id. They are below the program's
         directory, or below `dest`, when the job has ended. Implies job_dir
     dest - where these come, as 'results/{id}'; a relative path is below the program's directory
+    speculate - True, with reentrant=True: at the end of a run, when no job waits, jobs that have
+        run for twice the median of at least ten that have ended are started a second time, on an
+        idle CPU of another node. What finishes first counts, and the other is cancelled
 
     A node with another minor version of Python gets functions as source: what they use in their
     files may be imports, other functions and classes at the top level, and plain constants. Where
@@ -16031,6 +16932,7 @@ class JobCluster(OldCluster):
                  job_dir: bool = False,
                  returns: Sequence[str] = (),
                  dest: Optional[str] = None,
+                 speculate: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None,
                  ip_addr: Optional[str] = None,
                  ext_ip_addr: Optional[str] = None,
@@ -16714,6 +17616,8 @@ class SharedProgramCluster(ProgramCluster):
         shared['exclusive'] = self._shared.exclusive
         shared['cloudpickle'] = cloudpickle.__version__
         self.cargo.spec['shared'] = shared
+        if self.speculate:
+            self.cargo.spec['speculate'] = True
 
     def _make_delivery(self, *parts: Any) -> ResultDelivery:
         return SharedDelivery(*parts)
@@ -16750,6 +17654,9 @@ class SharedProgramCluster(ProgramCluster):
             work.start_time = None
             return
         host, port, name = node
+        before = self.delivery.places.get(work)
+        if before is not None and before.key != (host, port):
+            self.live_output.begin_again(work)   # its second attempt counts
         self.delivery.places[work] = NodeInfo((host, port), host, port, name, 'ready', '', 0, 0, 0,
                                               {})
 

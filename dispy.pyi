@@ -278,6 +278,7 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
         on_output: _OutputCallback | None = None, forward_logs: bool = False,
         start_method: str | None = None, resources: Mapping[str, int] | None = None,
         python: str | None = None, job_dir: bool = False, returns: Sequence[str] = (), dest: str | None = None,
+        speculate: bool = False,
         callback: _JobCallback | None = None, ip_addr: _OwnAddress | None = None,
         ext_ip_addr: str | None = None, fault_recover: bool | _Path | None = None,
         poll_interval: float | None = None, ipv4_udp_multicast: bool = False,

@@ -189,8 +189,8 @@ from dispy import (
     EndedJob, EndedJobs, FailedJob, FailedJobs, JobAtNode, JobCluster, JobSight, Monitor, NodeInfo,
     NodeSpec, NodeUse, SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError, job_number,
-                       __version__, find_secret, host_and_port, _no_password, write_private,
-                       pieces_of, read_secret, size_of, tls_files, split_needs, Each,
+                       __version__, claim_port, find_secret, host_and_port, _no_password,
+                       write_private, pieces_of, read_secret, size_of, tls_files, split_needs, Each,
                        HANDSHAKE_TIME, ServiceManager, attempt_number, write_stacks_on_signal)
 
 __all__ = ['DispyHTTPServer']
@@ -900,9 +900,11 @@ class JobList:
         with self._lock:
             now = time.monotonic()
             if now - self._placed_at >= SNAPSHOTS_APART:
-                running = self._jobs.running()
+                running = {key_of(row): row for row in self._jobs.running()}
                 self._take()
-                self._placed = self.timeline.place(running)
+                # Once each, also those that run a second time
+                once = list(running.values())
+                self._placed = self.timeline.place(once)
                 self._placed_at = time.monotonic()
             width = span / BINS
             left = time.time() - span
@@ -3597,6 +3599,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind as HTTPServer does, without its look-up of the host's name."""
+        claim_port(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]

@@ -244,6 +244,10 @@ MEMORY_CHECK_INTERVAL = 0.05
 # Bytes from which a payload travels beside its envelope instead of inside, and is not copied
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
+# Bytes from which a value with buffers passes between a node and its workers in a memory segment.
+# Below this the pipe is as fast: its memory has been used before.
+SEGMENT_FROM = 2 << 20
+SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
 # Bytes after which a batch is a frame: the other side can begin with it
 BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
@@ -1591,6 +1595,8 @@ def _has_right_options(spec: dict) -> bool:
         return False
     if type(spec.get('initializer', False)) is not bool:
         return False
+    if type(spec.get('speculate', False)) is not bool:
+        return False
     if type(spec.get('interpreter', '')) is not str:
         return False
     return is_serial(spec.get('most', 0))
@@ -2038,10 +2044,15 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
+ALIGNED = 64    # bytes; arrays may have to begin at a multiple of less, of 16 at the most
+
+
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     buffer_count = len(buffers)
-    head = _BUFFERS.pack(1, buffer_count) + struct.pack('>Q%dQ' % len(buffers), len(body),
-                                                        *map(len, buffers))
+    size = _BUFFERS.size + 8 * (buffer_count + 1) + len(body)
+    body += bytes(-size % ALIGNED)   # which the unpickler does not look at
+    lengths = struct.pack('>Q%dQ' % buffer_count, len(body), *map(len, buffers))
+    head = _BUFFERS.pack(1, buffer_count) + lengths
     return (head + body, *buffers)
 
 
@@ -2211,11 +2222,19 @@ class _Source:
                 advice, first * mmap.PAGESIZE, size)
 
 
+def _is_segment(payload: Any) -> bool:
+    """Whether a payload is all of a memory segment, mapped for it alone."""
+    while type(payload) is memoryview:
+        payload = payload.obj
+    return type(payload) is MappedSegment
+
+
 def loads(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
     look at the payload again."""
     size = len(payload)
-    if size > LAZY:
+    segment = once and size >= SEGMENT_FROM and _is_segment(payload)
+    if size > LAZY and not segment:   # which is used in place
         source = _Source(memoryview(payload), once)
     else:
         source = None
@@ -2231,10 +2250,13 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         return pickle.loads(payload)
     view = memoryview(payload)
     ends = _ends_of(view)
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
+    # segment is mapped copy-on-write for this value alone.
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
-        buffer = bytearray(view[begin:end])
+        buffer: Any = view[begin:end]
+        if not segment or begin % ALIGNED:
+            buffer = bytearray(buffer)
         buffers.append(buffer)
     return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
 
@@ -3677,9 +3699,6 @@ def values_in(private: str) -> str:
     return os.path.join(private, 'values')
 
 
-_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-
-
 class ValueFiles:
     """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
     on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
@@ -4208,6 +4227,19 @@ _IGNORED_BY_PYTHON = [
     getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
 
 
+BREAK_STATUS = 0xC000013A   # of a program that Ctrl-Break has ended: STATUS_CONTROL_C_EXIT
+
+
+def send_break(pid: int) -> None:
+    """Windows: press Ctrl-Break for the group of a process. If that cannot be done, the process
+    will be killed later. Not by os.kill, which kills it at once then."""
+    import ctypes
+    library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
+    if not library.GenerateConsoleCtrlEvent(1, pid):
+        error = ctypes.get_last_error()  # type: ignore[attr-defined]
+        logger.debug('process %d cannot be sent a Ctrl-Break (error %d)', pid, error)
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -4255,13 +4287,14 @@ class Program:
         told = False
         while True:
             try:
-                return process.wait(0.1)
+                status = process.wait(0.1)
+                if told and status == BREAK_STATUS:
+                    return -int(signal.SIGINT)
+                return status
             except subprocess.TimeoutExpired:
                 if self.interrupted and not told:
                     told = True
-                    with contextlib.suppress(OSError):   # it has no console: it will be killed
-                        ctrl_break_event = getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGTERM)
-                        process.send_signal(ctrl_break_event)
+                    send_break(process.pid)
 
     @staticmethod
     def _spawn(words: List[str]) -> int:
@@ -4497,6 +4530,161 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+# Rights in the lists of who may use a file that Windows has in place of modes, as these lists are
+# written (SDDL); see winnt.h
+_RIGHTS = {'GA': 1 << 28, 'GX': 1 << 29, 'GW': 1 << 30, 'GR': 1 << 31, 'FA': 0x1f01ff,
+           'FR': 0x120089, 'FW': 0x120116, 'FX': 0x1200a0, 'CC': 1, 'DC': 2, 'LC': 4,
+           'SD': 0x10000, 'WD': 0x40000, 'WO': 0x80000}
+READS = 0x90000001     # its contents, by any of these rights
+WRITES = 0x500d0006    # its contents, its place or the list
+# The system and administrators, who may take any right; whoever owns the file
+_TRUSTED = frozenset(('SY', 'BA', 'LA', 'OW', 'CO'))
+_STRANGERS = {'WD': 'everybody', 'BU': 'all users', 'AU': 'all users', 'BG': 'guests'}
+
+
+def _rights_in(text: str) -> int:
+    """The rights of an entry as bits."""
+    if text[:2].lower() == '0x':
+        return int(text, 16)
+    rights = 0
+    for pair in re.findall('..', text):
+        rights |= _RIGHTS.get(pair, 0)
+    return rights
+
+
+def others_with(rights: int, access: str, user: str) -> List[str]:
+    """Who has any of these rights to a file of Windows beside its user, administrators and the
+    system. `access`: the list, in SDDL; `user`: the user's security identifier."""
+    head = access.partition('(')[0]
+    if 'D:' not in head or 'NO_ACCESS_CONTROL' in head:
+        return ['everybody']   # no list
+    found = []
+    entries = re.findall(r'\(([^()]*)\)', access)
+    for entry in entries:
+        kind, flags, given, _, _, who = entry.split(';')[:6]
+        pairs = re.findall('..', flags)
+        if kind != 'A' or 'IO' in pairs:   # IO: for files in this directory alone
+            continue
+        if who == user or who in _TRUSTED:
+            continue
+        if _rights_in(given) & rights:
+            found.append(_STRANGERS.get(who, who))
+    return found
+
+
+class AccessLists:
+    """Windows: who may use a file. Each method raises OSError. See GetNamedSecurityInfo and
+    "Security Descriptor String Format"."""
+    LIST = 4                    # DACL_SECURITY_INFORMATION
+    PROTECTED = 0x80000000      # PROTECTED_DACL_SECURITY_INFORMATION: nothing is inherited
+    OF_FILE = 1                 # SE_FILE_OBJECT
+    TOKEN_QUERY = 8
+    TOKEN_USER = 1
+
+    def __init__(self) -> None:
+        import ctypes
+        self._ctypes: Any = ctypes
+        self._library = self._ctypes.WinDLL('advapi32', use_last_error=True)
+        self._kernel = self._ctypes.WinDLL('kernel32', use_last_error=True)
+        self._kernel.GetCurrentProcess.restype = ctypes.c_void_p
+
+    def _check(self, is_done: int) -> None:
+        if not is_done:
+            error = self._ctypes.get_last_error()
+            raise self._ctypes.WinError(error)
+
+    def _text(self, pointer: Any) -> str:
+        """The text there, which is given back."""
+        text: str = pointer.value
+        self._kernel.LocalFree(pointer)
+        return text
+
+    def user(self) -> str:
+        """The security identifier of the user of this process."""
+        ctypes = self._ctypes
+        token = ctypes.c_void_p()
+        process = ctypes.c_void_p(self._kernel.GetCurrentProcess())
+        done = self._library.OpenProcessToken(process, self.TOKEN_QUERY, ctypes.byref(token))
+        self._check(done)
+        room = ctypes.create_string_buffer(512)
+        size = ctypes.c_uint32()
+        done = self._library.GetTokenInformation(token, self.TOKEN_USER, room, len(room),
+                                                 ctypes.byref(size))
+        self._kernel.CloseHandle(token)
+        self._check(done)
+        identifier = ctypes.c_void_p.from_buffer(room)   # the first member of TOKEN_USER
+        text = ctypes.c_wchar_p()
+        done = self._library.ConvertSidToStringSidW(identifier, ctypes.byref(text))
+        self._check(done)
+        return self._text(text)
+
+    def of(self, path: str) -> str:
+        """The list of a file, in SDDL."""
+        ctypes = self._ctypes
+        found = ctypes.c_void_p()
+        name = ctypes.c_wchar_p(path)
+        error = self._library.GetNamedSecurityInfoW(name, self.OF_FILE, self.LIST, None, None, None,
+                                                    None, ctypes.byref(found))
+        if error:
+            raise ctypes.WinError(error)
+        convert = self._library.ConvertSecurityDescriptorToStringSecurityDescriptorW
+        text = ctypes.c_wchar_p()
+        done = convert(found, 1, self.LIST, ctypes.byref(text), None)
+        self._kernel.LocalFree(found)
+        self._check(done)
+        return self._text(text)
+
+    def keep(self, path: str) -> None:
+        """Let the user, administrators and the system alone use a file, or a directory and what
+        will be made in it."""
+        ctypes = self._ctypes
+        flags = 'OICI' * os.path.isdir(path)
+        entries = ['(A;%s;FA;;;%s)' % (flags, who) for who in ('SY', 'BA', self.user())]
+        access = 'D:P' + ''.join(entries)
+        convert = self._library.ConvertStringSecurityDescriptorToSecurityDescriptorW
+        made = ctypes.c_void_p()
+        done = convert(ctypes.c_wchar_p(access), 1, ctypes.byref(made), None)
+        self._check(done)
+        name = ctypes.c_wchar_p(path)
+        which = ctypes.c_uint32(self.LIST | self.PROTECTED)
+        done = self._library.SetFileSecurityW(name, which, made)
+        self._kernel.LocalFree(made)
+        self._check(done)
+
+
+def others_who(rights: int, path: str) -> List[str]:
+    """Windows: who has any of these rights to a file beside the user of this process. Raises
+    OSError."""
+    lists = AccessLists()
+    user = lists.user()
+    try:
+        access = lists.of(path)
+    except OSError as exc:   # such as on a file system without lists
+        return ['perhaps everybody, as its list of access cannot be read: %s' % exc]
+    return others_with(rights, access, user)
+
+
+def private_again(path: str) -> str:
+    """The command that lets the user of this process alone use a file of Windows. Raises
+    OSError."""
+    lists = AccessLists()
+    return 'icacls "%s" /reset, then icacls "%s" /inheritance:r /grant:r *%s:F' % (
+        path, path, lists.user())
+
+
+def keep_private(path: str) -> None:
+    """Let nobody else use a file, or a directory and what will be made in it, where its mode does
+    not say so: on Windows."""
+    if not IS_WINDOWS:
+        return
+    try:
+        lists = AccessLists()
+        lists.keep(path)
+    except OSError as exc:   # such as on a file system without lists
+        logger.warning('%s may be open to others, as its list of access cannot be set: %s', path,
+                       exc)
+
+
 def has_place(path: str) -> bool:
     """Whether a path in the user's home is one: without HOME and an entry in the password file it
     begins with '~'."""
@@ -4568,17 +4756,26 @@ def read_secret(path: str) -> bytes:
             mode = os.fstat(handle).st_mode
             contents = file.read(64 * 1024)
             data = contents.strip()
+        if IS_WINDOWS:
+            _check_secret_on_windows(path)
     except OSError as exc:
         raise SecretError('the secret file %s cannot be read: %s' % (path, exc.strerror)) from exc
-    if os.name != 'nt':
-        if mode & 0o077:
-            text = ('the secret file %s can be read or written by others (mode %03o): run '
-                    'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
-            raise SecretError(text)
+    if not IS_WINDOWS and mode & 0o077:
+        text = ('the secret file %s can be read or written by others (mode %03o): run '
+                'chmod 600 %s' % (path, stat.S_IMODE(mode), path))
+        raise SecretError(text)
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
     _secrets_from[data] = os.path.abspath(path)
     return data
+
+
+def _check_secret_on_windows(path: str) -> None:
+    others = others_who(READS | WRITES, path)
+    if others:
+        text = 'the secret file %s can be read or written by others (%s): run %s' % (
+            path, ', '.join(others), private_again(path))
+        raise SecretError(text)
 
 
 def make_secret(path: str) -> None:
@@ -4590,6 +4787,7 @@ def make_secret(path: str) -> None:
         folder = os.path.dirname(path)
         handle, temporary = tempfile.mkstemp(dir=folder)   # mode 0600
         try:
+            keep_private(temporary)
             with os.fdopen(handle, 'w') as file:
                 random_bytes = os.urandom(32)
                 digits = random_bytes.hex()
@@ -4736,7 +4934,8 @@ def certificate_digest(certfile: str) -> bytes:
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
 #   - What is known by the secret (handshake, keys, tags of frames) changes with the major version,
-#     the last byte of MAGIC, and with the first number of the release.
+#     the last byte of MAGIC, and with the first number of the release. What a frame can do without
+#     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
 VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
@@ -4747,6 +4946,12 @@ _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
 _SEES_TLS = 1
 NO_TLS = bytes(32)
+# In the last byte of HELLO and CHALLENGE: payloads have no tag. Offered under TLS alone, where the
+# record layer has authenticated every byte and its place before we see it, and the certificate in
+# TH ties this handshake to that channel: whoever could change a payload there could as well have
+# made the handshake. TH has this byte, too, so that nobody between can ask for it. The header's tag
+# stays: it is short, and the length of a frame is believed by it.
+_NO_PAYLOAD_TAGS = 1
 
 
 class Session(NamedTuple):
@@ -4757,6 +4962,7 @@ class Session(NamedTuple):
     peer_role: int
     secret: int = 0
     version: int = VERSIONS[1]   # minor, of the wire
+    tags_payloads: bool = True
 
 
 def _other_version(name: str, low: int, high: int) -> str:
@@ -4872,6 +5078,8 @@ def handshake_dial(sock: Any,
     the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
+    if tls:
+        hello = hello[:-1] + bytes((_NO_PAYLOAD_TAGS,))
     sock.sendall(hello)
     try:
         challenge = receive(_CHALLENGE.size)
@@ -4899,7 +5107,8 @@ def handshake_dial(sock: Any,
         raise HandshakeError('it does not know the secret')
     send_key = keys.key(b'c2s')
     receive_key = keys.key(b's2c')
-    return Session(send_key, receive_key, peer_instance, peer_role, version=version)
+    tags = not hello[-1] & challenge[-1] & _NO_PAYLOAD_TAGS
+    return Session(send_key, receive_key, peer_instance, peer_role, 0, version, tags)
 
 
 def handshake_accept(sock: Any,
@@ -4933,6 +5142,10 @@ def handshake_accept(sock: Any,
         raise HandshakeError(text)
     random_bytes = os.urandom(32)
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
+    untagged = hello[-1] & _NO_PAYLOAD_TAGS
+    if not tls:
+        untagged = 0
+    challenge = challenge[:-1] + bytes((untagged,))
     sock.sendall(challenge)
     proof = receive(_PROOF.size)
     for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
@@ -4942,7 +5155,8 @@ def handshake_accept(sock: Any,
         sock.sendall(_PROOF.pack(MAGIC, keys.server))
         send_key = keys.key(b's2c')
         receive_key = keys.key(b'c2s')
-        return Session(send_key, receive_key, peer_instance, peer_role, number, version)
+        return Session(send_key, receive_key, peer_instance, peer_role, number, version,
+                       not untagged)
     raise HandshakeError('wrong secret: ' +
                          same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
@@ -5006,6 +5220,28 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
+# A mapping keeps no descriptor, where it can do without
+_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
+# Whether there is memory that has a descriptor, can be sealed, and can be sent
+HAS_SEGMENTS = False
+if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
+    import fcntl
+    HAS_SEGMENTS = hasattr(fcntl, 'F_ADD_SEALS')
+if HAS_SEGMENTS:
+    _MSG_CTRUNC = int(socket.MSG_CTRUNC)   # a plain number is compared 20 times as fast
+    SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
+    SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def is_unused(memory: bytearray) -> bool:
+    """Whether nothing looks at it any more: then, and only then, its length can be changed."""
+    try:
+        memory.append(memory.pop())
+    except BufferError:
+        return False
+    return True
+
+
 class ReceiveBuffer:
     """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
     tells.
@@ -5018,6 +5254,7 @@ class ReceiveBuffer:
     # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
     FIRST = 2 << 20
     AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
+    _used: Deque[bytearray] = collections.deque(maxlen=4)   # memory of units, of all streams
 
     def __init__(self, head_size: int) -> None:
         self._head_size = head_size
@@ -5025,7 +5262,7 @@ class ReceiveBuffer:
         self._view = memoryview(self._staging)
         self._start = self._end = 0
         self._body_size = -1       # of the unit at _start, once its head is there
-        self._head = b''
+        self._head: Any = b''
         self._large: Optional[memoryview] = None
         self._filled = 0
 
@@ -5035,7 +5272,8 @@ class ReceiveBuffer:
         return self._body_size
 
     def measure(self, head: bytes) -> int:
-        """Length of the body that follows `head`; may raise to refuse it."""
+        """Length of the body that follows `head`; may raise to refuse it. May set `_head` to what
+        it has read there."""
         raise NotImplementedError
 
     def get_buffer(self) -> memoryview:
@@ -5053,11 +5291,24 @@ class ReceiveBuffer:
         if size >= LAZY:
             self._large = mapped(self._body_size)
         else:
-            self._large = memoryview(bytearray(min(size, self._body_size)))
+            self._large = self._memory(min(size, self._body_size))
         if old is not None:
             self._large[:self._filled] = old
 
-    def buffer_updated(self, count: int) -> List[Tuple[bytes, memoryview]]:
+    @classmethod
+    def _memory(cls, size: int) -> memoryview:
+        """Memory for so many bytes: what was used before and nobody looks at any more, or new."""
+        with contextlib.suppress(IndexError):   # there is none, or another thread has taken it
+            used = cls._used.popleft()
+            if len(used) >= size and is_unused(used):
+                cls._used.append(used)
+                return memoryview(used)[:size]
+        new = bytearray(size)
+        if size <= cls.FIRST:
+            cls._used.append(new)
+        return memoryview(new)
+
+    def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
         """Note that `count` bytes were received; return the units (head, body) that are whole
         now."""
         if self._large is None:
@@ -5119,17 +5370,19 @@ TAIL_TAG = 32
 
 class FrameEncoder:
     """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
-    numbered, the number not sent."""
+    numbered, the number not sent. Under TLS payloads have no tag if both sides have agreed on
+    that."""
 
     @property
     def sealed(self) -> int:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, tags_payloads: bool = True) -> None:
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
+        self._tags_payloads = tags_payloads
 
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
@@ -5148,14 +5401,19 @@ class FrameEncoder:
         header = _FRAME.pack(size, op, encoding, 0, 0)
         digest = hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')
         head = header + digest[:HEAD_TAG]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        for piece in pieces:
-            mac.update(piece)
+        tail = b''
+        if self._tags_payloads:
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            for piece in pieces:
+                mac.update(piece)
+            tail = mac.digest()
         self._seq += 1
         if size < OUT_OF_BAND:
-            return [b''.join((head, *pieces, mac.digest()))]
-        return [head, *pieces, mac.digest()]
+            return [b''.join((head, *pieces, tail))]
+        if tail:
+            return [head, *pieces, tail]
+        return [head, *pieces]
 
 
 class FrameDecoder(ReceiveBuffer):
@@ -5163,8 +5421,13 @@ class FrameDecoder(ReceiveBuffer):
     tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
     of no use then."""
 
-    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES,
+                 tags_payloads: bool = True) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
+        if tags_payloads:
+            self._tail = TAIL_TAG
+        else:
+            self._tail = 0
         # The secret; ops that may come
         self._key = key
         self._takes = takes
@@ -5193,28 +5456,32 @@ class FrameDecoder(ReceiveBuffer):
             limit = MAX_CONTROL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
-        return size + TAIL_TAG
+        return size + self._tail  # type: ignore[no-any-return]
 
     def open(self, head: bytes, body: memoryview) -> Any:
         """Return the message of a whole frame."""
         header = head[:_FRAME.size]
-        mac = self._mac.copy()
-        mac.update(_SEQ.pack(self._seq, 1) + header)
-        mac.update(body[:-TAIL_TAG])
-        digest = mac.digest()
-        if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
-            raise PeerError('a frame is not authentic')
+        payload = body
+        if self._tail:
+            payload = body[:-TAIL_TAG]
+            mac = self._mac.copy()
+            mac.update(_SEQ.pack(self._seq, 1) + header)
+            mac.update(payload)
+            digest = mac.digest()
+            if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
+                raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        payload = body[:-TAIL_TAG]
         message = decode(op, encoding, payload)
         self.opened += 1
         return message
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
+# kind, 1 if the first body is in a memory segment whose descriptor comes along, number (worker, or
+# exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
+_IN_SEGMENT = 1    # the byte that tells it
 
 
 class RecordType(enum.IntEnum):
@@ -5289,6 +5556,163 @@ FROM_LOADING = {
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
+class MemorySegment:
+    """Memory in which a value goes to another process, by its descriptor. The value is written to
+    it once, as pieces; stores into a mapping would end this process where there is no more memory.
+    Then it is sealed: nobody can change it, which a private mapping would show, or cut it short,
+    which would end whoever reads it. It is not used again, and is gone with its last descriptor and
+    mapping, whoever was killed before that."""
+    NAME = 'dispy-value'
+
+    def __init__(self, payload: Payload) -> None:
+        """For this value. It is made when it is filled."""
+        self.payload = payload
+        self.is_whole = False
+        self._handle = -1
+        self._left: Deque[memoryview] = collections.deque()
+        for piece in pieces_of(payload):
+            view = memoryview(piece)
+            self._left.append(view.cast('B'))
+
+    def fill(self, most: int) -> int:
+        """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
+        where there is no room or no descriptor."""
+        if self._handle < 0:
+            self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        written = 0
+        while self._left and written < most:
+            view = self._left[0]
+            room = min(most - written, WRITE_MOST)
+            count = os.write(self._handle, view[:room])
+            written += count
+            self._left[0] = view[count:]
+            if count == len(view):
+                self._left.popleft()
+        if not self._left:
+            fcntl.fcntl(self._handle, fcntl.F_ADD_SEALS, SEALED)
+            self.is_whole = True
+        return written
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._handle
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class MappedSegment(mmap.mmap):
+    """A memory segment in the process that has received it, mapped copy-on-write."""
+
+
+class _NotReceived:
+    """Stands for a value that has come without its segment. Who opens it gets an error."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __reduce__(self) -> tuple:
+        text = 'no descriptor was left for a value of %d bytes: raise the limit of open files ' \
+            '(ulimit -n)' % self._size
+        return _raise_shortage, (text,)
+
+
+def _raise_shortage(text: str) -> NoReturn:
+    raise OSError(errno.EMFILE, text)
+
+
+class SegmentIntake:
+    """The descriptors of memory segments that have come on a pipe, in the order of the records to
+    which they belong. Some of these are mapped; where many are in use, as in a program that keeps
+    its results, others are read: a mapping holds a descriptor (before Python 3.13)."""
+    WAITING_MOST = 64     # descriptors whose records have not come
+    ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
+    _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
+
+    def __init__(self) -> None:
+        self._handles: Deque[int] = collections.deque()
+
+    def came(self, ancillary: Sequence[Tuple[int, int, bytes]], flags: int) -> None:
+        """Take what came beside some bytes. Raises PeerError."""
+        handles = array.array('i')
+        for level, kind, body in ancillary:
+            if level != socket.SOL_SOCKET:
+                continue
+            if kind == socket.SCM_RIGHTS:
+                rest = len(body) % handles.itemsize
+                handles.frombytes(body[:len(body) - rest])
+        if flags & _MSG_CTRUNC:
+            if not handles:   # this process has no descriptor left
+                handles.append(-1)
+        self._handles.extend(handles)
+        if len(self._handles) > self.WAITING_MOST:
+            raise PeerError('descriptors that belong to nothing')
+
+    def take(self, size: int) -> memoryview:
+        """The value of this size in the next segment. Raises PeerError, MemoryError."""
+        if not self._handles:
+            raise PeerError('a value that has not come')
+        handle = self._handles.popleft()
+        if handle < 0:
+            missing = pickle.dumps(_NotReceived(size))
+            return memoryview(missing)
+        try:
+            return self._open(handle, size)
+        except (OSError, ValueError) as exc:
+            text = 'a memory segment that is none: %s' % exc
+            raise PeerError(text) from exc
+        finally:
+            os.close(handle)
+
+    def _open(self, handle: int, size: int) -> memoryview:
+        seals = fcntl.fcntl(handle, fcntl.F_GET_SEALS)
+        if seals & SEALED != SEALED:
+            raise ValueError('it is not sealed')
+        length = os.fstat(handle).st_size
+        if length != size:
+            text = 'it has %d bytes and not %d' % (length, size)
+            raise ValueError(text)
+        if len(self._mapped) < SEGMENTS_MOST:
+            with contextlib.suppress(OSError):   # no descriptor, or no mappings here
+                access = mmap.ACCESS_COPY
+                segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
+                self._mapped.add(segment)
+                return memoryview(segment)
+        view = mapped(size)
+        at = 0
+        while at < size:
+            room = view[at:at + ReceiveBuffer.AT_ONCE]
+            at += os.preadv(handle, [room], at)
+        return view
+
+    def close(self) -> None:
+        """Close the descriptors that nobody has taken."""
+        while self._handles:
+            handle = self._handles.popleft()
+            if handle >= 0:
+                os.close(handle)
+
+
+def goes_in_segment(payload: Payload) -> bool:
+    """Whether a value passes to or from a worker in a memory segment: if it has buffers beside its
+    pickle, which are used where they lie. What stands in the pickle is copied when it is opened,
+    and through the pipe it comes as fast."""
+    if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
+        return False
+    return payload[0][0] == 1
+
+
+def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
+                   second: Buffer = b'', third: Buffer = b'') -> bytes:
+    """A record whose first body is in a memory segment, which is to be sent with it."""
+    size = size_of(first)
+    head = _RECORD.pack(kind, 1, number, serial, start, end, size, len(second), len(third))
+    return b''.join((head, second, third))
+
+
 class Record(NamedTuple):
     """A record that was taken apart."""
     kind: int
@@ -5319,15 +5743,20 @@ class RecordBuffer(ReceiveBuffer):
     def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
         self._limits = limits
+        self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        kind, *_, one, two, three = _RECORD.unpack(head)
+        self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
+        kind, in_segment = self._head[:2]
+        one, two, three = self._head[6:]
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
                 text = 'record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three)
                 raise PeerError(text)
-        return one + two + three  # type: ignore[no-any-return]
+        if in_segment:
+            return two + three
+        return one + two + three
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
@@ -5337,10 +5766,14 @@ class RecordBuffer(ReceiveBuffer):
             records.append(self.record_of(head, body))
         return records
 
-    @staticmethod
-    def record_of(head: bytes, body: memoryview) -> Record:
-        """The record of which these are the head and the bodies."""
-        kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+    def record_of(self, head: Tuple[Any, ...], body: memoryview) -> Record:
+        """The record of which these are the head and the bodies. Raises PeerError for a segment
+        that is none."""
+        kind, in_segment, number, serial, start, end, one, two, three = head
+        if in_segment:
+            segment = self.segments.take(one)
+            rest = (body[:two], body[two:two + three])
+            return Record(kind, number, serial, start, end, (segment, *rest))
         both = one + two
         bodies = (body[:one], body[one:both], body[both:both + three])
         return Record(kind, number, serial, start, end, bodies)
@@ -5352,6 +5785,20 @@ _DEVICES = frozenset(('CON', 'PRN', 'AUX', 'NUL', *(name + str(number) for name 
 IS_WINDOWS = os.name == 'nt'
 # Whether names that differ only in case, or in how letters with accents are composed, are one file
 NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
+
+
+def is_link(path: str) -> bool:
+    """Whether a path is a symbolic link or, on Windows, a junction, which leads elsewhere, too."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    if stat.S_ISLNK(status.st_mode):
+        return True
+    return getattr(status, 'st_reparse_tag', 0) == _JUNCTION
+
+
+_JUNCTION = 0xa0000003   # IO_REPARSE_TAG_MOUNT_POINT of winnt.h
 
 
 def _means_something_else(part: str) -> bool:
@@ -5416,7 +5863,7 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         path = root
         for part in parts[:-1]:
             path = os.path.join(path, part)
-            if os.path.islink(path):
+            if is_link(path):
                 raise ValueError('%s is a link' % path)
             os.makedirs(path, mode=0o700, exist_ok=True)
         yield path + os.sep, None
@@ -5433,6 +5880,16 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         yield '', handle
     finally:
         os.close(handle)
+
+
+def move_below(path: str, root: str, name: str) -> None:
+    """Move a file to the place that `name` has below a directory; links are not followed. Raises
+    OSError, or ValueError for a name that climbs out."""
+    parts = check_name(name)
+    parent = _parent_of(root, parts)
+    with parent as (prefix, handle):
+        target = prefix + parts[-1]
+        os.replace(path, target, dst_dir_fd=handle)
 
 
 def open_regular(path: str) -> Any:
@@ -5503,7 +5960,7 @@ class Digests:
             with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
                 if state[0] == size and cls._known.get(path, ((), b''))[0] != state:
-                    if not os.path.islink(path):
+                    if not is_link(path):
                         paths.append(path)
                         total += size
         if total > cls.INLINE:
@@ -5713,7 +6170,7 @@ class FileReceiver:
         path = root
         for part in parts:
             path = os.path.join(path, part)
-            if os.path.islink(path):
+            if is_link(path):
                 return False
         return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
 
@@ -5803,6 +6260,18 @@ class FileReceiver:
         self._left = collections.Counter(file[0] for file in kept)
 
 
+def replace_file(path: str, place: str) -> None:
+    """Move a file to its place. On Windows this is tried again while somebody, such as a virus
+    scanner, has one that is there open. Raises OSError."""
+    for _ in range(10 * IS_WINDOWS):
+        try:
+            return os.replace(path, place)
+        except PermissionError as exc:
+            logger.debug('%s cannot be replaced yet: %s', place, exc)
+            time.sleep(0.02)
+    os.replace(path, place)
+
+
 @contextlib.contextmanager
 def replaced(path: str, end: str = '.part') -> Iterator[str]:
     """The name of a file that takes the place of another when it was written whole. It is removed
@@ -5810,7 +6279,7 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
     temporary = path + end
     try:
         yield temporary
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):   # it was not even made
             os.unlink(temporary)
@@ -5850,6 +6319,7 @@ def take_own_directory(path: str,
             os.open(os.path.join(path, mark),
                     os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
     os.chmod(path, mode)
+    keep_private(path)
 
 
 def default_directory(port: int) -> str:
@@ -5927,7 +6397,7 @@ def write_private(path: str, data: bytes) -> None:
     try:
         with os.fdopen(handle, 'wb') as file:
             file.write(data)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -6003,15 +6473,21 @@ RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns i
 
 
 def runner_start(handle: int) -> None:
-    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket. It
-    puts back what it has inherited of signals: a program may block or ignore them."""
+    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket, -1
+    where that comes through stdin. It puts back what it has inherited of signals: a program may
+    block or ignore them."""
     user = os.environ.pop(RUNNER_USER, None)
     absolute_path = os.path.abspath(__file__)
     sys.argv[:] = [absolute_path]
     if _sigmask is not None:
         _sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    control = socket.socket(fileno=handle)
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if handle >= 0:
+        control = socket.socket(fileno=handle)
+    else:
+        shared = sys.stdin.buffer.read()
+        control = socket.fromshare(shared)  # type: ignore[attr-defined]
     runner_main(control, User(*json.loads(user)) if user else None)
 
 
@@ -6082,6 +6558,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
 # -- channels and the loop -------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
+_PASSING_BLOCKED = frozenset((errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS))
 # macOS may give the receiver a dead socket if it is closed here before it has arrived there
 LATE_PASSING = sys.platform == 'darwin'
 
@@ -6104,11 +6581,19 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
     return pack_record(kind, number, first=shared)[0], None  # type: ignore[return-value]
 
 
-def send_with(sock: socket.socket, buffers: Sequence[Buffer], passing: socket.socket) -> int:
-    """Send bytes and a socket with the first of them. Raises OSError."""
+def send_with(sock: socket.socket, buffers: Sequence[Buffer],
+              passing: Union[socket.socket, MemorySegment]) -> int:
+    """Send bytes and a descriptor with the first of them. Raises OSError, which is BlockingIOError
+    if it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
+    has one for many sockets under way."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
-    return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    try:
+        return sock.sendmsg(buffers, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)])
+    except OSError as exc:
+        if exc.errno in _PASSING_BLOCKED:
+            raise BlockingIOError(exc.errno, exc.strerror) from exc
+        raise
 
 
 def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
@@ -6128,6 +6613,12 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
     if hasattr(socket, name):
         with contextlib.suppress(OSError):   # it works without
             sock.setsockopt(level, getattr(socket, name), value)
+
+
+def claim_port(sock: socket.socket) -> None:
+    """Have the port of a listening socket for this process alone. On Windows another one could bind
+    the same, and would get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE"."""
+    set_option(sock, socket.SOL_SOCKET, 'SO_EXCLUSIVEADDRUSE', 1)
 
 
 def set_tcp_options(sock: socket.socket) -> None:
@@ -6199,16 +6690,17 @@ class Channel:
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
-        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
+        self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
         if hasattr(sock, 'do_handshake'):
             import ssl
             self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
-        """Send these behind what waits already; with the first of them a socket, which is closed
-        here then."""
+    def push(self, buffers: Iterable[Buffer],
+             passing: Union[socket.socket, MemorySegment, None] = None) -> None:
+        """Send these behind what waits already; with the first of them a descriptor, which is
+        closed here then."""
         for buffer in buffers:
             view = memoryview(buffer)
             if type(buffer) is not bytes:
@@ -6500,9 +6992,9 @@ class Link(Channel):
                  now: float,
                  pulse: float = PULSE,
                  takes: Iterable[int] = MESSAGES) -> None:
-        self._opener = FrameDecoder(session.receive_key, takes)
+        self._opener = FrameDecoder(session.receive_key, takes, session.tags_payloads)
         super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key)
+        self._sealer = FrameEncoder(session.send_key, session.tags_payloads)
         self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
@@ -6879,18 +7371,66 @@ class Pipe(Channel):
             limits = FROM_RUNNER
         self._records = RecordBuffer(limits)
         super().__init__(sock, self._records)
+        self.record_of = self._records.record_of
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._may_fill = 0     # bytes of memory segments in this turn
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
+    def push_value(self, head: bytes, payload: Payload) -> None:
+        """Send a record whose only body goes in a memory segment, behind what waits already."""
+        segment = MemorySegment(payload)
+        self.push([head], segment)
+
+    def write(self) -> None:
+        self._may_fill = WRITE_MOST
+        super().write()
+
+    def _send_some(self) -> int:
+        head, segment = self._out[0]
+        if type(segment) is not MemorySegment:
+            return super()._send_some()
+        try:
+            if not segment.is_whole:
+                self._may_fill -= segment.fill(self._may_fill)
+            if segment.is_whole:
+                return super()._send_some()
+        except _WOULD_BLOCK:
+            raise
+        except OSError as exc:   # no room or no descriptor
+            logger.debug('a value goes through the pipe: %s', exc)
+            self._without_segment(head, segment)
+            return super()._send_some()
+        raise BlockingIOError   # the rest of it in the next turn
+
+    def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
+        """Send a record whole."""
+        segment.close()
+        self._out.popleft()
+        whole_head = bytearray(head)
+        whole_head[_IN_SEGMENT] = 0
+        views = [memoryview(whole_head)]
+        for piece in pieces_of(segment.payload):
+            view = memoryview(piece)
+            views.append(view.cast('B'))
+            self.queued += view.nbytes
+        for view in reversed(views):
+            self._out.appendleft((view, None))
+
     def receive(self, room: memoryview) -> int:
         if not self._asks:
-            return super().receive(room)
-        count, ancillary, _, _ = self.sock.recvmsg_into([room],
-                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not self.worker or not HAS_SEGMENTS:
+                return super().receive(room)
+            count, ancillary, flags, _ = self.sock.recvmsg_into([room], SegmentIntake.ROOM)
+            if ancillary or flags & _MSG_CTRUNC:
+                self._records.segments.came(ancillary, flags)
+            return count
+        size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
+        count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
+        self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue
@@ -6910,7 +7450,11 @@ class Pipe(Channel):
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
-        return [RecordBuffer.record_of(head, body) for head, body in self.read(now)]
+        return [self.record_of(head, body) for head, body in self.read(now)]
+
+    def close(self) -> None:
+        super().close()
+        self._records.segments.close()
 
 
 class Faults:
@@ -7679,6 +8223,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """As socketserver's, without its look-up of the host's name."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
+        claim_port(self.socket)
         super().server_bind()
 
     def on_readable(self) -> None:
@@ -8485,7 +9030,7 @@ class DiscoverySockets:
         self.ears: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
-        for number in sorted(set(ports)) if reach != 'off' else ():
+        for number in self._heard(reach, ports) if reach != 'off' else ():
             # Bound to its broadcast address a socket hears what is said to this machine as a whole,
             # and nothing else.
             if reach == 'lan':
@@ -8508,6 +9053,15 @@ class DiscoverySockets:
                 ear.speaks = number == self._first
                 self.ears.append(ear)
                 loop.add_reader(ear.socket, ear.on_readable)
+
+    @staticmethod
+    def _heard(reach: str, ports: Iterable[int]) -> List[int]:
+        """The ports to listen at. Where only one of those who listen at a port of loopback hears
+        what is said there, that is to be a node: who asks from another port keeps off."""
+        numbers = sorted(set(ports))
+        if reach == 'loopback' and LOOPBACK == '127.0.0.1' and not numbers[0]:
+            return [0]
+        return numbers
 
     def broadcast(self, say: Callable[[], bytes]) -> None:
         """To everybody within reach: what `say` returns, by each family anew, so that a host of
@@ -12391,6 +12945,22 @@ def _no_stdin() -> None:
     os.set_inheritable(0, True)
 
 
+def leave_terminal() -> None:
+    """Never read from the terminal again. On Windows a process ends with its console, so that it is
+    left; what would be written there is lost."""
+    _no_stdin()
+    if not IS_WINDOWS:
+        return
+    handle = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if os.isatty(number):
+            os.dup2(handle, number)
+    os.close(handle)
+    import ctypes
+    library = ctypes.WinDLL('kernel32')  # type: ignore[attr-defined]
+    library.FreeConsole()
+
+
 def was_importing(exc: BaseException) -> bool:
     """Whether an exception came out of the code of a module, as while it is imported. An interrupt
     leaves a package half imported: some of its modules stay in sys.modules, and the next import of
@@ -13133,7 +13703,13 @@ class WorkerPipe:
         """Take what has come, or wait for something. Ends this process when the daemon has closed
         the pipe."""
         buffer = self._intake.get_buffer()
-        count = self._sock.recv_into(buffer, 0, flags)
+        if HAS_SEGMENTS:
+            told = self._sock.recvmsg_into([buffer], SegmentIntake.ROOM, flags)
+            count = told[0]
+            if told[1] or told[2] & _MSG_CTRUNC:
+                self._intake.segments.came(*told[1:3])
+        else:
+            count = self._sock.recv_into(buffer, 0, flags)
         if count == 0:
             self.at_end()
             os._exit(0)
@@ -13166,15 +13742,36 @@ class WorkerPipe:
 
     def send(self, *args: Any) -> None:
         """Send a record, given as to pack_record."""
-        buffers = pack_record(*args)
+        self._in_turn(pack_record(*args))
+
+    def send_result(self, *args: Any) -> None:
+        """Send a RESULT record, given as to pack_record behind its kind. A large value goes in a
+        memory segment, if there is room."""
+        payload = args[4]
+        if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
+            self.send(RecordType.RESULT, *args)
+            return
+        with contextlib.closing(MemorySegment(payload)) as segment:
+            try:
+                segment.fill(sys.maxsize)
+            except OSError as exc:   # no room or no descriptor
+                logger.debug('a value goes through the pipe: %s', exc)
+                self.send(RecordType.RESULT, *args)
+            else:
+                self._in_turn([segment_record(RecordType.RESULT, *args)], segment)
+
+    def _in_turn(self, buffers: List[Buffer], segment: Optional[MemorySegment] = None) -> None:
         with self._sending:
             if self._shared:
                 with self._turn:
-                    self._write(buffers)
+                    self._write(buffers, segment)
             else:
-                self._write(buffers)
+                self._write(buffers, segment)
 
-    def _write(self, buffers: List[Buffer]) -> None:
+    def _write(self, buffers: List[Buffer], segment: Optional[MemorySegment]) -> None:
+        if segment is not None:
+            sent = send_with(self._sock, buffers, segment)
+            buffers = [memoryview(buffers[0])[sent:]]
         for buffer in buffers:
             if len(buffer) <= WRITE_MOST:
                 self._sock.sendall(buffer)
@@ -13393,9 +13990,8 @@ class JobServices:
             raise ValueError(over_limit('dispy_provisional_result: the value', size))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(RecordType.RESULT,
-                            Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
-                            self._slots[0], now, now, payload)
+            outcome = Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE
+            self._pipe.send_result(outcome, self._slots[0], now, now, payload)
         return 0
 
     def _forward(self, record: logging.LogRecord) -> None:
@@ -13646,8 +14242,7 @@ class Worker:
             if not self._pipe.jobs:
                 self._pipe.receive(0)
             else:
-                record = self._pipe.jobs.popleft()
-                self._run(record)
+                self._run(self._pipe.jobs.popleft())   # and its arguments are let go
                 self._slots[0] = 0
                 fit = self._tidy()
         if clean_up is not None:
@@ -13753,7 +14348,7 @@ class Worker:
         if self._job_directory.is_entered:
             self._job_directory.leave()
         try:
-            self._pipe.send(RecordType.RESULT, outcome, serial, start, end, payload, out, err)
+            self._pipe.send_result(outcome, serial, start, end, payload, out, err)
         except ValueError as exc:
             text = 'the result could not be sent: %s' % exc
             self._pipe.send(RecordType.RESULT, Outcome.RAISED, serial, start, end,
@@ -14158,6 +14753,8 @@ def _job_objects() -> Any:
     library.CreateJobObjectW.argtypes = (handle, handle)
     library.SetInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number)
     library.QueryInformationJobObject.argtypes = (handle, ctypes.c_int, handle, number, handle)
+    library.OpenProcess.restype = handle
+    library.OpenProcess.argtypes = (number, ctypes.c_int, number)
     library.AssignProcessToJobObject.argtypes = (handle, handle)
     library.TerminateJobObject.argtypes = (handle, number)
     library.CloseHandle.argtypes = (handle, )
@@ -14170,6 +14767,7 @@ _JOB_LIMITS_CLASS = 9
 _JOB_KILL_ON_CLOSE = 0x2000
 _JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
 _JOB_ACCOUNTING_CLASS = 1
+_PROCESS_ASSIGN = 0x0101   # PROCESS_TERMINATE | PROCESS_SET_QUOTA
 _ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
 
 
@@ -14177,14 +14775,18 @@ class ProcessTree:
     """Windows: a process and all that it starts from now on, as a job object. All of them end when
     the process that has made this one ends, whatever way."""
 
-    def __init__(self, process: Any) -> None:
-        """Raises OSError."""
+    def __init__(self, pid: int) -> None:
+        """`pid`: of a child of this process. Raises OSError."""
         self._library = _job_objects()
         self._handle: Any = self._library.CreateJobObjectW(None, None)
         limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
         if self._handle and self._library.SetInformationJobObject(self._handle, _JOB_LIMITS_CLASS,
                                                                   limits, len(limits)):
-            if self._library.AssignProcessToJobObject(self._handle, int(process.sentinel)):
+            process = self._library.OpenProcess(_PROCESS_ASSIGN, 0, pid)
+            assigned = self._library.AssignProcessToJobObject(self._handle, process)
+            if process:
+                self._library.CloseHandle(process)
+            if assigned:
                 return
         import ctypes
         error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
@@ -14204,10 +14806,11 @@ class ProcessTree:
             self._handle = None
 
 
-def tree_of(process: Any) -> Optional[ProcessTree]:
-    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do."""
+def tree_of(pid: int) -> Optional[ProcessTree]:
+    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do.
+    Raises OSError."""
     if IS_WINDOWS:
-        return ProcessTree(process)
+        return ProcessTree(pid)
     return None
 
 
@@ -14850,14 +15453,14 @@ class SpawnedWorkers(WorkerProcesses):
             with theirs:
                 context = multiprocessing.get_context('spawn')
                 pid = os.getpid()
-                process = context.Process(target=worker_main,
-                                          name='dispy-worker',
-                                          args=(theirs, self._spec['private'], names,
-                                                child.where[1:], pid))
+                process: Any = context.Process(target=worker_main,
+                                               name='dispy-worker',
+                                               args=(theirs, self._spec['private'], names,
+                                                     child.where[1:], pid))
                 with with_variables(variables or {}):
                     process.start()
             made.callback(process.kill)
-            tree = tree_of(process)
+            tree = tree_of(process.pid)
             loading_line = LoadingLine(ours, functools.partial(self._hear, process))
             child = child._replace(process=process, tree=tree, line=loading_line)
             made.pop_all()
@@ -15388,10 +15991,14 @@ def _keep(body: memoryview) -> Buffer:
     return body
 
 
-def _row_of(record: Record) -> tuple:
-    """A row of Results, of the record of a worker."""
+def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
+    """A row of Results, of the record of a worker. Raises PeerError."""
+    _, in_segment, outcome, serial, start, end, size, _, _ = head
+    if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
+        return serial, outcome, start, end, bytes(body), b'', b''
+    record = pipe.record_of(head, body)
     payload, stdout, stderr = map(_keep, record.bodies)
-    return record.serial, record.number, record.start, record.end, payload, stdout, stderr
+    return serial, outcome, start, end, payload, stdout, stderr
 
 
 def shortage(exc: BaseException) -> str:
@@ -16042,10 +16649,15 @@ def _probe(name: str, path: str) -> Interpreter:
         raise ValueError('--python %s=%s: it is Python %s, and dispy needs 3.8 or later' % (
             name, path, '.'.join(map(str, version))))
     interpreter = Interpreter(path, tuple(version), cloudpickle_version, has_psutil)
-    if not has_psutil and sys.platform != 'linux':
-        logger.warning('--python %s=%s has no psutil, which limits the memory of jobs here '
-                       '(dispy_memory): they are not limited', name, path)
+    if not has_psutil:
+        _tell_without_psutil('--python %s=%s' % (name, path))
     return interpreter
+
+
+def _tell_without_psutil(python: str) -> None:
+    if sys.platform != 'linux':   # there /proc tells
+        logger.warning('%s has no psutil, which limits the memory of jobs here (dispy_memory): '
+                       'they are not limited', python)
 
 
 def environment_for(python: str) -> Dict[str, str]:
@@ -16707,9 +17319,10 @@ if hasattr(os, 'register_at_fork'):
 class RunnerProcess:
     """The process of a runner. The loop's thread.
 
-    It is started with `subprocess`: `multiprocessing`, which is used only where a descriptor cannot
-    be passed to a new program, would run a program's main module again, and share its resource
-    tracker. It inherits no descriptor but its own, and has a session of its own.
+    It is started with `subprocess`: `multiprocessing` would run a program's main module again, and
+    share its resource tracker. It inherits no descriptor but its own, and has a session of its own.
+    On Windows it has a console of its own, without a window, which workers and programs share: a
+    Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
     """
     CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
 
@@ -16719,18 +17332,8 @@ class RunnerProcess:
         directory with this module, for one that has its own library and packages. Raises
         OSError."""
         self._home = home
-        self._popen: Any = None
-        self._process: Any = None
-        if os.name == 'posix':
-            self._popen = self._start(control, user, python or sys.executable)
-            self.pid: int = self._popen.pid
-        else:
-            context = multiprocessing.get_context('spawn')
-            self._process = context.Process(target=runner_main,
-                                            args=(control, user),
-                                            name='dispy-runner')
-            self._process.start()
-            self.pid = self._process.pid
+        self._popen: Any = self._start(control, user, python or sys.executable)
+        self.pid: int = self._popen.pid
 
     def _start(self, control: socket.socket, user: Optional[User], python: str) -> Any:
         places = []
@@ -16751,6 +17354,9 @@ class RunnerProcess:
         if user is not None:
             variables[RUNNER_USER] = json.dumps(user)
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        if IS_WINDOWS:
+            words = [*flags, '-c', self.CODE % (where, places, -1)]
+            return self._start_on_windows(control, python, words, variables)
         with contextlib.ExitStack() as opened:
             error = None
             try:
@@ -16764,46 +17370,54 @@ class RunnerProcess:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error,
                     pass_fds=(control.fileno(),), start_new_session=True)
 
+    @staticmethod
+    def _start_on_windows(control: socket.socket, python: str, words: Sequence[str],
+                          variables: Dict[str, str]) -> Any:
+        """A socket is for one process there, whose number must be known before: it goes through
+        stdin. The Python of a virtual environment starts another, which would have a number of its
+        own: that one is started here, as multiprocessing does it."""
+        base = getattr(sys, '_base_executable', python)
+        if python == sys.executable and python != base:
+            variables['__PYVENV_LAUNCHER__'] = python
+            python = base
+        no_window = getattr(subprocess, 'CREATE_NO_WINDOW', 0)
+        error = None
+        try:
+            os.fstat(2)
+        except OSError:   # closed, as in a program without a console
+            error = subprocess.DEVNULL
+        with process_start_lock:
+            process = subprocess.Popen([python, *words], env=variables, stdin=subprocess.PIPE,
+                                       stdout=subprocess.DEVNULL, stderr=error,
+                                       creationflags=no_window)
+        assert process.stdin is not None   # ours: it is a pipe
+        with process.stdin as pipe:
+            shared = control.share(process.pid)  # type: ignore[attr-defined]
+            pipe.write(shared)
+        return process
+
     @property
     def exitcode(self) -> Optional[int]:
         """None while it runs. 0 where the program has others wait for its children, and nobody
         can tell."""
-        if self._popen is not None:
-            return self._popen.poll()  # type: ignore[no-any-return]
-        return self._process.exitcode  # type: ignore[no-any-return]
-
-    def tree(self) -> Optional[ProcessTree]:
-        """What ends it with all that it starts, where groups of processes do not. Raises
-        OSError."""
-        if self._process is None:
-            return None
-        return tree_of(self._process)
+        return self._popen.poll()  # type: ignore[no-any-return]
 
     def terminate(self) -> None:
         """Tell it to end."""
-        (self._popen or self._process).terminate()
+        self._popen.terminate()
 
     def kill(self) -> None:
         """Kill it."""
-        (self._popen or self._process).kill()
+        self._popen.kill()
 
     def join(self, seconds: float) -> None:
         """Wait for its end."""
-        if self._process is not None:
-            self._process.join(seconds)
-            return
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(seconds)
 
-    def close(self) -> None:
-        """Release what belongs to a process that has ended."""
-        if self._process is not None:
-            self._process.close()
-
     def forget(self) -> None:
         """In a forked child: it is no child of this process."""
-        if self._popen is not None:
-            self._popen.returncode = 0
+        self._popen.returncode = 0
 
 
 class RunnerWatch:
@@ -16925,7 +17539,7 @@ class ComputationProcesses:
         try:
             self.process = RunnerProcess(theirs, host.options.user,
                                          self.python or host.options.python, self.home)
-            self.tree = self.process.tree()
+            self.tree = tree_of(self.process.pid)
         except OSError:
             ours.close()
             if self.process is not None:
@@ -17099,29 +17713,31 @@ class WorkerReader:
         """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
         OSError."""
         rows = []
-        records = pipe.records(self._host.now)
+        units = pipe.read(self._host.now)
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
-        for record in records:
-            if record.kind == _RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
-                                                                     record.end, *record.bodies):
+        for head, body in units:
+            if head[0] == _RESULT:
+                row = _row_of(pipe, head, body)
+                if row[OUTCOME] not in OF_WORKERS or not is_outcome(*row[OUTCOME:]):
+                    size = size_of(row[PAYLOAD])
                     text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        record.number, record.start, record.end, len(record.bodies[0]))
+                        *row[OUTCOME:PAYLOAD], size)
                     raise PeerError(text)
-                rows.append(_row_of(record))
+                rows.append(row)
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 worker_results = WorkerResults(pipe.worker, rows)
                 self._host.tell(worker_results)
                 rows = []
+            record = pipe.record_of(head, body)
             self._from_job(pipe, record)
         if rows:
             self._host.tell(WorkerResults(pipe.worker, rows))
             self.held.hold_back(pipe)
         elif pipe.is_large:
             self.held.hold_back(pipe)
-        return len(records)
+        return len(units)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
@@ -17207,12 +17823,23 @@ class WorkerPipes:
         run = self._of_worker.get(action.worker)
         if run is not None:
             buffers: List[Buffer] = []
+            pipe = run.pipes[action.worker]
             for attempt in action.attempts:
-                buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0,
-                                       attempt.payload)
+                payload = attempt.payload
+                size = len(payload)
+                if type(payload) is bytes and size < OUT_OF_BAND:   # nearly always
+                    head = _RECORD.pack(_JOB, 0, attempt.cpus, attempt.serial, 0.0, 0.0, size, 0, 0)
+                    buffers.append(head + payload)
+                elif goes_in_segment(payload):
+                    head = segment_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
+                    pipe.push(buffers)
+                    buffers = []
+                    pipe.push_value(head, payload)
+                else:
+                    buffers += pack_record(_JOB, attempt.cpus, attempt.serial, 0.0, 0.0, payload)
             if len(buffers) > 1 and sum(map(len, buffers)) < OUT_OF_BAND:
                 buffers = [b''.join(buffers)]
-            run.pipes[action.worker].push(buffers)
+            pipe.push(buffers)
             self._look_soon()
 
     def _order(self, kind: RecordType, worker: int, serial: int = 0, first: float = 0.0,
@@ -17426,8 +18053,6 @@ class ProcessHost:
         self._let_go_of_all(run)
         if run.watch is not None:
             run.watch.close()
-        if code is not None:
-            run.process.close()
         run.process = None
         # In a program, orphans are its own
         if os.getpid() == 1:
@@ -19059,7 +19684,10 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
     """A log file that nobody else can read when it is made here."""
 
     def _open(self) -> Any:
+        is_new = not os.path.exists(self.baseFilename)
         os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT, 0o600))
+        if is_new:
+            keep_private(self.baseFilename)
         return super()._open()
 
 
@@ -19270,6 +19898,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
         user = find_user(args.user)
     else:
         user = None
+    if importlib.util.find_spec('psutil') is None:
+        _tell_without_psutil('this Python')
     secret = _find_secret_of(args)
     _make_ready_for(user)
     port = own_hosts(args.host or ('', ))
@@ -19334,7 +19964,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     write_stacks_on_signal()
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
-        _no_stdin()
+        leave_terminal()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
                 port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)

@@ -83,16 +83,17 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST
 from dispy import REPORTS_APART
 from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
-from dispy import EndedJobs, FailedJobs, JobsAssigned, JobState, NodeChanged, NodeConnection
+from dispy import EndedJobs, FailedJobs, HeldFiles, JobsAssigned, JobState, NodeChanged
+from dispy import NodeConnection
 from dispy import NodeDrains
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
-from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob
-from dispy import WithdrawAsked
+from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob, SecondHad
+from dispy import SecondsOfUser, WithdrawAsked
 from dispy import cpus_of, has_ended, job_row, parse_nodes, python_at, shown_arguments
 from dispy import shown_state
 from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
 from dispynode import ENDING_SIGNALS, EXIT_STATUSES, FOR_CODE, LAZY, NAME_MOST, NODE_PORT
-from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RETURNED
+from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, READS, RETURNED
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
@@ -103,8 +104,9 @@ from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, 
 from dispynode import ServiceManager, ValueRequests, Values, Wrong
 from dispynode import __version__, add_daemon_options, batches, check_name, daemon_parser
 from dispynode import days_option
-from dispynode import derive_key, digest_of, discovery_reach, find_secret, has_place, host_and_port
-from dispynode import in_parts, is_comp, limit_values, listen_at_terminal, log_record_of
+from dispynode import derive_key, digest_of, discovery_reach, file_digest, find_secret, has_place
+from dispynode import host_and_port, in_parts, is_comp, leave_terminal, limit_values
+from dispynode import listen_at_terminal, log_record_of, others_who
 from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
@@ -292,9 +294,9 @@ class DiskReserve:
     def give_up(self) -> None:
         """Delete the file if others have filled the disk."""
         if self.free() < self.size:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):   # it has gone, or somebody has it open
                 os.unlink(self._path)
-            self._is_there = False
+            self._is_there = os.path.exists(self._path)
 
 
 class LargeFiles:
@@ -314,6 +316,8 @@ class LargeFiles:
         self._pending: Dict[LargeFile, Sequence[Any]] = {}
         # Jobs whose files are not needed after the next transaction
         self._gone: List[int] = []
+        # Paths of such files that cannot be removed yet
+        self._stuck: List[str] = []
         self._new_values = itertools.count(1)
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
@@ -420,12 +424,23 @@ class LargeFiles:
             os.fsync(file.fileno())
 
     def unlink_gone(self) -> None:
-        """Delete the files that are not needed any more. Raises OSError."""
+        """Delete the files that are not needed any more. One that cannot be deleted, such as on
+        Windows while a virus scanner has it open, is deleted with the next ones."""
+        paths = self._stuck
         for number, end in itertools.product(self._gone, 'pr'):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(number, end))
+            path = self.path(number, end)
+            paths.append(path)
+        self._stuck = []
         self.numbers.difference_update(self._gone)
         self._gone = []
+        for path in paths:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                logger.debug('%s cannot be deleted yet: %s', path, exc)
+                self._stuck.append(path)
 
 
 class HistoryDatabase(Database):
@@ -482,7 +497,46 @@ class HistoryDatabase(Database):
         return to, rows
 
 
-class State(HistoryDatabase):
+class SecondsDatabase(HistoryDatabase):
+    """The part of the state that holds second attempts of jobs that run."""
+    SECOND: int
+    SECOND_OVER: int
+    _places: Dict[str, int]        # text of the key of a node -> its place
+
+    def seconds_sent(self, seconds: Sequence[ScheduledJob], key: Any) -> None:
+        """Note second attempts that go to a node, when this is on the disk."""
+        place = self._places[_key_text(key)]
+        for second in seconds:
+            number = job_number(second.serial)
+            self.note(self.SECOND, number, attempt_number(second.serial), place)
+
+    def second_over(self, second: ScheduledJob) -> None:
+        """Note that a second attempt counts no more, or is that of its job."""
+        number = job_number(second.serial)
+        self.note(self.SECOND_OVER, number, attempt_number(second.serial))
+
+    def seconds(self, works: Dict[int, 'ClientJob']) -> List[Tuple['ClientJob', int, Any]]:
+        """Return those of these jobs, by their numbers, that were started a second time, with the
+        serial of that attempt and the key of its node."""
+        keys = self._keys_of_nodes()
+        found = []
+        rows = self._db.execute('SELECT number, attempt, node FROM seconds')
+        for number, attempt, place in rows:
+            work = works.get(number)
+            if work is not None:
+                serial = serial_of(number, attempt)
+                found.append((work, serial, keys[place]))
+        return found
+
+    def _keys_of_nodes(self) -> Dict[int, Any]:
+        """Return a dictionary from the places of nodes to their keys."""
+        keys = {}
+        for key, place in self._places.items():
+            keys[place] = _key_of(key)
+        return keys
+
+
+class State(SecondsDatabase):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
     computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK = 0x64735335
@@ -502,18 +556,20 @@ class State(HistoryDatabase):
             instance BLOB)
         """
     # Those that the first release did not have: what was given up, the memories of nodes, their
-    # lock files, nodes that an operator has drained, and jobs that have ended, by computations
+    # lock files, second attempts of jobs that run, nodes that an operator has drained, and jobs
+    # that have ended, by computations
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
         'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)',
+        'seconds (number INTEGER PRIMARY KEY, attempt INTEGER, node INTEGER)',
         'drains (node TEXT PRIMARY KEY, reason TEXT, since REAL)',
         'accounts (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, user TEXT, proven INTEGER, '
         'program TEXT, name TEXT)',
         'history (number INTEGER PRIMARY KEY, account INTEGER, job INTEGER, node TEXT, '
         'began REAL, ended REAL, cpus INTEGER, outcome TEXT)')
     COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN, \
-        ACCOUNT, HISTORY, HISTORY_OVER = range(16)
+        ACCOUNT, HISTORY, HISTORY_OVER, SECOND, SECOND_OVER = range(18)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -531,7 +587,9 @@ class State(HistoryDatabase):
         'INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?)',
         'INSERT INTO history VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)',
         'DELETE FROM history WHERE number IN '
-        '(SELECT number FROM history WHERE ended < ? ORDER BY number LIMIT 2000)')
+        '(SELECT number FROM history WHERE ended < ? ORDER BY number LIMIT 2000)',
+        'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?)',
+        'DELETE FROM seconds WHERE number = ? AND attempt = ?')
 
     def __init__(self, root: str) -> None:
         """Open the state in this directory. Raises DispyError, OSError."""
@@ -874,9 +932,7 @@ class State(HistoryDatabase):
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
         """Yield (number, serial of the program, options, state, serial, key of its node) of the
         jobs of a computation in the order in which they came."""
-        keys = {}
-        for key, place in self._places.items():
-            keys[place] = _key_of(key)
+        keys = self._keys_of_nodes()
         query = ('SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
                  'ORDER BY number')
         rows = self._db.execute(query, (self._comps[comp],))
@@ -996,6 +1052,10 @@ def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
 # The same of the values that its jobs need, each a file called by its digest
 VALUES_OF = '.values'
+
+
+# The same of the files that second attempts of its jobs send, by their serials
+SECONDS_OF = '.seconds'
 
 
 TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
@@ -1186,6 +1246,134 @@ def _no_source() -> Tuple[bytes, str]:
     return b'', 'only its program can tell'
 
 
+class ForwardedFiles(HeldFiles):
+    """The files of a second attempt, which are kept on the disk here until it counts, and go to
+    the program then. Its result follows when the program has them. The loop's thread."""
+    forwards = True
+
+    def __init__(self, computation: 'ClientComputation', scheduler: 'Scheduler',
+                 serial: int) -> None:
+        directory = os.path.join(computation.directory + SECONDS_OF, str(serial))
+        super().__init__(directory, directory, 'at the scheduler: ')
+        self._computation = computation
+        self._scheduler = scheduler
+        self._serial = serial
+        self._result: Optional[tuple] = None    # the row of Results that waits
+        self._under_way: Set[str] = set()       # names of files on the way to the program
+        self._rows: Dict[str, tuple] = {}       # name -> row of FilePiece
+
+    def take(self, message: FilePiece) -> Optional[FileStored]:
+        """Take a piece, as HeldFiles does."""
+        row = message.row
+        self._rows[row[0]] = row
+        return super().take(message)
+
+    def place(self) -> str:
+        """Send the program those that are whole. Returns an empty text: what it cannot store is
+        told later."""
+        self.counts = True
+        self.forward()
+        return ''
+
+    def forward(self) -> None:
+        """Send those that the program is not known to have."""
+        computation = self._computation
+        scheduler = self._scheduler
+        known = scheduler.schedule.comps[computation.comp]
+        node = known.running.get(self._serial)
+        if not self.counts or node is None or computation.is_collected:
+            return
+        if computation.link not in scheduler.links:
+            return
+        work: Any = node.in_flight[computation.comp][self._serial]
+        transfer = (computation.comp, int(Purpose.FROM_JOB), work.client_serial)
+        for name in self.names:
+            path = os.path.join(self.directory, *name.split('/'))
+            if name not in self._rows:   # it came before this process was started
+                size, digest = file_digest(path)
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                self._rows[name] = (name, size, digest, mode)
+            row = self._rows[name]
+            self._under_way.add(name)
+            scheduler.program_jobs.backlog.add_file(computation.link, transfer, row, path)
+
+    def came(self, name: str, error: str) -> bool:
+        """The program has stored a file, or cannot. Returns whether it was one of these."""
+        if name not in self._under_way:
+            return False
+        self._under_way.discard(name)
+        if name in self.names:
+            self.names.remove(name)
+        if error:
+            text = '%s could not be sent: %s' % (name, error)
+            self._result = ended_row(self._serial, Outcome.DIED, text)
+            self.names.clear()
+        self._let_go()
+        return True
+
+    def _let_go(self) -> None:
+        """Hand on the result if nothing is left that it waits for."""
+        comp = self._computation.comp
+        known = self._scheduler.schedule.comps[comp]
+        node = known.running.get(self._serial)
+        if self._result is not None and not self.names and node is not None:
+            node_results = NodeResults(node.key, comp, [self._result])
+            self._scheduler.decide(node_results)
+
+    def keep_until_there(self, row: tuple) -> bool:
+        """Whether the row of Results of the attempt has to wait."""
+        if not self.counts or not self.names:
+            return False
+        self._result = row
+        if self._computation.is_collected:
+            self.give_up()
+        return True
+
+    def give_up(self) -> None:
+        """The program has ended, and what collects its results stores no files."""
+        if self._result is not None:
+            self._computation.warn(
+                'the files %s have not come: they are of a job that was started a second time, and '
+                'its program has ended' % ', '.join(self.names))
+            self.names.clear()
+            self._let_go()
+
+
+class ClientSeconds(SecondsOfUser):
+    """Second attempts of the jobs of a program. It is told of one when that counts. The loop's
+    thread."""
+
+    def __init__(self, computation: 'ClientComputation', scheduler: 'Scheduler') -> None:
+        self._computation = computation
+        self._scheduler = scheduler
+
+    def send(self, peer: NodeConnection, seconds: Sequence[Any]) -> None:
+        """Send these to a node."""
+        self._computation.send_rows(peer, seconds)
+        self._scheduler.state.seconds_sent(seconds, peer.key)
+
+    def counts(self, peer: NodeConnection, second: Any, ran: float) -> None:
+        """Tell the program that a job is elsewhere than it was."""
+        computation = self._computation
+        work = second.first
+        self._scheduler.state.second_over(second)
+        self._scheduler.state.sent([work], peer.key)
+        node = (peer.ip_addr, peer.port, peer.name)
+        serials = [work.client_serial]
+        jobs_assigned = JobsAssigned(computation.comp, node, serials)
+        computation.send(jobs_assigned)
+        if work.state is not JobState.SENT:
+            computation.jobs_started(peer, [(work, ran)])
+
+    def over(self, second: Any) -> None:
+        """Note that one counts no more."""
+        self._scheduler.state.second_over(second)
+
+    def files_of(self, second: Any) -> ForwardedFiles:
+        """Return where the files of one are kept."""
+        return ForwardedFiles(self._computation, self._scheduler, second.serial)
+
+
 class ClientComputation(NodeUser):
     """A computation of a program, in the place of a JobCluster. The loop's thread."""
     cargo: PackedComputation
@@ -1213,6 +1401,8 @@ class ClientComputation(NodeUser):
         self.digest = result_key(spec)   # of what shows that results are its
         self.directory = directory
         self.reentrant = shared['reentrant']
+        self.speculate = self.reentrant and spec.get('speculate', False)
+        self.seconds = ClientSeconds(self, scheduler)
         self.exclusive = shared['exclusive']
         self.cloudpickle = shared['cloudpickle']
         recovers = bool(shared['recovers'])
@@ -1251,6 +1441,7 @@ class ClientComputation(NodeUser):
         self.told_at = (0, 0.0)
         # Serial of a job that sends a file -> the link that it goes along, and its name.
         self.files: Dict[int, Tuple[int, str]] = {}
+        self.is_collected = False                 # by another process than its program
         self.given_up_at = math.inf               # when, if its program does not come back
         # When it lets its nodes go, if its program is not back and it has no jobs
         self.rests_at = math.inf
@@ -1308,6 +1499,7 @@ class ClientComputation(NodeUser):
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
+        shutil.rmtree(self.directory + SECONDS_OF, ignore_errors=True)
 
     def send(self, message: Any) -> None:
         """Send a message to the program, if it is connected."""
@@ -1378,8 +1570,18 @@ class ClientComputation(NodeUser):
         return self.values.path(digest)
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[Any]) -> None:
-        """Send jobs to a node, and tell the program where they are. The arguments of jobs that have
-        waited for long are on the disk."""
+        """Send jobs to a node, and tell the program where they are."""
+        scheduler = self._scheduler
+        scheduler.state.sent(works, peer.key)
+        if self.link in scheduler.links:
+            node = (peer.ip_addr, peer.port, peer.name)
+            serials = [work.client_serial for work in works]
+            self.send(JobsAssigned(self.comp, node, serials))
+        self.send_rows(peer, works)
+
+    def send_rows(self, peer: NodeConnection, works: Sequence[Any]) -> None:
+        """Send attempts to a node. The arguments of jobs that have waited for long are on the
+        disk."""
         scheduler = self._scheduler
         rows: List[Tuple[tuple, int]] = []
         unread: List[tuple] = []
@@ -1387,7 +1589,7 @@ class ClientComputation(NodeUser):
             try:
                 payload = work.payload
                 if payload is None:
-                    payload = scheduler.state.payload(work.number)
+                    payload = scheduler.state.payload(job_number(work.serial))
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
                 unread.append(ended_row(work.serial, Outcome.DIED, text))
@@ -1395,11 +1597,6 @@ class ClientComputation(NodeUser):
                 rows.append(job_row(work, payload, OF_JOBS))
         for frame in batches(Jobs, self.comp, rows):
             scheduler.send(peer.link, frame)  # type: ignore[arg-type]
-        scheduler.state.sent(works, peer.key)
-        if self.link in scheduler.links:
-            node = (peer.ip_addr, peer.port, peer.name)
-            serials = [work.client_serial for work in works]
-            self.send(JobsAssigned(self.comp, node, serials))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
@@ -2813,6 +3010,7 @@ class ProgramLinks(Part):
         facts['memory'] = scheduler.instance.hex()
         facts['resources'] = {}   # jobs may ask for some, which are counted here
         facts['pythons'] = {}     # computations may ask for one, which is found out here
+        facts['speculates'] = True
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
@@ -3051,7 +3249,9 @@ class ProgramComputations(Part):
         is_other = computation.instance != link.instance   # the program itself sends these again
         self._came_back(computation, link)
         if is_other:
+            computation.is_collected = True
             self._cancel_dropped(computation)
+            self._scheduler.program_jobs.give_up_files(computation)
         self._state.commit()   # from where they are sent now
         known_attempts = KnownAttempts(computation.comp, computation.known())
         self._send(link, known_attempts)
@@ -3383,6 +3583,9 @@ class ProgramFiles(Part):
         if message.key not in computation.works:
             return
         work = computation.works[message.key]
+        held = self._scheduler.held_back.files.get((computation.comp, work.serial))
+        if isinstance(held, ForwardedFiles) and held.came(message.name, message.error):
+            return
         if computation.files.pop(work.serial, None) is not None:
             self._say_to_node_of(computation.comp, work.serial, message._replace(key=work.serial))
 
@@ -3620,10 +3823,25 @@ class ProgramJobs(Part):
         """Send a program the results that it has not acknowledged, and where its jobs are."""
         computation.unread.clear()
         self.send_ended(computation, list(computation.ended.values()))
+        for held in self._held_files(computation):
+            held.forward()
         known = self._schedule.comps.get(computation.comp)
         if known is not None:
             for node in known.nodes.values():
                 self._tell_jobs_at(computation, node)
+
+    def _held_files(self, computation: ClientComputation) -> List[ForwardedFiles]:
+        """Return the files of its second attempts, and of those that were second ones."""
+        found = []
+        for (comp, _), held in self._scheduler.held_back.files.items():
+            if comp == computation.comp and isinstance(held, ForwardedFiles):
+                found.append(held)
+        return found
+
+    def give_up_files(self, computation: ClientComputation) -> None:
+        """No results wait any more until files are at the program."""
+        for held in self._held_files(computation):
+            held.give_up()
 
     def _tell_jobs_at(self, computation: ClientComputation, node: Any) -> None:
         """Tell a program which of its jobs are at a node, and which of these run. `node` is the
@@ -4000,11 +4218,45 @@ class Restoration(Part):
             until = scheduler.now + RETURN_TIME
             had = NodeHad(key, computation.comp, works, name, until)
             scheduler.decide(had)
+        self._restore_seconds(computation, sent)
         scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
         if computation.works or computation.ended:
             at_nodes = sum(map(len, sent.values()))
             logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', computation.name,
                         len(waiting), at_nodes, len(computation.ended))
+
+    def _restore_seconds(self, computation: ClientComputation,
+                         sent: Dict[Any, List[ClientJob]]) -> None:
+        """Go on with jobs that were started a second time, and with the files that these attempts
+        have sent. `sent` has the jobs by the nodes of their first attempts."""
+        scheduler = self._scheduler
+        comp = computation.comp
+        works = {}
+        for there in sent.values():
+            for work in there:
+                works[work.number] = work
+        for work, serial, key in self._state.seconds(works):
+            if key not in self._nodes:
+                continue
+            if key not in sent:
+                sent[key] = []
+                name = self._restore_node(key)
+                until = scheduler.now + RETURN_TIME
+                had = NodeHad(key, comp, [], name, until)
+                scheduler.decide(had)
+            second_had = SecondHad(key, comp, work, serial)
+            scheduler.decide(second_had)
+        known = scheduler.schedule.comps[comp]
+        directory = computation.directory + SECONDS_OF
+        words: List[str] = []
+        if os.path.isdir(directory):
+            words = os.listdir(directory)
+        for word in words:
+            serial = int(word)
+            held = ForwardedFiles(computation, scheduler, serial)
+            held.find()
+            held.counts = serial in known.running
+            scheduler.held_back.files[comp, serial] = held
 
     def _work(self, computation: ClientComputation, serial: int, options: Optional[dict],
               own: int) -> ClientJob:
@@ -4887,7 +5139,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _end_on_signals(scheduler, args.daemon)
     write_stacks_on_signal()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
-    if has_terminal and not args.daemon:
+    if args.daemon:
+        leave_terminal()
+    elif has_terminal:
         listen_at_terminal(PROMPT, OperatorPrompt(scheduler).take)
     manager.ready('at port %d' % port, scheduler.call_soon)
     try:
@@ -5065,7 +5319,7 @@ def _is_network(word: str) -> bool:
 def is_log_private(path: Optional[str]) -> bool:
     """Return whether nobody else can read the log, which is a file or standard error."""
     if os.name == 'nt':
-        return True
+        return not path or not others_who(READS, path)
     if path:
         return not os.stat(path).st_mode & 0o077
     if sys.stderr.isatty():

@@ -119,6 +119,9 @@ def pytest_configure(config):
 def pytest_addoption(parser):
     parser.addoption('--long', action='store_true',
                      help='tests that can be longer are: a million inputs, not a hundred thousand')
+    parser.addoption('--dispynode', action='store_true',
+                     help='tests for every kind of cluster run those of JobCluster on a dispynode, '
+                     'and not on the node of this program')
     parser.addoption('--start-method', choices=('fork', 'spawn'),
                      help='how nodes start workers in tests that do not say it')
 
@@ -142,6 +145,16 @@ def scheduler_and_node(tmp_path_factory):
         _of_session.update((node.process.pid, scheduler.process.pid))
         yield scheduler.port, node.port
         _of_session.clear()
+
+
+@pytest.fixture(scope='session')
+def own_dispynode(tmp_path_factory):
+    """The address of a dispynode for all tests of this run that ask for it by --dispynode."""
+    from nodes import NodeProcess
+    with NodeProcess(tmp_path_factory.mktemp('dispynode') / 'node') as node:
+        _of_session.add(node.process.pid)
+        yield node.address
+        _of_session.discard(node.process.pid)
 
 
 class Places:
@@ -186,11 +199,21 @@ def places(request, all_places):
         all_places.end()   # what this test has left there is not for the next one
 
 
+def on_dispynode(address):
+    """JobCluster, for which 'local' and None are the dispynode with this address."""
+    def make(computation, nodes=None, *args, **options):
+        own = nodes is None or (isinstance(nodes, str) and nodes == 'local')
+        return dispy.JobCluster(computation, [address] if own else nodes, *args, **options)
+    return make
+
+
 @pytest.fixture(params=KINDS)
 def make_cluster(request):
     """A callable with the parameters of JobCluster: what a test does with it holds for every kind
     of cluster."""
     if request.param == 'JobCluster':
+        if request.config.getoption('--dispynode'):
+            return on_dispynode(request.getfixturevalue('own_dispynode'))
         return dispy.JobCluster
     scheduler, node = request.getfixturevalue('scheduler_and_node')
 

@@ -342,6 +342,14 @@ def measure_large(engine, count):
     return {'1 MiB MB/s': 2 * count * len(blob) / 1e6 / gather(engine, empty, [blob] * count)}
 
 
+def measure_one_by_one(engine, count):
+    """Each when the one before has come back, as the floor of a pipe is measured."""
+    blob = os.urandom(1 << 20)
+    gather(engine, empty, [blob] * 8)
+    return {'1 MiB in turn MB/s': 2 * count * len(blob) / 1e6
+            / sum(gather(engine, empty, [blob]) for _ in range(count))}
+
+
 def measure_efficiency(engine, count):
     gather(engine, burn, [0.001] * 20)
     return {'efficiency 20 ms': count * 0.02 / WORKERS / gather(engine, burn, [0.02] * count)}
@@ -357,6 +365,16 @@ def measure_recoverable(count):
         finally:
             engine.close()
     return found
+
+
+def measure_sleepers(engine_class, count):
+    """Jobs a second of 8 workers whose jobs sleep for 1 ms."""
+    engine = engine_class(8)
+    try:
+        gather(engine, rest, [0.001] * 80)
+        return count / gather(engine, rest, [0.001] * count)
+    finally:
+        engine.close()
 
 
 def measure_first_result():
@@ -393,6 +411,44 @@ def measure_memory(count):
     out = subprocess.run([sys.executable, '-c', MEMORY.format(root=ROOT, count=count)],
                          stdout=subprocess.PIPE, check=True)
     return float(out.stdout)
+
+
+PROCESSES = """
+import sys
+sys.path.insert(0, {root!r})
+import dispy, psutil
+
+
+def empty(x):
+    return x
+
+
+def size(process):
+    found = process.memory_full_info()
+    return getattr(found, 'pss', found.uss) / (1 << 20)
+
+
+if __name__ == '__main__':
+    cluster = dispy.JobCluster(empty, nodes='local', loglevel=50)
+    cluster.wait_nodes(1, 30)
+    cluster.set_node_cpus('127.0.0.1', 2)
+    for job in [cluster.submit(None) for _ in range(2000)]:
+        job()
+    program = psutil.Process()
+    print(size(program), sum(map(size, program.children(recursive=True))))
+    cluster.close()
+"""
+
+
+def measure_processes():
+    """MiB of a program that has run a few jobs, and of its runner and two idle workers; what
+    processes share is counted once where the system tells it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, 'program.py')
+        with open(path, 'w') as file:
+            file.write(PROCESSES.format(root=ROOT))
+        out = subprocess.run([sys.executable, path], stdout=subprocess.PIPE, check=True)
+    return tuple(map(float, out.stdout.split()))
 
 
 def measure_lengths(cpus, trip, function, jobs):
@@ -463,6 +519,7 @@ OWN_ENGINES = [engine.name for engine in ENGINES if issubclass(engine, Dispy)]
 # measurement, count; of each the ratio of dispy to the others is shown
 WORKLOADS = {'empty': (measure_empty, 20000), 'trip': (measure_round_trip, 500),
              'cpu': (measure_cpu, 20000), 'large': (measure_large, 100),
+             'inturn': (measure_one_by_one, 100),
              'array': (measure_array, 4), '20ms': (measure_efficiency, 200),
              '2ms': (measure_short, 1000), 'busy2ms': (measure_beside_2, 400),
              'busy0.5ms': (measure_beside_half, 1000)}
@@ -515,7 +572,15 @@ def main():
               % (own, other): {key: table[own][key] / table[other][key] for key in table[own]}
               for own in table if own in OWN_ENGINES for other in table if other not in OWN_ENGINES}
     without, recoverable = zip(*(measure_recoverable(20000 // divide) for _ in range(rounds)))
-    own = {'empty jobs/s with recover_file': statistics.median(recoverable),
+    own = {}
+    for engine_class in (Local, Dispy):
+        sleepers = [measure_sleepers(engine_class, 8000 // divide) for _ in range(rounds)]
+        own['8 workers, 1 ms of sleep, jobs/s, %s' % engine_class.name] = statistics.median(
+            sleepers)
+    program, others = zip(*(measure_processes() for _ in range(rounds)))
+    own['MiB of the program, local'] = statistics.median(program)
+    own['MiB of runner and 2 workers, local'] = statistics.median(others)
+    own = {**own, 'empty jobs/s with recover_file': statistics.median(recoverable),
            'ratio to those without': statistics.median(recoverable) / statistics.median(without),
            'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
            'bytes per queued job': measure_memory(100000 // divide)}

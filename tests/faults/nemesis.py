@@ -1,14 +1,19 @@
 """A seeded sequence of faults: nodes that are killed, started again and stopped, connections that
-are cut and healed."""
+are cut and healed; of a node that is part of this program, processes that are killed and
+stopped."""
 
+import contextlib
 import random
 import signal
 import threading
+
+import psutil
 
 from nodes import NodeProcess
 from proxy import Proxy
 
 FAULTS = ('kill', 'stop', 'cut', 'hold')
+OWN_FAULTS = ('kill worker', 'kill runner', 'stop worker', 'stop runner')
 
 
 class Nemesis:
@@ -105,6 +110,49 @@ class Nemesis:
 
     def __exit__(self, *exc):
         self.close()
+
+
+class OwnNemesis(Nemesis):
+    """The same for the node of this program, which has a runner and its workers for processes."""
+
+    def __init__(self, directory, seed, every=3.0, faults=OWN_FAULTS):
+        self.every, self.history, self.seed = every, [], seed
+        self._random, self._faults = random.Random(seed), faults
+        self._over = threading.Event()
+        self._thread = self.failed = None
+        self.nodes, self.proxies = [None], []
+
+    addresses = 'local'
+    pids = ()
+
+    def _run(self):
+        try:
+            while not self._over.wait(self.every):
+                fault = self._random.choice(self._faults)
+                lasts = self._random.choice((0.0, 0.2, 0.5, 0.9)) * self.every
+                self.history.append((fault, 0, lasts))
+                verb, which = fault.split()
+                with contextlib.suppress(psutil.NoSuchProcess, IndexError):   # none there now
+                    self._strike(verb, which, lasts)
+        except BaseException as exc:   # the test tells
+            self.failed = exc
+
+    def _strike(self, verb, which, lasts):
+        process = [child for child in psutil.Process().children()
+                   if 'runner_start' in ' '.join(child.cmdline())][0]
+        if which == 'worker':
+            process = self._random.choice(process.children())
+        if verb == 'kill':
+            process.kill()
+            return
+        process.suspend()
+        self._over.wait(lasts)
+        process.resume()
+
+    def close(self):
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(60)
 
 
 def nemesis(seed, directory, **options):

@@ -3,6 +3,7 @@
 grow.
 
     python tests/faults/soak.py --minutes 10 --seed 1
+    python tests/faults/soak.py --local ...      on the node that is part of the program
 
 Prints a line a minute and, at the end, submitted, ended, lost, unexpected, duplicated, executions;
 memory and descriptors of each process at start and end; exit status 1 if anything was lost or came
@@ -21,7 +22,7 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)),
                 os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from ledger import Ledger, enter, open_files  # noqa: E402
-from nemesis import nemesis  # noqa: E402
+from nemesis import OwnNemesis, nemesis  # noqa: E402
 
 import psutil  # noqa: E402
 
@@ -41,19 +42,26 @@ def held(pid):
     return psutil.Process(pid).memory_info().rss / (1 << 20), len(open_files(pid))
 
 
-def soak(directory, seconds, seed, every=3.0, jobs_most=None, nodes=4, faults=None, say=print):
-    """Jobs and faults. Returns (tally, history of faults, texts of jobs that failed, table of
-    memory and descriptors)."""
+def soak(directory, seconds, seed, every=3.0, jobs_most=None, nodes=4, faults=None, say=print,
+         local=False):
+    """Jobs and faults, with `local` on the node of this program. Returns (tally, history of faults,
+    texts of jobs that failed, table of memory and descriptors)."""
     ledger, failed = Ledger(os.path.join(directory, 'ledger')), []
     ended = array.array('L')   # not a list: what is measured is dispy's memory
 
     def done(job):
         if job.id != 'first':
             ended.append(job.id)
+        if local and 'killed by signal' in (job.exception or ''):
+            return   # its own worker was killed, which is its end
         if job.exception or job.result != job.id:
             failed.append(job.exception or 'job %s returned %r' % (job.id, job.result))
     options = {'faults': faults} if faults else {}
-    with nemesis(seed, directory, count=nodes, every=every, **options) as trouble:
+    if local:
+        nodes, trouble = 1, OwnNemesis(directory, seed, every=every, **options)
+    else:
+        trouble = nemesis(seed, directory, count=nodes, every=every, **options)
+    with trouble:
         with dispy.JobCluster(compute, depends=[enter], nodes=trouble.addresses, reentrant=True,
                               job_status=done, pulse_interval=0.5, ping_interval=1.0,
                               loglevel=logging.CRITICAL) as cluster:
@@ -91,9 +99,11 @@ def main():
     parser.add_argument('--minutes', type=float, default=10)
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--every', type=float, default=3.0, help='seconds between faults')
+    parser.add_argument('--local', action='store_true', help='on the node of this program')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        tally, history, failed, rows = soak(directory, 60 * args.minutes, args.seed, args.every)
+        tally, history, failed, rows = soak(directory, 60 * args.minutes, args.seed, args.every,
+                                            local=args.local)
     print('seed %d, %d faults: %s' % (args.seed, len(history), ', '.join(
         '%d %s' % (sum(fault == name for fault, _, _ in history), name)
         for name in sorted({fault for fault, _, _ in history}))))

@@ -24,3 +24,12 @@ def test_everything_for_a_while(tmp_path):
     assert len({fault for fault, _, _ in history}) == 4
     client = rows[0]
     assert client[3][1] <= client[2][1] + 4, client   # descriptors
+
+
+@pytest.mark.long
+def test_the_node_of_this_program_for_a_while(tmp_path):
+    """Its runner and workers are killed and stopped."""
+    tally, history, failed, rows = soak(str(tmp_path), 8, 5, every=2.0, local=True)
+    assert tally.clean, (tally, history)
+    assert not failed, (failed[:5], history)
+    assert rows[0][3][1] <= rows[0][2][1] + 4, rows   # descriptors

@@ -2,6 +2,7 @@
 
 import _pyio
 import concurrent.futures
+import errno
 import os
 import platform
 import queue
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 import dispy
+import dispy_httpd
 import dispynode
 import dispyscheduler
 from conftest import ROOT, eventually
@@ -85,6 +87,14 @@ def test_without_fork_workers_are_started_anew(tmp_path):
                 cluster.wait_nodes(1, 0.1)
 
 
+def node_with(directory, setting):
+    """A script that is dispynode with a setting of another system in its module."""
+    path = directory / 'node_with.py'
+    path.write_text('import sys\nsys.path.insert(0, %r)\nimport dispynode\ndispynode.%s\n'
+                    'sys.exit(dispynode.main())\n' % (ROOT, setting))
+    return str(path)
+
+
 # -- Windows and macOS, as far as another system can pretend ---------------------------------------
 
 @pytest.mark.parametrize('name', ['NUL', 'nul.txt', 'data/con', 'COM1', 'lpt9.log', 'aux .c', 'a.',
@@ -149,9 +159,10 @@ def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
     """macOS: who closes it at once may leave the receiver with a dead socket."""
     monkeypatch.setenv('DISPY_START_METHOD', 'fork')
     (tmp_path / 'sitecustomize.py').write_text('import dispynode\ndispynode.LATE_PASSING = True\n')
-    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
+    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])   # for runner and workers
+    script = node_with(tmp_path, 'LATE_PASSING = True')
     for method in ('fork', 'spawn'):
-        with NodeProcess(tmp_path / method, '--start-method', method,
+        with NodeProcess(tmp_path / method, '--start-method', method, script=script,
                          env={'PYTHONPATH': path}) as node:
             def sockets(pid):
                 return sum(item.type == socket.SOCK_STREAM
@@ -162,6 +173,39 @@ def test_a_pipe_stays_open_here_until_it_has_arrived(monkeypatch, tmp_path):
                 assert cluster.wait()
                 cluster.submit()(60)
                 assert (sockets(node.process.pid), sockets(runner)) == before
+
+
+@pytest.mark.parametrize('number', [errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS])
+def test_a_pipe_for_which_there_is_no_room_is_passed_later(number):
+    """Guards against: the runner was given up."""
+    class Full(socket.socket):
+        is_full = True
+
+        def sendmsg(self, *args):
+            if self.is_full:
+                raise OSError(number, os.strerror(number))
+            return super().sendmsg(*args)
+    ours, theirs = socket.socketpair()
+    full = Full(fileno=ours.detach())
+    passing = socket.socket()
+    with full, theirs:
+        pipe = dispynode.Pipe(full, 'c')
+        pipe.push([b'record'], passing)
+        pipe.write()
+        assert pipe.wants_write and passing.fileno() >= 0
+        full.is_full = False
+        pipe.write()
+        assert not pipe.wants_write and passing.fileno() < 0 and theirs.recv(100) == b'record'
+
+
+def test_a_node_is_found_where_loopback_has_no_broadcast(monkeypatch, tmp_path):
+    """macOS and Windows: guards against an ear at an address that is not there."""
+    script = node_with(tmp_path, 'LOOPBACK = "127.0.0.1"')
+    monkeypatch.setattr(dispynode, 'LOOPBACK', '127.0.0.1')
+    with NodeProcess(tmp_path / 'node', script=script) as node:
+        with dispy.JobCluster(os.getppid) as cluster:
+            runner = cluster.submit()(60)
+            assert psutil.Process(runner).ppid() == node.process.pid
 
 
 @pytest.mark.parametrize('text, path, expected', [
@@ -194,6 +238,153 @@ def test_exit_codes_of_windows_are_told_in_words():
             == 'ended with exit code 3221225477 (0xC0000005, access violation)')
     assert ('0xC0001234' in dispynode.exit_text(0xC0001234)
             and dispynode.exit_text(7) == 'ended with exit code 7')
+
+
+USER = 'S-1-5-21-1-2-3-1001'
+OF_USER = '(A;;FA;;;SY)(A;;FA;;;BA)(A;OICI;FA;;;%s)' % USER
+
+
+@pytest.mark.parametrize('access, readers, writers', [
+    ('D:P' + OF_USER, [], []),
+    ('D:AI(A;ID;0x1301bf;;;AU)(A;ID;0x1200a9;;;BU)' + OF_USER, ['all users', 'all users'],
+     ['all users']),
+    ('D:(A;;FR;;;WD)' + OF_USER, ['everybody'], []),
+    ('D:(A;;FX;;;WD)(D;;FA;;;WD)(A;OICIIO;FA;;;WD)' + OF_USER, [], []),
+    ('D:(A;;0x1301ff;;;S-1-5-21-1-2-3-1002)', ['S-1-5-21-1-2-3-1002'], ['S-1-5-21-1-2-3-1002']),
+    ('D:(A;CIOI;GA;;;WD)', ['everybody'], ['everybody']),
+    ('D:(A;;CCLC;;;BG)(A;;WO;;;AN)', ['guests'], ['guests', 'AN']),
+    ('D:P', [], []), ('D:NO_ACCESS_CONTROL', ['everybody'], ['everybody']),
+    ('', ['everybody'], ['everybody'])])
+def test_who_may_use_a_file_of_windows(access, readers, writers):
+    assert dispynode.others_with(dispynode.READS, access, USER) == readers
+    assert dispynode.others_with(dispynode.WRITES, access, USER) == writers
+
+
+class Lists:
+    """In place of the lists of access of Windows: all files have this one."""
+    access = ''
+
+    def user(self):
+        return USER
+
+    def of(self, path):
+        if not self.access:
+            raise OSError(50, 'The request is not supported')
+        return self.access
+
+
+@pytest.mark.parametrize('access, who', [('D:(A;;FR;;;WD)' + OF_USER, 'everybody'),
+                                         ('', 'perhaps everybody')])
+def test_a_secret_that_others_can_read_on_windows(monkeypatch, tmp_path, access, who):
+    path = tmp_path / 'secret'
+    path.write_text('5eed' * 16)
+    path.chmod(0o644)   # says nothing there
+    monkeypatch.setattr(dispynode, 'IS_WINDOWS', True)
+    monkeypatch.setattr(dispynode, 'AccessLists', Lists)
+    monkeypatch.setattr(Lists, 'access', access)
+    with pytest.raises(dispy.SecretError) as refused:
+        dispynode.read_secret(str(path))
+    text = str(refused.value)
+    assert 'by others (%s' % who in text and 'icacls "%s"' % path in text
+    monkeypatch.setattr(Lists, 'access', 'D:' + OF_USER)
+    assert dispynode.read_secret(str(path)) == b'5eed' * 16
+
+
+def test_a_junction_is_a_link(monkeypatch, tmp_path):
+    """Guards against: a file was stored below a directory that leads elsewhere."""
+    (tmp_path / 'c').mkdir()
+    monkeypatch.setattr(dispynode, '_WALKS', False)
+    lstat = os.lstat
+    monkeypatch.setattr(os, 'lstat', lambda path: types.SimpleNamespace(
+        st_mode=lstat(path).st_mode, st_reparse_tag=0xa0000003 * (path == str(tmp_path / 'c'))))
+    assert dispynode.is_link(str(tmp_path / 'c')) and not dispynode.is_link(str(tmp_path))
+    receiver = dispynode.FileReceiver({dispynode.Purpose.DEPENDS: str(tmp_path)})
+    row, = receiver.want(dispynode.Purpose.DEPENDS, [('c/a', 1, dispynode.digest_of(b'a'), 0o600)])
+    stored = receiver.take(dispynode.FilePiece('c', *row, 0, b'a'))
+    assert 'is a link' in stored.error and not (tmp_path / 'c' / 'a').exists()
+
+
+def test_a_file_that_a_scanner_has_open(monkeypatch, tmp_path):
+    """Guards against: a secret, a token or a file of a job could not be stored in that moment."""
+    path, left, replace = str(tmp_path / 'file'), [3], os.replace
+
+    def refuse(*paths, **options):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise PermissionError(13, 'Access denied')
+        replace(*paths, **options)
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(PermissionError):
+        dispynode.write_private(path, b'elsewhere that is no reason to try again')
+    monkeypatch.setattr(dispynode, 'IS_WINDOWS', True)
+    dispynode.write_private(path, b'text')
+    with open(path) as file:
+        assert file.read() == 'text'
+    assert os.listdir(str(tmp_path)) == ['file']
+
+
+def test_a_file_of_the_state_that_a_scanner_has_open(monkeypatch, tmp_path):
+    """Guards against: the scheduler ended."""
+    files = dispyscheduler.LargeFiles(str(tmp_path))
+    paths = [files.path(number, 'p') for number in (1, 2)]
+    for path in paths:
+        open(path, 'w').close()
+    unlink = os.unlink
+
+    def refuse(path):
+        if path == paths[0]:
+            raise PermissionError(13, 'Access denied')
+        unlink(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'unlink', refuse)
+        files.numbers.update((1, 2))
+        files.remove(frozenset((1, 2)))
+        files.unlink_gone()
+        assert list(map(os.path.exists, paths)) == [True, False] and not files.has_gone
+    files.unlink_gone()
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_port_is_for_one_process_alone(monkeypatch):
+    """Windows: guards against a process that binds the same port and gets the connections."""
+    monkeypatch.setattr(socket, 'SO_EXCLUSIVEADDRUSE', -5, raising=False)
+    told = []
+
+    class Socket(socket.socket):
+        def setsockopt(self, level, option, *value):
+            told.append((level, option, *value))
+            if option != -5:
+                super().setsockopt(level, option, *value)
+
+        def bind(self, address):
+            told.append('bound')
+            super().bind(address)
+    monkeypatch.setattr(socket, 'socket', Socket)
+    acceptor = dispynode.Acceptor(('127.0.0.1', 0), b'k' * 32, Role.NODE, [Role.CLIENT], bytes(16),
+                                  lambda found: None)
+    acceptor.server_close()
+    assert told.index((socket.SOL_SOCKET, -5, 1)) < told.index('bound')
+    del told[:]
+    with dispy.JobCluster(abs, nodes=[('127.0.0.1', 9)]) as cluster:
+        dispy_httpd.DispyHTTPServer(cluster, port=0).shutdown()
+    assert (socket.SOL_SOCKET, -5, 1) in told[:told.index('bound')]
+
+
+def test_a_program_that_ctrl_break_ends(monkeypatch, tmp_path):
+    """The job was interrupted; one that ends by itself then has returned."""
+    flag = str(tmp_path / 'flag')
+    monkeypatch.setattr(dispynode, 'IS_WINDOWS', True)
+    monkeypatch.setattr(dispynode, 'send_break', lambda pid: open(flag, 'w').close())
+    monkeypatch.setattr(dispynode, 'BREAK_STATUS', 66)
+    words = ['/bin/sh', '-c', 'until [ -e %s ]; do sleep 0.01; done; exit $0' % flag]
+
+    class Interrupted(dispynode.Program):
+        interrupted = property(lambda self: True, lambda self, value: None)
+    program = Interrupted('')
+    with pytest.raises(KeyboardInterrupt):
+        program.run([*words, '66'])
+    os.remove(flag)
+    assert program.run([*words, '3']) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, 'getuid'), reason='no limits of resources here')
@@ -241,6 +432,18 @@ def test_what_psutil_cannot_tell(monkeypatch):
     monkeypatch.setattr(sys, 'platform', 'darwin')
     monkeypatch.setattr(dispynode, 'open', open_nothing, raising=False)
     assert dispynode.memory_of(os.getpid()) == 0
+
+
+def test_a_node_that_cannot_limit_memory_says_so(tmp_path):
+    """Guards against: dispy_memory had no effect, and nobody was told."""
+    path = tmp_path / 'node.py'
+    path.write_text('import sys\nsys.path.insert(0, %r)\nimport dispynode\n'
+                    'dispynode.importlib.util.find_spec = lambda name: None\n'
+                    'sys.platform = sys.argv.pop()\nsys.exit(dispynode.main())\n' % ROOT)
+    for system, told in (('darwin', 1), ('linux', 0)):
+        with NodeProcess(tmp_path / system, system, script=str(path)) as node:
+            text = 'this Python has no psutil, which limits the memory of jobs here (dispy_memory)'
+            assert node.log().count(text) == told
 
 
 def test_the_start_of_a_process_where_there_is_no_proc(monkeypatch):

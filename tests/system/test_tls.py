@@ -78,6 +78,7 @@ def test_tls_with_certificates_that_fit(certificates, mine, its, ca):
                         certificate_digest(str(certificates / (its + '.crt'))))
     assert (one.error, two.error) == (None, None)
     assert one.result.send_key == two.result.receive_key
+    assert not one.result.tags_payloads and not two.result.tags_payloads
 
 
 @needs_openssl

@@ -273,6 +273,47 @@ def test_the_same_channel_is_accepted():
     assert one.result and two.result
 
 
+# -- tags of payloads ------------------------------------------------------------------------------
+
+def test_payloads_have_tags_unless_tls_protects_them():
+    for binding, tagged in ((NO_TLS, True), (b'a' * 32, False)):
+        one, two, passed = through(dialled={'binding': binding}, accepted={'binding': binding})
+        assert (one.result.tags_payloads, two.result.tags_payloads) == (tagged, tagged)
+        assert [message[-1] for message in passed[:2]] == [not tagged, not tagged]
+
+
+@pytest.mark.parametrize('number', [0, 1])
+@pytest.mark.parametrize('binding', [NO_TLS, b'a' * 32])
+def test_nobody_between_can_have_them_left_out_or_put_in(number, binding):
+    def change(at, message):
+        return message[:-1] + bytes((message[-1] ^ 1,)) if at == number else message
+    one, two, _ = through(change, dialled={'binding': binding}, accepted={'binding': binding})
+    assert one.result is None and isinstance(one.error, HandshakeError) and two.result is None
+
+
+def test_a_client_that_knows_nothing_of_it_gets_tags(pair):
+    side = accept(pair[1], binding=b'a' * 32)
+    hello = dispynode._HELLO.pack(MAGIC, 1, 1, Role.CLIENT, Role.NODE, 1, CLIENT, bytes(32))
+    pair[0].sendall(hello)
+    challenge = receive(pair[0], CHALLENGE)
+    keys = dispynode._Keys(PSK, hello, challenge, b'a' * 32)
+    pair[0].sendall(dispynode._PROOF.pack(MAGIC, keys.client))
+    assert challenge[-1] == 0 and side.ended().result.tags_payloads
+
+
+def test_a_node_that_knows_nothing_of_it_gets_tags(pair):
+    def old(sock):
+        hello = receive(sock, HELLO)
+        challenge = dispynode._CHALLENGE.pack(MAGIC, 1, Role.NODE, 1, 0, NODE, bytes(32))
+        sock.sendall(challenge)
+        keys = dispynode._Keys(PSK, hello, challenge, b'a' * 32)
+        receive(sock, PROOF)
+        sock.sendall(dispynode._PROOF.pack(MAGIC, keys.server))
+    side = Side(old, pair[1])
+    assert dial(pair[0], binding=b'a' * 32).tags_payloads
+    side.ended()
+
+
 # -- roles and versions ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('role, wanted', [(Role.NODE, Role.NODE), (Role.CLIENT, Role.SCHEDULER),

@@ -295,6 +295,23 @@ def test_every_flipped_bit_is_refused(nothing_is_decoded):
             feed(FrameDecoder(KEY), changed)
 
 
+def test_frames_without_tags_of_payloads():
+    """Under TLS. Their headers have them, with their numbers."""
+    messages = [Bye('x'), Pulse(), Jobs('c', [(5, pickle.PickleBuffer(LARGE), None)]), Bye('y')]
+    sealer = FrameEncoder(KEY, False)
+    frames = [b''.join(bytes(piece) for piece in sealer.seal(message)) for message in messages]
+    found = feed(FrameDecoder(KEY, tags_payloads=False), b''.join(frames))
+    assert [flat(message) for message in found] == [flat(message) for message in messages]
+    assert len(frames[0]) == len(frame(Bye('x'))) - TAIL_TAG
+    for bit in range(8 * 32):
+        changed = bytearray(frames[0])
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(PeerError, match='header'):
+            feed(FrameDecoder(KEY, tags_payloads=False), changed)
+    with pytest.raises(PeerError, match='header'):
+        feed(FrameDecoder(KEY, tags_payloads=False), frames[1])
+
+
 def test_a_truncated_frame_gives_nothing(nothing_is_decoded):
     data = frame(Bye('x'))
     for length in range(len(data)):

@@ -31,6 +31,7 @@ def environment(**more):
     found.update(WINEPREFIX=os.path.join(WINE, 'prefix'), WINEDEBUG='-all',
                  WINEDLLOVERRIDES='mscoree=;mshtml=',
                  PYTHONPATH=';'.join(map(on_windows, (ROOT, HERE))),
+                 PYTHONPYCACHEPREFIX=on_windows(os.path.join(WINE, 'pycache')),
                  APPDATA=on_windows(os.environ['DISPY_TESTS']), DISPY_DISCOVERY='loopback')
     return dict(found, **more)
 
@@ -59,10 +60,16 @@ def run(*args, cwd=None, status=0):
     return output
 
 
+def program(*args):
+    """What windows_program.py printed."""
+    return run(on_windows(os.path.join(HERE, 'windows_program.py')), *map(str, args))
+
+
 class WindowsProcess:
     """A daemon on Windows. `port` once it listens."""
 
-    def __init__(self, script, *options):
+    def __init__(self, script, *options, log=None):
+        self._log = log   # a file, if it does not tell stderr
         self.process = start(on_windows(os.path.join(ROOT, script)), '-i', '127.0.0.1', '-p', '0',
                              *options)
         self.lines = []
@@ -79,6 +86,8 @@ class WindowsProcess:
             self.lines.append(line)
 
     def log(self):
+        if self._log is not None and self._log.exists():
+            return self._log.read_text()
         return ''.join(self.lines)
 
     def _listening(self):
@@ -186,6 +195,23 @@ def test_process_trees_end_with_their_job(cluster, tmp_path):
     eventually(lambda: which.submit(pids).get(60) == [], 30, what='end of the tree')
 
 
+def test_jobs_have_a_console_of_their_own(cluster, tmp_path):
+    """Ctrl-C for the node or a program with one does not reach them; it has no window. A program
+    that does not hear Ctrl-Break, which Wine does not have, is killed with what it has started."""
+    made = cluster(windows_jobs.console)
+    window, pid, parent, pids = made.submit().get(60)
+    assert window == 0 and sorted(pids) == sorted((pid, parent))
+    made.close()
+    path = tmp_path / 'sleeps.py'
+    path.write_text('#!/usr/bin/env python3\nimport sys, time\n'
+                    'open(sys.argv[1], "w").close()\ntime.sleep(1000)\n')
+    made = cluster(str(path))
+    job = made.submit(on_windows(str(tmp_path / 'begun')))
+    eventually((tmp_path / 'begun').exists, 60)
+    made.cancel(job)
+    assert job.wait(30) and job.status == DispyJob.Cancelled
+
+
 def test_what_a_job_leaves_ends_its_worker(cluster):
     made = cluster(windows_jobs.leaves_a_child)
     assert made.submit().get(60) != made.submit().get(60)
@@ -228,12 +254,18 @@ def test_files_there_and_back(cluster, tmp_path, monkeypatch):
     assert job.wait(60) and 'FileNotFoundError' in job.exception
 
 
-def test_names_that_windows_does_not_have(cluster, tmp_path, monkeypatch):
+def test_what_a_windows_node_refuses(cluster, tmp_path, monkeypatch):
+    """Names that mean something else there or would be one file, and workers that are forked."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'NUL').write_text('would vanish')
-    made = cluster(windows_jobs.double, depends=['NUL'])
-    eventually(lambda: [node for node in made.status().all_nodes
-                        if 'something else on Windows' in node.reason], 60)
+    for name in ('NUL', 'A', 'a'):
+        (tmp_path / name).write_text(name)
+    for options, text in (({'depends': ['NUL']}, 'something else on Windows'),
+                          ({'depends': ['A', 'a']}, 'would be one file'),
+                          ({'start_method': 'fork'}, 'cannot be started with fork')):
+        made = cluster(windows_jobs.double, **options)
+        eventually(lambda: [node for node in made.status().all_nodes if text in node.reason], 60,
+                   what=text)
+        made.close()
 
 
 def test_between_jobs_all_is_put_back(cluster):
@@ -269,15 +301,56 @@ def test_a_node_that_is_killed_can_be_started_again(ended, tmp_path):
             node.stop()
 
 
+def test_a_node_without_a_terminal(ended, tmp_path):
+    """It has left its console, and tells a file what it has to tell."""
+    log = tmp_path / 'log'
+    node = WindowsProcess('dispynode.py', '-c', '1', '--daemon', '--log-file',
+                          on_windows(str(log)), '--dest-path-prefix',
+                          on_windows(str(tmp_path / 'node')), log=log)
+    try:
+        with dispy.JobCluster(windows_jobs.double, nodes=[node.address]) as made:
+            assert made.submit(4).get(60) == 8
+        for private in (log, tmp_path / 'node'):
+            assert not private.stat().st_mode & 0o007
+    finally:
+        node.stop()
+
+
+def test_secrets_that_others_can_read(ended, tmp_path):
+    path = tmp_path / 'secret'
+    path.write_text('5eed' * 16)
+    path.chmod(0o644)
+    node = on_windows(os.path.join(ROOT, 'dispynode.py'))
+    refused = run(node, '--secret-file', on_windows(str(path)), status=1)
+    assert 'can be read or written by others (everybody)' in refused and 'icacls' in refused
+    path.chmod(0o600)
+    code = 'import dispynode, sys; print(dispynode.read_secret(sys.argv[1])[:8])'
+    assert run('-c', code, on_windows(str(path))) == "b'5eed5eed'\n"
+    made = tmp_path / 'made'
+    code = ('import dispynode, sys; dispynode.make_secret(sys.argv[1]); '
+            'print(len(dispynode.read_secret(sys.argv[1])))')
+    assert run('-c', code, on_windows(str(made))) == '64\n'
+    assert not made.stat().st_mode & 0o007
+
+
 def test_a_program_with_a_node_of_its_own(ended):
-    output = run(on_windows(os.path.join(HERE, 'windows_program.py')), 'local')
+    output = program('local')
     assert "{(True, 'nt')} ['', '']" in output and 'cancelled True' in output
+
+
+def test_a_program_that_has_no_guard(ended, tmp_path):
+    """Guards against: each runner ran the program's main module again."""
+    path = tmp_path / 'program.py'
+    path.write_text('import dispy\nprint("begins")\n'
+                    'with dispy.JobCluster(abs, nodes="local") as cluster:\n'
+                    '    print(cluster.submit(-3)(60))\n')
+    output = run(on_windows(str(path)))
+    assert output.count('begins') == 1 and output.endswith('3\n')
 
 
 def test_a_program_with_a_node_on_linux(ended, tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
-        assert '999000' in run(on_windows(os.path.join(HERE, 'windows_program.py')), 'remote',
-                               str(node.port))
+        assert '999000' in program('remote', node.port)
 
 
 def test_a_scheduler_and_its_page(ended, tmp_path):
@@ -289,8 +362,7 @@ def test_a_scheduler_and_its_page(ended, tmp_path):
         try:
             with dispy.SharedJobCluster(windows_jobs.double, scheduler_port=scheduler.port) as made:
                 assert sum(job.get(60) for job in [made.submit(n) for n in range(1000)]) == 999000
-            assert '999000' in run(on_windows(os.path.join(HERE, 'windows_program.py')), 'shared',
-                                   str(scheduler.port))
+            assert '999000' in program('shared', scheduler.port)
             url, = set(re.findall(r'http://\S+', scheduler.log()))
             with urllib.request.urlopen(url, timeout=20) as page:
                 assert b'<html' in page.read().lower()

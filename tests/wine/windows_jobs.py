@@ -88,6 +88,15 @@ def tree(path):
     time.sleep(1000)
 
 
+def console():
+    """The window of the console of this process, this process, its parent, and all that have the
+    console."""
+    kernel = ctypes.WinDLL('kernel32')
+    room = (ctypes.c_uint32 * 64)()
+    count = kernel.GetConsoleProcessList(room, len(room))
+    return kernel.GetConsoleWindow(), os.getpid(), os.getppid(), list(room[:count])
+
+
 def which_live(pids):
     import psutil
     return [pid for pid in pids if psutil.pid_exists(pid)]
