@@ -78,6 +78,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copy
 import copyreg
 import dataclasses
 import dis
@@ -157,9 +158,11 @@ from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FRO
 from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
+from dispynode import ConnectionAttempt
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
-from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, HandshakeError, Holder, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
 from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
 from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
@@ -219,12 +222,14 @@ WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
+# CPUs in the mean of the past below which the use of a user is forgotten
+PAST_LEAST = 0.001
 # Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -450,26 +455,28 @@ def result_of(job: 'DispyJob') -> Any:
     return result
 
 
-def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
+def in_slices(wait: Callable[[float], Any],
+              timeout: Optional[float],
+              clock: Callable[[], float] = time.monotonic) -> Any:
     """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
-    have passed (None: without limit), and return what it returned last. No call waits longer than
-    FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
-    through here. Any thread."""
+    of `clock` have passed (None: without limit), and return what it returned last. No call waits
+    longer than FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's
+    threads go through here. Any thread."""
     if timeout is None:
         until = None
     else:
-        until = time.monotonic() + timeout
+        until = clock() + timeout
     while True:
         if until is None:
             left = FOREVER
         else:
-            left = min(FOREVER, until - time.monotonic())
+            left = min(FOREVER, until - clock())
         found = wait(max(0.0, left))
         if found:
             return found
         if until is None:
             continue
-        if time.monotonic() >= until:
+        if clock() >= until:
             return found
 
 
@@ -1896,6 +1903,7 @@ class Opened(NamedTuple):
     remote: bool = False
     most: Optional[int] = None   # CPUs that it may use at once over all nodes
     speculate: bool = False      # its last jobs are started a second time, see `Speculation`
+    user: str = ''               # whose it is, where users have limits or shares
 
 
 class Submitted(NamedTuple):
@@ -2070,6 +2078,11 @@ class Closed(NamedTuple):
     comp: str
 
 
+class RulesChanged(NamedTuple):
+    """Users have other limits and shares from now on."""
+    rules: 'UserRules'
+
+
 # Actions.
 class SendJobs(NamedTuple):
     """Send attempts, rows of works."""
@@ -2184,6 +2197,12 @@ class JobWaits(NamedTuple):
 class JobParked(NamedTuple):
     """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
     work: Any
+    text: str
+
+
+class JobsHeld(NamedTuple):
+    """Jobs of a computation wait because of a limit of its user, which is said once."""
+    comp: str
     text: str
 
 
@@ -2384,14 +2403,21 @@ class ScarceJobs:
             line = self.queues[key] = _Queue()
         return line
 
+    def look_everywhere(self) -> None:
+        """Look at all idle nodes the next time, not only at those that something has happened
+        to."""
+        self._blocked.clear()
+
     def length(self) -> int:
         """Return how many jobs wait here."""
         return sum(line.length for line in self.queues.values())
 
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
-             changed: Dict[Any, 'NodeLoad'], comp: str) -> Optional[Tuple['NodeLoad', _Queue]]:
-        """An idle node for the head of a queue, and that queue; None if there is none. `before` is
-        the first of the jobs that wait for a CPU alone: those that come after it are left out."""
+             changed: Dict[Any, 'NodeLoad'],
+             comp: str) -> Optional[Tuple['NodeLoad', _Queue, ScheduledJob]]:
+        """An idle node for the head of a queue, that queue, and its head; None if there is none.
+        `before` is the first of the jobs that wait for a CPU alone: those that come after it are
+        left out."""
         for key, line in self.queues.items():
             work = line.head()
             if work is None or (before is not None and not _comes_before(work, before)):
@@ -2402,7 +2428,7 @@ class ScarceJobs:
             for node in nodes:
                 if node.fits(comp, work):
                     self._blocked.pop(key, None)
-                    return node, line
+                    return node, line, work
             self._blocked[key] = work   # until something happens to a node
         return None
 
@@ -2502,12 +2528,221 @@ class SecondAttempts:
         return [second for second in self.by_serial.values() if second.node == key]
 
 
+class UserRule(NamedTuple):
+    """What a user, or a group of users, may have at once, and the part of what there is."""
+    share: float = 1.0          # in proportion to the shares of others
+    priority: int = 0           # the jobs of who has a higher one go first
+    cpus: float = math.inf      # CPUs that the jobs on nodes may have
+    jobs: float = math.inf      # jobs that may be on nodes
+
+
+class UserRules(NamedTuple):
+    """The rules by which a schedule limits users, and shares CPUs among them."""
+    users: Mapping[str, UserRule] = types.MappingProxyType({})
+    groups: Mapping[str, UserRule] = types.MappingProxyType({})
+    members: Mapping[str, str] = types.MappingProxyType({})   # user -> group
+    others: UserRule = UserRule()     # of users that are not named
+    by_user: bool = False             # CPUs are shared among users; if not, among clients
+    half_life: float = 0.0            # s after which half of the past use counts; 0: none counts
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether nobody is limited and users are not looked at."""
+        return self == UserRules()
+
+
+class UserLoad:
+    """A user, or a group of users, in the schedule."""
+    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'past', 'at')
+
+    def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
+        self.name = name           # for people
+        self.rule = rule
+        self.group = group
+        self.cpus = 0              # CPUs of the jobs on nodes, run or not
+        self.jobs = 0              # these jobs
+        self.running = 0           # CPUs of those that are known to run
+        # CPUs that were used in the mean of the past, of which half counts after each half-life,
+        # as it was at this time
+        self.past = 0.0
+        self.at = 0.0
+
+    @property
+    def claim(self) -> float:
+        """What it has of the CPUs and has had, in proportion to its share: who has least is
+        next."""
+        return (self.past + self.cpus) / self.rule.share
+
+    def rank(self) -> Tuple[float, ...]:
+        """Who has the least of this is next: by priority, then by the claims of the group and of
+        the user."""
+        if self.group is None:
+            return -self.rule.priority, self.claim, 0.0
+        return -self.rule.priority, self.group.claim, self.claim
+
+    def admits(self, cpus: int, jobs: int = 1) -> bool:
+        """Whether a job with so many CPUs, or several, may go to nodes now."""
+        rule = self.rule
+        if self.cpus + cpus > rule.cpus or self.jobs + jobs > rule.jobs:
+            return False
+        return self.group is None or self.group.admits(cpus, jobs)
+
+    def why_not(self, cpus: int) -> str:
+        """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
+        rule = self.rule
+        if self.jobs >= rule.jobs:
+            return '%s has %s on nodes, and the limit is %d (--limit)' % (
+                self.name, many(self.jobs, 'job'), rule.jobs)
+        if self.cpus + cpus > rule.cpus:
+            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
+                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+        if self.group is not None:
+            return self.group.why_not(cpus)
+        return ''
+
+    def never(self, cpus: int) -> str:
+        """Why no job with so many CPUs may ever go to a node, for people; empty if one may."""
+        if cpus > 1 and cpus > self.rule.cpus:
+            return 'it needs %d CPUs (dispy_cpus), and the limit of %s is %d (--limit)' % (
+                cpus, self.name, self.rule.cpus)
+        if self.group is not None:
+            return self.group.never(cpus)
+        return ''
+
+    def take(self, cpus: int, jobs: int) -> None:
+        """Jobs go to nodes; with negative numbers they are back or have ended."""
+        self.cpus += cpus
+        self.jobs += jobs
+        if self.group is not None:
+            self.group.take(cpus, jobs)
+
+
+class UserLoads:
+    """The users whose jobs a schedule has, their limits, and what they have used. No user has a
+    load while there are no rules."""
+
+    def __init__(self, rules: UserRules) -> None:
+        self.rules = rules
+        self._users: Dict[str, UserLoad] = {}
+        self._groups: Dict[str, UserLoad] = {}
+
+    @property
+    def by_user(self) -> bool:
+        """Whether CPUs are shared among users."""
+        return self.rules.by_user
+
+    def load_of(self, name: str) -> Optional[UserLoad]:
+        """The load of a user, who may be new; None without a name or without rules."""
+        if not name or self.rules.are_empty:
+            return None
+        user = self._users.get(name)
+        if user is None:
+            group = self._group_of(name)
+            rule = self.rules.users.get(name, self.rules.others)
+            user = self._users[name] = UserLoad('user ' + name, rule, group)
+        return user
+
+    def _group_of(self, name: str) -> Optional[UserLoad]:
+        """The load of the group of a user, if he is in one."""
+        group_name = self.rules.members.get(name)
+        if group_name is None:
+            return None
+        group = self._groups.get(group_name)
+        if group is None:
+            rule = self.rules.groups.get(group_name, UserRule())
+            group = self._groups[group_name] = UserLoad('group ' + group_name, rule)
+        return group
+
+    def loads(self) -> Dict[str, UserLoad]:
+        """The loads of users by their names, and those of groups as @NAME."""
+        found = dict(self._users)
+        for name, load in self._groups.items():
+            found['@' + name] = load
+        return found
+
+    # -- use over the past -------------------------------------------------------------------------
+
+    def ran(self, user: UserLoad, cpus: int, now: float) -> None:
+        """Jobs of a user run on so many CPUs more, or less."""
+        self._advance(user, now)
+        user.running += cpus
+        if user.group is not None:
+            self.ran(user.group, cpus, now)
+
+    def charge(self, user: UserLoad, seconds: float, now: float) -> None:
+        """A user has used CPUs for so many seconds, and it was not known that he did."""
+        if self.rules.half_life:
+            self._advance(user, now)
+            user.past += seconds * math.log(2) / self.rules.half_life
+        if user.group is not None:
+            self.charge(user.group, seconds, now)
+
+    def advance(self, now: float) -> None:
+        """Time goes by: what was used counts less, and what is used counts more."""
+        if self.rules.half_life:
+            for load in (*self._users.values(), *self._groups.values()):
+                self._advance(load, now)
+
+    def _advance(self, load: UserLoad, now: float) -> None:
+        """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        if self.rules.half_life and now > load.at:
+            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
+            load.past = load.past * kept + load.running * (1.0 - kept)
+        load.at = now
+
+    def used(self, now: float) -> Dict[str, float]:
+        """The CPUs that users have used in the mean of the past, by their names."""
+        self.advance(now)
+        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+
+    def keep(self, names: AbstractSet[str]) -> None:
+        """Forget the users who have used nearly nothing, but these."""
+        for name in list(self._users):
+            if name not in names and self._users[name].past < PAST_LEAST:
+                del self._users[name]
+
+    def restore(self, used: Dict[str, float], now: float) -> None:
+        """Take over what users had used when the process before this one has ended."""
+        for name, past in used.items():
+            user = self.load_of(name)
+            if user is None:
+                continue
+            for load in (user, user.group):
+                if load is not None:
+                    self._advance(load, now)
+                    load.past += past
+
+    def change(self, rules: UserRules, comps: Iterable['ComputationLoad'], now: float) -> None:
+        """Let other rules hold, for these computations too."""
+        used = self.used(now)
+        self.rules = rules
+        self._users = {}
+        self._groups = {}
+        if rules.half_life:
+            self.restore(used, now)
+        for comp in comps:
+            comp.user = user = self.load_of(comp.user_name)
+            if user is None:
+                continue
+            user.take(comp.cpus_in_flight, len(comp.running))
+            for node in comp.nodes.values():
+                flight = node.in_flight[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                self.ran(user, running, now)
+
+
 class ComputationLoad:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote, self.most, speculates = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most, speculates, user = opened
         self.seconds = SecondAttempts() if speculates and not self.remote else None
+        self.user_name = user
+        # Its user, if he has limits or a share
+        self.user: Optional[UserLoad] = None
+        # Whether jobs wait because of a limit of the user, and of which of them that was told
+        self.held = False
+        self.told: Set[str] = set()
         # Node -> CPUs that it may use there, if `most` were more
         self.offers: Dict[Any, int] = {}
         self.order = order
@@ -2599,6 +2834,24 @@ class ComputationLoad:
             self.too_wide.remove(work)
         else:
             self.queue_of(work).forget()
+
+    def held_up(self) -> Tuple[int, str]:
+        """How many jobs wait because of a limit of the user, and why, for people."""
+        user = self.user
+        count = 0
+        text = ''
+        if user is None:
+            return count, text
+        if self.held and self.length():
+            count = self.length()
+            work = self.queue.head()
+            text = user.why_not(1 if work is None else cpus_of(work))
+        for work in self.too_wide:
+            reason = user.never(cpus_of(work))
+            if reason:
+                count += 1
+                text = text or reason
+        return count, text
 
     def not_begun(self) -> List[ScheduledJob]:
         """All that wait, and those on nodes that are not known to have begun."""
@@ -2877,8 +3130,9 @@ class Books:
     is counted over these, such as the CPUs of a client's jobs, is changed here alone, so that the
     counts stay equal to what they count."""
 
-    def __init__(self) -> None:
+    def __init__(self, users: UserLoads) -> None:
         self.comps: Dict[str, ComputationLoad] = {}
+        self.users = users
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         # With jobs that wait, and perhaps some that had
@@ -2938,6 +3192,8 @@ class Books:
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
@@ -2973,6 +3229,8 @@ class Books:
             node.stock.take(work)
             comp.cpus_in_flight += cpus
             self.client_cpus[comp.client] += cpus
+            if comp.user is not None:
+                comp.user.take(cpus, 1)
             node.in_flight[comp.comp][work.serial] = work
             comp.running[work.serial] = node
             if work.options and 'priority' in work.options:
@@ -2990,6 +3248,8 @@ class Books:
         node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         self.client_cpus[comp.client] += cpus
+        if comp.user is not None:
+            comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
@@ -3004,6 +3264,8 @@ class Books:
         flight = node.in_flight[comp.comp]
         cpus = 0
         size = 0
+        if comp.user is not None:
+            self._stop(node, comp, serials)
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
@@ -3023,10 +3285,21 @@ class Books:
             node.bytes -= size
             comp.cpus_in_flight -= cpus
             self.client_cpus[comp.client] -= cpus
+            if comp.user is not None:
+                comp.user.take(-cpus, -len(landed))
             self.changed[node.key] = node
             if node.draining:
                 self.tell_drained(node, comp.comp)
         return landed
+
+    def _stop(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> None:
+        """Attempts are taken off a node: their user does not use the CPUs of those that run any
+        more."""
+        begun = node.begun[comp.comp]
+        flight = node.in_flight[comp.comp]
+        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
+        if cpus:
+            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -3097,12 +3370,15 @@ class Placement:
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
         """Jobs of these computations go to idle CPUs, as long as there are both."""
+        for comp in rivals:
+            comp.held = False
         while rivals:
             if len(rivals) > 1:
                 comp = min(rivals, key=self._rank)
             else:
                 comp = rivals[0]
-            if not comp.length() or not self._start_one(comp):
+            is_held = comp.user is not None and not self._admits(comp, 1)
+            if is_held or not comp.length() or not self._start_one(comp):
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
@@ -3119,7 +3395,7 @@ class Placement:
             if node.away is not None:
                 continue
             alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
-            if not alone:
+            if not alone and not self._is_contended(node):
                 is_filled = self._fill(node, shares) or is_filled
         return is_filled
 
@@ -3169,7 +3445,32 @@ class Placement:
         if text:
             comp.too_wide.append(work)
             self._books.do(JobParked(work, text))
+        elif comp.user is not None:
+            text = comp.user.never(cpus_of(work))
+            if text:
+                comp.too_wide.append(work)
+                self._tell_limit(comp, text, text)
         return bool(text)
+
+    def _tell_limit(self, comp: ComputationLoad, what: str, text: str) -> None:
+        """Jobs of a computation wait because of a limit of its user, which is told once of each
+        kind of jobs."""
+        if what not in comp.told:
+            comp.told.add(what)
+            jobs_held = JobsHeld(comp.comp, text)
+            self._books.do(jobs_held)
+
+    def _admits(self, comp: ComputationLoad, cpus: int) -> bool:
+        """Whether the user of a computation may have a job with so many CPUs on a node now."""
+        user = comp.user
+        if user is None or user.admits(cpus):
+            return True
+        comp.held = True
+        # Nodes may change meanwhile that are not looked at for these jobs now
+        comp.blocked_head = None
+        comp.scarce.look_everywhere()
+        self._tell_limit(comp, 'held', user.why_not(cpus))
+        return False
 
     @staticmethod
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
@@ -3217,33 +3518,33 @@ class Placement:
             return True
         return comp.may_wait_there(work)
 
-    def _rank(self, comp: ComputationLoad) -> Tuple[int, int, int]:
-        """Who has least of this is next: the CPUs of its client, of these its own, and the time
-        when it was served last; or its place in the order of coming."""
+    def _rank(self, comp: ComputationLoad) -> Tuple[float, ...]:
+        """Who has least of this is next: the claim of its user where users share, the CPUs of its
+        client, of these its own, and the time when it was served last; or its place in the order
+        of coming."""
         if self._fifo:
-            return comp.order, 0, 0
-        return self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served
+            return (comp.order,)
+        own = (self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served)
+        if comp.user is not None and self._books.users.by_user:
+            return comp.user.rank() + own
+        return own
 
     def _start_one(self, comp: ComputationLoad) -> bool:
         """Send the next job to an idle CPU."""
         books = self._books
-        for key, pinned in comp.pinned.items() if comp.pinned else ():
-            if pinned.length and key in comp.idle:
-                node = comp.idle[key]
-                work = pinned.head()
-                if work is None:
-                    continue
-                if node.fits(comp.comp, work):
-                    books.put_on(node, comp, pinned.pop())
-                    return True
+        if comp.pinned and self._start_pinned(comp):
+            return True
         work = comp.queue.head()
         if comp.scarce.queues:
             found = comp.scarce.next(work, comp.idle, books.changed, comp.comp)
             if found is not None:
-                there, queue = found
-                books.put_on(there, comp, queue.pop())
-                return True
+                there, queue, first = found
+                if self._admits(comp, cpus_of(first)):
+                    books.put_on(there, comp, queue.pop())
+                    return True
         if work is None:
+            return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
             return False
         nodes: Iterable[NodeLoad] = comp.idle.values()
         if comp.blocked_head is work:
@@ -3254,6 +3555,20 @@ class Placement:
                 books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked_head = work   # until something happens to a node
+        return False
+
+    def _start_pinned(self, comp: ComputationLoad) -> bool:
+        """Send a job that is for one node alone to an idle CPU there."""
+        for key, pinned in comp.pinned.items():
+            if not pinned.length or key not in comp.idle:
+                continue
+            node = comp.idle[key]
+            work = pinned.head()
+            if work is None:
+                continue
+            if node.fits(comp.comp, work) and self._admits(comp, cpus_of(work)):
+                self._books.put_on(node, comp, pinned.pop())
+                return True
         return False
 
     def _fill(self, node: NodeLoad, shares: Dict[str, int]) -> bool:
@@ -3290,6 +3605,15 @@ class Placement:
                     source = comp.source(node.key)
         return node.used > before
 
+    def _is_contended(self, node: NodeLoad) -> bool:
+        """Whether users share CPUs and jobs of several are on a node, or may come there. None is
+        sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
+        if not self._books.users.by_user:
+            return False
+        users = {comp.user for name, comp in node.comps.items()
+                 if node.parts[name] or (comp.length() and not comp.held)}
+        return len(users) > 1
+
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
                   choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
@@ -3301,14 +3625,12 @@ class Placement:
             fits = node.room(comp.comp)
         if cpus_of(work) > fits:
             return False
-        if work.options and not comp.remote:
-            # What has units of a resource shall use them, and not wait for a CPU
-            if 'resources' in work.options or not node.may_get(work):
-                return False
+        if comp.user is not None and not self._admits(comp, cpus_of(work)):
+            return False
+        if work.options and not comp.remote and self._takes_at_once(node, work):
+            return False
         if comp.called and not comp.may_wait_there(work):
-            if not choice > 0:
-                return False
-            return not node.waits(comp.comp)   # no CPU is ever idle there
+            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -3317,6 +3639,12 @@ class Placement:
             if before < limit + reserve:
                 return True
         return node.waits(comp.comp) < choice
+
+    @staticmethod
+    def _takes_at_once(node: NodeLoad, work: ScheduledJob) -> bool:
+        """Whether a job has to find what it needs beside CPUs: what has units of a resource shall
+        use them, and not wait for a CPU."""
+        return 'resources' in (work.options or ()) or not node.may_get(work)
 
     def reduce(self, node: NodeLoad) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
@@ -3354,7 +3682,7 @@ class Placement:
                 continue
             if not comp.idle:
                 continue
-            if comp.queue.length:
+            if comp.queue.length and not comp.held:
                 continue
             # More than 64 are seen to in later turns
             idle = comp.idle.values()
@@ -3414,8 +3742,8 @@ class Placement:
         it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
-            send_recall = SendRecall(node.key, comp.comp, serials)
-            self._books.do(send_recall)
+            action = SendRecall(node.key, comp.comp, serials)
+            self._books.do(action)
 
 
 class Limits:
@@ -3433,8 +3761,8 @@ class Limits:
             comp.offers[node.key] = cpus
             self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
             comp_limit = node.limits[comp.comp]
-            limit_node = LimitNode(node.key, comp.comp, comp_limit)
-            self._books.do(limit_node)
+            action = LimitNode(node.key, comp.comp, comp_limit)
+            self._books.do(action)
             self._share_limits(comp)
 
     def _share_limits(self, comp: ComputationLoad) -> None:
@@ -3452,8 +3780,8 @@ class Limits:
             left -= more
             self._set_limit(node, comp, limit + more)
             cpus = limit + more
-            limit_node = LimitNode(key, comp.comp, cpus)
-            self._books.do(limit_node)
+            action = LimitNode(key, comp.comp, cpus)
+            self._books.do(action)
 
     def _set_limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
         placement = self._placement
@@ -3478,6 +3806,13 @@ class Limits:
         self._books.changed[node.key] = node
         if comp.most is not None:
             self._share_limits(comp)
+
+    def unpark_all(self, comp: ComputationLoad) -> None:
+        """Other limits hold: what waits beside the queue is looked at again."""
+        for work in reversed(comp.too_wide):
+            comp.queue_of(work).push_front(work)
+            self._books.waiting[comp.comp] = comp
+        comp.too_wide = []
 
     def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
         """A node with more CPUs has come."""
@@ -3620,8 +3955,21 @@ class Speculation:
             place = node.seconds.index(second)
             before = node.seconds[:place]
             fits = self._fits(node, second, before)
-            if not fits:
+            if not fits or not self._is_within_limits(comp):
                 self._cancel(comp, second)
+
+    @staticmethod
+    def _is_within_limits(comp: ComputationLoad, work: Optional[ScheduledJob] = None) -> bool:
+        """Whether the limits of the user leave room for all second attempts of a computation, and
+        for one of this job besides."""
+        if comp.user is None:
+            return True
+        seconds: Any = comp.seconds
+        works = list(seconds.by_serial.values())
+        if work is not None:
+            works.append(work)
+        cpus = sum(map(cpus_of, works))
+        return comp.user.admits(cpus, len(works))
 
     @staticmethod
     def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
@@ -3679,6 +4027,8 @@ class Speculation:
     def _start(self, comp: ComputationLoad, first: NodeLoad, serial: int) -> None:
         """Start a job a second time, if a CPU of another node is idle that no job may want."""
         work = first.in_flight[comp.comp][serial]
+        if not self._is_within_limits(comp, work):
+            return
         for node in comp.idle.values():
             if node is first or self._is_wanted(node):
                 continue
@@ -3832,6 +4182,8 @@ class Speculation:
         if second.begun is not None:
             ran = books.now - second.begun
             node.begun[comp.comp][work.serial] = second.begun
+            if comp.user is not None:
+                books.users.ran(comp.user, cpus_of(work), books.now)
         elif before is None:   # otherwise it has finished
             move_job(work, 'back')
             books.do(JobWaits(work))
@@ -3976,8 +4328,8 @@ class Losses:
         elif move_job(work, 'give up') is JobState.CANCELLED:
             books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
-            job_ended = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
-            books.do(job_ended)
+            action = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
+            books.do(action)
 
     def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account,
                occasion: Occasion) -> None:
@@ -4084,8 +4436,8 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
-            self._books.do(send_cancel)
+            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(action)
             self._speculation.ended(comp, work)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
@@ -4127,9 +4479,11 @@ class ScheduleRequests:
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
-    def __init__(self, fifo: bool = False) -> None:
-        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
-        self._books = Books()
+    def __init__(self, fifo: bool = False, rules: UserRules = UserRules()) -> None:
+        """Clients share CPUs evenly, or users by `rules`; with `fifo` those who came first are
+        served first."""
+        self.users = UserLoads(rules)
+        self._books = Books(self.users)
         self.comps = self._books.comps
         self.nodes = self._books.nodes
         self.away = self._books.away          # nodes that cannot be reached now
@@ -4161,6 +4515,7 @@ class Schedule:
             NodeLost: self._losses.lost,
             NodeLeft: self._losses.left,
             Closed: self._closed,
+            RulesChanged: self._rules_changed,
             NodeTried: self._losses.tried,
             NodeDoubted: self._node_doubted,
             SecondHad: self.speculation.had,
@@ -4190,6 +4545,7 @@ class Schedule:
         for node in books.changed.values():
             placement.reduce(node)
         if books.waiting:
+            self.users.advance(now)
             placement.distribute()
         if len(self.nodes) > 1:
             if books.changed:
@@ -4202,8 +4558,8 @@ class Schedule:
         """Nodes that have not come back in their time."""
         for node in [node for node in self.away.values() if node.lost_at() <= now]:
             away: Any = node.away
-            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
-            self._node_doubted(node_doubted)
+            event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(event)
             self._books.do(NodeGone(node.key))
 
     def lost_at(self, key: Any) -> float:
@@ -4255,6 +4611,16 @@ class Schedule:
         order = next(self._books.numbers)
         comp = self.comps[event.comp] = ComputationLoad(event, order)
         self.speculation.begin(comp)
+        comp.user = self.users.load_of(event.user)
+
+    def _rules_changed(self, event: RulesChanged) -> None:
+        books = self._books
+        self.users.change(event.rules, self.comps.values(), books.now)
+        for comp in self.comps.values():
+            comp.told.clear()
+            comp.held = False
+            self._limits.unpark_all(comp)
+        books.changed.update(self.nodes)
 
     def _closed(self, event: Closed) -> None:
         books = self._books
@@ -4275,6 +4641,9 @@ class Schedule:
         comps = self.comps.values()
         if not any(other.client == comp.client for other in comps):
             books.client_cpus.pop(comp.client, None)
+        if comp.user is not None:
+            self.users.advance(books.now)
+            self.users.keep({other.user_name for other in comps})
         for work in comp.waiting():
             move_job(work, 'cancel')
             books.do(JobEnded(work, 'cancelled: the cluster was closed'))
@@ -4308,8 +4677,8 @@ class Schedule:
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
-            send_cancel = SendCancel(node.key, comp.comp, unwanted)
-            books.do(send_cancel)
+            action = SendCancel(node.key, comp.comp, unwanted)
+            books.do(action)
 
     def _node_told(self, event: NodeTold) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -4366,6 +4735,8 @@ class Schedule:
             if work is None:
                 self.speculation.started(node, comp, serial, ran)
                 continue
+            if comp.user is not None and serial not in begun:
+                self.users.ran(comp.user, cpus_of(work), books.now)
             begun[serial] = books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
             if work.state is JobState.SENT:
@@ -4378,8 +4749,8 @@ class Schedule:
                 heapq.heappush(self._late, (late, next_number, node.key))
         if pairs:
             books.changed[node.key] = node
-            jobs_started = JobsStarted(node.key, comp.comp, pairs)
-            books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, pairs)
+            books.do(action)
 
     def _node_results(self, event: NodeResults) -> None:
         rows = event.rows
@@ -4394,6 +4765,7 @@ class Schedule:
         node, comp = pair
         _check_outcomes(rows)
         rows = self.speculation.results(node, comp, rows)
+        self._charge(node, comp, rows)
         landed = books.take_off(node, comp, serials)
         ended = [row for row in rows if row[0] in landed and row[1] not in PROVISIONAL]
         node.learn(comp, ended, books.now)
@@ -4422,6 +4794,20 @@ class Schedule:
             jobs_ended = JobsEnded(node.key, comp.comp, pairs)
             books.do(jobs_ended)
 
+    def _charge(self, node: NodeLoad, comp: ComputationLoad, rows: Sequence[tuple]) -> None:
+        """Jobs of a user have ended before it was known that they had begun."""
+        if comp.user is None:
+            return
+        flight = node.in_flight[comp.comp]
+        begun = node.begun[comp.comp]
+        seconds = 0.0
+        for row in rows:
+            serial = row[0]
+            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
+                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+        if seconds:
+            self.users.charge(comp.user, seconds, self._books.now)
+
     def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
         """The job that a provisional result is of, with its row; none if the job is not known."""
@@ -4435,8 +4821,8 @@ class Schedule:
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
         if work.state is JobState.SENT:
-            jobs_started = JobsStarted(node.key, comp.comp, [(work, 0.0)])
-            self._books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, [(work, 0.0)])
+            self._books.do(action)
         move_job(work, 'provisional')
 
     def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob,
@@ -4456,8 +4842,8 @@ class Schedule:
                 self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 return True
         if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
-            job_failed_once = JobFailedOnce(node.key, comp.comp, work, row)
-            self._books.do(job_failed_once)
+            action = JobFailedOnce(node.key, comp.comp, work, row)
+            self._books.do(action)
             return True
         return False
 
@@ -5402,8 +5788,8 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
     """(metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
-        stem_and_suffix = os.path.splitext(name)
-        file = _METADATA_FILES.get(stem_and_suffix[1])
+        _, suffix = os.path.splitext(name)
+        file = _METADATA_FILES.get(suffix)
         path = os.path.join(directory, name, file or '')
         if file and os.path.isfile(path):
             with open(path, encoding='utf-8', errors='replace') as record:
@@ -5420,8 +5806,8 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 else:
                     below = member
                 name, _, file = below.partition('/')
-                stem_and_suffix = os.path.splitext(name)
-                expected = _METADATA_FILES.get(stem_and_suffix[1])
+                _, suffix = os.path.splitext(name)
+                expected = _METADATA_FILES.get(suffix)
                 if not member.endswith(below):
                     continue
                 if expected == file:
@@ -6342,8 +6728,8 @@ class OwnModules:
         if _is_package_file(os.path.basename(path)):
             holder = os.path.dirname(holder)
         owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
-        stem_and_suffix = os.path.splitext(owner)
-        return stem_and_suffix[0].partition('-')[2]
+        stem, _ = os.path.splitext(owner)
+        return stem.partition('-')[2]
 
 
 own_modules = OwnModules()
@@ -7363,8 +7749,8 @@ def is_executable(path: str, start: bytes) -> bool:
         return os.access(path, os.X_OK)
     pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
     suffixes = pathext.lower().split(';')
-    stem_and_suffix = os.path.splitext(path)
-    end = stem_and_suffix[1].lower()
+    _, suffix = os.path.splitext(path)
+    end = suffix.lower()
     if start == b'MZ':
         return True
     if end in ('.py', '.pyw'):
@@ -8906,15 +9292,17 @@ class BegunNotes:
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
+        is_last = False
         try:
             while True:
                 with open_regular(path) as file:
                     found = json.load(file)
-                if 'directory' not in found or time.monotonic() > until:
+                if 'directory' not in found or is_last:
                     break
-                if not os.path.isdir(found['directory']):
-                    break
-                time.sleep(cls.EVERY)
+                # What it has written before its directory went may be newer than what was read
+                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                if not is_last:
+                    time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         begun = found.get('begun') if isinstance(found, dict) else None
@@ -9276,38 +9664,31 @@ def remedy_for_source(spec: dict) -> str:
             'that it needs as arguments; or r' + same)
 
 
-_OF_SCHEDULER = LazyPattern(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
-
-
-def how_to_share(text: str) -> str:
-    """A node says whom it serves; what to do, to be appended."""
-    found = _OF_SCHEDULER.match(text)
-    if found is not None:
-        if int(found.group(2)) == SCHEDULER_PORT:
+def how_to_share(holder: Holder) -> str:
+    """Return what a program can do that wants a node which another process has, to be appended to
+    what the node says."""
+    if holder.port:
+        if holder.port == SCHEDULER_PORT:
             port = ''
         else:
-            port = ', scheduler_port=%s' % found.group(2)
+            port = ', scheduler_port=%d' % holder.port
         return ('. That scheduler shares its nodes: use SharedJobCluster(..., '
-                'scheduler_host=%r%s)' % (found.group(1), port))
-    if text.startswith('it serves '):
-        if 'connection is lost' not in text:
-            return ('. A node serves one client at a time. For several programs at once '
-                    'start a dispyscheduler, and use SharedJobCluster')
-    return ''
-
-
-def who_holds(text: str, place: str) -> str:
-    """A node says by whom it is held: if that is a program of this user that has ended, which it
-    was, and what to do."""
-    found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
-    if found is None:
+                'scheduler_host=%r%s)' % (holder.host, port))
+    if holder.is_away:
         return ''
-    host = found.group(1)
-    pid = int(found.group(2))
+    return ('. A node serves one client at a time. For several programs at once '
+            'start a dispyscheduler, and use SharedJobCluster')
+
+
+def who_holds(holder: Holder, place: str) -> str:
+    """Return which program of this user it was that has a node and has ended, and what to do about
+    it; empty if it is another's, or has not ended. `place` is that of the node."""
+    if not holder.is_away:
+        return ''
     for left in programs_left():
         left.close()
         row = left.row
-        if (row.host, row.pid) != (host, pid):
+        if (row.host, row.pid) != (holder.host, holder.pid):
             continue
         if place in left.places:
             return (': these are jobs of %s (%s), a program of yours that began %s and '
@@ -9608,7 +9989,7 @@ class Outgoing:
 class NodeAssignment:
     """A node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
-                 'passes', 'unloadable', 'seat_told')
+                 'passes', 'unloadable', 'seat_told', 'holder_hint')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = AssignmentState.WAITING
@@ -9621,6 +10002,8 @@ class NodeAssignment:
         self.acks: List[int] = []                    # serials to be acknowledged
         self.then = ''                               # when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
+        # A row of Holder, and what to do about that
+        self.holder_hint: Tuple[tuple, str] = ((), '')
         self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
@@ -9980,6 +10363,7 @@ class NodeUser:
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
+    user_name = ''                              # whose limits and share it has, at a scheduler
     program = ''                                # whose it is, for people, if a scheduler knows that
     key = b''                                   # who has it may take the results
     cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
@@ -10104,6 +10488,9 @@ class NodeUser:
     def job_waits(self, work: Any) -> None:
         """A job that was sent waits again."""
 
+    def jobs_held(self, text: str) -> None:
+        """Jobs wait because of a limit of their user, for this reason."""
+
     def job_parked(self, work: Any, text: str) -> None:
         """A job waits for a node that is large enough."""
 
@@ -10149,9 +10536,14 @@ class NodePolicy:
         """Who this is, for those who run the node and for others who want it."""
         return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
-    def how_to_share(self, text: str) -> str:
-        """What to do about a node that serves others, and says so in these words."""
-        return how_to_share(text)
+    def process(self) -> tuple:
+        """Return the same for programs: a row of ClientHello."""
+        return socket.gethostname(), os.getpid(), 0
+
+    def about_holder(self, holder: Holder, place: str) -> str:
+        """Return what to do about a node that serves another, to be appended to what it says.
+        `place` is that of the node."""
+        return who_holds(holder, place) or how_to_share(holder)
 
     def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
@@ -10172,6 +10564,11 @@ class NodePolicy:
 
     def node_freed(self, peer: 'NodeConnection') -> None:
         """A computation has left a node, or was refused there."""
+
+
+def new_comp() -> str:
+    """Return a name for a computation, which no other has."""
+    return uuid.uuid4().hex
 
 
 def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
@@ -10195,11 +10592,15 @@ class Collector(NodeUser):
     client = 'recovery'
     acknowledges = True    # results, when they come
 
-    def __init__(self, places: Iterable[str], calling: Iterable[str],
-                 listens: Sequence[str]) -> None:
+    def __init__(self,
+                 places: Iterable[str],
+                 calling: Iterable[str],
+                 listens: Sequence[str],
+                 new_name: Callable[[], str] = new_comp) -> None:
         """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
-        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT."""
-        self.comp = uuid.uuid4().hex
+        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT.
+        `new_name` names what is a cluster to the driver."""
+        self.comp = new_name()
         self.port = NODE_PORT
         self.specs = _specs_of_places(places)
         self.callers = {where[1:] for where in calling if where.startswith(' ')}
@@ -10258,7 +10659,10 @@ class Recovery(Collector):
                  lost: Callable[[DispyJob, str], None],
                  again: Callable[[DispyJob], None],
                  over: Callable[[], None],
-                 cancel: bool = False) -> None:
+                 cancel: bool = False,
+                 parts: Optional['DriverParts'] = None) -> None:
+        """`parts` are those of the driver that it will have, where they are not the usual ones."""
+        parts = parts or DriverParts()
         rows = journal.comps()
         self._journal = journal
         # Computations and their keys
@@ -10266,9 +10670,10 @@ class Recovery(Collector):
         places = {node.rpartition('#')[0] for _, node in sent}
         places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
         self._unmet = holders - places   # they may keep results that are noted
-        super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
+        listens = [row[4] for row in rows if row[4]]
+        super().__init__(places | self._unmet, places, listens, parts.new_comp)
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.collected = threading.Event()
+        self.collected = parts.event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
         # Number -> serial, node and directory of the files of the second attempt
         self._seconds = journal.seconds()
@@ -10318,8 +10723,8 @@ class Recovery(Collector):
             else:
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
-            cancel = Cancel(comp, list(serials))
-            self.driver.send(peer.link, cancel)
+            message = Cancel(comp, list(serials))
+            self.driver.send(peer.link, message)
         self._check()
 
     def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
@@ -10437,12 +10842,13 @@ class Recovery(Collector):
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
         """Until all has been collected, and a little longer for nodes that may forget what they
         keep."""
+        clock = self.driver.clock
         if timeout is None:
             until = math.inf
         else:
-            until = time.monotonic() + timeout
-        in_slices(self.collected.wait, timeout)
-        over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
+            until = clock() + timeout
+        in_slices(self.collected.wait, timeout, clock)
+        over.wait(min(max(0.0, until - clock()), FORGET_TIME))
 
 
 class Collecting(enum.Enum):
@@ -10564,8 +10970,8 @@ class ResultCollection(Collector):
                         account = Account(frozenset(now), past)
                         self._went(comp, serial, account, peer)
                     if self._cancel and serials:
-                        cancel = Cancel(comp, list(serials))
-                        self.driver.send(peer.link, cancel)
+                        message = Cancel(comp, list(serials))
+                        self.driver.send(peer.link, message)
             self._changed.notify_all()
         self._ask(peer)
 
@@ -10788,7 +11194,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return JournalRecovery(journal, terminate_pending).run(seconds, access)
+        return JournalRecovery(journal, terminate_pending, drivers).run(seconds, access)
     finally:
         journal.close()
 
@@ -11075,9 +11481,11 @@ class JournalRecovery:
     """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
     with an underscore are called by the driver's thread."""
 
-    def __init__(self, journal: Journal, cancel: bool) -> None:
+    def __init__(self, journal: Journal, cancel: bool, source: 'Drivers') -> None:
+        """`source` is where its driver comes from."""
         self._journal = journal
         self._cancel = cancel
+        self._drivers = source
         self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
         with journal.damages():
             self._is_program = journal.is_program()
@@ -11100,17 +11508,17 @@ class JournalRecovery:
 
     def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
         restored = self._restored
-        driver = drivers.alone(access)
+        driver = self._drivers.alone(access)
         try:
-            over = threading.Event()
+            over = driver.parts.event()
             recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
-                                self._lost, self._wait_again, over.set, self._cancel)
+                                self._lost, self._wait_again, over.set, self._cancel, driver.parts)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
             is_whole = recovery.collected.is_set()
             driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
-            drivers.release(driver)
+            self._drivers.release(driver)
 
     def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
         with self._lock:
@@ -11613,7 +12021,7 @@ class Connector:
         patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self._driver.post, peer, reach)
+        peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
         """Start the node of this program. There is no thread, as nothing is waited for."""
@@ -11684,7 +12092,8 @@ class Connector:
 
     def _link_of(self, event: Any) -> Link:
         """The link that a connection becomes."""
-        return Link(event.sock, event.session, event.address, self._driver.now,
+        make = self._driver.parts.link
+        return make(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
@@ -11743,7 +12152,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        policy = self._driver.policy
+        hello = ClientHello(policy.introduction(), self._driver.access.pulse, policy.process())
         self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
@@ -11765,7 +12175,7 @@ class Connector:
 
     def _send_away(self, event: Authenticated) -> None:
         """A node has dialled that is connected."""
-        link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+        link = self._link_of(event)
         self._driver.attach(link)
         self._driver.disconnect(link, 'this program has connected to it already')
 
@@ -11789,8 +12199,9 @@ class Connector:
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             patience = max(1.0, link.pulse)
-            peer.second.start(self._driver.now, self._driver.post,
-                              functools.partial(self._reach_peer, peer, patience=patience))
+            reach = functools.partial(self._reach_peer, peer, patience=patience)
+            peer.second.start(self._driver.now, self._driver.post, reach,
+                              self._driver.parts.attempt)
 
     def _second_reached(self, event: Connected) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
@@ -12048,8 +12459,8 @@ class NodeSelection:
         peer.count_link()
         peer.link = None
         for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         for use in peer.uses.values():
             use.move('lost')
             use.allocation = None
@@ -12099,8 +12510,8 @@ class NodeSelection:
         if peer is None:
             return
         if peer.link is not None:
-            limit = Limit(action.comp, action.cpus)
-            self._driver.send(peer.link, limit)
+            message = Limit(action.comp, action.cpus)
+            self._driver.send(peer.link, message)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
@@ -12131,8 +12542,8 @@ class NodeSelection:
         if use.state is AssignmentState.READY:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
         self.done(peer, comp)
-        node_left = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
-        self._driver.decide(node_left)
+        event = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
+        self._driver.decide(event)
         if then == 'close':
             use.move('close')
             use.reason = 'closed by the program'
@@ -12297,10 +12708,9 @@ class ComputationSetup:
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
-                node_offers = NodeOffers(peer.key, comp,
-                                         self._driver.selection.tell_limit(peer, comp),
-                                         peer.offered)
-                self._driver.decide(node_offers)
+                cpus = self._driver.selection.tell_limit(peer, comp)
+                event = NodeOffers(peer.key, comp, cpus, peer.offered)
+                self._driver.decide(event)
             elif use.state is AssignmentState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
@@ -12351,8 +12761,8 @@ class ComputationSetup:
         setup_args = out_of_band(spec['setup_args'])
         spec.update(code=out, setup_args=setup_args, client=cluster.client,
                     whose=cluster.program)
-        compute = Compute(comp, spec)
-        self._driver.send(peer.link, compute)
+        message = Compute(comp, spec)
+        self._driver.send(peer.link, message)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
         """What a computation is, in a form that this node can load; None if there is none, or if it
@@ -12508,20 +12918,29 @@ class ComputationSetup:
             peer.link.abandon(comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
-            node_doubted = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text,
-                                       peer.kind, [comp])
-            self._driver.lost_nodes.doubt(node_doubted)
-            node_left = NodeLeft(peer.key, comp, str(peer), message.text)
-            self._driver.decide(node_left)
+            doubt = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind,
+                                [comp])
+            self._driver.lost_nodes.doubt(doubt)
+            event = NodeLeft(peer.key, comp, str(peer), message.text)
+            self._driver.decide(event)
         text = source_here.added_to(message.text)
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, peer.name)
-        if code == 'busy':
-            text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
+        if message.holder:
+            text += self._about_holder(peer, use, message.holder)
         self._refusal(peer, comp, text, 'process' if was_ready and code == 'setup' else code)
         use.unloadable = code in ('code', 'initializer')
         self._check_unloadable(comp)
         self._driver.policy.node_freed(peer)
+
+    def _about_holder(self, peer: NodeConnection, use: NodeAssignment, row: tuple) -> str:
+        """What to do about a node that serves another. It is found out once for each holder, as
+        many files may have to be read."""
+        holder, hint = use.holder_hint
+        if holder != row:
+            hint = self._driver.policy.about_holder(Holder(*row), peer.place)
+            use.holder_hint = (row, hint)
+        return hint
 
     def _check_unloadable(self, comp: str) -> None:
         """Where every node that can come has said that it cannot load the code, jobs would wait for
@@ -12639,8 +13058,8 @@ class FileTransfers:
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
             purpose = int(Purpose.VALUES)
-            file_stored = FileStored(cluster.comp, purpose, key, row[0], text)
-            self._driver.say_to(peer, file_stored)
+            message = FileStored(cluster.comp, purpose, key, row[0], text)
+            self._driver.say_to(peer, message)
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             number = peer.link.number  # type: ignore[union-attr]
@@ -12927,8 +13346,8 @@ class JobExchange:
         serials = action.serials
         stay = self._unsend(peer, action.comp, serials)
         if stay:   # they have not come there, nor will they
-            node_returned = NodeReturned(peer.key, action.comp, stay)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, action.comp, stay)
+            self._driver.decide(event)
             serials = [serial for serial in serials if serial not in stay]
         for message in in_parts(kind, action.comp, serials):
             self._driver.send(peer.link, message)
@@ -12977,8 +13396,8 @@ class JobExchange:
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         if self.outgoing.held_up:
             self._driver.chores.within(Outgoing.AGAIN)
 
@@ -13000,8 +13419,8 @@ class JobExchange:
             if peer.uses[comp].state is not AssignmentState.READY:
                 continue
             if not peer.uses[comp].then:
-                node_offers = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
-                self._driver.decide(node_offers)
+                event = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
+                self._driver.decide(event)
 
     def on_results(self, peer: NodeConnection, message: Results) -> None:
         """Jobs have ended at a node, or go on and have a provisional result."""
@@ -13020,8 +13439,8 @@ class JobExchange:
             return
         if self._driver.held_back.files:
             rows = self._driver.held_back.admit(peer, comp, rows)
-        node_results = NodeResults(peer.key, comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(peer.key, comp, rows)
+        self._driver.decide(event)
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
@@ -13031,13 +13450,13 @@ class JobExchange:
             self._driver.recoveries.by_comp[comp].returned(peer, comp, serials)
             return
         self._unsend(peer, comp, serials)
-        node_returned = NodeReturned(peer.key, comp, serials)
-        self._driver.decide(node_returned)
+        event = NodeReturned(peer.key, comp, serials)
+        self._driver.decide(event)
 
     def on_started(self, peer: NodeConnection, message: Started) -> None:
         """Jobs have begun."""
-        node_started = NodeStarted(peer.key, message.comp, message.rows)
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, message.comp, message.rows)
+        self._driver.decide(event)
 
     def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
@@ -13059,8 +13478,8 @@ class JobExchange:
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
-        node_started = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
+        self._driver.decide(event)
 
     def jobs_started(self, action: JobsStarted) -> None:
         """As the Schedule knows, jobs have begun."""
@@ -13124,6 +13543,10 @@ class JobExchange:
         cluster = self._clusters[action.work.comp]
         cluster.job_parked(action.work, action.text)
 
+    def jobs_held(self, action: JobsHeld) -> None:
+        """Jobs wait because of a limit of their user."""
+        self._clusters[action.comp].jobs_held(action.text)
+
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
@@ -13141,8 +13564,8 @@ class JobExchange:
         for comp, serial in self._driver.refusals.refused(link, message.frame):
             row = (serial, int(Outcome.DIED), 0.0, 0.0,
                    ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
-            node_results = NodeResults(peer.key, comp, [row])
-            self._driver.decide(node_results)
+            event = NodeResults(peer.key, comp, [row])
+            self._driver.decide(event)
         peer.wrong = True
         raise LinkBroken(text)
 
@@ -13151,8 +13574,8 @@ class JobExchange:
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
                 for work in action.works]
-        node_results = NodeResults(action.node, action.comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(action.node, action.comp, rows)
+        self._driver.decide(event)
 
     def note_fault(self, text: str) -> None:
         """Jobs that were in hand are looked for soon, once for many faults."""
@@ -13340,8 +13763,8 @@ class Recoveries:
         else:
             serials = frozenset(message.serials)
             account = Account(serials, past, peer.whole)
-            node_told = NodeTold(peer.key, comp, account)
-            self._driver.decide(node_told)
+            event = NodeTold(peer.key, comp, account)
+            self._driver.decide(event)
 
 
 class SchedulerCalls:
@@ -13354,10 +13777,12 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
+        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        if name != 'overview' and peer.uses[comp].state is AssignmentState.WAITING:
+            raise ConnectionError('the scheduler has not been told of this cluster yet')
         return self.call_peer(peer, comp, name, *args)
 
     def call_peer(self, peer: NodeConnection, comp: str, name: str,
@@ -13591,8 +14016,8 @@ class NodeQueries:
     def on_report(self, peer: NodeConnection, message: Report) -> None:
         """A node tells what is there."""
         if message.running:
-            node_started = NodeStarted(peer.key, message.comp, message.running)
-            self._driver.decide(node_started)
+            event = NodeStarted(peer.key, message.comp, message.running)
+            self._driver.decide(event)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
@@ -13625,6 +14050,21 @@ class NodeQueries:
             if not peer.embedded and count:
                 found[key] = count
         return found
+
+    def stop_if_settled(self) -> bool:
+        """End the driver if all that was said has left, and if of all jobs that were called back it
+        is known whether they have begun, where there is a link. Returns whether it ends."""
+        self._driver.flush()   # the end of this turn shall call nothing back
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            if peer is None or peer.link is None:
+                continue
+            if any(node.recalled.values()):
+                return False
+        if not self._driver.has_sent():
+            return False
+        self._driver.stop()
+        return True
 
 
 class FailedJob(NamedTuple):
@@ -14257,6 +14697,23 @@ class Chores:
                          % (cluster.name, driver.queries.explain_no_nodes(comp)))
 
 
+class DriverParts(NamedTuple):
+    """What a driver has to do with sockets, threads and chance. A simulation of the system gives
+    its driver others.
+
+    link - the class of a connection that nodes and clients have authenticated
+    attempt - the class of an attempt to connect
+    pool - the class of a group of threads
+    event - makes what threads of the user wait for
+    new_comp - makes the name of a computation
+    """
+    link: Type[Link] = Link
+    attempt: Type[ConnectionAttempt] = ConnectionAttempt
+    pool: Type[Pool] = Pool
+    event: Callable[[], threading.Event] = threading.Event
+    new_comp: Callable[[], str] = new_comp
+
+
 class Driver(Loop):
     """See the module's docstring. Made and ended by `Drivers`.
 
@@ -14281,9 +14738,13 @@ class Driver(Loop):
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
 
-    def __init__(self, access: ConnectionSettings, instance: bytes = b'',
-                 policy: Optional[NodePolicy] = None) -> None:
+    def __init__(self,
+                 access: ConnectionSettings,
+                 instance: bytes = b'',
+                 policy: Optional[NodePolicy] = None,
+                 parts: DriverParts = DriverParts()) -> None:
         self.instance = instance or _instance
+        self.parts = parts
         self.policy = policy or NodePolicy()
         psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
         tls = None
@@ -14295,9 +14756,9 @@ class Driver(Loop):
         self.schedule = Schedule()
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
-        self.openers = Pool('dispy-opener', 2)
-        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
+        self.openers = parts.pool('dispy-opener', 2)
+        self.callbacks = parts.pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
+        self.tellers = parts.pool('dispy-status', 1)   # one: changes are told in their order
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -14328,6 +14789,7 @@ class Driver(Loop):
             JobEnded: self.jobs.job_ended,
             JobWaits: self.jobs.job_waits,
             JobParked: self.jobs.job_parked,
+            JobsHeld: self.jobs.jobs_held,
             JobFailedOnce: self.jobs.failed_once,
             JobStays: self.jobs.job_stays,
             Withdrawn: self.cancels.withdrawn,
@@ -14391,8 +14853,8 @@ class Driver(Loop):
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in the driver's thread. Any thread."""
-        run_in_driver = RunInDriver(functools.partial(call, *args), None)
-        self.post(run_in_driver)
+        event = RunInDriver(functools.partial(call, *args), None)
+        self.post(event)
 
     def _main(self) -> None:
         try:
@@ -14457,9 +14919,9 @@ class Driver(Loop):
         if cluster.journal is not None:
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
-        opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all(), cluster.speculate)
-        self.decide(opened)
+        event = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
+                       cluster.cpus_in_all(), cluster.speculate, cluster.user_name)
+        self.decide(event)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
         if probe:
@@ -14654,10 +15116,9 @@ class Driver(Loop):
                 for comp, use in peer.uses.items():
                     if use.state is AssignmentState.READY:
                         ready.append(comp)
-                short_text = message.text[:200]
-                node_doubted = NodeDoubted(peer.key, str(peer), Evidence.BYE, short_text, peer.kind,
-                                           ready)
-                self.lost_nodes.doubt(node_doubted)
+                doubt = NodeDoubted(peer.key, str(peer), Evidence.BYE, message.text[:200],
+                                    peer.kind, ready)
+                self.lost_nodes.doubt(doubt)
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -15320,9 +15781,9 @@ class UserCallbacks:
         """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
         until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
-        told = threading.Event()
         if call is None or not nodes:
             return
+        told = self.driver.parts.event()
         is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
 
         def tell() -> None:
@@ -15539,8 +16000,8 @@ class ResultDelivery:
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
-                    status_callback = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
-                    self.driver.post(status_callback)
+                    event = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
+                    self.driver.post(event)
             fill_in(job, row, is_program, self._failures, peer.name)
             if job.status == 11 and not (is_program and job.result):
                 finished += 1
@@ -15633,8 +16094,8 @@ class ResultDelivery:
         driver = self.driver
         if callbacks.cluster_status is not None:
             for job in jobs:
-                status_callback = StatusCallback(callbacks, job.status, peer, job)
-                driver.post(status_callback)
+                event = StatusCallback(callbacks, job.status, peer, job)
+                driver.post(event)
         for job in jobs:
             if job.event is not None or job.when_ended is not None:
                 job.wake()
@@ -15753,8 +16214,8 @@ class Submitter:
                 future.job = job
             book.enter(job)
             if self._callbacks.cluster_status is not None:
-                status_callback = StatusCallback(self._callbacks, DispyJob.Created, None, job)
-                driver.post(status_callback)
+                event = StatusCallback(self._callbacks, DispyJob.Created, None, job)
+                driver.post(event)
             # With the lock held: `close` comes after it or before the test above
             driver.post(job)
         return job
@@ -15928,7 +16389,7 @@ class JobTakeover:
                         at_nodes)
             lost = functools.partial(self._lost, journal)
             recovery = Recovery(journal, restored.sent, restored.holders, self._done, lost,
-                                self._submit_again, self._over)
+                                self._submit_again, self._over, parts=self.driver.parts)
             self.recovery = recovery
             self.driver.ask(lambda: recovery.begin(self.driver))
 
@@ -16134,6 +16595,21 @@ class ProgramSeconds(SecondsOfUser):
         return HeldFiles(directory, root)
 
 
+class ProgramParts(NamedTuple):
+    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
+    clusters others.
+
+    drivers - has the drivers
+    journal - the class of what writes the recover_file
+    book - the class of what counts the jobs
+    new_comp - makes the name of a computation
+    """
+    drivers: Drivers = drivers
+    journal: Type[Journal] = Journal
+    book: Type[JobBook] = JobBook
+    new_comp: Callable[[], str] = new_comp
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -16151,12 +16627,15 @@ class ProgramCluster(ComputationUser):
     report - what people are shown
     takeover - carries on with jobs of a program that has crashed
     """
-    def __init__(self, computation: Any, options: ClusterOptions) -> None:
+    def __init__(self, computation: Any, options: ClusterOptions,
+                 parts: ProgramParts = ProgramParts()) -> None:
         """Pack the computation. Nothing is started. Raises TypeError, ValueError,
         FileNotFoundError, or what pickling raises."""
         self.options = options
+        self._parts = parts
+        self.book = parts.book()
         self.name = name_of(computation)
-        self.comp = self.client = uuid.uuid4().hex
+        self.comp = self.client = parts.new_comp()
         # Who has it may take the results; it is sent when that is wanted
         self.key = os.urandom(32)
         self.port = options.port
@@ -16223,7 +16702,6 @@ class ProgramCluster(ComputationUser):
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
         is_program = self.cargo.is_program
-        self.book = JobBook()
         self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
         self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
         self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
@@ -16254,7 +16732,7 @@ class ProgramCluster(ComputationUser):
         if self.options.recover_file is None:
             self._use_nodes(cluster, access)
             return
-        self.journal = journal = Journal(self.options.recover_file)
+        self.journal = journal = self._parts.journal(self.options.recover_file)
         try:
             known = journal.known()
             self._use_nodes(cluster, access)
@@ -16264,7 +16742,7 @@ class ProgramCluster(ComputationUser):
         self.takeover.begin(journal, known)
 
     def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
-        driver = self.driver = drivers.acquire(access)
+        driver = self.driver = self._parts.drivers.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
                  self.report, self.takeover)
@@ -16278,7 +16756,7 @@ class ProgramCluster(ComputationUser):
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
             self.cluster = None
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
             raise
         _clusters.add(cluster)
         logger.info('%s: the computation begins', self.name, extra=ROUTINE)
@@ -16376,7 +16854,7 @@ class ProgramCluster(ComputationUser):
             self.journal.close(remove=True)
         self._log_end()
         if threading.current_thread() is not driver.thread:
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
 
     def _log_end(self) -> None:
         """Log what came of the computation, in numbers."""
@@ -17738,7 +18216,7 @@ class NodeScan(NodeUser):
             nodes = '*'
         self.specs = parse_nodes(nodes, port)
         self.port = port
-        self.comp = uuid.uuid4().hex
+        self.comp = new_comp()
         files = tls_files(certfile, keyfile, cafile)
         access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
         self.driver = drivers.acquire(access)
@@ -19124,9 +19602,11 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
                 _cancel_at_scheduler(core, until)
     for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
-            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+            while not driver.ask(driver.queries.stop_if_settled):
+                if time.monotonic() >= until:
+                    driver.ask(driver.stop)
+                    break
                 time.sleep(0.01)
-            driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for core in cores:
@@ -21317,6 +21797,699 @@ def _report(argv: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
+# Command line: nodes that an engine such as Slurm places
+# --------------------------------------------------------------------------------------------------
+
+ENGINE_TIME = 60.0            # s that a command of an engine may take
+ADAPT_EVERY = 5.0             # s between two looks at what waits
+END_IDLE = 60.0               # s without jobs after which a node ends that is not one of MIN
+POD_IMAGE = 'python:3.12-slim'
+POD_GRACE = 60                # s that a node in a pod has to end
+POD_LABEL = 'app=dispy-node'
+# How a pod writes dispynode.py and the secret where only it can read them, and runs it
+POD_START = ('umask 077; python3 -c "import zlib; open(\'/tmp/dispynode.py\', \'wb\').write('
+             'zlib.decompress(open(\'/dispy/dispynode\', \'rb\').read()))" && '
+             'cp /dispy-secret/secret /tmp/secret && exec ')
+
+
+# The Job of a node, without what differs, and what all nodes have: dispynode.py and the secret
+POD_JOB: Dict[str, Any] = {
+    'apiVersion': 'batch/v1', 'kind': 'Job',
+    'metadata': {'labels': {'app': 'dispy-node'}, 'generateName': 'dispy-node-'},
+    'spec': {
+        'backoffLimit': 0, 'ttlSecondsAfterFinished': 600, 'template': {
+            'metadata': {'labels': {'app': 'dispy-node'}},
+            'spec': {
+                'restartPolicy': 'Never', 'terminationGracePeriodSeconds': POD_GRACE,
+                'containers': [{
+                    'name': 'node', 'resources': {'requests': {}, 'limits': {}},
+                    'volumeMounts': [{'name': 'dispy', 'mountPath': '/dispy'},
+                                     {'name': 'dispy-secret', 'mountPath': '/dispy-secret'}]}],
+                'volumes': [{'name': 'dispy', 'configMap': {'name': 'dispy-node'}},
+                            {'name': 'dispy-secret', 'secret': {'secretName': 'dispy-node'}}]}}}
+}
+POD_FILES: List[Dict[str, Any]] = [
+    {'apiVersion': 'v1', 'kind': 'ConfigMap', 'metadata': {'name': 'dispy-node'},
+     'binaryData': {}},
+    {'apiVersion': 'v1', 'kind': 'Secret', 'metadata': {'name': 'dispy-node'}, 'data': {}},
+]
+
+
+class NodeRequest(NamedTuple):
+    """What an engine is asked for: a part of a host, for some time, for one node."""
+    cpus: int
+    seconds: int                  # its time limit
+    memory: int = 0               # bytes; 0: what the engine gives if nothing is said
+    gpus: int = 0
+    queue: str = ''               # or partition, or namespace
+    log: str = ''                 # the directory for what nodes print
+    more: Tuple[str, ...] = ()    # options for the engine, as they stand in its scripts
+    image: str = ''               # of containers
+
+    @property
+    def megabytes(self) -> int:
+        """The memory, rounded up."""
+        return -(-self.memory >> 20)
+
+    def fields(self) -> Dict[str, Any]:
+        """What stands in options of engines."""
+        found: Dict[str, Any] = self._asdict()
+        minutes, seconds = divmod(self.seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
+        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        found['minutes'] = '%d:%02d' % (hours, minutes)
+        found['megabytes'] = self.megabytes
+        found['slot_megabytes'] = -(-self.megabytes // self.cpus)
+        found['several'] = self.cpus > 1
+        return found
+
+
+class Engine:
+    """A system that gives a part of a host for some time, to whoever submits a script with options
+    in comments. The subclasses have what each of them understands."""
+    name = ''
+    title = ''
+    number = ''                   # what a shell there puts in place for the number of its job
+    mark = ''                     # begins a comment with an option
+    submits: Sequence[str] = ()   # the command that reads a script
+    cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
+    lists: Sequence[str] = ()     # the command that prints the jobs of this user
+    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
+    # Field of a request, or '' for always -> the options that it takes, with fields
+    table: Dict[str, Sequence[str]] = {}
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """What is asked for, in options."""
+        fields = request.fields()
+        found: List[str] = []
+        for field, options in self.table.items():
+            if not field or fields[field]:
+                found += [option.format(**fields) for option in options]
+        return found
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        """The script that runs the command of a node."""
+        lines = ['#!/bin/sh']
+        for option in (*self.options(request), *request.more):
+            lines.append('%s %s' % (self.mark, option))
+        lines.append('exec %s' % command)
+        return '\n'.join(lines) + '\n'
+
+    def submit(self, request: NodeRequest, command: str) -> str:
+        """Ask for a node. Returns the number of the job. Raises DispyError."""
+        said = self._run(self.submits, self.script(request, command))
+        found = self.answer.search(said)
+        if found is None:
+            raise DispyError('%s said no number of a job but %.200r' % (self.submits[0], said))
+        return found.group(1)
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs. Raises DispyError."""
+        self._run([*self.cancels, *jobs])
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        """Those of these jobs that wait or run. Raises DispyError."""
+        said = self._run(self.lists)
+        known = self.listed(said)
+        return {job for job in jobs if job.partition('.')[0] in known}
+
+    def listed(self, said: str) -> Set[str]:
+        """The numbers of the jobs in what `lists` has printed."""
+        found = set()
+        for line in said.splitlines():
+            words = line.split()
+            if words:
+                found.add(words[0].partition('.')[0])
+        return found
+
+    def _run(self, command: Sequence[str], given: str = '') -> str:
+        pipe = subprocess.PIPE
+        data = given.encode()
+        try:
+            done = subprocess.run(command, input=data, stdout=pipe, stderr=pipe,
+                                  timeout=ENGINE_TIME)
+        except FileNotFoundError as exc:
+            text = '%s: there is no such program here: run this where jobs are submitted to %s'
+            raise DispyError(text % (command[0], self.title)) from exc
+        except subprocess.TimeoutExpired as exc:
+            message = '%s has not answered in %d s' % (command[0], ENGINE_TIME)
+            raise DispyError(message) from exc
+        said = done.stdout.decode(errors='replace')
+        if done.returncode and not self.is_nothing(done):
+            why = done.stderr.decode(errors='replace')
+            ending = exit_text(done.returncode)
+            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+        return said
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """Whether a command that has failed says that there are no jobs."""
+        return False
+
+
+class SlurmEngine(Engine):
+    """Slurm, as sbatch, scancel and squeue have it."""
+    name = 'slurm'
+    title = 'Slurm'
+    number = '$SLURM_JOB_ID'
+    mark = '#SBATCH'
+    submits = ('sbatch', '--parsable')
+    cancels = ('scancel',)
+    lists = ('squeue', '--me', '--noheader', '--format=%i')
+    answer = re.compile(r'(\d+)(?:;\S+)?\s*\Z')
+    table = {
+        '': ('--job-name=dispy-node', '--nodes=1', '--ntasks=1', '--cpus-per-task={cpus}',
+             '--time={clock}', '--output={log}/slurm-%j.log', '--no-requeue'),
+        'memory': ('--mem={megabytes}M',),
+        'gpus': ('--gres=gpu:{gpus}',),
+        'queue': ('--partition={queue}',),
+    }
+
+
+class PbsEngine(Engine):
+    """PBS Professional and OpenPBS."""
+    name = 'pbs'
+    title = 'PBS'
+    number = '$PBS_JOBID'
+    mark = '#PBS'
+    submits = ('qsub',)
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+\S*)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-l walltime={clock}', '-j oe', '-o {log}/', '-r n'),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qselect', '-u', _user_name())
+
+    def options(self, request: NodeRequest) -> List[str]:
+        """The others stand in the table; CPUs, memory and GPUs in one chunk."""
+        chunk = '-l select=1:ncpus=%d' % request.cpus
+        if request.memory:
+            chunk += ':mem=%dmb' % request.megabytes
+        if request.gpus:
+            chunk += ':ngpus=%d' % request.gpus
+        return [chunk, *super().options(request)]
+
+
+class LsfEngine(Engine):
+    """IBM Spectrum LSF."""
+    name = 'lsf'
+    title = 'LSF'
+    number = '$LSB_JOBID'
+    mark = '#BSUB'
+    submits = ('bsub',)
+    cancels = ('bkill',)
+    lists = ('bjobs', '-noheader', '-o', 'jobid')
+    answer = re.compile(r'Job <(\d+)>')
+    table = {
+        '': ('-J dispy-node', '-n {cpus}', '-R "span[hosts=1]"', '-W {minutes}',
+             '-o {log}/lsf-%J.log', '-rn'),
+        'memory': ('-M {megabytes}MB', '-R "rusage[mem={megabytes}MB]"'),
+        'gpus': ('-gpu "num={gpus}"',),
+        'queue': ('-q {queue}',),
+    }
+
+    def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
+        """bjobs fails if there are none."""
+        return b'No unfinished job' in done.stderr
+
+
+class SgeEngine(Engine):
+    """Grid Engine. Its parallel environment and its name of GPUs are the site's: 'smp' and 'gpu',
+    unless options for the engine say others."""
+    name = 'sge'
+    title = 'Grid Engine'
+    number = '$JOB_ID'
+    mark = '#$'
+    submits = ('qsub', '-terse')
+    cancels = ('qdel',)
+    answer = re.compile(r'(\d+)\s*\Z')
+    table = {
+        '': ('-N dispy-node', '-S /bin/sh', '-l h_rt={clock}', '-j y', '-o {log}/', '-r n'),
+        'several': ('-pe smp {cpus}',),
+        'memory': ('-l h_vmem={slot_megabytes}M',),
+        'gpus': ('-l gpu={gpus}',),
+        'queue': ('-q {queue}',),
+    }
+
+    @property
+    def lists(self) -> Sequence[str]:  # type: ignore[override]
+        """The command that prints the jobs of this user."""
+        return ('qstat', '-u', _user_name())
+
+
+class KubernetesEngine(Engine):
+    """Kubernetes: a Job with one pod for each node; dispynode.py and the secret are mounted
+    there."""
+    name = 'k8s'
+    title = 'Kubernetes'
+    number = '$HOSTNAME'
+    submits = ('kubectl', 'create', '-o', 'name', '-f', '-')
+    cancels = ('kubectl', 'delete', '--ignore-not-found', '--wait=false')
+    lists = ('kubectl', 'get', 'jobs', '-l', POD_LABEL, '-o', 'json')
+    answer = re.compile(r'(job\S*/\S+)\s*\Z')
+
+    @staticmethod
+    def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
+        """The Job of a node."""
+        job = copy.deepcopy(POD_JOB)
+        spec = job['spec']
+        spec['activeDeadlineSeconds'] = request.seconds
+        container = spec['template']['spec']['containers'][0]
+        container['image'] = request.image or POD_IMAGE
+        container['command'] = ['sh', '-c', POD_START + command]
+        requests = container['resources']['requests']
+        limits = container['resources']['limits']
+        for resources in (requests, limits):
+            resources['cpu'] = str(request.cpus)
+            if request.memory:
+                resources['memory'] = '%dMi' % request.megabytes
+        if request.gpus:
+            limits['nvidia.com/gpu'] = str(request.gpus)
+        return job
+
+    def script(self, request: NodeRequest, command: str) -> str:
+        return json.dumps(self.manifest(request, command))
+
+    @staticmethod
+    def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
+        """What all nodes have: dispynode.py and the secret."""
+        files = copy.deepcopy(POD_FILES)
+        compressed = zlib.compress(source, 9)
+        packed = base64.b64encode(compressed)
+        files[0]['binaryData']['dispynode'] = packed.decode()
+        hidden = base64.b64encode(secret)
+        files[1]['data']['secret'] = hidden.decode()
+        return files
+
+    def listed(self, said: str) -> Set[str]:
+        """The Jobs that have not ended."""
+        found = set()
+        for job in json.loads(said)['items']:
+            status = job.get('status', {})
+            ends = []
+            for condition in status.get('conditions', ()):
+                if condition['type'] in ('Complete', 'Failed'):
+                    ends.append(condition['status'])
+            if 'True' not in ends:
+                name = job['metadata']['name']
+                found.add('job.batch/' + name)
+        return found
+
+    def alive(self, jobs: Iterable[str]) -> Set[str]:
+        said = self._run(self.lists)
+        return self.listed(said).intersection(jobs)
+
+    def put_files(self, source: bytes, secret: bytes) -> None:
+        """Make what all nodes have, anew. Raises DispyError."""
+        for item in self.files(source, secret):
+            kind = item['kind'].lower()
+            name = item['metadata']['name']
+            self._run([*self.cancels, '%s/%s' % (kind, name)])
+            dumped = json.dumps(item)
+            self._run(self.submits, dumped)
+
+    def remove_files(self) -> None:
+        """Remove what `put_files` has made. Raises DispyError."""
+        self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+}
+ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
+
+
+class EngineNodes:
+    """The jobs by which an engine places nodes for this user, in a file that outlives this process.
+    A context, so that one deploy or stop changes it at a time.
+
+    jobs - number of a job -> whether its node stays when it has no jobs
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        home = os.path.expanduser('~')
+        self.engine = engine
+        self.directory = os.path.join(home, '.dispy', 'engines')
+        self._path = os.path.join(self.directory, engine.name + '.json')
+        self.jobs: Dict[str, bool] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> 'EngineNodes':
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = take_lock(os.path.join(self.directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work in %s' % self.directory) from None
+        self.jobs = {}
+        with contextlib.suppress(FileNotFoundError), open(self._path) as file:
+            self.jobs = json.load(file)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.jobs:
+            write_private(self._path, json.dumps(self.jobs).encode())
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+        self._lock.close()
+
+    def look(self) -> None:
+        """Forget the jobs that have ended. Raises DispyError."""
+        if not self.jobs:
+            return
+        alive = self.engine.alive(self.jobs)
+        for job in list(self.jobs):
+            if job not in alive:
+                del self.jobs[job]
+
+    def add(self, request: NodeRequest, command: str, stays: bool) -> str:
+        """Ask for a node. Returns the number of its job. Raises DispyError."""
+        job = self.engine.submit(request, command)
+        self.jobs[job] = stays
+        return job
+
+    def end(self) -> int:
+        """End all. Returns how many there were. Raises DispyError."""
+        self.look()
+        count = len(self.jobs)
+        if count:
+            self.engine.cancel(list(self.jobs))
+            self.jobs = {}
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.remove_files()
+        self._remove_files()
+        return count
+
+    def _remove_files(self) -> None:
+        """Remove what nodes were given, unless those of other engines need it."""
+        names = os.listdir(self.directory)
+        others = [name for name in names if name.endswith('.json')]
+        if others not in ([], [os.path.basename(self._path)]):
+            return
+        for name in names:
+            if name.startswith(('dispynode-', 'secret-')):
+                path = os.path.join(self.directory, name)
+                os.unlink(path)
+
+
+class NodeDemand(NamedTuple):
+    """What a scheduler has to do, for whoever places its nodes."""
+    waiting: int      # jobs that wait for a CPU, without those that a limit holds
+    idle: int         # CPUs that are idle
+    there: int        # nodes that were placed and are connected
+
+
+def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: int) -> int:
+    """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
+    each; there shall be `least` to `most`."""
+    coming = max(0, alive - demand.there)
+    jobs = demand.waiting - demand.idle - coming * cpus
+    for_jobs = min(-(-jobs // cpus), most - alive)
+    return max(0, for_jobs, least - alive)
+
+
+class NodePlacement:
+    """What is asked of an engine by `dispy deploy`: nodes with these options."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, options: List[str]) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispynode
+        self.engine = engine
+        self._args = args
+        self._options = options
+        self.nodes = EngineNodes(engine)
+        self.secret = find_secret(None, args.secret_file).strip()
+        digest = digest_of(self.secret).hex()
+        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        source = os.path.abspath(dispynode.__file__)
+        with open(source, 'rb') as file:
+            self._source = file.read()
+        digest = digest_of(self._source).hex()
+        name = 'dispynode-%s.py' % digest[:12]
+        self._script = os.path.join(self.nodes.directory, name)
+        if engine.name == 'k8s':
+            self._secret_file = '/tmp/secret'
+            self._script = '/tmp/dispynode.py'
+        parser = dispynode.make_parser()
+        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are told here
+        dispynode.Lifetime.of_options(self.node, 0.0)
+        self.request = NodeRequest(args.cpus, int(args.time))
+        given = {}
+        for field in ('memory', 'gpus', 'queue', 'image'):
+            value = getattr(args, field)
+            if value:
+                given[field] = value
+        given['more'] = tuple(args.engine_option)
+        given['log'] = self.nodes.directory
+        self.request = self.request._replace(**given)
+
+    def _words(self, stays: bool) -> List[str]:
+        """The options of a node that tell it what the engine is told."""
+        args = self._args
+        told = {'port': '0'}
+        told['scheduler-host'] = args.scheduler_host
+        told['secret-file'] = self._secret_file
+        told['cpus'] = '%d' % args.cpus
+        told['time-limit'] = '%d' % args.time
+        if args.drain_before is not None:
+            told['drain-before'] = '%g' % args.drain_before
+        if args.memory:
+            told['memory'] = '%d' % args.memory
+        if args.gpus:
+            told['resource'] = 'gpu=%d' % args.gpus
+        if not stays:
+            told['end-idle'] = '%g' % args.end_idle
+        words = ['--daemon']
+        for name, value in told.items():
+            words += ['--' + name, value]
+        return words
+
+    def command(self, stays: bool) -> str:
+        """The command of a node, for a shell. Its name and its directory have the number of the
+        job."""
+        engine = self.engine
+        name = '%s-%s' % (engine.name, engine.number)
+        words = [self._args.python]
+        words.append(shlex.quote(self._script))
+        words += map(shlex.quote, self._words(stays))
+        words.append('--name "%s"' % name)
+        words.append('--dest-path-prefix "${TMPDIR:-/tmp}/dispy-%s"' % name)
+        words += map(shlex.quote, self._options)
+        return ' '.join(words)
+
+    def put_files(self) -> None:
+        """Put what nodes need where they find it. Raises OSError, DispyError."""
+        if isinstance(self.engine, KubernetesEngine):
+            self.engine.put_files(self._source, self.secret)
+            return
+        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+            if not os.path.exists(path):
+                write_private(path, data)
+
+    def add(self, count: int, stays: bool) -> None:
+        """Ask for nodes, within the context of `nodes`. Raises DispyError."""
+        command = self.command(stays)
+        for _ in range(count):
+            job = self.nodes.add(self.request, command, stays)
+            print('%s: job %s is submitted' % (self.engine.title, job), flush=True)
+
+    def adapt(self, demand: NodeDemand, least: int, most: int) -> None:
+        """Ask for as many nodes as are lacking. Raises DispyError, OSError."""
+        with self.nodes:
+            self.nodes.look()
+            jobs = self.nodes.jobs
+            more = nodes_lacking(demand, len(jobs), self.request.cpus, least, most)
+            stay = sum(jobs.values())
+            staying = min(more, max(0, least - stay))
+            self.add(staying, True)
+            self.add(more - staying, False)
+
+
+class DemandOfScheduler:
+    """Asks a scheduler what it has to do."""
+
+    def __init__(self, placement: NodePlacement, args: argparse.Namespace) -> None:
+        """Raises ValueError, OSError, DispyError."""
+        import dispy_httpd
+        import dispyscheduler
+        self._prefix = placement.engine.name + '-'
+        host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+        secret = placement.secret
+        if args.ask_secret_file:
+            secret = find_secret(None, args.ask_secret_file).strip()
+        files = tls_files(placement.node.certfile, placement.node.keyfile, None)
+        access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
+        self.link = dispy_httpd.SchedulerLink(host, port, access)
+        self._operator = dispyscheduler.Operator(self.link.ask)
+
+    def look(self) -> NodeDemand:
+        """What there is to do. Raises RuntimeError, DispyError or OSError if that is not told."""
+        waiting = 0
+        for program in self._operator.programs():
+            waiting += max(0, program['waiting'] - program['limited'])
+        idle = 0
+        there = 0
+        for node in self._operator.nodes():
+            if node['state'] == 'connected':
+                idle += max(0, node['cpus'] - node['used'])
+                there += node['name'].startswith(self._prefix)
+        return NodeDemand(waiting, idle, there)
+
+
+def _range_option(text: str) -> Tuple[int, int]:
+    """Read MIN:MAX."""
+    least, _, most = text.partition(':')
+    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
+        return int(least), int(most)
+    raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
+
+
+# What is told of nodes that an engine places
+PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ('--scheduler-host', {
+        'default': socket.gethostname(), 'metavar': 'HOST[:PORT]',
+        'help': 'scheduler, or host of a program that listens (host=), that nodes connect to '
+                '(default: this host)'}),
+    ('--time', {
+        'type': duration_option, 'default': 3600.0, 'metavar': 'TIME',
+        'help': 'time limit of a node, such as 90m or 12h (default: 1h)'}),
+    ('--cpus', {
+        'type': count_option, 'default': 1, 'metavar': 'N', 'help': 'CPUs of a node (default: 1)'}),
+    ('--memory', {'type': size_option, 'metavar': 'N[kmgt]', 'help': 'memory of a node'}),
+    ('--gpus', {
+        'type': int, 'default': 0, 'metavar': 'N', 'help': 'GPUs of a node (default: 0)'}),
+    ('--queue', {'metavar': 'NAME', 'help': 'queue, or partition of Slurm'}),
+    ('--drain-before', {
+        'type': seconds_option, 'metavar': 'S',
+        'help': 'seconds before its time limit from which on a node takes no new jobs (default: '
+                '120)'}),
+    ('--engine-option', {
+        'action': 'append', 'default': [], 'metavar': 'TEXT',
+        'help': 'another line of options for the engine, such as "--account=physics"; may be '
+                'repeated'}),
+    ('--image', {
+        'metavar': 'IMAGE', 'help': 'of containers in Kubernetes (default: %s)' % POD_IMAGE}),
+    ('--python', {
+        'default': 'python3', 'metavar': 'PATH', 'help': 'Python there (default: %(default)s)'}),
+    ('--secret-file', {
+        'metavar': 'FILE',
+        'help': 'file with the secret of nodes (default: the one of this user)'}),
+    ('--adaptive', {
+        'type': _range_option, 'metavar': 'MIN:MAX',
+        'help': 'stay, and submit nodes as jobs wait at the scheduler, so many at least and at '
+                'most'}),
+    ('--end-idle', {
+        'type': seconds_option, 'default': END_IDLE, 'metavar': 'S',
+        'help': 'with --adaptive: nodes beyond MIN end after so many seconds without jobs '
+                '(default: %(default)g)'}),
+    ('--ask-secret-file', {
+        'metavar': 'FILE',
+        'help': 'with --adaptive: file with the secret by which the scheduler is asked, if it is '
+                'not that of nodes'}),
+)
+
+
+def _engine_parser(task: str) -> argparse.ArgumentParser:
+    text = {
+        'deploy': 'Submit nodes to an engine. They connect to a program or scheduler, and end '
+                  'before their time limit.',
+        'stop': 'Cancel the nodes that were submitted to an engine.'
+    }
+    usage = '%(prog)s --ENGINE [N] [options]'
+    if task == 'deploy':
+        usage += ' [-- options of dispynode]'
+    parser = argparse.ArgumentParser(prog='dispy ' + task, description=text[task], usage=usage)
+    engines = parser.add_mutually_exclusive_group(required=True)
+    for engine in ENGINES.values():
+        meaning = '%s; to deploy, how many nodes' % engine.title
+        option = '--' + engine.name
+        engines.add_argument(option, nargs='?', const=0, type=count_option, metavar='N',
+                             help=meaning)
+    if task == 'stop':
+        return parser
+    for option, settings in PLACING:
+        parser.add_argument(option, **settings)
+    return parser
+
+
+def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
+    """The engine that is meant, and the number that is given with it, or 0."""
+    for name, engine in ENGINES.items():
+        number = getattr(args, name)
+        if number is not None:
+            return engine, number
+    raise AssertionError('no engine')   # the parser wants one
+
+
+def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if bool(count) == bool(args.adaptive):
+        raise ValueError('give a number of nodes (--%s N) or --adaptive MIN:MAX' % engine.name)
+    if engine.name == 'k8s' and (args.queue or args.engine_option):
+        raise ValueError('Kubernetes has no queues and no options of scripts (--queue, '
+                         '--engine-option): its namespace is that of the context of kubectl')
+    if engine.name != 'k8s' and args.image:
+        raise ValueError('--image is for Kubernetes')
+
+
+def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
+    """Place nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError, DispyError."""
+    source = DemandOfScheduler(placement, args)
+    never = threading.Event()
+    try:
+        why = source.link.why_not()
+        if why:
+            raise DispyError('the scheduler at %s cannot be asked: %s' % (args.scheduler_host, why))
+        while True:
+            try:
+                demand = source.look()
+                placement.adapt(demand, *args.adaptive)
+            except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
+                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
+                      flush=True)
+            never.wait(ADAPT_EVERY)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        source.link.close()
+
+
+def _place(task: str, argv: List[str], options: List[str]) -> int:
+    """`dispy deploy` and `dispy stop` of nodes that an engine places. Returns the exit status."""
+    parser = _engine_parser(task)
+    args = parser.parse_args(argv)
+    engine, count = _engine_of(args)
+    try:
+        if task == 'stop':
+            if options:
+                raise ValueError('stop takes no options of dispynode')
+            with EngineNodes(engine) as nodes:
+                ended = nodes.end()
+            print('%s: %s cancelled' % (engine.title, many(ended, 'job')))
+            return 0
+        _check_placement(args, engine, count)
+        placement = NodePlacement(engine, args, options)
+    except (ValueError, OSError, DispyError) as exc:
+        parser.error(str(exc))
+    try:
+        with placement.nodes:
+            placement.put_files()
+            placement.add(count, True)
+        if args.adaptive:
+            return _adapt(placement, args)
+    except (ValueError, OSError, DispyError) as exc:
+        print('dispy %s: %s' % (task, exc), file=sys.stderr)
+        return 1
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line: nodes by ssh, nodes in a table, commands over many arguments
 # --------------------------------------------------------------------------------------------------
 
@@ -21716,6 +22889,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
     else:
         ours, options = (argv, [])
+    if any(word.partition('=')[0] in ENGINE_OPTIONS for word in ours):
+        return _place(task, ours, options)
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     absolute_path = os.path.abspath(dispynode.__file__)

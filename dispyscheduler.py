@@ -83,12 +83,13 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST
 from dispy import REPORTS_APART
 from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
-from dispy import EndedJobs, FailedJobs, HeldFiles, JobsAssigned, JobState, NodeChanged
+from dispy import EndedJobs, FailedJobs, HeldFiles, JobState, JobsAssigned, NodeChanged
 from dispy import NodeConnection
 from dispy import NodeDrains
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
-from dispy import NodeUse, NodeUser, Overview, PackedComputation, Schedule, ScheduledJob, SecondHad
-from dispy import SecondsOfUser, WithdrawAsked
+from dispy import NodeUse, NodeUser, Overview, PackedComputation, RulesChanged, Schedule
+from dispy import ScheduledJob, SecondHad, SecondsOfUser, UserLoad, UserRule, UserRules
+from dispy import WithdrawAsked
 from dispy import cpus_of, has_ended, job_row, parse_nodes, python_at, shown_arguments
 from dispy import shown_state
 from dispynode import ASKED_FOR, BACKPRESSURE_BYTES, BATCH_BYTES, BUNDLE, BUNDLES, DIGEST_SIZE
@@ -97,7 +98,8 @@ from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RE
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
-from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, Holder, IncomingValue, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
@@ -110,6 +112,7 @@ from dispynode import listen_at_terminal, log_record_of, others_who
 from dispynode import attempt_number, job_number, make_secret, may_reclaim, serial_of
 from dispynode import minutes_option, needs, open_envelope, open_plain, open_regular, out_of_band
 from dispynode import over_limit_here, pack_error, parse_arguments, pieces_of, plain_address
+from dispynode import positive_number
 from dispynode import read_secret, reason_of, refused_row, replaced, result_key, run_until_ended
 from dispynode import save_config
 from dispynode import seconds_option, set_up_log, shorten, size_of, size_option, take_own_directory
@@ -144,6 +147,8 @@ RESERVE = 2 << 20
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
 USERS_MOST = 1000             # users with a secret each: a handshake tries all of them
 USER_NAME = re.compile('[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}')
+# Hours after which half of the past use of a user counts: an hour to a week
+HALF_LIVES = (1.0, 168.0)
 LOCK_MOST = 4096              # characters of the path of a node's lock file
 QUESTIONS_MOST = 64           # of a computation whose files are on their way
 COMPS_MOST = 256              # computations of one connection
@@ -556,8 +561,8 @@ class State(SecondsDatabase):
             instance BLOB)
         """
     # Those that the first release did not have: what was given up, the memories of nodes, their
-    # lock files, second attempts of jobs that run, nodes that an operator has drained, and jobs
-    # that have ended, by computations
+    # lock files, second attempts of jobs that run, nodes that an operator has drained, jobs that
+    # have ended, by computations, and what users have used
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
@@ -567,9 +572,10 @@ class State(SecondsDatabase):
         'accounts (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, user TEXT, proven INTEGER, '
         'program TEXT, name TEXT)',
         'history (number INTEGER PRIMARY KEY, account INTEGER, job INTEGER, node TEXT, '
-        'began REAL, ended REAL, cpus INTEGER, outcome TEXT)')
+        'began REAL, ended REAL, cpus INTEGER, outcome TEXT)',
+        'used (user TEXT PRIMARY KEY, cpus REAL, at REAL)')
     COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER, DRAIN, \
-        ACCOUNT, HISTORY, HISTORY_OVER, SECOND, SECOND_OVER = range(18)
+        ACCOUNT, HISTORY, HISTORY_OVER, SECOND, SECOND_OVER, USED, USED_OVER = range(20)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -589,7 +595,9 @@ class State(SecondsDatabase):
         'DELETE FROM history WHERE number IN '
         '(SELECT number FROM history WHERE ended < ? ORDER BY number LIMIT 2000)',
         'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?)',
-        'DELETE FROM seconds WHERE number = ? AND attempt = ?')
+        'DELETE FROM seconds WHERE number = ? AND attempt = ?',
+        'INSERT OR REPLACE INTO used VALUES (?, ?, ?)',
+        'DELETE FROM used WHERE at < ?')
 
     def __init__(self, root: str) -> None:
         """Open the state in this directory. Raises DispyError, OSError."""
@@ -685,6 +693,17 @@ class State(SecondsDatabase):
         epoch."""
         rows = self._db.execute('SELECT node, reason, since FROM drains WHERE since > 0')
         return {node: (reason, since) for node, reason, since in rows}
+
+    def note_used(self, used: Dict[str, float], at: float) -> None:
+        """Note the CPUs that users have used in the mean of the past, at a time in seconds since
+        the epoch. Others have used none."""
+        for user, cpus in used.items():
+            self.note(self.USED, user, cpus, at)
+        self.note(self.USED_OVER, at)
+
+    def used(self) -> List[Tuple[str, float, float]]:
+        """Return what was noted by `note_used`: users, CPUs and times."""
+        return self._db.execute('SELECT user, cpus, at FROM used').fetchall()
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
         """Note the jobs of a program that has not come back for their results, by its own
@@ -1638,8 +1657,8 @@ class ClientComputation(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        jobs_assigned = JobsAssigned(self.comp, (), [work.client_serial])
-        self.send(jobs_assigned)
+        message = JobsAssigned(self.comp, (), [work.client_serial])
+        self.send(message)
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1648,13 +1667,18 @@ class ClientComputation(NodeUser):
             self.warn('a job waits: %s. It begins when a node comes that has it. This is said once '
                       'for all jobs like it' % text)
 
+    def jobs_held(self, text: str) -> None:
+        """Tell the program that jobs wait because of a limit of its user."""
+        self.warn('jobs wait: %s; whoever runs the scheduler sets this limit. This is said once '
+                  'for all jobs like these' % text)
+
     def job_goes_on(self, work: Any) -> None:
         """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            started = Started(work.comp, [(work.client_serial, ran)])
-            self.send(started)
+            message = Started(work.comp, [(work.client_serial, ran)])
+            self.send(message)
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
@@ -1805,6 +1829,16 @@ class ProgramUser(NamedTuple):
             return self.name
         return self.name + ' (not proven)'
 
+    def known_as(self, with_secrets: bool) -> str:
+        """Return the name by which limits and shares know the user. A name that is not proven
+        stands without the host, and for itself where others prove theirs by secrets."""
+        if self.is_proven:
+            return self.name
+        name = self.name.partition('@')[0]
+        if with_secrets:
+            name += ' (not proven)'
+        return name
+
 
 class _Session(NamedTuple):
     """The link of a program. `operator` says whether the program has the operator's secret, `user`
@@ -1849,10 +1883,17 @@ class Options(NamedTuple):
     gone: float = GONE_TIME
     history: float = 0.0               # days that jobs which have ended are kept for accounts
     cleanup_nodes: bool = False        # nodes remove files, whatever programs say
+    rules: UserRules = UserRules()     # limits and shares of users
+    # Reads the rules anew: raises StartError, OSError, ValueError
+    read_rules: Optional[Callable[[], UserRules]] = None
 
 
 class Stop(NamedTuple):
     """An event that a signal posts: the scheduler is to end."""
+
+
+class Reload(NamedTuple):
+    """An event that a signal posts: the rules of users are to be read again."""
 
 
 RELEASED = 'released at the scheduler'
@@ -1952,6 +1993,110 @@ class JobHistory:
         if only:
             rows = [row for row in rows if tuple(row[:2]) == (only, 1)]
         return to, rows
+
+
+def _user_row(name: str, load: UserLoad) -> dict:
+    """Return what a user or a group may have and has, for monitors."""
+    rule = load.rule
+    row: Dict[str, Any] = {}
+    row['user'] = name
+    row['group'] = ''
+    if load.group is not None:
+        row['group'] = load.group.name.partition(' ')[2]
+    row['share'] = rule.share
+    row['priority'] = rule.priority
+    row['cpus'] = load.cpus
+    row['cpu_limit'] = _limit_of(rule.cpus)
+    row['jobs'] = load.jobs
+    row['job_limit'] = _limit_of(rule.jobs)
+    row['past_cpus'] = load.past
+    return row
+
+
+def _limit_of(most: float) -> Optional[int]:
+    """Return a limit, or None if there is none."""
+    if most == math.inf:
+        return None
+    return int(most)
+
+
+class UserUse:
+    """What users have used over the past, which is on the disk, and the rules by which they share,
+    which are read anew when the operator wants it. The loop's thread."""
+    APART = 10.0     # s between two notes
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._state = scheduler.state
+        self._noted_at = 0.0
+        self._is_changing = False
+
+    def restore(self) -> None:
+        """Take over what an earlier run has noted."""
+        users = self._scheduler.schedule.users
+        half_life = users.rules.half_life
+        if not half_life:
+            return
+        now = time.time()
+        used = {}
+        for name, cpus, at in self._state.used():
+            used[name] = cpus * 0.5 ** (max(0.0, now - at) / half_life)
+        users.restore(used, self._scheduler.now)
+
+    def look(self) -> None:
+        """Note what was used, now and then while jobs run."""
+        now = self._scheduler.now
+        users = self._scheduler.schedule.users
+        if now < self._noted_at + self.APART or not users.rules.half_life:
+            return
+        is_busy = any(load.jobs for load in users.loads().values())
+        if is_busy or self._is_changing:
+            self.note()
+        self._is_changing = is_busy
+        self._noted_at = now
+
+    def note(self) -> None:
+        """Note what was used."""
+        users = self._scheduler.schedule.users
+        if users.rules.half_life:
+            self._state.note_used(users.used(self._scheduler.now), time.time())
+
+    def limited(self, computation: ClientComputation) -> Tuple[int, str]:
+        """Return how many jobs of a computation wait because of a limit of its user, and why."""
+        load = self._scheduler.schedule.comps.get(computation.comp)
+        if load is None:
+            return 0, ''
+        return load.held_up()
+
+    def rows(self, only: str) -> List[dict]:
+        """Return the users and groups that are known, or the one with this name, with what they
+        may have and have. Raises ValueError."""
+        users = self._scheduler.schedule.users
+        if users.rules.are_empty:
+            raise ValueError('users have no limits and no shares: start the dispyscheduler with '
+                             '--limit, --share, --priority, --group or --half-life')
+        users.advance(self._scheduler.now)
+        rows = []
+        for name, load in users.loads().items():
+            if only in ('', name):
+                rows.append(_user_row(name, load))
+        return rows[:PAGE]
+
+    def reload(self) -> None:
+        """Read the rules again. If they make no sense, those that hold go on to hold."""
+        scheduler = self._scheduler
+        read = scheduler.options.read_rules
+        if read is None:
+            return
+        try:
+            rules = read()
+        except (DispyError, OSError, ValueError) as exc:
+            logger.error('limits and shares of users are not changed, because they cannot be read '
+                         'again: %s', exc)
+            return
+        self.note()
+        scheduler.decide(RulesChanged(rules))
+        logger.info('limits and shares of users were read again')
 
 
 class TurnTimes:
@@ -2342,7 +2487,11 @@ class ProgramOverview(Overview):
         row['connected'] = computation.link in scheduler.links
         row['job_seconds'] = computation.job_seconds()
         row['elapsed'] = scheduler.now - computation.since
+        row['limited'], row['limit'] = scheduler.user_use.limited(computation)
         return row
+
+    def _users(self) -> List[dict]:
+        return self._scheduler.user_use.rows(self._only)
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
@@ -2535,6 +2684,7 @@ class ProgramOverview(Overview):
         'nodes': _nodes,
         'failures': _failures,
         'load': _load,
+        'users': _users,
         'history': _history,
         'jobs': lambda self, *args: self.jobs_shown.jobs(*args),
         'ended': lambda self, *args: self.jobs_shown.ended(*args),
@@ -2552,7 +2702,7 @@ class ProgramOverview(Overview):
     # What users may ask, of their own programs
     _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'ended',
                            'at_nodes', 'waiting', 'looks', 'arguments', 'cancel',
-                           'cancel_waiting'))
+                           'cancel_waiting', 'users'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -2673,7 +2823,12 @@ class NodeSharing(NodePolicy):
         """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
-    def how_to_share(self, text: str) -> str:
+    def process(self) -> tuple:
+        """Return the same for programs."""
+        host, pid, _ = super().process()
+        return host, pid, self.port
+
+    def about_holder(self, holder: Holder, place: str) -> str:
         """Return nothing, because a scheduler shares what it has."""
         return ''
 
@@ -3153,8 +3308,8 @@ class ProgramComputations(Part):
             return True   # it asks again and again in one breath; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
-        ready = Ready(computation.comp, computation.known())
-        self._send(link, ready)
+        message = Ready(computation.comp, computation.known())
+        self._send(link, message)
         if not again:
             jobs = len(computation.works)
             results = len(computation.ended)
@@ -3211,6 +3366,8 @@ class ProgramComputations(Part):
     def open(self, computation: ClientComputation) -> None:
         """Begin to use nodes for a computation whose files are here."""
         scheduler = self._scheduler
+        with_secrets = bool(scheduler.options.users)
+        computation.user_name = computation.user.known_as(with_secrets)
         scheduler.overview.opened(computation)
         self._sharing.begins(computation)
         scheduler.open(computation, False)
@@ -3253,8 +3410,8 @@ class ProgramComputations(Part):
             self._cancel_dropped(computation)
             self._scheduler.program_jobs.give_up_files(computation)
         self._state.commit()   # from where they are sent now
-        known_attempts = KnownAttempts(computation.comp, computation.known())
-        self._send(link, known_attempts)
+        message = KnownAttempts(computation.comp, computation.known())
+        self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
 
     def _cancel_dropped(self, computation: ClientComputation) -> None:
@@ -4321,7 +4478,8 @@ class Scheduler(Driver):
         self.drains = Drains(self.state)
         self.history = JobHistory(self, options.history)
         self.overview: ProgramOverview = ProgramOverview(self)
-        self.schedule = Schedule(options.fifo)
+        self.schedule = Schedule(options.fifo, options.rules)
+        self.user_use = UserUse(self)
         self.values = StoredValues(self.state)
         self.commit = Commit(self, super().send)
         self.programs = ProgramLinks(self)
@@ -4364,6 +4522,7 @@ class Scheduler(Driver):
         specs = named or [NodeSpec('*', options.node_port)]
         self.open(KeepConnected(specs, options.node_port, options), False)
         with self.state.damages():
+            self.user_use.restore()
             Restoration(self).run()
         return port
 
@@ -4405,6 +4564,7 @@ class Scheduler(Driver):
         self._program_acceptors = []
         self.broken = 'the scheduler has ended'   # said to whoever asks it
         self._hang_up()
+        self.user_use.note()
         self.state.close()
         super().close()
 
@@ -4450,6 +4610,7 @@ class Scheduler(Driver):
         super().end_of_turn()
         for computation in self.computations.opened():
             self.guard(computation, self.computations.end_turn_of, computation)
+        self.user_use.look()
         if self.commit.write_down():
             self.commit.unstick()
             self.quota.take_again()
@@ -4482,6 +4643,8 @@ class Scheduler(Driver):
         elif isinstance(event, Stop):
             # Without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
+        elif isinstance(event, Reload):
+            self.user_use.reload()
         else:
             super().on_event(event)
 
@@ -4517,6 +4680,8 @@ TASKS = {
     'cancel': 'Cancel the jobs of programs.',
     'drain': 'Let no more jobs begin on nodes. Those that are there go on.',
     'resume': 'Use nodes again that were drained or released.',
+    'users': 'Show users and groups that have limits or shares: what they may have, what they have '
+             'and, with --half-life, the CPUs that they have used in the mean of the past.',
     'history': 'Sum up the jobs that have ended, which a scheduler keeps that was started with '
                '--history DAYS.',
 }
@@ -4595,8 +4760,13 @@ class Operator:
             'program': row['program'], 'name': row['name'],
             'connected': row['connected'], 'seconds': row['elapsed'], 'running': 0,
             'waiting': waiting, 'done': row['done'], 'failed': row['failed'],
-            'cancelled': row['cancelled'], 'cpus': 0, 'job_seconds': row['job_seconds']
+            'cancelled': row['cancelled'], 'cpus': 0, 'job_seconds': row['job_seconds'],
+            'limited': row['limited'], 'limit': row['limit']
         }
+
+    def users(self) -> List[Dict[str, Any]]:
+        """A row for each user and group that has limits or a share."""
+        return list(self._answer('users'))
 
     def nodes(self) -> List[Dict[str, Any]]:
         """A row for each node."""
@@ -4633,7 +4803,8 @@ class Operator:
         return row['name'], row['address'], '%s:%d' % (row['address'], row['port'])
 
     def jobs(self, words: Sequence[str]) -> List[Dict[str, Any]]:
-        """A row for each job that is on one of these nodes, or on any."""
+        """A row for each job that is on one of these nodes, or on any; and if none is named, one
+        for those jobs of a program that wait because of a limit."""
         programs = {}
         for row in self._pages('clusters'):
             programs[row['number']] = row
@@ -4648,7 +4819,14 @@ class Operator:
                 rows.append({
                     'number': number, 'program': program['program'], 'name': program['name'],
                     'job': job, 'node': node['name'] or node['address'], 'running': seconds
-                    is not None, 'seconds': seconds
+                    is not None, 'seconds': seconds, 'waiting': 0, 'reason': ''
+                })
+        for number, program in programs.items():
+            if program['limited'] and not words:
+                rows.append({
+                    'number': number, 'program': program['program'], 'name': program['name'],
+                    'job': None, 'node': '', 'running': False, 'seconds': None,
+                    'waiting': program['limited'], 'reason': program['limit']
                 })
         return rows
 
@@ -4707,15 +4885,24 @@ def _in_gib(size: Optional[int]) -> str:
     return '%.1f GiB' % (size / (1 << 30))
 
 
+def _or_dash(value: Any) -> str:
+    return '-' if value is None else str(value)
+
+
 # Task -> columns: the title, the field of a row, and how it is written
 TABLES: Dict[str, List[Tuple[str, str, Callable[[Any], str]]]] = {
     'status': [('NUMBER', 'number', str), ('USER', 'whose', str), ('PROGRAM', 'program', str),
                ('NAME', 'name', str),
                ('SINCE', 'seconds', _ago), ('RUNNING', 'running', str), ('CPUS', 'cpus', str),
                ('WAITING', 'waiting', str), ('DONE', 'done', str), ('FAILED', 'failed', str),
-               ('CANCELLED', 'cancelled', str)],
+               ('CANCELLED', 'cancelled', str), ('LIMITED', 'limited', str)],
     'jobs': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
-             ('JOB', 'job', str), ('NODE', 'node', str), ('RUNS FOR', 'seconds', _ago)],
+             ('JOB', 'job', _or_dash), ('NODE', 'node', str), ('RUNS FOR', 'seconds', _ago),
+             ('REASON', 'reason', str)],
+    'users': [('USER', 'user', str), ('GROUP', 'group', str), ('SHARE', 'share', '{:g}'.format),
+              ('PRIORITY', 'priority', str), ('CPUS', 'cpus', str),
+              ('LIMIT', 'cpu_limit', _or_dash), ('JOBS', 'jobs', str),
+              ('LIMIT', 'job_limit', _or_dash), ('PAST CPUS', 'past_cpus', '{:.2f}'.format)],
     'nodes': [('NAME', 'name', str), ('ADDRESS', 'address', str), ('PORT', 'port', str),
               ('CPUS', 'cpus', str), ('USED', 'used', str), ('JOBS', 'running', str),
               ('MEMORY FREE', 'memory', _in_gib), ('STATE', 'state', str),
@@ -4825,14 +5012,32 @@ def _print_history(operator: Operator, args: argparse.Namespace) -> None:
     _print_lines(table)
 
 
+def _print_jobs(rows: List[Dict[str, Any]], as_json: bool) -> None:
+    """Print jobs that are on nodes, and how many wait because of a limit."""
+    if not as_json:
+        for row in rows:
+            count = row['waiting']
+            if count:
+                row['reason'] = '%d wait: %s' % (count, row['reason'])
+    _print_rows('jobs', rows, as_json)
+
+
+# Task that shows all there is -> the rows that it shows
+_ROWS_OF = {
+    'status': Operator.programs,
+    'users': Operator.users,
+}
+
+
 def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
     """Do what is asked. Returns the exit status."""
     if task == 'history':
         _print_history(operator, args)
-    elif task == 'status':
-        _print_rows(task, operator.programs(), args.json)
+    elif task in _ROWS_OF:
+        rows = _ROWS_OF[task](operator)
+        _print_rows(task, rows, args.json)
     elif task == 'jobs':
-        _print_rows(task, operator.jobs(args.nodes), args.json)
+        _print_jobs(operator.jobs(args.nodes), args.json)
     elif task == 'nodes':
         rows = operator.nodes()
         usable = any(row['state'] == 'connected' for row in rows)
@@ -5047,6 +5252,34 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'help': 'seconds after which, when the connection to a program without recover_file'
                 ' has ended, its jobs that have not begun are cancelled (default: '
                 '%(default)g)'}),
+    (('--limit',), {
+        'action': Each,
+        'default': [],
+        'metavar': 'WHO=cpus:N,jobs:N',
+        'help': 'most CPUs and jobs on nodes that a user, a group (@NAME) or each user who is not '
+                'named (*) may have at once; may be repeated. This and the next three are read '
+                'again at SIGHUP, with --daemon'}),
+    (('--share',), {
+        'action': Each,
+        'default': [],
+        'metavar': 'WHO=N',
+        'help': 'part of the CPUs that a user, a group or each other user gets while others want '
+                'them too, in proportion to theirs; may be repeated (default: *=1)'}),
+    (('--priority',), {
+        'action': Each,
+        'default': [],
+        'metavar': 'WHO=N',
+        'help': 'jobs of who has a higher one go first; may be repeated (default: *=0)'}),
+    (('--group',), {
+        'action': Each,
+        'default': [],
+        'metavar': 'NAME=USER,USER...',
+        'help': 'users that share what their group gets; may be repeated'}),
+    (('--half-life',), {
+        'type': positive_number,
+        'metavar': 'HOURS',
+        'help': 'users who have used less get more: what was used counts half after so many hours, '
+                '1 to 168 (default: only what is used now counts)'}),
     (('--history',), {
         'type': days_option,
         'default': 0.0,
@@ -5113,8 +5346,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = make_parser()
     try:
         args = parse_arguments(parser, argv)
-        if args.fair and args.fifo:
-            parser.error('--fair and --fifo exclude each other')
+        _check_orders(parser, args)
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
@@ -5124,7 +5356,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             set_up_log(name, args.debug, args.log_file)
         tell_obsolete(args, OBSOLETE_SCHEDULER)
         _check_options(args)
-        scheduler = Scheduler(_options_of(args))
+        scheduler = Scheduler(_options_of(args, functools.partial(_read_rules, argv)))
         monitor = None
         try:
             port = scheduler.start()
@@ -5170,6 +5402,17 @@ OPTION_OF = {
     'history': 'history',
     'cleanup_nodes': 'cleanup_nodes',
 }
+
+
+def _check_orders(parser: OptionParser, args: argparse.Namespace) -> None:
+    """End the program if options say different things of who is next."""
+    if not args.fifo:
+        return
+    for other in ('fair', 'share', 'priority', 'group', 'half_life'):
+        if getattr(args, other):
+            option = other.replace('_', '-')
+            parser.error('--fifo serves programs in the order of their coming: it excludes --%s' %
+                         option)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -5220,7 +5463,15 @@ def _secrets_of(root: str, args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
-def _options_of(args: argparse.Namespace) -> Options:
+def _read_rules(argv: Sequence[str]) -> UserRules:
+    """Return the rules of users, by the command line and by the file that it names as it is now.
+    Raises StartError."""
+    args = parse_arguments(make_parser(), argv)
+    return rules_of(args)
+
+
+def _options_of(args: argparse.Namespace,
+                read_rules: Optional[Callable[[], UserRules]] = None) -> Options:
     """Return the options of a scheduler by its command line. Raises SecretError, StartError,
     OSError."""
     root = args.state_dir or default_state_dir(args.port)
@@ -5241,8 +5492,148 @@ def _options_of(args: argparse.Namespace) -> Options:
                    state_dir=root,
                    zombie=zombie,
                    max_file_size=max_file_size,
+                   rules=rules_of(args),
+                   read_rules=read_rules,
                    **given,
                    **_secrets_of(root, args))
+
+
+class RuleWords:
+    """What one of the options says of users, groups (@NAME) and all other users (*)."""
+    WHO = re.compile('[*]|@?[^@*=,\\s][^@*=,\\s]*')
+
+    def __init__(self, option: str, words: Sequence[str], read: Callable[[str], Any]) -> None:
+        """Read all words of an option. Raises StartError."""
+        self.option = option
+        self.values: Dict[str, Any] = {}
+        for word in words:
+            who, sign, value = word.partition('=')
+            if not sign or not self.WHO.fullmatch(who):
+                raise StartError('%s %s: WHO=VALUE is wanted, where WHO is a user, @GROUP or *' %
+                                 (option, word))
+            if who in self.values:
+                raise StartError('%s says twice what holds for %s' % (option, who))
+            try:
+                self.values[who] = read(value)
+            except ValueError as exc:
+                raise StartError('%s %s: %s' % (option, word, exc)) from exc
+
+    def of(self, *who: str) -> Any:
+        """Return what is said of the first of these of whom something is, or None."""
+        for name in who:
+            if name in self.values:
+                return self.values[name]
+        return None
+
+
+def _limit_words(text: str) -> Dict[str, int]:
+    """Read cpus:N,jobs:N. Raises ValueError."""
+    found: Dict[str, int] = {}
+    for part in text.split(','):
+        name, _, number = part.partition(':')
+        if name not in ('cpus', 'jobs') or name in found or not re.fullmatch('[0-9]{1,9}', number):
+            raise ValueError('cpus:N, jobs:N or cpus:N,jobs:N is wanted')
+        found[name] = int(number)
+    return found
+
+
+def _share_word(text: str) -> float:
+    """Read a share. Raises ValueError."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return positive_number(text)
+    raise ValueError('a number above 0 is wanted')
+
+
+def _priority_word(text: str) -> int:
+    """Read a priority. Raises ValueError."""
+    if not re.fullmatch('[+-]?[0-9]{1,9}', text):
+        raise ValueError('a whole number is wanted')
+    return int(text)
+
+
+def _groups_of(words: Sequence[str]) -> Dict[str, str]:
+    """Return a dictionary from users to their groups. Raises StartError."""
+    members: Dict[str, str] = {}
+    for name, users in RuleWords('--group', words, lambda text: text.split(',')).values.items():
+        for user in users:
+            if name[0] in '@*' or not RuleWords.WHO.fullmatch(user) or user[0] in '@*':
+                raise StartError('--group %s=%s: NAME=USER,USER... is wanted' %
+                                 (name, ','.join(users)))
+            if user in members:
+                raise StartError('--group: user %s is in %s and in %s, and may be in one group' %
+                                 (user, members[user], name))
+            members[user] = name
+    return members
+
+
+class RuleBook:
+    """All that options say of users. Raises StartError."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._members = _groups_of(args.group)
+        self._limits = RuleWords('--limit', args.limit, _limit_words)
+        self._shares = RuleWords('--share', args.share, _share_word)
+        self._priorities = RuleWords('--priority', args.priority, _priority_word)
+        self._groups = set(self._members.values())
+        self._half_life = args.half_life or 0.0
+        least, most = HALF_LIVES
+        if self._half_life and not least <= self._half_life <= most:
+            raise StartError('--half-life %g: %g to %g hours are wanted' %
+                             (self._half_life, least, most))
+
+    def rules(self) -> UserRules:
+        """Return the rules. Raises StartError."""
+        users = {}
+        for name in self._named():
+            group = self._members.get(name, '')
+            users[name] = self._rule_of(name, '@' + group)
+        groups = {}
+        for name in self._groups:
+            groups[name] = self._rule_of('@' + name)
+        by_user = bool(self._groups or self._half_life)
+        if self._shares.values or self._priorities.values:
+            by_user = True
+        others = self._rule_of('*')
+        half_life = 3600.0 * self._half_life
+        return UserRules(users, groups, self._members, others, by_user, half_life)
+
+    def _named(self) -> Set[str]:
+        """Return the users of whom anything is said. Raises StartError for a group that has no
+        members."""
+        named = set(self._members)
+        for words in (self._limits, self._shares, self._priorities):
+            for who in words.values:
+                if not who.startswith('@'):
+                    named.add(who)
+                elif who[1:] not in self._groups:
+                    raise StartError('%s %s: there is no such group (--group)' %
+                                     (words.option, who))
+        named.discard('*')
+        return named
+
+    def _rule_of(self, who: str, group: str = '') -> UserRule:
+        """Return the rule of a user, who has the priority of his group unless he has one of his
+        own; or that of a group, of which * does not speak."""
+        others = '*'
+        if who.startswith('@'):
+            others = who
+        share = self._shares.of(who, others)
+        priority = self._priorities.of(who, group, others)
+        limits = self._limits.of(who, others)
+        rule = UserRule()
+        if share is not None:
+            rule = rule._replace(share=share)
+        if priority is not None:
+            rule = rule._replace(priority=priority)
+        if limits is not None:
+            rule = rule._replace(**limits)
+        return rule
+
+
+def rules_of(args: argparse.Namespace) -> UserRules:
+    """Return the rules of users that options give. Raises StartError."""
+    book = RuleBook(args)
+    return book.rules()
 
 
 def secrets_of_users(directory: str) -> Tuple[Tuple[str, bytes], ...]:
@@ -5268,18 +5659,18 @@ def secrets_of_users(directory: str) -> Tuple[Tuple[str, bytes], ...]:
 
 def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
     """Let signals end the scheduler; SIGHUP, which comes when the terminal ends, unless it outlives
-    that."""
+    that: the rules of users are read again then."""
     def stop(number: int, frame: Any) -> None:
         scheduler.post(Stop())
 
-    def ignore(number: int, frame: Any) -> None:
-        pass
+    def reload(number: int, frame: Any) -> None:
+        scheduler.post(Reload())
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         if number is None:   # Windows
             continue
         if name == 'SIGHUP' and outlives_terminal:
-            signal.signal(number, ignore)
+            signal.signal(number, reload)
         else:
             signal.signal(number, stop)
     scheduler.wake_on_signals()

@@ -22,6 +22,7 @@ import time
 HERE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 SECONDS = 20.0      # for which programs that share are watched
+USERS = ('ada', 'bob')
 BOTH = 2.0          # s after which both have begun: before that, one may have been alone
 LATE = 5.0          # s after which the latecomer begins, and for which its jobs are counted
 
@@ -57,10 +58,25 @@ class Service:
         self.process.wait(30)
 
 
+def secret_of(user):
+    """The secret of one of the USERS."""
+    return 'the secret of %s in this benchmark' % user
+
+
+def note_used(root, used):
+    """Write into the state of a scheduler what users have used."""
+    from dispyscheduler import State
+    state = State(root)
+    state.note_used(used, time.time())
+    state.close()
+
+
 class Place:
     """A directory with nodes of so many CPUs, and a scheduler for them."""
 
-    def __init__(self, *cpus, scheduler=False, tree=None):
+    def __init__(self, *cpus, scheduler=False, tree=None, options=(), used=None):
+        """`options` of the scheduler are for users 'ada' and 'bob', who have secrets then. `used`
+        are the CPUs that they have used in the mean of the past."""
         tree = tree or ARGS.tree
         self._directory = tempfile.TemporaryDirectory()
         root = self._directory.name
@@ -72,10 +88,24 @@ class Place:
         self.scheduler = None
         if scheduler:
             named = [word for host, port in self.nodes for word in ('-n', '%s:%d' % (host, port))]
+            state = os.path.join(root, 'state')
+            if options:
+                named += ['--cluster-secret-file', self._secrets(root), *options]
+                note_used(state, used or {})
             self.scheduler = Service(root, 'dispyscheduler.py', [
-                '-i', '127.0.0.1', '-p', '0', '--state-dir', os.path.join(root, 'state'), *named],
-                                     'scheduler', tree)
+                '-i', '127.0.0.1', '-p', '0', '--state-dir', state, *named], 'scheduler', tree)
             self.services.append(self.scheduler)
+
+    @staticmethod
+    def _secrets(root):
+        directory = os.path.join(root, 'users')
+        os.mkdir(directory)
+        for user in USERS:
+            path = os.path.join(directory, user)
+            with open(path, 'w') as file:
+                file.write(secret_of(user))
+            os.chmod(path, 0o600)
+        return directory
 
     def __enter__(self):
         return self
@@ -132,15 +162,18 @@ def program(port, quick, jobs, length, start):
     cluster.close(terminate=True)
 
 
-def run_programs(rows):
+def run_programs(rows, length=0.5, **users):
     """Rows of (quick jobs first, s after which it begins) of programs side by side; a list of ends
-    for each."""
-    with Place(2, 2, 2, scheduler=True) as place:
+    for each. With options of users the first is ada's and the second is bob's."""
+    with Place(2, 2, 2, scheduler=True, **users) as place:
         start = time.time() + 3.0
-        programs = [subprocess.Popen(
-            [sys.executable, HERE, '--tree', ARGS.tree, '--program',
-             json.dumps([place.scheduler.port, quick, 400, 0.5, start + late])],
-            stdout=subprocess.PIPE) for quick, late in rows]
+        programs = []
+        for (quick, late), user in zip(rows, USERS):
+            secret = secret_of(user) if users else os.environ['DISPY_SECRET']
+            programs.append(subprocess.Popen(
+                [sys.executable, HERE, '--tree', ARGS.tree, '--program', json.dumps(
+                    [place.scheduler.port, quick, int(200 / length), length, start + late])],
+                stdout=subprocess.PIPE, env=dict(os.environ, DISPY_SECRET=secret)))
         return [json.loads(process.communicate()[0]) for process in programs]
 
 
@@ -151,6 +184,20 @@ def measure_shares():
         yield ('two programs, first with %d quick jobs, second with %d: jobs in %d s'
                % (first, second, SECONDS),
                ' : '.join(str(sum(end > BOTH for end in found)) for found in ends), '1 : 1')
+
+
+def measure_users():
+    """Two users who want 6 CPUs all the time."""
+    for text, options, used, promised in (
+            ('shares 3 and 1', ['--share', 'ada=3'], {}, '3 : 1'),
+            ('ada has used 3 CPUs in the mean of the past', ['--half-life', '1'], {'ada': 3.0},
+             '1 : 3'),
+            ('limit of ada 1 CPU', ['--limit', 'ada=cpus:1'], {}, '1 : 5')):
+        for length in (0.5, 0.02):
+            ends = run_programs([(0, 0.0), (0, 0.0)], length, options=options, used=used)
+            counts = [sum(end > BOTH for end in found) for found in ends]
+            yield ('two users, %s: jobs of %g s in %d s' % (text, length, SECONDS),
+                   '%d : %d, %.2f : 1' % (*counts, counts[0] / max(1, counts[1])), promised)
 
 
 def measure_latecomer():
@@ -183,7 +230,7 @@ def measure_idle():
 
 
 MEASURES = {'priority': measure_priority, 'shares': measure_shares, 'latecomer': measure_latecomer,
-            'idle': measure_idle}
+            'idle': measure_idle, 'users': measure_users}
 
 
 def main():

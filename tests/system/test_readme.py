@@ -285,8 +285,9 @@ ELSEWHERE = {
     'python3 -m venv venv': 'test_a_node_in_a_virtual_environment',
     'venv/bin/pip install': 'test_a_node_in_a_virtual_environment, without an index',
     'venv/bin/python dispynode.py': 'test_a_node_in_a_virtual_environment',
-    'python -m dispy deploy': 'test_readme_hosts.py and test_deploy.py, with a real sshd',
-    'python -m dispy stop': 'test_deploy.py, with a real sshd',
+    'python -m dispy deploy': 'test_readme_hosts.py and test_deploy.py, with a real sshd, and '
+                              'test_slurm.py',
+    'python -m dispy stop': 'test_deploy.py, with a real sshd, and test_slurm.py',
     'ssh -N -L': 'test_deploy.py::test_a_forwarded_port',
     'python dispynode.py --python old=': 'test_interpreters.py, with two virtual environments',
 }
@@ -329,7 +330,9 @@ def check_dispy(words):
     """That dispy knows the options of a command that is run elsewhere."""
     if words[:3] == ['python', '-m', 'dispy']:
         ours = words[4:words.index('--')] if '--' in words else words[4:]
-        dispy._deploy_parser(words[3]).parse_args(ours)
+        engine = not dispy.ENGINE_OPTIONS.isdisjoint(ours)
+        parser = dispy._engine_parser if engine else dispy._deploy_parser
+        parser(words[3]).parse_args(ours)
 
 
 @pytest.mark.parametrize('piece', SHELL, ids=repr)

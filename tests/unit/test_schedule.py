@@ -9,10 +9,12 @@ import pytest
 from conftest import walk_seeds
 from dispy import (
     MAX_ATTEMPTS, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce,
-    JobParked, JobsEnded, JobsStarted, JobState, JobStays, JobWaits, LimitNode, NodeAway,
+    JobParked, JobsEnded, JobsHeld, JobsStarted, JobState, JobStays, JobWaits, LimitNode,
+    NodeAway,
     NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults,
-    NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel,
-    SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, ScheduledJob, cpus_of, move_job)
+    NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, RulesChanged, Schedule, SendAck,
+    SendCancel, SendJobs, SendRecall, Submitted, UserRule, UserRules, WithdrawAsked, Withdrawn,
+    ScheduledJob, cpus_of, move_job)
 from dispynode import Outcome, size_of
 from talk_schedule import Talk, counts, job, jobs, only, row, sent
 
@@ -1202,6 +1204,85 @@ class Walk:
 def test_random_walk(first, request):
     step = 1 if request.config.getoption('--long') else 2
     walk_seeds(Walk, range(first, first + 20, step))
+
+
+class LimitedWalk(Walk):
+    """The same walk with users, whose rules change."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.schedule = Schedule(rules=self.some_rules())
+        self.lowered = False      # some may have more than they may have now
+
+    def some_rules(self):
+        rng = self.rng
+
+        def rule():
+            return UserRule(rng.choice((1.0, 3.0)), rng.choice((0, 0, 1)),
+                            rng.choice((2, 4, float('inf'))), rng.choice((1, 3, float('inf'))))
+        return UserRules(users={'ada': rule()}, groups={'lab': rule()}, members={'bob': 'lab'},
+                         others=rule(), by_user=rng.random() < 0.7,
+                         half_life=rng.choice((0.0, 3600.0)))
+
+    def open_one(self):
+        comp = 'c%d' % self.opened
+        self.opened += 1
+        self.reentrant[comp] = self.rng.random() < 0.6
+        self.open.append(comp)
+        user = self.rng.choice(('ada', 'bob', 'cy'))
+        self.event(Opened(comp, self.rng.choice('xyz'), self.reentrant[comp], user=user))
+        for node in self.nodes.values():
+            if node.linked and not node.away:
+                self.set_up(node, comp)
+
+    def step(self):
+        if self.rng.random() < 0.01:
+            self.lowered = True
+            self.event(RulesChanged(self.some_rules()))
+        self.now += 0.01
+        super().step()
+
+    def drain(self):
+        self.lowered = True
+        self.event(RulesChanged(UserRules(others=UserRule(cpus=4, jobs=2))))
+        super().drain()
+        for load in self.schedule.users.loads().values():
+            assert load.cpus == load.jobs == load.running == 0
+
+    def act(self, actions):
+        super().act([action for action in actions if type(action) is not JobsHeld])
+
+    def check(self):
+        super().check()
+        cpus, running, count = (collections.Counter() for _ in range(3))
+        for comp in self.schedule.comps.values():
+            user = comp.user
+            for load in (user, user.group):
+                if load is None:
+                    continue
+                cpus[load] += comp.cpus_in_flight
+                count[load] += len(comp.running)
+                for node in comp.nodes.values():
+                    running[load] += sum(cpus_of(node.in_flight[comp.comp][serial])
+                                         for serial in node.begun[comp.comp])
+        for load in self.schedule.users.loads().values():
+            assert load.cpus == cpus[load] and load.jobs == count[load]
+            assert load.running == running[load]
+            if not self.lowered:
+                assert load.cpus <= load.rule.cpus and load.jobs <= load.rule.jobs
+
+    def check_no_idle_cpu(self):
+        for node in self.schedule.nodes.values():
+            for comp in node.comps.values() if node.away is None else ():
+                head = comp.queue.head()
+                if head is not None and comp.user.admits(cpus_of(head)):
+                    assert cpus_of(head) > node.room(comp.comp), 'a CPU is idle and a job waits'
+
+
+@pytest.mark.parametrize('first', range(0, 120, 30))
+def test_random_walk_with_users(first, request):
+    step = 1 if request.config.getoption('--long') else 3
+    walk_seeds(LimitedWalk, range(first, first + 30, step))
 
 
 def test_a_computation_that_may_use_so_many_cpus_over_all_nodes():
