@@ -16620,7 +16620,8 @@ class ProgramSeconds(SecondsOfUser):
     """Second attempts of the jobs of a cluster of this program. The driver's thread."""
 
     def __init__(self, cluster: 'ProgramCluster') -> None:
-        self._cluster = cluster
+        # The cluster has this, and is to be freed without the garbage collector
+        self._cluster: 'ProgramCluster' = weakref.proxy(cluster)
 
     def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
         """Send these to a node. They are noted beside the first attempts."""
