@@ -7561,7 +7561,8 @@ class Pipe(Channel):
             return count
         size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
         count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
-        self._records.segments.came(ancillary, flags)
+        if HAS_SEGMENTS:
+            self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue

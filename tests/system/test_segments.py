@@ -142,6 +142,16 @@ def test_where_the_program_has_no_room_arguments_go_through_the_pipe(monkeypatch
         assert cluster.submit('negate', parts)(30)[0] == 0
 
 
+def test_a_system_that_has_none(monkeypatch):
+    parts = [numpy.arange(1 << 15, dtype='f8') for _ in range(16)]
+    monkeypatch.setattr(dispynode, 'HAS_SEGMENTS', False)
+    for name in ('fcntl', 'termios', '_MSG_CTRUNC'):
+        monkeypatch.delattr(dispynode, name)
+    with dispy.JobCluster(serve, nodes='local') as cluster:
+        job = cluster.submit('mapped', parts)
+        assert job(30) == 0 and job.exception is None
+
+
 def test_a_program_that_keeps_results_has_few_mappings(monkeypatch):
     monkeypatch.setattr(dispynode, 'SEGMENTS_MOST', 4)
     with dispy.JobCluster(serve, nodes='local') as cluster:
