@@ -19863,6 +19863,17 @@ class Template:
         return [self.expand(values, number)]
 
 
+def _in_path(name: str) -> Optional[str]:
+    """What PATH has by this name. Windows looks into the working directory before, which nodes do
+    not have."""
+    found = shutil.which(name)
+    if found is None or os.name != 'nt':
+        return found
+    if os.path.samefile(os.path.dirname(found) or os.curdir, os.curdir):
+        return None
+    return found
+
+
 class ProgramFile(NamedTuple):
     """Where the program of a command comes from."""
     word: str                   # what a node runs
@@ -19878,8 +19889,8 @@ class ProgramFile(NamedTuple):
         directory that PATH does not find.
         """
         name = os.path.basename(word)
-        installed = shutil.which(name)
-        if os.sep not in word:
+        installed = _in_path(name)
+        if not os.path.dirname(word):
             if installed is not None or not os.path.isfile(word):
                 return cls(word)
         elif not os.path.isfile(word):

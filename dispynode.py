@@ -4499,7 +4499,7 @@ class CommandLines(Program):
             if directory is not None:
                 if not os.path.isdir(directory):
                     raise FileNotFoundError('this node has no directory %s' % directory) from None
-            if os.sep in words[0]:
+            if os.path.dirname(words[0]):
                 raise
             text = 'this node has no program %s in its PATH, which is %s' % (
                 words[0], os.environ.get('PATH', 'empty'))
