@@ -158,9 +158,11 @@ from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FRO
 from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
+from dispynode import ConnectionAttempt
 from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Discovery
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
-from dispynode import FileReceiver, FileStored, HandshakeError, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, HandshakeError, Holder, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
 from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
 from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
@@ -227,7 +229,7 @@ IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -453,26 +455,28 @@ def result_of(job: 'DispyJob') -> Any:
     return result
 
 
-def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
+def in_slices(wait: Callable[[float], Any],
+              timeout: Optional[float],
+              clock: Callable[[], float] = time.monotonic) -> Any:
     """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
-    have passed (None: without limit), and return what it returned last. No call waits longer than
-    FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
-    through here. Any thread."""
+    of `clock` have passed (None: without limit), and return what it returned last. No call waits
+    longer than FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's
+    threads go through here. Any thread."""
     if timeout is None:
         until = None
     else:
-        until = time.monotonic() + timeout
+        until = clock() + timeout
     while True:
         if until is None:
             left = FOREVER
         else:
-            left = min(FOREVER, until - time.monotonic())
+            left = min(FOREVER, until - clock())
         found = wait(max(0.0, left))
         if found:
             return found
         if until is None:
             continue
-        if time.monotonic() >= until:
+        if clock() >= until:
             return found
 
 
@@ -3738,8 +3742,8 @@ class Placement:
         it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
-            send_recall = SendRecall(node.key, comp.comp, serials)
-            self._books.do(send_recall)
+            action = SendRecall(node.key, comp.comp, serials)
+            self._books.do(action)
 
 
 class Limits:
@@ -3757,8 +3761,8 @@ class Limits:
             comp.offers[node.key] = cpus
             self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
             comp_limit = node.limits[comp.comp]
-            limit_node = LimitNode(node.key, comp.comp, comp_limit)
-            self._books.do(limit_node)
+            action = LimitNode(node.key, comp.comp, comp_limit)
+            self._books.do(action)
             self._share_limits(comp)
 
     def _share_limits(self, comp: ComputationLoad) -> None:
@@ -3776,8 +3780,8 @@ class Limits:
             left -= more
             self._set_limit(node, comp, limit + more)
             cpus = limit + more
-            limit_node = LimitNode(key, comp.comp, cpus)
-            self._books.do(limit_node)
+            action = LimitNode(key, comp.comp, cpus)
+            self._books.do(action)
 
     def _set_limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
         placement = self._placement
@@ -4324,8 +4328,8 @@ class Losses:
         elif move_job(work, 'give up') is JobState.CANCELLED:
             books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
-            job_ended = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
-            books.do(job_ended)
+            action = JobEnded(work, _abandoned(work, nodes, text, times, bool(retries)))
+            books.do(action)
 
     def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account,
                occasion: Occasion) -> None:
@@ -4432,8 +4436,8 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            send_cancel = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
-            self._books.do(send_cancel)
+            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            self._books.do(action)
             self._speculation.ended(comp, work)
 
     def _cancel_waiting(self, work: ScheduledJob, comp: ComputationLoad) -> None:
@@ -4554,8 +4558,8 @@ class Schedule:
         """Nodes that have not come back in their time."""
         for node in [node for node in self.away.values() if node.lost_at() <= now]:
             away: Any = node.away
-            node_doubted = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
-            self._node_doubted(node_doubted)
+            event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
+            self._node_doubted(event)
             self._books.do(NodeGone(node.key))
 
     def lost_at(self, key: Any) -> float:
@@ -4673,8 +4677,8 @@ class Schedule:
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
-            send_cancel = SendCancel(node.key, comp.comp, unwanted)
-            books.do(send_cancel)
+            action = SendCancel(node.key, comp.comp, unwanted)
+            books.do(action)
 
     def _node_told(self, event: NodeTold) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -4745,8 +4749,8 @@ class Schedule:
                 heapq.heappush(self._late, (late, next_number, node.key))
         if pairs:
             books.changed[node.key] = node
-            jobs_started = JobsStarted(node.key, comp.comp, pairs)
-            books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, pairs)
+            books.do(action)
 
     def _node_results(self, event: NodeResults) -> None:
         rows = event.rows
@@ -4817,8 +4821,8 @@ class Schedule:
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job has a provisional result."""
         if work.state is JobState.SENT:
-            jobs_started = JobsStarted(node.key, comp.comp, [(work, 0.0)])
-            self._books.do(jobs_started)
+            action = JobsStarted(node.key, comp.comp, [(work, 0.0)])
+            self._books.do(action)
         move_job(work, 'provisional')
 
     def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob,
@@ -4838,8 +4842,8 @@ class Schedule:
                 self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 return True
         if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
-            job_failed_once = JobFailedOnce(node.key, comp.comp, work, row)
-            self._books.do(job_failed_once)
+            action = JobFailedOnce(node.key, comp.comp, work, row)
+            self._books.do(action)
             return True
         return False
 
@@ -5784,8 +5788,8 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
     """(metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
-        stem_and_suffix = os.path.splitext(name)
-        file = _METADATA_FILES.get(stem_and_suffix[1])
+        _, suffix = os.path.splitext(name)
+        file = _METADATA_FILES.get(suffix)
         path = os.path.join(directory, name, file or '')
         if file and os.path.isfile(path):
             with open(path, encoding='utf-8', errors='replace') as record:
@@ -5802,8 +5806,8 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 else:
                     below = member
                 name, _, file = below.partition('/')
-                stem_and_suffix = os.path.splitext(name)
-                expected = _METADATA_FILES.get(stem_and_suffix[1])
+                _, suffix = os.path.splitext(name)
+                expected = _METADATA_FILES.get(suffix)
                 if not member.endswith(below):
                     continue
                 if expected == file:
@@ -6724,8 +6728,8 @@ class OwnModules:
         if _is_package_file(os.path.basename(path)):
             holder = os.path.dirname(holder)
         owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
-        stem_and_suffix = os.path.splitext(owner)
-        return stem_and_suffix[0].partition('-')[2]
+        stem, _ = os.path.splitext(owner)
+        return stem.partition('-')[2]
 
 
 own_modules = OwnModules()
@@ -7745,8 +7749,8 @@ def is_executable(path: str, start: bytes) -> bool:
         return os.access(path, os.X_OK)
     pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
     suffixes = pathext.lower().split(';')
-    stem_and_suffix = os.path.splitext(path)
-    end = stem_and_suffix[1].lower()
+    _, suffix = os.path.splitext(path)
+    end = suffix.lower()
     if start == b'MZ':
         return True
     if end in ('.py', '.pyw'):
@@ -9288,15 +9292,17 @@ class BegunNotes:
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
+        is_last = False
         try:
             while True:
                 with open_regular(path) as file:
                     found = json.load(file)
-                if 'directory' not in found or time.monotonic() > until:
+                if 'directory' not in found or is_last:
                     break
-                if not os.path.isdir(found['directory']):
-                    break
-                time.sleep(cls.EVERY)
+                # What it has written before its directory went may be newer than what was read
+                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                if not is_last:
+                    time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         begun = found.get('begun') if isinstance(found, dict) else None
@@ -9658,38 +9664,31 @@ def remedy_for_source(spec: dict) -> str:
             'that it needs as arguments; or r' + same)
 
 
-_OF_SCHEDULER = LazyPattern(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
-
-
-def how_to_share(text: str) -> str:
-    """A node says whom it serves; what to do, to be appended."""
-    found = _OF_SCHEDULER.match(text)
-    if found is not None:
-        if int(found.group(2)) == SCHEDULER_PORT:
+def how_to_share(holder: Holder) -> str:
+    """Return what a program can do that wants a node which another process has, to be appended to
+    what the node says."""
+    if holder.port:
+        if holder.port == SCHEDULER_PORT:
             port = ''
         else:
-            port = ', scheduler_port=%s' % found.group(2)
+            port = ', scheduler_port=%d' % holder.port
         return ('. That scheduler shares its nodes: use SharedJobCluster(..., '
-                'scheduler_host=%r%s)' % (found.group(1), port))
-    if text.startswith('it serves '):
-        if 'connection is lost' not in text:
-            return ('. A node serves one client at a time. For several programs at once '
-                    'start a dispyscheduler, and use SharedJobCluster')
-    return ''
-
-
-def who_holds(text: str, place: str) -> str:
-    """A node says by whom it is held: if that is a program of this user that has ended, which it
-    was, and what to do."""
-    found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
-    if found is None:
+                'scheduler_host=%r%s)' % (holder.host, port))
+    if holder.is_away:
         return ''
-    host = found.group(1)
-    pid = int(found.group(2))
+    return ('. A node serves one client at a time. For several programs at once '
+            'start a dispyscheduler, and use SharedJobCluster')
+
+
+def who_holds(holder: Holder, place: str) -> str:
+    """Return which program of this user it was that has a node and has ended, and what to do about
+    it; empty if it is another's, or has not ended. `place` is that of the node."""
+    if not holder.is_away:
+        return ''
     for left in programs_left():
         left.close()
         row = left.row
-        if (row.host, row.pid) != (host, pid):
+        if (row.host, row.pid) != (holder.host, holder.pid):
             continue
         if place in left.places:
             return (': these are jobs of %s (%s), a program of yours that began %s and '
@@ -9990,7 +9989,7 @@ class Outgoing:
 class NodeAssignment:
     """A node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
-                 'passes', 'unloadable', 'seat_told')
+                 'passes', 'unloadable', 'seat_told', 'holder_hint')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = AssignmentState.WAITING
@@ -10003,6 +10002,8 @@ class NodeAssignment:
         self.acks: List[int] = []                    # serials to be acknowledged
         self.then = ''                               # when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
+        # A row of Holder, and what to do about that
+        self.holder_hint: Tuple[tuple, str] = ((), '')
         self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
@@ -10535,9 +10536,14 @@ class NodePolicy:
         """Who this is, for those who run the node and for others who want it."""
         return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
-    def how_to_share(self, text: str) -> str:
-        """What to do about a node that serves others, and says so in these words."""
-        return how_to_share(text)
+    def process(self) -> tuple:
+        """Return the same for programs: a row of ClientHello."""
+        return socket.gethostname(), os.getpid(), 0
+
+    def about_holder(self, holder: Holder, place: str) -> str:
+        """Return what to do about a node that serves another, to be appended to what it says.
+        `place` is that of the node."""
+        return who_holds(holder, place) or how_to_share(holder)
 
     def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
@@ -10558,6 +10564,11 @@ class NodePolicy:
 
     def node_freed(self, peer: 'NodeConnection') -> None:
         """A computation has left a node, or was refused there."""
+
+
+def new_comp() -> str:
+    """Return a name for a computation, which no other has."""
+    return uuid.uuid4().hex
 
 
 def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
@@ -10581,11 +10592,15 @@ class Collector(NodeUser):
     client = 'recovery'
     acknowledges = True    # results, when they come
 
-    def __init__(self, places: Iterable[str], calling: Iterable[str],
-                 listens: Sequence[str]) -> None:
+    def __init__(self,
+                 places: Iterable[str],
+                 calling: Iterable[str],
+                 listens: Sequence[str],
+                 new_name: Callable[[], str] = new_comp) -> None:
         """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
-        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT."""
-        self.comp = uuid.uuid4().hex
+        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT.
+        `new_name` names what is a cluster to the driver."""
+        self.comp = new_name()
         self.port = NODE_PORT
         self.specs = _specs_of_places(places)
         self.callers = {where[1:] for where in calling if where.startswith(' ')}
@@ -10644,7 +10659,10 @@ class Recovery(Collector):
                  lost: Callable[[DispyJob, str], None],
                  again: Callable[[DispyJob], None],
                  over: Callable[[], None],
-                 cancel: bool = False) -> None:
+                 cancel: bool = False,
+                 parts: Optional['DriverParts'] = None) -> None:
+        """`parts` are those of the driver that it will have, where they are not the usual ones."""
+        parts = parts or DriverParts()
         rows = journal.comps()
         self._journal = journal
         # Computations and their keys
@@ -10652,9 +10670,10 @@ class Recovery(Collector):
         places = {node.rpartition('#')[0] for _, node in sent}
         places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
         self._unmet = holders - places   # they may keep results that are noted
-        super().__init__(places | self._unmet, places, [row[4] for row in rows if row[4]])
+        listens = [row[4] for row in rows if row[4]]
+        super().__init__(places | self._unmet, places, listens, parts.new_comp)
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.collected = threading.Event()
+        self.collected = parts.event()
         self._jobs = {job_number(job.serial): (job, node) for job, node in sent}
         # Number -> serial, node and directory of the files of the second attempt
         self._seconds = journal.seconds()
@@ -10704,8 +10723,8 @@ class Recovery(Collector):
             else:
                 self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
-            cancel = Cancel(comp, list(serials))
-            self.driver.send(peer.link, cancel)
+            message = Cancel(comp, list(serials))
+            self.driver.send(peer.link, message)
         self._check()
 
     def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
@@ -10823,12 +10842,13 @@ class Recovery(Collector):
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
         """Until all has been collected, and a little longer for nodes that may forget what they
         keep."""
+        clock = self.driver.clock
         if timeout is None:
             until = math.inf
         else:
-            until = time.monotonic() + timeout
-        in_slices(self.collected.wait, timeout)
-        over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
+            until = clock() + timeout
+        in_slices(self.collected.wait, timeout, clock)
+        over.wait(min(max(0.0, until - clock()), FORGET_TIME))
 
 
 class Collecting(enum.Enum):
@@ -10950,8 +10970,8 @@ class ResultCollection(Collector):
                         account = Account(frozenset(now), past)
                         self._went(comp, serial, account, peer)
                     if self._cancel and serials:
-                        cancel = Cancel(comp, list(serials))
-                        self.driver.send(peer.link, cancel)
+                        message = Cancel(comp, list(serials))
+                        self.driver.send(peer.link, message)
             self._changed.notify_all()
         self._ask(peer)
 
@@ -11174,7 +11194,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return JournalRecovery(journal, terminate_pending).run(seconds, access)
+        return JournalRecovery(journal, terminate_pending, drivers).run(seconds, access)
     finally:
         journal.close()
 
@@ -11461,9 +11481,11 @@ class JournalRecovery:
     """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
     with an underscore are called by the driver's thread."""
 
-    def __init__(self, journal: Journal, cancel: bool) -> None:
+    def __init__(self, journal: Journal, cancel: bool, source: 'Drivers') -> None:
+        """`source` is where its driver comes from."""
         self._journal = journal
         self._cancel = cancel
+        self._drivers = source
         self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
         with journal.damages():
             self._is_program = journal.is_program()
@@ -11486,17 +11508,17 @@ class JournalRecovery:
 
     def _collect(self, timeout: Optional[float], access: ConnectionSettings) -> None:
         restored = self._restored
-        driver = drivers.alone(access)
+        driver = self._drivers.alone(access)
         try:
-            over = threading.Event()
+            over = driver.parts.event()
             recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
-                                self._lost, self._wait_again, over.set, self._cancel)
+                                self._lost, self._wait_again, over.set, self._cancel, driver.parts)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
             is_whole = recovery.collected.is_set()
             driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
-            drivers.release(driver)
+            self._drivers.release(driver)
 
     def _done(self, job: DispyJob, row: tuple, peer: NodeConnection) -> None:
         with self._lock:
@@ -11999,7 +12021,7 @@ class Connector:
         patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self._driver.post, peer, reach)
+        peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
         """Start the node of this program. There is no thread, as nothing is waited for."""
@@ -12070,7 +12092,8 @@ class Connector:
 
     def _link_of(self, event: Any) -> Link:
         """The link that a connection becomes."""
-        return Link(event.sock, event.session, event.address, self._driver.now,
+        make = self._driver.parts.link
+        return make(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
@@ -12129,7 +12152,8 @@ class Connector:
         # It is about to tell what it holds
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
-        hello = ClientHello(self._driver.policy.introduction(), self._driver.access.pulse)
+        policy = self._driver.policy
+        hello = ClientHello(policy.introduction(), self._driver.access.pulse, policy.process())
         self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
@@ -12151,7 +12175,7 @@ class Connector:
 
     def _send_away(self, event: Authenticated) -> None:
         """A node has dialled that is connected."""
-        link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+        link = self._link_of(event)
         self._driver.attach(link)
         self._driver.disconnect(link, 'this program has connected to it already')
 
@@ -12175,8 +12199,9 @@ class Connector:
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             patience = max(1.0, link.pulse)
-            peer.second.start(self._driver.now, self._driver.post,
-                              functools.partial(self._reach_peer, peer, patience=patience))
+            reach = functools.partial(self._reach_peer, peer, patience=patience)
+            peer.second.start(self._driver.now, self._driver.post, reach,
+                              self._driver.parts.attempt)
 
     def _second_reached(self, event: Connected) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
@@ -12434,8 +12459,8 @@ class NodeSelection:
         peer.count_link()
         peer.link = None
         for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         for use in peer.uses.values():
             use.move('lost')
             use.allocation = None
@@ -12485,8 +12510,8 @@ class NodeSelection:
         if peer is None:
             return
         if peer.link is not None:
-            limit = Limit(action.comp, action.cpus)
-            self._driver.send(peer.link, limit)
+            message = Limit(action.comp, action.cpus)
+            self._driver.send(peer.link, message)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
@@ -12517,8 +12542,8 @@ class NodeSelection:
         if use.state is AssignmentState.READY:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
         self.done(peer, comp)
-        node_left = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
-        self._driver.decide(node_left)
+        event = NodeLeft(peer.key, comp, str(peer), 'it was closed by the program')
+        self._driver.decide(event)
         if then == 'close':
             use.move('close')
             use.reason = 'closed by the program'
@@ -12683,10 +12708,9 @@ class ComputationSetup:
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
-                node_offers = NodeOffers(peer.key, comp,
-                                         self._driver.selection.tell_limit(peer, comp),
-                                         peer.offered)
-                self._driver.decide(node_offers)
+                cpus = self._driver.selection.tell_limit(peer, comp)
+                event = NodeOffers(peer.key, comp, cpus, peer.offered)
+                self._driver.decide(event)
             elif use.state is AssignmentState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
@@ -12737,8 +12761,8 @@ class ComputationSetup:
         setup_args = out_of_band(spec['setup_args'])
         spec.update(code=out, setup_args=setup_args, client=cluster.client,
                     whose=cluster.program)
-        compute = Compute(comp, spec)
-        self._driver.send(peer.link, compute)
+        message = Compute(comp, spec)
+        self._driver.send(peer.link, message)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
         """What a computation is, in a form that this node can load; None if there is none, or if it
@@ -12894,20 +12918,29 @@ class ComputationSetup:
             peer.link.abandon(comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
-            node_doubted = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text,
-                                       peer.kind, [comp])
-            self._driver.lost_nodes.doubt(node_doubted)
-            node_left = NodeLeft(peer.key, comp, str(peer), message.text)
-            self._driver.decide(node_left)
+            doubt = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind,
+                                [comp])
+            self._driver.lost_nodes.doubt(doubt)
+            event = NodeLeft(peer.key, comp, str(peer), message.text)
+            self._driver.decide(event)
         text = source_here.added_to(message.text)
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, peer.name)
-        if code == 'busy':
-            text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
+        if message.holder:
+            text += self._about_holder(peer, use, message.holder)
         self._refusal(peer, comp, text, 'process' if was_ready and code == 'setup' else code)
         use.unloadable = code in ('code', 'initializer')
         self._check_unloadable(comp)
         self._driver.policy.node_freed(peer)
+
+    def _about_holder(self, peer: NodeConnection, use: NodeAssignment, row: tuple) -> str:
+        """What to do about a node that serves another. It is found out once for each holder, as
+        many files may have to be read."""
+        holder, hint = use.holder_hint
+        if holder != row:
+            hint = self._driver.policy.about_holder(Holder(*row), peer.place)
+            use.holder_hint = (row, hint)
+        return hint
 
     def _check_unloadable(self, comp: str) -> None:
         """Where every node that can come has said that it cannot load the code, jobs would wait for
@@ -13025,8 +13058,8 @@ class FileTransfers:
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
             purpose = int(Purpose.VALUES)
-            file_stored = FileStored(cluster.comp, purpose, key, row[0], text)
-            self._driver.say_to(peer, file_stored)
+            message = FileStored(cluster.comp, purpose, key, row[0], text)
+            self._driver.say_to(peer, message)
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             number = peer.link.number  # type: ignore[union-attr]
@@ -13313,8 +13346,8 @@ class JobExchange:
         serials = action.serials
         stay = self._unsend(peer, action.comp, serials)
         if stay:   # they have not come there, nor will they
-            node_returned = NodeReturned(peer.key, action.comp, stay)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, action.comp, stay)
+            self._driver.decide(event)
             serials = [serial for serial in serials if serial not in stay]
         for message in in_parts(kind, action.comp, serials):
             self._driver.send(peer.link, message)
@@ -13363,8 +13396,8 @@ class JobExchange:
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
-            node_returned = NodeReturned(peer.key, comp, serials)
-            self._driver.decide(node_returned)
+            event = NodeReturned(peer.key, comp, serials)
+            self._driver.decide(event)
         if self.outgoing.held_up:
             self._driver.chores.within(Outgoing.AGAIN)
 
@@ -13386,8 +13419,8 @@ class JobExchange:
             if peer.uses[comp].state is not AssignmentState.READY:
                 continue
             if not peer.uses[comp].then:
-                node_offers = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
-                self._driver.decide(node_offers)
+                event = NodeOffers(peer.key, comp, peer.limit(comp), peer.offered)
+                self._driver.decide(event)
 
     def on_results(self, peer: NodeConnection, message: Results) -> None:
         """Jobs have ended at a node, or go on and have a provisional result."""
@@ -13406,8 +13439,8 @@ class JobExchange:
             return
         if self._driver.held_back.files:
             rows = self._driver.held_back.admit(peer, comp, rows)
-        node_results = NodeResults(peer.key, comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(peer.key, comp, rows)
+        self._driver.decide(event)
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
         """A node gives back jobs that have not begun."""
@@ -13417,13 +13450,13 @@ class JobExchange:
             self._driver.recoveries.by_comp[comp].returned(peer, comp, serials)
             return
         self._unsend(peer, comp, serials)
-        node_returned = NodeReturned(peer.key, comp, serials)
-        self._driver.decide(node_returned)
+        event = NodeReturned(peer.key, comp, serials)
+        self._driver.decide(event)
 
     def on_started(self, peer: NodeConnection, message: Started) -> None:
         """Jobs have begun."""
-        node_started = NodeStarted(peer.key, message.comp, message.rows)
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, message.comp, message.rows)
+        self._driver.decide(event)
 
     def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
@@ -13445,8 +13478,8 @@ class JobExchange:
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
         """A job has begun, and what says so may come later."""
-        node_started = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
-        self._driver.decide(node_started)
+        event = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
+        self._driver.decide(event)
 
     def jobs_started(self, action: JobsStarted) -> None:
         """As the Schedule knows, jobs have begun."""
@@ -13531,8 +13564,8 @@ class JobExchange:
         for comp, serial in self._driver.refusals.refused(link, message.frame):
             row = (serial, int(Outcome.DIED), 0.0, 0.0,
                    ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
-            node_results = NodeResults(peer.key, comp, [row])
-            self._driver.decide(node_results)
+            event = NodeResults(peer.key, comp, [row])
+            self._driver.decide(event)
         peer.wrong = True
         raise LinkBroken(text)
 
@@ -13541,8 +13574,8 @@ class JobExchange:
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
                 for work in action.works]
-        node_results = NodeResults(action.node, action.comp, rows)
-        self._driver.decide(node_results)
+        event = NodeResults(action.node, action.comp, rows)
+        self._driver.decide(event)
 
     def note_fault(self, text: str) -> None:
         """Jobs that were in hand are looked for soon, once for many faults."""
@@ -13730,8 +13763,8 @@ class Recoveries:
         else:
             serials = frozenset(message.serials)
             account = Account(serials, past, peer.whole)
-            node_told = NodeTold(peer.key, comp, account)
-            self._driver.decide(node_told)
+            event = NodeTold(peer.key, comp, account)
+            self._driver.decide(event)
 
 
 class SchedulerCalls:
@@ -13744,10 +13777,12 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
+        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
+        if name != 'overview' and peer.uses[comp].state is AssignmentState.WAITING:
+            raise ConnectionError('the scheduler has not been told of this cluster yet')
         return self.call_peer(peer, comp, name, *args)
 
     def call_peer(self, peer: NodeConnection, comp: str, name: str,
@@ -13981,8 +14016,8 @@ class NodeQueries:
     def on_report(self, peer: NodeConnection, message: Report) -> None:
         """A node tells what is there."""
         if message.running:
-            node_started = NodeStarted(peer.key, message.comp, message.running)
-            self._driver.decide(node_started)
+            event = NodeStarted(peer.key, message.comp, message.running)
+            self._driver.decide(event)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
@@ -14015,6 +14050,21 @@ class NodeQueries:
             if not peer.embedded and count:
                 found[key] = count
         return found
+
+    def stop_if_settled(self) -> bool:
+        """End the driver if all that was said has left, and if of all jobs that were called back it
+        is known whether they have begun, where there is a link. Returns whether it ends."""
+        self._driver.flush()   # the end of this turn shall call nothing back
+        for key, node in self._driver.schedule.nodes.items():
+            peer = self._nodes.by_key.get(key)
+            if peer is None or peer.link is None:
+                continue
+            if any(node.recalled.values()):
+                return False
+        if not self._driver.has_sent():
+            return False
+        self._driver.stop()
+        return True
 
 
 class FailedJob(NamedTuple):
@@ -14647,6 +14697,23 @@ class Chores:
                          % (cluster.name, driver.queries.explain_no_nodes(comp)))
 
 
+class DriverParts(NamedTuple):
+    """What a driver has to do with sockets, threads and chance. A simulation of the system gives
+    its driver others.
+
+    link - the class of a connection that nodes and clients have authenticated
+    attempt - the class of an attempt to connect
+    pool - the class of a group of threads
+    event - makes what threads of the user wait for
+    new_comp - makes the name of a computation
+    """
+    link: Type[Link] = Link
+    attempt: Type[ConnectionAttempt] = ConnectionAttempt
+    pool: Type[Pool] = Pool
+    event: Callable[[], threading.Event] = threading.Event
+    new_comp: Callable[[], str] = new_comp
+
+
 class Driver(Loop):
     """See the module's docstring. Made and ended by `Drivers`.
 
@@ -14671,9 +14738,13 @@ class Driver(Loop):
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
 
-    def __init__(self, access: ConnectionSettings, instance: bytes = b'',
-                 policy: Optional[NodePolicy] = None) -> None:
+    def __init__(self,
+                 access: ConnectionSettings,
+                 instance: bytes = b'',
+                 policy: Optional[NodePolicy] = None,
+                 parts: DriverParts = DriverParts()) -> None:
         self.instance = instance or _instance
+        self.parts = parts
         self.policy = policy or NodePolicy()
         psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
         tls = None
@@ -14685,9 +14756,9 @@ class Driver(Loop):
         self.schedule = Schedule()
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
-        self.openers = Pool('dispy-opener', 2)
-        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
+        self.openers = parts.pool('dispy-opener', 2)
+        self.callbacks = parts.pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
+        self.tellers = parts.pool('dispy-status', 1)   # one: changes are told in their order
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -14782,8 +14853,8 @@ class Driver(Loop):
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in the driver's thread. Any thread."""
-        run_in_driver = RunInDriver(functools.partial(call, *args), None)
-        self.post(run_in_driver)
+        event = RunInDriver(functools.partial(call, *args), None)
+        self.post(event)
 
     def _main(self) -> None:
         try:
@@ -14848,9 +14919,9 @@ class Driver(Loop):
         if cluster.journal is not None:
             self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
-        opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
-                        cluster.cpus_in_all(), cluster.speculate, cluster.user_name)
-        self.decide(opened)
+        event = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
+                       cluster.cpus_in_all(), cluster.speculate, cluster.user_name)
+        self.decide(event)
         self.chores.begin(comp, cluster.warns)
         self.selection.use(comp, cluster.specs)
         if probe:
@@ -15045,10 +15116,9 @@ class Driver(Loop):
                 for comp, use in peer.uses.items():
                     if use.state is AssignmentState.READY:
                         ready.append(comp)
-                short_text = message.text[:200]
-                node_doubted = NodeDoubted(peer.key, str(peer), Evidence.BYE, short_text, peer.kind,
-                                           ready)
-                self.lost_nodes.doubt(node_doubted)
+                doubt = NodeDoubted(peer.key, str(peer), Evidence.BYE, message.text[:200],
+                                    peer.kind, ready)
+                self.lost_nodes.doubt(doubt)
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -15711,9 +15781,9 @@ class UserCallbacks:
         """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
         until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
-        told = threading.Event()
         if call is None or not nodes:
             return
+        told = self.driver.parts.event()
         is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
 
         def tell() -> None:
@@ -15930,8 +16000,8 @@ class ResultDelivery:
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
-                    status_callback = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
-                    self.driver.post(status_callback)
+                    event = StatusCallback(self._callbacks, DispyJob.Running, peer, job)
+                    self.driver.post(event)
             fill_in(job, row, is_program, self._failures, peer.name)
             if job.status == 11 and not (is_program and job.result):
                 finished += 1
@@ -16024,8 +16094,8 @@ class ResultDelivery:
         driver = self.driver
         if callbacks.cluster_status is not None:
             for job in jobs:
-                status_callback = StatusCallback(callbacks, job.status, peer, job)
-                driver.post(status_callback)
+                event = StatusCallback(callbacks, job.status, peer, job)
+                driver.post(event)
         for job in jobs:
             if job.event is not None or job.when_ended is not None:
                 job.wake()
@@ -16144,8 +16214,8 @@ class Submitter:
                 future.job = job
             book.enter(job)
             if self._callbacks.cluster_status is not None:
-                status_callback = StatusCallback(self._callbacks, DispyJob.Created, None, job)
-                driver.post(status_callback)
+                event = StatusCallback(self._callbacks, DispyJob.Created, None, job)
+                driver.post(event)
             # With the lock held: `close` comes after it or before the test above
             driver.post(job)
         return job
@@ -16319,7 +16389,7 @@ class JobTakeover:
                         at_nodes)
             lost = functools.partial(self._lost, journal)
             recovery = Recovery(journal, restored.sent, restored.holders, self._done, lost,
-                                self._submit_again, self._over)
+                                self._submit_again, self._over, parts=self.driver.parts)
             self.recovery = recovery
             self.driver.ask(lambda: recovery.begin(self.driver))
 
@@ -16525,6 +16595,21 @@ class ProgramSeconds(SecondsOfUser):
         return HeldFiles(directory, root)
 
 
+class ProgramParts(NamedTuple):
+    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
+    clusters others.
+
+    drivers - has the drivers
+    journal - the class of what writes the recover_file
+    book - the class of what counts the jobs
+    new_comp - makes the name of a computation
+    """
+    drivers: Drivers = drivers
+    journal: Type[Journal] = Journal
+    book: Type[JobBook] = JobBook
+    new_comp: Callable[[], str] = new_comp
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -16542,12 +16627,15 @@ class ProgramCluster(ComputationUser):
     report - what people are shown
     takeover - carries on with jobs of a program that has crashed
     """
-    def __init__(self, computation: Any, options: ClusterOptions) -> None:
+    def __init__(self, computation: Any, options: ClusterOptions,
+                 parts: ProgramParts = ProgramParts()) -> None:
         """Pack the computation. Nothing is started. Raises TypeError, ValueError,
         FileNotFoundError, or what pickling raises."""
         self.options = options
+        self._parts = parts
+        self.book = parts.book()
         self.name = name_of(computation)
-        self.comp = self.client = uuid.uuid4().hex
+        self.comp = self.client = parts.new_comp()
         # Who has it may take the results; it is sent when that is wanted
         self.key = os.urandom(32)
         self.port = options.port
@@ -16614,7 +16702,6 @@ class ProgramCluster(ComputationUser):
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
         is_program = self.cargo.is_program
-        self.book = JobBook()
         self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
         self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
         self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
@@ -16645,7 +16732,7 @@ class ProgramCluster(ComputationUser):
         if self.options.recover_file is None:
             self._use_nodes(cluster, access)
             return
-        self.journal = journal = Journal(self.options.recover_file)
+        self.journal = journal = self._parts.journal(self.options.recover_file)
         try:
             known = journal.known()
             self._use_nodes(cluster, access)
@@ -16655,7 +16742,7 @@ class ProgramCluster(ComputationUser):
         self.takeover.begin(journal, known)
 
     def _use_nodes(self, cluster: Any, access: ConnectionSettings) -> None:
-        driver = self.driver = drivers.acquire(access)
+        driver = self.driver = self._parts.drivers.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
                  self.report, self.takeover)
@@ -16669,7 +16756,7 @@ class ProgramCluster(ComputationUser):
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
             self.cluster = None
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
             raise
         _clusters.add(cluster)
         logger.info('%s: the computation begins', self.name, extra=ROUTINE)
@@ -16767,7 +16854,7 @@ class ProgramCluster(ComputationUser):
             self.journal.close(remove=True)
         self._log_end()
         if threading.current_thread() is not driver.thread:
-            drivers.release(driver)
+            self._parts.drivers.release(driver)
 
     def _log_end(self) -> None:
         """Log what came of the computation, in numbers."""
@@ -18129,7 +18216,7 @@ class NodeScan(NodeUser):
             nodes = '*'
         self.specs = parse_nodes(nodes, port)
         self.port = port
-        self.comp = uuid.uuid4().hex
+        self.comp = new_comp()
         files = tls_files(certfile, keyfile, cafile)
         access = ConnectionSettings(find_secret(secret), *files, PULSE, REDIAL_MOST)
         self.driver = drivers.acquire(access)
@@ -19515,9 +19602,11 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
                 _cancel_at_scheduler(core, until)
     for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
-            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+            while not driver.ask(driver.queries.stop_if_settled):
+                if time.monotonic() >= until:
+                    driver.ask(driver.stop)
+                    break
                 time.sleep(0.01)
-            driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for core in cores:

@@ -420,6 +420,19 @@ class AttemptHistory(NamedTuple):
         return AttemptHistory(whole, unbegun, lost, given_up, text)
 
 
+class Holder(NamedTuple):
+    """The process that has a node which others want.
+
+    host, pid - where it runs, and its number there
+    port - at which it serves programs if it is a scheduler, else 0
+    is_away - whether its connection to the node is lost
+    """
+    host: str
+    pid: int
+    port: int
+    is_away: bool
+
+
 class Reason(NamedTuple):
     """A reason for which a node does not take a computation: what it is, and whether it can pass by
     itself. One that passes is tried again, later and later; one that does not is final until the
@@ -468,9 +481,12 @@ def reason_of(exc: BaseException) -> str:
 
 class ClientHello(NamedTuple):
     """A client says first on a link who it is (the name is shown to others) and how many seconds
-    its pulse is. NodeHello answers it."""
+    its pulse is. NodeHello answers it. `process` says the same as the name, for programs: a row
+    (host, PID, port at which it serves programs if it is a scheduler, else 0). Minor version 1 does
+    not have it."""
     name: str
     pulse: float
+    process: tuple = ()
 
 
 class Compute(NamedTuple):
@@ -551,10 +567,12 @@ class NodeHello(NamedTuple):
 
 class Refused(NamedTuple):
     """A node does not serve this computation (or, with an empty name, this client); the code is for
-    programs, the text for people."""
+    programs, the text for people. `holder` is a row of Holder if another client has the node, else
+    empty. Minor version 1 does not have it."""
     comp: str
     code: str
     text: str
+    holder: tuple = ()
 
 
 class Need(NamedTuple):
@@ -768,6 +786,9 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
+# Messages to which a minor version has added fields, at the end: that version, and what stands in
+# the fields where a peer does not speak it
+LATER_FIELDS: Dict[type, Tuple[int, tuple]] = {ClientHello: (2, ((), )), Refused: (2, ((), ))}
 # What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 SPEAK_OF_COMPS = {
@@ -1234,6 +1255,25 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
     return OPS[type(message)], 1, [head + body, *raw]
 
 
+def _with_later_fields(message: type, fields: tuple) -> tuple:
+    """The fields of a message, with those that its sender may not know."""
+    _, later = LATER_FIELDS[message]
+    whole = len(FIELD_TYPES[message])
+    if len(fields) + len(later) == whole:
+        return fields + later
+    return fields
+
+
+def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
+    """Turn a message into what `encode` makes of it, for a peer of this minor version."""
+    kind = type(message)
+    since, later = LATER_FIELDS.get(kind, (0, ()))
+    if version < since:
+        fields = message[:-len(later)]
+        message = tuple.__new__(kind, fields)
+    return encode(message)
+
+
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
     """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
     PeerError."""
@@ -1248,6 +1288,8 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
+    if message in LATER_FIELDS and type(fields) is tuple:
+        fields = _with_later_fields(message, fields)
     if type(fields) is not tuple or len(fields) != len(kinds) or not all(
             map(isinstance, fields, kinds)):
         text = '%s with wrong fields' % message.__name__
@@ -1610,11 +1652,70 @@ def _all_serials(fields: tuple) -> bool:
     return all(map(is_serial, fields[1]))
 
 
+def _is_process(row: tuple) -> bool:
+    """Whether a row says which process a client is: see ClientHello."""
+    if not row:
+        return True
+    if len(row) != 3:
+        return False
+    host, pid, port = row
+    if type(host) is not str:
+        return False
+    return is_serial(pid) and is_serial(port)
+
+
+def _is_client_hello(fields: tuple) -> bool:
+    _, pulse, process = fields
+    if not math.isfinite(pulse):
+        return False
+    return _is_process(process)
+
+
+def _is_node_hello(fields: tuple) -> bool:
+    _, cpus, facts = fields
+    if cpus < 0:
+        return False
+    if type(facts.get('python', ())) is not tuple:
+        return False
+    if type(facts.get('available', {})) is not dict:
+        return False
+    return _is_kept(facts.get('kept', {}))
+
+
+def _is_report(fields: tuple) -> bool:
+    _, running, waiting, _ = fields
+    if not all(map(_is_running, running)):
+        return False
+    return all(map(is_serial, waiting))
+
+
+def _is_output(fields: tuple) -> bool:
+    _, serial, stream, offset, data = fields
+    if not is_serial(serial):
+        return False
+    if not is_serial(offset):
+        return False
+    if stream not in (0, 1, 2):
+        return False
+    return _is_buffer(data)
+
+
+def _is_refused(fields: tuple) -> bool:
+    holder = fields[3]
+    if not holder:
+        return True
+    is_away = holder[-1]
+    if type(is_away) is not bool:
+        return False
+    process = holder[:-1]
+    return process != () and _is_process(process)
+
+
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
-    ClientHello: lambda fields: math.isfinite(fields[1]),
-    NodeHello: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(
-        fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
+    ClientHello: _is_client_hello,
+    Refused: _is_refused,
+    NodeHello: _is_node_hello,
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
     FileStored: lambda fields: fields[1] in PURPOSES and is_serial(fields[2]),
@@ -1623,9 +1724,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Wrong: lambda fields: is_serial(fields[1]),
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
-    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(is_serial, fields[2])),
-    Output: lambda fields: is_serial(fields[1]) and fields[2] in
-    (0, 1, 2) and is_serial(fields[3]) and _is_buffer(fields[4]),
+    Report: _is_report,
+    Output: _is_output,
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
@@ -4942,7 +5042,8 @@ def certificate_digest(certfile: str) -> bytes:
 #     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
-VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+# Minor versions spoken, lowest and highest. 2: with the fields of LATER_FIELDS
+VERSIONS = (1, 2)
 # At the end of ALERT, for people only
 _RELEASE = __version__.encode('ascii')[:16].ljust(16, b'\0')
 _HELLO = struct.Struct('>8sHHBBH16s32s16x')
@@ -5382,16 +5483,22 @@ class FrameEncoder:
         """Return how many frames were made."""
         return self._seq
 
-    def __init__(self, key: bytes, tags_payloads: bool = True) -> None:
+    def __init__(self, key: bytes, tags_payloads: bool = True,
+                 version: int = VERSIONS[1]) -> None:
+        """`version` is the minor version that the other side speaks."""
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._tags_payloads = tags_payloads
+        if version == VERSIONS[1]:
+            self._encode: Callable[..., Tuple[int, int, List[Buffer]]] = encode
+        else:
+            self._encode = functools.partial(encode_for, version)
 
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
         too large."""
-        op, encoding, pieces = encode(message)
+        op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
@@ -6176,7 +6283,11 @@ class FileReceiver:
             path = os.path.join(path, part)
             if is_link(path):
                 return False
-        return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
+        if not os.path.isfile(path):
+            return False
+        if os.path.getsize(path) != size:
+            return False
+        return Digests.of(path) == digest
 
     def piece(self, piece: FilePiece) -> bool:
         """Take a piece; true when its file is whole and in its place. Raises ValueError or
@@ -6998,7 +7109,7 @@ class Link(Channel):
                  takes: Iterable[int] = MESSAGES) -> None:
         self._opener = FrameDecoder(session.receive_key, takes, session.tags_payloads)
         super().__init__(sock, self._opener)
-        self._sealer = FrameEncoder(session.send_key, session.tags_payloads)
+        self._sealer = FrameEncoder(session.send_key, session.tags_payloads, session.version)
         self.number = next(Link.numbers)
         self.instance = session.peer_instance
         self.role = session.peer_role
@@ -7671,8 +7782,8 @@ class Loop:
             return
         text = 'there are more than %d connections, which this system cannot wait for' \
             % SELECT_MOST
-        bye = Bye(text)
-        self.send(link, bye)
+        message = Bye(text)
+        self.send(link, message)
         self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
@@ -7732,8 +7843,8 @@ class Loop:
     def disconnect(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
         if not link.owes:
-            bye = Bye(text[:1000])
-            self.send(link, bye)
+            message = Bye(text[:1000])
+            self.send(link, message)
         with contextlib.suppress(OSError):   # it is closed all the same
             link.drain(self.PARTING)
         self.detach(link)
@@ -8549,22 +8660,25 @@ class Reconnector:
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
         self._flaps = 0                    # links in a row that ended at once
         self._hurry_until = -math.inf      # attempts are short and frequent
-        self._attempt: Optional[_Connecting] = None
+        self._attempt: Optional[ConnectionAttempt] = None
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at it."""
         return self._attempt is not None
 
-    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
-                                                                            Authenticated]) -> None:
+    def start(self,
+              post: Callable[[Any], None],
+              peer: Any,
+              reach: Callable[[Callable[[Any], None]], Authenticated],
+              attempt: 'Optional[Type[ConnectionAttempt]]' = None) -> None:
         """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
-        posted with `peer`."""
-        connecting = _Connecting(post, peer, reach)
+        posted with `peer`. `attempt` is the class of the attempt, if that is not the usual one."""
+        make = attempt or ConnectionAttempt
         self.due = None
-        self._attempt = connecting
+        self._attempt = make(post, peer, reach)
         try:
-            self._attempt.thread.start()
+            self._attempt.start()
         except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
             self._attempt = None
             text = 'no thread could be started: %s' % exc
@@ -8605,7 +8719,7 @@ class Reconnector:
             self._attempt.abort(waits)
 
 
-class _Connecting:
+class ConnectionAttempt:
     """One attempt of a Reconnector, which has a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
@@ -8616,7 +8730,11 @@ class _Connecting:
         self._lock = threading.Lock()   # guards the two below
         self._sock: Any = None
         self._aborted = False
-        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+        self._thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+
+    def start(self) -> None:
+        """Begin. Raises RuntimeError if no thread can be started."""
+        self._thread.start()
 
     def _work(self) -> None:
         try:
@@ -8645,7 +8763,7 @@ class _Connecting:
             with contextlib.suppress(OSError):   # not connected yet, or not any more
                 sock.shutdown(socket.SHUT_RDWR)
         if sock is not None or waits:
-            self.thread.join(HANDSHAKE_TIME)
+            self._thread.join(HANDSHAKE_TIME)
 
 
 class SecondConnection:
@@ -8673,12 +8791,15 @@ class SecondConnection:
             return False
         return self._failed_at >= since
 
-    def start(self, now: float, post: Callable[[Any], None],
-              reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
+    def start(self,
+              now: float,
+              post: Callable[[Any], None],
+              reach: Callable[[Callable[[Any], None]], Authenticated],
+              attempt: Optional[Type[ConnectionAttempt]] = None) -> None:
         """One more attempt, unless there is one."""
         if not self.busy:
             self._began = now
-            self._dialling.start(post, self, reach)
+            self._dialling.start(post, self, reach, attempt)
 
     def ended(self, failed_at: Optional[float] = None) -> bool:
         """Its event has come. Returns whether the next attempt may begin at once: one that was
@@ -9790,6 +9911,7 @@ class NodeTables:
         self.comps: Dict[str, _Computation] = {}
         self.workers: Dict[int, _Worker] = {}
         self._client_names: Dict[int, str] = {}   # by link
+        self._processes: Dict[int, tuple] = {}    # by link, see ClientHello
 
     def do(self, action: Any) -> None:
         """Add an action to those of this call."""
@@ -9798,8 +9920,11 @@ class NodeTables:
     def reply(self, comp: _Computation, message: Any) -> None:
         """Send a message to the client of a computation, if it is connected."""
         if comp.link in self.links:
-            send = Send(comp.link, message)
-            self.do(send)
+            self.do(Send(comp.link, message))
+
+    def send(self, link: int, message: Any) -> None:
+        """Send a message on a link."""
+        self.do(Send(link, message))
 
     def ask_for_files(self, comp: _Computation, files: list) -> None:
         """Ask the client of a computation for files, rows as in Need."""
@@ -9828,9 +9953,15 @@ class NodeTables:
             return None
         return worker
 
-    def name_client(self, link: int, name: str) -> None:
-        """Note the name that the client on a link has given."""
+    def name_client(self, link: int, name: str, process: tuple) -> None:
+        """Note the name that the client on a link has given, and which process it is: a row of
+        ClientHello."""
         self._client_names[link] = name
+        self._processes[link] = process
+
+    def process_at(self, link: int) -> tuple:
+        """Which process the client on a link is; empty if it has not told."""
+        return self._processes.get(link, ())
 
     def client_at(self, link: int) -> str:
         """The name of the client on a link, or its address."""
@@ -9840,6 +9971,7 @@ class NodeTables:
     def remove_link(self, link: int) -> Optional[LinkUp]:
         """Forget a link. Returns what was known of it."""
         self._client_names.pop(link, None)
+        self._processes.pop(link, None)
         return self.links.pop(link, None)
 
     def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
@@ -9847,8 +9979,8 @@ class NodeTables:
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
-            broken = Broken(comp, exc)
-            self.do(broken)
+            action = Broken(comp, exc)
+            self.do(action)
 
 
 class Timer(NamedTuple):
@@ -10016,8 +10148,8 @@ class ResourceWorkers:
     def retire(self, worker: _Worker) -> None:
         """Let a worker that does nothing end."""
         self._remove(worker)
-        retire = Retire(worker.key)
-        self._tables.do(retire)
+        action = Retire(worker.key)
+        self._tables.do(action)
 
     def idle(self, worker: _Worker) -> None:
         """A worker has nothing to do."""
@@ -10050,6 +10182,7 @@ class NodeLease:
         self.state = Lease.FREE
         self.holder: Optional[bytes] = None
         self.holder_text = ''
+        self._process: tuple = ()   # the holder's, see ClientHello
         self.served = 0             # leases that have ended
         self._serve = serve
         self._client_shutdown = client_shutdown
@@ -10068,8 +10201,9 @@ class NodeLease:
         self.holder = holder
         self.holder_text = text
 
-    def take(self, holder: bytes, text: str, now: float) -> None:
+    def take(self, holder: bytes, text: str, now: float, process: tuple = ()) -> None:
         """A client has the node from now on, or has it still and is connected."""
+        self._process = process
         if self.state is Lease.FREE:
             self._cooldown = (None, 0.0)
             self._held_since = now
@@ -10097,6 +10231,12 @@ class NodeLease:
         return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
                                     '; its connection is lost'
                                     if self.state is Lease.ORPHANED else '')
+
+    def holder_row(self) -> tuple:
+        """Return the holder as a row of Holder; empty if it has not told which process it is."""
+        if not self._process:
+            return ()
+        return (*self._process, self.state is Lease.ORPHANED)
 
     def refuse(self, link: int) -> None:
         """Note that a client was refused because another holds the node."""
@@ -10158,14 +10298,14 @@ class PastAttempts:
         if name not in self._known:
             self._set_timer(name, tables.now)
         self._known[name] = self._known.get(name, AttemptHistory()).and_also(past)
-        remember = Remember(name, self._known[name])
-        tables.do(remember)
+        action = Remember(name, self._known[name])
+        tables.do(action)
 
     def forget(self, name: str) -> None:
         """The client of a computation is done with it."""
         if self._known.pop(name, None) is not None:
-            remember = Remember(name, AttemptHistory())
-            self._tables.do(remember)
+            action = Remember(name, AttemptHistory())
+            self._tables.do(action)
 
     def _set_timer(self, name: str, now: float) -> None:
         when = now + PAST_TIME
@@ -10203,9 +10343,7 @@ class UndeliveredResults:
         """Send what has not been sent; to the disk with it if the client is away."""
         tables = self._tables
         if comp.outbox and comp.link in tables.links:
-            results = Results(comp.comp, comp.outbox)
-            send = Send(comp.link, results)
-            tables.do(send)
+            tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
             comp.outbox = []
         elif comp.outbox:
             self.spool(comp)
@@ -10327,14 +10465,12 @@ class UndeliveredResults:
         comp = tables.comps.get(name)
         if comp is not None and comp.unacknowledged:
             rows = list(comp.unacknowledged.values())
-            results = Results(name, rows)
-            send = Send(link, results)
-            tables.do(send)
+            tables.send(link, Results(name, rows))
         if comp is not None:
             comp.outbox = []
         if name in self.spooled:
-            send_spooled = SendSpooled(link, name)
-            tables.do(send_spooled)
+            action = SendSpooled(link, name)
+            tables.do(action)
 
     def forget_link(self, link: int) -> None:
         """A link is gone."""
@@ -10635,8 +10771,8 @@ class Attempts:
         """Ask a worker for what it has not started."""
         if not worker.recalled:
             worker.recalled = True
-            take_from_worker = TakeFromWorker(worker.key)
-            self._tables.do(take_from_worker)
+            action = TakeFromWorker(worker.key)
+            self._tables.do(action)
 
     def take_back_all(self) -> None:
         """Ask workers for what stands behind jobs that run."""
@@ -10791,8 +10927,8 @@ class Interruptions:
 
     def _kill(self, worker: _Worker, serial: int, now: float) -> None:
         if self._is_running(worker, serial):
-            kill = Kill(worker.key)
-            self._tables.do(kill)
+            action = Kill(worker.key)
+            self._tables.do(action)
             when = now + GRACE
             self._set_timer(when, self._stuck, worker, serial)
 
@@ -10975,8 +11111,8 @@ class WorkerPool:
         comp.workers[worker.key] = worker
         if resources:
             self.special.equip(worker)
-        start_worker = StartWorker(worker.key, comp.comp)
-        tables.do(start_worker)
+        action = StartWorker(worker.key, comp.comp)
+        tables.do(action)
         return worker
 
     def start_failed(self, worker: _Worker, text: str, now: float) -> None:
@@ -11004,8 +11140,8 @@ class WorkerPool:
         comp.refillable.pop(worker.key, None)
         if comp.most and worker.jobs_given >= comp.most:
             self.remove(worker)
-            retire = Retire(worker.key)
-            tables.do(retire)
+            action = Retire(worker.key)
+            tables.do(action)
         else:
             worker.since = tables.now
             if worker.resources:
@@ -11196,15 +11332,16 @@ class CpuScheduler:
             else:   # it may begin before this is told
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
-            send_to_worker = SendToWorker(worker.key, attempts)
-            self._tables.do(send_to_worker)
+            action = SendToWorker(worker.key, attempts)
+            self._tables.do(action)
 
     def _watch(self, worker: _Worker, attempt: Attempt) -> None:
         """Limits that hold also while this loop has no time, as in a program that is busy."""
         if attempt.memory or attempt.timeout:
-            limit_memory = LimitMemory(worker.key, attempt.serial, int(attempt.memory or 0),
-                                       attempt.timeout or 0.0)
-            self._tables.do(limit_memory)
+            memory = int(attempt.memory or 0)
+            seconds = attempt.timeout or 0.0
+            action = LimitMemory(worker.key, attempt.serial, memory, seconds)
+            self._tables.do(action)
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since = now
@@ -11339,8 +11476,8 @@ class CpuScheduler:
         they had begun."""
         for worker in comp.workers.values():
             if worker.queue:
-                kill = Kill(worker.key)
-                self._tables.do(kill)
+                action = Kill(worker.key)
+                self._tables.do(action)
 
     def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
         """Nobody tells what had begun: what stands first at a worker has failed, and the rest was
@@ -11461,8 +11598,7 @@ class JobRequests:
         if not worker.sending_file_on:
             return   # it was answered already: what is left of it is passed over
         if worker.sending_file_on == worker.comp.link and worker.sending_file_on in tables.links:
-            send = Send(worker.comp.link, piece)
-            tables.do(send)
+            tables.send(worker.comp.link, piece)
         else:
             self._answer(worker, 'the client is not connected')
 
@@ -11479,8 +11615,7 @@ class JobRequests:
             return
         number = next(self._numbers)
         comp.calls[number] = worker.key
-        send = Send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
-        tables.do(send)
+        tables.send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
 
     def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
@@ -11503,8 +11638,8 @@ class JobRequests:
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
         if len(comp.fetches) == 1:
-            fetch = Fetch(comp.comp, message.value)
-            tables.do(fetch)
+            action = Fetch(comp.comp, message.value)
+            tables.do(action)
 
     def on_fetched(self, event: Fetched, now: float) -> None:
         """Files that a job needs are missing, or are there."""
@@ -11535,8 +11670,8 @@ class JobRequests:
         if not worker.queue:
             return
         if worker.queue[0].serial == event.serial:
-            output = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
-            tables.reply(worker.comp, output)
+            message = Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data)
+            tables.reply(worker.comp, message)
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         """The client has the file of a job, or cannot have it; or it cannot send a value."""
@@ -11564,8 +11699,8 @@ class JobRequests:
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.sending_file_on:
             worker.sending_file_on = 0
-            answer_job_file = AnswerJobFile(worker.key, error)
-            self._tables.do(answer_job_file)
+            action = AnswerJobFile(worker.key, error)
+            self._tables.do(action)
 
 
 class Computations:
@@ -11606,8 +11741,8 @@ class Computations:
         if self._results.has_key(message.comp, key):
             self._results.give_to(message.comp, up.instance)
             self._results.resend(message.comp, link)
-        prepare_directory = PrepareDirectory(message.comp, spec)
-        tables.do(prepare_directory)
+        action = PrepareDirectory(message.comp, spec)
+        tables.do(action)
 
     def client_back(self, comp: _Computation, link: int) -> None:
         """The client of a computation is back after a broken link."""
@@ -11616,11 +11751,10 @@ class Computations:
             logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
         comp.link = link
         if comp.stage is Stage.RECEIVING:
-            want_again = WantAgain(comp.comp)
-            tables.do(want_again)
+            action = WantAgain(comp.comp)
+            tables.do(action)
         if comp.stage is Stage.READY:
-            send = Send(link, self._ready(comp))
-            tables.do(send)
+            tables.send(link, self._ready(comp))
         self._results.resend(comp.comp, link)
         workers = comp.workers.values()
         comp.begun = [(worker.queue[0].serial, worker.since) for worker in workers
@@ -11669,9 +11803,7 @@ class Computations:
             tables.do(WriteFile(message))
         elif not asked and message.offset + len(message.data) >= message.row[1]:
             text = 'the computation is not set up there'
-            file_stored = FileStored(*message[:3], message.row[0], text)
-            send = Send(link, file_stored)
-            tables.do(send)
+            tables.send(link, FileStored(*message[:3], message.row[0], text))
 
     def on_stored(self, event: FileWritten, now: float) -> None:
         """A file is there, or cannot be stored."""
@@ -11695,8 +11827,8 @@ class Computations:
     def _start(self, comp: _Computation, now: float) -> None:
         comp.move('complete')
         logger.info('%s: its files are here, its runner is started', comp)
-        start_runner = StartRunner(comp.comp, comp.spec, comp.link)
-        self._tables.do(start_runner)
+        action = StartRunner(comp.comp, comp.spec, comp.link)
+        self._tables.do(action)
         when = now + SETUP_TIME
         self._set_timer(when, comp, self._setup_late)
 
@@ -11724,8 +11856,8 @@ class Computations:
                         comp, now - comp.since)
             tables.reply(comp, self._ready(comp))
             for note in event.notes:
-                notice = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
-                tables.reply(comp, notice)
+                message = Notice(comp.comp, 'node %s: %s' % (tables.name, note))
+                tables.reply(comp, message)
 
     def resize(self) -> None:
         """Computations have come or gone, or may use other numbers of CPUs."""
@@ -11742,8 +11874,8 @@ class Computations:
         # What has ended, has ended; after the refusal nobody would believe it
         self._results.deliver(comp)
         self._results.spool(comp)
-        refused = Refused(comp.comp, code, text)
-        self._tables.reply(comp, refused)
+        message = Refused(comp.comp, code, text)
+        self._tables.reply(comp, message)
         self.close(comp, at_once=True)
 
     def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
@@ -11953,8 +12085,8 @@ class Computations:
         self._attempts.drop(comp)
         comp.unacknowledged.clear()
         self._scheduler.drop(comp)
-        stop_runner = StopRunner(comp.comp, at_once)
-        tables.do(stop_runner)
+        action = StopRunner(comp.comp, at_once)
+        tables.do(action)
 
 
 class Inquiries:
@@ -11982,8 +12114,7 @@ class Inquiries:
         while self.queries:
             link, name = self.queries.pop()
             if link in tables.links:
-                send = Send(link, self._report(link, name, now))
-                tables.do(send)
+                tables.send(link, self._report(link, name, now))
 
     def _report(self, link: int, name: str, now: float) -> Report:
         tables = self._tables
@@ -12182,8 +12313,8 @@ class NodeService:
             self._results.deliver(comp)
             self._results.spool(comp)
         for link in tables.links:
-            drop = Drop(link, 'node stopped')
-            tables.do(drop)
+            action = Drop(link, 'node stopped')
+            tables.do(action)
         for comp in tables.comps.values():
             self._computations.close(comp, at_once=True)
         tables.do(Exit())
@@ -12211,9 +12342,7 @@ class NodeService:
     def _offer(self, cpus: int) -> None:
         tables = self._tables
         for link in tables.links:
-            cpus_changed = CpusChanged(cpus)
-            send = Send(link, cpus_changed)
-            tables.do(send)
+            tables.send(link, CpusChanged(cpus))
 
     # -- pauses ------------------------------------------------------------------------------------
 
@@ -12256,8 +12385,8 @@ class NodeService:
         else:
             state = 'takes jobs'
         text = self._inquiries.status(state, now)
-        print_status = PrintStatus(text)
-        self._tables.do(print_status)
+        action = PrintStatus(text)
+        self._tables.do(action)
 
 
 class Node:
@@ -12443,8 +12572,8 @@ class Node:
             for serial, since in comp.begun:
                 row = (serial, now - since)
                 rows.append(row)
-            started = Started(comp.comp, rows)
-            self.tables.reply(comp, started)
+            message = Started(comp.comp, rows)
+            self.tables.reply(comp, message)
             comp.begun = []
         self.results.deliver(comp)
 
@@ -12482,7 +12611,7 @@ class Node:
         tables = self.tables
         instance = tables.links[link].instance
         client = tables.client_at(link)
-        self.lease.take(instance, client, now)
+        self.lease.take(instance, client, now, tables.process_at(link))
 
     def _free_lease(self, now: float) -> None:
         """Free the lease when its holder has no computation here."""
@@ -12494,9 +12623,7 @@ class Node:
         self.lease.end()
         if not self.attempts.refuses_new:
             for link in self.lease.take_refused():
-                cpus_changed = CpusChanged(self.cpus.offered)
-                send = Send(link, cpus_changed)
-                tables.do(send)
+                tables.send(link, CpusChanged(self.cpus.offered))
         if self.lease.was_last() and not self.service.stopping:
             self.service.stop(Stop(), now)
 
@@ -12515,7 +12642,7 @@ class Node:
 
     def _on_introduce(self, link: int, message: ClientHello, now: float) -> None:
         tables = self.tables
-        tables.name_client(link, message.name[:200])
+        tables.name_client(link, message.name[:200], message.process)
         client = tables.client_at(link)
         address = tables.links[link].address
         logger.info('%s has connected from %s', client, address)
@@ -12532,12 +12659,9 @@ class Node:
             kept[name] = self.results.known_attempts(name)
         node_hello = NodeHello(self.name, self.cpus.offered,
                                dict(self.facts, holder=self.lease.held_by(now), kept=kept))
-        action = Send(link, node_hello)
-        tables.do(action)
+        tables.send(link, node_hello)
         if self.service.paused:
-            cpus_changed = CpusChanged(0)
-            send = Send(link, cpus_changed)
-            tables.do(send)
+            tables.send(link, CpusChanged(0))
 
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         tables = self.tables
@@ -12551,15 +12675,12 @@ class Node:
             return
         refusal = self._refusal(link, message.comp, now, message.spec)
         if refusal is not None:
-            send = Send(link, refusal)
-            tables.do(send)
+            tables.send(link, refusal)
         elif self.lease.is_of_another(tables.links[link].instance):
             self.lease.refuse(link)
             held = self.lease.held_by(now)
             text = 'it serves %s' % held
-            refused = Refused(message.comp, 'busy', text)
-            action = Send(link, refused)
-            tables.do(action)
+            tables.send(link, Refused(message.comp, 'busy', text, self.lease.holder_row()))
             self.computations.evict_orphans()
         else:
             self._take_lease(link, now)
@@ -12599,17 +12720,14 @@ class Node:
             logger.warning('%s wants results of a computation and does not have its key', client)
             attempt_history = AttemptHistory(whole=False)
             past = attempt_history.row()
-            send = Send(link, KnownAttempts(message.comp, [], past))
-            tables.do(send)
+            tables.send(link, KnownAttempts(message.comp, [], past))
             return
         self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in tables.links and comp.link != link:
                 held = self.lease.held_by(now)
                 text = 'its client is connected: %s' % held
-                refused = Refused(message.comp, 'busy', text)
-                action = Send(link, refused)
-                tables.do(action)
+                tables.send(link, Refused(message.comp, 'busy', text))
                 return
             if take:
                 comp.link = link
@@ -12633,8 +12751,8 @@ class Node:
     def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
         comp = self.tables.comp_of(link, message.comp)
         if comp is not None:
-            end_wanted = EndWanted(message.comp)
-            self._end_wanted(end_wanted, now)
+            event = EndWanted(message.comp)
+            self._end_wanted(event, now)
 
     def _end_wanted(self, event: EndWanted, now: float) -> None:
         """End when the lease ends, if the operator allows that."""
@@ -13346,21 +13464,79 @@ class NumericThreads:
 
 class TrackerProcess:
     """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
-    have left behind. It is started by the runner, so that its workers share it: one that a worker
-    started would be a process that its job has left running."""
+    have left behind. It is a child of the runner, so that its workers share it: one that a worker
+    started would be a process that its job has left running. Most jobs never need it, and it is a
+    whole Python: where workers are forked, there is only its pipe until somebody writes to that.
+    What it removes is a convenience, so that jobs run without it, too."""
 
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
         self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+        self._process: Any = None    # if it was started here
         self.pid = 0
+        self.reader = -1    # the end of the pipe that it will read, until it is started
 
     def start(self) -> None:
-        """Start it. What it removes is a convenience, so that jobs run without it, too."""
+        """Start it now."""
         try:
             self._tracker.ensure_running()
-            self.pid = self._tracker._pid or 0
         except (OSError, AttributeError) as exc:   # no room for a process; another Python
-            logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+            self._warn(exc)
+        self.find()
+
+    @staticmethod
+    def _warn(exc: Exception) -> None:
+        logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
+
+    def find(self) -> None:
+        """The user's code here may have needed it, and has started it then."""
+        self.pid = getattr(self._tracker, '_pid', None) or self.pid
+
+    def make_pipe(self) -> None:
+        """Called after the computation was loaded, and before workers are forked: make the pipe if
+        the tracker does not run."""
+        self.find()
+        if getattr(self._tracker, '_fd', 0) is not None:
+            return
+        try:
+            self.reader, self._tracker._fd = os.pipe()
+        except OSError as exc:
+            self._warn(exc)
+
+    def start_at_pipe(self) -> None:
+        """Start it: something was written to the pipe."""
+        handle = self.reader
+        self.reader = -1
+        code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
+        flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        words = [sys.executable, *flags, '-c', code]
+        # It ignores these, but not from its very beginning
+        ignored = (signal.SIGINT, signal.SIGTERM)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+        try:
+            self._process = subprocess.Popen(words, pass_fds=[handle], cwd=os.sep)
+            self.pid = self._tracker._pid = self._process.pid
+        except OSError as exc:
+            self._warn(exc)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(handle)
+
+    def end_pipe(self) -> None:
+        """The workers have ended: if it was not needed, let the user's code that still runs here
+        start it in the usual way. Nobody would read the pipe meanwhile."""
+        if self.reader < 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.reader, selectors.EVENT_READ)
+            is_written = bool(selector.select(0))
+        if is_written:
+            self.start_at_pipe()
+            return
+        os.close(self.reader)
+        os.close(self._tracker._fd)
+        self.reader = -1
+        self._tracker._fd = None
 
     def stop(self) -> None:
         """Let it remove what is left and end; the workers have ended."""
@@ -14952,7 +15128,7 @@ class WorkerProcesses:
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
-        self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+        self.closed_in_workers: List[int] = []   # descriptors that are the runner's alone
         # Worker, which is to be made -> variables of its environment that say what it may use
         self._variables: Dict[int, Dict[str, str]] = {}
 
@@ -15727,16 +15903,35 @@ class Runner(LoadingProcess):
         captured_output = CapturedOutput(private)
         err = CapturedOutput(private)
         self._catch_output(captured_output, err)
-        if os.name == 'posix':
+        if os.name == 'posix' and not forks:
             self._tracker.start()
-            self._workers.kept_alive.add(self._tracker.pid)
+            self._keep_tracker()
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         unpack_support(self._spec)
         if forks:
             if not self._load(init.bodies[1]):
                 return
+            self._make_tracker_pipe(selector)
             self._tell_up()
         self._serve(selector)
+
+    def _make_tracker_pipe(self, selector: selectors.BaseSelector) -> None:
+        self._tracker.make_pipe()
+        self._keep_tracker()
+        if self._tracker.reader >= 0:
+            selector.register(self._tracker.reader, selectors.EVENT_READ,
+                              functools.partial(self._start_tracker, selector))
+
+    def _start_tracker(self, selector: selectors.BaseSelector) -> None:
+        selector.unregister(self._tracker.reader)
+        self._workers.closed_in_workers.remove(self._tracker.reader)
+        self._tracker.start_at_pipe()
+        self._keep_tracker()
+
+    def _keep_tracker(self) -> None:
+        """It is no process that a job has left running, whoever has started it."""
+        self._tracker.find()
+        self._workers.kept_alive.add(self._tracker.pid)
 
     def _loaded(self) -> None:
         self._workers.keep_children()
@@ -15744,6 +15939,7 @@ class Runner(LoadingProcess):
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     def _not_loaded(self) -> None:
+        self._keep_tracker()
         self._workers.kill_strays()
         self._tracker.stop()
         # Nobody wants it any more, and what that has interrupted is no fault
@@ -15767,7 +15963,9 @@ class Runner(LoadingProcess):
         writer.setblocking(False)
         workers = self._workers
         handle = reader.fileno()
-        workers.closed_in_workers = (handle, writer.fileno())
+        workers.closed_in_workers = [handle, writer.fileno()]
+        if self._tracker.reader >= 0:
+            workers.closed_in_workers.append(self._tracker.reader)
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
         descriptor = writer.fileno()
@@ -15797,9 +15995,11 @@ class Runner(LoadingProcess):
     def _end(self) -> None:
         self._is_ending = True
         self._workers.end()
+        self._tracker.end_pipe()
         if not self._is_closed:   # first of all, as the next program may wait for it
             write_notes(self._spec['private'])
         self._clean_up()
+        self._keep_tracker()
         self._workers.drop_children()
         self._finalize()
         self._tracker.stop()
@@ -16290,6 +16490,11 @@ class ResultSpool:
                     os.unlink(self.path)
                 raise
 
+    def age(self) -> float:
+        """Return the seconds since the last results were added. Raises OSError."""
+        status = os.stat(self.path)
+        return time.time() - status.st_mtime
+
     def rows(self) -> Iterator[tuple]:
         """Return what is kept, row after row; ends before what is torn."""
         return (row for row, _ in self._rows())
@@ -16769,6 +16974,10 @@ class NodeDirectory:
         # Where computations work, and what is above: not the same with --user
         self.root = self.base = ''
 
+    def available(self) -> Dict[str, Any]:
+        """Return what is free of the machine, with the disk of the directory."""
+        return availability(self.root)
+
     def take(self, port: int) -> None:
         """Have the directory. Raises StartError."""
         self._port = port
@@ -16929,7 +17138,7 @@ class NodeDirectory:
     def spooled(self) -> List[str]:
         """Computations that have such a file."""
         return [
-            name[2:] for name in os.listdir(self.base)
+            name[2:] for name in sorted(os.listdir(self.base))
             if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))
         ]
 
@@ -17078,8 +17287,8 @@ class ComputationFiles:
         loop."""
         def work() -> None:
             Digests.learn(paths)
-            digested = Digested(action)
-            self._host.post(digested)
+            event = Digested(action)
+            self._host.post(event)
         self._digesting.add(action.comp)
         thread = threading.Thread(target=work, name='dispy-digest', daemon=True)
         thread.start()
@@ -17134,8 +17343,8 @@ class ComputationFiles:
                     missing = files.receiver.want(Purpose.VALUES, [row])
         except (OSError, ValueError) as exc:
             error = str(exc)
-        value_sought = ValueSought(action.comp, digest, missing, error)
-        self._host.post(value_sought)
+        event = ValueSought(action.comp, digest, missing, error)
+        self._host.post(event)
 
     def drop_value(self, action: DropValue) -> None:
         """Remove a value."""
@@ -17151,8 +17360,8 @@ class ComputationFiles:
         if files is not None:
             with self._directory.as_user():
                 missing = files.receiver.again()
-                wanted = Wanted(action.comp, missing)
-                self._host.post(wanted)
+                event = Wanted(action.comp, missing)
+                self._host.post(event)
 
     def store(self, action: WriteFile) -> None:
         """Write a piece of a file."""
@@ -17165,8 +17374,8 @@ class ComputationFiles:
             whole = not file.error and not files.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(files.private, files.fetched)
-        file_written = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
-        self._host.post(file_written)
+        event = FileWritten(file, not files.receiver.wants(*FOR_CODE), files.receiver.code)
+        self._host.post(event)
 
     def note_overrun(self, action: NoteOverrun) -> None:
         """Note that notes of what has begun do not reach back far enough."""
@@ -17234,13 +17443,10 @@ class ResultStore:
                 if not serials:
                     text = '%s is empty' % spool.path
                     raise ValueError(text)
-                now = time.time()
-                status = os.stat(spool.path)
-                st_mtime = status.st_mtime
-                left = self._zombie - (now - st_mtime)
+                left = self._zombie - spool.age()
                 until = self._host.now + max(0.0, left)
-                spool_found = SpoolFound(comp, owner, serials, until, digest)
-                self._host.tell(spool_found)
+                event = SpoolFound(comp, owner, serials, until, digest)
+                self._host.tell(event)
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
@@ -17256,8 +17462,8 @@ class ResultStore:
         except (OSError, ValueError, StartError) as exc:
             self._unkept.add(comp)
             error = str(exc)
-            results_spooled = ResultsSpooled(comp, [], error)
-            self._host.post(results_spooled)
+            event = ResultsSpooled(comp, [], error)
+            self._host.post(event)
         else:
             self._unkept.discard(comp)
             serials = []
@@ -17740,8 +17946,8 @@ class WorkerReader:
                 rows.append(row)
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                worker_results = WorkerResults(pipe.worker, rows)
-                self._host.tell(worker_results)
+                event = WorkerResults(pipe.worker, rows)
+                self._host.tell(event)
                 rows = []
             record = pipe.record_of(head, body)
             self._from_job(pipe, record)
@@ -17759,31 +17965,28 @@ class WorkerReader:
         if record.kind == RecordType.LOGGED:
             log_record_of(bodies[0])
             data = bytes(bodies[0])
-            worker_printed = WorkerPrinted(pipe.worker, serial, 0, 0, data)
-            self._host.tell(worker_printed)
+            self._host.tell(WorkerPrinted(pipe.worker, serial, 0, 0, data))
         elif record.kind == RecordType.FILE:
             row = open_envelope(bodies[0])
-            is_file = _is_file(row)
-            if not is_file or not is_serial(serial):
+            if not _is_file(row):
                 raise PeerError('a file that is none')
+            if not is_serial(serial):
+                raise PeerError('a file of no job')
             offset = record.number * FILE_PIECE
             purpose = int(Purpose.FROM_JOB)
             piece = FilePiece(pipe.comp, purpose, serial, row, offset, out_of_band(bodies[1]))
-            worker_file = WorkerFile(pipe.worker, piece)
-            self._host.tell(worker_file)
+            self._host.tell(WorkerFile(pipe.worker, piece))
             self.held.hold_back(pipe)
         elif record.kind == RecordType.WANT:
             request = open_envelope(bodies[0])
-            if type(request) not in (int, str) or (type(request) is int
-                                                   and not is_serial(request)):
+            is_number = type(request) is int and is_serial(request)
+            if not is_number and type(request) is not str:
                 raise PeerError('modules that are none')
-            worker_wants = WorkerWants(pipe.worker, serial, request)
-            self._host.tell(worker_wants)
+            self._host.tell(WorkerWants(pipe.worker, serial, request))
         elif record.kind == RecordType.INITIALIZED:
             text = bytes(bodies[0]).decode('utf-8', 'replace')
             error = text and 'on node %s %s' % (self._host.node.name, text)
-            worker_initialized = WorkerInitialized(pipe.worker, error)
-            self._host.tell(worker_initialized)
+            self._host.tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == RecordType.JOBS_RETURNED:
             body = bodies[0]
             if len(body) % 8:
@@ -17956,8 +18159,8 @@ class ProcessHost:
             run.start(self._host)
         except OSError as exc:   # no descriptors, no processes
             text = 'its process cannot be started: %s' % shortage(exc)
-            runner_gone = RunnerGone(comp, text, code='process')
-            self._host.post(runner_gone)
+            event = RunnerGone(comp, text, code='process')
+            self._host.post(event)
             return
         self._runs[comp] = run
         run.watch = RunnerWatch(self._host, run.process.pid,
@@ -17975,8 +18178,8 @@ class ProcessHost:
         if run is None or run.process is None:
             self._runs.pop(comp, None)
             self._files.discard(comp)
-            runner_gone = RunnerGone(comp, '')
-            self._host.post(runner_gone)
+            event = RunnerGone(comp, '')
+            self._host.post(event)
             return
         run.closing = True
         run.kill_at = self._host.now + GRACE
@@ -18147,15 +18350,15 @@ class ProcessHost:
             run.pids.pop(record.number, None)
             if record.number in run.equipped:
                 run.equipped.discard(record.number)
-                worker_left = WorkerLeft(record.number)
-                self._host.tell(worker_left)
+                event = WorkerLeft(record.number)
+                self._host.tell(event)
 
     def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
         """The runner answers, which is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
-        end_wanted = EndWanted(run.comp)
-        self._host.tell(end_wanted)
+        event = EndWanted(run.comp)
+        self._host.tell(event)
 
     def _on_up(self, run: ComputationProcesses, record: Record) -> None:
         run.up = True
@@ -18181,12 +18384,12 @@ class ProcessHost:
         self._host.tell(WorkerStartFailed(record.number, text))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
-        memory_exceeded = MemoryExceeded(record.number, record.serial)
-        self._host.tell(memory_exceeded)
+        event = MemoryExceeded(record.number, record.serial)
+        self._host.tell(event)
 
     def _on_overdue(self, run: ComputationProcesses, record: Record) -> None:
-        worker_overdue = WorkerOverdue(record.number, record.serial)
-        self._host.tell(worker_overdue)
+        event = WorkerOverdue(record.number, record.serial)
+        self._host.tell(event)
 
     def _on_seen(self, run: ComputationProcesses, record: Record) -> None:
         stacks, stdout, stderr = map(bytes, record.bodies)
@@ -18225,8 +18428,8 @@ class ProcessHost:
         tail = decoded.strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        worker_gone = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
-        self._host.tell(worker_gone)
+        event = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
+        self._host.tell(event)
 
     def _let_go_of_all(self, run: ComputationProcesses) -> None:
         for worker in list(run.pipes):
@@ -18252,8 +18455,8 @@ class ProcessHost:
                 self._host.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
-        kill = Kill(pipe.worker)
-        self.workers.kill(kill)
+        action = Kill(pipe.worker)
+        self.workers.kill(action)
         run.kill(pipe.worker)
         self._host.detach(pipe)
 
@@ -18498,15 +18701,17 @@ class NodeHost:
                  options: Options,
                  directory: Type[NodeDirectory] = NodeDirectory,
                  files: Type[ComputationFiles] = ComputationFiles,
-                 processes: Type[ProcessHost] = ProcessHost) -> None:
-        """The classes are those of the parts that have to do with files and processes."""
+                 processes: Type[ProcessHost] = ProcessHost,
+                 facts: Optional[Dict[str, Any]] = None) -> None:
+        """The classes are those of the parts that have to do with files and processes. `facts` are
+        those of the machine, see `node_facts`."""
         self.loop = loop
         self.options = options
         self.instance = os.urandom(16)
         self.links: Dict[int, Link] = {}     # to clients
         self.has_ended = False      # the state has decided so
         name = options.name or platform.node() or 'node'
-        facts = dict(node_facts(), start_method=options.start_method,
+        facts = dict(facts or node_facts(), start_method=options.start_method,
                      resources=options.offer.counts, memory_total=whole_memory(options.memory),
                      pythons={name: interpreter.fact
                               for name, interpreter in options.interpreters.items()})
@@ -18571,8 +18776,8 @@ class NodeHost:
     def _directory_taken(self, memory: Memory, past: Dict[str, AttemptHistory]) -> None:
         self.node.facts['memory'] = memory.ident
         for comp, known in past.items():
-            remembered = Remembered(comp, known)
-            self.tell(remembered)
+            event = Remembered(comp, known)
+            self.tell(event)
 
     def _exit(self, action: Exit) -> None:
         self.has_ended = True
@@ -18624,7 +18829,7 @@ class NodeHost:
     def link_up(self, link: Link) -> None:
         """A client has proved itself."""
         self.links[link.number] = link
-        self.node.facts['available'] = availability(self.directory.root)
+        self.node.facts['available'] = self.directory.available()
         event = LinkUp(link.number, link.instance, link.address)
         self.tell(event)
 
@@ -18650,9 +18855,9 @@ class NodeHost:
             raise LinkBroken(text)
         if not isinstance(message, Pulse):
             if type(message) is Query:
-                self.node.facts['available'] = availability(self.directory.root)
-            received = Received(link.number, message)
-            self.tell(received)
+                self.node.facts['available'] = self.directory.available()
+            event = Received(link.number, message)
+            self.tell(event)
 
     def tell(self, event: Any) -> None:
         """Tell the state what has happened, and do what it decides."""
@@ -18711,8 +18916,8 @@ class NodeHost:
         else:
             link = self.links.get(getattr(subject, 'link', 0))
         if comp and not isinstance(subject, Link):
-            faulted = Faulted(comp, text)
-            self.tell(faulted)
+            event = Faulted(comp, text)
+            self.tell(event)
         elif link is not None:
             self.loop.break_link(link, text)
         if bool(comp):
@@ -18813,10 +19018,14 @@ class Daemon(Loop):
     """The loop of a dispynode: a NodeHost, and the links of clients, which were let in at its gates
     or which it has made itself."""
 
-    def __init__(self, options: Options,
-                 host: Callable[[Loop, Options], NodeHost] = NodeHost) -> None:
+    def __init__(self,
+                 options: Options,
+                 host: Callable[[Loop, Options], NodeHost] = NodeHost,
+                 link: Type[Link] = Link) -> None:
+        """`host` makes the part that is the node, and `link` is the class of links to clients."""
         super().__init__()
         self._options = options
+        self._link = link
         self.node_host = host(self, options)
         self.node = self.node_host.node
         self.tell = self.node_host.tell
@@ -18913,7 +19122,7 @@ class Daemon(Loop):
 
     def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
         """A peer has proved itself."""
-        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        link = self._link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
         self.attach(link)
         self.node_host.link_up(link)
         return link

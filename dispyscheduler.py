@@ -98,7 +98,8 @@ from dispynode import OF_CLIENTS, ORPHAN_TIME, PAST_TIME, PROVISIONAL, PULSE, RE
 from dispynode import SCHEDULER_PORT, ZOMBIE_TIME
 from dispynode import Acceptor, Ack, AttemptHistory, Authenticated, Bye, Call, Cancel, ClientHello
 from dispynode import Compute, CpusChanged, Digests, DispyError, Done, DropValue, Each, FilePiece
-from dispynode import FileReceiver, FileStored, IncomingValue, Jobs, JobsReturned, KnownAttempts
+from dispynode import FileReceiver, FileStored, Holder, IncomingValue, Jobs, JobsReturned
+from dispynode import KnownAttempts
 from dispynode import Limit, Link, LinkBroken, Need, NodeHello, Notice, OptionParser, Outcome
 from dispynode import Output, PeerError, Pulse, Purpose, Query, Ready, Reclaim, Refused, Results
 from dispynode import Return, ReturnJobs, Role, Shutdown, SpoolSender, Started, StartError, Unfit
@@ -1656,8 +1657,8 @@ class ClientComputation(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        jobs_assigned = JobsAssigned(self.comp, (), [work.client_serial])
-        self.send(jobs_assigned)
+        message = JobsAssigned(self.comp, (), [work.client_serial])
+        self.send(message)
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1676,8 +1677,8 @@ class ClientComputation(NodeUser):
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            started = Started(work.comp, [(work.client_serial, ran)])
-            self.send(started)
+            message = Started(work.comp, [(work.client_serial, ran)])
+            self.send(message)
 
     def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
@@ -2700,8 +2701,8 @@ class ProgramOverview(Overview):
     }
     # What users may ask, of their own programs
     _OF_USERS = frozenset(('history', 'clusters', 'nodes', 'failures', 'jobs', 'ended',
-                            'at_nodes', 'waiting', 'looks', 'arguments', 'cancel',
-                            'cancel_waiting', 'users'))
+                           'at_nodes', 'waiting', 'looks', 'arguments', 'cancel',
+                           'cancel_waiting', 'users'))
 
 
 def _without_reason(use: tuple) -> tuple:
@@ -2822,7 +2823,12 @@ class NodeSharing(NodePolicy):
         """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
-    def how_to_share(self, text: str) -> str:
+    def process(self) -> tuple:
+        """Return the same for programs."""
+        host, pid, _ = super().process()
+        return host, pid, self.port
+
+    def about_holder(self, holder: Holder, place: str) -> str:
         """Return nothing, because a scheduler shares what it has."""
         return ''
 
@@ -3302,8 +3308,8 @@ class ProgramComputations(Part):
             return True   # it asks again and again in one breath; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
-        ready = Ready(computation.comp, computation.known())
-        self._send(link, ready)
+        message = Ready(computation.comp, computation.known())
+        self._send(link, message)
         if not again:
             jobs = len(computation.works)
             results = len(computation.ended)
@@ -3404,8 +3410,8 @@ class ProgramComputations(Part):
             self._cancel_dropped(computation)
             self._scheduler.program_jobs.give_up_files(computation)
         self._state.commit()   # from where they are sent now
-        known_attempts = KnownAttempts(computation.comp, computation.known())
-        self._send(link, known_attempts)
+        message = KnownAttempts(computation.comp, computation.known())
+        self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
 
     def _cancel_dropped(self, computation: ClientComputation) -> None:

@@ -4,6 +4,8 @@ left over."""
 import atexit
 import contextlib
 import ctypes
+import gc
+import hashlib
 import logging
 import os
 import shutil
@@ -27,7 +29,8 @@ os.environ['PYTHONWARNINGS'] = ','.join(
 # as a shell starts what it puts into the background; programs started here would not hear it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
+# 64 hexadecimal digits, as dispy makes by itself: a phrase takes each process 50 ms of CPU time.
+os.environ['DISPY_SECRET'] = hashlib.sha256(b'the secret of the test suite').hexdigest()
 WORKER = os.environ.get('PYTEST_XDIST_WORKER', '')   # a worker of `pytest -n`, or none
 
 
@@ -62,7 +65,8 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(config, items):
     """Tests that take long begin first: one that is begun last would be waited for alone.
     `worksteal` gives each worker a part of the tests in their order, so each part begins with some
-    of them. Those of a file that are marked so with `together` stay with one worker."""
+    of them. Those of a file that are marked so with `together` stay with one worker, as they share
+    what takes long to make."""
     parts = getattr(config, 'workerinput', {}).get('workercount', 1)
     long, others = {}, []
     for item in items:
@@ -74,12 +78,42 @@ def pytest_collection_modifyitems(config, items):
         else:
             long[item] = [item]
     units = sorted(long.values(), key=len, reverse=True)
-    size = -(-len(others) // parts)
+    left = len(items)
     items[:] = []
     for part in range(parts):
-        for unit in units[part::parts]:
-            items += unit
-        items += others[part * size:(part + 1) * size]
+        size = left // (parts - part)   # as `worksteal` counts
+        left -= size
+        begun = [item for unit in units[part::parts] for item in unit]
+        rest = max(0, size - len(begun))
+        items += begun + others[:rest]
+        del others[:rest]
+    items += others
+
+
+def pytest_collection_finish():
+    """What has been collected stays until the end. The garbage collector need not look at it again
+    and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def compiled_code():
+    """A directory for the compiled code of all modules, which stays for the next run; without that
+    of the tests' own programs, which are made anew each time."""
+    path = os.path.join(ROOT, '.pytest_cache', 'pycache')
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError:   # of somebody else
+        return os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+    temporary = tempfile.gettempdir()
+    there = path + os.path.splitdrive(temporary)[1]
+
+    def forget():
+        for name in os.listdir(there) if os.path.isdir(there) else ():
+            if not (ROOT + os.sep).startswith(os.path.join(temporary, name, '')):
+                shutil.rmtree(os.path.join(there, name), True)
+    atexit.register(forget)
+    return path
 
 
 OURS = 'dispy-tests-%s-' % WORKER
@@ -92,7 +126,7 @@ if OURS not in os.environ.get('DISPY_TESTS', ''):
         # The tests start thousands of processes, and each would compile the modules anew without a
         # cache. Workers have that of the process which has started them.
         os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
-        os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+        os.environ['PYTHONPYCACHEPREFIX'] = compiled_code()
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402

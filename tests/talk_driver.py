@@ -4,8 +4,8 @@ they say to nodes, and which events they hand to the Schedule."""
 import types
 
 from dispy import (
-    PackedComputation, ComputationSetup, FileTransfers, HeldBack, NodePolicy, NodeSelection,
-    NodeSpec, NodeTable, NodeUser, Opened, Schedule)
+    PackedComputation, ComputationSetup, DriverParts, FileTransfers, HeldBack, NodePolicy,
+    NodeSelection, NodeSpec, NodeTable, NodeUser, Opened, Schedule)
 from dispynode import NodeHello
 
 SPEC = {'kind': 'function', 'portable': False, 'python': (3, 8, 0), 'code': b'code',
@@ -106,6 +106,7 @@ class FakeDriver:
         self.clusters, self.links = {}, {}
         self.schedule = Schedule()
         self.policy = NodePolicy()
+        self.parts = DriverParts()
         self.access = types.SimpleNamespace(redial=30.0)
         self.connector = FakeConnector()
         self.recoveries = types.SimpleNamespace(by_comp={})

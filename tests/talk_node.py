@@ -54,9 +54,9 @@ class Talk:
         self.now += seconds
         return self.tell()
 
-    def link(self, link=1, instance=b'me', name='me@here'):
+    def link(self, link=1, instance=b'me', name='me@here', process=('here', 7, 0)):
         self.tell(LinkUp(link, instance, 'address'))
-        return self.say(ClientHello(name, 2.0), link)
+        return self.say(ClientHello(name, 2.0, process), link)
 
     def say(self, message, link=1):
         return self.tell(Received(link, message))

@@ -26,7 +26,7 @@ from conftest import ROOT
 from nodes import NodeProcess
 
 TOOLS = ('ip', 'nft', 'nsenter', 'unshare', 'mount', 'env')
-SECRET = 'the secret of these hosts'
+SECRET = 'd15b' * 16   # as dispy makes one
 
 # $1: directory, $2: name. /proc/sys/net is the namespace's; without accept_dad=0 addresses cannot
 # be used for a second or two.

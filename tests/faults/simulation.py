@@ -34,20 +34,20 @@ import selectors
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import types
 import zlib
-from unittest import mock
 
 if __name__ == '__main__':
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import dispy
 import dispynode
-from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
+from dispy import (
+    ENDED, DispyJob, Driver, DriverParts, JobBook, JobCluster, JobState, Journal, JournalRecovery,
+    ProgramCluster, ProgramParts)
 from dispynode import (
-    PULSE, PULSES_LOST, Ack, Authenticated, Bye, ComputationFiles, Daemon, ConnectFailed, Connected,
+    PULSE, PULSES_LOST, Ack, Authenticated, Bye, ComputationFiles, ConnectFailed, Connected, Daemon,
     ResultsSpooled, Lease, LinkBroken, Loop, Memory, NodeDirectory, NodeHost, Options, Outcome,
     Pause, DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp,
     Session as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values, WorkerGone,
@@ -163,15 +163,14 @@ class Plug:
 
 class SimLink:
     """Stands in for dispynode.Link."""
-    numbers = itertools.count(1)
     bytes_in = bytes_out = 0
     stall = ''
     owner = None
 
     def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
-        self.number, self.instance, self.role = (next(SimLink.numbers), session.peer_instance,
-                                                 session.peer_role)
+        self.number = next(sock.world.link_numbers)
+        self.instance, self.role = session.peer_instance, session.peer_role
         self.said, self.sent, self.opened = now, 0, 0
         self.on_purpose = self.paused = self.owes = False
         self.later = {}   # nothing here is so large that it goes in parts
@@ -226,10 +225,10 @@ class SimLink:
 # -- processes -------------------------------------------------------------------------------------
 
 class SimLoop(Loop):
-    """A process: a loop without sockets, whose turns the world calls."""
+    """A process: a loop without sockets, whose turns the world calls. Its world is set before."""
+    world: 'World'
 
     def __init__(self):
-        self.world = World.current
         self.clock = lambda: self.world.now
         self.now, self.links, self.unsent = self.world.now, {}, {}
         self._inbox, self.has_ended, self._pulse_at = collections.deque(), False, 0.0
@@ -324,8 +323,28 @@ class SimLoop(Loop):
         self.world.kill(self)
 
 
+class SimPolicy(dispy.NodePolicy):
+    """Of a program that leaves no files but its recover_file."""
+
+    def about_holder(self, holder, place):
+        return ''
+
+
 class SimClient(Driver, SimLoop):
     """A client's driver."""
+
+    def __init__(self, access, session):
+        self.world, self.session, self.host = session.world, session, session.user
+        parts = DriverParts(SimLink, self.attempt, SimPool, self.event, self.world.new_comp)
+        super().__init__(access, self.world.random_bytes(), SimPolicy(), parts)
+
+    def attempt(self, post, peer, reach):
+        """What begins an attempt to connect."""
+        return SimAttempt(self, peer, reach.keywords['patience'])
+
+    def event(self):
+        """What its user waits for."""
+        return SimEvent(self.world)
 
     def ask(self, call):
         self.now = self.world.now
@@ -347,39 +366,58 @@ class SimClient(Driver, SimLoop):
 
 
 class SimDrivers:
-    """What JobCluster asks for a driver: each has its own."""
+    """What the clusters of a session ask for a driver: each has its own."""
 
-    @staticmethod
-    def acquire(access):
-        world = World.current
-        driver = SimClient(access)
-        driver.session, driver.host = world.next_session, world.next_session.user
-        driver.instance = bytes(world.rng.getrandbits(8) for _ in range(16))
-        return driver
+    def __init__(self, session):
+        self.session = session
+
+    def acquire(self, access):
+        return SimClient(access, self.session)
 
     alone = acquire
 
-    @staticmethod
-    def release(driver):
+    def release(self, driver):
         driver.finish()
 
 
-class SimDialling(dispynode.Reconnector):
-    """Attempts without threads."""
+class SimCluster(JobCluster):
+    """A cluster of a session."""
 
-    def start(self, post, peer, reach):
-        self.due, self._attempt = None, 'dialling'
-        post.__self__.world.dial(post.__self__, peer, reach.keywords['patience'])
+    def __init__(self, session, *args, **options):
+        self.session = session
+        super().__init__(*args, **options)
 
-    def abort(self, waits=False):
+    def _make_core(self, computation, options):
+        world = self.session.world
+        return ProgramCluster(computation, options, ProgramParts(
+            self.session.drivers, SimJournal, SimBook, world.new_comp))
+
+
+class SimBook(JobBook):
+    """What a program would wait for is done when its driver is released."""
+
+    def wait(self, timeout):
+        return True
+
+
+class SimAttempt:
+    """An attempt to connect, without a thread."""
+
+    def __init__(self, driver, peer, patience):
+        self.driver, self.peer, self.patience = driver, peer, patience
+
+    def start(self):
+        self.driver.world.dial(self.driver, self.peer, self.patience)
+
+    def abort(self, waits):
         """The process has ended."""
 
 
 class SimEvent:
     """Waiting is letting the world go on."""
 
-    def __init__(self):
-        self.flag = False
+    def __init__(self, world):
+        self.world, self.flag = world, False
 
     def set(self):
         self.flag = True
@@ -388,7 +426,7 @@ class SimEvent:
         return self.flag
 
     def wait(self, timeout=None):
-        world = World.current
+        world = self.world
         until = world.now + timeout
         while not self.flag and world.now < until:
             world.step()
@@ -426,16 +464,24 @@ class SimShelf(ResultSpool):
             raise OSError(errno.ENOSPC, 'No space left on device')
         before = os.path.getsize(self.path) if os.path.exists(self.path) else 0
         super().append(owner, rows, digest)
+        daemon.world.written[self.path] = daemon.now
         if daemon.doomed == 'while it writes':
             os.truncate(self.path, daemon.world.rng.randint(before, os.path.getsize(self.path)))
             raise Killed
         if daemon.home.slow_until > daemon.now:
             daemon.world.stop(daemon, daemon.world.rng.uniform(0.1, 3.0))
 
+    def age(self):
+        return self.daemon.now - self.daemon.world.written[self.path]
+
 
 class SimDirectory(NodeDirectory):
     """The directory of a host, without a lock; files in it are those of the model."""
     daemon = None
+
+    def available(self):
+        """Nobody asks for it here."""
+        return {}
 
     def have(self, home):
         """What `take` does."""
@@ -516,7 +562,7 @@ class SimNodeHost(NodeHost):
     """The real one, over the parts above."""
 
     def __init__(self, loop, options):
-        super().__init__(loop, options, SimDirectory, SimFiles, SimProcesses)
+        super().__init__(loop, options, SimDirectory, SimFiles, SimProcesses, FACTS)
 
     def take(self, link, message):
         if type(message) is Ack:
@@ -533,10 +579,10 @@ class SimDaemon(Daemon, SimLoop):
     """A node's daemon; what it does to processes is done to those of the model."""
 
     def __init__(self, home):
-        self.home, self.host = home, home.name
+        self.world, self.home, self.host = home.world, home, home.name
         super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE),
-                         SimNodeHost)
-        self.instance = bytes(self.world.rng.getrandbits(8) for _ in range(16))
+                         SimNodeHost, SimLink)
+        self.instance = self.world.random_bytes()
         self.workers = self.processes.workers.by_key
         self.directory.daemon = self
         self.directory.have(home)
@@ -675,6 +721,7 @@ class Session:
         self.lengths = getattr(self,
                                rng.choice(('exponential', 'exponential', 'quick_first', 'one_slow',
                                            'alternating', 'growing', 'bimodal')))()
+        self.drivers = SimDrivers(self)
         self.jobs = {}             # of which the end has not been seen
         self.cluster = self.driver = None
         # Of which the end was seen in this turn, and may not be committed
@@ -686,22 +733,30 @@ class Session:
         if self.driver is not None and self.driver.alive:
             return
         world.note('begin', self.user, '')
-        world.next_session = self
         if self.cluster is not None and world.rng.random() < 0.3:
-            self.recover(dispy.recover_jobs(self.path, world.rng.choice((0.0, 5.0, 60.0)),
-                                            world.rng.random() < 0.3, SECRET))
+            self.recover(self.recover_jobs(world.rng.choice((0.0, 5.0, 60.0)),
+                                           world.rng.random() < 0.3))
             if not self.jobs:
                 self.over()
                 return
-            world.next_session = self   # others may have begun meanwhile
-        self.cluster = cluster = JobCluster(compute, nodes=self.nodes, reentrant=self.reentrant,
-                                            recover_file=self.path, secret=SECRET,
-                                            job_status=self.ended, loglevel=logging.CRITICAL)
+        self.cluster = cluster = SimCluster(self, compute, nodes=self.nodes,
+                                            reentrant=self.reentrant, recover_file=self.path,
+                                            secret=SECRET, job_status=self.ended,
+                                            loglevel=logging.CRITICAL)
         self.driver = dispy.core_of(cluster).driver
         if dispy.core_of(cluster).journal is not None:
             dispy.core_of(cluster).journal.driver = self.driver
         self.recover(cluster.recovered)
         self.submit()
+
+    def recover_jobs(self, timeout, cancel):
+        """What dispy.recover_jobs does."""
+        access = dispy.core_of(self.cluster).options.access()
+        journal = Journal(self.path, must_exist=True)
+        try:
+            return JournalRecovery(journal, cancel, self.drivers).run(timeout, access)
+        finally:
+            journal.close()
 
     def recover(self, jobs):
         found = set()
@@ -793,8 +848,7 @@ class Session:
 
     def close(self):
         cluster, self.left = self.cluster, 0
-        with mock.patch.object(dispy.core_of(cluster).book, 'wait', lambda timeout: True):
-            cluster.close(terminate=True)
+        cluster.close(terminate=True)
         assert not self.jobs, ('jobs that have not ended when their cluster is closed: %s'
                                % self.jobs)
         self.over()
@@ -836,7 +890,6 @@ def compute(number):
 
 class World:
     """The clock, the network, the faults, and the books of what must be true."""
-    current = None
 
     def __init__(self, seed, hosts=8, users=3, jobs=2000, faults=300, hours=1.0, scale=1.0,
                  journals=0.6, directory=None):
@@ -848,12 +901,13 @@ class World:
         self.numbers, self.jobs, self.by_payload, self.returned = itertools.count(1), {}, {}, {}
         # (computation, serial) -> outcome that its node has told last, until that is acknowledged
         self.outcomes = {}
+        self.written = {}          # path of results on a disk -> when some were added last
         self.statuses, self.told = collections.Counter(), collections.Counter()
         self.plugs, self.blocked, self.slow_network, self.over = ({}, collections.Counter(), 0.0,
                                                                   False)
         self.victim = 'n0'
         self.strange = {}          # (daemon, worker, serial) that nobody wants -> since when
-        self.next_session, World.current, SimLink.numbers = None, self, itertools.count(1)
+        self.link_numbers, self.ids = itertools.count(1), random.Random(seed)
         self.hosts = {'n%d' % number: None for number in range(hosts)}
         for name in self.hosts:
             self.hosts[name] = Host(self, name, self.rng.choice((2, 2, 4, 8)))
@@ -864,6 +918,14 @@ class World:
         for _ in range(faults):
             self.at(self.rng.uniform(5.0, self.until), self.fault)
         self.at(SWEEP, self.sweep)
+
+    def new_comp(self):
+        """The name of a computation."""
+        return '%032x' % self.ids.getrandbits(128)
+
+    def random_bytes(self):
+        """What one process is told from all others by."""
+        return bytes(self.rng.getrandbits(8) for _ in range(16))
 
     def at(self, when, call, *args):
         heapq.heappush(self.heap, (when, next(self.order), call, args))
@@ -1265,23 +1327,17 @@ def simulate(seed, **options):
     # What is synchronised to a disk takes its time
     where = '/dev/shm' if os.path.isdir('/dev/shm') else None
     directory = tempfile.mkdtemp(prefix='dispy-sim-', dir=where)
-    rng = random.Random(seed)
-    ids = types.SimpleNamespace(
-        uuid4=lambda: types.SimpleNamespace(hex='%032x' % rng.getrandbits(128)))
-    threads = types.SimpleNamespace(**dict(vars(threading), Event=SimEvent))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, True)
-        stack.enter_context(mock.patch.multiple(dispynode, Link=SimLink,
-                                                availability=lambda directory: {},
-                                                node_facts=lambda: dict(FACTS)))
-        stack.enter_context(mock.patch.multiple(dispy, Link=SimLink, drivers=SimDrivers,
-                                                Reconnector=SimDialling, Pool=SimPool,
-                                                Journal=SimJournal, uuid=ids, threading=threads))
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)
         world = World(seed, directory=directory, **options)
         stack.callback(world.close)
-        world.run()
+        try:
+            world.run()
+        except BaseException:
+            print('seed %d fails at %.6f s' % (seed, world.now), flush=True)
+            raise
         return world
 
 
@@ -1298,17 +1354,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for seed in range(args.seed, args.seed + args.seeds):
         began = time.monotonic()
-        try:
-            if args.profile:
-                import cProfile
-                profile = cProfile.Profile()
-                world = profile.runcall(simulate, seed, **FULL if args.full else {})
-                profile.print_stats('tottime')
-            else:
-                world = simulate(seed, **FULL if args.full else {})
-        except BaseException:
-            print('seed %d fails at %.6f s' % (seed, World.current.now), flush=True)
-            raise
+        if args.profile:
+            import cProfile
+            profile = cProfile.Profile()
+            world = profile.runcall(simulate, seed, **FULL if args.full else {})
+            profile.print_stats('tottime')
+        else:
+            world = simulate(seed, **FULL if args.full else {})
         print('seed %d: %s; %.1f s' % (seed, world.summary(), time.monotonic() - began), flush=True)
     return 0
 

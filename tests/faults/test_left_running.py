@@ -184,6 +184,39 @@ def test_jobs_that_had_not_begun_are_lost_and_counted(place, node):
     assert len(out.splitlines()) == int(found.group(1)) == len(place.names('begun'))
 
 
+ON_THEIR_WAY = '''
+import signal, subprocess
+node = int(sys.argv[3])
+cluster, jobs = start(30, 4)
+driver = dispy.core_of(cluster).driver
+
+
+def counts():
+    load, = driver.schedule.nodes.values()
+    return sum(map(len, load.recalled.values())), sum(map(len, load.in_flight.values()))
+
+
+os.kill(node, signal.SIGSTOP)
+subprocess.Popen([sys.executable, '-c', 'import os, signal, time; time.sleep(0.7); '
+                  'os.kill(%d, signal.SIGCONT)' % node], stdout=subprocess.DEVNULL,
+                 stderr=subprocess.DEVNULL)
+while driver.ask(counts)[0] == 0 and driver.ask(counts)[1] > 4:
+    time.sleep(0.01)
+raise ValueError('a mistake')
+'''
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no process can be stopped there')
+def test_jobs_that_are_on_their_way_back_are_not_counted_as_running(place, node):
+    """The node, which is stopped meanwhile, has not yet given back what was called back."""
+    _, _, err = place.run(node, ON_THEIR_WAY, str(node.process.pid))
+    assert ('4 jobs run on to their end on 1 node; 26 others had not begun and are lost'
+            in err.splitlines()[-1]), err
+    place.end()
+    _, out, _ = place.run(node, RECOVERS)
+    assert len(out.splitlines()) == 4 == len(place.names('begun'))
+
+
 INSIDE = '''
 cluster, jobs = start()
 with cluster:

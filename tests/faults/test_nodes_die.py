@@ -45,19 +45,25 @@ def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')
 
 
+@pytest.fixture
+def kills(request):
+    """How often a node is killed."""
+    return 10 if request.config.getoption('--long') else 5
+
+
 def restart(node, cpus=2):
     """The same node again: port, directory."""
     return NodeProcess(node.directory, cpus=cpus, port=node.port)
 
 
 @pytest.mark.long
-def test_a_node_is_killed_under_load_and_started_again_ten_times_reentrant(tmp_path, ledger):
+def test_a_node_is_killed_under_load_and_started_again_reentrant(tmp_path, ledger, kills):
     ended = Answers()
     node = NodeProcess(tmp_path / 'node')
     try:
         with cluster_of(node, reentrant=True, job_status=ended) as cluster:
             jobs = []
-            for _ in range(10):
+            for _ in range(kills):
                 before = len(ended)
                 jobs += [cluster.submit_job_id(len(jobs) + n, ledger.path, len(jobs) + n, 0.002)
                          for n in range(100)]
@@ -66,8 +72,8 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_reentrant(tmp_p
                 node = restart(node)
             assert cluster.wait(120), cluster.status()
             assert ([job.result for job in jobs]
-                    == list(range(1000))), [job.exception for job in jobs if job.exception][:3]
-            tally = ledger.check(range(1000), ended)
+                    == list(range(len(jobs)))), [job.exception for job in jobs if job.exception][:3]
+            tally = ledger.check(range(100 * kills), ended)
             assert tally.clean, tally
             one_more_each(cluster, ledger.path, 'more')
     finally:
@@ -75,13 +81,13 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_reentrant(tmp_p
 
 
 @pytest.mark.long
-def test_a_node_is_killed_under_load_and_started_again_ten_times_not_reentrant(tmp_path, ledger):
+def test_a_node_is_killed_under_load_and_started_again_not_reentrant(tmp_path, ledger, kills):
     ended = Answers()
     node = NodeProcess(tmp_path / 'node')
     try:
         with cluster_of(node, job_status=ended) as cluster:
             jobs = []
-            for _ in range(10):
+            for _ in range(kills):
                 before = len(ended)
                 jobs += [cluster.submit_job_id(len(jobs) + n, ledger.path, len(jobs) + n, 0.002)
                          for n in range(100)]
@@ -91,7 +97,7 @@ def test_a_node_is_killed_under_load_and_started_again_ten_times_not_reentrant(t
             assert cluster.wait(120), cluster.status()
             assert all(job.result == job.id if job.status == DispyJob.Finished else job.status
                        == DispyJob.Abandoned and str(node.port) in job.exception for job in jobs)
-            tally = ledger.check(range(1000), ended)
+            tally = ledger.check(range(100 * kills), ended)
             assert tally.clean and not tally.again, tally
             one_more_each(cluster, ledger.path, 'more')
     finally:
@@ -238,7 +244,7 @@ def test_half_of_eight_nodes_killed_at_once(tmp_path, ledger):
                 node.process.send_signal(signal.SIGKILL)
             assert cluster.wait(120)
             assert {job.status for job in jobs} == {DispyJob.Finished}
-            tally = ledger.check(range(1000), ended)
+            tally = ledger.check(range(100 * kills), ended)
             assert tally.clean, tally
             one_more_each(cluster, ledger.path, 'more')
     finally:

@@ -6,12 +6,14 @@ from soak import soak
 
 
 @pytest.mark.long
-def test_ten_thousand_jobs_with_a_node_killed_every_three_seconds(tmp_path):
-    tally, history, failed, _ = soak(str(tmp_path), 240, 7, jobs_most=10000, nodes=4,
+def test_thousands_of_jobs_with_a_node_killed_every_three_seconds(tmp_path, request):
+    """Ten thousand with --long."""
+    count = 10000 if request.config.getoption('--long') else 4000
+    tally, history, failed, _ = soak(str(tmp_path), 240, 7, jobs_most=count, nodes=4,
                                      faults=('kill',))
-    assert tally.submitted == 10001 and tally.clean, tally
+    assert tally.submitted == count + 1 and tally.clean, tally
     assert not failed, failed[:5]
-    assert len(history) >= 5
+    assert len(history) >= count // 2000
 
 
 @pytest.mark.long

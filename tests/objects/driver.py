@@ -18,6 +18,7 @@ import concurrent.futures
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import re
 import sys
@@ -34,6 +35,8 @@ OWN_CLUSTERS = [   # these are the computation of a JobCluster of their own
                 'partial', 'partial_of_lambda', 'partial_of_method', 'bound_method', 'class_method',
                 'static_method', 'inherited_method', 'callable_instance', 'callable_with_lambda',
                 'builtin_function', 'function_with_lock', 'function_of_a_library']
+# These of them alone, as `first:step`
+FIRST, STEP = map(int, os.environ.get('OBJECTS_CLUSTERS', '0:1').split(':'))
 NOT_RAISED = {'exception_with_cause'}   # both sides replace its cause by the remote traceback
 SILENCE = 20.0    # s without any answer after which the cells that wait are given up
 REFUSED = 0.5    # s after which the cells of a cluster whose nodes have all refused are given up
@@ -205,7 +208,8 @@ class Runner:
     def run(self, executor):
         self.run_jobs()
         self.run_executor(executor)
-        self.run_clusters([(name, 'cluster') for name in OWN_CLUSTERS if name in self.table.names])
+        self.run_clusters([(name, 'cluster') for name in OWN_CLUSTERS[FIRST::STEP]
+                           if name in self.table.names])
 
     def run_grouped(self):
         """Where functions travel as source, and so not as arguments: functions that stand for many

@@ -1003,19 +1003,22 @@ def test_a_scheduler_shows_all_programs_inside_and_beside_it(shared):
             assert (cluster.wait(60)
                     and sum(job.status == dispy.DispyJob.Finished for job in jobs) == 50)
             for site in shared.sites:
-                rows = {row['name']: row for row in eventually(
-                    lambda: [rows for rows in [site.rows('/api/clusters')] if len(rows) == 2
-                             and all(row['state'] == 'idle' and row['done'] for row in rows)])[0]}
+                words = ('submitted', 'done', 'failed', 'cancelled', 'waiting', 'running', 'cpus',
+                         'used', 'nodes', 'state', 'job_seconds')
+
+                def rows_that_agree():
+                    rows = {row['name']: row for row in site.rows('/api/clusters')}
+                    mine, = own.rows('/api/clusters')
+                    if len(rows) == 2 and all(row['state'] == 'idle' for row in rows.values()) \
+                            and all(mine[word] == rows['fail'][word] for word in words):
+                        return rows
+                rows = eventually(rows_that_agree)
+                assert (rows['fail']['submitted'], rows['fail']['done']) == (100, 50)
                 assert ('PID %d' % other.pid in rows['other']['program']
                         and 'PID %d' % os.getpid() in rows['fail']['program'])
                 assert [rows['other'][word] for word in ('submitted', 'done', 'failed', 'cancelled',
                                                          'waiting', 'running')] == [30, 30, 0, 0, 0,
                                                                                     0]
-                words = ('submitted', 'done', 'failed', 'cancelled', 'waiting', 'running', 'cpus',
-                         'used', 'nodes', 'state', 'job_seconds')
-                eventually(
-                    lambda: [[row[word] for word in words] for row in own.rows('/api/clusters')]
-                    == [[rows['fail'][word] for word in words]])
                 node, = eventually(lambda: [row for row in site.rows('/api/nodes')
                                             if row['load'] is not None])
                 assert ((node['name'], node['state'], node['cpus'], node['used'], node['jobs'])

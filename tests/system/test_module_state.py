@@ -7,6 +7,7 @@ import pytest
 
 from programs import Project, somewhere
 
+pytestmark = pytest.mark.long(together=True)   # most of them need `told`
 KINDS = ['local', 'node', 'scheduler']
 
 MODULES = dict(

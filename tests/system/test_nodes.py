@@ -18,7 +18,7 @@ from scenes import Gate, hold, where
 def nodes(tmp_path, monkeypatch):
     """A callable that starts a node on loopback: (name, CPUs). With a secret of their own: other
     tests may run on this machine."""
-    monkeypatch.setenv('DISPY_SECRET', os.urandom(16).hex())
+    monkeypatch.setenv('DISPY_SECRET', os.urandom(32).hex())
     started = []
 
     def start(name='one', cpus=2, **options):

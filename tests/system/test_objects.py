@@ -34,6 +34,7 @@ if __name__ == '__main__':   # pytest finds the tools of the tests by itself
 
 from conftest import ROOT  # noqa: E402
 from nodes import SchedulerProcess  # noqa: E402
+from objects.driver import OWN_CLUSTERS  # noqa: E402
 from programs import bare_node, make_venv, other_pythons  # noqa: E402
 
 pytestmark = pytest.mark.long(together=True)   # they all need `tables`
@@ -43,8 +44,9 @@ NODES = ['local', 'node', 'scheduler', 'other']
 PAIRS = [(place, node) for node in NODES for place in PLACES]
 # Functions go as source, not as arguments: many clusters; it is begun first
 LONGEST = ('main', 'other')
-# Those that are run without --long: each place and each kind of node once.
-SHORT = {('main', 'node'), ('package', 'local'), ('editable', 'scheduler'), ('module', 'other')}
+# Those that are run without --long: each place and each kind of node once. Each object that is the
+# computation of a cluster is that in one of them.
+SHORT = [('main', 'node'), ('package', 'local'), ('editable', 'scheduler'), ('module', 'other')]
 LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, each for a reason
 
 # What nothing but a forked process can have: a computation of __main__ that uses it is refused,
@@ -282,12 +284,14 @@ class Program:
         with open(path, 'w') as file:
             file.write(text)
 
-    def run(self, mode, *ports):
-        """(cells, seconds)"""
+    def run(self, mode, *ports, clusters=(0, 1)):
+        """(cells, seconds). `clusters`: the first of the objects that are the computation of a
+        cluster of their own, and the step to the next."""
         output = os.path.join(self.directory, '-'.join(['cells', mode, *map(str, ports)]))
         began = time.monotonic()
         done = subprocess.run([self.python, self.script, output, mode, *map(str, ports)],
                               cwd=os.path.dirname(self.script), timeout=170,
+                              env=dict(os.environ, OBJECTS_CLUSTERS='%d:%d' % clusters),
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout.decode(errors='replace')[-3000:]
@@ -323,11 +327,14 @@ def own_modules():
 # -- running and comparing -------------------------------------------------------------------------
 
 class Tables:
-    """Runs pairs of place and node, two at a time, and holds what came of each."""
+    """Runs pairs of place and node, two at a time, and holds what came of each. Unless they are run
+    `whole`, they share out the clusters that single objects have."""
 
-    def __init__(self, directory, pairs):
+    def __init__(self, directory, pairs, whole=True):
         self.directory = str(directory)
         self.other = other_version()
+        self._clusters = {pair: (0, 1) if whole else (SHORT.index(pair), len(SHORT))
+                          for pair in pairs}
         pairs = [pair for pair in pairs if pair[1] != 'other' or self.other]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             places = sorted({place for place, _ in pairs}, key=PLACES.index)
@@ -355,8 +362,9 @@ class Tables:
     def _run(self, place, node):
         programs = self._programs(place, node)
         directory = os.path.join(self.directory, 'nodes', place + '-' + node)
+        clusters = self._clusters[place, node]
         if node == 'local':
-            return programs[0].run('local')
+            return programs[0].run('local', clusters=clusters)
         python = sys.executable
         if node == 'other':
             python = make_venv(directory + '-venv', self.other[0])
@@ -364,10 +372,11 @@ class Tables:
             if node == 'scheduler':
                 with SchedulerProcess(directory + '-scheduler', '-n',
                                       '127.0.0.1:%d' % daemon.port) as scheduler:
-                    return programs[0].run('scheduler', scheduler.port, daemon.port)
+                    return programs[0].run('scheduler', scheduler.port, daemon.port,
+                                           clusters=clusters)
             cells, seconds = {}, 0
             for program in programs:
-                found, took = program.run(node, daemon.port)
+                found, took = program.run(node, daemon.port, clusters=clusters)
                 cells.update(found)
                 seconds += took
             return cells, seconds
@@ -375,8 +384,12 @@ class Tables:
     def cells(self, place, node):
         found = self.found[place, node][0]
         rows = []
+        first, step = self._clusters[place, node]
+        elsewhere = set(OWN_CLUSTERS) - set(OWN_CLUSTERS[first::step])
         for key, (kind, value, _, obstacle) in self.references[place].items():
             name, role = key.split('/')
+            if role == 'cluster' and name in elsewhere:
+                continue
             actual = found.get(key)
             if actual is None and node == 'other':
                 actual = ['absent', 'left out of the program for this node']
@@ -434,8 +447,9 @@ def tables(request, tmp_path_factory):
     """The pairs that were asked for, all run."""
     wanted = {item.callspec.params['pair'] for item in request.session.items
               if 'pair' in getattr(getattr(item, 'callspec', None), 'params', {})}
-    wanted = wanted if request.config.getoption('--long') else wanted & SHORT
-    return Tables(tmp_path_factory.mktemp('objects'), [pair for pair in PAIRS if pair in wanted])
+    whole = request.config.getoption('--long')
+    return Tables(tmp_path_factory.mktemp('objects'),
+                  [pair for pair in PAIRS if pair in wanted and (whole or pair in SHORT)], whole)
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ RELEASES = sorted(name[:-5] for name in os.listdir(os.path.join(ROOT, 'tests', '
 
 
 def messages():
-    return [pytest.param(row, id='%s-%s-%d' % (release, row['name'], number))
+    return [pytest.param(dict(row, minor=recorded(release)['minor']),
+                         id='%s-%s-%d' % (release, row['name'], number))
             for release in RELEASES for number, row in enumerate(recorded(release)['messages'])]
 
 
@@ -33,16 +34,20 @@ def messages():
 def test_messages_of_earlier_releases_are_understood_and_what_is_sent_to_them_is_theirs(row):
     """Number, fields and meaning of a message are fixed by its release."""
     kind = dispynode.MESSAGES[row['op']][0]
-    assert len(kind._fields) == len(row['fields'])
+    since, later = dispynode.LATER_FIELDS.get(kind, (0, ()))
+    if since <= row['minor']:
+        later = ()
+    assert len(kind._fields) == len(row['fields']) + len(later)
     message = dispynode.decode(row['op'], row['encoding'], bytes.fromhex(row['payload']))
-    op, encoding, pieces = dispynode.encode(message)
+    assert message[len(row['fields']):] == later
+    op, encoding, pieces = dispynode.encode_for(row['minor'], message)
     assert (op, encoding, b''.join(map(bytes, pieces)).hex()) == (row['op'], row['encoding'],
                                                                   row['payload'])
 
 
 def test_all_messages_of_the_first_minor_version_are_recorded():
-    """A message that is not must take a new minor version."""
-    if dispynode.VERSIONS == (1, 1):
+    """A message that is not must take a new minor version. 2 has new fields, and no new message."""
+    if dispynode.VERSIONS[1] <= 2:
         ops = {row['op'] for release in RELEASES for row in recorded(release)['messages']}
         assert set(dispynode.MESSAGES) == ops
 
@@ -81,6 +86,14 @@ def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, versions):
                 if name == 'Results':
                     got.update((row[0], row[1:]) for row in fields[1])
             assert b'0xa' in bytes(got[1][3]) and b'TypeError' in bytes(got[2][3])
+            other = RecordedPeer(socket.create_connection(node.address, 20), SECRET.encode())
+            version = other.dial(versions)
+            other.send('ClientHello', 'you', 2.0)
+            other.send('Compute', 'd' * 32, spec(b''))
+            refused = other.receive_until('Refused')
+            other.close()
+            assert refused[:2] == ('d' * 32, 'busy') and refused[2].startswith('it serves me')
+            assert refused[3:] == ((),) * (version - 1)    # a field that version 1 does not have
             peer.send('Ack', comp, [1, 2])
             peer.send('Done', comp)
             peer.send('Bye', 'enough')
@@ -98,7 +111,8 @@ def test_a_client_of_this_release_uses_a_node_of_that_one():
         peer = RecordedPeer(sock, SECRET.encode())
         try:
             said.append(peer.accept())
-            assert peer.receive()[0] == 'ClientHello'
+            name, fields = peer.receive()
+            assert name == 'ClientHello' and len(fields) == 2   # as that release has it
             peer.send('NodeHello', 'recorded', 1,
                       {'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0', 'holder': '',
                        'kept': {}, 'pid': 1, 'platform': 'x', 'dispy': '5.0.0'})
@@ -140,7 +154,7 @@ def pair():
 def test_who_accepts_tells_both_versions(pair):
     pair[1].sendall(HELLO.pack(MAGIC, 7, 9, Role.CLIENT, Role.NODE, 0, b'c' * 16, bytes(32), b''))
     with pytest.raises(HandshakeError,
-                       match='it speaks minor versions 7 to 9, and dispy %s here speaks 1 to 1'
+                       match='it speaks minor versions 7 to 9, and dispy %s here speaks 1 to 2'
                        % re.escape(dispynode.__version__)):
         handshake_accept(pair[0], KEY, Role.NODE, [Role.CLIENT], b'n' * 16)
     magic, version, *_, release = CHALLENGE.unpack(pair[1].recv(CHALLENGE.size))
@@ -179,7 +193,8 @@ def test_the_archives_can_be_built_and_are_right(tmp_path):
     for module in ('build', 'twine'):
         pytest.importorskip(module, reason='%s is not installed' % module)
     source = tmp_path / 'source'
-    others = shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.egg-info', '__pycache__')
+    others = shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.egg-info', '__pycache__',
+                                    '.pytest_cache')
     shutil.copytree(ROOT, str(source), ignore=others)
     out = tmp_path / 'dist'
     run = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'universal_newlines': True,

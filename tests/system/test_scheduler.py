@@ -15,6 +15,7 @@ from conftest import eventually
 from dispy import DispyJob, DispyNode
 from dispynode import Compute, Done, ClientHello, Jobs, Link, Role, derive_key, dial
 from nodes import NodeProcess, SchedulerProcess, start_here
+from proxy import Proxy
 from scenes import Gate, hold
 
 
@@ -534,6 +535,15 @@ def test_questions_that_come_before_the_files(scheduler, node, tmp_path):
         assert cluster.node_jobs(node.address) in ([], [job])
         assert cluster.set_node_cpus(node.address, 1) == 1
         assert job(60) and cluster.node_jobs(node.address) == []
+
+
+def test_questions_that_come_before_the_cluster(scheduler, node):
+    """Over a link on which a message takes 0.2 s: the scheduler is told of the cluster when it has
+    said who it is, and asked after that."""
+    with Proxy(('127.0.0.1', scheduler.port), delay=0.2) as proxy:
+        with dispy.SharedJobCluster(abs, scheduler_port=proxy.address[1]) as cluster:
+            assert cluster.node_jobs(node.address) == []
+            assert cluster.submit(-1)(30) == 1
 
 
 # -- a full disk -----------------------------------------------------------------------------------

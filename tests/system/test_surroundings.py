@@ -1,5 +1,7 @@
 """What a job finds around it in its process: put back after each job, whatever the last one did."""
 
+import glob
+import logging
 import multiprocessing
 import os
 import re
@@ -337,6 +339,64 @@ def test_shared_memory_of_the_program_outlives_local_nodes():
                           text=True, timeout=120, env=dict(os.environ, PYTHONPATH=ROOT), cwd=ROOT)
     assert done.stdout == '[7, 7, 5, 5, False]\n', done.stderr
     assert 'KeyError' not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def memories(monkeypatch):
+    """A callable that tells which of the blocks of shared memory are left that `make_memory` has
+    made in this test."""
+    if not os.path.isdir('/dev/shm'):
+        pytest.skip('there is no /dev/shm here')
+    monkeypatch.setenv('TEST_MEMORY', 'dispy-test-%s' % os.urandom(8).hex())
+    return lambda: glob.glob('/dev/shm/%s*' % os.environ['TEST_MEMORY'])
+
+
+def make_memory():
+    import os
+    from multiprocessing import shared_memory
+    name = '%s-%d' % (os.environ['TEST_MEMORY'], os.getpid())
+    shared_memory.SharedMemory(name, create=True, size=100).close()
+
+
+def tracked(what):
+    """Make shared memory, or a child that does, or do nothing. The runner and the resource trackers
+    that it has."""
+    import multiprocessing
+    import os
+    import psutil
+    if what == 'make':
+        make_memory()
+    elif what == 'fork':
+        child = multiprocessing.get_context('fork').Process(target=make_memory)
+        child.start()
+        child.join()
+    runner = os.getppid()
+    while True:
+        trackers = [child.pid for child in psutil.Process(runner).children(recursive=True)
+                    if 'resource_tracker' in ' '.join(child.cmdline())]
+        if trackers or what == 'nothing':
+            return runner, trackers
+
+
+@pytest.mark.fork('where workers are spawned each is handed the tracker at its start')
+def test_one_resource_tracker_begins_when_it_is_needed_and_removes_what_is_left(memories):
+    with dispy.JobCluster(tracked, nodes='local', depends=[make_memory]) as cluster:
+        runner, found = result_of(cluster.submit('nothing'))
+        assert found == []
+        rows = [result_of(cluster.submit(what)) for what in ('make', 'fork')]
+        assert rows[0] == rows[1] and rows[0][0] == runner and len(rows[0][1]) == 1, rows
+        assert len(memories()) == 2
+    eventually(lambda: not memories())
+
+
+@pytest.mark.parametrize('options', ({'setup': make_memory}, {'cleanup': make_memory}),
+                         ids=lambda options: ''.join(options))
+def test_shared_memory_that_setup_and_cleanup_leave_is_removed(memories, options, caplog):
+    with dispy.JobCluster(abs, nodes='local', **options) as cluster:
+        assert result_of(cluster.submit(-1)) == 1
+        assert len(memories()) == ('setup' in options)
+    eventually(lambda: not memories())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def put(queue, value):

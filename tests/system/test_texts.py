@@ -25,8 +25,8 @@ import dispynode
 from conftest import ROOT, eventually
 from dispy import (DispyJob, Misfits, NodeScan, how_to_share, remedy, remedy_for_source,
                    with_hint_for_module)
-from dispynode import (HandshakeError, Silence, Unreached, address_in, dial_text, is_own_address,
-                       same_secret, why_unreached)
+from dispynode import (HandshakeError, Holder, Silence, Unreached, address_in, dial_text,
+                       is_own_address, same_secret, why_unreached)
 from nodes import NodeProcess, SchedulerProcess
 
 NOWHERE = ('127.0.0.1', 9)   # nothing listens there
@@ -241,14 +241,11 @@ def test_a_node_that_belongs_to_a_scheduler_says_so(scheduler_and_node, capsys):
 
 
 def test_how_a_node_that_serves_others_is_shared():
-    assert 'scheduler_port' not in how_to_share('it serves dispyscheduler '
-                                                'of me@lab PID 7 at port 9702 for 3 s')
+    assert 'scheduler_port' not in how_to_share(Holder('lab', 7, 9702, False))
     assert "scheduler_host='lab', scheduler_port=9800" in how_to_share(
-        'it serves dispyscheduler of me@lab PID 7 at port 9800 for 3 s')
-    assert 'dispyscheduler' in how_to_share('it serves me@lab PID 7 for 3 s')
-    # It will be free by itself, or was taken away
-    assert how_to_share('it serves me@lab PID 7 for 3 s; its connection '
-                        'is lost') == how_to_share(dispynode.RELEASED_TEXT) == ''
+        Holder('lab', 7, 9800, False))
+    assert 'dispyscheduler' in how_to_share(Holder('lab', 7, 0, False))
+    assert how_to_share(Holder('lab', 7, 0, True)) == ''    # it will be free by itself
 
 
 def test_another_secret_names_the_file_that_this_side_uses(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ class Dialling(Reconnector):
         super().__init__(0.5, 30.0)
         self.attempts = []
 
-    def start(self, post, peer, reach):
+    def start(self, post, peer, reach, attempt=None):
         self.due = None
         self.attempts.append(peer)
 

@@ -2,6 +2,7 @@
 fills it in."""
 
 import itertools
+import json
 import math
 import os
 import types
@@ -263,3 +264,24 @@ def test_what_was_given_up_is_forgotten_after_a_month(tmp_path):
     old = os.stat(tmp_path / 'g-c').st_mtime - 31 * 86400
     os.utime(tmp_path / 'g-c', (old, old))
     assert Memory(str(tmp_path)).begin({}) == {} and not os.path.exists(tmp_path / 'g-c')
+
+
+@pytest.mark.parametrize('begun, known', [([1, 5], AttemptHistory(lost=frozenset((1, 5)))),
+                                          (None, AttemptHistory(whole=False))])
+def test_notes_of_what_had_begun_that_are_written_just_before_their_directory_goes(
+        tmp_path, monkeypatch, begun, known):
+    """A runner does both while the notes are looked at."""
+    journal = types.SimpleNamespace(path=str(tmp_path / 'jobs'))
+    comp = 'c' * 32
+    directory = tmp_path / 'private'
+    directory.mkdir()
+    path = dispy.BegunNotes.begin(journal, comp, str(directory))
+
+    def end_runner(looked_at):
+        if looked_at == str(directory):
+            with open(path, 'w') as file:
+                json.dump({'begun': begun}, file)
+            directory.rmdir()
+        return False
+    monkeypatch.setattr(os.path, 'isdir', end_runner)
+    assert dispy.BegunNotes.wait(journal, comp) == known

@@ -47,8 +47,27 @@ def test_a_computation_takes_the_lease_and_a_refusal_names_the_holder():
     assert talk.node.lease.state is Lease.HELD
     talk.link(2, b'other', 'you@there')
     refused, = said(talk.compute('d', 2), Refused)
-    assert refused == Refused('d', 'busy', 'it serves me@here for 0 s')
+    assert refused == Refused('d', 'busy', 'it serves me@here for 0 s', ('here', 7, 0, False))
     assert (talk.node.lease.state, talk.node.lease.holder_text) == (Lease.HELD, 'me@here')
+
+
+def test_a_refusal_says_that_the_connection_to_the_holder_is_lost():
+    talk = Talk()
+    talk.ready()
+    talk.jobs(1)
+    talk.tell(LinkDown(1, False))
+    talk.link(2, b'other', 'you@there')
+    refused, = said(talk.compute('d', 2), Refused)
+    assert refused.holder == ('here', 7, 0, True)
+
+
+def test_a_client_that_does_not_tell_its_process_holds_the_node_without_one():
+    talk = Talk()
+    talk.link(1, process=())
+    talk.ready()
+    talk.link(2, b'other', 'you@there')
+    refused, = said(talk.compute('d', 2), Refused)
+    assert refused == Refused('d', 'busy', 'it serves me@here for 0 s')
 
 
 def test_who_was_refused_is_told_when_the_node_is_free():
@@ -1300,7 +1319,7 @@ def test_release_takes_the_node_from_its_client():
             == [Refused('c2', 'busy', 'its operator has taken it from this client')])
     assert only(talk.compute('d', 2), PrepareDirectory)
     assert (said(talk.compute('c2'), Refused)
-            == [Refused('c2', 'busy', 'it serves you@there for 0 s')])
+            == [Refused('c2', 'busy', 'it serves you@there for 0 s', ('here', 7, 0, False))])
 
 
 def test_after_a_while_the_client_from_which_the_node_was_taken_may_have_it_again():

@@ -27,7 +27,7 @@ KEY = bytes(range(32))
 LARGE = random.Random(1).getrandbits(8 * (OUT_OF_BAND + 7)).to_bytes(OUT_OF_BAND + 7, 'big')
 ROW = ('a/b', 1, b'd', 0o600)
 EXAMPLES = [
-    ClientHello('me', 2.0), ClientHello('me', 2),
+    ClientHello('me', 2.0), ClientHello('me', 2), ClientHello('me', 2.0, ('host', 7, 9702)),
     Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code',
                    'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
                    'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''},
@@ -40,6 +40,7 @@ EXAMPLES = [
                 (3, out_of_band((b'head', LARGE, b'tail')), None)]),
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), ReturnJobs('c1', [5]), Ack('c1', []), Done('c1'),
     NodeHello('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'),
+    Refused('c1', 'busy', 'it serves me', ('host', 7, 0, True)),
     Need('c1', [(1, 0, ROW), (2, 7, ROW)]), Ready('c1', [7]),
     Results('c1', [(1, 1, 0.5, 1.5, out_of_band(LARGE), b'out', b'err'),
                    (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
@@ -186,7 +187,8 @@ def wrong(message, *fields):
 @pytest.mark.parametrize('message, fields', [
     wrong(ClientHello), wrong(ClientHello, 'me'), wrong(ClientHello, 'me', '2'),
     wrong(ClientHello, b'me', 2.0),
-    wrong(ClientHello, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None),
+    wrong(ClientHello, 'me', 2.0, 3), wrong(ClientHello, 'me', 2.0, (), ()),
+    wrong(Refused, 'c', ''), wrong(Compute, 'c', []), wrong(Compute, 'c', None),
     wrong(FilePiece, 'c', 1, 0, ROW, '0', b''),
     wrong(Jobs, 'c', ()), wrong(Jobs, 'c', {}), wrong(Jobs, 'c', [1]), wrong(Jobs, 'c', [()]),
     wrong(Jobs, 'c', [(1, b'')]),
@@ -221,7 +223,11 @@ def test_wrong_fields_and_rows_are_refused(message, fields):
     wrong(FileStored, 'c', 0, 0, 'f', ''), wrong(Cancel, 'c', [[]]), wrong(Ack, 'c', [{}]),
     wrong(Need, 'c', [1]), wrong(Need, 'c', [(1, 0)]), wrong(Need, 'c', [(9, 0, ROW)]),
     wrong(Need, 'c', [([], 0, ROW)]), wrong(Ready, 'c', [[]]), wrong(JobsReturned, 'c', [None]),
-    wrong(ClientHello, 'me', float('nan')),
+    wrong(ClientHello, 'me', float('nan')), wrong(ClientHello, 'me', 2.0, ('h', 7)),
+    wrong(ClientHello, 'me', 2.0, (b'h', 7, 0)), wrong(ClientHello, 'me', 2.0, ('h', '7', 0)),
+    wrong(Refused, 'c', 'busy', '', (True,)), wrong(Refused, 'c', 'busy', '', ('h', 7, 0)),
+    wrong(Refused, 'c', 'busy', '', ('h', 7, 0, 1)),
+    wrong(Refused, 'c', 'busy', '', (1, 7, 0, True)),
 ])
 def test_wrong_values_inside_rows_and_lists_are_refused(message, fields):
     with pytest.raises(PeerError):
