@@ -2482,7 +2482,9 @@ class MedianDuration:
         count = len(self._sorted)
         if count < SPECULATE_AFTER:
             return None
-        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+        lower = self._sorted[(count - 1) // 2]
+        upper = self._sorted[count // 2]
+        return (lower + upper) / 2
 
 
 class SecondAttempts:
@@ -2583,7 +2585,9 @@ class UserLoad:
     def admits(self, cpus: int, jobs: int = 1) -> bool:
         """Whether a job with so many CPUs, or several, may go to nodes now."""
         rule = self.rule
-        if self.cpus + cpus > rule.cpus or self.jobs + jobs > rule.jobs:
+        if self.cpus + cpus > rule.cpus:
+            return False
+        if self.jobs + jobs > rule.jobs:
             return False
         return self.group is None or self.group.admits(cpus, jobs)
 
@@ -2686,14 +2690,20 @@ class UserLoads:
     def _advance(self, load: UserLoad, now: float) -> None:
         """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
         if self.rules.half_life and now > load.at:
-            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
-            load.past = load.past * kept + load.running * (1.0 - kept)
+            age = now - load.at
+            kept = 0.5 ** (age / self.rules.half_life)
+            load.past *= kept
+            load.past += load.running * (1.0 - kept)
         load.at = now
 
     def used(self, now: float) -> Dict[str, float]:
         """The CPUs that users have used in the mean of the past, by their names."""
         self.advance(now)
-        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+        used = {}
+        for name, user in self._users.items():
+            if user.past >= PAST_LEAST:
+                used[name] = user.past
+        return used
 
     def keep(self, names: AbstractSet[str]) -> None:
         """Forget the users who have used nearly nothing, but these."""
@@ -2727,7 +2737,8 @@ class UserLoads:
             user.take(comp.cpus_in_flight, len(comp.running))
             for node in comp.nodes.values():
                 flight = node.in_flight[comp.comp]
-                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                begun = node.begun[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in begun)
                 self.ran(user, running, now)
 
 
@@ -3032,8 +3043,11 @@ class NodeLoad:
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
         if comp.seconds is not None:
-            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
-            comp.seconds.median.add([row[3] - row[2] for row in finished])
+            durations = []
+            for _, outcome, began, over, *_ in ended:
+                if outcome in RETURNED and over > began:
+                    durations.append(over - began)
+            comp.seconds.median.add(durations)
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -3297,9 +3311,11 @@ class Books:
         more."""
         begun = node.begun[comp.comp]
         flight = node.in_flight[comp.comp]
-        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
-        if cpus:
-            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
+        user: Any = comp.user
+        for serial in set(serials):
+            if serial in begun:
+                cpus = cpus_of(flight[serial])
+                self.users.ran(user, -cpus, self.now)
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -3610,8 +3626,11 @@ class Placement:
         sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
         if not self._books.users.by_user:
             return False
-        users = {comp.user for name, comp in node.comps.items()
-                 if node.parts[name] or (comp.length() and not comp.held)}
+        users = set()
+        for name, comp in node.comps.items():
+            may_come = comp.length() and not comp.held
+            if node.parts[name] or may_come:
+                users.add(comp.user)
         return len(users) > 1
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
@@ -4436,7 +4455,8 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            node = comp.running[work.serial]
+            action = SendCancel(node.key, comp.comp, [work.serial])
             self._books.do(action)
             self._speculation.ended(comp, work)
 
@@ -4803,8 +4823,11 @@ class Schedule:
         seconds = 0.0
         for row in rows:
             serial = row[0]
-            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
-                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+            if serial not in flight or serial in begun:
+                continue
+            if row[1] not in PROVISIONAL:
+                took = max(0.0, row[3] - row[2])
+                seconds += took * cpus_of(flight[serial])
         if seconds:
             self.users.charge(comp.user, seconds, self._books.now)
 
@@ -9300,7 +9323,8 @@ class BegunNotes:
                 if 'directory' not in found or is_last:
                     break
                 # What it has written before its directory went may be newer than what was read
-                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                is_there = os.path.isdir(found['directory'])
+                is_last = not is_there or time.monotonic() > until
                 if not is_last:
                     time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
@@ -10668,7 +10692,9 @@ class Recovery(Collector):
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
-        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
+        for _, other, _ in journal.seconds().values():
+            place, _, _ = other.rpartition('#')
+            places.add(place)
         self._unmet = holders - places   # they may keep results that are noted
         listens = [row[4] for row in rows if row[4]]
         super().__init__(places | self._unmet, places, listens, parts.new_comp)
@@ -10790,7 +10816,8 @@ class Recovery(Collector):
         for job, serial, node in self._attempts():
             if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
+            place, _, _ = node.rpartition('#')
+            if place == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -10977,15 +11004,19 @@ class ResultCollection(Collector):
 
     def _is_known(self, comp: str, serial: int) -> bool:
         """Whether what becomes of an attempt changes nothing: a result of its job is here."""
-        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
-        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+        number = job_number(serial)
+        row, _ = self.rows.get((comp, number), (None, ''))
+        if row is None:
+            return False
+        return row[1] in RETURNED or row[0] >= serial
 
     def _end_others(self, comp: str, serial: int) -> None:
         """An attempt has finished: others of its job are ended. The driver's thread."""
         for peer in self.met:
             for key in self._places_of(peer, comp):
                 there = self.there.get(key, set())
-                others = [one for one in there if job_number(one) == job_number(serial)]
+                number = job_number(serial)
+                others = [one for one in there if job_number(one) == number]
                 there.difference_update(others)
                 if others and peer.link is not None:
                     self.driver.send(peer.link, Cancel(comp, others))
@@ -14169,7 +14200,8 @@ class EndedJobs:
             new = len(self._rows)
             if known <= self._count:
                 new = min(new, self._count - known)
-            rows: Iterable[EndedJob] = itertools.islice(self._rows, len(self._rows) - new, None)
+            first = len(self._rows) - new
+            rows: Iterable[EndedJob] = itertools.islice(self._rows, first, None)
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
@@ -16651,10 +16683,7 @@ class ProgramCluster(ComputationUser):
         self.unusable = ''
         self._waits_told: Set[str] = set()   # why jobs wait
         self.directory = os.getcwd()
-        self.function = ('', '')
-        if not isinstance(computation, Calls):   # an executor has functions of all sorts
-            qualname = getattr(computation, '__qualname__', str(computation))
-            self.function = (getattr(computation, '__module__', ''), qualname)
+        self.function = module_and_name(computation)
         self.bundles = ModuleBundles(self.name)
         self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
                                       options.dest_path, options.jobs_per_worker, self.name,
@@ -17082,6 +17111,16 @@ def name_of(computation: Any) -> str:
     """Return the name of a computation as people are shown it."""
     name = getattr(computation, '__name__', None)
     return name or os.path.basename(str(computation))[:60]
+
+
+def module_and_name(computation: Any) -> Tuple[str, str]:
+    """Return the names of the module and of the function of a computation, empty for an
+    executor's, which has functions of all sorts."""
+    if isinstance(computation, Calls):
+        return '', ''
+    module = getattr(computation, '__module__', '')
+    qualname = getattr(computation, '__qualname__', str(computation))
+    return module, qualname
 
 
 def has_exception(row: tuple) -> bool:
@@ -22345,8 +22384,10 @@ class DemandOfScheduler:
 def _range_option(text: str) -> Tuple[int, int]:
     """Read MIN:MAX."""
     least, _, most = text.partition(':')
-    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
-        return int(least), int(most)
+    if least.isdigit() and most.isdigit():
+        bounds = (int(least), int(most))
+        if bounds[0] <= bounds[1] and bounds[1]:
+            return bounds
     raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
 
 
