@@ -1068,7 +1068,10 @@ class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
 def resources_of(facts: dict) -> Dict[str, int]:
     """How many units of resources a node offers, by what it has told."""
     found = facts.get('resources')
-    if type(found) is not dict or not is_request(tuple(sorted(found.items()))):
+    if type(found) is not dict:
+        return {}
+    rows = sorted(found.items())
+    if not is_request(tuple(rows)):
         return {}
     return found
 
@@ -2595,11 +2598,13 @@ class UserLoad:
         """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
-            return '%s has %s on nodes, and the limit is %d (--limit)' % (
-                self.name, many(self.jobs, 'job'), rule.jobs)
+            have = many(self.jobs, 'job')
+            text = '%s has %s on nodes, and the limit is %d (--limit)'
+            return text % (self.name, have, rule.jobs)
         if self.cpus + cpus > rule.cpus:
-            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
-                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+            text = '%s has %s, the next job needs %d, and the limit is %d (--limit)'
+            have = many(self.cpus, 'CPU')
+            return text % (self.name, have, cpus, rule.cpus)
         if self.group is not None:
             return self.group.why_not(cpus)
         return ''
@@ -2643,7 +2648,8 @@ class UserLoads:
         if user is None:
             group = self._group_of(name)
             rule = self.rules.users.get(name, self.rules.others)
-            user = self._users[name] = UserLoad('user ' + name, rule, group)
+            user = UserLoad('user ' + name, rule, group)
+            self._users[name] = user
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
@@ -2677,15 +2683,17 @@ class UserLoads:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
         if self.rules.half_life:
             self._advance(user, now)
-            user.past += seconds * math.log(2) / self.rules.half_life
+            rate = math.log(2) / self.rules.half_life
+            user.past += seconds * rate
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
         if self.rules.half_life:
-            for load in (*self._users.values(), *self._groups.values()):
-                self._advance(load, now)
+            for table in (self._users, self._groups):
+                for load in table.values():
+                    self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
         """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
@@ -2707,8 +2715,10 @@ class UserLoads:
 
     def keep(self, names: AbstractSet[str]) -> None:
         """Forget the users who have used nearly nothing, but these."""
-        for name in list(self._users):
-            if name not in names and self._users[name].past < PAST_LEAST:
+        for name, user in list(self._users.items()):
+            if name in names:
+                continue
+            if user.past < PAST_LEAST:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
@@ -3492,7 +3502,11 @@ class Placement:
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
         """Why this node alone can never run a job; empty if it can, or cannot be used now."""
         node = comp.nodes.get(key)
-        if node is None or node.away is not None or not node.limits[comp.comp] > 0:
+        if node is None:
+            return ''
+        if node.away is not None:
+            return ''
+        if node.limits[comp.comp] <= 0:
             return ''
         text = lack_at([node], comp, cpus_of(work), needs_of(work))
         return text and '%s; it is for node %s alone' % (text, node.name)
@@ -4006,7 +4020,9 @@ class Speculation:
                 needs[name] += units
         limit = node.limits[second.comp]
         own += node.parts[second.comp]
-        if node.used + cpus > node.cpus or own > limit:
+        if node.used + cpus > node.cpus:
+            return False
+        if own > limit:
             return False
         request = tuple(needs.items())
         return node.stock.has_free(request)
@@ -4567,10 +4583,9 @@ class Schedule:
         if books.waiting:
             self.users.advance(now)
             placement.distribute()
-        if len(self.nodes) > 1:
-            if books.changed:
-                placement.balance()
-            self.speculation.look()
+        if len(self.nodes) > 1 and books.changed:
+            placement.balance()
+        self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -9329,9 +9344,14 @@ class BegunNotes:
                     time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
-        begun = found.get('begun') if isinstance(found, dict) else None
-        if type(begun) is not list or not all(type(serial) is int for serial in begun):
-            return AttemptHistory(whole=False)
+        unknown = AttemptHistory(whole=False)
+        if not isinstance(found, dict):
+            return unknown
+        begun = found.get('begun')
+        if type(begun) is not list:
+            return unknown
+        if not all(type(serial) is int for serial in begun):
+            return unknown
         return AttemptHistory(lost=frozenset(begun))
 
 
@@ -11004,11 +11024,12 @@ class ResultCollection(Collector):
 
     def _is_known(self, comp: str, serial: int) -> bool:
         """Whether what becomes of an attempt changes nothing: a result of its job is here."""
-        number = job_number(serial)
-        row, _ = self.rows.get((comp, number), (None, ''))
+        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
         if row is None:
             return False
-        return row[1] in RETURNED or row[0] >= serial
+        if row[1] in RETURNED:
+            return True
+        return bool(row[0] >= serial)
 
     def _end_others(self, comp: str, serial: int) -> None:
         """An attempt has finished: others of its job are ended. The driver's thread."""
@@ -12343,7 +12364,11 @@ class Connector:
                                 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
         about = text if failing is Failing.OTHERWISE else failing
-        if about in peer.told or self._only_probed(peer) or peer.replacing:
+        if about in peer.told:
+            return
+        if peer.replacing:
+            return
+        if self._only_probed(peer):
             return
         peer.told.add(about)
         if not line:
@@ -12650,7 +12675,10 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     if peer.scheduler:
         return False
     python = python_at(peer.facts, spec.get('interpreter', ''))
-    return python is not None and python.version[:2] != spec['python'][:2]
+    if python is None:
+        return False
+    version = spec['python'][:2]
+    return bool(python.version[:2] != version)
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
@@ -16642,6 +16670,15 @@ class ProgramParts(NamedTuple):
     new_comp: Callable[[], str] = new_comp
 
 
+def _whereabouts_of(computation: Any) -> Tuple[str, str]:
+    """The module and the name of what a cluster computes; both are empty for an executor, which has
+    functions of all sorts."""
+    if isinstance(computation, Calls):
+        return '', ''
+    qualname = getattr(computation, '__qualname__', str(computation))
+    return getattr(computation, '__module__', ''), qualname
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -16683,7 +16720,7 @@ class ProgramCluster(ComputationUser):
         self.unusable = ''
         self._waits_told: Set[str] = set()   # why jobs wait
         self.directory = os.getcwd()
-        self.function = module_and_name(computation)
+        self.function = _whereabouts_of(computation)
         self.bundles = ModuleBundles(self.name)
         self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
                                       options.dest_path, options.jobs_per_worker, self.name,
@@ -17111,16 +17148,6 @@ def name_of(computation: Any) -> str:
     """Return the name of a computation as people are shown it."""
     name = getattr(computation, '__name__', None)
     return name or os.path.basename(str(computation))[:60]
-
-
-def module_and_name(computation: Any) -> Tuple[str, str]:
-    """Return the names of the module and of the function of a computation, empty for an
-    executor's, which has functions of all sorts."""
-    if isinstance(computation, Calls):
-        return '', ''
-    module = getattr(computation, '__module__', '')
-    qualname = getattr(computation, '__qualname__', str(computation))
-    return module, qualname
 
 
 def has_exception(row: tuple) -> bool:
@@ -21744,7 +21771,10 @@ def _stacks_path(process: int) -> Optional[str]:
     with contextlib.suppress(OSError):   # another system, or the process of another user
         status = _since('/proc/%d/status' % process)
         caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
-        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+        if caught is None:
+            return None
+        signals = int(caught.group(1), 16)
+        if not signals >> (signal.SIGUSR2 - 1) & 1:
             return None   # the signal would end it
         for name in os.listdir(root):
             path = os.path.join(root, name)
@@ -21896,7 +21926,8 @@ class NodeRequest(NamedTuple):
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
         found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
-        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        whole_minutes = -(-self.seconds // 60)
+        hours, minutes = divmod(whole_minutes, 60)
         found['minutes'] = '%d:%02d' % (hours, minutes)
         found['megabytes'] = self.megabytes
         found['slot_megabytes'] = -(-self.megabytes // self.cpus)
@@ -21951,7 +21982,12 @@ class Engine:
         """Those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
-        return {job for job in jobs if job.partition('.')[0] in known}
+        found = set()
+        for job in jobs:
+            number, _, _ = job.partition('.')
+            if number in known:
+                found.add(job)
+        return found
 
     def listed(self, said: str) -> Set[str]:
         """The numbers of the jobs in what `lists` has printed."""
@@ -21978,7 +22014,8 @@ class Engine:
         if done.returncode and not self.is_nothing(done):
             why = done.stderr.decode(errors='replace')
             ending = exit_text(done.returncode)
-            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+            why = why.strip() or ending
+            raise DispyError('%s: %s' % (command[0], why))
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
@@ -22157,9 +22194,9 @@ class KubernetesEngine(Engine):
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
-ENGINES = {
-    engine.name: engine
-    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+ENGINES: Dict[str, Engine] = {
+    'slurm': SlurmEngine(), 'pbs': PbsEngine(), 'lsf': LsfEngine(), 'sge': SgeEngine(),
+    'k8s': KubernetesEngine()
 }
 ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
@@ -22248,9 +22285,12 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
     """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
     each; there shall be `least` to `most`."""
     coming = max(0, alive - demand.there)
-    jobs = demand.waiting - demand.idle - coming * cpus
-    for_jobs = min(-(-jobs // cpus), most - alive)
-    return max(0, for_jobs, least - alive)
+    jobs = demand.waiting - demand.idle
+    jobs -= coming * cpus
+    for_jobs = -(-jobs // cpus)
+    room = most - alive
+    missing = least - alive
+    return max(0, min(for_jobs, room), missing)
 
 
 class NodePlacement:
@@ -22265,7 +22305,8 @@ class NodePlacement:
         self.nodes = EngineNodes(engine)
         self.secret = find_secret(None, args.secret_file).strip()
         digest = digest_of(self.secret).hex()
-        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        name = 'secret-' + digest[:12]
+        self._secret_file = os.path.join(self.nodes.directory, name)
         source = os.path.abspath(dispynode.__file__)
         with open(source, 'rb') as file:
             self._source = file.read()
@@ -22327,7 +22368,8 @@ class NodePlacement:
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
-        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+        files = {self._script: self._source, self._secret_file: self.secret}
+        for path, data in files.items():
             if not os.path.exists(path):
                 write_private(path, data)
 
@@ -22492,8 +22534,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
                 demand = source.look()
                 placement.adapt(demand, *args.adaptive)
             except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
-                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
-                      flush=True)
+                text = str(exc) or 'no answer'
+                print('dispy deploy: %s; tried again' % text, file=sys.stderr, flush=True)
             never.wait(ADAPT_EVERY)
     except KeyboardInterrupt:
         return 0
@@ -22691,7 +22733,10 @@ class Deployment:
     def _busy(self) -> bool:
         """Whether a computation is there."""
         root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+        if not os.path.isdir(root):
+            return False
+        names = os.listdir(root)
+        return any(name.startswith('p-') for name in names)
 
     def _let_finish(self, pid: int, grace: Optional[float]) -> None:
         """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
