@@ -4583,10 +4583,9 @@ class Schedule:
         if books.waiting:
             self.users.advance(now)
             placement.distribute()
-        if len(self.nodes) > 1:
-            if books.changed:
-                placement.balance()
-            self.speculation.look()
+        if len(self.nodes) > 1 and books.changed:
+            placement.balance()
+        self.speculation.look()
         books.changed.clear()
         return actions
 
