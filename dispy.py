@@ -14144,23 +14144,35 @@ class EndedJobs:
         self._count = 0
         self._bytes = 0
         self._rows: Deque[EndedJob] = collections.deque()
+        self._sizes: Deque[int] = collections.deque()   # the bytes of each
 
-    def add(self, *row: Any) -> None:
-        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
-        ended_job = EndedJob(0, *row)
-        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
-        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
-        text = ended_job.text[-FAILURE_TEXT:]
-        payload = shown_arguments(ended_job.payload)
+    def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
+        """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
+        longer than there."""
+        payload = row[3]
+        if type(payload) is not bytes or len(payload) > ARGUMENTS_MOST:
+            payload = shown_arguments(payload)
+            if payload is not None and type(payload) is not int:
+                payload = bytes(in_one_piece(payload))
+            row = (*row[:3], payload, *row[4:])
+        size = len(stdout) + len(stderr) + len(text)
+        if size > OUTPUT_SHOWN:
+            stdout = stdout[-OUTPUT_SHOWN:]
+            stderr = stderr[-OUTPUT_SHOWN:]
+            text = text[-FAILURE_TEXT:]
+            size = len(stdout) + len(stderr) + len(text)
+        if type(payload) is bytes:
+            size += len(payload)
         with self._lock:
             self._count += 1
-            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
-                                           stderr=stderr, text=text)
+            fields = (self._count, *row, stdout, stderr, text, lost_with)
+            ended_job = EndedJob._make(fields)
             self._rows.append(ended_job)
-            self._bytes += _shown_size(ended_job)
+            self._sizes.append(size)
+            self._bytes += size
             while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
-                oldest = self._rows.popleft()
-                self._bytes -= _shown_size(oldest)
+                self._rows.popleft()
+                self._bytes -= self._sizes.popleft()
 
     def since(self, known: int, most: int = ENDED_PAGE,
               clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
@@ -14175,14 +14187,6 @@ class EndedJobs:
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
-
-
-def _shown_size(ended_job: EndedJob) -> int:
-    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
-    payload = ended_job.payload
-    if payload is None or isinstance(payload, int):
-        return size
-    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:

@@ -1187,11 +1187,11 @@ class ClusterView(Monitor):
             attempt = attempt_number(job.serial)
             cpus = dispy.cpus_of(job)
             ended = job.end_time or time.time()
-            times = (job.submit_time, job.start_time, ended)
+            row = (self.number, number, job.id, payload, job.status, attempt, key, where, cpus,
+                   job.submit_time, job.start_time, ended)
             stdout = job.stdout or ''
             stderr = job.stderr or ''
-            self.ended_jobs.add(self.number, number, job.id, payload, job.status, attempt, key,
-                                where, cpus, *times, stdout, stderr, text, job.lost_with)
+            self.ended_jobs.add(row, stdout, stderr, text, job.lost_with)
             self.output.pop(job, None)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
@@ -6471,6 +6471,8 @@ const DRAW = {
   manage: managePage,
 };
 
+let entry = "";   // of the navigation, that is marked
+
 // Whether a page has something to show of what is watched.
 function isServed(page) {
   if (!view) return page !== "accounts";
@@ -6485,6 +6487,11 @@ function drawNavigation() {
     return h("a", {href: "#/" + name, "aria-current": name === shown ? "page" : false}, words);
   });
   patch(byId("nav"), links);
+  if (shown !== entry) {   // in a narrow window it may be out of sight
+    entry = shown;
+    const current = document.querySelector("nav a[aria-current]");
+    if (current) current.scrollIntoView({block: "nearest", inline: "nearest"});
+  }
   const words = [PAGES[place.page] || TITLES[place.page], "dispy"];
   document.title = [...progressWords(), ...words].join(" \u00b7 ");
 }
