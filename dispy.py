@@ -1068,7 +1068,10 @@ class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
 def resources_of(facts: dict) -> Dict[str, int]:
     """How many units of resources a node offers, by what it has told."""
     found = facts.get('resources')
-    if type(found) is not dict or not is_request(tuple(sorted(found.items()))):
+    if type(found) is not dict:
+        return {}
+    rows = sorted(found.items())
+    if not is_request(tuple(rows)):
         return {}
     return found
 
@@ -2482,7 +2485,9 @@ class MedianDuration:
         count = len(self._sorted)
         if count < SPECULATE_AFTER:
             return None
-        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+        lower = self._sorted[(count - 1) // 2]
+        upper = self._sorted[count // 2]
+        return (lower + upper) / 2
 
 
 class SecondAttempts:
@@ -2583,7 +2588,9 @@ class UserLoad:
     def admits(self, cpus: int, jobs: int = 1) -> bool:
         """Whether a job with so many CPUs, or several, may go to nodes now."""
         rule = self.rule
-        if self.cpus + cpus > rule.cpus or self.jobs + jobs > rule.jobs:
+        if self.cpus + cpus > rule.cpus:
+            return False
+        if self.jobs + jobs > rule.jobs:
             return False
         return self.group is None or self.group.admits(cpus, jobs)
 
@@ -2591,11 +2598,13 @@ class UserLoad:
         """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
-            return '%s has %s on nodes, and the limit is %d (--limit)' % (
-                self.name, many(self.jobs, 'job'), rule.jobs)
+            have = many(self.jobs, 'job')
+            text = '%s has %s on nodes, and the limit is %d (--limit)'
+            return text % (self.name, have, rule.jobs)
         if self.cpus + cpus > rule.cpus:
-            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
-                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+            text = '%s has %s, the next job needs %d, and the limit is %d (--limit)'
+            have = many(self.cpus, 'CPU')
+            return text % (self.name, have, cpus, rule.cpus)
         if self.group is not None:
             return self.group.why_not(cpus)
         return ''
@@ -2639,7 +2648,8 @@ class UserLoads:
         if user is None:
             group = self._group_of(name)
             rule = self.rules.users.get(name, self.rules.others)
-            user = self._users[name] = UserLoad('user ' + name, rule, group)
+            user = UserLoad('user ' + name, rule, group)
+            self._users[name] = user
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
@@ -2673,32 +2683,42 @@ class UserLoads:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
         if self.rules.half_life:
             self._advance(user, now)
-            user.past += seconds * math.log(2) / self.rules.half_life
+            rate = math.log(2) / self.rules.half_life
+            user.past += seconds * rate
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
         if self.rules.half_life:
-            for load in (*self._users.values(), *self._groups.values()):
-                self._advance(load, now)
+            for table in (self._users, self._groups):
+                for load in table.values():
+                    self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
         """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
         if self.rules.half_life and now > load.at:
-            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
-            load.past = load.past * kept + load.running * (1.0 - kept)
+            age = now - load.at
+            kept = 0.5 ** (age / self.rules.half_life)
+            load.past *= kept
+            load.past += load.running * (1.0 - kept)
         load.at = now
 
     def used(self, now: float) -> Dict[str, float]:
         """The CPUs that users have used in the mean of the past, by their names."""
         self.advance(now)
-        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+        used = {}
+        for name, user in self._users.items():
+            if user.past >= PAST_LEAST:
+                used[name] = user.past
+        return used
 
     def keep(self, names: AbstractSet[str]) -> None:
         """Forget the users who have used nearly nothing, but these."""
-        for name in list(self._users):
-            if name not in names and self._users[name].past < PAST_LEAST:
+        for name, user in list(self._users.items()):
+            if name in names:
+                continue
+            if user.past < PAST_LEAST:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
@@ -2727,7 +2747,8 @@ class UserLoads:
             user.take(comp.cpus_in_flight, len(comp.running))
             for node in comp.nodes.values():
                 flight = node.in_flight[comp.comp]
-                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                begun = node.begun[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in begun)
                 self.ran(user, running, now)
 
 
@@ -3032,8 +3053,11 @@ class NodeLoad:
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
         if comp.seconds is not None:
-            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
-            comp.seconds.median.add([row[3] - row[2] for row in finished])
+            durations = []
+            for _, outcome, began, over, *_ in ended:
+                if outcome in RETURNED and over > began:
+                    durations.append(over - began)
+            comp.seconds.median.add(durations)
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -3297,9 +3321,11 @@ class Books:
         more."""
         begun = node.begun[comp.comp]
         flight = node.in_flight[comp.comp]
-        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
-        if cpus:
-            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
+        user: Any = comp.user
+        for serial in set(serials):
+            if serial in begun:
+                cpus = cpus_of(flight[serial])
+                self.users.ran(user, -cpus, self.now)
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -3476,7 +3502,11 @@ class Placement:
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
         """Why this node alone can never run a job; empty if it can, or cannot be used now."""
         node = comp.nodes.get(key)
-        if node is None or node.away is not None or not node.limits[comp.comp] > 0:
+        if node is None:
+            return ''
+        if node.away is not None:
+            return ''
+        if node.limits[comp.comp] <= 0:
             return ''
         text = lack_at([node], comp, cpus_of(work), needs_of(work))
         return text and '%s; it is for node %s alone' % (text, node.name)
@@ -3610,8 +3640,11 @@ class Placement:
         sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
         if not self._books.users.by_user:
             return False
-        users = {comp.user for name, comp in node.comps.items()
-                 if node.parts[name] or (comp.length() and not comp.held)}
+        users = set()
+        for name, comp in node.comps.items():
+            may_come = comp.length() and not comp.held
+            if node.parts[name] or may_come:
+                users.add(comp.user)
         return len(users) > 1
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
@@ -3987,7 +4020,9 @@ class Speculation:
                 needs[name] += units
         limit = node.limits[second.comp]
         own += node.parts[second.comp]
-        if node.used + cpus > node.cpus or own > limit:
+        if node.used + cpus > node.cpus:
+            return False
+        if own > limit:
             return False
         request = tuple(needs.items())
         return node.stock.has_free(request)
@@ -4436,7 +4471,8 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            node = comp.running[work.serial]
+            action = SendCancel(node.key, comp.comp, [work.serial])
             self._books.do(action)
             self._speculation.ended(comp, work)
 
@@ -4803,8 +4839,11 @@ class Schedule:
         seconds = 0.0
         for row in rows:
             serial = row[0]
-            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
-                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+            if serial not in flight or serial in begun:
+                continue
+            if row[1] not in PROVISIONAL:
+                took = max(0.0, row[3] - row[2])
+                seconds += took * cpus_of(flight[serial])
         if seconds:
             self.users.charge(comp.user, seconds, self._books.now)
 
@@ -9300,14 +9339,20 @@ class BegunNotes:
                 if 'directory' not in found or is_last:
                     break
                 # What it has written before its directory went may be newer than what was read
-                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                is_there = os.path.isdir(found['directory'])
+                is_last = not is_there or time.monotonic() > until
                 if not is_last:
                     time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
-        begun = found.get('begun') if isinstance(found, dict) else None
-        if type(begun) is not list or not all(type(serial) is int for serial in begun):
-            return AttemptHistory(whole=False)
+        unknown = AttemptHistory(whole=False)
+        if not isinstance(found, dict):
+            return unknown
+        begun = found.get('begun')
+        if type(begun) is not list:
+            return unknown
+        if not all(type(serial) is int for serial in begun):
+            return unknown
         return AttemptHistory(lost=frozenset(begun))
 
 
@@ -10668,7 +10713,9 @@ class Recovery(Collector):
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
-        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
+        for _, other, _ in journal.seconds().values():
+            place, _, _ = other.rpartition('#')
+            places.add(place)
         self._unmet = holders - places   # they may keep results that are noted
         listens = [row[4] for row in rows if row[4]]
         super().__init__(places | self._unmet, places, listens, parts.new_comp)
@@ -10790,7 +10837,8 @@ class Recovery(Collector):
         for job, serial, node in self._attempts():
             if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
+            place, _, _ = node.rpartition('#')
+            if place == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -10978,14 +11026,19 @@ class ResultCollection(Collector):
     def _is_known(self, comp: str, serial: int) -> bool:
         """Whether what becomes of an attempt changes nothing: a result of its job is here."""
         row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
-        return row is not None and (row[1] in RETURNED or row[0] >= serial)
+        if row is None:
+            return False
+        if row[1] in RETURNED:
+            return True
+        return bool(row[0] >= serial)
 
     def _end_others(self, comp: str, serial: int) -> None:
         """An attempt has finished: others of its job are ended. The driver's thread."""
         for peer in self.met:
             for key in self._places_of(peer, comp):
                 there = self.there.get(key, set())
-                others = [one for one in there if job_number(one) == job_number(serial)]
+                number = job_number(serial)
+                others = [one for one in there if job_number(one) == number]
                 there.difference_update(others)
                 if others and peer.link is not None:
                     self.driver.send(peer.link, Cancel(comp, others))
@@ -12312,7 +12365,11 @@ class Connector:
                                 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
         about = text if failing is Failing.OTHERWISE else failing
-        if about in peer.told or self._only_probed(peer) or peer.replacing:
+        if about in peer.told:
+            return
+        if peer.replacing:
+            return
+        if self._only_probed(peer):
             return
         peer.told.add(about)
         if not line:
@@ -12619,7 +12676,10 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     if peer.scheduler:
         return False
     python = python_at(peer.facts, spec.get('interpreter', ''))
-    return python is not None and python.version[:2] != spec['python'][:2]
+    if python is None:
+        return False
+    version = spec['python'][:2]
+    return bool(python.version[:2] != version)
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
@@ -14183,7 +14243,8 @@ class EndedJobs:
             new = len(self._rows)
             if known <= self._count:
                 new = min(new, self._count - known)
-            rows: Iterable[EndedJob] = itertools.islice(self._rows, len(self._rows) - new, None)
+            first = len(self._rows) - new
+            rows: Iterable[EndedJob] = itertools.islice(self._rows, first, None)
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
@@ -16662,6 +16723,15 @@ class ProgramParts(NamedTuple):
     new_comp: Callable[[], str] = new_comp
 
 
+def _whereabouts_of(computation: Any) -> Tuple[str, str]:
+    """The module and the name of what a cluster computes; both are empty for an executor, which has
+    functions of all sorts."""
+    if isinstance(computation, Calls):
+        return '', ''
+    qualname = getattr(computation, '__qualname__', str(computation))
+    return getattr(computation, '__module__', ''), qualname
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -16703,10 +16773,7 @@ class ProgramCluster(ComputationUser):
         self.unusable = ''
         self._waits_told: Set[str] = set()   # why jobs wait
         self.directory = os.getcwd()
-        self.function = ('', '')
-        if not isinstance(computation, Calls):   # an executor has functions of all sorts
-            qualname = getattr(computation, '__qualname__', str(computation))
-            self.function = (getattr(computation, '__module__', ''), qualname)
+        self.function = _whereabouts_of(computation)
         self.bundles = ModuleBundles(self.name)
         self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
                                       options.dest_path, options.jobs_per_worker, self.name,
@@ -21757,7 +21824,10 @@ def _stacks_path(process: int) -> Optional[str]:
     with contextlib.suppress(OSError):   # another system, or the process of another user
         status = _since('/proc/%d/status' % process)
         caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
-        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+        if caught is None:
+            return None
+        signals = int(caught.group(1), 16)
+        if not signals >> (signal.SIGUSR2 - 1) & 1:
             return None   # the signal would end it
         for name in os.listdir(root):
             path = os.path.join(root, name)
@@ -21909,7 +21979,8 @@ class NodeRequest(NamedTuple):
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
         found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
-        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        whole_minutes = -(-self.seconds // 60)
+        hours, minutes = divmod(whole_minutes, 60)
         found['minutes'] = '%d:%02d' % (hours, minutes)
         found['megabytes'] = self.megabytes
         found['slot_megabytes'] = -(-self.megabytes // self.cpus)
@@ -21964,7 +22035,12 @@ class Engine:
         """Those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
-        return {job for job in jobs if job.partition('.')[0] in known}
+        found = set()
+        for job in jobs:
+            number, _, _ = job.partition('.')
+            if number in known:
+                found.add(job)
+        return found
 
     def listed(self, said: str) -> Set[str]:
         """The numbers of the jobs in what `lists` has printed."""
@@ -21991,7 +22067,8 @@ class Engine:
         if done.returncode and not self.is_nothing(done):
             why = done.stderr.decode(errors='replace')
             ending = exit_text(done.returncode)
-            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+            why = why.strip() or ending
+            raise DispyError('%s: %s' % (command[0], why))
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
@@ -22170,9 +22247,9 @@ class KubernetesEngine(Engine):
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
-ENGINES = {
-    engine.name: engine
-    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+ENGINES: Dict[str, Engine] = {
+    'slurm': SlurmEngine(), 'pbs': PbsEngine(), 'lsf': LsfEngine(), 'sge': SgeEngine(),
+    'k8s': KubernetesEngine()
 }
 ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
@@ -22261,9 +22338,12 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
     """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
     each; there shall be `least` to `most`."""
     coming = max(0, alive - demand.there)
-    jobs = demand.waiting - demand.idle - coming * cpus
-    for_jobs = min(-(-jobs // cpus), most - alive)
-    return max(0, for_jobs, least - alive)
+    jobs = demand.waiting - demand.idle
+    jobs -= coming * cpus
+    for_jobs = -(-jobs // cpus)
+    room = most - alive
+    missing = least - alive
+    return max(0, min(for_jobs, room), missing)
 
 
 class NodePlacement:
@@ -22278,7 +22358,8 @@ class NodePlacement:
         self.nodes = EngineNodes(engine)
         self.secret = find_secret(None, args.secret_file).strip()
         digest = digest_of(self.secret).hex()
-        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        name = 'secret-' + digest[:12]
+        self._secret_file = os.path.join(self.nodes.directory, name)
         source = os.path.abspath(dispynode.__file__)
         with open(source, 'rb') as file:
             self._source = file.read()
@@ -22340,7 +22421,8 @@ class NodePlacement:
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
-        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+        files = {self._script: self._source, self._secret_file: self.secret}
+        for path, data in files.items():
             if not os.path.exists(path):
                 write_private(path, data)
 
@@ -22397,8 +22479,10 @@ class DemandOfScheduler:
 def _range_option(text: str) -> Tuple[int, int]:
     """Read MIN:MAX."""
     least, _, most = text.partition(':')
-    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
-        return int(least), int(most)
+    if least.isdigit() and most.isdigit():
+        bounds = (int(least), int(most))
+        if bounds[0] <= bounds[1] and bounds[1]:
+            return bounds
     raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
 
 
@@ -22503,8 +22587,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
                 demand = source.look()
                 placement.adapt(demand, *args.adaptive)
             except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
-                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
-                      flush=True)
+                text = str(exc) or 'no answer'
+                print('dispy deploy: %s; tried again' % text, file=sys.stderr, flush=True)
             never.wait(ADAPT_EVERY)
     except KeyboardInterrupt:
         return 0
@@ -22702,7 +22786,10 @@ class Deployment:
     def _busy(self) -> bool:
         """Whether a computation is there."""
         root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+        if not os.path.isdir(root):
+            return False
+        names = os.listdir(root)
+        return any(name.startswith('p-') for name in names)
 
     def _let_finish(self, pid: int, grace: Optional[float]) -> None:
         """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
