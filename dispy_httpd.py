@@ -4411,7 +4411,7 @@ th a { color: inherit; }
 th[aria-sort] a { color: var(--ink); font-weight: 600; }
 tr + tr td { border-top: 1px solid var(--faint); }
 .n { text-align: right; white-space: nowrap; }
-td .sub, .line .sub {
+td .sub, .line .sub, .facts .sub {
   color: var(--soft);
   font-size: 0.84rem;
   display: block;
@@ -4629,7 +4629,8 @@ details th, details td { padding: 0.35rem 0.8rem 0.35rem 0; }
     overflow-x: auto;
     scrollbar-width: none;
   }
-  nav a { padding: 0 0.4rem; font-size: 0.93rem; }
+  nav a { padding: 0 0.33rem; font-size: 0.9rem; }
+  td pre { max-height: 11rem; }
   main { padding: 1.1rem 1rem 3.5rem; }
   .plots, .plots.three { grid-template-columns: 1fr; gap: 1.1rem; }
   .figures { grid-template-columns: repeat(3, 1fr); gap: 0.8rem; }
