@@ -5370,8 +5370,8 @@ function cancelWaiting(row) {
 
 function clusterInWords(row) {
   const owner = row.program ? "of " + row.program + ", " : "";
-  const nodes = many(row.nodes, "node") + " ready";
-  return owner + "cluster " + row.number + ", " + nodes + ", open for " + span(row.elapsed);
+  const nodes = h("a", {href: "#/nodes"}, many(row.nodes, "node") + " ready");
+  return [owner + "cluster " + row.number + ", ", nodes, ", open for " + span(row.elapsed)];
 }
 
 function clusterCard(row) {
@@ -5435,7 +5435,9 @@ function meter(row) {
 }
 
 function cpusCell(row) {
-  return [row.used + " of " + row.cpus, meter(row)];
+  const isLinked = row.used && view.home !== "nodes";
+  const used = isLinked ? linkTo("jobs", {node: row.id, state: "running"}, row.used) : row.used;
+  return [used, " of " + row.cpus, meter(row)];
 }
 
 function stateCell(row) {
