@@ -184,7 +184,7 @@ from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
-from dispynode import tls_files, unpack_error, value_pickler, with_needs
+from dispynode import attempt_number, tls_files, unpack_error, value_pickler, with_needs
 from dispynode import serial_of, write_private
 
 __all__ = [
@@ -13552,6 +13552,7 @@ class JobExchange:
             self._driver.files.abort_attempt(attempt)
         cluster = self._clusters[action.comp]
         peer = self._nodes.by_key[action.node]
+        self._driver.overview.attempts.add(action.comp, action.row, peer.name)
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
     def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob,
@@ -14190,6 +14191,7 @@ class EndedJob(NamedTuple):
     stdout: Any                  # the end of what it has printed: bytes or text
     stderr: Any
     text: str                    # why it failed
+    lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
 
 
 class EndedJobs:
@@ -14201,23 +14203,35 @@ class EndedJobs:
         self._count = 0
         self._bytes = 0
         self._rows: Deque[EndedJob] = collections.deque()
+        self._sizes: Deque[int] = collections.deque()   # the bytes of each
 
-    def add(self, *row: Any) -> None:
-        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
-        ended_job = EndedJob(0, *row)
-        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
-        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
-        text = ended_job.text[-FAILURE_TEXT:]
-        payload = shown_arguments(ended_job.payload)
+    def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
+        """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
+        longer than there."""
+        payload = row[3]
+        if type(payload) is not bytes or len(payload) > ARGUMENTS_MOST:
+            payload = shown_arguments(payload)
+            if payload is not None and type(payload) is not int:
+                payload = bytes(in_one_piece(payload))
+            row = (*row[:3], payload, *row[4:])
+        size = len(stdout) + len(stderr) + len(text)
+        if size > OUTPUT_SHOWN:
+            stdout = stdout[-OUTPUT_SHOWN:]
+            stderr = stderr[-OUTPUT_SHOWN:]
+            text = text[-FAILURE_TEXT:]
+            size = len(stdout) + len(stderr) + len(text)
+        if type(payload) is bytes:
+            size += len(payload)
         with self._lock:
             self._count += 1
-            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
-                                           stderr=stderr, text=text)
+            fields = (self._count, *row, stdout, stderr, text, lost_with)
+            ended_job = EndedJob._make(fields)
             self._rows.append(ended_job)
-            self._bytes += _shown_size(ended_job)
+            self._sizes.append(size)
+            self._bytes += size
             while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
-                oldest = self._rows.popleft()
-                self._bytes -= _shown_size(oldest)
+                self._rows.popleft()
+                self._bytes -= self._sizes.popleft()
 
     def since(self, known: int, most: int = ENDED_PAGE,
               clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
@@ -14233,14 +14247,6 @@ class EndedJobs:
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
-
-
-def _shown_size(ended_job: EndedJob) -> int:
-    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
-    payload = ended_job.payload
-    if payload is None or isinstance(payload, int):
-        return size
-    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:
@@ -14307,6 +14313,51 @@ class JobSight(NamedTuple):
     error: str       # why nothing is known
 
 
+class FailedAttempt(NamedTuple):
+    """An attempt of a job that has failed and was perhaps not the last."""
+    number: int
+    node: str
+    began: float     # these two in s since the epoch
+    ended: float
+    text: str        # the last line of what says why
+
+
+class FailedAttempts:
+    """Attempts of the last jobs that have asked to be tried again, for monitors. The driver's
+    thread."""
+    KEPT = 1000      # jobs
+    OF_A_JOB = 20    # attempts of each
+
+    def __init__(self) -> None:
+        # (computation, number of the job) -> its attempts
+        self._found: 'collections.OrderedDict[Tuple[str, int], List[FailedAttempt]]' = \
+            collections.OrderedDict()
+
+    def add(self, comp: str, row: tuple, node: str) -> None:
+        """An attempt has failed at a node with this row of Results."""
+        serial, outcome, began, ended, payload = row[:5]
+        if outcome == Outcome.RAISED:
+            text = unpack_error(payload)[0]
+        elif outcome in RETURNED:
+            text = 'the program has ended with an exit status other than 0'
+        else:
+            data = in_one_piece(payload)
+            text = bytes(data).decode('utf-8', 'replace')
+        last = text.strip().rpartition('\n')[2]
+        number = attempt_number(serial)
+        attempt = FailedAttempt(number, node, began, ended, last[:300])
+        key = (comp, job_number(serial))
+        attempts = self._found.setdefault(key, [])
+        attempts.append(attempt)
+        del attempts[:-self.OF_A_JOB]
+        if len(self._found) > self.KEPT:
+            self._found.popitem(last=False)
+
+    def of(self, comp: str, number: int) -> List[FailedAttempt]:
+        """Return those of a job, which is named by its number."""
+        return list(self._found.get((comp, number), ()))
+
+
 class JobLooks:
     """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
     processes. The driver's thread."""
@@ -14368,6 +14419,7 @@ class Overview:
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
         self.looks = JobLooks(driver)
+        self.attempts = FailedAttempts()
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
