@@ -22852,8 +22852,9 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'
     }
     usage = '%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy')
-    description = text[
-        task] + ' The exit status is the number of hosts where that failed, at most 101.'
+    description = text[task]
+    description += ' The exit status is the number of hosts where that failed, at most 101.'
+    description += ' Nodes that Slurm or another engine places: dispy %s --slurm --help.' % task
     prog = 'dispy ' + task
     parser = argparse.ArgumentParser(prog=prog, description=description, usage=usage)
     add = parser.add_argument
