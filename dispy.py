@@ -1072,7 +1072,10 @@ class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
 def resources_of(facts: dict) -> Dict[str, int]:
     """How many units of resources a node offers, by what it has told."""
     found = facts.get('resources')
-    if type(found) is not dict or not is_request(tuple(sorted(found.items()))):
+    if type(found) is not dict:
+        return {}
+    rows = sorted(found.items())
+    if not is_request(tuple(rows)):
         return {}
     return found
 
@@ -3518,7 +3521,11 @@ class Placement:
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
         """Why this node alone can never run a job; empty if it can, or cannot be used now."""
         node = comp.nodes.get(key)
-        if node is None or node.away is not None or not node.limits[comp.comp] > 0:
+        if node is None:
+            return ''
+        if node.away is not None:
+            return ''
+        if node.limits[comp.comp] <= 0:
             return ''
         text = lack_at([node], comp, cpus_of(work), needs_of(work))
         return text and '%s; it is for node %s alone' % (text, node.name)
@@ -4032,7 +4039,9 @@ class Speculation:
                 needs[name] += units
         limit = node.limits[second.comp]
         own += node.parts[second.comp]
-        if node.used + cpus > node.cpus or own > limit:
+        if node.used + cpus > node.cpus:
+            return False
+        if own > limit:
             return False
         request = tuple(needs.items())
         return node.stock.has_free(request)
@@ -9355,9 +9364,14 @@ class BegunNotes:
                     time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
-        begun = found.get('begun') if isinstance(found, dict) else None
-        if type(begun) is not list or not all(type(serial) is int for serial in begun):
-            return AttemptHistory(whole=False)
+        unknown = AttemptHistory(whole=False)
+        if not isinstance(found, dict):
+            return unknown
+        begun = found.get('begun')
+        if type(begun) is not list:
+            return unknown
+        if not all(type(serial) is int for serial in begun):
+            return unknown
         return AttemptHistory(lost=frozenset(begun))
 
 
@@ -11030,11 +11044,12 @@ class ResultCollection(Collector):
 
     def _is_known(self, comp: str, serial: int) -> bool:
         """Whether what becomes of an attempt changes nothing: a result of its job is here."""
-        number = job_number(serial)
-        row, _ = self.rows.get((comp, number), (None, ''))
+        row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
         if row is None:
             return False
-        return row[1] in RETURNED or row[0] >= serial
+        if row[1] in RETURNED:
+            return True
+        return bool(row[0] >= serial)
 
     def _end_others(self, comp: str, serial: int) -> None:
         """An attempt has finished: others of its job are ended. The driver's thread."""
@@ -12369,7 +12384,11 @@ class Connector:
                                 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
         about = text if failing is Failing.OTHERWISE else failing
-        if about in peer.told or self._only_probed(peer) or peer.replacing:
+        if about in peer.told:
+            return
+        if peer.replacing:
+            return
+        if self._only_probed(peer):
             return
         peer.told.add(about)
         if not line:
@@ -12676,7 +12695,10 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
     if peer.scheduler:
         return False
     python = python_at(peer.facts, spec.get('interpreter', ''))
-    return python is not None and python.version[:2] != spec['python'][:2]
+    if python is None:
+        return False
+    version = spec['python'][:2]
+    return bool(python.version[:2] != version)
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
@@ -16668,6 +16690,15 @@ class ProgramParts(NamedTuple):
     new_comp: Callable[[], str] = new_comp
 
 
+def _whereabouts_of(computation: Any) -> Tuple[str, str]:
+    """The module and the name of what a cluster computes; both are empty for an executor, which has
+    functions of all sorts."""
+    if isinstance(computation, Calls):
+        return '', ''
+    qualname = getattr(computation, '__qualname__', str(computation))
+    return getattr(computation, '__module__', ''), qualname
+
+
 class ProgramCluster(ComputationUser):
     """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
     What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
@@ -16709,7 +16740,7 @@ class ProgramCluster(ComputationUser):
         self.unusable = ''
         self._waits_told: Set[str] = set()   # why jobs wait
         self.directory = os.getcwd()
-        self.function = module_and_name(computation)
+        self.function = _whereabouts_of(computation)
         self.bundles = ModuleBundles(self.name)
         self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
                                       options.dest_path, options.jobs_per_worker, self.name,
@@ -17137,16 +17168,6 @@ def name_of(computation: Any) -> str:
     """Return the name of a computation as people are shown it."""
     name = getattr(computation, '__name__', None)
     return name or os.path.basename(str(computation))[:60]
-
-
-def module_and_name(computation: Any) -> Tuple[str, str]:
-    """Return the names of the module and of the function of a computation, empty for an
-    executor's, which has functions of all sorts."""
-    if isinstance(computation, Calls):
-        return '', ''
-    module = getattr(computation, '__module__', '')
-    qualname = getattr(computation, '__qualname__', str(computation))
-    return module, qualname
 
 
 def has_exception(row: tuple) -> bool:
@@ -21770,7 +21791,10 @@ def _stacks_path(process: int) -> Optional[str]:
     with contextlib.suppress(OSError):   # another system, or the process of another user
         status = _since('/proc/%d/status' % process)
         caught = re.search(rb'SigCgt:\s*([0-9a-f]+)', status)
-        if caught is None or not int(caught.group(1), 16) >> (signal.SIGUSR2 - 1) & 1:
+        if caught is None:
+            return None
+        signals = int(caught.group(1), 16)
+        if not signals >> (signal.SIGUSR2 - 1) & 1:
             return None   # the signal would end it
         for name in os.listdir(root):
             path = os.path.join(root, name)
@@ -22729,7 +22753,10 @@ class Deployment:
     def _busy(self) -> bool:
         """Whether a computation is there."""
         root = self._note.get('root', '')
-        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+        if not os.path.isdir(root):
+            return False
+        names = os.listdir(root)
+        return any(name.startswith('p-') for name in names)
 
     def _let_finish(self, pid: int, grace: Optional[float]) -> None:
         """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
