@@ -358,6 +358,7 @@ class Measurement:
 
 def main():
     import platform
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit('ended by a signal'))
     with tempfile.TemporaryDirectory() as root:
         measurement = Measurement(root, ARGS)
         with contextlib.closing(measurement):
