@@ -224,6 +224,10 @@ MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is g
 MAX_ATTEMPTS = 16
 # CPUs in the mean of the past below which the use of a user is forgotten
 PAST_LEAST = 0.001
+# Seconds after which half of what a user has had counts beside what he has now. Without it parts of
+# CPUs would be lost: of 6 CPUs, shares of 3 and 1 would be 4 and 2 for ever
+RECENT_TIME = 60.0
+RECENT_APART = 0.1            # s between two looks at what users have had
 # Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
@@ -2558,7 +2562,7 @@ class UserRules(NamedTuple):
 
 class UserLoad:
     """A user, or a group of users, in the schedule."""
-    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'past', 'at')
+    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'recent', 'past', 'at')
 
     def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
         self.name = name           # for people
@@ -2567,16 +2571,19 @@ class UserLoad:
         self.cpus = 0              # CPUs of the jobs on nodes, run or not
         self.jobs = 0              # these jobs
         self.running = 0           # CPUs of those that are known to run
-        # CPUs that were used in the mean of the past, of which half counts after each half-life,
-        # as it was at this time
+        # CPUs that were used in the mean of the last minutes, and in that of the past by the
+        # half-life of the rules, as these were at this time
+        self.recent = 0.0
         self.past = 0.0
         self.at = 0.0
 
     @property
     def claim(self) -> float:
         """What it has of the CPUs and has had, in proportion to its share: who has least is
-        next."""
-        return (self.past + self.cpus) / self.rule.share
+        next. With half a CPU more neither large nor small shares gain by the rounding to whole
+        CPUs."""
+        present = (self.recent + self.cpus + 0.5) / 2
+        return (self.past + present) / self.rule.share
 
     def rank(self) -> Tuple[float, ...]:
         """Who has the least of this is next: by priority, then by the claims of the group and of
@@ -2626,6 +2633,12 @@ class UserLoad:
             self.group.take(cpus, jobs)
 
 
+def _mean(before: float, since: float, half_lives: float) -> float:
+    """A mean of the past, after so many half-lives in which the value was `since`."""
+    kept = 0.5 ** half_lives
+    return before * kept + since * (1.0 - kept)
+
+
 class UserLoads:
     """The users whose jobs a schedule has, their limits, and what they have used. No user has a
     load while there are no rules."""
@@ -2634,6 +2647,7 @@ class UserLoads:
         self.rules = rules
         self._users: Dict[str, UserLoad] = {}
         self._groups: Dict[str, UserLoad] = {}
+        self._advanced_at = -math.inf
 
     @property
     def by_user(self) -> bool:
@@ -2681,31 +2695,36 @@ class UserLoads:
 
     def charge(self, user: UserLoad, seconds: float, now: float) -> None:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
+        self._advance(user, now)
+        used = seconds * math.log(2)
+        user.recent += used / RECENT_TIME
         if self.rules.half_life:
-            self._advance(user, now)
-            rate = math.log(2) / self.rules.half_life
-            user.past += seconds * rate
+            user.past += used / self.rules.half_life
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
-        if self.rules.half_life:
-            for table in (self._users, self._groups):
-                for load in table.values():
-                    self._advance(load, now)
+        if now - self._advanced_at < RECENT_APART:
+            return
+        self._advanced_at = now
+        for table in (self._users, self._groups):
+            for load in table.values():
+                self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
-        """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
-        if self.rules.half_life and now > load.at:
-            age = now - load.at
-            kept = 0.5 ** (age / self.rules.half_life)
-            load.past *= kept
-            load.past += load.running * (1.0 - kept)
+        """Means, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        age = now - load.at
         load.at = now
+        if age <= 0:
+            return
+        load.recent = _mean(load.recent, load.running, age / RECENT_TIME)
+        if self.rules.half_life:
+            load.past = _mean(load.past, load.running, age / self.rules.half_life)
 
     def used(self, now: float) -> Dict[str, float]:
         """The CPUs that users have used in the mean of the past, by their names."""
+        self._advanced_at = -math.inf
         self.advance(now)
         used = {}
         for name, user in self._users.items():
@@ -22942,8 +22961,9 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'
     }
     usage = '%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy')
-    description = text[
-        task] + ' The exit status is the number of hosts where that failed, at most 101.'
+    description = text[task]
+    description += ' The exit status is the number of hosts where that failed, at most 101.'
+    description += ' Nodes that Slurm or another engine places: dispy %s --slurm --help.' % task
     prog = 'dispy ' + task
     parser = argparse.ArgumentParser(prog=prog, description=description, usage=usage)
     add = parser.add_argument
