@@ -198,7 +198,7 @@ def test_functions_and_classes_of_cells_are_found_in_their_cells(cell):
 def test_a_function_whose_text_is_not_to_be_had_is_named(cell):
     module = cell('/tmp/no/1.py', 'def compute(n): return n\n')
     del linecache.cache['/tmp/no/1.py']
-    assert 'is not to be had' in dispy.pack_source(module.compute, None, None, {}, [])[1]
+    assert 'is not available' in dispy.pack_source(module.compute, None, None, {}, [])[1]
 
 
 # -- representations: pure -------------------------------------------------------------------------

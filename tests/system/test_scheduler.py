@@ -345,7 +345,7 @@ def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
         assert cluster.submit()(20) == 1
     with shared(lambda: 2, scheduler) as other:
         assert other.submit()(20) == 2
-    assert scheduler.process.poll() is None and 'nothing was heard' not in scheduler.log()
+    assert scheduler.process.poll() is None and 'nothing was received' not in scheduler.log()
 
 
 # -- methods of a cluster --------------------------------------------------------------------------

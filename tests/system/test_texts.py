@@ -29,7 +29,7 @@ from dispynode import (HandshakeError, Holder, Silence, Unreached, address_in, d
                        is_own_address, same_secret, why_unreached)
 from nodes import NodeProcess, SchedulerProcess
 
-NOWHERE = ('127.0.0.1', 9)   # nothing listens there
+NOWHERE = ('127.0.0.1', 9)   # the connection was refused, as no program listens there
 
 
 def square(n):
@@ -127,7 +127,7 @@ def test_only_who_was_refused_is_called_refused(exc, why, text):
     assert why_unreached(exc) is why and text in dial_text(exc)
 
 
-START = 'Start `python dispynode.py`'
+START = 'Run `python dispynode.py`'
 
 
 @pytest.mark.parametrize('attempts, others, said, not_said', [
@@ -280,7 +280,7 @@ def test_a_node_of_another_user_on_this_machine_is_no_warning(tmp_path, caplog):
         with dispy.JobCluster(square, nodes=[other.address]):   # it was named: then it is one
             eventually(lambda: [text for text in warnings_in(caplog) if 'wrong secret' in text
                                 and '127.0.0.1:%d' % other.port in text])
-        eventually(lambda: re.search(r'turned away: wrong secret.*\(port %d\)' % other.port,
+        eventually(lambda: re.search(r'was rejected: wrong secret.*\(port %d\)' % other.port,
                                      other.log()))
 
 
@@ -424,7 +424,7 @@ def test_an_exception_in_cluster_status_names_it(caplog):
 
 # -- modules that are missing, functions that do not travel ----------------------------------------
 
-TOLD = ("ModuleNotFoundError: No module named '{0}'. the import failed: f -> {0}. To mend that, " +
+TOLD = ("ModuleNotFoundError: No module named '{0}'. the import failed: f -> {0}. To fix this, " +
         'install {0} on this node (/opt/bin/python -m pip install {0}), '
         'or list its file in depends if it is a module of your own')
 
