@@ -2485,7 +2485,9 @@ class MedianDuration:
         count = len(self._sorted)
         if count < SPECULATE_AFTER:
             return None
-        return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
+        lower = self._sorted[(count - 1) // 2]
+        upper = self._sorted[count // 2]
+        return (lower + upper) / 2
 
 
 class SecondAttempts:
@@ -2596,11 +2598,13 @@ class UserLoad:
         """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
-            return '%s has %s on nodes, and the limit is %d (--limit)' % (
-                self.name, many(self.jobs, 'job'), rule.jobs)
+            have = many(self.jobs, 'job')
+            text = '%s has %s on nodes, and the limit is %d (--limit)'
+            return text % (self.name, have, rule.jobs)
         if self.cpus + cpus > rule.cpus:
-            return '%s has %s, the next job needs %d, and the limit is %d (--limit)' % (
-                self.name, many(self.cpus, 'CPU'), cpus, rule.cpus)
+            text = '%s has %s, the next job needs %d, and the limit is %d (--limit)'
+            have = many(self.cpus, 'CPU')
+            return text % (self.name, have, cpus, rule.cpus)
         if self.group is not None:
             return self.group.why_not(cpus)
         return ''
@@ -2644,7 +2648,8 @@ class UserLoads:
         if user is None:
             group = self._group_of(name)
             rule = self.rules.users.get(name, self.rules.others)
-            user = self._users[name] = UserLoad('user ' + name, rule, group)
+            user = UserLoad('user ' + name, rule, group)
+            self._users[name] = user
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
@@ -2678,32 +2683,42 @@ class UserLoads:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
         if self.rules.half_life:
             self._advance(user, now)
-            user.past += seconds * math.log(2) / self.rules.half_life
+            rate = math.log(2) / self.rules.half_life
+            user.past += seconds * rate
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
         if self.rules.half_life:
-            for load in (*self._users.values(), *self._groups.values()):
-                self._advance(load, now)
+            for table in (self._users, self._groups):
+                for load in table.values():
+                    self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
         """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
         if self.rules.half_life and now > load.at:
-            kept = 0.5 ** ((now - load.at) / self.rules.half_life)
-            load.past = load.past * kept + load.running * (1.0 - kept)
+            age = now - load.at
+            kept = 0.5 ** (age / self.rules.half_life)
+            load.past *= kept
+            load.past += load.running * (1.0 - kept)
         load.at = now
 
     def used(self, now: float) -> Dict[str, float]:
         """The CPUs that users have used in the mean of the past, by their names."""
         self.advance(now)
-        return {name: user.past for name, user in self._users.items() if user.past >= PAST_LEAST}
+        used = {}
+        for name, user in self._users.items():
+            if user.past >= PAST_LEAST:
+                used[name] = user.past
+        return used
 
     def keep(self, names: AbstractSet[str]) -> None:
         """Forget the users who have used nearly nothing, but these."""
-        for name in list(self._users):
-            if name not in names and self._users[name].past < PAST_LEAST:
+        for name, user in list(self._users.items()):
+            if name in names:
+                continue
+            if user.past < PAST_LEAST:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
@@ -2732,7 +2747,8 @@ class UserLoads:
             user.take(comp.cpus_in_flight, len(comp.running))
             for node in comp.nodes.values():
                 flight = node.in_flight[comp.comp]
-                running = sum(cpus_of(flight[serial]) for serial in node.begun[comp.comp])
+                begun = node.begun[comp.comp]
+                running = sum(cpus_of(flight[serial]) for serial in begun)
                 self.ran(user, running, now)
 
 
@@ -3037,8 +3053,11 @@ class NodeLoad:
         by. Rows of Results, of jobs that were taken off."""
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
         if comp.seconds is not None:
-            finished = [row for row in ended if row[1] in RETURNED and row[3] > row[2]]
-            comp.seconds.median.add([row[3] - row[2] for row in finished])
+            durations = []
+            for _, outcome, began, over, *_ in ended:
+                if outcome in RETURNED and over > began:
+                    durations.append(over - began)
+            comp.seconds.median.add(durations)
         rounds = self.rounds
         if rounds > 1:
             if self.is_shared(comp):
@@ -3302,9 +3321,11 @@ class Books:
         more."""
         begun = node.begun[comp.comp]
         flight = node.in_flight[comp.comp]
-        cpus = sum(cpus_of(flight[serial]) for serial in set(serials) if serial in begun)
-        if cpus:
-            self.users.ran(comp.user, -cpus, self.now)  # type: ignore[arg-type]
+        user: Any = comp.user
+        for serial in set(serials):
+            if serial in begun:
+                cpus = cpus_of(flight[serial])
+                self.users.ran(user, -cpus, self.now)
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
         """Nothing of a computation is on a node any more that was to become free of it."""
@@ -3619,8 +3640,11 @@ class Placement:
         sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
         if not self._books.users.by_user:
             return False
-        users = {comp.user for name, comp in node.comps.items()
-                 if node.parts[name] or (comp.length() and not comp.held)}
+        users = set()
+        for name, comp in node.comps.items():
+            may_come = comp.length() and not comp.held
+            if node.parts[name] or may_come:
+                users.add(comp.user)
         return len(users) > 1
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
@@ -4447,7 +4471,8 @@ class ScheduleRequests:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            action = SendCancel(comp.running[work.serial].key, comp.comp, [work.serial])
+            node = comp.running[work.serial]
+            action = SendCancel(node.key, comp.comp, [work.serial])
             self._books.do(action)
             self._speculation.ended(comp, work)
 
@@ -4814,8 +4839,11 @@ class Schedule:
         seconds = 0.0
         for row in rows:
             serial = row[0]
-            if serial in flight and serial not in begun and row[1] not in PROVISIONAL:
-                seconds += max(0.0, row[3] - row[2]) * cpus_of(flight[serial])
+            if serial not in flight or serial in begun:
+                continue
+            if row[1] not in PROVISIONAL:
+                took = max(0.0, row[3] - row[2])
+                seconds += took * cpus_of(flight[serial])
         if seconds:
             self.users.charge(comp.user, seconds, self._books.now)
 
@@ -9312,7 +9340,8 @@ class BegunNotes:
                 if 'directory' not in found or is_last:
                     break
                 # What it has written before its directory went may be newer than what was read
-                is_last = time.monotonic() > until or not os.path.isdir(found['directory'])
+                is_there = os.path.isdir(found['directory'])
+                is_last = not is_there or time.monotonic() > until
                 if not is_last:
                     time.sleep(cls.EVERY)
         except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
@@ -10686,7 +10715,9 @@ class Recovery(Collector):
         # Computations and their keys
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
         places = {node.rpartition('#')[0] for _, node in sent}
-        places.update(node.rpartition('#')[0] for _, node, _ in journal.seconds().values())
+        for _, other, _ in journal.seconds().values():
+            place, _, _ = other.rpartition('#')
+            places.add(place)
         self._unmet = holders - places   # they may keep results that are noted
         listens = [row[4] for row in rows if row[4]]
         super().__init__(places | self._unmet, places, listens, parts.new_comp)
@@ -10808,7 +10839,8 @@ class Recovery(Collector):
         for job, serial, node in self._attempts():
             if serial not in serials:
                 continue
-            if node.rpartition('#')[0] == peer.place and not self._other_goes_on(serial):
+            place, _, _ = node.rpartition('#')
+            if place == peer.place and not self._other_goes_on(serial):
                 del self._jobs[job_number(serial)]
                 self._again(job)
         self._check()
@@ -11007,7 +11039,8 @@ class ResultCollection(Collector):
         for peer in self.met:
             for key in self._places_of(peer, comp):
                 there = self.there.get(key, set())
-                others = [one for one in there if job_number(one) == job_number(serial)]
+                number = job_number(serial)
+                others = [one for one in there if job_number(one) == number]
                 there.difference_update(others)
                 if others and peer.link is not None:
                     self.driver.send(peer.link, Cancel(comp, others))
@@ -14202,7 +14235,8 @@ class EndedJobs:
             new = len(self._rows)
             if known <= self._count:
                 new = min(new, self._count - known)
-            rows: Iterable[EndedJob] = itertools.islice(self._rows, len(self._rows) - new, None)
+            first = len(self._rows) - new
+            rows: Iterable[EndedJob] = itertools.islice(self._rows, first, None)
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
@@ -21902,7 +21936,8 @@ class NodeRequest(NamedTuple):
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
         found['clock'] = '%d:%02d:%02d' % (hours, minutes, seconds)
-        hours, minutes = divmod(-(-self.seconds // 60), 60)
+        whole_minutes = -(-self.seconds // 60)
+        hours, minutes = divmod(whole_minutes, 60)
         found['minutes'] = '%d:%02d' % (hours, minutes)
         found['megabytes'] = self.megabytes
         found['slot_megabytes'] = -(-self.megabytes // self.cpus)
@@ -21957,7 +21992,12 @@ class Engine:
         """Those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
-        return {job for job in jobs if job.partition('.')[0] in known}
+        found = set()
+        for job in jobs:
+            number, _, _ = job.partition('.')
+            if number in known:
+                found.add(job)
+        return found
 
     def listed(self, said: str) -> Set[str]:
         """The numbers of the jobs in what `lists` has printed."""
@@ -21984,7 +22024,8 @@ class Engine:
         if done.returncode and not self.is_nothing(done):
             why = done.stderr.decode(errors='replace')
             ending = exit_text(done.returncode)
-            raise DispyError('%s: %s' % (command[0], why.strip() or ending))
+            why = why.strip() or ending
+            raise DispyError('%s: %s' % (command[0], why))
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
@@ -22163,9 +22204,9 @@ class KubernetesEngine(Engine):
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
-ENGINES = {
-    engine.name: engine
-    for engine in (SlurmEngine(), PbsEngine(), LsfEngine(), SgeEngine(), KubernetesEngine())
+ENGINES: Dict[str, Engine] = {
+    'slurm': SlurmEngine(), 'pbs': PbsEngine(), 'lsf': LsfEngine(), 'sge': SgeEngine(),
+    'k8s': KubernetesEngine()
 }
 ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
@@ -22254,9 +22295,12 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
     """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
     each; there shall be `least` to `most`."""
     coming = max(0, alive - demand.there)
-    jobs = demand.waiting - demand.idle - coming * cpus
-    for_jobs = min(-(-jobs // cpus), most - alive)
-    return max(0, for_jobs, least - alive)
+    jobs = demand.waiting - demand.idle
+    jobs -= coming * cpus
+    for_jobs = -(-jobs // cpus)
+    room = most - alive
+    missing = least - alive
+    return max(0, min(for_jobs, room), missing)
 
 
 class NodePlacement:
@@ -22271,7 +22315,8 @@ class NodePlacement:
         self.nodes = EngineNodes(engine)
         self.secret = find_secret(None, args.secret_file).strip()
         digest = digest_of(self.secret).hex()
-        self._secret_file = os.path.join(self.nodes.directory, 'secret-' + digest[:12])
+        name = 'secret-' + digest[:12]
+        self._secret_file = os.path.join(self.nodes.directory, name)
         source = os.path.abspath(dispynode.__file__)
         with open(source, 'rb') as file:
             self._source = file.read()
@@ -22333,7 +22378,8 @@ class NodePlacement:
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
-        for path, data in ((self._script, self._source), (self._secret_file, self.secret)):
+        files = {self._script: self._source, self._secret_file: self.secret}
+        for path, data in files.items():
             if not os.path.exists(path):
                 write_private(path, data)
 
@@ -22390,8 +22436,10 @@ class DemandOfScheduler:
 def _range_option(text: str) -> Tuple[int, int]:
     """Read MIN:MAX."""
     least, _, most = text.partition(':')
-    if least.isdigit() and most.isdigit() and int(least) <= int(most) and int(most):
-        return int(least), int(most)
+    if least.isdigit() and most.isdigit():
+        bounds = (int(least), int(most))
+        if bounds[0] <= bounds[1] and bounds[1]:
+            return bounds
     raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
 
 
@@ -22496,8 +22544,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
                 demand = source.look()
                 placement.adapt(demand, *args.adaptive)
             except (RuntimeError, OSError, DispyError, concurrent.futures.TimeoutError) as exc:
-                print('dispy deploy: %s; tried again' % (exc or 'no answer'), file=sys.stderr,
-                      flush=True)
+                text = str(exc) or 'no answer'
+                print('dispy deploy: %s; tried again' % text, file=sys.stderr, flush=True)
             never.wait(ADAPT_EVERY)
     except KeyboardInterrupt:
         return 0

@@ -277,8 +277,8 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
         recover_file: bool | _Path | None = None, max_jobs_per_worker: int | None = None,
         on_output: _OutputCallback | None = None, forward_logs: bool = False,
         start_method: str | None = None, resources: Mapping[str, int] | None = None,
-        python: str | None = None, job_dir: bool = False, returns: Sequence[str] = (), dest: str | None = None,
-        speculate: bool = False,
+        python: str | None = None, job_dir: bool = False, returns: Sequence[str] = (),
+        dest: str | None = None, speculate: bool = False,
         callback: _JobCallback | None = None, ip_addr: _OwnAddress | None = None,
         ext_ip_addr: str | None = None, fault_recover: bool | _Path | None = None,
         poll_interval: float | None = None, ipv4_udp_multicast: bool = False,
@@ -481,6 +481,7 @@ class _ClusterOptions(TypedDict, total=False):
     job_dir: bool
     returns: Sequence[str]
     dest: str | None
+    speculate: bool
     ip_addr: _OwnAddress | None
     ext_ip_addr: str | None
     fault_recover: bool | _Path | None

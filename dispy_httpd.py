@@ -900,9 +900,11 @@ class JobList:
         with self._lock:
             now = time.monotonic()
             if now - self._placed_at >= SNAPSHOTS_APART:
-                running = self._jobs.running()
+                running = {key_of(row): row for row in self._jobs.running()}
                 self._take()
-                self._placed = self.timeline.place(running)
+                # Once each, also those that run a second time
+                once = list(running.values())
+                self._placed = self.timeline.place(once)
                 self._placed_at = time.monotonic()
             width = span / BINS
             left = time.time() - span

@@ -16315,23 +16315,54 @@ def node_facts() -> dict:
     }
 
 
-def availability(directory: str) -> dict:
+class ProcFiles:
+    """What /proc tells on Linux that psutil would tell. A program's first result would have to wait
+    until psutil is imported, longer than for all else that its node does before it."""
+    _idle = 0     # when this was asked for before, in ticks since the system was started
+    _all = 0
+
+    @classmethod
+    def free(cls) -> Dict[str, float]:
+        """Return `cpu`, in percent since this was asked for before, `memory`, `memory_total` and
+        `swap`. Raises OSError, ValueError, KeyError."""
+        with open('/proc/stat') as file:
+            words = file.readline().split()
+        ticks = [int(word) for word in words[1:9]]   # what guests use is a part of these
+        idle = ticks[3] + ticks[4]                   # idle, or waiting for a disk
+        passed = sum(ticks) - cls._all
+        share = (idle - cls._idle) / max(1, passed)
+        cls._idle = idle
+        cls._all += passed
+        found = {'cpu': 100.0 * min(1.0, max(0.0, share))}
+        sizes = {}
+        with open('/proc/meminfo') as file:
+            for line in file:
+                name, _, rest = line.partition(':')
+                sizes[name] = int(rest.split()[0]) << 10
+        found['memory'] = sizes['MemAvailable']
+        found['memory_total'] = sizes['MemTotal']
+        found['swap'] = sizes['SwapFree']
+        return found
+
+
+def availability(directory: str, soon: bool = False) -> dict:
     """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
     there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
     of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
-    the others."""
-    cpu = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
-    memory = ask_psutil(lambda psutil: psutil.virtual_memory().available)
-    memory_total = ask_psutil(lambda psutil: psutil.virtual_memory().total)
-    swap = ask_psutil(lambda psutil: psutil.swap_memory().free)
-    found: Dict[str, Optional[float]] = {
-        'cpu': cpu,
-        'memory': memory,
-        'memory_total': memory_total,
-        'disk': None,
-        'disk_total': None,
-        'swap': swap,
-    }
+    the others. If somebody waits for it, it is told `soon`: where that is possible psutil is not
+    imported for it."""
+    found: Dict[str, Optional[float]] = {}
+    if soon and sys.platform == 'linux' and 'psutil' not in sys.modules:
+        with contextlib.suppress(OSError, ValueError, KeyError):   # psutil may know
+            if importlib.util.find_spec('psutil') is not None:
+                found = ProcFiles.free()  # type: ignore[assignment]
+    if not found:
+        found['cpu'] = ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent())
+        found['memory'] = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+        found['memory_total'] = ask_psutil(lambda psutil: psutil.virtual_memory().total)
+        found['swap'] = ask_psutil(lambda psutil: psutil.swap_memory().free)
+    found['disk'] = None
+    found['disk_total'] = None
     with contextlib.suppress(OSError):   # the directory was removed
         usage = shutil.disk_usage(directory)
         found['disk'] = usage.free
@@ -16978,7 +17009,7 @@ class NodeDirectory:
 
     def available(self) -> Dict[str, Any]:
         """Return what is free of the machine, with the disk of the directory."""
-        return availability(self.root)
+        return availability(self.root, self._options.embedded)
 
     def take(self, port: int) -> None:
         """Have the directory. Raises StartError."""

@@ -4,7 +4,8 @@ they say to nodes, and which events they hand to the Schedule."""
 import types
 
 from dispy import (
-    PackedComputation, ComputationSetup, DriverParts, FileTransfers, NodePolicy, NodeSelection,
+    PackedComputation, ComputationSetup, DriverParts, FileTransfers, HeldBack, NodePolicy,
+    NodeSelection,
     NodeSpec, NodeTable, NodeUser, Opened, Schedule)
 from dispynode import NodeHello
 
@@ -117,6 +118,7 @@ class FakeDriver:
         self.selection = NodeSelection(self)
         self.setup = ComputationSetup(self)
         self.files = FileTransfers(self)
+        self.held_back = HeldBack(self)
 
     # What the parts call.
 

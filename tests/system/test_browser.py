@@ -2,6 +2,7 @@
 come to tests/screenshots."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -34,7 +35,7 @@ class Browser:
     """One window. `page(name)` goes to a page of the monitor; the others look at what is there
     now."""
 
-    def __init__(self, directory, url, width=1280, height=860, dark=False):
+    def __init__(self, directory, url):
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for word in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic',
@@ -45,10 +46,14 @@ class Browser:
         options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self.command = self.driver.execute_cdp_cmd
+        self.url = url
+        self.look(1280, 860, False)
+
+    def look(self, width, height, dark):
+        self.width, self.height = width, height
         self.size(width, height)
         self.command('Emulation.setEmulatedMedia', {
             'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
-        self.url = url
 
     def size(self, width, height):
         self.command('Emulation.setDeviceMetricsOverride', {
@@ -111,17 +116,23 @@ class Browser:
                 if line['level'] in ('SEVERE', 'WARNING')]
 
     def picture(self, name):
+        """Of a phone, the whole page. Nothing on it is wider than the window."""
+        assert self.script('return document.documentElement.scrollWidth') <= self.width
+        if self.width < 500:
+            length = self.script('return document.documentElement.scrollHeight')
+            self.size(self.width, max(self.height, min(3000, length)))
         os.makedirs(SCREENSHOTS, exist_ok=True)
         self.driver.save_screenshot(os.path.join(SCREENSHOTS, name + '.png'))
+        self.size(self.width, self.height)
 
 
 @pytest.fixture
 def browse(tmp_path):
-    """A callable that opens browsers: browse(server, **options)."""
+    """A callable that opens browsers: browse(server)."""
     with contextlib.ExitStack() as stack:
-        def opened(server, **options):
+        def opened(server):
             browser = Browser(tmp_path / ('browser-%d' % time.monotonic_ns()),
-                              getattr(server, 'url', server), **options)
+                              getattr(server, 'url', server))
             stack.callback(browser.driver.quit)
             return browser.open()
         yield opened
@@ -396,10 +407,11 @@ def scene(number, end):
     return number
 
 
-@pytest.mark.parametrize('look, width, height, dark',
-                         [('light', 1280, 860, False), ('dark', 1280, 860, True),
-                          ('phone', 390, 844, False), ('phone-dark', 390, 844, True)])
-def test_pictures_of_every_page(browse, tmp_path, look, width, height, dark):
+LOOKS = {'light': (1280, 860, False), 'dark': (1280, 860, True), 'phone': (390, 844, False),
+         'phone-dark': (390, 844, True)}
+
+
+def test_pictures_of_every_page(browse, tmp_path):
     """To be looked at. Nothing is wider than the window, and the browser has nothing to complain
     of."""
     end = str(tmp_path / 'end')
@@ -411,31 +423,26 @@ def test_pictures_of_every_page(browse, tmp_path, look, width, height, dark):
             for n in range(60):
                 cluster.submit(n, end)
             cluster.set_node_cpus('attic', 1)
-            browser = browse(server, width=width, height=height, dark=dark)
+            browser = browse(server)
             eventually(lambda: dispy.core_of(cluster).book.finished > 30, seconds=40)
-            for page in ('clusters', 'timeline?span=60', 'jobs', 'job?cluster=1&job=7', 'nodes',
-                         'node?id=1.%s:%d' % a.address, 'failures', 'manage'):
+            pages = ('clusters', 'timeline?span=60', 'jobs', 'job?cluster=1&job=7', 'nodes',
+                     'node?id=1.%s:%d' % a.address, 'failures', 'manage')
+            for look, page in itertools.product(LOOKS, pages):
+                browser.look(*LOOKS[look])
                 browser.page(page).see(lambda: browser.all('main h1')
                                        and 'Loading' not in browser.text())
-                if page == 'failures':
+                if page == 'failures' and not browser.all('details[open]'):
                     browser.click('', 'summary')
                 elif page.startswith('node?'):
                     browser.see(lambda: browser.all('pre'))
                 elif page.startswith('timeline?'):
                     browser.see(lambda: browser.bars().get('nodes') == '2')
-                assert browser.script('return document.documentElement.scrollWidth') <= width
-                if width < 500:
-                    browser.size(width, max(height, min(
-                        3000, browser.script('return document.documentElement.scrollHeight'))))
                 browser.picture('%s-%s' % (page.partition('?')[0], look))
-                browser.size(width, height)
             assert browser.errors() == []
             (tmp_path / 'end').write_text('')
 
 
-@pytest.mark.parametrize('look, width, height, dark',
-                         [('light', 1280, 860, False), ('phone-dark', 390, 844, True)])
-def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, dark):
+def test_a_scheduler_with_two_programs(browse, tmp_path):
     """Its numbers are the clusters'; a node is drained and used again for both."""
     end = str(tmp_path / 'end')
     with NodeProcess(tmp_path / 'a', '--name', 'basement') as a, \
@@ -445,7 +452,7 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
                              '--history', '1') as scheduler, \
             dispy.SharedJobCluster(scene, scheduler_port=scheduler.port) as first, \
             dispy.SharedJobCluster(work, scheduler_port=scheduler.port) as second:
-        browser = browse(scheduler.page(), width=width, height=height, dark=dark)
+        browser = browse(scheduler.page())
         first.wait_nodes(2, 20)
         for n in range(60):
             second.submit(n)
@@ -468,22 +475,19 @@ def test_a_scheduler_with_two_programs(browse, tmp_path, look, width, height, da
             lambda: sum(shown('scene')[word] for word in ('Done', 'Failed', 'Running', 'Waiting'))
             == 60 and shown('scene')['Running'] == 3)
         browser.reads('PID %d' % os.getpid(), 'all programs of the dispyscheduler')
-        for page in ('clusters', 'timeline?span=60', 'jobs', 'nodes', 'node?id=1.%s:%d' % a.address,
-                     'failures', 'accounts', 'manage'):
+        pages = ('clusters', 'timeline?span=60', 'jobs', 'nodes', 'node?id=1.%s:%d' % a.address,
+                 'failures', 'accounts', 'manage')
+        for look, page in itertools.product(('light', 'phone-dark'), pages):
+            browser.look(*LOOKS[look])
             browser.page(page).see(lambda: browser.all('main h1')
                                    and 'Loading' not in browser.text())
-            if page == 'failures':
+            if page == 'failures' and not browser.all('details[open]'):
                 browser.click('', 'summary')
             elif page.startswith('node?'):
                 browser.reads(end, 'running')
             elif page == 'accounts':
                 browser.reads('by computation', 'CPU time')
-            assert browser.script('return document.documentElement.scrollWidth') <= width
-            if width < 500:
-                browser.size(width, max(height, min(
-                    3000, browser.script('return document.documentElement.scrollHeight'))))
             browser.picture('scheduler-%s-%s' % (page.partition('?')[0], look))
-            browser.size(width, height)
         browser.page('manage').click('Drain')
         eventually(lambda: sorted(node.cpus for node in first.status().nodes)[0] == 0
                    and 0 in [node.cpus for node in second.status().nodes])

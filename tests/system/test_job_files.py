@@ -12,6 +12,7 @@ import pytest
 from conftest import eventually
 from dispy import DispyJob
 from nodes import NodeProcess
+from proxy import Proxy
 
 
 @pytest.fixture
@@ -152,23 +153,24 @@ def test_the_node_is_lost_while_a_file_is_sent(make_cluster, here, tmp_path):
 
     def compute():
         with open('large', 'wb') as file:
-            file.truncate(2 << 30)
+            file.truncate(32 << 20)
         return dispy_send_file('large')   # noqa: F821
-    with make_cluster(compute, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
+    with Proxy(node.address, rate=2 << 20) as proxy, \
+            make_cluster(compute, nodes=[proxy.address], loglevel=logging.CRITICAL) as cluster:
         job = cluster.submit()
         eventually(lambda: os.listdir(str(here)))
         node.kill()
-        assert job.wait(20) and job.status == DispyJob.Abandoned
+        assert job.wait(60) and job.status == DispyJob.Abandoned
         eventually(lambda: os.listdir(str(here)) == [], what='the half file to be removed')
 
 
 def test_the_cluster_is_closed_while_a_file_is_sent(make_cluster, here, tmp_path):
     def compute():
         with open('large', 'wb') as file:
-            file.truncate(512 << 20)
+            file.truncate(32 << 20)
         return dispy_send_file('large')   # noqa: F821
-    with NodeProcess(tmp_path / 'node') as node:
-        cluster = make_cluster(compute, nodes=[node.address])
+    with NodeProcess(tmp_path / 'node') as node, Proxy(node.address, rate=2 << 20) as proxy:
+        cluster = make_cluster(compute, nodes=[proxy.address])
         job = cluster.submit()
         eventually(lambda: os.listdir(str(here)))
         cluster.close(terminate=True)

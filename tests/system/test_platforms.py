@@ -424,6 +424,25 @@ def test_what_psutil_can_tell_is_told_without_the_rest(monkeypatch, tmp_path):
     assert dispynode.availability(str(tmp_path / 'removed'))['disk'] is None
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc is as Linux has it')
+def test_linux_tells_without_importing_psutil_what_that_would_tell(tmp_path):
+    code = """if True:
+        import sys, dispynode
+        found = [dispynode.availability(sys.argv[1], True) for _ in range(2)]
+        assert 'psutil' not in sys.modules
+        import psutil
+        for one in found:
+            assert set(one) == {'cpu', 'memory', 'memory_total', 'swap', 'disk', 'disk_total'}
+            assert 0 <= one['cpu'] <= 100
+            assert one['memory_total'] == psutil.virtual_memory().total
+            assert abs(one['memory'] - psutil.virtual_memory().available) < 1 << 30
+            assert abs(one['swap'] - psutil.swap_memory().free) < 1 << 30
+        found = dispynode.availability(sys.argv[1])
+        assert 0 <= found['cpu'] <= 100 and found['memory'] and found['disk']
+    """
+    subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True, cwd=ROOT)
+
+
 def test_what_psutil_cannot_tell(monkeypatch):
     monkeypatch.setitem(sys.modules, 'psutil', Failing())
     monkeypatch.setattr(dispynode, '_own_addresses', {})   # those known from before are kept

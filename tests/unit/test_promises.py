@@ -108,7 +108,10 @@ def sharing(shape, trip, seed, other, nodes):
 @each
 @shaped
 @pytest.mark.parametrize('other', (False, True), ids=('same', 'other'))
-def test_equal_claims_get_equal_shares(shape, trip, other, seeds):
+def test_equal_claims_get_equal_shares(shape, trip, other, seeds, request):
+    if (SHAPES.index(shape) + TRIPS.index(trip) + other) % 2 and not request.config.getoption(
+            '--long'):
+        pytest.skip('with --long')   # each shape is shared on links of each kind, in one way
     # A job of 3 s that one has more at an end of the 20 s is 5 % of 6 CPUs, so those of different
     # lengths have 12.
     nodes = {'a': 8, 'b': 4} if other else {'a': 4, 'b': 2}

@@ -7,11 +7,12 @@ from conftest import walk_seeds
 from dispy import (
     SPECULATE_AFTER, CancelAsked, Closed, JobEnded, JobsEnded, JobState, JobWaits, MedianDuration,
     NodeAway, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted,
-    Opened, Schedule, SecondCounts, SecondHad, SecondOver, SecondWins, SendAck, SendCancel,
-    SendJobs, SendSecond, Submitted, NodeHad, cpus_of)
+    Opened, RulesChanged, Schedule, SecondCounts, SecondHad, SecondOver, SecondWins, SendAck, SendCancel,
+    SendJobs, SendSecond, Submitted, NodeHad, UserRule,
+    UserRules, cpus_of)
 from dispynode import AttemptHistory, Outcome
 from talk_schedule import job, jobs, only, row, sent
-from test_schedule import ModelNode, Walk
+from walk_schedule import ModelNode, Walk
 
 FAILURES = [outcome for outcome in Outcome if outcome not in (
     Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE,
@@ -24,7 +25,7 @@ class Scene:
     def __init__(self, speculate=True, ended=SPECULATE_AFTER, cpus=1, remote=False):
         self.now = 0.0
         self.schedule = Schedule()
-        self.tell(Opened('c', 'c', True, remote, None, speculate))
+        self.tell(Opened('c', 'c', True, remote, None, speculate, 'ada'))
         self.tell(NodeReady('a', 'c', cpus, []))
         for _ in range(ended):
             work = job()
@@ -84,6 +85,39 @@ def test_without_the_option_by_a_scheduler_or_too_early_there_is_none(options, e
     scene = Scene(ended=ended, **options)
     scene.run()
     assert only(scene.tell(after=100.0), SendSecond) == []
+
+
+def test_second_attempts_keep_within_the_limits_of_their_user():
+    scene = Scene()
+    scene.tell(RulesChanged(UserRules(users={'ada': UserRule(cpus=1)})))
+    scene.run()
+    assert only(scene.tell(after=100.0), SendSecond) == []
+    for rule in (UserRule(cpus=2), UserRule(jobs=2)):
+        scene.tell(RulesChanged(UserRules(users={'ada': UserRule(jobs=1)})))
+        seconds = scene.schedule.comps['c'].seconds
+        assert not seconds.by_serial
+        [action] = only(scene.tell(RulesChanged(UserRules(users={'ada': rule}))), SendSecond)
+        other = Opened('d %s' % rule.cpus, 'd', False, False, None, False, 'ada')
+        scene.tell(other, NodeReady('b', other.comp, 1, []))
+        work = job(comp=other.comp)
+        actions = scene.tell(Submitted([work]))
+        assert only(actions, SendCancel) == [SendCancel('b', 'c', [action.works[0].serial])]
+        assert [sent_job for each in only(actions, SendJobs) for sent_job in each.works] == [work]
+        scene.tell(NodeResults('b', other.comp, [row(work)]))
+
+
+def test_a_second_attempt_that_counts_is_one_job_of_its_user():
+    scene = Scene()
+    scene.tell(RulesChanged(UserRules(users={'ada': UserRule(cpus=2)}, half_life=3600.0)))
+    work, second = scene.late()
+    load = scene.schedule.comps['c'].user
+    scene.tell(NodeStarted('b', 'c', [(second.serial, 0.0)]))
+    assert (load.cpus, load.jobs, load.running) == (1, 1, 1)
+    scene.tell(NodeLost('a', 'host', 'it is gone'))
+    assert scene.schedule.comps['c'].running[work.serial].key == 'b'
+    assert (load.cpus, load.jobs, load.running) == (1, 1, 1)
+    scene.tell(NodeResults('b', 'c', [row(work)]))
+    assert (load.cpus, load.jobs, load.running) == (0, 0, 0)
 
 
 def test_one_node_has_none():
