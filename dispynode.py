@@ -8566,7 +8566,7 @@ NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errn
 def dial_text(exc: BaseException) -> str:
     """Why no connection came about."""
     if isinstance(exc, ConnectionRefusedError):
-        return 'the connection was refused, as no program listens there'
+        return 'no program listens there'
     if isinstance(exc, socket.gaierror):
         if exc.errno in NAME_SERVICE_FAILS:
             return ('its name does not resolve, because the name service does not answer '

@@ -188,7 +188,7 @@ def _(of):
     return raised(dispy.JobCluster, double, pulse_interval=1001)
 
 
-@call('pulse_interval that is not a number')
+@call('pulse_interval that is no number')
 def _(of):
     return raised(dispy.JobCluster, double, pulse_interval='often')
 

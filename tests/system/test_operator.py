@@ -484,7 +484,7 @@ def test_what_cannot_be_asked(scheduler_and_node):
         port = scheduler_and_node[0]
 
     class Nobody:
-        port = 9   # the connection was refused, as no program listens there
+        port = 9   # no program listens there
     code, out, err = operate(Nobody, 'status')
     assert code == 1 and out == '' and 'cannot be asked' in err
     code, out, err = operate(Scheduler, 'status',
