@@ -136,7 +136,7 @@ def test_results_that_were_not_acknowledged_are_delivered_after_a_restart(tmp_pa
             eventually(lambda: len(ledger.attempts()) == 2)
             client.process.send_signal(signal.SIGSTOP)
             proxy.hold()
-            eventually(lambda: 'ended: nothing was heard' in node.log())
+            eventually(lambda: 'ended: nothing was received' in node.log())
             # Both
             eventually(lambda: [len(list(ResultSpool(path).rows())) for path in kept()] == [2])
             node.kill()

@@ -300,7 +300,7 @@ def test_two_users_with_secrets_and_limits(tmp_path, caplog):
                 before = scheduler.log().count('are not changed')
                 reload(wrong)
                 eventually(lambda: scheduler.log().count('are not changed') == before + 1)
-            assert 'alice=cpu:9: cpus:N, jobs:N or cpus:N,jobs:N is wanted' in scheduler.log()
+            assert 'alice=cpu:9: it must be cpus:N, jobs:N or cpus:N,jobs:N' in scheduler.log()
             assert counts('alice') == [('alice', 4, 1, 1)]
             assert caplog.text.count('(--limit)') == 2     # of each limit once
             # What each is billed
@@ -510,7 +510,7 @@ def test_what_cannot_be_asked(scheduler_and_node):
         port = scheduler_and_node[0]
 
     class Nobody:
-        port = 9   # nothing listens there
+        port = 9   # no program listens there
     code, out, err = operate(Nobody, 'status')
     assert code == 1 and out == '' and 'cannot be asked' in err
     code, out, err = operate(Scheduler, 'status',
