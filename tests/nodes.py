@@ -88,7 +88,7 @@ class NodeProcess:
                                   str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
                                   *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                  env=env)
-        self.port = int(eventually(self._listening, what='start of a node'))
+        self.port = int(eventually(self._listening, 90, 'start of a node'))
 
     def log(self):
         with open(self._log, errors='replace') as file:
@@ -136,7 +136,7 @@ class SchedulerProcess(NodeProcess):
                 [sys.executable, script or script_of('dispyscheduler', env), '-i', '127.0.0.1',
                  '-p', str(port), '--state-dir', self.state, *options], stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
-        self.port = int(eventually(self._listening, what='start of a scheduler'))
+        self.port = int(eventually(self._listening, 90, 'start of a scheduler'))
 
     def page(self):
         """The link to its web page (--httpd), from the file in its state directory: the log, which
