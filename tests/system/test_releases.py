@@ -141,7 +141,7 @@ def test_a_client_of_this_release_uses_a_node_of_that_one():
     assert said[0] == dispynode.VERSIONS and {'Compute', 'Jobs', 'Done'} <= set(said)
 
 
-# -- what was added to messages since, with a peer that does not know it -----------------------------
+# -- what was added to messages since, with a peer that does not know it ---------------------------
 
 class OldNode:
     """A node, or a scheduler, of that release: it runs what it is given, and knows all results to
@@ -174,8 +174,9 @@ class OldNode:
                     peer.send('Ready', fields[0], [], dispynode.AttemptHistory().row())
                 elif name == 'Jobs':
                     self.rows += fields[1]
-                    peer.send('Results', fields[0], [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'')
-                                                     for serial, *_ in fields[1]])
+                    rows = [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'')
+                            for serial, *_ in fields[1]]
+                    peer.send('Results', fields[0], rows)
         except (EOFError, OSError):
             pass
         finally:
