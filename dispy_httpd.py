@@ -1663,7 +1663,7 @@ class ClusterJobs:
 class ClusterSource:
     """Shows the clusters of this program or, with a `NodeMonitor`, nodes beside any program."""
     text = 'clusters of this program'
-    nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
+    nothing = 'No cluster is shown: the program has none, or has removed it (del_cluster).'
     manages = True
     shared = False
     is_up = True      # what is shown can be asked
@@ -1687,7 +1687,7 @@ class ClusterSource:
         """Begin to watch a cluster. Raises TypeError for what is no cluster, RuntimeError if it was
         closed."""
         if not isinstance(cluster, (JobCluster, NodeMonitor)):
-            raise TypeError('%.80r is no cluster' % (cluster,))
+            raise TypeError('%.80r is not a cluster' % (cluster,))
         kind: Type[ClusterView] = ClusterView
         if isinstance(cluster, SharedJobCluster):
             kind = SharedClusterView
@@ -2086,7 +2086,7 @@ class NodeMonitor(dispy.NodeScan):
 class NodesSource(ClusterSource):
     """Shows nodes beside any program, and leaves them as they are."""
     text = 'nodes, whoever uses them'
-    nothing = 'Nodes are watched here, not clusters: see Nodes.'
+    nothing = 'This monitor shows nodes and no clusters: see the page Nodes.'
     manages = False
     home = 'nodes'
 
@@ -3374,7 +3374,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check(self) -> None:
         """Check what holds for every request. Raises Refusal."""
         if self.request_version not in ('HTTP/1.0', 'HTTP/1.1'):
-            raise Refusal(505, '%s is not spoken here' % self.request_version)
+            raise Refusal(505, '%s is not supported here' % self.request_version)
         self._check_headers()
         host = self.headers.get('Host')
         if host is None:
@@ -3424,7 +3424,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _length(self) -> int:
         text = self.headers.get('Content-Length')
         if text is not None and not re.fullmatch(r'[0-9]{1,18}', text):
-            raise Refusal(400, 'Content-Length is no number')
+            raise Refusal(400, 'Content-Length is not a number')
         if text is None and self.command == 'POST':
             raise Refusal(411, 'there is no header Content-Length')
         return int(text or 0)
@@ -3478,7 +3478,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, 'the query is malformed') from exc
         query = dict(pairs)
         if len(query) != len(pairs):
-            raise Refusal(400, 'the query says something twice')
+            raise Refusal(400, 'the query has a parameter twice')
         return query
 
     # -- reads -------------------------------------------------------------------------------------
@@ -3514,7 +3514,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # Of a driver that has ended, or is very busy
             raise Refusal(409, str(exc) or 'it does not answer') from exc
         if words:
-            raise Refusal(400, 'the query has unknown words: %.80s' % ', '.join(words))
+            raise Refusal(400, 'the query has unknown parameters: %.80s' % ', '.join(words))
         view['time'] = round(snapshot.time, 3)
         view['snapshot_seconds'] = round(snapshot.cost, 6)
         view['manages'] = source.manages
@@ -3601,7 +3601,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return json.loads(data.decode('utf-8'))
         except (ValueError, RecursionError) as exc:
-            raise Refusal(400, 'the body is no JSON: %.80s' % exc) from exc
+            raise Refusal(400, 'the body is not JSON: %.80s' % exc) from exc
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -3792,8 +3792,8 @@ class DispyHTTPServer:
         self._accepts.start()
         if host not in ('127.0.0.1', '::1', 'localhost') and tls is None:
             logger.warning(
-                'the web monitor listens at %s without TLS: who can read the network can read its '
-                'token; give certfile=',
+                'the web monitor listens at %s without TLS: whoever can read the network can read '
+                'its token; give certfile=',
                 host or 'all addresses')
         self._tell('dispy monitor: %s' % self.url)
 
@@ -4095,7 +4095,7 @@ HTML = r'''<!DOCTYPE html>
 </header>
 <main id="main" tabindex="-1"><p class="empty">Loading.</p></main>
 <p id="note" class="note" role="status" aria-live="polite" hidden></p>
-<noscript><p class="empty">This page needs JavaScript, its own alone.</p></noscript>
+<noscript><p class="empty">This page needs JavaScript, and loads only its own.</p></noscript>
 </body>
 </html>
 '''
@@ -5609,7 +5609,7 @@ function jobTools() {
 
 function noJobs() {
   if (view.manages) return empty("No job is on this node.");
-  return empty("Which jobs these are is known to the program that uses the node.");
+  return empty("Only the program that uses this node knows which jobs these are.");
 }
 
 // Jobs that have ended meanwhile are not chosen any more.

@@ -206,7 +206,7 @@ def test_several_clusters_one_server(tmp_path):
                 and [(use['number'], use['jobs']) for use in node['clusters']] == [(1, 2), (2, 1)])
         site.server.del_cluster(one)
         assert eventually(lambda: [row['number'] for row in site.rows('/api/clusters')] == [2])
-        with pytest.raises(TypeError, match='is no cluster'):
+        with pytest.raises(TypeError, match='is not a cluster'):
             site.server.add_cluster('cluster')
 
 
@@ -788,7 +788,7 @@ def hostile():
     yield 'an unknown word in the query', 400, lambda s: s.raw(path='/api/clusters?colour=1')
     yield 'a word twice', 400, lambda s: s.raw(path='/api/clusters?page=1&page=2')
     yield 'sorted by what is no column', 400, lambda s: s.raw(path='/api/clusters?sort=__class__')
-    yield 'a page that is no number', 400, lambda s: s.raw(path='/api/clusters?page=1e9')
+    yield 'a page that is not a number', 400, lambda s: s.raw(path='/api/clusters?page=1e9')
     yield 'UTF-8 that is none', 400, lambda s: s.raw(path='/api/node?id=%ff')
     yield 'HTTP/2.0', 505, lambda s: s.raw(version='HTTP/2.0')
     yield 'HTTP/0.9', 505, lambda s: b'GET /\r\n\r\n'
@@ -910,7 +910,7 @@ def test_arguments_of_a_server():
     for wrong in (dict(port=-1), dict(port='x'), dict(poll_sec=0.1), dict(poll_sec='x')):
         with pytest.raises(ValueError, match=list(wrong)[0]):
             dispy_httpd.DispyHTTPServer(None, **wrong)
-    with pytest.raises(TypeError, match='is no cluster'):
+    with pytest.raises(TypeError, match='is not a cluster'):
         dispy_httpd.DispyHTTPServer('cluster', port=0)
 
 

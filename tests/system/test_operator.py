@@ -59,6 +59,7 @@ def rows(scheduler, task, *words):
     return json.loads(out)
 
 
+@pytest.mark.long
 def test_an_operator_sees_and_orders(tmp_path):
     with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node, \
             SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
@@ -181,6 +182,7 @@ def see_jobs_one_by_one(scheduler, secret, mine, his):
         link.close()
 
 
+@pytest.mark.long
 def test_users_are_known_by_their_secrets(tmp_path):
     """A user sees and cancels what is his, the operator everything, also after a new start."""
     directory, users = tmp_path / 'scheduler', two_secrets(tmp_path)
@@ -298,7 +300,7 @@ def test_two_users_with_secrets_and_limits(tmp_path, caplog):
                 before = scheduler.log().count('are not changed')
                 reload(wrong)
                 eventually(lambda: scheduler.log().count('are not changed') == before + 1)
-            assert 'alice=cpu:9: cpus:N, jobs:N or cpus:N,jobs:N is wanted' in scheduler.log()
+            assert 'alice=cpu:9: it must be cpus:N, jobs:N or cpus:N,jobs:N' in scheduler.log()
             assert counts('alice') == [('alice', 4, 1, 1)]
             assert caplog.text.count('(--limit)') == 2     # of each limit once
             # What each is billed
@@ -508,7 +510,7 @@ def test_what_cannot_be_asked(scheduler_and_node):
         port = scheduler_and_node[0]
 
     class Nobody:
-        port = 9   # nothing listens there
+        port = 9   # no program listens there
     code, out, err = operate(Nobody, 'status')
     assert code == 1 and out == '' and 'cannot be asked' in err
     code, out, err = operate(Scheduler, 'status',
