@@ -4556,7 +4556,10 @@ class Scheduler(Driver):
         return door
 
     def close(self) -> None:
-        """Close everything. What programs have submitted stays on the disk."""
+        """Close everything. What programs have submitted stays on the disk. The second time, nothing
+        is noted any more."""
+        if self._program_acceptors:
+            self.user_use.note()
         for door in self._program_acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
                 self.remove_reader(door.socket)
@@ -4564,7 +4567,6 @@ class Scheduler(Driver):
         self._program_acceptors = []
         self.broken = 'the scheduler has ended'   # said to whoever asks it
         self._hang_up()
-        self.user_use.note()
         self.state.close()
         super().close()
 
