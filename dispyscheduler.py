@@ -4556,8 +4556,8 @@ class Scheduler(Driver):
         return door
 
     def close(self) -> None:
-        """Close everything. What programs have submitted stays on the disk. The second time, nothing
-        is noted any more."""
+        """Close everything. What programs have submitted stays on the disk. Nothing is noted the
+        second time."""
         if self._program_acceptors:
             self.user_use.note()
         for door in self._program_acceptors:
