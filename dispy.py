@@ -184,7 +184,7 @@ from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
-from dispynode import tls_files, unpack_error, value_pickler, with_needs
+from dispynode import attempt_number, tls_files, unpack_error, value_pickler, with_needs
 from dispynode import serial_of, write_private
 
 __all__ = [
@@ -1484,7 +1484,7 @@ def with_hint_for_module(text: str, node: str) -> str:
     hint = hint_for_module(last.group(1), node, 'python')
     if not hint:
         return text
-    return '%s. To mend that, %s%s' % (text[:last.end()], hint, text[last.end():])
+    return '%s. To fix this, %s%s' % (text[:last.end()], hint, text[last.end():])
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -1495,9 +1495,9 @@ def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
     count, reason, number = max(rows, key=lambda row: row[0])
     which = 'The reason (job %.80r)' % (number,)
     if failed > 1:
-        which = 'The commonest reason (%s; here of job %.80r)' % (many(count, 'job'), number)
-    return '%d of %s failed, and the program has not looked at why. %s: %s. job.exception has ' \
-        'the traceback of a job, and job.get() raises what it raised' % (
+        which = 'The most common reason (%s; here of job %.80r)' % (many(count, 'job'), number)
+    return ('%d of %s failed, and the program has not read the reasons. %s: %s. job.exception has '
+            'the traceback of a job, and job.get() raises what it raised') % (
             failed, many(submitted, 'job'), which, reason.rstrip('.'))
 
 
@@ -1824,7 +1824,7 @@ class Evidence(enum.Enum):
     CUT = 'the connection has ended; it was heard of a short time ago, or is being dialled'
     SILENCE = 'the connection has ended; it was not heard of for too long, and cannot be dialled'
     UNREACHED = 'it was away and dialled in vain'
-    PROCESS_ENDED = 'the same; nothing listens there, and by its lock file its process has ended'
+    PROCESS_ENDED = 'the same; no program listens there, and by its lock file its process has ended'
     OTHER_INSTANCE = 'another process is there, which does not have its memory'
     OVERDUE = 'it was away for longer than it is waited for'
 
@@ -4602,10 +4602,9 @@ class Schedule:
         if books.waiting:
             self.users.advance(now)
             placement.distribute()
-        if len(self.nodes) > 1:
-            if books.changed:
-                placement.balance()
-            self.speculation.look()
+        if len(self.nodes) > 1 and books.changed:
+            placement.balance()
+        self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -4890,7 +4889,7 @@ class Schedule:
         if row[1] == Outcome.STOPPED:
             for other in node.comps.values():   # nothing more goes there, until it is Ready again
                 self._limits.limit(node, other, 0)
-            self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
+            self._losses.lose(comp, work, node.name, 'it was stopped, or released from this client')
             return True
         if row[1] not in RETURNED and self.speculation.goes_on(comp, work):
             return True
@@ -7622,7 +7621,7 @@ class WantedOutput:
         patterns = tuple(returns or ())
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise TypeError('returns: %.80r is no text' % (pattern,))
+                raise TypeError('returns: %.80r is not a text' % (pattern,))
             try:
                 check_name(pattern)
             except ValueError as exc:
@@ -7875,11 +7874,11 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
                         logger.debug('depends: %s is a link to nothing and is left out', full)
                         continue
                 if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
-                    raise ValueError('depends: %s is no regular file' % full)
+                    raise ValueError('depends: %s is not a regular file' % full)
                 paths['/'.join([os.path.basename(root)] +
                                os.path.relpath(full, root).split(os.sep))] = full
     elif os.path.exists(path):
-        raise ValueError('depends: %s is no regular file' % path)
+        raise ValueError('depends: %s is not a regular file' % path)
     else:
         message = 'depends: there is no file %s (in %s)' % (path, os.getcwd())
         raise FileNotFoundError(message)
@@ -8087,7 +8086,7 @@ class SourcePicker:
                 lines = inspect.findsource(sys.modules[module])[0]
             tree = _parse(''.join(lines))
         except (OSError, TypeError):
-            raise NoSource('the source of module %s is not to be had' % module) from None
+            raise NoSource('the source of module %s is not available' % module) from None
         except SyntaxError as exc:
             raise NoSource('the file of module %s was changed: %s' % (module, exc)) from exc
         nodes = []
@@ -8155,7 +8154,7 @@ class SourcePicker:
         elif _is_plain(value):
             taken[name] = (value,)
         else:
-            message = '%s, of type %s, is no plain constant' % (what, type(value).__name__)
+            message = '%s, of type %s, is not a plain constant' % (what, type(value).__name__)
             raise NoSource(message)
 
     def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
@@ -8521,7 +8520,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
                               platform=peer.facts.get('platform', ''))
     number = plain_number(cpus, True)
     if number is None:
-        raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
+        raise TypeError('allocate() returned %.80r, which is not a number of CPUs' % (cpus,))
     if number < 0:
         cpus = max(0, peer.offered + number)
     else:
@@ -8625,7 +8624,7 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
                          (its_port, host))
     if cpus is not None:
         if number_in(cpus, True) is None:
-            raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+            raise TypeError('nodes: cpus %.40r of %s is not a whole number' % (cpus, host))
     return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
 
 
@@ -8644,7 +8643,7 @@ def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
         if 1 <= len(node) <= 3:
             return node
     raise TypeError(
-        "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
+        "nodes: %.80r is not a host name, ('host', port), ('host', port, cpus) or {'host':, "
         "'port':, 'cpus':}"
         % (node, ))
 
@@ -8663,7 +8662,7 @@ def _is_one_word(text: Any) -> bool:
 def _check_host(host: Any, elsewhere: bool) -> str:
     """The host of an element of `nodes`. Raises ValueError."""
     if not _is_one_word(host):
-        raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
+        raise ValueError('nodes: %.80r is not a host; give several hosts as a list' % (host,))
     host = plain_text(host)
     if host == LOCAL:
         raise ValueError(
@@ -8696,7 +8695,7 @@ def check_own_file(path: str, what: str) -> None:
 
 def _check_status(status: os.stat_result, path: str, what: str) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise DispyError('%s: %s is no regular file' % (what, path))
+        raise DispyError('%s: %s is not a regular file' % (what, path))
     if hasattr(os, 'geteuid'):
         if status.st_uid != os.geteuid():
             raise DispyError('%s: %s belongs to another user (number %d), who may have put '
@@ -8802,7 +8801,8 @@ class Database:
             if 'locked' in str(exc):
                 raise DispyError('%s %s is in use by another program' % (what, path)) from exc
             raise DispyError(
-                "%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" %
+                '%s %s cannot be used: %s; if it is not a file of dispy or is damaged, move it '
+                'away' %
                 (what, path, exc)) from exc
         except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
             self._db.close()
@@ -9007,7 +9007,7 @@ class Journal(Database):
             os.write(self._new, self.NEW_MARK)
         elif head != self.NEW_MARK:
             raise DispyError(
-                'recover_file: %s-new is no file of dispy, and would have to be: give another name'
+                'recover_file: %s-new is not a file of dispy: give another name'
                 % self.path)
 
     def _take_new(self) -> None:
@@ -9456,8 +9456,8 @@ class ComputationNotes:
         except (OSError, DispyError) as exc:
             if not self._told:
                 logger.info(
-                    '%s: what its jobs come to could not be collected if this program ended '
-                    'before them: no file is kept for that: %s', self._name, exc)
+                    '%s: its results could not be collected if this program ended before its jobs, '
+                    'because no file can be kept for that: %s', self._name, exc)
             self._told = True
             if is_new:
                 self.close()
@@ -9635,7 +9635,7 @@ class RecoverableFiles:
             head = _json(lines[0])
             if not _is_head(head):
                 if not is_old:   # it may be in the making
-                    raise DispyError('recovery file %s is damaged, or none of this version of dispy'
+                    raise DispyError('recovery file %s is damaged, or of another version of dispy'
                                      % path)
                 _close_trail(file, path, True)
                 return None
@@ -10348,7 +10348,8 @@ class EmbeddedNode:
             notes = BegunNotes.begin(journal, comp, directory.private_of(comp))
             directory.ask_for_notes(comp, notes)
         except OSError as exc:
-            logger.warning('if this program is killed, nobody will know which jobs had begun: %s',
+            logger.warning('if this program is killed, it will not be known which jobs had begun: '
+                           '%s',
                            exc)
 
     @property
@@ -10587,8 +10588,8 @@ class NodeUser:
         """The driver's thread is ending for a fault of ours."""
 
 
-START_NODE = ('Start `python dispynode.py` on a host, with the same secret, and name it '
-              '(nodes=, at the shell -n)')
+START_NODE = ('Run `python dispynode.py` on a host that has the same secret, and list that host in '
+              'nodes= (at the shell: -n HOST)')
 
 
 class NodePolicy:
@@ -11260,7 +11261,8 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if path is not None and is_trail(path):
         left = RecoverableFiles.find(path)
         if left is None:
-            raise DispyError('recover_file %s: its program lives, or another collects its jobs'
+            raise DispyError('recover_file %s: its program is still running, or another program '
+                             'collects its jobs'
                              % path)
         return _collect([left], seconds, terminate_pending, access)[0]
     if journal is None:
@@ -11301,10 +11303,10 @@ def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
     """Says that a script has left no jobs, and which programs have left some."""
     others = '; '.join(str(left.row) for left in lefts[:20])
     if others:
-        hint = 'Others have, each of which may be given as recover_file ' \
-            '(see dispy.recoverable()): ' + others
+        hint = ('Other programs have left some, each of which may be given as recover_file (see '
+                'dispy.recoverable()): ') + others
     else:
-        hint = 'Nor has any other program of this user'
+        hint = 'No other program of this user has left any'
     whose = script or 'this program, which is no script,'
     return 'recover_jobs: %s has left no jobs on nodes. %s' % (whose, hint)
 
@@ -11349,10 +11351,12 @@ def _collect(lefts: Sequence[RecoverableFiles], timeout: Optional[float], cancel
                 jobs += _jobs_of(found, comp)
         for left in lefts:
             if left.comp in found.alive:
-                logger.warning('%s: its program lives, and is left alone', left.row)
+                logger.warning('%s: its program is still running, so that it is left '
+                               'alone', left.row)
         unreached = found.unreached()
         if unreached:
-            logger.warning('%s: not reached: %s. What they have of it can be collected later',
+            logger.warning('%s: these nodes could not be reached: %s. Their jobs and results can '
+                           'be collected later',
                            lefts[0].row, ', '.join(unreached))
     return jobs, unreached
 
@@ -11482,7 +11486,7 @@ def cancel_lost(access: ConnectionSettings) -> int:
     how many of them something may be left. What belongs to a program that lives is left alone."""
     lefts = programs_left()
     if not lefts:
-        print('no program of yours that has ended has left jobs on nodes')
+        print('none of your programs that have ended has left jobs on nodes')
         return 0
     with gathering(lefts, access, cancel=True) as found:
         before = {left.comp: 0 for left in lefts}
@@ -11493,9 +11497,10 @@ def cancel_lost(access: ConnectionSettings) -> int:
         for left in lefts:
             if left.over:   # its program wanted nothing any more
                 continue
-            ended = '%d jobs and results were there, all are gone' % before[left.comp]
+            ended = ('%d jobs and results were found, and all of them are '
+                     'removed') % before[left.comp]
             if left.comp in found.alive:
-                ended = 'left alone, its program lives'
+                ended = 'left alone, as its program is still running'
             elif not found.is_whole(left.comp):
                 rest += 1
                 unreached = found.unreached(left.comp)
@@ -11730,9 +11735,8 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
     if others:
         return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
     if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
-        return ('The scheduler is connected and has no node for it: start `python '
-                'dispynode.py` on a host, with the same secret, and name it to the '
-                'scheduler (-n)')
+        return ('The scheduler is connected and has no node for it: run `python dispynode.py` on a '
+                'host that has the same secret, and list that host at the scheduler (-n)')
     silent = []
     for state, port, scheduler in attempts:
         if state in SILENT:
@@ -11748,7 +11752,7 @@ def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: st
     words = []
     down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
     if True in down:
-        words.append('Start `python dispyscheduler.py` there, with the same secret')
+        words.append('Run `python dispyscheduler.py` there, with the same secret')
     if False in down or not silent:
         words.append(start)
     chosen_ports = set()
@@ -11757,8 +11761,8 @@ def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: st
             chosen_ports.add(port)
     ports = sorted(chosen_ports)
     if ports:
-        word = ('Where nobody answers, see whether the host is up, and whether its '
-                'firewall lets TCP port %s in' % ' and '.join(map(str, ports)))
+        word = ('If a host does not answer, check that it is running and that its firewall accepts '
+                'TCP port %s' % ' and '.join(map(str, ports)))
         words.append(word)
     if any(why in (Unreached.NO_SUCH_NAME, Unreached.NAME_SERVICE) for why, _, _ in silent):
         words.append('Correct a name that does not resolve, or give the address instead')
@@ -12026,7 +12030,7 @@ class Connector:
 
     def _on_rejected(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        message = 'it connected and was turned away: ' + text
+        message = 'its connection was rejected: ' + text
         self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
     def listen(self, host: str, port: int, may_fail: bool) -> None:
@@ -12235,7 +12239,7 @@ class Connector:
             if other.port or other.embedded:   # we have dialled it
                 self._send_away(event)
                 return
-            text = 'the node has connected anew'
+            text = 'the node has connected again'
             self._driver.break_link(other.link, text)  # type: ignore[arg-type]
         peer = self._known_arrival(instance, event.address)
         if peer is None:
@@ -12288,10 +12292,10 @@ class Connector:
             event.sock.close()
             return
         if old is not None:
-            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer,
+            logger.info('%s: nothing was received for %.1f s, and a new connection was made', peer,
                         self._driver.now - old.heard)
             peer.replacing = True
-            self._driver.break_link(old, 'it was reached anew')
+            self._driver.break_link(old, 'a new connection was made')
             peer.replacing = False
         if not self._nodes.has(peer):   # nobody wants it any more
             event.sock.close()
@@ -12778,7 +12782,7 @@ class ComputationSetup:
         for comp, serials in kept.items():
             attempt_history = AttemptHistory(whole=False)
             known[comp] = Account(frozenset(serials), attempt_history)
-        doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew',
+        doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was restarted',
                               peer.kind, known=known)
         self._driver.lost_nodes.doubt(doubted)
 
@@ -12935,7 +12939,7 @@ class ComputationSetup:
         if peer.link is not link:
             return
         if cluster.comp in peer.uses:
-            message = 'its source is not to be had: ' + text
+            message = 'its source is not available: ' + text
             self._refusal(peer, cluster.comp, message, 'source')
 
     def allocated(self, comp: str, peer: NodeConnection, link: Link, allocation: Allocation,
@@ -12971,7 +12975,7 @@ class ComputationSetup:
             use.told.add(about)
             self._clusters[comp].warn('node %s does not take %s: %s%s' %
                                       (peer, self._clusters[comp].name, text,
-                                       '; it is tried again and again' if use.passes else ''))
+                                       '; it will be tried again' if use.passes else ''))
         if use.passes:
             peer.retry_at = self._driver.now + peer.retry_wait
             peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
@@ -13165,7 +13169,8 @@ class FileTransfers:
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
         if message.comp in self._driver.recoveries.by_comp and message.offset == 0:
-            text = 'on the client: its program has ended, and what collects its results stores none'
+            text = ('on the client: its program has ended, and the program that collects its '
+                    'results stores no files')
             stored = FileStored(*message[:3], message.row[0], text)
             self._driver.say_to(peer, stored)
         if cluster is None:
@@ -13572,6 +13577,7 @@ class JobExchange:
             self._driver.files.abort_attempt(attempt)
         cluster = self._clusters[action.comp]
         peer = self._nodes.by_key[action.node]
+        self._driver.overview.attempts.add(action.comp, action.row, peer.name)
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
     def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob,
@@ -14210,6 +14216,7 @@ class EndedJob(NamedTuple):
     stdout: Any                  # the end of what it has printed: bytes or text
     stderr: Any
     text: str                    # why it failed
+    lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
 
 
 class EndedJobs:
@@ -14221,23 +14228,35 @@ class EndedJobs:
         self._count = 0
         self._bytes = 0
         self._rows: Deque[EndedJob] = collections.deque()
+        self._sizes: Deque[int] = collections.deque()   # the bytes of each
 
-    def add(self, *row: Any) -> None:
-        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
-        ended_job = EndedJob(0, *row)
-        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
-        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
-        text = ended_job.text[-FAILURE_TEXT:]
-        payload = shown_arguments(ended_job.payload)
+    def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
+        """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
+        longer than there."""
+        payload = row[3]
+        if type(payload) is not bytes or len(payload) > ARGUMENTS_MOST:
+            payload = shown_arguments(payload)
+            if payload is not None and type(payload) is not int:
+                payload = bytes(in_one_piece(payload))
+            row = (*row[:3], payload, *row[4:])
+        size = len(stdout) + len(stderr) + len(text)
+        if size > OUTPUT_SHOWN:
+            stdout = stdout[-OUTPUT_SHOWN:]
+            stderr = stderr[-OUTPUT_SHOWN:]
+            text = text[-FAILURE_TEXT:]
+            size = len(stdout) + len(stderr) + len(text)
+        if type(payload) is bytes:
+            size += len(payload)
         with self._lock:
             self._count += 1
-            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
-                                           stderr=stderr, text=text)
+            fields = (self._count, *row, stdout, stderr, text, lost_with)
+            ended_job = EndedJob._make(fields)
             self._rows.append(ended_job)
-            self._bytes += _shown_size(ended_job)
+            self._sizes.append(size)
+            self._bytes += size
             while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
-                oldest = self._rows.popleft()
-                self._bytes -= _shown_size(oldest)
+                self._rows.popleft()
+                self._bytes -= self._sizes.popleft()
 
     def since(self, known: int, most: int = ENDED_PAGE,
               clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
@@ -14253,14 +14272,6 @@ class EndedJobs:
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
-
-
-def _shown_size(ended_job: EndedJob) -> int:
-    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
-    payload = ended_job.payload
-    if payload is None or isinstance(payload, int):
-        return size
-    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:
@@ -14327,6 +14338,51 @@ class JobSight(NamedTuple):
     error: str       # why nothing is known
 
 
+class FailedAttempt(NamedTuple):
+    """An attempt of a job that has failed and was perhaps not the last."""
+    number: int
+    node: str
+    began: float     # these two in s since the epoch
+    ended: float
+    text: str        # the last line of what says why
+
+
+class FailedAttempts:
+    """Attempts of the last jobs that have asked to be tried again, for monitors. The driver's
+    thread."""
+    KEPT = 1000      # jobs
+    OF_A_JOB = 20    # attempts of each
+
+    def __init__(self) -> None:
+        # (computation, number of the job) -> its attempts
+        self._found: 'collections.OrderedDict[Tuple[str, int], List[FailedAttempt]]' = \
+            collections.OrderedDict()
+
+    def add(self, comp: str, row: tuple, node: str) -> None:
+        """An attempt has failed at a node with this row of Results."""
+        serial, outcome, began, ended, payload = row[:5]
+        if outcome == Outcome.RAISED:
+            text = unpack_error(payload)[0]
+        elif outcome in RETURNED:
+            text = 'the program has ended with an exit status other than 0'
+        else:
+            data = in_one_piece(payload)
+            text = bytes(data).decode('utf-8', 'replace')
+        last = text.strip().rpartition('\n')[2]
+        number = attempt_number(serial)
+        attempt = FailedAttempt(number, node, began, ended, last[:300])
+        key = (comp, job_number(serial))
+        attempts = self._found.setdefault(key, [])
+        attempts.append(attempt)
+        del attempts[:-self.OF_A_JOB]
+        if len(self._found) > self.KEPT:
+            self._found.popitem(last=False)
+
+    def of(self, comp: str, number: int) -> List[FailedAttempt]:
+        """Return those of a job, which is named by its number."""
+        return list(self._found.get((comp, number), ()))
+
+
 class JobLooks:
     """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
     processes. The driver's thread."""
@@ -14388,6 +14444,7 @@ class Overview:
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
         self.looks = JobLooks(driver)
+        self.attempts = FailedAttempts()
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
@@ -16639,7 +16696,8 @@ class ProgramSeconds(SecondsOfUser):
     """Second attempts of the jobs of a cluster of this program. The driver's thread."""
 
     def __init__(self, cluster: 'ProgramCluster') -> None:
-        self._cluster = cluster
+        # The cluster has this, and is to be freed without the garbage collector
+        self._cluster: 'ProgramCluster' = weakref.proxy(cluster)
 
     def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
         """Send these to a node. They are noted beside the first attempts."""
@@ -16927,7 +16985,7 @@ class ProgramCluster(ComputationUser):
             # The driver has failed meanwhile, and has ended the jobs itself
             logger.debug('%s: %s', self.name, exc)
         except Exception as exc:  # a fault of ours; the cluster is closed all the same
-            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name,
+            logger.error('%s: the nodes could not be released in good order: %s: %s', self.name,
                          type(exc).__name__, exc)
         self.book.wait(CALL_TIME)   # for callbacks of what was cancelled
         with contextlib.suppress(RuntimeError):   # the driver has failed
@@ -17130,8 +17188,8 @@ class ProgramCluster(ComputationUser):
         """Warn that a job waits for a larger node."""
         if text not in self._waits_told:
             self._waits_told.add(text)
-            logger.warning('job %r waits: %s. It begins when a node comes that has it. This is '
-                           'said once for all jobs like it', work.id, text)
+            logger.warning('job %r waits: %s. It starts when a node that has this is connected. '
+                           'This is logged once for all jobs like it', work.id, text)
 
     def job_ended(self, work: DispyJob, text: str) -> None:
         """End a job that has no result."""
@@ -17636,7 +17694,7 @@ class JobCluster(OldCluster):
         jobs = list(jobs)
         for job in jobs:
             if not isinstance(job, DispyJob):
-                raise TypeError('as_completed: %.80r is no job' % (job,))
+                raise TypeError('as_completed: %.80r is not a job' % (job,))
         ended = ended_jobs(jobs, timeout)
         if progress:
             return in_sight(ended, len(set(jobs)))
@@ -17657,7 +17715,7 @@ class JobCluster(OldCluster):
         """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by
         killing it. Returns 0, or -1 for a job that has ended. Any thread."""
         if not isinstance(job, DispyJob):
-            raise TypeError('cancel: %.80r is no job' % (job,))
+            raise TypeError('cancel: %.80r is not a job' % (job,))
         if job.status in ENDED:
             return -1
         driver = self._core.driver
@@ -17775,7 +17833,7 @@ class JobCluster(OldCluster):
         many that are. Raises ValueError when it has fewer. Any thread."""
         number = plain_number(cpus, True)
         if number is None:
-            raise TypeError('cpus=%.80r is no whole number' % (cpus,))
+            raise TypeError('cpus=%.80r is not a whole number' % (cpus,))
         return self._core.nodes.ask('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
@@ -18599,7 +18657,8 @@ def request_of(name: str, value: Any) -> Request:
     found = {}
     for word, count in value.items():
         if not isinstance(word, str) or not RESOURCE_NAME.fullmatch(word):
-            message = '%s: %.80r is no name of a resource: letters, digits, _, . and -' % (
+            message = ('%s: %.80r is not the name of a resource, which has letters, digits, _, . '
+                       'and -') % (
                 name, word)
             raise ValueError(message)
         if word in _OTHER_NAMES:
@@ -19153,7 +19212,7 @@ def _wait_for_executors() -> None:
                 if not core.report.count_ready():
                     left -= 0.5
         except KeyboardInterrupt:
-            logger.warning('%s: the program ends, and calls are not waited for any more',
+            logger.warning('%s: the program is ending and does not wait for its calls any more',
                            core.name)
             return
         except RuntimeError as exc:   # it was closed, or its driver has failed
@@ -19881,6 +19940,17 @@ class Template:
         return [self.expand(values, number)]
 
 
+def _in_path(name: str) -> Optional[str]:
+    """What PATH has by this name. Windows looks into the working directory before, which nodes do
+    not have."""
+    found = shutil.which(name)
+    if found is None or os.name != 'nt':
+        return found
+    if os.path.samefile(os.path.dirname(found) or os.curdir, os.curdir):
+        return None
+    return found
+
+
 class ProgramFile(NamedTuple):
     """Where the program of a command comes from."""
     word: str                   # what a node runs
@@ -19896,8 +19966,8 @@ class ProgramFile(NamedTuple):
         directory that PATH does not find.
         """
         name = os.path.basename(word)
-        installed = shutil.which(name)
-        if os.sep not in word:
+        installed = _in_path(name)
+        if not os.path.dirname(word):
             if installed is not None or not os.path.isfile(word):
                 return cls(word)
         elif not os.path.isfile(word):
@@ -20193,7 +20263,8 @@ class HaltRule(NamedTuple):
         match = HALT_TEXT.match(text)
         if match is None or int(match.group(3)) < 1:
             raise argparse.ArgumentTypeError(
-                '%r is no rule such as never, soon,fail=1, now,fail=10%% or now,success=1' % text)
+                '%r is not a rule such as never, soon,fail=1, now,fail=10%% or '
+                'now,success=1' % text)
         when, why, limit, percent = match.groups()
         return cls(when == 'now', why, int(limit), bool(percent))
 
@@ -20546,7 +20617,7 @@ DURATION_PART = LazyPattern(r'(\d*\.?\d+)([smhd]?)')
 def duration_option(text: str) -> float:
     """Seconds, or such as 1m30s or 2h."""
     if not text or DURATION.match(text) is None:
-        raise argparse.ArgumentTypeError('%r is no time such as 10, 1.5, 90s or 1h30m' % text)
+        raise argparse.ArgumentTypeError('%r is not a time such as 10, 1.5, 90s or 1h30m' % text)
     seconds = 0.0
     for number, unit in DURATION_PART.findall(text):
         factor = UNITS[unit or 's']
@@ -20557,7 +20628,7 @@ def duration_option(text: str) -> float:
 def count_option(text: str) -> int:
     """Read a whole number that is at least 1."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
+        raise argparse.ArgumentTypeError('%r is not a whole number above 0' % text)
     return int(text)
 
 
@@ -20567,7 +20638,7 @@ def resource_option(text: str) -> Tuple[str, int]:
     try:
         request = request_of('--resource', {name: int(count)})
     except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError('%r is no NAME=N such as gpu=1' % text) from None
+        raise argparse.ArgumentTypeError('%r is not NAME=N, such as gpu=1' % text) from None
     return request[0] if request else (name, 0)
 
 
@@ -20595,7 +20666,7 @@ def pattern_option(text: str) -> Any:
     try:
         return re.compile(text)
     except re.error as exc:
-        message = '%r is no regular expression: %s' % (text, exc)
+        message = '%r is not a regular expression: %s' % (text, exc)
         raise argparse.ArgumentTypeError(message) from None
 
 
@@ -20688,7 +20759,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 SHELL_HELP = '''Run a command once for each argument, on all CPUs of the nodes. The arguments follow
-the command (::: a b, :::: FILE) or come from standard input, a line each. {} in the command stands
+the command (::: a b, :::: FILE) or come from standard input, one per line. {} in the command stands
 for the argument, {.} for it without extension, {/} for its last part, {//} for its directory, {/.}
 for both, {1} for the first of several, {#} for the number of the job; without any of these the
 argument is appended. A command in one quoted word is a line for `sh`; separate words are run
@@ -20738,7 +20809,7 @@ OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
             'help': 'also wait at this address for nodes that connect by themselves'}),
         (('--wait-nodes',), {
             'type': seconds_option, 'metavar': 'S',
-            'help': 'give up if no node can be used within so many seconds (default: wait for '
+            'help': 'give up if no node can be used within this many seconds (default: wait for '
                     'one)'}),
         (('--secret',), {
             'metavar': 'SECRET',
@@ -20784,16 +20855,17 @@ OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
     'how jobs run': [
         (('-j', '--jobs', '-P', '--max-procs'), {
             'type': slots_option, 'default': 0, 'metavar': 'N',
-            'help': 'at most so many jobs at once, on all nodes together (default: one a CPU)'}),
+            'help': 'run at most this many jobs at once, on all nodes together (default: one per '
+                    'CPU)'}),
         (('--delay',), {
             'type': duration_option, 'default': 0.0, 'metavar': 'TIME',
-            'help': 'wait so long between the starts of two jobs; 1m30s is known'}),
+            'help': 'wait this long between the starts of two jobs, such as 1m30s'}),
         (('--timeout',), {
             'type': duration_option, 'metavar': 'TIME',
             'help': 'end a job that runs for longer'}),
         (('--retries',), {
             'type': count_option, 'default': 1, 'metavar': 'N',
-            'help': 'try a job that fails, or whose node is lost, so often in all'}),
+            'help': 'try a job that fails, or whose node is lost, this many times in all'}),
         (('--halt', '--halt-on-error'), {
             'type': HaltRule.parse, 'metavar': 'WHEN',
             'help': 'soon,fail=N: start no more jobs when N have failed; now: also cancel those '
@@ -20836,7 +20908,7 @@ OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
                     'same relative path here; may be repeated'}),
         (('--cleanup',), {
             'action': 'store_true',
-            'help': 'files of jobs are always removed; it says no more'}),
+            'help': 'accepted and ignored: files of jobs are always removed'}),
         (('--workdir', '--wd'), {
             'metavar': 'DIR',
             'help': 'run the commands in this directory of the nodes; .: the one where you are'}),
@@ -22489,7 +22561,7 @@ PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
                 'most'}),
     ('--end-idle', {
         'type': seconds_option, 'default': END_IDLE, 'metavar': 'S',
-        'help': 'with --adaptive: nodes beyond MIN end after so many seconds without jobs '
+        'help': 'with --adaptive: nodes beyond MIN end after this many seconds without jobs '
                 '(default: %(default)g)'}),
     ('--ask-secret-file', {
         'metavar': 'FILE',
@@ -23129,7 +23201,7 @@ def _dry_run(plan: Plan) -> int:
 def _tell_of_terminal(plan: Plan) -> None:
     """Whoever has forgotten the arguments would wait for ever."""
     if plan.reads_stdin and os.isatty(0):
-        print('dispy: the arguments are read from the terminal, a line each, until Ctrl-D',
+        print('dispy: the arguments are read from the terminal, one per line, until Ctrl-D',
               file=sys.stderr)
 
 

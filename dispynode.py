@@ -252,6 +252,9 @@ FILE_PIECE = 1 << 20          # bytes of a file in one message
 # Below this the pipe is as fast: its memory has been used before.
 SEGMENT_FROM = 2 << 20
 SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
+# Bytes on a pipe that the other side has not read, with what the system needs for each record,
+# beyond which values go through the pipe, which makes their sender wait: some five records
+SEGMENTS_UNREAD = 4096
 # Bytes after which a batch is a frame: the other side can begin with it
 BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
@@ -448,7 +451,7 @@ REASONS: Dict[str, Reason] = {
     'closing': Reason('the same computation is still being closed there', True),
     'stopping': Reason('the node is being stopped', True),
     'paused': Reason('it takes no new jobs: hours of service, or its operator', True),
-    'released': Reason('its operator has taken it from this client', True),
+    'released': Reason('its operator has released it from this client', True),
     'room': Reason('no room for files, or no more files, descriptors or memory', True),
     'process': Reason('the process that runs setup could not be started, or was killed', True),
     'worker': Reason('workers die before they run anything', True),
@@ -1501,7 +1504,7 @@ def log_record_of(data: Buffer) -> Tuple[int, str, str]:
     record = open_envelope(data)
     if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(
             record[0]) >= 1 << 31:
-        raise PeerError('a log record that is none')
+        raise PeerError('a malformed log record')
     return record
 
 
@@ -2736,7 +2739,7 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
         ), 'it is not in the source sent. Put it into a file of its own, which the program imports '
            'or lists in depends, or run dispynode there with %s' % python_of(version))
         python = python_of(version)
-        text = '%s %s.%s of the client, which runs %s, cannot be had by %s: %s' % (
+        text = '%s %s.%s of the client, which runs %s, is not available to %s: %s' % (
             kind, module, name, python, python_of(sys.version_info), why)
         raise TypeError(text) from None
 
@@ -4033,8 +4036,8 @@ def explain_import(exc: BaseException, name: str) -> str:
     if not missing:
         return 'the import failed: %s' % ' -> '.join(chain)
     way = ' -> '.join(chain)
-    text = ('the import failed: %s. To mend that, install %s on this node (%s -m pip '
-            'install %s), or list its file in depends if it is a module of your own' %
+    text = ('the import failed: %s. To fix this, install %s on this node (%s -m pip install %s), '
+            'or list its file in depends if it is a module of your own' %
             (way, missing, sys.executable, missing))
     if own in ('', missing):
         return text
@@ -4496,7 +4499,7 @@ class CommandLines(Program):
             if directory is not None:
                 if not os.path.isdir(directory):
                     raise FileNotFoundError('this node has no directory %s' % directory) from None
-            if os.sep in words[0]:
+            if os.path.dirname(words[0]):
                 raise
             text = 'this node has no program %s in its PATH, which is %s' % (
                 words[0], os.environ.get('PATH', 'empty'))
@@ -4972,7 +4975,7 @@ def path_option(name: str, value: Any) -> Optional[str]:
         text = '%s=%.80r must be the path of a file, not %s' % (name, value, type(value).__name__)
         raise TypeError(text)
     if not path or '\0' in path:
-        raise ValueError('%s=%.80r is no path of a file' % (name, path))
+        raise ValueError('%s=%.80r is not the path of a file' % (name, path))
     return plain_text(path)
 
 
@@ -5119,9 +5122,8 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
 
 NO_ANSWER = 'no answer within'
 CLOSED_AT_ONCE = (
-    'it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither '
-    '(--certfile, in programs certfile=), or does it refuse this address for a while after '
-    'failures?')
+    'it closed the connection at once: it is not a dispynode 5, or only one side uses TLS '
+    '(--certfile, in programs certfile=), or it refuses this address for a while after failures')
 
 
 def is_of_tls(exc: BaseException) -> bool:
@@ -5145,15 +5147,15 @@ def tls_text(exc: BaseException) -> str:
         return CLOSED_AT_ONCE
     reason = str(getattr(exc, 'reason', None) or exc)
     if is_of_tls(exc) and hasattr(exc, 'verify_code'):   # ssl.SSLCertVerificationError
-        text = ('nothing here vouches for its certificate (--certfile, in programs '
-                'certfile= or cafile=)')
+        text = ('its certificate is not trusted here (--certfile, in programs certfile= or '
+                'cafile=)')
     elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith(
             'WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
         text = ('it uses none or has no certificate, this side has one: both need one, or '
                 'neither (--certfile, in programs certfile=)')
     elif 'ALERT' in reason.upper():
-        text = ('it does not accept the certificate of this side, for which its own file '
-                'does not vouch (--certfile, in programs certfile= or cafile=)')
+        text = ('it does not trust the certificate of this side (--certfile, in programs certfile= '
+                'or cafile=)')
     else:
         text = 'both sides need a certificate, or neither (--certfile, in programs certfile=)'
     return 'TLS failed: %s: %s' % (text, exc)
@@ -5333,6 +5335,7 @@ if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
     import fcntl
     HAS_SEGMENTS = hasattr(fcntl, 'F_ADD_SEALS')
 if HAS_SEGMENTS:
+    import termios
     _MSG_CTRUNC = int(socket.MSG_CTRUNC)   # a plain number is compared 20 times as fast
     SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
     SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -5679,6 +5682,7 @@ class MemorySegment:
         """For this value. It is made when it is filled."""
         self.payload = payload
         self.is_whole = False
+        self.is_begun = False
         self._handle = -1
         self._left: Deque[memoryview] = collections.deque()
         for piece in pieces_of(payload):
@@ -5688,8 +5692,9 @@ class MemorySegment:
     def fill(self, most: int) -> int:
         """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
         where there is no room or no descriptor."""
-        if self._handle < 0:
+        if not self.is_begun:
             self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.is_begun = True
         written = 0
         while self._left and written < most:
             view = self._left[0]
@@ -5773,7 +5778,7 @@ class SegmentIntake:
         try:
             return self._open(handle, size)
         except (OSError, ValueError) as exc:
-            text = 'a memory segment that is none: %s' % exc
+            text = 'a descriptor that is not a usable memory segment: %s' % exc
             raise PeerError(text) from exc
         finally:
             os.close(handle)
@@ -5814,6 +5819,13 @@ def goes_in_segment(payload: Payload) -> bool:
     if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
         return False
     return payload[0][0] == 1
+
+
+def is_read(sock: socket.socket) -> bool:
+    """Whether the other side has read nearly all that was sent. Otherwise memory segments would
+    gather there without bound."""
+    answer = fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder) < SEGMENTS_UNREAD
 
 
 def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
@@ -6013,7 +6025,7 @@ def open_regular(path: str) -> Any:
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError('%s is no regular file' % path)
+            raise ValueError('%s is not a regular file' % path)
         return os.fdopen(handle, 'rb')
     except BaseException:
         os.close(handle)
@@ -6426,8 +6438,8 @@ def take_own_directory(path: str,
     if mark not in names:
         if names and not any(name in names for name in known):
             text = sorted(names)[0]
-            reason = ('%s holds other things, such as %s, and none of dispy\'s: files in it '
-                      'would be removed; give a directory that is empty or does not exist '
+            reason = ('%s holds other things, such as %s, and nothing of dispy: files in it would '
+                      'be removed; give a directory that is empty or does not exist '
                       '(%s)' % (path, printable(text), option))
             raise StartError(reason)
         os.close(
@@ -7508,6 +7520,9 @@ class Pipe(Channel):
         head, segment = self._out[0]
         if type(segment) is not MemorySegment:
             return super()._send_some()
+        if not segment.is_begun and not is_read(self.sock):
+            self._without_segment(head, segment)
+            return super()._send_some()
         try:
             if not segment.is_whole:
                 self._may_fill -= segment.fill(self._may_fill)
@@ -7545,7 +7560,8 @@ class Pipe(Channel):
             return count
         size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
         count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
-        self._records.segments.came(ancillary, flags)
+        if HAS_SEGMENTS:
+            self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue
@@ -8048,7 +8064,7 @@ class Loop:
                 link.heard = min(self.now, link.heard + late)
         for link in list(self.links.values()):
             if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
-                text = 'nothing was heard for %.0f s' % (self.now - link.heard)
+                text = 'nothing was received for %.0f s' % (self.now - link.heard)
                 self._break(link, text)
                 continue
             if self.is_silent(link):
@@ -8455,7 +8471,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             may = self._keeper.may_log(address, now)
         if may:
             text = '%s (port %d)' % (text, self.server_address[1])
-            logger.warning('%s was turned away: %s', address, text)
+            logger.warning('the connection from %s was rejected: %s', address, text)
             self._refused(address, text)
 
     def shutdown_request(self, request: Any) -> None:
@@ -8499,8 +8515,8 @@ def dial(host: str,
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None:
             if not allowed(str(address[0])):
-                failure = OSError('its address is none that may be connected to from here '
-                                  '(--allow-nodes of the dispyscheduler)')
+                failure = OSError('its address may not be connected to from here (--allow-nodes of '
+                                  'the dispyscheduler)')
                 continue
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
@@ -8567,14 +8583,14 @@ NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errn
 def dial_text(exc: BaseException) -> str:
     """Why no connection came about."""
     if isinstance(exc, ConnectionRefusedError):
-        return 'nothing listens there'
+        return 'no program listens there'
     if isinstance(exc, socket.gaierror):
         if exc.errno in NAME_SERVICE_FAILS:
             return ('its name does not resolve, because the name service does not answer '
                     '(%s)' % exc.strerror)
         return 'its name does not resolve'
     if isinstance(exc, UnicodeError):
-        return 'its name is none that a host can have: %s' % exc
+        return 'its name is not valid for a host: %s' % exc
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     # With TLS 1.3 a rejected certificate comes to light in the handshake
@@ -8588,7 +8604,7 @@ def dial_text(exc: BaseException) -> str:
 
 class Failing(enum.Enum):
     """What failures to connect may have in common although their texts differ."""
-    SILENT = 'there was no answer, however long was waited for it'
+    SILENT = 'there was no answer in time'
     CLOSED = 'the peer closed the connection at once'
     OTHERWISE = 'it is for other reasons'
 
@@ -9687,7 +9703,7 @@ class Exit(NamedTuple):
     """Nothing is left to do."""
 
 
-RELEASED_TEXT = 'its operator has taken it from this client'
+RELEASED_TEXT = 'its operator has released it from this client'
 NO_FORK = 'worker processes cannot be started with fork here: this system does not have it. Use ' \
     "start_method='spawn', or no start_method"
 
@@ -9713,10 +9729,11 @@ def default_start_method() -> str:
 
 ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
-    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
-    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s '
-                           'bytes, and was killed',
-    Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
+    Outcome.TIMED_OUT: 'it exceeded its time limit (dispy_timeout) of %(timeout)s s and was ended',
+    Outcome.OUT_OF_MEMORY: 'it used more memory than its limit (dispy_memory) of %(memory)s bytes, '
+                           'and was killed',
+    Outcome.STOPPED: 'the node was stopped, or released from this client, while the job was '
+                     'running',
 }
 
 
@@ -10512,8 +10529,8 @@ class UndeliveredResults:
             return
         serials = self.spooled[name].serials
         logger.warning(
-            '%d results of a computation whose client has not come back are given up '
-            '(--zombie-interval)', len(serials))
+            '%d results of a computation are discarded, because its client has not reconnected in '
+            'time (--zombie-interval)', len(serials))
         distinct_serials = frozenset(serials)
         text = 'node %s gave up its result after %g s (--zombie-interval)' % (tables.name,
                                                                               self._zombie)
@@ -11122,8 +11139,8 @@ class WorkerPool:
         self.gone(worker)
         if self._start_failure != text or now > self.start_at + WORKER_TOLD:
             self._start_failure = text
-            message = ('node %s cannot make a worker: %s; it goes on with those that it has, '
-                       'and keeps trying' % (tables.name, text))
+            message = ('node %s cannot start a worker process: %s; it continues with the workers '
+                       'that it has, and keeps trying' % (tables.name, text))
             logger.error('%s', message)
             notice = Notice(comp.comp, message)
             tables.reply(comp, notice)
@@ -11635,7 +11652,7 @@ class JobRequests:
             self._answer(worker, error)
             return
         if type(message.value) is not list or not all(map(_is_file, message.value)):
-            raise PeerError('files of modules that are none')
+            raise PeerError('malformed descriptions of files of modules')
         comp.fetches.append((worker.key, message.value))
         if len(comp.fetches) == 1:
             action = Fetch(comp.comp, message.value)
@@ -12194,7 +12211,7 @@ class JobLookouts:
         """Return the serial of the job, and whether its stacks are wanted. Raises PeerError."""
         kinds = list(map(type, message.args))
         if message.name != 'look' or kinds != [int, bool]:
-            raise PeerError('a question that makes no sense')
+            raise PeerError('a malformed question')
         serial, stacks = message.args
         return serial, stacks
 
@@ -12266,7 +12283,8 @@ class NodeService:
         self.stopping = True
         self._attempts.refuses_new = True
         grace = self._interruptions.grace
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %g s to end',
+        logger.info('stopping: jobs that wait are returned to their clients, and running jobs have '
+                    '%g s to end',
                     grace)
         when = now + grace + 0.5
         self._timers.at(when, '', self._leave, is_wanted=lambda: True)
@@ -12350,7 +12368,7 @@ class NodeService:
         """Take no new jobs, and end those that run if that is asked for."""
         self.paused[event.by] = event.text
         self._attempts.refuses_new = True
-        logger.info('no new jobs are taken: %s', event.text)
+        logger.info('this node takes no new jobs: %s', event.text)
         self._offer(0)
         if event.end:
             self._interruptions.end_all(now)
@@ -12363,7 +12381,7 @@ class NodeService:
             return
         if self.stopping:
             return
-        logger.info('jobs are taken again')
+        logger.info('this node takes jobs again')
         self._attempts.refuses_new = False
         self._interruptions.ends_all = False
         self._offer(self._cpus.offered)
@@ -12372,7 +12390,7 @@ class NodeService:
         """Offer another number of CPUs."""
         self._cpus.offered = event.cpus
         self._computations.resize()
-        logger.info('%d CPUs are offered', self._cpus.offered)
+        logger.info('this node now offers %d CPUs', self._cpus.offered)
         if not self._attempts.refuses_new:
             self._offer(self._cpus.offered)
 
@@ -12717,7 +12735,8 @@ class Node:
                 digests.append(known.digest)
         if not all(may_reclaim(digest, message.key) for digest in digests):
             client = tables.client_at(link)
-            logger.warning('%s wants results of a computation and does not have its key', client)
+            logger.warning('%s has asked for results of a computation and does not have its '
+                           'key', client)
             attempt_history = AttemptHistory(whole=False)
             past = attempt_history.row()
             tables.send(link, KnownAttempts(message.comp, [], past))
@@ -13935,6 +13954,9 @@ class WorkerPipe:
         memory segment, if there is room."""
         payload = args[4]
         if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
+            self.send(RecordType.RESULT, *args)
+            return
+        if not is_read(self._sock):
             self.send(RecordType.RESULT, *args)
             return
         with contextlib.closing(MemorySegment(payload)) as segment:
@@ -16189,7 +16211,7 @@ def _notes_of(data: Buffer) -> List[str]:
     """What a runner has to say when it is up. Raises PeerError."""
     notes = open_envelope(data)
     if type(notes) is not list or not all(type(note) is str for note in notes):
-        raise PeerError('notes that are none')
+        raise PeerError('malformed notes')
     return [shorten(note, NAME_MOST) for note in notes[:100]]
 
 
@@ -16636,7 +16658,7 @@ class Memory:
         except FileNotFoundError:
             return AttemptHistory()
         except (TypeError, ValueError) as exc:
-            logger.warning('%s is of no use: %s', path, exc)
+            logger.warning('%s cannot be used: %s', path, exc)
             return AttemptHistory(whole=False)
 
     def write(self, comp: str, past: AttemptHistory) -> None:
@@ -16652,7 +16674,7 @@ class Memory:
                 text = json.dumps(past.row())
                 self._write(path, text)
         except OSError as exc:
-            logger.error('what was given up cannot be written down: %s', exc)
+            logger.error('it cannot be recorded which results were discarded: %s', exc)
             self.tear()
 
     def tear(self) -> None:
@@ -16886,7 +16908,7 @@ def _probe(name: str, path: str) -> Interpreter:
                                   stderr=subprocess.PIPE)
         version, cloudpickle_version, has_psutil = json.loads(done.stdout.decode())
     except ValueError:   # something else was printed
-        raise ValueError('--python %s=%s: it is no Python, as it does not run programs in that '
+        raise ValueError('--python %s=%s: it is not a Python, as it does not run programs in that '
                          'language' % (name, path)) from None
     except (OSError, subprocess.SubprocessError) as exc:
         text = '--python %s=%s: it cannot be started: %s' % (name, path, exc)
@@ -17127,7 +17149,7 @@ class NodeDirectory:
         Raises StartError, OSError."""
         if os.path.isdir(self.root):
             return
-        logger.error('the directory %s has disappeared and is made anew', self.root)
+        logger.error('the directory %s has disappeared and is created again', self.root)
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
@@ -17416,7 +17438,8 @@ class ComputationFiles:
                 with self._directory.as_user():
                     Slots.mark_unknown(files.private)
             except OSError as exc:
-                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
+                logger.error('it cannot be recorded that it is not fully known what has begun: '
+                             '%s', exc)
                 self._directory.tear_memory()
 
     def discard(self, comp: str) -> None:
@@ -17481,7 +17504,7 @@ class ResultStore:
                 logger.info('%d results of an earlier computation wait for their client',
                             len(serials))
             except (OSError, ValueError) as exc:
-                logger.warning('results of an earlier computation are of no use: %s', exc)
+                logger.warning('results of an earlier computation cannot be used: %s', exc)
                 spool.remove()
 
     def keep(self, action: SpoolResults) -> None:
@@ -17534,7 +17557,7 @@ class ResultStore:
         except FileNotFoundError as exc:
             text = str(exc)
         except OSError as exc:
-            logger.error('kept results cannot be read now: %s', exc)
+            logger.error('results that were kept on the disk cannot be read now: %s', exc)
             self.read_later[link, comp] = self._host.now + WORKER_RETRY_DELAY
             return
         for serial in sorted(missing):
@@ -18000,9 +18023,9 @@ class WorkerReader:
         elif record.kind == RecordType.FILE:
             row = open_envelope(bodies[0])
             if not _is_file(row):
-                raise PeerError('a file that is none')
+                raise PeerError('a malformed description of a file')
             if not is_serial(serial):
-                raise PeerError('a file of no job')
+                raise PeerError('a file of an unknown job')
             offset = record.number * FILE_PIECE
             purpose = int(Purpose.FROM_JOB)
             piece = FilePiece(pipe.comp, purpose, serial, row, offset, out_of_band(bodies[1]))
@@ -18012,7 +18035,7 @@ class WorkerReader:
             request = open_envelope(bodies[0])
             is_number = type(request) is int and is_serial(request)
             if not is_number and type(request) is not str:
-                raise PeerError('modules that are none')
+                raise PeerError('malformed names of modules')
             self._host.tell(WorkerWants(pipe.worker, serial, request))
         elif record.kind == RecordType.INITIALIZED:
             text = bytes(bodies[0]).decode('utf-8', 'replace')
@@ -18021,7 +18044,7 @@ class WorkerReader:
         elif record.kind == RecordType.JOBS_RETURNED:
             body = bodies[0]
             if len(body) % 8:
-                raise PeerError('jobs given back, %d bytes of them' % len(body))
+                raise PeerError('a list of returned jobs with a wrong size of %d bytes' % len(body))
             layout = '>%dQ' % (len(body) // 8)
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
@@ -18430,7 +18453,7 @@ class ProcessHost:
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
-            raise PeerError('output of no stream')
+            raise PeerError('output of an unknown stream')
         stream = int(record.start)
         offset = int(record.end)
         self._host.tell(
@@ -18439,7 +18462,7 @@ class ProcessHost:
 
     def _on_worker_exited(self, run: ComputationProcesses, record: Record) -> None:
         if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
-            raise PeerError('an exit code that is none')
+            raise PeerError('a malformed exit code')
         pipe = run.pipes[record.number]
         if pipe.is_attached:
             try:
@@ -18634,7 +18657,8 @@ class Uplinks:
         if old is None or not daemon.is_silent(old):
             event.sock.close()
             return None
-        text = 'nothing was heard for %.0f s, and it was reached anew' % (daemon.now - old.heard)
+        text = ('nothing was received for %.0f s, and a new connection was '
+                'made') % (daemon.now - old.heard)
         self._break_link(old, text)
         uplink.dialling.due = None
         return event._replace(peer=uplink)
@@ -18680,7 +18704,7 @@ class NodeDiscovery:
         self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear,
                                          options.multicast)
         if self._sockets.error:
-            logger.warning('%s: this node is not found by asking, but can be named',
+            logger.warning('%s: clients cannot discover this node, and have to list its address',
                            self._sockets.error)
         self.hello()
 
@@ -18709,7 +18733,8 @@ class NodeDiscovery:
             else:
                 level = logging.WARNING
             logger.log(
-                level, '%s looks for nodes and has another secret than this node (port %d): %s',
+                level, '%s is looking for nodes and has another secret than this node (port %d): '
+                       '%s',
                 source, self._port, same_secret(derive_key(self._options.secret)))
 
     def close(self) -> None:
@@ -19314,7 +19339,7 @@ def serve_option(text: str) -> Optional[int]:
     try:
         number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError('%r is no whole number' % text) from None
+        raise argparse.ArgumentTypeError('%r is not a whole number' % text) from None
     if number > 0:
         return number
     return None
@@ -19343,7 +19368,7 @@ def size_option(text: str) -> int:
     else:
         number, factor = (text, 1)
     if not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError('%r is no size such as 300k, 20m, 1g' % text)
+        raise argparse.ArgumentTypeError('%r is not a size such as 300k, 20m, 1g' % text)
     return int(number) * factor
 
 
@@ -19351,7 +19376,7 @@ def _time_of_day(text: str) -> str:
     """Read a time of day, HH:MM."""
     hour, _, minute = text.partition(':')
     if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
-        raise argparse.ArgumentTypeError('%r is no time of day such as 08:30' % text)
+        raise argparse.ArgumentTypeError('%r is not a time of day such as 08:30' % text)
     return '%02d:%02d' % (int(hour), int(minute))
 
 
@@ -19360,7 +19385,7 @@ def positive_number(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError('%r is no number above 0' % text)
+    raise argparse.ArgumentTypeError('%r is not a number above 0' % text)
 
 
 def seconds_option(text: str) -> float:
@@ -19368,7 +19393,7 @@ def seconds_option(text: str) -> float:
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
-    raise argparse.ArgumentTypeError('%r is no number of seconds between %g and %d (10 years)' %
+    raise argparse.ArgumentTypeError('%r is not a number of seconds between %g and %d (10 years)' %
                                      (text, SHORTEST, LONGEST))
 
 
@@ -19377,8 +19402,8 @@ def minutes_option(text: str) -> float:
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
-    reason = '%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60,
-                                                                          LONGEST // 60)
+    reason = '%r is not a number of minutes between %g and %d (10 years)' % (
+        text, SHORTEST / 60, LONGEST // 60)
     raise argparse.ArgumentTypeError(reason)
 
 
@@ -19388,7 +19413,7 @@ def days_option(text: str) -> float:
         if 0 <= 86400 * float(text) <= LONGEST:
             return float(text)
     most = LONGEST // 86400
-    raise argparse.ArgumentTypeError('%r is no number of days between 0 and %d' % (text, most))
+    raise argparse.ArgumentTypeError('%r is not a number of days between 0 and %d' % (text, most))
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
@@ -19585,7 +19610,8 @@ def run_until_ended(loop: Loop) -> int:
     try:
         loop.run()
     except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
-        loop.log.critical('ended by a fault, start it again: %s',
+        loop.log.critical('this daemon has ended because of a fault and has to be started again: '
+                          '%s',
                           exc,
                           exc_info=not isinstance(exc, LoopFailed))
         return FAULT_STATUS
@@ -19698,7 +19724,7 @@ class OldConfig:
         if value in cls.NOT_GIVEN:
             return []
         if option not in parser._option_string_actions:
-            raise ValueError('%r is no option that can stand there' % key)
+            raise ValueError('%r is not an option that can stand there' % key)
         if value == 'True':
             return [option]
         if not value.startswith('['):
@@ -19707,7 +19733,7 @@ class OldConfig:
         try:
             items = ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            text = '%s = %.80s is no list' % (key, value)
+            text = '%s = %.80s is not a list' % (key, value)
             raise ValueError(text) from None
         return ['%s=%s' % (option, item) for item in items]
 
@@ -19772,7 +19798,8 @@ class OptionParser(argparse.ArgumentParser):
         for key, value in found.items():
             action = known.get(key.replace('_', '-'))
             if action is None:
-                raise StartError('--config %s: %r is no option that can stand there' % (path, key))
+                raise StartError('--config %s: %r is not an option that can stand '
+                                 'there' % (path, key))
             text = self._wrong_type(action, value)
             if text:
                 raise StartError('--config %s: %s %s' % (path, key, text))
@@ -19857,7 +19884,7 @@ def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str
     text = ('larger arguments and results of jobs are refused, as are those for which '
             'there is no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]', help=text)
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
+    add('--log-file', metavar='FILE', help='write the log to this file instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true',
         help='remove what earlier runs have left in the directory')
@@ -19881,13 +19908,13 @@ def make_parser() -> OptionParser:
         '--cpus',
         type=int,
         metavar='N',
-        help='CPUs to offer; negative: leave so many free (default, and 0: all)')
+        help='CPUs to offer; negative: leave this many free (default, and 0: all)')
     add('--ext-host',
         '--ext-ip-addr',
         action=Each,
         metavar='ADDR',
-        help='address that others reach this host by, '
-        'if it is another one (NAT); may be repeated')
+        help='address by which others reach this host, if it is a different one (NAT); may be '
+             'repeated')
     add('-p',
         '--port',
         '--node-port',
@@ -19916,7 +19943,7 @@ def make_parser() -> OptionParser:
         help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
     add('--certfile',
         metavar='FILE',
-        help='certificate for TLS; clients need one that is vouched for by the same file')
+        help='certificate for TLS; clients need one that this file verifies')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     text = ('started as root: run jobs as this user, who cannot read the secret; of the '
             'environment they get %s and what begins with %s' %
@@ -19941,7 +19968,7 @@ def make_parser() -> OptionParser:
         help='seconds that jobs have to end after they were interrupted because the node is '
         'stopped; then they are killed (default: %(default)g)')
     add('--serve', type=serve_option, metavar='N',
-        help='end after so many clients (default, 0 and less: do not)')
+        help='end after this many clients (default, and 0 or less: never)')
     add('--client-shutdown',
         action='store_true',
         help="end after a client that calls its cluster's shutdown()")
@@ -19973,9 +20000,9 @@ def make_parser() -> OptionParser:
         action=Each,
         default=[],
         metavar='NAME=N',
-        help='offer so many units of what jobs ask for by this name (dispy_resources), such as '
-        'licence=2; gpu=N or gpu=auto: devices, of which each job sees its own in '
-        'CUDA_VISIBLE_DEVICES; may be repeated')
+        help='offer N units of what jobs ask for by this name (dispy_resources), such as '
+             'licence=2; gpu=N or gpu=auto: devices, of which each job sees its own in '
+             'CUDA_VISIBLE_DEVICES; may be repeated')
     add('--python',
         action=Each,
         default=[],
@@ -19989,10 +20016,10 @@ def make_parser() -> OptionParser:
         help='seconds after which the host is taken away, as by Slurm: the node ends before that '
         'by itself')
     add('--drain-before', type=seconds_option, metavar='S',
-        help='with --time-limit: take no new jobs from so many seconds before it on, and end when '
-        'none is left (default: %g)' % DRAIN_BEFORE)
+        help='with --time-limit: take no new jobs during this many seconds before it, and end when '
+             'none is left (default: %g)' % DRAIN_BEFORE)
     add('--end-idle', type=seconds_option, metavar='S',
-        help='end after so many seconds without jobs')
+        help='end after this many seconds without jobs')
     # Started by a client: see _embedded
     add('--embedded', action='store_true', help=argparse.SUPPRESS)
     add_daemon_options(parser, OBSOLETE_NODE)
@@ -20061,7 +20088,7 @@ def own_host(word: str) -> str:
     try:
         return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
     except OSError as exc:
-        text = ('%s is no address, name or interface of this host: %s (-i/--host, '
+        text = ('%s is not an address, name or interface of this host: %s (-i/--host, '
                 '--ext-host)' % (word, exc))
         raise StartError(text) from exc
 
@@ -20115,7 +20142,7 @@ def parse_command(line: str) -> Any:
     words = line.split()
     if words[:1] == ['cpus']:
         if len(words) != 2 or not words[1].lstrip('-').isdigit():
-            raise ValueError('cpus N, and N is a number')
+            raise ValueError('N in the command "cpus N" must be a number')
         wanted = int(words[1])
         return SetCpus(count_cpus(wanted))
     pause = Pause('operator', 'its operator has stopped it')

@@ -1664,13 +1664,13 @@ class ClientComputation(NodeUser):
         """Tell the program why a job waits."""
         if text not in self._waits_told:
             self._waits_told.add(text)
-            self.warn('a job waits: %s. It begins when a node comes that has it. This is said once '
-                      'for all jobs like it' % text)
+            self.warn('a job waits: %s. It starts when a node that has this is connected. This is '
+                      'logged once for all jobs like it' % text)
 
     def jobs_held(self, text: str) -> None:
         """Tell the program that jobs wait because of a limit of its user."""
-        self.warn('jobs wait: %s; whoever runs the scheduler sets this limit. This is said once '
-                  'for all jobs like these' % text)
+        self.warn('jobs wait: %s; the operator of the scheduler sets this limit. This is logged '
+                  'once for all jobs like these' % text)
 
     def job_goes_on(self, work: Any) -> None:
         """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
@@ -2161,8 +2161,9 @@ class JobsForMonitors:
         cpus = cpus_of(work)
         began = row[2] or None
         ended = row[3] or time.time()
-        self._ended.add(computation.number, serial, name, payload, status, attempt, node, where,
-                        cpus, None, began, ended, stdout, stderr, text)
+        noted = (computation.number, serial, name, payload, status, attempt, node, where, cpus,
+                 None, began, ended)
+        self._ended.add(noted, stdout, stderr, text, work.lost_with)
 
     def ended(self, known: int) -> List[tuple]:
         """Return the jobs that have ended after the one with this number, in the form of EndedJob;
@@ -2629,7 +2630,7 @@ class ProgramOverview(Overview):
         reason."""
         peer = self.peer(key)
         if type(reason) is not str:
-            raise ValueError('reason=%.40r is no text' % (reason,))
+            raise ValueError('reason=%.40r is not a text' % (reason,))
         offered = peer.offered
         if type(cpus) is not int or cpus < 0 or cpus > offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
@@ -2808,8 +2809,8 @@ class Quota:
 class NodeSharing(NodePolicy):
     """Decides which nodes may be connected to and used, and whether a node serves all computations
     or one that wants its nodes alone. The loop's thread."""
-    start_node = ('Start `python dispynode.py` on a host, with the secret that the scheduler has '
-                  'for nodes, and name it to the scheduler (-n)')
+    start_node = ('Run `python dispynode.py` on a host that has the secret which the scheduler '
+                  'uses for nodes, and list that host at the scheduler (-n)')
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -3298,7 +3299,7 @@ class ProgramComputations(Part):
         is_connected = self._is_connected(computation)
         if is_connected and computation.link != link.number:
             old = self._links[computation.link]
-            scheduler.break_link(old, 'its program has connected anew')
+            scheduler.break_link(old, 'its program has connected again')
         again = computation.link == link.number   # a Reclaim on this link was answered
         self._came_back(computation, link)
         if not computation.ready:
@@ -3388,8 +3389,8 @@ class ProgramComputations(Part):
             self._send(link, known_attempts)
         elif not (self._is_of_user(computation, link) and
                   may_reclaim(computation.digest, message.key)):
-            logger.warning('%s wants results of a computation and may not: it is of another user, '
-                           'or the key is another',
+            logger.warning('%s has asked for results of a computation of another user, or does not '
+                           'have its key',
                            self._scheduler.programs.name_of(link))
             past = AttemptHistory(whole=False)
             self._send(link, KnownAttempts(comp, [], past.row()))
@@ -3505,8 +3506,8 @@ class ProgramComputations(Part):
     def _give_up(self, computation: ClientComputation) -> None:
         """Give up the results of a program that has not come back for them."""
         seconds = self._scheduler.options.zombie
-        logger.warning('%s: its program has not come back for %g s (--zombie-interval): %d results '
-                       'are given up', computation.name, seconds, len(computation.ended))
+        logger.warning('%s: its program has not reconnected for %g s (--zombie-interval): %d '
+                       'results are discarded', computation.name, seconds, len(computation.ended))
         if computation.ended:
             text = 'the scheduler gave up its result after %g s (--zombie-interval)' % seconds
             self._state.gave_up(computation.comp, list(computation.ended), text)
@@ -5167,7 +5168,7 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('--ext-host', '--ext-ip-addr'), {
         'action': Each,
         'metavar': 'ADDR',
-        'help': 'accepted for old scripts; nothing needs to be told of it'}),
+        'help': 'accepted and ignored, for old scripts'}),
     (('-n', '--node', '--nodes'), {
         'action': Each,
         'nargs': '+',
@@ -5208,9 +5209,9 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'help': "the certificate's key, if not in the same file"}),
     (('--operator-secret-file',), {
         'metavar': 'FILE',
-        'help': "file with the operator's secret, for the web monitor: who has it sees and "
-                'ends the jobs of all programs (default: that of programs if it is the one '
-                'of this user, otherwise one that is made in the state directory)'}),
+        'help': "file with the operator's secret, for the web monitor: whoever has it can see and "
+                'end the jobs of all programs (default: that of programs if it is the one of this '
+                'user, otherwise one that is made in the state directory)'}),
     (('--nodes-share-secret',), {
         'action': 'store_true',
         'help': 'programs with a secret of their own may have the same as nodes: each of '
@@ -5271,7 +5272,7 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
         'action': Each,
         'default': [],
         'metavar': 'WHO=N',
-        'help': 'jobs of who has a higher one go first; may be repeated (default: *=0)'}),
+        'help': 'jobs of users with a higher priority go first; may be repeated (default: *=0)'}),
     (('--group',), {
         'action': Each,
         'default': [],
@@ -5280,8 +5281,8 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('--half-life',), {
         'type': positive_number,
         'metavar': 'HOURS',
-        'help': 'users who have used less get more: what was used counts half after so many hours, '
-                '1 to 168 (default: only what is used now counts)'}),
+        'help': 'users who have used less get more: past use counts half after this many hours, 1 '
+                'to 168 (default: only what is used now counts)'}),
     (('--history',), {
         'type': days_option,
         'default': 0.0,
@@ -5511,10 +5512,10 @@ class RuleWords:
         for word in words:
             who, sign, value = word.partition('=')
             if not sign or not self.WHO.fullmatch(who):
-                raise StartError('%s %s: WHO=VALUE is wanted, where WHO is a user, @GROUP or *' %
+                raise StartError('%s %s: it must be WHO=VALUE, where WHO is a user, @GROUP or *' %
                                  (option, word))
             if who in self.values:
-                raise StartError('%s says twice what holds for %s' % (option, who))
+                raise StartError('%s is given twice for %s' % (option, who))
             try:
                 self.values[who] = read(value)
             except ValueError as exc:
@@ -5534,7 +5535,7 @@ def _limit_words(text: str) -> Dict[str, int]:
     for part in text.split(','):
         name, _, number = part.partition(':')
         if name not in ('cpus', 'jobs') or name in found or not re.fullmatch('[0-9]{1,9}', number):
-            raise ValueError('cpus:N, jobs:N or cpus:N,jobs:N is wanted')
+            raise ValueError('it must be cpus:N, jobs:N or cpus:N,jobs:N')
         found[name] = int(number)
     return found
 
@@ -5543,13 +5544,13 @@ def _share_word(text: str) -> float:
     """Read a share. Raises ValueError."""
     with contextlib.suppress(argparse.ArgumentTypeError):
         return positive_number(text)
-    raise ValueError('a number above 0 is wanted')
+    raise ValueError('it must be a number above 0')
 
 
 def _priority_word(text: str) -> int:
     """Read a priority. Raises ValueError."""
     if not re.fullmatch('[+-]?[0-9]{1,9}', text):
-        raise ValueError('a whole number is wanted')
+        raise ValueError('it must be a whole number')
     return int(text)
 
 
@@ -5559,7 +5560,7 @@ def _groups_of(words: Sequence[str]) -> Dict[str, str]:
     for name, users in RuleWords('--group', words, lambda text: text.split(',')).values.items():
         for user in users:
             if name[0] in '@*' or not RuleWords.WHO.fullmatch(user) or user[0] in '@*':
-                raise StartError('--group %s=%s: NAME=USER,USER... is wanted' %
+                raise StartError('--group %s=%s: it must be NAME=USER,USER...' %
                                  (name, ','.join(users)))
             if user in members:
                 raise StartError('--group: user %s is in %s and in %s, and may be in one group' %
@@ -5580,7 +5581,7 @@ class RuleBook:
         self._half_life = args.half_life or 0.0
         least, most = HALF_LIVES
         if self._half_life and not least <= self._half_life <= most:
-            raise StartError('--half-life %g: %g to %g hours are wanted' %
+            raise StartError('--half-life %g: it must be between %g and %g hours' %
                              (self._half_life, least, most))
 
     def rules(self) -> UserRules:

@@ -137,14 +137,14 @@ def test_nothing_listens_and_nobody_answers(hosts):
     client, idle, gone = hosts.host('client'), hosts.host('idle'), hosts.host('gone')
     gone.cut()
     told = client.python(REFUSED, idle.ip, gone.ip)
-    assert 'nothing listens' in told and gone.ip in told, told
+    assert 'no program listens' in told and gone.ip in told, told
 
 
 def test_down_unreachable_and_unknown_names_are_told_apart(hosts):
     client, idle, gone = hosts.host('client'), hosts.host('idle'), hosts.host('gone')
     gone.cut()
     told = client.python(REFUSED, idle.ip, '10.99.0.1', 'no-such-host.example')
-    for part in ('%s:9701: down: nothing listens' % idle.ip,
+    for part in ('%s:9701: down: no program listens' % idle.ip,
                  '10.99.0.1:9701: unreachable: it cannot be reached',
                  'no-such-host.example:9701: no such name: its name does not resolve'):
         assert part in told, told

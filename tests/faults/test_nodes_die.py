@@ -136,7 +136,7 @@ def test_results_that_were_not_acknowledged_are_delivered_after_a_restart(tmp_pa
             eventually(lambda: len(ledger.attempts()) == 2)
             client.process.send_signal(signal.SIGSTOP)
             proxy.hold()
-            eventually(lambda: 'ended: nothing was heard' in node.log())
+            eventually(lambda: 'ended: nothing was received' in node.log())
             # Both
             eventually(lambda: [len(list(ResultSpool(path).rows())) for path in kept()] == [2])
             node.kill()
@@ -231,6 +231,7 @@ def test_a_job_that_kills_its_node_is_given_up_after_three_nodes_with_their_name
             node.stop()
 
 
+@pytest.mark.long
 def test_half_of_eight_nodes_killed_at_once(tmp_path, ledger):
     ended = Answers()
     nodes = [NodeProcess(tmp_path / str(number), cpus=1) for number in range(8)]

@@ -235,7 +235,7 @@ def test_a_program_is_killed_and_its_results_are_given_up(tmp_path):
             process.kill()
             process.wait()
             assert other.submit(1)(20) == 1
-            eventually(lambda: 'are given up' in shared.scheduler.log(), 30)
+            eventually(lambda: 'are discarded' in shared.scheduler.log(), 30)
             assert other.submit(2)(20) == 2
         eventually(lambda: 'is over' in shared.scheduler.log())
         shared.scheduler.stop()

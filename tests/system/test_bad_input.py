@@ -124,7 +124,7 @@ def test_files_to_depend_on(tmp_path):
         assert [row[0] for row in dispy.core_of(cluster).cargo.spec['files']] == ['directory/file']
     os.mkfifo(directory / 'fifo')
     for path in (directory, directory / 'fifo', '/dev/null'):
-        with pytest.raises(ValueError, match='depends: .* is no regular file'):
+        with pytest.raises(ValueError, match='depends: .* is not a regular file'):
             dispy.JobCluster(square, nodes=[('127.0.0.1', 1)], depends=[str(path)])
 
 

@@ -408,9 +408,9 @@ def test_a_node_is_named_with_its_port(make_cluster, tmp_path):
 
 def test_what_is_no_job(make_cluster):
     with make_cluster(square, nodes='local') as cluster:
-        with pytest.raises(TypeError, match='7 is no job'):
+        with pytest.raises(TypeError, match='7 is not a job'):
             cluster.cancel(7)
-        with pytest.raises(TypeError, match='7 is no job'):
+        with pytest.raises(TypeError, match='7 is not a job'):
             next(cluster.as_completed([7]))
 
 
@@ -613,7 +613,7 @@ def test_a_client_without_a_node_says_so(make_cluster, caplog, monkeypatch):
         job = cluster.submit(1)
         text = eventually(lambda: [r.getMessage() for r in caplog.records
                                    if 'waits for a node' in r.getMessage()])[0]
-        assert '127.0.0.1:9' in text and 'nothing listens there' in text and 'dispynode' in text
+        assert '127.0.0.1:9' in text and 'no program listens there' in text and 'dispynode' in text
         with pytest.raises(dispy.NoNodes, match='no-such-host'):
             cluster.wait_nodes(1, timeout=0.2)
         cluster.cancel(job)

@@ -82,7 +82,7 @@ def test_wrong_usage(args, text):
 
 def test_no_node_in_time():
     code, out, err = dispy('-n', '127.0.0.1:9', '--wait-nodes', '0.5', '-a', '1 2', PRIMES)
-    assert (code == 255 and '1 node was waited for' in err and 'nothing listens' in err
+    assert (code == 255 and '1 node was waited for' in err and 'no program listens' in err
             and 'Traceback' not in err)
 
 

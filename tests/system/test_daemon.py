@@ -312,12 +312,12 @@ def test_the_prompt(tmp_path):
             terminal.type(b'cpus 1\n')
             eventually(lambda: [node.cpus for node in cluster.status().nodes] == [1])
             terminal.type(b'cpus 1000x\n')
-            eventually(lambda: terminal.shows('N is a number'))
+            eventually(lambda: terminal.shows('must be a number'))
             terminal.type(b'release\n')
             assert (job.wait(20) and job.status == DispyJob.Abandoned
-                    and 'taken from this client' in job.exception)
+                    and 'released from this client' in job.exception)
             eventually(lambda: [node for node in cluster.status().all_nodes
-                                if 'operator has taken it' in node.reason])
+                                if 'operator has released it' in node.reason])
             eventually(lambda: terminal.said('free'))
         terminal.type(b'quit\n')
         assert terminal.process.wait(20) == 0

@@ -160,7 +160,8 @@ def test_a_wrong_secret_is_logged_once(house, come, caplog):
     for _ in range(4):
         assert turned_away(come())
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1 and lines[0].startswith('127.0.0.1 was turned away: wrong secret: ')
+    assert len(lines) == 1
+    assert lines[0].startswith('the connection from 127.0.0.1 was rejected: wrong secret: ')
     assert not house.arrivals
 
 

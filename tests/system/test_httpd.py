@@ -206,7 +206,7 @@ def test_several_clusters_one_server(tmp_path):
                 and [(use['number'], use['jobs']) for use in node['clusters']] == [(1, 2), (2, 1)])
         site.server.del_cluster(one)
         assert eventually(lambda: [row['number'] for row in site.rows('/api/clusters')] == [2])
-        with pytest.raises(TypeError, match='is no cluster'):
+        with pytest.raises(TypeError, match='is not a cluster'):
             site.server.add_cluster('cluster')
 
 
@@ -401,6 +401,29 @@ def test_all_jobs_are_listed_and_each_has_a_page(tmp_path):
 
 def fours(numbers):
     return [numbers[at:at + 4] for at in range(0, len(numbers), 4)]
+
+
+def flaky(path):
+    count = len(os.listdir(path))
+    with open(os.path.join(path, str(count)), 'w'):
+        pass
+    if count < 2:
+        raise ValueError('try %d' % count)
+    return count
+
+
+def test_attempts_that_failed_are_told(tmp_path):
+    with dispy.JobCluster(flaky, nodes='local') as cluster, serve(cluster) as site:
+        job = cluster.submit(str(tmp_path), dispy_retries=3, dispy_retry_on=True)
+        assert job(20) == 2
+        row, = eventually(lambda: listed(site, '?state=done')['rows'])
+        one, = site.rows('/api/job?cluster=1&job=%d' % row['job'])
+        assert row['attempts'] == 3 and one['trace'] == '' and one['lost_with'] == []
+        attempts = [(attempt['number'], attempt['node'], attempt['text'])
+                    for attempt in one['failed_attempts']]
+        name = cluster.status().nodes[0].name
+        assert attempts == [(1, name, 'ValueError: try 0'), (2, name, 'ValueError: try 1')]
+        assert one['failed_attempts'][1]['ended'] <= one['ended']
 
 
 def test_arguments_are_nowhere_if_they_shall_not_be_shown(tmp_path):
@@ -763,7 +786,7 @@ def hostile():
     yield 'an unknown word in the query', 400, lambda s: s.raw(path='/api/clusters?colour=1')
     yield 'a word twice', 400, lambda s: s.raw(path='/api/clusters?page=1&page=2')
     yield 'sorted by what is no column', 400, lambda s: s.raw(path='/api/clusters?sort=__class__')
-    yield 'a page that is no number', 400, lambda s: s.raw(path='/api/clusters?page=1e9')
+    yield 'a page that is not a number', 400, lambda s: s.raw(path='/api/clusters?page=1e9')
     yield 'UTF-8 that is none', 400, lambda s: s.raw(path='/api/node?id=%ff')
     yield 'HTTP/2.0', 505, lambda s: s.raw(version='HTTP/2.0')
     yield 'HTTP/0.9', 505, lambda s: b'GET /\r\n\r\n'
@@ -885,7 +908,7 @@ def test_arguments_of_a_server():
     for wrong in (dict(port=-1), dict(port='x'), dict(poll_sec=0.1), dict(poll_sec='x')):
         with pytest.raises(ValueError, match=list(wrong)[0]):
             dispy_httpd.DispyHTTPServer(None, **wrong)
-    with pytest.raises(TypeError, match='is no cluster'):
+    with pytest.raises(TypeError, match='is not a cluster'):
         dispy_httpd.DispyHTTPServer('cluster', port=0)
 
 

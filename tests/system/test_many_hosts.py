@@ -333,7 +333,7 @@ def test_addresses_to_listen_at(hosts):
     far.node('-i', '10.97.0.77', '-i', far.ip6)
     assert find(client, 1, nodes='*')[0] == ['far 10.97.0.77 9701 far']
     assert find(client, 1, nodes=[far.ip6])[0] == ['far %s 9701 far' % far.ip6]
-    assert 'nothing listens' in find(client, 1, 2, nodes=[far.ip])[0][-1]
+    assert 'no program listens' in find(client, 1, 2, nodes=[far.ip])[0][-1]
 
 
 def test_behind_a_router_with_a_forwarded_port(hosts):
@@ -406,7 +406,7 @@ def test_a_node_that_dials_backs_off(hosts):
     since, count = time.monotonic(), far.packets()['connects_sent']
     eventually(lambda: far.packets()['connects_sent'] > count)
     assert far.packets()['connects_sent'] <= count + 2 + (time.monotonic() - since)
-    assert node.log().count('cannot be reached: nothing listens there') == 1
+    assert node.log().count('cannot be reached: no program listens there') == 1
     holder = Holder(client, nodes='*', host='')
     holder.waits_for('ready far', 40)
     holder.end()
@@ -584,7 +584,8 @@ def check_row(clients, far, node, of_node, outputs):
         assert row[3] == 'refused' and option in row[4], output
         assert far.ip + ':9701' in lines[-1] and option in lines[-1], output          # NoNodes
         assert output.count('cannot be used') == 1, output                            # said once
-        told = [line for line in node.log().splitlines() if client.ip + ' was turned away' in line]
+        told = [line for line in node.log().splitlines()
+                if 'connection from %s was rejected' % client.ip in line]
         assert len(told) == 1 and option in told[0], (client.name, node.log())
     assert 'Traceback' not in node.log() and node.stop() == 0
 
@@ -612,7 +613,7 @@ def test_another_secret_is_found_and_said_on_both_sides(hosts):
     node = other.node()
     holder = Holder(client, nodes='*')
     holder.waits_for('cannot be used: its node has another secret')
-    eventually(lambda: re.search('(%s|%s) looks for nodes and has another secret'
+    eventually(lambda: re.search('(%s|%s) is looking for nodes and has another secret'
                                  % (client.ip, client.ip6), node.log()))
     row, = holder.status()
     assert row[1] in (other.ip, other.ip6) and row[3] == 'refused' and '--secret-file' in row[4]
@@ -629,7 +630,7 @@ def test_a_client_that_listens_tells_who_was_turned_away(hosts):
     client, far = hosts.host('client'), hosts.host('far', secret='quite another')
     holder = Holder(client, nodes='*', host='', env={'DISPY_DISCOVERY': 'loopback'})
     node = far.node('--scheduler-host', client.ip)
-    holder.waits_for('%s cannot be used: it connected and was turned away: wrong secret' % far.ip)
+    holder.waits_for('%s cannot be used: its connection was rejected: wrong secret' % far.ip)
     assert [row[1] for row in holder.status()] == [far.ip]
     eventually(lambda: '%s:9702 (--scheduler-host) cannot be reached: wrong secret'
                % client.ip in node.log())
@@ -738,7 +739,7 @@ def test_strangers_do_not_disturb_an_honest_client(hosts):
     assert len(far_descriptors(node)) < descriptors + 70
     assert holder.end() == 0
     assert find(client, 1, nodes='*')[0] == ['far %s 9701 far' % far.ip]     # and one that comes
-    assert node.log().count('turned away') < 10 and 'Traceback' not in node.log()
+    assert node.log().count('was rejected') < 10 and 'Traceback' not in node.log()
     flood.communicate()
 
 

@@ -356,7 +356,7 @@ def test_nodes_that_are_off(tmp_path, caplog):
             dispy.JobCluster(square, nodes=[node.address, ('127.0.0.3', node.port)]) as cluster:
         cluster.wait_nodes(1, 30)
         off, = eventually(lambda: [other for other in cluster.status().refused
-                                   if 'nothing listens' in other.reason])
+                                   if 'no program listens' in other.reason])
         assert ([other.ip_addr for other in cluster.status().nodes] == ['127.0.0.1']
                 and off.ip_addr == '127.0.0.3')
         assert len(cluster.status().all_nodes) == 2
@@ -364,7 +364,7 @@ def test_nodes_that_are_off(tmp_path, caplog):
         jobs = [cluster.submit_node('127.0.0.3', n) for n in range(3)]
         texts = [record.getMessage() for record in caplog.records
                  if 'Jobs that were submitted to it wait' in record.getMessage()]
-        assert len(texts) == 1 and '127.0.0.3 cannot be used now: nothing listens there' in texts[0]
+        assert len(texts) == 1 and '127.0.0.3 cannot be used now: no program listens' in texts[0]
         assert cluster.submit_node('127.0.0.1', 5)(30) == 25 and not any(job.finish.is_set()
                                                                          for job in jobs)
         for job in jobs:

@@ -110,7 +110,7 @@ def test_as_completed_of_any_iterable(make_cluster):
                     == [n * n for n in range(6)])
         shown = cluster.as_completed((cluster.submit(n) for n in range(6)), progress=True)
         assert sorted(job.result for job in shown) == [n * n for n in range(6)]
-        with pytest.raises(TypeError, match='is no job'):
+        with pytest.raises(TypeError, match='is not a job'):
             cluster.as_completed([5])
 
 

@@ -198,7 +198,7 @@ def test_functions_and_classes_of_cells_are_found_in_their_cells(cell):
 def test_a_function_whose_text_is_not_to_be_had_is_named(cell):
     module = cell('/tmp/no/1.py', 'def compute(n): return n\n')
     del linecache.cache['/tmp/no/1.py']
-    assert 'is not to be had' in dispy.pack_source(module.compute, None, None, {}, [])[1]
+    assert 'is not available' in dispy.pack_source(module.compute, None, None, {}, [])[1]
 
 
 # -- representations: pure -------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def work(n):
 
 def told(caplog):
     return [record.getMessage()
-            for record in caplog.records if 'has not looked' in record.getMessage()]
+            for record in caplog.records if 'has not read the reasons' in record.getMessage()]
 
 
 def test_failed_jobs_are_heard(make_cluster, caplog, capsys, tmp_path, monkeypatch):
@@ -549,7 +549,7 @@ def test_a_notebook(tmp_path, monkeypatch, version):
     assert output(12, 'text/plain') == '(True, True)'
     # Though Out has the first one
     assert output(16, 'text/plain') == '[True]' and output(17, 'text/plain') == 'True'
-    assert 'has not looked' not in str(outputs)
+    assert 'has not read the reasons' not in str(outputs)
 
 
 # -- small things that were in the way -------------------------------------------------------------

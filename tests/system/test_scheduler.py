@@ -345,7 +345,7 @@ def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
         assert cluster.submit()(20) == 1
     with shared(lambda: 2, scheduler) as other:
         assert other.submit()(20) == 2
-    assert scheduler.process.poll() is None and 'nothing was heard' not in scheduler.log()
+    assert scheduler.process.poll() is None and 'nothing was received' not in scheduler.log()
 
 
 # -- methods of a cluster --------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def test_status_names_the_nodes_of_the_scheduler(scheduler, node, capsys):
         cluster.print_status()
         assert 'one' in capsys.readouterr().out
     with shared(whole, scheduler, nodes=[('127.0.0.1', 9)], loglevel=60) as cluster:
-        with pytest.raises(dispy.NoNodes, match='127.0.0.1:9.*nothing listens'):
+        with pytest.raises(dispy.NoNodes, match='127.0.0.1:9.*no program listens'):
             cluster.wait_nodes(1, 5)
 
 
@@ -424,7 +424,7 @@ def test_without_a_scheduler_a_program_says_so_and_waits(tmp_path, node, schedul
     scheduler.stop()
     cluster = dispy.SharedJobCluster(whole, scheduler_port=port, ping_interval=1)
     job = cluster.submit()
-    eventually(lambda: 'dispyscheduler 127.0.0.1:%d cannot be used: nothing listens'
+    eventually(lambda: 'dispyscheduler 127.0.0.1:%d cannot be used: no program listens'
                % port in caplog.text)
     with pytest.raises(dispy.NoNodes,
                        match=r'dispyscheduler 127.*Start `python dispyscheduler\.py` there'):

@@ -29,7 +29,7 @@ from dispynode import (HandshakeError, Holder, Silence, Unreached, address_in, d
                        is_own_address, same_secret, why_unreached)
 from nodes import NodeProcess, SchedulerProcess
 
-NOWHERE = ('127.0.0.1', 9)   # nothing listens there
+NOWHERE = ('127.0.0.1', 9)   # no program listens there
 
 
 def square(n):
@@ -112,7 +112,7 @@ def test_dispynode_ends_under_an_old_python(version):
 # -- nodes that are not reached --------------------------------------------------------------------
 
 @pytest.mark.parametrize('exc, why, text', [
-    (ConnectionRefusedError(), Unreached.DOWN, 'nothing listens'),
+    (ConnectionRefusedError(), Unreached.DOWN, 'no program listens'),
     (Silence('no answer within 10 s'), Unreached.UNREACHABLE, '10 s'),
     (socket.timeout(), Unreached.UNREACHABLE, 'no answer within'),
     (OSError(113, 'No route to host'), Unreached.UNREACHABLE, 'No route to host'),
@@ -127,7 +127,7 @@ def test_only_who_was_refused_is_called_refused(exc, why, text):
     assert why_unreached(exc) is why and text in dial_text(exc)
 
 
-START = 'Start `python dispynode.py`'
+START = 'Run `python dispynode.py`'
 
 
 @pytest.mark.parametrize('attempts, others, said, not_said', [
@@ -141,8 +141,8 @@ START = 'Start `python dispynode.py`'
     ([('down', 9701, False), ('refused', 9701, False)], False, [], [START]),
     ([('down', 9701, False), ('setting up', 9701, False)], False, [], [START]),
     ([('down', 9701, False)], True, ['Name one of these'], [START]),
-    ([('down', 9702, True)], False, ['Start `python dispyscheduler.py` there'], [START]),
-    ([('unreachable', 9702, True)], False, ['9702'], ['Start']),
+    ([('down', 9702, True)], False, ['Run `python dispyscheduler.py` there'], [START]),
+    ([('unreachable', 9702, True)], False, ['9702'], ['Run']),
     ([('asking', 9702, True)], False, ['The scheduler is connected', 'dispynode.py'], []),
 ])
 def test_what_to_do_fits_what_came_of_the_attempts(attempts, others, said, not_said):
@@ -216,11 +216,11 @@ def test_a_look_at_named_nodes_waits_for_each(node):
     for _ in range(30):
         with NodeScan([NOWHERE]) as survey:
             down, = survey.look()
-        assert down.state == 'down' and 'nothing listens' in down.reason
+        assert down.state == 'down' and 'no program listens' in down.reason
     out, _, status = run_python('-m', 'dispy', '--list-nodes', '-n', '127.0.0.1:9', '-n',
                                 '127.0.0.1:%d' % node.port)
     assert (status == 0 and 'not reached yet' not in out
-            and re.search('127.0.0.1:9 .*nothing listens', out)), out
+            and re.search('127.0.0.1:9 .*no program listens', out)), out
 
 
 # -- nodes that serve others, and other secrets ----------------------------------------------------
@@ -280,7 +280,7 @@ def test_a_node_of_another_user_on_this_machine_is_no_warning(tmp_path, caplog):
         with dispy.JobCluster(square, nodes=[other.address]):   # it was named: then it is one
             eventually(lambda: [text for text in warnings_in(caplog) if 'wrong secret' in text
                                 and '127.0.0.1:%d' % other.port in text])
-        eventually(lambda: re.search(r'turned away: wrong secret.*\(port %d\)' % other.port,
+        eventually(lambda: re.search(r'was rejected: wrong secret.*\(port %d\)' % other.port,
                                      other.log()))
 
 
@@ -293,14 +293,14 @@ def sleep(seconds, what=''):
 def test_a_timeout_says_what_the_job_waits_for(make_cluster):
     with make_cluster(sleep, nodes=[NOWHERE]) as cluster:
         job = cluster.submit(0, what='tea')
-        eventually(lambda: any('nothing listens' in node.reason
+        eventually(lambda: any('no program listens' in node.reason
                                for node in cluster.status().all_nodes))
         for call in (job, job.get, functools.partial(cluster.gather, [job]),
                      lambda timeout: list(cluster.as_completed([job], timeout))):
             with pytest.raises(TimeoutError) as caught:
                 call(0.125)
             for part in ("0, what='tea'", '0.125 s', 'waits for a node', '127.0.0.1:9',
-                         'nothing listens'):
+                         'no program listens'):
                 assert part in str(caught.value), caught.value
         cluster.cancel(job)
     with make_cluster(sleep, nodes='local') as cluster:
@@ -424,7 +424,7 @@ def test_an_exception_in_cluster_status_names_it(caplog):
 
 # -- modules that are missing, functions that do not travel ----------------------------------------
 
-TOLD = ("ModuleNotFoundError: No module named '{0}'. the import failed: f -> {0}. To mend that, " +
+TOLD = ("ModuleNotFoundError: No module named '{0}'. the import failed: f -> {0}. To fix this, " +
         'install {0} on this node (/opt/bin/python -m pip install {0}), '
         'or list its file in depends if it is a module of your own')
 

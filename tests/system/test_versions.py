@@ -266,7 +266,7 @@ def test_what_stands_in_the_way_is_told_with_both_versions(other):
     for computation, why in (
             (closure, 'a closure over variable variable'),
             (lambda: 1, 'the computation is a lambda'),
-            (uses_object, 'global `ORIGIN` of uses_object, of type Point, is no plain constant'),
+            (uses_object, 'global `ORIGIN` of uses_object, of type Point, is not a plain constant'),
             (uses_nameless, 'global `nameless` of uses_nameless is a lambda')):
         text = refusal(node, computation)
         assert ('Python %s' % version in text and 'program Python %s' % HERE in text
@@ -411,7 +411,7 @@ def test_values_are_those_of_now(module):
     user.N = [2, {3}]
     assert picked(user.f)[0]['user_values'][3] == {'N': [2, {3}]}
     user.N = 1j
-    assert obstacle(user.f) == 'global `N` of f, of type complex, is no plain constant'
+    assert obstacle(user.f) == 'global `N` of f, of type complex, is not a plain constant'
 
 
 def test_imports_of_every_kind(module):
@@ -476,7 +476,7 @@ def test_source_that_is_not_to_be_had_or_was_changed(module):
     sys.modules['user_gone'] = type(sys)('user_gone')
     vars(sys.modules['user_gone']).update(space)
     try:
-        assert obstacle(space['f']) == 'the source of module user_gone is not to be had'
+        assert obstacle(space['f']) == 'the source of module user_gone is not available'
     finally:
         del sys.modules['user_gone']
     user = module('user_changed', 'def f():\n    return 1\nclass C:\n    def m(self): return 1\n'

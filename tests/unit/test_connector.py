@@ -217,7 +217,7 @@ def test_a_node_that_dials_is_known_when_it_dials_again(driver):
     driver.arrives('10.0.0.8', b'j' * 16)
     assert len(driver.nodes.by_key) == 2 and driver.broken == []
     driver.arrives('10.0.0.7')
-    assert driver.broken == [(link.number, 'the node has connected anew')]
+    assert driver.broken == [(link.number, 'the node has connected again')]
 
 
 def test_a_node_that_dials_while_we_have_dialled_it_is_sent_away(driver):

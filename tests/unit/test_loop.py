@@ -182,7 +182,7 @@ def test_silence_is_noticed_and_then_ends_the_link(loop):
     while loop.at - link.heard <= PULSES_LOST * PULSE:
         assert not loop.broken
         loop.after(0.5 * PULSE)
-    assert loop.broken == [(link, 'nothing was heard for %.0f s' % (loop.at - link.heard))]
+    assert loop.broken == [(link, 'nothing was received for %.0f s' % (loop.at - link.heard))]
     assert link.sock.closed and not loop.links
 
 

@@ -1316,7 +1316,7 @@ def test_release_takes_the_node_from_its_client():
     talk.tell(RunnerGone('c', ''))
     assert talk.node.lease.state is Lease.FREE
     assert (said(talk.compute('c2'), Refused)
-            == [Refused('c2', 'busy', 'its operator has taken it from this client')])
+            == [Refused('c2', 'busy', 'its operator has released it from this client')])
     assert only(talk.compute('d', 2), PrepareDirectory)
     assert (said(talk.compute('c2'), Refused)
             == [Refused('c2', 'busy', 'it serves you@there for 0 s', ('here', 7, 0, False))])

@@ -27,7 +27,7 @@ def test_an_absolute_path_and_ids_that_are_no_names(tmp_path):
 
 
 @pytest.mark.parametrize('returns, dest, error, told', [
-    ('out.dat', None, TypeError, 'must be a list'), ([1], None, TypeError, 'is no text'),
+    ('out.dat', None, TypeError, 'must be a list'), ([1], None, TypeError, 'is not a text'),
     (['../x'], None, ValueError, 'below the directory of the job'),
     (['/etc/x'], None, ValueError, 'below the directory'), ([''], None, ValueError, 'returns'),
     ([], 'x', ValueError, 'needs returns'), (['x'], 5, TypeError, 'dest=5')])

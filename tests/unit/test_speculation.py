@@ -5,11 +5,10 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    SPECULATE_AFTER, CancelAsked, Closed, JobEnded, JobsEnded, JobState, JobWaits, MedianDuration,
-    NodeAway, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted,
-    Opened, RulesChanged, Schedule, SecondCounts, SecondHad, SecondOver, SecondWins, SendAck, SendCancel,
-    SendJobs, SendSecond, Submitted, NodeHad, UserRule,
-    UserRules, cpus_of)
+    SPECULATE_AFTER, CancelAsked, Closed, JobEnded, JobState, JobWaits, JobsEnded, MedianDuration,
+    NodeAway, NodeHad, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned,
+    NodeStarted, Opened, RulesChanged, Schedule, SecondCounts, SecondHad, SecondOver, SecondWins,
+    SendAck, SendCancel, SendJobs, SendSecond, Submitted, UserRule, UserRules, cpus_of)
 from dispynode import AttemptHistory, Outcome
 from talk_schedule import job, jobs, only, row, sent
 from walk_schedule import ModelNode, Walk
@@ -125,6 +124,16 @@ def test_one_node_has_none():
     scene.tell(NodeLeft('b', 'c', 'host', 'left'))
     scene.run()
     assert only(scene.tell(after=100.0), SendSecond) == []
+
+
+def test_what_was_due_is_not_waited_for_when_the_other_node_is_gone():
+    """The driver would turn without end."""
+    scene = Scene()
+    scene.run()
+    assert scene.schedule.next_timer() < scene.now + 2.5
+    scene.tell(NodeLost('b', 'host', 'broken'))
+    scene.tell(after=10.0)
+    assert (scene.schedule.next_timer() or scene.now + 1.0) > scene.now
 
 
 def test_nor_has_a_job_that_is_for_one_node():
