@@ -184,7 +184,7 @@ from dispynode import process_start_lock, python_of, pythons_text, read_secret
 from dispynode import remove_abandoned_directory
 from dispynode import run_batch, same_secret, seconds_option, secret_path, set_numerical_threads
 from dispynode import shared_payload, size_of, size_option, start_of, take_lock, tls_context
-from dispynode import tls_files, unpack_error, value_pickler, with_needs
+from dispynode import attempt_number, tls_files, unpack_error, value_pickler, with_needs
 from dispynode import serial_of, write_private
 
 __all__ = [
@@ -224,6 +224,10 @@ MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is g
 MAX_ATTEMPTS = 16
 # CPUs in the mean of the past below which the use of a user is forgotten
 PAST_LEAST = 0.001
+# Seconds after which half of what a user has had counts beside what he has now. Without it parts of
+# CPUs would be lost: of 6 CPUs, shares of 3 and 1 would be 4 and 2 for ever
+RECENT_TIME = 60.0
+RECENT_APART = 0.1            # s between two looks at what users have had
 # Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
 IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
@@ -2558,7 +2562,7 @@ class UserRules(NamedTuple):
 
 class UserLoad:
     """A user, or a group of users, in the schedule."""
-    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'past', 'at')
+    __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'recent', 'past', 'at')
 
     def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
         self.name = name           # for people
@@ -2567,16 +2571,19 @@ class UserLoad:
         self.cpus = 0              # CPUs of the jobs on nodes, run or not
         self.jobs = 0              # these jobs
         self.running = 0           # CPUs of those that are known to run
-        # CPUs that were used in the mean of the past, of which half counts after each half-life,
-        # as it was at this time
+        # CPUs that were used in the mean of the last minutes, and in that of the past by the
+        # half-life of the rules, as these were at this time
+        self.recent = 0.0
         self.past = 0.0
         self.at = 0.0
 
     @property
     def claim(self) -> float:
         """What it has of the CPUs and has had, in proportion to its share: who has least is
-        next."""
-        return (self.past + self.cpus) / self.rule.share
+        next. With half a CPU more neither large nor small shares gain by the rounding to whole
+        CPUs."""
+        present = (self.recent + self.cpus + 0.5) / 2
+        return (self.past + present) / self.rule.share
 
     def rank(self) -> Tuple[float, ...]:
         """Who has the least of this is next: by priority, then by the claims of the group and of
@@ -2626,6 +2633,12 @@ class UserLoad:
             self.group.take(cpus, jobs)
 
 
+def _mean(before: float, since: float, half_lives: float) -> float:
+    """A mean of the past, after so many half-lives in which the value was `since`."""
+    kept = 0.5 ** half_lives
+    return before * kept + since * (1.0 - kept)
+
+
 class UserLoads:
     """The users whose jobs a schedule has, their limits, and what they have used. No user has a
     load while there are no rules."""
@@ -2634,6 +2647,7 @@ class UserLoads:
         self.rules = rules
         self._users: Dict[str, UserLoad] = {}
         self._groups: Dict[str, UserLoad] = {}
+        self._advanced_at = -math.inf
 
     @property
     def by_user(self) -> bool:
@@ -2681,31 +2695,36 @@ class UserLoads:
 
     def charge(self, user: UserLoad, seconds: float, now: float) -> None:
         """A user has used CPUs for so many seconds, and it was not known that he did."""
+        self._advance(user, now)
+        used = seconds * math.log(2)
+        user.recent += used / RECENT_TIME
         if self.rules.half_life:
-            self._advance(user, now)
-            rate = math.log(2) / self.rules.half_life
-            user.past += seconds * rate
+            user.past += used / self.rules.half_life
         if user.group is not None:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
         """Time goes by: what was used counts less, and what is used counts more."""
-        if self.rules.half_life:
-            for table in (self._users, self._groups):
-                for load in table.values():
-                    self._advance(load, now)
+        if now - self._advanced_at < RECENT_APART:
+            return
+        self._advanced_at = now
+        for table in (self._users, self._groups):
+            for load in table.values():
+                self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
-        """One mean, with the weight 2 ** -(age / half-life) for each moment of the past."""
-        if self.rules.half_life and now > load.at:
-            age = now - load.at
-            kept = 0.5 ** (age / self.rules.half_life)
-            load.past *= kept
-            load.past += load.running * (1.0 - kept)
+        """Means, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        age = now - load.at
         load.at = now
+        if age <= 0:
+            return
+        load.recent = _mean(load.recent, load.running, age / RECENT_TIME)
+        if self.rules.half_life:
+            load.past = _mean(load.past, load.running, age / self.rules.half_life)
 
     def used(self, now: float) -> Dict[str, float]:
         """The CPUs that users have used in the mean of the past, by their names."""
+        self._advanced_at = -math.inf
         self.advance(now)
         used = {}
         for name, user in self._users.items():
@@ -4583,10 +4602,9 @@ class Schedule:
         if books.waiting:
             self.users.advance(now)
             placement.distribute()
-        if len(self.nodes) > 1:
-            if books.changed:
-                placement.balance()
-            self.speculation.look()
+        if len(self.nodes) > 1 and books.changed:
+            placement.balance()
+        self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -13559,6 +13577,7 @@ class JobExchange:
             self._driver.files.abort_attempt(attempt)
         cluster = self._clusters[action.comp]
         peer = self._nodes.by_key[action.node]
+        self._driver.overview.attempts.add(action.comp, action.row, peer.name)
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
     def _think_over(self, cluster: NodeUser, peer: NodeConnection, job: DispyJob,
@@ -14197,6 +14216,7 @@ class EndedJob(NamedTuple):
     stdout: Any                  # the end of what it has printed: bytes or text
     stderr: Any
     text: str                    # why it failed
+    lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
 
 
 class EndedJobs:
@@ -14208,23 +14228,35 @@ class EndedJobs:
         self._count = 0
         self._bytes = 0
         self._rows: Deque[EndedJob] = collections.deque()
+        self._sizes: Deque[int] = collections.deque()   # the bytes of each
 
-    def add(self, *row: Any) -> None:
-        """Note a job with the fields of EndedJob behind `number`, whose texts may be long."""
-        ended_job = EndedJob(0, *row)
-        stdout = ended_job.stdout[-OUTPUT_SHOWN:]
-        stderr = ended_job.stderr[-OUTPUT_SHOWN:]
-        text = ended_job.text[-FAILURE_TEXT:]
-        payload = shown_arguments(ended_job.payload)
+    def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
+        """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
+        longer than there."""
+        payload = row[3]
+        if type(payload) is not bytes or len(payload) > ARGUMENTS_MOST:
+            payload = shown_arguments(payload)
+            if payload is not None and type(payload) is not int:
+                payload = bytes(in_one_piece(payload))
+            row = (*row[:3], payload, *row[4:])
+        size = len(stdout) + len(stderr) + len(text)
+        if size > OUTPUT_SHOWN:
+            stdout = stdout[-OUTPUT_SHOWN:]
+            stderr = stderr[-OUTPUT_SHOWN:]
+            text = text[-FAILURE_TEXT:]
+            size = len(stdout) + len(stderr) + len(text)
+        if type(payload) is bytes:
+            size += len(payload)
         with self._lock:
             self._count += 1
-            ended_job = ended_job._replace(number=self._count, payload=payload, stdout=stdout,
-                                           stderr=stderr, text=text)
+            fields = (self._count, *row, stdout, stderr, text, lost_with)
+            ended_job = EndedJob._make(fields)
             self._rows.append(ended_job)
-            self._bytes += _shown_size(ended_job)
+            self._sizes.append(size)
+            self._bytes += size
             while len(self._rows) > ENDED_KEPT or self._bytes > ENDED_BYTES:
-                oldest = self._rows.popleft()
-                self._bytes -= _shown_size(oldest)
+                self._rows.popleft()
+                self._bytes -= self._sizes.popleft()
 
     def since(self, known: int, most: int = ENDED_PAGE,
               clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
@@ -14240,14 +14272,6 @@ class EndedJobs:
             if clusters is not None:
                 rows = (row for row in rows if row.cluster in clusters)
             return list(itertools.islice(rows, most))
-
-
-def _shown_size(ended_job: EndedJob) -> int:
-    size = len(ended_job.stdout) + len(ended_job.stderr) + len(ended_job.text)
-    payload = ended_job.payload
-    if payload is None or isinstance(payload, int):
-        return size
-    return size + size_of(payload)
 
 
 def shown_arguments(payload: Any) -> Any:
@@ -14314,6 +14338,51 @@ class JobSight(NamedTuple):
     error: str       # why nothing is known
 
 
+class FailedAttempt(NamedTuple):
+    """An attempt of a job that has failed and was perhaps not the last."""
+    number: int
+    node: str
+    began: float     # these two in s since the epoch
+    ended: float
+    text: str        # the last line of what says why
+
+
+class FailedAttempts:
+    """Attempts of the last jobs that have asked to be tried again, for monitors. The driver's
+    thread."""
+    KEPT = 1000      # jobs
+    OF_A_JOB = 20    # attempts of each
+
+    def __init__(self) -> None:
+        # (computation, number of the job) -> its attempts
+        self._found: 'collections.OrderedDict[Tuple[str, int], List[FailedAttempt]]' = \
+            collections.OrderedDict()
+
+    def add(self, comp: str, row: tuple, node: str) -> None:
+        """An attempt has failed at a node with this row of Results."""
+        serial, outcome, began, ended, payload = row[:5]
+        if outcome == Outcome.RAISED:
+            text = unpack_error(payload)[0]
+        elif outcome in RETURNED:
+            text = 'the program has ended with an exit status other than 0'
+        else:
+            data = in_one_piece(payload)
+            text = bytes(data).decode('utf-8', 'replace')
+        last = text.strip().rpartition('\n')[2]
+        number = attempt_number(serial)
+        attempt = FailedAttempt(number, node, began, ended, last[:300])
+        key = (comp, job_number(serial))
+        attempts = self._found.setdefault(key, [])
+        attempts.append(attempt)
+        del attempts[:-self.OF_A_JOB]
+        if len(self._found) > self.KEPT:
+            self._found.popitem(last=False)
+
+    def of(self, comp: str, number: int) -> List[FailedAttempt]:
+        """Return those of a job, which is named by its number."""
+        return list(self._found.get((comp, number), ()))
+
+
 class JobLooks:
     """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
     processes. The driver's thread."""
@@ -14375,6 +14444,7 @@ class Overview:
         # -> when it answered, and what
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
         self.looks = JobLooks(driver)
+        self.attempts = FailedAttempts()
 
     def forget(self, comp: str) -> None:
         """A computation is over. What is known of nodes that are gone is forgotten as well."""
@@ -16626,7 +16696,8 @@ class ProgramSeconds(SecondsOfUser):
     """Second attempts of the jobs of a cluster of this program. The driver's thread."""
 
     def __init__(self, cluster: 'ProgramCluster') -> None:
-        self._cluster = cluster
+        # The cluster has this, and is to be freed without the garbage collector
+        self._cluster: 'ProgramCluster' = weakref.proxy(cluster)
 
     def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
         """Send these to a node. They are noted beside the first attempts."""
@@ -19869,6 +19940,17 @@ class Template:
         return [self.expand(values, number)]
 
 
+def _in_path(name: str) -> Optional[str]:
+    """What PATH has by this name. Windows looks into the working directory before, which nodes do
+    not have."""
+    found = shutil.which(name)
+    if found is None or os.name != 'nt':
+        return found
+    if os.path.samefile(os.path.dirname(found) or os.curdir, os.curdir):
+        return None
+    return found
+
+
 class ProgramFile(NamedTuple):
     """Where the program of a command comes from."""
     word: str                   # what a node runs
@@ -19884,8 +19966,8 @@ class ProgramFile(NamedTuple):
         directory that PATH does not find.
         """
         name = os.path.basename(word)
-        installed = shutil.which(name)
-        if os.sep not in word:
+        installed = _in_path(name)
+        if not os.path.dirname(word):
             if installed is not None or not os.path.isfile(word):
                 return cls(word)
         elif not os.path.isfile(word):
@@ -22888,8 +22970,9 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
         'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'
     }
     usage = '%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy')
-    description = text[
-        task] + ' The exit status is the number of hosts where that failed, at most 101.'
+    description = text[task]
+    description += ' The exit status is the number of hosts where that failed, at most 101.'
+    description += ' Nodes that Slurm or another engine places: dispy %s --slurm --help.' % task
     prog = 'dispy ' + task
     parser = argparse.ArgumentParser(prog=prog, description=description, usage=usage)
     add = parser.add_argument

@@ -96,7 +96,8 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     and beside the rows unlisted {waiting int, ended int}: jobs that are counted and not listed
 /api/job?cluster=N&job=N: one row, as of /api/jobs, with
     trace str: why it has failed; stdout, stderr: the last 4 KiB; lost_with [str, ...]: nodes that
-    were lost while it was there
+        were lost while it was there
+    failed_attempts [{number, node, began, ended, text}, ...], known by the program that tries again
 /api/timeline?span=S, a table of nodes (as /api/nodes), with `bin`: the s of one bin
     id, name, address, state, cpus
     lanes [[CPU, number of the first run, [bins from the end of the run before (at first since the
@@ -186,8 +187,8 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 import dispy
 from dispy import (
     ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, ConnectionSettings, DispyJob,
-    EndedJob, EndedJobs, FailedJob, FailedJobs, JobAtNode, JobCluster, JobSight, Monitor, NodeInfo,
-    NodeSpec, NodeUse, SharedJobCluster, words_of)
+    EndedJob, EndedJobs, FailedAttempt, FailedJob, FailedJobs, JobAtNode, JobCluster, JobSight,
+    Monitor, NodeInfo, NodeSpec, NodeUse, SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError, job_number,
                        __version__, claim_port, find_secret, host_and_port, _no_password,
                        write_private, pieces_of, read_secret, size_of, tls_files, split_needs, Each,
@@ -703,6 +704,7 @@ NEW_LISTED_JOB: Dict[str, Any] = {
     'text': '',
     'stdout': b'',
     'stderr': b'',
+    'lost_with': (),   # nodes that were lost while it was there
     'known': False,   # whether the source has the arguments, and does not need to be asked
 }
 
@@ -761,6 +763,7 @@ def listed_end(job: EndedJob, node: str) -> dict:
         row['seconds'] = max(0.0, job.ended - job.began)
     row['stdout'] = job.stdout
     row['stderr'] = job.stderr
+    row['lost_with'] = list(job.lost_with)
     if row['state'] == 'failed':
         row['text'] = job.text
     return row
@@ -823,7 +826,8 @@ class JobList:
     current() - rows of those that wait or run
     failures() - FailedJob of those that have failed
     arguments(rows) - the packed arguments of rows whose arguments are not `known`
-    details(row) - what else is known of a job
+    details(row) - what else is known of a job that has not ended
+    attempts(row) - FailedAttempt of a job
     sights(keys, wants_stacks) - JobSight of those that run, None where it is not known yet
     """
 
@@ -991,6 +995,10 @@ class JobList:
         shown['stdout'] = row['stdout']
         shown['stderr'] = row['stderr']
         shown['live'] = None
+        shown['lost_with'] = row['lost_with']
+        shown['failed_attempts'] = []
+        for attempt in self._attempts(row):
+            shown['failed_attempts'].append(attempt._asdict())
         if row['state'] not in ENDED_STATES:
             shown.update(self._jobs.details(row))
         printed = shown['stdout'] or shown['stderr']
@@ -1002,6 +1010,13 @@ class JobList:
         if row['known'] and self.shows_arguments:
             shown['arguments'] = arguments_text(row['payload'], LONG)
         return shown
+
+    def _attempts(self, row: dict) -> List[FailedAttempt]:
+        try:
+            return self._jobs.attempts(row)  # type: ignore[no-any-return]
+        except RuntimeError as exc:   # closed meanwhile
+            logger.debug('the attempts of a job: %s', exc)
+            return []
 
     def show_output(self, rows: List[dict]) -> None:
         """Ask for what running jobs have printed, and fill in what is known of it."""
@@ -1172,11 +1187,11 @@ class ClusterView(Monitor):
             attempt = attempt_number(job.serial)
             cpus = dispy.cpus_of(job)
             ended = job.end_time or time.time()
-            times = (job.submit_time, job.start_time, ended)
+            row = (self.number, number, job.id, payload, job.status, attempt, key, where, cpus,
+                   job.submit_time, job.start_time, ended)
             stdout = job.stdout or ''
             stderr = job.stderr or ''
-            self.ended_jobs.add(self.number, number, job.id, payload, job.status, attempt, key,
-                                where, cpus, *times, stdout, stderr, text)
+            self.ended_jobs.add(row, stdout, stderr, text, job.lost_with)
             self.output.pop(job, None)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
@@ -1235,6 +1250,13 @@ class ClusterView(Monitor):
         """Return the same by what is known, without asking the node."""
         overview = self.cluster.driver.overview
         return overview.known_jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
+
+    def failed_attempts(self, number: int) -> List[FailedAttempt]:
+        """Return the attempts of a job that have failed. Any thread but the driver's."""
+        cluster = self.cluster
+        attempts = cluster.driver.overview.attempts
+        return cluster.driver.ask(  # type: ignore[no-any-return]
+            lambda: attempts.of(cluster.comp, number))
 
     def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
         """Return what jobs do, which are named by their numbers. Any thread but the driver's."""
@@ -1579,6 +1601,7 @@ class ClusterJobs:
         row['known'] = job.payload is not None
         row['submitted'] = job.submit_time
         row['cpus'] = dispy.cpus_of(job)
+        row['lost_with'] = list(job.lost_with)
         row['object'] = job
         return row
 
@@ -1612,7 +1635,14 @@ class ClusterJobs:
         watched = self._source.cluster(row['cluster'])
         job = row['object']
         stdout, stderr = watched.output.get(job, (b'', b''))
-        return {'stdout': stdout, 'stderr': stderr, 'lost_with': list(job.lost_with)}
+        return {'stdout': stdout, 'stderr': stderr}
+
+    def attempts(self, row: dict) -> List[FailedAttempt]:
+        """Return the attempts of a job that have failed, if it asked to be tried again."""
+        for watched in self._source.watched():
+            if watched.number == row['cluster'] and not watched.cluster.closed:
+                return watched.failed_attempts(row['job'])
+        return []
 
 
 class ClusterSource:
@@ -2171,6 +2201,10 @@ class SchedulerJobs:
     def details(self, row: dict) -> dict:
         """Return nothing: what a job prints is passed on to its program and not kept."""
         return {}
+
+    def attempts(self, row: dict) -> List[FailedAttempt]:
+        """Return nothing: whether a job is tried again is decided by its program."""
+        return []
 
     def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
         """Return what running jobs do, in this order."""
@@ -4377,7 +4411,7 @@ th a { color: inherit; }
 th[aria-sort] a { color: var(--ink); font-weight: 600; }
 tr + tr td { border-top: 1px solid var(--faint); }
 .n { text-align: right; white-space: nowrap; }
-td .sub, .line .sub {
+td .sub, .line .sub, .facts .sub {
   color: var(--soft);
   font-size: 0.84rem;
   display: block;
@@ -4595,7 +4629,8 @@ details th, details td { padding: 0.35rem 0.8rem 0.35rem 0; }
     overflow-x: auto;
     scrollbar-width: none;
   }
-  nav a { padding: 0 0.4rem; font-size: 0.93rem; }
+  nav a { padding: 0 0.33rem; font-size: 0.9rem; }
+  td pre { max-height: 11rem; }
   main { padding: 1.1rem 1rem 3.5rem; }
   .plots, .plots.three { grid-template-columns: 1fr; gap: 1.1rem; }
   .figures { grid-template-columns: repeat(3, 1fr); gap: 0.8rem; }
@@ -5335,8 +5370,8 @@ function cancelWaiting(row) {
 
 function clusterInWords(row) {
   const owner = row.program ? "of " + row.program + ", " : "";
-  const nodes = many(row.nodes, "node") + " ready";
-  return owner + "cluster " + row.number + ", " + nodes + ", open for " + span(row.elapsed);
+  const nodes = h("a", {href: "#/nodes"}, many(row.nodes, "node") + " ready");
+  return [owner + "cluster " + row.number + ", ", nodes, ", open for " + span(row.elapsed)];
 }
 
 function clusterCard(row) {
@@ -5400,7 +5435,9 @@ function meter(row) {
 }
 
 function cpusCell(row) {
-  return [row.used + " of " + row.cpus, meter(row)];
+  const isLinked = row.used && view.home !== "nodes";
+  const used = isLinked ? linkTo("jobs", {node: row.id, state: "running"}, row.used) : row.used;
+  return [used, " of " + row.cpus, meter(row)];
 }
 
 function stateCell(row) {
@@ -5772,10 +5809,14 @@ function part(title, ...content) {
 }
 
 function attemptsPart(row) {
-  const lost = row.lost_with || [];
-  if (!lost.length) return null;
-  const lines = lost.map(name => h("li", {}, "lost with the node " + name));
-  return part("Earlier attempts", h("ol", {}, lines));
+  const lost = row.lost_with.map(name => h("li", {}, "lost with the node " + name));
+  const failed = row.failed_attempts.map(attempt => {
+    const ran = span(attempt.ended - attempt.began);
+    return h("li", {}, "attempt " + attempt.number + " on " + attempt.node + " until " +
+      moment(attempt.ended) + ", " + ran + ": ", h("span", {class: "mono"}, attempt.text));
+  });
+  if (!lost.length && !failed.length) return null;
+  return part("Attempts that came to nothing", h("ul", {}, lost, failed));
 }
 
 function jobPage() {
@@ -5864,7 +5905,6 @@ class Bars {
     this.shift = data.time - Date.now() / 1000;
     this.span = data.span;
     this.bin = data.bin;
-    this.nodes = data.rows;
     for (const node of data.rows) {
       const rows = this.rows.get(node.id) || [];
       this.rows.set(node.id, rows);
@@ -5874,6 +5914,7 @@ class Bars {
       }
       node.count = Math.max(node.cpus, rows.length, ...node.running.map(one => one[0] + 1));
     }
+    this.nodes = data.rows.filter(node => node.count > 0);
   }
 
   paintSoon() {
@@ -6433,6 +6474,8 @@ const DRAW = {
   manage: managePage,
 };
 
+let entry = "";   // of the navigation, that is marked
+
 // Whether a page has something to show of what is watched.
 function isServed(page) {
   if (!view) return page !== "accounts";
@@ -6447,6 +6490,11 @@ function drawNavigation() {
     return h("a", {href: "#/" + name, "aria-current": name === shown ? "page" : false}, words);
   });
   patch(byId("nav"), links);
+  if (shown !== entry) {   // in a narrow window it may be out of sight
+    entry = shown;
+    const current = document.querySelector("nav a[aria-current]");
+    if (current) current.scrollIntoView({block: "nearest", inline: "nearest"});
+  }
   const words = [PAGES[place.page] || TITLES[place.page], "dispy"];
   document.title = [...progressWords(), ...words].join(" \u00b7 ");
 }

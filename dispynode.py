@@ -252,6 +252,9 @@ FILE_PIECE = 1 << 20          # bytes of a file in one message
 # Below this the pipe is as fast: its memory has been used before.
 SEGMENT_FROM = 2 << 20
 SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
+# Bytes on a pipe that the other side has not read, with what the system needs for each record,
+# beyond which values go through the pipe, which makes their sender wait: some five records
+SEGMENTS_UNREAD = 4096
 # Bytes after which a batch is a frame: the other side can begin with it
 BATCH_BYTES = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
@@ -4496,7 +4499,7 @@ class CommandLines(Program):
             if directory is not None:
                 if not os.path.isdir(directory):
                     raise FileNotFoundError('this node has no directory %s' % directory) from None
-            if os.sep in words[0]:
+            if os.path.dirname(words[0]):
                 raise
             text = 'this node has no program %s in its PATH, which is %s' % (
                 words[0], os.environ.get('PATH', 'empty'))
@@ -5332,6 +5335,7 @@ if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
     import fcntl
     HAS_SEGMENTS = hasattr(fcntl, 'F_ADD_SEALS')
 if HAS_SEGMENTS:
+    import termios
     _MSG_CTRUNC = int(socket.MSG_CTRUNC)   # a plain number is compared 20 times as fast
     SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
     SEALED |= fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -5678,6 +5682,7 @@ class MemorySegment:
         """For this value. It is made when it is filled."""
         self.payload = payload
         self.is_whole = False
+        self.is_begun = False
         self._handle = -1
         self._left: Deque[memoryview] = collections.deque()
         for piece in pieces_of(payload):
@@ -5687,8 +5692,9 @@ class MemorySegment:
     def fill(self, most: int) -> int:
         """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
         where there is no room or no descriptor."""
-        if self._handle < 0:
+        if not self.is_begun:
             self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.is_begun = True
         written = 0
         while self._left and written < most:
             view = self._left[0]
@@ -5813,6 +5819,13 @@ def goes_in_segment(payload: Payload) -> bool:
     if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
         return False
     return payload[0][0] == 1
+
+
+def is_read(sock: socket.socket) -> bool:
+    """Whether the other side has read nearly all that was sent. Otherwise memory segments would
+    gather there without bound."""
+    answer = fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder) < SEGMENTS_UNREAD
 
 
 def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
@@ -7507,6 +7520,9 @@ class Pipe(Channel):
         head, segment = self._out[0]
         if type(segment) is not MemorySegment:
             return super()._send_some()
+        if not segment.is_begun and not is_read(self.sock):
+            self._without_segment(head, segment)
+            return super()._send_some()
         try:
             if not segment.is_whole:
                 self._may_fill -= segment.fill(self._may_fill)
@@ -7544,7 +7560,8 @@ class Pipe(Channel):
             return count
         size = SegmentIntake.ROOM + socket.CMSG_SPACE(_CREDENTIALS.size)
         count, ancillary, flags, _ = self.sock.recvmsg_into([room], size)
-        self._records.segments.came(ancillary, flags)
+        if HAS_SEGMENTS:
+            self._records.segments.came(ancillary, flags)
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
                 continue
@@ -13937,6 +13954,9 @@ class WorkerPipe:
         memory segment, if there is room."""
         payload = args[4]
         if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
+            self.send(RecordType.RESULT, *args)
+            return
+        if not is_read(self._sock):
             self.send(RecordType.RESULT, *args)
             return
         with contextlib.closing(MemorySegment(payload)) as segment:

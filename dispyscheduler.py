@@ -2161,8 +2161,9 @@ class JobsForMonitors:
         cpus = cpus_of(work)
         began = row[2] or None
         ended = row[3] or time.time()
-        self._ended.add(computation.number, serial, name, payload, status, attempt, node, where,
-                        cpus, None, began, ended, stdout, stderr, text)
+        noted = (computation.number, serial, name, payload, status, attempt, node, where, cpus,
+                 None, began, ended)
+        self._ended.add(noted, stdout, stderr, text, work.lost_with)
 
     def ended(self, known: int) -> List[tuple]:
         """Return the jobs that have ended after the one with this number, in the form of EndedJob;

@@ -32,6 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # 64 hexadecimal digits, as dispy makes by itself: a phrase takes each process 50 ms of CPU time.
 os.environ['DISPY_SECRET'] = hashlib.sha256(b'the secret of the test suite').hexdigest()
 WORKER = os.environ.get('PYTEST_XDIST_WORKER', '')   # a worker of `pytest -n`, or none
+CHUNK = 20   # tests of a file that stay with one worker: they may share what they have made
 
 
 def take_network():
@@ -66,28 +67,39 @@ def pytest_collection_modifyitems(config, items):
     """Tests that take long begin first: one that is begun last would be waited for alone.
     `worksteal` gives each worker a part of the tests in their order, so each part begins with some
     of them. Those of a file that are marked so with `together` stay with one worker, as they share
-    what takes long to make."""
+    what takes long to make. Of the others each part gets some of every directory, and each second
+    one in the opposite order: some wait for most of their time, others compute."""
     parts = getattr(config, 'workerinput', {}).get('workercount', 1)
-    long, others = {}, []
+    if parts == 1:
+        return
+    long, others = {}, {}
     for item in items:
         mark = item.get_closest_marker('long')
         if mark is None:
-            others.append(item)
+            others.setdefault(item.fspath, []).append(item)
         elif mark.kwargs.get('together'):
             long.setdefault(item.fspath, []).append(item)
         else:
             long[item] = [item]
     units = sorted(long.values(), key=len, reverse=True)
-    left = len(items)
-    items[:] = []
+    chunks = [found[at:at + CHUNK] for found in others.values()
+              for at in range(0, len(found), CHUNK)]
+    dealt = []
     for part in range(parts):
-        size = left // (parts - part)   # as `worksteal` counts
-        left -= size
-        begun = [item for unit in units[part::parts] for item in unit]
-        rest = max(0, size - len(begun))
-        items += begun + others[:rest]
-        del others[:rest]
-    items += others
+        rest = chunks[part::parts][::-1 if part % 2 else 1]
+        dealt.append([item for unit in units[part::parts] + rest for item in unit])
+    left = len(items)
+    surplus, sizes = [], []
+    for part, found in enumerate(dealt):
+        sizes.append(left // (parts - part))   # as `worksteal` counts
+        left -= sizes[-1]
+        surplus += found[sizes[-1]:]
+        del found[sizes[-1]:]
+    items[:] = []
+    for size, found in zip(sizes, dealt):
+        lacking = size - len(found)
+        items += found + surplus[:lacking]
+        del surplus[:lacking]
 
 
 def pytest_collection_finish():

@@ -5,8 +5,7 @@ import types
 
 from dispy import (
     PackedComputation, ComputationSetup, DriverParts, FileTransfers, HeldBack, NodePolicy,
-    NodeSelection,
-    NodeSpec, NodeTable, NodeUser, Opened, Schedule)
+    NodeSelection, NodeSpec, NodeTable, NodeUser, Opened, Schedule)
 from dispynode import NodeHello
 
 SPEC = {'kind': 'function', 'portable': False, 'python': (3, 8, 0), 'code': b'code',

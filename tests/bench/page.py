@@ -127,7 +127,7 @@ def events(url, path, seconds):
 def browse(args, url, path):
     import test_browser
     with tempfile.TemporaryDirectory() as directory:
-        browser = test_browser.Browser(directory, url, width=1280, height=860)
+        browser = test_browser.Browser(directory, url)
         try:
             browser.open().page(path)
             browser.see(lambda: browser.all('#bars') and browser.script(

@@ -26,7 +26,7 @@ import time
 
 HERE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-SECRET = 'a secret of the benchmark alone'
+SECRET = 'c0ffee42' * 8      # such as dispy makes: none is stretched
 GROUP = 250          # nodes that are forked from one parent
 PATIENCE = 420.0     # s after which the measurement is given up
 
@@ -358,6 +358,7 @@ class Measurement:
 
 def main():
     import platform
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit('ended by a signal'))
     with tempfile.TemporaryDirectory() as root:
         measurement = Measurement(root, ARGS)
         with contextlib.closing(measurement):

@@ -525,6 +525,23 @@ WORKLOADS = {'empty': (measure_empty, 20000), 'trip': (measure_round_trip, 500),
              'busy0.5ms': (measure_beside_half, 1000)}
 
 
+def measure_own(rounds, divide):
+    """What has no counterpart in the other engines."""
+    without, recoverable = zip(*(measure_recoverable(20000 // divide) for _ in range(rounds)))
+    own = {}
+    for engine_class in (Local, Dispy):
+        sleepers = [measure_sleepers(engine_class, 8000 // divide) for _ in range(rounds)]
+        own['8 workers, 1 ms of sleep, jobs/s, %s' % engine_class.name] = statistics.median(
+            sleepers)
+    program, others = zip(*(measure_processes() for _ in range(rounds)))
+    own['MiB of the program, local'] = statistics.median(program)
+    own['MiB of runner and 2 workers, local'] = statistics.median(others)
+    return {**own, 'empty jobs/s with recover_file': statistics.median(recoverable),
+            'ratio to those without': statistics.median(recoverable) / statistics.median(without),
+            'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
+            'bytes per queued job': measure_memory(100000 // divide)}
+
+
 def is_there(engine_class):
     """Whether what an engine needs is installed."""
     if engine_class is Tls:
@@ -546,6 +563,8 @@ def main():
     parser.add_argument('--engines', nargs='+', choices=[engine.name for engine in ENGINES],
                         metavar='NAME',
                         default=[engine.name for engine in ENGINES], help='of: %(choices)s')
+    parser.add_argument('--skip-own', action='store_true',
+                        help='leave out what the other engines have no counterpart of')
     parser.add_argument('--part', choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -571,19 +590,7 @@ def main():
     ratios = {'%s / %s'
               % (own, other): {key: table[own][key] / table[other][key] for key in table[own]}
               for own in table if own in OWN_ENGINES for other in table if other not in OWN_ENGINES}
-    without, recoverable = zip(*(measure_recoverable(20000 // divide) for _ in range(rounds)))
-    own = {}
-    for engine_class in (Local, Dispy):
-        sleepers = [measure_sleepers(engine_class, 8000 // divide) for _ in range(rounds)]
-        own['8 workers, 1 ms of sleep, jobs/s, %s' % engine_class.name] = statistics.median(
-            sleepers)
-    program, others = zip(*(measure_processes() for _ in range(rounds)))
-    own['MiB of the program, local'] = statistics.median(program)
-    own['MiB of runner and 2 workers, local'] = statistics.median(others)
-    own = {**own, 'empty jobs/s with recover_file': statistics.median(recoverable),
-           'ratio to those without': statistics.median(recoverable) / statistics.median(without),
-           'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
-           'bytes per queued job': measure_memory(100000 // divide)}
+    own = {} if args.skip_own else measure_own(rounds, divide)
     if args.json:
         print(json.dumps({'rounds': rounds, 'python': sys.version.split()[0],
                           'cpus': os.cpu_count(), 'median': table,

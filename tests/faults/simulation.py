@@ -741,6 +741,7 @@ class Session:
                 return
         self.cluster = cluster = SimCluster(self, compute, nodes=self.nodes,
                                             reentrant=self.reentrant, recover_file=self.path,
+                                            speculate=self.reentrant,
                                             secret=SECRET, job_status=self.ended,
                                             loglevel=logging.CRITICAL)
         self.driver = dispy.core_of(cluster).driver

@@ -277,6 +277,7 @@ def test_a_link_that_hangs_is_noticed_and_nothing_is_lost(node, ledger):
             one_more_each(cluster, ledger.path, 'more')
 
 
+@pytest.mark.long
 def test_a_client_that_does_not_read_holds_back_the_jobs_and_not_the_memory(node, ledger):
     """Results of 400 MB while the link crawls: what does not fit stays in the workers, and the
     daemon's memory is bounded."""

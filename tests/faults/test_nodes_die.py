@@ -231,6 +231,7 @@ def test_a_job_that_kills_its_node_is_given_up_after_three_nodes_with_their_name
             node.stop()
 
 
+@pytest.mark.long
 def test_half_of_eight_nodes_killed_at_once(tmp_path, ledger):
     ended = Answers()
     nodes = [NodeProcess(tmp_path / str(number), cpus=1) for number in range(8)]

@@ -250,6 +250,7 @@ if __name__ == '__main__':
 '''
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'),
                     reason='limits of another process are set here')
 @pytest.mark.parametrize('who', ['program', 'scheduler', 'program of a scheduler'])

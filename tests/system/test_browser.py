@@ -411,6 +411,7 @@ LOOKS = {'light': (1280, 860, False), 'dark': (1280, 860, True), 'phone': (390, 
          'phone-dark': (390, 844, True)}
 
 
+@pytest.mark.long
 def test_pictures_of_every_page(browse, tmp_path):
     """To be looked at. Nothing is wider than the window, and the browser has nothing to complain
     of."""
@@ -442,6 +443,7 @@ def test_pictures_of_every_page(browse, tmp_path):
             (tmp_path / 'end').write_text('')
 
 
+@pytest.mark.long
 def test_a_scheduler_with_two_programs(browse, tmp_path):
     """Its numbers are the clusters'; a node is drained and used again for both."""
     end = str(tmp_path / 'end')

@@ -139,6 +139,7 @@ def ended(pid):
     return not lives(pid)
 
 
+@pytest.mark.long
 def test_deploy_and_stop(host):
     """It outlives the ssh session, is left alone the second time, and goes without a trace."""
     done, port, pid = host.deploy()
@@ -153,6 +154,7 @@ def test_deploy_and_stop(host):
     assert host.one('stop') == (0, 'nothing was deployed here') and host.nothing_is_left()
 
 
+@pytest.mark.long
 def test_stop_when_idle(host, tmp_path):
     """What runs goes on; with --grace as long as that."""
     flag = tmp_path / 'flag'
@@ -237,6 +239,7 @@ def test_the_port_is_in_use(host, tmp_path):
             and host.nothing_is_left())
 
 
+@pytest.mark.long
 def test_other_options(host):
     """A node is replaced when it is idle or when that is told; until then it stays as it is."""
     _, port, pid = host.deploy()
@@ -330,6 +333,7 @@ def test_a_pid_where_there_is_no_proc(monkeypatch):
     assert deployed._running() == 0
 
 
+@pytest.mark.long
 def test_a_secret_that_is_there(host):
     """Another one is not overwritten, unless that is told; one that deploy has not put there
     stays."""

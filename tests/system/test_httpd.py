@@ -403,6 +403,29 @@ def fours(numbers):
     return [numbers[at:at + 4] for at in range(0, len(numbers), 4)]
 
 
+def flaky(path):
+    count = len(os.listdir(path))
+    with open(os.path.join(path, str(count)), 'w'):
+        pass
+    if count < 2:
+        raise ValueError('try %d' % count)
+    return count
+
+
+def test_attempts_that_failed_are_told(tmp_path):
+    with dispy.JobCluster(flaky, nodes='local') as cluster, serve(cluster) as site:
+        job = cluster.submit(str(tmp_path), dispy_retries=3, dispy_retry_on=True)
+        assert job(20) == 2
+        row, = eventually(lambda: listed(site, '?state=done')['rows'])
+        one, = site.rows('/api/job?cluster=1&job=%d' % row['job'])
+        assert row['attempts'] == 3 and one['trace'] == '' and one['lost_with'] == []
+        attempts = [(attempt['number'], attempt['node'], attempt['text'])
+                    for attempt in one['failed_attempts']]
+        name = cluster.status().nodes[0].name
+        assert attempts == [(1, name, 'ValueError: try 0'), (2, name, 'ValueError: try 1')]
+        assert one['failed_attempts'][1]['ended'] <= one['ended']
+
+
 def test_arguments_are_nowhere_if_they_shall_not_be_shown(tmp_path):
     with dispy.JobCluster(busy, nodes='local') as cluster:
         with serve(cluster, show_job_args=False) as site:

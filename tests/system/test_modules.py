@@ -1277,6 +1277,7 @@ def test_versions_by_the_metadata_that_lists_a_package(own, tmp_path, monkeypatc
                                       'gspace.part': '', 'gspace.mod': ''}
 
 
+@pytest.mark.long
 def test_the_version_of_scikit_learn(own):
     sklearn = pytest.importorskip('sklearn')
     own.write({'sk.py': 'from sklearn.base import clone'})

@@ -290,7 +290,7 @@ class Program:
         output = os.path.join(self.directory, '-'.join(['cells', mode, *map(str, ports)]))
         began = time.monotonic()
         done = subprocess.run([self.python, self.script, output, mode, *map(str, ports)],
-                              cwd=os.path.dirname(self.script), timeout=170,
+                              cwd=os.path.dirname(self.script), timeout=400,
                               env=dict(os.environ, OBJECTS_CLUSTERS='%d:%d' % clusters),
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)

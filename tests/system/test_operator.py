@@ -15,7 +15,9 @@ import pytest
 
 import dispy
 from conftest import eventually
-from dispynode import DispyError
+from dispy import ConnectionSettings
+from dispy_httpd import SchedulerLink
+from dispynode import PULSE, DispyError
 from dispyscheduler import State, secrets_of_users
 from nodes import Clock, NodeProcess, SchedulerProcess
 from scenes import Gate, hold
@@ -57,6 +59,7 @@ def rows(scheduler, task, *words):
     return json.loads(out)
 
 
+@pytest.mark.long
 def test_an_operator_sees_and_orders(tmp_path):
     with NodeProcess(tmp_path / 'node', '--name', 'lab2') as node, \
             SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
@@ -159,6 +162,27 @@ def two_secrets(tmp_path):
     return users
 
 
+def see_jobs_one_by_one(scheduler, secret, mine, his):
+    """Alice's page shows the jobs of her cluster alone, and she cannot look into those of bob's.
+    These are the numbers of both."""
+    access = ConnectionSettings(secret.read_bytes(), None, None, None, PULSE, 1.0)
+    link = SchedulerLink('127.0.0.1', scheduler.port, access)
+    try:
+        assert eventually(lambda: link.why_not() == '')
+        at_nodes = eventually(lambda: link.ask('at_nodes', 0, 100)[1])
+        assert {row[0] for row in at_nodes} == {mine} and link.ask('ended', 0)[1] == []
+        assert len(link.ask('waiting', mine, 0, 100)[1]) + len(at_nodes) == 3
+        job = [mine, at_nodes[0][1]]
+        assert eventually(lambda: [row for row in link.ask('looks', [job], False)[1] if row])
+        for question in (('waiting', his, 0, 100), ('looks', [[his, job[1]]], True),
+                         ('cancel', his, None, [job[1]])):
+            with pytest.raises((ValueError, RuntimeError), match='there is no cluster'):
+                link.ask(*question)
+    finally:
+        link.close()
+
+
+@pytest.mark.long
 def test_users_are_known_by_their_secrets(tmp_path):
     """A user sees and cancels what is his, the operator everything, also after a new start."""
     directory, users = tmp_path / 'scheduler', two_secrets(tmp_path)
@@ -194,6 +218,8 @@ def test_users_are_known_by_their_secrets(tmp_path):
                 for name in ('alice', 'bob'):
                     assert {row['name'] for row in seen[name][1]} <= {'of_' + name}
                 assert {row['name'] for row in seen['operator'][1]} == {'of_alice', 'of_bob'}
+                numbers = [seen[name][0][0]['number'] for name in ('alice', 'bob')]
+                see_jobs_one_by_one(scheduler, users / 'alice', *numbers)
                 scheduler.kill()
                 with SchedulerProcess(directory, *words, port=scheduler.port) as scheduler:
                     eventually(lambda: names() == [[mine], [his], [mine, his]])

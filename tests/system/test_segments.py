@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import threading
 
 import pytest
 
@@ -16,7 +17,7 @@ import dispynode
 from conftest import eventually
 from dispynode import (
     FROM_WORKER, MappedSegment, MemorySegment, PeerError, Pipe, RecordBuffer, RecordType,
-    SegmentIntake, dumps, goes_in_segment, loads, pack_record, segment_record)
+    SegmentIntake, WorkerPipe, dumps, goes_in_segment, is_read, loads, pack_record, segment_record)
 from nodes import NodeProcess
 
 numpy = pytest.importorskip('numpy')
@@ -141,6 +142,16 @@ def test_where_the_program_has_no_room_arguments_go_through_the_pipe(monkeypatch
         assert cluster.submit('negate', parts)(30)[0] == 0
 
 
+def test_a_system_that_has_none(monkeypatch):
+    parts = [numpy.arange(1 << 15, dtype='f8') for _ in range(16)]
+    monkeypatch.setattr(dispynode, 'HAS_SEGMENTS', False)
+    for name in ('fcntl', 'termios', '_MSG_CTRUNC'):
+        monkeypatch.delattr(dispynode, name)
+    with dispy.JobCluster(serve, nodes='local') as cluster:
+        job = cluster.submit('mapped', parts)
+        assert job(30) == 0 and job.exception is None
+
+
 def test_a_program_that_keeps_results_has_few_mappings(monkeypatch):
     monkeypatch.setattr(dispynode, 'SEGMENTS_MOST', 4)
     with dispy.JobCluster(serve, nodes='local') as cluster:
@@ -163,6 +174,40 @@ def test_what_killed_workers_leave_is_freed(cluster):
             assert job.status == job.Terminated and 'signal' in job.exception
         else:
             assert (job.result[1][5] == -parts[5]).all()
+
+
+def test_a_side_that_does_not_read_makes_the_other_wait(pipe, tmp_path):
+    """Segments do not gather on their way."""
+    pipe, theirs = pipe
+    payload = dumps(numpy.arange(COUNT)).payload
+    writer = WorkerPipe(theirs, str(tmp_path))
+
+    def send_all():
+        for number in range(20):
+            writer.send_result(1, number, 1.0, 2.0, payload, b'', b'')
+    thread = threading.Thread(target=send_all, daemon=True)
+    thread.start()
+    assert eventually(lambda: not is_read(theirs))   # a part of a value stands in the pipe
+    found = []
+    assert eventually(lambda: found.extend(pipe.records(0.0)) or len(found) == 20)
+    thread.join(20)
+    assert [record.serial for record in found] == list(range(20))
+    kinds = [type(record.bodies[0].obj) is MappedSegment for record in found]
+    assert kinds[0] and not all(kinds[:10])
+    for record in found:
+        assert (loads(record.bodies[0]) == numpy.arange(COUNT)).all()
+    theirs.setblocking(False)
+    back = Pipe(theirs, 'c', 1)
+    for number in range(20):
+        back.push_value(segment_record(RecordType.RESULT, 1, number, 1.0, 2.0, payload), payload)
+    back.write()
+    assert back.wants_write and back.queued > 1 << 20    # the rest of a value that went whole
+    found = []
+    assert eventually(lambda: back.write() or found.extend(pipe.records(0.0)) or len(found) == 20)
+    kinds = [type(record.bodies[0].obj) is MappedSegment for record in found]
+    assert kinds[0] and not all(kinds[:10])
+    for record in found:
+        assert (loads(record.bodies[0]) == numpy.arange(COUNT)).all()
 
 
 # -- what comes from a worker is not believed ------------------------------------------------------

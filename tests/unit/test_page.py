@@ -160,7 +160,8 @@ def test_the_list_is_narrowed():
 # -- what has ended --------------------------------------------------------------------------------
 
 def add(jobs, number, cluster=1, stdout=b'', payload=b''):
-    jobs.add(cluster, number, number, payload, 11, 1, None, '', 1, None, 1.0, 2.0, stdout, b'', '')
+    row = (cluster, number, number, payload, 11, 1, None, '', 1, None, 1.0, 2.0)
+    jobs.add(row, stdout, b'', '', ())
 
 
 def test_ended_jobs_are_bounded_in_number_and_in_bytes(monkeypatch):

@@ -127,6 +127,16 @@ def test_one_node_has_none():
     assert only(scene.tell(after=100.0), SendSecond) == []
 
 
+def test_what_was_due_is_not_waited_for_when_the_other_node_is_gone():
+    """The driver would turn without end."""
+    scene = Scene()
+    scene.run()
+    assert scene.schedule.next_timer() < scene.now + 2.5
+    scene.tell(NodeLost('b', 'host', 'broken'))
+    scene.tell(after=10.0)
+    assert (scene.schedule.next_timer() or scene.now + 1.0) > scene.now
+
+
 def test_nor_has_a_job_that_is_for_one_node():
     scene = Scene()
     scene.run(job(node='a'))

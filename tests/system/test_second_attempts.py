@@ -329,7 +329,7 @@ KILLED = '''
 import os, signal, sys
 sys.path[:0] = {paths!r}
 import dispy
-from test_speculation import Attempts, attempt
+from test_second_attempts import Attempts, attempt
 
 kind, directory, options, *ports = sys.argv[1:]
 options = eval(options)
