@@ -675,7 +675,8 @@ def test_through_a_scheduler_what_runs_goes_on_and_what_waits_is_cancelled(place
 def test_cancel_lost_through_a_scheduler(place, scheduler):
     place.killed(scheduler, WAITS, 'shared')
     done = command('--cancel-lost')
-    assert done.returncode == 0 and '4 jobs and results were found, and all of them are removed' in done.stdout
+    assert done.returncode == 0
+    assert '4 jobs and results were found, and all of them are removed' in done.stdout
     with dispy.SharedJobCluster(abs, scheduler_port=scheduler.port) as cluster:
         assert cluster.submit(-1)(30) == 1
     assert place.files() == []
