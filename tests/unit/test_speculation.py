@@ -5,11 +5,10 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    SPECULATE_AFTER, CancelAsked, Closed, JobEnded, JobsEnded, JobState, JobWaits, MedianDuration,
-    NodeAway, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted,
-    Opened, RulesChanged, Schedule, SecondCounts, SecondHad, SecondOver, SecondWins, SendAck, SendCancel,
-    SendJobs, SendSecond, Submitted, NodeHad, UserRule,
-    UserRules, cpus_of)
+    SPECULATE_AFTER, CancelAsked, Closed, JobEnded, JobState, JobWaits, JobsEnded, MedianDuration,
+    NodeAway, NodeHad, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned,
+    NodeStarted, Opened, RulesChanged, Schedule, SecondCounts, SecondHad, SecondOver, SecondWins,
+    SendAck, SendCancel, SendJobs, SendSecond, Submitted, UserRule, UserRules, cpus_of)
 from dispynode import AttemptHistory, Outcome
 from talk_schedule import job, jobs, only, row, sent
 from walk_schedule import ModelNode, Walk
