@@ -178,7 +178,9 @@ def test_a_node_outlives_its_faults(tmp_path, owner, name):
             assert node.process.poll() is None
             flag.unlink()
             cluster.close(terminate=True)
-            assert job.status in (job.Cancelled, job.Abandoned, job.Terminated)
+            # Or it has been delivered since the flag is gone
+            ended = (job.Cancelled, job.Abandoned, job.Terminated)
+            assert job.status in ended or job.result == 9, node.log()
         with dispy.JobCluster(square, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
             assert cluster.submit(4)(30) == 16
         assert node.stop() == 0
