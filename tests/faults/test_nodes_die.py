@@ -245,7 +245,7 @@ def test_half_of_eight_nodes_killed_at_once(tmp_path, ledger):
                 node.process.send_signal(signal.SIGKILL)
             assert cluster.wait(120)
             assert {job.status for job in jobs} == {DispyJob.Finished}
-            tally = ledger.check(range(100 * kills), ended)
+            tally = ledger.check(range(1000), ended)
             assert tally.clean, tally
             one_more_each(cluster, ledger.path, 'more')
     finally:
