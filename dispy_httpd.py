@@ -683,7 +683,6 @@ STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
     'ended': ('done', 'failed', 'cancelled'),
 }
 ENDED_STATES = frozenset(STATE_GROUPS['ended'])
-COUNTED_STATES = ('waiting', 'done', 'failed', 'cancelled')   # fields of the row of a cluster
 # Fields of a listed job that are sent; `payload` and `name` become texts before
 LISTED_FIELDS = ('cluster', 'job', 'id', 'arguments', 'state', 'status', 'node', 'where', 'seconds',
                  'attempts', 'submitted', 'began', 'ended', 'cpus', 'text')
@@ -823,7 +822,7 @@ class JobList:
     for all browsers. `jobs` is the part of the source that knows them, such as ClusterJobs:
 
     ended() - EndedJob and id of the node, of those that have ended since it was called last
-    current() - rows of those that wait or run
+    current() - rows of those that wait or run; then `unlisted` is how many more of them wait
     failures() - FailedJob of those that have failed
     arguments(rows) - the packed arguments of rows whose arguments are not `known`
     details(row) - what else is known of a job that has not ended
@@ -838,14 +837,23 @@ class JobList:
         self._rows: List[dict] = []
         self._made = -math.inf
         self._asked = False                 # a page has asked for jobs
+        self._counted = 0                   # jobs that have ended, by the last snapshot
+        # Jobs that are not in the list: it has all that were counted before it was made
+        self.unlisted = {'waiting': 0, 'ended': 0}
         self._placed: Placed = {}           # jobs that run, for the timeline
         self._placed_at = -math.inf
         self.texts = JobTexts()
         self.shows_arguments = True
         self.timeline = Timeline()
 
-    def follow(self) -> None:
+    def follow(self, clusters: List[dict]) -> None:
         """Take what has ended meanwhile, once a page has asked for jobs. The snapshot thread."""
+        counted = 0
+        for row in clusters:
+            counted += row['done']
+            counted += row['failed']
+            counted += row['cancelled']
+        self._counted = counted
         if not self._asked:
             return
         try:
@@ -881,6 +889,7 @@ class JobList:
             if now - self._made < LIST_APART:
                 return self._rows
             current = []
+            counted = self._counted
             try:
                 current = self._jobs.current()
                 self._take()   # behind `current`, so that no job is missing
@@ -895,6 +904,9 @@ class JobList:
             for row in current:
                 row['time'] = last_time(row)
             self._rows = list(found.values())
+            ended = [row for row in self._rows if row['state'] in ENDED_STATES]
+            missing = max(0, counted - len(ended))
+            self.unlisted = {'waiting': self._jobs.unlisted, 'ended': missing}
             self._made = time.monotonic()
             return self._rows
 
@@ -1519,6 +1531,7 @@ class ClusterJobs:
     def __init__(self, source: 'ClusterSource') -> None:
         self._source = source
         self._known: Dict[int, int] = {}   # number of a cluster -> that of the last job that ended
+        self.unlisted = 0
 
     def ended(self) -> List[Tuple[EndedJob, str]]:
         """Return the jobs that have ended since this was called last, with the ids of nodes."""
@@ -1536,6 +1549,7 @@ class ClusterJobs:
     def current(self) -> List[dict]:
         """Return the rows of jobs that run, and of the first of those that wait."""
         rows = []
+        self.unlisted = 0
         for watched in self._source.watched():
             there = self._at_nodes(watched)
             rows += there
@@ -1592,6 +1606,7 @@ class ClusterJobs:
             if number and number not in at_nodes and job.status not in dispy.ENDED:
                 waiting.append((number, job))
         first = heapq.nsmallest(WAITING_LISTED, waiting, key=operator.itemgetter(0))
+        self.unlisted += len(waiting) - len(first)
         return [self._row(watched, job, 'waiting') for _, job in first]
 
     @staticmethod
@@ -2132,6 +2147,7 @@ class SchedulerJobs:
     def __init__(self, source: 'SchedulerSource') -> None:
         self._source = source
         self._known = 0
+        self.unlisted = 0
 
     def _all(self, name: str, *args: Any, most: int = sys.maxsize) -> List[Any]:
         """Return all rows of an answer that comes in pages."""
@@ -2160,8 +2176,11 @@ class SchedulerJobs:
     def current(self) -> List[dict]:
         """Return the rows of jobs that are at nodes, and of the first of those that wait."""
         rows = self._at_nodes()
-        for cluster in self._source.numbers():
+        self.unlisted = 0
+        for cluster, count in self._source.waiting().items():
             waiting = self._all('waiting', cluster, most=WAITING_LISTED)
+            if len(waiting) >= WAITING_LISTED:   # about: they were counted before
+                self.unlisted += max(0, count - len(waiting))
             for job in waiting:
                 number = job_number(job)
                 row = listed_job(cluster, job, number, 'waiting')
@@ -2351,7 +2370,7 @@ class SchedulerSource:
         self._histories: Dict[str, History] = {}
         self._failures: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
         self._names: Dict[str, str] = {}              # id of a node -> its name
-        self._numbers: List[int] = []                 # of clusters
+        self._waiting: Dict[int, int] = {}            # number of a cluster -> jobs that wait
         self.job_list = JobList(SchedulerJobs(self))
         self.accounts = Accounts(self.ask)
         self._failed = 0                              # number of the last failure that was told
@@ -2412,7 +2431,6 @@ class SchedulerSource:
             row = self._node_row(node, by_number)
             found[row['id']] = row
         self._keep_histories(clusters)
-        self._numbers = list(by_number)
         self._names = {}
         for name, row in found.items():
             self._names[name] = row['name'] or row['address']
@@ -2421,6 +2439,7 @@ class SchedulerSource:
             for name, row in found.items():
                 self._keys[name] = row.pop('key')
         rows = [self._cluster_row(row) for row in by_number.values()]
+        self._waiting = {row['number']: row['waiting'] for row in rows}
         return rows, list(found.values()), cost + more
 
     def _keep_histories(self, clusters: List[dict]) -> None:
@@ -2533,9 +2552,9 @@ class SchedulerSource:
         """Return the scheduler's answer. Raises RuntimeError if it is away."""
         return self._ask(*question)[1]
 
-    def numbers(self) -> List[int]:
-        """Return the numbers of the clusters."""
-        return self._numbers
+    def waiting(self) -> Dict[int, int]:
+        """Return how many jobs of each cluster wait, by the numbers of the clusters."""
+        return self._waiting
 
     def node_names(self) -> Dict[str, str]:
         """Return the names of nodes by their ids."""
@@ -2777,24 +2796,7 @@ def jobs_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     found = table(rows, query, LISTED_ORDER, LISTED_DESCENDING)
     jobs.fill_in(found['rows'])
     found['rows'] = list(map(jobs.shown, found['rows']))
-    listed = collections.Counter(row['state'] for row in everything)
-    found['unlisted'] = unlisted(snapshot.clusters, listed)
-    return found
-
-
-def unlisted(clusters: List[dict], listed: Dict[str, int]) -> Dict[str, int]:
-    """Return how many jobs are counted and are not among those of the list, whose states are
-    counted as well."""
-    counted: Dict[str, int] = collections.Counter()
-    for row in clusters:
-        for state in COUNTED_STATES:
-            counted[state] += row[state]
-    found = {}
-    for name in ('waiting', 'ended'):
-        states = STATE_GROUPS[name]
-        count = sum(counted[state] for state in states)
-        known = sum(listed[state] for state in states)
-        found[name] = max(0, count - known)
+    found['unlisted'] = jobs.unlisted
     return found
 
 
@@ -3086,7 +3088,7 @@ class SnapshotThread:
                 asked = began
             try:
                 clusters, nodes, cost = self._source.snapshot(asking)
-                self._source.job_list.follow()
+                self._source.job_list.follow(clusters)
                 self._histories.add(nodes, time.time())
             except Exception:
                 # Our own fault, or a driver that does not answer; the next one may come

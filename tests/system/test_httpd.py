@@ -348,7 +348,7 @@ def test_all_jobs_are_listed_and_each_has_a_page(tmp_path):
             waiting.sort(key=lambda word: int(word[3:]))
             found = listed(site)
             assert found['total'] == 40 and found['unlisted'] == {'waiting': 0, 'ended': 0}
-            assert found['jobs'] == {'submitted': 40, 'ended': 10, 'failed': 1}
+            eventually(lambda: listed(site)['jobs'] == {'submitted': 40, 'ended': 10, 'failed': 1})
             assert ({state: listed(site, '?state=' + state)['total']
                      for state in ('waiting', 'running', 'done', 'failed', 'cancelled', 'ended')}
                     == {'waiting': 28, 'running': 2, 'done': 9, 'failed': 1, 'cancelled': 0,
@@ -372,8 +372,9 @@ def test_all_jobs_are_listed_and_each_has_a_page(tmp_path):
             assert (one['stdout'], one['state'], one['where']) == (
                 '<b> %s\n' % one['id'][3:], 'running', 'attic')
             # Counts link to lists
-            row, = site.rows('/api/nodes')
-            assert listed(site, '?state=ended&node=' + row['id'])['total'] == row['jobs'] == 10
+            row, = eventually(lambda: [row for row in site.rows('/api/nodes')
+                                       if row['jobs'] == 10 and row['memory'] is not None])
+            assert listed(site, '?state=ended&node=' + row['id'])['total'] == 10
             assert row['memory'] <= row['memory_total'] and row['disk'] <= row['disk_total']
             # A job that waits is cancelled, and another cluster has no such job
             last = int(waiting[-1][3:])
@@ -384,7 +385,8 @@ def test_all_jobs_are_listed_and_each_has_a_page(tmp_path):
             assert site.post('/api/cancel', cluster=1, jobs='all')[0] == 400
             assert site.get('/api/job?cluster=1&job=999999')[0] == 404
             # When they ran
-            row, = site.rows('/api/timeline?span=3600')
+            row, = eventually(lambda: [row for row in site.rows('/api/timeline?span=3600')
+                                       if len(row['running']) == 2])
             assert (sorted(one[0] for one in row['running']) == [0, 1] and row['name'] == 'attic'
                     and {one[3] for one in row['running']} == {one['job'] for one in running})
             assert sum(numbers[3] for lane in row['lanes'] for numbers in fours(lane[2])) == 10
@@ -393,8 +395,8 @@ def test_all_jobs_are_listed_and_each_has_a_page(tmp_path):
                 '/api/at?node=%s&lane=%d&ms=%d&around=10000'
                 % (row['id'], lane, 1000 * ran['ended']))]
             assert rows and {one['where'] for one in rows} == {'attic'}
-            node = site.get('/api/node?id=' + row['id'])[1]['node']
-            assert node['plot'][-1][1:3] == [2, 2]
+            eventually(lambda: site.get('/api/node?id=' + row['id'])[1]['node']['plot'][-1][1:3]
+                       == [2, 2])
             (tmp_path / 'end').write_text('')
             assert cluster.wait(30)
 

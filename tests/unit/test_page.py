@@ -114,6 +114,37 @@ def test_a_browser_is_told_what_is_new():
     assert sorted(lane[:2] for lane in news()) == [[0, 0], [1, 0]] and news() == []
 
 
+def test_what_is_not_listed_is_counted_and_nothing_else(monkeypatch):
+    """Jobs that were counted before the list was made, and are not in it: not those that have ended
+    or begun in between."""
+    class Jobs:
+        unlisted, waiting, new = 0, 5, []
+
+        def ended(self):
+            new, self.new = self.new, []
+            return new
+
+        def current(self):
+            self.unlisted = max(0, self.waiting - 3)
+            return [dispy_httpd.listed_job(1, n, n, 'waiting') for n in range(self.waiting)][:3]
+
+        def failures(self):
+            return []
+
+    def ended(job):
+        return dispy.EndedJob(job, 1, job, job, None, 11, 1, None, '', 1, None, 1.0, 2.0, b'', b'',
+                              ''), ''
+    monkeypatch.setattr(dispy_httpd, 'LIST_APART', -1.0)
+    source = Jobs()
+    jobs = dispy_httpd.JobList(source)
+    jobs.follow([{'done': 4, 'failed': 1, 'cancelled': 2}])
+    source.new = [ended(100), ended(101)]
+    assert len(jobs.rows()) == 5 and jobs.unlisted == {'waiting': 2, 'ended': 5}
+    source.new = [ended(n) for n in range(102, 110)]   # more than were counted
+    source.waiting = 1
+    assert len(jobs.rows()) == 11 and jobs.unlisted == {'waiting': 0, 'ended': 0}
+
+
 def test_a_history_of_a_node_stays_small_and_whole():
     histories = dispy_httpd.NodeHistories()
     for second in range(3000):
