@@ -280,8 +280,9 @@ WALL_CLOCK = {
     'dispy.py': {'fill_in', 'end_without', '__init__', 'print_status', '_send_jobs',
                  'driver_failed', '_why_unended', '_moved', 'submit', '_submit', 'jobs_started',
                  'remove_old_trails', 'find', '_moment', 'facts_now', 'add', 'processes', 'settle',
-                 '_log_end', 'end_with_driver'},
-    'dispynode.py': {'find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__'},
+                 '_log_end', 'end_with_driver', 'counts'},
+    'dispynode.py': {'find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__',
+                     'age'},
 }
 
 
