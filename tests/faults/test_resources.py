@@ -281,7 +281,8 @@ WALL_CLOCK = {
                  'driver_failed', '_why_unended', '_moved', 'submit', '_submit', 'jobs_started',
                  'remove_old_trails', 'find', '_moment', 'facts_now', 'add', 'processes', 'settle',
                  '_log_end', 'end_with_driver', 'counts'},
-    'dispynode.py': {'age', 'find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__'},
+    'dispynode.py': {'find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__',
+                     'age'},
 }
 
 

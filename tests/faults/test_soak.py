@@ -20,7 +20,7 @@ def test_thousands_of_jobs_with_a_node_killed_every_three_seconds(tmp_path, requ
 def test_everything_for_a_while(tmp_path):
     """Killed, stopped, cut, held; a failing seed stands in the message of nemesis and repeats
     it."""
-    tally, history, failed, rows = soak(str(tmp_path), 10, 11, every=0.5)
+    tally, history, failed, rows = soak(str(tmp_path), 15, 11, every=0.5)
     assert tally.clean, (tally, history)
     assert not failed, (failed[:5], history)
     assert len({fault for fault, _, _ in history}) == 4
