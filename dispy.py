@@ -3879,12 +3879,14 @@ class Limits:
 
 
 class Repetitions:
-    """Jobs that have failed, and are tried again if their program says so."""
+    """Jobs that have failed, and are tried again if their program says so.
+
+    rests - a heap of jobs that rest, each with the time when it waits again and a number
+    """
 
     def __init__(self, books: Books) -> None:
         self._books = books
-        # When a job that rests waits again, a number, the job
-        self._rests: List[Tuple[float, int, ScheduledJob]] = []
+        self.rests: List[Tuple[float, int, ScheduledJob]] = []
 
     def is_asked_for(self, comp: ComputationLoad, work: ScheduledJob, row: tuple) -> bool:
         """Whether the program is to say if a job is repeated that has ended so. It waits until
@@ -3920,7 +3922,7 @@ class Repetitions:
             return
         until = comp.resting[work] = books.now + event.delay
         next_number = next(books.numbers)
-        heapq.heappush(self._rests, (until, next_number, work))
+        heapq.heappush(self.rests, (until, next_number, work))
         books.do(JobWaits(work))
 
     def stay(self, event: RepeatNot) -> None:
@@ -3934,16 +3936,10 @@ class Repetitions:
         move_job(work, _EVENT_OF[Outcome(event.outcome)])
         books.do(JobStays(work))
 
-    def next_at(self) -> Optional[float]:
-        """When the first of these jobs has rested."""
-        if self._rests:
-            return self._rests[0][0]
-        return None
-
     def wake(self) -> None:
         """Jobs that have rested wait for a CPU."""
-        while self._rests and self._rests[0][0] <= self._books.now:
-            self._rested(*heapq.heappop(self._rests))
+        while self.rests and self.rests[0][0] <= self._books.now:
+            self._rested(*heapq.heappop(self.rests))
 
     def _rested(self, until: float, number: int, work: ScheduledJob) -> None:
         books = self._books
@@ -3965,12 +3961,15 @@ class Speculation:
     finishes first counts. A failure of one attempt counts for nothing while the other goes on.
 
     A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
-    needs them is sent there, and the second attempt is ended for it."""
+    needs them is sent there, and the second attempt is ended for it.
+
+    due - when the first job will have run for so long that it may be started a second time
+    """
 
     def __init__(self, books: Books) -> None:
         self._books = books
         self._comps: Dict[str, ComputationLoad] = {}   # that want it
-        self._due = math.inf     # when the first job has run for long enough
+        self.due = math.inf
 
     def begin(self, comp: ComputationLoad) -> None:
         """A computation is opened."""
@@ -3986,13 +3985,9 @@ class Speculation:
 
     # -- the end of a turn -------------------------------------------------------------------------
 
-    def next_at(self) -> float:
-        """When a job will have run for so long that it may be started a second time."""
-        return self._due
-
     def look(self) -> None:
         """End second attempts that are in the way of jobs, and start others."""
-        self._due = math.inf
+        self.due = math.inf
         for comp in self._comps.values():
             self._make_way(comp)
             self._start_late(comp)
@@ -4062,7 +4057,7 @@ class Speculation:
                 if due <= self._books.now:
                     late.append((since, serial))
                 else:
-                    self._due = min(self._due, due)
+                    self.due = min(self.due, due)
         late.sort()
         for _, serial in late:
             node = comp.running[serial]
@@ -4592,7 +4587,8 @@ class Schedule:
             node = self.nodes.get(heapq.heappop(self._late)[2])
             if node is not None:
                 books.changed[node.key] = node
-        self._repetitions.wake()
+        if self._repetitions.rests:
+            self._repetitions.wake()
         if books.away:
             self._give_up_overdue(now)
         for node in books.changed.values():
@@ -4630,12 +4626,10 @@ class Schedule:
             times = [node.lost_at() for node in self.away.values() if node.away is not None]
         if self._late:
             times.append(self._late[0][0])
-        rested = self._repetitions.next_at()
-        if rested is not None:
-            times.append(rested)
-        late = self.speculation.next_at()
-        if late < math.inf:
-            times.append(late)
+        if self._repetitions.rests:
+            times.append(self._repetitions.rests[0][0])
+        if self.speculation.due < math.inf:
+            times.append(self.speculation.due)
         if times:
             return min(times)
         return None
@@ -15190,23 +15184,25 @@ class Driver(Loop):
         """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn
         before that, when results have come, and one after it, when jobs go there: so neither waits
         for another turn of the loop."""
-        connector = self.connector
-        local = connector.local
-        if local is not None:
+        peers = self.nodes.by_key
+        peer = peers.get(LOCAL)
+        if peer is not None and peer.local is not None:
+            local = peer.local
             if local.is_due:
                 self.guard(None, local.turn)
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
-        local = connector.local   # it may be another
-        if local is not None and local.has_messages:
-            self.guard(None, local.turn)
+        peer = peers.get(LOCAL)   # it may be another
+        if peer is not None and peer.local is not None:
+            if peer.local.has_messages:
+                self.guard(None, peer.local.turn)
 
     def _own_turn(self) -> None:
         if self.jobs.submitted:
             self.guard(None, self.jobs.take_submitted)
         self.guard(None, self.flush)
-        if self.files.backlog:
+        if self.files.backlog.waiting:
             self.guard(None, self.files.send)
         # Before anything of this turn is sent, and before results are acknowledged
         if self.jobs.outgoing.journals:
@@ -15216,12 +15212,14 @@ class Driver(Loop):
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
-        connector = self.connector
-        if self.files.backlog and self.files.backlog.has_room():
+        if self.files.backlog.waiting and self.files.backlog.has_room():
             return 0.0
         first = self.chores.at
-        local = connector.local
-        for part in (self.schedule, local) if local is not None else (self.schedule,):
+        parts: List[Any] = [self.schedule]
+        peer = self.nodes.by_key.get(LOCAL)
+        if peer is not None and peer.local is not None:
+            parts.append(peer.local)
+        for part in parts:
             when = part.next_timer()
             if when is not None and when < first:
                 first = when

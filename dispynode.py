@@ -8100,17 +8100,19 @@ class Loop:
 
 class SpoolSender:
     """Messages that are made as links have room for them: pieces of files, and results that are on
-    the disk. The loop's thread."""
+    the disk. The loop's thread.
+
+    waiting - link -> owners and their messages
+    """
 
     def __init__(self, links: Dict[int, 'Link']) -> None:
         self._links = links
-        # link -> owners and their messages
-        self._waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
+        self.waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
 
     def add(self, link: int, owner: tuple, messages: Iterator[Any]) -> None:
         """Send these messages when those that were added before have gone. `owner` begins with a
         computation."""
-        self._waiting.setdefault(link, collections.deque()).append((owner, messages))
+        self.waiting.setdefault(link, collections.deque()).append((owner, messages))
 
     def add_file(self, link: int, transfer: Tuple[str, int, int], row: tuple, source: Any) -> None:
         """Send a file; `transfer` is its computation, purpose and key, `source` as in
@@ -8127,18 +8129,14 @@ class SpoolSender:
 
     def drop(self, comp: str) -> None:
         """Send nothing more of a computation."""
-        for waiting in self._waiting.values():
+        for waiting in self.waiting.values():
             for entry in [entry for entry in waiting if entry[0][0] == comp]:
                 entry[1].close()  # type: ignore[attr-defined]
                 waiting.remove(entry)
 
-    def __bool__(self) -> bool:
-        """Whether anything waits."""
-        return bool(self._waiting)
-
     def has_room(self) -> bool:
         """Whether something can be sent now."""
-        for link in map(self._links.get, self._waiting):
+        for link in map(self._links.get, self.waiting):
             if link:
                 if link.queued < 4 * BATCH_BYTES:
                     return True
@@ -8148,7 +8146,7 @@ class SpoolSender:
         """Send what there is room for. Returns (link, owner, text) for what could not be read and
         is not sent on."""
         failed = []
-        for number, waiting in list(self._waiting.items()):
+        for number, waiting in list(self.waiting.items()):
             link = self._links.get(number)
             while waiting and link is not None and link.queued < 4 * BATCH_BYTES:
                 try:
@@ -8158,7 +8156,7 @@ class SpoolSender:
                 except (OSError, ValueError) as exc:   # ValueError: it is no regular file any more
                     failed.append((link, waiting.popleft()[0], str(exc)))
             if not waiting or link is None:
-                del self._waiting[number]
+                del self.waiting[number]
         return failed
 
 
@@ -18992,7 +18990,7 @@ class NodeHost:
         if self.files.remains:
             when = min(when, min(self.files.remains.values())[0])
         if self._posted or self.processes.held.may_let_go() or (
-                results.backlog and results.backlog.has_room()):
+                results.backlog.waiting and results.backlog.has_room()):
             when = self.loop.now
         self._next_at = when   # also if it is now: the turn that follows is due by it
         if when < math.inf:
@@ -19026,7 +19024,7 @@ class NodeHost:
             self.results.read_again()
         if self.files.remains:
             self.guard(None, self.files.remove_again)
-        if self.results.backlog:
+        if self.results.backlog.waiting:
             self.guard(None, self._send_waiting)
         if self.processes.held.may_let_go():
             self.processes.held.let_go()

@@ -4557,7 +4557,10 @@ class Scheduler(Driver):
         return door
 
     def close(self) -> None:
-        """Close everything. What programs have submitted stays on the disk."""
+        """Close everything. What programs have submitted stays on the disk. Nothing is noted the
+        second time."""
+        if self._program_acceptors:
+            self.user_use.note()
         for door in self._program_acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
                 self.remove_reader(door.socket)
@@ -4565,7 +4568,6 @@ class Scheduler(Driver):
         self._program_acceptors = []
         self.broken = 'the scheduler has ended'   # said to whoever asks it
         self._hang_up()
-        self.user_use.note()
         self.state.close()
         super().close()
 

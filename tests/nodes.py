@@ -88,7 +88,15 @@ class NodeProcess:
                                   str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
                                   *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                  env=env)
-        self.port = int(eventually(self._listening, what='start of a node'))
+        self._wait('start of a node')
+
+    def _wait(self, what):
+        """Until it listens. One that does not is killed."""
+        try:   # another Python may have to compile all that it imports
+            self.port = int(eventually(self._listening, 90, what))
+        except BaseException:
+            self.kill()
+            raise
 
     def log(self):
         with open(self._log, errors='replace') as file:
@@ -136,7 +144,7 @@ class SchedulerProcess(NodeProcess):
                 [sys.executable, script or script_of('dispyscheduler', env), '-i', '127.0.0.1',
                  '-p', str(port), '--state-dir', self.state, *options], stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
-        self.port = int(eventually(self._listening, what='start of a scheduler'))
+        self._wait('start of a scheduler')
 
     def page(self):
         """The link to its web page (--httpd), from the file in its state directory: the log, which

@@ -14,7 +14,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MAGIC = b'dispy5\x00\x01'
-CLIENT, NODE = 1, 2
+CLIENT, NODE, SCHEDULER = 1, 2, 3
 HELLO = struct.Struct('>8sHHBBH16s32s16s')
 CHALLENGE = struct.Struct('>8sHBBI16s32s16s')
 PROOF = struct.Struct('>8s32s')
@@ -69,12 +69,12 @@ class RecordedPeer:
         self._send_key, self._receive_key = self._key(b'c2s'), self._key(b's2c')
         return version
 
-    def accept(self):
-        """As a node; the minor versions that were offered."""
+    def accept(self, role=NODE):
+        """As a node or a scheduler; the minor versions that were offered."""
         hello = self._read(HELLO.size)
         magic, low, high = HELLO.unpack(hello)[:3]
         assert magic == MAGIC and low <= 1 <= high, hello
-        challenge = CHALLENGE.pack(MAGIC, 1, NODE, 0, 1 << 30, os.urandom(16), os.urandom(32), b'')
+        challenge = CHALLENGE.pack(MAGIC, 1, role, 0, 1 << 30, os.urandom(16), os.urandom(32), b'')
         self._sock.sendall(challenge)
         proof, finished = self._agree(hello, challenge)
         assert self._read(PROOF.size) == proof

@@ -715,6 +715,7 @@ class Session:
         self.reentrant = rng.random() < 0.5
         self.nodes = sorted(rng.sample(sorted(world.hosts),
                                        rng.randint((len(world.hosts) + 1) // 2, len(world.hosts))))
+        self.speculates = len(self.nodes) % 2 == 1
         self.path = (os.path.join(world.directory, 'journal-%d' % next(world.numbers))
                      if rng.random() < world.journals else None)
         self.scale = rng.choice((0.02, 1.0, 10.0, 60.0)) * world.scale
@@ -741,7 +742,7 @@ class Session:
                 return
         self.cluster = cluster = SimCluster(self, compute, nodes=self.nodes,
                                             reentrant=self.reentrant, recover_file=self.path,
-                                            speculate=self.reentrant,
+                                            speculate=self.reentrant and self.speculates,
                                             secret=SECRET, job_status=self.ended,
                                             loglevel=logging.CRITICAL)
         self.driver = dispy.core_of(cluster).driver
@@ -1216,6 +1217,10 @@ class World:
             assert max(comp.called.values(),
                        default=0) <= dispy.RECALLS_MOST, 'a job was called back too often'
         assert not places or max(places.values()) == 1, 'a job is in two places'
+        for node in schedule.nodes.values():
+            for second in node.seconds:
+                first = schedule.comps[second.comp].running[second.first.serial]
+                assert first is not node, 'a job runs twice on one node'
 
     def sweep(self):
         """Now and then: what runs is wanted, and what is wanted is there."""
@@ -1255,8 +1260,10 @@ class World:
             return True   # nobody can say
         driver = link.sock.other.owner
         known = driver.schedule.comps.get(worker.comp)
-        return worker.comp in driver.recoveries.by_comp or (known is not None
-                                                            and worker.running in known.running)
+        if known is None:
+            return worker.comp in driver.recoveries.by_comp
+        seconds = known.seconds.by_serial if known.seconds is not None else ()
+        return worker.running in known.running or worker.running in seconds
 
     def missing(self, driver, node):
         """Attempts that a client believes on a node which does not know them."""
@@ -1266,6 +1273,9 @@ class World:
             for comp, flight in node.in_flight.items():
                 held = set(there.node.results.known_attempts(comp)) if flight else ()
                 yield from ((there.host, comp, serial) for serial in flight if serial not in held)
+            for second in node.seconds:
+                if second.serial not in there.node.results.known_attempts(second.comp):
+                    yield there.host, second.comp, second.serial
 
     def check_end(self):
         for home in self.hosts.values():

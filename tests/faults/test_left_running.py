@@ -456,7 +456,7 @@ def test_cancel_lost_ends_what_runs(place, node):
     pid = place.killed(node)
     done = command('--cancel-lost')
     assert (done.returncode == 0 and 'PID %d' % pid in done.stdout
-            and '4 jobs and results were there, all are gone' in done.stdout)
+            and '4 jobs and results were found, and all of them are removed' in done.stdout)
     assert place.files() == [] and is_free(node)
     place.end()
     time.sleep(0.1)
@@ -675,7 +675,8 @@ def test_through_a_scheduler_what_runs_goes_on_and_what_waits_is_cancelled(place
 def test_cancel_lost_through_a_scheduler(place, scheduler):
     place.killed(scheduler, WAITS, 'shared')
     done = command('--cancel-lost')
-    assert done.returncode == 0 and '4 jobs and results were there, all are gone' in done.stdout
+    assert done.returncode == 0
+    assert '4 jobs and results were found, and all of them are removed' in done.stdout
     with dispy.SharedJobCluster(abs, scheduler_port=scheduler.port) as cluster:
         assert cluster.submit(-1)(30) == 1
     assert place.files() == []

@@ -14,10 +14,10 @@ import pytest
 
 import dispy
 import dispynode
-from conftest import ROOT
+from conftest import ROOT, eventually
 from dispynode import HandshakeError, Role, handshake_accept, handshake_dial
 from nodes import NodeProcess
-from recorded_peer import CHALLENGE, HELLO, MAGIC, RecordedPeer, recorded
+from recorded_peer import CHALLENGE, HELLO, MAGIC, NODE, SCHEDULER, RecordedPeer, recorded
 
 SECRET = '5eed' * 16
 KEY = dispynode.derive_key(SECRET.encode())
@@ -139,6 +139,118 @@ def test_a_client_of_this_release_uses_a_node_of_that_one():
             assert cluster.submit(10).get(30) == 'done'
         thread.join(30)
     assert said[0] == dispynode.VERSIONS and {'Compute', 'Jobs', 'Done'} <= set(said)
+
+
+# -- what was added to messages since, with a peer that does not know it ---------------------------
+
+class OldNode:
+    """A node, or a scheduler, of that release: it runs what it is given, and knows all results to
+    be 'done'. `specs` are those that it was given, `rows` the jobs."""
+
+    def __init__(self, **facts):
+        self._facts = dict({'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0',
+                            'holder': '', 'kept': {}, 'pid': 1, 'platform': 'x',
+                            'dispy': '5.0.0'}, **facts)
+        self.specs, self.rows = [], []
+        self._listener = socket.socket()
+        self._listener.bind(('127.0.0.1', 0))
+        self._listener.listen(1)
+        self.address = self._listener.getsockname()[:2]
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self):
+        sock, _ = self._listener.accept()
+        sock.settimeout(20)
+        peer = RecordedPeer(sock, SECRET.encode())
+        try:
+            is_scheduler = self._facts.get('role') == 'scheduler'
+            peer.accept(SCHEDULER if is_scheduler else NODE)
+            peer.receive_until('ClientHello')
+            peer.send('NodeHello', 'recorded', 1, self._facts)
+            while True:
+                name, fields = peer.receive()
+                if name == 'Compute':
+                    self.specs.append(fields[1])
+                    peer.send('Ready', fields[0], [], dispynode.AttemptHistory().row())
+                elif name == 'Jobs':
+                    self.rows += fields[1]
+                    rows = [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'')
+                            for serial, *_ in fields[1]]
+                    peer.send('Results', fields[0], rows)
+        except (EOFError, OSError):
+            pass
+        finally:
+            peer.close()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._thread.join(30)
+        self._listener.close()
+
+
+@pytest.fixture
+def old_node():
+    with OldNode() as node:
+        yield node
+
+
+def reason_at(cluster):
+    """Why the only node of a cluster is not used."""
+    eventually(lambda: [node.reason for node in cluster.status().nodes if node.reason])
+    return cluster.status().nodes[0].reason
+
+
+def test_an_older_node_offers_no_resources(old_node, caplog):
+    with dispy.JobCluster(hex, nodes=[old_node.address], secret=SECRET,
+                          resources={'gpu': 1}) as cluster:
+        job = cluster.submit(10)
+        eventually(lambda: 'it needs 1 gpu (dispy_resources), and no node has any' in caplog.text)
+        assert cluster.submit(10, dispy_resources={}).get(30) == 'done'
+        cluster.cancel(job)
+    assert [row[2] for row in old_node.rows] == [None]
+
+
+def test_an_older_node_has_no_other_python(old_node):
+    with dispy.JobCluster(hex, nodes=[old_node.address], secret=SECRET, python='lab') as cluster:
+        assert 'it has no Python lab (python=)' in reason_at(cluster)
+    assert old_node.specs == []
+
+
+def test_an_older_node_needs_nothing_for_second_attempts(old_node):
+    with dispy.JobCluster(hex, nodes=[old_node.address], secret=SECRET, reentrant=True,
+                          speculate=True) as cluster:
+        assert [cluster.submit(10).get(30) for _ in range(12)] == ['done'] * 12
+    assert 'speculate' not in old_node.specs[0]
+
+
+def test_an_older_scheduler_says_what_it_does_not_know(caplog):
+    with OldNode(role='scheduler') as scheduler:
+        with dispy.SharedJobCluster(hex, scheduler_host='127.0.0.1',
+                                    scheduler_port=scheduler.address[1], secret=SECRET,
+                                    reentrant=True, speculate=True) as cluster:
+            assert cluster.submit(10).get(30) == 'done'
+            job = cluster.submit(10, dispy_resources={'gpu': 1})
+            eventually(lambda: 'the scheduler is of an earlier release of dispy, which does not '
+                       'know of them: update the scheduler and its nodes' in caplog.text)
+            cluster.cancel(job)
+        assert 'does not know of speculate=True: no job is started a second time. Update the ' \
+            'scheduler' in caplog.text
+        [spec] = scheduler.specs
+        assert set(spec['shared']) == {'nodes', 'reentrant', 'exclusive', 'cloudpickle',
+                                       'recovers', 'process', 'collected'}
+
+
+def test_an_older_scheduler_is_not_given_what_needs_another_python(caplog):
+    with OldNode(role='scheduler') as scheduler:
+        with dispy.SharedJobCluster(hex, scheduler_host='127.0.0.1',
+                                    scheduler_port=scheduler.address[1], secret=SECRET,
+                                    python='3.12'):
+            eventually(lambda: 'it is of an earlier release of dispy, which does not know of '
+                       'python=3.12: update the scheduler and its nodes' in caplog.text)
+        assert scheduler.specs == []
 
 
 # -- those that do not talk to each other say so by both versions ----------------------------------

@@ -390,3 +390,23 @@ def test_recovery_sees_one_job(place, tmp_path, caplog, wins, noted):
     else:
         assert 'job.txt have not come' in caplog.text
     assert os.listdir('.') == ['job.txt']
+
+
+@pytest.mark.parametrize('wins', ['first', 'second'])
+def test_a_scheduler_that_is_started_again_knows_of_both(tmp_path, monkeypatch, wins):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    with place_of('SharedJobCluster', tmp_path) as place:
+        watched = Watched(place, pulse_interval=0.5)
+        with watched.cluster:
+            job = watched.start('job')
+            (first, _), (second, _) = watched.attempts.both('job')
+            place.scheduler.kill()
+            words = [word for node in place.nodes.values()
+                     for word in ('-n', '127.0.0.1:%d' % node.port)]
+            with SchedulerProcess(tmp_path / 'scheduler', *words, port=place.scheduler.port):
+                name = first if wins == 'first' else second
+                watched.attempts.let('job', 'ends', name)
+                assert job.get(60) == 'result at ' + name
+                assert text_of('job') == 'written at ' + name
+                watched.cluster.close(30)

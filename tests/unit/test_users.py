@@ -330,7 +330,7 @@ def test_rules_of_options():
     (['--group', 'lab='], 'NAME=USER'), (['--group', '@lab=ada'], 'NAME=USER'),
     (['--group', 'lab=@x'], 'NAME=USER'),
     (['--group', 'lab=ada', '--group', 'hall=ada'], 'may be in one group'),
-    (['--half-life', '0.5'], '1 to 168 hours'), (['--half-life', '169'], '1 to 168 hours')])
+    (['--half-life', '0.5'], '1 and 168 hours'), (['--half-life', '169'], '1 and 168 hours')])
 def test_rules_that_make_no_sense(words, text):
     with pytest.raises(StartError, match=text):
         rules(*words)
