@@ -955,6 +955,7 @@ class JobList:
         """Return the rows of jobs that ran on a CPU of a node between two times, the last
         first."""
         with self._lock:
+            self._take()   # what the page may know not to run any more
             bars = self.timeline.bars_at(node, lane, begin, end)
             rows = []
             for bar in bars:
@@ -5892,6 +5893,7 @@ class Bars {
     this.nodes = [];          // what the server told of nodes, each with `top` and `height` in px
     this.isAwaited = false;   // it will be painted with the next frame
     this.cursor = null;       // {node, lane, time} that is looked at
+    this.pointer = "";        // where the pointer was seen last
     this.asking = 0;
     this.shift = 0;           // s that the server's clock is ahead
   }
@@ -6231,12 +6233,17 @@ function timelinePage() {
 
 document.addEventListener("mousemove", event => {
   if (event.target.id !== "bars") return;
+  // What is below a pointer that rests has changed: what the keyboard looks at is kept.
+  const point = event.clientX + " " + event.clientY;
+  if (point === bars.pointer) return;
+  bars.pointer = point;
   const {offsetX: x, offsetY: y} = event;
   bars.look(bars.find(x, y), x, y);
   event.target.classList.toggle("named", Boolean(bars.cursor && bars.cursor.isName));
 });
 document.addEventListener("mouseout", event => {
   if (event.target.id === "bars" && !(event.relatedTarget && event.relatedTarget.closest("#tip"))) {
+    bars.pointer = "";
     bars.look(null);
   }
 });
