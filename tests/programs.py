@@ -146,11 +146,12 @@ def make_venv(directory, python=sys.executable):
 
 def bare_node(directory, *options, python=sys.executable, env=None, **more):
     """A dispynode in an empty directory, with nothing of the user's or of this project's beside
-    dispynode.py."""
+    dispynode.py. Who looks for nodes does not find it: it may be there for a whole run of tests."""
     os.makedirs(str(directory))
     script = shutil.copy(os.path.join(ROOT, 'dispynode.py'), str(directory))
     return NodeProcess(directory, *options, python=python, script=script,
-                       env=dict({'PYTHONPATH': '', 'PYTHONNOUSERSITE': '1'}, **(env or {})),
+                       env=dict({'PYTHONPATH': '', 'PYTHONNOUSERSITE': '1',
+                                 'DISPY_DISCOVERY': 'off'}, **(env or {})),
                        start=functools.partial(start_here, cwd=str(directory)), **more)
 
 
