@@ -178,7 +178,7 @@ def test_cancel_and_timeout(cluster):
         eventually(lambda: job.status == DispyJob.Running, 60)
         assert made.cancel(job) == 0 and job.wait(30) and job.status == status, how
     job = made.submit('sleep', dispy_timeout=0.5)
-    assert job.wait(30) and 'ran past its time' in job.exception
+    assert job.wait(30) and 'exceeded its time limit' in job.exception
 
 
 def test_process_trees_end_with_their_job(cluster, tmp_path):
