@@ -13,9 +13,7 @@ from trial import Absence, trial
 @pytest.mark.skipif(not sys.platform.startswith('linux'),
                     reason='processes are looked for in /proc')
 @pytest.mark.parametrize('seed', [1, 2, 3])
-def test_a_passing_fault_passes(tmp_path, seed, request):
-    if seed > 2 and not request.config.getoption('--long'):
-        pytest.skip('with --long')
+def test_a_passing_fault_passes(tmp_path, seed):
     findings, faults, counts = trial(seed, 20, str(tmp_path))
     assert not findings, ('python tests/faults/trial.py --seed %d --seconds 20: %s; after %s'
                           % (seed, findings[:5], faults))
