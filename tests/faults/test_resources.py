@@ -150,7 +150,7 @@ def test_a_job_that_uses_too_much_memory_is_killed_and_its_neighbours_live(tmp_p
                     assert job.result == number, job.exception
                 else:
                     assert (job.status == DispyJob.Terminated
-                            and 'used more memory than it may (dispy_memory)' in job.exception)
+                            and 'used more memory than its limit (dispy_memory)' in job.exception)
             assert node.process.poll() is None
 
 

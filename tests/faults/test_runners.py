@@ -99,7 +99,8 @@ def test_a_worker_that_cannot_be_made_is_told_and_the_others_go_on(tmp_path, led
                 == {DispyJob.Finished}), [job.exception for job in jobs if job.exception][:1]
         assert len(ledger.attempts()) == 200
         told = [record
-                for record in caplog.records if 'cannot make a worker' in record.getMessage()]
+                for record in caplog.records
+                if 'cannot start a worker process' in record.getMessage()]
         assert len(told) == 1 and text in told[0].getMessage(), told
 
 

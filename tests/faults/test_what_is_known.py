@@ -260,4 +260,4 @@ print(sorted(job.status_text() for job in jobs))
 '''), ledger.path, There(scheduler.address), wait=False) as client:
             shown = client.rest()
         assert str(5 * ['created']) in shown
-        assert 'Start `python dispyscheduler.py`' not in shown
+        assert 'Run `python dispyscheduler.py`' not in shown

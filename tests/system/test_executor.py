@@ -180,6 +180,13 @@ def throw(error):
     raise error
 
 
+def begin_and_end(_):
+    """When a call of 50 ms has begun and ended, by the clock that processes share."""
+    began = time.monotonic()
+    time.sleep(0.05)
+    return began, time.monotonic()
+
+
 def test_so_many_calls_at_once_over_all_nodes(tmp_path):
     """More than the machine has CPUs, on a node of this program's own; or fewer."""
     for number, most in enumerate((1, 2)):   # the node of the tests has so many CPUs at least
@@ -187,15 +194,10 @@ def test_so_many_calls_at_once_over_all_nodes(tmp_path):
         directory.mkdir()
         with dispy.DispyExecutor(most, nodes='local') as executor:
             assert all(executor.map(meet, [str(directory)] * most, [most] * most, range(most)))
-            running = []
-            futures = [executor.submit(time.sleep, 0.05) for _ in range(6)]
-            done = 0
-            while done < len(futures):
-                found = sum(future.running() for future in futures)
-                before, done = done, sum(future.done() for future in futures)
-                if done == before:   # or one has ended and another has begun meanwhile
-                    running.append(found)
-            assert max(running, default=0) <= most
+            times = list(executor.map(begin_and_end, range(6)))
+            at_once = [sum(began <= moment < ended for began, ended in times)
+                       for moment, _ in times]
+            assert max(at_once) <= most
     for wrong, error in ((0, ValueError), (-1, ValueError), ('local', TypeError), (1.5, TypeError)):
         with pytest.raises(error, match='max_workers must be'):
             dispy.DispyExecutor(wrong)

@@ -194,7 +194,7 @@ def test_exit_status_3_says_that_a_fault_has_ended_it(tmp_path):
             cluster.submit(3)
             eventually(lambda: node.process.poll() is not None, what='its end')
             cluster.close(terminate=True)
-        assert node.process.poll() == 3 and 'start it again' in node.log()
+        assert node.process.poll() == 3 and 'has to be started again' in node.log()
 
 
 @pytest.mark.parametrize('module', ['dispynode', 'dispyscheduler'])

@@ -86,7 +86,7 @@ def test_a_node_without_it_says_what_it_has(node, kind):
 
 @pytest.mark.parametrize('words, told', [
     (['lab'], 'it must be NAME=PATH'), (['lab=/nowhere/python'], 'it cannot be started'),
-    (['lab=/bin/true'], 'it is no Python'),
+    (['lab=/bin/true'], 'it is not a Python'),
     (['a=%s' % sys.executable, 'a=%s' % sys.executable], 'twice')])
 def test_a_wrong_interpreter_is_told_at_the_start(words, told):
     options = [option for word in words for option in ('--python', word)]

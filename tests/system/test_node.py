@@ -262,7 +262,7 @@ def test_node_allocate(make_cluster, tmp_path, node):
 
 
 @pytest.mark.parametrize('want, text',
-                         [(0, 'returned 0'), ('fail', 'not this one'), ('3', 'no number')])
+                         [(0, 'returned 0'), ('fail', 'not this one'), ('3', 'is not a number')])
 def test_node_allocate_refuses(make_cluster, node, want, text):
     allocator = Allocate('127.0.0.1', node.port)
     allocator.want = want

@@ -427,7 +427,7 @@ def test_without_a_scheduler_a_program_says_so_and_waits(tmp_path, node, schedul
     eventually(lambda: 'dispyscheduler 127.0.0.1:%d cannot be used: no program listens'
                % port in caplog.text)
     with pytest.raises(dispy.NoNodes,
-                       match=r'dispyscheduler 127.*Start `python dispyscheduler\.py` there'):
+                       match=r'dispyscheduler 127.*Run `python dispyscheduler\.py` there'):
         cluster.wait_nodes(1, 0.5)
     with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, port=port):
         assert job(30)[2] == 'one'

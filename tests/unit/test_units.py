@@ -109,7 +109,7 @@ def test_a_request_is_checked_and_put_in_order():
             'gpu': -1
     }, 'gpu=-1'), ({
             '': 1
-    }, 'no name'), ({
+    }, 'is not the name of a resource'), ({
             'memory': 5
     }, 'dispy_memory'), ({
             'cpus': 2
