@@ -3,7 +3,7 @@
 waits, how two programs share nodes, when a latecomer begins, and whether a job waits behind a full
 node beside an idle one.
 
-    python tests/bench/fairness.py [--tree DIR] [--only NAME]... [--rounds N]
+    python tests/bench/fairness.py [--tree DIR] [--only NAME]... [--rounds N] [--seconds S]
 
 The jobs sleep, so that a small machine can stand for a large one. `--tree` measures another copy of
 dispy, so that two versions can be compared on the same machine.
@@ -21,7 +21,6 @@ import time
 
 HERE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-SECONDS = 20.0      # for which programs that share are watched
 USERS = ('ada', 'bob')
 BOTH = 2.0          # s after which both have begun: before that, one may have been alone
 LATE = 5.0          # s after which the latecomer begins, and for which its jobs are counted
@@ -155,7 +154,7 @@ def program(port, quick, jobs, length, start):
     for _ in range(quick):
         cluster.submit(0.0)
     handles = [cluster.submit(length) for _ in range(jobs)]
-    time.sleep(max(0.0, start + BOTH + SECONDS - time.time()))
+    time.sleep(max(0.0, start + BOTH + ARGS.seconds - time.time()))
     ends = sorted(job.end_time - start for job in handles if job.end_time)
     print(json.dumps(ends))
     sys.stdout.flush()
@@ -171,8 +170,10 @@ def run_programs(rows, length=0.5, **users):
         for (quick, late), user in zip(rows, USERS):
             secret = secret_of(user) if users else os.environ['DISPY_SECRET']
             programs.append(subprocess.Popen(
-                [sys.executable, HERE, '--tree', ARGS.tree, '--program', json.dumps(
-                    [place.scheduler.port, quick, int(200 / length), length, start + late])],
+                [sys.executable, HERE, '--tree', ARGS.tree, '--seconds', str(ARGS.seconds),
+                 '--program', json.dumps([place.scheduler.port, quick,
+                                          int(10 * ARGS.seconds / length), length,
+                                          start + late])],
                 stdout=subprocess.PIPE, env=dict(os.environ, DISPY_SECRET=secret)))
         return [json.loads(process.communicate()[0]) for process in programs]
 
@@ -182,7 +183,7 @@ def measure_shares():
     for first, second in ((0, 0), (20, 0), (0, 20), (20, 20)):
         ends = run_programs([(first, 0.0), (second, 0.0)])
         yield ('two programs, first with %d quick jobs, second with %d: jobs in %d s'
-               % (first, second, SECONDS),
+               % (first, second, ARGS.seconds),
                ' : '.join(str(sum(end > BOTH for end in found)) for found in ends), '1 : 1')
 
 
@@ -196,7 +197,7 @@ def measure_users():
         for length in (0.5, 0.02):
             ends = run_programs([(0, 0.0), (0, 0.0)], length, options=options, used=used)
             counts = [sum(end > BOTH for end in found) for found in ends]
-            yield ('two users, %s: jobs of %g s in %d s' % (text, length, SECONDS),
+            yield ('two users, %s: jobs of %g s in %d s' % (text, length, ARGS.seconds),
                    '%d : %d, %.2f : 1' % (*counts, counts[0] / max(1, counts[1])), promised)
 
 
@@ -246,6 +247,8 @@ if __name__ == '__main__':
                         help='where dispy.py is (default: this tree)')
     parser.add_argument('--only', action='append', choices=list(MEASURES),
                         help='measure this alone; may be repeated')
+    parser.add_argument('--seconds', type=float, default=20.0,
+                        help='for which programs that share are watched (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=20,
                         help='of the idle node beside the full one')
     parser.add_argument('--program', help=argparse.SUPPRESS)
