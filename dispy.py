@@ -219,6 +219,8 @@ DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
+RETURN_APART = 1.0                 # s between two nodes that come back one after the other
+RETURN_EACH = 0.1                  # s that the last may take longer for each node that there is
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
 MAX_ATTEMPTS = 16
@@ -3178,6 +3180,7 @@ class Books:
         self.users = users
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
+        self.returned_at = -math.inf                 # when one of them was reached again
         # With jobs that wait, and perhaps some that had
         self.waiting: Dict[str, ComputationLoad] = {}
         # Client -> CPUs of its jobs on nodes
@@ -3383,6 +3386,8 @@ class Books:
 
     def reached(self, node: NodeLoad) -> None:
         """A node can be reached, perhaps again."""
+        if node.away is not None:
+            self.returned_at = self.now
         node.away = None
         self.away.pop(node.key, None)
         self.changed[node.key] = node
@@ -4605,9 +4610,17 @@ class Schedule:
         return actions
 
     def _give_up_overdue(self, now: float) -> None:
-        """Nodes that have not come back in their time."""
-        for node in [node for node in self.away.values() if node.lost_at() <= now]:
+        """Nodes that have not come back in their time. Many that were lost together, as when this
+        process stood still, are admitted one after the other: while they come, the last of them
+        have more time."""
+        overdue = [node for node in self.away.values() if node.lost_at() <= now]
+        longest = RETURN_EACH * len(self.nodes)
+        for node in overdue:
             away: Any = node.away
+            last = away.until + longest
+            if now < last and now - self._books.returned_at < RETURN_APART:
+                node.tried_until = min(last, now + RETURN_APART)
+                continue
             event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
             self._node_doubted(event)
             self._books.do(NodeGone(node.key))
@@ -4738,6 +4751,7 @@ class Schedule:
         # It is there, and what it holds will come; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
+            self._books.returned_at = self._books.now
 
     def _node_offers(self, event: NodeOffers) -> None:
         limits = self._limits

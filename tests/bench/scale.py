@@ -7,6 +7,8 @@ Nodes are real daemons (`dispynode.Daemon`), each a process of its own with a co
 scheduler, forked from one parent so that they share memory. Their workers alone are replaced: a job
 is a timer in the daemon, since 1,000 nodes with a runner and a worker for each of 10 programs would
 be 20,000 processes more. Programs are processes with a SharedJobCluster, and all use all nodes.
+Nodes and programs have a lower priority (`nice`) than the scheduler, which has a CPU of its own
+where nodes are other machines.
 """
 
 import argparse
@@ -28,6 +30,7 @@ HERE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 SECRET = 'c0ffee42' * 8      # such as dispy makes: none is stretched
 GROUP = 250          # nodes that are forked from one parent
+BEHIND = 10          # by which the priority of nodes and programs is lower
 PATIENCE = 420.0     # s after which the measurement is given up
 
 
@@ -112,6 +115,7 @@ def run_nodes(first, count, port, root, length):
     import logging
 
     import dispynode   # once, for all of them
+    os.nice(BEHIND)
     logging.getLogger('dispynode').setLevel(logging.CRITICAL)
     ending = {signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
@@ -146,6 +150,7 @@ def run_program(port, jobs):
     import logging
 
     import dispy
+    os.nice(BEHIND)
     ended = []
 
     def note(status, node, job):

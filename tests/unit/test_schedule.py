@@ -7,11 +7,12 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    MAX_ATTEMPTS, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce,
-    JobParked, JobsEnded, JobsHeld, JobState, JobStays, JobWaits, LimitNode, NodeAway, NodeLeft,
-    NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Repeat,
-    RepeatNot, Repeats, RulesChanged, Schedule, SendAck, SendCancel, SendJobs, SendRecall,
-    Submitted, UserRule, UserRules, WithdrawAsked, Withdrawn, cpus_of, move_job)
+    AHEAD_BYTES, ENDED, JOB_TABLE, MAX_ATTEMPTS, Account, CancelAsked, Closed, JobEnded,
+    JobFailedOnce, JobParked, JobState, JobStays, JobWaits, JobsEnded, JobsHeld, LimitNode,
+    NodeAway, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned,
+    NodeStarted, NodeTold, Opened, Repeat, RepeatNot, Repeats, RulesChanged, Schedule, SendAck,
+    SendCancel, SendJobs, SendRecall, Submitted, UserRule, UserRules, WithdrawAsked, Withdrawn,
+    cpus_of, move_job)
 from dispynode import Outcome
 from talk_schedule import Talk, counts, job, jobs, only, row, sent
 from walk_schedule import Walk
@@ -962,3 +963,62 @@ def test_a_job_that_failed_rests_until_it_is_tried_again():
     assert (talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)]
             and work.state is JobState.TERMINATED)
     assert talk.tell(RepeatNot(work, Outcome.RAISED)) == []
+
+
+# -- many nodes are lost at once -------------------------------------------------------------------
+
+class Away:
+    """A schedule at a virtual time with so many nodes, each with a job that runs. The connection to
+    all of them breaks at once, and each has until 10 s to come back."""
+
+    def __init__(self, count):
+        self.schedule = Schedule()
+        self.tell(0.0, Opened('c', 'c', False))
+        for number in range(count):
+            self.tell(0.0, NodeReady(number, 'c', 1, []))
+        self.tell(0.0, Submitted(jobs(count)))
+        self.tell(0.0, *[NodeAway(number, 'host', 'cut', 10.0) for number in range(count)])
+
+    def tell(self, now, *events):
+        """One turn; the nodes that are given up."""
+        actions = []
+        for event in events:
+            actions += self.schedule.handle(event, now)
+        actions += self.schedule.flush(now)
+        return [action.node for action in only(actions, NodeGone)]
+
+    def back(self, now, number):
+        """A node is connected again and has its job."""
+        there = self.schedule.nodes[number].in_flight['c']
+        assert len(there) == 1
+        return self.tell(now, NodeReady(number, 'c', 1, list(there)))
+
+
+def test_nodes_that_come_back_one_after_the_other_are_waited_for():
+    scene = Away(200)
+    for number in range(199):
+        assert scene.back(0.1 * (number + 1), number) == []   # the last of them after 19.9 s
+    assert scene.schedule.next_timer() <= 20.9
+    assert scene.tell(20.91) == [199]
+
+
+def test_nodes_are_given_up_when_no_other_comes_back():
+    scene = Away(200)
+    assert scene.back(8.9, 0) == []
+    assert scene.tell(9.9) == []
+    assert scene.tell(10.0) == list(range(1, 200))
+
+
+def test_a_node_that_only_tells_what_it_has_is_back():
+    scene = Away(200)
+    there = frozenset(scene.schedule.nodes[0].in_flight['c'])
+    assert scene.tell(9.9, NodeTold(0, 'c', Account(there, None, True))) == []
+    assert scene.tell(10.0) == []
+
+
+def test_few_nodes_are_not_waited_for_longer():
+    scene = Away(3)
+    assert scene.back(9.9, 0) == []
+    assert scene.tell(10.0) == []
+    assert scene.back(10.2, 1) == []
+    assert scene.tell(10.31) == [2]
