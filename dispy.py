@@ -219,6 +219,7 @@ DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
+AHEAD_A_TURN = 4000                # jobs that are sent to queues on nodes in one turn of the loop
 RETURN_APART = 1.0                 # s between two nodes that come back one after the other
 RETURN_EACH = 0.1                  # s that the last may take longer for each node that there is
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
@@ -3181,6 +3182,7 @@ class Books:
         self.nodes: Dict[Any, NodeLoad] = {}
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         self.returned_at = -math.inf                 # when one of them was reached again
+        self.unfilled: Dict[Any, NodeLoad] = {}      # nodes to which more is sent in the next turn
         # With jobs that wait, and perhaps some that had
         self.waiting: Dict[str, ComputationLoad] = {}
         # Client -> CPUs of its jobs on nodes
@@ -3384,6 +3386,27 @@ class Books:
             gone = work.state is JobState.CANCELLED
             self.do(Withdrawn(work, gone))
 
+    def go_on_filling(self) -> None:
+        """More is sent ahead to nodes for which the turn before had no time: these come first."""
+        first = {}
+        for key, node in self.unfilled.items():
+            if self.nodes.get(key) is node:
+                first[key] = node
+        first.update(self.changed)
+        self.changed = first
+        self.unfilled = {}
+
+    def may_return(self, node: NodeLoad) -> bool:
+        """Whether a node that has not come back in its time is waited for a little longer. Many
+        that were lost together, as when this process stood still, are admitted one after the
+        other: while they come, the last of them have more time."""
+        away: Any = node.away
+        last = away.until + RETURN_EACH * len(self.nodes)
+        if self.now >= last or self.now - self.returned_at >= RETURN_APART:
+            return False
+        node.tried_until = min(last, self.now + RETURN_APART)
+        return True
+
     def reached(self, node: NodeLoad) -> None:
         """A node can be reached, perhaps again."""
         if node.away is not None:
@@ -3403,10 +3426,13 @@ class Placement:
     def __init__(self, books: Books, fifo: bool) -> None:
         self._books = books
         self._fifo = fifo
+        self._left = 0     # jobs that may still be sent ahead in this turn
 
     def distribute(self) -> None:
         """First to CPUs that are idle; then to queues on the nodes that something has happened to.
-        What this costs depends on how many nodes that are, not on how many there are."""
+        What this costs depends on how many nodes that are, not on how many there are. No more is
+        sent ahead in one turn than what takes a fraction of a second."""
+        self._left = AHEAD_A_TURN
         waiting = self._still_waiting()
         while waiting:
             for comp in waiting:
@@ -3444,9 +3470,14 @@ class Placement:
         for node in list(changed.values()):
             if node.away is not None:
                 continue
+            if self._left <= 0:
+                self._books.unfilled[node.key] = node
+                continue
             alone = [comp for comp in picky if comp.comp in node.comps and not node.is_shared(comp)]
             if not alone and not self._is_contended(node):
+                before = node.used
                 is_filled = self._fill(node, shares) or is_filled
+                self._left -= node.used - before
         return is_filled
 
     def _still_waiting(self) -> List[ComputationLoad]:
@@ -4596,6 +4627,8 @@ class Schedule:
             self._repetitions.wake()
         if books.away:
             self._give_up_overdue(now)
+        if books.unfilled:
+            books.go_on_filling()
         for node in books.changed.values():
             books.look_at(node)
         for node in books.changed.values():
@@ -4610,16 +4643,10 @@ class Schedule:
         return actions
 
     def _give_up_overdue(self, now: float) -> None:
-        """Nodes that have not come back in their time. Many that were lost together, as when this
-        process stood still, are admitted one after the other: while they come, the last of them
-        have more time."""
-        overdue = [node for node in self.away.values() if node.lost_at() <= now]
-        longest = RETURN_EACH * len(self.nodes)
-        for node in overdue:
+        """Nodes that have not come back in their time."""
+        for node in [node for node in self.away.values() if node.lost_at() <= now]:
             away: Any = node.away
-            last = away.until + longest
-            if now < last and now - self._books.returned_at < RETURN_APART:
-                node.tried_until = min(last, now + RETURN_APART)
+            if self._books.may_return(node):
                 continue
             event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
             self._node_doubted(event)
@@ -4639,6 +4666,8 @@ class Schedule:
             times = [node.lost_at() for node in self.away.values() if node.away is not None]
         if self._late:
             times.append(self._late[0][0])
+        if self._books.unfilled:
+            times.append(self._books.now)
         if self._repetitions.rests:
             times.append(self._repetitions.rests[0][0])
         if self.speculation.due < math.inf:

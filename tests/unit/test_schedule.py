@@ -7,8 +7,9 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    AHEAD_BYTES, ENDED, JOB_TABLE, MAX_ATTEMPTS, Account, CancelAsked, Closed, JobEnded,
-    JobFailedOnce, JobParked, JobState, JobStays, JobWaits, JobsEnded, JobsHeld, LimitNode,
+    AHEAD_A_TURN, AHEAD_BYTES, ENDED, JOB_TABLE, MAX_ATTEMPTS, Account, CancelAsked, Closed,
+    JobEnded, JobFailedOnce, JobParked, JobState, JobStays, JobWaits, JobsEnded, JobsHeld,
+    LimitNode,
     NodeAway, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned,
     NodeStarted, NodeTold, Opened, Repeat, RepeatNot, Repeats, RulesChanged, Schedule, SendAck,
     SendCancel, SendJobs, SendRecall, Submitted, UserRule, UserRules, WithdrawAsked, Withdrawn,
@@ -1022,3 +1023,27 @@ def test_few_nodes_are_not_waited_for_longer():
     assert scene.tell(10.0) == []
     assert scene.back(10.2, 1) == []
     assert scene.tell(10.31) == [2]
+
+
+def test_one_turn_sends_no_more_ahead_than_the_loop_bears():
+    """Ten computations with many jobs on many nodes: what is sent to queues there comes in turns,
+    and other events come between them."""
+    comps = [str(number) for number in range(10)]
+    talk = Talk(*comps)
+    for comp in comps:
+        talk.tell(*[NodeReady(node, comp, 1, []) for node in range(60)])
+    works = {comp: jobs(1500, comp) for comp in comps}
+    for comp in comps:
+        talk.submit(works[comp])
+    first = [list(node.in_flight.items()) for node in talk.schedule.nodes.values()]
+    ended = []
+    for node, flights in enumerate(first):
+        comp, flight = next((comp, flight) for comp, flight in flights if flight)
+        ended.append(NodeResults(node, comp, [row(next(iter(flight.values())))]))
+    turns = [len(sent(talk.tell(*ended)))]
+    while talk.schedule.next_timer() is not None and len(turns) < 50:
+        turns.append(len(sent(talk.tell())))
+    assert max(turns) <= AHEAD_A_TURN + 1500 and len(turns) > 2, turns
+    assert turns[-1] == 0 or turns[-1] < AHEAD_A_TURN, turns
+    there = [node.used for node in talk.schedule.nodes.values()]
+    assert min(there) > 50, 'those that had to wait have got theirs'
