@@ -220,7 +220,7 @@ NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 AHEAD_A_TURN = 4000                # jobs that are sent to queues on nodes in one turn of the loop
-RETURN_APART = 1.0                 # s between two nodes that come back one after the other
+RETURN_APART = 2.0                 # s between two nodes that come back one after the other
 RETURN_EACH = 0.1                  # s that the last may take longer for each node that there is
 MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
 # Times it may be lost, with however few of them: a node that is started again is the same node
