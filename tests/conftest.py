@@ -402,11 +402,11 @@ def unit_tests_are_alone(request):
 
 @pytest.fixture
 def small_disk(request, tmp_path):
-    """A directory that is a file system of its own, of '2m' or what the test asks for as its
+    """A directory that is a file system of its own, of '4m' or what the test asks for as its
     parameter."""
     path = tmp_path / 'small'
     path.mkdir()
-    size = getattr(request, 'param', '2m')
+    size = getattr(request, 'param', '4m')
     try:
         subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=%s' % size, 'tmpfs', str(path)],
                        check=True, stderr=subprocess.PIPE, universal_newlines=True)

@@ -61,11 +61,11 @@ def test_results_stay_in_memory_while_the_disk_of_the_node_is_full(tmp_path, sma
 
 def test_a_computation_whose_files_find_no_room_is_refused_with_the_reason(tmp_path, small_disk):
     big = tmp_path / 'big'
-    big.write_bytes(os.urandom(3 << 20))
+    big.write_bytes(os.urandom(5 << 20))
     with NodeProcess(tmp_path / 'node', '--dest-path-prefix', small_disk) as node:
         with dispy.JobCluster(abs, nodes=[node.address], depends=[str(big)]) as cluster:
             with pytest.raises(dispy.NoNodes,
-                               match='3145728 bytes are needed for files and .* are free'):
+                               match='5242880 bytes are needed for files and .* are free'):
                 cluster.wait_nodes(1, timeout=5)
         with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
             assert cluster.submit(-1)(30) == 1
