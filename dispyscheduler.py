@@ -84,8 +84,7 @@ from dispy import ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, 
 from dispy import REPORTS_APART
 from dispy import Allocation, AssignmentState, CancelAsked, ConnectionSettings, Database, DispyNode
 from dispy import EndedJobs, FailedJobs, HeldFiles, JobState, JobsAssigned, NodeChanged
-from dispy import NodeConnection
-from dispy import NodeDrains
+from dispy import NodeConnection, NodeDrains
 from dispy import NodeHad, NodeInfo, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec
 from dispy import NodeUse, NodeUser, Overview, PackedComputation, RulesChanged, Schedule
 from dispy import ScheduledJob, SecondHad, SecondsOfUser, UserLoad, UserRule, UserRules

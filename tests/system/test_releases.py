@@ -101,57 +101,16 @@ def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, versions):
             peer.close()
 
 
-def test_a_client_of_this_release_uses_a_node_of_that_one():
-    said = []
-
-    def serve(listener):
-        """The node: knows all results to be 'done'."""
-        sock, _ = listener.accept()
-        sock.settimeout(20)
-        peer = RecordedPeer(sock, SECRET.encode())
-        try:
-            said.append(peer.accept())
-            name, fields = peer.receive()
-            assert name == 'ClientHello' and len(fields) == 2   # as that release has it
-            peer.send('NodeHello', 'recorded', 1,
-                      {'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0', 'holder': '',
-                       'kept': {}, 'pid': 1, 'platform': 'x', 'dispy': '5.0.0'})
-            while True:
-                name, fields = peer.receive()
-                said.append(name)
-                if name == 'Compute':
-                    peer.send('Ready', fields[0], [], peer_past)
-                elif name == 'Jobs':
-                    rows = [(serial, 1, 1.0, 2.0, sealed('done'), b'', b'')
-                            for serial, *_ in fields[1]]
-                    peer.send('Results', fields[0], rows)
-        except (EOFError, OSError):
-            pass
-        finally:
-            peer.close()
-    peer_past = dispynode.AttemptHistory().row()
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        listener.listen(1)
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-        with dispy.JobCluster(hex, nodes=[listener.getsockname()[:2]], secret=SECRET) as cluster:
-            assert cluster.submit(10).get(30) == 'done'
-        thread.join(30)
-    assert said[0] == dispynode.VERSIONS and {'Compute', 'Jobs', 'Done'} <= set(said)
-
-
-# -- what was added to messages since, with a peer that does not know it ---------------------------
-
 class OldNode:
     """A node, or a scheduler, of that release: it runs what it is given, and knows all results to
-    be 'done'. `specs` are those that it was given, `rows` the jobs."""
+    be 'done'. `specs` are those that it was given, `rows` the jobs, `hello` what it was greeted
+    with, and `said` the version and the names of the messages that have come."""
 
     def __init__(self, **facts):
         self._facts = dict({'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0',
                             'holder': '', 'kept': {}, 'pid': 1, 'platform': 'x',
                             'dispy': '5.0.0'}, **facts)
-        self.specs, self.rows = [], []
+        self.specs, self.rows, self.said, self.hello = [], [], [], ()
         self._listener = socket.socket()
         self._listener.bind(('127.0.0.1', 0))
         self._listener.listen(1)
@@ -164,11 +123,13 @@ class OldNode:
         peer = RecordedPeer(sock, SECRET.encode())
         try:
             is_scheduler = self._facts.get('role') == 'scheduler'
-            peer.accept(SCHEDULER if is_scheduler else NODE)
-            peer.receive_until('ClientHello')
+            self.said.append(peer.accept(SCHEDULER if is_scheduler else NODE))
+            name, self.hello = peer.receive()
+            assert name == 'ClientHello'
             peer.send('NodeHello', 'recorded', 1, self._facts)
             while True:
                 name, fields = peer.receive()
+                self.said.append(name)
                 if name == 'Compute':
                     self.specs.append(fields[1])
                     peer.send('Ready', fields[0], [], dispynode.AttemptHistory().row())
@@ -186,8 +147,12 @@ class OldNode:
         self._thread.start()
         return self
 
-    def __exit__(self, *exc):
+    def join(self):
+        """Wait until the client has gone."""
         self._thread.join(30)
+
+    def __exit__(self, *exc):
+        self.join()
         self._listener.close()
 
 
@@ -196,6 +161,17 @@ def old_node():
     with OldNode() as node:
         yield node
 
+
+def test_a_client_of_this_release_uses_a_node_of_that_one(old_node):
+    with dispy.JobCluster(hex, nodes=[old_node.address], secret=SECRET) as cluster:
+        assert cluster.submit(10).get(30) == 'done'
+    old_node.join()
+    assert len(old_node.hello) == 2   # as that release has it
+    assert old_node.said[0] == dispynode.VERSIONS
+    assert {'Compute', 'Jobs', 'Done'} <= set(old_node.said)
+
+
+# -- what was added to messages since, with a peer that does not know it ---------------------------
 
 def reason_at(cluster):
     """Why the only node of a cluster is not used."""
