@@ -3272,15 +3272,7 @@ class Books:
         """Jobs were sent to a node by the process before this one."""
         for work in works:
             move_job(work, 'send')
-            cpus = cpus_of(work)
-            node.take(comp.comp, cpus)
-            node.stock.take(work)
-            comp.cpus_in_flight += cpus
-            self.client_cpus[comp.client] += cpus
-            if comp.user is not None:
-                comp.user.take(cpus, 1)
-            node.in_flight[comp.comp][work.serial] = work
-            comp.running[work.serial] = node
+            self._is_there(node, comp, work)
             if work.options and 'priority' in work.options:
                 comp.ranked = True
         for there in comp.nodes.values() if comp.ranked else ():
@@ -3290,19 +3282,24 @@ class Books:
 
     def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """An attempt that is at a node counts as that of its job from now on."""
+        self._is_there(node, comp, work)
+        node.bytes += _bytes_of(work)
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus_of(work)
+        self.changed[node.key] = node
+
+    def _is_there(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
+        """Count an attempt that is at a node already. `put_on` counts the same for those that go
+        there, without a call for each job."""
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
         node.stock.take(work)
-        node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         self.client_cpus[comp.client] += cpus
         if comp.user is not None:
             comp.user.take(cpus, 1)
         node.in_flight[comp.comp][work.serial] = work
         comp.running[work.serial] = node
-        if comp.ranked:
-            node.ranks[comp.comp][priority_of(work)] += cpus
-        self.changed[node.key] = node
 
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
