@@ -21556,7 +21556,7 @@ class Shell:
             with self._cluster:
                 self._run()
         except Halted:
-            pass
+            pass    # by --halt; what it has told decides about the exit status below
         except NoNodes as exc:
             self._terminal.message('dispy: %s' % exc)
             return EXIT_USAGE
