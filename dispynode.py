@@ -323,27 +323,27 @@ class Listed(type):
 
 
 class DispyError(Exception, metaclass=Listed):
-    """Base of this project's own errors."""
+    """The base class of the errors that this project defines."""
 
 
 class PeerError(DispyError):
-    """The other side broke the protocol; its link is closed."""
+    """The peer violated the protocol, and its link is closed."""
 
 
 class LinkBroken(DispyError):
-    """The connection was closed without a Bye."""
+    """The connection was closed without a Bye message."""
 
 
 class HandshakeError(DispyError):
-    """The handshake failed; the text says why and how to mend it."""
+    """The handshake failed; the text says why and how to fix it."""
 
 
 class Silence(HandshakeError):
-    """The peer did not say what it had to in time."""
+    """The peer did not send within the time limit what the handshake requires."""
 
 
 class ClosedAtOnce(HandshakeError):
-    """The peer has closed the connection before it said anything."""
+    """The peer closed the connection before it had sent anything."""
 
 
 class TooLarge(ValueError):
@@ -368,15 +368,15 @@ class LoopFailed(DispyError):
 # --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """The role of a process on a link. A process to which nodes connect (--scheduler-host) is a
-    SCHEDULER there, also a client that listens."""
+    """The role of a process on a link. A process to which nodes connect (--scheduler-host) has the
+    role SCHEDULER on these links, even if it is a client that listens."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
 
 
 class Outcome(enum.IntEnum):
-    """How an attempt ended; tells what the payload of its result is."""
+    """How an attempt ended. The outcome determines what the payload of the result is."""
     RETURNED = 1       # pickled value, of plain builtins only: opening it runs no code
     RETURNED_CODE = 2  # pickled value of other types: opening it runs the user's code
     RAISED = 3         # u32 length, traceback text, pickled exception or nothing
@@ -392,8 +392,9 @@ class Outcome(enum.IntEnum):
 
 class AttemptHistory(NamedTuple):
     """What a node or a scheduler still knows of attempts of a computation that it does not hold any
-    more: numbers, not data.
-    One that is in none of the lists never came, or never began - if all is known."""
+    more: serial numbers and no data.
+    An attempt that is in none of the lists never arrived or never began, provided that `whole` is
+    true."""
     whole: bool = True                     # all is known that ever came
     unbegun: FrozenSet[int] = frozenset()  # given back, while nobody was connected
     lost: FrozenSet[int] = frozenset()     # had begun, and ended with the process of the node
@@ -401,20 +402,21 @@ class AttemptHistory(NamedTuple):
     text: str = ''                         # why it was given up
 
     def row(self) -> tuple:
-        """Return it as messages carry it; empty where there is nothing to tell."""
+        """Return the history in the form that messages carry; the row is empty if there is nothing
+        to report."""
         if self == AttemptHistory():
             return ()
         return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> 'AttemptHistory':
-        """Read what `row` has made."""
+        """Return the history that `row` has converted."""
         if not row:
             return cls()
         return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
 
     def and_also(self, other: 'AttemptHistory') -> 'AttemptHistory':
-        """Return what both say."""
+        """Return the union of both histories."""
         whole = self.whole and other.whole
         unbegun = self.unbegun | other.unbegun
         lost = self.lost | other.lost
@@ -424,10 +426,10 @@ class AttemptHistory(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """The process that has a node which others want.
+    """The process that holds a node which others want to use.
 
-    host, pid - where it runs, and its number there
-    port - at which it serves programs if it is a scheduler, else 0
+    host, pid - the name of its host, and its process ID there
+    port - the port at which it serves programs if it is a scheduler, else 0
     is_away - whether its connection to the node is lost
     """
     host: str
@@ -437,9 +439,9 @@ class Holder(NamedTuple):
 
 
 class Reason(NamedTuple):
-    """A reason for which a node does not take a computation: what it is, and whether it can pass by
-    itself. One that passes is tried again, later and later; one that does not is final until the
-    node or the computation is another."""
+    """A reason for which a node does not take a computation, and whether this reason can pass by
+    itself. If it can, the client tries again after waits that grow; otherwise the refusal is final
+    until the node or the computation is replaced."""
     about: str
     passes: bool
 
@@ -474,7 +476,7 @@ SHORTAGES = frozenset(
 
 
 def reason_of(exc: BaseException) -> str:
-    """The code of a failure to store files or to start a process."""
+    """Return the code of a failure to store files or to start a process."""
     if getattr(exc, 'errno', None) in SHORTAGES:
         return 'room'
     if isinstance(exc, MemoryError):
@@ -483,53 +485,54 @@ def reason_of(exc: BaseException) -> str:
 
 
 class ClientHello(NamedTuple):
-    """A client says first on a link who it is (the name is shown to others) and how many seconds
-    its pulse is. NodeHello answers it. `process` says the same as the name, for programs: a row
-    (host, PID, port at which it serves programs if it is a scheduler, else 0). Minor version 1 does
-    not have it."""
+    """A client introduces itself with the first message on a link: its name, which other users may
+    see, and its heartbeat interval in seconds. NodeHello answers it. `process` has the same
+    information for programs: a row (host, PID, port at which it serves programs if it is a
+    scheduler, else 0). Minor version 1 does not have this field."""
     name: str
     pulse: float
     process: tuple = ()
 
 
 class Compute(NamedTuple):
-    """A client sends a computation. It may come again after a link broke. Need, Ready or Refused
-    answers it."""
+    """A client sends a computation. The message may be repeated after a link broke. Need, Ready or
+    Refused answers it."""
     comp: str
     spec: dict
 
 
 class Jobs(NamedTuple):
     """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
-    them. The option `values` has rows (size, digest) of the parts of the payload that do not stand
-    in it; a node that lacks one asks for it (Need)."""
+    them. The option `values` has rows (size, digest) of those parts of the payload that are sent
+    apart from it; a node that lacks one asks for it with Need."""
     comp: str
     rows: list
 
 
 class Cancel(NamedTuple):
-    """A client wants these attempts to be ended. Each is answered by its result, whatever it
-    became."""
+    """A client wants these attempts to end. The result of each attempt is the answer, whatever the
+    outcome is."""
     comp: str
     serials: list
 
 
 class ReturnJobs(NamedTuple):
-    """A client wants those of these attempts back that have not begun. Each is answered by
-    Returned, Started or Results. A scheduler cancels those of these jobs that have not begun; each
-    is answered by Started or Results."""
+    """A client wants those of these attempts returned that have not begun. JobsReturned, Started or
+    Results answers for each of them. A scheduler that receives this message cancels those of these
+    jobs that have not begun; Started or Results answers for each."""
     comp: str
     serials: list
 
 
 class Ack(NamedTuple):
-    """A client has these results; the node forgets them."""
+    """A client has received these results, and the node forgets them."""
     comp: str
     serials: list
 
 
 class Done(NamedTuple):
-    """A client has no more use for a computation; what still runs is killed."""
+    """A client does not need a computation any more; the node kills those of its jobs that still
+    run."""
     comp: str
 
 
@@ -540,38 +543,38 @@ class Limit(NamedTuple):
 
 
 class Shutdown(NamedTuple):
-    """A client wants the node to end with its lease; the node does if it was started with
-    --client-shutdown."""
+    """A client wants the node to end together with its lease; the node complies if it was started
+    with --client-shutdown."""
     comp: str
 
 
 class Query(NamedTuple):
-    """A client asks what of this computation is there. Report answers it."""
+    """A client asks which jobs of this computation the node has. Report answers it."""
     comp: str
 
 
 class Reclaim(NamedTuple):
-    """A client, perhaps another process than the one that began the computation, says that what is
-    there of it belongs to this client now. `key` shows that it is: only the program and its
-    recovery file have it, `spec['key']` is its digest. Answered by Held and Results. Without `take`
-    it is only asked, nothing becomes another's, and no results come."""
+    """A client, which may be another process than the one that began the computation, takes over
+    all jobs and results of it. `key` authorizes this: only the program and its recovery file have
+    the key, and `spec['key']` is the digest of it. KnownAttempts and Results answer it. If `take`
+    is false, the client only asks: nothing changes its owner, and no results are sent."""
     comp: str
     key: bytes = b''
     take: bool = True
 
 
 class NodeHello(NamedTuple):
-    """A node answers ClientHello with its name, the CPUs that it offers, and facts (python,
-    platform, cloudpickle, ...)."""
+    """A node answers ClientHello with its name, the number of CPUs that it offers, and facts
+    (python, platform, cloudpickle, ...)."""
     name: str
     cpus: int
     facts: dict
 
 
 class Refused(NamedTuple):
-    """A node does not serve this computation (or, with an empty name, this client); the code is for
-    programs, the text for people. `holder` is a row of Holder if another client has the node, else
-    empty. Minor version 1 does not have it."""
+    """A node does not serve this computation or, if the name is empty, this client; the code is for
+    programs, the text for people. `holder` is a row of Holder if another client holds the node,
+    else it is empty. Minor version 1 does not have this field."""
     comp: str
     code: str
     text: str
@@ -579,23 +582,24 @@ class Refused(NamedTuple):
 
 
 class Need(NamedTuple):
-    """A node wants these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
-    Answers Compute, and comes when a job needs modules."""
+    """A node asks for files, each identified by the fields `purpose`, `key` and `row` of FilePiece.
+    This message answers Compute, and is also sent when a job needs modules."""
     comp: str
     files: list
 
 
 class Ready(NamedTuple):
-    """A node has set up the computation. `held` are the serials it knows, running, waiting or ended
-    without Ack; `past` is a row of AttemptHistory."""
+    """A node has set up the computation. `held` are the serials of the attempts that the node
+    knows: those that run, wait, or have ended and are not acknowledged. `past` is a row of
+    AttemptHistory."""
     comp: str
     held: list
     past: tuple = ()
 
 
 class Results(NamedTuple):
-    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr), with
-    times in s since the epoch. Ack answers them."""
+    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr). The
+    times are in seconds since the epoch. Ack answers them."""
     comp: str
     rows: list
 
@@ -605,24 +609,24 @@ SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
 
 
 class JobsReturned(NamedTuple):
-    """A node has never started these attempts. It answers ReturnJobs, and comes when a node
-    stops."""
+    """A node returns attempts that it has never started. This message answers ReturnJobs, and is
+    also sent when a node stops."""
     comp: str
     serials: list
 
 
 class Started(NamedTuple):
-    """A node or scheduler says that these attempts have begun, as rows of (serial, s that it has
-    run). Comes for those that have run for about 20 ms and for those that were recalled too late;
-    of others the result tells."""
+    """A node or scheduler says that these attempts have begun, as rows of (serial, seconds since
+    its start). The message is sent for attempts that have run for about 20 ms and for those that
+    ReturnJobs named too late. For all others, the result shows that they have begun."""
     comp: str
     rows: list
 
 
 class Output(NamedTuple):
-    """A node sends what a running job has printed, if the computation wants it live (stream 1 or
-    2), from byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of
-    level, logger and text)."""
+    """A node sends what a running job has printed to stream 1 or 2, from byte `offset` on, if the
+    client has asked for live output; or it sends a record of the job's logging (stream 0; `data` is
+    a plain pickle of level, logger and text)."""
     comp: str
     serial: int
     stream: int
@@ -631,23 +635,25 @@ class Output(NamedTuple):
 
 
 class CpusChanged(NamedTuple):
-    """A node says how many CPUs it offers from now on; 0 when it takes no new jobs. Also sent to
-    those who were refused because another client held the node, when it is free."""
+    """A node says how many CPUs it offers from now on; 0 means that it takes no new jobs. The
+    message also goes to clients that were refused because another client held the node, when the
+    node becomes free."""
     cpus: int
 
 
 class KnownAttempts(NamedTuple):
-    """A node answers Reclaim with the serials that it knows: of attempts that run, wait, or have
-    ended without Ack; `past` is a row of AttemptHistory."""
+    """A node answers Reclaim with the serials of the attempts that it knows: those that run, wait,
+    or have ended and are not acknowledged. `past` is a row of AttemptHistory."""
     comp: str
     serials: list
     past: tuple = ()
 
 
 class Report(NamedTuple):
-    """A node answers Query with pairs of (serial, s that it has run), serials that wait, what is
-    free there (as `availability`), with `busy`, the jobs of all computations that run, and
-    `holder`, for people, empty when it is free."""
+    """A node answers Query with pairs of (serial, seconds since its start) of jobs that run, the
+    serials that wait, the free resources of the host (as `availability` returns them), with `busy`,
+    the number of running jobs of all computations, and with `holder`, a text for people, which is
+    empty if the node is free."""
     comp: str
     running: list
     waiting: list
@@ -661,7 +667,8 @@ class Notice(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Either side asks the other a question; `name` is what it is about. Return answers it."""
+    """Either side sends a request to the other; `name` is the name of the procedure. Return answers
+    it."""
     comp: str
     number: int
     name: str
@@ -677,7 +684,8 @@ class Return(NamedTuple):
 
 
 class Purpose(enum.IntEnum):
-    """What a file that travels is for. With a computation and a key it names a transfer."""
+    """What a file that is transferred is for. A purpose, a computation and a key identify a
+    transfer."""
     DEPENDS = 1    # a file of the computation, asked for by Need
     MODULES = 2    # a file of the user's modules, asked for by Need
     PLACED = 3     # a file that the client sends to a computation that is set up; the key is 0
@@ -691,8 +699,9 @@ ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 class FilePiece(NamedTuple):
     """Either side sends a piece of a file, in order of offset; an empty file is one empty piece.
-    `row` is the file's name, size, digest and mode. FileStored answers the last piece, or the first
-    that cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    `row` has the file's name, size, digest and mode. FileStored answers the last piece, or the
+    first one that cannot be stored, unless the file was requested with Need: in that case Ready or
+    Refused follows."""
     comp: str
     purpose: int
     key: int
@@ -702,8 +711,8 @@ class FilePiece(NamedTuple):
 
 
 class FileStored(NamedTuple):
-    """Answers FilePiece: the file is there, or why it is not. A client says it of a value that a
-    node has asked for and that it does not have."""
+    """This answers FilePiece: the file is stored, or the text says why it is not. A client also
+    sends this message for a value that a node has requested and that the client does not have."""
     comp: str
     purpose: int
     key: int
@@ -713,11 +722,12 @@ class FileStored(NamedTuple):
 
 class Part(NamedTuple):
     """Either side sends a part of one row of Jobs or Results that is too large for a frame, in
-    order of offset. The first brings the row, with `HOLLOW` in the place of its payload, and all
-    say how large that is; when it is whole, it is as if the message had come with this row alone.
-    Other messages may come between parts, but no parts of another row of the same computation. A
-    first part replaces what has come before of a row of its computation; one with a total of 0 is
-    none, but says that the rest will not come. `data` is a buffer, or a tuple of some."""
+    order of offset. The first part contains the row, with `HOLLOW` in the place of its payload, and
+    all parts contain the total size. When the payload is complete, it is treated as if the message
+    had come with this row alone. Other messages may come between parts, but no parts of another row
+    of the same computation. A first part discards what has been received of another row of its
+    computation; one with a total of 0 begins no row and says that the rest of the previous one will
+    not come. `data` is a buffer, or a tuple of buffers."""
     comp: str
     row: tuple
     total: int
@@ -726,7 +736,8 @@ class Part(NamedTuple):
 
 
 class Unfit(NamedTuple):
-    """Never sent: in the place of Jobs when there is no room for the arguments of this row."""
+    """This is never sent. It takes the place of Jobs when the receiver has no memory for the
+    arguments in this row."""
     comp: str
     row: tuple
     text: str
@@ -737,14 +748,15 @@ class Pulse(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """Either side ends this link on purpose. A link that ends without it is broken, not closed.
-    After a node's Bye every attempt it has not answered for was never started."""
+    """Either side ends this link on purpose. A link that ends without this message is broken and
+    not closed. After a node's Bye, every attempt without a result counts as never started."""
     text: str
 
 
 class Wrong(NamedTuple):
-    """Either side says last on a link that it cannot use the frame of this number, counted from 0.
-    The same is not to be sent again at once. Nothing is said by it of what came before."""
+    """Either side says, as its last message on a link, that it cannot use the frame of this number,
+    counted from 0. The other side must not send the same message again immediately. This message
+    says nothing about earlier frames."""
     text: str
     frame: int
 
@@ -804,7 +816,8 @@ DIGEST_SIZE = 32
 
 
 def digest_of(key: bytes) -> bytes:
-    """What others than its program know of a computation's key."""
+    """Return the digest of a computation's key, which is all that others than its program know of
+    the key."""
     if key:
         digester = hashlib.sha256(b'dispy 5 key' + key)
         return digester.digest()
@@ -812,7 +825,8 @@ def digest_of(key: bytes) -> bytes:
 
 
 def may_reclaim(digest: bytes, key: bytes) -> bool:
-    """Whether this key is that of a computation; one that was begun without a key is anybody's."""
+    """Return whether this key is that of a computation; any key is valid for a computation that was
+    begun without one."""
     if not digest.strip(b'\0'):
         return True
     return hmac.compare_digest(digest, digest_of(key))
@@ -822,7 +836,7 @@ _TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
 
 
 def _field_types(message: type) -> Tuple[Any, ...]:
-    """The types that the fields of a message have when it has come."""
+    """Return the types that the fields of a message have after it was received."""
     annotations = message.__annotations__.values()
     return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in annotations)
 
@@ -851,12 +865,12 @@ Payload = Union[Buffer, Tuple[Buffer, ...]]
 
 
 def pieces_of(payload: Payload) -> Tuple[Buffer, ...]:
-    """A payload as the pieces that make it up when written one behind the other."""
+    """Return the pieces of a payload, in the order in which they are written."""
     return payload if type(payload) is tuple else (payload,)  # type: ignore[return-value]
 
 
 def in_one_piece(payload: Payload) -> bytes:
-    """A payload as bytes of its own."""
+    """Return a payload as one bytes object."""
     return b''.join(pieces_of(payload))
 
 
@@ -868,7 +882,7 @@ def size_of(payload: Payload) -> int:
 
 
 def shorten(text: str, most: int = TEXT_MOST) -> str:
-    """A text with its middle left out, if it has more than `most` characters."""
+    """Return a text in at most `most` characters: the middle of a longer text is left out."""
     if len(text) <= most:
         return text
     half = most // 2
@@ -878,7 +892,7 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
 
 
 def over_limit(what: str, size: int) -> str:
-    """What is said of a value of a job that is too large."""
+    """Return the error text for a value of a job that is too large."""
     if size <= VALUE_MOST:
         limit = '%d bytes of memory are free on the node' % (free_memory() or 0)
     else:
@@ -888,7 +902,8 @@ def over_limit(what: str, size: int) -> str:
 
 
 def is_over_limit(size: int) -> bool:
-    """Whether a value of a job is too large to be returned: for the limit, or for free memory."""
+    """Return whether a value of a job is too large to be returned, either because of the limit or
+    because of the free memory."""
     if size > VALUE_MOST:
         return True
     if not size > LAZY:
@@ -897,7 +912,8 @@ def is_over_limit(size: int) -> bool:
 
 
 def limit_values(most: int) -> None:
-    """Take no larger values in this process, and make none (--max-value). Raises StartError."""
+    """Set the largest size in bytes of values that this process accepts and makes (--max-value).
+    Raises StartError."""
     global VALUE_MOST
     if most < BATCH_BYTES:   # less is not looked at one by one
         text = '--max-value %d: the least is %d' % (most, BATCH_BYTES)
@@ -907,8 +923,8 @@ def limit_values(most: int) -> None:
 
 
 def out_of_band(payload: Payload) -> Any:
-    """The payload as an envelope may carry it: small ones inside it, large ones out of band and not
-    copied."""
+    """Return the payload in the form that an envelope carries: small payloads are inside of the
+    envelope, large ones are out of band and are not copied."""
     if type(payload) is tuple:
         return tuple(out_of_band(piece) for piece in payload)
     if type(payload) is bytes:
@@ -922,7 +938,8 @@ def out_of_band(payload: Payload) -> Any:
 
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
-    """A row of Results as an envelope may carry it, and its bytes."""
+    """Return a row of Results in the form that an envelope carries, and the size of the row in
+    bytes."""
     payload, stdout, stderr = row[PAYLOAD:]
     if type(payload) is type(stdout) is type(stderr) is bytes:   # nearly always
         size = len(payload) + len(stdout) + len(stderr)
@@ -936,8 +953,8 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
 
 def batches(kind: Callable[[str, list], Any], comp: str,
             rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
-    bytes."""
+    """Yield messages `kind(comp, rows)` of about BATCH_BYTES bytes each. `rows` has pairs of a row
+    and its size in bytes."""
     some = []
     filled = 0
     for row, size in rows:
@@ -960,8 +977,8 @@ HOLLOW = bytes(4)    # stands for a payload: right for every outcome
 
 
 class InParts:
-    """A message that is too large for a frame, on its way. Its one row goes in parts, as the link
-    has room for them."""
+    """A message with one row that is too large for a frame. It is sent in parts, as the link has
+    room for them."""
 
     def __init__(self, message: Any) -> None:
         self.message = message
@@ -977,7 +994,7 @@ class InParts:
         self._parts = self._made()
 
     def next(self) -> Optional[Part]:
-        """Return the next part; None behind the last."""
+        """Return the next part; None after the last one."""
         return next(self._parts, None)
 
     def _made(self) -> Iterator[Part]:
@@ -1005,26 +1022,26 @@ class InParts:
 
 
 def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
-    """Messages that ask for these files, each (purpose, key, row) as in FilePiece."""
+    """Yield Need messages that ask for these files, each (purpose, key, row) as in FilePiece."""
     sizes = ((file, 4 * len(file[2][0]) + 128) for file in files)  # type: ignore[misc]
     return batches(Need, comp, sizes)  # type: ignore[arg-type]
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
-    """Make messages `kind(comp, serials)` of bounded length."""
+    """Yield messages `kind(comp, serials)` of bounded length."""
     for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
 
 def plain_text(value: str) -> str:
-    """A str of its own, of an instance of a subclass too."""
+    """Return a new `str` with the same characters, even for an instance of a subclass."""
     if type(value) is str:
         return value
     return ''.join((value, ''))
 
 
 class Bounds(NamedTuple):
-    """What an envelope may cost whoever opens it."""
+    """What an envelope may cost the process that opens it."""
     size: int        # bytes
     operations: int  # of the pickle; each makes one object of less than 100 bytes at most
     dicts: int
@@ -1034,12 +1051,13 @@ ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with
 
 
 class PlainReader:
-    """Reads the operations of a pickle without carrying them out, before it is opened. What a
-    pickle costs is then bounded by its bytes: nothing but plain values, no position in the memo but
-    the next one (others would be given memory up to there), no dict that may be filled again and
-    again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
-
-    A message of thousands of rows is read here: one loop, and a table for what most operations do.
+    """Reads the operations of a pickle without executing them, before the pickle is opened. It
+    bounds the cost of a pickle by its size: it accepts plain values only, no memo index but the
+    next one (a larger index would allocate memory up to that index), no dictionary that is filled
+    again and again, and no number of more than 255 bytes. It tracks the height of the unpickler's
+    stack.
+    Messages of thousands of rows are read here: hence one loop, and a table for what most
+    operations do.
     """
     # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
     # length and those that look at the stack stand below.
@@ -1085,13 +1103,14 @@ class PlainReader:
         re.DOTALL)
 
     def check(self) -> None:
-        """Raises PeerError, or IndexError for a pickle that ends in the middle."""
+        """Read the whole pickle. Raises PeerError for one that is not allowed, and IndexError for
+        one that is truncated."""
         if len(self._data) > self._bounds.operations or not self._is_without_dicts():
             self._follow()
 
     def _is_without_dicts(self) -> bool:
-        """Whether it can be read to its end without looking at the stack, since no operation makes
-        a dict."""
+        """Return whether the pickle can be read to its end without tracking the stack, since no
+        operation makes a dictionary."""
         data = self._data
         lengths = self.LENGTHS
         run = self._RUN.match
@@ -1143,7 +1162,7 @@ class PlainReader:
         raise PeerError(text)
 
     def _special(self, operation: int) -> int:
-        """An operation that looks at the stack; the bytes that it takes."""
+        """Check an operation that uses the stack. Returns the number of bytes that it occupies."""
         name = b'%c' % operation
         if name == pickle.MARK:
             self._marks.append(self._height)
@@ -1188,7 +1207,8 @@ class PlainReader:
 
 
 class _Plain(pickle.Unpickler):
-    """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
+    """An unpickler for builtin values that refuses every name, so that bytes from outside cannot
+    execute code."""
 
     def find_class(self, module: str, name: str) -> Any:
         text = 'an envelope names %s.%s; envelopes hold plain values only' % (module[:60],
@@ -1199,8 +1219,8 @@ class _Plain(pickle.Unpickler):
 def open_envelope(data: Buffer,
                   buffers: Sequence[Buffer] = (),
                   bounds: Optional[Bounds] = None) -> Any:
-    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more
-    than `bounds`."""
+    """Unpickle plain builtin values. Raises PeerError for anything else, and for a pickle that
+    would cost more than `bounds` allow."""
     try:
         plain_reader = PlainReader(data, bounds or BOUNDS)
         plain_reader.check()
@@ -1215,8 +1235,8 @@ def open_envelope(data: Buffer,
 
 
 def open_plain(data: Buffer) -> Any:
-    """Unpickle plain builtins as open_envelope does, but without bounds, where a process of the
-    user's own opens what the user sent. Raises PeerError."""
+    """Unpickle plain builtin values as `open_envelope` does, but without bounds. It is for
+    processes that have the rights of the user who sent the pickle. Raises PeerError."""
     try:
         bytes_io = io.BytesIO(data)
         return _Plain(bytes_io).load()
@@ -1226,8 +1246,8 @@ def open_plain(data: Buffer) -> Any:
 
 
 def is_shallow(value: Any, most: int = 20) -> bool:
-    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be
-    sent on, or shown."""
+    """Return whether plain containers are nested at most `most` levels deep: a deeper value cannot
+    be sent on or shown."""
     level = [value]
     for _ in range(most):
         level = [part for each in level if type(each) in (tuple, list, dict)
@@ -1244,8 +1264,9 @@ _INDEX = struct.Struct('>II')
 
 
 def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Turn a message into (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is
-    u32 number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    """Return (op, encoding, pieces of payload) of a message. Encoding 0 is the envelope alone;
+    encoding 1 is u32 number of buffers, u32 length of envelope, u64 length of each buffer,
+    envelope, buffers."""
     buffers: List[pickle.PickleBuffer] = []
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
@@ -1259,7 +1280,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def _with_later_fields(message: type, fields: tuple) -> tuple:
-    """The fields of a message, with those that its sender may not know."""
+    """Return the fields of a message, with default values for those that an older sender does not
+    know."""
     _, later = LATER_FIELDS[message]
     whole = len(FIELD_TYPES[message])
     if len(fields) + len(later) == whole:
@@ -1268,7 +1290,7 @@ def _with_later_fields(message: type, fields: tuple) -> tuple:
 
 
 def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Turn a message into what `encode` makes of it, for a peer of this minor version."""
+    """Return what `encode` returns, for a peer of this minor version of the protocol."""
     kind = type(message)
     since, later = LATER_FIELDS.get(kind, (0, ()))
     if version < since:
@@ -1278,8 +1300,8 @@ def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
-    """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
-    PeerError."""
+    """Return the message that `encode` has converted. The MAC of its payload must have been
+    verified. Raises PeerError."""
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
@@ -1313,7 +1335,7 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
 
 
 def is_comp(name: str) -> bool:
-    """Whether a computation may be called so; the empty name stands for none."""
+    """Return whether a computation may have this name; the empty name stands for no computation."""
     if len(name) > 64:
         return False
     if not (name.isalnum() or not name):
@@ -1377,7 +1399,7 @@ def _is_options(value: Any) -> bool:
 
 
 def is_request(rows: Any) -> bool:
-    """Whether these are pairs (name, units) of resources, in the order of the names."""
+    """Return whether these are pairs (name, units) of resources, in the order of the names."""
     if type(rows) is not tuple:
         return False
     for row in rows:
@@ -1398,7 +1420,7 @@ def is_request(rows: Any) -> bool:
 
 
 def _are_values(rows: Any) -> bool:
-    """Whether these are sizes and digests of values."""
+    """Return whether these are sizes and digests of values."""
     if not (type(rows) is tuple and len(rows) <= BUFFERS_MOST):
         return False
     return all(map(_is_value, rows))
@@ -1419,7 +1441,7 @@ def _is_value(row: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """Whether a scheduler can know a node by this."""
+    """Return whether this can be the key by which a scheduler identifies a node."""
     if type(value) is str:
         return True
     if type(value) is not tuple:
@@ -1470,8 +1492,8 @@ def _is_result(row: Any) -> bool:
 
 
 def refused_row(row: tuple, text: str) -> tuple:
-    """What is told in the place of a result that the other side could not take; what the job
-    printed goes with it."""
+    """Return the row that replaces a result which the other side could not use; it contains the
+    output of the job."""
     size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
     return (row[SERIAL], int(Outcome.DIED), row[START], row[END], text.encode('utf-8', 'replace'),
@@ -1480,7 +1502,7 @@ def refused_row(row: tuple, text: str) -> tuple:
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
                stderr: Buffer) -> bool:
-    """Whether times, sizes and the payload of a result can be true."""
+    """Return whether times, sizes and the payload of a result are plausible."""
     if outcome == 1 and payload and not stdout and not stderr:   # it has returned: nearly always
         return 0.0 <= start <= end <= LATEST
     size = len(payload)   # bounded by frames, parts and records
@@ -1500,7 +1522,7 @@ def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: 
 
 
 def log_record_of(data: Buffer) -> Tuple[int, str, str]:
-    """Level, logger and text of a record of a job's logging. Raises PeerError."""
+    """Return level, logger and text of a record of a job's logging. Raises PeerError."""
     record = open_envelope(data)
     if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(
             record[0]) >= 1 << 31:
@@ -1524,7 +1546,7 @@ def _is_part(fields: tuple) -> bool:
 
 
 def _is_file(row: Any) -> bool:
-    """Whether this is a row of a computation's files: name, size, digest, mode."""
+    """Return whether this is a row of a computation's files: name, size, digest, mode."""
     if type(row) is not tuple:
         return False
     kinds = []
@@ -1536,7 +1558,7 @@ def _is_file(row: Any) -> bool:
 
 
 def _is_file_wanted(fields: Any) -> bool:
-    """Whether these are purpose, key and row of a file."""
+    """Return whether these are purpose, key and row of a file."""
     if type(fields) is not tuple:
         return False
     if len(fields) != 3:
@@ -1558,7 +1580,7 @@ def _is_kept(kept: Any) -> bool:
 
 
 def _is_past(row: tuple) -> bool:
-    """Whether this is a row of AttemptHistory, or nothing."""
+    """Return whether this is a row of AttemptHistory, or nothing."""
     if not row:
         return True
     if len(row) != 5:
@@ -1603,8 +1625,8 @@ SPEC_FIELDS: Dict[str, Any] = {
 
 
 def result_key(spec: dict) -> bytes:
-    """The digest of what shows that results are a program's own; zeros for a program that has
-    none."""
+    """Return the digest with which a program proves that results are its own; it consists of zeros
+    for a program that has no key."""
     return spec.get('key', bytes(KEY_SIZE))  # type: ignore[no-any-return]
 
 
@@ -1625,7 +1647,7 @@ def _is_spec(spec: dict) -> bool:
 
 
 def _has_right_parts(spec: dict) -> bool:
-    """Whether the lists and dictionaries of a spec have what belongs there."""
+    """Return whether the lists and dictionaries of a spec have the right contents."""
     files = (*spec['files'], *spec['modules'])
     words = (*spec['sys_path'], *spec['argv'])
     support = spec['support']
@@ -1637,7 +1659,7 @@ def _has_right_parts(spec: dict) -> bool:
 
 
 def _has_right_options(spec: dict) -> bool:
-    """Whether what a spec need not have is right where it is there."""
+    """Return whether the optional fields of a spec are right if they are present."""
     if not _is_buffer(spec.get('authkey', b'')):
         return False
     if spec.get('start_method', '') not in ('', FORK, SPAWN):
@@ -1656,7 +1678,7 @@ def _all_serials(fields: tuple) -> bool:
 
 
 def _is_process(row: tuple) -> bool:
-    """Whether a row says which process a client is: see ClientHello."""
+    """Return whether a row identifies the process of a client: see ClientHello."""
     if not row:
         return True
     if len(row) != 3:
@@ -1743,7 +1765,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
 
 def add_messages(messages: Dict[int, Tuple[type, int]],
                  checks: Dict[type, Callable[[tuple], bool]]) -> None:
-    """Let links carry messages that nodes do not know; as in MESSAGES and in CHECKS."""
+    """Let links carry messages that nodes do not know; the arguments are as MESSAGES and CHECKS."""
     MESSAGES.update(messages)
     CHECKS.update(checks)
     for op, (message, _) in messages.items():
@@ -1787,7 +1809,7 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
 # -- what nodes and schedulers reckon alike --------------------------------------------------------
 
 class FetchValue(NamedTuple):
-    """Find out whether a value is there. Fed back as ValueSought."""
+    """Find out whether a value is present. The answer is ValueSought."""
     comp: str
     size: int
     digest: bytes
@@ -1800,9 +1822,9 @@ class DropValue(NamedTuple):
 
 
 class DurationEstimate:
-    """How long the next jobs of a computation may take, by those that ended last: their mean or
-    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
-    that is long goes unseen."""
+    """Estimates how long the next jobs of a computation will take, from those that ended last. The
+    estimate is the larger one of their mean and their 0.9 quantile: so it reflects a few very long
+    jobs as well as one long job in ten. Durations are in seconds."""
     LAST = 32
     KEPT = 512      # for `row` and `remaining`
     __slots__ = ('_last', '_seconds', '_mean', '_sorted', '_sums', '_new', '_rows')
@@ -1818,7 +1840,7 @@ class DurationEstimate:
         self._rows: Dict[float, int] = {}   # what `row` has returned
 
     def add(self, durations: Sequence[float]) -> None:
-        """Jobs have ended; how long they took."""
+        """Note the durations of jobs that have ended."""
         if durations:
             self._last.extend(durations)
             self._seconds = None
@@ -1838,14 +1860,14 @@ class DurationEstimate:
 
     @property
     def mean(self) -> Optional[float]:
-        """The mean of those that ended last; None before the first has ended."""
+        """The mean duration of the jobs that ended last; None before the first one has ended."""
         if self.seconds is None:
             return None
         return self._mean
 
     def remaining(self, age: float) -> float:
-        """How long a job that has run for `age` seconds will go on: by those that took longer; if
-        there are none, for as long again."""
+        """Return for how many seconds a job that has run for `age` seconds will go on, from the
+        jobs that took longer; if there are none, it is expected to go on for as long again."""
         if not self._sorted:
             self._sorted = sorted(self._last)
             self._sums = [0.0, *itertools.accumulate(self._sorted)]
@@ -1856,10 +1878,11 @@ class DurationEstimate:
         return (self._sums[-1] - self._sums[place]) / longer - age
 
     def row(self, seconds: float) -> int:
-        """How many jobs one after the other fill so many seconds of a CPU, however they fall: one
-        more than there were in the longest row that did not. If all that is known did not, twice
-        as many, but not less than ROW_FIRST; 0 before the first has ended. Looked at when an
-        eighth is new."""
+        """Return how many jobs one after the other fill this many seconds of a CPU, whatever their
+        order is: one more than the longest series of known jobs that did not fill them. If all
+        known jobs together did not, the result is twice their number, but at least ROW_FIRST; it is
+        0 before the first job has ended. The result is computed again when an eighth of the
+        durations are new."""
         if not self._last:
             return 0
         if self._new > len(self._last) >> 3:
@@ -1876,7 +1899,8 @@ class DurationEstimate:
         return found
 
     def _longest_row(self, seconds: float) -> int:
-        """The most jobs one after the other among the last that did not fill so many seconds."""
+        """Return the largest number of consecutive jobs, among the last ones, that did not fill
+        this many seconds."""
         # So it is with short jobs, whose cost counts
         total_last = sum(self._last)
         if total_last < seconds:
@@ -1894,14 +1918,15 @@ class DurationEstimate:
 
 
 class Allowance:
-    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
-    by the estimate of their duration at once, but grows to that bound at most by doubling for each
-    round, which is as many ended jobs as were there when it grew last or might have been: what the
-    first jobs of a computation promise must be kept by those behind them."""
+    """How many jobs for each CPU one place may hold in reserve, beyond those that run there. The
+    estimate of their duration bounds this number at any time, but the number at most doubles with
+    each round until it reaches the bound. A round is as many ended jobs as were there when the
+    number grew last, or could have been there: later jobs of a computation must confirm what the
+    first ones promise."""
     __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
-        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
+        """`unknown` is the allowance before any job has ended; `most` is the largest allowance."""
         self._estimate = estimate
         self._unknown = unknown
         self._most = most
@@ -1909,9 +1934,10 @@ class Allowance:
         self._left = 0     # jobs to end until the next doubling; 0: a round begins
 
     def ended(self, count: int, there: int, cpus: int, rounds: int = 1) -> None:
-        """So many jobs have ended at this place, which has so many CPUs, and so many are still
-        there. What is there counts as so many rounds: several where messages take long, since the
-        ends of all of it are heard of at once there, and the CPUs are idle until more has come."""
+        """Note that `count` jobs have ended at this place, which has `cpus` CPUs and still holds
+        `there` jobs. The jobs there count as `rounds` rounds, which are several where messages take
+        long, since the ends of all jobs there become known at once, and the CPUs are idle until
+        more jobs have come."""
         if self._left == 0:
             self._left = max(count + there, cpus * self._step) // rounds or 1
         self._left -= count
@@ -1922,7 +1948,7 @@ class Allowance:
             self._left += max(there, cpus * self._step) // rounds or 1
 
     def jobs(self, horizon: float) -> int:
-        """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
+        """Return how many jobs fill `horizon` seconds of a CPU, within the bound."""
         seconds = self._estimate.seconds
         if seconds is None:
             fits = self._unknown
@@ -1934,12 +1960,12 @@ class Allowance:
 
 
 class ValueRequests:
-    """Values that are known by digest at one place: which are there, which are needed, and whoever
-    waits for some. Each computation has its own. Who waits is served in the order of coming, and
-    one value of a computation at a time is fetched. When values are there that nobody needs, those
-    that were not needed for longest make room for others; one that is needed is fetched when there
-    is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
-    are rows (size, digest)."""
+    """Values that one place knows by their digests: which of them are present, which are needed,
+    and the requests that wait for some. Each computation has its own values. Requests are served in
+    the order of their arrival, and one value of a computation at a time is fetched. Values that
+    nobody needs make room for others, those first that were not needed for longest; a needed value
+    is fetched when there is room, or when no other value is needed. This class is pure. A request
+    is any object with an attribute `values` that has rows (size, digest)."""
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
@@ -1952,11 +1978,12 @@ class ValueRequests:
         self.total = 0          # bytes that are there
 
     def __bool__(self) -> bool:
-        """Whether anybody waits."""
+        """Return whether any request waits."""
         return bool(self._waiting)
 
     def admit(self, comp: str, one: Any) -> bool:
-        """Whether all values are there that this one needs. Otherwise it waits."""
+        """Return whether all values that this request needs are present. If not, the request
+        waits."""
         if comp not in self._waiting:
             if self._has_all(comp, one):
                 self.hold(comp, one)
@@ -1968,7 +1995,7 @@ class ValueRequests:
         return all((comp, digest) in self._here for _, digest in one.values)
 
     def hold(self, comp: str, one: Any) -> None:
-        """One needs its values, until they are released."""
+        """Note that a request needs its values until they are released."""
         self._holders.add(one)
         for _, digest in one.values:
             self._needs[comp, digest] += 1
@@ -1976,7 +2003,7 @@ class ValueRequests:
                 self._here.move_to_end((comp, digest))
 
     def release(self, comp: str, one: Any) -> None:
-        """One does not need its values any more, if it was served."""
+        """Note that a request does not need its values any more, if it was served."""
         for _, digest in one.values if one in self._holders else ():
             self._needs[comp, digest] -= 1
             if not self._needs[comp, digest]:
@@ -1984,11 +2011,11 @@ class ValueRequests:
         self._holders.discard(one)
 
     def waiting(self, comp: str) -> Sequence[Any]:
-        """Return those who wait."""
+        """Return the requests that wait."""
         return self._waiting.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
-        """These wait no more, if they do. Returns those that did."""
+        """Let these requests wait no longer. Returns those of them that did wait."""
         waiting = self._waiting.get(comp, ())
         gone = []
         for one in waiting:
@@ -2006,44 +2033,48 @@ class ValueRequests:
             del self._waiting[comp]
 
     def come(self, comp: str, size: int, digest: bytes) -> None:
-        """A value is there."""
+        """Note that a value is present."""
         if (comp, digest) not in self._here:
             self.total += size
         self._here[comp, digest] = size
 
     def came(self, comp: str) -> None:
-        """The value that was fetched is there."""
+        """Note that the value which was being fetched is present."""
         self.come(comp, *self._coming.pop(comp))
 
     def coming(self, comp: str) -> bytes:
-        """The digest of the value that is fetched; empty if none is."""
+        """Return the digest of the value that is being fetched; it is empty if there is none."""
         return self._coming.get(comp, (0, b''))[1]
 
     def failed(self, comp: str) -> List[Any]:
-        """The value that was fetched cannot be had. Returns those that waited for it."""
+        """Note that the value which was being fetched is not available. Returns the requests that
+        waited for it."""
         _, digest = self._coming.pop(comp)
         return self.leave(comp, {one for one in self.waiting(comp)
                                  if any(digest == other for _, other in one.values)})
 
     def postpone(self, comp: str) -> None:
-        """The value that was to be fetched finds no room now; the next `serve` tries again."""
+        """Note that there is no room now for the value which was to be fetched; the next `serve`
+        tries again."""
         self._coming.pop(comp, None)
 
     def interrupt(self, comp: str) -> List[Any]:
-        """Whoever has the values is not connected any more. Returns those that waited."""
+        """Note that the connection to the owner of the values has ended. Returns the requests that
+        waited."""
         self._coming.pop(comp, None)
         return list(self._waiting.pop(comp, ()))
 
     def forget(self, comp: str) -> None:
-        """A computation is over, and its values are gone; all that it had was released."""
+        """Note that a computation has ended and its values are gone; all of its requests were
+        released before."""
         self.interrupt(comp)
         for key in [key for key in self._here if key[0] == comp]:
             self.total -= self._here.pop(key)
             self._needs.pop(key, None)
 
     def serve(self) -> Tuple[List[Tuple[str, Any]], List[Any]]:
-        """Whoever waits no more, with its computation, and actions: what is to be fetched, and what
-        makes room for that."""
+        """Return the requests that wait no longer, with their computations, and actions: which
+        values are to be fetched, and which are to be removed to make room for these."""
         served: List[Tuple[str, Any]] = []
         actions: List[Any] = []
         for comp in list(self._waiting):
@@ -2089,12 +2120,12 @@ _SHARED = struct.Struct('>B3xI')
 
 
 class _Pieces(list):
-    """What a pickler writes, as it comes: it passes large bytes objects on and does not copy
+    """The file into which a pickler writes: it passes large bytes objects on without copying
     them."""
 
     def write(self, piece: Any) -> None:
-        """Do as the method of a file. No method of `list`: so other threads of the process, which
-        speak to nodes, can go on between pieces."""
+        """Do as the method of a file. This is not a method of `list` on purpose: other threads of
+        the process, which communicate with nodes, can run between pieces."""
         self.append(piece)
 
 
@@ -2113,13 +2144,12 @@ class Sealed(NamedTuple):
 
 def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
           share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
-    """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
-    copied.
-
-    pickler(file, protocol, buffer_callback) is the class that pickles; the default is
-    `value_pickler`. share(pieces, buffers) may make the payload, from pieces of the pickle and the
-    buffers beside it; it is asked when one of these is not small, and returns None for what is to
-    be packed as usual. Raises what pickling raises.
+    """Pickle `value` for the other side. Large buffers (of numpy and the like) are kept out of band
+    and are not copied.
+    `pickler(file, protocol, buffer_callback)` is the class that pickles; the default is
+    `value_pickler`. `share(pieces, buffers)` may make the payload from pieces of the pickle and the
+    out-of-band buffers; it is called if one of these is large, and returns None for a value that is
+    to be packed as usual. Raises what pickling raises.
     """
     if type(value) in ATOMS:
         dumped = pickle.dumps(value, 5)
@@ -2164,8 +2194,8 @@ def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
 
 
 def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
-    """A payload of these pieces and buffers; those that are rows (size, digest) do not stand in
-    it."""
+    """Return a payload of these pieces and buffers; those that are rows (size, digest) are not
+    contained in it."""
     there = []
     for part in (*pieces, *buffers):
         if type(part) is not tuple:
@@ -2176,7 +2206,7 @@ def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
 
 
 class _Segments:
-    """Pieces of a pickle, as the file that an unpickler reads."""
+    """The pieces of a pickle as a file from which an unpickler reads."""
 
     def __init__(self, pieces: Iterable[Any]) -> None:
         self._pieces = collections.deque(memoryview(piece).cast('B') for piece in pieces)
@@ -2203,12 +2233,12 @@ class _Segments:
         return bytes(data)
 
     def readline(self) -> bytes:
-        """Do as the method of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols contain lines."""
         raise pickle.UnpicklingError('a pickle of protocol 5 has no lines')
 
 
 def _unseal_shared(payload: Buffer) -> Any:
-    """Open a payload some parts of which are values that are known by digest."""
+    """Open a payload of which some parts are values that are known by digest."""
     view = memoryview(payload)
     at = _SHARED.size + _SHARED.unpack_from(view)[1]
     data = view[_SHARED.size:at]
@@ -2232,7 +2262,7 @@ def _unseal_shared(payload: Buffer) -> Any:
 
 
 def open_pieces(body: Buffer, *buffers: Buffer) -> Any:
-    """Open the pickle of a value that travels apart from the arguments in which it stands."""
+    """Open the pickle of a value that is sent apart from the arguments that refer to it."""
     return pickle.loads(body, buffers=buffers)
 
 
@@ -2242,7 +2272,7 @@ known_values: Any = None
 
 
 def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
-    """A payload that says which bundles of modules have to be there before it is opened."""
+    """Return a payload that says which bundles of modules must be present before it is opened."""
     sorted_numbers = sorted(numbers)
     body = pickle.dumps(tuple(sorted_numbers), 5)
     pieces = pieces_of(payload)
@@ -2250,7 +2280,7 @@ def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
-    """Take apart what `with_needs` has made: numbers of bundles, and the payload itself."""
+    """Return the numbers of the bundles and the payload that `with_needs` has combined."""
     if payload[0] != 2:
         return (), payload
     _, length = _NEEDS.unpack_from(payload)
@@ -2263,9 +2293,9 @@ COPIED_AT_ONCE = 16 << 20   # bytes that are copied while no other thread of the
 
 
 class _Source:
-    """A large payload, or a part of it, as the file that an unpickler reads. Other threads run
-    between pieces of what it copies. If it is read `once`, the system gets the memory of what was
-    read back: it is never there twice."""
+    """A large payload, or a part of one, as a file from which an unpickler reads. Other threads can
+    run between the pieces that it copies. If `once` is true, the memory of what was read is
+    returned to the system, so that the payload is never in memory twice."""
 
     def __init__(self, view: memoryview, once: bool) -> None:
         memory = view.obj
@@ -2280,7 +2310,7 @@ class _Source:
         self._end = len(view)
 
     def goto(self, at: int, size: int) -> None:
-        """Read so many bytes from there on next."""
+        """Read this many bytes from this offset on."""
         self._at = at
         self._end = at + size
 
@@ -2301,14 +2331,14 @@ class _Source:
         return data
 
     def readline(self) -> bytes:
-        """Do as the method of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols contain lines."""
         bytes_io = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)])
         line = bytes_io.readline()
         self._went(len(line))
         return line
 
     def copy(self) -> bytearray:
-        """All that is to be read."""
+        """Return a copy of all that remains to be read."""
         data = bytearray()
         while self._at < self._end:
             data += self.read(COPIED_AT_ONCE)
@@ -2330,15 +2360,15 @@ class _Source:
 
 
 def _is_segment(payload: Any) -> bool:
-    """Whether a payload is all of a memory segment, mapped for it alone."""
+    """Return whether a payload occupies a whole memory segment that is mapped for it alone."""
     while type(payload) is memoryview:
         payload = payload.obj
     return type(payload) is MappedSegment
 
 
 def loads(payload: Buffer, once: bool = False) -> Any:
-    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
-    look at the payload again."""
+    """Open a payload. This runs the user's code and raises whatever that code raises. If `once` is
+    true, nobody will read the payload again."""
     size = len(payload)
     segment = once and size >= SEGMENT_FROM and _is_segment(payload)
     if size > LAZY and not segment:   # which is used in place
@@ -2369,7 +2399,8 @@ def loads(payload: Buffer, once: bool = False) -> Any:
 
 
 def _ends_of(view: memoryview) -> List[int]:
-    """Where the pickle of a payload begins, where it ends, and where the buffers behind it do."""
+    """Return where the pickle of a payload begins, where it ends, and where the buffers after it
+    end."""
     _, count = _BUFFERS.unpack_from(view)
     layout = '>%dQ' % (count + 1)
     lengths = struct.unpack_from(layout, view, _BUFFERS.size)
@@ -2378,7 +2409,7 @@ def _ends_of(view: memoryview) -> List[int]:
 
 
 def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
-    """Open what the source has from `at` on, which is `view`."""
+    """Open what the source contains from `at` on, which is `view`."""
     if view[0] != 1:
         source.goto(at, len(view))
         return pickle.Unpickler(source).load()
@@ -2399,7 +2430,8 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 def find_named(module: str, name: str) -> Any:
-    """What has this qualified name in a module; the module itself for an empty name."""
+    """Return the object that has this qualified name in a module; the module itself for an empty
+    name."""
     return functools.reduce(getattr,
                             name.split('.') if name else (), importlib.import_module(module))
 
@@ -2419,15 +2451,15 @@ MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multi
 
 
 class Versions:
-    """Tells versions of named values apart: a name keeps its version until its value changes."""
+    """Distinguishes versions of named values: a name keeps its version until its value changes."""
     __slots__ = ('_known',)
 
     def __init__(self) -> None:
         self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
 
     def of(self, name: str, value: Any) -> bytes:
-        """Return the version of this value. A value that can change in place is told by its pickled
-        form."""
+        """Return the version of this value. The pickled form of a mutable value identifies its
+        version."""
         known = self._known.get(name)
         if type(value) in ATOMS:
             form = b''
@@ -2454,29 +2486,30 @@ class Versions:
 
 
 class _Form:
-    """A file for picklers that keeps a digest of what they write, up to a number of bytes."""
+    """A file that computes a digest of what a pickler writes, up to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
         self._left = limit
 
     def write(self, piece: Any) -> None:
-        """Raises OverflowError over the limit, so that no more is pickled."""
+        """Do as the method of a file. Raises OverflowError beyond the limit, so that pickling
+        stops."""
         self._left -= len(piece)
         if self._left < 0:
             raise OverflowError('a value is larger than it may be')
         self._digest.update(piece)
 
     def digest(self) -> bytes:
-        """Of all that was written."""
+        """Return the digest of all that was written."""
         return self._digest.digest()
 
 
 def _digest_of_pickle(pickler: Callable[..., Any],
                       value: Any,
                       limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what a class of picklers makes of a value; None if it cannot, or if that is
-    larger than `limit` bytes."""
+    """Return a digest of what this class of picklers makes of a value; None if the value cannot be
+    pickled or its pickle is larger than `limit` bytes."""
     form = _Form(limit)
     try:
         pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
@@ -2486,19 +2519,20 @@ def _digest_of_pickle(pickler: Callable[..., Any],
 
 
 class _FormPickler(pickle.Pickler):
-    """Shows whether a value has changed. Functions, classes and the like count by their
+    """Finds out whether a value has changed. Functions, classes and the like count by their
     identity."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """Called by the pickler for everything that is not a builtin value."""
+        """Return how an object is reduced. The pickler calls this for everything that is not a
+        builtin value."""
         if isinstance(obj, _IDENTICAL) or type(obj) in _REDUCERS:
             return id, (id(obj),)
         return NotImplemented
 
 
 def _form_of(value: Any) -> bytes:
-    """A digest of what a value holds; empty for one that counts by its identity, or cannot be
-    pickled."""
+    """Return a digest of the contents of a value; it is empty for a value that counts by its
+    identity, or that cannot be pickled."""
     if isinstance(value, _IDENTICAL):
         return b''
     digest = _digest_of_pickle(_FormPickler, value)
@@ -2506,7 +2540,7 @@ def _form_of(value: Any) -> bytes:
 
 
 class Space:
-    """The global variables that the functions of one __main__ share in this process."""
+    """The global variables that the functions of one `__main__` module share in this process."""
     __slots__ = ('token', 'variables', 'native', 'versions', 'applied', 'functions')
 
     def __init__(self, token: tuple, variables: Dict[str, Any], native: bool) -> None:
@@ -2520,7 +2554,7 @@ class Space:
         self.functions: Dict[str, Tuple[bytes, Any]] = {}
 
     def apply(self, variables: Dict[str, Tuple[bytes, Any]]) -> None:
-        """Set what has another version than what was set before."""
+        """Set those variables whose version differs from the one that was set before."""
         for name, (version, value) in variables.items():
             if self.native:
                 continue
@@ -2533,7 +2567,7 @@ class Space:
 
 
 class Spaces:
-    """The spaces that this process has."""
+    """All instances of Space in this process."""
 
     def __init__(self) -> None:
         self.instance = os.urandom(8)     # of the process that makes tokens
@@ -2546,13 +2580,13 @@ class Spaces:
         self.added: List[Tuple[Dict[str, Any], str]] = []
 
     def adopt_main(self, module: types.ModuleType) -> None:
-        """The main module of the first program that is met here shall be this module."""
+        """Let the main module of the first program that is seen here become this module."""
         self._main = module
         self._adopted = vars(module)
 
     def name_class(self, cls: type) -> None:
-        """A class of the program's main module is found by its name there, so that jobs can pickle
-        it by name."""
+        """Let a class of the program's main module be found by its name here, so that jobs can
+        pickle the class by name."""
         if self._adopted is None:
             return
         if cls.__module__ not in MAIN_NAMES:
@@ -2564,7 +2598,7 @@ class Spaces:
             self.added.append((self._adopted, cls.__name__))
 
     def forget_added(self, names: Iterable[str]) -> None:
-        """Those of these variables that came for the present job alone."""
+        """Remove those of these variables that were added for the present job alone."""
         for variables, name in self.added:
             if name in names:
                 variables.pop(name, None)
@@ -2574,7 +2608,8 @@ class Spaces:
                     space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """Return the space of a function's global variables. None for those of no __main__."""
+        """Return the space of a function's global variables; None for variables that belong to no
+        `__main__` module."""
         space = self._by_id.get(id(variables))
         if space is None:
             variable = variables.get('__name__')
@@ -2584,7 +2619,7 @@ class Spaces:
         return space
 
     def of_token(self, token: tuple, basics: Dict[str, Any]) -> Space:
-        """The space that came with a payload."""
+        """Return the space that came with a payload; it is made if it is new."""
         space = self._by_token.get(token)
         if space is None:
             module = self._main
@@ -2599,7 +2634,7 @@ class Spaces:
         return space
 
     def known(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """The space that has these variables, if it is known already."""
+        """Return the space that has these variables; None if there is none yet."""
         return self._by_id.get(id(variables))
 
     def _add(self, space: Space) -> Space:
@@ -2620,8 +2655,8 @@ _unfinished: 'weakref.WeakSet[Any]' = weakref.WeakSet()
 
 
 class _SpaceRef:
-    """Stands for a function's global variables in a pickle; one object for each dictionary, so that
-    the memo works."""
+    """Represents a function's global variables in a pickle. There is one object for each
+    dictionary, so that the pickler's memo works."""
     __slots__ = ('variables', 'reduced')
 
     def __init__(self, variables: Dict[str, Any], module: str) -> None:
@@ -2641,8 +2676,8 @@ class _SpaceRef:
 
 
 class _CellRef:
-    """Stands for a cell of closures in a pickle, so that functions that share a variable go on
-    sharing it."""
+    """Represents a cell of a closure in a pickle, so that functions which share a variable still
+    share it after they were opened."""
     __slots__ = ('cell',)
 
     def __init__(self, cell: Any) -> None:
@@ -2662,17 +2697,18 @@ _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threa
 
 
 def empty_cell() -> Any:
-    """Make a cell of a closure, without contents."""
+    """Return a new cell of a closure, without contents."""
     return types.CellType()
 
 
 def new_variables(basics: Dict[str, Any]) -> Dict[str, Any]:
-    """Global variables that the functions of one payload have for themselves."""
+    """Return new global variables for the functions of one payload alone."""
     return dict(basics, __builtins__=builtins)
 
 
 def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
-    """The global variables that functions of a program's main module have in this process."""
+    """Return the global variables that functions of a program's main module have in this
+    process."""
     return spaces.of_token(token, basics).variables
 
 
@@ -2682,7 +2718,7 @@ def variables_of_module(name: str) -> Dict[str, Any]:
 
 
 class ForeignCode:
-    """Stands for a code object of another minor version of Python, which nothing here could run."""
+    """Represents a code object of another minor version of Python, which cannot run here."""
 
     def __init__(self, version: tuple, name: str, line: int) -> None:
         self.version = version
@@ -2691,9 +2727,9 @@ class ForeignCode:
 
 
 def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
-    """Find the code of this Python for a function inside of another: found by its name and line in
-    the module's own source, which has travelled. None if there is no such source, or the function
-    is not there."""
+    """Return the code, for this version of Python, of a function that is nested in another one: it
+    is found by its name and line in the source of the module, which was sent as well. Returns None
+    if there is no such source or the function is not in it."""
     if isinstance(module, str):
         imported = sys.modules.get(module)
     else:
@@ -2716,13 +2752,14 @@ def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeTy
 
 
 def python_of(version: tuple) -> str:
-    """A version of Python as people read it: '3.8'."""
+    """Return a version of Python as people write it, such as '3.8'."""
     return 'Python ' + '.'.join(map(str, version[:2]))
 
 
 def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> Any:
-    """A code object that came pickled. One of another version could be made, and would crash
-    whoever calls it. Its file is for tracebacks; cloudpickle leaves it out since 3.1.3."""
+    """Return a code object that came pickled. A code object of another version could be created,
+    but calling it would crash the process. The file name is for tracebacks; cloudpickle leaves it
+    out since 3.1.3."""
     if version != sys.version_info[:2]:
         return ForeignCode(version, name, line)
     code_type = types.CodeType(*args)
@@ -2730,7 +2767,8 @@ def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> A
 
 
 def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
-    """What came by value for another version of Python, from the source that was sent beside it."""
+    """Return a function or class that was sent by value to another version of Python, from the
+    source that was sent along with it."""
     try:
         return find_named(module, name)
     except (ImportError, AttributeError):
@@ -2746,9 +2784,9 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
 
 def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, version: bytes,
                 cells: tuple) -> Any:
-    """A function that came by value, without its state: `fill_function` sets that. With a version
-    it is a function without state of its own that its main module has under this name: the same
-    version is the same function."""
+    """Return a function that was sent by value, without its state, which `fill_function` sets. With
+    a version, the function has no state of its own and its main module has it under this name: the
+    same version always yields the same function."""
     if isinstance(code, ForeignCode):
         foreign = code
         code = code_from_source(module, code)
@@ -2768,8 +2806,8 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
 
 
 def fill_function(function: Any, state: tuple) -> None:
-    """Give a function its state: attributes, slots, contents of its cells, variables that it uses,
-    its version."""
+    """Set the state of a function: its attributes, slots, the contents of its cells, the global
+    variables that it uses, and its version."""
     attributes, slots, contents, variables, name, version, _ = state
     if not isinstance(function, types.FunctionType):
         return
@@ -2793,8 +2831,8 @@ def fill_function(function: Any, state: tuple) -> None:
 
 def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Callable[..., Any],
                 args: tuple) -> Any:
-    """An object that has one identity in each process, by the name and version that its main module
-    gives to it."""
+    """Return an object that has one identity in each process, by the name and version that its main
+    module gives it."""
     space = spaces.known(variables)
     if space is None:
         return make(*args)
@@ -2807,8 +2845,8 @@ def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Call
 
 def class_of(tracker: str, version: tuple, module: str, name: str,
              make: Optional[Callable[..., Any]], args: tuple) -> Any:
-    """A class of a program, by the number that its program gives to it. Without `make` it must be
-    known here already, by that number or by its name."""
+    """Return a class of a program, by the number that its program gives it. Without `make`, the
+    class must be known here already, by this number or by its name."""
     known = _classes.get(tracker)
     if known is not None:
         return known
@@ -2821,8 +2859,8 @@ def class_of(tracker: str, version: tuple, module: str, name: str,
 
 
 def fill_class(cls: type, state: tuple) -> None:
-    """The attributes of a class that came by value: those that have another version than was set
-    before. A class that was defined in this process stays as it is."""
+    """Set those attributes of a class sent by value whose version differs from the one that was set
+    before. A class that was defined in this process remains unchanged."""
     versions, attributes, set_state, reducer = state
     if cls not in _received:
         return
@@ -2842,34 +2880,34 @@ def fill_class(cls: type, state: tuple) -> None:
 
 
 class Referent(weakref.ref):
-    """A weak reference whose object lives as long as it does: what held the object in the program
-    stayed there."""
+    """A weak reference that keeps its object alive: the object that held it in the program has not
+    been sent."""
     __slots__ = ('kept',)
 
 
 def make_reference(obj: Any) -> Any:
-    """Make a weak reference in a job."""
+    """Return a weak reference for a job."""
     reference = Referent(obj)
     reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
 
 
 def make_weak(kind: type, contents: Any) -> Any:
-    """A weak container in a job, which holds its contents for the same reason."""
+    """Return a weak container for a job; it keeps its contents alive, as Referent does."""
     made = kind(contents)
     made._dispy_kept = contents
     return made
 
 
 def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
-    """threading.local with what it has in the thread that pickled it."""
+    """Return a `threading.local` with the values that it has in the thread which pickled it."""
     made = kind.__new__(kind)  # type: ignore[call-overload]
     vars(made).update(attributes)
     return made
 
 
 def make_context_variable(name: str, default: tuple, value: tuple) -> Any:
-    """A ContextVar; default and value are tuples of one, or empty."""
+    """Return a ContextVar; default and value are tuples of one element, or empty."""
     if default:
         made = contextvars.ContextVar(name, default=default[0])
     else:
@@ -2880,12 +2918,12 @@ def make_context_variable(name: str, default: tuple, value: tuple) -> Any:
 
 
 def make_cached(function: Callable[..., Any], most: Optional[int], typed: bool) -> Any:
-    """A function with functools.lru_cache; it begins with an empty cache."""
+    """Return a function with functools.lru_cache; its cache is empty at first."""
     return functools.lru_cache(most, typed)(function)
 
 
 def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
-    """Make a function of functools.singledispatch from its implementations."""
+    """Return a function of functools.singledispatch that has these implementations."""
     implementations = dict(rows)
     made = functools.singledispatch(implementations.pop(object))
     for kind, implementation in implementations.items():
@@ -2894,25 +2932,25 @@ def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
 
 
 def make_view(data: Any, form: str, shape: tuple) -> memoryview:
-    """A memoryview of memory of its own."""
+    """Return a memoryview with memory of its own."""
     return memoryview(data).cast('B').cast(form, shape)  # type: ignore[call-overload]
 
 
 def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
-    """An object whose class reduces it to a name that only its program has."""
+    """Return an object whose class reduces it to a name that only its program has."""
     made: Any = object.__new__(kind)
     vars(made).update(attributes)
     return made
 
 
 def make_typed(kind: type, args: tuple, options: dict) -> Any:
-    """Make a type variable or the like."""
+    """Return a type variable or the like."""
     return kind(*args, **options)
 
 
 def _reduce_method(method: types.MethodType) -> tuple:
-    """As pickle does it where the name leads back to the method; it does not for names with two
-    underscores."""
+    """Reduce a method as pickle does if its name leads back to it, which is not the case for names
+    that begin with two underscores."""
     name = getattr(method.__func__, '__name__', '')
     try:
         found = getattr(method.__self__, name, None) == method
@@ -2949,7 +2987,8 @@ def _reduce_context_variable(variable: Any) -> tuple:
 
 
 def _reduce_match(match: Any) -> tuple:
-    """Found again at the same place. Raises TypeError where that would not be the same."""
+    """Reduce a match object to a search at the same position. Raises TypeError if the search would
+    not yield the same match."""
     again = match.re.match(match.string, match.start(), match.endpos)
     if again is None or (again.regs, again.pos) != (match.regs, match.start()):
         raise TypeError("cannot pickle 're.Match' object: take its groups")
@@ -2962,7 +3001,7 @@ def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
 
 
 def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
-    """Make a context with these values of its variables."""
+    """Return a context with these values of its variables."""
     made = contextvars.Context()
     for variable, value in items:
         made.run(variable.set, value)
@@ -2970,8 +3009,8 @@ def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
 
 
 def _reduce_queue(waiting: Any) -> tuple:
-    """A queue with what waits in it now; nothing tells that but taking it out and putting it
-    back."""
+    """Reduce a queue to the items that wait in it now. They can only be listed by taking them out
+    and putting them back."""
     items = []
     with contextlib.suppress(queue.Empty):
         while True:
@@ -2991,8 +3030,8 @@ def make_queue(items: List[Any]) -> Any:
 
 def make_exception(kind: Type[BaseException], args: tuple,
                    attributes: Optional[dict]) -> BaseException:
-    """An exception as it was, without calling a constructor that wants other arguments than it has
-    kept."""
+    """Return an exception in its original state, without calling its constructor, which may want
+    other arguments than those that the exception has kept."""
     made = kind.__new__(kind, *args)
     made.args = args
     vars(made).update(attributes or {})
@@ -3031,7 +3070,7 @@ def _reduce_library(library: Any) -> tuple:
 
 
 def _is_stateless(function: types.FunctionType) -> bool:
-    """Whether a function has no default values that calls could change."""
+    """Return whether a function has no default values that calls could change."""
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     return ATOMS.issuperset(map(type, defaults))
 
@@ -3065,10 +3104,9 @@ def _dead_reference() -> Any:
 
 
 class ValueReducer:
-    """What the pickler of clients and workers adds to cloudpickle's, to be mixed into it.
-
-    `modules` are the names of the modules that the pickle refers to by name or imports; `plain`
-    says whether it holds builtin values only, so that opening it runs no code of the user's.
+    """The mix-in class that extends cloudpickle's pickler for clients and workers. `modules` are
+    the names of the modules that the pickle refers to by name or imports; `plain` says whether it
+    contains builtin values only, so that opening it runs none of the user's code.
     """
 
     modules: Set[str]
@@ -3087,13 +3125,14 @@ class ValueReducer:
         self._registered = cloudpickle_part('list_registry_pickle_by_value')()
 
     def importable(self, module: str) -> bool:
-        """Whether the other side finds this module by its name."""
+        """Return whether the other side finds this module by its name."""
         if module not in sys.modules:
             return False
         return module not in MAIN_NAMES
 
     def reducer_override(self, obj: Any) -> Any:
-        """Called by the pickler for everything that is not a builtin value."""
+        """Return how an object is reduced. The pickler calls this for everything that is not a
+        builtin value."""
         self.plain = False
         kind = type(obj)
         if kind in _ordinary:
@@ -3117,7 +3156,7 @@ class ValueReducer:
         return NotImplemented
 
     def _special(self, kind: type) -> Optional[Callable[[Any], Any]]:
-        """How objects of this class are reduced, if that is not pickle's own way."""
+        """Return how objects of this class are reduced, if it is not pickle's own way."""
         if kind is _CachedType:
             return self._reduce_cached
         if kind is object:
@@ -3152,7 +3191,7 @@ class ValueReducer:
             self.modules.add(module)
 
     def _is_by_name(self, obj: Any, name: Any) -> bool:
-        """Whether an object is what an importable module has under its qualified name."""
+        """Return whether an importable module has this object under its qualified name."""
         module = getattr(obj, '__module__', None)
         if not isinstance(module, str):
             return False
@@ -3168,8 +3207,8 @@ class ValueReducer:
         return True
 
     def _is_registered(self, module: str) -> bool:
-        """Whether cloudpickle.register_pickle_by_value names the module or a package that it is
-        in."""
+        """Return whether the module, or a package that contains it, is registered with
+        cloudpickle.register_pickle_by_value."""
         if not bool(self._registered):
             return False
         return any(module == name or module.startswith(name + '.') for name in self._registered)
@@ -3277,8 +3316,9 @@ class ValueReducer:
 
     @staticmethod
     def _version_of(function: types.FunctionType, space: Any, is_plain: bool) -> bytes:
-        """The version by which a function is known in the space of its variables; empty if it is
-        known by none. `is_plain`: it has neither attributes nor cells."""
+        """Return the version by which a function is known in the space of its variables; it is
+        empty if there is none. `is_plain` says that the function has neither attributes nor
+        cells."""
         name = function.__qualname__
         if space is None:
             return b''
@@ -3293,8 +3333,8 @@ class ValueReducer:
         return b''
 
     def _variable_of_module(self, function: types.FunctionType) -> Optional[tuple]:
-        """A function that an importable module has under another name than its own, such as a
-        lambda in a variable."""
+        """Reduce a function that an importable module has under another name than the function's
+        own, such as a lambda in a variable."""
         module = function.__module__
         if isinstance(module, str) and module not in MAIN_NAMES:
             imported = sys.modules.get(module)
@@ -3323,8 +3363,8 @@ class ValueReducer:
         return super().dispatch_table[types.ModuleType](module)  # type: ignore[misc]
 
     def _of_main(self, obj: Any, made: tuple) -> tuple:
-        """Something that is not made anew with each payload if the main module has it under its
-        name."""
+        """Reduce an object so that it is not created again for each payload, if the main module has
+        it under its name."""
         module = sys.modules.get('__main__')
         if module is not None:
             variables = vars(module)
@@ -3347,16 +3387,16 @@ class ValueReducer:
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
 
     def _reduce_lock(self, lock: Any) -> Any:
-        """A lock that belongs to code is a free lock in each process. One in a value is refused, as
-        pickle does: in another process it would guard nothing."""
+        """Reduce a lock. One that belongs to code is a free lock in each process. One inside a
+        value is refused, as pickle does: in another process it would protect nothing."""
         if self.exact or id(lock) in self._locks_of_code:
             return _LOCKS[type(lock)], ()
         text = "cannot pickle '_thread.%s' object" % type(lock).__name__
         raise TypeError(text)
 
     def _allow_locks(self, values: Iterable[Any]) -> None:
-        """Find the locks that belong to a class or function: its own, and those in objects that it
-        refers to."""
+        """Find the locks that belong to a class or function: its own ones, and those in objects
+        that it refers to."""
         waiting = [(value, 0) for value in values]
         while waiting and len(waiting) < 4096:
             value, depth = waiting.pop()
@@ -3368,7 +3408,7 @@ class ValueReducer:
                         waiting.append((part, depth + 1))
 
     def _reduce_sentinel(self, obj: Any) -> Any:
-        """A bare object(), which programs compare by identity."""
+        """Reduce a bare object(), which programs compare by identity."""
         made: tuple = (object, ())
         if self.exact:
             return self._of_main(obj, made)
@@ -3396,8 +3436,8 @@ class ValueReducer:
         return self._of_module(local, made)
 
     def _of_module(self, obj: Any, made: tuple) -> tuple:
-        """Something that has no name of its own, and is what an importable module has in a
-        variable."""
+        """Reduce an object that has no name of its own and is the value of a variable in an
+        importable module."""
         for module, imported in list(sys.modules.items()):
             variables = getattr(imported, '__dict__', None)
             if module in MAIN_NAMES:
@@ -3415,8 +3455,9 @@ class ValueReducer:
         return self._of_main(obj, made)
 
     def _reduce_exception(self, exc: BaseException) -> Any:
-        """An exception whose constructor is the user's: what pickle does would call it with the
-        arguments that the exception has kept, which may not be those that it takes."""
+        """Reduce an exception whose constructor the user has defined: pickle would call the
+        constructor with the arguments that the exception has kept, which may not be those that it
+        expects."""
         reduced = exc.__reduce_ex__(5)
         if isinstance(reduced, str):
             return reduced
@@ -3429,7 +3470,7 @@ class ValueReducer:
         return make_exception, (type(exc), exc.args, dict(vars(exc)))
 
     def _reduce_named(self, obj: Any) -> Any:
-        """An object whose class may reduce it to the name of a variable."""
+        """Reduce an object whose class may reduce it to the name of a variable."""
         reduced = obj.__reduce_ex__(5)
         if not isinstance(reduced, str):
             return reduced
@@ -3440,7 +3481,8 @@ class ValueReducer:
 
 
 def _held_by(value: Any) -> List[Any]:
-    """What a container or an instance holds; nothing of another kind."""
+    """Return the objects that a container or an instance contains; nothing for other kinds of
+    objects."""
     if type(value) is dict:
         return list(value.values())
     if type(value) in (list, tuple, collections.deque):
@@ -3453,8 +3495,8 @@ def _held_by(value: Any) -> List[Any]:
 
 @functools.lru_cache(maxsize=None)
 def _hidden_types() -> Dict[type, Tuple[str, str]]:
-    """Builtin types that builtins does not name, such as that of a dictionary's keys: module and
-    name."""
+    """Return the builtin types that `builtins` does not name, such as that of a dictionary's keys,
+    with module and name."""
     import _collections_abc
     return {
         value: ('_collections_abc', name)
@@ -3470,7 +3512,7 @@ _TYPED = frozenset(
 
 
 def is_named(obj: Any, module: str, name: str) -> bool:
-    """Whether an object is what its module has under a qualified name."""
+    """Return whether a module has this object under its qualified name."""
     if '<locals>' in name:
         return False
     if module not in sys.modules:
@@ -3484,7 +3526,8 @@ def is_named(obj: Any, module: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=None)
 def _ctypes_bases() -> Dict[type, type]:
-    """Classes of the classes of ctypes, which have no names there -> an example of each."""
+    """Return the metaclasses of ctypes, which have no names there, each with an example of its
+    classes."""
     import ctypes
     c_func_ptr = getattr(ctypes, '_CFuncPtr')
     return {
@@ -3495,8 +3538,8 @@ def _ctypes_bases() -> Dict[type, type]:
 
 
 def _has_own_members(cls: Any) -> bool:
-    """Whether the members of an enum are made by a constructor of the user's, which made them of
-    more than their values."""
+    """Return whether a constructor of the user's made the members of an enum, which may have more
+    state than their values."""
     made_by = [
         vars(base).get(name) for base in cls.__mro__
         if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
@@ -3509,7 +3552,8 @@ def _has_own_members(cls: Any) -> bool:
 
 
 def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
-    """Name, data of the type that is mixed in, and attributes of each member."""
+    """Return the name, the data of the mixed-in type, and the attributes of each member of an
+    enum."""
     kind = cls._member_type_
     return [(member.name, () if kind is object else (kind(member), ),
              {name: value
@@ -3518,7 +3562,7 @@ def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
 
 def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
               members: List[Tuple[str, tuple, dict]]) -> Any:
-    """Make an enum class with its members, without running their constructor again."""
+    """Return an enum class with its members, without running their constructor again."""
     space = meta.__prepare__(name, bases)
     space['__module__'], space['__qualname__'] = module, qualname
     made = meta.__new__(meta, name, bases, space)
@@ -3535,9 +3579,10 @@ def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
 
 
 def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
-    """Arguments of cloudpickle's maker of classes, with what a class must have from its beginning:
-    its qualified name, its slots, the fields of a ctypes structure. What these bring along is taken
-    out of the attributes, whose order is that of the class."""
+    """Return the arguments for cloudpickle's function that makes classes, with what a class must
+    have from its creation on: its qualified name, its slots, the fields of a ctypes structure.
+    Attributes that these create by themselves are left out of the attributes, whose order is that
+    of the class."""
     ordered = {name: attributes.pop(name) for name in list(vars(cls)) if name in attributes}
     attributes.update(ordered)
     if len(args) != 6:   # of an enum
@@ -3570,8 +3615,8 @@ _imports: '_ImportsOfCode[types.CodeType, List[Tuple[int, str, tuple]]]' = _Impo
 
 
 def imports_of(code: types.CodeType, package: Any) -> Set[str]:
-    """Absolute names that the import statements of a function may mean, also of functions inside of
-    it."""
+    """Return the absolute names that the import statements of a function may refer to, including
+    those of functions nested in it."""
     found = _imports.get(code)
     if found is None:
         found = _imports[code] = list(_import_statements(code))
@@ -3593,8 +3638,8 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
 
 
 def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
-    """Loaded submodules that a function can reach as attributes of packages that it imports itself.
-    cloudpickle finds those of packages in global variables."""
+    """Return the loaded submodules that a function can reach as attributes of packages that it
+    imports itself. cloudpickle finds those of packages in global variables."""
     used = set(code.co_names)
     all_modules = list(sys.modules)
     return {
@@ -3605,7 +3650,7 @@ def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
 
 
 def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:
-    """Level, module, names of each import statement."""
+    """Yield level, module and names of each import statement."""
     import dis
     if dis.opmap['IMPORT_NAME'] in code.co_code[::2]:
         instructions = dis.get_instructions(code)
@@ -3622,7 +3667,8 @@ def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]
 
 @functools.lru_cache(maxsize=None)
 def cloudpickle_part(name: str) -> Any:
-    """A function of cloudpickle's, in whichever of its modules this version has it."""
+    """Return a function of cloudpickle, from whichever of its modules contains it in this
+    version."""
     import cloudpickle
     cloudpickle_fast = getattr(cloudpickle, 'cloudpickle_fast', None)
     modules = (cloudpickle, cloudpickle.cloudpickle, cloudpickle_fast)
@@ -3630,8 +3676,8 @@ def cloudpickle_part(name: str) -> Any:
 
 
 def value_pickler() -> Any:
-    """The pickler for what leaves this process: a class. It knows reducers that were registered
-    with copyreg since."""
+    """Return the class of the pickler for everything that leaves this process. It uses the reducers
+    that are registered with copyreg at the time of the call."""
     return _value_pickler(len(copyreg.dispatch_table))
 
 
@@ -3666,20 +3712,20 @@ class StateRow(NamedTuple):
 
 
 class _StateUnpickler(pickle.Unpickler):
-    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
+    """Opens the state of modules. Numbers in it represent objects that keep their identity."""
 
     def __init__(self, data: bytes, targets: List[Any]) -> None:
         super().__init__(io.BytesIO(data))
         self._targets = targets
 
     def persistent_load(self, number: Any) -> Any:
-        """The object on this node that has this number."""
+        """Return the object on this node that has this number."""
         return self._targets[number]
 
 
 def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what plain pickle makes of a value, with functions and classes by name; None if
-    it cannot, or if that is larger than `limit` bytes."""
+    """Return a digest of the plain pickle of a value, with functions and classes by name; None if
+    the value cannot be pickled or its pickle is larger than `limit` bytes."""
     return _digest_of_pickle(pickle.Pickler, value, limit)
 
 
@@ -3688,8 +3734,8 @@ _CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict
 
 
 def keeps_identity(value: Any) -> bool:
-    """Whether a value is changed in place on a node: a container, or an instance that is nothing
-    but its attributes."""
+    """Return whether a value is updated in place on a node: a container, or an instance whose only
+    state is its attributes."""
     kind = type(value)
     if kind in _CONTAINERS:
         return True
@@ -3711,7 +3757,7 @@ def keeps_identity(value: Any) -> bool:
 
 
 def contents_of(value: Any) -> Any:
-    """Return what `fill_in_place` takes."""
+    """Return the contents of an object as `fill_in_place` takes them."""
     if isinstance(value, collections.defaultdict):
         return value.default_factory, dict(value)
     if isinstance(value, (list, collections.deque)):
@@ -3737,7 +3783,7 @@ def fill_in_place(target: Any, contents: Any) -> None:
 
 
 class ModuleState:
-    """Puts in place what a program has set in its modules."""
+    """Sets on a node the variables that a program has set in its modules."""
 
     def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
                  pickled: bytes) -> None:
@@ -3747,7 +3793,8 @@ class ModuleState:
         self._pickled = pickled
 
     def apply(self) -> None:
-        """Raises what importing the modules and opening the state raise."""
+        """Import the modules and set the state. Raises what importing the modules and opening the
+        state raise."""
         changed = [row for row in self._rows if plain_form(self._value(row)) != row.form]
         if not changed:
             return
@@ -3771,8 +3818,9 @@ class ModuleState:
         return vars(named).get(row.name, _MISSING)
 
     def _targets(self) -> List[Any]:
-        """Number -> the object here that becomes what the program has: the one under its name if
-        that is of the same class and no other number has it, else a new one."""
+        """Return, by number, the object here that gets the state of the program's object: the one
+        with the same name if it has the same class and no other number stands for it, else a new
+        one."""
         targets: List[Any] = [_MISSING] * len(self._kinds)
         taken: Set[int] = set()
         for row in self._rows:
@@ -3802,15 +3850,17 @@ BUNDLE = 'bundle-%d'      # name of a bundle's file
 
 
 def values_in(private: str) -> str:
-    """The directory of values that are known by digest, each a file of that name."""
+    """Return the directory for values that are known by digest; each is a file with the digest as
+    its name."""
     return os.path.join(private, 'values')
 
 
 class ValueFiles:
-    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
-    on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
-    memory stays its own when the file is removed. A mapping holds a descriptor (before Python
-    3.13): where very many live, as in jobs that keep all that they get, it is read instead."""
+    """Opens values by digest in a runner and its workers. Each time the file is mapped anew,
+    copy-on-write: many jobs share the memory, and no job sees what another has changed. The mapping
+    remains valid when the file is removed. A mapping holds a descriptor (before Python 3.13): if
+    very many mappings exist, as in jobs that keep all values that they get, the file is read
+    instead."""
     MAPPED_MOST = 128
 
     def __init__(self, directory: str) -> None:
@@ -3818,7 +3868,7 @@ class ValueFiles:
         self._mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()
 
     def open(self, size: int, digest: bytes) -> Any:
-        """A value, as a buffer that can be written to. Raises OSError."""
+        """Return a value as a writable buffer. Raises OSError."""
         digits = digest.hex()
         path = os.path.join(self._directory, digits)
         with open(path, 'rb', buffering=0) as file:
@@ -3842,13 +3892,12 @@ class ValueFiles:
 
 
 class ModuleLoader:
-    """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
-
-    `private` is the directory that the computation has for itself, `directory` that of its jobs;
-    `path` is the program's own sys.path where the node is a part of the program (the files are read
-    where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
-    module's name, and returns '' or why it was not to be had. `loading` is true while a runner
-    loads.
+    """Loads the user's modules in a runner and its workers, and finds those that are not on this
+    host. `private` is the private directory of the computation, `directory` that of its jobs;
+    `path` is the program's own sys.path if the node is embedded in the program (the files are then
+    read where they are). `ask(request)` requests the number of a bundle or the name of a module
+    from the client, and returns '' or why it is not available. `loading` is true while a runner
+    loads its computation.
     """
 
     def __init__(self, private: str, path: List[str], directory: str) -> None:
@@ -3865,7 +3914,7 @@ class ModuleLoader:
         self.notes: List[str] = []         # for the client's log
 
     def install(self) -> None:
-        """Put the user's modules ahead of the node's own."""
+        """Make the user's modules take precedence over the node's own."""
         if self._path:
             sys.path[:] = [
                 *self._path, self.directory,
@@ -3878,12 +3927,13 @@ class ModuleLoader:
         sys.meta_path.append(self)
 
     def here(self) -> Tuple[tuple, List[int]]:
-        """Arguments for a loader in a child of a job, and the bundles that it shall load."""
+        """Return the arguments for a loader in a child process of a job, and the bundles that it is
+        to load."""
         sorted_loadeds = sorted(self._loaded)
         return (self._private, self._path, self.directory), sorted_loadeds
 
     def need(self, numbers: Iterable[int]) -> None:
-        """Import the modules of these bundles, once. Raises what that raises, or
+        """Import the modules of these bundles, once. Raises what the import raises, or
         ModuleNotFoundError."""
         for number in numbers:
             if number not in self._loaded:
@@ -3924,13 +3974,14 @@ class ModuleLoader:
     # -- a finder: the last one in sys.meta_path ---------------------------------------------------
 
     def loaded(self) -> None:
-        """The runner has loaded its computation."""
+        """Note that the runner has loaded its computation."""
         self.loading = False
         self._first = frozenset(sys.modules)
 
     def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
-        """A job has changed sys.path, which is put back. A module that it imported may have done
-        that, and remains: what that module imports later is to be found where it expects it."""
+        """Note that a job has changed sys.path, which is restored afterwards. If a module that the
+        job imported has changed it, the module stays loaded: what it imports later must be found
+        where it expects it."""
         entries = []
         for entry in path:
             if not isinstance(entry, str):
@@ -3940,7 +3991,8 @@ class ModuleLoader:
         self._left += entries
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """A module that a job imports and nothing here has: the client may have it."""
+        """Find a module that a job imports and that is not on this host: the client may have it.
+        See importlib.abc.MetaPathFinder."""
         if self._left and path is None and self._is_for_module():
             spec = importlib.machinery.PathFinder.find_spec(name, self._left)
             if spec is not None:
@@ -3961,8 +4013,8 @@ class ModuleLoader:
         return importlib.machinery.PathFinder.find_spec(name, path)
 
     def _is_of_user(self, name: str, path: Any) -> bool:
-        """Whether the user's code imports it: what libraries try to import is none of the
-        client's."""
+        """Return whether the user's code imports the module: imports that libraries attempt do not
+        concern the client."""
         if path is not None:
             for entry in path:
                 if str(entry).startswith(self.root):
@@ -3977,7 +4029,8 @@ class ModuleLoader:
         return frame.f_code.co_filename.startswith((self.root, self.directory))
 
     def _is_for_module(self) -> bool:
-        """Whether a module that a job has imported imports another; not the computation."""
+        """Return whether a module that a job has imported, and not the computation, imports another
+        one."""
         frame = self._importing_frame()
         if frame is None:
             return False
@@ -4000,8 +4053,8 @@ modules: Optional[ModuleLoader] = None   # of a runner and its workers
 
 
 def check_not_importing() -> None:
-    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then
-    would be made once more on each node, and so on without end."""
+    """Raise RuntimeError while a node imports the user's modules: a cluster that was created during
+    the import would be created again on each node, and so on without end."""
     if modules is None:
         return
     if modules.loading:
@@ -4011,8 +4064,8 @@ def check_not_importing() -> None:
 
 
 def explain_import(exc: BaseException, name: str) -> str:
-    """What led to an import that failed, and what can be done; empty for another error. `name` is
-    the computation's."""
+    """Return what led to a failed import and how to fix it; the text is empty for another error.
+    `name` is the name of the computation."""
     chain = [name]
     trace = exc.__traceback__
     while trace is not None:
@@ -4047,10 +4100,9 @@ def explain_import(exc: BaseException, name: str) -> str:
 
 class OldModules:
     """A finder for modules by the names that they had in dispy 4, where `dispy` was a package: the
-    module `dispy.httpd` is the module `dispy_httpd`, and so on. It stands first in sys.meta_path:
-    `dispy.__path__`, which old scripts read, is a directory that holds other modules too, and none
-    of them is a part of dispy.
-
+    module `dispy.httpd` is now `dispy_httpd`, and so on. It must be first in sys.meta_path:
+    `dispy.__path__`, which old scripts read, is a directory that contains other modules too, none
+    of which is a part of dispy.
     On a host that has dispynode.py alone it also makes a module `dispy`, since a job may write to
     `dispy.dispynode.dispynode_logger`.
     """
@@ -4059,7 +4111,7 @@ class OldModules:
 
     @classmethod
     def install(cls) -> None:
-        """Begin to find them. May be called twice."""
+        """Add a finder to sys.meta_path. It may be called twice."""
         if not any(isinstance(finder, cls) for finder in sys.meta_path):
             sys.meta_path.insert(0, cls())
 
@@ -4078,7 +4130,7 @@ class OldModules:
         return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
 
     def _stand_in(self, name: str) -> Any:
-        """A module `dispy` where there is none."""
+        """Return a module `dispy` for a host that has none."""
         for finder in sys.meta_path:
             if finder is self:
                 continue
@@ -4095,7 +4147,8 @@ class OldModules:
         return None
 
     def exec_module(self, module: Any) -> None:
-        """Put the module that is meant into sys.modules; the import takes it from there."""
+        """Put the module that the old name means into sys.modules; the import statement takes it
+        from there."""
         package, _, rest = module.__name__.partition('.')
         if not rest:
             module.__version__ = __version__
@@ -4110,7 +4163,7 @@ class OldModules:
 
 
 def _missing_in_dispy(name: str) -> Any:
-    """What a job asks of a `dispy` that is not on its host."""
+    """Raise AttributeError for a name that a job wants of a `dispy` which is not on its host."""
     raise AttributeError('module dispy has no attribute %r here: this host has dispynode.py alone. '
                          'Install dispy on it' % name)
 
@@ -4119,7 +4172,7 @@ dispynode_logger = logger   # its name in dispy 4
 
 
 def build_tag() -> str:
-    """What compiled modules have to fit: the platform and this Python."""
+    """Return the tag that compiled modules must match: the platform and this version of Python."""
     import sysconfig
     return '%s %s' % (sysconfig.get_platform(), sys.implementation.cache_tag)
 
@@ -4128,8 +4181,9 @@ _dict_of_module: Any = vars(types.ModuleType)['__dict__']
 
 
 def module_dict(module: Any) -> Dict[str, Any]:
-    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
-    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    """Return the globals of a module without running the user's code: the class of a module may
+    have a `__getattr__` that imports. The result is empty for an object in `sys.modules` that is
+    not a module."""
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
@@ -4139,8 +4193,8 @@ def module_dict(module: Any) -> Dict[str, Any]:
 
 
 def package_version(name: str) -> str:
-    """The version of an installed package by its import name; empty if it is not to be found
-    out."""
+    """Return the version of an installed package by its import name; empty if it cannot be
+    determined."""
     import importlib.metadata
     try:
         version: Any = importlib.metadata.version(name)
@@ -4178,8 +4232,8 @@ def compare_packages(packages: Dict[str, str]) -> List[str]:
 # -- what payloads name: errors, sources, programs, calls ------------------------------------------
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
-    """Make the payload of a job that raised: the text, and the exception when it survives
-    pickling."""
+    """Return the payload of a job that raised an exception: the text, and the exception if it can
+    be pickled and opened again."""
     body: bytes = b''
     if exc is not None:
         try:
@@ -4194,7 +4248,8 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
 
 
 def cut_error(exc: BaseException, skip: int = 0) -> Payload:
-    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
+    """Return the payload that `pack_error` makes with the traceback; an exception that exceeds the
+    limit is left out."""
     text = describe_exception(exc, skip)
     payload = pack_error(text, exc)
     size = size_of(payload)
@@ -4204,14 +4259,15 @@ def cut_error(exc: BaseException, skip: int = 0) -> Payload:
 
 
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
-    """Take apart what `pack_error` has made, without opening the exception."""
+    """Return the text and the pickled exception that `pack_error` has combined, without opening the
+    exception."""
     length, = struct.unpack_from('>I', payload)
     decoded = bytes(payload[4:4 + length]).decode('utf-8', 'replace')
     return decoded, payload[4 + length:]
 
 
 def describe_exception(exc: BaseException, skip: int = 0) -> str:
-    """Traceback text that survives an exception whose __str__ raises."""
+    """Return the traceback text, even of an exception whose __str__ raises."""
     trace = exc.__traceback__
     for _ in range(skip):
         if trace is not None:
@@ -4228,8 +4284,8 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
 
 
 def frames_of_ours(exc: BaseException) -> int:
-    """How many frames of a traceback come before the user's: those of this file and of the import
-    of a module."""
+    """Return how many frames of a traceback precede the user's: those of this file and of the
+    import of a module."""
     count = 0
     trace = exc.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -4243,9 +4299,9 @@ def frames_of_ours(exc: BaseException) -> int:
 
 
 def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> Any:
-    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules`
-    has rows of (name, file, text, values, links), `classes` rows of (module, class, such rows),
-    `wanted` (module, name) of what is returned."""
+    """Return (computation, setup, cleanup, objects by name) of a computation that was sent as
+    source. `modules` has rows of (name, file, text, values, links), `classes` rows of (module,
+    class, such rows), and `wanted` (module, name) of what is returned."""
     for name, file in {
             row[:2]
             for rows in (modules, *(extra[2] for extra in classes))
@@ -4303,9 +4359,9 @@ FILES_LEFT = 'dispy.files_left'
 
 
 def interpreter_of(path: str) -> List[str]:
-    """What runs a script on Windows, which does not read its first line: Python for one that names
-    Python there or has no such line and ends in .py, else what it names. Elsewhere the system
-    knows."""
+    """Return the command that runs a script on Windows, which does not read the first line of
+    scripts: Python if the first line names Python, or if there is no such line and the name ends in
+    .py; else the program that the first line names. On other systems the kernel does this."""
     if not IS_WINDOWS:
         return []
     try:
@@ -4338,8 +4394,8 @@ BREAK_STATUS = 0xC000013A   # of a program that Ctrl-Break has ended: STATUS_CON
 
 
 def send_break(pid: int) -> None:
-    """Windows: press Ctrl-Break for the group of a process. If that cannot be done, the process
-    will be killed later. Not by os.kill, which kills it at once then."""
+    """Send Ctrl-Break to the process group of a process on Windows. If this fails, the process is
+    killed later. os.kill is not used, since it would kill the process at once in that case."""
     import ctypes
     library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
     if not library.GenerateConsoleCtrlEvent(1, pid):
@@ -4348,7 +4404,7 @@ def send_break(pid: int) -> None:
 
 
 class Program:
-    """A computation that is a program: called with arguments, returns the exit status."""
+    """A computation that is a program: a call with arguments returns the exit status."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -4383,7 +4439,8 @@ class Program:
         return status
 
     def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
-        """A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes."""
+        """Run the command on Windows: a signal does not end a wait there, and Ctrl-Break goes to
+        process groups."""
         create_new_process_group = getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)
         process = subprocess.Popen(words,
                                    stdin=subprocess.DEVNULL,
@@ -4405,8 +4462,8 @@ class Program:
 
     @staticmethod
     def _spawn(words: List[str]) -> int:
-        """As subprocess.Popen, in half of the time that this takes here. Standard input is nothing
-        in a worker, and the other descriptors are not inherited."""
+        """Start the process as subprocess.Popen does, in half of the time. Standard input reads
+        nothing in a worker, and the other descriptors are not inherited."""
         process = os.posix_spawnp(words[0], words, _ENVIRON, setsigdef=_IGNORED_BY_PYTHON)
         status = os.waitpid(process, 0)[1]
         if os.WIFSIGNALED(status):
@@ -4423,7 +4480,8 @@ class Program:
 
     @staticmethod
     def _names_here() -> Set[str]:
-        """Of files in the directory of the job, without those that no program means to leave."""
+        """Return the files in the directory of the job, without those that no program leaves on
+        purpose."""
         try:
             return {name for name in os.listdir('.') if not name.startswith(('.', '__'))}
         except OSError:   # a job has removed the directory
@@ -4438,11 +4496,13 @@ BRING_BACK = '\0back '       # and the name of a file: the job's client gets it
 
 
 class CommandLines(Program):
-    """A computation that is whatever each job says: the arguments of a job are the words of a
-    command line, the first of which is a path, or the name of a program that the node's PATH has.
+    """A computation that runs a different command line for each job: the arguments of a job are the
+    words of the command line. The first word is a path, or the name of a program that is found on
+    the PATH of the node.
 
-    name - of the computation, for people; program - a file among those of the computation that the
-    jobs run, if they run one; most - CPUs that they may use at once over all nodes, 0 for all
+    name - the name of the computation, for people
+    program - the file among those of the computation that the jobs run, if they run one
+    most - the number of CPUs that the jobs may use at once over all nodes, 0 for no limit
     """
 
     def __init__(self, name: str, program: str = '', most: int = 0) -> None:
@@ -4455,7 +4515,7 @@ class CommandLines(Program):
 
     @property
     def spec(self) -> Dict[str, Any]:
-        """What nodes and schedulers have to know of it."""
+        """Return the information on this computation for nodes and schedulers."""
         if self.most:
             return {'most': self.most}
         return {}
@@ -4478,7 +4538,7 @@ class CommandLines(Program):
         return status
 
     def _run_as_told(self, words: List[str], orders: Sequence[str]) -> int:
-        """Run a command in another directory, or bring files of it to the client."""
+        """Run a command in another directory, or send files that it made to the client."""
         directory = None
         names = []
         for order in orders:
@@ -4507,8 +4567,8 @@ class CommandLines(Program):
 
 
 def _name_of(path: str, directory: str) -> str:
-    """The name that a job's file has for the client: relative to the job's directory, or the last
-    part of a path elsewhere."""
+    """Return the name that a job's file has for the client: relative to the job's directory, or the
+    last part of a path elsewhere."""
     if os.path.isabs(path):
         inside = os.path.relpath(path, directory)
         if inside.startswith(os.pardir):
@@ -4521,9 +4581,9 @@ def _name_of(path: str, directory: str) -> str:
 
 
 class Calls:
-    """The computation of an executor, where each call names its function. Each worker process calls
-    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
-    nodes."""
+    """The computation of an executor, in which each call names its function. Each worker process
+    calls the initializer first, if there is one. `most` is the number of CPUs that the calls may
+    use at once over all nodes."""
     __name__ = 'executor'
 
     def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
@@ -4534,12 +4594,12 @@ class Calls:
 
     @property
     def spec(self) -> Dict[str, Any]:
-        """What nodes and schedulers have to know of it."""
+        """Return the information on this computation for nodes and schedulers."""
         return {'initializer': self.initializer is not None, 'most': self.most}
 
     def __call__(self, function: bytes, args: tuple, kwargs: dict) -> Any:
-        """The function is opened for each call, so that no call sees what another has done to
-        it."""
+        """Run one call. The function is opened anew for each call, so that no call sees what
+        another has changed in it."""
         try:
             call = loads(function)
         except BaseException as exc:  # unpickling runs the user's code
@@ -4549,20 +4609,21 @@ class Calls:
 
 
 def mark_unopened(exc: BaseException) -> None:
-    """Let an exception say to the client that a call, or its arguments, could not be opened."""
+    """Mark an exception so that the client learns that a call, or its arguments, could not be
+    opened."""
     with contextlib.suppress(Exception):  # its class may refuse attributes
         exc.dispy_unopened = True  # type: ignore[attr-defined]
 
 
 def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
-    """Several calls in one job."""
+    """Run several calls in one job."""
     return [function(*args) for args in chunk]
 
 
 def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
               batch: Callable[[], Any]) -> Any:
-    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
-    is called once in each worker process, which `token` tells."""
+    """Run several calls in one job: this is the computation of the backend for joblib.
+    `initializer` is called once in each worker process; `token` identifies the initializer."""
     offer_to_joblib(joblib_backend_in_job)
     if initializer is not None:
         if token not in _initialized:
@@ -4575,8 +4636,8 @@ _initialized: Set[str] = set()
 
 
 def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
-    """Register a backend with joblib, if that has been imported and has none of this name;
-    make(joblib.parallel) returns its class."""
+    """Register a backend with joblib, if joblib was imported and has no backend of this name;
+    make(joblib.parallel) returns the class of the backend."""
     parallel = sys.modules.get('joblib.parallel')
     if parallel is None:
         return
@@ -4585,10 +4646,10 @@ def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
 
 
 def joblib_backend_in_job(parallel: Any) -> Any:
-    """In a job there is one CPU: calls of joblib that name the backend there run one after the
-    other."""
+    """Return the class of the backend for calls of joblib inside of a job: the job has one CPU, so
+    these calls run one after the other."""
     class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
-        """As joblib's own for n_jobs=1, whatever else is asked for."""
+        """This does what the sequential backend of joblib does, whatever n_jobs is."""
 
         def __init__(self, nesting_level: Optional[int] = None, **options: Any) -> None:
             super().__init__(nesting_level=nesting_level)
@@ -4596,14 +4657,14 @@ def joblib_backend_in_job(parallel: Any) -> Any:
 
 
 def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
+    """Limit the threads of numerical libraries that are not loaded yet. This is the setup of the
     backend for joblib."""
     os.environ.update(variables)
 
 
 def globals_of(*functions: Any) -> List[Dict[str, Any]]:
-    """The global variables of these functions, once each; not those of this module, whose functions
-    an executor calls."""
+    """Return the dictionaries of global variables of these functions, each once, without that of
+    this module, whose functions an executor calls."""
     found: List[Dict[str, Any]] = []
     for function in functions:
         while hasattr(function, 'func') and not hasattr(function, '__globals__'):   # a partial
@@ -4627,7 +4688,7 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
-    """Return where the secret of this user lies when nothing else is said."""
+    """Return the path of this user's secret file, which is the default."""
     if os.name == 'nt':
         appdata = os.environ.get('APPDATA')
         base = appdata or os.path.expanduser('~')
@@ -4650,7 +4711,7 @@ _STRANGERS = {'WD': 'everybody', 'BU': 'all users', 'AU': 'all users', 'BG': 'gu
 
 
 def _rights_in(text: str) -> int:
-    """The rights of an entry as bits."""
+    """Return the rights of an entry as bits."""
     if text[:2].lower() == '0x':
         return int(text, 16)
     rights = 0
@@ -4660,8 +4721,9 @@ def _rights_in(text: str) -> int:
 
 
 def others_with(rights: int, access: str, user: str) -> List[str]:
-    """Who has any of these rights to a file of Windows beside its user, administrators and the
-    system. `access`: the list, in SDDL; `user`: the user's security identifier."""
+    """Return the holders of any of these rights to a file of Windows, other than its user,
+    administrators and the system. `access` is the access list in SDDL; `user` is the security
+    identifier of the user."""
     head = access.partition('(')[0]
     if 'D:' not in head or 'NO_ACCESS_CONTROL' in head:
         return ['everybody']   # no list
@@ -4680,8 +4742,8 @@ def others_with(rights: int, access: str, user: str) -> List[str]:
 
 
 class AccessLists:
-    """Windows: who may use a file. Each method raises OSError. See GetNamedSecurityInfo and
-    "Security Descriptor String Format"."""
+    """Access lists of files on Windows. Each method raises OSError. See GetNamedSecurityInfo and
+    "Security Descriptor String Format" in Microsoft's documentation."""
     LIST = 4                    # DACL_SECURITY_INFORMATION
     PROTECTED = 0x80000000      # PROTECTED_DACL_SECURITY_INFORMATION: nothing is inherited
     OF_FILE = 1                 # SE_FILE_OBJECT
@@ -4701,13 +4763,13 @@ class AccessLists:
             raise self._ctypes.WinError(error)
 
     def _text(self, pointer: Any) -> str:
-        """The text there, which is given back."""
+        """Return the text at an address, and free its memory."""
         text: str = pointer.value
         self._kernel.LocalFree(pointer)
         return text
 
     def user(self) -> str:
-        """The security identifier of the user of this process."""
+        """Return the security identifier of the user of this process."""
         ctypes = self._ctypes
         token = ctypes.c_void_p()
         process = ctypes.c_void_p(self._kernel.GetCurrentProcess())
@@ -4726,7 +4788,7 @@ class AccessLists:
         return self._text(text)
 
     def of(self, path: str) -> str:
-        """The list of a file, in SDDL."""
+        """Return the access list of a file, in SDDL."""
         ctypes = self._ctypes
         found = ctypes.c_void_p()
         name = ctypes.c_wchar_p(path)
@@ -4742,8 +4804,8 @@ class AccessLists:
         return self._text(text)
 
     def keep(self, path: str) -> None:
-        """Let the user, administrators and the system alone use a file, or a directory and what
-        will be made in it."""
+        """Restrict a file, or a directory and everything that will be created in it, to the user,
+        administrators and the system."""
         ctypes = self._ctypes
         flags = 'OICI' * os.path.isdir(path)
         entries = ['(A;%s;FA;;;%s)' % (flags, who) for who in ('SY', 'BA', self.user())]
@@ -4760,8 +4822,8 @@ class AccessLists:
 
 
 def others_who(rights: int, path: str) -> List[str]:
-    """Windows: who has any of these rights to a file beside the user of this process. Raises
-    OSError."""
+    """Return, on Windows, the holders of any of these rights to a file other than the user of this
+    process. Raises OSError."""
     lists = AccessLists()
     user = lists.user()
     try:
@@ -4772,7 +4834,7 @@ def others_who(rights: int, path: str) -> List[str]:
 
 
 def private_again(path: str) -> str:
-    """The command that lets the user of this process alone use a file of Windows. Raises
+    """Return the command that restricts a file on Windows to the user of this process. Raises
     OSError."""
     lists = AccessLists()
     return 'icacls "%s" /reset, then icacls "%s" /inheritance:r /grant:r *%s:F' % (
@@ -4780,8 +4842,8 @@ def private_again(path: str) -> str:
 
 
 def keep_private(path: str) -> None:
-    """Let nobody else use a file, or a directory and what will be made in it, where its mode does
-    not say so: on Windows."""
+    """Restrict a file, or a directory and everything that will be created in it, to this user on
+    Windows, where file modes do not do so."""
     if not IS_WINDOWS:
         return
     try:
@@ -4793,8 +4855,8 @@ def keep_private(path: str) -> None:
 
 
 def has_place(path: str) -> bool:
-    """Whether a path in the user's home is one: without HOME and an entry in the password file it
-    begins with '~'."""
+    """Return whether a path in the user's home directory is usable: without HOME and an entry in
+    the password file it still begins with '~'."""
     return not path.startswith('~')
 
 
@@ -4804,8 +4866,8 @@ _keys_from: Dict[bytes, bytes] = {}    # key -> the secret that it was derived f
 
 
 def same_secret(key: Any) -> str:
-    """What to do when two sides have different secrets; this one has `key`, or several by the role
-    of the other side."""
+    """Return advice on what to do when both sides have different secrets; this side has `key`, or
+    several keys by the role of the other side."""
     if isinstance(key, bytes):
         first = key
     else:
@@ -4821,12 +4883,11 @@ def same_secret(key: Any) -> str:
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
-    """Return the secret's bytes, from the first of: `secret`, the file `path`, environment
-    DISPY_SECRET, the user's secret file, which is made (256 random bits, mode 0600) when it does
-    not exist.
-
-    Raises SecretError for a file that others can read, that is empty or that cannot be read;
-    TypeError.
+    """Return the secret as bytes, from the first of these sources: `secret`, the file `path`, the
+    environment variable DISPY_SECRET, and the user's secret file, which is created (256 random
+    bits, mode 0600) if it does not exist.
+    Raises SecretError for a file that others can read, that is empty or that cannot be read, and
+    TypeError for a value of another type.
     """
     if secret is not None:
         if not isinstance(secret, (str, bytes, bytearray)):
@@ -4886,8 +4947,8 @@ def _check_secret_on_windows(path: str) -> None:
 
 
 def make_secret(path: str) -> None:
-    """Make the file whole or not at all; of two processes that make it at once one wins, and both
-    use that."""
+    """Create the secret file atomically. If two processes do so at the same time, one of them
+    succeeds and both use its file."""
     try:
         directory = os.path.dirname(path)
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -4941,8 +5002,8 @@ def tls_context(server: bool,
                 certfile: str,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> Any:
-    """Make an ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
-    `cafile` (or `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
+    """Return an ssl.SSLContext that presents `certfile` and requires from the peer a certificate
+    that `cafile` (or `certfile` itself) verifies. Raises SecretError if a file cannot be used."""
     import ssl  # 15 ms that only those pay who use TLS
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4964,7 +5025,8 @@ def tls_context(server: bool,
 
 
 def path_option(name: str, value: Any) -> Optional[str]:
-    """A parameter that is the path of a file, or None. Raises TypeError or ValueError naming it."""
+    """Return a parameter that is the path of a file, or None. Raises TypeError or ValueError,
+    naming the parameter."""
     if value is None:
         return None
     try:
@@ -4983,9 +5045,9 @@ def tls_files(certfile: Any,
               keyfile: Any,
               cafile: Any = None,
               words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
-    """The files of TLS as they were given, if they make sense together: who gives a key or a CA
-    wants TLS, and without a certificate nothing would be encrypted. `words` makes of 'certfile'
-    what the user calls it. Raises SecretError, TypeError or ValueError."""
+    """Return the files for TLS as they were given, if they are consistent: a key or a CA without a
+    certificate is an error, since nothing would be encrypted. `words` maps 'certfile' and so on to
+    the names that the user knows. Raises SecretError, TypeError or ValueError."""
     paths = {
         name: path_option(words % name, value)
         for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))
@@ -5063,7 +5125,8 @@ _NO_PAYLOAD_TAGS = 1
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on; `secret` tells which of several the peer has."""
+    """The result of a handshake; `secret` is the index of the peer's secret if this side accepts
+    several."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
@@ -5074,8 +5137,8 @@ class Session(NamedTuple):
 
 
 def _other_version(name: str, low: int, high: int) -> str:
-    """That the peer speaks other versions of the wire, for people. `name` is its release, or empty
-    if it does not tell."""
+    """Return the text for people that says that the peer speaks other versions of the protocol.
+    `name` is the release of the peer, or empty if the peer does not send it."""
     if name and name.isprintable():
         who = 'it is dispy %s and speaks' % name
     else:
@@ -5127,7 +5190,8 @@ CLOSED_AT_ONCE = (
 
 
 def is_of_tls(exc: BaseException) -> bool:
-    """Whether an exception is one of TLS. Where `ssl` was not imported, there is none."""
+    """Return whether an exception is an error of TLS. If `ssl` was not imported, no exception is
+    one."""
     ssl = sys.modules.get('ssl')
     if ssl is None:
         return False
@@ -5135,14 +5199,14 @@ def is_of_tls(exc: BaseException) -> bool:
 
 
 def is_closing(exc: BaseException) -> bool:
-    """Whether a failure of TLS means that the peer has closed the connection."""
+    """Return whether a failure of TLS means that the peer has closed the connection."""
     if isinstance(exc, ConnectionError):
         return True
     return 'EOF' in str(getattr(exc, 'reason', None) or exc)
 
 
 def tls_text(exc: BaseException) -> str:
-    """Return what a failure of TLS means and how to mend it."""
+    """Return the meaning of a failure of TLS and how to fix it."""
     if is_closing(exc):
         return CLOSED_AT_ONCE
     reason = str(getattr(exc, 'reason', None) or exc)
@@ -5163,8 +5227,8 @@ def tls_text(exc: BaseException) -> str:
 
 def _begin_handshake(sock: Any, binding: bytes, deadline: Optional[float],
                      clock: Callable[[], float]) -> Tuple[int, Callable[[int], bytes]]:
-    """Begin as both sides do. Returns the flags to send, and a function that receives so many bytes
-    before the deadline."""
+    """Begin the handshake as both sides do. Returns the flags to send, and a function that receives
+    a number of bytes before the deadline."""
     if deadline is None:
         deadline = clock() + HANDSHAKE_TIME
     flags = 0
@@ -5181,8 +5245,8 @@ def handshake_dial(sock: Any,
                    binding: bytes = NO_TLS,
                    deadline: Optional[float] = None,
                    clock: Callable[[], float] = time.monotonic) -> Session:
-    """Carry out C's side. Raises HandshakeError with the reason and how to mend it; OSError when
-    the connection breaks."""
+    """Carry out the client's side (C). Raises HandshakeError, whose text says why the handshake
+    failed and how to fix it, and OSError when the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     if tls:
@@ -5226,8 +5290,8 @@ def handshake_accept(sock: Any,
                      binding: bytes = NO_TLS,
                      deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
-    """Carry out S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read
-    before the proof is checked."""
+    """Carry out the server's side (S). At most 120 bytes are read before the proof is checked.
+    Raises HandshakeError, EOFError or OSError."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = receive(_HELLO.size)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
@@ -5277,7 +5341,8 @@ def _role_name(role: int) -> str:
 # -- frames and records: bytes to units and back, without a socket ---------------------------------
 
 def mapped(size: int) -> memoryview:
-    """Memory for so many bytes, which the system gives as it is filled. Raises MemoryError."""
+    """Return anonymous memory of this size in bytes, which the system provides as it is filled.
+    Raises MemoryError."""
     try:
         if hasattr(mmap, 'MAP_PRIVATE'):
             return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -5288,8 +5353,8 @@ def mapped(size: int) -> memoryview:
 
 
 def free_memory() -> Optional[int]:
-    """Bytes of memory that are free on this host, and in the cgroup of this process; None where
-    nobody tells."""
+    """Return the bytes of memory that are free on this host and in the cgroup of this process; None
+    if they cannot be determined."""
     free = None
     with contextlib.suppress(OSError, ValueError, AttributeError):   # another system
         with open('/proc/meminfo', 'rb') as file:
@@ -5303,8 +5368,8 @@ def free_memory() -> Optional[int]:
 
 
 def own_cgroup() -> str:
-    """The directory of this process's cgroup (version 2), with a slash behind it; it need not be
-    there."""
+    """Return the directory of this process's cgroup (version 2), with a trailing slash; it may not
+    exist."""
     path = ''
     with contextlib.suppress(OSError):   # another system
         with open('/proc/self/cgroup') as file:
@@ -5313,7 +5378,7 @@ def own_cgroup() -> str:
 
 
 def _free_of_cgroup() -> Optional[int]:
-    """What the limit of this process's cgroup (version 2) leaves."""
+    """Return how many bytes the limit of this process's cgroup (version 2) leaves."""
     with contextlib.suppress(OSError, ValueError):   # none, or another system
         group = own_cgroup()
         sizes = []
@@ -5342,7 +5407,8 @@ if HAS_SEGMENTS:
 
 
 def is_unused(memory: bytearray) -> bool:
-    """Whether nothing looks at it any more: then, and only then, its length can be changed."""
+    """Return whether no memoryview refers to this buffer any more: only then its length can be
+    changed."""
     try:
         memory.append(memory.pop())
     except BufferError:
@@ -5351,12 +5417,12 @@ def is_unused(memory: bytearray) -> bool:
 
 
 class ReceiveBuffer:
-    """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
-    tells.
-
-    The reader receives into `room()` and tells `took(n)`. Small units are cut out of a staging
-    buffer, so that one system call may bring many; a large one gets a buffer of its own, received
-    into in place, which grows by what has arrived and not by what was promised.
+    """Splits a stream of bytes into units. A unit is a head of fixed size and a body whose length
+    the head contains.
+    The reader receives into `get_buffer()` and reports the number of bytes to `buffer_updated()`.
+    Small units are cut out of a staging buffer, so that one system call may bring many of them. A
+    large unit gets a buffer of its own, into which it is received directly and which grows with the
+    bytes that have arrived, not with the length that the head announces.
     """
     STAGING = 256 * 1024
     # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
@@ -5376,16 +5442,16 @@ class ReceiveBuffer:
 
     @property
     def coming(self) -> int:
-        """Bytes of the unit that has begun and is not whole; -1 if its head is not there."""
+        """The length in bytes of the unit that is incomplete; -1 if its head has not arrived."""
         return self._body_size
 
     def measure(self, head: bytes) -> int:
-        """Length of the body that follows `head`; may raise to refuse it. May set `_head` to what
-        it has read there."""
+        """Return the length of the body that follows `head`. The method may raise to refuse the
+        unit, and may set `_head` to what it has decoded."""
         raise NotImplementedError
 
     def get_buffer(self) -> memoryview:
-        """Where to receive next; never empty."""
+        """Return the buffer for the next bytes; it is never empty."""
         if self._large is None:
             return self._view[self._end:]
         if self._filled == len(self._large):
@@ -5405,7 +5471,8 @@ class ReceiveBuffer:
 
     @classmethod
     def _memory(cls, size: int) -> memoryview:
-        """Memory for so many bytes: what was used before and nobody looks at any more, or new."""
+        """Return memory of this size: a used buffer to which nothing refers any more, or new
+        memory."""
         with contextlib.suppress(IndexError):   # there is none, or another thread has taken it
             used = cls._used.popleft()
             if len(used) >= size and is_unused(used):
@@ -5417,7 +5484,7 @@ class ReceiveBuffer:
         return memoryview(new)
 
     def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
-        """Note that `count` bytes were received; return the units (head, body) that are whole
+        """Note that `count` bytes were received. Returns the units (head, body) that are complete
         now."""
         if self._large is None:
             self._end += count
@@ -5477,9 +5544,9 @@ TAIL_TAG = 32
 
 
 class FrameEncoder:
-    """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
-    numbered, the number not sent. Under TLS payloads have no tag if both sides have agreed on
-    that."""
+    """Encodes messages as frames of one direction: header 16 bytes, its tag 16, payload, tag 32.
+    Frames are numbered, and the number is not sent. Under TLS, payloads have no tag if both sides
+    have agreed on that."""
 
     @property
     def sealed(self) -> int:
@@ -5488,7 +5555,7 @@ class FrameEncoder:
 
     def __init__(self, key: bytes, tags_payloads: bool = True,
                  version: int = VERSIONS[1]) -> None:
-        """`version` is the minor version that the other side speaks."""
+        """`version` is the minor version of the protocol that the other side speaks."""
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
@@ -5499,8 +5566,8 @@ class FrameEncoder:
             self._encode = functools.partial(encode_for, version)
 
     def seal(self, message: Any) -> List[Buffer]:
-        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
-        too large."""
+        """Return a frame as buffers that are to be sent one after the other. Raises ValueError if
+        the frame would be too large."""
         op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
@@ -5531,9 +5598,9 @@ class FrameEncoder:
 
 
 class FrameDecoder(ReceiveBuffer):
-    """Turns frames of one direction into messages. The length is believed only after the header's
-    tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
-    of no use then."""
+    """Decodes frames of one direction. The length is used only after the tag of the header was
+    verified, and the payload is decoded only after its own tag was verified. Raises PeerError,
+    after which the link is unusable."""
 
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES,
                  tags_payloads: bool = True) -> None:
@@ -5573,7 +5640,7 @@ class FrameDecoder(ReceiveBuffer):
         return size + self._tail  # type: ignore[no-any-return]
 
     def open(self, head: bytes, body: memoryview) -> Any:
-        """Return the message of a whole frame."""
+        """Return the message in a complete frame."""
         header = head[:_FRAME.size]
         payload = body
         if self._tail:
@@ -5671,15 +5738,16 @@ OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED,
 
 
 class MemorySegment:
-    """Memory in which a value goes to another process, by its descriptor. The value is written to
-    it once, as pieces; stores into a mapping would end this process where there is no more memory.
-    Then it is sealed: nobody can change it, which a private mapping would show, or cut it short,
-    which would end whoever reads it. It is not used again, and is gone with its last descriptor and
-    mapping, whoever was killed before that."""
+    """Memory in which a value is passed to another process, by its descriptor. The value is written
+    to the segment once, with write(); stores into a mapping would kill this process if the memory
+    is exhausted. Then the segment is sealed: nobody can change it, which a private mapping would
+    show, or truncate it, which would kill a reader. A segment is not reused, and the system frees
+    it with its last descriptor and mapping, whichever process was killed before."""
     NAME = 'dispy-value'
 
     def __init__(self, payload: Payload) -> None:
-        """For this value. It is made when it is filled."""
+        """`value` is the value that the segment will contain. The memory is allocated when it is
+        filled."""
         self.payload = payload
         self.is_whole = False
         self.is_begun = False
@@ -5690,8 +5758,8 @@ class MemorySegment:
             self._left.append(view.cast('B'))
 
     def fill(self, most: int) -> int:
-        """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
-        where there is no room or no descriptor."""
+        """Write at most this many bytes of the value. Returns how many were written. Raises OSError
+        if there is no memory or no descriptor."""
         if not self.is_begun:
             self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.is_begun = True
@@ -5725,7 +5793,7 @@ class MappedSegment(mmap.mmap):
 
 
 class _NotReceived:
-    """Stands for a value that has come without its segment. Who opens it gets an error."""
+    """Represents a value that arrived without its segment. Opening it raises an error."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -5741,9 +5809,10 @@ def _raise_shortage(text: str) -> NoReturn:
 
 
 class SegmentIntake:
-    """The descriptors of memory segments that have come on a pipe, in the order of the records to
-    which they belong. Some of these are mapped; where many are in use, as in a program that keeps
-    its results, others are read: a mapping holds a descriptor (before Python 3.13)."""
+    """The descriptors of memory segments that have arrived on a pipe, in the order of the records
+    to which they belong. Segments are mapped; if many are in use, as in a program that keeps its
+    results, further ones are read instead, since a mapping holds a descriptor (before Python
+    3.13)."""
     WAITING_MOST = 64     # descriptors whose records have not come
     ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
     _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
@@ -5752,7 +5821,7 @@ class SegmentIntake:
         self._handles: Deque[int] = collections.deque()
 
     def came(self, ancillary: Sequence[Tuple[int, int, bytes]], flags: int) -> None:
-        """Take what came beside some bytes. Raises PeerError."""
+        """Take the descriptors that came with some bytes. Raises PeerError."""
         handles = array.array('i')
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
@@ -5768,7 +5837,7 @@ class SegmentIntake:
             raise PeerError('descriptors that belong to nothing')
 
     def take(self, size: int) -> memoryview:
-        """The value of this size in the next segment. Raises PeerError, MemoryError."""
+        """Return the value of this size in the next segment. Raises PeerError or MemoryError."""
         if not self._handles:
             raise PeerError('a value that has not come')
         handle = self._handles.popleft()
@@ -5805,7 +5874,7 @@ class SegmentIntake:
         return view
 
     def close(self) -> None:
-        """Close the descriptors that nobody has taken."""
+        """Close the descriptors that were not used."""
         while self._handles:
             handle = self._handles.popleft()
             if handle >= 0:
@@ -5813,31 +5882,31 @@ class SegmentIntake:
 
 
 def goes_in_segment(payload: Payload) -> bool:
-    """Whether a value passes to or from a worker in a memory segment: if it has buffers beside its
-    pickle, which are used where they lie. What stands in the pickle is copied when it is opened,
-    and through the pipe it comes as fast."""
+    """Return whether a value passes to or from a worker in a memory segment: it does if it has
+    out-of-band buffers, which are used in place. The contents of the pickle itself are copied when
+    it is opened, and a pipe transfers these as fast."""
     if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
         return False
     return payload[0][0] == 1
 
 
 def is_read(sock: socket.socket) -> bool:
-    """Whether the other side has read nearly all that was sent. Otherwise memory segments would
-    gather there without bound."""
+    """Return whether the other side has read nearly all that was sent. Otherwise memory segments
+    would accumulate without bound."""
     answer = fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
     return int.from_bytes(answer, sys.byteorder) < SEGMENTS_UNREAD
 
 
 def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
                    second: Buffer = b'', third: Buffer = b'') -> bytes:
-    """A record whose first body is in a memory segment, which is to be sent with it."""
+    """Return a record whose first body is in a memory segment, which must be sent with it."""
     size = size_of(first)
     head = _RECORD.pack(kind, 1, number, serial, start, end, size, len(second), len(third))
     return b''.join((head, second, third))
 
 
 class Record(NamedTuple):
-    """A record that was taken apart."""
+    """A decoded record."""
     kind: int
     number: int
     serial: int
@@ -5848,7 +5917,7 @@ class Record(NamedTuple):
 
 def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
-    """A record as buffers to be written one behind the other."""
+    """Return a record as buffers that are to be written one after the other."""
     if type(first) is tuple:
         size = size_of(first)
     else:
@@ -5861,7 +5930,8 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
 
 
 class RecordBuffer(ReceiveBuffer):
-    """Bytes to records. With `limits`, FROM_WORKER or FROM_RUNNER, raises PeerError for others."""
+    """Splits bytes into records. With `limits` (FROM_WORKER or FROM_RUNNER), it raises PeerError
+    for other kinds of records."""
 
     def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
@@ -5882,7 +5952,8 @@ class RecordBuffer(ReceiveBuffer):
         return one + two + three
 
     def records(self, count: int) -> List[Record]:
-        """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
+        """Note that `count` bytes were received. Returns the records that are complete now. Raises
+        PeerError."""
         buffer_updated = self.buffer_updated(count)
         records: List[Record] = []
         for head, body in buffer_updated:
@@ -5890,8 +5961,8 @@ class RecordBuffer(ReceiveBuffer):
         return records
 
     def record_of(self, head: Tuple[Any, ...], body: memoryview) -> Record:
-        """The record of which these are the head and the bodies. Raises PeerError for a segment
-        that is none."""
+        """Return the record with this head and these bodies. Raises PeerError if a segment is
+        missing."""
         kind, in_segment, number, serial, start, end, one, two, three = head
         if in_segment:
             segment = self.segments.take(one)
@@ -5911,7 +5982,8 @@ NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
 
 
 def is_link(path: str) -> bool:
-    """Whether a path is a symbolic link or, on Windows, a junction, which leads elsewhere, too."""
+    """Return whether a path is a symbolic link or, on Windows, a junction, which also leads
+    elsewhere."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -5925,7 +5997,8 @@ _JUNCTION = 0xa0000003   # IO_REPARSE_TAG_MOUNT_POINT of winnt.h
 
 
 def _means_something_else(part: str) -> bool:
-    """Whether Windows takes a part of a name for a device, or has no file of that name."""
+    """Return whether Windows takes a part of a name for a device, or cannot have a file of that
+    name."""
     if set(part) & set('<>"|?*'):
         return True
     if part[-1] in ' .':
@@ -5935,7 +6008,7 @@ def _means_something_else(part: str) -> bool:
 
 
 def check_apart(names: Iterable[str]) -> None:
-    """Raise ValueError for two names that would be one file here."""
+    """Raise ValueError if two names would be the same file here."""
     seen: Dict[str, str] = {}
     for name in names:
         folded = unicodedata.normalize('NFC', name).casefold()
@@ -5951,8 +6024,8 @@ def check_apart(names: Iterable[str]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 def check_name(name: str) -> Tuple[str, ...]:
-    """The parts of a file name from outside. Raises ValueError for one that could climb out or
-    surprise."""
+    """Return the parts of a file name from outside. Raises ValueError for a name that leaves the
+    directory or has a special meaning."""
     name_parts = name.split('/')
     parts = tuple(name_parts)
     if len(parts) > 32:
@@ -5980,8 +6053,8 @@ _WALKS = os.open in os.supports_dir_fd and hasattr(os, 'O_NOFOLLOW')
 
 @contextlib.contextmanager
 def _parent_of(root: str, parts: Sequence[str]) -> Any:
-    """The directory of a file below root, made where missing, links not followed: (prefix, dir_fd)
-    to use it by."""
+    """Return (prefix, dir_fd) for access to the directory of a file below root. Missing directories
+    are created, and links are not followed."""
     if not _WALKS:
         path = root
         for part in parts[:-1]:
@@ -6006,8 +6079,8 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
 
 
 def move_below(path: str, root: str, name: str) -> None:
-    """Move a file to the place that `name` has below a directory; links are not followed. Raises
-    OSError, or ValueError for a name that climbs out."""
+    """Move a file to the path `name` below a directory; links are not followed. Raises OSError, or
+    ValueError for a name that leaves the directory."""
     parts = check_name(name)
     parent = _parent_of(root, parts)
     with parent as (prefix, handle):
@@ -6016,8 +6089,8 @@ def move_below(path: str, root: str, name: str) -> None:
 
 
 def open_regular(path: str) -> Any:
-    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a
-    FIFO waits for its other end, and a device may never come to its end; OSError."""
+    """Open a file for reading. Raises ValueError at once if it is not a regular file, because
+    opening a FIFO waits for its other end and a device may be endless. Raises OSError."""
     o_nonblock = getattr(os, 'O_NONBLOCK', 0)
     o_binary = getattr(os, 'O_BINARY', 0)
     o_cloexec = getattr(os, 'O_CLOEXEC', 0)
@@ -6033,7 +6106,7 @@ def open_regular(path: str) -> Any:
 
 
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Return size and SHA-256 of a file. Raises what `open_regular` raises."""
+    """Return size in bytes and SHA-256 of a file. Raises what `open_regular` raises."""
     digest = hashlib.sha256()
     size = 0
     with open_regular(path) as file:
@@ -6044,9 +6117,9 @@ def file_digest(path: str) -> Tuple[int, bytes]:
 
 
 class Digests:
-    """Digests of large files that were there before, remembered by what the system says of a file:
-    they take minutes, in which no loop may stand still. Any thread: each entry is replaced as a
-    whole."""
+    """Caches the digests of large files that already exist, by the metadata of each file: computing
+    them takes minutes, during which no loop may block. Any thread may use it: each entry is
+    replaced as a whole."""
     INLINE = 16 << 20    # bytes that are digested at once
     MOST = 4096          # that are remembered
     _known: Dict[str, Tuple[tuple, bytes]] = {}
@@ -6073,8 +6146,8 @@ class Digests:
 
     @classmethod
     def unknown(cls, root: str, rows: Sequence[tuple]) -> List[str]:
-        """Paths of files that are there, as large as announced, and would have to be digested; none
-        if that is soon done."""
+        """Return the paths of files that exist, have the announced size, and would have to be
+        digested; the result is empty if that takes little time."""
         paths = []
         total = 0
         for name, size, _, _ in rows:
@@ -6092,17 +6165,18 @@ class Digests:
 
     @classmethod
     def learn(cls, paths: Sequence[str]) -> None:
-        """Find out the digests of these. Runs in a thread of its own."""
+        """Compute the digests of these files. This runs in a thread of its own."""
         for path in paths:
             with contextlib.suppress(OSError):   # who compares it will find out
                 cls.of(path)
 
 
 class IncomingFile:
-    """One file on its way in: a temporary name until size and digest are right. `scratch` is a
-    directory where it lies until then, which is removed with its computation; without one, it lies
-    beside its place. With `sync` it is on the disk when it is in its place: files of a computation
-    need not be, as each is compared before it is used again."""
+    """A file that is being received: it has a temporary name until size and digest are verified.
+    `scratch` is a directory for it during this time, which is removed with its computation; without
+    one, the file is next to its destination. If `sync` is true, the file is flushed to the disk
+    before it is moved to its destination; files of a computation need not be, because they are
+    compared before they are used again."""
 
     def __init__(self,
                  root: str,
@@ -6140,7 +6214,7 @@ class IncomingFile:
 
     @staticmethod
     def _is_near(scratch: str, handle: Optional[int]) -> bool:
-        """Whether a file can be moved from there: both are of one file system."""
+        """Return whether a file can be renamed from there, which requires the same file system."""
         if handle is None:
             return False
         st_dev = os.stat(scratch).st_dev
@@ -6148,7 +6222,7 @@ class IncomingFile:
         return st_dev == status.st_dev
 
     def piece(self, offset: int, data: Buffer) -> bool:
-        """Write the next piece; true when the file is whole and in its place."""
+        """Write the next piece. Returns true when the file is complete and at its destination."""
         if offset != self._seen or offset + len(data) > self._size:
             text = ('a piece at %d of %d bytes does not fit a file of %d of which %d are '
                     'here' % (offset, len(data), self._size, self._seen))
@@ -6184,7 +6258,7 @@ class IncomingFile:
         return True
 
     def abort(self) -> None:
-        """Remove what came."""
+        """Remove the part that was received."""
         if self._file >= 0:
             handle = self._file
             self._file = -1
@@ -6204,15 +6278,15 @@ TOO_LARGE = '%s has %d bytes and the node takes %d at most (its --max-file-size)
 
 
 def check_size(name: str, size: int, most: int, text: str = TOO_LARGE) -> None:
-    """Raise ValueError for a file that is larger than what is allowed."""
+    """Raise ValueError for a file that is larger than the limit."""
     if size > most:
         raise ValueError(text % (name, size, most))
 
 
 def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
-    """Offset and content of each piece of a file; `source` is a path, the content, or an object
-    whose method `read` returns the content. What is a memoryview is not copied. Raises OSError if
-    it cannot be read or has become shorter than `size`."""
+    """Yield offset and content of each piece of a file; `source` is a path, the content, or an
+    object whose method `read` returns the content. The content of a memoryview is not copied.
+    Raises OSError if the file cannot be read or has become shorter than `size`."""
     if isinstance(source, memoryview):
         for offset in range(0, size, FILE_PIECE):
             yield offset, source[offset:offset + FILE_PIECE]
@@ -6230,15 +6304,15 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
 
 
 class NoRoom(OSError):
-    """Files that were announced do not fit."""
+    """There is not enough room for the files that were announced."""
     errno = errno.ENOSPC
 
 
 class FileReceiver:
-    """The files that come for one computation, each into the directory of its purpose. Files that
-    are there already with the right size and digest are not asked for. `too_large` is the text for
-    files of more than `most` bytes; `where` begins the texts of all errors. Files for the purposes
-    in `sync` are on the disk when they are in their place."""
+    """Receives the files of one computation, each into the directory of its purpose. Files that
+    exist already with the right size and digest are not requested. `too_large` is the error text
+    for files of more than `most` bytes; `where` is the beginning of all error texts. Files for the
+    purposes in `sync` are flushed to the disk before they are moved to their destination."""
 
     def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
                  too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None,
@@ -6260,8 +6334,8 @@ class FileReceiver:
         self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
     def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
-        """What Need has to say to get these files. Those of this purpose that were wanted before
-        are not wanted any more. Raises ValueError or OSError."""
+        """Return the Need rows that request those of these files which are missing. They replace
+        earlier requests for this purpose. Raises ValueError or OSError."""
         root = self._roots[purpose]
         if NAMES_ARE_FOLDED and isinstance(rows, (list, tuple)):
             check_apart(row[0] for row in rows if _is_file(row))
@@ -6289,7 +6363,7 @@ class FileReceiver:
 
     @staticmethod
     def _known(root: str, parts: Sequence[str], size: int, digest: bytes) -> bool:
-        """Whether this very file is there, and not through a link."""
+        """Return whether this very file exists, and not through a link."""
         path = root
         for part in parts:
             path = os.path.join(path, part)
@@ -6302,8 +6376,8 @@ class FileReceiver:
         return Digests.of(path) == digest
 
     def piece(self, piece: FilePiece) -> bool:
-        """Take a piece; true when its file is whole and in its place. Raises ValueError or
-        OSError."""
+        """Take a piece. Returns true when its file is complete and at its destination. Raises
+        ValueError or OSError."""
         purpose = piece.purpose
         row = piece.row
         name = row[0]
@@ -6341,7 +6415,8 @@ class FileReceiver:
         return True
 
     def take(self, piece: FilePiece) -> Optional[FileStored]:
-        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        """Take a piece. Returns the answer when its file is complete or cannot be stored, else
+        None."""
         row = piece.row
         error = ''
         try:
@@ -6359,8 +6434,8 @@ class FileReceiver:
         return FileStored(*piece[:3], row[0], error)
 
     def again(self) -> List[Tuple[int, int, tuple]]:
-        """The connection on which files came has ended: drop what is half here. Returns what Need
-        has to say to get the rest; what is still on its way is not wanted any more."""
+        """Drop incomplete files, because the connection on which they came has ended. Returns the
+        Need rows that request them again; pieces that are still in transit are ignored."""
         for file in list(self._partial):
             self._partial.pop(file).abort()
         for purpose in {purpose for purpose, _ in self._wanted}:
@@ -6369,7 +6444,7 @@ class FileReceiver:
                 for (purpose, _), row in sorted(self._wanted.items())]
 
     def wants(self, *purposes: int) -> bool:
-        """Whether a file of one of these purposes has been asked for and is not there."""
+        """Return whether a file for one of these purposes was requested and is missing."""
         for purpose in purposes:
             if self._left[purpose]:
                 return True
@@ -6377,8 +6452,8 @@ class FileReceiver:
 
     def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
               name: Optional[str] = None) -> None:
-        """Remove what is half here and forget what is wanted: all, or that of a purpose, a key, a
-        name."""
+        """Remove incomplete files and forget the requests: all of them, or those of a purpose, a
+        key, a name."""
         for file in list(self._partial):
             if all(given in (None, own) for given, own in zip((purpose, key, name), file)):
                 self._partial.pop(file).abort()
@@ -6388,8 +6463,8 @@ class FileReceiver:
 
 
 def replace_file(path: str, place: str) -> None:
-    """Move a file to its place. On Windows this is tried again while somebody, such as a virus
-    scanner, has one that is there open. Raises OSError."""
+    """Move a file to its destination. On Windows this is repeated while another process, such as a
+    virus scanner, has the existing file open. Raises OSError."""
     for _ in range(10 * IS_WINDOWS):
         try:
             return os.replace(path, place)
@@ -6401,8 +6476,8 @@ def replace_file(path: str, place: str) -> None:
 
 @contextlib.contextmanager
 def replaced(path: str, end: str = '.part') -> Iterator[str]:
-    """The name of a file that takes the place of another when it was written whole. It is removed
-    when that fails. Raises OSError."""
+    """Provide the name of a temporary file that atomically replaces another one at the end of the
+    `with` block. It is removed if this fails. Raises OSError."""
     temporary = path + end
     try:
         yield temporary
@@ -6414,7 +6489,8 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """A text with its control characters, and what cannot be encoded, written out."""
+    """Return a text in which control characters, and characters that cannot be encoded, are
+    escaped."""
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
@@ -6426,9 +6502,10 @@ def take_own_directory(path: str,
                        known: Sequence[str],
                        option: str,
                        mode: int = 0o700) -> None:
-    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there
-    may be removed. One that has other things in it, and was not begun by an earlier version, which
-    the files `known` tell, is refused. Raises StartError, OSError."""
+    """Create or take a directory for the exclusive use of this process, with a file `mark` in it:
+    everything in a directory with the mark may be removed. A directory with other contents is
+    refused, unless it is that of an earlier version, which is recognized by the files `known`.
+    Raises StartError or OSError."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(path, mode=0o700)
     status = os.lstat(path)
@@ -6450,7 +6527,7 @@ def take_own_directory(path: str,
 
 
 def default_directory(port: int) -> str:
-    """Where the node at this port keeps its files when nothing else is said."""
+    """Return the default directory for the files of the node at this port."""
     if hasattr(os, 'getuid'):
         user: Union[int, str] = os.getuid()
     else:
@@ -6459,8 +6536,8 @@ def default_directory(port: int) -> str:
 
 
 def machine() -> str:
-    """What this machine is known by while it runs; empty where nothing tells. Containers of one
-    machine have the same."""
+    """Return an identifier of this machine since its boot; it is empty if there is none. Containers
+    on one machine have the same identifier."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()
@@ -6481,8 +6558,8 @@ def _try_lock(file: Any, shared: bool = False) -> None:
 
 
 def lock_file(file: Any) -> None:
-    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
-    lock for a moment, so that it is tried several times. Raises OSError."""
+    """Lock a file until it is closed or the process ends. A process that tests the lock holds it
+    for a moment; therefore this tries several times. Raises OSError."""
     for left in reversed(range(5)):
         try:
             return _try_lock(file)
@@ -6493,8 +6570,8 @@ def lock_file(file: Any) -> None:
 
 
 def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the
-    process ends."""
+    """Take the lock file, or raise StartError that names the process which holds it. The system
+    releases the lock when the process ends."""
     file = open(path, 'a+')
     try:
         lock_file(file)
@@ -6516,7 +6593,7 @@ def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
 
 
 def write_private(path: str, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
+    """Write a file that only this user may read, atomically."""
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     folder = os.path.dirname(path)
@@ -6531,8 +6608,9 @@ def write_private(path: str, data: bytes) -> None:
 
 
 def ask_psutil(question: Callable[[Any], Any]) -> Any:
-    """What `question(psutil)` returns; None where psutil is not installed or cannot tell. psutil
-    may raise anything, such as RuntimeError where Windows has its performance counters disabled."""
+    """Return the result of `question(psutil)`; None if psutil is not installed or cannot tell.
+    psutil may raise anything, such as RuntimeError if the performance counters of Windows are
+    disabled."""
     try:
         import psutil
         return question(psutil)
@@ -6544,8 +6622,8 @@ def ask_psutil(question: Callable[[Any], Any]) -> Any:
 
 
 def memory_of(pid: int) -> int:
-    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor
-    psutil)."""
+    """Return the resident bytes of a process and its descendants; 0 if they cannot be determined
+    (there is neither /proc nor psutil)."""
     try:
         with open('/proc/%d/statm' % pid) as file:
             contents = file.read()
@@ -6568,9 +6646,10 @@ def memory_of(pid: int) -> int:
 
 
 def start_of(pid: int, zombie: bool = True) -> str:
-    """When a process began, in whatever unit tells it from another that gets its number; '' if
-    there is none, or if that cannot be told. `zombie`: one that has ended and waits to be reaped
-    counts. See proc(5)."""
+    """Return the start time of a process, in a unit that only serves to distinguish it from another
+    process with the same PID. The result is '' if there is no such process or the time cannot be
+    determined. With `zombie`, a process that has ended and was not reaped counts as well. See
+    proc(5)."""
     try:
         with open('/proc/%d/stat' % pid, 'rb') as file:
             # The name before it may hold anything
@@ -6592,7 +6671,7 @@ def _start_told(process: Any, zombie: bool) -> str:
 
 
 def is_child(pid: int, parent: int) -> bool:
-    """Whether a process is a child of another; false where nothing tells it."""
+    """Return whether a process is a child of another one; false if this cannot be determined."""
     return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
 
 
@@ -6600,9 +6679,9 @@ RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns i
 
 
 def runner_start(handle: int) -> None:
-    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket, -1
-    where that comes through stdin. It puts back what it has inherited of signals: a program may
-    block or ignore them."""
+    """Run a runner process, which `subprocess` has started; `handle` is the descriptor of its
+    socket, -1 if the socket comes through stdin. Signal settings that were inherited are reset: a
+    program may block or ignore signals."""
     user = os.environ.pop(RUNNER_USER, None)
     absolute_path = os.path.abspath(__file__)
     sys.argv[:] = [absolute_path]
@@ -6621,7 +6700,7 @@ def runner_start(handle: int) -> None:
 # -- addresses -------------------------------------------------------------------------------------
 
 def plain_address(address: str) -> str:
-    """An address as people write it: IPv4 behind IPv6 as IPv4."""
+    """Return an address as people write it; an IPv4 address mapped to IPv6 is returned as IPv4."""
     if address.startswith('::ffff:'):
         if '.' in address:
             return address[7:]
@@ -6629,9 +6708,9 @@ def plain_address(address: str) -> str:
 
 
 def address_in(where: Tuple[Any, ...]) -> str:
-    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1)
-    means something with the interface only: fe80::1%eth0. Raises OSError while no descriptor is
-    left."""
+    """Return the address in a socket address, for people and for connecting. A link-local address
+    (fe80::1) is meaningful with its interface only: fe80::1%eth0. Raises OSError while no
+    descriptor is free."""
     address = plain_address(where[0])
     if len(where) == 4:
         if where[3] and '%' not in address:
@@ -6640,7 +6719,7 @@ def address_in(where: Tuple[Any, ...]) -> str:
 
 
 def is_own_address(address: str) -> bool:
-    """Whether this machine has the address."""
+    """Return whether this machine has the address."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0,
                                                        socket.AI_NUMERICHOST)[0]
@@ -6652,14 +6731,14 @@ def is_own_address(address: str) -> bool:
 
 
 def format_address(host: str, port: int) -> str:
-    """Write a host and a port for people: IPv6 addresses in brackets."""
+    """Return a host and a port as people write them, with IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
 
 
 def nearest_address(addresses: Sequence[str], to: str) -> str:
-    """Of several addresses of one host the one to tell the host `to`: of its family, with most
-    leading bits in common; empty if there is none. An address of this very machine is told to this
-    machine only."""
+    """Return the one of several addresses of a host that is to be told to the host `to`: of the
+    same family, with the longest common prefix; the result is empty if there is none. An address of
+    this machine is told to this machine only."""
     if not addresses:
         return ''
     try:
@@ -6691,7 +6770,7 @@ LATE_PASSING = sys.platform == 'darwin'
 
 
 def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
+    """Return two connected sockets. On Windows they are TCP sockets. Raises OSError."""
     pair = socket.socketpair()
     for sock in pair:
         set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
@@ -6700,8 +6779,9 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0) -> Tuple[
         bytes, Optional[socket.socket]]:
-    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
-    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
+    """Return the record with which a socket is passed to a process, and the socket if it is to be
+    sent with it; on Windows the record contains the socket. `take_socket` is the counterpart.
+    Raises OSError."""
     if hasattr(socket, 'SCM_RIGHTS'):
         return pack_record(kind, number)[0], sock  # type: ignore[return-value]
     shared = sock.share(pid)  # type: ignore[attr-defined]
@@ -6710,9 +6790,9 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
 
 def send_with(sock: socket.socket, buffers: Sequence[Buffer],
               passing: Union[socket.socket, MemorySegment]) -> int:
-    """Send bytes and a descriptor with the first of them. Raises OSError, which is BlockingIOError
-    if it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
-    has one for many sockets under way."""
+    """Send bytes, and a descriptor with the first of them. Raises OSError; BlockingIOError means
+    that it is to be tried again: macOS has an error of its own for a receiver that is full, and
+    Linux has one for too many sockets in flight."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
     try:
@@ -6724,7 +6804,7 @@ def send_with(sock: socket.socket, buffers: Sequence[Buffer],
 
 
 def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
-    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
+    """Return the socket that came in a record, or as a descriptor with it. Raises OSError."""
     if not hasattr(socket, 'SCM_RIGHTS'):
         return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
     handle = handles.popleft()
@@ -6735,22 +6815,23 @@ def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
 
 
 def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
-    """Set an option that a socket can do without. Python may lack the constant, and where Python
-    has it the system may not know the option."""
+    """Set a socket option that is not essential. Python may lack the constant, or the system may
+    not support the option."""
     if hasattr(socket, name):
         with contextlib.suppress(OSError):   # it works without
             sock.setsockopt(level, getattr(socket, name), value)
 
 
 def claim_port(sock: socket.socket) -> None:
-    """Have the port of a listening socket for this process alone. On Windows another one could bind
-    the same, and would get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE"."""
+    """Reserve the port of a listening socket for this process. On Windows another process could
+    bind the same port and get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE" in
+    Microsoft's documentation."""
     set_option(sock, socket.SOL_SOCKET, 'SO_EXCLUSIVEADDRUSE', 1)
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
-    can be set."""
+    """Set the options of every TCP link: no delay of small frames, and keep-alive of 15/5/3 s if
+    the system supports that."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
     for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
@@ -6774,8 +6855,9 @@ STALLS = {   # what `stall_of` returns -> what is said
 
 
 def stall_of(sock: Any, silence: float, pulse: float) -> str:
-    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s,
-    although the way is there: 'sent', 'received' or ''. Only Linux tells; elsewhere ''."""
+    """Return whether the network loses packets of a connection on which nothing was received for
+    `silence` s, although the route works: 'sent', 'received' or ''. Linux alone can tell; elsewhere
+    the result is ''."""
     if not sys.platform.startswith('linux'):
         return ''
     try:
@@ -6935,18 +7017,19 @@ class Channel:
 
 
 def unfit_text(size: int, text: str) -> str:
-    """What is said of arguments for which there is no room."""
+    """Return the error text for arguments for which there is no memory."""
     return 'arguments of %d bytes cannot be taken: %s: send a file (depends)' % (size, text)
 
 
 def limit_text(where: str) -> str:
-    """Why a value over the limit of this process is not taken."""
+    """Return the error text for a value that exceeds the limit of this process."""
     return 'the limit for one value is %d (%s, --max-value)' % (VALUE_MOST, where)
 
 
 def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
-    """What stands for a message of one job that came in one frame, and whose arguments are over the
-    limit all the same: it is a lower one than the default. What is large comes alone."""
+    """Return the replacement for a message with one job, which came in one frame, if its arguments
+    exceed the limit all the same: this happens if the limit is lower than the default. Larger
+    arguments come in a message of their own."""
     payload = message.rows[0][1]
     size = size_of(payload)
     if size > VALUE_MOST:
@@ -6956,13 +7039,13 @@ def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
 
 
 def unfit_row(message: Unfit) -> tuple:
-    """The row of Results of a job for whose arguments there is no room."""
+    """Return the row of Results of a job for whose arguments there is no memory."""
     return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
 
 
 class IncomingValue:
-    """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
-    is passed over."""
+    """A row of Jobs or Results that comes in parts. `place` receives its payload; without one, the
+    payload is skipped."""
     __slots__ = ('kind', 'row', 'total', 'seen', 'place')
 
     def __init__(self, row: tuple, total: int) -> None:
@@ -6974,13 +7057,13 @@ class IncomingValue:
 
     @property
     def copies(self) -> int:
-        """How often it is in memory until it can be used."""
+        """How many copies of the payload are in memory until it can be used."""
         if self.kind is Jobs:
             return ARGUMENTS_COPIED
         return RESULTS_COPIED
 
     def message(self, comp: str) -> Any:
-        """What has come, when it is whole. Raises PeerError."""
+        """Return the message that has come, when it is complete. Raises PeerError."""
         if self.kind is Jobs:
             at = 1
         else:
@@ -6993,14 +7076,14 @@ class IncomingValue:
 
 
 class InMemory:
-    """Memory for a value, which is taken as the value comes."""
+    """Memory for a value, which is allocated as the value comes."""
 
     def __init__(self, size: int) -> None:
-        """Reserve so many bytes. Raises MemoryError."""
+        """`size` is the number of bytes to reserve. Raises MemoryError."""
         self._view = mapped(size)
 
     def add(self, offset: int, data: Buffer) -> None:
-        """These bytes have come. Raises OSError if they find no room."""
+        """Append these bytes. Raises OSError if there is no room for them."""
         self._view[offset:offset + len(data)] = data
 
     def whole(self) -> memoryview:
@@ -7008,24 +7091,24 @@ class InMemory:
         return self._view
 
     def drop(self) -> None:
-        """It is not wanted any more."""
+        """Free the memory, because the value is not wanted any more."""
 
 
 class Values:
-    """What comes in parts on the links of a loop, one value at a time of each computation. One for
-    which there is no room is refused when it begins, with a text for its job, and passed over. The
-    loop's thread."""
+    """The values that come in parts on the links of a loop, one value at a time of each
+    computation. A value for which there is no room is refused when it begins, with a text for its
+    job, and its parts are skipped. The loop's thread uses this class."""
 
     def __init__(self, where: str, log: logging.Logger) -> None:
-        """`where` tells whose memory it is, for people."""
+        """`where` is the text that tells people whose memory it is."""
         self.where = where
         self._log = log
         # (link, computation) -> what comes
         self._coming: Dict[Tuple[int, str], IncomingValue] = {}
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
-        """The message that is whole with this part; what stands for one for which there is no room;
-        or None. Raises PeerError."""
+        """Take a part. Returns the message that is complete with this part, or the replacement for
+        one for which there is no room, or None. Raises PeerError."""
         key = (link, part.comp)
         buffers = pieces_of(part.data)
         refused = None
@@ -7070,7 +7153,8 @@ class Values:
         return None
 
     def find_place(self, value: IncomingValue) -> Any:
-        """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
+        """Return the place that will receive a value. Raises MemoryError or OSError if there is no
+        room."""
         free = free_memory()
         needed = value.copies * value.total + LAZY
         if free is not None:
@@ -7083,7 +7167,8 @@ class Values:
         return InMemory(value.total)
 
     def _refuse(self, comp: str, value: IncomingValue, text: str) -> Any:
-        """What stands for a value for which there is no room. The rest of it is passed over."""
+        """Return the replacement for a value for which there is no room. The rest of the value is
+        skipped."""
         if value.place is not None:
             value.place.drop()
             value.place = None
@@ -7100,7 +7185,8 @@ class Values:
         return Results(comp, [refused])
 
     def drop(self, link: int, comp: Optional[str] = None) -> None:
-        """What comes of a computation is not wanted any more; None: the link has ended."""
+        """Discard what has come of a computation, because it is not wanted any more; with None,
+        discard everything, because the link has ended."""
         for key in [key for key in self._coming if key[0] == link and comp in (None, key[1])]:
             value = self._coming.pop(key)
             if value.place is not None:
@@ -7306,7 +7392,8 @@ class Link(Channel):
 
 
 def _payload_as_received(payload: Any) -> Any:
-    """A payload that an envelope may carry, as it is when it was received."""
+    """Return a payload in the form that it has after it was received, from the form that an
+    envelope carries."""
     if type(payload) is bytes:
         return payload
     if type(payload) is tuple:
@@ -7589,7 +7676,7 @@ class Pipe(Channel):
 
 
 class Faults:
-    """Counts the faults of a loop for which nothing that it serves was to blame."""
+    """Counts the faults of a loop that nothing which the loop serves has caused."""
     # Faults, s
     MOST = 50
     WITHIN = 1.0
@@ -7598,7 +7685,8 @@ class Faults:
         self._times: Deque[float] = collections.deque(maxlen=self.MOST)
 
     def are_many(self, now: float) -> bool:
-        """Count one more; whether MOST have come within the last WITHIN seconds."""
+        """Count one more fault. Returns whether MOST of them occurred within the last WITHIN
+        seconds."""
         self._times.append(now)
         if len(self._times) != self.MOST:
             return False
@@ -7612,9 +7700,9 @@ NOTED = 1 << 20               # bytes of a frame of results from which it is not
 
 
 class Refusals:
-    """Frames of jobs or results that went into links, so that it is known what was in one that the
-    other side could not use. After REFUSED_MOST such frames a job is ended, or its result is told
-    as lost: it would not come through the next time either."""
+    """Remembers the frames of jobs or results that went into links, so that it is known what was in
+    a frame that the other side could not use. After REFUSED_MOST such frames a job is ended, or its
+    result is reported as lost: the frame would not arrive the next time either."""
 
     def __init__(self) -> None:
         # link -> (numbers of the first and the last frame, computation, serials), the last of them
@@ -7623,7 +7711,7 @@ class Refusals:
         self._counts: Dict[Tuple[str, int], int] = collections.Counter()
 
     def sent(self, link: Link, frame: Any) -> None:
-        """A frame of jobs or results was sent."""
+        """Note that a frame of jobs or results was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
         first = last = link.sent - 1
         if link.later and link.goes_in_parts(frame):   # some time among others
@@ -7632,8 +7720,8 @@ class Refusals:
         frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
-        """The other side cannot use this frame. Returns (computation, serial) of what is to be
-        ended for it."""
+        """Note that the other side cannot use this frame. Returns the pairs (computation, serial)
+        that are to be ended because of it."""
         over = []
         for first, last, comp, serials in self._sent.get(link.number, ()):
             for serial in serials if first <= number <= last else ():
@@ -7644,7 +7732,7 @@ class Refusals:
         return over
 
     def forget(self, link: Link) -> None:
-        """A link has ended."""
+        """Note that a link has ended."""
         self._sent.pop(link.number, None)
 
 
@@ -8099,8 +8187,8 @@ class Loop:
 
 
 class SpoolSender:
-    """Messages that are made as links have room for them: pieces of files, and results that are on
-    the disk. The loop's thread.
+    """Messages that are created only when links have room for them: pieces of files, and results
+    that are on the disk. The loop's thread uses this class.
 
     waiting - link -> owners and their messages
     """
@@ -8110,12 +8198,12 @@ class SpoolSender:
         self.waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
 
     def add(self, link: int, owner: tuple, messages: Iterator[Any]) -> None:
-        """Send these messages when those that were added before have gone. `owner` begins with a
-        computation."""
+        """Send these messages after those that were added before. `owner` is a tuple that begins
+        with a computation."""
         self.waiting.setdefault(link, collections.deque()).append((owner, messages))
 
     def add_file(self, link: int, transfer: Tuple[str, int, int], row: tuple, source: Any) -> None:
-        """Send a file; `transfer` is its computation, purpose and key, `source` as in
+        """Send a file; `transfer` is its computation, purpose and key, and `source` is as in
         `read_pieces`."""
         pieces = read_pieces(source, row[1])
         owner = (*transfer, row[0])
@@ -8128,14 +8216,14 @@ class SpoolSender:
         self.add(link, (comp,), messages)
 
     def drop(self, comp: str) -> None:
-        """Send nothing more of a computation."""
+        """Discard everything that waits for a computation."""
         for waiting in self.waiting.values():
             for entry in [entry for entry in waiting if entry[0][0] == comp]:
                 entry[1].close()  # type: ignore[attr-defined]
                 waiting.remove(entry)
 
     def has_room(self) -> bool:
-        """Whether something can be sent now."""
+        """Return whether a message can be sent now."""
         for link in map(self._links.get, self.waiting):
             if link:
                 if link.queued < 4 * BATCH_BYTES:
@@ -8143,8 +8231,8 @@ class SpoolSender:
         return False
 
     def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
-        """Send what there is room for. Returns (link, owner, text) for what could not be read and
-        is not sent on."""
+        """Send as many messages as there is room for. Returns (link, owner, text) of each file or
+        result that could not be read and is not sent any further."""
         failed = []
         for number, waiting in list(self.waiting.items()):
             link = self._links.get(number)
@@ -8165,8 +8253,8 @@ _Value = typing.TypeVar('_Value')
 
 
 class Recent(typing.OrderedDict[_Key, _Value]):
-    """A dict of at most so many entries: the one that was set longest ago makes place for another,
-    so that others cannot fill the memory."""
+    """A dict with a bounded number of entries: when it is full, the entry that was set longest ago
+    is dropped, so that others cannot exhaust the memory."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -8182,12 +8270,12 @@ class Recent(typing.OrderedDict[_Key, _Value]):
 # -- accepting -------------------------------------------------------------------------------------
 
 class HandshakeLimiter:
-    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
-    address. When there are more, one of them makes way: of the same address, or else the oldest of
-    the network that has most of them, so that silence keeps nobody out. After five failures an
-    address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
-    within the last hour is refused nothing, but for all but a few handshakes at once. Established
-    links are not affected."""
+    """Bounds on connections that are not authenticated yet: 64 handshakes at once, 32 from one
+    address. When there are more, one of them is ended: one of the same address, or else the oldest
+    of the network that has most of them, so that silent connections keep nobody out. After five
+    failures an address is refused for 15 s, doubling up to 10 min. An address from which a peer has
+    authenticated within the last hour is never refused for failures, but is limited to few
+    handshakes at once. Established links are not affected."""
     AT_ONCE = 64
     FROM_ONE = 32
     FAILURES = 5
@@ -8207,7 +8295,7 @@ class HandshakeLimiter:
         self._proved: Recent[str, float] = Recent(self.REMEMBERED)
 
     def is_shut(self, address: str, now: float) -> bool:
-        """Whether nobody from this address is heard at present."""
+        """Return whether connections from this address are refused at present."""
         if now >= self._failed.get(address, (0, 0.0))[1]:
             return False
         proved = self._proved.get(address)
@@ -8218,8 +8306,8 @@ class HandshakeLimiter:
         return self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
-        """Whether a connection from this address may begin its handshake; each admitted one must be
-        `done`."""
+        """Return whether a connection from this address may begin its handshake; `done` must be
+        called for each one that is admitted."""
         total_open = sum(self._open.values())
         if total_open >= self.AT_ONCE:
             return False
@@ -8231,8 +8319,8 @@ class HandshakeLimiter:
         return True
 
     def make_way(self, address: str, under_way: Iterable[Tuple[int, str]]) -> Optional[int]:
-        """Which of the handshakes under way, (number, address) in the order in which they began, is
-        to be ended for one from this address, which then counts as admitted."""
+        """Return which of the handshakes in progress, (number, address) in the order in which they
+        began, is to be ended in favour of one from this address, which then counts as admitted."""
         rows = list(under_way)
         if self._open[address] >= self.FROM_ONE:
             crowd = [number for number, other in rows if other == address]
@@ -8246,8 +8334,9 @@ class HandshakeLimiter:
         return crowd[0]
 
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
-        """The handshake ended; `proved` is whether the peer knew the secret, None if it did not
-        try: silence guesses nothing, and is bounded by the number of handshakes."""
+        """Note that the handshake has ended. `proved` says whether the peer knew the secret; it is
+        None if the peer did not try: silent peers guess nothing, and the number of handshakes
+        bounds them."""
         self.leave(address)
         if proved:
             self._proved[address] = now
@@ -8267,13 +8356,13 @@ class HandshakeLimiter:
         self._failed[address] = count, now + shut
 
     def leave(self, address: str) -> None:
-        """Give back the place of an admitted connection."""
+        """Release the place of an admitted connection."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
 
     def may_log(self, address: str, now: float) -> bool:
-        """Whether a line may be logged: one for each address in 10 s."""
+        """Return whether a line may be logged: one for each address in 10 s."""
         if now - self._logged.get(address, -10.0) < 10.0:
             return False
         self._logged[address] = now
@@ -8281,8 +8370,8 @@ class HandshakeLimiter:
 
 
 def network_of(address: str) -> str:
-    """Return the network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
-    addresses."""
+    """Return the network of an address: 24 bits of IPv4, 64 of IPv6, since one host may have all
+    addresses of its network."""
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
@@ -8291,15 +8380,16 @@ def network_of(address: str) -> str:
 
 
 class Authenticated(NamedTuple):
-    """A peer has proved itself. Posted by a gate."""
+    """A peer has authenticated itself. An Acceptor posts this event."""
     sock: socket.socket
     session: Session
     address: str
 
 
 class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Accepts connections on one address; each has its TLS and handshake in a thread of its own,
-    bounded by a HandshakeLimiter. A loop watches the listening socket and calls `on_readable`."""
+    """Accepts connections on one address. Each connection does its TLS and protocol handshake in a
+    thread of its own, bounded by a HandshakeLimiter. A loop watches the listening socket and calls
+    `on_readable`."""
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 128
@@ -8349,19 +8439,19 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().__init__(address, None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """As socketserver's, without its look-up of the host's name."""
+        """Do as the method of socketserver does, without looking up the name of the host."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
         claim_port(self.socket)
         super().server_bind()
 
     def on_readable(self) -> None:
-        """Somebody is there. The loop's thread."""
+        """Accept a connection. The loop's thread calls this."""
         self.handle_request()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that
-        it does not stand in the queue and keep the loop awake."""
+        """Accept a connection. If no descriptor is left, the spare one is used to accept and close
+        the connection, which would otherwise stay in the queue and keep the loop busy."""
         try:
             sock, where = super().get_request()
             address = address_in(where)
@@ -8379,7 +8469,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether this address may begin a handshake."""
+        """Return whether this address may begin a handshake."""
         address = client_address[0]
         victim = None
         with self._lock:
@@ -8408,7 +8498,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return True
 
     def _is_over(self, request: Any) -> None:
-        """A handshake is over. With the lock held."""
+        """Note that a handshake has ended. The lock must be held."""
         _, handle = self._under_way.pop(id(request), ('', None))
         if handle is None:
             return
@@ -8473,14 +8563,15 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._refused(address, text)
 
     def shutdown_request(self, request: Any) -> None:
-        """Called when the handshake is over, whatever came of it."""
+        """Close the socket if the handshake has not handed it over. socketserver calls this when
+        the handshake has ended, with success or not."""
         if id(request) in self._kept:
             self._kept.discard(id(request))
         else:
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A thread of ours failed: our own fault, to be seen."""
+        """Log an exception in a thread of a connection: this is a fault of this program."""
         logger.exception('accepting %s failed', client_address[0])
 
     def server_close(self) -> None:
@@ -8504,11 +8595,15 @@ def dial(host: str,
          patience: float = HANDSHAKE_TIME,
          allowed: Optional[Callable[[str], bool]] = None,
          segment: int = 0) -> Authenticated:
-    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls`
-    is a context of `tls_context`; `note` is told each socket as it is made, so that another thread
-    can shut it down; `patience` is for the connection, and again for the handshake. If `segment` is
-    given, packets carry at most so many bytes in both directions. Raises HandshakeError or OSError;
-    `dial_text` says it in words."""
+    """Connect, to addresses that `allowed` accepts only, and carry out TLS and the handshake. This
+    blocks and is for a thread.
+
+    `tls` is a context of `tls_context`. `note` is called with each socket that is created, so that
+    another thread can shut it down. `patience` is the time in seconds for the connection, and again
+    for the handshake. `segment`, if given, is the largest number of bytes that a packet carries in
+    either direction.
+
+    Raises HandshakeError or OSError; `dial_text` explains them."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None:
@@ -8562,7 +8657,7 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
 
 
 class Unreached(enum.Enum):
-    """What came of an attempt to reach a peer that has failed."""
+    """The reason why an attempt to reach a peer has failed."""
     DOWN = 'down'                    # its host is there, and nothing listens at the port
     UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
     NO_SUCH_NAME = 'no such name'
@@ -8579,7 +8674,7 @@ NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errn
 
 
 def dial_text(exc: BaseException) -> str:
-    """Why no connection came about."""
+    """Return the text that says why a connection was not made."""
     if isinstance(exc, ConnectionRefusedError):
         return 'no program listens there'
     if isinstance(exc, socket.gaierror):
@@ -8601,7 +8696,7 @@ def dial_text(exc: BaseException) -> str:
 
 
 class Failing(enum.Enum):
-    """What failures to connect may have in common although their texts differ."""
+    """What several failures to connect may have in common although their texts differ."""
     SILENT = 'there was no answer in time'
     CLOSED = 'the peer closed the connection at once'
     OTHERWISE = 'it is for other reasons'
@@ -8637,7 +8732,7 @@ def why_unreached(exc: BaseException) -> Unreached:
 
 
 class Connected(NamedTuple):
-    """`peer` was reached. Posted by the thread of a Reconnector."""
+    """`peer` was reached. The thread of a Reconnector posts this event."""
     peer: Any
     sock: Any
     session: Session
@@ -8645,7 +8740,7 @@ class Connected(NamedTuple):
 
 
 class ConnectFailed(NamedTuple):
-    """`peer` was not reached. Posted by the thread of a Reconnector."""
+    """`peer` was not reached. The thread of a Reconnector posts this event."""
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
@@ -8658,13 +8753,14 @@ def failure_to_connect(peer: Any, exc: BaseException) -> ConnectFailed:
 
 
 class Reconnector:
-    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait is
-    twice as long. The loop's thread.
+    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait
+    doubles. The loop's thread uses this class.
 
-    After the end of a connection the jobs that are there are lost if there is no other within
-    PULSES_LOST pulses. As long, attempts are short and one follows the other after a pulse at most:
-    one that was begun during a cut may never be answered, even when the cut is over, and what
-    follows it finds that out at once.
+    When a connection has ended, the jobs of the peer are lost unless another connection is made
+    within PULSES_LOST heartbeat intervals. During this time, attempts have a short time limit, and
+    the waits between them are at most one interval: an attempt that began while the network was
+    interrupted may never be answered, even after the interruption, whereas a later one succeeds at
+    once.
     """
 
     def __init__(self, first: float, most: float) -> None:
@@ -8678,7 +8774,7 @@ class Reconnector:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at it."""
+        """Return whether an attempt is in progress."""
         return self._attempt is not None
 
     def start(self,
@@ -8686,8 +8782,9 @@ class Reconnector:
               peer: Any,
               reach: Callable[[Callable[[Any], None]], Authenticated],
               attempt: 'Optional[Type[ConnectionAttempt]]' = None) -> None:
-        """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
-        posted with `peer`. `attempt` is the class of the attempt, if that is not the usual one."""
+        """Begin an attempt. `reach(note)` is `dial` with all of its arguments except `note`.
+        Connected or ConnectFailed is posted with `peer`. `attempt` is the class of the attempt, if
+        it is not ConnectionAttempt."""
         make = attempt or ConnectionAttempt
         self.due = None
         self._attempt = make(post, peer, reach)
@@ -8699,13 +8796,13 @@ class Reconnector:
             post(ConnectFailed(peer, text))
 
     def ended(self) -> None:
-        """The attempt is over: its event has come."""
+        """Note that the attempt has ended: its event has come."""
         self._attempt = None
 
     def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
-        """It failed, or the link that came of it ended after `lived` seconds: once more, later.
-        With each connection that was made the wait begins anew, unless several in a row have ended
-        at once."""
+        """Try again later, because the attempt failed, or because its link ended after it had
+        `lived` for so many seconds. Each connection that was made resets the wait, unless several
+        links in a row have ended at once."""
         if lived:
             if lived > FLAP_TIME:
                 self._flaps = 0
@@ -8719,22 +8816,23 @@ class Reconnector:
         self._wait = min(2 * self._wait, self._most)
 
     def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
-        """Return how many seconds an attempt waits. As long as jobs may be lost meanwhile that is a
-        pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
+        """Return the time limit of an attempt in seconds. While jobs may be lost, it is one
+        heartbeat interval, or the time that connection and handshake take with a peer whose round
+        trip takes `trip` s."""
         if now >= self._hurry_until:
             return HANDSHAKE_TIME
         return min(HANDSHAKE_TIME, max(1.0, pulse, TRIPS * trip))
 
     def abort(self, waits: bool = False) -> None:
-        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and
-        nothing comes of it. With `waits` it is waited for even so, as it starts a process that it
-        has to see to."""
+        """End the attempt. An attempt that waits for a name server cannot be interrupted: it is
+        abandoned, and its result is discarded. With `waits`, this method waits for the end of the
+        attempt even in that case, because the attempt starts a process and must handle it."""
         if self._attempt is not None:
             self._attempt.abort(waits)
 
 
 class ConnectionAttempt:
-    """One attempt of a Reconnector, which has a thread of its own."""
+    """One attempt of a Reconnector, with a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
                  reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
@@ -8769,7 +8867,8 @@ class ConnectionAttempt:
         raise OSError('given up')
 
     def abort(self, waits: bool) -> None:
-        """End it, and wait for its end if it has come so far that it can be woken."""
+        """End the attempt, and wait for its end if it has reached a point from which it can be
+        interrupted."""
         with self._lock:
             self._aborted = True
             sock = self._sock
@@ -8781,11 +8880,11 @@ class ConnectionAttempt:
 
 
 class SecondConnection:
-    """A second connection to a peer whose link is silent: whichever speaks first is used. The
-    loop's thread.
+    """Attempts to make a second connection to a peer whose link is silent: the one on which
+    something is received first is used. The loop's thread uses this class.
 
-    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after
-    1, 3, 7 s, a new attempt finds out at once that a cut is over.
+    Attempts are short, and one follows the other: TCP retransmits a lost packet after 1, 3, 7 s
+    only, whereas a new attempt finds out at once that an interruption is over.
     """
 
     def __init__(self, peer: Any) -> None:
@@ -8796,11 +8895,11 @@ class SecondConnection:
 
     @property
     def busy(self) -> bool:
-        """Whether an attempt is under way."""
+        """Return whether an attempt is in progress."""
         return self._dialling.busy
 
     def has_failed(self, since: float) -> bool:
-        """Whether an attempt has failed since then."""
+        """Return whether an attempt has failed since this time."""
         if self._failed_at is None:
             return False
         return self._failed_at >= since
@@ -8810,14 +8909,14 @@ class SecondConnection:
               post: Callable[[Any], None],
               reach: Callable[[Callable[[Any], None]], Authenticated],
               attempt: Optional[Type[ConnectionAttempt]] = None) -> None:
-        """One more attempt, unless there is one."""
+        """Begin an attempt, unless one is in progress."""
         if not self.busy:
             self._began = now
             self._dialling.start(post, self, reach, attempt)
 
     def ended(self, failed_at: Optional[float] = None) -> bool:
-        """Its event has come. Returns whether the next attempt may begin at once: one that was
-        refused at once has to wait."""
+        """Note that the attempt has ended: its event has come. Returns whether the next attempt may
+        begin at once; one that was refused immediately has to wait."""
         self._dialling.ended()
         self._failed_at = failed_at
         if failed_at is None:
@@ -8832,7 +8931,7 @@ class SecondConnection:
 # -- discovery -------------------------------------------------------------------------------------
 
 class DatagramType(enum.IntEnum):
-    """What a datagram says."""
+    """The meaning of a datagram."""
     QUESTION = 1   # client or scheduler, to all: who is there?
     ANSWER = 2     # node, to the asker
     HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
@@ -8840,9 +8939,14 @@ class DatagramType(enum.IntEnum):
 
 
 class Datagram(NamedTuple):
-    """What is said by UDP. `port`: TCP port of the speaker; `address`: where it can be reached, if
-    not where the datagram comes from (answers only: it depends on the asker); `instance`: its
-    process; `nonce`: new each time; `echo`: nonce of the question that is answered."""
+    """The contents of a UDP datagram.
+
+    port - the TCP port of the sender
+    address - the address at which the sender can be reached, if it is not the source of the
+    datagram; only in answers, since it depends on the receiver
+    instance - the process of the sender
+    nonce - 16 bytes that are new in each datagram
+    echo - the nonce of the question that is answered"""
     kind: int
     role: int
     port: int
@@ -8860,13 +8964,13 @@ DATAGRAM = _DATAGRAM.size
 
 
 class Discovery:
-    """The datagrams of one process: it packs its own, and believes those of others that are signed
-    and new. Who is found by them is dialled, and only the handshake decides; so a forged or
-    repeated datagram costs a connection at most.
+    """The datagrams of one process: it builds its own, and accepts those of others that are signed
+    and new. Processes that are found by datagrams are dialled, and only the handshake authenticates
+    them; therefore a forged or repeated datagram costs at most one connection.
 
-    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS
-    others, so that nobody is flooded through us and strangers take nothing from those who have the
-    secret; one address of strangers gets TOLD_MOST answers in OTHERS seconds.
+    At most LIMIT signed questions and STRANGERS others are answered in a second, so that nobody can
+    flood a third party through this process, and peers without the secret do not displace those
+    that have it. One address of such strangers gets at most TOLD_MOST answers in OTHERS seconds.
     """
     REMEMBERED = 4096
     LIMIT = 100
@@ -8902,8 +9006,8 @@ class Discovery:
         self._unknown_answers = 0
 
     def build(self, kind: DatagramType, to: str = '', echo: bytes = bytes(16)) -> bytes:
-        """A datagram of this process, new each time; for an asker's address `to` if it is an
-        answer."""
+        """Return a datagram of this process, which is new each time; `to` is the address of the
+        receiver if it is an answer."""
         nonce = os.urandom(16)
         if kind is DatagramType.QUESTION:
             self._asked.append(nonce)
@@ -8929,8 +9033,8 @@ class Discovery:
 
     def parse(self, data: bytes, source: str,
               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        """What was said, if it concerns us, and the answer to be sent to where it came from. Never
-        raises."""
+        """Return the datagram, if it concerns this process, and the answer that is to be sent to
+        its source; each may be None. This never raises."""
         if len(data) != DATAGRAM:
             return None, None
         if data[:8] != MAGIC:
@@ -8955,7 +9059,8 @@ class Discovery:
 
     def _judge(self, heard: Datagram, source: str,
                now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        """What a datagram of somebody with the secret means, and the answer to it."""
+        """Return the datagram of a process that has the secret, if it concerns this process, and
+        the answer to it."""
         if heard.kind == DatagramType.QUESTION:
             if self._role is not Role.NODE:
                 return None, None
@@ -9016,7 +9121,7 @@ class Discovery:
         return self._answered <= self.LIMIT
 
     def _may_tell(self, source: str, now: float) -> bool:
-        """Whether a stranger is answered."""
+        """Return whether a stranger gets an answer."""
         self._next_second(now)
         times = self._told_there.get(source)
         if self._unknown_answers >= self.STRANGERS:
@@ -9052,8 +9157,8 @@ def discovery_reach() -> str:
 
 
 class UdpListener(socketserver.UDPServer):
-    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
-    source, reply)`."""
+    """A UDP socket. A loop watches it and calls `on_readable`; each datagram is passed to
+    `hear(data, source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
@@ -9068,7 +9173,7 @@ class UdpListener(socketserver.UDPServer):
         super().__init__((host, port), None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Set options, bind the address, join groups."""
+        """Set options, bind the address, and join the multicast groups."""
         sock = self.socket
         if sys.platform != 'linux':   # on Linux it would bar other users' nodes
             set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
@@ -9110,18 +9215,18 @@ class UdpListener(socketserver.UDPServer):
         self._hear(data, source, reply)
 
     def on_readable(self) -> None:
-        """Something came. The loop's thread."""
+        """Receive a datagram. The loop's thread calls this."""
         self.handle_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Our own fault, to be seen."""
+        """Log an exception: this is a fault of this program."""
         logger.exception('a datagram from %s failed', client_address[0])
 
 
 def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs
-    psutil, else none. While they cannot be had, as without a descriptor, those that were there
-    before."""
+    """Return the IPv4 addresses of this host, each with the broadcast address of its network; this
+    needs psutil, without which there are none. If they cannot be determined now, as when no
+    descriptor is left, the previous result is returned."""
     global _own_addresses
     found = ask_psutil(lambda psutil: psutil.net_if_addrs())
     if found is not None:
@@ -9137,7 +9242,8 @@ _own_addresses = {}   # type: Dict[str, str]   # Python 3.7 compiles no annotati
 
 
 def interfaces() -> List[int]:
-    """Numbers of the interfaces of this host; none while no descriptor is left."""
+    """Return the numbers of the network interfaces of this host; none while no descriptor is
+    left."""
     try:
         return [index for index, _ in socket.if_nameindex()]
     except OSError as exc:
@@ -9151,9 +9257,9 @@ LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1
 
 
 class DiscoverySockets:
-    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
-    and speaks to `there`, from the first of its ports, where the answers come. The loop's
-    thread."""
+    """The UDP sockets of one process. They receive what is sent to `ports`, and send to the port
+    `there` from the first of their own ports, at which the answers arrive. The loop's thread uses
+    this class."""
 
     def __init__(self,
                  loop: Loop,
@@ -9195,16 +9301,17 @@ class DiscoverySockets:
 
     @staticmethod
     def _heard(reach: str, ports: Iterable[int]) -> List[int]:
-        """The ports to listen at. Where only one of those who listen at a port of loopback hears
-        what is said there, that is to be a node: who asks from another port keeps off."""
+        """Return the ports at which to listen. If only one of several listeners at a port of the
+        loopback interface receives a datagram, the listener must be a node: a process that asks
+        from another port does not listen there."""
         numbers = sorted(set(ports))
         if reach == 'loopback' and LOOPBACK == '127.0.0.1' and not numbers[0]:
             return [0]
         return numbers
 
     def broadcast(self, say: Callable[[], bytes]) -> None:
-        """To everybody within reach: what `say` returns, by each family anew, so that a host of
-        both answers by both."""
+        """Send the datagram that `say` returns to all hosts within reach, by IPv4 and IPv6. Each
+        family gets a new datagram, so that a host with both answers by both."""
         for ear in self.ears:
             if ear.speaks:
                 data = say()
@@ -9281,7 +9388,7 @@ LEASE_TEXT = {
 
 
 class Stage(enum.Enum):
-    """How far a computation on this node has come."""
+    """The progress of a computation on this node."""
     PREPARING = 'preparing'    # its directory is made, files are compared
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
@@ -9301,7 +9408,7 @@ STAGE_TABLE = {
 
 class ForcedEnd(NamedTuple):
     """Why a computation ends while its jobs run: a reason (see REASONS) and a text for its client,
-    and the outcome and text of the jobs that had begun."""
+    and the outcome and text for the jobs that had begun."""
     code: str
     text: str
     outcome: Outcome
@@ -9310,26 +9417,26 @@ class ForcedEnd(NamedTuple):
 
 # Events: what the shell tells the state.
 class LinkUp(NamedTuple):
-    """An authenticated link; `instance` is the client's process."""
+    """An authenticated link was made; `instance` identifies the client's process."""
     link: int
     instance: bytes
     address: str
 
 
 class LinkDown(NamedTuple):
-    """The link is gone; `on_purpose` after a Bye."""
+    """A link has ended; `on_purpose` is true after a Bye."""
     link: int
     on_purpose: bool
 
 
 class Received(NamedTuple):
-    """A message came."""
+    """A message was received."""
     link: int
     message: Any
 
 
 class DirectoryReady(NamedTuple):
-    """The directory is there; these files are missing, as in Need, or nothing is possible and
+    """The directory exists, and these files are missing, as in Need; or it cannot be used, and
     `error` says why."""
     comp: str
     missing: list
@@ -9338,13 +9445,14 @@ class DirectoryReady(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Answers WantAgain: these files are missing still, as in Need."""
+    """This answers WantAgain: these files are still missing, as in Need."""
     comp: str
     missing: list
 
 
 class ValueSought(NamedTuple):
-    """What came of FetchValue: it is missing, as in Need, or it is there, or why it cannot be."""
+    """This answers FetchValue: the value is missing, as in Need, or it is present, or the text says
+    why it is not available."""
     comp: str
     digest: bytes
     missing: list
@@ -9352,16 +9460,16 @@ class ValueSought(NamedTuple):
 
 
 class FileWritten(NamedTuple):
-    """A file is there, or could not be stored. `complete`: all that were asked for with the code
-    are there."""
+    """A file is complete, or could not be stored. `complete`: all files that were requested with
+    the code are present."""
     file: FileStored
     complete: bool
     code: str = 'transfer'   # of REASONS
 
 
 class SpoolFound(NamedTuple):
-    """When the daemon starts: results of a computation are on the disk, and when they are given
-    up."""
+    """A daemon that starts has found results of a computation on the disk, and knows when they
+    expire."""
     comp: str
     owner: bytes
     serials: list
@@ -9370,20 +9478,20 @@ class SpoolFound(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """When the daemon starts: what is known of attempts of a computation that it had."""
+    """A daemon that starts has read what is known of earlier attempts of a computation."""
     comp: str
     past: AttemptHistory
 
 
 class ResultsSpooled(NamedTuple):
-    """Results are on the disk; or, with a text, they could not be written."""
+    """Results were written to the disk or, if there is a text, could not be written."""
     comp: str
     serials: list
     error: str = ''
 
 
 class RunnerUp(NamedTuple):
-    """Code is loaded and setup has run; `notes` are for the client's log."""
+    """A runner has loaded the code, and setup has returned; `notes` are for the client's log."""
     comp: str
     notes: Sequence[str] = ()
 
@@ -9394,10 +9502,10 @@ class EndWanted(NamedTuple):
 
 
 class RunnerGone(NamedTuple):
-    """The runner has ended, or never came up; `text` says why, empty when it was told to end.
-    `unloadable`: the code of the computation cannot even be loaded here. `begun`: serials that its
-    workers are known to have begun; None: what stands first at a worker may have begun. `code`: see
-    REASONS."""
+    """The runner has ended or never became ready; `text` says why, and is empty if it was told to
+    end. `unloadable`: the code of the computation cannot even be loaded here. `begun`: the serials
+    that its workers are known to have begun; None means that the first attempt in the queue of a
+    worker may have begun. `code`: see REASONS."""
     comp: str
     text: str
     unloadable: bool = False
@@ -9406,7 +9514,7 @@ class RunnerGone(NamedTuple):
 
 
 class WorkerResults(NamedTuple):
-    """One worker has results: rows as in Results."""
+    """One worker sends results: rows as in Results."""
     worker: int
     rows: list
 
@@ -9418,21 +9526,23 @@ class WorkerFile(NamedTuple):
 
 
 class WorkerWants(NamedTuple):
-    """A job needs modules that are not here: a bundle by number, or one by name."""
+    """A job needs modules that are not on this host: a bundle by its number, or a module by its
+    name."""
     worker: int
     serial: int
     request: Any
 
 
 class Fetched(NamedTuple):
-    """What came of Fetch: these files are missing, or all are there, or why they cannot be."""
+    """This answers Fetch: these files are missing, or all are present, or the text says why they
+    are not available."""
     comp: str
     missing: list
     error: str = ''
 
 
 class WorkerPrinted(NamedTuple):
-    """Live output of a job, or a log record (stream 0)."""
+    """A job has printed something, or has made a log record (stream 0)."""
     worker: int
     serial: int
     stream: int
@@ -9441,13 +9551,13 @@ class WorkerPrinted(NamedTuple):
 
 
 class WorkerReturnedJobs(NamedTuple):
-    """The worker gave back what it had not started."""
+    """A worker has returned the attempts that it had not started."""
     worker: int
     serials: list
 
 
 class WorkerGone(NamedTuple):
-    """The worker's process ended while it ran `running` (0: nothing)."""
+    """The process of a worker has ended while it ran the attempt `running` (0: none)."""
     worker: int
     text: str
     running: int = 0
@@ -9456,45 +9566,45 @@ class WorkerGone(NamedTuple):
 
 
 class WorkerLeft(NamedTuple):
-    """The process of a worker that had resources, and was let go, has ended."""
+    """The process of a worker that had resources, and that was told to end, has ended."""
     worker: int
 
 
 class WorkerStartFailed(NamedTuple):
-    """A worker could not be started: there are no descriptors, say."""
+    """A worker could not be started, for example because no descriptors were left."""
     worker: int
     text: str
 
 
 class WorkerInitialized(NamedTuple):
-    """A worker is ready for work: the initializer has returned in it. Or that has failed with this
-    text."""
+    """A worker is ready, because the initializer has returned in it; or the initializer has failed
+    with this text."""
     worker: int
     error: str
 
 
 class Faulted(NamedTuple):
-    """A fault of ours concerns this computation: it cannot go on here."""
+    """A fault of this program concerns this computation, which cannot continue here."""
     comp: str
     text: str
 
 
 class MemoryExceeded(NamedTuple):
-    """The job used more memory than it may; its worker is being killed."""
+    """A job has used more memory than its limit; its worker is being killed."""
     worker: int
     serial: int
 
 
 class WorkerOverdue(NamedTuple):
-    """What a worker runs has run past its time, and its runner ends it: this loop had no turn
-    meanwhile."""
+    """The job of a worker has exceeded its time limit, and the runner ends it, because this loop
+    had no turn in the meantime."""
     worker: int
     serial: int
 
 
 class JobSeen(NamedTuple):
-    """A runner has looked at the job of a worker, as Look wants it. All is empty if the worker does
-    not run that any more."""
+    """A runner has inspected the job of a worker, as Look requests. All fields are empty if the
+    worker does not run this job any more."""
     worker: int
     serial: int
     stacks: str
@@ -9507,38 +9617,40 @@ class Stop(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The daemon shall end when its jobs have ended, and takes no new ones."""
+    """The daemon shall take no new jobs, and end when its jobs have ended."""
 
 
 class CallSoon(NamedTuple):
-    """Something is to be called in the thread of the loop."""
+    """A function is to be called in the thread of the loop."""
     call: Callable[[], None]
 
 
 class Pause(NamedTuple):
-    """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes
-    on, or is ended too."""
+    """This authority ('operator', 'hours') wants no new jobs to begin until it says Resume. Running
+    jobs go on, or are ended too."""
     by: str
     text: str
     end: bool = False
 
 
 class Resume(NamedTuple):
-    """The inverse; the node serves again when nobody pauses it."""
+    """An authority withdraws its Pause; the node takes jobs again when no authority has paused
+    it."""
     by: str
 
 
 class SetCpus(NamedTuple):
-    """Offer so many CPUs from now on; what runs on more of them goes on."""
+    """The node shall offer this many CPUs from now on; running jobs that exceed the number go
+    on."""
     cpus: int
 
 
 class Release(NamedTuple):
-    """Take the node from the client that holds it."""
+    """The node shall be taken from the client that holds it."""
 
 
 class Status(NamedTuple):
-    """Say how things are. Answered by Show."""
+    """The status of the node is requested. PrintStatus answers it."""
 
 
 # Actions: what the state tells the shell.
@@ -9549,13 +9661,13 @@ class Send(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A computation made the state raise; answered by Faulted."""
+    """The state has raised an exception because of a computation. The answer is Faulted."""
     comp: str
     error: BaseException
 
 
 class SpoolResults(NamedTuple):
-    """Write results, rows of a client, to the disk. Fed back as ResultsSpooled."""
+    """Write results, as rows of Results of a client, to the disk. The answer is ResultsSpooled."""
     comp: str
     owner: bytes
     rows: list
@@ -9563,7 +9675,7 @@ class SpoolResults(NamedTuple):
 
 
 class SendSpooled(NamedTuple):
-    """Send results from the disk, as the link has room."""
+    """Send results from the disk, as the link has room for them."""
     link: int
     comp: str
 
@@ -9574,97 +9686,100 @@ class Forget(NamedTuple):
 
 
 class Remember(NamedTuple):
-    """Write down what is known of attempts that are not held any more; nothing is left to be known
-    where it is empty."""
+    """Write down what is known of attempts that are not held any more; if the history is empty,
+    nothing is to be remembered."""
     comp: str
     past: AttemptHistory
 
 
 class NoteOverrun(NamedTuple):
-    """So many results are not acknowledged that the notes of what has begun do not reach back to
-    the first of them."""
+    """So many results are not acknowledged that the notes of which attempts have begun do not reach
+    back to the first of them."""
     comp: str
 
 
 class Drop(NamedTuple):
-    """Close a link after what was sent on it."""
+    """Close a link after everything was sent on it."""
     link: int
     text: str
 
 
 class PrepareDirectory(NamedTuple):
-    """Make the computation's directory and compare its files. Fed back as DirectoryReady."""
+    """Make the directory of a computation and compare its files. The answer is DirectoryReady."""
     comp: str
     spec: dict
 
 
 class WantAgain(NamedTuple):
-    """The connection on which files came has ended: drop what is half here. Fed back as Wanted."""
+    """Drop incomplete files, because the connection on which they came has ended. The answer is
+    Wanted."""
     comp: str
 
 
 class WriteFile(NamedTuple):
-    """Write a piece of a file. Fed back as FileWritten when its file is there or cannot be
+    """Write a piece of a file. The answer is FileWritten when the file is complete or cannot be
     stored."""
     piece: FilePiece
 
 
 class Fetch(NamedTuple):
-    """Find out which of these files of modules are missing; answered by Fetched."""
+    """Find out which of these files of modules are missing. The answer is Fetched."""
     comp: str
     rows: list
 
 
 class StartRunner(NamedTuple):
-    """Start the process that loads the code. Fed back as RunnerUp or RunnerGone."""
+    """Start the process that loads the code. The answer is RunnerUp or RunnerGone."""
     comp: str
     spec: dict
     link: int
 
 
 class StopRunner(NamedTuple):
-    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. Fed back
-    as RunnerGone."""
+    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. The answer
+    is RunnerGone."""
     comp: str
     at_once: bool
 
 
 class StartWorker(NamedTuple):
-    """Fork a worker. It may be fed at once. WorkerGone tells some day that it has ended."""
+    """Start a worker. Attempts may be sent to it immediately. WorkerGone reports its end."""
     worker: int
     comp: str
 
 
 class Equip(NamedTuple):
-    """A worker that will be started has units of these numbers, by the name of the resource."""
+    """Give the worker that will be started the resource units with these numbers, by the name of
+    the resource."""
     worker: int
     comp: str
     units: Dict[str, List[int]]
 
 
 class SendToWorker(NamedTuple):
-    """Write attempts to a worker."""
+    """Send attempts to a worker."""
     worker: int
     attempts: list
 
 
 class Interrupt(NamedTuple):
-    """KeyboardInterrupt in the job, if the worker still runs it."""
+    """Raise KeyboardInterrupt in the job, if the worker still runs it."""
     worker: int
     serial: int
 
 
 class Look(NamedTuple):
-    """See what a job has printed last and, if that is wanted, the stacks of its process. Fed back
-    as JobSeen."""
+    """Inspect what a job has printed last and, if requested, the stacks of its process. The answer
+    is JobSeen."""
     worker: int
     serial: int
     stacks: bool
 
 
 class LimitMemory(NamedTuple):
-    """Kill the worker if this job uses more bytes of memory, and end the job if it runs for more
-    seconds; 0: as it likes. Fed back as MemoryExceeded and WorkerOverdue."""
+    """Kill the worker if this job uses more than so many bytes of memory, and end the job if it
+    runs for more than so many seconds; 0 means no limit. The answers are MemoryExceeded and
+    WorkerOverdue."""
     worker: int
     serial: int
     most: int
@@ -9672,17 +9787,18 @@ class LimitMemory(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """Kill the worker's process group and descendants. Fed back as WorkerGone."""
+    """Kill the process group and the descendants of a worker. The answer is WorkerGone."""
     worker: int
 
 
 class TakeFromWorker(NamedTuple):
-    """Ask a worker for what it has not started. Fed back as WorkerReturnedJobs."""
+    """Ask a worker to return the attempts that it has not started. The answer is
+    WorkerReturnedJobs."""
     worker: int
 
 
 class AnswerJobFile(NamedTuple):
-    """Tell a worker what became of the file that its job has sent."""
+    """Tell a worker whether the client has stored the file that its job has sent."""
     worker: int
     error: str
 
@@ -9693,12 +9809,12 @@ class Retire(NamedTuple):
 
 
 class PrintStatus(NamedTuple):
-    """Show a text to whoever sits at the terminal."""
+    """Show a text at the terminal."""
     text: str
 
 
 class Exit(NamedTuple):
-    """Nothing is left to do."""
+    """End the loop, because nothing is left to do."""
 
 
 RELEASED_TEXT = 'its operator has released it from this client'
@@ -9707,13 +9823,13 @@ NO_FORK = 'worker processes cannot be started with fork here: this system does n
 
 
 def can_fork() -> bool:
-    """Whether worker processes can be forked here."""
+    """Return whether worker processes can be forked here."""
     return hasattr(os, 'fork')
 
 
 def default_start_method() -> str:
-    """How workers are started where nobody says it. Forking a process that has used frameworks of
-    macOS kills the child. Raises StartError."""
+    """Return how workers are started if nothing else is requested. On macOS a process that has used
+    system frameworks must not be forked, since its child would be killed. Raises StartError."""
     given = os.environ.get('DISPY_START_METHOD', '')
     if given not in ('', FORK, SPAWN):
         raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
@@ -9736,7 +9852,7 @@ ENDING_TEXT = {   # with what the job's options say
 
 
 class Attempt:
-    """One try of a job, here."""
+    """One attempt to run a job on this node."""
     __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp',
                  'counted', 'values', 'resources')
 
@@ -9765,13 +9881,13 @@ class Attempt:
         self.resources = options.get('resources', ())
 
     def ending_text(self, ending: Outcome) -> str:
-        """Why it was ended, with the number that it has exceeded."""
+        """Return why the attempt was ended, with the number that it has exceeded."""
         return ENDING_TEXT.get(ending,
                                'it was to end') % {'timeout': self.timeout, 'memory': self.memory}
 
 
 class _Worker:
-    """A worker process as the state sees it; the head of its queue is what it runs."""
+    """A worker process as the pure state knows it; it runs the first attempt of its queue."""
     __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled',
                  'sending_file_on', 'stuck', 'pardoned', 'resources')
 
@@ -9791,15 +9907,15 @@ class _Worker:
         self.stuck = 0
 
     def note_begun(self) -> None:
-        """What it runs has begun, which its client is to be told."""
+        """Note that its attempt has begun, which is to be reported to the client."""
         self.told = True
         serial = self.queue[0].serial
         self.comp.begun.append((serial, self.since))
 
 
 class Spooled(NamedTuple):
-    """Results on the disk: whose they are, which are there, and when they are given up if their
-    computation is over here."""
+    """Results on the disk: their owner, their serials, and when they expire if their computation
+    has ended here."""
     owner: bytes
     serials: Set[int]
     until: float
@@ -9807,7 +9923,7 @@ class Spooled(NamedTuple):
 
 
 class _Claim:
-    """What a computation, or a client with all of its own, has used of a shared node."""
+    """What a computation, or a client with all of its computations, has used of a shared node."""
     __slots__ = ('used', 'reckoned', 'seen', 'fresh')
 
     def __init__(self) -> None:
@@ -9817,7 +9933,7 @@ class _Claim:
         self.fresh = True        # none has begun since it came
 
     def rank(self) -> Tuple[bool, float]:
-        """Return its place in the order: the lowest is served next."""
+        """Return the sort key: the lowest is served next."""
         return not self.fresh, self.reckoned
 
 
@@ -9881,7 +9997,7 @@ class _Computation:
         self.overrun = False
 
     def __str__(self) -> str:
-        """What the log calls it."""
+        """Return the name of the computation in the log."""
         return 'computation %s (%s)' % (self.spec['name'], self.comp)
 
     def move(self, event: str) -> None:
@@ -9898,7 +10014,7 @@ class _Computation:
         return sum(cpus)
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
-        """Let an attempt wait: behind those of its priority, or before them if it has waited
+        """Let an attempt wait: after the others of its priority, or before them if it has waited
         already."""
         waiting = self.waiting
         if again and (not waiting or waiting[0].priority <= attempt.priority):
@@ -9915,7 +10031,7 @@ class _Computation:
 
 class NodeTables:
     """The links, computations and workers of a node, which all of its parts look up, and the
-    actions that they have decided in this call."""
+    actions that the parts have decided in this call."""
 
     def __init__(self, name: str, start_method: str = FORK) -> None:
         self.name = name        # of the node, for texts
@@ -9948,8 +10064,8 @@ class NodeTables:
             self.reply(comp, need)
 
     def comp_of(self, link: int, name: str) -> Optional[_Computation]:
-        """The computation a message speaks of. None for one that has ended here: the message came
-        too late."""
+        """Return the computation that a message names; None for one that has ended here, so that
+        the message came too late."""
         comp = self.comps.get(name)
         if comp is not None:
             if comp.instance != self.links[link].instance:
@@ -9960,7 +10076,8 @@ class NodeTables:
         return None
 
     def worker_at_work(self, key: int) -> Optional[_Worker]:
-        """A worker; None when there is no such worker, or its computation is being closed."""
+        """Return a worker; None if there is no such worker, or if its computation is being
+        closed."""
         worker = self.workers.get(key)
         if worker is None:
             return None
@@ -9969,28 +10086,29 @@ class NodeTables:
         return worker
 
     def name_client(self, link: int, name: str, process: tuple) -> None:
-        """Note the name that the client on a link has given, and which process it is: a row of
+        """Note the name that the client on a link has given, and its process: a row as in
         ClientHello."""
         self._client_names[link] = name
         self._processes[link] = process
 
     def process_at(self, link: int) -> tuple:
-        """Which process the client on a link is; empty if it has not told."""
+        """Return the row that identifies the process of the client on a link; empty if the client
+        has not sent it."""
         return self._processes.get(link, ())
 
     def client_at(self, link: int) -> str:
-        """The name of the client on a link, or its address."""
+        """Return the name of the client on a link, or its address."""
         address = self.links[link].address
         return self._client_names.get(link, address)
 
     def remove_link(self, link: int) -> Optional[LinkUp]:
-        """Forget a link. Returns what was known of it."""
+        """Forget a link. Returns the entry that it had."""
         self._client_names.pop(link, None)
         self._processes.pop(link, None)
         return self.links.pop(link, None)
 
     def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
-        """Call it for a computation, which alone ends when that raises."""
+        """Call a function for a computation, which alone ends if the function raises."""
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
@@ -9999,8 +10117,8 @@ class NodeTables:
 
 
 class Timer(NamedTuple):
-    """A call that is due at some time, `call(*args, now)`; of which computation, and whether
-    `is_wanted(*args)` still."""
+    """A call that is due at some time, `call(*args, now)`; the computation to which it belongs, and
+    whether `is_wanted(*args)` is still true."""
     when: float
     number: int     # timers of the same time are due in the order in which they were set
     comp: str
@@ -10010,7 +10128,7 @@ class Timer(NamedTuple):
 
 
 class Timers:
-    """Calls that are due at some time."""
+    """The calls that are due at some time."""
 
     def __init__(self) -> None:
         self.next_at = math.inf     # when the first is due
@@ -10047,7 +10165,8 @@ class Timers:
 
 
 class Cpus:
-    """How many CPUs a node offers, has to hand out, and has free."""
+    """The number of CPUs that a node offers, of those that it may use, and of those that are
+    free."""
 
     def __init__(self, count: int) -> None:
         self.offered = count
@@ -10057,8 +10176,8 @@ class Cpus:
         self.free = count
 
     def resize(self, limits: Iterable[int]) -> None:
-        """CPUs to hand out: those offered, or as many as a computation has been allocated by its
-        client."""
+        """Set the number of CPUs that may be used: those offered, or as many as the client has
+        allocated to a computation."""
         total = max([self.offered, *limits])
         self.free += total - self.total
         self.total = total
@@ -10066,9 +10185,10 @@ class Cpus:
 
 
 class Units:
-    """Units of the node's resources, and which worker has which. A worker is made for what its
-    first job asks for, and keeps that until its process has ended: libraries that use a device look
-    once at which they may use, and what they have there they keep."""
+    """Units of the node's resources, and which worker has which of them. A worker is started with
+    the units that its first job needs, and keeps them until its process has ended: libraries that
+    use a device determine only once which devices they may use, and do not free what they have
+    allocated there."""
 
     def __init__(self, offer: Dict[str, int]) -> None:
         """`offer`: how many units of each resource there are. They are numbered from 0."""
@@ -10078,7 +10198,7 @@ class Units:
         self._taken: Dict[int, Tuple[str, Dict[str, List[int]]]] = {}
 
     def lack(self, request: Request, where: str) -> str:
-        """Why this can never be had here; empty if it can."""
+        """Return why these units are never available here; empty if they can be."""
         for name, count in request:
             there = self._offer.get(name, 0)
             if count > there:
@@ -10087,11 +10207,11 @@ class Units:
         return ''
 
     def are_free(self, request: Request) -> bool:
-        """Whether a worker can be made with these."""
+        """Return whether a worker can be started with these units now."""
         return all(len(self._free.get(name, ())) >= count for name, count in request)
 
     def take(self, worker: int, comp: str, request: Request) -> Dict[str, List[int]]:
-        """Give free units to a worker: their numbers by the name of the resource."""
+        """Give free units to a worker. Returns their numbers by the name of the resource."""
         units: Dict[str, List[int]] = {}
         for name, count in request:
             free = self._free[name]
@@ -10101,20 +10221,20 @@ class Units:
         return units
 
     def release(self, worker: int) -> None:
-        """The process of a worker has ended, or was never made."""
+        """Free the units of a worker, because its process has ended or was never made."""
         _, units = self._taken.pop(worker, ('', {}))
         for name, taken in units.items():
             # The first go first, so that few devices are used where there are few jobs
             self._free[name] = sorted(self._free[name] + taken)
 
     def release_all(self, comp: str) -> None:
-        """All processes of a computation have ended."""
+        """Free the units of a computation, because all of its processes have ended."""
         for worker in [worker for worker, (other, _) in self._taken.items() if other == comp]:
             self.release(worker)
 
 
 class ResourceWorkers:
-    """Workers that have resources, and go to jobs that ask for the same."""
+    """Workers that have resources. They run the jobs that ask for the same resources."""
 
     def __init__(self, tables: NodeTables, units: Units,
                  make: Callable[['_Computation', Request], _Worker],
@@ -10127,8 +10247,8 @@ class ResourceWorkers:
         self._idle: List[_Worker] = []
 
     def worker_for(self, comp: _Computation, request: Request, may_make: bool) -> Optional[_Worker]:
-        """A worker with these resources, for a job of a computation. None if there is none now:
-        one is being made ready, or workers that have the units and do nothing are ended first."""
+        """Return a worker with these resources for a job of a computation; None if there is none
+        now: one is being started, or idle workers that have the units are being ended first."""
         for worker in self._idle:
             if worker.comp is comp and worker.resources == request:
                 self._idle.remove(worker)
@@ -10148,52 +10268,52 @@ class ResourceWorkers:
         return worker
 
     def equip(self, worker: _Worker) -> None:
-        """A worker is about to be started: it gets its units."""
+        """Give units to a worker that is about to be started."""
         name = worker.comp.comp
         units = self._units.take(worker.key, name, worker.resources)
         self._tables.do(Equip(worker.key, name, units))
 
     def _end_idle(self, request: Request) -> None:
-        """Workers that do nothing and have units of these resources let go of them."""
+        """End idle workers that have units of these resources."""
         names = {name for name, _ in request}
         for worker in list(self._idle):
             if names.intersection(name for name, _ in worker.resources):
                 self.retire(worker)
 
     def retire(self, worker: _Worker) -> None:
-        """Let a worker that does nothing end."""
+        """Let an idle worker end."""
         self._remove(worker)
         action = Retire(worker.key)
         self._tables.do(action)
 
     def idle(self, worker: _Worker) -> None:
-        """A worker has nothing to do."""
+        """Note that a worker is idle."""
         self._idle.append(worker)
 
     def idle_of(self, comp: _Computation) -> List[_Worker]:
-        """Workers of a computation that have nothing to do."""
+        """Return the idle workers of a computation."""
         return [worker for worker in self._idle if worker.comp is comp]
 
     def removed(self, worker: _Worker) -> None:
-        """A worker is forgotten. Its units are free when its process has ended."""
+        """Note that a worker was forgotten. Its units are free when its process has ended."""
         if worker in self._idle:
             self._idle.remove(worker)
 
     def drop(self, comp: _Computation) -> None:
-        """A computation is being closed: its workers have no more work."""
+        """Forget the workers of a computation that is being closed: they get no more work."""
         self._idle = [worker for worker in self._idle if worker.comp is not comp]
 
     def on_worker_left(self, event: 'WorkerLeft', now: float) -> None:
-        """The process of a worker that was let go has ended."""
+        """Free the units of a worker that was told to end, because its process has ended."""
         self._units.release(event.worker)
 
 
 class NodeLease:
-    """Which client holds the node, since when, and which others wait for it."""
+    """Which client holds the node, since when, and which others wait for the node."""
 
     def __init__(self, serve: int, client_shutdown: bool) -> None:
-        """`serve`: after so many leases the node ends; 0: there is no such number.
-        `client_shutdown`: a client may ask for the end of the node with its lease."""
+        """`serve`: the node ends after this many leases; 0 means that it does not.
+        `client_shutdown`: a client may request that the node ends with its lease."""
         self.state = Lease.FREE
         self.holder: Optional[bytes] = None
         self.holder_text = ''
@@ -10217,7 +10337,7 @@ class NodeLease:
         self.holder_text = text
 
     def take(self, holder: bytes, text: str, now: float, process: tuple = ()) -> None:
-        """A client has the node from now on, or has it still and is connected."""
+        """Note that a client holds the node from now on, or that the holder is connected again."""
         self._process = process
         if self.state is Lease.FREE:
             self._cooldown = (None, 0.0)
@@ -10225,22 +10345,22 @@ class NodeLease:
         self._move('taken', holder, text)
 
     def orphan(self) -> None:
-        """No link of the holder is left."""
+        """Note that no link of the holder is left."""
         self._move('broken', self.holder, self.holder_text)
 
     def end(self) -> None:
-        """The holder has no computation here any more."""
+        """Note that the holder has no computation here any more."""
         self._move('ended', None, '')
         self.served += 1
 
     def is_of_another(self, instance: bytes) -> bool:
-        """Whether another client than this one holds the node."""
+        """Return whether another client than this one holds the node."""
         if self.state is Lease.FREE:
             return False
         return self.holder != instance
 
     def held_by(self, now: float) -> str:
-        """Who holds the node and for how long, for people; empty when it is free."""
+        """Return who holds the node and for how long, for people; empty if it is free."""
         if self.state is Lease.FREE:
             return ''
         return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
@@ -10248,7 +10368,7 @@ class NodeLease:
                                     if self.state is Lease.ORPHANED else '')
 
     def holder_row(self) -> tuple:
-        """Return the holder as a row of Holder; empty if it has not told which process it is."""
+        """Return the holder as a row of Holder; empty if it has not identified its process."""
         if not self._process:
             return ()
         return (*self._process, self.state is Lease.ORPHANED)
@@ -10258,38 +10378,40 @@ class NodeLease:
         self._refused.add(link)
 
     def take_refused(self) -> Set[int]:
-        """Links that were refused so, once each."""
+        """Return the links of clients that were refused for this reason, each once, and forget
+        them."""
         refused = self._refused
         self._refused = set()
         return refused
 
     def forget_link(self, link: int) -> None:
-        """A link is gone."""
+        """Note that a link has ended."""
         self._refused.discard(link)
 
     def cool_down(self, until: float) -> None:
-        """The node is taken from its holder, which may not come again before this time."""
+        """Take the node from its holder, which may not get it again before this time."""
         self._cooldown = (self.holder, until)
 
     def is_cooling_down(self, instance: bytes, now: float) -> bool:
-        """Whether the node was taken from this client and may not be had by it yet."""
+        """Return whether the node was taken from this client, which may not get it yet."""
         holder, until = self._cooldown
         if holder != instance:
             return False
         return now < until
 
     def make_last(self) -> bool:
-        """The client wants the node to end with its lease. Returns whether it will."""
+        """Note that the client wants the node to end with its lease. Returns whether the node will
+        do so."""
         self._is_last = self._client_shutdown
         return self._is_last
 
     def was_last(self) -> bool:
-        """Whether the node ends with the lease that has ended."""
+        """Return whether the node ends with the lease that has ended."""
         return self._is_last or self.served == self._serve
 
 
 class PastAttempts:
-    """What is known of attempts that are not held any more, by computation."""
+    """What is known, for each computation, of attempts that are not held any more."""
 
     def __init__(self, tables: NodeTables, timers: Timers) -> None:
         self._tables = tables
@@ -10297,13 +10419,13 @@ class PastAttempts:
         self._known: Dict[str, AttemptHistory] = {}
 
     def row(self, name: str) -> tuple:
-        """What is known, as on the wire."""
+        """Return what is known in the form that messages carry."""
         if name in self._known:
             return self._known[name].row()
         return ()
 
     def on_remembered(self, event: Remembered, now: float) -> None:
-        """An earlier daemon has written this down."""
+        """Take over what an earlier daemon has written down."""
         self._known[event.comp] = event.past
         self._set_timer(event.comp, now)
 
@@ -10317,7 +10439,7 @@ class PastAttempts:
         tables.do(action)
 
     def forget(self, name: str) -> None:
-        """The client of a computation is done with it."""
+        """Forget a computation, because its client needs it no longer."""
         if self._known.pop(name, None) is not None:
             action = Remember(name, AttemptHistory())
             self._tables.do(action)
@@ -10335,8 +10457,8 @@ class PastAttempts:
 
 class UndeliveredResults:
     """Results that their clients have not acknowledged. While the client of a computation is
-    connected they are in memory, with the computation; while it is away they are on the disk, until
-    it comes back or --zombie-interval has passed."""
+    connected, they are in memory, with the computation; while the client is away, they are on the
+    disk, until the client comes back or --zombie-interval has passed."""
 
     def __init__(self, tables: NodeTables, timers: Timers, past: PastAttempts,
                  zombie: float) -> None:
@@ -10355,7 +10477,7 @@ class UndeliveredResults:
         self._key_shown: Set[Tuple[int, str]] = set()
 
     def deliver(self, comp: _Computation) -> None:
-        """Send what has not been sent; to the disk with it if the client is away."""
+        """Send the results that were not sent; if the client is away, write them to the disk."""
         tables = self._tables
         if comp.outbox and comp.link in tables.links:
             tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
@@ -10364,7 +10486,7 @@ class UndeliveredResults:
             self.spool(comp)
 
     def spool(self, comp: _Computation) -> None:
-        """Results that nobody has acknowledged go to the disk."""
+        """Write the results that nobody has acknowledged to the disk."""
         comp.outbox = []
         on_their_way = self._on_their_way.get(comp.comp, frozenset())
         rows = [row for serial, row in comp.unacknowledged.items() if serial not in on_their_way]
@@ -10373,8 +10495,9 @@ class UndeliveredResults:
             self._tables.do(SpoolResults(comp.comp, comp.instance, rows, comp.digest))
 
     def spooling_failed(self, event: ResultsSpooled) -> None:
-        """There is no room: results stay in memory, and are tried again. Those of a computation
-        that is over are lost, and it is noted that their jobs had begun."""
+        """Note that there is no room on the disk: results stay in memory, and writing them is tried
+        again. Those of a computation that has ended are lost, and it is noted that their jobs had
+        begun."""
         comp = self._tables.comps.get(event.comp)
         serials = self._on_their_way.pop(event.comp, set())
         if serials and (comp is None or comp.stage is Stage.CLOSING):
@@ -10388,7 +10511,7 @@ class UndeliveredResults:
         self._disk_full = True
 
     def on_spooled(self, event: ResultsSpooled, now: float) -> None:
-        """Results are on the disk."""
+        """Note that results are on the disk, or could not be written."""
         comp = self._tables.comps.get(event.comp)
         self._on_their_way.pop(event.comp, None)
         self._disk_full = False
@@ -10408,7 +10531,7 @@ class UndeliveredResults:
         self.spooled[event.comp] = spooled._replace(until=until)
 
     def on_found(self, event: SpoolFound, now: float) -> None:
-        """An earlier daemon has left results on the disk."""
+        """Note that an earlier daemon has left results on the disk."""
         serials = set(event.serials)
         self.spooled[event.comp] = Spooled(event.owner, serials, event.until, event.digest)
         self._expire_at(event.until, event.comp)
@@ -10420,12 +10543,12 @@ class UndeliveredResults:
             self._tables.do(action)
 
     def note_key(self, link: int, name: str) -> None:
-        """Note that the client at a link has shown the key of a computation."""
+        """Note that the client on a link has shown the key of a computation."""
         self._key_shown.add((link, name))
 
     def may_forget(self, link: int, name: str) -> bool:
-        """Whether the client at a link may have results of a computation removed: they are its own,
-        or it has shown their key."""
+        """Return whether the client on a link may have results of a computation removed: they are
+        its own, or it has shown their key."""
         spooled = self.spooled.get(name)
         if spooled is None:
             return True
@@ -10435,18 +10558,18 @@ class UndeliveredResults:
         return spooled.owner == instance
 
     def spooled_serials(self, name: str) -> AbstractSet[int]:
-        """Attempts of a computation whose results are on the disk."""
+        """Return the serials of those attempts of a computation whose results are on the disk."""
         spooled = self.spooled.get(name)
         if spooled is not None:
             return spooled.serials
         return frozenset()
 
     def spooled_of(self, instance: bytes) -> List[str]:
-        """Computations of a client that have results on the disk."""
+        """Return the computations of a client that have results on the disk."""
         return [name for name, spooled in self.spooled.items() if spooled.owner == instance]
 
     def known_attempts(self, name: str) -> List[int]:
-        """All attempts of a computation that are known here."""
+        """Return the serials of all attempts of a computation that are known here."""
         comp = self._tables.comps.get(name)
         spooled = self.spooled.get(name)
         if comp is not None and comp.stage is not Stage.CLOSING:
@@ -10460,19 +10583,20 @@ class UndeliveredResults:
         return known + serials
 
     def give_to(self, name: str, instance: bytes) -> None:
-        """Results on the disk are this client's from now on."""
+        """Make this client the owner of results on the disk."""
         if name in self.spooled:
             self.spooled[name] = self.spooled[name]._replace(owner=instance)
 
     def has_key(self, name: str, key: bytes) -> bool:
-        """Whether this is the key of the results that are on the disk."""
+        """Return whether this is the key of the results that are on the disk."""
         spooled = self.spooled.get(name)
         if spooled is None:
             return False
         return hmac.compare_digest(spooled.digest, key)
 
     def resend(self, name: str, link: int) -> None:
-        """What its client has not acknowledged; it may have some of it. Once on a link."""
+        """Send all results that the client has not acknowledged, once on each link; the client may
+        have some of them already."""
         tables = self._tables
         if (link, name) in self._resent:
             return
@@ -10488,12 +10612,12 @@ class UndeliveredResults:
             tables.do(action)
 
     def forget_link(self, link: int) -> None:
-        """A link is gone."""
+        """Note that a link has ended."""
         self._resent = {(other, name) for other, name in self._resent if other != link}
         self._key_shown = {row for row in self._key_shown if row[0] != link}
 
     def on_ack(self, link: int, message: Ack, now: float) -> None:
-        """The client has these results."""
+        """Forget these results, because the client has them."""
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
         spooled = self.spooled.get(message.comp)
@@ -11588,8 +11712,8 @@ class CpuScheduler:
 
 
 class JobRequests:
-    """What jobs ask of their clients while they run: to take a file, to send modules, to show what
-    they have printed."""
+    """What jobs request of their clients while they run: to store a file, to send modules, to show
+    what they have printed."""
 
     def __init__(self, tables: NodeTables, attempts: Attempts) -> None:
         self._tables = tables
@@ -11597,7 +11721,7 @@ class JobRequests:
         self._numbers = itertools.count(1)   # of calls to clients
 
     def on_file(self, event: WorkerFile, now: float) -> None:
-        """A job sends a piece of a file."""
+        """Pass on a piece of a file that a job sends."""
         piece = event.piece
         tables = self._tables
         worker = tables.worker_at_work(event.worker)
@@ -11618,7 +11742,8 @@ class JobRequests:
             self._answer(worker, 'the client is not connected')
 
     def on_wants(self, event: WorkerWants, now: float) -> None:
-        """Its job waits until the client has sent what is wanted, or cannot."""
+        """Ask the client for what a job needs. The job waits until the client has sent it, or
+        cannot."""
         tables = self._tables
         worker = tables.worker_at_work(event.worker)
         if worker is None:
@@ -11633,7 +11758,8 @@ class JobRequests:
         tables.send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
 
     def on_return(self, link: int, message: Return, now: float) -> None:
-        """The client knows which files a job needs, or why there are none."""
+        """Take the answer of the client, which knows which files a job needs, or why there are
+        none."""
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
         if comp is not None:
@@ -11657,7 +11783,8 @@ class JobRequests:
             tables.do(action)
 
     def on_fetched(self, event: Fetched, now: float) -> None:
-        """Files that a job needs are missing, or are there."""
+        """Request the files that a job needs and that are missing, or tell the job that all are
+        present."""
         tables = self._tables
         comp = tables.comps.get(event.comp)
         if comp is None:
@@ -11677,7 +11804,7 @@ class JobRequests:
             tables.do(action)
 
     def on_printed(self, event: WorkerPrinted, now: float) -> None:
-        """A job has printed something."""
+        """Pass on what a job has printed."""
         tables = self._tables
         worker = tables.workers.get(event.worker)
         if worker is None:
@@ -11689,7 +11816,8 @@ class JobRequests:
             tables.reply(worker.comp, message)
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
-        """The client has the file of a job, or cannot have it; or it cannot send a value."""
+        """Tell the job whether the client has stored its file; or note that the client cannot send
+        a value."""
         comp = self._tables.comp_of(link, message.comp)
         if message.purpose == Purpose.VALUES:
             if comp is not None:
@@ -11705,7 +11833,7 @@ class JobRequests:
                 self._answer(worker, message.error)
 
     def client_gone(self, comp: _Computation) -> None:
-        """The connection to the client has ended: nobody answers."""
+        """Tell jobs that their requests failed, because the connection to the client has ended."""
         comp.calls.clear()
         comp.fetches.clear()
         for worker in comp.workers.values():
@@ -11719,8 +11847,8 @@ class JobRequests:
 
 
 class Computations:
-    """The stages of computations, from their directory to their end: files come, the runner loads
-    code and runs setup, jobs run, workers end."""
+    """The stages of computations, from their directory to their end: files arrive, the runner loads
+    the code and runs setup, jobs run, workers end."""
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, past: PastAttempts,
                  results: UndeliveredResults, attempts: Attempts, scheduler: CpuScheduler,
@@ -11739,7 +11867,7 @@ class Computations:
     # -- files and code ----------------------------------------------------------------------------
 
     def begin(self, link: int, message: Compute) -> None:
-        """A computation has come that is not here."""
+        """Begin a computation that was not here."""
         spec = message.spec
         tables = self._tables
         up = tables.links[link]
@@ -11760,7 +11888,7 @@ class Computations:
         tables.do(action)
 
     def client_back(self, comp: _Computation, link: int) -> None:
-        """The client of a computation is back after a broken link."""
+        """Note that the client of a computation is back after a broken link."""
         tables = self._tables
         if comp.link != link:
             logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
@@ -11779,7 +11907,7 @@ class Computations:
         return Ready(comp.comp, self._results.known_attempts(comp.comp), self._past.row(comp.comp))
 
     def on_prepared(self, event: DirectoryReady, now: float) -> None:
-        """The directory is there, or nothing is possible."""
+        """Note that the directory exists, or that it cannot be used."""
         tables = self._tables
         comp = tables.comps[event.comp]
         if comp.stage is not Stage.PREPARING:
@@ -11793,7 +11921,7 @@ class Computations:
             self._start(comp, now)
 
     def on_wanted(self, event: Wanted, now: float) -> None:
-        """Files are missing still; they are asked for on another link."""
+        """Request the files that are still missing on another link."""
         tables = self._tables
         comp = tables.comps.get(event.comp)
         if comp is None:
@@ -11804,7 +11932,7 @@ class Computations:
             tables.ask_for_files(comp, event.missing)
 
     def on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
-        """A piece of a file has come from a client."""
+        """Take a piece of a file that has come from a client."""
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
         asked = message.purpose in ASKED_FOR
@@ -11821,7 +11949,7 @@ class Computations:
             tables.send(link, FileStored(*message[:3], message.row[0], text))
 
     def on_stored(self, event: FileWritten, now: float) -> None:
-        """A file is there, or cannot be stored."""
+        """Note that a file is complete, or cannot be stored."""
         file = event.file
         tables = self._tables
         comp = tables.comps.get(file.comp)
@@ -11862,7 +11990,7 @@ class Computations:
             self.refuse(late, 'setup', text)
 
     def on_runner_up(self, event: RunnerUp, now: float) -> None:
-        """Code is loaded and setup has run."""
+        """Note that the code is loaded and setup has returned."""
         tables = self._tables
         comp = tables.comps[event.comp]
         if comp.stage is Stage.STARTING:
@@ -11875,14 +12003,15 @@ class Computations:
                 tables.reply(comp, message)
 
     def resize(self) -> None:
-        """Computations have come or gone, or may use other numbers of CPUs."""
+        """Recompute the number of CPUs, because computations have come or gone, or may use other
+        numbers of CPUs."""
         comps = self._tables.comps.values()
         self._cpus.resize(comp.limit for comp in comps)
 
     # -- what cannot go on -------------------------------------------------------------------------
 
     def refuse(self, comp: _Computation, code: str, text: str) -> None:
-        """A computation cannot be used here, or not any more; its client is told why."""
+        """Tell the client that a computation cannot be used here, or not any more, and why."""
         text = shorten(text)
         logger.warning('%s is refused (%s): %s', comp, code, text)
         self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
@@ -11895,7 +12024,8 @@ class Computations:
 
     def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
         """Refuse a computation while its jobs run. These are killed first: only when their workers
-        have ended, it is known which had begun and have failed, and which wait again elsewhere."""
+        have ended is it known which jobs had begun and have failed, and which are to run
+        elsewhere."""
         if comp.stage in (Stage.ENDING, Stage.CLOSING):
             return
         comp.forced_end = forced_end
@@ -11910,7 +12040,7 @@ class Computations:
         self._set_timer(when, comp, self._end_late)
 
     def _end_late(self, name: str, now: float) -> None:
-        """Workers that were killed have not ended."""
+        """Go on although workers that were killed have not ended."""
         comp = self._tables.comps.get(name)
         if comp is None:
             return
@@ -11930,7 +12060,7 @@ class Computations:
                 self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
 
     def on_faulted(self, event: Faulted, now: float) -> None:
-        """A fault of ours has to do with a computation."""
+        """End a computation that a fault of this program concerns."""
         comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
@@ -11938,8 +12068,8 @@ class Computations:
         self.end(comp, forced_end, now)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
-        """The initializer has returned in a worker, or has failed there, as it would in all
-        others."""
+        """Note that the initializer has returned in a worker, or has failed there, as it would in
+        all others."""
         scheduler = self._scheduler
         error = event.error
         worker = self._tables.workers.get(event.worker)
@@ -11959,8 +12089,8 @@ class Computations:
             scheduler.initialized(worker)
 
     def on_worker_gone(self, event: WorkerGone, now: float) -> None:
-        """A worker has ended. Where workers die again and again before they run anything, no other
-        is made."""
+        """Note that a worker has ended. If workers end again and again before they run a job, no
+        other one is started."""
         worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
@@ -11980,7 +12110,7 @@ class Computations:
         self.refuse(comp, code, text)
 
     def on_runner_gone(self, event: RunnerGone, now: float) -> None:
-        """The runner has ended, as it was to, or by itself."""
+        """Note that the runner has ended, because it was told to or by itself."""
         text = event.text
         tables = self._tables
         comp = tables.comps.get(event.comp)
@@ -12016,8 +12146,8 @@ class Computations:
     # -- the end -----------------------------------------------------------------------------------
 
     def wait_for_client(self, comp: _Computation, now: float) -> None:
-        """The client of a computation is away: what has not begun is given back, and results go to
-        the disk."""
+        """Note that the client of a computation is away: attempts that have not begun are returned,
+        and results go to the disk."""
         attempts = self._attempts
         attempts.return_lacking(comp, attempts.values.interrupt(comp.comp))
         self._results.spool(comp)
@@ -12046,8 +12176,8 @@ class Computations:
             self._look_again(comp, when)
 
     def on_kept(self, event: ResultsSpooled, now: float) -> None:
-        """Results of a computation whose client is away are on the disk, or cannot be written
-        there."""
+        """Note that results of a computation whose client is away are on the disk, or cannot be
+        written there."""
         tables = self._tables
         if not event.error:
             self._results.on_spooled(event, now)
@@ -12061,7 +12191,8 @@ class Computations:
             self._look_again(comp, when)
 
     def evict_orphans(self) -> None:
-        """Another client wants this node: what is lost and has nothing to do is not waited for."""
+        """End computations that have lost their client and have no jobs, because another client
+        wants this node."""
         tables = self._tables
         for comp in list(tables.comps.values()):
             if comp.link in tables.links:
@@ -12072,7 +12203,7 @@ class Computations:
                 self.close(comp, at_once=True)
 
     def on_done(self, link: int, message: Done, now: float) -> None:
-        """The client is done with a computation."""
+        """End a computation, because its client needs it no longer."""
         comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
             self.close(comp, at_once=False)
@@ -12082,13 +12213,13 @@ class Computations:
             self._past.forget(message.comp)
 
     def give_up(self, comp: _Computation) -> None:
-        """The client has left on purpose."""
+        """End the computations of a client that has left on purpose."""
         self.close(comp, at_once=True)
         self._results.forget(comp.comp)
         self._past.forget(comp.comp)
 
     def close(self, comp: _Computation, at_once: bool) -> None:
-        """End a computation; `at_once`: without cleanup."""
+        """End a computation; `at_once` means without cleanup."""
         tables = self._tables
         if comp.stage is Stage.CLOSING:
             return
@@ -12105,8 +12236,8 @@ class Computations:
 
 
 class Inquiries:
-    """Answers what is asked of a node: by clients, what of a computation is here; by its operator,
-    what it does."""
+    """Answers questions to a node: those of clients about a computation here, and those of its
+    operator about the node."""
 
     def __init__(self, tables: NodeTables, lease: NodeLease, cpus: Cpus, facts: dict,
                  now: float) -> None:
@@ -12118,13 +12249,13 @@ class Inquiries:
         self.queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
 
     def on_query(self, link: int, message: Query, now: float) -> None:
-        """A client asks. It is answered at the end of the turn, when what came in it has been
-        handed out."""
+        """Note the question of a client. It is answered at the end of the turn, when the attempts
+        that came in this turn have been started."""
         self._tables.comp_of(link, message.comp)
         self.queries.append((link, message.comp))
 
     def answer(self, now: float) -> None:
-        """Answer all that was asked in this turn."""
+        """Answer all questions of this turn."""
         tables = self._tables
         while self.queries:
             link, name = self.queries.pop()
@@ -12151,7 +12282,7 @@ class Inquiries:
         return Report(name, running, waiting, available)
 
     def status(self, state: str, now: float) -> str:
-        """Return what the node does, for people; `state`: whether it takes jobs."""
+        """Return what the node does, for people; `state` says whether it takes jobs."""
         tables = self._tables
         text = '%s: %d of %d CPUs used, %s, up %s' % (tables.name, self._cpus.total -
                                                       self._cpus.free, self._cpus.offered, state,
@@ -12173,7 +12304,7 @@ class Inquiries:
 
 
 class JobLookouts:
-    """Questions of clients for what their running jobs do."""
+    """Questions of clients about what their running jobs do."""
     WAITING = 100   # that are waited for at most
 
     def __init__(self, tables: NodeTables) -> None:
@@ -12183,7 +12314,7 @@ class JobLookouts:
             collections.OrderedDict()
 
     def on_call(self, link: int, message: Call, now: float) -> None:
-        """A client asks. The runner looks, unless it is about to."""
+        """Take a question. The runner inspects the job, unless it already does."""
         serial, stacks = self._what(message)
         comp = self._tables.comp_of(link, message.comp)
         worker = None
@@ -12223,7 +12354,7 @@ class JobLookouts:
         return None
 
     def on_seen(self, event: JobSeen, now: float) -> None:
-        """A runner has looked."""
+        """Answer with what a runner has seen."""
         key = (event.worker, event.serial)
         value = (event.stacks, event.stdout, event.stderr)
         for link, comp, number in self._asked.pop(key, ()):
@@ -12234,8 +12365,9 @@ class JobLookouts:
 
 
 class NodeService:
-    """Whether a node takes new jobs, and how it ends: hours of service, the user of its machine and
-    its operator let it pause and go on; the operator or the end of its last lease stops it.
+    """Whether a node takes new jobs, and how it ends. The hours of service, the user of its machine
+    and its operator can pause it and let it go on; the operator or the end of its last lease stops
+    it.
 
     paused - for each authority, why no new jobs are taken
     stopping - the node is about to end
@@ -12260,7 +12392,8 @@ class NodeService:
         self._leaving = False     # what runs was killed, and its end is waited for
 
     def refusal(self, comp: str) -> Optional[Refused]:
-        """Why no client can have the node for a computation now; None if nothing is against it."""
+        """Return why no client can have the node for a computation now; None if there is no
+        reason."""
         if self.stopping:
             return Refused(comp, 'stopping', 'the node is being stopped')
         if self.paused:
@@ -12274,7 +12407,8 @@ class NodeService:
     # -- the end -----------------------------------------------------------------------------------
 
     def stop(self, event: Stop, now: float) -> None:
-        """Give back what has not started, interrupt what runs; a second time: leave."""
+        """Return attempts that have not started, and interrupt those that run; a second call ends
+        the node at once."""
         if self.stopping:
             self._leave(now)
             return
@@ -12290,30 +12424,30 @@ class NodeService:
         self._interruptions.end_all(now)
 
     def finish(self, event: Finish, now: float) -> None:
-        """Take no new jobs, and leave when those that are here have ended."""
+        """Take no new jobs, and end when the jobs that are here have ended."""
         self._finishing = True
         pause = Pause('finish', 'the node ends when its jobs have ended')
         self.pause(pause, now)
         self._attempts.take_back_all()
 
     def leave_when_done(self, now: float) -> None:
-        """The end of a turn: a node that is to end leaves when nothing is left to do."""
+        """End a stopping node when nothing is left to do. This is called at the end of a turn."""
         if not self._has_work():
             self._leave(now)
 
     @property
     def has_jobs(self) -> bool:
-        """Whether there are jobs here, run or not."""
+        """Return whether there are jobs here, whether they run or wait."""
         comps = self._tables.comps.values()
         return any(comp.attempts for comp in comps)
 
     @property
     def is_ending(self) -> bool:
-        """Whether the node ends when nothing is left to do."""
+        """Return whether the node ends when nothing is left to do."""
         return self.stopping or self._finishing
 
     def _leave(self, now: float) -> None:
-        """Kill what runs, wait until it is known what of it had begun, and leave."""
+        """Kill what runs, wait until it is known which attempts had begun, and end."""
         tables = self._tables
         if not self._leaving and self._runs_jobs():
             self._leaving = True
@@ -12341,8 +12475,8 @@ class NodeService:
         return any(worker.queue for worker in workers)
 
     def _has_work(self) -> bool:
-        """Whether workers have jobs, or clients that are connected have not acknowledged results;
-        once what runs was killed, these are not waited for."""
+        """Return whether workers have jobs, or connected clients have not acknowledged results;
+        after running jobs were killed, acknowledgements are not waited for."""
         tables = self._tables
         if self._runs_jobs():
             return True
@@ -12363,7 +12497,7 @@ class NodeService:
     # -- pauses ------------------------------------------------------------------------------------
 
     def pause(self, event: Pause, now: float) -> None:
-        """Take no new jobs, and end those that run if that is asked for."""
+        """Take no new jobs, and end those that run if this is requested."""
         self.paused[event.by] = event.text
         self._attempts.refuses_new = True
         logger.info('this node takes no new jobs: %s', event.text)
@@ -12372,7 +12506,7 @@ class NodeService:
             self._interruptions.end_all(now)
 
     def resume(self, event: Resume, now: float) -> None:
-        """Take jobs again, if no other authority is against it."""
+        """Take jobs again, if no other authority has paused the node."""
         if self.paused.pop(event.by, None) is None:
             return
         if self.paused:
@@ -12797,9 +12931,9 @@ class Node:
 
 
 class EventText(reprlib.Repr):
-    """Writes an event, an action or a message for the log in one short line: fields that are empty
-    are left out, of long lists the beginning is shown, and of what users have sent only the number
-    of bytes, so that the log holds neither their data nor a key."""
+    """Formats an event, an action or a message for the log as one short line. Empty fields are left
+    out, long lists are truncated, and data of users is replaced by its size in bytes, so that the
+    log contains neither their data nor a key."""
     # Names of fields that hold the serial number of an attempt, or a list of them
     SERIALS = frozenset(('serial', 'serials', 'held', 'begun'))
     # Messages and events whose rows begin with the serial number of an attempt; behind it, results
@@ -12816,7 +12950,7 @@ class EventText(reprlib.Repr):
         self.maxstring = self.maxother = 120
 
     def repr_instance(self, x: Any, level: int) -> str:
-        """What has no method of its own here."""
+        """Format an object for which there is no method."""
         if isinstance(x, Attempt):
             return self._attempt(x.serial)
         if isinstance(x, enum.Enum):
@@ -12878,8 +13012,8 @@ class EventText(reprlib.Repr):
 
 
 class LoggedNode(Node):
-    """A Node that logs each event that it is told and each action that it decides, at level DEBUG.
-    Where that level is off, a Node takes its place, which spends no time on it."""
+    """A Node that logs each event that it handles and each action that it decides, at level DEBUG.
+    If that level is off, a Node is used instead, which spends no time on this."""
     _text = EventText()
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -12894,7 +13028,7 @@ class LoggedNode(Node):
         return self._log_actions(actions)
 
     def decided(self) -> List[Any]:
-        """Return what was decided before an exception, as Node does, and log it."""
+        """Return the actions that were decided before an exception, as Node does, and log them."""
         actions = super().decided()
         return self._log_actions(actions)
 
@@ -12905,34 +13039,34 @@ class LoggedNode(Node):
 
 
 def node_type() -> Type[Node]:
-    """The class of a node by the level of the log."""
+    """Return the class of a node by the level of the log."""
     if logger.isEnabledFor(logging.DEBUG):
         return LoggedNode
     return Node
 
 
 def _duration(seconds: float) -> str:
-    """Write a number of seconds as hours, minutes and seconds."""
+    """Return a number of seconds as hours, minutes and seconds."""
     return '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
 
 
 class Phase(enum.Enum):
-    """What the hours of service allow."""
+    """What the hours of service permit."""
     SERVING = 'serving'
     DRAINING = 'draining'   # no new jobs
     CLOSED = 'closed'       # and those that run are ended
 
 
 class Hours(NamedTuple):
-    """Hours of service in minutes after midnight; `stop` or `end` may be None, not both. They may
-    go over midnight."""
+    """Hours of service in minutes after midnight; `stop` or `end` may be None, but not both. They
+    may extend over midnight."""
     start: int
     stop: Optional[int]
     end: Optional[int]
 
     def phase(self, minute: int) -> Phase:
-        """Return what is allowed at this minute of the day: jobs are taken from `start` on, no new
-        ones from `stop` on; those that still run at `end` are ended."""
+        """Return what is permitted at this minute of the day: jobs are taken from `start` on, no
+        new ones from `stop` on, and those that still run at `end` are ended."""
         gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440
                            for when in (minute, self.stop, self.end))
         if gone < min(stop, end):
@@ -12954,7 +13088,7 @@ _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)
 
 
 def _not_here(*args: Any) -> None:
-    """In place of a function that this system or version of Python does not have."""
+    """Do nothing. This replaces a function that this system or version of Python does not have."""
 
 
 # Asked after each job. PRIO_PROCESS is 0, and 0 is this process.
@@ -12987,7 +13121,7 @@ _PUNCH_HOLE = 2
 
 
 def _libc() -> Any:
-    """The C library of this process, or None where it cannot be had."""
+    """Return the C library of this process, or None if it is not accessible."""
     try:
         import ctypes
         return ctypes.CDLL(None)
@@ -12996,8 +13130,8 @@ def _libc() -> Any:
 
 
 def _prctl(libc: Any, option: int, value: int) -> None:
-    """Set what Linux knows of a process: to die with the parent, to adopt orphans. Elsewhere
-    nothing is done."""
+    """Set an attribute of a process under Linux: to die with its parent, to adopt orphans.
+    Elsewhere nothing is done."""
     if libc is None:
         return
     if sys.platform.startswith('linux'):
@@ -13005,16 +13139,16 @@ def _prctl(libc: Any, option: int, value: int) -> None:
 
 
 def end_with_parent(libc: Any, parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, and end it now if that has ended
-    already: the kernel tells no end that was before it was asked."""
+    """Have the kernel kill this process when its parent ends. If the parent has ended already, end
+    this process now: the kernel does not report an end that was before the request."""
     _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _own_resource() -> Any:
-    """The module `resource`, which is not left among the imported ones: whoever finds it there
-    knows that the user's code or a library has imported it. None where there is no such module."""
+    """Return the module `resource` without leaving it in `sys.modules`: its presence there shows
+    that the user's code or a library has imported it. Returns None if there is no such module."""
     if 'resource' in sys.modules:
         return sys.modules['resource']
     try:
@@ -13025,8 +13159,8 @@ def _own_resource() -> Any:
 
 
 def _out_of_reach(handle: int) -> int:
-    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of
-    spares it."""
+    """Return a duplicate of a descriptor from 1024 up, so that a job that closes all descriptors it
+    can think of spares it."""
     resource = _own_resource()
     if resource is None:
         return handle
@@ -13051,14 +13185,14 @@ def _out_of_reach(handle: int) -> int:
 
 
 def output_stream(number: int, buffering: int) -> TextIO:
-    """Make a text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job
-    writes them, on Windows too, since the output may be shown on another system."""
+    """Return a text stream on descriptor 1 or 2 of a runner or worker. Line ends remain as the job
+    writes them, also on Windows, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
 
 
 def buffer_lines(libc: Any) -> None:
-    """Have C code, too, write each line of its standard output when it is complete."""
+    """Make C code, too, write each line of its standard output when the line is complete."""
     if not hasattr(libc, 'setvbuf'):
         return
     import ctypes
@@ -13070,8 +13204,8 @@ def buffer_lines(libc: Any) -> None:
 
 
 def keep_descriptors() -> None:
-    """No process that is started from here on inherits a descriptor but the first three; whoever
-    started the node may have left some open."""
+    """Make all descriptors but the first three non-inheritable: the program that started the node
+    may have left some open."""
     for directory in ('/proc/self/fd', '/dev/fd'):
         with contextlib.suppress(OSError):
             for name in os.listdir(directory):
@@ -13082,7 +13216,7 @@ def keep_descriptors() -> None:
 
 
 def _no_stdin() -> None:
-    """Make descriptor 0 read nothing."""
+    """Replace descriptor 0 by one that reads nothing."""
     handle = os.open(os.devnull, os.O_RDONLY)
     if handle:   # it is 0 itself when 0 was closed
         os.dup2(handle, 0)
@@ -13091,8 +13225,8 @@ def _no_stdin() -> None:
 
 
 def leave_terminal() -> None:
-    """Never read from the terminal again. On Windows a process ends with its console, so that it is
-    left; what would be written there is lost."""
+    """Never read from the terminal again. On Windows a process ends together with its console;
+    therefore the console is left, and output to it is lost."""
     _no_stdin()
     if not IS_WINDOWS:
         return
@@ -13107,9 +13241,10 @@ def leave_terminal() -> None:
 
 
 def was_importing(exc: BaseException) -> bool:
-    """Whether an exception came out of the code of a module, as while it is imported. An interrupt
-    leaves a package half imported: some of its modules stay in sys.modules, and the next import of
-    it fails. The interpreter takes the frames of the import itself out of a traceback."""
+    """Return whether an exception came out of the code of a module, as while the module is
+    imported. An interrupt leaves a package half imported: some of its modules remain in
+    sys.modules, and the next import of the package fails. The interpreter removes the frames of the
+    import itself from a traceback."""
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == '<module>':
@@ -13119,7 +13254,7 @@ def was_importing(exc: BaseException) -> bool:
 
 
 def write_whole(handle: int, data: bytes) -> None:
-    """Write all of it to a descriptor. Raises OSError."""
+    """Write all bytes to a descriptor. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view):]
@@ -13127,7 +13262,7 @@ def write_whole(handle: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def with_variables(variables: Dict[str, str]) -> Iterator[None]:
-    """For what is started within, the environment has these variables."""
+    """Set these variables in the environment for processes that are started in the `with` block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -13141,13 +13276,13 @@ def with_variables(variables: Dict[str, str]) -> Iterator[None]:
 
 
 class Slots:
-    """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in
-    a file that is mapped into memory. [0] the serial that runs now, [1] the serial that shall be
-    interrupted, [2] how many attempts were begun, then the last BEGUN_KEPT of these.
-
-    The file outlives all processes, so that it can be said after any end of them what was begun.
-    Several workers share a file, since each costs a descriptor; one that is started later goes on
-    with the numbers of one that has ended.
+    """What a worker shares with the runner and, after the end of both, with the daemon: numbers
+    (u64) in a file that is mapped into memory. [0] is the serial that runs now, [1] is the serial
+    that is to be interrupted, [2] is the number of attempts that were begun, and the last
+    BEGUN_KEPT of these follow.
+    The file outlives all processes, so that the attempts that were begun are known whichever way
+    the processes end. Several workers share a file, since each file costs a descriptor; a worker
+    that is started later continues the numbers of one that has ended.
     """
     SIZE = 3 + BEGUN_KEPT
     FIRST = 3
@@ -13156,9 +13291,9 @@ class Slots:
 
     @classmethod
     def make(cls, directory: str, number: int, by_name: bool = False) -> List[Any]:
-        """Make slots for TOGETHER workers. Without room for the file it is left empty, which says
-        that nobody knows what was begun; processes that map the file `by_name` cannot do without
-        it. Raises OSError where no file can be made."""
+        """Make slots for TOGETHER workers. If there is no room on the disk, the file remains empty,
+        which means that nobody knows which attempts were begun; processes that map the file
+        `by_name` cannot do without the room. Raises OSError if no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_BINARY, 0o600)
@@ -13185,7 +13320,8 @@ class Slots:
 
     @classmethod
     def open(cls, directory: str, number: int, index: int) -> Any:
-        """Worker: the slots with this index in a file that the runner has made. Raises OSError."""
+        """Return the slots with this index in a file that the runner has made. A worker calls this.
+        Raises OSError."""
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | _O_BINARY)
         try:
@@ -13196,22 +13332,23 @@ class Slots:
 
     @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
-        """Note that this attempt begins. Called by a worker."""
+        """Note that this attempt begins. A worker calls this."""
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
 
     @staticmethod
     def take_back(slots: Any) -> None:
-        """Note that the attempt that was noted last has not begun after all. Called by a worker."""
+        """Note that the attempt which was noted last has not begun after all. A worker calls
+        this."""
         slots[0] = 0
         slots[1] = 0
         slots[2] -= 1
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
-        """Return the attempts that were begun by the workers of a directory; None if that is not
-        known. Called by the daemon. Raises OSError."""
+        """Return the attempts that were begun by the workers of a directory; None if they are not
+        known. The daemon calls this. Raises OSError."""
         begun: Set[int] = set()
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
@@ -13229,8 +13366,8 @@ class Slots:
 
     @classmethod
     def mark_unknown(cls, directory: str) -> None:
-        """Note that from now on nobody knows what was begun. Called by the daemon. Raises
-        OSError."""
+        """Note that from now on nobody knows which attempts were begun. The daemon calls this.
+        Raises OSError."""
         path = os.path.join(directory, cls.NAME + 'unknown')
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
@@ -13239,9 +13376,9 @@ NOTES_ASKED = 'notes'    # in a computation's directory: the path of a file, see
 
 
 def write_notes(private: str) -> None:
-    """Runner of a node that is part of a program, which has ended without a word: write which
-    attempts have begun where the program has asked for that, so that the next one knows it. Called
-    when no worker is left."""
+    """Write which attempts have begun to the place that the program has named, so that the next
+    program knows them. The runner of a node that is embedded in a program calls this if the program
+    has ended without telling it to, when no worker is left."""
     try:
         with open(os.path.join(private, NOTES_ASKED)) as file:
             path = file.read()
@@ -13255,8 +13392,8 @@ def write_notes(private: str) -> None:
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
-    """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
-    a mark."""
+    """Return output of which the middle is left out if it is long: the first and last OUTPUT_KEPT
+    bytes with a mark between them."""
     left_out = total - len(head) - len(tail)
     if left_out <= 0:
         return head + tail
@@ -13385,7 +13522,8 @@ class CapturedOutput:
 
 
 class _CallTurn:
-    """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
+    """Lets processes write into one pipe one at a time. It is a lock of the process (lockf), which
+    ends with the process."""
 
     def __init__(self, directory: str) -> None:
         temporary_file = tempfile.TemporaryFile(dir=directory)
@@ -13404,11 +13542,10 @@ class _CallTurn:
 
 
 class NumericThreads:
-    """How many threads numerical libraries use: as many as the job has CPUs.
-
-    Libraries that are loaded later read the environment; those that are loaded are told by the
-    functions that they export for it, as `threadpoolctl` does. A variable that the user or the
-    operator has set is left alone, and so are the libraries that read it.
+    """Sets the number of threads that numerical libraries use: as many as the job has CPUs.
+    Libraries that are loaded later read the environment; libraries that are loaded already are told
+    by calling the functions that they export for this purpose, as `threadpoolctl` does. A variable
+    that the user or the operator has set is left alone, and so are the libraries that read it.
     """
 
     # Part of a library's file name: the variables that it reads, and the functions that set it.
@@ -13434,8 +13571,8 @@ class NumericThreads:
             os.environ.setdefault(name, '1')
 
     def use(self, cpus: int, surroundings: 'Surroundings') -> None:
-        """Let numerical libraries use so many threads, as the next job has CPUs. Called by a
-        worker."""
+        """Let numerical libraries use this number of threads, which is the number of CPUs of the
+        next job. A worker calls this."""
         self.cpus = cpus
         for name in self.VARIABLES:
             if name not in self._of_user:
@@ -13455,7 +13592,8 @@ class NumericThreads:
 
     @staticmethod
     def _loaded() -> Set[str]:
-        """The files of libraries in this process; none where nothing tells it."""
+        """Return the files of the libraries in this process; none if the system does not list
+        them."""
         try:
             with open('/proc/self/maps', errors='surrogateescape') as file:
                 return {line[line.index('/'):].rstrip('\n') for line in file if '/' in line}
@@ -13481,10 +13619,11 @@ class NumericThreads:
 
 class TrackerProcess:
     """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
-    have left behind. It is a child of the runner, so that its workers share it: one that a worker
-    started would be a process that its job has left running. Most jobs never need it, and it is a
-    whole Python: where workers are forked, there is only its pipe until somebody writes to that.
-    What it removes is a convenience, so that jobs run without it, too."""
+    have left behind. It is a child of the runner, so that its workers share it: a tracker that a
+    worker started would count as a process that its job has left running. Most jobs never need the
+    tracker, and it is a whole Python process: therefore, if workers are forked, only its pipe
+    exists until a process writes to the pipe. Removing such remains is a convenience, so that jobs
+    run without the tracker, too."""
 
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
@@ -13494,7 +13633,7 @@ class TrackerProcess:
         self.reader = -1    # the end of the pipe that it will read, until it is started
 
     def start(self) -> None:
-        """Start it now."""
+        """Start the tracker now."""
         try:
             self._tracker.ensure_running()
         except (OSError, AttributeError) as exc:   # no room for a process; another Python
@@ -13506,12 +13645,12 @@ class TrackerProcess:
         logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
 
     def find(self) -> None:
-        """The user's code here may have needed it, and has started it then."""
+        """Adopt the tracker if the user's code here has started it already."""
         self.pid = getattr(self._tracker, '_pid', None) or self.pid
 
     def make_pipe(self) -> None:
-        """Called after the computation was loaded, and before workers are forked: make the pipe if
-        the tracker does not run."""
+        """Make the pipe of the tracker if the tracker does not run. This is called after the
+        computation was loaded, and before workers are forked."""
         self.find()
         if getattr(self._tracker, '_fd', 0) is not None:
             return
@@ -13521,7 +13660,7 @@ class TrackerProcess:
             self._warn(exc)
 
     def start_at_pipe(self) -> None:
-        """Start it: something was written to the pipe."""
+        """Start the tracker, because something was written to its pipe."""
         handle = self.reader
         self.reader = -1
         code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
@@ -13540,8 +13679,9 @@ class TrackerProcess:
             os.close(handle)
 
     def end_pipe(self) -> None:
-        """The workers have ended: if it was not needed, let the user's code that still runs here
-        start it in the usual way. Nobody would read the pipe meanwhile."""
+        """Remove the pipe after the workers have ended, if the tracker was not needed, so that the
+        user's code that still runs here starts the tracker in the usual way. Nobody would read the
+        pipe."""
         if self.reader < 0:
             return
         with selectors.DefaultSelector() as selector:
@@ -13556,7 +13696,7 @@ class TrackerProcess:
         self._tracker._fd = None
 
     def stop(self) -> None:
-        """Let it remove what is left and end; the workers have ended."""
+        """Let the tracker remove what is left and end. The workers have ended before."""
         handle = getattr(self._tracker, '_fd', None)
         if not self.pid:
             return
@@ -13573,10 +13713,10 @@ class TrackerProcess:
 
 
 class SharedMemoryTracker:
-    """Keeps the resource tracker of a node away from shared memory that a job only attaches to.
-
-    Python registers it there like its own, and the tracker would destroy it at the end of the
-    node, while the program that has made it goes on using it. What a job makes stays registered.
+    """Keeps the resource tracker of a node away from shared memory to which a job only attaches.
+    Python registers this memory as if the job had created it, and the tracker would destroy it at
+    the end of the node, while the program that created it still uses it. Memory that a job creates
+    remains registered.
     """
 
     def __init__(self) -> None:
@@ -13586,7 +13726,7 @@ class SharedMemoryTracker:
         self._unregister = resource_tracker.unregister
 
     def install(self) -> None:
-        """Track shared memory from now on, and in all forked children."""
+        """Track shared memory in this way from now on, and in all forked children."""
         if os.name != 'nt':   # there memory goes with the last process that has it
             self._tracker.register = self._register_own
             self._tracker.unregister = self._unregister_any
@@ -13600,20 +13740,20 @@ class SharedMemoryTracker:
         self._register(name, kind)
 
     def _unregister_any(self, name: str, kind: str) -> None:
-        """Who destroys memory may have attached to it only; the tracker fails for a name that it
-        does not know, and takes one that it knows twice."""
+        """Unregister memory that a process destroys, even if it has only attached to it: the
+        tracker fails for a name that it does not know, and accepts the registration of a known name
+        twice."""
         if kind == 'shared_memory':
             self._register(name, kind)
         self._unregister(name, kind)
 
 
 class Surroundings:
-    """What a job finds around it in its process, beside the computation's globals.
-
-    It is looked at when the worker begins and put back after each job. Nearly always nothing has
-    changed: it is asked for and compared in the quickest way, with one comparison for many things.
-    Limits of resources take long to ask for, and are asked for only where the module `resource`,
-    through which they are changed, has been imported by anybody.
+    """The state of its process that a job finds, besides the computation's globals.
+    The state is saved when the worker begins and restored after each job. Nearly always nothing has
+    changed: therefore it is read and compared in the quickest way, with one comparison for many
+    things. Reading limits of resources takes long, and happens only if the module `resource`,
+    through which they are changed, was imported.
     """
 
     def __init__(self, directory: str) -> None:
@@ -13663,7 +13803,8 @@ class Surroundings:
         return (_affinity(0), _policy(0), _priority(0, 0), _digits(), _locale_now(locale.LC_ALL))
 
     def _set_system(self) -> None:
-        """Raises OSError where the job has given up the right to that."""
+        """Set the state that the system has. Raises OSError if the job has given up the right to do
+        so."""
         affinity, policy, priority, digits, name = self._system
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
@@ -13719,14 +13860,14 @@ class Surroundings:
         return os.geteuid(), os.getegid()
 
     def set_environ(self, name: str, value: str) -> None:
-        """A variable that the next jobs find."""
+        """Set an environment variable that the next jobs are to find."""
         os.environ[name] = value
         self._environ = dict(_ENVIRON)
 
     def restore(self) -> bool:
-        """Put back what the job has changed. False when only a new process is free of it: where
-        the job has given up a right, such as that to a higher limit, or has left behind what
-        raises when it is looked at."""
+        """Restore what the job has changed. Returns false if only a new process is free of the
+        change: the job has given up a right, such as that to a higher limit, or has left behind an
+        object that raises when it is inspected."""
         try:
             # Only root can change them
             if self._ids is not None:
@@ -13813,8 +13954,8 @@ class Surroundings:
 
 def main_for_children(directory: str) -> None:
     """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import
-    the computation's main module, as it is when they are started, from a file. The user's script is
-    never run."""
+    the computation's main module, in its state when they are started, from a file. The user's
+    script is never run."""
     from multiprocessing import spawn
     original = spawn.get_preparation_data
     main = MainFile(directory)
@@ -13837,8 +13978,8 @@ dispynode.load_main(globals(), %r)
 
 
 class MainFile:
-    """What the main module of a computation defines, in files for the children of its jobs. Each is
-    written once, as other children may be about to read it."""
+    """Writes what the main module of a computation defines into files, for the children of its
+    jobs. Each file is written once, since other children may be about to read it."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -13846,7 +13987,7 @@ class MainFile:
         self._last = ('', 0, b'')   # module, the process that wrote it, what it says
 
     def module(self) -> str:
-        """The name of a module that defines it as it is now."""
+        """Return the name of a module that defines what the main module contains now."""
         class Pickler(value_pickler()):  # type: ignore[misc]
             complete = True
         found: Dict[str, bytes] = {}
@@ -13870,7 +14011,7 @@ class MainFile:
 
 
 def load_main(variables: Dict[str, Any], path: str) -> None:
-    """Define what the job's main module defines. Called in a child of a job."""
+    """Define what the main module of the job defines. This is called in a child of a job."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
     SharedMemoryTracker().install()
@@ -14272,8 +14413,8 @@ class JobServices:
 
 
 def link_to(path: str, link: str) -> None:
-    """Make a file or directory known under another name. Symbolic links take a privilege on
-    Windows: there files have a second name, and directories are made once more. Raises OSError."""
+    """Make a file or directory accessible under another name. Symbolic links require a privilege on
+    Windows: there, files get a hard link, and directories are copied. Raises OSError."""
     if not IS_WINDOWS:
         os.symlink(path, link)
     elif os.path.isdir(path):
@@ -14290,11 +14431,11 @@ def _hard_link(path: str, link: str) -> None:
 
 
 class ReturnedFiles:
-    """Files in the directory of a job that go to its client when a program has ended. What was
-    there before, and has not changed since, is no work of the program."""
+    """Files in the directory of a job that are sent to its client when a program has ended. Files
+    that were there before and have not changed since are not results of the program."""
 
     def __init__(self, before: str, patterns: Sequence[str]) -> None:
-        """`before`: what stands before their names at the client."""
+        """`before`: the prefix of the names that they have for the client."""
         self._before = before
         self._patterns = patterns
         self._known = {path: self._state(path) for pattern in patterns
@@ -14322,7 +14463,8 @@ class ReturnedFiles:
 
     @staticmethod
     def _matching(pattern: str) -> List[str]:
-        """Files with names of this pattern, and those in directories of such names."""
+        """Return the files whose names match this pattern, and those in directories whose names
+        match it."""
         found = []
         for path in sorted(glob.glob(pattern, recursive=True)):
             if os.path.isfile(path):
@@ -14629,7 +14771,7 @@ class Worker:
 
 
 def children_here() -> List[int]:
-    """The children of this process by /proc; none where there is no such thing."""
+    """Return the PIDs of the children of this process from /proc; none if there is no /proc."""
     try:
         with open('/proc/self/task/%d/children' % os.getpid()) as file:
             content_parts = file.read().split()
@@ -14639,7 +14781,7 @@ def children_here() -> List[int]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a child of ours is no more; it is waited for if so."""
+    """Return whether a child of this process has ended; if so, it is reaped."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] != 0
     except ChildProcessError:   # somebody else has waited for it
@@ -14650,8 +14792,9 @@ _SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-package
 
 
 def _is_of_library(frame: Any) -> bool:
-    """Whether a thread began in an installed library and runs nothing of anybody else but the
-    standard library. One that began in the standard library runs what it was given."""
+    """Return whether a thread began in an installed library and runs code of that and of the
+    standard library only. A thread that began in the standard library runs the code that it was
+    given."""
     files = []
     while frame is not None:
         files.append(frame.f_code.co_filename)
@@ -14674,10 +14817,10 @@ _JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[
 
 
 def remove_joblib_remains(pids: Set[int], since: float) -> None:
-    """Remove what processes of a job that have been killed have left in shared memory: arrays that
-    joblib has mapped, and semaphores of loky. Each has a process that would have removed it, which
-    is one of those that have been killed. What is older than `since` (in seconds since the epoch)
-    is of another process, which has had the same number."""
+    """Remove what killed processes of a job have left in shared memory: arrays that joblib has
+    mapped, and semaphores of loky. For each of them there is a process that removes it, which was
+    killed together with the others. Entries older than `since` (in seconds since the epoch) belong
+    to another process that had the same PID."""
     for directory in ('/dev/shm', tempfile.gettempdir()):
         try:
             names = os.listdir(directory)
@@ -14706,7 +14849,8 @@ def remove_joblib_remains(pids: Set[int], since: float) -> None:
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
     """Make names known to one job: in the computation's global variables, where they are free.
-    Returns what takes them away again, with those that opening them has brought there."""
+    Returns a function that removes them again, together with the names that opening them has added
+    there."""
     spaces.forget_added(names)
     lent = [(variables, name) for variables in globals_ for name in names if name not in variables]
     for variables, name in lent:
@@ -14719,7 +14863,7 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
 
 
 class SlotPlace(NamedTuple):
-    """Slots of one worker, and where they are."""
+    """The slots of one worker, and where they are."""
     slots: Any
     file: int      # its number
     number: int    # of the slots in the file
@@ -14740,8 +14884,8 @@ class _Child(NamedTuple):
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
-    """Names that need no import in a job: in the global variables of the computation where they are
-    free, and in builtins for the other modules."""
+    """Make names available in jobs without an import: in the global variables of the computation
+    where they are free, and in builtins for the other modules."""
     for name, value in names.items():
         setattr(builtins, name, value)
     for variables in spaces_:
@@ -14750,7 +14894,8 @@ def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> Non
 
 
 def support_of(spec: dict) -> str:
-    """The directory of the client's cloudpickle, where this host has none or another version."""
+    """Return the directory for the client's cloudpickle, which is used if this host has no
+    cloudpickle or another version."""
     return os.path.join(spec['private'], 'support')
 
 
@@ -14765,8 +14910,7 @@ def unpack_support(spec: dict) -> None:
 
 
 class ComputationCode:
-    """The user's code in a process that loads it: the computation, its setup and in the end its
-    cleanup."""
+    """The user's code in a process that loads it: the computation, its setup and its cleanup."""
 
     def __init__(self, spec: dict) -> None:
         self._spec = spec
@@ -14825,7 +14969,8 @@ class ComputationCode:
                 % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
-        """Make the modules and the main module of the program importable here."""
+        """Make the modules and the main module of the program importable here. Returns the
+        loader."""
         global modules, known_values
         main = types.ModuleType('__main__')
         sys.modules['__main__'] = main
@@ -14841,7 +14986,8 @@ class ComputationCode:
         return modules
 
     def _load_functions(self, code: memoryview, loader: ModuleLoader) -> Any:
-        """The computation, cleanup and what is found by name beside them. Returns setup."""
+        """Load the computation, its cleanup and the objects that are found by name beside them.
+        Returns setup."""
         if self._spec['bundles']:
             loader.need((0,))
         if self._spec['kind'] == 'source':
@@ -14862,7 +15008,7 @@ class ComputationCode:
         return setup
 
     def clean_up(self, end_node: Callable[[], None]) -> str:
-        """Run cleanup. Returns what it has raised, for people, or ''."""
+        """Run cleanup. Returns the text of the exception that it has raised, or ''."""
         if self._cleanup is None:
             return ''
         if self._spec['client_shutdown']:
@@ -14879,7 +15025,8 @@ _NO_BODIES = (memoryview(b''),) * 3
 
 
 class RunningLimit:
-    """What one job may use. `ended_at` is when it was ended for that, if it was."""
+    """The limits of one job. `ended_at` is the time when the job was ended because of them, if it
+    was."""
     __slots__ = ('most', 'seconds', 'began', 'ended_at')
 
     def __init__(self, most: int, seconds: float) -> None:
@@ -14889,7 +15036,7 @@ class RunningLimit:
         self.ended_at: Optional[float] = None
 
     def is_over(self, now: float) -> bool:
-        """Whether its time has passed, and nothing was done yet."""
+        """Return whether the time limit has passed, and nothing was done about it yet."""
         if not (bool(self.seconds) and self.began is not None):
             return False
         if self.ended_at is not None:
@@ -14897,16 +15044,16 @@ class RunningLimit:
         return now - self.began >= self.seconds
 
     def is_to_be_killed(self, now: float) -> bool:
-        """Whether it was interrupted and goes on all the same."""
+        """Return whether the job was interrupted and still runs."""
         if self.ended_at is None:
             return False
         return now - self.ended_at >= GRACE
 
 
 class RunningLimits:
-    """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The
-    runner does it some tenths of a second later if the node has not: a node that is part of a
-    program has no turn while that holds the GIL."""
+    """The limits of jobs, by worker and job. The node itself ends jobs in time. If it has not, the
+    runner does so some tenths of a second later: a node that is embedded in a program has no turn
+    while the program holds the GIL."""
 
     def __init__(self) -> None:
         self._known: Dict[int, Dict[int, RunningLimit]] = {}
@@ -14916,14 +15063,14 @@ class RunningLimits:
         return bool(self._known)
 
     def add(self, record: Record) -> None:
-        """A job will run in a worker, or runs already."""
+        """Add the limits of a job that will run in a worker, or runs already."""
         jobs = self._known.setdefault(record.number, {})
         if record.serial not in jobs:
             jobs[record.serial] = RunningLimit(int(record.start), record.end)
             self.of_memory = self.of_memory or bool(record.start)
 
     def find(self, worker: int, serial: int, now: float) -> Optional[RunningLimit]:
-        """The limit of what a worker runs now."""
+        """Return the limit of the job that a worker runs now."""
         jobs = self._known.get(worker, {})
         for other in [other for other, before in jobs.items()
                       if before.began is not None and other != serial]:   # it has ended
@@ -14935,13 +15082,13 @@ class RunningLimits:
         return limit
 
     def keep(self, worker: int, serial: int) -> None:
-        """Of what a worker has, nothing else is left."""
+        """Forget all limits of a worker but those of these jobs."""
         jobs = self._known.get(worker, {})
         for other in [other for other in jobs if other != serial]:
             del jobs[other]
 
     def forget_all_but(self, workers: Container[int]) -> None:
-        """Forget all workers but these: the others have ended."""
+        """Forget all workers but these, because the others have ended."""
         for worker in [worker for worker, jobs in self._known.items()
                        if worker not in workers or not jobs]:
             del self._known[worker]
@@ -14950,7 +15097,7 @@ class RunningLimits:
 
 
 def _job_objects() -> Any:
-    """Windows: the library that has the functions for job objects, with their types set."""
+    """Return the Windows library that has the functions for job objects, with their types set."""
     import ctypes
     library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
     handle = ctypes.c_void_p
@@ -14978,11 +15125,11 @@ _ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it 
 
 
 class ProcessTree:
-    """Windows: a process and all that it starts from now on, as a job object. All of them end when
-    the process that has made this one ends, whatever way."""
+    """A process and all processes that it starts from now on, as a job object of Windows. All of
+    them end when the process that has made the job object ends, for whatever reason."""
 
     def __init__(self, pid: int) -> None:
-        """`pid`: of a child of this process. Raises OSError."""
+        """`pid`: the PID of a child of this process. Raises OSError."""
         self._library = _job_objects()
         self._handle: Any = self._library.CreateJobObjectW(None, None)
         limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
@@ -15000,12 +15147,12 @@ class ProcessTree:
         raise error
 
     def kill(self) -> None:
-        """End all of them."""
+        """Kill all of them."""
         if self._handle:
             self._library.TerminateJobObject(self._handle, _ENDED_BY_US)
 
     def close(self) -> None:
-        """End all of them, and forget them."""
+        """Kill all of them, and close the job object."""
         if self._handle:
             self.kill()
             self._library.CloseHandle(self._handle)
@@ -15013,15 +15160,15 @@ class ProcessTree:
 
 
 def tree_of(pid: int) -> Optional[ProcessTree]:
-    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do.
-    Raises OSError."""
+    """Return, on Windows, the object that ends a process with all processes that it starts.
+    Elsewhere process groups serve this purpose. Raises OSError."""
     if IS_WINDOWS:
         return ProcessTree(pid)
     return None
 
 
 def processes_in_tree() -> int:
-    """Windows: how many processes there are in the job object of this one."""
+    """Return how many processes are in the job object of this process, on Windows."""
     import ctypes
     told = ctypes.create_string_buffer(_JOB_ACCOUNTING.size)
     if _job_objects().QueryInformationJobObject(None, _JOB_ACCOUNTING_CLASS, told,
@@ -15032,8 +15179,9 @@ def processes_in_tree() -> int:
 
 
 class StackFile:
-    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, also
-    while C code runs. It lies in the private directory of its computation, under its pid."""
+    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, even
+    while C code runs. It is in the private directory of its computation, and its PID is its
+    name."""
     TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
     STEP = 0.002
     # What has called the job, which stands behind its own lines
@@ -15045,8 +15193,8 @@ class StackFile:
         self._pid = pid
 
     def begin(self) -> None:
-        """Write into it from now on. Called by the process itself. Without a file there are no
-        stacks."""
+        """Write into the file from now on. The process itself calls this. If the file cannot be
+        made, there are no stacks."""
         if not STACKS_SIGNAL:
             return
         import faulthandler
@@ -15057,7 +15205,8 @@ class StackFile:
             faulthandler.register(STACKS_SIGNAL, handle, all_threads=True)
 
     def read(self) -> str:
-        """Have the process write its stacks. Return them, or why there are none."""
+        """Have the process write its stacks. Returns them, or the text that says why there are
+        none."""
         if not STACKS_SIGNAL:
             return 'this system has no signal for it'
         try:
@@ -15070,7 +15219,7 @@ class StackFile:
             return 'the stacks cannot be read: %s' % exc
 
     def _written(self, before: int) -> str:
-        """Wait until it has written, and return that."""
+        """Wait until the process has written its stacks, and return them."""
         until = time.monotonic() + self.TIME
         size = before
         while time.monotonic() < until:
@@ -15088,8 +15237,8 @@ class StackFile:
         return self.OURS.sub('', text)
 
     def _is_ready(self) -> bool:
-        """Return whether the process takes the signal, which would end it otherwise, as far as the
-        system tells that."""
+        """Return whether the process handles the signal, which would kill it otherwise, as far as
+        the system shows that."""
         path = '/proc/%d/status' % self._pid
         if not os.path.exists(path):
             return True
@@ -15465,7 +15614,7 @@ class WorkerProcesses:
 
 
 def stderr_tail(printed: bytes) -> str:
-    """The end of what was printed, to stand below a text for people."""
+    """Return the end of what was printed, to be appended to a text for people."""
     decoded = printed.decode('utf-8', 'replace')
     tail = decoded[-2000:]
     if tail:
@@ -15474,8 +15623,8 @@ def stderr_tail(printed: bytes) -> str:
 
 
 def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
-    """Raise RuntimeError for what setup has made for all jobs of a node to share: it is shared by
-    forked processes only, and each worker would have one of its own."""
+    """Raise RuntimeError for objects that setup has made for all jobs of a node to share: only
+    forked processes share them, and each worker would have one of its own."""
     for variables in spaces_:
         for name, value in list(variables.items()):
             kind = shared_kind(value)
@@ -15499,8 +15648,8 @@ _SHARED_KINDS = (
 
 
 def shared_kind(value: Any) -> str:
-    """What a value is that only forked processes share, or ''. Contents of containers and
-    attributes of instances are looked at too."""
+    """Return the kind of a value that only forked processes share, or ''. Contents of containers
+    and attributes of instances are examined too."""
     kind = _shared_itself(value)
     if kind:
         return kind
@@ -16115,7 +16264,7 @@ class SpawnedWorker(LoadingProcess):
 
 
 class User(NamedTuple):
-    """Whose rights jobs have, when the daemon was started as root with --user."""
+    """The user whose rights jobs have, if the daemon was started as root with --user."""
     name: str
     uid: int
     gid: int
@@ -16123,8 +16272,8 @@ class User(NamedTuple):
 
 
 def become(user: User) -> None:
-    """Give up root for good, and what multiprocessing inherited from it: a tracker that removes
-    what it is told to."""
+    """Give up root for good, and also the tracker that multiprocessing inherited from root: it
+    removes whatever it is told to."""
     from multiprocessing import resource_tracker
     tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
     if getattr(tracker, '_fd', None) is not None:
@@ -16188,7 +16337,7 @@ KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
 
 
 def _was_ours(root: str) -> bool:
-    """Whether a node without a mark has used this directory: its lock file tells."""
+    """Return whether a node without a mark has used this directory: its lock file tells."""
     try:
         path = os.path.join(root, 'lock')
         with open_regular(path) as file:
@@ -16198,8 +16347,8 @@ def _was_ours(root: str) -> bool:
 
 
 def _is_ours(name: str, *beginnings: str) -> bool:
-    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name
-    of a computation."""
+    """Return whether a name in the node's directory is one that it gives itself: a beginning, and
+    the name of a computation."""
     if not (name.startswith(beginnings) and bool(name[2:])):
         return False
     return is_comp(name[2:])
@@ -16232,7 +16381,8 @@ def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
 
 
 def shortage(exc: BaseException) -> str:
-    """Why a process could not be made, with the limit that was met and what raises it."""
+    """Return why a process could not be started, with the limit that was reached and how to raise
+    it."""
     number = getattr(exc, 'errno', None)
     limits = {
         errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
@@ -16253,8 +16403,8 @@ def shortage(exc: BaseException) -> str:
 
 
 def _limit_of(name: str) -> str:
-    """A limit of this process for people; of processes also that of its cgroup, which may be
-    lower."""
+    """Return a limit of this process for people; for processes also that of its cgroup, which may
+    be lower."""
     found = []
     try:
         import resource
@@ -16271,7 +16421,7 @@ def _limit_of(name: str) -> str:
 
 
 def _cgroup_pids() -> List[int]:
-    """Limits of processes by the cgroups that this process is in (Linux)."""
+    """Return the limits of processes in the cgroups that this process is in (Linux)."""
     found = []
     with contextlib.suppress(OSError, ValueError), open('/proc/self/cgroup') as file:
         for line in file:
@@ -16294,7 +16444,7 @@ NT_STATUS = {
 
 
 def exit_text(code: Optional[int]) -> str:
-    """What an exit code says, in words."""
+    """Return the meaning of an exit code in words."""
     # Windows: an exception that nothing has handled
     if code is not None:
         if code >= 1 << 31:
@@ -16312,8 +16462,9 @@ def exit_text(code: Optional[int]) -> str:
 
 
 def platform_text() -> str:
-    """What `platform.platform()` returns. On Linux that starts a process, `uname -p`, for which the
-    first result of a program would have to wait, and which as a rule tells nothing new."""
+    """Return what `platform.platform()` returns, except that on Linux no process `uname -p` is
+    started: the first result of a program would have to wait for it, and as a rule it adds
+    nothing."""
     if sys.platform != 'linux':
         with process_start_lock:
             return platform.platform()
@@ -16322,7 +16473,7 @@ def platform_text() -> str:
 
 
 def node_facts() -> dict:
-    """What a client may want to know of this host."""
+    """Return the facts on this host that are of interest to a client."""
     system = platform_text()
     python = tuple(sys.version_info[:3])
     cloudpickle = installed_version('cloudpickle')
@@ -16334,15 +16485,16 @@ def node_facts() -> dict:
 
 
 class ProcFiles:
-    """What /proc tells on Linux that psutil would tell. A program's first result would have to wait
-    until psutil is imported, longer than for all else that its node does before it."""
+    """Reads from /proc on Linux what psutil would return. The first result of a program would have
+    to wait until psutil is imported, which takes longer than everything else that its node does
+    before it."""
     _idle = 0     # when this was asked for before, in ticks since the system was started
     _all = 0
 
     @classmethod
     def free(cls) -> Dict[str, float]:
-        """Return `cpu`, in percent since this was asked for before, `memory`, `memory_total` and
-        `swap`. Raises OSError, ValueError, KeyError."""
+        """Return `cpu`, in percent since the previous call, `memory`, `memory_total` and `swap`, in
+        bytes. Raises OSError, ValueError or KeyError."""
         with open('/proc/stat') as file:
             words = file.readline().split()
         ticks = [int(word) for word in words[1:9]]   # what guests use is a part of these
@@ -16364,11 +16516,11 @@ class ProcFiles:
 
 
 def availability(directory: str, soon: bool = False) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
-    there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
-    of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
-    the others. If somebody waits for it, it is told `soon`: where that is possible psutil is not
-    imported for it."""
+    """Return the resources that are free now: `cpu` in percent, `memory`, `disk` and `swap` in
+    bytes, and the totals `memory_total` and `disk_total`. A figure is None if it cannot be
+    determined, such as all but those of the disk without psutil. Each is determined by itself, so
+    that a failure does not hide the others. `soon` says that the caller waits: if possible, psutil
+    is not imported then."""
     found: Dict[str, Optional[float]] = {}
     if soon and sys.platform == 'linux' and 'psutil' not in sys.modules:
         with contextlib.suppress(OSError, ValueError, KeyError):   # psutil may know
@@ -16389,7 +16541,7 @@ def availability(directory: str, soon: bool = False) -> dict:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package without importing it; empty when it is not there."""
+    """Return the version of a package without importing it; empty if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         return ''
@@ -16408,8 +16560,8 @@ def installed_version(package: str) -> str:
 # -- what is kept on the disk ----------------------------------------------------------------------
 
 class ModuleStore:
-    """Files of modules by their digests, so that each travels once to a node. It is kept below a
-    limit."""
+    """Files of modules by their digests, so that each is sent only once to a node. The total size
+    is kept below a limit."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -16419,8 +16571,8 @@ class ModuleStore:
         return os.path.join(self._root, digits)
 
     def bring(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Put those files that are here below a computation's own directory. A file that is damaged
-        is sent again."""
+        """Copy those of these files that are present below a computation's own directory. A damaged
+        file is sent again."""
         for name, size, digest, mode in rows:
             target = os.path.join(root, *check_name(name))
             path = self._path(digest)
@@ -16435,7 +16587,7 @@ class ModuleStore:
                 continue
 
     def keep(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Take copies of files that have come."""
+        """Keep copies of files that have come."""
         try:
             os.makedirs(self._root, mode=0o700, exist_ok=True)
             for name, size, digest, _ in rows:
@@ -16450,7 +16602,7 @@ class ModuleStore:
             logger.debug('files of modules are not kept: %s', exc)
 
     def _shorten(self) -> None:
-        """Remove the files that were not used for longest."""
+        """Remove the files that have not been used for longest."""
         files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path)
                         for entry in os.scandir(self._root)),
                        reverse=True)
@@ -16462,9 +16614,9 @@ class ModuleStore:
 
 
 class RecordLog:
-    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
-    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
-    record that is torn, at the end of the file, was never reported as kept and is not read."""
+    """The format of an append-only file: records, each preceded by the CRC-32 of its contents. A
+    record has a header and pieces; the last numbers of the header are the sizes of the pieces. A
+    truncated record at the end of the file was never reported as written and is ignored."""
     _CRC = struct.Struct('>I')
 
     def __init__(self, head: struct.Struct, pieces: int) -> None:
@@ -16472,14 +16624,15 @@ class RecordLog:
         self._pieces = pieces
 
     def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
-        """Return a record as the file has it; to be written in one go, or not at all."""
+        """Return a record in the format of the file; it must be written in one go, or not at
+        all."""
         pieces = (head, *pieces)
         crc = self._crc_of(pieces)
         return [self._CRC.pack(crc), *pieces]
 
     def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
-        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
-        record). Ends before one that is torn."""
+        """Yield records from the current position of a file on: (header without the sizes, pieces,
+        size of the record in bytes). Stops before a truncated record."""
         first = self._CRC.size
         while True:
             head = file.read(first + self._head.size)
@@ -16508,8 +16661,8 @@ class RecordLog:
 
 
 class ResultSpool:
-    """Results of one computation on disk, while its client is away: a file of a header (magic,
-    instance of the client) and of records as workers write them (see RecordLog)."""
+    """Results of one computation on the disk, while its client is away: a file with a header
+    (magic, instance of the client) and with records as workers write them (see RecordLog)."""
     MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
     _LOG = RecordLog(_RECORD, 3)
@@ -16518,9 +16671,9 @@ class ResultSpool:
         self.path = path
 
     def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
-        """Keep rows of Results; they are on the disk when this returns. Raises OSError or
-        ValueError, and nothing of them is kept then: a file that was made for them is gone again,
-        since nobody would remove it later."""
+        """Append rows of Results; they are on the disk when this returns. Raises OSError or
+        ValueError, and then nothing was appended: a file that was created for them is removed
+        again, since nobody would remove it later."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
@@ -16547,11 +16700,11 @@ class ResultSpool:
         return time.time() - status.st_mtime
 
     def rows(self) -> Iterator[tuple]:
-        """Return what is kept, row after row; ends before what is torn."""
+        """Yield the rows, up to the first truncated record."""
         return (row for row, _ in self._rows())
 
     def _rows(self) -> Iterator[Tuple[tuple, int]]:
-        """Rows, and how many bytes of the file each takes."""
+        """Yield the rows, and the number of bytes of each in the file."""
         with open(self.path, 'rb') as file:
             file.seek(self.HEAD)
             contents = self._LOG.read(file)
@@ -16559,8 +16712,8 @@ class ResultSpool:
                 yield (serial, number, start, end, *bodies), size
 
     def scan(self) -> Tuple[bytes, bytes, List[int]]:
-        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
-        that is none of ours."""
+        """Return owner, digest of the key and serials, and remove a truncated end. Raises
+        ValueError if the file has another format."""
         with open(self.path, 'rb') as file:
             head = file.read(self.HEAD)
         if len(head) < self.HEAD or not head.startswith(self.MAGIC):
@@ -16581,15 +16734,15 @@ class ResultSpool:
 
 
 class Memory:
-    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a
-    computation in its directory, and `memory`, with what this memory is known by. A client that
-    finds another memory than before knows that what this one does not name may have begun. It is
-    another one when the machine has ended without the node (what was not on the disk yet is gone),
-    or something could not be written down.
+    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` for each
+    computation in its directory, and a file `memory` that identifies this memory. A client that
+    finds another identifier than before knows that attempts which this memory does not list may
+    have begun. The identifier changes if the machine has stopped without the node (data that was
+    not flushed to the disk is lost), or if something could not be written.
     """
 
     def __init__(self, directory: str, lasting: bool = True) -> None:
-        """`lasting`: it is to outlive the machine. Raises OSError."""
+        """`lasting`: the memory is to outlive the machine. Raises OSError."""
         memory_path = os.path.join(directory, 'memory')
         self._directory = directory
         self._path = memory_path
@@ -16620,9 +16773,9 @@ class Memory:
         return os.path.join(self._directory, 'g-' + comp)
 
     def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, AttemptHistory]:
-        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier
-        process had when it was killed, and what had begun of them, None if nobody knows. Raises
-        OSError."""
+        """Return what is known, by computation. The daemon calls this when it starts. `wrecks` are
+        the computations of an earlier process that was killed, with their attempts that had begun,
+        or None if nobody knows these. Raises OSError."""
         for name in os.listdir(self._directory):
             path = os.path.join(self._directory, name)
             is_part = name.endswith('.part')
@@ -16644,7 +16797,7 @@ class Memory:
 
     @staticmethod
     def read(directory: str, comp: str) -> AttemptHistory:
-        """What is written down of a computation. Raises OSError."""
+        """Return what was written of a computation. Raises OSError."""
         path = os.path.join(directory, 'g-' + comp)
         try:
             with open(path) as file:
@@ -16660,7 +16813,7 @@ class Memory:
             return AttemptHistory(whole=False)
 
     def write(self, comp: str, past: AttemptHistory) -> None:
-        """This is what is known of a computation now."""
+        """Write what is known of a computation now."""
         try:
             if past == AttemptHistory():
                 self._known.pop(comp, None)
@@ -16676,13 +16829,13 @@ class Memory:
             self.tear()
 
     def tear(self) -> None:
-        """Something is not known here that ought to be: the next process begins another memory."""
+        """Note that something is missing here: the next process begins another memory."""
         self._torn = True
         with contextlib.suppress(OSError):   # it is gone already
             os.unlink(self._path)
 
     def close(self) -> None:
-        """The node ends in good order."""
+        """Note that the node ends in good order."""
         if not self._torn:
             with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
                 text = '%s %s clean' % (self.ident, machine())
@@ -16692,14 +16845,14 @@ class Memory:
 # -- resources beside CPUs -------------------------------------------------------------------------
 
 class Offer(NamedTuple):
-    """What a node offers beside CPUs: how many units of each resource, what its devices are called
-    and in which variables of their environment libraries look for those that they may use."""
+    """What a node offers besides CPUs: the number of units of each resource, the identifiers of its
+    devices, and the environment variables in which libraries look up which devices they may use."""
     counts: Dict[str, int] = {}
     devices: Tuple[str, ...] = ()
     variables: Tuple[str, ...] = ()
 
     def variables_for(self, units: Dict[str, List[int]]) -> Dict[str, str]:
-        """The environment of a worker that has these units."""
+        """Return the environment variables of a worker that has these units."""
         if GPU not in units:
             return {}
         words = ','.join(self.devices[unit] for unit in units[GPU])
@@ -16707,8 +16860,8 @@ class Offer(NamedTuple):
 
 
 class GpuSearch:
-    """Which devices this host has. `environ` is the environment of this process, `output_of` runs
-    a command and returns what it prints, '' where there is no such command, and `names_in` lists a
+    """Finds the GPUs of this host. `environ` is the environment of this process; `output_of` runs a
+    command and returns what it prints, or '' if there is no such command; `names_in` lists a
     directory."""
     CUDA = 'CUDA_VISIBLE_DEVICES'
     HIP = 'HIP_VISIBLE_DEVICES'   # of ROCm, whose libraries look at the first one too
@@ -16724,8 +16877,9 @@ class GpuSearch:
         self._read = read or _text_of
 
     def visible(self) -> Optional[List[str]]:
-        """The devices that this process may use, by its environment; None if that does not say. As
-        CUDA reads it: what stands behind the first word that is no device does not count."""
+        """Return the devices that this process may use according to its environment; None if the
+        environment does not restrict them. As in CUDA, everything after the first word that is not
+        a device is ignored."""
         for name in (self.CUDA, self.HIP):
             text = self._environ.get(name)
             if text is None:
@@ -16737,13 +16891,13 @@ class GpuSearch:
         return None
 
     def variables(self) -> Tuple[str, ...]:
-        """The variables that say which devices a job has."""
+        """Return the variables that say which devices a job has."""
         if self.HIP in self._environ or self._of_rocm():
             return self.CUDA, self.HIP
         return (self.CUDA,)
 
     def all(self, quick: bool = False) -> List[str]:
-        """What `gpu=auto` finds; `quick`: without starting a process."""
+        """Return the devices that `gpu=auto` finds; `quick` means without starting a process."""
         found = [] if quick else self._of_nvidia()
         if not found:
             names = [name for name in self._names_in('/dev') if re.fullmatch(r'nvidia\d+', name)]
@@ -16756,8 +16910,8 @@ class GpuSearch:
         return visible[:len(found)]
 
     def _of_nvidia(self) -> List[str]:
-        """Devices that nvidia-smi lists. One that is divided is used by the identifiers of its
-        parts."""
+        """Return the devices that nvidia-smi lists. A partitioned device is used by the identifiers
+        of its partitions."""
         found: List[str] = []
         parts: Dict[str, List[str]] = {}
         for line in self._output_of(['nvidia-smi', '-L']).splitlines():
@@ -16770,7 +16924,8 @@ class GpuSearch:
         return [word for device in found for word in parts.get(device, [device])]
 
     def _of_rocm(self) -> List[str]:
-        """Devices of AMD that the kernel lists; nodes whose number is 0 are processors."""
+        """Return the devices of AMD that the kernel lists; nodes with the number 0 are
+        processors."""
         count = 0
         for name in self._names_in(self.KFD):
             number = self._read('%s/%s/gpu_id' % (self.KFD, name)).strip()
@@ -16813,7 +16968,7 @@ def _text_of(path: str) -> str:
 
 def find_offer(words: Sequence[str], search: Optional[GpuSearch] = None,
                quick: bool = False) -> Offer:
-    """What NAME=N and gpu=auto say that a node offers; `quick` as of GpuSearch.all. Raises
+    """Return the offer that NAME=N and gpu=auto describe; `quick` is as in GpuSearch.all. Raises
     ValueError."""
     search = search or GpuSearch()
     counts: Dict[str, int] = {}
@@ -16844,7 +16999,7 @@ def find_offer(words: Sequence[str], search: Optional[GpuSearch] = None,
 
 
 def _numbered_devices(count: int, search: GpuSearch) -> List[str]:
-    """So many devices of this host. Raises ValueError if the environment leaves fewer."""
+    """Return this many devices of this host. Raises ValueError if the environment leaves fewer."""
     visible = search.visible()
     if visible is None:
         return [str(number) for number in range(count)]
@@ -16856,7 +17011,7 @@ def _numbered_devices(count: int, search: GpuSearch) -> List[str]:
 
 
 class Interpreter(NamedTuple):
-    """Another Python that jobs may run on."""
+    """Another Python interpreter on which jobs may run."""
     path: str
     version: Tuple[int, int, int]
     cloudpickle: str    # its version; '' if it is not installed there
@@ -16864,7 +17019,7 @@ class Interpreter(NamedTuple):
 
     @property
     def fact(self) -> Dict[str, Any]:
-        """What clients are told of it."""
+        """Return what clients are told about the interpreter."""
         return {'python': self.version, 'cloudpickle': self.cloudpickle}
 
 
@@ -16882,7 +17037,8 @@ print(json.dumps([sys.version_info[:3], version('cloudpickle'),
 
 
 def find_interpreters(words: Sequence[str]) -> Dict[str, Interpreter]:
-    """The Pythons that NAME=PATH say, by their names. Each is started once. Raises ValueError."""
+    """Return the interpreters that NAME=PATH options name, by their names. Each is started once.
+    Raises ValueError."""
     found: Dict[str, Interpreter] = {}
     for word in words:
         name, _, path = word.partition('=')
@@ -16927,8 +17083,8 @@ def _tell_without_psutil(python: str) -> None:
 
 
 def environment_for(python: str) -> Dict[str, str]:
-    """The environment in which another Python than this one is started: without what would let it
-    take this one's library for its own."""
+    """Return the environment for starting another Python than this one, without the variables that
+    would make it use the library of this one."""
     variables = dict(os.environ)
     for name in ('DISPY_SECRET', 'PYTHONHOME', '__PYVENV_LAUNCHER__'):
         variables.pop(name, None)
@@ -16936,7 +17092,7 @@ def environment_for(python: str) -> Dict[str, str]:
 
 
 def pythons_text(facts: Dict[str, Any]) -> str:
-    """'3.11.2, lab (3.12.1)': the Pythons that a node has, by what it tells."""
+    """Return a text such as '3.11.2, lab (3.12.1)': the interpreters of a node, from its facts."""
     texts = ['.'.join(map(str, facts.get('python', ()))) or 'one']
     for name, fact in facts.get('pythons', {}).items():
         texts.append('%s (%s)' % (name, '.'.join(map(str, fact['python']))))
@@ -16944,8 +17100,9 @@ def pythons_text(facts: Dict[str, Any]) -> str:
 
 
 def whole_memory(given: Optional[int] = None) -> Optional[int]:
-    """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
-    cgroup of this process, and at most what is given. None where nobody tells."""
+    """Return the bytes of memory that all jobs on this host can have together: those of the host,
+    or the limit of the cgroup of this process, and at most the given number. Returns None if they
+    cannot be determined."""
     sizes = []
     if given is not None:
         sizes.append(given)
@@ -16965,7 +17122,7 @@ def whole_memory(given: Optional[int] = None) -> Optional[int]:
 # -- the loop and its parts ------------------------------------------------------------------------
 
 class Options(NamedTuple):
-    """How a node is to be; one field an option of the command line."""
+    """The settings of a node; there is one field for each option of the command line."""
     cpus: int
     hosts: Tuple[str, ...] = ('',)
     port: int = NODE_PORT
@@ -16998,24 +17155,24 @@ class Options(NamedTuple):
 
 
 class ChildEnded(NamedTuple):
-    """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but
-    ours."""
+    """A child process has ended. This is posted if this process is PID 1, as in a container, where
+    orphans of other processes become its children."""
 
 
 class Digested(NamedTuple):
-    """The digests of files that were there are known. Posted by a thread."""
+    """The digests of files that existed before are known. A thread posts this."""
     action: PrepareDirectory
 
 
 class NodeDirectory:
-    """The directory of a node, which is the node's alone: 0700, and locked by its file `lock`,
-    which names the process and its port. In it stand what is known of past attempts, results whose
+    """The directory that a node has for itself: its mode is 0700, and its file `lock` is locked and
+    names the process and its port. It contains what is known of past attempts, results whose
     clients are away, and the directories of computations."""
 
     def __init__(self, options: Options, instance: bytes,
                  taken: Callable[[Memory, Dict[str, AttemptHistory]], None]) -> None:
-        """`taken` is called when the directory is the node's, with what is known of attempts of
-        computations that earlier nodes had."""
+        """`taken` is called when the node has the directory, with what is known of attempts of
+        computations of earlier nodes."""
         self._options = options
         self._instance = instance
         self._taken = taken
@@ -17026,11 +17183,11 @@ class NodeDirectory:
         self.root = self.base = ''
 
     def available(self) -> Dict[str, Any]:
-        """Return what is free of the machine, with the disk of the directory."""
+        """Return the free resources of the machine, with the disk of the directory."""
         return availability(self.root, self._options.embedded)
 
     def take(self, port: int) -> None:
-        """Have the directory. Raises StartError."""
+        """Create or take over the directory, and lock it. Raises StartError."""
         self._port = port
         user = self._options.user
         root = self._options.prefix or default_directory(port)
@@ -17081,8 +17238,8 @@ class NodeDirectory:
 
     @staticmethod
     def _wrecks(root: str) -> Dict[str, Optional[FrozenSet[int]]]:
-        """Computations of a node that did not end in good order, and which of their attempts had
-        begun; None if nobody knows."""
+        """Return the computations of a node that did not end in good order, and which of their
+        attempts had begun; None for these if nobody knows."""
         wrecks: Dict[str, Optional[FrozenSet[int]]] = {}
         for name in os.listdir(root):
             is_ours = _is_ours(name, 'p-')
@@ -17107,7 +17264,8 @@ class NodeDirectory:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _check_reach(self, user: User) -> None:
-        """Whether --user can read what runs here. One file of each installation tells."""
+        """Check that --user can read the installed files that run here; one file of each
+        installation is tested. Raises StartError."""
         for path in (os.__file__, __file__):
             try:
                 with self.as_user(), open(path, 'rb'):
@@ -17119,8 +17277,8 @@ class NodeDirectory:
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
-        """Make the directory of --user in ours. Ours stays root's, so that nothing that a job
-        plants is in the way of the lock."""
+        """Make the directory of --user inside the node's directory. The latter remains that of
+        root, so that nothing that a job creates can obstruct the lock."""
         root = os.path.join(root, 'user-' + user.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(root, 0o700)
@@ -17129,7 +17287,8 @@ class NodeDirectory:
 
     @contextlib.contextmanager
     def as_user(self) -> Any:
-        """Where jobs may have planted links, files are handled with the rights of --user alone."""
+        """Handle files with the rights of --user alone, because jobs may have created links
+        there."""
         user = self._options.user
         if user is None:
             yield
@@ -17143,8 +17302,8 @@ class NodeDirectory:
             os.setegid(os.getgid())
 
     def ensure(self) -> None:
-        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it.
-        Raises StartError, OSError."""
+        """Create the node's directory again if it has disappeared, as when a program has cleaned
+        /tmp. Raises StartError or OSError."""
         if os.path.isdir(self.root):
             return
         logger.error('the directory %s has disappeared and is created again', self.root)
@@ -17156,21 +17315,21 @@ class NodeDirectory:
     # -- what stands in it -------------------------------------------------------------------------
 
     def path_of_modules(self) -> str:
-        """Where files of modules are kept for other computations."""
+        """The directory in which files of modules are kept for other computations."""
         return os.path.join(self.root, 'p-.modules')
 
     def ask_for_notes(self, comp: str, path: str) -> None:
-        """Have the runner of a computation write there which attempts have begun, if this process
-        ends without a word. Raises OSError."""
+        """Have the runner of a computation write to this path which attempts have begun, if this
+        process ends without telling the runner to end. Raises OSError."""
         with open(os.path.join(self.private_of(comp), NOTES_ASKED), 'w') as file:
             file.write(path)
 
     def private_of(self, comp: str) -> str:
-        """The directory for what is ours and not for a computation's jobs."""
+        """Return the directory for those files of a computation that its jobs do not use."""
         return os.path.join(self.root, 'p-' + comp)
 
     def working_directory(self, comp: str, dest_path: str, keep: bool) -> str:
-        """The directory in which jobs of a computation run. Raises ValueError."""
+        """Return the directory in which jobs of a computation run. Raises ValueError."""
         if not dest_path:
             return os.path.join(self.root, ('k-' if keep else 'c-') + comp)
         parts = check_name(dest_path)
@@ -17182,34 +17341,34 @@ class NodeDirectory:
         return os.path.join(self.root, *parts)
 
     def spool(self, comp: str) -> ResultSpool:
-        """The file with results of a computation whose client is away."""
+        """Return the file for results of a computation whose client is away."""
         path = os.path.join(self.base, 'r-' + comp)
         return ResultSpool(path)
 
     def spooled(self) -> List[str]:
-        """Computations that have such a file."""
+        """Return the computations that have such a file."""
         return [
             name[2:] for name in sorted(os.listdir(self.base))
             if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))
         ]
 
     def remember(self, action: Remember) -> None:
-        """Write down what is known of attempts that are not held any more."""
+        """Write what is known of attempts that are not held any more."""
         if self.memory is not None:
             self.memory.write(action.comp, action.past)
 
     def tear_memory(self) -> None:
-        """Note that not all is known of what was here."""
+        """Note that not all is known of earlier attempts here."""
         if self.memory is not None:
             self.memory.tear()
 
     def after_fork(self) -> None:
-        """In a forked child: the directory is the parent's alone."""
+        """Forget the directory in a forked child: it belongs to the parent."""
         if self._lock_file is not None:
             self._lock_file.close()
 
     def close(self) -> None:
-        """Remove what is to be removed and let go of the lock. Does nothing the second time."""
+        """Remove temporary files and release the lock. Does nothing the second time."""
         if self.memory is not None:
             self.memory.close()
             self.memory = None
@@ -17228,8 +17387,8 @@ class NodeDirectory:
 
 
 def is_abandoned(root: str, tries: int = 1) -> bool:
-    """Whether the node whose directory this is was part of a program, and that has ended. It has
-    the lock of the directory as long as it lives."""
+    """Return whether this is the directory of a node that was embedded in a program which has
+    ended. The program holds the lock of the directory as long as it lives."""
     for left in reversed(range(tries)):
         try:
             path = os.path.join(root, 'lock')
@@ -17245,8 +17404,9 @@ def is_abandoned(root: str, tries: int = 1) -> bool:
 
 
 def remove_abandoned_directory(root: str, private: str = '', tries: int = 1) -> None:
-    """Remove what is in the directory of a node that was part of a program, if that has ended:
-    `private`, which was a computation's, and all of it when that was the last."""
+    """Remove files from the directory of a node that was embedded in a program, if the program has
+    ended: `private`, which was a computation's, and the whole directory if that was the last
+    one."""
     if not is_abandoned(root, tries):
         return
     if private:
@@ -17257,7 +17417,7 @@ def remove_abandoned_directory(root: str, private: str = '', tries: int = 1) -> 
 
 
 class ComputationDirectory:
-    """The directories of one computation, and the files that come into them."""
+    """The directories of one computation, and the files that arrive for it."""
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp = comp
@@ -17273,8 +17433,8 @@ class ComputationDirectory:
 
 
 class ComputationFiles:
-    """The files of computations: this makes their directories, finds out what is missing, stores
-    what comes. The loop's thread."""
+    """The files of computations: this class makes their directories, determines which files are
+    missing, and stores those that arrive. The loop's thread uses it."""
 
     def __init__(self, host: 'NodeHost', directory: NodeDirectory, options: Options) -> None:
         self._host = host
@@ -17287,16 +17447,16 @@ class ComputationFiles:
         self.remains: Dict[str, Tuple[float, float]] = {}
 
     def start(self) -> None:
-        """The node's directory is there."""
+        """Begin, because the node's directory exists."""
         root = self._directory.path_of_modules()
         self._modules = ModuleStore(root)
 
     def of(self, comp: str) -> ComputationDirectory:
-        """The directories of a computation that was prepared."""
+        """Return the directories of a computation that was prepared."""
         return self._known[comp]
 
     def prepare(self, action: PrepareDirectory) -> None:
-        """Make a computation's directories and post which of its files are missing."""
+        """Make the directories of a computation and post which of its files are missing."""
         spec = action.spec
         comp = action.comp
         keep = not spec['cleanup'] and not self._options.force_cleanup
@@ -17334,8 +17494,8 @@ class ComputationFiles:
             self._host.post(event)
 
     def _digest(self, action: PrepareDirectory, paths: Sequence[str]) -> None:
-        """Large files are there from before: whether they are the same is found out beside the
-        loop."""
+        """Compute the digests of large files that existed before in a thread, to find out whether
+        they are the same."""
         def work() -> None:
             Digests.learn(paths)
             event = Digested(action)
@@ -17345,7 +17505,7 @@ class ComputationFiles:
         thread.start()
 
     def on_digested(self, event: Digested) -> None:
-        """Digests of files that were there are known."""
+        """Go on, because the digests of files that existed before are known."""
         action = event.action
         if self._host.node.is_preparing(action.comp):
             self.prepare(action)
@@ -17353,8 +17513,8 @@ class ComputationFiles:
             self._digesting.discard(action.comp)
 
     def _want_modules(self, files: ComputationDirectory, rows: list) -> list:
-        """Files of modules that have to be sent, as in Need; those that came for other computations
-        are copied."""
+        """Return the Need rows for the files of modules that are missing; those that came for other
+        computations are copied."""
         assert self._modules is not None   # ours
         files.fetched = rows
         self._modules.bring(files.private, rows)
@@ -17398,7 +17558,7 @@ class ComputationFiles:
         self._host.post(event)
 
     def drop_value(self, action: DropValue) -> None:
-        """Remove a value."""
+        """Remove a value that nobody needs."""
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user(), contextlib.suppress(OSError):   # it has gone
@@ -17406,7 +17566,7 @@ class ComputationFiles:
                 os.unlink(path)
 
     def want_again(self, action: WantAgain) -> None:
-        """Post which files are missing still: the link on which they came has ended."""
+        """Post which files are still missing, because the link on which they came has ended."""
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user():
@@ -17429,7 +17589,7 @@ class ComputationFiles:
         self._host.post(event)
 
     def note_overrun(self, action: NoteOverrun) -> None:
-        """Note that notes of what has begun do not reach back far enough."""
+        """Note that the notes of which attempts have begun do not reach back far enough."""
         files = self._known.get(action.comp)
         if files is not None:
             try:
@@ -17441,7 +17601,7 @@ class ComputationFiles:
                 self._directory.tear_memory()
 
     def discard(self, comp: str) -> None:
-        """Remove the directories of a computation, but for the one that is to stay."""
+        """Remove the directories of a computation, except one that is to be kept."""
         files = self._known.pop(comp, None)
         if files is None:
             return
@@ -17452,14 +17612,15 @@ class ComputationFiles:
             self._remove(files.directory, WORKER_RETRY_DELAY)
 
     def _remove(self, path: str, delay: float) -> None:
-        """Remove a directory; later what cannot be removed now, for want of descriptors, say."""
+        """Remove a directory. What cannot be removed now, for example because no descriptor is
+        left, is removed later."""
         with self._directory.as_user():
             shutil.rmtree(path, ignore_errors=True)
         if os.path.lexists(path):
             self.remains[path] = (self._host.now + delay, min(2 * delay, REMOVAL_DELAY_MOST))
 
     def remove_again(self) -> None:
-        """Remove what could not be removed before."""
+        """Remove what could not be removed earlier."""
         for path, (when, delay) in list(self.remains.items()):
             if self._host.now >= when:
                 del self.remains[path]
@@ -17473,7 +17634,7 @@ class ComputationFiles:
 
 class ResultStore:
     """Results on the disk, whose clients are away or have come back, and results that their clients
-    could not take. The loop's thread."""
+    could not use. The loop's thread uses this class."""
 
     def __init__(self, host: 'NodeHost', directory: NodeDirectory, zombie: float) -> None:
         self._host = host
@@ -17487,7 +17648,7 @@ class ResultStore:
         self.read_later: Dict[Tuple[int, str], float] = {}
 
     def find_kept(self) -> None:
-        """When the daemon starts: what earlier ones have kept."""
+        """Find the results that earlier daemons have kept. The daemon calls this when it starts."""
         for comp in self._directory.spooled():
             spool = self._directory.spool(comp)
             try:
@@ -17532,20 +17693,21 @@ class ResultStore:
         self._directory.spool(comp).remove()
 
     def usable(self, comp: str, row: tuple) -> tuple:
-        """A row of Results, or what is told in the place of one that its client could not take."""
+        """Return a row of Results, or the replacement for a result that its client could not
+        use."""
         text = self.refused.get((comp, row[SERIAL]))
         if text is None:
             return row
         return refused_row(row, text)
 
     def send_kept(self, action: SendSpooled) -> None:
-        """Send results from the disk, as the link has room."""
+        """Send results from the disk, as the link has room for them."""
         kept_rows = self._kept_rows(action.link, action.comp)
         self.backlog.add_results(action.link, action.comp, kept_rows)
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Read results from the disk. Those that are not there any more have been lost, which their
-        client is told; when there is no descriptor to read them with they are tried again."""
+        """Yield results from the disk. Those that are missing are lost, which is reported to their
+        client; if no descriptor is left to read them, they are read later."""
         missing = set(self._host.node.results.spooled_serials(comp))
         text = 'the file ends before it'
         try:
@@ -17564,7 +17726,7 @@ class ResultStore:
                        'utf-8', 'replace'), b'', b'')
 
     def read_again(self) -> None:
-        """Read what could not be read before."""
+        """Read the results that could not be read earlier."""
         for (link, comp), when in list(self.read_later.items()):
             if self._host.now >= when:
                 del self.read_later[link, comp]
@@ -17573,7 +17735,7 @@ class ResultStore:
                     self.backlog.add_results(link, comp, kept_rows)
 
     def close(self) -> None:
-        """Results that could not be kept are lost, which must be known later."""
+        """Note that results which could not be written are lost, so that this is known later."""
         if self._unkept:
             self._directory.tear_memory()
 
@@ -17588,20 +17750,21 @@ if hasattr(os, 'register_at_fork'):
 
 
 class RunnerProcess:
-    """The process of a runner. The loop's thread.
+    """The process of a runner. The loop's thread uses this class.
 
-    It is started with `subprocess`: `multiprocessing` would run a program's main module again, and
-    share its resource tracker. It inherits no descriptor but its own, and has a session of its own.
-    On Windows it has a console of its own, without a window, which workers and programs share: a
-    Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
+    The process is started with `subprocess`: `multiprocessing` would run a program's main module
+    again, and share its resource tracker. The process inherits no descriptor but its own, and has a
+    session of its own. On Windows it has a console of its own, without a window, which workers and
+    programs share: a Ctrl-C that is typed for the node does not reach them, and the node can ask
+    programs to end.
     """
     CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
                  home: str = '') -> None:
-        """`control`: its end of the socket; `python`: what runs it, if not this Python; `home`: a
-        directory with this module, for one that has its own library and packages. Raises
-        OSError."""
+        """`control`: the runner's end of the socket; `python`: the interpreter, if it is not this
+        one; `home`: a directory with this module, for an interpreter that has its own library and
+        packages. Raises OSError."""
         self._home = home
         self._popen: Any = self._start(control, user, python or sys.executable)
         self.pid: int = self._popen.pid
@@ -17644,9 +17807,10 @@ class RunnerProcess:
     @staticmethod
     def _start_on_windows(control: socket.socket, python: str, words: Sequence[str],
                           variables: Dict[str, str]) -> Any:
-        """A socket is for one process there, whose number must be known before: it goes through
-        stdin. The Python of a virtual environment starts another, which would have a number of its
-        own: that one is started here, as multiprocessing does it."""
+        """Start the process on Windows. A socket is prepared for one process there, whose PID must
+        be known: therefore the socket is sent through stdin. The Python of a virtual environment
+        starts another one, which would have a PID of its own: that one is started directly, as
+        multiprocessing does it."""
         base = getattr(sys, '_base_executable', python)
         if python == sys.executable and python != base:
             variables['__PYVENV_LAUNCHER__'] = python
@@ -17669,32 +17833,32 @@ class RunnerProcess:
 
     @property
     def exitcode(self) -> Optional[int]:
-        """None while it runs. 0 where the program has others wait for its children, and nobody
-        can tell."""
+        """The exit status, or None while the process runs. It is 0 if the program has others wait
+        for its children, so that the status cannot be determined."""
         return self._popen.poll()  # type: ignore[no-any-return]
 
     def terminate(self) -> None:
-        """Tell it to end."""
+        """Send the process a request to end."""
         self._popen.terminate()
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self._popen.kill()
 
     def join(self, seconds: float) -> None:
-        """Wait for its end."""
+        """Wait for the end of the process."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(seconds)
 
     def forget(self) -> None:
-        """In a forked child: it is no child of this process."""
+        """Forget the process in a forked child, which is not its parent."""
         self._popen.returncode = 0
 
 
 class RunnerWatch:
-    """Whether a runner lives and answers. Its process is watched, since others may hold its socket:
-    a child that setup has forked in C, say. While it has jobs it is asked for a sign of life. The
-    loop's thread."""
+    """Finds out whether a runner lives and answers. Its process is watched, because other processes
+    may hold its socket: a child that setup has forked in C, for example. While the runner has jobs,
+    it is asked for a sign of life. The loop's thread uses this class."""
     # Seconds between looks at one that is on its way out; at one that can be watched by looks alone
     SOON = 0.02
     OFTEN = 1.0
@@ -17720,12 +17884,12 @@ class RunnerWatch:
         return None
 
     def answered(self) -> None:
-        """It has said something."""
+        """Note that the runner has sent something."""
         self._asked_at = None
 
     def is_silent(self, now: float, busy: bool) -> bool:
-        """Whether it has not answered for too long. Sets `shall_ask`. If this process itself was
-        stopped meanwhile, the runner has as much time as before."""
+        """Return whether the runner has not answered for too long. Sets `shall_ask`. If this
+        process itself was stopped in the meantime, the runner has as much time as before."""
         self.shall_ask = False
         if not busy or self.killed_at is not None:
             self._ask_at = self._asked_at = None
@@ -17744,20 +17908,20 @@ class RunnerWatch:
         return now - self._asked_at >= RUNNER_SILENT
 
     def is_undead(self, now: float) -> bool:
-        """Whether it was killed and will not end soon."""
+        """Return whether the runner was killed and will not end soon."""
         if self.killed_at is None:
             return False
         return now >= self.killed_at + GRACE
 
     def times(self) -> Tuple[Optional[float], ...]:
-        """When there is something to do."""
+        """Return the times at which something is to be done."""
         undead_at = None
         if self.killed_at is not None:
             undead_at = self.killed_at + GRACE
         return self._ask_at, self.look_at, undead_at
 
     def after_fork(self) -> None:
-        """In a forked child: it is watched by the parent."""
+        """Forget the watch in a forked child: it belongs to the parent."""
         if self._handle >= 0:
             os.close(self._handle)
 
@@ -18550,8 +18714,8 @@ class Uplink:
 
 
 class Uplinks:
-    """Connections that this node makes itself, to schedulers (--scheduler-host), and makes again
-    when they have ended. The loop's thread."""
+    """Connections that this node makes itself, to schedulers (--scheduler-host), and that it makes
+    again after they have ended. The loop's thread uses this class."""
 
     def __init__(self, daemon: 'Daemon', options: Options, instance: bytes,
                  break_link: Callable[[Link, str], None]) -> None:
@@ -18565,7 +18729,7 @@ class Uplinks:
         self._tls: Any = None
 
     def start(self) -> None:
-        """Connections may be made from now on. Raises StartError."""
+        """Permit connections from now on. Raises StartError."""
         if not self._uplinks:
             return
         if self._options.certfile:
@@ -18596,7 +18760,7 @@ class Uplinks:
                 uplink.dialling.start(daemon.post, uplink, reach)
 
     def connected(self, uplink: Uplink, link: Link) -> None:
-        """An attempt has led to a link."""
+        """Note that an attempt has led to a link."""
         uplink.dialling.ended()
         uplink.link = link.number
         uplink.since = self._daemon.now
@@ -18604,7 +18768,7 @@ class Uplinks:
         logger.info('connected to %s', format_address(uplink.host, uplink.port))
 
     def failed(self, event: ConnectFailed) -> None:
-        """An attempt has failed."""
+        """Note that an attempt has failed."""
         daemon = self._daemon
         uplink = event.peer
         text = event.text
@@ -18627,7 +18791,7 @@ class Uplinks:
                        format_address(uplink.host, uplink.port), text)
 
     def link_ended(self, link: Link) -> None:
-        """A link has ended; if it is one of these, it is made again."""
+        """Note that a link has ended; if it is one of these, it is made again."""
         daemon = self._daemon
         for uplink in self._uplinks:
             if uplink.link == link.number:
@@ -18635,8 +18799,8 @@ class Uplinks:
                 uplink.dialling.again(daemon.now, daemon.now - uplink.since)
 
     def link_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial
-        us."""
+        """Try a second connection to a scheduler that this node has dialled and that is silent. For
+        other links, the peer does this."""
         daemon = self._daemon
         for uplink in self._uplinks:
             if uplink.link != link.number:
@@ -18646,8 +18810,9 @@ class Uplinks:
                 uplink.second.start(daemon.now, daemon.post, self._reach(uplink, patience))
 
     def second_reached(self, event: Connected) -> Optional[Connected]:
-        """It takes the place of a link that is silent still; None if that has spoken, or another
-        has its place."""
+        """Break a link that is still silent, and return the event with which the second connection
+        replaces it. Returns None if the link is not silent any more, or if another one has replaced
+        it."""
         daemon = self._daemon
         uplink = event.peer.peer
         event.peer.ended()
@@ -18662,7 +18827,7 @@ class Uplinks:
         return event._replace(peer=uplink)
 
     def times(self) -> Iterator[Optional[float]]:
-        """When there is something to do."""
+        """Return the times at which something is to be done."""
         for uplink in self._uplinks:
             yield uplink.dialling.due
 
@@ -18674,7 +18839,8 @@ class Uplinks:
 
 
 class NodeDiscovery:
-    """Answers those who look for nodes, and says when there is one more. The loop's thread."""
+    """Answers processes that look for nodes, and announces this node. The loop's thread uses this
+    class."""
 
     def __init__(self, daemon: 'Daemon', options: Options, instance: bytes) -> None:
         self._daemon = daemon
@@ -18686,7 +18852,7 @@ class NodeDiscovery:
         self._stranger_at = -60.0         # when one that asked with another secret was logged
 
     def start(self, port: int) -> None:
-        """The node serves at this port: say so once, and answer from now on."""
+        """Announce once that the node serves at this port, and answer from now on."""
         options = self._options
         addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
         reach = options.reach
@@ -18707,7 +18873,7 @@ class NodeDiscovery:
         self.hello()
 
     def hello(self) -> None:
-        """Say that there is a node."""
+        """Announce this node."""
         assert self._sockets is not None   # ours
         self._sockets.broadcast(lambda: self._discovery.build(DatagramType.HELLO))
         if self._options.ping_interval:
@@ -19256,15 +19422,15 @@ class Daemon(Loop):
 
 
 class DirectoryRemains:
-    """What a node whose process has ended has left on this machine, read by a client that was
-    connected to it.
+    """The files that a node whose process has ended has left on this machine. A client that was
+    connected to the node reads them.
 
-    That nothing listens at an address proves nothing: it may be a forwarder's. The node's lock file
-    does, if it names the process that was connected and is not locked.
+    That nothing listens at an address proves nothing, since it may have been a forwarder. The
+    node's lock file is proof, if it names the process that was connected and is not locked.
     """
 
     def __init__(self, lock: Any, instance: bytes) -> None:
-        """`lock`: machine and path of the lock file, as the node has told."""
+        """`lock`: machine and path of the lock file, as the node has sent them."""
         self._machine = self._path = ''
         if type(lock) is tuple:
             kinds = []
@@ -19275,7 +19441,7 @@ class DirectoryRemains:
         self._instance = instance
 
     def has_ended(self) -> bool:
-        """Whether the process has ended, for certain."""
+        """Return whether it is certain that the process has ended."""
         if not self._machine:
             return False
         if self._machine != machine():
@@ -19294,8 +19460,8 @@ class DirectoryRemains:
             return False
 
     def past(self, comp: str, memory: str) -> AttemptHistory:
-        """What can be known of attempts of a computation; `memory` is what the node's memory was
-        known by."""
+        """Return what can be known of attempts of a computation; `memory` is the identifier of the
+        node's memory."""
         root = os.path.dirname(self._path)
         try:
             memory_path = os.path.join(root, 'memory')
@@ -19313,7 +19479,7 @@ class DirectoryRemains:
         return past.and_also(attempt_history)
 
     def kept(self, comp: str) -> List[int]:
-        """Attempts whose results it has kept."""
+        """Return the serials of the attempts whose results the node has kept."""
         try:
             directory = os.path.dirname(self._path)
             path = os.path.join(directory, 'r-' + comp)
@@ -19326,14 +19492,15 @@ class DirectoryRemains:
 # -- command line ----------------------------------------------------------------------------------
 
 def available_cpus() -> int:
-    """CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def serve_option(text: str) -> Optional[int]:
-    """Read a number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
+    """Parse a number of clients. Returns None for 0 and negative numbers, which mean no limit, as
+    in dispy 4."""
     try:
         number = int(text)
     except ValueError:
@@ -19344,7 +19511,7 @@ def serve_option(text: str) -> Optional[int]:
 
 
 def count_cpus(wanted: Optional[int]) -> int:
-    """CPUs to offer. Raises ValueError for 0 or when nothing would be left."""
+    """Return the number of CPUs to offer. Raises ValueError if it is 0 or none would be left."""
     have = available_cpus()
     if wanted is None:
         return have
@@ -19359,7 +19526,7 @@ def count_cpus(wanted: Optional[int]) -> int:
 
 
 def size_option(text: str) -> int:
-    """Read a number of bytes, with k, m, g or t behind it for powers of 1024."""
+    """Parse a number of bytes, which may have the suffix k, m, g or t for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
         short_text = text[:-1]
         number, factor = (short_text, 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
@@ -19371,7 +19538,7 @@ def size_option(text: str) -> int:
 
 
 def _time_of_day(text: str) -> str:
-    """Read a time of day, HH:MM."""
+    """Parse a time of day, HH:MM."""
     hour, _, minute = text.partition(':')
     if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
         raise argparse.ArgumentTypeError('%r is not a time of day such as 08:30' % text)
@@ -19379,7 +19546,7 @@ def _time_of_day(text: str) -> str:
 
 
 def positive_number(text: str) -> float:
-    """Read a number above 0."""
+    """Parse a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -19387,7 +19554,7 @@ def positive_number(text: str) -> float:
 
 
 def seconds_option(text: str) -> float:
-    """Read a time in seconds."""
+    """Parse a time in seconds."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
@@ -19396,7 +19563,7 @@ def seconds_option(text: str) -> float:
 
 
 def minutes_option(text: str) -> float:
-    """Read a time in minutes."""
+    """Parse a time in minutes."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
@@ -19406,7 +19573,7 @@ def minutes_option(text: str) -> float:
 
 
 def days_option(text: str) -> float:
-    """Read a number of days; 0 means none."""
+    """Parse a number of days; 0 means none."""
     with contextlib.suppress(ValueError):
         if 0 <= 86400 * float(text) <= LONGEST:
             return float(text)
@@ -19415,8 +19582,8 @@ def days_option(text: str) -> float:
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
-    """Return the hours of service that options give. Raises ValueError for those that make no
-    sense."""
+    """Return the hours of service that options describe. Raises ValueError if they are
+    inconsistent."""
     if start is None and stop is None and end is None:
         return None
     if start is None or (stop is None and end is None):
@@ -19441,7 +19608,7 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
 
 
 def find_user(name: str) -> User:
-    """The user that jobs shall run as. Raises StartError."""
+    """Return the user that jobs run as. Raises StartError."""
     if not name:
         raise StartError(
             "--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
@@ -19469,9 +19636,9 @@ STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes s
 
 
 def write_stacks_on_signal() -> None:
-    """Let SIGUSR2 write the stacks of all threads, also of a loop that stands still, where `dispy
-    report` finds them: in memory that others of this user can open below /proc. The main thread.
-    Only Linux has that."""
+    """Let SIGUSR2 write the stacks of all threads, even of a loop that is blocked, to the place
+    where `dispy report` finds them: in memory that other processes of this user can open below
+    /proc. The main thread must call this. Linux alone supports it."""
     if not hasattr(os, 'memfd_create'):
         return
     import faulthandler
@@ -19485,14 +19652,14 @@ def write_stacks_on_signal() -> None:
 
 
 class Lifetime:
-    """Decides when a node ends by itself: before a time limit, as Slurm has it, or after some time
+    """Decides when a node ends by itself: before a time limit, as under Slurm, or after some time
     without jobs. Times are in seconds."""
     APART = 1.0     # s between two looks
 
     def __init__(self, born: float, limit: float, ahead: float, idle: float, grace: float) -> None:
-        """The node was born then and has `limit` seconds. It takes no new jobs for the last `ahead`
-        of them, and none when it has had none for `idle` seconds; jobs have `grace` seconds to end.
-        Raises ValueError for times that make no sense."""
+        """The node was started at `born` and has `limit` seconds. It takes no new jobs for the last
+        `ahead` of them, and ends when it has had no jobs for `idle` seconds; jobs have `grace`
+        seconds to end. Raises ValueError for inconsistent times."""
         last = max(ahead, grace + LIMIT_MARGIN)
         if limit <= last:
             raise ValueError('--time-limit %g: it has to be more than %g s: --drain-before, or '
@@ -19505,7 +19672,8 @@ class Lifetime:
 
     @classmethod
     def of_options(cls, args: argparse.Namespace, now: float) -> Optional['Lifetime']:
-        """What the command line says, or None if it says nothing of this. Raises ValueError."""
+        """Return the lifetime that the command line describes, or None if there is none. Raises
+        ValueError."""
         if args.time_limit is None and args.end_idle is None:
             return None
         limit = args.time_limit or math.inf
@@ -19516,7 +19684,7 @@ class Lifetime:
         return cls(now, limit, ahead, idle, args.grace)
 
     def look(self, has_jobs: bool, now: float) -> Any:
-        """The event that is to be told to the node now, or None."""
+        """Return the event that is to be told to the node now, or None."""
         if has_jobs:
             self._busy_at = now
         if now >= self._stops_at:
@@ -19535,7 +19703,7 @@ class Lifetime:
         return Finish()
 
     def watch(self, daemon: Daemon) -> None:
-        """Look again and again, in the thread of the loop."""
+        """Call `look` again and again, in the thread of the loop."""
         def look() -> None:
             event = self.look(daemon.node.service.has_jobs, daemon.now)
             if event is not None:
@@ -19549,12 +19717,13 @@ class Lifetime:
 
 
 class ServiceManager:
-    """systemd, if it has started this process as a service of Type=notify. It is told when the
-    service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
-    daemon has its turns. Without systemd nothing is told."""
+    """The connection to systemd, if systemd has started this process as a service of Type=notify.
+    It reports when the service is ready and, if its unit has WatchdogSec=, again and again that the
+    loop of the daemon has its turns. Without systemd nothing is reported."""
 
     def __init__(self, environment: Any = os.environ) -> None:
-        """Takes its variables out of the environment: what jobs start does not speak for us."""
+        """Removes the variables of systemd from the environment, so that processes which jobs start
+        do not report on behalf of this one."""
         self._socket = environment.pop('NOTIFY_SOCKET', '')
         interval = environment.pop('WATCHDOG_USEC', '')
         process = environment.pop('WATCHDOG_PID', str(os.getpid()))
@@ -19565,7 +19734,7 @@ class ServiceManager:
             self.interval = int(interval) / 1e6
 
     def tell(self, text: str) -> None:
-        """Send assignments, one a line, as `man sd_notify` has them."""
+        """Send assignments, each on a line, as described in `man sd_notify`."""
         if not self._socket:
             return
         address = self._socket
@@ -19578,8 +19747,8 @@ class ServiceManager:
             logger.warning('systemd cannot be told %r by %s: %s', text, self._socket, exc)
 
     def ready(self, status: str, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        """Tell that the service is ready, and watch it. `call_soon` has the loop call something;
-        any thread may call it."""
+        """Report that the service is ready, and begin the watchdog. `call_soon` has the loop call a
+        function and may be called from any thread."""
         self.tell('READY=1\nSTATUS=%s' % status)
         if self._socket and self.interval is not None:
             thread = threading.Thread(target=self._watch, args=(call_soon,), daemon=True,
@@ -19587,8 +19756,8 @@ class ServiceManager:
             thread.start()
 
     def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        """A thread of its own. It stands still while the loop does, and systemd ends the service
-        then."""
+        """Report that the loop has its turns. This runs in a thread of its own, which waits while
+        the loop is blocked, so that systemd ends the service."""
         apart = self.interval / 3  # type: ignore[operator]
         while not self._is_over.wait(apart):
             self._turn.clear()
@@ -19597,7 +19766,7 @@ class ServiceManager:
             self.tell('WATCHDOG=1')
 
     def close(self) -> None:
-        """End the service."""
+        """Report that the service ends."""
         self.tell('STOPPING=1')
         self._is_over.set()
         self._turn.set()
@@ -19620,7 +19789,8 @@ def run_until_ended(loop: Loop) -> int:
 
 
 class Each(argparse.Action):
-    """As `append`, but the first on the command line replaces what the configuration says."""
+    """An argparse action like `append`, except that the first use on the command line replaces the
+    values of the configuration."""
 
     def __call__(self,
                  parser: Any,
@@ -19642,7 +19812,8 @@ class Each(argparse.Action):
 
 
 class Obsolete(argparse.Action):
-    """An option of dispy 4 that is accepted and has no meaning any more; see tell_obsolete."""
+    """An argparse action for an option of dispy 4 that is accepted and has no effect any more; see
+    tell_obsolete."""
 
     def __call__(self,
                  parser: Any,
@@ -19661,7 +19832,7 @@ OBSOLETE_NODE = {
 
 
 def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bool, str]]) -> None:
-    """Let a parser accept options without a meaning."""
+    """Let a parser accept options that have no effect."""
     for option, (takes_value, _) in options.items():
         if takes_value:
             nargs = None
@@ -19676,14 +19847,14 @@ def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bo
 
 
 def tell_obsolete(args: argparse.Namespace, options: Dict[str, Tuple[bool, str]]) -> None:
-    """Say once which of the options that were given have no meaning."""
+    """Log once which of the given options have no effect."""
     for option in dict.fromkeys(args.obsolete):
         logger.info('%s has no meaning any more: %s', option, options[option][1])
 
 
 class OldConfig:
-    """A configuration that dispy 4 has saved: one section, [DEFAULT], in which every option has a
-    value, also those that were not given."""
+    """A configuration that dispy 4 has saved: it has one section, [DEFAULT], in which every option
+    has a value, including those that were not given."""
     NAMES = {'hosts': '--host', 'ext_hosts': '--ext-host', 'nodes': '--node', 'loglevel': '--debug',
              'dispy_port': '--port', 'node_init': '--init', 'http_server': '--httpd'}
     # (key, value) -> option that it stands for, or none
@@ -19699,7 +19870,7 @@ class OldConfig:
 
     @classmethod
     def words(cls, text: str, parser: argparse.ArgumentParser) -> List[str]:
-        """The command line that says the same. Raises ValueError."""
+        """Return the equivalent command line. Raises ValueError."""
         import configparser
         found = configparser.RawConfigParser()
         try:
@@ -19737,8 +19908,8 @@ class OldConfig:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """The parser of a daemon's command line. The same options may stand in a file (--config), which
-    is turned into a command line, so that there is one judge of both."""
+    """The parser of a daemon's command line. The same options may be in a file (--config), which is
+    converted into a command line, so that both are checked in the same way."""
     # Type of an option -> types of its values in a JSON file; where none is given here, text.
     JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
         int: (int,), serve_option: (int,), size_option: (int, str), positive_number: (int, float),
@@ -19752,15 +19923,15 @@ class OptionParser(argparse.ArgumentParser):
         self._file = ''    # that is being read
 
     def error(self, message: str) -> NoReturn:
-        """A wrong option ends the program; one in a file raises StartError, which names the
-        file."""
+        """End the program because of a wrong option; for one in a file, raise StartError, which
+        names the file."""
         if self._file:
             text = '--config %s: %s' % (self._file, message)
             raise StartError(text)
         super().error(message)
 
     def options_of_files(self) -> Dict[str, argparse.Action]:
-        """Options that may stand in a configuration file, by long name."""
+        """Return the options that are permitted in a configuration file, by long name."""
         return {
             action.dest.replace('_', '-'): action
             for action in self._actions
@@ -19768,8 +19939,8 @@ class OptionParser(argparse.ArgumentParser):
         }
 
     def take_defaults(self, path: str) -> None:
-        """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises
-        StartError naming file and key."""
+        """Use the values in a JSON file, or in a file that dispy 4 has saved, as defaults. Raises
+        StartError, naming file and key."""
         try:
             with open(path, encoding='utf-8') as file:
                 text = file.read()
@@ -19788,7 +19959,7 @@ class OptionParser(argparse.ArgumentParser):
                              if value != self.get_default(name)})
 
     def _words_of_json(self, path: str, found: Any) -> List[str]:
-        """The command line that says the same as a JSON file."""
+        """Return the command line that is equivalent to a JSON file."""
         if not isinstance(found, dict):
             raise StartError('--config %s: it holds no {"option": value, ...}' % path)
         known = self.options_of_files()
@@ -19805,7 +19976,8 @@ class OptionParser(argparse.ArgumentParser):
         return words
 
     def _wrong_type(self, action: argparse.Action, value: Any) -> str:
-        """Why a value of a JSON file cannot be that of an option; empty if it can."""
+        """Return why a value of a JSON file has the wrong type for an option; empty if the type is
+        right."""
         if isinstance(action, Each):
             kinds: Tuple[type, ...] = (list,)
             right = all(isinstance(item, str)
@@ -19823,7 +19995,7 @@ class OptionParser(argparse.ArgumentParser):
 
     @staticmethod
     def _words_of_value(action: argparse.Action, value: Any) -> List[str]:
-        """The words of the command line that give an option this value."""
+        """Return the words of the command line that give an option this value."""
         option = next(option for option in action.option_strings if option.startswith('--'))
         if isinstance(value, bool):
             return [option] * value
@@ -19848,8 +20020,8 @@ def save_config(parser: OptionParser, args: argparse.Namespace, path: str) -> No
 
 
 def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of a daemon on top of the file that it may name. Raises StartError for the
-    file."""
+    """Parse the command line of a daemon together with the file that it may name. Raises StartError
+    for the file."""
     argv = [
         arg.partition('=')[0].replace('_', '-') +
         ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
@@ -19864,8 +20036,8 @@ def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Names
 
 
 def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
-    """A parser with the first of the options that a node and a scheduler have in common; the others
-    are added by `add_daemon_options`, behind their own."""
+    """Return a parser with the first of the options that a node and a scheduler have in common;
+    `add_daemon_options` adds the others after their own options."""
     parser = OptionParser(prog=prog, description=description, epilog=epilog)
     parser.add_argument('-d', '--debug', action='store_true', help='log what is done in detail')
     parser.add_argument('-i', '--host', '--ip-addr', action=Each, metavar='ADDR',
@@ -19875,7 +20047,7 @@ def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
 
 def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str]]) -> None:
     """Add the last of the options that a node and a scheduler have in common. `obsolete` are those
-    of dispy 4 that are accepted and have no meaning any more."""
+    of dispy 4 that are accepted and have no effect any more."""
     add = parser.add_argument
     add('--max-file-size', type=size_option, metavar='N[kmgt]',
         help='larger files, of programs and of jobs, are refused (default: no limit)')
@@ -20025,8 +20197,9 @@ def make_parser() -> OptionParser:
 
 
 class LogFormatter(logging.Formatter):
-    """A line of the log holds what others have sent: names, texts. Control characters in it can
-    neither make a line of their own nor speak to the terminal."""
+    """Formats lines of the log, which contain names and texts that others have sent: control
+    characters in these are escaped, so that they can neither begin a line of their own nor control
+    the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         lines = super().format(record).splitlines()
@@ -20034,7 +20207,7 @@ class LogFormatter(logging.Formatter):
 
 
 class PrivateFileHandler(logging.handlers.WatchedFileHandler):
-    """A log file that nobody else can read when it is made here."""
+    """A handler whose log file is readable for nobody else if it is created here."""
 
     def _open(self) -> Any:
         is_new = not os.path.exists(self.baseFilename)
@@ -20058,7 +20231,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
-    """Read HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    """Parse HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError, naming what is wrong."""
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -20075,8 +20248,8 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 
 def own_host(word: str) -> str:
-    """Return the address meant by a word for an address of this host: itself, or by the name of its
-    interface. Raises StartError."""
+    """Return the address that a word for an address of this host means: itself, or the address of
+    the interface that it names. Raises StartError."""
     interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
     families = (socket.AF_INET, socket.AF_INET6)
     interface = interfaces.get(word, ())
@@ -20092,9 +20265,9 @@ def own_host(word: str) -> str:
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
-    """Return addresses to listen at, each once. A wildcard address means all there are, of both
-    families, as when none is given, and is told to nobody: who dials it reaches itself. Raises
-    StartError."""
+    """Return the addresses to listen at, each once. A wildcard address means all addresses of both
+    families, as does an empty list; it is not advertised, because a peer that dials it reaches
+    itself. Raises StartError."""
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
@@ -20102,8 +20275,8 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
 
 
 def forget_secret() -> None:
-    """The secret that came by the environment has been read: jobs shall find it neither in theirs
-    nor in that of this process."""
+    """Remove the secret from the environment after it was read, so that jobs find it neither in
+    their environment nor in that of this process."""
     if os.environ.pop('DISPY_SECRET', None) is not None:
         # /proc/PID/environ is as it was at the start, and is root's from now on
         _prctl(_libc(), _PR_SET_DUMPABLE, 0)
@@ -20117,7 +20290,7 @@ KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEX
 
 
 def clear_environment() -> None:
-    """Remove from the environment what is not for jobs of another user."""
+    """Remove variables from the environment that are not for jobs of another user."""
     for name in list(os.environ):
         if name in KEPT_VARIABLES:
             continue
@@ -20126,8 +20299,8 @@ def clear_environment() -> None:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
-    read as in `read_commands`."""
+    """End the node when its stdin ends: the client that started it has ended, in whatever way.
+    Stdin is read as in `read_commands`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -20135,8 +20308,8 @@ def _embedded(daemon: Daemon) -> None:
 
 
 def parse_command(line: str) -> Any:
-    """The event that a line at the prompt stands for. Raises ValueError for a number of CPUs that
-    cannot be."""
+    """Return the event that a line at the prompt requests. Raises ValueError for an invalid number
+    of CPUs."""
     words = line.split()
     if words[:1] == ['cpus']:
         if len(words) != 2 or not words[1].lstrip('-').isdigit():
@@ -20153,10 +20326,10 @@ PROMPT = 'commands: quit, stop, start, cpus N, release, finish; anything else sh
 
 
 def read_commands(told: str, take: Callable[[str], None]) -> None:
-    """Give `take` the lines from the terminal, until it has gone; in a thread of its own. `told`
-    says what may be written there, and so does the ValueError of a line that may not. Read with
-    os.read: a thread that waits in sys.stdin holds a lock that the interpreter wants when it
-    ends."""
+    """Pass the lines from the terminal to `take`, until the terminal is closed; this runs in a
+    thread of its own. `told` lists the commands that are permitted, and so does the ValueError for
+    a line that is not. Lines are read with os.read: a thread that waits in sys.stdin holds a lock
+    that the interpreter needs when it ends."""
     rest = b''
     print(told, flush=True)
     while True:
@@ -20175,7 +20348,8 @@ def read_commands(told: str, take: Callable[[str], None]) -> None:
 
 
 def _standard_files() -> None:
-    """Where 0, 1 or 2 is closed, the null device: a socket must not get such a number."""
+    """Open the null device for each of the descriptors 0, 1 and 2 that is closed, so that no socket
+    gets such a number."""
     handle = os.open(os.devnull, os.O_RDWR)
     while handle <= 2:
         os.set_inheritable(handle, True)
@@ -20191,9 +20365,9 @@ ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that;
-    SIGUSR1 does when no job is there any more. With handlers, and none ignored: programs that jobs
-    start would inherit that."""
+    """Install handlers: SIGTERM, SIGINT and the end of the terminal end the node, unless it is to
+    outlive the terminal; SIGUSR1 ends it when it has no jobs any more. Handlers are installed and
+    no signal is ignored, because programs that jobs start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
         # As of nohup
@@ -20215,8 +20389,8 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
 
 
 def _find_secret_of(args: argparse.Namespace) -> bytes:
-    """The secret, which jobs shall not find. A client that has started this node writes it to
-    stdin."""
+    """Return the secret, which jobs must not find. A client that has started this node writes the
+    secret to stdin."""
     if args.embedded:
         logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
         secret = sys.stdin.buffer.readline().strip()
@@ -20230,7 +20404,8 @@ def _find_secret_of(args: argparse.Namespace) -> bytes:
 
 
 def _make_ready_for(user: Optional[User]) -> None:
-    """Jobs will run as this user, or as whoever has started the node."""
+    """Prepare the environment and groups of this process for jobs that run as this user. With None,
+    jobs run as the user who started the node, and a warning is logged if that is root."""
     if user is not None:
         clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
         os.initgroups(user.name, user.gid)
@@ -20242,7 +20417,8 @@ def _make_ready_for(user: Optional[User]) -> None:
 
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                 schedulers: Tuple[Tuple[str, int], ...]) -> Options:
-    """What the command line says, of which some has been looked at. The log is set up."""
+    """Return the options of the command line, part of which has been parsed already, and set up the
+    log."""
     set_up_log('dispynode', args.debug, args.log_file)
     tell_obsolete(args, OBSOLETE_NODE)
     limit_values(args.max_value)
@@ -20269,8 +20445,8 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
-    """Start the thread that reads what the operator of a daemon writes at its terminal; see
-    `read_commands`. The main thread."""
+    """Start the thread that reads what the operator of a daemon types at its terminal; see
+    `read_commands`. The main thread must call this."""
     if hasattr(signal, 'SIGTTIN'):
         # In the background a read fails instead of stopping the daemon
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
@@ -20279,8 +20455,8 @@ def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
                      has_terminal: bool) -> None:
-    """A thread for whoever is at the other end of stdin: the client that has started this node, or
-    its operator."""
+    """Start a thread that reads stdin, which the client that has started this node writes, or its
+    operator."""
     if args.embedded:
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
